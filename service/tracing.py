@@ -1,92 +1,66 @@
-"""Spans as the parts of the server see them: what began, and what came of it. No OpenTelemetry: see telemetry.py.
+"""Spans by OpenTelemetry's API. Its SDK, which sends them, is in startup/telemetry.py alone.
 
-TRACER is None while traces are off; a span then costs the look at it.
+TRACER is None while traces are off; a span then costs the look at it. It is a variable of the context and not
+OpenTelemetry's global one, so that libraries add no spans of their own.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Protocol
+
+from opentelemetry import trace
+from opentelemetry.trace import Span, StatusCode, Tracer
 
 from tminus.service.errors import ServiceError
 
 PROBLEM = "tminus.problem"  # the code of what a client was told
 Attributes = Mapping[str, str | bool | int | float]
 
-
-class Span(Protocol):
-    """Something that takes time. Any thread may call. Times are Unix time in nanoseconds; None is now."""
-
-    @property
-    def ids(self) -> Mapping[str, str]:
-        """Its trace_id and span_id, for the lines of a log."""
-
-    def set(self, attributes: Attributes) -> None:
-        """Add to what is known of it."""
-
-    def rename(self, name: str) -> None:
-        """Give it the name that is known only now."""
-
-    def add_event(self, name: str) -> None:
-        """Note that something happened now."""
-
-    def add_child(
-        self,
-        name: str,
-        began_ns: int,
-        ended_ns: int | None,
-        attributes: Attributes,
-        events: Mapping[str, int],
-    ) -> None:
-        """Add a part of it that is over. events: their times, by name."""
-
-    def fail(self, code: str, *, by_server: bool) -> None:
-        """Note why it failed. by_server: whether somebody has to look at the server for that."""
-
-    def end(self, at_ns: int | None = None) -> None:
-        """Note that it is over, once. What `span` and `request` of a tracer begin ends by itself."""
-
-
-class Tracer(Protocol):
-    """Begins spans. Any thread may call; a new span is a part of the one that this thread or task is in."""
-
-    @property
-    def ids(self) -> Mapping[str, str]:
-        """The ids of the span that this thread or task is in; empty where it is in none."""
-
-    def request(self, headers: Mapping[str, str]) -> AbstractContextManager[Span]:
-        """Begin the span of a request, which goes on with the client's trace where the headers name one."""
-
-    def span(self, name: str, attributes: Attributes) -> AbstractContextManager[Span]:
-        """Begin a span around a block. What the block raises is noted by its code or type, never by its text."""
-
-    def begin(self, name: str, began_ns: int, attributes: Attributes) -> Span:
-        """Begin a span that whoever holds it ends."""
-
-    def note(self, attributes: Attributes) -> None:
-        """Add to what is known of the span that this thread or task is in."""
-
-    def close(self) -> None:
-        """Send what is left, as far as that can be done in a moment."""
-
-
 TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 def traced(name: str, attributes: Attributes) -> AbstractContextManager[object]:
-    """A span around a block; nothing while traces are off."""
+    """Put a span around a block; do nothing while traces are off."""
     tracer = TRACER.get()
-    return nullcontext() if tracer is None else tracer.span(name, attributes)
+    return nullcontext() if tracer is None else _span(tracer, name, attributes)
+
+
+@contextmanager
+def _span(tracer: Tracer, name: str, attributes: Attributes) -> Iterator[None]:
+    """Note what the block raises by its code or type: its text and traceback, as the SDK has them, may be secret."""
+    with tracer.start_as_current_span(
+        name, attributes=attributes, record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield
+        except BaseException as error:
+            code, by_server = why(error)
+            fail(span, code, by_server=by_server)
+            raise
 
 
 def note(attributes: Attributes) -> None:
-    """Add to what is known of the span that this thread or task is in; nothing while traces are off."""
-    if (tracer := TRACER.get()) is not None:
-        tracer.note(attributes)
+    """Add to what is known of the span that this thread or task is in, if it is in one."""
+    trace.get_current_span().set_attributes(attributes)
+
+
+def fail(span: Span, code: str, *, by_server: bool) -> None:
+    """Note why a span failed. by_server: whether somebody has to look at the server for that."""
+    span.set_attribute("error.type", code)
+    if by_server:
+        span.set_status(StatusCode.ERROR, code)
+
+
+def ids_of(span: Span | None = None) -> Mapping[str, str]:
+    """Return the ids of a span, or of that which this thread or task is in; nothing where it is in none."""
+    context = (span or trace.get_current_span()).get_span_context()
+    if not context.is_valid:
+        return {}
+    return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
 
 def why(error: BaseException) -> tuple[str, bool]:
-    """The code of an error, or its type, and whether somebody has to look at the server for that."""
+    """Return the code of an error, or its type, and whether somebody has to look at the server for that."""
     if isinstance(error, ServiceError):
         return error.code, error.status >= 500
     return type(error).__name__, isinstance(error, Exception)

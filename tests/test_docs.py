@@ -43,7 +43,7 @@ NOT_IN_OPENAPI = {"WS /sample/stream", "GET /docs", "GET /openapi.json"}
 FILES_OF_PAGES = {"GET /page/{name}", "GET /docs/{name}"}
 
 # Spans by name, and what they say, where that is written down.
-SPANS = (re.compile(r"""(?:traced|begin|add_child)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
+SPANS = (re.compile(r"""(?:traced|start_span|begin_part)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
 
 # What a parameter must come with to be accepted.
 COMPANIONS: dict[str, dict[str, Any]] = {

@@ -31,12 +31,14 @@ def serve(config: Path | None, **flags: Any) -> None:
     # exception is no way out: raised in the middle of a library's start, it can abort the process.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
+    from tminus.service.startup.app import VERSION
+    from tminus.service.startup.building import prepare
+
     try:
-        tracer = start_traces(settings.traces)
+        traces = start_traces(VERSION)
     except ValueError as error:
         fail(str(error))
 
-    from tminus.service.startup.building import prepare
     from tminus.service.startup.metrics_server import serve_metrics
     from tminus.service.startup.server import allow_connections
     from tminus.service.startup.server import serve as run_server
@@ -52,7 +54,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     try:
         address = listener.getsockname()[:2]
         access = settings.access(address[0])
-        prepared = prepare(settings, address, access, tracer, with_metrics=settings.metrics and for_metrics is None)
+        prepared = prepare(settings, address, access, traces, with_metrics=settings.metrics and for_metrics is None)
     except ValueError as error:
         listener.close()
         fail(str(error))

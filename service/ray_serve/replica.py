@@ -18,7 +18,7 @@ from tminus.service.ray_serve.front import Front
 from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.startup.app import Application
+from tminus.service.startup.app import VERSION, Application
 from tminus.service.startup.building import prepare
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.server import ANSWER_S, SWITCH_S, allow_connections, config_of
@@ -195,5 +195,5 @@ class Replica:
 
 
 def _build(settings: RaySettings, address: tuple[str, int], access: Access) -> Application:
-    tracer = start_traces(settings.traces)
-    return prepare(settings, address, access, tracer, with_metrics=settings.metrics)()
+    traces = start_traces(VERSION)
+    return prepare(settings, address, access, traces, with_metrics=settings.metrics)()

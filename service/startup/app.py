@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
@@ -42,9 +42,12 @@ from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.startup.library import Library
 from tminus.service.startup.model_changes import ModelChanges, Prepare, prepare_nothing
 from tminus.service.startup.parts import Parts, Prepared
-from tminus.service.tracing import TRACER, Tracer
+from tminus.service.tracing import TRACER
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from tminus.service.startup.telemetry import Traces
 
 VERSION = "0.1.0"
 OF_A_MODEL = "/models/{model}"
@@ -75,7 +78,7 @@ def create_app(
     webhooks: Rules | None = None,
     with_metrics: bool = True,
     with_docs: bool = True,
-    tracer: Tracer | None = None,
+    traces: "Traces | None" = None,
     end_file: EndFile | None = None,
 ) -> Application:
     """Build the application around the models that it begins with, the default one first.
@@ -84,11 +87,12 @@ def create_app(
     with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
     ask; None: anybody, and nobody may load or unload models. results: where large ones of durable jobs go, if not into
     their store. webhooks: how they are sent, if they are. with_metrics, with_docs: whether /metrics, and /docs with
-    /openapi.json, are answered. tracer: for spans; it is closed with the app. end_file: outlives the process where
+    /openapi.json, are answered. traces: sends spans; it is closed with the app. end_file: outlives the process where
     that ends by itself; it is closed with the app. The worker runs for as long as the app's lifespan.
     """
     doors = doors or Doors()
     access = access or Access()
+    tracer = traces.tracer if traces is not None else None
     note = end_file.work_on if end_file is not None else note_nothing
     parts = Parts(list(first), limits, open_store, doors, access, results, webhooks, note)
     models, metrics = parts.models, parts.metrics
@@ -102,8 +106,8 @@ def create_app(
         await parts.close()
         if end_file is not None:
             end_file.close()
-        if tracer is not None:
-            await asyncio.to_thread(tracer.close)
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     model = models.default.model
     app = FastAPI(

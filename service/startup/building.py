@@ -28,10 +28,10 @@ from tminus.service.startup.app import Application, create_app
 from tminus.service.startup.library import Library, name_of
 from tminus.service.startup.parts import Prepared
 from tminus.service.startup.settings import Settings
-from tminus.service.tracing import Tracer
 
 if TYPE_CHECKING:
     from tminus.service.engine.loading import Measured, ReadModel
+    from tminus.service.startup.telemetry import Traces
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
 def prepare(
-    settings: Settings, address: tuple[str, int], access: Access, tracer: Tracer | None, *, with_metrics: bool
+    settings: Settings, address: tuple[str, int], access: Access, traces: "Traces | None", *, with_metrics: bool
 ) -> Callable[[], Application]:
     """Read the checkpoints and open the stores; return what measures, and puts the parts together.
 
@@ -127,7 +127,7 @@ def prepare(
             webhooks=webhooks,
             with_metrics=with_metrics,
             with_docs=settings.docs,
-            tracer=tracer,
+            traces=traces,
             end_file=end_file,
         )
 

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from tminus.service.errors import masked
 from tminus.service.request_id import REQUEST_ID
-from tminus.service.tracing import TRACER
+from tminus.service.tracing import ids_of
 
 # What a line of the log may have beside its message: of a request, of a job.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
@@ -48,8 +48,7 @@ class _Json(logging.Formatter):
         }
         if (request_id := REQUEST_ID.get()) != "-":
             line["request_id"] = request_id
-        if (tracer := TRACER.get()) is not None:
-            line |= tracer.ids
+        line |= ids_of()
         line |= {name: getattr(record, name) for name in (*FIELDS, *TRACE_FIELDS) if hasattr(record, name)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

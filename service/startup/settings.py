@@ -190,11 +190,6 @@ class Settings(BaseSettings):
         None, description="address to listen on for --metrics-port; default: that of --host"
     )
     docs: bool = Field(True, description="answer /docs and /openapi.json")
-    traces: bool | None = Field(
-        None,
-        description="send traces by OpenTelemetry, which needs the extra otel; its OTEL_ variables say where to; "
-        "default: yes where OTEL_EXPORTER_OTLP_ENDPOINT is set",
-    )
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )

@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tminus.service.tracing import TRACER, Attributes, Span, why
+from opentelemetry import trace
+from opentelemetry.trace import Span, Tracer
+
+from tminus.service.tracing import TRACER, Attributes, fail, why
 from tminus.service.work import JobResult
 
 if TYPE_CHECKING:
@@ -17,32 +20,43 @@ FIRST_STEP = "first step"
 
 
 @dataclass(slots=True)
-class Ticks:
-    """The ticks that had rows of a job."""
+class JobSpan:
+    """The span of a job, and what its parts are made of when it ends. Times are Unix time in nanoseconds."""
 
-    count: int = 0
-    seconds: float = 0.0  # of all of them
-    places: int = 0  # of all of them, those of other jobs too
+    span: Span
+    _tracer: Tracer
+    denoised_ns: int | None = None  # of a latent model: when its decoding began
+    ticks: int = 0  # those that had rows of the job
+    _ticks_s: float = 0.0  # of all of them
+    _places: int = 0  # of all of them, those of other jobs too
 
-    def add(self, seconds: float, places: int) -> None:
-        """Count one."""
-        self.count += 1
-        self.seconds += seconds
-        self.places += places
+    def add_tick(self, seconds: float, places: int) -> None:
+        """Count a tick that had rows of the job."""
+        self.ticks += 1
+        self._ticks_s += seconds
+        self._places += places
 
-    @property
-    def attributes(self) -> Attributes:
-        """What a span has of them."""
-        if not self.count:
-            return {}
-        return {
-            "tminus.ticks": self.count,
-            "tminus.ticks_s": round(self.seconds, 6),
-            "tminus.places_per_tick": round(self.places / self.count, 3),
-        }
+    def begin_part(self, name: str, began_ns: int, attributes: Attributes | None = None) -> Span:
+        """Begin a part, whose end is known too."""
+        within = trace.set_span_in_context(self.span)
+        return self._tracer.start_span(name, within, attributes=attributes, start_time=began_ns)
+
+    def add_denoising(self, began_ns: int, ended_ns: int | None, first_step_ns: int) -> None:
+        """Add the part of the ticks. None as an end is now."""
+        part = self.begin_part("denoise", began_ns)
+        if self.ticks:
+            part.set_attributes(
+                {
+                    "tminus.ticks": self.ticks,
+                    "tminus.ticks_s": round(self._ticks_s, 6),
+                    "tminus.places_per_tick": round(self._places / self.ticks, 3),
+                }
+            )
+        part.add_event(FIRST_STEP, timestamp=first_step_ns)
+        part.end(ended_ns)
 
 
-def begin_span(job: "RunningJob") -> Span | None:
+def begin_span(job: "RunningJob") -> JobSpan | None:
     """Begin the span of a job, as a part of what asked for it; None while traces are off."""
     tracer = TRACER.get()
     if tracer is None:
@@ -61,55 +75,54 @@ def begin_span(job: "RunningJob") -> Span | None:
     }
     if job.owner:
         attributes["tminus.key"] = job.owner
-    return tracer.begin("job", job.created_us * 1000, attributes)
+    return JobSpan(tracer.start_span("job", attributes=attributes, start_time=job.created_us * 1000), tracer)
 
 
 def begin_coding(job: "RunningJob", kind: str) -> None:
     """Note that its picture is going to be encoded, or its images decoded."""
     if job.span is None:
         return
-    job.span.add_event(f"{kind} begins")
+    job.span.span.add_event(f"{kind} begins")
     if kind == "decode":
-        job.denoised_ns = time.time_ns()
+        job.span.denoised_ns = time.time_ns()
 
 
 def end_done(job: "RunningJob", result: JobResult) -> None:
     """End the span of a job that has its images."""
-    if (span := job.span) is None:
+    if (of_job := job.span) is None:
         return
     started_ns = _at(job, result.queue_s)
     denoised_ns = started_ns + _ns(result.denoise_s)
     ended_ns = denoised_ns
-    span.add_child("queue", _at(job, 0.0), started_ns, {}, {})
-    span.add_child("denoise", started_ns, denoised_ns, job.ticks.attributes, {FIRST_STEP: _at(job, job.first_step_s)})
+    of_job.begin_part("queue", _at(job, 0.0)).end(started_ns)
+    of_job.add_denoising(started_ns, denoised_ns, _at(job, job.first_step_s))
     if job.model.info.latent is not None:
         ended_ns += _ns(result.decode_s)
-        span.add_child("decode", denoised_ns, ended_ns, {"tminus.images": job.spec.n}, {})
-    span.set({"tminus.outcome": "done"})
-    span.end(ended_ns)
+        of_job.begin_part("decode", denoised_ns, {"tminus.images": job.spec.n}).end(ended_ns)
+    of_job.span.set_attribute("tminus.outcome", "done")
+    of_job.span.end(ended_ns)
 
 
 def end_failed(job: "RunningJob", error: BaseException) -> None:
     """End the span of a job that has no images, now."""
-    if (span := job.span) is None:
+    if (of_job := job.span) is None:
         return
     if job.started_s is None:
-        span.add_child("queue", _at(job, 0.0), None, {}, {})
+        of_job.begin_part("queue", _at(job, 0.0)).end()
     else:
         started_ns = _at(job, job.started_s - job.submitted_s)
-        first = {FIRST_STEP: _at(job, job.first_step_s)}
-        span.add_child("queue", _at(job, 0.0), started_ns, {}, {})
-        span.add_child("denoise", started_ns, job.denoised_ns, job.ticks.attributes, first)
-    if job.denoised_ns is not None:
-        span.add_child("decode", job.denoised_ns, None, {"tminus.images": job.spec.n}, {})
+        of_job.begin_part("queue", _at(job, 0.0)).end(started_ns)
+        of_job.add_denoising(started_ns, of_job.denoised_ns, _at(job, job.first_step_s))
+    if of_job.denoised_ns is not None:
+        of_job.begin_part("decode", of_job.denoised_ns, {"tminus.images": job.spec.n}).end()
     code, by_server = why(error)
-    span.set({"tminus.outcome": code})
-    span.fail(code, by_server=by_server)
-    span.end()
+    of_job.span.set_attribute("tminus.outcome", code)
+    fail(of_job.span, code, by_server=by_server)
+    of_job.span.end()
 
 
 def _at(job: "RunningJob", seconds: float) -> int:
-    """Unix time, so many seconds after a job was accepted."""
+    """Return the time that was so many seconds after a job was accepted."""
     return job.created_us * 1000 + _ns(seconds)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.tracing import Span
+from tminus.service.tracing import ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
-from tminus.service.worker.job_span import Ticks, begin_span, end_done, end_failed
+from tminus.service.worker.job_span import JobSpan, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recorder
 
@@ -48,9 +48,7 @@ class RunningJob:
     # worker's thread, and a status is asked for in other threads.
     steps_taken: int = field(init=False)
     steps_kept: int = field(init=False)  # what steps_taken was at the last snapshot
-    ticks: Ticks = field(default_factory=Ticks)
-    span: Span | None = field(init=False)  # None while traces are off
-    denoised_ns: int | None = None  # of a latent model with a span: when its decoding began, Unix time
+    span: JobSpan | None = field(init=False)  # None while traces are off
 
     def __post_init__(self) -> None:
         self.steps_taken = self.steps_kept = sum(self.first_steps)
@@ -77,13 +75,13 @@ class RunningJob:
         """Count the steps that its rows took in a tick of so many places."""
         self.steps_taken += steps
         if self.span is not None:
-            self.ticks.add(seconds, places)
+            self.span.add_tick(seconds, places)
 
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log of JSON has of it."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.owner}
-        return fields if self.span is None else {**fields, **self.span.ids}
+        return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
     @property
     def needs_picture(self) -> bool:

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.service.fakes import wait_until
-from tminus.service.startup.telemetry import OtelTracer
+from tminus.service.startup.telemetry import Traces
 
 SERVER = ProtoSpan.SpanKind.SPAN_KIND_SERVER
 ERROR = Status.StatusCode.STATUS_CODE_ERROR
@@ -154,15 +154,15 @@ def _value(value: AnyValue) -> Any:
 
 
 class Kept:
-    """A tracer whose spans stay here."""
+    """Spans that stay here."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
-        self.tracer = OtelTracer(self._exporter, "1.2.3")
+        self.traces = Traces(self._exporter, "1.2.3")
 
     def all(self) -> list[ReadableSpan]:
         """All spans, after which there are no more."""
-        self.tracer.close()
+        self.traces.close()
         return list(self._exporter.get_finished_spans())
 
     def by_name(self) -> dict[str, ReadableSpan]:

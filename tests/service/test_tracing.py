@@ -29,7 +29,7 @@ def test_a_server_without_traces_imports_no_sdk_of_opentelemetry() -> None:
 import sys
 import tminus.service.startup.app, tminus.service.startup.server, tminus.service.startup.traces
 import tminus.service.cli.serve
-assert tminus.service.startup.traces.start_traces(None) is None
+assert tminus.service.startup.traces.start_traces("1.2.3") is None
 sys.exit(", ".join({"opentelemetry.sdk", "opentelemetry.exporter", "requests"} & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

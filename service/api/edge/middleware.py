@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import quote, unquote_plus
 
+from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,7 +20,7 @@ from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
 from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
-from tminus.service.tracing import TRACER, Tracer, why
+from tminus.service.tracing import TRACER, fail, why
 
 log = logging.getLogger(__name__)
 
@@ -326,7 +328,7 @@ class RequestSpans:
     """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
-        self._app, self._tracer = app, tracer
+        self._app, self._tracer, self._client_trace = app, tracer, TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
@@ -344,20 +346,26 @@ class RequestSpans:
 
         token = TRACER.set(self._tracer)
         try:
-            with self._tracer.request(Headers(scope=scope)) as span:
+            with self._tracer.start_as_current_span(
+                "HTTP",
+                self._client_trace.extract(Headers(scope=scope)),
+                SpanKind.SERVER,
+                record_exception=False,  # with its text, which may quote a request
+                set_status_on_exception=False,
+            ) as span:
                 try:
                     await self._app(scope, receive, send_and_look)
                 except Exception as error:  # when part of the answer was sent
-                    span.fail(why(error)[0], by_server=True)
+                    fail(span, why(error)[0], by_server=True)
                     raise
                 finally:
                     method = scope.get("method", "GET")  # of a WebSocket's handshake
                     known = method if method in METHODS else "_OTHER"
-                    span.rename(f"{known if known == method else 'HTTP'} {route_of(scope)}")
-                    span.set({"http.request.method": known, **_attributes(scope)})
+                    span.update_name(f"{known if known == method else 'HTTP'} {route_of(scope)}")
+                    span.set_attributes({"http.request.method": known, **_attributes(scope)})
                     if status is not None:
-                        span.set({"http.response.status_code": status})
+                        span.set_attribute("http.response.status_code", status)
                     if status is None or status >= 500:
-                        span.fail(GONE if status is None else str(status), by_server=status is not None)
+                        fail(span, GONE if status is None else str(status), by_server=status is not None)
         finally:
             TRACER.reset(token)

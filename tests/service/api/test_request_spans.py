@@ -23,7 +23,7 @@ QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 def kept() -> Iterator[Kept]:
     made = Kept()
     yield made
-    made.tracer.close()
+    made.traces.close()
 
 
 def attributes(kept: Kept, name: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def attributes(kept: Kept, name: str) -> dict[str, Any]:
 def test_a_span_has_the_name_of_the_route_and_the_status(
     make_site: MakeSite, kept: Kept, method: str, path: str, name: str, status: int
 ) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     response = site.client.request(method, path, headers={"X-Request-ID": "mine"})
     assert response.status_code == status
     assert TRACER.get() is None
@@ -61,7 +61,7 @@ def test_a_span_has_the_name_of_the_route_and_the_status(
 
 
 def test_a_query_is_not_kept_and_a_secret_in_a_path_is_masked(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     site.client.get("/jobs/tm_some-secret", params={"key": "another-secret"}, headers={"Cookie": "tminus_key=third"})
     (span,) = kept.all()
     assert "secret" not in span.to_json()
@@ -69,7 +69,7 @@ def test_a_query_is_not_kept_and_a_secret_in_a_path_is_masked(make_site: MakeSit
 
 
 def test_uploads_animations_and_noise_are_parts_of_their_requests(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     accept = {"Accept": "image/webp"}
     assert site.client.post("/sample?every=1", json=QUICK, headers=accept).status_code == 200
     assert site.client.post("/noise?t=5&seed=1", content=CAT, headers={"Content-Type": "image/png"}).status_code == 200
@@ -89,7 +89,7 @@ def test_an_answer_that_breaks_off_is_an_error(kept: Kept) -> None:
         raise RuntimeError("a text")
 
     with pytest.raises(RuntimeError):
-        call(RequestSpans(breaks, kept.tracer), iter([]))  # type: ignore[arg-type]
+        call(RequestSpans(breaks, kept.traces.tracer), iter([]))  # type: ignore[arg-type]
     (span,) = kept.all()
     assert (span.attributes or {})["error.type"] == "RuntimeError"
     assert not span.status.is_unset
@@ -97,7 +97,7 @@ def test_an_answer_that_breaks_off_is_an_error(kept: Kept) -> None:
 
 
 def test_the_servers_failures_are_errors_and_refusals_have_their_code(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
 
     def fail(_batch: object) -> None:
         raise RuntimeError("a text")
@@ -113,7 +113,7 @@ def test_the_servers_failures_are_errors_and_refusals_have_their_code(make_site:
 
 
 def test_a_client_that_goes_away_has_the_status_that_the_metrics_have(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     site.engine.gate.shut()
     body = b'{"steps": 2, "class_label": "cat"}'
     message = {"type": "http.request", "body": body, "more_body": False}
@@ -130,14 +130,14 @@ def test_an_answer_that_never_began_is_a_client_that_went(kept: Kept) -> None:
     async def silent(_scope: Scope, _receive: Receive, _send: Send) -> None:
         pass
 
-    call(RequestSpans(silent, kept.tracer), iter([]))  # type: ignore[arg-type]
+    call(RequestSpans(silent, kept.traces.tracer), iter([]))  # type: ignore[arg-type]
     (span,) = kept.all()
     assert (span.attributes or {})["error.type"] == "client_gone"
     assert span.status.is_unset
 
 
 def test_a_websocket_that_is_refused_has_the_status_of_the_refusal(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     with (
         pytest.raises(WebSocketDenialResponse),
         site.client.websocket_connect("/models/absent/sample/stream"),
@@ -148,7 +148,7 @@ def test_a_websocket_that_is_refused_has_the_status_of_the_refusal(make_site: Ma
 
 
 def test_probes_and_the_lifespan_have_no_span(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"tracer": kept.tracer})
+    site = make_site(app={"traces": kept.traces})
     for path in ("/healthz", "/readyz", "/metrics"):
         assert site.client.get(path).status_code == 200
     assert kept.all() == []

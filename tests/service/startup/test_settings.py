@@ -36,7 +36,7 @@ from tminus.service.startup.model_changes import Prepare
 from tminus.service.startup.parts import Prepared
 from tminus.service.startup.settings import Settings
 
-TWO_SIDED = ("exact", "open", "metrics", "docs", "traces")
+TWO_SIDED = ("exact", "open", "metrics", "docs")
 DATABASE = "postgresql://tminus:a-secret@host/jobs"
 WEBHOOK_SECRETS = Path(__file__).with_name("webhook_secrets_of_the_tests.txt")
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
@@ -92,7 +92,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "metrics_port": ("9100", 9100),
     "metrics_host": ("::1", "::1"),
     "docs": ("false", False),
-    "traces": ("true", True),
     "grace_s": ("0.25", 0.25),
     "log_format": ("json", "json"),
     "log_level": ("debug", "debug"),
@@ -108,7 +107,6 @@ OTHER = {
     "metrics": "true",
     "metrics_host": "127.0.0.2",
     "docs": "true",
-    "traces": "false",
     "device": "cpu",
     "host": "::1",
     "executor": "eager",
@@ -166,7 +164,6 @@ BAD = [
     ("metrics_port", "0"),
     ("metrics_port", "65536"),
     ("docs", "perhaps"),
-    ("traces", "perhaps"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),
@@ -315,7 +312,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             webhooks: Rules | None,
             with_metrics: bool,
             with_docs: bool,
-            tracer: object,
+            traces: object,
             end_file: None,
         ) -> SimpleNamespace:
             if len(first) > 1:
@@ -329,7 +326,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
                 served.update(job_results=results.objects, job_results_above_kb=results.above_bytes // 1024)
             if webhooks is not None:
                 served.update(webhooks=webhooks, webhook_retry_s=webhooks.retry_s)
-            served.update(access=access, metrics=with_metrics, docs=with_docs, tracer=tracer)
+            served.update(access=access, metrics=with_metrics, docs=with_docs, traces=traces)
             served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             served.update(names=[each.engine.info.name for each in first], library=library)
             return APP
@@ -370,9 +367,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr(
             "tminus.service.cli.serve.set_up_log", lambda _level, _form, kind: served.update(log_format=kind)
         )
-        monkeypatch.setattr(
-            "tminus.service.cli.serve.start_traces", lambda wanted: served.update(traces=wanted) or "what makes spans"
-        )
+        monkeypatch.setattr("tminus.service.cli.serve.start_traces", lambda _version: "what sends spans")
         monkeypatch.setattr(
             "tminus.service.startup.metrics_server.serve_metrics",
             lambda listener, application, doors: served.update(
@@ -502,7 +497,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     )
     by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
     assert {name: served[name] for name in by_measuring} == dict.fromkeys(by_measuring), "left to the machine"
-    assert (served["traces"], served["tracer"]) == (None, "what makes spans")
+    assert served["traces"] == "what sends spans"
     assert served["tick_times"] == TICK_TIMES, "what was measured is what admission counts with"
 
 

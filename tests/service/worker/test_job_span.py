@@ -10,16 +10,16 @@ from tests.service.collector import Kept
 from tests.service.fakes import make_spec
 from tests.service.worker.test_loop import LATENT, MakeBench, make_bench, picture  # noqa: F401
 from tminus.service.errors import Draining, JobCancelled
-from tminus.service.tracing import TRACER
+from tminus.service.tracing import TRACER, ids_of
 
 
 @pytest.fixture
 def kept() -> Iterator[Kept]:
     made = Kept()
-    token = TRACER.set(made.tracer)
+    token = TRACER.set(made.traces.tracer)
     yield made
     TRACER.reset(token)
-    made.tracer.close()
+    made.traces.close()
 
 
 def seconds(span: ReadableSpan) -> float:
@@ -136,7 +136,7 @@ def test_lines_of_its_log_have_the_ids_of_its_span(make_bench: MakeBench, kept: 
     bench = make_bench()
     job = bench.make_job("a", make_spec())
     assert job.span is not None
-    assert job.log_fields == job.log_fields | dict(job.span.ids)
+    assert job.log_fields == job.log_fields | dict(ids_of(job.span.span))
     assert len(job.log_fields["trace_id"]) == 32
     assert len(job.log_fields["span_id"]) == 16
     bench.loop.accept(job)
@@ -158,10 +158,10 @@ def test_a_job_that_was_answered_while_the_worker_hung_ends_its_span_once(
     assert "ended span" not in caplog.text
 
 
-def test_without_a_tracer_a_job_has_no_span_and_counts_no_ticks(make_bench: MakeBench) -> None:  # noqa: F811
+def test_without_a_tracer_a_job_has_no_span(make_bench: MakeBench) -> None:  # noqa: F811
     bench = make_bench()
     job = bench.make_job("a", make_spec())
     bench.loop.accept(job)
     bench.finish()
-    assert (job.span, job.ticks.count) == (None, 0)
+    assert job.span is None
     assert "trace_id" not in job.log_fields
