@@ -26,7 +26,7 @@ test-all: test
 
 # For the inner loop: no real servers, nothing slow.
 test-fast: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow and not long"
 
 # Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
 # A folder is run again as a whole where a test of it failed: what a worker has seen is lost if it crashes.

@@ -28,9 +28,9 @@ import httpx
 import torch
 
 from bench import cluster, servers, traffic
-from bench.crash import Server
 from bench.durable import window
 from bench.figures import quantile
+from bench.servers import Server
 from bench.streams import show
 from tests import postgres
 from tminus.model.checkpoint import Labels, save_checkpoint

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -133,6 +133,57 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
                 raise RuntimeError(f"{contender.title} ended by itself: {_tail(log)}")
         finally:
             _stop(process)
+
+
+class Server:
+    """A process that is killed and started again on one state folder and port."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        state: Path,
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        """log: a file for what it logs; else it goes where ours goes."""
+        self.port = free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
+        self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
+        self._environment = environment() | dict(env or {})
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, and wait until it is ready."""
+        self._process = self._spawn()
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                if httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the server did not become ready")
+            time.sleep(0.02)
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        with self._log.open("ab") if self._log is not None else nullcontext() as log:
+            return subprocess.Popen(self._command, cwd=ROOT, env=self._environment, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of it runs any more when this returns."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(READY_S)
 
 
 def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:

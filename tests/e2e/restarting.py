@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from bench.crash import Server
+from bench.servers import Server
 from tests.e2e.conftest import RunningServer
 from tests.e2e.forked import Forked
 from tests.trials.injected import DEADLY_SEED, inject

@@ -1,12 +1,12 @@
-"""Clients that go away at random moments leave nothing behind. `python -m bench.churn` does it with a thousand."""
+"""Clients that go away at random moments leave nothing behind. tests/trials/churn.py does it with a thousand."""
 
 import asyncio
 import random
 
 import httpx
 
-from bench.churn import churn, settled
 from tests.e2e.conftest import RunningServer
+from tests.trials.churn import churn, settled
 
 
 def test_connections_dropped_at_random_points_leave_no_row_task_or_file(server: RunningServer) -> None:

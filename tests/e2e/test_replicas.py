@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.crash import Server
+from bench.servers import Server
 from tests import postgres
 from tests import s3 as s3_server
 from tests.e2e.conftest import RunningServer, run_cli

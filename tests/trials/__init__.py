@@ -8,6 +8,10 @@
     .venv/bin/python -m tests.trials.connections
     .venv/bin/python -m tests.trials.faults
     .venv/bin/python -m tests.trials.rolling
+    .venv/bin/python -m tests.trials.replicas
+    .venv/bin/python -m tests.trials.crash --kills 50
+    .venv/bin/python -m tests.trials.churn --connections 1000
+    .venv/bin/python -m tests.trials.flood
 
 Each prints what it counted, and exits with 1 if something was not as it must be. tests/test_trials.py runs them small.
 """

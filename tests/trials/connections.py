@@ -41,7 +41,7 @@ from pathlib import Path
 import httpx
 
 from bench import servers
-from bench.churn import HANDSHAKE
+from tests.trials.churn import HANDSHAKE
 from tests.trials.claims import Claim, least, most, none, report
 from tminus.service.api.edge.http_protocol import HEAD_S
 from tminus.service.byte_budget import MAX_HELD_BYTES

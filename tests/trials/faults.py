@@ -30,11 +30,12 @@ import httpx
 import torch
 
 from bench import servers
-from bench.crash import Server, all_jobs
+from bench.servers import Server
 from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
 from tests.e2e.restarting import Deadly, ForkedServer, Restarting, make_specs
 from tests.tools import find
 from tests.trials.claims import Claim, report
+from tests.trials.crash import all_jobs
 from tests.trials.injected import Fault, inject
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 

@@ -3,8 +3,8 @@
     .venv/bin/python -m tests.trials.overload [--seconds 120] [--load 5]
 
 Twice: by clients who ask once and never return, and by clients who come back when Retry-After says, for as long as
-the flood lasts. A probe reads the backlog and the steps done ten times a second. Whether the machine is kept busy is
-the business of `python -m bench.overload`, on whose functions this stands; it is looked at here too.
+the flood lasts. A probe reads the backlog and the steps done ten times a second. Then a herd asks at one moment and
+does as Retry-After says, and a crowd leaves before one client comes when the backlog allows it.
 
 When there was room for a client that was refused: when the server had done, by its own count of steps, what the
 backlog was over the limit with this job, and the jobs of all who had been told a time before and whose time was still
@@ -17,20 +17,28 @@ import asyncio
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
 from bench import machine, servers
-from bench.overload import BACKLOG_S, FLAGS, PLACES, ask, metric, saturate
 from tests.trials.claims import Claim, least, most, none, report
 
+SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
+PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
+BACKLOG_S = 5.0
+FLAGS = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
+WARM_UP_S = 3.0
+CLIENTS = 16  # that keep every place filled
 LOAD = 5.0
+HERD, CROWD = 300, 100
 PROBE_S = 0.1
 READ = ("tminus_backlog_seconds", "tminus_row_steps_total")
 NEAR_S = 0.3  # what the probe read so shortly before or after a refusal counts for it
@@ -40,6 +48,14 @@ UNIT_S = 1.0  # of Retry-After
 LONGEST_S = 300.0  # that is told
 RECOVERY_S = 5.0
 NEWCOMERS_S = 0.2  # between one newcomer and the next, once the flood is over
+
+
+class Answer(NamedTuple):
+    """What one request got."""
+
+    status: int
+    wait_s: int  # the Retry-After of a refusal; 0 where there is none
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +147,57 @@ def under_the_limit(refusals: Sequence[Refusal], looks: Sequence[Look], job_s: f
     return found
 
 
+# --- clients ---
+
+
+async def ask(http: httpx.AsyncClient) -> Answer:
+    """One request on a connection of its own.
+
+    Without httpx, whose own work would take from the server's cores what the figure is about.
+    """
+    reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+    try:
+        target = f"/sample?seed={random.getrandbits(32)}&" + "&".join(f"{name}={value}" for name, value in SPEC.items())
+        writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").lower()
+        body = await reader.read()
+    finally:
+        writer.close()
+    wait_s = int(head.partition("\nretry-after: ")[2].split()[0] if "\nretry-after: " in head else 0)
+    return Answer(int(head.split()[1]), wait_s, body)
+
+
+async def metric(http: httpx.AsyncClient, name: str) -> float:
+    """The sum over labels of one metric."""
+    lines = (await http.get("/metrics")).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+
+
+async def rate(http: httpx.AsyncClient, seconds: float) -> float:
+    """Row-steps a second from now on, after a warm-up."""
+    await asyncio.sleep(WARM_UP_S)
+    before, began = await metric(http, "tminus_row_steps_total"), time.perf_counter()
+    await asyncio.sleep(seconds - WARM_UP_S)
+    return (await metric(http, "tminus_row_steps_total") - before) / (time.perf_counter() - began)
+
+
+async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
+    """The peak: each client asks again as soon as it has its answer."""
+
+    async def keep_asking() -> None:
+        while True:
+            answer = await ask(http)
+            assert answer.status == 200, answer
+
+    clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
+    peak = await rate(http, seconds)
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    await backlog_below(http, 0.0)
+    return peak
+
+
 # --- the flood ---
 
 
@@ -191,6 +258,41 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float, *, return
     return found
 
 
+async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]]:
+    """All at one moment, each again when it was told to: seconds until the last has its answer, and tries of each."""
+
+    async def persist() -> int:
+        tries = 1
+        while True:
+            answer = await ask(http)
+            if answer.status != 429:
+                break
+            await asyncio.sleep(answer.wait_s)
+            tries += 1
+        assert answer.status == 200, answer
+        return tries
+
+    began = time.perf_counter()
+    tries = await asyncio.gather(*(persist() for _ in range(herd)))
+    return time.perf_counter() - began, tries
+
+
+async def newcomer(http: httpx.AsyncClient) -> int:
+    """The status of a client who comes when the backlog has room, after a crowd that does not come back."""
+    crowd = [asyncio.create_task(ask(http)) for _ in range(CROWD)]
+    await asyncio.sleep(1.0)
+    await backlog_below(http, 0.9 * BACKLOG_S)
+    answer = await ask(http)
+    await asyncio.gather(*crowd)
+    return answer.status
+
+
+async def backlog_below(http: httpx.AsyncClient, seconds: float) -> None:
+    """Wait until no more than so much is left to do."""
+    while await metric(http, "tminus_backlog_seconds") > seconds:  # noqa: ASYNC110  it is another process's
+        await asyncio.sleep(0.05)
+
+
 async def look(http: httpx.AsyncClient) -> Look:
     asked_s = time.perf_counter()
     lines = (await http.get("/metrics")).text.splitlines()
@@ -242,8 +344,10 @@ def judge(found: Flood, peak: float, who: str) -> list[Claim]:
     ]
 
 
-async def trial(url: str, seconds: float, load: float, seed: int, peak_s: float = 20.0) -> list[Claim]:
-    """Both floods; what was found."""
+async def trial(
+    url: str, seconds: float, load: float, seed: int, peak_s: float = 20.0, herd: int = HERD
+) -> list[Claim]:
+    """Both floods, the herd and the newcomer; what was found."""
     claims: list[Claim] = []
     async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
         peak = await watched_peak(http, peak_s)
@@ -252,6 +356,12 @@ async def trial(url: str, seconds: float, load: float, seed: int, peak_s: float 
             after = await watched_peak(http, peak_s)  # the machine may be faster or slower by now
             claims += judge(found, (peak + after) / 2, who)
             peak = after
+        took_s, tries = await stampede(http, herd)
+        claims += [
+            most(f"a herd of {herd} that does as told: seconds / ideal", took_s * peak / (herd * PLACES), 1.3),
+            most("its tries, median", statistics.median(tries), 3),
+        ]
+        claims.append(none("a client who comes when the backlog allows is refused", int(await newcomer(http) != 200)))
         assert await metric(http, "tminus_rows_active") == 0
     return claims
 

@@ -25,9 +25,10 @@ import httpx
 import sqlalchemy as sa
 
 from bench import servers
-from bench.crash import Server, make_spec
+from bench.servers import Server
 from tests import postgres
 from tests.trials.claims import Claim, least, most, none, report
+from tests.trials.crash import make_spec
 
 LEASE_S = 3.0
 OPEN = ("waiting", "running")

@@ -26,7 +26,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
 from bench import servers
-from bench.crash import Server
+from bench.servers import Server
 from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.trials.claims import Claim, least, none, report
 from tminus.service.client import AsyncClient, ClientError

@@ -1,6 +1,6 @@
 """Connections opened and dropped at random points: do rows, tasks, files and memory come back to where they were?
 
-    python -m bench.churn [--connections 1000] [--at-once 25]
+    .venv/bin/python -m tests.trials.churn [--connections 1000] [--at-once 25]
 
 Clients of every kind (POST /sample, a stream, a durable job's events, an upload) that go away at a random moment, by
 closing, by resetting the connection, or in the middle of what they send. A first round of as many warms up.
@@ -33,7 +33,7 @@ HANDSHAKE = (
 
 def main() -> None:
     """Measure and print; exit with 1 where something did not come back."""
-    parser = argparse.ArgumentParser(prog="python -m bench.churn", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--at-once", type=int, default=25)

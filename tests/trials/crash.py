@@ -1,6 +1,6 @@
 """kill -9, again and again, with jobs in flight: is any lost, doubled, or other than undisturbed?
 
-    python -m bench.crash [--kills 50] [--jobs 20]
+    .venv/bin/python -m tests.trials.crash [--kills 50] [--jobs 20]
 
 Each round brings the jobs in flight to --jobs, posts them with an Idempotency-Key each, kills the server at a random
 moment (also while they are being posted) and starts it again; what was not answered is posted again with the same key.
@@ -9,80 +9,25 @@ At the end every job's PNG is compared with the one that POST /sample gives for 
 
 import argparse
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench import servers
+from bench.servers import Server
 from tminus.model.catalogue import SAMPLERS
 
-READY_S = 120.0
 LONGEST_S = 5.0  # from the first request of a round to the kill
-
-
-class Server:
-    """A process that is killed and started again on one state folder and port."""
-
-    def __init__(
-        self,
-        checkpoint: Path,
-        state: Path,
-        flags: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        log: Path | None = None,
-    ) -> None:
-        """log: a file for what it logs; else it goes where ours goes."""
-        self.port = servers.free_port()
-        self.url = f"http://{servers.HOST}:{self.port}"
-        self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
-        self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
-        self._environment = servers.environment() | dict(env or {})
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start, and wait until it is ready."""
-        self._process = self._spawn()
-        deadline = time.monotonic() + READY_S
-        while True:
-            try:
-                if httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the server did not become ready")
-            time.sleep(0.02)
-
-    def _spawn(self) -> "subprocess.Popen[bytes]":
-        with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            return subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment, stderr=log)
-
-    def kill(self) -> None:
-        """SIGKILL: nothing of it runs any more when this returns."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-
-    def terminate(self) -> int:
-        """SIGTERM; returns the exit code."""
-        assert self._process is not None
-        self._process.terminate()
-        return self._process.wait(READY_S)
 
 
 def main() -> None:
     """Run, compare, print; exit with 1 if any promise was broken."""
-    parser = argparse.ArgumentParser(prog="python -m bench.crash", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=20)
