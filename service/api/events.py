@@ -28,7 +28,7 @@ from tminus.service.api.request.reading import read_query
 from tminus.service.api.services import Services
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
-from tminus.service.jobs.store.contract import OUTCOMES
+from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.jobs.views import JobView, held_view
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.spec import SampleSpec

@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.preview import Watch
 from tminus.service.worker.mailbox import Mailbox
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Key, Outcome, Place
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, Outcome, Place
 from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.preview import Watch
@@ -100,7 +101,7 @@ class Jobs:
         key = Key(chosen, "", owner, is_chosen=True)
         for lifecycle in self.by_store():
             with unless_retired(lifecycle):
-                if (job_id := await lifecycle.store.id_of(key)) is not None:
+                if (job_id := await lifecycle.store.call(JobStore.id_of, key)) is not None:
                     return job_id
         raise _not_found(chosen)
 
@@ -111,13 +112,13 @@ class Jobs:
             asked = [view.record.id for view in views if view.record.webhook is not None and view.model == model]
             if (lifecycle := self._lifecycles.get(model)) is not None:
                 with suppress(StorageFailed):
-                    found = await lifecycle.store.deliveries(asked)
+                    found = await lifecycle.store.call(JobStore.deliveries, asked)
                     known |= {job_id: tuple(each) for job_id, each in found.items()}
         return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
 
     async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
         """View a job as its webhook is told of it. Raises JobNotFound, and StorageFailed."""
-        record = await lifecycle.store.get(job_id)
+        record = await lifecycle.store.call(JobStore.get, job_id)
         if record is None:
             raise _not_found(job_id)
         if record.outcome is None:
@@ -135,7 +136,7 @@ class Jobs:
         for lifecycle in self.by_store(job_id):
             record = None
             with unless_retired(lifecycle):
-                record = await lifecycle.store.get(job_id)
+                record = await lifecycle.store.call(JobStore.get, job_id)
             if record is not None:
                 return kept_view(record, lifecycle.model, lifecycle.model_name)
         return None
@@ -256,7 +257,7 @@ class Jobs:
         lifecycle = self._lifecycles.get(view.model)
         if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
-        return await lifecycle.store.holder(view.record.id)
+        return await lifecycle.store.call(JobStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
         """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or is not held here."""
@@ -293,7 +294,7 @@ async def _kept_views(
     if not outcomes:
         return []
     held = None if len(is_open) != 1 else "running" in is_open
-    records = await lifecycle.store.page(before, outcomes, limit, owner, held=held)
+    records = await lifecycle.store.call(JobStore.page, before, outcomes, limit, owner, held=held)
     return [kept_view(record, lifecycle.model, lifecycle.model_name) for record in records]
 
 
@@ -302,7 +303,7 @@ async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) 
     if not lifecycle.store.shared:
         return False
     try:
-        record = await lifecycle.store.get(job_id)
+        record = await lifecycle.store.call(JobStore.get, job_id)
     except StorageFailed as error:
         if error.damaged:
             return False

@@ -14,7 +14,8 @@ from contextlib import suppress
 from tminus.service.errors import Overloaded, StorageFailed
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, Key, Pace
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -75,18 +76,18 @@ class Leases:
     async def look(self) -> None:
         """See what all replicas have to do. Raises StorageFailed."""
         self._asked_s, self._line = time.perf_counter(), Line()
-        load = await self._store.load()
+        load = await self._store.call(JobStore.load)
         self.load = None if self.ended else load
 
-    async def claim(self) -> list[JobRecord]:
+    async def claim(self) -> Claimed:
         """Hold what nobody holds and there is room for. The caller has the store's turn, and works on it at once."""
         if not self._worker.ready or any(job.state is HeldState.WAITING for job in self._held.values()):  # for slots
-            return []
+            return Claimed()
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
         oldest_us = min((job.record.created_us for job in self._held.values()), default=None)
         intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
-        claimed = await self._store.claim(
-            self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
+        claimed = await self._store.call(
+            JobStore.claim, self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
         )
         self._least_waiting = intake.refused
         return claimed
@@ -99,7 +100,7 @@ class Leases:
     async def last_is_claimed(self) -> bool:
         """Whether no job of these weights is left that this replica, which serves them no more, should take on."""
         try:
-            return self.others_serve or (await self._store.load()).jobs == 0
+            return self.others_serve or (await self._store.call(JobStore.load)).jobs == 0
         except StorageFailed:
             return False
 
@@ -123,7 +124,7 @@ class Leases:
     ) -> Outlook | None:
         """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
         self._worker.check_open()
-        work, load = work_of(record.spec, self._info, self._model), await self._store.load()
+        work, load = work_of(record.spec, self._info, self._model), await self._store.call(JobStore.load)
         outlook = self._admission.leave_to_any(
             work, load, now_s=time.perf_counter(), deadline_s=deadline_s, has_picture=inputs is not None
         )

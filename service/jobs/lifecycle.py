@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence, ValuesView
+from collections.abc import Callable, Coroutine, ValuesView
 from contextlib import suppress
 from dataclasses import replace
 
@@ -29,7 +29,8 @@ from tminus.service.errors import (
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, LeaseLost, Outcome
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import Claimed, JobRecord, LeaseLost, Outcome
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Pace, Watch
@@ -104,11 +105,11 @@ class Lifecycle:
         if self._deliver is not None:
             self._spawn_beside(self._deliver(self))
 
-    def take_on(self, records: Sequence[JobRecord]) -> None:
+    def take_on(self, claimed: Claimed) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
-        for _ in range(self.store.take_damaged()):
+        for _ in range(claimed.damaged):
             self.metrics.durable_job_ended("failed")
-        found = [record for record in records if record.id not in self._held]
+        found = [record for record in claimed.jobs if record.id not in self._held]
         for record in found:
             job = self._hold(record)
             with traced("resume", {"tminus.job.id": record.id}):  # what is done for it is a part of that
@@ -204,7 +205,7 @@ class Lifecycle:
         self._look_idle()
         if self.store.shared:
             with suppress(StorageFailed):  # then its lease ends
-                await self.store.release(job.record.id)
+                await self.store.call(JobStore.release, job.record.id)
             if job.may_become(HeldState.ENDING):  # nothing else has become of it meanwhile
                 self._drop(job, HeldState.LOST)
 
@@ -214,7 +215,7 @@ class Lifecycle:
         self.unwatch(job, watch)
         if begun:
             with suppress(StorageFailed):  # then it is owed when the job is done
-                await self.store.started(job.record)
+                await self.store.call(JobStore.started, job.record)
 
     # --- for the commands of clients ---
 
@@ -241,7 +242,7 @@ class Lifecycle:
 
     async def cancel_elsewhere(self, record: JobRecord) -> bool:
         """End a job that another replica holds, or nobody; False if it has ended. Its holder learns it by renewing."""
-        cancelled = self.store.shared and await self.store.cancel(record.id)
+        cancelled = self.store.shared and await self.store.call(JobStore.cancel, record.id)
         if not cancelled:
             return False
         if (job := self.find(record.id)) is not None:
@@ -326,8 +327,8 @@ class Lifecycle:
         until_s = math.inf if self.store.shared else time.monotonic() + FILE_AWAY_S
         while True:
             try:
-                snapshot = await self.store.snapshot(record.id, self._fingerprint)
-                return snapshot, await self.store.inputs(record.id) if record.spec.image_sha256 else None
+                snapshot = await self.store.call(JobStore.snapshot, record.id, self._fingerprint)
+                return snapshot, await self.store.call(JobStore.inputs, record.id) if record.spec.image_sha256 else None
             except StorageFailed as error:
                 if error.damaged or time.monotonic() > until_s:
                     raise
@@ -354,7 +355,7 @@ class Lifecycle:
         if not self._crash_is_counted:
             self._crash_is_counted = True
             with suppress(StorageFailed):
-                await self.store.crashed(crashed)
+                await self.store.call(JobStore.crashed, crashed)
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:

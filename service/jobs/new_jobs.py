@@ -13,7 +13,8 @@ from weakref import WeakValueDictionary
 from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFailed
 from tminus.service.jobs.jobs import Jobs, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.store.contract import JobRecord, Key, now_us
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import Inputs, SampleSpec
@@ -50,7 +51,7 @@ class NewJobs:
             for store in [each.store for each in self._jobs.by_store()]:
                 if store.shared and store.failure is None:
                     with suppress(StorageFailed):
-                        found.update(await store.open_jobs(owner))
+                        found.update(await store.call(JobStore.open_jobs, owner))
         finally:
             self._counts = [each for each in self._counts if each is not count]
         return len(found - self._known(owner))
@@ -187,7 +188,7 @@ class NewJobs:
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):
-                found = await lifecycle.store.find(key)
+                found = await lifecycle.store.call(JobStore.find, key)
             if found is None:
                 continue
             record, same = found
@@ -204,7 +205,7 @@ class NewJobs:
 
 async def _check_owed(lifecycle: Lifecycle, owner: str, receiver: str) -> None:
     """Raise Overloaded where a receiver is owed too much of an owner's jobs: what others are owed is theirs."""
-    if await lifecycle.store.number_owed(owner, receiver, MOST_OWED) >= MOST_OWED:
+    if await lifecycle.store.call(JobStore.number_owed, owner, receiver, MOST_OWED) >= MOST_OWED:
         raise Overloaded(
             f"{MOST_OWED} events wait for the receiver {receiver} to take them",
             retry_after_s=OWED_S, field="webhook", value=receiver, bound="a receiver that answers",

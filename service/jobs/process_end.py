@@ -21,7 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import JobStore, listed
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import listed
 from tminus.service.worker.loop import Part
 
 log = logging.getLogger(__name__)

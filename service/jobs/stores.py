@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results, ResultStore
 
 

@@ -34,7 +34,7 @@ from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.system import model_routes, system_routes
 from tminus.service.jobs.process_end import EndFile
-from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.metrics import Metrics

@@ -18,8 +18,9 @@ from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
-from tminus.service.jobs.store.contract import JobStore, listed
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.opening import open_store, state_folder
+from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.signing import read_secrets, read_secrets_of

@@ -27,7 +27,8 @@ from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import OUTCOMES, JobStore
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.views import JobStatuses
@@ -313,6 +314,6 @@ class Parts:
     @staticmethod
     async def _keeps_jobs(part: _Part) -> bool:
         try:
-            return bool(await part.lifecycle.store.page(None, OUTCOMES, 1) or part.lifecycle.all())
+            return bool(await part.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or part.lifecycle.all())
         except StorageFailed:
             return True

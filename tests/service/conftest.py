@@ -24,7 +24,7 @@ from tminus.model.weights import hash_weights
 from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.sharing import Policy, Sharing

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tminus.service.api.request.fields import Int, RequestSchema
 from tminus.service.api.request.schemas import MAX_INDEX
-from tminus.service.jobs.store.contract import Place
+from tminus.service.jobs.store.records import Place
 from tminus.service.jobs.views import STATES
 
 MAX_PAGE = 200

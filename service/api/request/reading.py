@@ -27,7 +27,7 @@ from tminus.service.errors import (
     UnsupportedEncoding,
     short,
 )
-from tminus.service.jobs.store.contract import Key
+from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.webhooks.webhook import Webhook, origin_of
 from tminus.service.model_info import Limits
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.store.contract import ObjectGone, StoredObject
+from tminus.service.jobs.store.records import ObjectGone, StoredObject
 
 # An object is about to be written, or was; the row of its job refers to it; nobody does, and it is to be deleted.
 PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import JobStore, now_us
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import now_us
 from tminus.service.jobs.store.sqlite_file import IN_MEMORY, DiskFull
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 

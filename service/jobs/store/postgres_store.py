@@ -18,10 +18,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.store.contract import JobRecord, Key, Pace, now_us
+from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.postgres_sweep import forget_gone, may_sweep, unserved_weights
 from tminus.service.jobs.store.postgres_tables import FORMAT, format_of, lacks_table, make_postgres_tables, texts
-from tminus.service.jobs.store.sql_store import RECORD_BYTES, SqlStore
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 from tminus.service.jobs.webhooks.rows import kept_bytes, webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -36,7 +36,7 @@ _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_00
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 
 
-class PostgresStore(SqlStore):
+class PostgresStore(JobStore):
     """The jobs of one set of weights, as one replica has them. Owns its engine."""
 
     shared = True
@@ -77,14 +77,11 @@ class PostgresStore(SqlStore):
     def _know_time(self, told: Any, asked_us: int) -> None:
         self._ahead_us = round(float(told) * 1e6) - (asked_us + _steady_us()) // 2
 
-    # --- JobStore ---
-
     def now_us(self) -> int:
         """See JobStore. As far as the clocks were apart at the last renewal."""
         return _steady_us() + self._ahead_us
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """See JobStore."""
         try:
             return super().add(job, key, inputs, held=held)
         except _Taken:  # by another replica, since this one looked
@@ -97,8 +94,7 @@ class PostgresStore(SqlStore):
 
     def claim(
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
-    ) -> list[JobRecord]:
-        """See JobStore."""
+    ) -> Claimed:
         jobs, can = self._tables.jobs, (fingerprint, rows, tables)
         held = {
             "replica": self._replica,
@@ -118,7 +114,7 @@ class PostgresStore(SqlStore):
             if chosen:
                 run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
         self._fences |= {row.id: row.fence + 1 for row in chosen}
-        return self._records_or_end(chosen)
+        return self._claimed(chosen)
 
     def _free(self, can: tuple[str, int, Collection[str]], *order: Any, begun: bool = False) -> sa.Select[Any]:
         """Lock the first jobs, in some order, that this replica may claim with its build, rows and tables."""
@@ -143,7 +139,6 @@ class PostgresStore(SqlStore):
         return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def holder(self, job_id: str) -> str | None:
-        """See JobStore."""
         jobs, replicas = self._tables.jobs, self._replicas
         query = sa.select(replicas.c.address).join(jobs, jobs.c.replica == replicas.c.id)
         query = query.where(jobs.c.id == job_id, self._living, *self._its_weights())
@@ -152,7 +147,6 @@ class PostgresStore(SqlStore):
         return address
 
     def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
-        """See JobStore."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
@@ -176,7 +170,6 @@ class PostgresStore(SqlStore):
         return frozenset(self._fences)
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """See JobStore."""
         jobs, replicas = self._tables.jobs, self._replicas
         living = sa.select(replicas.c.weights).where(replicas.c.lease_until > sa.func.clock_timestamp())
         query = sa.select(jobs.c.weights, jobs.c.id).where(jobs.c.outcome.is_(None), jobs.c.weights.not_in(living))
@@ -208,13 +201,11 @@ class PostgresStore(SqlStore):
         return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0), least_s)
 
     def release(self, job_id: str) -> None:
-        """See JobStore."""
         free = sa.update(self._tables.jobs).where(*self._held([job_id])).values(replica=None, lease_until=None)
         with self._transaction() as run:
             run(free)
 
     def cancel(self, job_id: str) -> bool:
-        """See JobStore."""
         tables, jobs = self._tables, self._tables.jobs
         mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
         ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())
@@ -249,7 +240,6 @@ class PostgresStore(SqlStore):
             return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
 
     def check(self, *, write: bool) -> None:
-        """See JobStore."""
         with self._transaction() as run:
             if write:  # no row, and yet what a database that may only be read refuses
                 run(sa.update(self._replicas).where(sa.false()).values(fingerprint=""))
@@ -268,7 +258,7 @@ class PostgresStore(SqlStore):
         finally:
             self._engine.dispose()
 
-    # --- what SqlStore asks ---
+    # --- what JobStore asks ---
 
     def _mine(self) -> Conditions:
         jobs = self._tables.jobs

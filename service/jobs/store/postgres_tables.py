@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.tables import Tables, make_tables
 
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none

@@ -19,7 +19,8 @@ from typing import Protocol, TypeVar
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, JobStore, LeaseLost, ObjectGone, StoredObject
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import JobRecord, LeaseLost, ObjectGone, StoredObject
 from tminus.service.spec import Images
 from tminus.service.tracing import traced
 
@@ -75,11 +76,11 @@ class ResultStore(AsyncStore):
 
     @property
     def failure(self) -> StorageFailed | None:
-        """See AsyncStore; of the object store too."""
+        """Why the last attempt to write failed, to the database or to the object store."""
         return super().failure or self._objects_failure
 
     async def check(self) -> None:
-        """See AsyncStore."""
+        """See whether jobs can be kept, their large results too."""
         await super().check()
         if self._objects_failure is not None:
             try:
@@ -90,7 +91,7 @@ class ResultStore(AsyncStore):
                 self._objects_failure = None
 
     async def finish(self, job: JobRecord, images: Images | StoredObject | None) -> None:
-        """See JobStore. An object that was written, when the database cannot be written to, serves the next try."""
+        """Keep how a job ended. An object that was written while the database was away serves the next try."""
         if images is None or isinstance(images, StoredObject) or images.nbytes <= self._above_bytes:
             await super().finish(job, images)
             return
@@ -112,7 +113,7 @@ class ResultStore(AsyncStore):
 
     async def _uploaded(self, job_id: str, key: str, images: Images) -> StoredObject:
         """Write an object under a key that no other replica has, so that none is ever written over."""
-        await self._write(self._store.note_object, job_id, key)
+        await self.call(JobStore.note_object, job_id, key)
         try:
             async with self._turns:
                 data, sha256 = await asyncio.to_thread(_packed, images)
@@ -126,12 +127,12 @@ class ResultStore(AsyncStore):
 
     async def _give_up(self, key: str) -> None:
         try:
-            await self._write(self._store.give_up_object, key)
+            await self.call(JobStore.give_up_object, key)
         except StorageFailed:  # it is known since it was noted, and goes in an hour
             log.warning("the object %s is not needed, and goes later", key)
 
     async def images(self, job_id: str) -> Images | None:
-        """See JobStore."""
+        """Read the images of a job that is done."""
         found = await self._found(job_id)
         if not isinstance(found, StoredObject):
             return found
@@ -143,15 +144,15 @@ class ResultStore(AsyncStore):
             return await asyncio.to_thread(_unpacked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """See JobStore. Deletes some of the objects that no job refers to as well."""
+        """Delete some of the jobs as AsyncStore does, and some of the objects that no job refers to."""
         more = await super().sweep(before_us, max_bytes, owed_after_us)
-        keys = await self._call(self._store.take_unneeded_objects)
+        keys = await self.call(JobStore.take_unneeded_objects)
         if keys:
             try:
                 await _logged(self._objects.delete(keys))
             except StorageFailed:  # they are taken again
                 return more
-            await self._call(self._store.forget_objects, keys)
+            await self.call(JobStore.forget_objects, keys)
             log.info("%d objects that no job refers to were deleted", len(keys))
         return more or bool(keys)
 

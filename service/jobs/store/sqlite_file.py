@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tminus.service.jobs.store.contract import listed
+from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.wal import HEADER, Cut, find_damage
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import JobRecord, Key, Pace, now_us
-from tminus.service.jobs.store.sql_store import SqlStore
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, now_us
 from tminus.service.jobs.store.sqlite_file import (
     APPLICATION_ID,
     BUSY_S,
@@ -30,8 +30,6 @@ from tminus.service.jobs.store.sqlite_file import (
 from tminus.service.jobs.store.tables import make_tables
 from tminus.service.jobs.store.wal import FRAME, HEADER
 from tminus.service.jobs.webhooks.delivery_store import Run
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
@@ -42,7 +40,7 @@ WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the fi
 SPARE_BYTES = 8 * 2**20  # the same, where file and WAL have more room that nothing needs
 
 
-class SqliteStore(SqlStore):
+class SqliteStore(JobStore):
     """Owns one connection, which locks out all other processes. Raises ValueError for a file that cannot be used."""
 
     shared, lease_s = False, math.inf
@@ -88,7 +86,7 @@ class SqliteStore(SqlStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
-            self.claim()  # what the server reads first: if this fails it must not start
+            self._unended()  # what the server reads first: if this fails it must not start
             with self._transaction() as run:
                 self._deliveries.let_go_all(run)
             self._begin_wal()
@@ -115,39 +113,23 @@ class SqliteStore(SqlStore):
         assert isinstance(connection, sqlite3.Connection)
         return connection
 
-    # --- JobStore ---
-
     def now_us(self) -> int:
-        """See JobStore."""
         return now_us()
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """See JobStore."""
         self._check_there()
         return super().add(job, key, inputs, held=held)
 
-    def claim(
-        self,
-        _fingerprint: str = "",
-        _intake: Intake | None = None,
-        _begun_places: float = 0.0,
-        _rows: int = 0,
-        _tables: Collection[str] = (),
-    ) -> list[JobRecord]:
-        """See JobStore. There is no other replica, so these are all that have not ended."""
+    def claim(self, *_asked: object) -> Claimed:
+        """Hold all jobs that have not ended: there is no other replica."""
+        return self._claimed(self._unended())
+
+    def _unended(self) -> Sequence[Any]:
         jobs = self._tables.jobs
         query = sa.select(*self._record_columns).where(jobs.c.outcome.is_(None)).order_by(jobs.c.arrival)
         with self._transaction() as run:
-            rows = run(query).all()
-        return self._records_or_end(rows)
-
-    def holder(self, _job_id: str) -> str | None:
-        """See JobStore."""
-        return None
-
-    def renew(self, _fingerprint: str, _pace: Pace, _known: Collection[str]) -> frozenset[str]:
-        """See JobStore."""
-        raise NotImplementedError("a file has no leases")
+            rows: Sequence[Any] = run(query).all()
+        return rows
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
         """See JobStore. Those of the files beside this one that no other server has open."""
@@ -158,20 +140,7 @@ class SqliteStore(SqlStore):
         found = {weights: unended(each) for weights, each in files.items() if weights not in hashes}
         return {weights: job_ids for weights, job_ids in found.items() if job_ids}
 
-    def load(self) -> ClusterLoad:
-        """See JobStore."""
-        raise NotImplementedError("there is one server")
-
-    def release(self, _job_id: str) -> None:
-        """See JobStore."""
-        raise NotImplementedError("a file has no leases")
-
-    def cancel(self, _job_id: str) -> bool:
-        """See JobStore."""
-        raise NotImplementedError("who has the file has the job")
-
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """See JobStore."""
         with self._transaction() as run:
             swept = self._sweep(run, before_us, max_bytes, owed_after_us)
         return swept > 0 or self._shrink()
@@ -222,7 +191,6 @@ class SqliteStore(SqlStore):
         self._begun_at = self._driver.total_changes
 
     def check(self, *, write: bool) -> None:
-        """See JobStore."""
         self._check_there()
         if write:
             with self._transaction() as run:
@@ -243,7 +211,6 @@ class SqliteStore(SqlStore):
             raise StorageFailed(f"the job store's file is gone: {reason}. The server must be restarted")
 
     def close(self) -> None:
-        """See JobStore."""
         if not self._connection.closed:
             with suppress(sqlite3.Error):  # it has a row only where there was no room to begin the last WAL
                 self._driver.execute("DELETE FROM wal_follows")

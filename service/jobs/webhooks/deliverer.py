@@ -18,6 +18,7 @@ import httpx
 
 from tminus.service.errors import Draining, InvalidField, ServiceError, StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.names import NamesBusy
 from tminus.service.jobs.webhooks.receivers import Allowed
@@ -102,7 +103,7 @@ class Deliverer:
             heapq.heappop(self._due_s)
         if (room := self._slots.room()) is None:
             return
-        found = await self._store.claim_deliveries(room, HELD_S)
+        found = await self._store.call(JobStore.claim_deliveries, room, HELD_S)
         if len(found) == room.most:
             self._store.owes.set()
         for delivery in found:
@@ -129,7 +130,7 @@ class Deliverer:
     async def _attempt(self, delivery: Delivery) -> None:
         try:
             ended, again_in_s, counts = await self._ended(delivery)
-            if not await self._store.settle(ended, again_in_s, counts=counts):
+            if not await self._store.call(JobStore.settle, ended, again_in_s, counts=counts):
                 log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
             elif ended.state != "pending":
                 self._metrics.webhook_ended(ended.state)

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.webhooks.rows import DeliveryRows
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import Delivery
@@ -38,28 +38,34 @@ class DeliveryStore:
         return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
     def started(self, job: JobRecord) -> None:
-        """See JobStore."""
+        """Owe it to a job's webhook that the job has begun, if it is held and has not ended, and that is wanted."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
                 self._deliveries.owe(run, job.id, job.webhook, ["start"])
 
     def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
-        """See JobStore."""
+        """Hold deliveries that are due, for so long, and count an attempt of each; nobody else has them meanwhile.
+
+        Of each owner, and of each of its receivers, in turn. None of jobs that a newer version made.
+        """
         with self._transaction() as run:
             return self._deliveries.claim(run, [*self._here(), *self._understood()], room, held_s)
 
     def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
-        """See JobStore."""
+        """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
+
+        again_in_s: until the next one, if it is still pending. counts: False where nothing was attempted after all.
+        """
         with self._transaction() as run:
             return self._deliveries.settle(run, delivery, again_in_s, counts=counts)
 
     def number_owed(self, owner: str, receiver: str, most: int) -> int:
-        """See JobStore."""
+        """How many deliveries of an owner's jobs to a receiver are pending, counted up to this number."""
         with self._transaction() as run:
             return self._deliveries.number_of(run, owner, receiver, most)
 
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
-        """See JobStore."""
+        """All that was owed of jobs so far, by job."""
         with self._transaction() as run:
             return self._deliveries.of(run, job_ids)

@@ -12,7 +12,7 @@ from tests.service.fakes import INFO, make_spec, wait_until
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.recommended import Recommended
 from tminus.service.api.answers.documents import JobAnswer, LimitsAnswer
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import LatentInfo
 

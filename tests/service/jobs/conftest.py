@@ -11,11 +11,11 @@ from tests import postgres as postgres_server
 from tests import s3 as s3_server
 from tests.postgres import Postgres
 from tests.s3 import BUCKET, S3
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.postgres import open_postgres
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.results import Results, ResultStore
-from tminus.service.jobs.store.sql_store import SqlStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.spec import Images
 
@@ -69,7 +69,7 @@ def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 class Shelf(Protocol):
     """Where stores of one kind keep one set of jobs."""
 
-    def open(self) -> SqlStore:
+    def open(self) -> JobStore:
         """As a new process does; it is closed at the end."""
 
     def change(self, statement: str, **values: object) -> int:
@@ -85,7 +85,7 @@ class Shelf(Protocol):
 class FileShelf:
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.opened: list[SqlStore] = []
+        self.opened: list[JobStore] = []
 
     def open(self) -> SqliteStore:
         store = SqliteStore(self._file)
@@ -105,13 +105,13 @@ class FileShelf:
 class DatabaseShelf:
     def __init__(self, url: str, lease_s: float = 15.0) -> None:
         self.url, self.namespace, self.lease_s = url, f"test_{uuid.uuid4().hex[:12]}", lease_s
-        self.opened: list[SqlStore] = []
+        self.opened: list[JobStore] = []
 
-    def opener(self) -> Callable[[str], SqlStore]:
+    def opener(self) -> Callable[[str], JobStore]:
         """That of a new replica."""
         return open_postgres(self.url, self.namespace, self.lease_s)
 
-    def open(self, weights_hash: str = WEIGHTS) -> SqlStore:
+    def open(self, weights_hash: str = WEIGHTS) -> JobStore:
         store = self.opener()(weights_hash)
         self.opened.append(store)
         return store
@@ -135,11 +135,11 @@ class ObjectShelf:
 
     def __init__(self, shelf: "FileShelf | DatabaseShelf", bucket: Bucket) -> None:
         self._shelf, self._bucket = shelf, bucket
-        self.opened: list[SqlStore] = []
+        self.opened: list[JobStore] = []
         self.change, self.read = shelf.change, shelf.read
 
-    def open(self) -> SqlStore:
-        store = cast(SqlStore, WithObjects(self._shelf.open(), Results(self._bucket.objects(), 0)))
+    def open(self) -> JobStore:
+        store = cast(JobStore, WithObjects(self._shelf.open(), Results(self._bucket.objects(), 0)))
         self.opened.append(store)
         return store
 
@@ -155,7 +155,7 @@ class ObjectShelf:
 class WithObjects:
     """A ResultStore that is called as the store below it is."""
 
-    def __init__(self, store: SqlStore, results: Results) -> None:
+    def __init__(self, store: JobStore, results: Results) -> None:
         self._below, self._results, self._runner = store, ResultStore(store, results, "folder"), asyncio.Runner()
         self._is_closed = False
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from tests.service.fakes import make_spec
-from tminus.service.jobs.store.contract import JobRecord, Outcome
+from tminus.service.jobs.store.records import JobRecord, Outcome
 from tminus.service.spec import SampleSpec, Snapshot
 
 PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)

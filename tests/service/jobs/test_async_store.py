@@ -13,8 +13,9 @@ from tests.service.jobs.conftest import DatabaseShelf
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import async_store
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, Key, Outcome, Pace
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
+from tminus.service.jobs.store.records import JobRecord, Key, Outcome, Pace
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
@@ -57,13 +58,17 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.get("a"), store.claim("build", Intake(1.0), 1.0, 64)):
+        for call in (
+            store.add(job("a"), None, None),
+            store.call(JobStore.get, "a"),
+            store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64),
+        ):
             with pytest.raises(StorageFailed, match=r"has not answered for 0\.05 s"):
                 await call
         assert store.failure is not None
         disk.thaw.set()
         monkeypatch.setattr(async_store, "CALL_S", PATIENCE_S)
-        assert await store.get("a") is None, "who was told that it is not kept finds no such job later"
+        assert await store.call(JobStore.get, "a") is None, "who was told that it is not kept finds no such job later"
         assert await store.add(job("b"), None, None)
         assert store.failure is None
         store.close()
@@ -81,12 +86,12 @@ def test_a_call_that_nobody_waits_for_any_more_is_not_made_when_its_turn_comes(
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.crashed(["b"])):
+        for call in (store.add(job("a"), None, None), store.call(JobStore.crashed, ["b"])):
             with pytest.raises(StorageFailed, match="has not answered"):
                 await call
         disk.thaw.set()
         monkeypatch.setattr(async_store, "CALL_S", PATIENCE_S)
-        await store.crashed(["c"])
+        await store.call(JobStore.crashed, ["c"])
         store.close()
 
     asyncio.run(ask())
@@ -115,16 +120,22 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         assert await store.add(job("a"), Key("k", "h"), None)
         no_places: list[Outcome | None] = []
         reads: list[Coroutine[Any, Any, object]] = [
-            store.get("a"), store.find(Key("k", "h")), store.id_of(Key("k", "h")), store.holder("a"),
-            store.page(None, no_places, 1), store.number_owed("", "https://x.example", 1), store.deliveries(["a"]),
-            store.images("a"), store.open_jobs(""),
-        ]  # fmt: skip
+            store.call(JobStore.get, "a"),
+            store.call(JobStore.find, Key("k", "h")),
+            store.call(JobStore.id_of, Key("k", "h")),
+            store.call(JobStore.holder, "a"),
+            store.call(JobStore.page, None, no_places, 1),
+            store.call(JobStore.number_owed, "", "https://x.example", 1),
+            store.call(JobStore.deliveries, ["a"]),
+            store.images("a"),
+            store.call(JobStore.open_jobs, ""),
+        ]
         asked = [asyncio.create_task(read) for read in reads]
         await asyncio.sleep(0)
         store.holders.append(lambda: ["a"])
         async with asyncio.timeout(PATIENCE_S / 2):
             assert await store.renew("build", Pace(1.0, 1.0)) == {"a"}
-            await store.claim("build", Intake(1.0), 1.0, 64)
+            await store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
         assert not any(each.done() for each in asked), "each waits for the first"
         goes_on.set()
         found = await asyncio.gather(*asked)
@@ -147,7 +158,7 @@ def test_whether_jobs_can_be_kept_is_known_from_the_last_attempt_to_write(disk: 
         assert store.failure is None, "nothing was to be written"
         with pytest.raises(StorageFailed):
             await store.add(job("a"), None, None)
-        assert await store.get("a") is None
+        assert await store.call(JobStore.get, "a") is None
         assert store.failure is not None, "reading says nothing of it"
         with pytest.raises(StorageFailed):
             await store.check()

@@ -4,7 +4,7 @@ import pytest
 
 from tests.service.fakes import make_spec
 from tminus.service.jobs.held_job import LAST_STATES, TRANSITIONS, HeldJob, HeldState
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.preview import Pace, Watch
 from tminus.service.worker.mailbox import Mailbox
 

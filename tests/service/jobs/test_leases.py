@@ -24,8 +24,8 @@ from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, Pace
 from tminus.service.jobs.store.postgres_store import PostgresStore
+from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -438,7 +438,7 @@ def test_a_job_goes_after_those_of_its_length_that_wait_in_the_table(
     monkeypatch.setattr(leases, "AHEAD_S", 0.1)
     claim, looks = PostgresStore.claim, list[float]()
 
-    def told(store: PostgresStore, fingerprint: str, intake: Intake, *rest: Any) -> list[JobRecord]:
+    def told(store: PostgresStore, fingerprint: str, intake: Intake, *rest: Any) -> Claimed:
         looks.append(math.inf)
         claimed = claim(store, fingerprint, intake, *rest)
         looks[-1] = intake.refused

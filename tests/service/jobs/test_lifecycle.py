@@ -13,7 +13,7 @@ from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import jobs as jobs_module
 from tminus.service.jobs import lifecycle
-from tminus.service.jobs.store.contract import JobRecord, now_us
+from tminus.service.jobs.store.records import JobRecord, now_us
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 # --- the store fails ---

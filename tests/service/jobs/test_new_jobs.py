@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -13,12 +13,17 @@ import pytest
 from tests.service.fakes import PATIENCE_S, make_spec
 from tminus.service.errors import QuotaExceeded
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.store.contract import JobRecord, Key
+from tminus.service.jobs.store.records import JobRecord, Key
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.work import Outlook, Ticket
 
 
-class SlowStore:
+class FakeStore:
+    async def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        return await getattr(self, method.__name__)(*args)
+
+
+class SlowStore(FakeStore):
     shared = False
 
     def now_us(self) -> int:
@@ -58,7 +63,7 @@ async def accepted_at_once(webhook: Webhook | None) -> int:
     return sum(not isinstance(answer, BaseException) for answer in answers)
 
 
-class SharedStore:
+class SharedStore(FakeStore):
     """Its jobs are left to others, each at the moment that the test says."""
 
     shared, failure = True, None

@@ -11,8 +11,8 @@ from tests.service.durable import SPEC, post, wait_for
 from tests.service.fakes import make_spec
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
-from tminus.service.jobs.store.contract import JobRecord
 from tminus.service.jobs.store.opening import open_store
+from tminus.service.jobs.store.records import JobRecord
 
 WEIGHTS = "ab" * 32
 
@@ -51,7 +51,7 @@ def opens_when_there_is_room(folder: Path, make_full: Callable[[], Callable[[], 
         store.add(JobRecord("a", make_spec(), 2))
     make_room()
     assert store.add(JobRecord("a", make_spec(), 2))
-    assert [record.id for record in store.claim()] == ["old", "a"][not had_jobs :]
+    assert [record.id for record in store.claim().jobs] == ["old", "a"][not had_jobs :]
     store.close()
 
 

@@ -19,13 +19,13 @@ from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store import postgres_engine, postgres_store
-from tminus.service.jobs.store.contract import Key, LeaseLost, Pace, StoredObject
+from tminus.service.jobs.store.job_store import RECORD_BYTES
 from tminus.service.jobs.store.postgres import open_postgres, own_address
 from tminus.service.jobs.store.postgres_engine import connect
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.postgres_sweep import GONE, may_sweep
 from tminus.service.jobs.store.postgres_tables import FORMAT, format_of
-from tminus.service.jobs.store.sql_store import RECORD_BYTES
+from tminus.service.jobs.store.records import Key, LeaseLost, Pace, StoredObject
 from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -65,12 +65,12 @@ def expire(shelf: DatabaseShelf) -> None:
 def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     one.add(job("a"))
-    assert other.claim("build", Intake(MANY), MANY, ROWS) == []
+    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
     for _ in range(4):
         time.sleep(LEASE_S / 2)
         assert renew(one, "build", PACE) == {"a"}
-        assert other.claim("build", Intake(MANY), MANY, ROWS) == []
-    wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")])
+        assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
+    wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")])
     assert renew(one, "build", PACE) == frozenset()
     assert renew(other, "build", PACE) == {"a"}
 
@@ -80,7 +80,7 @@ def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf)
     one.add(job("a"))
     expire(soon)
     assert renew(one, "build", PACE) == {"a"}
-    assert soon.open().claim("build", Intake(MANY), MANY, ROWS) == []
+    assert soon.open().claim("build", Intake(MANY), MANY, ROWS).jobs == []
 
 
 def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database_heard_of_no_end(
@@ -93,8 +93,8 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
     expire(database)
     with suppress(StorageFailed), gone._transaction() as run:  # whose connection is closed
         run(sa.update(gone._tables.jobs).values(bytes=1))
-        assert other.claim("build", Intake(MANY), MANY, ROWS) == [], "it is locked"
-        wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")])
+        assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [], "it is locked"
+        wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")])
 
 
 def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShelf) -> None:
@@ -102,14 +102,14 @@ def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShel
     for name in ("a", "b"):
         gone.add(job(name))
     gone.release("a")
-    (released,) = left.claim("build", Intake(MANY), MANY, ROWS)
+    (released,) = left.claim("build", Intake(MANY), MANY, ROWS).jobs
     assert (released.id, released.left_behind) == ("a", False)
     expire(soon)
-    assert {each.id: each.left_behind for each in last.claim("build", Intake(MANY), MANY, ROWS)} == dict.fromkeys(
+    assert {each.id: each.left_behind for each in last.claim("build", Intake(MANY), MANY, ROWS).jobs} == dict.fromkeys(
         "ab", True
     )
     last.close()
-    assert not any(each.left_behind for each in left.claim("build", Intake(MANY), MANY, ROWS))
+    assert not any(each.left_behind for each in left.claim("build", Intake(MANY), MANY, ROWS).jobs)
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
@@ -117,7 +117,7 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
     expire(database)
-    assert awake.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
+    assert awake.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
     assert same(awake.snapshot("a", "build"), snapshot(seed=1))
@@ -134,9 +134,9 @@ def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: Dat
     one, other = database.open(), database.open()
     one.add(job("a"))
     expire(database)
-    assert other.claim("build", Intake(MANY), MANY, ROWS)
+    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs
     expire(database)
-    assert one.claim("build", Intake(MANY), MANY, ROWS)
+    assert one.claim("build", Intake(MANY), MANY, ROWS).jobs
     with pytest.raises(LeaseLost):
         other.finish(ended(job("a")))
     one.finish(ended(job("a")), PIXELS)
@@ -182,7 +182,7 @@ def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> No
 
     def take(store: PostgresStore) -> list[str]:
         found = []
-        while records := store.claim("build", Intake(0.0), 3 * SPECS[0].num_passes, ROWS):
+        while records := store.claim("build", Intake(0.0), 3 * SPECS[0].num_passes, ROWS).jobs:
             assert len(records) <= 3
             found += [record.id for record in records]
         return found
@@ -201,9 +201,8 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
     store = database.open()
 
     def claimed(places: float) -> int:
-        return len(
-            store.claim("build", Intake(0.0 if begun else places, [0.0], oldest_us=0), places if begun else 0.0, ROWS)
-        )
+        intake = Intake(0.0 if begun else places, [0.0], oldest_us=0)
+        return len(store.claim("build", intake, places if begun else 0.0, ROWS).jobs)
 
     assert claimed(0.0) == 0
     assert claimed(1.0) == 1, "a job may be larger than all the room"
@@ -216,8 +215,11 @@ def test_what_was_begun_comes_first_and_takes_the_room_of_new_jobs(database: Dat
         first.add(job(name), held=held)
     first.close()
     of_one = SPECS[0].num_passes
-    assert [record.id for record in store.claim("build", Intake(2.0 * of_one), MANY, ROWS)] == ["begun", "begun later"]
-    assert [record.id for record in store.claim("build", Intake(1.0), MANY, ROWS)] == ["new"]
+    assert [record.id for record in store.claim("build", Intake(2.0 * of_one), MANY, ROWS).jobs] == [
+        "begun",
+        "begun later",
+    ]
+    assert [record.id for record in store.claim("build", Intake(1.0), MANY, ROWS).jobs] == ["new"]
 
 
 def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none_that_is_older(
@@ -229,14 +231,14 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
     first.close()
     length = float(SPECS[0].num_passes)
     busy = Intake(length, [length], oldest_us=0)
-    assert store.claim("build", busy, MANY, ROWS) == []
+    assert store.claim("build", busy, MANY, ROWS).jobs == []
     assert busy.refused == length
     with_longer = Intake(length, [9 * length], oldest_us=0)
-    assert [record.id for record in store.claim("build", with_longer, MANY, ROWS)] == ["short"]
+    assert [record.id for record in store.claim("build", with_longer, MANY, ROWS).jobs] == ["short"]
     assert with_longer.refused == length
     newer = Intake(length, [length], oldest_us=2**60)
-    assert [record.id for record in store.claim("build", newer, MANY, ROWS)] == ["long"]
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, ROWS)] == ["short later", "middle"]
+    assert [record.id for record in store.claim("build", newer, MANY, ROWS).jobs] == ["long"]
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["short later", "middle"]
 
 
 def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
@@ -244,7 +246,7 @@ def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf
     one.add(job("a"))
     renew(one, "build", PACE)
     one.close()
-    assert other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
+    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
     assert database.read("SELECT count(*) FROM replicas WHERE lease_until > clock_timestamp()") == [(0,)]
 
 
@@ -254,7 +256,7 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
         one.add(job(name))
     one.release("a")
     one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS)] == ["a"]
+    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["a"]
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
     one.save({"a": snapshot(seed=2)}, "build")
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
@@ -266,9 +268,9 @@ def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf
     for name in ("known", "lost"):
         first.add(job(name))
     first.close()
-    assert len(one.claim("build", Intake(MANY), MANY, ROWS)) == 2
+    assert len(one.claim("build", Intake(MANY), MANY, ROWS).jobs) == 2
     assert one.renew("build", PACE, ["known"]) == {"known"}
-    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS)] == ["lost"]
+    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["lost"]
     assert one.renew("build", PACE, ["known"]) == {"known"}
 
 
@@ -277,8 +279,8 @@ def test_a_job_is_left_to_who_has_room_for_its_rows(database: DatabaseShelf) -> 
     first.add(job("large", SPECS[1]))
     first.add(job("small"))
     first.close()
-    assert [record.id for record in small.claim("build", Intake(MANY), MANY, 2)] == ["small"]
-    assert [record.id for record in large.claim("build", Intake(MANY), MANY, 3)] == ["large"]
+    assert [record.id for record in small.claim("build", Intake(MANY), MANY, 2).jobs] == ["small"]
+    assert [record.id for record in large.claim("build", Intake(MANY), MANY, 3).jobs] == ["large"]
 
 
 def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:
@@ -318,7 +320,7 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
     places = 2 * 3 * 2 * SPECS[1].num_passes
     assert _but_least(other.load()) == ClusterLoad(2, 400.0, 6.0, 2, places)
     assert [store.load().least_s for store in (one, other)] == pytest.approx([8.0, 4.0], abs=LEASE_S), "of the others"
-    assert [record.id for record in other.claim("build", Intake(1.0), MANY, ROWS)] == ["a"]
+    assert [record.id for record in other.claim("build", Intake(1.0), MANY, ROWS).jobs] == ["a"]
     assert _but_least(one.load()) == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -350,12 +352,14 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     renew(same_build, "build", PACE)
     renew(another, "another build", PACE)
     expire(soon)
-    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS)] == ["not begun"]
-    assert [record.id for record in same_build.claim("build", Intake(MANY), MANY, ROWS)] == ["a"]
+    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS).jobs] == ["not begun"]
+    assert [record.id for record in same_build.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["a"]
     expire(soon)
     same_build.close()
     time.sleep(LEASE_S)
-    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS)] == ["a"], "it starts over"
+    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS).jobs] == ["a"], (
+        "it starts over"
+    )
     assert renew(another, "another build", PACE) == {"a", "not begun"}
 
 
@@ -365,13 +369,13 @@ def test_a_job_of_a_table_is_left_to_servers_that_have_it(soon: DatabaseShelf) -
     has.add(job("plain"), held=False)
     renew(has, "with the table", PACE)
     renew(lacks, "without", PACE)
-    claimed = lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"])
+    claimed = lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]).jobs
     assert [record.id for record in claimed] == ["plain"]
-    assert [record.id for record in has.claim("with the table", Intake(MANY), MANY, ROWS, ["another", TABLE])] == [
+    assert [record.id for record in has.claim("with the table", Intake(MANY), MANY, ROWS, ["another", TABLE]).jobs] == [
         "tuned"
     ]
     expire(soon)
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]) == [], "nor one that was begun"
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]).jobs == [], "nor one that was begun"
 
 
 def test_a_job_of_a_table_that_no_server_has_is_claimed_after_a_while(soon: DatabaseShelf) -> None:
@@ -379,11 +383,11 @@ def test_a_job_of_a_table_that_no_server_has_is_claimed_after_a_while(soon: Data
     gone.add(job("tuned", SPEC_OF_TABLE), held=False)
     renew(gone, "with the table", PACE)
     renew(lacks, "without", PACE)
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS) == []
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS).jobs == []
     gone.close()
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS) == [], "it may be starting again"
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS).jobs == [], "it may be starting again"
     soon.change("UPDATE replicas SET lease_until = lease_until - interval '5 minutes' WHERE fingerprint <> 'without'")
-    assert [record.id for record in lacks.claim("without", Intake(MANY), MANY, ROWS)] == ["tuned"]
+    assert [record.id for record in lacks.claim("without", Intake(MANY), MANY, ROWS).jobs] == ["tuned"]
 
 
 def test_weights_and_namespaces_do_not_see_each_other(
@@ -396,7 +400,7 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
     one.close()
     assert other.get("j0") is None
-    assert other.claim("build", Intake(MANY), MANY, ROWS) == []
+    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
     assert not other.delete("j0")
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
@@ -509,9 +513,9 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
             read("begun")
     assert [record.id for record in old.page(None, [None], 10)] == ["old"]
     assert old.load().jobs == 1
-    assert [record.id for record in old.claim("build", Intake(MANY), MANY, ROWS)] == ["old"]
+    assert [record.id for record in old.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["old"]
     monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
-    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, ROWS)] == ["begun", "new"]
+    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, ROWS).jobs] == ["begun", "new"]
 
 
 def test_a_job_is_of_the_format_that_it_needs() -> None:
@@ -537,8 +541,8 @@ def test_the_time_is_the_databases_however_this_machines_clock_is_set(
     database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_us, hour_us = time.time_ns() // 1000, 3_600_000_000
-    for module in ("store", "postgres_store"):
-        monkeypatch.setattr(f"tminus.service.jobs.{module}.now_us", lambda: true_us + hour_us)
+    for module in ("records", "postgres_store"):
+        monkeypatch.setattr(f"tminus.service.jobs.store.{module}.now_us", lambda: true_us + hour_us)
     store = database.open()
     assert abs(store.now_us() - true_us) < 10_000_000
     store.add(replace(job("a"), created_us=true_us))
@@ -595,7 +599,7 @@ def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal_or_is_found_by
         return
     other = database.open()
     assert other.find(key) == (job("a"), True)
-    assert other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")], "and it is done"
+    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")], "and it is done"
 
 
 def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:

@@ -17,8 +17,8 @@ from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import object_rows
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import LeaseLost, ObjectGone, Pace
 from tminus.service.jobs.store.objects import S3Objects
+from tminus.service.jobs.store.records import LeaseLost, ObjectGone, Pace
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.intake import Intake
@@ -168,7 +168,7 @@ def test_a_result_is_read_by_every_replica_and_two_never_write_one_object(
     finishing.start()
     wait_until(lambda: states(database) == ["pending"])
     expire(database)
-    assert awake.below.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
+    assert awake.below.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
     awake.finish(at_us=3)
     asleep.objects.gate.set()
     finishing.join(PATIENCE_S)
@@ -248,7 +248,7 @@ def test_one_that_dies_as_it_keeps_a_result_leaves_a_job_that_goes_on_or_one_tha
     with pytest.raises(Died):
         dying.finish()
     expire(database)
-    found = other.below.claim("build", Intake(MANY), MANY, ROWS)
+    found = other.below.claim("build", Intake(MANY), MANY, ROWS).jobs
     assert found == ([] if last == "finish" else [job("a")])
     if found:
         other.finish()
@@ -280,7 +280,7 @@ def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
     with pytest.raises(Died):
         delete()
     assert other.images() is None
-    monkeypatch.setattr(object_rows, "AGAIN_US", 0)  # a minute goes by
+    monkeypatch.setattr(object_rows, "AGAIN_US", -60_000_000)  # a minute goes by
     other.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 
@@ -389,7 +389,7 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
     one.objects.before = set()
     one.sweep()
     assert len(bucket.keys()) == 1, "who took it has a minute"
-    monkeypatch.setattr(object_rows, "AGAIN_US", 0)
+    monkeypatch.setattr(object_rows, "AGAIN_US", -60_000_000)
     one.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 

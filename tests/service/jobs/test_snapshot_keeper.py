@@ -13,7 +13,8 @@ from tests.service.fakes import PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.metrics import Metrics
 from tminus.service.spec import Snapshot
@@ -69,11 +70,11 @@ def test_a_call_of_the_store_does_not_wait_for_a_copy_from_a_gpu(kept: Kept) -> 
         return SNAPSHOT
 
     kept.keep(read)
-    assert asyncio.run(kept.store.snapshot("a", "build")) is None
+    assert asyncio.run(kept.store.call(JobStore.snapshot, "a", "build")) is None
     assert not kept.keeper.due(1e9), "a round is under way"
     copied.set()
     kept.wait_for_the_end_of_the_round()
-    found = asyncio.run(kept.store.snapshot("a", "build"))
+    found = asyncio.run(kept.store.call(JobStore.snapshot, "a", "build"))
     assert found is not None
     assert (found.steps, found.x0_previous.tolist()) == (SNAPSHOT.steps, SNAPSHOT.x0_previous.tolist())
 
@@ -126,7 +127,7 @@ def test_a_round_that_cannot_be_kept_costs_what_it_took_and_others_follow(
     monkeypatch.undo()
     kept.keep()
     kept.wait_for_the_end_of_the_round()
-    assert asyncio.run(kept.store.snapshot("a", "build")) is not None
+    assert asyncio.run(kept.store.call(JobStore.snapshot, "a", "build")) is not None
 
 
 def test_a_round_that_cannot_be_read_is_left_out_and_others_follow(kept: Kept) -> None:
@@ -137,4 +138,4 @@ def test_a_round_that_cannot_be_read_is_left_out_and_others_follow(kept: Kept) -
     kept.wait_for_the_end_of_the_round()
     kept.keep()
     kept.wait_for_the_end_of_the_round()
-    assert asyncio.run(kept.store.snapshot("a", "build")) is not None
+    assert asyncio.run(kept.store.call(JobStore.snapshot, "a", "build")) is not None

@@ -17,9 +17,9 @@ import pytest
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
-from tminus.service.jobs.store.contract import OUTCOMES, Key
+from tminus.service.jobs.store.job_store import SWEEP_JOBS
 from tminus.service.jobs.store.opening import open_store
-from tminus.service.jobs.store.sql_store import SWEEP_JOBS
+from tminus.service.jobs.store.records import OUTCOMES, Key
 from tminus.service.jobs.store.sqlite_file import VERSION
 from tminus.service.jobs.store.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore
 
@@ -131,7 +131,7 @@ def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: Sqli
     copy = file.with_name("copy.sqlite3")
     copy.write_bytes(file.read_bytes())
     alone = SqliteStore(copy)
-    assert [record.id for record in alone.claim()] == ["a"]
+    assert [record.id for record in alone.claim().jobs] == ["a"]
     alone.close()
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: 
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
     with pytest.raises(StorageFailed, match="full"):
         store.finish(ended(job("a")), noise)
-    assert store.claim() == [job("a")], "all of it, or nothing"
+    assert store.claim().jobs == [job("a")], "all of it, or nothing"
     with pytest.raises(StorageFailed, match="full"):
         [store.add(job(f"more {k}")) for k in range(1000)]
     store._connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
@@ -177,7 +177,8 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: 
 def test_a_second_server_is_kept_out(store: SqliteStore, file: Path) -> None:
     store.add(job("a"))
     other = (
-        f"from service.jobs.sqlite_store import SqliteStore; from pathlib import Path; SqliteStore(Path({str(file)!r}))"
+        "from tminus.service.jobs.store.sqlite_store import SqliteStore\n"
+        f"from pathlib import Path\nSqliteStore(Path({str(file)!r}))"
     )
     result = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
     assert result.returncode != 0
@@ -192,7 +193,7 @@ def test_a_process_that_was_killed_leaves_what_it_had_committed(
 import os, signal
 from pathlib import Path
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(20):
@@ -201,7 +202,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     result = subprocess.run([sys.executable, "-c", script], check=False)
     assert result.returncode == -9
-    assert [record.id for record in open_file().claim()] == [f"j{k}" for k in range(20)]
+    assert [record.id for record in open_file().claim().jobs] == [f"j{k}" for k in range(20)]
 
 
 def header(file: Path, at: int, value: int) -> None:
@@ -278,7 +279,7 @@ def killed(file: Path, last_words: str = "") -> None:
 import os, signal
 from pathlib import Path
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(400):
@@ -335,7 +336,7 @@ def test_what_a_killed_server_left_beside_a_file_that_is_refused_stays_too(
 
 def test_what_a_killed_server_left_is_taken_up(file: Path, open_file: Callable[[], SqliteStore]) -> None:
     killed(file)
-    assert len(open_file().claim()) == 450
+    assert len(open_file().claim().jobs) == 450
     assert not Path(f"{file}-shm").exists()
 
 
@@ -437,7 +438,7 @@ def test_an_unfinished_job_whose_text_is_not_utf_8_is_ended_and_the_others_go_on
     store.close()
     in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", b"\xff\xfe")
     store = SqliteStore(file)
-    assert [record.id for record in store.claim()] == ["a", "c"]
+    assert [record.id for record in store.claim().jobs] == ["a", "c"]
     assert "the record of job b cannot be read" in caplog.text
     ending = store._driver.execute("SELECT outcome, finished_us > 0, problem FROM jobs WHERE id = 'b'").fetchone()
     assert ending[:2] == ("failed", 1)
@@ -458,7 +459,7 @@ def test_one_that_cannot_even_be_ended_is_passed_over(file: Path, monkeypatch: p
     in_the_file(file, "UPDATE jobs SET spec = '{}' WHERE id = 'a'")
     monkeypatch.setattr(SqliteStore, "_finish", refuse)
     store = SqliteStore(file)
-    assert store.claim() == [job("b")]
+    assert store.claim().jobs == [job("b")]
     store.close()
 
 
@@ -472,7 +473,7 @@ def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
 
     open_file().close()
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert open_file().claim() == []
+    assert open_file().claim().jobs == []
 
 
 # --- upgrades ---
@@ -496,7 +497,7 @@ def test_a_file_of_an_earlier_version_is_brought_to_this_one(earlier: Path) -> N
         assert record.owner == ""
         assert np.array_equal(store.images(done), PIXELS)  # type: ignore[arg-type]
         assert store.find(Key("k", "h")) == (record, True)
-        assert store.claim() == [job(left, SPECS[1], 2)]
+        assert store.claim().jobs == [job(left, SPECS[1], 2)]
         assert same(store.snapshot(left, "build"), snapshot(3))
         store.close()
     store = SqliteStore(earlier)
@@ -530,7 +531,7 @@ def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch:
     with closing(sqlite3.connect(earlier)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
     store = SqliteStore(earlier)
-    assert len(store.claim()) == 1
+    assert len(store.claim().jobs) == 1
     store.close()
 
 

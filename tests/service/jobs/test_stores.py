@@ -14,8 +14,8 @@ from tests.service.jobs.conftest import Shelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
-from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
-from tminus.service.jobs.store.sql_store import RECORD_BYTES, SqlStore
+from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
+from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs, SampleSpec
 
@@ -25,28 +25,28 @@ MANY = 1e9  # places
 
 
 @pytest.fixture
-def store(shelf: Shelf) -> SqlStore:
+def store(shelf: Shelf) -> JobStore:
     return shelf.open()
 
 
-def claimed(shelf: Shelf, store: SqlStore) -> list[JobRecord]:
+def claimed(shelf: Shelf, store: JobStore) -> list[JobRecord]:
     """What the next process takes on when this one has ended."""
     store.close()
-    return shelf.open().claim("build", Intake(MANY), MANY, 64)
+    return shelf.open().claim("build", Intake(MANY), MANY, 64).jobs
 
 
 # --- what is kept ---
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_job_comes_back_as_it_was(shelf: Shelf, store: SqlStore, spec: SampleSpec) -> None:
+def test_a_job_comes_back_as_it_was(shelf: Shelf, store: JobStore, spec: SampleSpec) -> None:
     record = replace(job("a", spec, 123_456_789_012_345), deadline_us=2**60, owner="studio")
     assert store.add(record)
     assert (store.get("a"), store.get("b")) == (record, None)
     assert claimed(shelf, store) == [record]
 
 
-def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(shelf: Shelf, store: SqlStore) -> None:
+def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(shelf: Shelf, store: JobStore) -> None:
     store.add(job("a"))
     store.save({"a": snapshot()}, "build")
     done = ended(job("a"), fingerprint="build")
@@ -59,7 +59,7 @@ def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(sh
     assert claimed(shelf, store) == []
 
 
-def test_an_end_whose_answer_was_lost_is_kept_once_and_another_end_is_refused(store: SqlStore) -> None:
+def test_an_end_whose_answer_was_lost_is_kept_once_and_another_end_is_refused(store: JobStore) -> None:
     store.add(job("a"))
     done = ended(job("a"), fingerprint="build")
     store.finish(done, PIXELS)
@@ -72,7 +72,7 @@ def test_an_end_whose_answer_was_lost_is_kept_once_and_another_end_is_refused(st
     np.testing.assert_array_equal(images, PIXELS)
 
 
-def test_a_failed_job_keeps_why(store: SqlStore) -> None:
+def test_a_failed_job_keeps_why(store: JobStore) -> None:
     store.add(job("a"))
     failed = ended(job("a"), "failed", problem={"code": "not_finite", "status": 500})
     store.finish(failed)
@@ -80,7 +80,7 @@ def test_a_failed_job_keeps_why(store: SqlStore) -> None:
     assert store.images("a") is None
 
 
-def test_the_end_of_a_job_that_is_gone_is_refused_and_keeps_nothing(shelf: Shelf, store: SqlStore) -> None:
+def test_the_end_of_a_job_that_is_gone_is_refused_and_keeps_nothing(shelf: Shelf, store: JobStore) -> None:
     store.add(job("a"))
     assert store.delete("a")
     with pytest.raises(LeaseLost):
@@ -88,7 +88,7 @@ def test_the_end_of_a_job_that_is_gone_is_refused_and_keeps_nothing(shelf: Shelf
     assert store.images("a") is None
 
 
-def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: SqlStore) -> None:
+def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: JobStore) -> None:
     for name in "ab":
         store.add(job(name))
     first, second = snapshot(seed=1), snapshot(seed=2)
@@ -106,7 +106,7 @@ def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: SqlSt
 
 @pytest.mark.parametrize("made_as", [None, 1, arrays.SNAPSHOT_FORMAT + 1])
 def test_a_snapshot_of_another_version_is_recognised_and_the_job_begins_anew(
-    store: SqlStore, made_as: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: JobStore, made_as: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = snapshot()
     parts = {"steps": np.array(taken.steps), "x": taken.x, "x0_previous": taken.x0_previous}  # as format 1 had them
@@ -119,13 +119,13 @@ def test_a_snapshot_of_another_version_is_recognised_and_the_job_begins_anew(
     assert f"a snapshot of format {made_as or 1}, and this version reads format" in caplog.text
 
 
-def test_jobs_are_claimed_in_order_of_arrival_whatever_the_clock_says(shelf: Shelf, store: SqlStore) -> None:
+def test_jobs_are_claimed_in_order_of_arrival_whatever_the_clock_says(shelf: Shelf, store: JobStore) -> None:
     for name, created_us in (("late", 9), ("early", 1), ("middle", 5)):
         store.add(job(name, created_us=created_us))
     assert [record.id for record in claimed(shelf, store)] == ["late", "early", "middle"]
 
 
-def test_an_end_of_the_server_counts_again_only_for_a_job_that_was_alone(shelf: Shelf, store: SqlStore) -> None:
+def test_an_end_of_the_server_counts_again_only_for_a_job_that_was_alone(shelf: Shelf, store: JobStore) -> None:
     for name in "abcd":
         store.add(job(name))
     store.crashed(["a"])
@@ -137,14 +137,14 @@ def test_an_end_of_the_server_counts_again_only_for_a_job_that_was_alone(shelf: 
 
 
 @pytest.mark.parametrize("mask", [None, PIXELS[1, :, :, 0] > 20], ids=["whole", "masked"])
-def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: SqlStore, mask: np.ndarray | None) -> None:
+def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: JobStore, mask: np.ndarray | None) -> None:
     inputs = Inputs(PIXELS[0], mask)
     spec = replace(SPECS[0], strength=0.5, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
     store.add(job("a", spec), Key("k", "h"), inputs)
     store.add(job("b"))
     store.close()
     store = shelf.open()
-    found, _ = store.claim("build", Intake(MANY), MANY, 64)
+    found, _ = store.claim("build", Intake(MANY), MANY, 64).jobs
     assert found.spec == spec
     kept = store.inputs("a")
     assert kept is not None
@@ -159,7 +159,7 @@ def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: SqlSt
 # --- keys ---
 
 
-def test_a_key_finds_its_job_and_lets_no_other_in(store: SqlStore) -> None:
+def test_a_key_finds_its_job_and_lets_no_other_in(store: JobStore) -> None:
     key = Key("mine", "request 1")
     assert store.find(key) is None
     store.add(job("a"), key)
@@ -173,11 +173,11 @@ def test_a_key_finds_its_job_and_lets_no_other_in(store: SqlStore) -> None:
     assert store.add(job("b"), key), "a key lives as long as its job"
 
 
-def test_jobs_without_a_key_are_all_different(store: SqlStore) -> None:
+def test_jobs_without_a_key_are_all_different(store: JobStore) -> None:
     assert all(store.add(job(name)) for name in "abc")
 
 
-def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(store: SqlStore) -> None:
+def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(store: JobStore) -> None:
     inputs = Inputs(PIXELS[0])
     store.add(job("a"), Key("k", "h"), inputs)
     assert not store.add(job("b"), Key("k", "h"), inputs)
@@ -196,7 +196,7 @@ def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(s
     st.data(),
 )
 def test_pages_are_the_jobs_newest_first(
-    store: SqlStore, jobs: list[tuple[int, Outcome | None]], limit: int, data: st.DataObject
+    store: JobStore, jobs: list[tuple[int, Outcome | None]], limit: int, data: st.DataObject
 ) -> None:
     records = [
         ended(job(f"{k:02d}", created_us=us), outcome) if outcome is not None else job(f"{k:02d}", created_us=us)
@@ -222,7 +222,7 @@ def test_pages_are_the_jobs_newest_first(
 # --- what goes ---
 
 
-def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(shelf: Shelf, store: SqlStore) -> None:
+def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(shelf: Shelf, store: JobStore) -> None:
     for k in range(6):
         store.add(job(f"j{k}"))
         store.finish(ended(job(f"j{k}"), at_us=100 + k), PIXELS)
@@ -248,7 +248,7 @@ def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(shelf: 
     assert [record.id for record in claimed(shelf, store)] == ["running"]
 
 
-def test_a_job_is_deleted_with_all_it_has_and_by_its_owner_only(store: SqlStore) -> None:
+def test_a_job_is_deleted_with_all_it_has_and_by_its_owner_only(store: JobStore) -> None:
     store.add(replace(job("a"), owner="studio"))
     store.save({"a": snapshot()}, "build")
     assert not store.delete("a", "")
@@ -264,7 +264,7 @@ DAMAGED = ['{"n":1}', '{"n":', "[]", "null"]
 
 
 def test_one_that_cannot_be_read_and_is_ended_elsewhere_keeps_no_other_from_going_on(
-    shelf: Shelf, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":
         store.add(job(name))
@@ -272,20 +272,20 @@ def test_one_that_cannot_be_read_and_is_ended_elsewhere_keeps_no_other_from_goin
     assert shelf.change("UPDATE jobs SET spec = 'damaged' WHERE id = 'b'") == 1
     store = shelf.open()
     monkeypatch.setattr(store, "_held", lambda _ids: [sa.false()])
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["a", "c"]
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == ["a", "c"]
 
 
 @pytest.mark.parametrize("spec", DAMAGED)
 def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
-    shelf: Shelf, store: SqlStore, spec: str, caplog: pytest.LogCaptureFixture
+    shelf: Shelf, store: JobStore, spec: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in "abc":
         store.add(job(name))
     store.close()
     assert shelf.change("UPDATE jobs SET spec = :spec WHERE id = 'b'", spec=spec) == 1
     store = shelf.open()
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["a", "c"]
-    assert [store.take_damaged() for _ in range(2)] == [1, 0]
+    claimed = store.claim("build", Intake(MANY), MANY, 64)
+    assert ([record.id for record in claimed.jobs], claimed.damaged) == (["a", "c"], 1)
     assert "the record of job b cannot be read" in caplog.text
     store.close()
     ((outcome, finished_us, problem),) = shelf.read("SELECT outcome, finished_us, problem FROM jobs WHERE id = 'b'")
@@ -298,7 +298,7 @@ def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
 
 @pytest.mark.parametrize("column", ["spec", "problem"])
 def test_an_ended_job_that_cannot_be_read_is_left_out_and_said_when_it_is_asked_for(
-    shelf: Shelf, store: SqlStore, column: str
+    shelf: Shelf, store: JobStore, column: str
 ) -> None:
     for k in range(5):
         store.add(job(f"j{k}", created_us=k), Key(f"k{k}", "h"))
@@ -315,7 +315,7 @@ def test_an_ended_job_that_cannot_be_read_is_left_out_and_said_when_it_is_asked_
 
 @pytest.mark.parametrize("data", [b"", b"\xa5" * 5000, b"x\x9c" + bytes(100)], ids=["empty", "noise", "zlib"])
 def test_arrays_that_cannot_be_read(
-    shelf: Shelf, store: SqlStore, data: bytes, caplog: pytest.LogCaptureFixture
+    shelf: Shelf, store: JobStore, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.add(job("a"), inputs=Inputs(PIXELS[0]))
     store.save({"a": snapshot()}, "build")
@@ -333,7 +333,7 @@ def test_arrays_that_cannot_be_read(
         store.images("b")
 
 
-def test_it_can_be_looked_at_and_written_to(store: SqlStore) -> None:
+def test_it_can_be_looked_at_and_written_to(store: JobStore) -> None:
     store.check(write=False)
     store.check(write=True)
     assert abs(store.now_us() - 1_700_000_000_000_000) < 10**16

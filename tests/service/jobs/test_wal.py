@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.fakes import make_spec
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.store.wal import FRAME, HEADER, Cut, find_damage
 
@@ -28,7 +28,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 import os, signal
 from pathlib import Path
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(folder / "jobs.sqlite3")!r}))
 for k in range({JOBS}):
@@ -58,7 +58,7 @@ def flip(wal: Path, at: int) -> None:
 def test_a_sound_log_has_no_damage_and_gives_all_jobs(file: Path) -> None:
     assert find_damage(wal_of(file)) is None
     store = SqliteStore(file)
-    assert [record.id for record in store.claim()] == NAMES
+    assert [record.id for record in store.claim().jobs] == NAMES
     store.close()
 
 
@@ -87,7 +87,7 @@ def told_and_mended(file: Path, damaged_at: int) -> None:
     assert NAMES[-1] in damage.job_ids
     subprocess.run(f"truncate {str(caught.value).rpartition('truncate ')[2]}", shell=True, check=True)
     store = SqliteStore(file)
-    left = {record.id for record in store.claim()}
+    left = {record.id for record in store.claim().jobs}
     assert NAMES[-1] not in left
     assert left | set(damage.job_ids) == set(NAMES), "each is there or in doubt"
     store.close()
@@ -98,7 +98,7 @@ def test_a_torn_last_transaction_is_no_damage(file: Path) -> None:
     flip(wal, wal.stat().st_size - 100)
     assert find_damage(wal) is None
     store = SqliteStore(file)
-    assert [record.id for record in store.claim()] == NAMES[:-1]
+    assert [record.id for record in store.claim().jobs] == NAMES[:-1]
     store.close()
 
 
@@ -115,7 +115,7 @@ def test_a_log_that_ends_inside_a_frame_is_told_in_one_line(
     assert (left - damage.ignored_bytes - HEADER) % (FRAME + PAGE) == 0
     store = SqliteStore(file)
     assert told(caplog) == [f"{wal} ends inside a frame: its last {damage.ignored_bytes} bytes are ignored"]
-    assert [record.id for record in store.claim()] == (NAMES[:-1] if isinstance(cut, int) else NAMES[:5])
+    assert [record.id for record in store.claim().jobs] == (NAMES[:-1] if isinstance(cut, int) else NAMES[:5])
     store.close()
 
 
@@ -125,7 +125,7 @@ def test_a_log_that_is_gone_is_told_once(file: Path, left: int | None, caplog: p
     wal.unlink() if left is None else wal.write_bytes(wal.read_bytes()[:left])
     store = SqliteStore(file)
     assert told(caplog) == [f"the last server left {wal}, and it is gone: jobs that were only in it are missing"]
-    assert store.claim() == []
+    assert store.claim().jobs == []
     store.close()
     caplog.clear()
     SqliteStore(file).close()
@@ -160,7 +160,7 @@ def test_a_backup_that_was_checked_by_sqlite3_lacks_no_log(file: Path, caplog: p
     assert not wal_of(file).exists()
     store = SqliteStore(file)
     assert told(caplog) == []
-    assert [record.id for record in store.claim()] == NAMES
+    assert [record.id for record in store.claim().jobs] == NAMES
     store.close()
 
 

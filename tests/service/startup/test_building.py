@@ -13,7 +13,7 @@ from tests.service.fakes import INFO, FakeEngine
 from tests.service.jobs.kept import job
 from tminus.service.access.access import Access
 from tminus.service.engine import loading, memory
-from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.opening import open_store
 from tminus.service.startup import building
 from tminus.service.startup.settings import Settings
@@ -98,7 +98,7 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
     take_store, end_file = start(served)
     for weights in (served, reloaded, reloaded):
         store = take_store(weights)
-        assert [record.crashes for record in store.claim("build", None, 0.0, 0, ())] == [1]  # type: ignore[arg-type]
+        assert [record.crashes for record in store.claim("build", None, 0.0, 0, ()).jobs] == [1]  # type: ignore[arg-type]
         store.close()
     end_file.close()
     assert not list(Path(states).glob("*.end"))

@@ -17,7 +17,7 @@ from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining, Stalled, StorageFailed
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.records import Claimed, JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.worker import errors_to
 from tminus.service.worker.worker import Worker
@@ -290,10 +290,10 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
         store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
     claim, fails = SqliteStore.claim, True
 
-    def sometimes(self: SqliteStore, *args: object) -> list[JobRecord]:
+    def sometimes(self: SqliteStore, *args: object) -> Claimed:
         if fails and self._file is not None and hasattr(self, "_identity"):
             raise StorageFailed("the disk is away")
-        return claim(self, *args)  # type: ignore[arg-type]
+        return claim(self, *args)
 
     monkeypatch.setattr(SqliteStore, "claim", sometimes)
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
@@ -390,21 +390,17 @@ def test_a_store_of_earlier_weights_that_fails_harms_no_other(
     wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
     several.change("colour", "reload")
 
-    def fail(self: AsyncStore, *_: object) -> None:
-        if self is old:
-            raise StorageFailed("the file is gone")
-
     jobs = next(each for each in gc.get_objects() if isinstance(each, Jobs) and each._worker is several.site.worker)
     old = next(each.store for each in jobs._lifecycles.values() if each.retired)
     old._failure = StorageFailed("the file is gone")
-    for name in ("get", "find", "page"):
-        really = getattr(AsyncStore, name)
+    really = AsyncStore.call
 
-        async def failing(self: AsyncStore, *args: Any, really: Any = really, **more: Any) -> Any:
-            fail(self)
-            return await really(self, *args, **more)
+    async def failing(self: AsyncStore, method: Any, *args: Any, **more: Any) -> Any:
+        if self is old:
+            raise StorageFailed("the file is gone")
+        return await really(self, method, *args, **more)
 
-        monkeypatch.setattr(AsyncStore, name, failing)
+    monkeypatch.setattr(AsyncStore, "call", failing)
     assert several.get("/readyz").status_code == 200
     assert several.get("/jobs").status_code == 200
     problem(several.get(f"/jobs/{'b' * 32}"), 404, "job_not_found")

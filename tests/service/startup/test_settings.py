@@ -22,10 +22,10 @@ from tminus.service.cli import main as cli
 from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import open_objects as really_open_objects
 from tminus.service.jobs.store.postgres import open_postgres as really_open_postgres
 from tminus.service.jobs.store.results import Results
-from tminus.service.jobs.store.sql_store import SqlStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.receivers import Allowed
@@ -302,7 +302,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         def create_app(
             first: list[Prepared],
             limits: Limits,
-            take_store: Callable[[str], SqlStore],
+            take_store: Callable[[str], JobStore],
             doors: Doors,
             *,
             library: Library,
@@ -335,7 +335,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(state_dir=state_dir)
             return store
 
-        def open_postgres(url: str, namespace: str, lease_s: float, address: str | None) -> Callable[[str], SqlStore]:
+        def open_postgres(url: str, namespace: str, lease_s: float, address: str | None) -> Callable[[str], JobStore]:
             if not url.startswith("postgresql://"):
                 return really_open_postgres(url, namespace, lease_s)
             served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s, job_address=address)

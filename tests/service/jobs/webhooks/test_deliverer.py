@@ -16,7 +16,8 @@ from tests.service.fakes import INFO, PATIENCE_S
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
@@ -50,7 +51,7 @@ class Running:
         self.deliverer = Deliverer(self.store, rules, self.view, lambda view: {"id": view.record.id}, self.metrics)
 
     async def view(self, job_id: str) -> JobView:
-        record = await self.store.get(job_id)
+        record = await self.store.call(JobStore.get, job_id)
         if record is None or job_id in self.gone:
             raise JobNotFound("no such job")
         return kept_view(record, 0, INFO.name)
@@ -61,7 +62,7 @@ class Running:
             await self.store.finish(ended(record), PIXELS)
 
     async def deliveries(self, names: Sequence[str]) -> list[Delivery]:
-        found = await self.store.deliveries(names)
+        found = await self.store.call(JobStore.deliveries, names)
         return [found[name][0] for name in names if name in found]
 
     async def until(self, names: Sequence[str], *states: str) -> list[Delivery]:

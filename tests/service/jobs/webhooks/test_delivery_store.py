@@ -8,8 +8,8 @@ import pytest
 
 from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
-from tminus.service.jobs.store.contract import OUTCOMES, JobRecord
-from tminus.service.jobs.store.sql_store import SqlStore
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
@@ -29,7 +29,7 @@ def shelf(request: pytest.FixtureRequest) -> Shelf:
 
 
 @pytest.fixture
-def store(shelf: Shelf) -> SqlStore:
+def store(shelf: Shelf) -> JobStore:
     return shelf.open()
 
 
@@ -39,7 +39,7 @@ def told(name: str, *events: Event, url: str = URL) -> JobRecord:
 
 
 def claim(
-    store: SqlStore,
+    store: JobStore,
     *busy: str,
     most: int = 99,
     most_failing: int = 99,
@@ -51,18 +51,18 @@ def claim(
     return store.claim_deliveries(room, held_s)
 
 
-def states(store: SqlStore, name: str) -> dict[str, str]:
+def states(store: JobStore, name: str) -> dict[str, str]:
     return {each.event: each.state for each in store.deliveries([name]).get(name, [])}
 
 
-def test_a_webhook_comes_back_as_it_was(shelf: Shelf, store: SqlStore) -> None:
+def test_a_webhook_comes_back_as_it_was(shelf: Shelf, store: JobStore) -> None:
     records = [told("a"), told("b", "completed"), job("c")]
     for record in records:
         store.add(record)
     store.close()
     store = shelf.open()
     assert [store.get(name) for name in "abc"] == records
-    assert [record.webhook for record in store.claim("build", Intake(MANY), MANY, 64)] == [
+    assert [record.webhook for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == [
         each.webhook for each in records
     ]
 
@@ -71,7 +71,7 @@ def test_a_webhook_comes_back_as_it_was(shelf: Shelf, store: SqlStore) -> None:
     ("outcome", "owed"),
     [("done", ["start", "output", "completed"]), ("failed", ["completed"]), ("cancelled", ["completed"])],
 )
-def test_with_the_end_of_a_job_is_owed_what_has_happened(store: SqlStore, outcome: str, owed: list[str]) -> None:
+def test_with_the_end_of_a_job_is_owed_what_has_happened(store: JobStore, outcome: str, owed: list[str]) -> None:
     store.add(told("a"))
     assert states(store, "a") == {}
     store.finish(ended(told("a"), outcome), PIXELS if outcome == "done" else None)  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def test_with_the_end_of_a_job_is_owed_what_has_happened(store: SqlStore, outcom
     assert sorted(each.event for each in claim(store)) == sorted(owed)
 
 
-def test_only_what_is_wanted_is_owed_and_nothing_without_a_webhook(store: SqlStore) -> None:
+def test_only_what_is_wanted_is_owed_and_nothing_without_a_webhook(store: JobStore) -> None:
     for record in (told("a", "output"), told("b", "start"), told("c", "completed"), job("d")):
         store.add(record)
         store.started(record)
@@ -90,7 +90,7 @@ def test_only_what_is_wanted_is_owed_and_nothing_without_a_webhook(store: SqlSto
     }  # fmt: skip
 
 
-def test_a_start_is_owed_once_and_while_the_job_runs(store: SqlStore) -> None:
+def test_a_start_is_owed_once_and_while_the_job_runs(store: JobStore) -> None:
     store.add(told("a"))
     for _ in range(2):
         store.started(told("a"))
@@ -106,7 +106,7 @@ def test_a_start_is_owed_once_and_while_the_job_runs(store: SqlStore) -> None:
     assert list(states(store, "b")) == ["completed"], "one that has ended does not start"
 
 
-def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: SqlStore) -> None:
+def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: JobStore) -> None:
     store.add(told("a", "completed"))
     store.finish(ended(told("a", "completed")))
     (first,) = claim(store)
@@ -122,7 +122,7 @@ def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: SqlStore) ->
     assert states(store, "a") == {"completed": "delivered"}
 
 
-def test_what_waits_is_not_due_before_its_time(store: SqlStore) -> None:
+def test_what_waits_is_not_due_before_its_time(store: JobStore) -> None:
     store.add(told("a", "completed"))
     store.finish(ended(told("a", "completed")))
     (first,) = claim(store)
@@ -131,7 +131,7 @@ def test_what_waits_is_not_due_before_its_time(store: SqlStore) -> None:
     assert states(store, "a") == {"completed": "pending"}
 
 
-def test_a_claim_ends_by_the_stores_clock(store: SqlStore) -> None:
+def test_a_claim_ends_by_the_stores_clock(store: JobStore) -> None:
     store.add(told("a", "completed"))
     store.finish(ended(told("a", "completed")))
     (first,) = claim(store, held_s=0.0)
@@ -140,7 +140,7 @@ def test_a_claim_ends_by_the_stores_clock(store: SqlStore) -> None:
     assert not store.settle(replace(first, state="delivered")), "who slept past its claim keeps nothing"
 
 
-def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothing(store: SqlStore) -> None:
+def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothing(store: JobStore) -> None:
     for k in range(5):
         record = told(f"slow{k}", "completed", url="https://slow.example/x")
         store.add(record)
@@ -155,7 +155,7 @@ def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothin
     assert len(claim(store, most=2)) == 2
 
 
-def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: SqlStore) -> None:
+def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: JobStore) -> None:
     for k in range(3):
         record = told(f"{k}", "completed")
         store.add(record)
@@ -169,13 +169,13 @@ def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: SqlStore) -> N
     assert store.number_owed("", receiver, 9) == 2
 
 
-def owed(store: SqlStore, owner: str, name: str, url: str) -> None:
+def owed(store: JobStore, owner: str, name: str, url: str) -> None:
     record = replace(told(name, "completed", url=url), owner=owner)
     store.add(record)
     store.finish(ended(record))
 
 
-def test_owners_have_their_turns_and_those_that_are_full_none(store: SqlStore) -> None:
+def test_owners_have_their_turns_and_those_that_are_full_none(store: JobStore) -> None:
     for k in range(6):
         owed(store, "many", f"m{k}", f"https://m{k}.example/")
     owed(store, "few", "f0", "https://m0.example/")
@@ -187,7 +187,7 @@ def test_owners_have_their_turns_and_those_that_are_full_none(store: SqlStore) -
     assert [each.job_id for each in store.claim_deliveries(busy, 0.0)] == ["m1", "f0", "m2", "f1", "m3", "m4", "m5"]
 
 
-def test_receivers_that_failed_last_have_a_part_of_a_claim(store: SqlStore) -> None:
+def test_receivers_that_failed_last_have_a_part_of_a_claim(store: JobStore) -> None:
     for k in range(4):
         owed(store, "", f"failed{k}", f"https://failed{k}.example/")
     for each in claim(store):
@@ -204,7 +204,7 @@ def test_receivers_that_failed_last_have_a_part_of_a_claim(store: SqlStore) -> N
     assert [each.job_id for each in found] == ["new0", "new1", "new2"]
 
 
-def test_what_was_no_attempt_is_not_counted(store: SqlStore) -> None:
+def test_what_was_no_attempt_is_not_counted(store: JobStore) -> None:
     store.add(told("a", "completed"))
     store.finish(ended(told("a", "completed")))
     (first,) = claim(store)
@@ -216,7 +216,7 @@ def test_what_was_no_attempt_is_not_counted(store: SqlStore) -> None:
     assert store.settle(replace(again, state="delivered"))
 
 
-def test_a_deleted_job_owes_nothing(store: SqlStore) -> None:
+def test_a_deleted_job_owes_nothing(store: JobStore) -> None:
     store.add(told("a"))
     store.finish(ended(told("a")), PIXELS)
     (held, *_) = claim(store, most=1)
@@ -226,7 +226,7 @@ def test_a_deleted_job_owes_nothing(store: SqlStore) -> None:
     assert not store.settle(replace(held, state="delivered"))
 
 
-def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: SqlStore) -> None:
+def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: JobStore) -> None:
     for name in "abc":
         store.add(told(name, "completed"))
         store.finish(ended(told(name, "completed"), at_us=100), PIXELS)
@@ -251,7 +251,7 @@ def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: SqlSt
     assert [record.id for record in store.page(None, OUTCOMES, 9)] == ["newest"]
 
 
-def test_a_sweep_does_not_wait_for_what_nobody_tries_any_more(store: SqlStore) -> None:
+def test_a_sweep_does_not_wait_for_what_nobody_tries_any_more(store: JobStore) -> None:
     for name in "ab":
         store.add(told(name, "completed"))
         store.finish(ended(told(name, "completed"), at_us=100), PIXELS)
@@ -259,7 +259,7 @@ def test_a_sweep_does_not_wait_for_what_nobody_tries_any_more(store: SqlStore) -
     assert store.page(None, OUTCOMES, 9) == []
 
 
-def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: SqlStore) -> None:
+def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: JobStore) -> None:
     for record in (told("a"), job("b")):
         store.add(record)
         store.finish(ended(record), PIXELS)
@@ -268,17 +268,17 @@ def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: SqlStore) 
     assert with_webhook == plain + len(URL) + 3 * DELIVERY_BYTES
 
 
-def test_a_damaged_webhook_is_said_and_harms_no_other(shelf: Shelf, store: SqlStore) -> None:
+def test_a_damaged_webhook_is_said_and_harms_no_other(shelf: Shelf, store: JobStore) -> None:
     for name in "ab":
         store.add(told(name))
     store.close()
     assert shelf.change("UPDATE jobs SET webhook = '{' WHERE id = 'a'") == 1
     store = shelf.open()
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["b"]
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == ["b"]
     assert states(store, "a") == {}
 
 
-def test_a_damaged_job_is_told_to_have_failed(shelf: Shelf, store: SqlStore) -> None:
+def test_a_damaged_job_is_told_to_have_failed(shelf: Shelf, store: JobStore) -> None:
     store.add(told("a"))
     store.close()
     assert shelf.change("UPDATE jobs SET spec = '{' WHERE id = 'a'") == 1
@@ -349,7 +349,7 @@ def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_o
     new.add(told("told"), held=False)
     new.add(job("plain"), held=False)
     monkeypatch.setattr("tminus.service.jobs.store.postgres_store.FORMAT", 1)
-    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64)] == ["plain"]
+    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64).jobs] == ["plain"]
 
 
 def test_what_a_newer_server_owes_is_left_to_such_ones(database: DatabaseShelf) -> None:

@@ -1,7 +1,8 @@
-"""What both stores have in common: the statements, in SQLAlchemy's own words, and how records become rows."""
+"""The store of durable jobs: what it promises, and the statements that SQLite and PostgreSQL have in common."""
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,12 +12,14 @@ import sqlalchemy as sa
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
-from tminus.service.jobs.store.contract import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
 from tminus.service.jobs.store.object_rows import ObjectRows
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, LeaseLost, Outcome, Pace, Place, StoredObject
 from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
 from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
@@ -32,48 +35,107 @@ EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
 SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
 
 
-class SqlStore(DeliveryStore):
-    """A JobStore but for its connection, its transactions, and who may write. Subclasses say that."""
+class JobStore(DeliveryStore, ABC):
+    """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
+
+    The calls that async_store.py names READS may come from a second thread beside it, where the store is shared.
+
+    A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
+
+    A store is one replica's hand on the jobs: it holds those that it has added or claimed until they end, or until
+    they are another's because it has not renewed its lease in time. It alone may write their snapshots and their end.
+
+    A subclass has the connection and its transactions, and says who may write.
+    """
+
+    lease_s: float  # how long a job is held without a renewal
+    shared: bool  # whether other replicas may have the same jobs; else what is claimed once is held until the end
 
     def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
         """more_values: of columns that JobRecord does not have, for a new job."""
         self._tables, self._objects = tables, ObjectRows(tables.objects)
         self._more_values = dict(more_values or {})
         self._jobs = jobs = tables.jobs
-        self._damaged = 0  # jobs that were ended for it
         self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
 
-    # --- what a subclass says ---
+    # --- what the stores do each in its own way ---
 
+    @abstractmethod
     def now_us(self) -> int:
-        """See JobStore."""
+        """The Unix time by the store's clock, in microseconds: one for all replicas."""
+
+    @abstractmethod
+    def claim(
+        self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
+    ) -> Claimed:
+        """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
+
+        First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
+        the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
+        oldest if it takes that. One that was begun by another build is left to a replica of that build while one
+        lives, and one with a table that is none of `tables`, hashes, to other builds while one lives or may be starting
+        again. One whose record is damaged is ended as failed.
+        """
+
+    @abstractmethod
+    def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
+        """The ids of unfinished jobs by their weights, for weights that neither this server nor a living one serves.
+
+        served: hashes of weights that this server serves.
+        """
+
+    @abstractmethod
+    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
+        """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
+
+        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much;
+        those of events before owed_after_us are not waited for: nobody tries them, as without a secret to sign them.
+        The room of deleted jobs is given back to the disk.
+        One call does a part of this, so that other calls need not wait long; returns whether to call again.
+        """
+
+    @abstractmethod
+    def check(self, *, write: bool) -> None:
+        """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hold nothing any more, and close the store; no call may follow."""
+
+    # --- what only a shared store is asked ---
+
+    def holder(self, job_id: str) -> str | None:  # noqa: ARG002
+        """The address of the replica that holds a job, if it lives and has one."""
+        return None
+
+    def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
+        """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it.
+
+        known: the jobs that are worked on; what is held beside them, since an answer was lost, is left to others.
+        """
         raise NotImplementedError
 
-    def _now(self) -> sa.ColumnElement[int]:
-        """The same in a statement, by the database's own clock where several look at it."""
-        return sa.literal(self.now_us(), sa.BigInteger)
+    def load(self) -> ClusterLoad:
+        """What all replicas have to do."""
+        raise NotImplementedError
 
-    def _if_held(self, _held: bool | None) -> Conditions:
-        """Which jobs a replica that lives holds, or none does; None: all."""
-        return ()
+    def release(self, job_id: str) -> None:
+        """Leave a job to whoever claims it; until then its snapshot can still be kept."""
+        raise NotImplementedError
 
-    def _let_go(self, job_id: str) -> None:
-        """A job has ended, or was lost: it is not held any more."""
+    def cancel(self, job_id: str) -> bool:
+        """End a job as cancelled, whoever holds it; False if it has ended. Its holder learns it when it renews."""
+        raise NotImplementedError
 
-    def _is_taken(self, run: Run, key: Key) -> bool:
-        """Whether a job has this key, as one is about to be added."""
-        return run(self._of_key(key, self._jobs.c.id)).first() is not None
-
-    def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """A job is about to be added: values of columns that say who holds it."""
-        return {}
-
-    # --- JobStore ---
+    # --- what they have in common ---
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """See JobStore."""
+        """Keep a new job, and hold it, or leave it to whoever claims it.
+
+        False if another has the key, which `find` finds; then nothing is kept.
+        """
         jobs = self._tables.jobs
         data = arrays.pack_inputs(inputs) if inputs is not None else None
         values = {name: value for name, value in asdict(job).items() if name in jobs.c}
@@ -97,13 +159,13 @@ class SqlStore(DeliveryStore):
         return True
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """See JobStore."""
+        """Find the job that was added with this key, and say whether the request was the same."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
 
     def id_of(self, key: Key) -> str | None:
-        """See JobStore."""
+        """The id of the job that was added with this key, whatever the request was."""
         with self._transaction() as run:
             job_id: str | None = run(self._of_key(key, self._tables.jobs.c.id)).scalar_one_or_none()
         return job_id
@@ -119,7 +181,7 @@ class SqlStore(DeliveryStore):
             return frozenset(run(query).scalars())
 
     def get(self, job_id: str) -> JobRecord | None:
-        """See JobStore."""
+        """Look up one job."""
         query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())
         with self._transaction() as run:
             row = run(query).one_or_none()
@@ -134,7 +196,13 @@ class SqlStore(DeliveryStore):
         *,
         held: bool | None = None,
     ) -> list[JobRecord]:
-        """See JobStore."""
+        """List jobs of these outcomes, the newest first, from the first that is older than `before`.
+
+        outcomes: None is of those that have not ended. owner: only those of this one. held: of those that have not
+        ended, only those that a replica holds, or that none does.
+
+        Those whose record is damaged are left out.
+        """
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []
         chosen: sa.ColumnElement[bool] = jobs.c.outcome.in_([each for each in outcomes if each is not None])
@@ -156,7 +224,7 @@ class SqlStore(DeliveryStore):
         return records
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """See JobStore."""
+        """Replace the jobs' snapshots by these. Those of jobs that have ended, or are not held, are ignored."""
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
@@ -169,7 +237,7 @@ class SqlStore(DeliveryStore):
                 run(sa.insert(table), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """See JobStore."""
+        """Read a job's last snapshot, if it was taken by the same build and can be read."""
         table = self._tables.snapshots
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
@@ -179,13 +247,13 @@ class SqlStore(DeliveryStore):
         return None
 
     def inputs(self, job_id: str) -> Inputs | None:
-        """See JobStore."""
+        """Read the inputs of an edit that has not ended."""
         data = self._data(self._tables.inputs, job_id)
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
     def images(self, job_id: str) -> Images | StoredObject | None:
-        """See JobStore."""
+        """Read the images of a job that is done, or say which object they are."""
         if (data := self._data(self._tables.images, job_id)) is None:
             with self._transaction() as run:
                 return self._objects.of(run, job_id)
@@ -207,7 +275,12 @@ class SqlStore(DeliveryStore):
             run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
 
     def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
-        """See JobStore."""
+        """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
+
+        What its webhook is to be told is owed from the same moment on.
+
+        images: an object was noted before it was written. Raises ObjectGone, and keeps nothing, if it was given up.
+        """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         if images is not None and not isinstance(images, StoredObject):
             self._finish(job.id, ending, job.webhook, arrays.pack_images(images))
@@ -237,7 +310,7 @@ class SqlStore(DeliveryStore):
         self._let_go(job_id)
 
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """See JobStore."""
+        """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
         jobs = self._tables.jobs
         mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
         with self._transaction() as run:
@@ -245,13 +318,11 @@ class SqlStore(DeliveryStore):
         self._let_go(job_id)
         return deleted
 
-    def take_damaged(self) -> int:
-        """See JobStore."""
-        damaged, self._damaged = self._damaged, 0
-        return damaged
-
     def note_object(self, job_id: str, key: str) -> None:
-        """See JobStore."""
+        """Note that an object is about to be written for a job that is held. Raises LeaseLost and ObjectGone.
+
+        From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
+        """
         jobs = self._tables.jobs
         held = sa.select(jobs.c.id).where(*self._held([job_id]))
         with self._transaction() as run:
@@ -260,19 +331,45 @@ class SqlStore(DeliveryStore):
             self._objects.note(run, job_id, key, self.now_us())
 
     def give_up_object(self, key: str) -> None:
-        """See JobStore."""
+        """Note that no job will refer to an object."""
         with self._transaction() as run:
             self._objects.give_up(run, key)
 
     def take_unneeded_objects(self) -> list[str]:
-        """See JobStore."""
+        """The keys of some objects that no job refers to, to be deleted now. Others are told the same after a minute.
+
+        From then on no job can come to refer to them.
+        """
         with self._transaction() as run:
             return self._objects.take_unneeded(run, self.now_us())
 
     def forget_objects(self, keys: Sequence[str]) -> None:
-        """See JobStore."""
+        """Know no more of objects that were deleted."""
         with self._transaction() as run:
             self._objects.forget(run, keys)
+
+    # --- who may write ---
+
+    def _now(self) -> sa.ColumnElement[int]:
+        """The same in a statement, by the database's own clock where several look at it."""
+        return sa.literal(self.now_us(), sa.BigInteger)
+
+    def _if_held(self, _held: bool | None) -> Conditions:
+        """Which jobs a replica that lives holds, or none does; None: all."""
+        return ()
+
+    def _let_go(self, job_id: str) -> None:
+        """A job has ended, or was lost: it is not held any more."""
+
+    def _is_taken(self, run: Run, key: Key) -> bool:
+        """Whether a job has this key, as one is about to be added."""
+        return run(self._of_key(key, self._jobs.c.id)).first() is not None
+
+    def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
+        """A job is about to be added: values of columns that say who holds it."""
+        return {}
+
+    # --- parts of calls ---
 
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
@@ -305,9 +402,9 @@ class SqlStore(DeliveryStore):
         self._objects.let_go_of(run, job_ids)
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
-    def _records_or_end(self, rows: Sequence[Any]) -> list[JobRecord]:
+    def _claimed(self, rows: Sequence[Any]) -> Claimed:
         """The records of rows. One that is damaged is ended as failed, and left out."""
-        records = []
+        records, damaged = [], 0
         for row in rows:
             try:
                 records.append(self._record(row))
@@ -315,8 +412,8 @@ class SqlStore(DeliveryStore):
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
                 with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
-                    self._damaged += 1
-        return records
+                    damaged += 1
+        return Claimed(records, damaged)
 
     def _record(self, row: Any) -> JobRecord:
         """Make a record of a row. Raises StorageFailed where that is damaged."""

@@ -1,0 +1,103 @@
+"""What a store of durable jobs is given and returns: plain values. What it does is said in job_store.py."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tminus.service.jobs.webhooks.webhook import Webhook
+from tminus.service.spec import SampleSpec
+
+Outcome = Literal["done", "failed", "cancelled"]
+OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
+Place = tuple[int, str]  # in the order of creation: created_us and id
+MOST_LISTED = 20  # jobs, in a message
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A durable job as it is kept. Times are Unix times in microseconds: integers sort the same everywhere."""
+
+    id: str
+    spec: SampleSpec
+    created_us: int
+    deadline_us: int | None = None
+    outcome: Outcome | None = None  # None: it has not ended
+    finished_us: int | None = None
+    fingerprint: str | None = None  # of the build that made the images
+    problem: Mapping[str, Any] | None = None  # why it failed
+    owner: str = ""  # the name of the key that it came with
+    crashes: int = 0  # of the worker, or of the whole process, while it worked on this job
+    webhook: Webhook | None = None  # who is told of its events
+    held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
+    left_behind: bool = field(default=False, compare=False)  # when it was claimed: its holder had gone without a word
+    ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
+
+    @property
+    def place(self) -> Place:
+        """Its place in the order of creation."""
+        return self.created_us, self.id
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was accepted."""
+        return max(0, now_us() + self.ahead_us - self.created_us) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes a retry safe: the client's Idempotency-Key, or the UUID it chose, and a hash of the request."""
+
+    name: str
+    request_hash: str
+    owner: str = ""  # whose it is: each has keys of its own
+    is_chosen: bool = False  # the name is a UUID that was chosen
+
+    @property
+    def kept_as(self) -> str:
+        """Under which name it is kept. No client can send the characters that part its parts."""
+        name = f"\x1e{self.name}" if self.is_chosen else self.name
+        return f"{self.owner}\x1f{name}" if self.owner else name
+
+
+def now_us() -> int:
+    """The Unix time in microseconds."""
+    return time.time_ns() // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the replicas that share a store tell each other of themselves."""
+
+    places_per_s: float
+    backlog_s: float  # of all that it has to do, durable or not
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Jobs that a claim has taken on, and how many it has ended as failed because their records are damaged."""
+
+    jobs: Sequence[JobRecord] = ()
+    damaged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """The images of a job as an object in an object store, and what tells whether it is still that one."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+class ObjectGone(Exception):
+    """An object was given up before the end of its job was kept with it: it has to be written again."""
+
+
+class LeaseLost(Exception):
+    """Another replica works on this job, or has ended it, or it is gone: what was made of it here is nothing."""
+
+
+def listed(job_ids: Sequence[str]) -> str:
+    """Name jobs in a message, though not very many."""
+    return ", ".join(job_ids[:MOST_LISTED]) + (", …" if len(job_ids) > MOST_LISTED else "")
