@@ -23,7 +23,7 @@ from tminus.service.jobs.store.opening import open_store, state_folder
 from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.webhooks.deliverer import Rules
-from tminus.service.jobs.webhooks.signing import read_secrets, read_secrets_of
+from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import Application, create_app
 from tminus.service.startup.library import Library, name_of

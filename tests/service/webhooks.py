@@ -5,7 +5,7 @@ from typing import Any
 from tests.receivers import SECRET
 from tests.service.conftest import MakeSite, Site
 from tminus.service.jobs.webhooks.deliverer import Rules
-from tminus.service.jobs.webhooks.signing import read_secrets
+from tminus.service.jobs.webhooks.sender import read_secrets
 
 
 def rules(allow: str = "127.0.0.1", retry_s: float = 86_400.0) -> Rules:

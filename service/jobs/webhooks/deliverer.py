@@ -2,6 +2,10 @@
 
 What is owed is in the store, and is claimed for each attempt: of servers that share a store one has it at a time, and
 where that one dies another has it when the claim ends. So each event is told at least once, under one id.
+
+Receivers that do not answer hold up no others. An owner may have as many attempts as there are slots free: one alone
+gets half of them, two a third each, and there is always room for one more (dynamic thresholds, Choudhury & Hahne 1998).
+Receivers whose last attempt failed share half of the slots in the same way, and the rest is for those that answer.
 """
 
 import asyncio
@@ -10,6 +14,7 @@ import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +28,7 @@ from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.names import NamesBusy
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NotDelivered, Sender
-from tminus.service.jobs.webhooks.slots import Slots
-from tminus.service.jobs.webhooks.webhook import Delivery
+from tminus.service.jobs.webhooks.webhook import Delivery, Room, Whose
 from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,10 @@ FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
 JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
 MOST_ATTEMPTS = 200
 NOT_THERE_S = 5.0  # until it is tried again where this server could not read the job, or not look its receiver up
+
+AT_ONCE, FAILING_AT_ONCE = 256, 128  # attempts of one model's jobs; those of them to receivers that failed last
+BEGUN_AT_ONCE = 32  # so that the event loop has other turns between their beginnings
+MOST_FAILING = 256  # receivers that are known to fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,55 @@ def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
     """How long to wait after so many attempts that failed."""
     longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
     return longest * (1 - JITTER + 2 * JITTER * draw())
+
+
+class Slots:
+    """Owns what is attempted now, and which receivers failed last."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, tuple[Delivery, bool]] = {}  # by id; whether its receiver was known to fail
+        self._failing: dict[Whose, None] = {}  # the newest last
+
+    def room(self) -> Room | None:
+        """Say what may begin now; None where nothing may."""
+        free = AT_ONCE - len(self._taken)
+        if free <= 0:
+            return None
+        owners = Counter(delivery.owner for delivery, _ in self._taken.values())
+        owners_of_failing = Counter(delivery.owner for delivery, is_failing in self._taken.values() if is_failing)
+        free_of_failing = FAILING_AT_ONCE - owners_of_failing.total()
+        return Room(
+            min(free, BEGUN_AT_ONCE),
+            min(free, BEGUN_AT_ONCE, free_of_failing),
+            busy=frozenset(delivery.whose for delivery, _ in self._taken.values()),
+            failing=frozenset(self._failing),
+            full=frozenset(owner for owner, count in owners.items() if count >= free),
+            full_of_failing=frozenset(owner for owner, count in owners_of_failing.items() if count >= free_of_failing),
+        )
+
+    def take(self, delivery: Delivery) -> None:
+        """Note that an attempt begins."""
+        self._taken[delivery.id] = delivery, delivery.error is not None or delivery.whose in self._failing
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Note that it has ended."""
+        del self._taken[delivery.id]
+
+    def sharer(self, delivery: Delivery) -> str:
+        """Say whose share of look-ups an attempt takes: an owner's receivers that failed last have one of their own."""
+        _, is_failing = self._taken[delivery.id]
+        return f"{delivery.owner}\x1ffailing" if is_failing else delivery.owner
+
+    def answered(self, delivery: Delivery) -> None:
+        """Note that its receiver answers."""
+        self._failing.pop(delivery.whose, None)
+
+    def failed(self, delivery: Delivery) -> None:
+        """Note that its receiver does not, or not well."""
+        self.answered(delivery)
+        self._failing[delivery.whose] = None
+        if len(self._failing) > MOST_FAILING:
+            del self._failing[next(iter(self._failing))]
 
 
 class Deliverer:

@@ -8,8 +8,7 @@ import sqlalchemy as sa
 
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.webhooks.rows import DeliveryRows
-from tminus.service.jobs.webhooks.slots import Room
-from tminus.service.jobs.webhooks.webhook import Delivery
+from tminus.service.jobs.webhooks.webhook import Delivery, Room
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]

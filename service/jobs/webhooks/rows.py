@@ -10,8 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tminus.service.jobs.store.arrays import UNREADABLE
-from tminus.service.jobs.webhooks.slots import Room
-from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
 
 Run = Callable[..., Any]
 DELIVERY_BYTES = 512  # roughly what an event takes

@@ -2,21 +2,25 @@
 
 No redirect is followed, no proxy of the environment is used, no connection is kept, and nothing of an answer but its
 status is read, or goes any further: what a receiver says is not to be read through this server.
+
+Bodies are signed as Standard Webhooks has it (standardwebhooks.com, version 1, symmetric): HMAC-SHA256 with a time.
 """
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import httpcore
 
 from tminus.service.jobs.webhooks.names import LookUp, Names
 from tminus.service.jobs.webhooks.receivers import Allowed, Receiver, permitted
-from tminus.service.jobs.webhooks.signing import signed_headers
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,54 @@ MOST_ADDRESSES = 4  # of a name that are tried
 # One for both, since what a server's own name server knows is not for its clients to find out.
 NOWHERE = "its name is not known, or leads to no public address; others are for --webhook-allow to list"
 GONE = 410  # by which a receiver says that it wants no more of them (Standard Webhooks)
+WHSEC = "whsec_"  # with which each secret begins
+LEAST_SECRET_BYTES, MOST_SECRET_BYTES = 24, 64
+MOST_SECRETS = 8
+MOST_SECRETS_FILE_BYTES = 4096
+SECRET_FORM = f"{WHSEC} and base64 of {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES} bytes"
+
+
+def read_secrets(text: str) -> tuple[bytes, ...]:
+    """Read one secret a line, the newest first; each signs. Raises ValueError, without the secret."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    if not 1 <= len(lines) <= MOST_SECRETS:
+        raise ValueError(f"there must be 1 to {MOST_SECRETS} secrets, one a line; there are {len(lines)}")
+    return tuple(map(_secret, lines))
+
+
+def read_secrets_of(file: Path) -> tuple[bytes, ...]:
+    """Read secrets from a file, as `read_secrets` does. Raises ValueError."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MOST_SECRETS_FILE_BYTES + 1)
+        if len(data) > MOST_SECRETS_FILE_BYTES:
+            raise ValueError(f"{file} has more than {MOST_SECRETS_FILE_BYTES} bytes")
+        return read_secrets(data.decode("ascii"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} has other characters than those of a secret, {SECRET_FORM}") from None
+
+
+def _secret(line: str) -> bytes:
+    try:
+        secret = base64.b64decode(line.removeprefix(WHSEC), validate=True)
+    except ValueError:
+        secret = b""
+    if not line.startswith(WHSEC) or not LEAST_SECRET_BYTES <= len(secret) <= MOST_SECRET_BYTES:
+        raise ValueError(f"a secret must be {SECRET_FORM}, as `echo {WHSEC}$(openssl rand -base64 32)` makes one")
+    return secret
+
+
+def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body: bytes) -> dict[str, str]:
+    """Make the headers by which a receiver knows who sent a body, and when."""
+    content = f"{delivery_id}.{unix_s}.".encode() + body
+    signatures = (base64.b64encode(hmac.digest(secret, content, hashlib.sha256)).decode() for secret in secrets)
+    return {
+        "webhook-id": delivery_id,
+        "webhook-timestamp": str(unix_s),
+        "webhook-signature": " ".join(f"v1,{each}" for each in signatures),
+    }
 
 
 class NotDelivered(Exception):
@@ -61,12 +113,18 @@ class Sender:
             "accept-encoding": "identity",
         } | signed_headers(self._secrets, delivery_id, int(time.time()), body)
         backend = _CheckedBackend(receiver, self._allowed, lambda name: self._look_up(name, sharer))
+        target = httpcore.URL(
+            scheme=receiver.scheme.encode(),
+            host=receiver.host.encode(),
+            port=receiver.port,
+            target=receiver.target.encode(),
+        )
         status: int | None = None
         try:
             async with (
                 asyncio.timeout(ATTEMPT_S),
                 httpcore.AsyncConnectionPool(self._tls, max_connections=1, network_backend=backend) as pool,
-                _posted(pool, receiver, headers, body) as answer,
+                pool.stream("POST", target, headers=list(headers.items()), content=body) as answer,
             ):
                 status = answer.status
         except TimeoutError:
@@ -82,18 +140,6 @@ class Sender:
                 raise NotDelivered(f"no request could be made ({type(error).__name__})") from None
         assert status is not None
         _check(status)
-
-
-def _posted(
-    pool: httpcore.AsyncConnectionPool, receiver: Receiver, headers: dict[str, str], body: bytes
-) -> AbstractAsyncContextManager[httpcore.Response]:
-    url = httpcore.URL(
-        scheme=receiver.scheme.encode(),
-        host=receiver.host.encode(),
-        port=receiver.port,
-        target=receiver.target.encode(),
-    )
-    return pool.stream("POST", url, headers=list(headers.items()), content=body)
 
 
 def _check(status: int) -> None:

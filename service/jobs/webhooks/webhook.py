@@ -9,8 +9,10 @@ Event = Literal["start", "output", "completed"]
 EVENTS: tuple[Event, ...] = get_args(Event)  # in the order in which they happen
 
 DeliveryState = Literal["pending", "delivered", "given_up"]
+Whose = tuple[str, str]  # an owner and a receiver of its jobs
 ORIGIN = re.compile(r"([A-Za-z]+://)(?:[^/?#\\]*@)?([^/?#\\@\s]*)")
 ORIGIN_CHARACTERS = 100
+AT_ONCE_EACH = 4  # attempts of one owner's jobs to one receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,22 @@ class Delivery:
     owner: str = ""  # of the job, where it was claimed
 
     @property
-    def whose(self) -> tuple[str, str]:
+    def whose(self) -> Whose:
         """The owner, and whom it tells: what one owner's receiver does is nothing to another's."""
         return self.owner, self.receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Which deliveries may be claimed: how many, and of which owners and receivers none."""
+
+    most: int  # in all
+    most_failing: int  # of receivers that failed last
+    each: int = AT_ONCE_EACH  # of one owner to one receiver
+    busy: frozenset[Whose] = frozenset()  # of which nothing
+    failing: frozenset[Whose] = frozenset()  # which failed last, beside those of deliveries that did
+    full: frozenset[str] = frozenset()  # owners of which nothing
+    full_of_failing: frozenset[str] = frozenset()  # and those of which nothing to receivers that failed last
 
 
 def origin_of(url: str) -> str:

@@ -4,8 +4,8 @@ import asyncio
 import ssl
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,14 +21,19 @@ from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
-from tminus.service.jobs.webhooks import slots
-from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules, wait_s
+from tminus.service.jobs.webhooks.deliverer import (
+    AT_ONCE,
+    FAILING_AT_ONCE,
+    MOST_FAILING,
+    Deliverer,
+    Rules,
+    Slots,
+    wait_s,
+)
 from tminus.service.jobs.webhooks.names import Names
 from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import NotDelivered, Sender
-from tminus.service.jobs.webhooks.signing import read_secrets
-from tminus.service.jobs.webhooks.slots import AT_ONCE_EACH
-from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
+from tminus.service.jobs.webhooks.sender import NotDelivered, Sender, read_secrets
+from tminus.service.jobs.webhooks.webhook import AT_ONCE_EACH, Delivery, Room, Webhook
 from tminus.service.metrics import Metrics
 
 Send = Callable[[str, str, bytes, str], Awaitable[None]]
@@ -65,20 +70,27 @@ class Running:
         found = await self.store.call(JobStore.deliveries, names)
         return [found[name][0] for name in names if name in found]
 
-    async def until(self, names: Sequence[str], *states: str) -> list[Delivery]:
-        """Run until all are in these states."""
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[None]:
         running = asyncio.create_task(self.deliverer.run(asyncio.sleep))
         try:
             async with asyncio.timeout(PATIENCE_S):
+                yield
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+    async def until(self, names: Sequence[str], *states: str) -> list[Delivery]:
+        """Run until all are in these states."""
+        try:
+            async with self.started():
                 while not all(  # noqa: ASYNC110  the store tells nobody
                     each.state in states for each in await self.deliveries(names)
                 ):
                     await asyncio.sleep(0.01)
                 return await self.deliveries(names)
         finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await running
             self.store.close()
 
     def counted(self, name: str) -> dict[str, float]:
@@ -87,16 +99,15 @@ class Running:
 
 
 @pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
     monkeypatch.setattr(module, "LOOK_S", 0.02)
-    return
 
 
 def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_WAIT_S", 5.0)
-    assert [wait_s(attempts, lambda: 0.5) for attempts in range(1, 8)] == [5, 20, 80, 320, 1280, 3600, 3600]
-    assert wait_s(10**6, lambda: 0.5) == 3600
+    assert [wait_s(attempts, lambda: 0.5) for attempts in (*range(1, 8), 10**6)] == [5, 20, 80, 320, 1280, *[3600] * 3]
     assert (wait_s(1, lambda: 0.0), wait_s(1, lambda: 1.0)) == (3.75, 6.25)
     assert len({wait_s(3) for _ in range(20)}) > 1
 
@@ -131,25 +142,28 @@ def test_500_twice_and_then_200_is_delivered_under_one_id_with_the_reason_in_bet
 
 
 @pytest.mark.parametrize(
-    ("failure", "error", "attempts"),
+    ("failure", "most_attempts", "attempts"),
     [
-        (NotDelivered("the receiver answered 410", is_final=True), "the receiver answered 410", 1),
-        (NotDelivered("the receiver answered 503"), "the receiver answered 503", None),
-        (RuntimeError("a mistake of ours"), "something went wrong on the server; its log has the details", None),
+        (NotDelivered("the receiver answered 410", is_final=True), 200, 1),
+        (NotDelivered("the receiver answered 503"), 200, None),
+        (NotDelivered("the receiver answered 503"), 3, 3),
+        (RuntimeError("a mistake of ours"), 200, None),
     ],
-    ids=["gone", "time is up", "a mistake"],
+    ids=["gone", "time is up", "too many attempts", "a mistake"],
 )
 def test_it_is_given_up_when_the_receiver_wants_no_more_or_its_time_has_passed(
-    failure: Exception, error: str, attempts: int | None
+    failure: Exception, most_attempts: int, attempts: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def send(*_: Any) -> None:
         raise failure
 
     async def run() -> None:
-        running = Running(send, retry_s=1.0)
+        monkeypatch.setattr(module, "MOST_ATTEMPTS", most_attempts)
+        running = Running(send, retry_s=1.0 if attempts is None else 3600.0)
         await running.end(told("a"))
         (delivery,) = await running.until("a", "given_up")
-        assert delivery.error == error
+        ours = "something went wrong on the server; its log has the details"
+        assert delivery.error == (str(failure) if isinstance(failure, NotDelivered) else ours)
         assert delivery.attempts == attempts if attempts is not None else delivery.attempts > 1
         assert running.counted("webhooks_total") == {"given_up": 1}
 
@@ -177,62 +191,32 @@ def test_an_attempt_that_cannot_be_made_is_one_line_of_the_log(url: str, caplog:
     assert line.exc_info is None
 
 
-def test_attempts_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def send(*_: Any) -> None:
-        raise NotDelivered("no")
-
-    async def run() -> None:
-        monkeypatch.setattr(module, "MOST_ATTEMPTS", 3)
-        running = Running(send)
-        await running.end(told("a"))
-        (delivery,) = await running.until("a", "given_up")
-        assert delivery.attempts == 3
-
-    asyncio.run(run())
+# --- receivers that do not answer ---
 
 
-def test_a_receiver_that_never_answers_holds_no_other_and_has_few_attempts_at_a_time() -> None:
+def test_receivers_that_never_answer_hold_up_no_other_and_each_has_few_attempts_at_a_time() -> None:
     open_now, most_open = Counter[str](), Counter[str]()
 
     async def send(url: str, *_: Any) -> None:
         open_now[url] += 1
         most_open[url] = max(most_open[url], open_now[url])
         try:
-            if "slow" in url:
-                await asyncio.sleep(3600)
-            await asyncio.sleep(0)
+            await asyncio.sleep(3600 if "slow" in url else 0)
         finally:
             open_now[url] -= 1
 
     async def run() -> None:
         running = Running(send)
-        slow = [told(f"s{k}", "https://slow.example/") for k in range(40)]
-        quick = [told(f"q{k}", f"https://quick{k % 3}.example/") for k in range(40)]
-        await running.end(*slow, *quick)
-        await running.until([record.id for record in quick], "delivered")
-
-    asyncio.run(run())
-    assert most_open["https://slow.example/"] == AT_ONCE_EACH
-    assert max(most_open.values()) <= AT_ONCE_EACH
-
-
-def test_a_hundred_receivers_that_never_answer_hold_up_none_that_does_of_their_owner_or_another() -> None:
-    hang = set[str]()
-
-    async def send(url: str, *_: Any) -> None:
-        if "slow" in url:
-            hang.add(url)
-            await asyncio.sleep(3600)
-
-    async def run() -> None:
-        running = Running(send)
         await running.end(*(told(f"s{k}", f"https://slow{k}.example/", "studio") for k in range(100)))
-        quick = [told("same", "https://quick.example/", "studio"), told("other", "https://quick.example/", "other")]
+        await running.end(*(told(f"t{k}", "https://slow.example/", "studio") for k in range(20)))
+        quick = [told(f"q{k}", "https://quick.example/", ("studio", "other")[k % 2]) for k in range(20)]
         await running.end(*quick)
         await running.until([record.id for record in quick], "delivered")
 
     asyncio.run(run())
-    assert len(hang) == 100
+    assert len(most_open) == 102
+    assert most_open["https://slow.example/"] == AT_ONCE_EACH
+    assert max(most_open.values()) <= 2 * AT_ONCE_EACH, "of each of two owners"
 
 
 def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +231,6 @@ def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch:
 
     monkeypatch.setattr("tminus.service.jobs.webhooks.names.socket.getaddrinfo", getaddrinfo)
     monkeypatch.setattr("tminus.service.jobs.webhooks.names.MOST_LOOKUPS", 32)
-    monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
 
     async def send(url: str, _id: str, _body: bytes, sharer: str) -> None:
         try:
@@ -272,51 +255,13 @@ def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch:
         hangs.set()
 
 
-def test_receivers_that_failed_last_leave_slots_to_those_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "AT_ONCE", 16)
-    monkeypatch.setattr(slots, "FAILING_AT_ONCE", 8)
-    open_now, tried, most_open = set[str](), set[str](), 0
-
-    async def send(url: str, *_: Any) -> None:
-        nonlocal most_open
-        if "bad" not in url:
-            return
-        if url not in tried:
-            tried.add(url)
-            raise NotDelivered("no answer")
-        open_now.add(url)
-        most_open = max(most_open, len(open_now))
-        await asyncio.sleep(3600)
-
-    async def run() -> None:
-        running = Running(send)
-        bad = [told(f"b{k}", f"https://bad{k}.example/", f"owner{k % 5}") for k in range(30)]
-        await running.end(*bad)
-        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
-        async with asyncio.timeout(PATIENCE_S):
-            while len(open_now) < 6:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            good = [told(f"g{k}", f"https://good{k}.example/", "owner0") for k in range(10)]
-            await running.end(*good)
-            while not all(  # noqa: ASYNC110
-                each.state == "delivered" for each in await running.deliveries([each.id for each in good])
-            ):
-                await asyncio.sleep(0.01)
-        deliverer.cancel()
-        with suppress(asyncio.CancelledError):
-            await deliverer
-        running.store.close()
-
-    asyncio.run(run())
-    assert 6 <= most_open <= 8
-
-
 def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slots, "AT_ONCE", 2)
+    monkeypatch.setattr(module, "AT_ONCE", 2)
     monkeypatch.setattr(module, "LOOK_S", 0.1)
-    hanging = 0
+    hanging = looks = 0
+    room = Slots.room
 
     async def send(url: str, *_: Any) -> None:
         nonlocal hanging
@@ -325,40 +270,83 @@ def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again
         hanging += 1
         await asyncio.sleep(3600)
 
-    async def run() -> int:
+    def counted(slots: Slots) -> Room | None:
+        nonlocal looks
+        looks += 1
+        return room(slots)
+
+    async def run() -> None:
+        nonlocal looks
+        monkeypatch.setattr(Slots, "room", counted)
         running = Running(send)
-        room, looks = running.deliverer._slots.room, 0
-
-        def counted() -> slots.Room | None:
-            nonlocal looks
-            looks += 1
-            return room()
-
-        monkeypatch.setattr(running.deliverer._slots, "room", counted)
         await running.end(told("bad", "https://bad.example/", "c"))
-        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
-        async with asyncio.timeout(PATIENCE_S):
+        async with running.started():
             while (await running.deliveries(["bad"]))[0].attempts < 1:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             await running.end(told("a", "https://a.example/", "a"), told("b", "https://b.example/", "b"))
             while hanging < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
-        looks = 0
-        await asyncio.sleep(0.5)  # in which there are five looks
-        deliverer.cancel()
-        with suppress(asyncio.CancelledError):
-            await deliverer
+            looks = 0
+            await asyncio.sleep(0.5)  # in which there are five looks
         running.store.close()
-        return looks
 
-    assert asyncio.run(run()) < 20
+    asyncio.run(run())
+    assert looks < 20
+
+
+def one(name: str, owner: str, error: str | None = None) -> Delivery:
+    return Delivery(name, name, "completed", f"https://{name}.example", "pending", 1, 0, error, owner)
+
+
+def fill(slots: Slots, owner: str, error: str | None = None) -> list[Delivery]:
+    """Begin attempts of an owner, until it may have no more."""
+    made: list[Delivery] = []
+    while True:
+        room = slots.room()
+        assert room is not None
+        if owner in room.full or (error is not None and (owner in room.full_of_failing or not room.most_failing)):
+            return made
+        made.append(one(f"{owner}{error}{len(made)}", owner, error))
+        slots.take(made[-1])
+
+
+def test_one_owner_has_half_of_the_slots_and_others_always_find_some() -> None:
+    slots = Slots()
+    empty, filled = slots.room(), [fill(slots, owner) for owner in "abcd"]
+    assert [len(each) for each in filled] == [AT_ONCE // 2, AT_ONCE // 4, AT_ONCE // 8, AT_ONCE // 16]
+    for delivery in [delivery for each in filled for delivery in each]:
+        slots.give_back(delivery)
+    assert slots.room() == empty
+
+
+def test_receivers_that_failed_last_have_half_of_the_slots_of_all_and_of_their_owner() -> None:
+    slots = Slots()
+    failing = fill(slots, "a", "it failed")
+    assert len(failing) == FAILING_AT_ONCE // 2
+    assert len(fill(slots, "b", "it failed")) == FAILING_AT_ONCE // 4
+    answering = fill(slots, "a")
+    assert answering, "those that answer"
+    assert slots.sharer(answering[0]) != slots.sharer(failing[0]), "nor do they share look-ups"
+
+
+def test_a_receiver_that_failed_is_known_until_it_answers_and_not_too_many_are() -> None:
+    slots = Slots()
+    failed = [one(f"r{k}", "a") for k in range(MOST_FAILING + 1)]
+    for each in failed:
+        slots.failed(each)
+    slots.answered(failed[5])
+    room = slots.room()
+    assert room is not None
+    assert room.failing == {each.whose for each in failed[1:] if each is not failed[5]}
+
+
+# --- the store, and the end ---
 
 
 @pytest.mark.parametrize("retry_s", [3600.0, 0.1])
-def test_a_store_that_cannot_read_a_job_for_a_while_costs_no_attempt_but_time(
+def test_a_store_that_is_away_for_a_while_costs_no_attempt_but_time(
     monkeypatch: pytest.MonkeyPatch, retry_s: float
 ) -> None:
-    monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
     monkeypatch.setattr(module, "MOST_ATTEMPTS", 3)
     sent = []
 
@@ -368,15 +356,23 @@ def test_a_store_that_cannot_read_a_job_for_a_while_costs_no_attempt_but_time(
     async def run() -> Delivery:
         running = Running(send, retry_s)
         await running.end(told("a"))
-        get, failures = running.kept.get, [1] * (5 if retry_s > 1 else 10**6)
+        get, failures = SqliteStore.get, [1] * (5 if retry_s > 1 else 10**6)
+        claim, looks = SqliteStore.claim_deliveries, [1] * 3
 
-        def away(job_id: str) -> JobRecord | None:
+        def get_later(store: SqliteStore, job_id: str) -> JobRecord | None:
             if failures:
                 failures.pop()
                 raise StorageFailed("the database is away")
-            return get(job_id)
+            return get(store, job_id)
 
-        running.kept.get = away  # type: ignore[method-assign]
+        def claim_later(store: SqliteStore, *asked: Any) -> list[Delivery]:
+            if looks:
+                looks.pop()
+                raise StorageFailed("the database is away")
+            return claim(store, *asked)
+
+        monkeypatch.setattr(SqliteStore, "get", get_later)
+        monkeypatch.setattr(SqliteStore, "claim_deliveries", claim_later)
         (delivery,) = await running.until("a", "delivered", "given_up")
         return delivery
 
@@ -385,7 +381,7 @@ def test_a_store_that_cannot_read_a_job_for_a_while_costs_no_attempt_but_time(
     assert len(sent) == delivery.attempts
 
 
-def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent() -> None:
+def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     async def send(*_: Any) -> None:
         pytest.fail("there is nothing to send")
 
@@ -393,42 +389,18 @@ def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent() -> None:
         running = Running(send)
         await running.end(told("gone"), told("damaged"))
         running.gone = {"gone"}
-        get = running.kept.get
+        get = SqliteStore.get
 
-        def damaged(job_id: str) -> JobRecord | None:
+        def damaged(store: SqliteStore, job_id: str) -> JobRecord | None:
             if job_id == "damaged":
                 raise StorageFailed("it cannot be read", damaged=True)
-            return get(job_id)
+            return get(store, job_id)
 
-        running.kept.get = damaged  # type: ignore[method-assign]
+        monkeypatch.setattr(SqliteStore, "get", damaged)
         gone, unreadable = await running.until(["gone", "damaged"], "given_up")
         assert (gone.error, unreadable.error) == ("There is no such job", "the job cannot be read")
 
     asyncio.run(run())
-
-
-def test_a_store_that_is_away_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-
-    async def send(*request: Any) -> None:
-        sent.append(request)
-
-    async def run() -> None:
-        running = Running(send)
-        await running.end(told("a"))
-        claim, failures = running.kept.claim_deliveries, [1, 2, 3]
-
-        def away(*args: Any) -> list[Delivery]:
-            if failures:
-                failures.pop()
-                raise StorageFailed("the database is away")
-            return claim(*args)
-
-        running.kept.claim_deliveries = away  # type: ignore[method-assign]
-        await running.until("a", "delivered")
-
-    asyncio.run(run())
-    assert len(sent) == 1
 
 
 def test_when_the_server_ends_attempts_end_and_what_was_not_delivered_is_still_owed() -> None:
@@ -438,13 +410,9 @@ def test_when_the_server_ends_attempts_end_and_what_was_not_delivered_is_still_o
     async def run() -> None:
         running = Running(send)
         await running.end(told("a"))
-        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
-        async with asyncio.timeout(PATIENCE_S):
+        async with running.started():
             while not running.deliverer._attempts:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        deliverer.cancel()
-        with suppress(asyncio.CancelledError):
-            await deliverer
         assert running.deliverer._attempts == set()
         (delivery,) = await running.deliveries("a")
         assert (delivery.state, delivery.attempts) == ("pending", 1)

@@ -11,8 +11,7 @@ from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
-from tminus.service.jobs.webhooks.slots import Room
-from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
 from tminus.service.scheduling.intake import Intake
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,10 @@
-"""One attempt, to real servers on this machine; names are resolved as a test likes."""
+"""One attempt, to real servers on this machine; names are resolved as a test likes.
+
+Signatures are compared with the example of Standard Webhooks' own libraries, and with its library for Python.
+"""
 
 import asyncio
+import base64
 import http.server
 import socket
 import ssl
@@ -10,15 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from tests.receivers import SECRET, make_certificate, receiver, status
 from tminus.service.errors import InvalidField
 from tminus.service.jobs.webhooks import sender as module
 from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import NotDelivered, Sender
-from tminus.service.jobs.webhooks.signing import read_secrets
+from tminus.service.jobs.webhooks.sender import NotDelivered, Sender, read_secrets, read_secrets_of, signed_headers
 
 LOOPBACK = "127.0.0.1"
+EXAMPLE = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 def send(
@@ -207,6 +212,71 @@ def test_a_url_that_is_not_allowed_any_more_is_refused_before_anything_is_sent()
     with receiver() as there, pytest.raises(InvalidField):
         send(there.url, "")
     assert there.told == []
+
+
+# --- signatures ---
+
+
+def secret_of(size: int) -> str:
+    return "whsec_" + base64.b64encode(bytes(range(size))).decode()
+
+
+def test_the_signature_is_that_of_the_specifications_example() -> None:
+    headers = signed_headers(read_secrets(EXAMPLE), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+    assert headers == {
+        "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        "webhook-timestamp": "1614265330",
+        "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    }
+
+
+def test_while_a_secret_is_replaced_receivers_with_either_verify_it() -> None:
+    headers = signed_headers(
+        read_secrets(f"# the newest first\n{secret_of(64)}\n\n{EXAMPLE}\n"), "id", int(time.time()), b"{}"
+    )
+    for secret in (EXAMPLE, secret_of(64)):
+        assert Webhook(secret).verify(b"{}", headers) == {}
+        with pytest.raises(WebhookVerificationError):
+            Webhook(secret).verify(b"{ }", headers)
+    late = signed_headers(read_secrets(EXAMPLE), "id", int(time.time()) - 3600, b"{}")
+    with pytest.raises(WebhookVerificationError, match="too old"):
+        Webhook(EXAMPLE).verify(b"{}", late)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# none",
+        "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        secret_of(23),
+        secret_of(65),
+        EXAMPLE + "!",
+        "\n".join([EXAMPLE] * 9),
+    ],
+)
+def test_what_is_no_secret_is_refused_and_not_repeated(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="secret") as caught:
+        read_secrets(text)
+    file = tmp_path / "secrets"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="secret") as of_file:
+        read_secrets_of(file)
+    for error in (caught, of_file):
+        assert "MfKQ9r8" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_one_of_secrets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        read_secrets_of(tmp_path / "none")
+    (tmp_path / "large").write_text("#" * 5000)
+    with pytest.raises(ValueError, match="more than 4096 bytes"):
+        read_secrets_of(tmp_path / "large")
+    (tmp_path / "strange").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="other characters"):
+        read_secrets_of(tmp_path / "strange")
+    good = tmp_path / "good"
+    good.write_text(f"{EXAMPLE}\n")
+    assert read_secrets_of(good) == read_secrets(EXAMPLE)
 
 
 # --- TLS ---
