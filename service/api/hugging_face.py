@@ -24,6 +24,7 @@ from tminus.service.api.answers.openapi import (
     failures,
     path_parameter,
 )
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.request.classes import label_of
 from tminus.service.api.request.negotiation import negotiate
@@ -37,7 +38,7 @@ from tminus.service.api.request.reading import (
     unless_gone,
 )
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.sample import Job, Still, respond
+from tminus.service.api.sample import Still, respond
 from tminus.service.api.services import Services
 from tminus.service.api.submission import to_job, understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
@@ -93,13 +94,10 @@ async def text_to_image(services: Services, request: Request) -> Response:
     names = _names_in(body)
     try:
         asked = await understand(services, parameters_of(body, services.model))
-        spec, inputs = await to_job(services, asked, request)
-        has_seed, deadline_s = asked.seed is not None, asked.deadline_s
+        new, has_seed = await to_job(services, asked, caller_of(request).name, request), asked.seed is not None
         del body, asked  # they hold the picture as it came, and the job may take long
         request.state.release_body()
-        made = Still(spec, media_type)
-        job = Job.of(made, services.model, has_seed=has_seed, deadline_s=deadline_s, inputs=inputs)
-        return await respond(services, request, job)
+        return await respond(services, request, new, Still(new.spec, media_type), has_seed=has_seed)
     except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None
 

@@ -1,8 +1,7 @@
 """POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
 
 import asyncio
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Request, Response
@@ -41,9 +40,10 @@ from tminus.service.jobs.webhooks.receivers import refused
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS
-from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.spec import SampleSpec
 from tminus.service.work import JobResult
 from tminus.service.worker.recording import Recorder, Recording
+from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, TRAJECTORY)
 ANY_TYPE = (*WITHOUT_EVERY, WEBP)
@@ -161,24 +161,6 @@ class Animation:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A job that is wanted, and the answer that is made of it."""
-
-    answer: Answer
-    inputs: Inputs | None
-    deadline_s: float | None
-    etag: str | None  # None: the answer is not a function of the request
-
-    @classmethod
-    def of(
-        cls, made: Answer, model: ModelInfo, *, has_seed: bool, deadline_s: float | None, inputs: Inputs | None = None
-    ) -> "Job":
-        """Name the answer, if with the seed that was given it is always the same."""
-        named = has_seed and model.exact
-        return cls(made, inputs, deadline_s, etag(made.kind, made.spec, model) if named else None)
-
-
 async def answer(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
     accepted = accept_header(request)
@@ -193,18 +175,21 @@ async def answer(services: Services, request: Request) -> Response:
         return await _accept(services, request, asked, webhook)
     if webhook is not None:
         raise refused(NOT_DURABLE, webhook.url)
-    spec, inputs = await to_job(services, asked, request)
-    deadline_s, has_seed = asked.deadline_s, asked.seed is not None
+    new, has_seed = await to_job(services, asked, caller_of(request).name, request), asked.seed is not None
     del rest, asked  # they hold the uploads as they came, and the job may take long
     request.state.release_body()
-    made = _answer_of(spec, media_type, animation, services.model)
-    job = Job.of(made, services.model, has_seed=has_seed, deadline_s=deadline_s, inputs=inputs)
-    return await respond(services, request, job)
+    made = _answer_of(new.spec, media_type, animation, services.model)
+    return await respond(services, request, new, made, has_seed=has_seed)
 
 
-async def respond(services: Services, request: Request, job: Job) -> Response:
-    """Answer with what the client or the cache has, or else run the job. The body has been read."""
-    return _known(services, request, job) or await _make(services, request, job)
+async def respond(services: Services, request: Request, new: NewJob, made: Answer, *, has_seed: bool) -> Response:
+    """Answer with what the client or the cache has, or else run the job. The body has been read.
+
+    has_seed: whether the seed was given, so that the answer is a function of the request.
+    """
+    model = services.model
+    tag = etag(made.kind, made.spec, model) if has_seed and model.exact else None
+    return _known(services, request, made, tag) or await _make(services, request, new, made, tag)
 
 
 def _answer_of(spec: SampleSpec, media_type: str, animation: AnimationRequest | None, model: ModelInfo) -> Answer:
@@ -228,45 +213,42 @@ async def _accept(services: Services, request: Request, asked: SampleRequest, we
     return response
 
 
-def _headers(services: Services, job: Job) -> dict[str, str]:
-    headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
+def _headers(services: Services, spec: SampleSpec, tag: str | None) -> dict[str, str]:
+    headers = {"X-Seed": str(spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
+    return headers | cache_headers(tag) | advice_headers(spec, services.model)
 
 
 def _directives(request: Request) -> frozenset[str]:
     return cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
 
 
-def _known(services: Services, request: Request, job: Job) -> Response | None:
-    """The answer, if the client or the cache has it."""
-    if job.etag is None:
+def _known(services: Services, request: Request, made: Answer, tag: str | None) -> Response | None:
+    """Return the answer, if the client or the cache has it."""
+    if tag is None:
         return None
-    headers = _headers(services, job)
-    if matches(request.headers.getlist("if-none-match"), request.method, job.etag):
+    headers = _headers(services, made.spec, tag)
+    if matches(request.headers.getlist("if-none-match"), request.method, tag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)
-    if "no-cache" not in _directives(request) and (kept := services.cache.get(job.etag)) is not None:
+    if "no-cache" not in _directives(request) and (kept := services.cache.get(tag)) is not None:
         services.metrics.answered_without_work("cache_hit")
-        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=job.answer.media_type)
+        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=made.media_type)
     return None
 
 
-async def _make(services: Services, request: Request, job: Job) -> Response:
+async def _make(services: Services, request: Request, new: NewJob, made: Answer, tag: str | None) -> Response:
     """Run the job and encode what comes of it."""
-    job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
+    loop = asyncio.get_running_loop()
     with services.recordings.taken(made.held_bytes, made.held_for):
-        caller = caller_of(request)
-        ticket = await submit(
-            services, caller, job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording
-        )
-        result = await finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
+        ticket = await submit(services, caller_of(request), replace(new, recording=made.recording))
+        result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
         started_s = loop.time()
         content = await made.encode(services.encoder, result, services.model)
         encode_s = loop.time() - started_s
-    if job.etag is not None and "no-store" not in _directives(request):
-        services.cache.put(job.etag, content)
-    headers = _headers(services, job) | {
-        "X-Job-ID": job_id,
+    if tag is not None and "no-store" not in _directives(request):
+        services.cache.put(tag, content)
+    headers = _headers(services, made.spec, tag) | {
+        "X-Job-ID": new.id,
         "X-Queue-Position": str(ticket.outlook.position),
         "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
         "Server-Timing": server_timing(result, encode_s, services.model),

@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -37,10 +36,11 @@ from tminus.service.images.encoder import PNG
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Watch
 from tminus.service.request_id import REQUEST_ID
-from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.spec import SampleSpec
 from tminus.service.tracing import PROBLEM, note
 from tminus.service.work import JobResult, Ticket, timesteps_of
 from tminus.service.worker.mailbox import Mailbox
+from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,7 @@ class _Asked:
     """What one message asks for."""
 
     preview: StreamRequest
-    spec: SampleSpec
-    inputs: Inputs | None
-    deadline_s: float | None
+    new: NewJob
 
 
 class _Stream:
@@ -113,7 +111,7 @@ class _Stream:
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        asked = await self._understand(message)
+                        asked = await self._understand(message, caller)
                         del message  # it may have megabytes, and the job an hour
                         await self._job(asked, caller)
                     keep_open = asked.preview.keep_open
@@ -189,39 +187,36 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _understand(self, message: dict[str, Any]) -> _Asked:
+    async def _understand(self, message: dict[str, Any], caller: Caller) -> _Asked:
         own, rest = StreamRequest.divide(message)
         preview = StreamRequest.parse(own)
         asked = await understand(self._services, rest)
-        spec, inputs = await to_job(self._services, asked)
-        return _Asked(preview, spec, inputs, asked.deadline_s)
+        return _Asked(preview, await to_job(self._services, asked, caller.name))
 
     async def _job(self, asked: _Asked, caller: Caller) -> None:
         """Run one job, and send what comes of it."""
-        job_id = uuid.uuid4().hex
+        new, spec = asked.new, asked.new.spec
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
         watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
-        ticket = await submit(
-            self._services, caller, job_id, asked.spec, asked.deadline_s, watch=watch, inputs=asked.inputs
-        )
+        ticket = await submit(self._services, caller, replace(new, watch=watch))
         if caller.name:
-            log.info("request %s: job %s is of %s", REQUEST_ID.get(), job_id, caller.name)
-        done = result_of(ticket, asked.deadline_s)
+            log.info("request %s: job %s is of %s", REQUEST_ID.get(), new.id, caller.name)
+        done = result_of(ticket, new.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
-            await self._send(accepted_message(job_id, asked.spec, ticket, self._services.model))
-            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, job_id, ticket)))
+            await self._send(accepted_message(new.id, spec, ticket, self._services.model))
+            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, ticket)))
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
-            error = await self._stop_listening(listening, done, job_id)
+            error = await self._stop_listening(listening, done, new.id)
             await showing  # a frame that is on its way goes out whole
             if error is not None:
                 raise error
             try:
                 result = await done
             except JobCancelled:
-                await self._send({"type": "cancelled", "id": job_id})
+                await self._send({"type": "cancelled", "id": new.id})
             else:
                 await self._deliver(asked, result, mailbox.dropped)
         finally:
@@ -230,7 +225,7 @@ class _Stream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not done.done():
-                self._services.worker.cancel(job_id, "client_gone")
+                self._services.worker.cancel(new.id, "client_gone")
 
     async def _stop_listening(
         self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
@@ -252,9 +247,9 @@ class _Stream:
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
-    async def _show(self, mailbox: Mailbox, asked: _Asked, job_id: str, ticket: Ticket) -> None:
+    async def _show(self, mailbox: Mailbox, asked: _Asked, ticket: Ticket) -> None:
         """Send frames until the mailbox is closed."""
-        preview, spec = asked.preview, asked.spec
+        preview, spec, job_id = asked.preview, asked.new.spec, asked.new.id
         timesteps = timesteps_of(spec, self._services.model)
         countdown = Countdown(self._services.statuses, job_id, ticket.outlook.eta_s)
         while (frame := await mailbox.take()) is not None:
@@ -274,7 +269,7 @@ class _Stream:
     async def _deliver(self, asked: _Asked, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
         pictures = await self._services.encoder.encode_pictures(
-            asked.preview.layout, asked.spec, result, self._services.model
+            asked.preview.layout, asked.new.spec, result, self._services.model
         )
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(

@@ -1,5 +1,6 @@
 """From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
 
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,9 +18,8 @@ from tminus.service.api.services import Services
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
-from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import Ticket, work_of
-from tminus.service.worker.recording import Recorder
+from tminus.service.work import Ticket
+from tminus.service.worker.running_job import NewJob
 
 
 async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
@@ -29,8 +29,8 @@ async def understand(services: Services, parameters: Mapping[str, Any]) -> Sampl
 
 
 async def to_job(
-    services: Services, asked: SampleRequest, request: Request | None = None, *, transparent: bool = False
-) -> tuple[SampleSpec, Inputs | None]:
+    services: Services, asked: SampleRequest, owner: str, request: Request | None = None, *, transparent: bool = False
+) -> NewJob:
     """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do.
 
     request: whose client may go away meanwhile; its images are then not decoded any more. transparent: see
@@ -39,19 +39,16 @@ async def to_job(
     spec = asked.to_spec(services.model, services.limits)
     decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
     inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
-    return asked.with_inputs(spec, inputs), inputs
+    return NewJob(uuid.uuid4().hex, asked.with_inputs(spec, inputs), services.number, owner, asked.deadline_s, inputs)
 
 
 @asynccontextmanager
-async def charged(
-    services: Services, caller: Caller, spec: SampleSpec, until: int | None = None
-) -> AsyncIterator[None]:
+async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncIterator[None]:
     """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
 
-    until: the pass after which it ends, if that is not its last. What a job costs is what it takes in passes of one
-    row: a guided step counts twice, and skipped ones not at all.
+    What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
-    row_steps, jobs = work_of(spec, services.model).ending_at(until).places, 0
+    row_steps, jobs = new.work(services.model).places, 0
     if (most := caller.limits.jobs) is not None:
         new_jobs = services.new_jobs
         elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
@@ -61,28 +58,17 @@ async def charged(
     services.metrics.charged(caller.name, row_steps)
 
 
-async def submit(
-    services: Services,
-    caller: Caller,
-    job_id: str,
-    spec: SampleSpec,
-    deadline_s: float | None,
-    *,
-    recording: Recorder[Any] | None = None,
-    **given: Any,
-) -> Ticket:
+async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
     """Charge a caller for a job that is not durable, and let it in.
 
-    recording, given: see Worker.submit. Raises what `charged` and Worker.submit do; Overloaded says when the first of
-    the servers that share their durable jobs has room.
+    Raises what `charged` and Worker.submit do; Overloaded says when the first of the servers that share their durable
+    jobs has room.
     """
     try:
-        async with charged(services, caller, spec, recording.until if recording is not None else None):
-            return services.worker.submit(
-                job_id, spec, deadline_s, model=services.number, owner=caller.name, recording=recording, **given
-            )
+        async with charged(services, caller, new):
+            return services.worker.submit(new)
     except Overloaded as error:
-        raise await services.new_jobs.soonest(error, services.number, spec) from None
+        raise await services.new_jobs.soonest(error, new) from None
 
 
 async def create(
@@ -103,11 +89,8 @@ async def create(
     key = await off_loop(
         size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen, transparent=transparent
     )
-    spec, inputs = await to_job(services, asked, request, transparent=transparent)
-    return await services.new_jobs.create(
-        spec, asked.deadline_s, key, inputs,
-        model=services.number, owner=caller.name, webhook=webhook, charged=lambda: charged(services, caller, spec),
-    )  # fmt: skip
+    new = await to_job(services, asked, caller.name, request, transparent=transparent)
+    return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 
 async def accept(

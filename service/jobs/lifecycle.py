@@ -40,6 +40,7 @@ from tminus.service.tracing import traced
 from tminus.service.work import Ticket
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.mailbox import Mailbox
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -307,8 +308,10 @@ class Lifecycle:
                 )
             try:
                 ticket = self._worker.resume(
-                    record.id, record.spec, deadline_s, inputs, snapshot,
-                    model=self.model, owner=record.owner, alone=alone,
+                    NewJob(
+                        record.id, record.spec, self.model, record.owner, deadline_s,
+                        inputs=inputs, durable=True, snapshot=snapshot, alone=alone,
+                    )
                 )  # fmt: skip
             except (NotReady, Overloaded):
                 await self.pause(ROOM_S)

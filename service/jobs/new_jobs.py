@@ -4,7 +4,6 @@ A job, once accepted, is finished whatever happens to the client or to this proc
 """
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -17,8 +16,8 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
-from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 
 # Events that one receiver of an owner may be owed: a look for what is due goes through them. And when to look again.
@@ -63,81 +62,64 @@ class NewJobs:
 
     async def create(
         self,
-        spec: SampleSpec,
-        deadline_s: float | None,
+        new: NewJob,
         key: Key | None,
-        inputs: Inputs | None = None,
-        *,
-        model: int = 0,
-        owner: str = "",
         webhook: Webhook | None = None,
+        *,
         charged: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> tuple[JobView, bool]:
-        """Accept a durable job of a model.
+        """Accept a job as a durable one. Returns it, and whether the key was used before: it is the earlier job then.
 
-        owner: the name of the API key that it came with. charged: is entered if a new job is made, not for a repeat,
-        and left by an exception if it is not accepted. Returns the job, and whether the key was used before; if so,
-        it is the earlier job.
-
-        webhook: who is told of it.
-
-        Raises KeyReused or JobExists, StorageFailed, and what Worker.submit does.
+        webhook: who is told of it. charged: is entered if a new job is made, not for a repeat, and left by an exception
+        if it is not accepted. Raises KeyReused or JobExists, StorageFailed, and what Worker.submit does.
         """
-        lifecycle = self._jobs.of_model(model)
+        lifecycle = self._jobs.of_model(new.model)
 
-        async def new() -> JobView:
+        async def create() -> JobView:
             async with charged():
-                return await self._create(lifecycle, spec, deadline_s, key, inputs, owner, webhook)
+                return await self._create(lifecycle, new, key, webhook)
 
         if key is None:
-            return await new(), False
+            return await create(), False
         # Here and not in the stores: those of other weights do not know of each other's keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
                 return found, True
             try:
-                return await new(), False
+                return await create(), False
             except _KeyTaken:
                 return await self._first_with(key, lifecycle.model_name), True
 
-    async def soonest(self, error: Overloaded, model: int, spec: SampleSpec) -> Overloaded:
+    async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
         """The refusal of a job that is not durable, with the least Retry-After of all servers that share its store."""
-        leases = self._jobs.of_model(model).leases
-        return error if leases is None else await leases.soonest(error, spec)
+        leases = self._jobs.of_model(new.model).leases
+        return error if leases is None else await leases.soonest(error, new.spec)
 
-    async def _create(
-        self,
-        lifecycle: Lifecycle,
-        spec: SampleSpec,
-        deadline_s: float | None,
-        key: Key | None,
-        inputs: Inputs | None,
-        owner: str,
-        webhook: Webhook | None,
-    ) -> JobView:
+    async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
         """Raises _KeyTaken beside what `create` does."""
         if lifecycle.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )
         created_us = lifecycle.store.now_us()
-        deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        job_id = uuid.uuid4().hex  # never again: what is late, of a job that was deleted, must not meet another
+        deadline_us = None if new.deadline_s is None else created_us + round(new.deadline_s * 1e6)
         ahead_us = created_us - now_us()
-        record = JobRecord(job_id, spec, created_us, deadline_us, owner=owner, webhook=webhook, ahead_us=ahead_us)
-        self._entering[record.id] = owner  # before anybody else can count
+        record = JobRecord(
+            new.id, new.spec, created_us, deadline_us, owner=new.owner, webhook=webhook, ahead_us=ahead_us
+        )
+        self._entering[new.id] = new.owner  # before anybody else can count
         try:
             if webhook is not None:
-                await _check_owed(lifecycle, owner, webhook.receiver)
-            outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
+                await _check_owed(lifecycle, new.owner, webhook.receiver)
+            outlook = await self._let_in(lifecycle, record, new, key)
         finally:
-            del self._entering[record.id]
+            del self._entering[new.id]
         if outlook is None:
             raise _KeyTaken
-        if record.id not in self._known(owner):  # it is left to any, perhaps since a count has looked at its store
+        if new.id not in self._known(new.owner):  # it is left to any, perhaps since a count has looked at its store
             for whose, found in self._counts:
-                if whose == owner:
-                    found.add(record.id)
+                if whose == new.owner:
+                    found.add(new.id)
         view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
         return replace(view, position=outlook.position, eta_s=outlook.eta_s)
 
@@ -150,34 +132,24 @@ class NewJobs:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return earlier
 
-    async def _let_in(
-        self,
-        lifecycle: Lifecycle,
-        record: JobRecord,
-        deadline_s: float | None,
-        key: Key | None,
-        inputs: Inputs | None,
-    ) -> Outlook | None:
+    async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if leases is None or leases.takes(record.spec):
+        if leases is None or leases.takes(new.spec):
             try:
-                ticket = self._worker.submit(
-                    record.id, record.spec, deadline_s,
-                    model=lifecycle.model, inputs=inputs, owner=record.owner, durable=True,
-                )  # fmt: skip
+                ticket = self._worker.submit(replace(new, durable=True))
             except Overloaded as error:
                 if leases is None or error.of_owner:
                     raise
         if ticket is None:
             assert leases is not None
-            return await leases.leave_to_any(record, key, inputs, deadline_s)
+            return await leases.leave_to_any(record, key, new.inputs, new.deadline_s)
         kept = False
         try:
-            kept = await lifecycle.store.add(record, key, inputs)
+            kept = await lifecycle.store.add(record, key, new.inputs)
         finally:
             if not kept:
-                self._worker.cancel(record.id, "not_kept")
+                self._worker.cancel(new.id, "not_kept")
         if not kept:
             return None
         lifecycle.accept(record, ticket)

@@ -24,13 +24,13 @@ class AcceptedJobs:
     def add(self, job: RunningJob) -> None:
         """Note a job. Call it with the gate held."""
         self._jobs[job.id] = job
-        self._owners[job.owner, job.durable] += 1
+        self._owners[job.new.owner, job.new.durable] += 1
 
     def remove(self, job_id: str) -> None:
         """Forget a job. It is not here if its client was answered while the worker hung."""
         with self.gate:
             if (job := self._jobs.pop(job_id, None)) is not None:
-                self._owners[job.owner, job.durable] -= 1
+                self._owners[job.new.owner, job.new.durable] -= 1
 
     def remove_all(self) -> list[RunningJob]:
         """Forget all jobs, and return them."""

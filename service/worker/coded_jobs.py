@@ -57,7 +57,7 @@ class CodedJobs:
 
     def durable(self) -> list[RunningJob]:
         """Those that are durable: the next start goes on with them."""
-        return [job for job in self._jobs.values() if job.durable]
+        return [job for job in self._jobs.values() if job.new.durable]
 
     def get(self, job_id: str) -> RunningJob | None:
         """A job; None if it is not here (any more)."""
@@ -92,7 +92,7 @@ class CodedJobs:
         def done(results: Sequence[Any], error: Exception | None) -> None:
             self._post(partial(take, results, error))
 
-        self._coding.put(job.id, kind, tasks, done, each, job.owner, job.alone)
+        self._coding.put(job.id, kind, tasks, done, each, job.new.owner, job.new.alone)
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something that is no job's; any thread may ask."""

@@ -64,8 +64,8 @@ def begin_span(job: "RunningJob") -> JobSpan | None:
     spec = job.spec
     attributes: dict[str, str | bool | int | float] = {
         "tminus.job.id": job.id,
-        "tminus.job.durable": job.durable,
-        "tminus.job.resumed": job.snapshot is not None,
+        "tminus.job.durable": job.new.durable,
+        "tminus.job.resumed": job.new.snapshot is not None,
         "tminus.request.id": job.request_id,
         "tminus.model": job.model.info.name,
         "tminus.images": spec.n,
@@ -73,8 +73,8 @@ def begin_span(job: "RunningJob") -> JobSpan | None:
         "tminus.sampler": spec.sampler,
         "tminus.guidance": spec.guidance,
     }
-    if job.owner:
-        attributes["tminus.key"] = job.owner
+    if job.new.owner:
+        attributes["tminus.key"] = job.new.owner
     return JobSpan(tracer.start_span("job", attributes=attributes, start_time=job.created_us * 1000), tracer)
 
 

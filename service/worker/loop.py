@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -102,10 +103,10 @@ class Loop:
         if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
             self._leave(job)
             return
-        if job.deadline_s is not None:
-            self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._ids)
-        if job.model.info.latent and job.inputs is not None and job.needs_picture:
-            self.coded.put(job, "encode", [job.model.engine.encoder(job.inputs)], self._encoded)
+        if job.new.deadline_s is not None:
+            self._deadlines.add(job.submitted_s + job.new.deadline_s, job.id, self._ids)
+        if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
+            self.coded.put(job, "encode", [job.model.engine.encoder(job.new.inputs)], self._encoded)
         else:
             self._begin(job)
 
@@ -121,7 +122,7 @@ class Loop:
     @contextmanager
     def _at(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
         """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
-        alone = any(job.alone for job in jobs)
+        alone = any(job.new.alone for job in jobs)
         with self.coded.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset())):
             self._now_at(jobs)
             yield
@@ -130,7 +131,7 @@ class Loop:
 
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
         with self._at([job]):
-            (job.inputs,) = inputs
+            job.new = replace(job.new, inputs=inputs[0])
             self._begin(job)
 
     def _begin(self, job: RunningJob) -> None:
@@ -138,7 +139,7 @@ class Loop:
         engine, fail = job.model.engine, partial(self._fail, job)
         with errors_to(fail, engine, "this job could not be started", "job %s could not be added", job.id):
             try:
-                job.rows = engine.add(job.spec, job.snapshot, job.inputs)
+                job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
             except ValueError as error:
                 self._leave(job)
                 job.fail(InvalidField(str(error), field="sampler", value=job.spec.sampler))
@@ -147,13 +148,13 @@ class Loop:
         if not job.model.scheduler.has_work:
             self._idle.add(job.model.number)
         self._jobs[job.id] = job
-        if job.alone:
+        if job.new.alone:
             job.model = self.models.put_apart(job.model)
-        steps = job.snapshot.steps if job.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
-        if job.recording is not None:
+        steps = job.new.snapshot.steps if job.new.snapshot is not None else None
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
+        if job.new.recording is not None:
             self._record(job, [(step, index) for index, step in enumerate(job.first_steps)])
-        job.snapshot = job.inputs = None
+        job.new = replace(job.new, snapshot=None, inputs=None)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
@@ -211,7 +212,7 @@ class Loop:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
         for model in self.models:
             take_snapshots(model, self._jobs.values(), self._clock)
-        for job in [job for job in (*self._jobs.values(), *self.coded.durable()) if job.durable]:
+        for job in [job for job in (*self._jobs.values(), *self.coded.durable()) if job.new.durable]:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
@@ -231,8 +232,8 @@ class Loop:
         """Give up the jobs whose deadline has passed."""
         for job_id in self._deadlines.passed(self._clock()):
             if (job := self._find(job_id)) is not None:
-                assert job.deadline_s is not None
-                self.give_up(job_id, DeadlinePassed.of(job.deadline_s), "deadline")
+                assert job.new.deadline_s is not None
+                self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
@@ -263,7 +264,7 @@ class Loop:
             if not broken.isdisjoint(job.rows):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
         for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
-            if job.recording is not None and job.id in self._jobs:
+            if job.new.recording is not None and job.id in self._jobs:
                 self._record(job, [(step + 1, index) for step, index in picked.steps])
         for job_id in advance.finished:
             if job_id in self._jobs:
@@ -349,7 +350,7 @@ class Loop:
     def _leave(self, job: RunningJob) -> None:
         """Remove a job from this loop, the worker and admission."""
         self._jobs.pop(job.id, None)
-        if job.alone:
+        if job.new.alone:
             self.models.remove_apart(job.model)
         self._on_end(job.id)
         self._admission.leave(job.id)

@@ -1,4 +1,4 @@
-"""A job from when it is accepted to its end, and what it gives its viewers. No torch, no thread."""
+"""A job: as it is asked for, and from its acceptance to its end. No torch, no thread."""
 
 import logging
 import time
@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.tracing import ids_of
-from tminus.service.work import JobResult, JobStatus, Outlook, Work
+from tminus.service.work import JobResult, JobStatus, Outlook, Work, work_of
 from tminus.service.worker.job_span import JobSpan, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recorder
@@ -20,26 +21,42 @@ from tminus.service.worker.recording import Recorder
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job that is wanted: made where a request is understood, and carried as it is to the engine."""
+
+    id: str  # no other job ever has it: what is late, of a job that was deleted, must not meet another
+    spec: SampleSpec
+    model: int = 0  # its number; 0 is the first that was loaded
+    owner: str = ""  # the name of the key that it came with
+    deadline_s: float | None = None  # from its acceptance; it is refused if this cannot be met
+    inputs: Inputs | None = None  # the pixels whose hashes are in the spec
+    durable: bool = False  # snapshots are kept of it
+    watch: Watch | None = None  # its first viewer
+    recording: Recorder[Any] | None = None  # is given the rows that it wants
+    snapshot: Snapshot | None = None  # where it goes on from, if an earlier process began it
+    alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
+
+    def work(self, info: ModelInfo) -> Work:
+        """Count its work for its model."""
+        work = work_of(self.spec, info, self.model)
+        return work if self.recording is None else work.ending_at(self.recording.until)
+
+
 @dataclass(slots=True, eq=False)
 class RunningJob:
     """One job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
 
-    id: str
+    new: NewJob  # as it was asked for; without its pixels once the engine has them
     model: LoadedModel
-    spec: SampleSpec
     work: Work
     submitted_s: float
-    deadline_s: float | None  # counted from submitted_s
+    id: str = field(init=False)
+    spec: SampleSpec = field(init=False)
     created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
     outlook: Outlook | None = None  # what was forecast when it was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
-    owner: str = ""  # the name of the key that it came with
-    durable: bool = False  # snapshots are kept of it
-    alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
-    inputs: Inputs | None = None  # None once the engine has them
-    snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
-    recording: Recorder[Any] | None = None
-    watches: list[Watch] = field(default_factory=list)
+    watches: list[Watch] = field(init=False)
     request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
     rows: tuple[int, ...] = ()  # none until the engine has given them
     started_s: float | None = None
@@ -51,6 +68,8 @@ class RunningJob:
     span: JobSpan | None = field(init=False)  # None while traces are off
 
     def __post_init__(self) -> None:
+        self.id, self.spec = self.new.id, self.new.spec
+        self.watches = [self.new.watch] if self.new.watch is not None else []
         self.steps_taken = self.steps_kept = sum(self.first_steps)
         self.span = begin_span(self)
 
@@ -80,18 +99,19 @@ class RunningJob:
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log of JSON has of it."""
-        fields = {"job_id": self.id, "request_id": self.request_id, "key": self.owner}
+        fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
     @property
     def needs_picture(self) -> bool:
         """Whether the engine will look at its inputs: a job that goes on from a snapshot only has those of a mask."""
-        return self.inputs is not None and (self.snapshot is None or self.inputs.mask is not None)
+        inputs = self.new.inputs
+        return inputs is not None and (self.new.snapshot is None or inputs.mask is not None)
 
     @property
     def first_steps(self) -> Sequence[int]:
         """The first step of each row. Valid only until the engine has taken the snapshot."""
-        return self.snapshot.steps if self.snapshot is not None else (self.spec.start,) * self.spec.n
+        return self.new.snapshot.steps if self.new.snapshot is not None else (self.spec.start,) * self.spec.n
 
     @property
     def step(self) -> int:
@@ -110,8 +130,8 @@ class RunningJob:
             eta_s=eta_s,
             step=self.step,
             spec=self.spec,
-            durable=self.durable,
-            owner=self.owner,
+            durable=self.new.durable,
+            owner=self.new.owner,
             age_s=now_s - self.submitted_s,
             created_us=self.created_us,
             model=self.model.number,
@@ -142,9 +162,9 @@ class RunningJob:
 
     def record(self, next_steps: Iterable[tuple[int, int]]) -> None:
         """Pass the recording the rows that it wants, each by the step that it takes next and its index."""
-        if self.recording is not None:
+        if self.new.recording is not None:
             taken = ((step - self.spec.start, index) for step, index in next_steps)
-            self.recording.record(self.model.engine, self.rows, taken)
+            self.new.recording.record(self.model.engine, self.rows, taken)
 
     def unwatch(self, watch: Watch) -> None:
         """Stop showing it to a viewer."""

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 def take_snapshots(model: LoadedModel, jobs: Iterable[RunningJob], clock: Callable[[], float]) -> None:
     """Hand a model's keeper snapshots of those jobs that are durable, and have stepped since their last one."""
-    durable = [job for job in jobs if job.durable and job.model.number == model.number]
+    durable = [job for job in jobs if job.new.durable and job.model.number == model.number]
     moved = [job for job in durable if job.steps_taken > job.steps_kept]
     if model.keeper is None or not moved:
         return

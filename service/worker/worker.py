@@ -10,20 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnloaded, NotReady, ServiceError, Stalled
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.work import Outlook, Ticket, check_table, work_of
+from tminus.service.work import Outlook, Ticket, check_table
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import Loop, Note, note_nothing
-from tminus.service.worker.recording import Recorder
-from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.running_job import NewJob, RunningJob
 
 log = logging.getLogger(__name__)
 
@@ -94,66 +92,29 @@ class Worker:
         """Rows in the last tick, 0 when idle."""
         return self._loop.rows_active if self._loop.models.has_ticks else 0
 
-    def submit(
-        self,
-        job_id: str,
-        spec: SampleSpec,
-        deadline_s: float | None = None,
-        watch: Watch | None = None,
-        *,
-        model: int = 0,
-        inputs: Inputs | None = None,
-        owner: str = "",
-        durable: bool = False,
-        recording: Recorder[Any] | None = None,
-    ) -> Ticket:
-        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …
-
-        deadline_s: counts from now; one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
-        watch: is given frames. model: its number; 0 is the first. inputs: the pixels whose hashes are in the spec.
-        owner: the name of its key. durable: whether snapshots are kept. recording: is given the rows that it wants.
-        """
+    def submit(self, new: NewJob) -> Ticket:
+        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …"""
         self.check_open()
-        loaded = self._model(model)
-        work, now_s = work_of(spec, loaded.info, model), self._clock()
-        if recording is not None:
-            work = work.ending_at(recording.until)
+        model = self._model(new.model)
+        work, now_s = new.work(model.info), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
-        pictured = inputs is not None
-        outlook = self._admission.enter(job_id, work, owner, now_s=now_s, deadline_s=deadline_s, has_picture=pictured)
-        job = RunningJob(
-            job_id, loaded, spec, work, now_s, deadline_s,
-            owner=owner, durable=durable, inputs=inputs, recording=recording, watches=[watch] if watch else [],
-        )  # fmt: skip
-        return self._let_in(job, outlook)
+        outlook = self._admission.enter(
+            new.id, work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
+        )
+        return self._let_in(RunningJob(new, model, work, now_s), outlook)
 
-    def resume(
-        self,
-        job_id: str,
-        spec: SampleSpec,
-        deadline_s: float | None,
-        inputs: Inputs | None,
-        snapshot: Snapshot | None,
-        *,
-        model: int = 0,
-        owner: str = "",
-        alone: bool = False,
-    ) -> Ticket:
+    def resume(self, new: NewJob) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
-
-        alone: whether it steps in ticks of its own.
 
         Raises NotReady, Draining, InvalidField for a table that has gone, and Overloaded while there are no slots.
         """
         self.check_open()
-        loaded = self._model(model)
-        check_table(spec, loaded.info)
-        work = work_of(spec, loaded.info, model)
-        job = RunningJob(
-            job_id, loaded, spec, work, self._clock(), deadline_s,
-            owner=owner, durable=True, inputs=inputs, snapshot=snapshot, alone=alone,
-        )  # fmt: skip
-        outlook = self._admission.readmit(job_id, work, owner, places_left=sum(map(work.places_left, job.first_steps)))
+        model = self._model(new.model)
+        check_table(new.spec, model.info)
+        work = new.work(model.info)
+        job = RunningJob(new, model, work, self._clock())
+        places_left = sum(map(work.places_left, job.first_steps))
+        outlook = self._admission.readmit(new.id, work, new.owner, places_left=places_left)
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:

@@ -18,6 +18,7 @@ from tminus.service.api.answers.openapi import (
     failures,
     path_parameter,
 )
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.kserve.infer import (
     BINARY,
     BYTES,
@@ -42,9 +43,9 @@ from tminus.service.api.request.reading import (
     read_json,
     unless_gone,
 )
-from tminus.service.api.sample import Job, respond
+from tminus.service.api.sample import respond
 from tminus.service.api.services import Services
-from tminus.service.api.submission import understand
+from tminus.service.api.submission import to_job, understand
 from tminus.service.api.system import dead, unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -244,12 +245,12 @@ async def infer(services: Services, request: Request) -> Response:
     body, model, limits = await unless_gone(read_body(request)), services.model, services.limits
     asked = await off_loop(len(body), InferRequest.parse, body, request.headers.get(HEADER_LENGTH), model, limits)
     sampling = await understand(services, asked.parameters)
-    made = Tensors(sampling.to_spec(model, limits), model, asked.outputs)
+    new = await to_job(services, sampling, caller_of(request).name)
+    made = Tensors(new.spec, model, asked.outputs)
     del body
     request.state.release_body()
-    job = Job.of(made, model, has_seed=sampling.seed is not None, deadline_s=sampling.deadline_s)
     try:
-        response = await respond(services, request, job)
+        response = await respond(services, request, new, made, has_seed=sampling.seed is not None)
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes

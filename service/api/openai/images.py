@@ -5,10 +5,9 @@ import base64
 import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -54,8 +53,9 @@ from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
-from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.spec import SampleSpec
 from tminus.service.work import JobResult
+from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,7 @@ class Wanted:
 
     name: str  # of its events: image_generation or image_edit
     members: ImagesRequest
-    spec: SampleSpec
-    inputs: Inputs | None
-    deadline_s: float | None
-    job_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    new: NewJob
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
         """Make the members that an answer has for all its images, and an event for its own."""
@@ -90,7 +87,7 @@ class Wanted:
 
     def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
         """Make the members of a Recipe for image k."""
-        return recipe_of(self.spec, k, model.class_names, model.fingerprint, self.job_id)
+        return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
     @property
     def quality(self) -> int | None:
@@ -102,8 +99,8 @@ class Wanted:
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
         """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
         if self.quality is None:
-            return await encoder.encode_pictures("images", self.spec, result, model)
-        return await encoder.encode_lossy(self.members.output_format, self.quality, result, self.spec.n)
+            return await encoder.encode_pictures("images", self.new.spec, result, model)
+        return await encoder.encode_lossy(self.members.output_format, self.quality, result, self.new.spec.n)
 
 
 def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:
@@ -221,12 +218,12 @@ async def _understand(
     if members.as_url:
         view, _ = await create(services, request, asked, transparent=edits)
         return services, members, view
-    spec, inputs = await to_job(services, asked, request, transparent=edits)
-    return services, members, Wanted(kind.name, members, spec, inputs, asked.deadline_s)
+    new = await to_job(services, asked, caller_of(request).name, request, transparent=edits)
+    return services, members, Wanted(kind.name, members, new)
 
 
 def _headers(wanted: Wanted, model: ModelInfo) -> dict[str, str]:
-    return _headers_of(wanted.job_id, wanted.spec, model, model.fingerprint)
+    return _headers_of(wanted.new.id, wanted.new.spec, model, model.fingerprint)
 
 
 def _headers_of(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) -> dict[str, str]:
@@ -237,10 +234,8 @@ def _headers_of(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: st
 async def _with_images(services: Services, request: Request, wanted: Wanted) -> Response:
     """Wait for the job, and answer with its images."""
     loop, model = asyncio.get_running_loop(), services.model
-    caller, deadline_s = caller_of(request), wanted.deadline_s
-    ticket = await submit(services, caller, wanted.job_id, wanted.spec, deadline_s, inputs=wanted.inputs)
-    done = result_of(ticket, deadline_s)
-    result = await finished_or_gone(request, services.worker, wanted.job_id, done)
+    done = result_of(await submit(services, caller_of(request), wanted.new), wanted.new.deadline_s)
+    result = await finished_or_gone(request, services.worker, wanted.new.id, done)
     started_s = loop.time()
     pictures = await wanted.pictures(services.encoder, result, model)
 
@@ -292,7 +287,7 @@ async def stream(
 
     Raises TooManyStreams, and what `submit` does.
     """
-    loop, model, spec = asyncio.get_running_loop(), services.model, wanted.spec
+    loop, model, spec = asyncio.get_running_loop(), services.model, wanted.new.spec
     at = steps_shown(spec.num_passes, wanted.members.partial_images)
     stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
     stack.enter_context(services.streams.busy())
@@ -305,18 +300,10 @@ async def stream(
         with suppress(RuntimeError):  # the event loop is closed, so there is no reader
             loop.call_soon_threadsafe(arrived.put_nowait, frame)
 
-    ticket = await submit(
-        services,
-        caller_of(request),
-        wanted.job_id,
-        spec,
-        wanted.deadline_s,
-        watch=Watch(Pace(steps=at), ("x_0",), put) if at else None,
-        inputs=wanted.inputs,
-    )
-    done = result_of(ticket, wanted.deadline_s)
+    new = replace(wanted.new, watch=Watch(Pace(steps=at), ("x_0",), put) if at else None)
+    done = result_of(await submit(services, caller_of(request), new), new.deadline_s)
     done.add_done_callback(lambda _: arrived.put_nowait(None))
-    stack.callback(lambda: done.done() or services.worker.cancel(wanted.job_id, "client_gone"))
+    stack.callback(lambda: done.done() or services.worker.cancel(wanted.new.id, "client_gone"))
     return EventStream(_events(services, wanted, arrived, done), stack.pop_all().close, headers)
 
 
@@ -338,7 +325,7 @@ async def _events(
             try:
                 events = await _partial(services, wanted, frame, shown)
             except Exception:  # a lost frame does not end the job
-                log.exception("a frame of job %s could not be encoded", wanted.job_id)
+                log.exception("a frame of job %s could not be encoded", wanted.new.id)
                 continue
             shown += 1
             for event in events:
@@ -349,7 +336,7 @@ async def _events(
         noted(error, services.metrics)
         yield _error(error)
     except Exception:
-        log.exception("the events of job %s ended by an error", wanted.job_id)
+        log.exception("the events of job %s ended by an error", wanted.new.id)
         yield _error(ServiceError("something went wrong on the server; its log has the details"))
 
 

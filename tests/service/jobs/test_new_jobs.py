@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.store.records import JobRecord, Key
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.work import Outlook, Ticket
+from tminus.service.worker.running_job import NewJob
 
 
 class FakeStore:
@@ -38,6 +40,10 @@ class SlowStore(FakeStore):
         return True
 
 
+def new_job() -> NewJob:
+    return NewJob(uuid.uuid4().hex, make_spec(), owner="key")
+
+
 async def accepted_at_once(webhook: Webhook | None) -> int:
     """Of twenty requests of a key that may have one job."""
     live: list[Any] = []
@@ -57,7 +63,7 @@ async def accepted_at_once(webhook: Webhook | None) -> int:
             raise QuotaExceeded("jobs", "below 1", 1, 1)
         yield
 
-    asked = (new.create(make_spec(), None, None, owner="key", webhook=webhook, charged=charged) for _ in range(20))
+    asked = (new.create(new_job(), None, webhook, charged=charged) for _ in range(20))
     answers = await asyncio.gather(*asked, return_exceptions=True)
     assert {type(answer) for answer in answers if isinstance(answer, BaseException)} == {QuotaExceeded}
     return sum(not isinstance(answer, BaseException) for answer in answers)
@@ -111,7 +117,7 @@ class Shared:
 
     async def create(self, name: str | None = None) -> tuple[str, bool]:
         key = Key(name, "hash", "key") if name is not None else None
-        view, again = await self.new.create(make_spec(), None, key, owner="key", charged=self.charged)
+        view, again = await self.new.create(new_job(), key, charged=self.charged)
         return view.record.id, again
 
     @asynccontextmanager

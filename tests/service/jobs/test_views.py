@@ -18,7 +18,7 @@ from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, JobStatus, Outlook, Ticket, work_of
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.running_job import NewJob, RunningJob
 from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Bench:
         self.engine.gate.shut()
 
     def submit(self, name: str, steps: int) -> Ticket:
-        return self.worker.submit(name, make_spec(n=2, steps=steps))
+        return self.worker.submit(NewJob(name, make_spec(n=2, steps=steps)))
 
     def tick(self) -> None:
         """Let the tick that waits pass, and the next begin."""
@@ -156,6 +156,6 @@ def test_a_job_that_the_worker_does_not_have_costs_no_forecast(bench: Bench) -> 
 def test_the_time_at_which_a_job_was_accepted_is_the_same_however_late_one_looks() -> None:
     spec = make_spec()
     model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
-    job = RunningJob("a" * 32, model, spec, work_of(spec, INFO), submitted_s=10.0, deadline_s=None)
+    job = RunningJob(NewJob("a" * 32, spec), model, work_of(spec, INFO), submitted_s=10.0)
     views = [passing_view(job.status(Outlook(0, 1.0), now_s)) for now_s in (10.0, 10.0007, 25.0)]
     assert {view.record.created_us for view in views} == {job.created_us}

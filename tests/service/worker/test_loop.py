@@ -34,7 +34,7 @@ from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import LOST, SUSPENDED, Loop
 from tminus.service.worker.recording import Path, Recording
-from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.running_job import NewJob, RunningJob
 
 
 class Bench:
@@ -71,22 +71,20 @@ class Bench:
     def tick_takes_a_second(self, _batch: Batch) -> None:
         self.now_s += 1
 
-    def make_job(self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object) -> RunningJob:
+    def make_job(self, name: str, spec: SampleSpec, **kwargs: object) -> RunningJob:
         """A job as the worker lets it in: counted by admission, and not yet given to the loop."""
         work = work_of(spec, self.engine.info)
         self.admission.enter(name, work, now_s=self.now_s)
         self.accepted.append(name)
-        return RunningJob(name, self.model, spec, work, self.now_s, deadline_s, **kwargs)  # type: ignore[arg-type]
+        return RunningJob(NewJob(name, spec, **kwargs), self.model, work, self.now_s)  # type: ignore[arg-type]
 
-    def accept_spec(
-        self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object
-    ) -> "Future[JobResult]":
-        job = self.make_job(name, spec, deadline_s, **kwargs)
+    def accept_spec(self, name: str, spec: SampleSpec, **kwargs: object) -> "Future[JobResult]":
+        job = self.make_job(name, spec, **kwargs)
         self.loop.accept(job)
         return job.future
 
     def accept(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
-        return self.accept_spec(name, make_spec(**fields), deadline_s)
+        return self.accept_spec(name, make_spec(**fields), deadline_s=deadline_s)
 
     def tick(self, times: int = 1) -> None:
         for _ in range(times):
@@ -589,7 +587,7 @@ def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
     spec = make_spec(n=2, steps=10)
     job = bench.make_job("a", spec, durable=True, snapshot=snapshot)
     bench.loop.accept(job)
-    assert (job.step, job.snapshot) == (8, None)
+    assert (job.step, job.new.snapshot) == (8, None)
     bench.tick()
     assert bench.engine.batches[0].steps == (7,)
     bench.finish()
@@ -630,7 +628,7 @@ def test_a_viewer_is_given_a_frame_when_one_is_due_and_none_of_the_last_step(mak
     bench = make_bench()
     frames: list[Frame] = []
     spec = make_spec(seed=3, steps=6)
-    future = bench.accept_spec("a", spec, watches=[Watch(Pace(every=2), ("x_t",), frames.append)])
+    future = bench.accept_spec("a", spec, watch=Watch(Pace(every=2), ("x_t",), frames.append))
     bench.finish()
     images(future)
     assert [frame.step for frame in frames] == [2, 4]
@@ -657,7 +655,7 @@ def test_viewers_may_come_and_go(make_bench: MakeBench) -> None:
         name: Watch(Pace(every=1), ("x_t",), lambda frame, name=name: frames[name].append(frame.step))  # type: ignore[misc]
         for name in frames
     }
-    bench.accept_spec("a", make_spec(steps=6), watches=[watches["one"]])
+    bench.accept_spec("a", make_spec(steps=6), watch=watches["one"])
     bench.tick()
     bench.loop.watch("a", watches["two"])
     bench.loop.watch("nobody", watches["two"])
@@ -678,7 +676,7 @@ def test_a_frame_that_fails_costs_no_job(make_bench: MakeBench, broken: str) -> 
     if broken == "preview":
         bench.engine.on_preview = fail
     watch = Watch(Pace(every=1), ("x_t",), fail if broken == "put" else lambda frame: None)
-    future = bench.accept_spec("a", make_spec(steps=4), watches=[watch])
+    future = bench.accept_spec("a", make_spec(steps=4), watch=watch)
     bench.finish()
     images(future)
 
@@ -823,7 +821,7 @@ def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped
     work = replace(work_of(spec, busy.info), model=1)
     bench.admission.enter("busy", work, now_s=bench.now_s)
     bench.accepted.append("busy")
-    bench.loop.accept(RunningJob("busy", other, spec, work, bench.now_s, None))
+    bench.loop.accept(RunningJob(NewJob("busy", spec), other, work, bench.now_s))
     bench.tick()
     for name in ("a", "b", "c"):
         future = bench.accept(name, n=1, steps=4)

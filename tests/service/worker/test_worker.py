@@ -33,6 +33,7 @@ from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
 from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import STALL_S, Worker
 
 
@@ -68,7 +69,7 @@ class Bench:
         return self
 
     def ticket(self, name: str, *, deadline_s: float | None = None, **fields: object) -> Ticket:
-        return self.worker.submit(name, make_spec(**fields), deadline_s)
+        return self.worker.submit(NewJob(name, make_spec(**fields), deadline_s=deadline_s))
 
     def submit(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
         return self.ticket(name, deadline_s=deadline_s, **fields).future
@@ -601,7 +602,7 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
                 guidance_interval=rng.choice([None, (0, 300), (400, 700)]),
             )
             try:
-                future = bench.worker.submit(name, spec).future
+                future = bench.worker.submit(NewJob(name, spec)).future
             except Overloaded:
                 answers.append("refused")
                 continue
@@ -633,10 +634,10 @@ def test_a_queued_job_that_begins_late_in_its_plan_is_not_snapshotted_before_it_
     kept = FakeKeeper()
     bench = make_bench(keeper=kept)
     bench.start(shut=True)
-    first = bench.worker.submit("first", make_spec(steps=4), durable=True).future
+    first = bench.worker.submit(NewJob("first", make_spec(steps=4), durable=True)).future
     bench.engine.next_begun()
     sha = "0" * 64
-    late = bench.worker.submit("late", make_spec(steps=4, strength=0.5, image_sha256=sha), durable=True).future
+    late = bench.worker.submit(NewJob("late", make_spec(steps=4, strength=0.5, image_sha256=sha), durable=True)).future
     bench.engine.gate.let()
     bench.engine.next_begun()
     assert [set(round) for round in kept.rounds] == [{"first"}]
@@ -651,7 +652,7 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
     zeros = np.zeros((2, 1, 4, 6), np.float32)
     snapshot = Snapshot((7, 10), zeros, zeros, zeros[:, None][:, :0])  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
-    ticket = bench.worker.resume("a", spec, 3.5, None, snapshot)
+    ticket = bench.worker.resume(NewJob("a", spec, deadline_s=3.5, durable=True, snapshot=snapshot))
     assert ticket.outlook.eta_s <= 3
     assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch)
     assert bench.engine.next_begun().steps == (7,)
@@ -665,7 +666,7 @@ def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_ot
     bench = make_bench(keeper=kept)
     kept.ready = False
     bench.start(shut=True)
-    durable = bench.worker.submit("durable", make_spec(steps=900), durable=True).future
+    durable = bench.worker.submit(NewJob("durable", make_spec(steps=900), durable=True)).future
     passing = bench.submit("passing", steps=4)
     bench.engine.next_begun()
     bench.worker.drain()
@@ -685,14 +686,14 @@ def test_a_resumed_job_is_refused_for_lack_of_slots_and_for_nothing_else(make_be
     with pytest.raises(Overloaded):
         bench.submit("new", steps=100)
     spec = make_spec(n=2, steps=100)
-    late = bench.worker.resume("late", spec, 0.5, None, None).future
+    late = bench.worker.resume(NewJob("late", spec, deadline_s=0.5, durable=True)).future
     with pytest.raises(Overloaded) as caught:
-        bench.worker.resume("third", spec, None, None, None)
+        bench.worker.resume(NewJob("third", spec, durable=True))
     assert caught.value.field == "jobs"
     bench.now_s += 1
     bench.engine.gate.open()
     assert isinstance(failure(late), DeadlinePassed), "the deadline still ends it"
-    bench.worker.resume("third", spec, None, None, None).future.result(PATIENCE_S)
+    bench.worker.resume(NewJob("third", spec, durable=True)).future.result(PATIENCE_S)
 
 
 def test_a_durable_job_queued_just_before_the_drain_is_suspended(make_bench: MakeBench) -> None:
@@ -701,7 +702,7 @@ def test_a_durable_job_queued_just_before_the_drain_is_suspended(make_bench: Mak
 
     def submit_and_drain() -> None:
         bench.on_clock = lambda: None
-        futures.append(bench.worker.submit("durable", make_spec(), durable=True).future)
+        futures.append(bench.worker.submit(NewJob("durable", make_spec(), durable=True)).future)
         bench.worker.drain()
 
     bench.on_clock = submit_and_drain  # after the commands were taken, when the deadlines are looked at
@@ -735,7 +736,7 @@ def test_a_running_job_may_gain_and_lose_viewers(make_bench: MakeBench) -> None:
         name: Watch(Pace(every=1), ("x_t",), lambda frame, name=name: frames[name].append(frame.step))  # type: ignore[misc]
         for name in frames
     }
-    future = bench.worker.submit("a", make_spec(steps=6), None, watches["one"]).future
+    future = bench.worker.submit(NewJob("a", make_spec(steps=6), watch=watches["one"])).future
     bench.engine.next_begun()
     bench.worker.watch("a", watches["two"])
     bench.worker.watch("nobody", watches["two"])
@@ -807,7 +808,7 @@ def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
     monkeypatch.setattr(part, name, hang)
     watch = Watch(Pace(every=1), ("x_t",), lambda _frame: None)
     try:
-        running = bench.worker.submit("running", make_spec(steps=2), watch=watch, durable=True).future
+        running = bench.worker.submit(NewJob("running", make_spec(steps=2), watch=watch, durable=True)).future
         if at == "scheduler.cancel":
             bench.engine.next_begun()
             bench.worker.cancel("running", "the test")
@@ -912,10 +913,10 @@ def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_benc
     bench.engine.gate.shut()
     busy = bench.submit("busy", steps=2)
     bench.engine.next_begun()
-    before = bench.worker.submit("before", make_spec(steps=2), model=1)
+    before = bench.worker.submit(NewJob("before", make_spec(steps=2), model=1))
     unloaded = bench.worker.unload(1)  # waits for the tick
     with pytest.raises(ModelUnloaded):
-        bench.worker.submit("behind", make_spec(steps=2), model=1)
+        bench.worker.submit(NewJob("behind", make_spec(steps=2), model=1))
     bench.engine.gate.open()
     unloaded.result(PATIENCE_S)
     assert isinstance(before.future.exception(PATIENCE_S), ModelUnloaded)

@@ -143,9 +143,9 @@ def test_a_body_is_let_go_before_the_images_are_made(make_site: MakeSite, monkey
     """What gives its bytes back to the budget of all bodies must not keep them until the answer."""
     site, kept = make_site(), []
 
-    async def respond_and_look(services: Any, request: Any, job: Any) -> Any:
+    async def respond_and_look(services: Any, request: Any, *job: Any, **kwargs: Any) -> Any:
         kept.extend(value for value in vars(request).values() if isinstance(value, bytes))
-        return await respond(services, request, job)
+        return await respond(services, request, *job, **kwargs)
 
     monkeypatch.setattr(routes, "respond", respond_and_look)
     assert infer(site).status_code == 200
