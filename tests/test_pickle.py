@@ -29,7 +29,7 @@ from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
-from tminus.model.training.run_file import FORMER_FILE, STATE_FILE, begun_in, read_state
+from tminus.model.training.run import FORMER_FILE, STATE_FILE, begun_in, read_state
 from tminus.model.tuning.tune import _State
 from tminus.model.unet import UNet2D
 from tminus.service.access.keyring import KeyRing

@@ -23,19 +23,19 @@ from tminus.model.latent.folder import save_autoencoder
 from tminus.model.pixels import to_model_range
 from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.training.data import ImageSet
-from tminus.model.training.ema import Ema
 from tminus.model.training.held_out import evenly
 from tminus.model.training.run import (
+    Ema,
     Progress,
     RunConfig,
     RunState,
     TrainError,
+    begun_in,
     faster_of,
     interruptible,
     step_seed,
     take_threads,
 )
-from tminus.model.training.run_file import begun_in
 from tminus.model.training.train import batch_indices
 
 log = logging.getLogger(__name__)

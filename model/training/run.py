@@ -17,22 +17,92 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tminus.model.denoiser import Denoiser, NetConfig
+from tminus.model.files import write_atomically
 from tminus.model.networks.registry import build
 from tminus.model.threads import free_cores
-from tminus.model.training.ema import Ema
-from tminus.model.training.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
 
 log = logging.getLogger(__name__)
 
+STATE_FILE = "training-state.safetensors"
+FORMER_FILE = "training-state.pt"
+PARTS = ("net", "ema", "remembered")
 LOSS_SMOOTHING = 0.99
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 Config = TypeVar("Config", bound="RunConfig")
 FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
+
+
+class Ema:
+    """Averaged weights in float32. The decay warms up as (1 + step) / (10 + step), to forget the initial weights."""
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        """Move the average towards the weights after optimiser step `step` (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        state = net.state_dict()
+        torch._foreach_lerp_(list(self.shadow.values()), [state[k] for k in self.shadow], 1 - decay)
+
+    def load(self, shadow: dict[str, Tensor]) -> None:
+        """Load a saved average. Raises ValueError unless its keys are the same."""
+        if shadow.keys() != self.shadow.keys():
+            raise ValueError("the saved average belongs to another network")
+        for key, value in shadow.items():
+            self.shadow[key].copy_(value)
+
+
+def begun_in(folder: Path) -> bool:
+    """Whether a run was saved here."""
+    return (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a state of PARTS and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
+    moments = state["optimizer"]["state"]
+    tensors: dict[str, Tensor] = {
+        **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
+        **{f"optimizer.{index}.{key}": value for index in moments for key, value in moments[index].items()},
+    }
+    rest = {key: value for key, value in state.items() if key not in (*PARTS, "optimizer")}
+    rest["param_groups"] = state["optimizer"]["param_groups"]
+    # The optimiser's kernel goes through weights and moments in the order of memory, which must be the same again.
+    rest["channels_last"] = [key for key, value in tensors.items() if not value.is_contiguous()]
+    tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
+    head = {"format": "pt", "state": json.dumps(rest)}
+    write_atomically(folder / STATE_FILE, lambda path: save_file(tensors, path, metadata=head))
+    (folder / FORMER_FILE).unlink(missing_ok=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what was written, on the CPU. Raises whatever a damaged file makes its reader raise."""
+    file = folder / STATE_FILE
+    if not file.is_file():
+        former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)
+        return former
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
+    with safe_open(file, framework="pt") as opened:
+        state: dict[str, Any] = json.loads(opened.metadata()["state"])
+        channels_last = set(state.pop("channels_last"))
+        for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+            part, _, key = name.partition(".")
+            value = opened.get_tensor(name)
+            parts[part][key] = value.to(memory_format=torch.channels_last) if name in channels_last else value
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        moments.setdefault(int(index), {})[key] = value
+    optimizer = {"state": moments, "param_groups": state.pop("param_groups")}
+    return {**state, **parts, "optimizer": optimizer}
 
 
 class TrainError(Exception):

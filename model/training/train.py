@@ -35,23 +35,23 @@ from tminus.model.pixels import to_model_range
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.tminus_file import read_folded_guidance, read_recommended
 from tminus.model.training.data import ImageSet
-from tminus.model.training.ema import Ema
 from tminus.model.training.folding import check_teacher, product_of, teacher_of
 from tminus.model.training.held_out import BATCH, MEASURED, Examples, examples_of, mean_loss, note_losses, unlike
 from tminus.model.training.muon import Muon
 from tminus.model.training.posterior_mean import PosteriorMean
 from tminus.model.training.run import (
+    Ema,
     Progress,
     RunConfig,
     RunState,
     TrainError,
     averaged,
+    begun_in,
     faster_precision,
     interruptible,
     step_seed,
     take_threads,
 )
-from tminus.model.training.run_file import begun_in
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit

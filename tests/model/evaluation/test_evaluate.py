@@ -35,7 +35,7 @@ from tminus.model.evaluation.report import EvaluationReport
 from tminus.model.evaluation.samples import draw_samples
 from tminus.model.guidance import Forward
 from tminus.model.training.data import ImageSet, load_fashion_mnist
-from tminus.model.training.student import consistency_table, student_noise
+from tminus.model.training.distill import consistency_table, student_noise
 
 pytestmark = pytest.mark.slow
 

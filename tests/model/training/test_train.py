@@ -25,11 +25,18 @@ from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.recommended import Recommended
-from tminus.model.training import run_file
+from tminus.model.training import run as run_file
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
-from tminus.model.training.run import TrainError, faster_precision, step_seed
-from tminus.model.training.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
+from tminus.model.training.run import (
+    FORMER_FILE,
+    STATE_FILE,
+    TrainError,
+    faster_precision,
+    read_state,
+    step_seed,
+    write_state,
+)
 from tminus.model.training.train import TrainConfig, batch_indices, train
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
