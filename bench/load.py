@@ -58,8 +58,7 @@ def save(folder: Path) -> None:
     from tminus.model.checkpoint import save_checkpoint
     from tminus.model.noise import NoiseConfig
     from tminus.model.tminus_file import Labels
-    from tminus.model.unet import UNet2D
-    from tminus.model.unet_config import UNetConfig
+    from tminus.model.unet import UNet2D, UNetConfig
 
     down = tuple("AttnDownBlock2D" if level == 4 else "DownBlock2D" for level in range(LEVELS))
     up = tuple("AttnUpBlock2D" if level == 1 else "UpBlock2D" for level in range(LEVELS))
@@ -81,8 +80,7 @@ def load(how: str, folder: Path) -> tuple[float, float]:
     from safetensors.torch import load_file
 
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.unet import UNet2D
-    from tminus.model.unet_config import UNetConfig
+    from tminus.model.unet import UNet2D, UNetConfig
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak_bytes()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.noise import NoiseConfig
-from tminus.model.tables import Table
+from tminus.model.sampler_tables import Table
 
 MAX_STEPS = 8
 TIME_SCALE = 250.0  # the network is given 250 log sigma

@@ -18,6 +18,7 @@ from tminus.model.catalogue import SAMPLERS
 from tminus.model.consistency import consistency_coefficients, consistency_inputs
 from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
+from tminus.model.sampler_tables import Table
 from tminus.model.solvers import (
     H1,
     LINEAR_SOLVERS,
@@ -31,7 +32,6 @@ from tminus.model.solvers import (
     ddpm,
     matrices,
 )
-from tminus.model.tables import Table
 from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
 from tminus.model.trajectory import PlanNumbers
 

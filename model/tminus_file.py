@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError, read_json
 from tminus.model.noise import NoiseConfig
-from tminus.model.recommended import Recommended
 
 TMINUS_FILE = "tminus.json"
 CLASS_TABLE = "class_embedding.weight"

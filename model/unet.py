@@ -1,6 +1,9 @@
-"""The U-Net that predicts eps, with diffusers' `UNet2DModel` module names. Its configuration is in unet_config.py."""
+"""The U-Net that predicts eps, and its configuration: the module names and the fields of diffusers' `UNet2DModel`."""
 
-from collections.abc import Callable
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tminus.model.denoiser import Denoiser
+from tminus.model.files import given_fields, is_off
 from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
@@ -19,7 +23,202 @@ from tminus.model.layers import (
     Upsample,
     sinusoidal_embedding,
 )
-from tminus.model.unet_config import UNetConfig
+
+log = logging.getLogger(__name__)
+
+CLASS_NAME = "UNet2DModel"
+OWN_CLASS_NAME = "TminusUNet2DModel"  # of networks with OWN_FIELDS, which diffusers would run wrongly
+MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
+MAPS_PER_LAYER = 3  # of a layer's width that are alive at once: its input, its output, and one between
+MAX_NUMBER = 2**31 - 1  # of anything: what a 32-bit integer holds
+# Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
+OF_TRAINING = frozenset(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+)
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+# Fields that are not of UNet2DModel, and the values by which a network is one.
+OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+@dataclass(frozen=True, slots=True)
+class UNetConfig:
+    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use, and OWN_FIELDS.
+
+    Raises ValueError, naming the field and its value, for a network that cannot be built.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+    num_heads: int | None = None
+    """Of every attention, whatever its width; goes before attention_head_dim."""
+    time_proj_dim: int | None = None
+    """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
+    timestep_scale: float = 1.0
+    """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, bound: str) -> None:
+            if not ok:
+                raise ValueError(f"unet config: {field} must be {bound}, got {getattr(self, field)!r}")
+
+        def positive(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NUMBER
+
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            require(positive(getattr(self, field)), field, "a positive integer")
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+        for field in (*optional, "num_heads", "time_proj_dim"):
+            value = getattr(self, field)
+            require(value is None or positive(value), field, "a positive integer or null")
+        require(number(self.timestep_scale) and self.timestep_scale > 0, "timestep_scale", "a positive number")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
+        require(len(widths) <= MAX_BLOCKS, "block_out_channels", f"at most {MAX_BLOCKS} widths")
+        require(len(widths) >= 1 and all(map(positive, widths)), "block_out_channels", "a list of positive integers")
+        require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
+        for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
+            require(all(name in known for name in getattr(self, field)), field, f"among {', '.join(known)}")
+        require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
+        require(self.time_embedding_type in ("positional", "learned"), "time_embedding_type", "positional or learned")
+        if self.time_embedding_type == "learned":
+            require(positive(self.num_train_timesteps), "num_train_timesteps", "a positive integer")
+        for field in ("downsample_type", "upsample_type"):
+            require(getattr(self, field) in ("conv", "resnet"), field, "conv or resnet")
+        require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
+        require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
+        shift_kinds = ("default", "scale_shift")
+        require(self.resnet_time_scale_shift in shift_kinds, "resnet_time_scale_shift", "default or scale_shift")
+        require(self.class_embed_type is None, "class_embed_type", "null (labels come from num_class_embeds)")
+        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        sized = self.sample_size is None or (len(sizes) == 2 and all(map(positive, sizes)))
+        require(sized, "sample_size", "a positive integer, two of them (height, width) or null")
+        narrowest = min(self._attending_widths, default=None)
+        if self.attention_head_dim is not None and narrowest is not None:
+            require(self.attention_head_dim <= narrowest, "attention_head_dim", f"at most {narrowest}")
+        if self.num_heads is not None:
+            divisor = f"a divisor of each width with attention, {self._attending_widths}"
+            require(all(width % self.num_heads == 0 for width in self._attending_widths), "num_heads", divisor)
+        if self.attn_norm_num_groups is not None:
+            require(widths[-1] % self.attn_norm_num_groups == 0, "attn_norm_num_groups", f"a divisor of {widths[-1]}")
+        require(number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        require(number(self.norm_eps) and self.norm_eps > 0, "norm_eps", "a positive number")
+        scale = self.mid_block_scale_factor
+        require(number(scale) and scale > 0, "mid_block_scale_factor", "a positive number")
+        half = self.time_width // 2
+        require(number(self.freq_shift) and self.freq_shift < half, "freq_shift", f"a number below {half}")
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """(height, width), or None where the config does not say."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See NetConfig."""
+        return self.block_out_channels
+
+    def pass_bytes(self, size_px: tuple[int, int]) -> int:
+        """Roughly what one row takes in a forward pass: feature maps, those kept for the way up, attention."""
+        height, width = size_px
+        total = 0
+        names = list(zip(self.down_block_types, self.up_block_types[::-1], strict=True))
+        for level, (channels, blocks) in enumerate(zip(self.block_out_channels, names, strict=True)):
+            pixels = height * width >> 2 * level
+            total += 4 * channels * pixels * (self.layers_per_block + MAPS_PER_LAYER)
+            if any(name.startswith("Attn") for name in blocks):
+                total += 4 * (channels // self.head_width(channels)) * pixels**2
+        return total
+
+    @property
+    def time_width(self) -> int:
+        """The width of the timestep's sines and cosines."""
+        return self.time_proj_dim or self.block_out_channels[0]
+
+    @property
+    def class_name(self) -> str:
+        """UNet2DModel for a network that diffusers can run too."""
+        own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
+        return OWN_CLASS_NAME if own else CLASS_NAME
+
+    def head_width(self, channels: int) -> int:
+        """The width of a head of an attention over so many channels."""
+        return channels // self.num_heads if self.num_heads is not None else self.attention_head_dim or channels
+
+    @property
+    def _attending_widths(self) -> list[int]:
+        widths = self.block_out_channels
+        named = zip(self.down_block_types + self.up_block_types, widths + widths[::-1], strict=True)
+        mid = widths[-1:] if self.mid_block_type is not None and self.add_attention else ()
+        return [width for name, width in named if name.startswith("Attn")] + list(mid)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must divide by this: every block but the last halves them."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
+        """Read a diffusers config.json. A leading UNetRes of a block's name is stripped.
+
+        Raises ValueError for another network than UNet2DModel, and for a field that is not known and not off.
+        """
+        class_name = config.get("_class_name", CLASS_NAME)
+        if class_name not in (CLASS_NAME, OWN_CLASS_NAME):
+            raise ValueError(f"unet config: _class_name must be {CLASS_NAME}, got {class_name!r:.100}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        known -= OWN_FIELDS.keys() if class_name == CLASS_NAME else set()
+        values: dict[str, Any] = {}
+        for key, value in given_fields(config).items():
+            if key not in known:
+                if not is_off(value) and key not in OF_TRAINING:
+                    raise ValueError(f"unet config: {key}={value!r:.100} is not something UNet2DModel is known to have")
+                log.info("unet config: %s=%r changes nothing", key, value)
+                continue
+            if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):
+                value = [str(name).removeprefix("UNetRes") for name in value]
+            values[key] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(**values)
+        except TypeError as error:  # a value of a type that the checks do not expect
+            raise ValueError(f"unet config: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of diffusers' UNet2DModel, or of a network that is not one."""
+        fields = dataclasses.asdict(self)
+        if self.class_name == CLASS_NAME:
+            fields = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+        return {"_class_name": self.class_name, **fields}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tminus.model.files import CheckpointError, first_line, read_json
-from tminus.model.free_memory import GIB, free_memory_bytes
+from tminus.model.machine import GIB, free_memory_bytes
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"

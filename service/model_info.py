@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tminus.model.recommended import Recommended
-from tminus.model.tables import Table
+from tminus.model.catalogue import Recommended
+from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
 
 

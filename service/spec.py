@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
-from tminus.model.tables import nearest
+from tminus.model.sampler_tables import nearest
 from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]

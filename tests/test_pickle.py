@@ -19,15 +19,14 @@ from tests.service.fakes import INFO, make_spec
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.evaluation.classifier import ClassifierError, load_classifier
-from tminus.model.evaluation.kept import Kept
+from tminus.model.evaluation.result_cache import ResultCache
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given
+from tminus.model.formats.conversion import Given
 from tminus.model.formats.read import read_foreign
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
-from tminus.model.tables import read_tables
+from tminus.model.sampler_tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, begun_in, read_state
 from tminus.model.tuning.tune import _State
@@ -211,7 +210,7 @@ def of_a_table_that_is_being_tuned(folder: Path, data: bytes) -> None:
 
 
 def of_an_evaluation(folder: Path, data: bytes) -> None:
-    kept = Kept(folder)
+    kept = ResultCache(folder)
     kept.write({"a": 1}, {"b": 2})
     (file,) = folder.glob("*.json")
     file.write_bytes(data)

@@ -2,22 +2,231 @@
 memorisation. Sampled in one way, or in several that are compared.
 """
 
+import copy
 import dataclasses
+import logging
+import time
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classifier import Classifier
-from tminus.model.evaluation.figures import LeftOut
+from tminus.model.evaluation.figures import Bound, LeftOut, PointFigures, SampleFigures, Term
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.kept import Kept
-from tminus.model.evaluation.measure import Measure
-from tminus.model.evaluation.options import EvaluateOptions
-from tminus.model.evaluation.points import Point, without_guidance
-from tminus.model.evaluation.sweep_report import ModelFacts, SweepReport
+from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point, without_guidance
+from tminus.model.evaluation.report import ModelFacts, SweepReport
+from tminus.model.evaluation.result_cache import ResultCache, data_hash, plan_hash
+from tminus.model.evaluation.samples import (
+    balanced_picks,
+    compile_options,
+    draw_samples,
+    image_classes,
+    strip,
+    strip_length,
+)
 from tminus.model.guidance import Forward
+from tminus.model.loss import variational_bound
+from tminus.model.machine import torch_threads
+from tminus.model.pixels import to_model_range
+from tminus.model.samplers import Plan
 from tminus.model.training.data import ImageSet
+
+log = logging.getLogger(__name__)
+
+OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
+OF_BOUND = ("seed", "bound_images", "bound_timesteps")
+
+
+def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
+    """Measure the bound on options.bound_images of the test split, each with timesteps and noise of its own.
+
+    `net` lies on the device that measures. LeftOut where the bound is not defined, with the reason.
+    """
+    noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+    if checkpoint.autoencoder is not None:
+        return LeftOut("bound", "it is one of pixels, and this network's are latents")
+    if checkpoint.student is not None:
+        return LeftOut("bound", "a student predicts where trajectories end, not the mean of x_0, so it has none")
+    if noise.variance_type == "learned_range":
+        return LeftOut("bound", "it is measured for a fixed variance only, and this network learned its own")
+    if noise.prediction_type == "epsilon" and schedule.alpha_bar[-1] <= 0:
+        return LeftOut("bound", "eps says nothing of x_0 at the last timestep, where alpha_bar is 0")
+    try:
+        classes = image_classes(checkpoint, test)
+    except ValueError as error:
+        return LeftOut("bound", str(error))
+    timesteps = min(options.bound_timesteps, schedule.num_timesteps - 1)
+    picked = balanced_picks(test, options.bound_images, options.seed)
+    starts = range(0, len(picked), options.batch_size)
+    device = next(net.parameters()).device
+    parts = []
+    with tqdm(total=len(starts) * (timesteps + 1), unit="pass", desc="bound", disable=None) as progress:
+
+        def counted(x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+            progress.update()
+            out: Tensor = net(x_t, t, class_labels)
+            return out
+
+        for start in starts:
+            batch = picked[start : start + options.batch_size]
+            # Numbered by position in the split, so that an image's terms do not depend on which others are picked.
+            part = variational_bound(
+                counted,
+                noise,
+                schedule,
+                to_model_range(test.images[batch].to(device)),
+                classes[batch].to(device) if classes is not None else None,
+                seed=options.seed,
+                indices=batch.tolist(),
+                timesteps=timesteps or None,
+            )
+            parts.append(part)
+    total = torch.cat([part.total for part in parts])
+    L_T, L_steps, L_0 = (
+        float(torch.cat([getattr(part, name) for part in parts]).mean()) for name in ("L_T", "L_steps", "L_0")
+    )
+    standard_error = float(total.std(correction=0)) / max(1, len(picked) - 1) ** 0.5
+    drawn = torch.cat([part.L_drawn for part in parts], dim=1).mean(1).tolist()  # [S]
+    terms = tuple(Term(low, high - 1, mean) for (low, high), mean in zip(parts[0].runs, drawn, strict=True))
+    return Bound(L_T, L_steps, L_0, float(total.mean()), standard_error, len(picked), timesteps, terms)
+
+
+class _Drawn(NamedTuple):
+    figures: SampleFigures
+    sheet: bytes
+
+
+class Measure:
+    """Measures one checkpoint on one device; `forward` is another way of running its network (see `draw_samples`).
+
+    `draw_threads` are torch's while samples are drawn; None leaves them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        judge: Judge,
+        data: tuple[ImageSet, ImageSet],
+        *,
+        device: torch.device,
+        forward: Forward | None,
+        draw_threads: int | None,
+        cache: ResultCache,
+    ) -> None:
+        self._net = copy.deepcopy(checkpoint.net).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._checkpoint, self._judge, self._cache = checkpoint, judge, cache
+        self._device, self._forward, self._draw_threads = device, forward, draw_threads
+        self._test = data[1]
+        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._key: dict[str, Any] = {
+            "weights": checkpoint.weights_hash,
+            "net": checkpoint.net.config.to_dict(),
+            "noise": dataclasses.asdict(checkpoint.noise),
+            "classes": dataclasses.asdict(checkpoint.labels),
+            "data": [data_hash(split) for split in data],
+            "device": self.device_name,
+            "torch": str(torch.__version__),
+            "openvino": _version("openvino"),
+        }
+
+    def bound(self, options: EvaluateOptions) -> Bound | LeftOut:
+        """The bound on the test split, or why there is none."""
+        key = self._key | {"bound": {name: getattr(options, name) for name in OF_BOUND}}
+        try:
+            if (values := self._cache.read(key)) is not None:
+                return Bound.from_dict(values)
+        except (TypeError, KeyError):
+            log.warning("a bound that was kept cannot be read: measuring it again")
+        bound = measure_bound(self._net, self._checkpoint, self._test, options)
+        if isinstance(bound, Bound):
+            self._cache.write(key, dataclasses.asdict(bound))
+        return bound
+
+    def points(
+        self, points: Sequence[Point], seeds: Sequence[int], options: EvaluateOptions
+    ) -> tuple[dict[Point, PointFigures], dict[Point, Exception]]:
+        """The figures of the points that can be made, and the errors of the others: ValueError or EvaluateError.
+
+        All points come by the first seed, then by the next.
+        """
+        errors: dict[Point, Exception] = {}
+        plans: dict[Point, Plan] = {}
+        for point in points:
+            try:
+                plans[point] = compile_options(self._checkpoint, _at(options, point, seeds[0]))
+            except ValueError as error:
+                errors[point] = error
+        drawn: dict[Point, list[_Drawn]] = {point: [] for point in plans}
+        total = len(plans) * len(seeds)
+        for number, (seed, point) in enumerate(product(seeds, plans), 1):
+            if point not in errors:
+                label = f"{number} of {total}: {point}, seed {seed}"
+                try:
+                    drawn[point].append(self._drawn(label, plans[point], _at(options, point, seed)))
+                except EvaluateError as error:
+                    errors[point] = error
+        done = {point: each for point, each in drawn.items() if point not in errors}
+        return {point: _over_seeds(point, plans[point], each) for point, each in done.items()}, errors
+
+    def _drawn(self, label: str, plan: Plan, options: EvaluateOptions) -> _Drawn:
+        facts = self._judge.facts
+        what = {name: getattr(options, name) for name in OF_SAMPLES} | {
+            "plan": plan_hash(plan),
+            "of": f"{options.sampler}, {options.steps} steps",  # for who reads the file
+            "classifier": facts.weights_hash if facts is not None else None,
+        }
+        key = self._key | {"samples": what}
+        batches = self._cache.batches(key)
+        try:
+            if (values := self._cache.read(key)) is not None:
+                batches.forget()  # of a run that was killed just after the result was there
+                return _Drawn(SampleFigures.from_dict(values["figures"]), b64decode(values["sheet"], validate=True))
+        except (TypeError, KeyError, ValueError):
+            log.warning("%s: what was kept cannot be read, sampling again", label)
+        started_s = time.perf_counter()
+        try:
+            with torch_threads(self._draw_threads):
+                samples = draw_samples(
+                    self._net, self._checkpoint, options, device=self._device, forward=self._forward, cache=batches
+                )
+        except EvaluateError:
+            batches.forget()
+            raise
+        seconds = (batches.seconds + time.perf_counter() - started_s) / len(samples)
+        one = _Drawn(
+            self._judge.figures(samples, options.seed, seconds), strip(samples[: strip_length(self._checkpoint)])
+        )
+        sheet = b64encode(one.sheet).decode()
+        self._cache.write(key, {"figures": dataclasses.asdict(one.figures), "sheet": sheet})
+        batches.forget()
+        frechet = one.figures.classifier_frechet_distance
+        distance = "" if frechet is None else f"Fréchet distance {frechet.samples:.3f}, "
+        log.info("%s: %s%.3g s an image", label, distance, seconds)
+        return one
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _at(options: EvaluateOptions, point: Point, seed: int) -> EvaluateOptions:
+    return dataclasses.replace(options, sampler=point.sampler, steps=point.steps, guidance=point.guidance, seed=seed)
+
+
+def _over_seeds(point: Point, plan: Plan, drawn: Sequence[_Drawn]) -> PointFigures:
+    seeds = tuple(one.figures for one in drawn)
+    return PointFigures(point.sampler, point.steps, point.guidance, len(plan), seeds, drawn[0].sheet)
 
 
 def evaluate(
@@ -33,12 +242,12 @@ def evaluate(
     points: Sequence[Point] = (),
     references: Sequence[Point] = (),
     seeds: Sequence[int] = (),
-    kept: Kept | None = None,
+    cache: ResultCache | None = None,
 ) -> SweepReport:
     """Make samples and compare them with the two splits. classifier=None leaves out the figures that need one.
 
     Each point is sampled by each seed; without points or seeds they are those of the options. `references` are points
-    that the others are compared with. What `kept` has is not made again.
+    that the others are compared with. What `cache` has is not made again.
 
     `forward` is another way of running the checkpoint's network, to be judged by the samples it makes (see
     `draw_samples`); the bound stays that of the network itself. options.executor and options.precision should name it.
@@ -64,7 +273,7 @@ def evaluate(
         device=device,
         forward=forward,
         draw_threads=draw_threads,
-        kept=kept or Kept(None),
+        cache=cache or ResultCache(None),
     )
     every = tuple(dict.fromkeys((*points, *references)))
     found, errors = measure.points(every, seeds, options)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.evaluation.classes import balanced_picks, class_map, class_weights, random_picks, sample_classes
 from tminus.model.evaluation.classifier import Classifier, Reading
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from tminus.model.evaluation.figures import (
@@ -23,8 +22,9 @@ from tminus.model.evaluation.figures import (
     SampleFigures,
 )
 from tminus.model.evaluation.options import EvaluateError
+from tminus.model.evaluation.samples import balanced_picks, class_map, class_weights, random_picks, sample_classes
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.encode import images_of, latents_of
+from tminus.model.latent.latents import images_of, latents_of
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.training.data import ImageSet
 

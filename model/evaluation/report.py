@@ -1,6 +1,10 @@
-"""The report on one way of sampling: frozen values, rendered as JSON or as the tables of a model card."""
+"""The reports on one way of sampling and on several: frozen values, rendered as JSON or as the tables of a model card.
+
+Here too is the comparison of two: does another way of running a network make worse images?
+"""
 
 import dataclasses
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +16,50 @@ from tminus.model.evaluation.figures import (
     FrechetDistance,
     LeftOut,
     Memorisation,
+    PointFigures,
     Reconstruction,
     SampleFigures,
     Spread,
     spread,
 )
 from tminus.model.evaluation.options import EvaluateOptions
-from tminus.model.evaluation.tables import Table
 
 NOT_FID = (
     "`classifier_frechet_distance` is not FID: its features are those of a small classifier of this data, not "
     "Inception's, so it compares only with figures of the same classifier, n and test split. The real images beside it "
     "are training images, the floor for that n."
 )
+OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # fields of the options that the points have instead
+MAX_FRECHET_RATIO = 1.02
+MAX_ACCURACY_LOSS = 0.01  # between samples drawn from the same noise, which share most of the luck
+MAY_DIFFER = ("precision", "executor", "batch_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A head and rows of as many cells."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_markdown(self) -> str:
+        """Write a table as GitHub reads it."""
+        rows = [tuple(map(_cell, row)) for row in self.rows]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, ("---",) * len(self.head), *rows)]
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """Write a table whose first column names its rows."""
+        head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.head)
+        rows = []
+        for first, *others in self.rows:
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
+            rows.append(f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>')
+        return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,3 +223,172 @@ def spread_text(figure: Spread | None, digits: int) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint is."""
+
+    parameters: int
+    size_px: tuple[int, int]
+    channels: int
+    latents: str | None  # of a latent model: what makes them, and their shape
+    class_names: tuple[str, ...]
+    num_timesteps: int
+    beta_schedule: str
+    prediction_type: str
+    variance_type: str
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport(Subject):
+    """The figures of one checkpoint, sampled in several ways by the same seeds. `options` are those of the first way.
+
+    `references` are ways that the others are compared with: horizontal lines of the plot.
+    """
+
+    model: ModelFacts
+    seeds: tuple[int, ...]
+    points: tuple[PointFigures, ...]
+    references: tuple[PointFigures, ...] = ()
+
+    @property
+    def real_frechet(self) -> Spread | None:
+        """The Fréchet distance of as many real images, over seeds: a floor."""
+        return self.points[0].real_frechet
+
+    @property
+    def guidances(self) -> tuple[float, ...]:
+        """The guidance scales of the points."""
+        return tuple(dict.fromkeys(point.guidance for point in self.points))
+
+    def single(self) -> EvaluationReport:
+        """The report on the first way of sampling alone."""
+        common = {field.name: getattr(self, field.name) for field in dataclasses.fields(Subject)}
+        point = self.points[0]
+        first = point.seeds[0]
+        return EvaluationReport(
+            **common,
+            class_accuracy=first.class_accuracy,
+            classifier_frechet_distance=first.classifier_frechet_distance,
+            memorisation=first.memorisation,
+            seeds=point.seeds if len(point.seeds) > 1 else (),
+            passes=point.passes,
+            seconds_per_image=point.seconds_per_image,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if "point" not in field.name
+        }
+        for name in ("options", "classifier", "bound", "reconstruction", "model"):
+            values[name] = dataclasses.asdict(values[name]) if values[name] is not None else None
+        values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
+        values["left_out"] = [dataclasses.asdict(item) for item in self.left_out]
+        values["points"] = [point.to_dict() for point in self.points]
+        values["references"] = [point.to_dict() for point in self.references]
+        return values
+
+    def to_markdown(self) -> str:
+        """Render the tables: the ways of sampling, the bound, what is left out and the settings."""
+        blocks = [self.by_point().to_markdown()]
+        if self.real_frechet is not None:
+            blocks.append(NOT_FID)
+        if rows := [*self.bound_rows(), *self.reconstruction_rows()]:
+            blocks.append(Table(("figure of the network", "real images"), tuple(rows)).to_markdown())
+        if self.left_out:
+            blocks.append("\n".join(f"- {line}" for line in self.left_out_lines()))
+        blocks.append(self.all_settings().to_markdown())
+        return "\n\n".join(blocks) + "\n"
+
+    def by_point(self) -> Table:
+        """A row for each way of sampling, and one for real images."""
+        head: tuple[str, ...] = ("sampler", "steps", "passes", "guidance")
+        head += ("classifier_frechet_distance", "class accuracy", "s an image")
+        rows: list[tuple[str, ...]] = []
+        for point in (*self.points, *self.references):
+            figures = spread_text(point.frechet, 2), spread_text(point.accuracy, 3)
+            way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
+            rows.append((*way, *figures, f"{point.seconds_per_image:.3g}"))
+        if self.real_frechet is not None:
+            accuracies = [each.class_accuracy for each in self.points[0].seeds]
+            real = spread([accuracy.real if accuracy is not None else None for accuracy in accuracies])
+            accuracy = f"{real.mean:.3f}" if real is not None else "-"
+            rows.append(("real images", "", "", "", spread_text(self.real_frechet, 2), accuracy, ""))
+        if self.guidances == (1.0,):
+            head, rows = (*head[:3], *head[4:]), [(*row[:3], *row[4:]) for row in rows]
+        return Table(head, tuple(rows))
+
+    def by_seed(self) -> Table:
+        """The Fréchet distance of each way of sampling by seed."""
+        head = ("sampler", "steps", "guidance", *(f"seed {seed}" for seed in self.seeds))
+        rows = []
+        for point in (*self.points, *self.references):
+            distances = [each.classifier_frechet_distance for each in point.seeds]
+            texts = ["-" if each is None else f"{each.samples:.3f}" for each in distances]
+            rows.append((point.sampler, str(point.steps), f"{point.guidance:g}", *texts))
+        return Table(head, tuple(rows))
+
+    def all_settings(self) -> Table:
+        """The settings to reproduce the figures."""
+        options = self.options
+        sampler = f"{', '.join(dict.fromkeys(point.sampler for point in self.points))}; eta {options.eta:g}"
+        if options.guidance_interval is not None:
+            sampler += ", guided at timesteps {}..{}".format(*options.guidance_interval)
+        if options.guidance_rescale:
+            sampler += f", guidance rescaled by {options.guidance_rescale:g}"
+        if options.spacing is not None:
+            sampler += f", {options.spacing} spacing"
+        return self.settings(sampler, self.seeds, self.points[0].seeds[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The verdict on a candidate, compared with its reference. A figure is None where a report lacks it."""
+
+    frechet_ratio: float | None  # candidate / reference: above 1 is worse
+    accuracy_difference: float | None  # candidate - reference: below 0 is worse
+    ok: bool
+    reason: str
+
+
+def compare_reports(reference: EvaluationReport, candidate: EvaluationReport) -> Comparison:
+    """Call a candidate ok if its Fréchet distance is at most 2 % above and its class accuracy at most 0.01 below.
+
+    An unconditional model is judged by the distance alone; with neither figure nothing is ok. Raises ValueError, naming
+    what differs, unless both reports are of the same weights, samples, data and classifier.
+    """
+    _check_same(reference, candidate)
+    ratio = difference = None
+    one, other = reference.classifier_frechet_distance, candidate.classifier_frechet_distance
+    if one is not None and other is not None:
+        ratio = other.samples / max(one.samples, 1e-12)
+    was, now = reference.class_accuracy, candidate.class_accuracy
+    if was is not None and now is not None:
+        difference = now.samples - was.samples
+    if ratio is None and difference is None:
+        return Comparison(None, None, ok=False, reason="no classifier judged the samples")
+    faults = []
+    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >, so that NaN is a fault
+        faults.append(f"the Fréchet distance is {ratio:.3f} times the reference's, over {MAX_FRECHET_RATIO}")
+    if difference is not None and not difference >= -MAX_ACCURACY_LOSS:
+        faults.append(f"class accuracy moves by {difference:+.3f}, more than {-MAX_ACCURACY_LOSS}")
+    return Comparison(ratio, difference, ok=not faults, reason="; ".join(faults) or "no worse than the reference")
+
+
+def _check_same(one: EvaluationReport, other: EvaluationReport) -> None:
+    def what(report: EvaluationReport) -> dict[str, object]:
+        options = dataclasses.asdict(report.options)
+        judge = report.classifier.weights_hash if report.classifier is not None else None
+        data = {"train_data": report.train_data, "test_data": report.test_data, "classifier": judge}
+        kept = {key: value for key, value in options.items() if key not in MAY_DIFFER}
+        return {"weights_hash": report.weights_hash, **data, **kept}
+
+    mine, theirs = what(one), what(other)
+    for key, value in mine.items():
+        if theirs[key] != value:
+            raise ValueError(
+                f"the reports cannot be compared: {key} is {value!r} in one and {theirs[key]!r} in the other"
+            )

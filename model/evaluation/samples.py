@@ -1,4 +1,7 @@
-"""Samples as they are served: rounded to uint8, and sample i is image i of a request with this seed."""
+"""Samples as they are served: rounded to uint8, and sample i is image i of a request with this seed.
+
+The classes of a checkpoint and of a data set are matched by name, not by number.
+"""
 
 import io
 import time
@@ -10,16 +13,72 @@ from tqdm import tqdm
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.evaluation.classes import sample_classes
-from tminus.model.evaluation.kept import KeptBatches
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.evaluation.result_cache import BatchCache
 from tminus.model.guidance import Forward
-from tminus.model.latent.encode import images_of
+from tminus.model.latent.latents import images_of
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, sample
+from tminus.model.training.data import ImageSet
 
 MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
+
+
+def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
+    """Map each class of the checkpoint to its number in `class_names`, int64 [K]; None where the names differ."""
+    names = checkpoint.labels.class_names
+    if not names or sorted(names) != sorted(class_names):
+        return None
+    return torch.tensor([class_names.index(name) for name in names])
+
+
+def sample_classes(checkpoint: Checkpoint, num_samples: int) -> Tensor | None:
+    """Give each sample a class in turn, int64 [num_samples]; None for an unconditional checkpoint."""
+    if checkpoint.net.class_embedding is None:
+        return None
+    return torch.arange(num_samples) % checkpoint.labels.num_classes
+
+
+def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
+    """The checkpoint's class of each real image, int64 [N]; its null class where names do not match.
+
+    None for an unconditional checkpoint. Raises ValueError where names do not match and there is no null class.
+    """
+    if checkpoint.net.class_embedding is None:
+        return None
+    to_data = class_map(checkpoint, data.class_names)
+    if data.labels is not None and to_data is not None:
+        return to_data.argsort()[data.labels]
+    if checkpoint.labels.null_class is None:
+        raise ValueError("the checkpoint needs a class, and these images have none that it knows")
+    return torch.full((len(data),), checkpoint.labels.null_class)
+
+
+def random_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
+    """Pick images at random, as many of a class as chance gives: int64 [num_images], or fewer if there are fewer."""
+    return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))[:num_images]
+
+
+def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
+    """Pick images at random, classes in turn as among samples: int64 [num_images], or fewer if there are fewer."""
+    order = random_picks(data, len(data), seed)
+    if data.labels is not None:
+        labels = data.labels[order]
+        turn = torch.zeros_like(labels)
+        for k in range(len(data.class_names)):
+            turn[labels == k] = torch.arange(int((labels == k).sum()))
+        order = order[(turn * len(data.class_names) + labels).argsort()]
+    return order[:num_images]
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor | None:
+    """Weights by which each class counts as much as any other, as among samples: int64 [N] to float64 [N].
+
+    None where images count as they are: classes in turn differ by one image at most, and so do these.
+    """
+    counts = labels.bincount(minlength=num_classes)
+    return None if counts.max() - counts.min() <= 1 else (1 / counts.double())[labels]
 
 
 def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
@@ -36,15 +95,15 @@ def draw_samples(
     *,
     device: torch.device,
     forward: Forward | None = None,
-    kept: KeptBatches | None = None,
+    cache: BatchCache | None = None,
 ) -> Tensor:
     """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
 
     forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
-    The batches that `kept` has are not made again, and the others are kept there.
+    The batches that `cache` has are not made again, and the others are kept there.
     Raises EvaluateError for samples that are not finite, and OSError where a batch cannot be kept.
     """
-    kept = kept or KeptBatches(None, {})
+    cache = cache or BatchCache(None, {})
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape
     classes = sample_classes(checkpoint, options.num_samples)
@@ -58,7 +117,7 @@ def draw_samples(
 
         for start in starts:
             indices = range(start, min(start + options.batch_size, options.num_samples))
-            if (batch := kept.read(indices)) is not None:
+            if (batch := cache.read(indices)) is not None:
                 images.append(batch)
                 progress.update(len(plan))
                 continue
@@ -85,7 +144,7 @@ def draw_samples(
                 with torch.autocast(device.type, enabled=False):
                     x_0 = images_of(checkpoint.autoencoder, x_0.float())
             images.append(to_uint8(x_0).cpu())
-            kept.write(indices, images[-1], time.perf_counter() - started_s)
+            cache.write(indices, images[-1], time.perf_counter() - started_s)
     return torch.cat(images)
 
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import Given
-from tminus.model.unet_config import UNetConfig
+from tminus.model.formats.conversion import Converted, Given, numbered
+from tminus.model.unet import UNetConfig
 
 FORMAT = "the PyTorch port of Ho et al.'s DDPM"
 RENAMES = (

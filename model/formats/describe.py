@@ -5,17 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.formats.bare import is_bare
-from tminus.model.formats.facts import flag
-from tminus.model.formats.given import Given, MissingFacts
-from tminus.model.formats.read import read_foreign
-from tminus.model.networks.registry import build
+from tminus.model.formats.conversion import Given, MissingFacts
+from tminus.model.formats.flags import flag
+from tminus.model.formats.read import is_bare, read_foreign
+from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
-from tminus.model.recommended import Recommended
-from tminus.model.unet_config import CLASS_NAME, UNetConfig
+from tminus.model.unet import CLASS_NAME, UNetConfig
 from tminus.model.weights import to_float32
 
 # In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.

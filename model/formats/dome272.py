@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import Given
+from tminus.model.formats.conversion import Converted, Given, numbered
 from tminus.model.networks.dome272 import Dome272Config
 
 FORMAT = "dome272/Diffusion-Models-pytorch"

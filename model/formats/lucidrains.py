@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import CLIPS, HO_BETAS, HO_TIMESTEPS, FactsError, Given
+from tminus.model.formats.conversion import CLIPS, HO_BETAS, HO_TIMESTEPS, Converted, FactsError, Given, numbered
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import CLIPS, HO_TIMESTEPS, FactsError, Given
+from tminus.model.formats.conversion import CLIPS, HO_TIMESTEPS, Converted, FactsError, Given, numbered
 from tminus.model.noise import NoiseConfig
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32

@@ -1,16 +1,58 @@
 """Read a checkpoint that is not served as it is: find its format, and bring it into ours."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
-from tminus.model.checkpoint import check_channels, check_shapes, load_checkpoint, save_checkpoint
-from tminus.model.files import CheckpointError, first_line
-from tminus.model.formats import bare, ddpm, dome272, lucidrains, openai
-from tminus.model.formats.converted import Converted
-from tminus.model.formats.given import FactsError, Given, MissingFacts
-from tminus.model.weights import hash_weights, read_file, to_float32
+from tminus.model.checkpoint import (
+    check_channels,
+    check_pipeline,
+    check_shapes,
+    find_scheduler,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tminus.model.files import CheckpointError, first_line, read_json
+from tminus.model.formats import ddpm, dome272, lucidrains, openai
+from tminus.model.formats.conversion import Converted, FactsError, Given, MissingFacts, numbered
+from tminus.model.latent.folder import find_autoencoder
+from tminus.model.networks import read_net_config
+from tminus.model.unet import UNetConfig
+from tminus.model.weights import hash_weights, load_state_dict, read_file, to_float32
 
+BARE = "diffusers' UNet2DModel without a scheduler"
 FORMATS = (openai, ddpm, dome272, lucidrains)
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder holds a network, and nothing that says how its noise was made."""
+    return (_network(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
+
+
+def read_bare(folder: Path, given: Given) -> Converted:
+    """Read a U-Net of diffusers without a scheduler: of `save_pretrained`, or a repository of which only unet/ came.
+
+    Raises CheckpointError, MissingFacts, and FactsError."""
+    check_pipeline(folder)
+    if find_autoencoder(folder) is not None:
+        raise CheckpointError(f"{folder}: a latent model without its scheduler, which is served only with it")
+    try:
+        config = read_net_config(read_json(_network(folder) / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if not isinstance(config, UNetConfig):
+        raise CheckpointError(f"{folder}: a {config.class_name} without its scheduler; convert its file again")
+    learned = config.out_channels == 2 * config.in_channels
+    needed = given.needed_for_noise(learned=learned) + (["image_size"] if config.size_px is None else [])
+    given.check(f"a folder of {BARE}", needed, given.taken_for_noise())
+    if config.size_px is None:
+        config = dataclasses.replace(config, sample_size=given.image_size)
+    noise, labels = given.noise(learned=learned), numbered(config.num_class_embeds)
+    return Converted(BARE, config, load_state_dict(_network(folder)), noise, labels, given.noise_notes(noise))
+
+
+def _network(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def read_foreign(path: Path, given: Given) -> Converted:
@@ -18,9 +60,9 @@ def read_foreign(path: Path, given: Given) -> Converted:
 
     Raises CheckpointError, MissingFacts, and FactsError for what was given.
     """
-    if path.is_dir() and not bare.is_bare(path):
+    if path.is_dir() and not is_bare(path):
         raise CheckpointError(f"{path}: a folder that tminus reads as it is, if at all: tminus inspect {path}")
-    converted = bare.read(path, given) if path.is_dir() else _read_file(path, given)
+    converted = read_bare(path, given) if path.is_dir() else _read_file(path, given)
     check_shapes(path, converted.state, converted.unet, "its architecture")
     check_channels(path, converted.unet, converted.noise)
     return converted

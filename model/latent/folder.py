@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
 
 FOLDERS = ("vqvae", "vae")  # in a checkpoint: LDMPipeline's name for it, whatever its class, and that of others

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.denoiser import Denoiser
-from tminus.model.networks.config import OtherConfig
+from tminus.model.denoiser import Denoiser, OtherConfig
 
 WIDTHS = (64, 128, 256, 256)
 HEADS = 4

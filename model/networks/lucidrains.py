@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.denoiser import Denoiser
+from tminus.model.denoiser import Denoiser, OtherConfig
 from tminus.model.layers import sinusoidal_embedding
-from tminus.model.networks.config import OtherConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

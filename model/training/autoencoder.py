@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tminus.model.files import write_json
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
-from tminus.model.latent.encode import latents_of
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import save_autoencoder
+from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
 from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.training.data import ImageSet

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tminus.model.catalogue import MAX_GUIDANCE, Recommended
 from tminus.model.checkpoint import save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
 from tminus.model.latent.folder import check_place, with_autoencoder
-from tminus.model.networks.registry import build
+from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
-from tminus.model.recommended import MAX_GUIDANCE, Recommended
+from tminus.model.sampler_tables import Table, write_table
 from tminus.model.samplers import Plan, alpha_bar_at, table_plan
-from tminus.model.tables import Table, write_table
 from tminus.model.training.data import ImageSet
 from tminus.model.training.folding import product_of
 from tminus.model.training.network_features import FrechetLoss

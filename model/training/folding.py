@@ -14,8 +14,7 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.folder import hash_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.training.run import TrainError
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 
 
 def product_of(guidance: float, teacher: Checkpoint) -> float:

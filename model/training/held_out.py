@@ -15,7 +15,7 @@ from torch import Tensor
 from tminus.model.files import write_atomically
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.encode import latents_of
+from tminus.model.latent.latents import latents_of
 from tminus.model.loss import l_simple, l_weighted, training_target
 from tminus.model.noise import NoiseSchedule
 from tminus.model.pixels import to_model_range

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import write_atomically
-from tminus.model.networks.registry import build
-from tminus.model.threads import free_cores
+from tminus.model.machine import free_cores
+from tminus.model.networks import build
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import TABLE_SAMPLERS
+from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward, guided
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import check_place, hash_autoencoder
+from tminus.model.latent.latents import latents_of
 from tminus.model.loss import (
     draw_timesteps,
     l_simple,
@@ -32,7 +32,6 @@ from tminus.model.loss import (
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
-from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.tminus_file import read_folded_guidance, read_recommended
 from tminus.model.training.data import ImageSet
 from tminus.model.training.folding import check_teacher, product_of, teacher_of
@@ -52,8 +51,7 @@ from tminus.model.training.run import (
     step_seed,
     take_threads,
 )
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 from tminus.model.weights import misfit
 
 log = logging.getLogger(__name__)

@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 
-from tminus.model.catalogue import PLAIN_SOLVERS
+from tminus.model.catalogue import MAX_GUIDANCE, PLAIN_SOLVERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
-from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.machine import torch_threads
 from tminus.model.rng import image_noise
+from tminus.model.sampler_tables import Table, table_file, write_table
 from tminus.model.samplers import Plan, table_plan
-from tminus.model.tables import Table, table_file, write_table
-from tminus.model.threads import torch_threads
 from tminus.model.timesteps import make_timesteps
-from tminus.model.tuning.fit import Fit, Fitter, Rows
+from tminus.model.tuning.fit import Fit, Fitter, Rows, Search, search_timesteps
 from tminus.model.tuning.refine import Refinement, Refiner, gradient_precision
-from tminus.model.tuning.search import Search, search_timesteps
 
 SAMPLER = "tuned"
 TEACHER = "dpmpp_2m:20"

@@ -21,7 +21,7 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     """
     from tminus.model.files import CheckpointError
     from tminus.model.formats.read import convert as run
-    from tminus.model.unet_config import CLASS_NAME
+    from tminus.model.unet import CLASS_NAME
 
     try:
         converted = run(source, folder, given_facts(options))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE
 from tminus.service.cli.output import fail, make_folder, say, write_file
 from tminus.service.cli.several import command_line, several
@@ -17,9 +17,8 @@ from tminus.service.startup.logs import set_up_log
 if TYPE_CHECKING:
     from tminus.model.checkpoint import Checkpoint
     from tminus.model.evaluation.classifier import Classifier
-    from tminus.model.evaluation.points import Point
-    from tminus.model.evaluation.report import EvaluationReport
-    from tminus.model.evaluation.sweep_report import SweepReport
+    from tminus.model.evaluation.options import Point
+    from tminus.model.evaluation.report import EvaluationReport, SweepReport
     from tminus.model.training.data import ImageSet
 
 
@@ -114,7 +113,7 @@ def evaluate(
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.evaluation.classifier import ClassifierError
     from tminus.model.evaluation.options import EvaluateError
-    from tminus.model.evaluation.plots import check_installed
+    from tminus.model.evaluation.page import check_installed
     from tminus.model.files import CheckpointError
     from tminus.model.training.data import DataError
 
@@ -149,7 +148,7 @@ def evaluate(
 
 def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
     """Every combination of samplers, steps and guidance. Raises ValueError for a sampler that is none."""
-    from tminus.model.evaluation.points import make_points
+    from tminus.model.evaluation.options import make_points
 
     references: tuple[Point, ...] = ()
     if (wanted := options["reference"]) is not None:
@@ -187,8 +186,8 @@ def measure(
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from tminus.model.evaluation.kept import Kept
     from tminus.model.evaluation.options import EvaluateOptions
+    from tminus.model.evaluation.result_cache import ResultCache
     from tminus.service.engine.autotune import choose_executor
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.candidates import Wish
@@ -217,7 +216,7 @@ def measure(
             points=ways.points,
             references=ways.references,
             seeds=options["seeds"],
-            kept=Kept(report_folder / "kept" if report_folder is not None else None),
+            cache=ResultCache(report_folder / "kept" if report_folder is not None else None),
         )
     except OSError as error:
         if report_folder is None:
@@ -237,7 +236,7 @@ def write_report(folder: Path, report: "SweepReport", command: str) -> None:
 def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "EvaluationReport") -> None:
     """Compare a report with that of float32, print the verdict, and note an approval in tminus.json."""
     from tminus.model.checkpoint import approve
-    from tminus.model.evaluation.compare import compare_reports
+    from tminus.model.evaluation.report import compare_reports
 
     verdict, options = compare_reports(reference, report), report.options
     check = {

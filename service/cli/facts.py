@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.model.formats.facts import FACTS, flag
+from tminus.model.formats.flags import FACTS, flag
 
 if TYPE_CHECKING:
-    from tminus.model.formats.given import Given
+    from tminus.model.formats.conversion import Given
 
 
 def fact_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,6 +20,6 @@ def fact_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def given_facts(options: dict[str, Any]) -> "Given":
     """What was given. Raises FactsError for a value out of bounds."""
-    from tminus.model.formats.given import Given
+    from tminus.model.formats.conversion import Given
 
     return Given(**{name: options.pop(name) for name in FACTS})

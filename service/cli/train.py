@@ -11,9 +11,9 @@ from tminus.service.cli.training_data import load_training_data
 from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
-    from tminus.model.latent.config import AutoencoderConfig
+    from tminus.model.latent.autoencoder import AutoencoderConfig
     from tminus.model.training.data import ImageSet
-    from tminus.model.unet_config import UNetConfig
+    from tminus.model.unet import UNetConfig
 
 SHEET_STEPS = 50
 
@@ -131,7 +131,7 @@ def train(**options: Any) -> None:
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
-    from tminus.model.unet_config import UNetConfig
+    from tminus.model.unet import UNetConfig
 
     widths, attends = integers("--widths", options["widths"]), integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]

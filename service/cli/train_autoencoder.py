@@ -44,7 +44,7 @@ def train_autoencoder(**options: Any) -> None:
     set_up_log("INFO", "%(message)s")
     import torch
 
-    from tminus.model.latent.config import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
+    from tminus.model.latent.autoencoder import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
     from tminus.model.training.autoencoder import AutoencoderTrainConfig
     from tminus.model.training.autoencoder import train_autoencoder as run
     from tminus.model.training.data import DataError

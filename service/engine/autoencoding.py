@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.preview import colours_of, fit_colours
+from tminus.model.latent.latents import colours_of, fit_colours
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.tf32 import multiplying

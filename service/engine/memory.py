@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from tminus.model.free_memory import GIB, free_memory_bytes
+from tminus.model.machine import GIB, free_memory_bytes
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.e2e.conftest import ROOT, run_cli
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.evaluation import compare
+from tminus.model.evaluation import report as compare
 from tminus.service.cli import evaluate
 from tminus.service.engine import autotune
 from tminus.service.engine.candidates import Wish, find_candidates

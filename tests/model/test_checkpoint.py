@@ -15,14 +15,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import TINY, randomize
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError, write_atomically
 from tminus.model.noise import NoiseConfig
-from tminus.model.recommended import Recommended
 from tminus.model.samplers import compile_plan, sample
 from tminus.model.tminus_file import read_recommended
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict, rename_attention
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})

@@ -31,8 +31,7 @@ from tminus.model.loss import (
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.rng import image_noise
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 
 F64 = torch.float64
 PIXELS = torch.arange(256, dtype=F64) / 127.5 - 1

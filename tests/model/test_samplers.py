@@ -34,8 +34,7 @@ from tminus.model.samplers import (
 )
 from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import SIGMA_MIN, SPACINGS
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.model.test_samplers import InFloat64, in_float64, seeded
 from tminus.model.noise import NoiseConfig
+from tminus.model.sampler_tables import Table
 from tminus.model.samplers import Plan, compile_plan, table_plan
-from tminus.model.tables import Table
 from tminus.model.trajectory import LEAST_ETA, Trajectory, Transitions, transitions
 
 F64 = torch.float64

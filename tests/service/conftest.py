@@ -18,7 +18,7 @@ from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Checkpoint, Labels
 from tminus.model.noise import NoiseConfig
-from tminus.model.tables import Table
+from tminus.model.sampler_tables import Table
 from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
 from tminus.service.api.edge.origin import Doors

@@ -10,8 +10,8 @@ from tests.service.conftest import TABLES_OF_50
 from tests.service.fakes import INFO, make_spec
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import NoiseConfig
+from tminus.model.sampler_tables import Table
 from tminus.model.samplers import compile_plan, table_plan
-from tminus.model.tables import Table
 from tminus.model.timesteps import make_timesteps
 from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast

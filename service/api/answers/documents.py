@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.tables import Table, nearest
+from tminus.model.sampler_tables import Table, nearest
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, DeliveryState, Webhook

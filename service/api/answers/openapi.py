@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswer
 from tminus.service.api.answers.previews import MAX_FPS, AnimationRequest

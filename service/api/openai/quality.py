@@ -7,9 +7,8 @@ checkpoint recommends, `low` half of its steps, or the checkpoint's own table of
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
-from tminus.model.recommended import Recommended
-from tminus.model.tables import Table, nearest
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended
+from tminus.model.sampler_tables import Table, nearest
 from tminus.service.model_info import ModelInfo
 
 Quality = Literal["low", "medium", "high"]

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
-from tminus.model.recommended import MAX_GUIDANCE
-from tminus.model.tables import Table
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
+from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import class_bound, class_numbers
 from tminus.service.api.request.fields import (

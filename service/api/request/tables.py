@@ -1,6 +1,6 @@
 """Which table of the checkpoint a request takes, for the samplers that have tables. Pure."""
 
-from tminus.model.tables import Table, nearest, steps_and_guidances
+from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 

@@ -14,15 +14,15 @@ from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
 from tminus.model import checkpoint as checkpoint_module
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.evaluation import measure, samples
+from tminus.model.evaluation import evaluate as measure
+from tminus.model.evaluation import samples
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.figures import SampleFigures
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.kept import Kept, KeptBatches
-from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
-from tminus.model.evaluation.points import Point
-from tminus.model.evaluation.sweep_report import SweepReport
+from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point
+from tminus.model.evaluation.report import SweepReport
+from tminus.model.evaluation.result_cache import BatchCache, ResultCache
 from tminus.model.samplers import Plan, compile_plan
 from tminus.model.unet import UNet2D
 
@@ -50,7 +50,7 @@ def run(toy_classifier: Classifier) -> Run:
     ) -> SweepReport:
         return evaluate(
             checkpoint or toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU,
-            points=points, seeds=seeds, references=references, kept=Kept(folder),
+            points=points, seeds=seeds, references=references, cache=ResultCache(folder),
         )  # fmt: skip
 
     return evaluated
@@ -265,11 +265,11 @@ def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
 def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(_batches: KeptBatches) -> None:
+    def killed(_batches: BatchCache) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptBatches, "forget", killed)
+        patch.setattr(BatchCache, "forget", killed)
         with pytest.raises(KeyboardInterrupt):
             run(POINTS[:1], (5,), folder=tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
@@ -350,7 +350,7 @@ def test_other_images_under_the_same_name_are_measured_afresh(
 ) -> None:
     other = dataclasses.replace(TEST, images=TEST.images.flip(0).clone(), labels=TEST.labels.flip(0))  # type: ignore[union-attr]
     for test in (TEST, other, TEST):
-        evaluate(toy_checkpoint(), TRAIN, test, toy_classifier, PLAIN, device=CPU, kept=Kept(tmp_path))
+        evaluate(toy_checkpoint(), TRAIN, test, toy_classifier, PLAIN, device=CPU, cache=ResultCache(tmp_path))
     assert len(drawn) == 2
 
 

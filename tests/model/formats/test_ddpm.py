@@ -10,7 +10,7 @@ from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.ho import Ho
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given, MissingFacts
+from tminus.model.formats.conversion import Given, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")

@@ -8,11 +8,11 @@ import torch
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
 from tests.model.formats.ho import Ho
+from tminus.model.catalogue import Recommended
 from tminus.model.files import CheckpointError
+from tminus.model.formats.conversion import Given
 from tminus.model.formats.describe import describe
-from tminus.model.formats.given import Given
 from tminus.model.formats.read import convert
-from tminus.model.recommended import Recommended
 from tminus.service.engine.options import BUNDLED
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")

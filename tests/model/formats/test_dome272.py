@@ -9,7 +9,7 @@ import torch
 from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.dome import Dome
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.formats.given import Given, MissingFacts
+from tminus.model.formats.conversion import Given, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 from tminus.model.guidance import guide
 from tminus.model.samplers import denoise

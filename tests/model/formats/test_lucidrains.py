@@ -12,7 +12,7 @@ from PIL import Image
 from tests.model.formats.conftest import close_to_scale, randomised
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given, MissingFacts
+from tminus.model.formats.conversion import Given, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
 with warnings.catch_warnings(action="ignore"):

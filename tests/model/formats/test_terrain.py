@@ -10,7 +10,7 @@ from diffusers import ConsistencyModelPipeline
 from tests.model.formats import terrain
 from tests.model.formats.conftest import close_to_scale
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.formats.given import Given
+from tminus.model.formats.conversion import Given
 from tminus.model.formats.read import convert
 from tminus.model.samplers import sample
 

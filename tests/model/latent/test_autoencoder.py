@@ -5,8 +5,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 
 KINDS = {
     "kl": lambda: AutoencoderKL(

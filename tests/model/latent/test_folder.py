@@ -13,7 +13,7 @@ from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
 from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given
+from tminus.model.formats.conversion import Given
 from tminus.model.formats.read import read_foreign
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig

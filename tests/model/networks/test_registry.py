@@ -6,9 +6,9 @@ import torch
 
 from tests.tiny import LUCIDRAINS, TINY
 from tminus.model.denoiser import Denoiser
+from tminus.model.networks import OTHERS, build, read_net_config
 from tminus.model.networks.dome272 import Dome272Config, Dome272UNet
 from tminus.model.networks.lucidrains import LucidrainsUnet
-from tminus.model.networks.registry import OTHERS, build, read_net_config
 from tminus.model.unet import UNet2D
 
 DOME = Dome272Config(sample_size=16, num_class_embeds=4)

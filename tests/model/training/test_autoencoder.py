@@ -10,10 +10,9 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from tests.model.training.test_train import assert_same_bits, state_of, toy_images
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import KL, VQ, AutoencoderConfig
-from tminus.model.latent.encode import latents_of
+from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import load_autoencoder
+from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
 from tminus.model.training.autoencoder import AutoencoderTrainConfig, reconstruction_loss, train_autoencoder
 from tminus.model.training.data import ImageSet

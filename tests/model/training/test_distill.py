@@ -5,38 +5,38 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
+
 from tests.model.training.test_train import assert_same_run, interrupt_at, provenance_in, state_of, toy_images
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance
 from tminus.model.files import CheckpointError
-from tminus.model.noise import NoiseConfig
+from tminus.model.guidance import Forward
+from tminus.model.noise import NoiseConfig, gather
 from tminus.model.pixels import to_model_range
-from tminus.model.samplers import Plan, sample
+from tminus.model.samplers import Plan, compile_plan, denoise, sample, solve, table_plan
 from tminus.model.training import distill as distill_module
 from tminus.model.training import network_features as frechet_module
 from tminus.model.training import teacher as teacher_module
 from tminus.model.training.data import ImageSet
-from tminus.model.training.distill import DistillConfig, distill
-from tminus.model.training.run import STATE_FILE, TrainError
-from tminus.model.training.train import TrainConfig, train
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
-from diffusers import LCMScheduler
-from tminus.model.guidance import Forward
-from tminus.model.noise import NoiseConfig, gather
-from tminus.model.samplers import compile_plan, denoise, sample, solve, table_plan
 from tminus.model.training.distill import (
+    DistillConfig,
     consistency_plan,
     consistency_table,
+    distill,
     predict_x0,
     pseudo_huber,
     student_noise,
     student_points,
 )
+from tminus.model.training.run import STATE_FILE, TrainError
+from tminus.model.training.train import TrainConfig, train
+from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +58,8 @@ RUN = DistillConfig(
     uses=2,
     first_share=0.5,
 )  # a round is 7 steps
-NOISE = NoiseConfig(clip_sample=False)
-SCHEDULE = NOISE.schedule()
+UNCLIPPED = NoiseConfig(clip_sample=False)
+SCHEDULE = UNCLIPPED.schedule()
 SIGMA_DATA = 0.5
 SHAPE = (6, 1, 4, 4)
 
@@ -484,7 +484,7 @@ def perfect(x: Tensor, t: Tensor, _labels: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize(("sampler", "steps", "within"), [("ddim", 500, 0.02), ("dpmpp_2m", 100, 0.01)])
 def test_trajectories_of_normal_data_end_where_the_closed_form_says(sampler: str, steps: int, within: float) -> None:
-    plan = compile_plan(NOISE, SCHEDULE, sampler, steps)
+    plan = compile_plan(UNCLIPPED, SCHEDULE, sampler, steps)
     points = solve(of_normal_data, plan, normal(*SHAPE))
     assert points.shape == (steps + 1, *SHAPE)
     for k in (0, steps // 2, steps - 1):
@@ -509,7 +509,7 @@ def test_trajectory_is_what_the_sampler_makes_and_goes_on_from_each_of_its_point
 
 
 def test_student_that_knows_every_end_is_consistent_along_a_trajectory_and_another_is_not() -> None:
-    plan = consistency_plan(student_noise(NOISE), list(range(999, -1, -111)))
+    plan = consistency_plan(student_noise(UNCLIPPED), list(range(999, -1, -111)))
     k = torch.arange(len(plan)).repeat_interleave(SHAPE[0])
     end = normal(*SHAPE, seed=2)
     alpha_bar = gather(plan.alpha_bar, k, end.repeat(len(plan), 1, 1, 1))
@@ -527,7 +527,7 @@ def test_student_that_knows_every_end_is_consistent_along_a_trajectory_and_anoth
 @pytest.mark.parametrize("t", [0, 500, 999])
 def test_x0_is_read_from_v(t: int) -> None:
     x_0, eps = normal(*SHAPE), normal(*SHAPE, seed=1)
-    plan = consistency_plan(student_noise(NOISE), [999, 500, 0])
+    plan = consistency_plan(student_noise(UNCLIPPED), [999, 500, 0])
     at = torch.full((SHAPE[0],), t)
     k = torch.full((SHAPE[0],), [999, 500, 0].index(t))
     x0 = predict_x0(plan, k, SCHEDULE.q_sample(x_0, at, eps), SCHEDULE.velocity(x_0, at, eps))
@@ -548,8 +548,8 @@ def test_loss_counts_far_errors_by_their_size_and_near_ones_by_their_square() ->
 def test_step_is_that_of_diffusers(timesteps: list[int]) -> None:
     theirs = LCMScheduler(
         num_train_timesteps=1000,
-        beta_start=NOISE.beta_start,
-        beta_end=NOISE.beta_end,
+        beta_start=UNCLIPPED.beta_start,
+        beta_end=UNCLIPPED.beta_end,
         beta_schedule="linear",
         prediction_type="v_prediction",
         clip_sample=True,
@@ -569,11 +569,11 @@ def test_step_is_that_of_diffusers(timesteps: list[int]) -> None:
 
 
 def test_table_is_plain_numbers_and_ends_without_noise() -> None:
-    table = consistency_table(NOISE, [999, 450], {"guidance": 1.5})
+    table = consistency_table(UNCLIPPED, [999, 450], {"guidance": 1.5})
     assert (table.sampler, table.steps, table.guidance, table.timesteps) == ("consistency", 2, 1.0, (999, 450))
     signal, sigma = SCHEDULE.alpha_bar[450].sqrt().item(), (1 - SCHEDULE.alpha_bar[450]).sqrt().item()
     assert table.lines == ((0.0, signal, 0.0, 0.0, sigma), (0.0, 1.0, 0.0, 0.0, 0.0))
-    plan = table_plan(student_noise(NOISE), SCHEDULE, table, clip=None)
+    plan = table_plan(student_noise(UNCLIPPED), SCHEDULE, table, clip=None)
     assert torch.allclose(plan.known[0], torch.tensor([signal, sigma], dtype=torch.float64))
 
 
@@ -584,7 +584,7 @@ def test_student_of_any_teacher_predicts_v_and_keeps_its_betas() -> None:
 
 
 def test_points_of_few_steps_are_among_those_of_more_and_begin_at_pure_noise() -> None:
-    alpha_bar = compile_plan(NOISE, SCHEDULE, "dpmpp_2m", 20).alpha_bar
+    alpha_bar = compile_plan(UNCLIPPED, SCHEDULE, "dpmpp_2m", 20).alpha_bar
     points = [student_points(alpha_bar, steps) for steps in (1, 2, 3, 4)]
     assert points == [[0], [0, 16], [0, 14, 16], [0, 14, 16, 17]]
     assert [round(float(alpha_bar[k]), 2) for k in points[-1]] == [0.0, 0.05, 0.34, 0.73]

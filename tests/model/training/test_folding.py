@@ -10,9 +10,9 @@ import torch
 
 from tests.model.training.test_train import CONDITIONAL, CPU, NOISE, RUN, assert_same_run, latent_run, run, toy_images
 from tests.tiny import TINY
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.pixels import to_model_range
-from tminus.model.recommended import Recommended
 from tminus.model.training.run import TrainError
 from tminus.model.training.train import train
 

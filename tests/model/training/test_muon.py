@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tminus.model.training.muon import Muon, orthogonal
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 
 
 def gradients(net: nn.Module, seed: int) -> None:

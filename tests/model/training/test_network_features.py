@@ -1,16 +1,17 @@
 """The distance is the formula's, is zero for the same image alone, and gradients go to the images."""
 
 import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
+
 from tests.tiny import TINY, randomize
-from tminus.model.noise import NoiseConfig
-from tminus.model.training.network_features import NetworkFeatures
-from tminus.model.unet import UNet2D
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance
+from tminus.model.noise import NoiseConfig
 from tminus.model.training import network_features as frechet_loss
-from tminus.model.training.network_features import FrechetLoss
+from tminus.model.training.network_features import FrechetLoss, NetworkFeatures
+from tminus.model.unet import UNet2D
 
 SCHEDULE = NoiseConfig(num_train_timesteps=50, beta_end=0.1).schedule()
 D = 6

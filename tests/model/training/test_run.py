@@ -1,11 +1,11 @@
 import copy
+
 import pytest
 import torch
+
 from tests.tiny import randomize
 from tminus.model.training.run import Ema
 from tminus.model.unet import UNet2D
-
-
 
 
 def test_average_starts_as_a_copy_of_the_weights(tiny_net: UNet2D) -> None:

@@ -17,14 +17,13 @@ from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
 
 from tests.tiny import TINY
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.recommended import Recommended
 from tminus.model.training import run as run_file
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
@@ -38,8 +37,7 @@ from tminus.model.training.run import (
     write_state,
 )
 from tminus.model.training.train import TrainConfig, batch_indices, train
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.model.tuning.nets import fitter_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
-from tminus.model.tables import Table
 from tminus.model.tuning import refine
 from tminus.model.tuning.fit import Rows
 from tminus.model.tuning.refine import Refinement, Refiner

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.model.tuning.nets import CONFIG, CPU, save_net
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
-from tminus.model.recommended import Recommended
-from tminus.model.tables import FOLDER
+from tminus.model.sampler_tables import FOLDER
 from tminus.model.tuning.refine import Refiner, gradient_precision
 from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher, state_file, tune
 

@@ -9,8 +9,7 @@ import pytest
 
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, make_spec, wait_until
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
-from tminus.model.recommended import Recommended
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
 from tminus.service.api.answers.documents import JobAnswer, LimitsAnswer
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.views import JobView

@@ -8,9 +8,8 @@ import pytest
 from tests.service.conftest import MakeSite, Restarts, Site, make_site, problem  # noqa: F401
 from tests.service.durable import post, wait_for
 from tests.service.fakes import INFO, LIMITS, wait_until
-from tminus.model.catalogue import SAMPLERS, TABLE
-from tminus.model.recommended import Recommended
-from tminus.model.tables import Table
+from tminus.model.catalogue import SAMPLERS, TABLE, Recommended
+from tminus.model.sampler_tables import Table
 from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.api.request.tables import choose_table
 from tminus.service.errors import InvalidField

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.model.evaluation.toys import toy_checkpoint
 from tminus.model.checkpoint import save_checkpoint
-from tminus.model.evaluation import measure
+from tminus.model.evaluation import evaluate as measure
 from tminus.service.cli.main import main
 from tminus.service.engine import autotune
 

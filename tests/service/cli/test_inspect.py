@@ -6,9 +6,9 @@ import pytest
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.ho import Ho
 from tests.tiny import TINY
+from tminus.model.catalogue import Recommended
 from tminus.model.formats.describe import Description
-from tminus.model.networks.registry import build
-from tminus.model.recommended import Recommended
+from tminus.model.networks import build
 from tminus.service.cli.inspect import _costs
 from tminus.service.cli.main import main
 from tminus.service.engine.options import BUNDLED

@@ -17,7 +17,7 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, make_spec
 from tests.service.images.test_trajectory import packed
 from tminus.model.checkpoint import save_checkpoint
-from tminus.model.threads import torch_threads
+from tminus.model.machine import torch_threads
 from tminus.service.cli import images, trajectory
 from tminus.service.cli.images import LocalJob, LocalModel
 from tminus.service.cli.trajectory import difference

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.service.conftest import MakeCheckpoint
-from tminus.model.catalogue import SAMPLERS
+from tminus.model.catalogue import SAMPLERS, Recommended
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.recommended import Recommended
 from tminus.service.engine import fingerprint
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor

@@ -24,9 +24,9 @@ from tests.service.engine.exact import (
 )
 from tests.tiny import LUCIDRAINS
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.networks import build
 from tminus.model.networks.dome272 import Dome272Config
 from tminus.model.networks.lucidrains import LucidrainsConfig
-from tminus.model.networks.registry import build
 from tminus.service.engine.autotune import agree_rows, example_inputs
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.memory import release_memory

@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
-from tminus.model.recommended import Recommended
-from tminus.model.tables import Table
+from tminus.model.catalogue import Recommended
+from tminus.model.sampler_tables import Table
 from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.metrics import Metrics
 from tminus.service.startup.app import Application

@@ -21,7 +21,7 @@ from tests.service.durable import wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import COLOUR, make_several
-from tminus.model.recommended import Recommended
+from tminus.model.catalogue import Recommended
 from tminus.service.api.openai.schemas import EXTENSIONS
 from tminus.service.errors import DeadlinePassed, EngineFailed, NotFinite, ServiceError, StorageFailed
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.service.conftest import TABLES_OF_50
 from tests.service.fakes import INFO
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.recommended import Recommended
-from tminus.model.tables import Table
+from tminus.model.sampler_tables import Table
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.model_info import ModelInfo
 

@@ -1,12 +1,16 @@
-"""What a file does not say and a person has given, held against what its format needs."""
+"""What a reader of a foreign format takes, the facts that a person has given, and what it returns."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError
-from tminus.model.formats.facts import FACTS, flag
+from tminus.model.formats.flags import FACTS, flag
 from tminus.model.noise import NoiseConfig
+from tminus.model.tminus_file import Labels
 
 HO_TIMESTEPS = 1000  # for which the linear schedule's betas were made; some projects scale them for other T
 HO_BETAS = (1e-4, 0.02)
@@ -101,3 +105,24 @@ class Given:
         betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
         usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
         return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A checkpoint in our terms: what `save_checkpoint` takes."""
+
+    format: str  # for people
+    unet: NetConfig
+    state: Mapping[str, Tensor]
+    noise: NoiseConfig
+    labels: Labels
+    notes: tuple[str, ...] = ()
+    """What the format is taken to be where its files do not say, for people to check."""
+
+
+def numbered(classes: int | None, *, null_class: bool = False) -> Labels:
+    """So many classes without names. null_class: the last of them means no class."""
+    if classes is None:
+        return Labels()
+    names = tuple(map(str, range(classes - null_class)))
+    return Labels(names, classes - 1 if null_class else None)

@@ -24,7 +24,7 @@ FORMAT = 2  # raise it where the same key would mean other figures
 MAX_RESULT_BYTES = 256 * 2**20  # of a file, with a sheet of large images in it
 
 
-class Kept:
+class ResultCache:
     """The folder. What is damaged, or is of something else, counts as not there. folder=None keeps nothing."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -49,9 +49,9 @@ class Kept:
         if self._folder is not None:
             write_json(self._file(key), {"key": _plain(key), "result": result})
 
-    def batches(self, key: Mapping[str, Any]) -> "KeptBatches":
+    def batches(self, key: Mapping[str, Any]) -> "BatchCache":
         """The batches of samples of a result that is being made."""
-        return KeptBatches(None if self._folder is None else self._file(key), key)
+        return BatchCache(None if self._folder is None else self._file(key), key)
 
     def _file(self, key: Mapping[str, Any]) -> Path:
         assert self._folder is not None
@@ -59,7 +59,7 @@ class Kept:
         return self._folder / f"{digest[:32]}.json"
 
 
-class KeptBatches:
+class BatchCache:
     """Batches of samples beside the file of their result. What is damaged counts as not there."""
 
     def __init__(self, result: Path | None, key: Mapping[str, Any]) -> None:

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tminus.model.catalogue import SAMPLERS
-from tminus.model.recommended import MAX_GUIDANCE, Recommended
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLERS, Recommended
 
 GOOD: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
 

@@ -1,10 +1,10 @@
 import dataclasses
 import math
 import re
+from html.parser import HTMLParser
 
 import pytest
 
-from tminus.model.evaluation.compare import compare_reports
 from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
@@ -13,8 +13,9 @@ from tminus.model.evaluation.figures import (
     NearestSummary,
 )
 from tminus.model.evaluation.options import EvaluateOptions
-from tminus.model.evaluation.report import EvaluationReport
+from tminus.model.evaluation.report import EvaluationReport, Table, compare_reports
 
+HOSTILE = "<script>alert(1)</script>|\"&'\n\n# b"
 NEAREST = NearestSummary(minimum=0.1, percentile_1=0.2, median=0.3, num_images=10)
 REFERENCE = EvaluationReport(
     checkpoint="toy",
@@ -32,6 +33,25 @@ REFERENCE = EvaluationReport(
     memorisation=Memorisation(samples=NEAREST, real=NEAREST, num_train=10),
     left_out=(),
 )
+
+
+def test_a_markdown_table_has_a_line_a_row_whatever_its_cells_hold() -> None:
+    lines = Table(("a", "b"), ((HOSTILE, "1"), ("2", HOSTILE))).to_markdown().splitlines()
+    assert lines[:2] == ["| a | b |", "| --- | --- |"]
+    assert len(lines) == 4
+    assert [line.replace("\\|", "").count("|") for line in lines] == [3] * 4
+
+
+def test_an_html_table_holds_its_cells_as_text() -> None:
+    tags: list[str] = []
+    texts: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append(tag)  # type: ignore[method-assign]
+    parser.handle_data = texts.append  # type: ignore[method-assign]
+    parser.feed(Table((HOSTILE, "b"), ((HOSTILE, HOSTILE), ("2", "3"))).to_html())
+    parser.close()
+    assert tags == ["table", "thead", "tr", "th", "th", "tbody", *["tr", "th", "td"] * 2]
+    assert "".join(texts).count(HOSTILE) == 3
 
 
 def candidate(frechet: float | None, accuracy: float | None) -> EvaluationReport:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model.evaluation.toys import toy_images
-from tminus.model.evaluation.kept import Kept, data_hash, plan_hash
+from tminus.model.evaluation.result_cache import ResultCache, data_hash, plan_hash
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan
 
@@ -15,23 +15,23 @@ KEY = {"seed": 2**64 - 1, "interval": (1, 2), "guidance": 1.5, "none": None}
 
 
 def test_a_result_is_read_as_it_was_written_by_the_same_key_only(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept")
+    kept = ResultCache(tmp_path / "kept")
     assert kept.read(KEY) is None
     kept.write(KEY, {"figure": 0.1})
     assert kept.read(dict(reversed(KEY.items()))) == {"figure": 0.1}
-    assert Kept(tmp_path / "kept").read(KEY) == {"figure": 0.1}
+    assert ResultCache(tmp_path / "kept").read(KEY) == {"figure": 0.1}
     for change in ({"seed": 0}, {"interval": (1, 3)}, {"more": 1}):
         assert kept.read(KEY | change) is None
 
 
 def test_a_result_with_a_sheet_of_large_images_is_read(tmp_path: Path) -> None:
-    kept = Kept(tmp_path)
+    kept = ResultCache(tmp_path)
     kept.write(KEY, {"sheet": "x" * 20_000_000})
     assert kept.read(KEY) is not None
 
 
 def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
-    kept = Kept(tmp_path)
+    kept = ResultCache(tmp_path)
     kept.write(KEY, {"figure": 0.1})
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
@@ -42,16 +42,16 @@ def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
 
 def test_a_batch_is_read_as_it_was_written_by_the_same_key_and_images_only(tmp_path: Path) -> None:
     images = torch.randint(256, (3, 2, 4, 4), dtype=torch.uint8).to(memory_format=torch.channels_last)
-    Kept(tmp_path).batches(KEY).write(range(3, 6), images, 1.5)
-    batches = Kept(tmp_path).batches(dict(reversed(KEY.items())))
+    ResultCache(tmp_path).batches(KEY).write(range(3, 6), images, 1.5)
+    batches = ResultCache(tmp_path).batches(dict(reversed(KEY.items())))
     read = batches.read(range(3, 6))
     assert read is not None
     assert torch.equal(read, images)
     assert batches.seconds == 1.5
     assert batches.read(range(3)) is None
     assert batches.read(range(3, 7)) is None
-    assert Kept(tmp_path).batches(KEY | {"seed": 0}).read(range(3, 6)) is None
-    Kept(tmp_path).batches(KEY | {"seed": 0}).forget()
+    assert ResultCache(tmp_path).batches(KEY | {"seed": 0}).read(range(3, 6)) is None
+    ResultCache(tmp_path).batches(KEY | {"seed": 0}).forget()
     assert batches.read(range(3, 6)) is not None, "those of others stay"
     batches.forget()
     assert batches.read(range(3, 6)) is None
@@ -59,7 +59,7 @@ def test_a_batch_is_read_as_it_was_written_by_the_same_key_and_images_only(tmp_p
 
 @pytest.mark.parametrize("damage", ["empty", "cut off", "of another key", "no images"])
 def test_a_damaged_batch_counts_as_not_there(tmp_path: Path, damage: str) -> None:
-    batches = Kept(tmp_path).batches(KEY)
+    batches = ResultCache(tmp_path).batches(KEY)
     batches.write(range(2), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 1.0)
     (file,) = tmp_path.iterdir()
     if damage == "empty":
@@ -75,7 +75,7 @@ def test_a_damaged_batch_counts_as_not_there(tmp_path: Path, damage: str) -> Non
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    kept = Kept(None)
+    kept = ResultCache(None)
     kept.write(KEY, {"figure": 0.1})
     assert kept.read(KEY) is None
     batches = kept.batches(KEY)
@@ -87,7 +87,7 @@ def test_without_a_folder_nothing_is_kept() -> None:
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        Kept(tmp_path / "file" / "kept")
+        ResultCache(tmp_path / "file" / "kept")
 
 
 def test_a_plan_s_hash_is_that_of_all_that_it_holds() -> None:

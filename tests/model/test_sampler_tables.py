@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.model.noise import NoiseConfig
+from tminus.model.sampler_tables import FOLDER, FORMAT, Table, nearest, read_tables, steps_and_guidances, write_table
 from tminus.model.samplers import compile_plan, denoise, table_plan
-from tminus.model.tables import FOLDER, FORMAT, Table, nearest, read_tables, steps_and_guidances, write_table
 
 NOISE = NoiseConfig()
 READ_TEXT = Path.read_text

@@ -3,9 +3,8 @@
 import torch
 
 from tests.model.latent.folders import make_autoencoder
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.config import AutoencoderConfig
-from tminus.model.latent.preview import colours_of, fit_colours
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
+from tminus.model.latent.latents import colours_of, fit_colours
 
 
 def autoencoder() -> Autoencoder:

@@ -17,9 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tminus.model.catalogue import TABLE_SAMPLERS
+from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS
 from tminus.model.files import CheckpointError, read_json, write_json
-from tminus.model.recommended import MAX_GUIDANCE
 
 log = logging.getLogger(__name__)
 

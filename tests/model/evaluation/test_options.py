@@ -2,7 +2,7 @@ import pytest
 
 from tests.model.evaluation.toys import toy_checkpoint
 from tminus.model.catalogue import SAMPLERS
-from tminus.model.evaluation.points import Point, make_points, without_guidance
+from tminus.model.evaluation.options import Point, make_points, without_guidance
 
 
 def test_every_combination_is_a_point_once() -> None:

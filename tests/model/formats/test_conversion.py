@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from tminus.model.formats.facts import FACTS
-from tminus.model.formats.given import Given
+from tminus.model.formats.conversion import Given
+from tminus.model.formats.flags import FACTS
 from tminus.model.noise import BETA_SCHEDULES, MAX_TIMESTEPS
 
 
