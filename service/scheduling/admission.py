@@ -5,7 +5,7 @@ Any thread may ask; the worker's takes work off. Time is an argument: seconds of
 
 import math
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +13,10 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.arrivals import Arrivals
 from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.flows import Pending
-from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.forecast import Pending, forecast
 from tminus.service.scheduling.intake import Intake
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess
+from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
 from tminus.service.scheduling.sharing import RESERVED_SHARE
 from tminus.service.scheduling.speed import Speed
 from tminus.service.work import Outlook, Work
@@ -282,18 +281,8 @@ class Admission:
     def _now(self, owner: str = "") -> _Moment:
         """owner: who asks."""
         jobs, speeds = self._read()
-        own = _load([job for job in jobs if job.owner == owner], speeds) if self._shared else None
-        return _Moment(jobs, replace(_load(jobs, speeds), own=own), speeds, self._had_s(jobs, owner))
-
-
-def _load(jobs: Sequence[Pending], speeds: Mapping[int, Speed]) -> Load:
-    rows: Counter[int] = Counter()
-    places: Counter[int] = Counter()  # by model, so that the sums are of whole numbers of places
-    for job in jobs:
-        rows[job.work.model] += job.work.rows
-        places[job.work.model] += job.places_left  # type: ignore[assignment]
-    ticks_s = sum(count * speeds[model].place_s for model, count in places.items())
-    return Load(len(jobs), rows, ticks_s, sum(job.beside_s for job in jobs))
+        load = load_of(jobs, speeds, owner if self._shared else None)
+        return _Moment(jobs, load, speeds, self._had_s(jobs, owner))
 
 
 def _check_alone(job: Pending, deadline_s: float, server: _Moment) -> None:

@@ -1,128 +1,128 @@
 """Predicts when each job will end and how many go before it. Pure: no torch, no asyncio, no clock, no lock.
 
-Each model has a fluid model of its own (fluid.py), whose time is that of the model's own ticks. Here they share the
-time as the models do (turns.py).
+The policy is written once, in the schedulers: here these run ahead of the clock, on jobs that have no latents. Most of
+their ticks are like the one before, so they take strides of many ticks at once.
 """
 
-import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 
-from tminus.service.scheduling.flows import OwnerFlows, Pending
-from tminus.service.scheduling.fluid import Fluid
+from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.speed import Speed
-from tminus.service.scheduling.turns import shares
-from tminus.service.work import Outlook
+from tminus.service.scheduling.turns import Turns
+from tminus.service.work import Batch, Outlook, Work
 
-ALIKE = 0.02  # of what a job has left: owners on several models are taken to be level within so much
+# Between two events a stride takes at most one such part of what has passed by then, or of what the row has left that
+# ends first, so that no time is wrong by much more than that. Figures: docs/scheduling.md.
+FINE = 32
+EARLY = 4  # one such part of the jobs in a batch may end within a stride, and leave their places empty
 
 
-class Fluids:
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A job as the forecast needs it. Its rows are taken to be level, as the scheduler keeps them."""
+
+    job_id: str
+    work: Work
+    places_left: int  # of all its rows
+    beside_s: float = 0.0  # of a latent model, what is left to encode and decode, in seconds
+    owner: str = ""
+
+    @property
+    def steps(self) -> Sequence[int] | None:
+        """The step that each row takes next; None: the first one."""
+        work, left = self.work, self.places_left
+        if left == work.places:
+            return None
+        step = bisect_left(range(work.steps), -left / work.rows, key=lambda step: -work.places_left(step))
+        more = left - work.rows * work.places_left(step)
+        behind = -(-more // work.places_per_row(step - 1)) if more else 0
+        return (step - 1,) * behind + (step,) * (work.rows - behind)
+
+
+@dataclass(frozen=True, slots=True)
+class Stride:
+    """What happened in some ticks that are alike."""
+
+    model: int
+    places: Mapping[str, int]  # that each job took
+    ended: Mapping[str, float]  # when each job ended that did
+
+
+class Ahead:
     """The jobs of all models, if no other job comes. Owns its state: a time from 0 s on, and the jobs of that time."""
 
     def __init__(
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], had_s: Mapping[str, float] | None = None
     ) -> None:
         """jobs: in order of arrival, each of one of the models in speeds. had_s: what each owner has had."""
-        self._speeds, owners_had_s = speeds, dict(had_s or {})
-        by_model: dict[int, list[tuple[int, Pending]]] = {}
-        for arrival, job in enumerate(jobs):
-            by_model.setdefault(job.work.model, []).append((arrival, job))
-        self._fluids = {
-            model: Fluid(
-                [job for _, job in own], speed.sharing, speed.tick_times, [arrival for arrival, _ in own], owners_had_s
-            )
-            for model, own in by_model.items()
-            for speed in (speeds[model],)
-        }
-        self.now_s = 0.0
-        self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
-
-    @property
-    def jobs(self) -> int:
-        """How many jobs there are now."""
-        return sum(fluid.jobs for fluid in self._fluids.values())
-
-    @property
-    def rows(self) -> Mapping[int, int]:
-        """How many rows each model has."""
-        return {model: fluid.rows for model, fluid in self._fluids.items()}
-
-    @property
-    def ticks_s(self) -> float:
-        """How long what is left takes in full ticks."""
-        return sum(fluid.places_left * self.place_s(model) for model, fluid in self._fluids.items())
-
-    def jobs_of(self, owner: str) -> list[tuple[int, OwnerFlows]]:
-        """The jobs of an owner, by model."""
-        return [(model, fluid.owners[owner]) for model, fluid in self._fluids.items() if owner in fluid.owners]
-
-    def place_s(self, model: int) -> float:
-        """How long a place of a model takes in a full tick."""
-        return self._speeds[model].place_s
+        self._speeds, self._served, self._turns = speeds, Served(), Turns[int]()
+        self._schedulers: dict[int, Scheduler] = {}
+        self._works = {job.job_id: job.work for job in jobs}
+        self.now_s, arrivals = 0.0, count()
+        for job in jobs:
+            model = job.work.model
+            if model not in self._schedulers:
+                self._schedulers[model] = Scheduler(speeds[model].sharing, arrivals, self._served)
+                self._turns.put(model, self._schedulers[model], speeds[model].longest_tick_s)
+            if job.places_left > 0:
+                self._schedulers[model].add(job.job_id, range(job.work.rows), job.work, job.steps, job.owner)
+        if had_s is not None:
+            self._served.stepped({job.owner: had_s[job.owner] for job in jobs if job.places_left > 0})
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
-        busy = self._busy()
-        turns = _shares(busy) if len(busy) > 1 else busy
-        return frozenset[str]().union(*(busy[model].running() for model in turns))
+        schedulers = [self._schedulers[model] for model in self._turns.shares()]
+        batches = [(scheduler, scheduler.next_batch()) for scheduler in schedulers]
+        return frozenset(
+            picked.job_id
+            for scheduler, batch in batches
+            for picked in (batch.jobs if batch is not None else ())
+            if len(picked.steps) == scheduler.rows_left(picked.job_id)
+        )
 
-    def step(self) -> list[str]:
-        """Go on to the next event; returns the jobs that ended."""
-        busy = self._busy()
-        if len(busy) > 1:
-            return self._step_in_turns([(busy[model], share) for model, share in _shares(busy).items()])
-        for fluid in busy.values():
-            offset_s = self.now_s - fluid.now_s
-            ended = fluid.step()
-            self.now_s, self.tick_end_s = offset_s + fluid.now_s, offset_s + fluid.tick_end_s
-            return ended
-        return []
+    def step(self) -> Stride | None:
+        """Go on by some ticks that are alike; None when all work is done."""
+        model = self._turns.next()
+        if model is None:
+            return None
+        scheduler = self._schedulers[model]
+        batch = scheduler.next_batch()
+        assert batch is not None
+        tick_s = self._speeds[model].tick_times.seconds(batch.places)
+        ticks, last = self._ticks(scheduler, batch, tick_s)
+        advance = scheduler.advance(batch, ticks)
+        self._turns.stepped(model, ticks * tick_s)
+        ended = {job_id: self.now_s + min(ticks, last[job_id]) * tick_s for job_id in advance.finished}
+        self.now_s += ticks * tick_s
+        return Stride(model, advance.places, ended)
 
-    def _step_in_turns(self, parts: Sequence[tuple[Fluid, float]]) -> list[str]:
-        """Go on to the next event of one or two models that have these shares of the time."""
-        seconds = min(fluid.event_s / share for fluid, share in parts)
-        if len(parts) == 2:
-            seconds = min(seconds, _overtaken_s(*parts))
-        elif (ahead_s := self._ahead_s()) > 0:
-            fluid, _ = parts[0]
-            seconds = min(seconds, max(fluid.longest_tick_s, ALIKE * fluid.next_rank[1], ahead_s))
-        self.now_s += seconds
-        self.tick_end_s = self.now_s
-        ended = []
-        for fluid, share in parts:
-            if own := fluid.step(until_s=fluid.now_s + share * seconds):
-                ended += own
-                self.tick_end_s = max(self.tick_end_s, self.now_s + fluid.tick_end_s - fluid.now_s)
-        return ended
-
-    def _ahead_s(self) -> float:
-        """How much more the owner whose turn it is on another model has had, at the least; 0 where it is the same."""
-        had_s = sorted(fluid.next_rank[0] for fluid in self._busy().values())
-        return had_s[1] - had_s[0]
-
-    def _busy(self) -> dict[int, Fluid]:
-        return {model: fluid for model, fluid in self._fluids.items() if fluid.jobs}
-
-
-def _shares(busy: Mapping[int, Fluid]) -> Mapping[int, float]:
-    return shares(
-        {model: fluid.next_rank for model, fluid in busy.items()},
-        {model: fluid.oldest for model, fluid in busy.items()},
-        {model: [fluid.first_owner, *fluid.owners] for model, fluid in busy.items()},
-        reserve=any(fluid.reserves for fluid in busy.values()),
-    )
+    def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
+        """How many ticks from now on are taken to be alike, and how many the last row of each job needs to its end."""
+        busy = sum(each.has_work for each in self._schedulers.values())
+        whole = True  # whether the batch has all rows of its jobs, so that no other row's turn comes until one ends
+        alike, last = [], {}
+        for job_id, rows, _ in batch.jobs:
+            work, steps = self._works[job_id], {step for step, _ in rows}
+            whole = whole and len(rows) == scheduler.rows_left(job_id)
+            alike.append(min(_alike(work, step) for step in steps))
+            last[job_id] = work.steps - min(steps)
+        alike.sort()
+        passed = int(self.now_s / tick_s) if tick_s else 0
+        ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
+        if busy == 1 and self._served.one_alone:  # else others take turns with the batch
+            ticks = max(ticks, alike[0] if whole else alike[0] // FINE)
+        return max(1, ticks), last
 
 
-def _overtaken_s(first: tuple[Fluid, float], oldest: tuple[Fluid, float]) -> float:
-    """How long it is until the next job of the oldest job's model has less left than that of the first model."""
-    (fluid, share), (other, other_share) = first, oldest
-    faster = other.next_pace * other_share - fluid.next_pace * share
-    if not faster > 0:
-        return math.inf
-    return max(fluid.longest_tick_s, (other.next_rank[1] - fluid.next_rank[1]) / faster)
+def _alike(work: Work, step: int) -> int:
+    """How many steps from this one on cost the same: until the last, or until guidance goes on or off."""
+    guided = work.guided
+    return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 
 
 def forecast(
@@ -136,20 +136,19 @@ def forecast(
     jobs: in order of arrival. until: a job; only it and those that end before it are predicted. had_s: what each owner
     has had, as `Served` tells it.
     """
-    fluids = Fluids(jobs, speeds, had_s)
+    ahead = Ahead(jobs, speeds, had_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
     srpt = any(speed.sharing.policy == "srpt" for speed in speeds.values())
     in_turn = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].sharing.place_s) if srpt else jobs
     ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
-    running = fluids.running()
+    running = ahead.running()
     ended_ranks: list[int] = []
-    while fluids.jobs and until not in outlooks:
-        ended = fluids.step()
-        for job_id in ended:
+    while until not in outlooks and (stride := ahead.step()) is not None:
+        for job_id in stride.ended:
             insort(ended_ranks, ranks[job_id])
-        for job_id in ended:
+        for job_id, end_s in stride.ended.items():
             position = 0 if job_id in running else bisect_left(ended_ranks, ranks[job_id])
-            outlooks[job_id] = Outlook(position, fluids.tick_end_s)
+            outlooks[job_id] = Outlook(position, end_s)
     return _with_beside(outlooks, jobs)
 
 

@@ -91,23 +91,3 @@ def allot(places: int, place_s: float, wants: Mapping[str, int], had_s: Mapping[
         if allotted[owner] < wants[owner]:
             heapq.heappush(heap, (had + count * place_s, turn, owner))
     return allotted
-
-
-def levels(had_s: Mapping[str, float], tick_s: float) -> list[list[str]]:
-    """Group the owners by what they have had, the least first; those within a tick of each other share a group."""
-    groups: list[list[str]] = []
-    for owner in sorted(had_s, key=had_s.__getitem__):
-        if groups and had_s[owner] - had_s[groups[-1][0]] <= tick_s:
-            groups[-1].append(owner)
-        else:
-            groups.append([owner])
-    return groups
-
-
-def fill(places: float, wants: Mapping[str, float]) -> dict[str, float]:
-    """Share places out evenly, but to none more than it can use."""
-    shares: dict[str, float] = {}
-    for number, owner in enumerate(sorted(wants, key=wants.__getitem__)):
-        shares[owner] = min(wants[owner], places / (len(wants) - number))
-        places -= shares[owner]
-    return shares

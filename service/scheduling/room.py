@@ -5,12 +5,12 @@ A refusal keeps no room: who does not come back costs nobody anything. It only t
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.flows import Pending
-from tminus.service.scheduling.forecast import Fluids
+from tminus.service.scheduling.forecast import Ahead, Pending, Stride
 from tminus.service.scheduling.speed import Speed
 from tminus.service.work import Work
 
@@ -32,6 +32,13 @@ class Load:
     beside_s: float = 0.0  # of latent models, see `Work.beside_s`
     own: "Load | None" = None  # of it, what the owner has that asks, where several share the server
 
+    def decoding(self, part: float, beside: "Load") -> "Load":
+        """The same, where a part is left of what comes beside the ticks."""
+        beside_s = part * beside.beside_s
+        jobs = max(self.jobs, 1) if beside_s > ROUNDING else self.jobs  # a server that decodes is not empty
+        own = None if self.own is None or beside.own is None else self.own.decoding(part, beside.own)
+        return replace(self, jobs=jobs, beside_s=beside_s, own=own)
+
     def values(self, work: Work, speed: Speed) -> dict[str, float]:
         """What each limit counts, with one more job."""
         work_s = work.places * speed.place_s + work.beside_s
@@ -40,6 +47,18 @@ class Load:
             "jobs": self.jobs + 1,
             "rows": self.rows.get(work.model, 0) + work.rows,
         }
+
+
+def load_of(jobs: Sequence[Pending], speeds: Mapping[int, Speed], owner: str | None = None) -> Load:
+    """What jobs come to. owner: who asks, where several share the server."""
+    rows: Counter[int] = Counter()
+    places: Counter[int] = Counter()  # by model, so that the sums are of whole numbers of places
+    for job in jobs:
+        rows[job.work.model] += job.work.rows
+        places[job.work.model] += job.places_left
+    ticks_s = sum(count * speeds[model].place_s for model, count in places.items())
+    own = None if owner is None else load_of([job for job in jobs if job.owner == owner], speeds)
+    return Load(len(jobs), rows, ticks_s, sum(job.beside_s for job in jobs), own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +95,7 @@ def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess 
 
 
 class Drain:
-    """How the accepted work goes down if nobody else comes: what is left whenever a job ends or the pace changes.
+    """How the accepted work goes down if nobody else comes: what is left at the end of each stride of a look ahead.
 
     What comes beside the ticks is taken to go on from now, a second's work in a second: the decoder seldom waits for
     latents where it is what a limit is reached by.
@@ -92,28 +111,38 @@ class Drain:
         owner: str | None = None,
     ) -> None:
         """had_s: what each owner has had, see `forecast`. owner: who asks, where several share the server."""
-        self._limits = limits
-        slower = {model: speed.slower(MARGIN) for model, speed in speeds.items()}
-        fluids = Fluids(jobs, slower, had_s)
+        self._limits, self._speeds, self._owner = limits, speeds, owner
+        self._jobs = {job.job_id: job for job in jobs}
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
         # An image is off the ledger when it is decoded as a whole.
         decodes_s = starts_s + max(speed.decode_s for speed in speeds.values())
-        beside = [(job.owner, job.beside_s) for job in jobs if job.beside_s]
-        all_s, own_s = sum(each for _, each in beside), sum(each for whose, each in beside if whose == owner)
+        beside = load_of(jobs, speeds, owner)
+        load = load_of([job for job in jobs if job.places_left > 0], speeds, owner)
+        self._points: list[tuple[float, Load]] = []
 
-        def at(time_s: float) -> tuple[float, Load]:
-            left = 1 - min(1.0, max(0.0, time_s - decodes_s) / all_s) if all_s else 0.0
-            return time_s, _load(fluids, owner, left * all_s, left * own_s)
+        def note(time_s: float) -> None:
+            decoded_s = max(0.0, time_s - decodes_s)
+            part = max(0.0, 1 - decoded_s / beside.beside_s) if beside.beside_s else 0.0
+            self._points.append((time_s, load.decoding(part, beside)))
 
-        self._points = [at(starts_s)]
-        while fluids.jobs:
-            fluids.step()
-            self._points.append(at(starts_s + fluids.tick_end_s))
-        if all_s and decodes_s + all_s > self._points[-1][0]:
-            self._points.append(at(max(decodes_s, self._points[-1][0])))
-            # Nothing is left then. By `at` a rounding error might be, and the server would never be seen to be empty.
-            self._points.append((decodes_s + all_s, _load(fluids, owner, 0.0, 0.0)))
+        note(starts_s)
+        ahead = Ahead(jobs, speeds, had_s)
+        while (stride := ahead.step()) is not None:
+            own = None if load.own is None else self._less(load.own, stride, owner)
+            load = replace(self._less(load, stride), own=own)
+            note(starts_s + MARGIN * ahead.now_s)
+        for time_s in (decodes_s, decodes_s + beside.beside_s):
+            if time_s > self._points[-1][0]:
+                note(time_s)
+
+    def _less(self, load: Load, stride: Stride, owner: str | None = None) -> Load:
+        """What is left after a stride of the jobs of one owner, or of all."""
+        stepped = [self._jobs[job_id] for job_id in stride.places if owner in (None, self._jobs[job_id].owner)]
+        ended = [job for job in stepped if job.job_id in stride.ended]
+        rows = {**load.rows, stride.model: load.rows[stride.model] - sum(job.work.rows for job in ended)}
+        done_s = self._speeds[stride.model].place_s * sum(stride.places[job.job_id] for job in stepped)
+        return replace(load, jobs=load.jobs - len(ended), rows=rows, ticks_s=load.ticks_s - done_s)
 
     def room_s(self, work: Work, speed: Speed) -> float:
         """The first time when no limit is passed by one more job."""
@@ -138,20 +167,6 @@ class Drain:
         rows = load.rows.get(work.model, 0)
         share = 1 / max(1, load.jobs) if excess.field == "jobs" else work.rows / max(1, rows)
         return share * (self._points[-1][0] - starts_s)
-
-
-def _load(fluids: Fluids, owner: str | None, beside_s: float, own_beside_s: float) -> Load:
-    own = None
-    if owner is not None:
-        parts = fluids.jobs_of(owner)
-        own = Load(
-            max(sum(len(flows) for _, flows in parts), 1 if own_beside_s else 0),
-            {model: flows.rows for model, flows in parts},
-            sum(flows.places_left * fluids.place_s(model) for model, flows in parts) / MARGIN,
-            own_beside_s,
-        )
-    jobs = max(fluids.jobs, 1 if beside_s else 0)  # a server that decodes is not empty
-    return Load(jobs, fluids.rows, fluids.ticks_s / MARGIN, beside_s, own)
 
 
 def _between(before: Load, after: Load, part: float) -> Load:

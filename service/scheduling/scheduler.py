@@ -9,16 +9,131 @@ first (owners.py).
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
 
-from tminus.service.scheduling.owner_queue import OwnerQueue, QueuedJob
 from tminus.service.scheduling.owners import Served, allot
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.work import Batch, JobRows, Work
 
 Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
+
+
+@dataclass(slots=True)
+class QueuedJob:
+    """A job and the rows of it that have steps left, in two sorted lists: the least advanced row is the first."""
+
+    id: str
+    owner: str
+    arrival: int
+    work: Work
+    rows: tuple[int, ...]
+    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows); it takes one place
+    doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
+    places_left: int = 0
+    started: bool = False
+
+    def put(self, rows: Iterable[tuple[int, int]]) -> None:
+        """List rows by their next steps, but those that have taken their last one."""
+        guided, steps = self.work.guided, self.work.steps
+        for row in rows:
+            if row[0] < steps:
+                (self.doubles if row[0] in guided else self.singles).append(row)
+        self.singles.sort()
+        self.doubles.sort()
+
+    def step(self, picked: JobRows, ticks: int) -> int:
+        """Move its rows in a batch on by so many steps, but not past the last; return how many places that took."""
+        doubles = picked.places - len(picked.steps)
+        singles = len(picked.steps) - doubles
+        first = (*self.singles[:singles], *self.doubles[:doubles])
+        assert first == picked.steps, f"job {self.id} has changed since the batch was chosen"
+        del self.singles[:singles], self.doubles[:doubles]
+        work, taken = self.work, picked.places
+        moved = [(min(step + ticks, work.steps), index) for step, index in first]
+        if ticks > 1:
+            taken = sum(work.places_left(step) for step, _ in first) - sum(work.places_left(step) for step, _ in moved)
+        self.places_left -= taken
+        self.put(moved)
+        return taken
+
+    @property
+    def places_now(self) -> int:
+        """What a step of all its rows takes."""
+        return len(self.singles) + 2 * len(self.doubles)
+
+
+class OwnerQueue:
+    """Owns the jobs of one owner that have rows left to step, and which goes next."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
+        # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
+        self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
+        self._works: dict[str, int] = {}  # job id -> its total work, in places
+        self._much_longer: float | None = None  # None: a job came or went since it was found
+        # Sorted, the next job last: the jobs that go next change all the time, and changing a list's end is cheap.
+        self._queue: list[tuple[int, int, str]] = []
+        self.ticks = 0  # in which it had places
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, job: QueuedJob) -> None:
+        """Take on a job, with rows that have steps left."""
+        self._jobs[job.id] = job
+        self._works[job.id], self._much_longer = job.work.places, None
+        self.put_back(job)
+
+    def forget(self, job: QueuedJob) -> None:
+        """Forget a job that was taken out."""
+        del self._jobs[job.id], self._works[job.id]
+        self._much_longer = None
+
+    def put_back(self, job: QueuedJob) -> None:
+        """Put a job into the queue, by what it has left."""
+        insort(self._queue, self._key(job))
+
+    def take_out(self, job: QueuedJob) -> None:
+        """Take a job out of the queue, before its rows step."""
+        del self._queue[bisect_left(self._queue, self._key(job))]
+
+    @property
+    def oldest(self) -> QueuedJob:
+        """The job that came first."""
+        return next(iter(self._jobs.values()))
+
+    @property
+    def next(self) -> QueuedJob:
+        """The job that goes first."""
+        return self._jobs[self._queue[-1][2]]
+
+    @property
+    def much_longer(self) -> float:
+        """The total work, in places, from which a job is much longer than the shortest."""
+        if self._much_longer is None:
+            self._much_longer = self._sharing.much_longer(self._works.values())
+        return self._much_longer
+
+    @property
+    def places_now(self) -> int:
+        """What a step of all rows takes, or as much as a tick has."""
+        places = 0
+        for job in self._jobs.values():
+            places += job.places_now
+            if places >= self._sharing.max_batch:
+                return self._sharing.max_batch
+        return places
+
+    def in_turn(self) -> Iterator[QueuedJob]:
+        """The jobs, the one that goes first before the others, but no more than may be looked at in a tick."""
+        return (self._jobs[job_id] for *_, job_id in islice(reversed(self._queue), self._sharing.max_batch + 1))
+
+    def _key(self, job: QueuedJob) -> tuple[int, int, str]:
+        return (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
 
 
 class _Pick:
@@ -29,40 +144,37 @@ class _Pick:
         self._rows: list[int] = []
         self._steps: list[int] = []
         self._guided: list[int] = []
-        self._taken: dict[
-            str, tuple[QueuedJob, int, int]
-        ] = {}  # how many singles and doubles; the order is of first rows
+        # How many singles and doubles of each job; the order is of first rows.
+        self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
-    def take(self, job: QueuedJob, budget: int) -> bool:
-        """Put rows of a job that fit the budget into the batch, the least advanced first; says whether any did."""
+    def take(self, job: QueuedJob, places: int) -> None:
+        """Put rows of a job that fit so many places into the batch, the least advanced first."""
         _, single, double = self._taken.get(job.id, (job, 0, 0))
-        singles, doubles, before = job.singles, job.doubles, self.free
-        while budget > 0:
-            fits_single = single < len(singles)
-            if budget >= 2 and double < len(doubles) and not (fits_single and singles[single] < doubles[double]):
-                step, index = doubles[double]
+        singles, doubles = job.singles[single : single + places], job.doubles[double : double + places // 2]
+        if not singles and not doubles:
+            return
+        for step, index in sorted(singles + doubles) if singles and doubles else singles or doubles:
+            if step not in job.work.guided:
+                single += 1
+                places -= 1
+                self.free -= 1
+            elif places >= 2:
                 self._guided.append(len(self._rows))
                 double += 1
-                places = 2
-            elif fits_single:
-                step, index = singles[single]
-                single += 1
-                places = 1
+                places -= 2
+                self.free -= 2
             else:
-                break
+                continue
             self._rows.append(job.rows[index])
             self._steps.append(step)
-            budget -= places
-            self.free -= places
-        if self.free == before:
-            return False
+            if not places:
+                break
         self._taken[job.id] = (job, single, double)
-        return True
 
     def batch(self) -> Batch:
         """The rows as they were picked, and by job."""
         jobs = [
-            JobRows(job.id, job.first(single, double), single + 2 * double)
+            JobRows(job.id, (*job.singles[:single], *job.doubles[:double]), single + 2 * double)
             for job, single, double in self._taken.values()
         ]
         return Batch(tuple(self._rows), tuple(self._steps), tuple(self._guided), tuple(jobs))
@@ -70,17 +182,18 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a tick changed: jobs that took their first step in it, and jobs that are done."""
+    """What a tick changed: jobs that took their first step in it, jobs that are done, and what places each job took."""
 
     started: tuple[str, ...]
     finished: tuple[str, ...]
+    places: Mapping[str, int]
 
 
 class Scheduler:
     """Owns which rows exist and which step each is at. It never sees a latent.
 
-    However many jobs of an owner wait, a tick looks at those in its batch and two more, or at no more than it has
-    places. Where there are several owners it looks at each of these.
+    However many jobs of an owner wait, a tick looks at no more than it has places. Where there are several owners it
+    looks at each of these.
     """
 
     def __init__(self, sharing: Sharing, arrivals: Iterator[int] | None = None, served: Served | None = None) -> None:
@@ -109,10 +222,11 @@ class Scheduler:
         assert min(steps) < work.steps
         places_left = sum(map(work.places_left, steps))
         job = QueuedJob(job_id, owner, next(self._arrivals), work, tuple(rows), places_left=places_left)
-        for index, step in enumerate(steps):
-            job.put(step, index)
+        job.put((step, index) for index, step in enumerate(steps))
         self._jobs[job_id] = job
-        self._owners.setdefault(owner, OwnerQueue(self._sharing)).add(job)
+        if owner not in self._owners:
+            self._owners[owner] = OwnerQueue(self._sharing)
+        self._owners[owner].add(job)
         self._served.join(owner)
 
     def cancel(self, job_id: str) -> None:
@@ -130,8 +244,8 @@ class Scheduler:
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             self._take(pick, queue, pick.free, queue.much_longer)
-            return pick.batch()
-        self._share_out(pick)
+        else:
+            self._share_out(pick)
         return pick.batch()
 
     def _share_out(self, pick: "_Pick") -> None:
@@ -159,33 +273,31 @@ class Scheduler:
 
     def _take(self, pick: "_Pick", queue: OwnerQueue, places: int, much_longer: float) -> None:
         """Put an owner's rows into the batch, in no more than so many places of it."""
-        end = pick.free - places  # how many are to stay free
-        pick.take(queue.oldest, self._sharing.reserve(places, 1 if queue.oldest.singles else 2, queue.ticks))
-
-        def room(job: QueuedJob) -> int:
-            held_back = job.work.places >= much_longer
-            return int(min(pick.free - end, self._sharing.room(pick.free, held_back=held_back)))
-
+        end, oldest = pick.free - places, queue.oldest  # end: how many are to stay free
+        pick.take(oldest, self._sharing.reserve(places, 1 if oldest.singles else 2, queue.ticks))
         for job in queue.in_turn():
-            if pick.free - end < 2:
+            if pick.free == end:
                 break
-            pick.take(job, room(job))
-        if pick.free - end == 1:  # a list of its own, so as not to search all the guided jobs for a row that fits
-            for job in queue.single_in_turn():
-                if pick.take(job, min(1, room(job))):
-                    break
+            room = pick.free - end
+            if job.work.places >= much_longer:
+                room = min(room, self._sharing.short_room(pick.free))
+            pick.take(job, room)
 
-    def advance(self, batch: Batch) -> Advance:
-        """Record that the batch which was chosen last has stepped."""
+    def advance(self, batch: Batch, ticks: int = 1) -> Advance:
+        """Record that the batch which was chosen last has stepped.
+
+        ticks: so many times, one after the other, for a look ahead.
+        """
         assert sum(len(picked.steps) for picked in batch.jobs) == len(batch.rows), "it is not of next_batch"
         started: list[str] = []
         finished: list[str] = []
-        places: dict[str, int] = {}
+        places: dict[str, int] = {}  # in one tick, by owner
+        taken: dict[str, int] = {}  # by job
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
             queue = self._owners[job.owner]
             queue.take_out(job)
-            job.step(picked)
+            taken[job.id] = job.step(picked, ticks)
             places[job.owner] = places.get(job.owner, 0) + picked.places
             if not job.started:
                 job.started = True
@@ -196,10 +308,11 @@ class Scheduler:
                 finished.append(job.id)
         for owner in places:
             self._owners[owner].ticks += 1
-        self._served.stepped(self._sharing.seconds(places, self._leader, alone=self._served.one_alone))
+        paid_s = self._sharing.seconds(places, self._leader, alone=self._served.one_alone)
+        self._served.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()})
         for job_id in finished:
             self._forget(self._jobs[job_id])
-        return Advance(tuple(started), tuple(finished))
+        return Advance(tuple(started), tuple(finished), taken)
 
     def _forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out of its owner's queue."""
@@ -217,6 +330,11 @@ class Scheduler:
             steps[index] = step
         return tuple(steps)
 
+    def rows_left(self, job_id: str) -> int:
+        """How many rows of a job have steps left."""
+        job = self._jobs[job_id]
+        return len(job.singles) + len(job.doubles)
+
     @property
     def has_work(self) -> bool:
         """Whether there is a next batch."""
@@ -224,7 +342,7 @@ class Scheduler:
 
     @property
     def next_rank(self) -> Rank:
-        """Of the job that goes next; in order of arrival what is left counts as nothing."""
+        """The rank of the job that goes next; in order of arrival what is left counts as nothing."""
         owner = self.owners[0]
         job = self._owners[owner].next
         left_s = job.places_left * self._sharing.place_s if self._sharing.policy == "srpt" else 0.0
@@ -232,7 +350,7 @@ class Scheduler:
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest job of that owner."""
+        """The number of the oldest job of the owner whose job goes next."""
         return self._owners[self.owners[0]].oldest.arrival
 
     @property
@@ -242,7 +360,7 @@ class Scheduler:
 
     @property
     def owners(self) -> list[str]:
-        """Those that have jobs here, the one that has had least first."""
+        """The owners that have jobs here, the one that has had least first."""
         return list(self._owners) if len(self._owners) == 1 else self._in_turn()
 
     def has_jobs_of(self, owner: str) -> bool:

@@ -18,9 +18,6 @@ LONGER = 1.25  # how much longer a tick of the owner that leads may become by ot
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
 
 
-ROUNDING = 1e-7  # of a place: sums of parts are not exact
-
-
 @dataclass(frozen=True, slots=True)
 class Sharing:
     """How the places of a tick are shared out. The oldest job gets its reserve first, whatever short_batch is."""
@@ -62,39 +59,27 @@ class Sharing:
 
         Its ticks are then not to become much longer by others' rows.
         """
-        return ahead_s > self.lead_s
+        return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
-    @property
-    def lead_s(self) -> float:
-        """By how much owners who take turns are never apart."""
-        return min(LEAD_TICKS * self.tick_s, MOST_LEAD_S)
-
-    def beside(self, places: float) -> int:
+    def beside(self, places: int) -> int:
         """How many places others may have in a tick of the owner that leads, which has so many."""
-        return _beside(self.times, self.max_batch, math.ceil(places))
+        return _beside(self.times, self.max_batch, places)
 
-    def seconds(
-        self, places: Mapping[str, float], leader: str | None = None, *, alone: bool = False
-    ) -> dict[str, float]:
+    def seconds(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
         """What each owner pays for its places in a tick, in seconds of the machine.
 
         The one that leads pays for what others could not have, too. alone: nobody else has a job, so that only what
         is more than half of the machine counts against it when somebody comes.
         """
         total = sum(places.values())
-        tick_s = self.times.seconds(math.ceil(total - ROUNDING)) or total * self.place_s
+        tick_s = self.times.seconds(total) or total * self.place_s
         if alone:
             return {owner: max(0.0, count * self.place_s - tick_s / 2) for owner, count in places.items()}
         if leader is not None and leader in places:
             taken_s = {owner: count * self.place_s for owner, count in places.items()}
             taken_s[leader] += max(0.0, tick_s - sum(taken_s.values()))
             return taken_s
-        return {owner: count / total * tick_s for owner, count in places.items()} if total else {}
-
-    @property
-    def tick_s(self) -> float:
-        """What the places of a full tick take."""
-        return self.max_batch * self.place_s
+        return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
         """How many of an owner's places in a tick are kept for the oldest of its jobs.
@@ -109,10 +94,8 @@ class Sharing:
         share = kept / needed
         return needed if turn * share % 1 < share and needed <= places else 0
 
-    def room(self, free: float, *, held_back: bool) -> float:
-        """How many of the free places a job may take; a job that is held back fills up to a multiple of short_batch."""
-        if not held_back:
-            return free
+    def short_room(self, free: int) -> int:
+        """How many of the free places a job may take that is held back: it fills up to a multiple of short_batch."""
         used = self.max_batch - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, self.max_batch) - used
 

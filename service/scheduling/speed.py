@@ -27,10 +27,6 @@ class Speed:
         """Predicted seconds of a full tick."""
         return self.tick_times.seconds(self.sharing.max_batch)
 
-    def slower(self, factor: float) -> "Speed":
-        """Make every tick longer by a factor."""
-        return replace(self, tick_times=self.tick_times.slower(factor))
-
     def with_beside(self, work: Work, *, has_picture: bool) -> Work:
         """Add to a job's work what it takes beside the ticks. has_picture: it starts from one."""
         beside_s = work.rows * self.decode_s + (self.encode_s if has_picture else 0.0)

@@ -39,10 +39,6 @@ class TickTimes:
         """How long a place takes in a full tick."""
         return self.seconds(max_batch) / max_batch
 
-    def slower(self, factor: float) -> "TickTimes":
-        """Make every tick longer by a factor."""
-        return replace(self, correction=self.correction * factor)
-
     def observe(self, places: int, seconds: float) -> "TickTimes":
         """Learn from a tick."""
         predicted = self.seconds(places)

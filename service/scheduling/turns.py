@@ -5,39 +5,13 @@ work goes first, whichever model it is of, and a share of the time is kept for t
 the owner goes first that has had least.
 """
 
-from collections.abc import Collection, Mapping
 from typing import Generic, TypeVar
 
-from tminus.service.scheduling.scheduler import Rank, Scheduler
+from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import RESERVED_SHARE
 
 Key = TypeVar("Key")
 LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
-
-
-def shares(
-    ranks: Mapping[Key, Rank],
-    oldest: Mapping[Key, int],
-    owners: Mapping[Key, Collection[str]],
-    *,
-    reserve: bool = True,
-) -> dict[Key, float]:
-    """What share of the time each model has now; models that have none are left out.
-
-    ranks: of each model that has work, that of its next job. oldest: the number of the oldest job of the owner whose
-    job that is. owners: all who have jobs of it, that one first.
-    """
-    first = min(ranks, key=ranks.__getitem__)
-    # Not those of an owner that has had more, or has no job of the first model: its turn is yet to come.
-    level = [
-        model
-        for model in ranks
-        if next(iter(owners[model])) in owners[first] and ranks[model][0] <= ranks[first][0] + LEVEL_S
-    ]
-    oldest_model = min(level, key=oldest.__getitem__)
-    if first == oldest_model or not reserve:
-        return {first: 1.0}
-    return {first: 1 - RESERVED_SHARE, oldest_model: RESERVED_SHARE}
 
 
 class Turns(Generic[Key]):
@@ -52,10 +26,10 @@ class Turns(Generic[Key]):
         self._owed_s: dict[tuple[str, Key], float] = {}  # by owner, and model of its oldest job
         self._owed: tuple[str, Key] | None = None  # which of these the tick that was chosen last counts for
 
-    def put(self, model: Key, scheduler: Scheduler) -> None:
-        """Take on a model."""
+    def put(self, model: Key, scheduler: Scheduler, tick_s: float = 0.0) -> None:
+        """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
         assert model not in self._schedulers
-        self._schedulers[model] = scheduler
+        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
     def remove(self, model: Key) -> None:
         """Forget a model, which has no jobs any more."""
@@ -70,38 +44,45 @@ class Turns(Generic[Key]):
         """Whether a model has a next tick."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
+    def shares(self) -> list[Key]:
+        """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
+        busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
+        if len(busy) < 2:  # nearly always
+            return list(busy)
+        ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
+        first = min(ranks, key=ranks.__getitem__)
+        owners = busy[first].owners
+        # Not those of an owner that has had more, or has no job of the first model: its turn is yet to come.
+        level = [
+            model
+            for model, scheduler in busy.items()
+            if scheduler.owners[0] in owners and ranks[model][0] <= ranks[first][0] + LEVEL_S
+        ]
+        oldest = min(level, key=lambda model: busy[model].oldest)
+        reserves = any(scheduler.reserves for scheduler in busy.values())
+        return [first, oldest] if reserves and first != oldest else [first]
+
     def next(self) -> Key | None:
         """The model of the next tick; None when there is nothing to do."""
-        busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
-        self._owed = None
-        if len(busy) < 2:  # nearly always
-            self._owed_s.clear()
-            return next(iter(busy), None)
-        owners = {model: scheduler.owners for model, scheduler in busy.items()}
-        first, *others = shares(
-            {model: scheduler.next_rank for model, scheduler in busy.items()},
-            {model: scheduler.oldest for model, scheduler in busy.items()},
-            owners,
-            reserve=any(scheduler.reserves for scheduler in busy.values()),
-        )
-        if not others:
-            return first
-        (oldest,) = others
-        self._owed = owners[oldest][0], oldest
+        self._owed, models = None, self.shares()
+        if len(models) < 2:
+            return models[0] if models else None
+        first, oldest = models
+        self._owed = self._schedulers[oldest].owners[0], oldest
         owed_s = self._owed_s.setdefault(self._owed, 0.0)
-        return first if owed_s <= 0 or owed_s < self._tick_s.get(oldest, 0.0) else oldest
+        return first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest
 
     def stepped(self, model: Key, seconds: float) -> None:
         """Note how long the tick took that a model has had."""
         self._tick_s[model] = seconds
-        if self._owed is None:
-            return
-        owed_s = self._owed_s.get(self._owed, 0.0)
-        if model == self._owed[1]:
-            self._owed_s[self._owed] = max(0.0, owed_s - seconds)
-        else:
-            self._owed_s[self._owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
-        self._forget_settled()
+        if self._owed is not None:
+            owed_s = self._owed_s.get(self._owed, 0.0)
+            if model == self._owed[1]:
+                self._owed_s[self._owed] = max(0.0, owed_s - seconds)
+            else:
+                self._owed_s[self._owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+        if self._owed_s:
+            self._forget_settled()
 
     def _forget_settled(self) -> None:
         """Forget what was owed to owners that have no job there any more."""

