@@ -8,18 +8,19 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from functools import cached_property, partial
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.previews import PreviewRequest
-from tminus.service.api.answers.progress import QUIET_S, Countdown, EventStream
+from tminus.service.api.answers.progress import Countdown, EventStream, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.models import Models
@@ -90,10 +91,10 @@ class _Follower:
         """last_id: the id of the last event that the client has seen."""
         self._models, self._request, self._preview, self._last_id = models, request, preview, last_id
         self._services, self._jobs = models.default, models.default.jobs
-        self._sees, self._view, self._quiet_s = caller_of(request).sees, view, 0.0
+        self._sees, self._view = caller_of(request).sees, view
         self._viewer = self._watch()  # before anything is answered, so that no frame is missed
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """Yield events until the job has ended, or the server is about to."""
         yield format_sse_event(retry=RECONNECT_MS)
         told = ""
@@ -114,12 +115,10 @@ class _Follower:
                     return
             if self._is_ending:  # the client comes back, to another replica
                 return
-            if self._view.state != told:
-                told, self._quiet_s = self._view.state, 0.0
-                yield _event("waiting", _standing(None, None)) if told == "waiting" else KEEPALIVE_COMMENT
+            if self._view.state == "waiting" != told:
+                yield _event("waiting", _standing(None, None))
+            told = self._view.state
             await asyncio.sleep(POLL_S)
-            if self._is_due_a_comment():
-                yield KEEPALIVE_COMMENT
             try:
                 self._view = await self._jobs.find_durable(self._view.record.id, self._sees)
             except JobNotFound:  # it was deleted: so the client is told when it comes back
@@ -150,9 +149,9 @@ class _Follower:
         job = self._jobs.watch(self._view.record.id, watch, mailbox)
         if job is None:
             return None
-        unwatch = partial(self._jobs.unwatch, job, watch)
         services = self._models.numbered(job.model)
-        return _Viewer(services, job, self._preview, mailbox, unwatch, self._view.eta_s, self._last_id)
+        countdown = Countdown(services.statuses, job.record.id, self._view.eta_s)
+        return _Viewer(services, job, self._preview, watch, mailbox, countdown, self._last_id)
 
     async def _holder(self) -> str | None:
         """The address of the other replica that the events are asked of."""
@@ -166,25 +165,13 @@ class _Follower:
         One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
         """
         told = self._services.elsewhere.events(address, self._request, self._view.record.id, self._last_id)
-        coming = asyncio.ensure_future(anext(told, None))
-        try:
-            while not self._is_ending:
-                await asyncio.wait([coming], timeout=POLL_S)
-                if not coming.done():
-                    if not await self._is_held_at(address):
-                        return
-                    if self._is_due_a_comment():
-                        yield KEEPALIVE_COMMENT
-                    continue
-                if (part := coming.result()) is None:
+        async with aclosing(patient(told, POLL_S)) as parts:
+            async for part in parts:
+                if part is not None:
+                    events, self._last_id = part
+                    yield events
+                if self._is_ending or (part is None and not await self._is_held_at(address)):
                     return
-                (events, self._last_id), self._quiet_s = part, 0.0
-                yield events
-                coming = asyncio.ensure_future(anext(told, None))
-        finally:
-            coming.cancel()
-            await asyncio.wait([coming])
-            await told.aclose()
 
     async def _is_held_at(self, address: str) -> bool:
         try:
@@ -192,91 +179,73 @@ class _Follower:
         except StorageFailed:  # then nobody else can claim it either
             return True
 
-    def _is_due_a_comment(self) -> bool:
-        """Whether nothing has been sent for long. It is asked each time that a look has brought nothing."""
-        self._quiet_s += POLL_S
-        if self._quiet_s < QUIET_S:
-            return False
-        self._quiet_s = 0.0
-        return True
 
-
+@dataclass
 class _Viewer:
     """What one connection is shown of a job that this process holds."""
 
-    def __init__(
-        self,
-        services: Services,
-        job: HeldJob,
-        preview: PreviewRequest,
-        mailbox: Mailbox,
-        unwatch: Callable[[], None],
-        eta_s: float | None,
-        last_id: str,
-    ) -> None:
-        """eta_s: the forecast for the job that was made just now. last_id: as of _Follower."""
-        self.job, self.last_id = job, last_id
-        self._services, self._preview, self._mailbox, self._unwatch = services, preview, mailbox, unwatch
-        self._countdown = Countdown(services.statuses, job.record.id, eta_s)
+    services: Services  # of the job's model
+    job: HeldJob
+    preview: PreviewRequest
+    watch: Watch
+    mailbox: Mailbox
+    countdown: Countdown
+    last_id: str  # of the events that the client has been sent
 
     def close(self) -> None:
         """Be shown no more."""
-        self._unwatch()
-        self._mailbox.close()
+        self.services.jobs.unwatch(self.job, self.watch)
+        self.mailbox.close()
 
     @cached_property
     def _timesteps(self) -> Sequence[float]:
-        """Of a job that runs: one that waits may be of a table that the checkpoint has no more, and fail."""
-        return timesteps_of(self.job.record.spec, self._services.model)
+        """The timesteps of a job that runs: one that waits may be of a table that is gone, and fail."""
+        return timesteps_of(self.job.record.spec, self.services.model)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until nothing more is made of the job here, or the server is about to end."""
-        waiting, last_sent, quiet_s = view.state == "waiting", None, 0.0
+        waiting, last_sent = view.state == "waiting", None
         standing = _standing(view.position, view.eta_s)
         if not waiting:  # so that a client that comes back does not go on with an old state
             yield _event("progress", await self._progress(view.step or 0))
         while True:
             if waiting and standing != last_sent:
-                last_sent, quiet_s = standing, 0.0
+                last_sent = standing
                 yield _event("waiting", standing)
             try:
                 async with asyncio.timeout(POLL_S):
-                    frame = await self._mailbox.take()
+                    frame = await self.mailbox.take()
             except TimeoutError:
-                if self._services.worker.draining:
+                if self.services.worker.draining:
                     return
-                if waiting and (status := await self._services.statuses.of(self.job.record.id)) is not None:
+                if waiting and (status := await self.services.statuses.of(self.job.record.id)) is not None:
                     waiting = status.state == "waiting"
                     standing = _standing(status.position, status.eta_s)
-                quiet_s += POLL_S
-                if quiet_s >= QUIET_S:
-                    quiet_s = 0.0
-                    yield KEEPALIVE_COMMENT
                 continue
             if frame is None:
                 break
-            waiting, quiet_s = False, 0.0
+            waiting = False
             for event in await self._show(frame):
                 yield event
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""
-        spec, preview = self.job.record.spec, self._preview
+        spec, preview = self.job.record.spec, self.preview
         progress = await self._progress(frame.step)
         try:
-            pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
+            pictures = await self.services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
         except Exception:  # a lost frame does not end the stream
             log.exception("a frame of job %s could not be encoded", self.job.record.id)
             return []
         self.last_id = str(frame.step)
         if not pictures:
-            return [_event("progress", progress, str(frame.step))]
-        self._services.metrics.frame_sent()
+            return [_event("progress", progress, self.last_id)]
+        self.services.metrics.frame_sent()
         events = []
         for count, (show, image, picture) in enumerate(pictures, 1):
             members = _picture_members(spec, show, image, picture, preview.frame_format)
             # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
-            events.append(_event("frame", progress | members, str(frame.step) if count == len(pictures) else None))
+            events.append(_event("frame", progress | members, self.last_id if count == len(pictures) else None))
         return events
 
     async def _progress(self, step: int) -> dict[str, Any]:
@@ -285,7 +254,7 @@ class _Viewer:
             "step": step,
             "steps": steps,
             "t": round(self._timesteps[min(step, steps - 1)], 3),
-            "eta_s": round(await self._countdown.left_s(), 3),
+            "eta_s": round(await self.countdown.left_s(), 3),
         }
 
 

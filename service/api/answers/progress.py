@@ -1,12 +1,14 @@
-"""One job as its client waits for it, in the event loop: its result, how long it has left, what it took."""
+"""One job as its client waits for it, in the event loop: its result, how long it has left, what it took, its events."""
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import TypeVar
 
 from fastapi import Request
-from fastapi.sse import EventSourceResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from tminus.service.api.edge.middleware import PIECE_BYTES
@@ -17,8 +19,15 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.work import JobResult, Ticket
 from tminus.service.worker.worker import Worker
 
+log = logging.getLogger(__name__)
+
 LATE_S = 2.0  # after a deadline, for the worker to say that it has passed
 RECOUNT_S = 5.0  # until a job's forecast is asked for again
+SEND_S = 40.0  # for each PIECE_BYTES of an event to leave: a client that reads nothing is disconnected
+QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
+EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+Item = TypeVar("Item")
 
 
 class Countdown:
@@ -82,21 +91,43 @@ def _retrieve(result: "asyncio.Future[JobResult]") -> None:
         result.exception()
 
 
-log = logging.getLogger(__name__)
+async def patient(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
+    """Yield the items as they come, and None whenever none has come for so long."""
+    coming = asyncio.ensure_future(anext(items, None))
+    try:
+        while True:
+            await asyncio.wait([coming], timeout=patience_s)
+            if not coming.done():
+                yield None
+                continue
+            if (item := coming.result()) is None:
+                return
+            yield item
+            coming = asyncio.ensure_future(anext(items, None))
+    finally:
+        if not coming.done():
+            coming.cancel()
+            await asyncio.wait([coming])
+        await items.aclose()
 
-SEND_S = 40.0  # for each PIECE_BYTES of an event to leave: a client that reads nothing is disconnected
-QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(patient(events, QUIET_S)) as parts:
+        async for part in parts:
+            yield KEEPALIVE_COMMENT if part is None else part
 
 
 class EventStream(EventSourceResponse):
-    """A stream that calls `close` when it ends, however it ends."""
+    """An answer of server-sent events, held to a time for each; comments fill its silence.
+
+    It calls `close` when it ends, however it ends.
+    """
 
     def __init__(
-        self, content: AsyncIterator[bytes], close: Callable[[], None], headers: dict[str, str] | None = None
+        self, events: AsyncGenerator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(content, headers={**(headers or {}), **HEADERS})
-        self._close = close
+        self._events, self._close = _with_comments(events), close
+        super().__init__(self._events, headers={**(headers or {}), **EVENT_HEADERS})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
@@ -112,3 +143,4 @@ class EventStream(EventSourceResponse):
             log.info("an event is not sent, and its client is disconnected: %s", error.detail)
         finally:
             self._close()
+            await self._events.aclose()

@@ -5,18 +5,18 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from tminus.service.api.answers.openapi import path_parameter
 from tminus.service.api.answers.problems import as_openai, noted, respond
-from tminus.service.api.answers.progress import QUIET_S, EventStream, finished_or_gone, result_of, server_timing
+from tminus.service.api.answers.progress import EventStream, finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.openai.answers import (
@@ -309,19 +309,11 @@ async def stream(
 
 async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Yield events until the job has ended; frames come before its end, since the worker's thread tells both."""
     shown = 0
     try:
-        while True:
-            try:
-                async with asyncio.timeout(QUIET_S):
-                    frame = await arrived.get()
-            except TimeoutError:
-                yield KEEPALIVE_COMMENT
-                continue
-            if frame is None:
-                break
+        while (frame := await arrived.get()) is not None:
             try:
                 events = await _partial(services, wanted, frame, shown)
             except Exception:  # a lost frame does not end the job

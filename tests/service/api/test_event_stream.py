@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import pytest
 from starlette.types import Message
@@ -17,7 +17,7 @@ def stream_to_a_reader_that_takes(monkeypatch: pytest.MonkeyPatch, piece_s: floa
     monkeypatch.setattr(progress, "SEND_S", SEND_S)
     closed, arrived = [], 0
 
-    async def events() -> AsyncIterator[bytes]:
+    async def events() -> AsyncGenerator[bytes]:
         yield bytes(num_pieces * PIECE_BYTES)
 
     async def send(message: Message) -> None:

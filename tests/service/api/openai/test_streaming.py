@@ -16,7 +16,7 @@ from tests.service.api.pictures import PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.durable import events
 from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec, wait_until
-from tminus.service.api.openai import images
+from tminus.service.api.answers import progress
 from tminus.service.api.openai.images import steps_shown
 from tminus.service.images.encoder import Encoder, encode_lossy
 
@@ -112,7 +112,7 @@ def test_a_frame_that_is_lost_does_not_end_the_stream(site: Site, monkeypatch: p
 
 
 def test_comments_keep_a_stream_alive_while_the_job_waits(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "QUIET_S", 0.01)
+    monkeypatch.setattr(progress, "QUIET_S", 0.01)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(generate, held, **STREAM)
         held.engine.next_begun()
