@@ -24,11 +24,9 @@ from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, Work
 

@@ -22,8 +22,7 @@ from tminus.service.engine.autotune_cache import default_cache
 from tminus.service.engine.candidates import Wish
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.loading import LARGEST_BATCH
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import trial_spec
 from tminus.service.work import work_of
 

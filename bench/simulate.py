@@ -17,9 +17,8 @@ from statistics import median, quantiles
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Policy, Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, Work
 

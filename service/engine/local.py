@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.work import work_of
 

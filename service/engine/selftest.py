@@ -6,8 +6,7 @@ from contextlib import suppress
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Floats, SampleSpec, trial_spec
 from tminus.service.work import work_of
 

@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.arrivals import Arrivals
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.forecast import Pending, forecast
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecast
 from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
-from tminus.service.scheduling.sharing import RESERVED_SHARE
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import Outlook, Work
 
 RENEW_S = 5.0  # how old a forecast of room may get: jobs that left early since only make it too careful

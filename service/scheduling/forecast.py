@@ -8,11 +8,12 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import accumulate, count
+from statistics import median
 
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.scheduling.turns import Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -20,6 +21,36 @@ from tminus.service.work import Batch, Outlook, Work
 # ends first, so that no time is wrong by much more than that. Figures: docs/scheduling.md.
 FINE = 32
 EARLY = 4  # one such part of the jobs in a batch may end within a stride, and leave their places empty
+
+WINDOW_S = 10.0
+WINDOWS = 6  # the median of so many counts: a burst is one of them, and does not go on
+MOST_SHARE = 0.9  # beyond it, nothing can be foreseen
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What admission and forecast know of one model."""
+
+    sharing: Sharing
+    tick_times: TickTimes  # until ticks are measured nothing is refused for time
+    max_rows: int  # images that its engine holds
+    decode_s: float = 0.0  # of one image of a latent model
+    encode_s: float = 0.0
+
+    @property
+    def place_s(self) -> float:
+        """How long a place takes in a full tick."""
+        return self.tick_times.seconds_per_place(self.sharing.max_batch)
+
+    @property
+    def longest_tick_s(self) -> float:
+        """Predicted seconds of a full tick."""
+        return self.tick_times.seconds(self.sharing.max_batch)
+
+    def with_beside(self, work: Work, *, has_picture: bool) -> Work:
+        """Add to a job's work what it takes beside the ticks. has_picture: it starts from one."""
+        beside_s = work.rows * self.decode_s + (self.encode_s if has_picture else 0.0)
+        return replace(work, beside_s=beside_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,3 +203,47 @@ def _with_beside(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[
         had_s[owner] += job.beside_s  # type: ignore[assignment]
         outlooks[job.job_id] = replace(outlooks[job.job_id], eta_s=free_s)
     return outlooks
+
+
+class Arrivals:
+    """Owns the sizes of the jobs that were accepted in the last minute, so that an ETA can count on more such work.
+
+    Under the shortest-first policy a job is overtaken by every later one that is shorter than what it has left. If such
+    work takes a share of the machine, the job takes 1 / (1 - share) times as long: the busy period of a queue with
+    priorities (Kleinrock 1976, vol. 2, sec. 3.3).
+    """
+
+    def __init__(self) -> None:
+        self._current, self._sizes = 0, list[float]()  # of the window that runs: its number, and the sizes in it
+        # Of each window that is over: its number, the sizes in order, and the sum of the first so many of them.
+        self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
+
+    def add(self, work_s: float, now_s: float) -> None:
+        """Note a job of so much work."""
+        self._go_on_to(now_s)
+        self._sizes.append(work_s)
+
+    def are_over(self, now_s: float) -> bool:
+        """Whether none of them counts any more."""
+        self._go_on_to(now_s)
+        return not self._sizes and all(number < self._current - WINDOWS for number, *_ in self._over)
+
+    def stretch(self, left_s: float, now_s: float, least_share: float) -> float:
+        """How many times as long a job with so much work left takes, as shorter ones come.
+
+        least_share: of the machine, that it gets in any case. The window that is not over yet does not count.
+        """
+        self._go_on_to(now_s)
+        shorter = [0.0] * WINDOWS
+        for number, sizes, sums in self._over:
+            if number >= self._current - WINDOWS:
+                shorter[number - self._current] = sums[bisect_left(sizes, left_s)]
+        share = median(shorter) / WINDOW_S
+        return 1 / max(1 - min(share, MOST_SHARE), least_share)
+
+    def _go_on_to(self, now_s: float) -> None:
+        current = int(now_s // WINDOW_S)
+        if current > self._current:
+            sizes = sorted(self._sizes)
+            self._over.append((self._current, sizes, [0.0, *accumulate(sizes)]))
+            self._current, self._sizes = current, []

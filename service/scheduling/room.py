@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.forecast import Ahead, Pending, Stride
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Ahead, Pending, Speed, Stride
 from tminus.service.work import Work
 
 SHARE = 0.75  # of what the other owners leave, that one owner may hold

@@ -7,8 +7,7 @@ the owner goes first that has had least.
 
 from typing import Generic, TypeVar
 
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import RESERVED_SHARE
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Scheduler
 
 Key = TypeVar("Key")
 LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level

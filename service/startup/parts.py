@@ -36,9 +36,9 @@ from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.speed import Speed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import Note, note_nothing
 from tminus.service.worker.recording import RecordingRoom

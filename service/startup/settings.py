@@ -18,8 +18,8 @@ from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.startup.library import NAME, Library
 

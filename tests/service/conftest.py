@@ -27,8 +27,8 @@ from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.scheduling.sharing import Policy, Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Policy, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.startup.app import create_app
 from tminus.service.startup.parts import Prepared

@@ -13,9 +13,8 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import compile_plan, table_plan
 from tminus.model.timesteps import make_timesteps
-from tminus.service.scheduling.forecast import Pending, forecast
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Pending, Speed, forecast
+from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Work, noisy_passes, timesteps_of, work_of
 

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, StoredObject
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 

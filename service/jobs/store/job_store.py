@@ -18,8 +18,7 @@ from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
 from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)

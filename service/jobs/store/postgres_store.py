@@ -24,8 +24,7 @@ from tminus.service.jobs.store.postgres_tables import FORMAT, format_of, lacks_t
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 from tminus.service.jobs.webhooks.rows import kept_bytes, webhook_of
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)

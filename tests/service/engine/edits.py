@@ -10,8 +10,7 @@ from tests.service.engine.engines import make_engine, spec_of
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.local import sample_locally
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.work import work_of
 

@@ -18,8 +18,7 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.plan_store import PlanCompiler
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import SampleSpec
 from tminus.service.work import work_of
 

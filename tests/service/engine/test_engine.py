@@ -41,8 +41,7 @@ from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.plan_store import FIRST_LINES
 from tminus.service.errors import NotFinite
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.work import Batch, noisy_passes, work_of
 from tminus.service.worker.recording import Path

@@ -17,7 +17,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import JobRecord, Key, Outcome, Pace
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs
 
 

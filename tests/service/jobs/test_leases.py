@@ -28,8 +28,7 @@ from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.tick_times import TickTimes
 
 pytestmark = pytest.mark.slow

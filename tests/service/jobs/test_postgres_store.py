@@ -28,8 +28,7 @@ from tminus.service.jobs.store.postgres_tables import FORMAT, format_of
 from tminus.service.jobs.store.records import Key, LeaseLost, Pace, StoredObject
 from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow

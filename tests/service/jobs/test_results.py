@@ -21,7 +21,7 @@ from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.records import LeaseLost, ObjectGone, Pace
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow

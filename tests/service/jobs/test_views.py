@@ -11,9 +11,8 @@ from tminus.service.jobs import views as views_module
 from tminus.service.jobs.views import JobStatuses, passing_view
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, JobStatus, Outlook, Ticket, work_of
 from tminus.service.worker.accepted_jobs import AcceptedJobs

@@ -9,9 +9,9 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.sharing import Policy, Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.scheduler import Policy, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
 

@@ -5,7 +5,7 @@ from statistics import median, quantiles
 import pytest
 
 from bench.simulate import LIMITS, mixed, serve
-from tminus.service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
+from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Arrivals
 
 
 def come(arrivals: Arrivals, work_s: float, windows: int) -> None:

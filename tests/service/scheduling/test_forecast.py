@@ -5,10 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import forecast as forecasts
-from tminus.service.scheduling.forecast import Ahead, Pending, Stride
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Ahead, Pending, Speed, Stride
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
 

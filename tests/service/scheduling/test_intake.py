@@ -5,7 +5,7 @@ from itertools import accumulate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 
 PLACES = st.floats(0.0, 1e6)
 

@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from tests.service.scheduling.test_admission import RATE, make_admission, plain, wait_of
 from tminus.service.errors import Overloaded
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.forecast import Ahead, Pending, forecast
+from tminus.service.scheduling.forecast import Ahead, Pending, Speed, forecast
 from tminus.service.scheduling.owners import BURST_S, Served, allot
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Policy, Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, Work
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import scheduler as scheduler_module
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import MUCH_LONGER, Policy, Sharing
+from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
 from tminus.service.work import Batch, JobRows, Work
 
 

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tminus.service.scheduling.forecast import Pending, forecast
+from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import RESERVED_SHARE, Policy, Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.scheduling.turns import Turns
 from tminus.service.work import Outlook, Work

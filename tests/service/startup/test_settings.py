@@ -30,7 +30,7 @@ from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.startup.library import Library
 from tminus.service.startup.model_changes import Prepare
 from tminus.service.startup.parts import Prepared

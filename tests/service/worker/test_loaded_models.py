@@ -6,8 +6,7 @@ import pytest
 
 from tests.service.fakes import INFO, FakeEngine, make_spec
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import SampleSpec
 from tminus.service.work import work_of
 from tminus.service.worker.loaded_models import LoadedModel, LoadedModels

@@ -26,9 +26,8 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.scheduling.sharing import Sharing
-from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work

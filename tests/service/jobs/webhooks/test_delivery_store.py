@@ -12,7 +12,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
-from tminus.service.scheduling.intake import Intake
+from tminus.service.scheduling.cluster import Intake
 
 pytestmark = pytest.mark.slow
 
