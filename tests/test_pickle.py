@@ -37,9 +37,8 @@ from tminus.service.engine.autotune_cache import ChoiceCache
 from tminus.service.errors import ServiceError, StorageFailed
 from tminus.service.images.decoder import decode_inputs
 from tminus.service.jobs.store.arrays import UNREADABLE, unpack_images, unpack_inputs, unpack_snapshot
-from tminus.service.jobs.store.opening import open_store
 from tminus.service.jobs.store.records import JobRecord
-from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore, open_store
 from tminus.service.spec import Snapshot
 
 ROOT = Path(__file__).parents[1]

@@ -19,9 +19,9 @@ from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.opening import open_store, state_folder
 from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
+from tminus.service.jobs.store.sqlite_store import open_store, state_folder
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
@@ -158,7 +158,8 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     try:
-        from tminus.service.jobs.store.postgres import open_postgres, own_address
+        from tminus.service.jobs.store.postgres_database import own_address
+        from tminus.service.jobs.store.postgres_store import open_postgres
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'"

@@ -12,8 +12,17 @@ import sqlalchemy as sa
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
-from tminus.service.jobs.store.object_rows import ObjectRows
-from tminus.service.jobs.store.records import Claimed, JobRecord, Key, LeaseLost, Outcome, Pace, Place, StoredObject
+from tminus.service.jobs.store.records import (
+    Claimed,
+    JobRecord,
+    Key,
+    LeaseLost,
+    ObjectGone,
+    Outcome,
+    Pace,
+    Place,
+    StoredObject,
+)
 from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
 from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
@@ -31,6 +40,11 @@ EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
+# An object is about to be written, or was; the row of its job refers to it; nobody does, and it is to be deleted.
+PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
+ORPHAN_US = 3600 * 10**6  # after which nobody is waited for who noted an object
+AGAIN_US = 60 * 10**6  # after which another may try to delete what one has not
+MOST_KEYS = 100  # that are taken at a time
 SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
 
 
@@ -52,8 +66,7 @@ class JobStore(DeliveryStore, ABC):
 
     def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
         """more_values: of columns that JobRecord does not have, for a new job."""
-        self._tables, self._objects = tables, ObjectRows(tables.objects)
-        self._more_values = dict(more_values or {})
+        self._tables, self._more_values = tables, dict(more_values or {})
         self._jobs = jobs = tables.jobs
         self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
         fields = JobRecord.__dataclass_fields__
@@ -173,7 +186,7 @@ class JobStore(DeliveryStore, ABC):
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
 
     def open_jobs(self, owner: str) -> frozenset[str]:
-        """See JobStore."""
+        """The ids of an owner's jobs that have not ended."""
         jobs = self._tables.jobs
         query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
         with self._transaction() as run:
@@ -254,8 +267,11 @@ class JobStore(DeliveryStore, ABC):
     def images(self, job_id: str) -> Images | StoredObject | None:
         """Read the images of a job that is done, or say which object they are."""
         if (data := self._data(self._tables.images, job_id)) is None:
+            objects = self._tables.objects
+            query = sa.select(objects).where(objects.c.job_id == job_id, objects.c.state == KEPT)
             with self._transaction() as run:
-                return self._objects.of(run, job_id)
+                row = run(query).one_or_none()
+            return StoredObject(row.key, row.bytes, row.sha256) if row is not None else None
         with arrays.reading(f"the images of job {job_id}"):
             return arrays.unpack_images(data)
 
@@ -265,7 +281,11 @@ class JobStore(DeliveryStore, ABC):
         return data
 
     def crashed(self, job_ids: Collection[str]) -> None:
-        """See JobStore."""
+        """Count an end of the server against these jobs, whoever holds them now.
+
+        If there are several, only those without a count get one, as another may be the cause; a single job gets one
+        each time.
+        """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
         if len(job_ids) > 1:
@@ -303,7 +323,7 @@ class JobStore(DeliveryStore, ABC):
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
             if isinstance(images, StoredObject):
-                self._objects.keep(run, images)
+                self._keep_object(run, images)
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
@@ -317,35 +337,61 @@ class JobStore(DeliveryStore, ABC):
         self._let_go(job_id)
         return deleted
 
+    # --- objects: each is a row of the table, from before it is written until it is deleted ---
+    # They are found by this table, and never by listing a bucket: what it does not know may be another's, as where two
+    # databases share a bucket.
+
     def note_object(self, job_id: str, key: str) -> None:
         """Note that an object is about to be written for a job that is held. Raises LeaseLost and ObjectGone.
 
         From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
         """
-        jobs = self._tables.jobs
-        held = sa.select(jobs.c.id).where(*self._held([job_id]))
+        jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
+        again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
+        new = {"key": key, "job_id": job_id, "state": PENDING, "since_us": now_us, "bytes": 0, "sha256": ""}
         with self._transaction() as run:
-            if not run(held).first():
+            if not run(sa.select(jobs.c.id).where(*self._held([job_id]))).first():
                 raise LeaseLost(job_id)
-            self._objects.note(run, job_id, key, self.now_us())
+            if not run(again).rowcount:
+                if run(sa.select(objects.c.key).where(objects.c.key == key)).first() is not None:
+                    raise ObjectGone(key)
+                run(sa.insert(objects).values(**new))
+
+    def _keep_object(self, run: Run, stored: StoredObject) -> None:
+        """Let a job refer to an object. Raises ObjectGone where it is being deleted, or was."""
+        objects = self._tables.objects
+        kept = sa.update(objects).where(objects.c.key == stored.key, objects.c.state == PENDING)
+        if not run(kept.values(state=KEPT, bytes=stored.bytes, sha256=stored.sha256)).rowcount:
+            raise ObjectGone(stored.key)
 
     def give_up_object(self, key: str) -> None:
         """Note that no job will refer to an object."""
+        objects = self._tables.objects
+        noted = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING)
         with self._transaction() as run:
-            self._objects.give_up(run, key)
+            run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
         """The keys of some objects that no job refers to, to be deleted now. Others are told the same after a minute.
 
         From then on no job can come to refer to them.
         """
+        objects, now_us = self._tables.objects, self.now_us()
+        orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
+        unneeded = sa.and_(objects.c.state == UNNEEDED, objects.c.since_us < now_us - AGAIN_US)
+        oldest = sa.select(objects.c.key).where(sa.or_(orphaned, unneeded)).order_by(objects.c.since_us)
         with self._transaction() as run:
-            return self._objects.take_unneeded(run, self.now_us())
+            query = oldest.limit(MOST_KEYS).with_for_update(skip_locked=True)
+            keys: list[str] = list(run(query).scalars().all())
+            if keys:
+                run(sa.update(objects).where(objects.c.key.in_(keys)).values(state=UNNEEDED, since_us=now_us))
+        return keys
 
     def forget_objects(self, keys: Sequence[str]) -> None:
         """Know no more of objects that were deleted."""
+        objects = self._tables.objects
         with self._transaction() as run:
-            self._objects.forget(run, keys)
+            run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
 
     # --- who may write ---
 
@@ -398,7 +444,8 @@ class JobStore(DeliveryStore, ABC):
         for table in (tables.snapshots, tables.inputs, tables.images):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
         self._deliveries.delete(run, job_ids)
-        self._objects.let_go_of(run, job_ids)
+        let_go = sa.update(tables.objects).where(tables.objects.c.job_id.in_(job_ids), tables.objects.c.state == KEPT)
+        run(let_go.values(state=UNNEEDED, since_us=0))
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:

@@ -38,7 +38,7 @@ METADATA = "169.254.169.254"  # where a machine of Amazon's is asked for credent
 
 
 class S3Objects:
-    """The objects below a prefix of a bucket."""
+    """The objects below a prefix of a bucket. Each call is bounded in time, and raises StorageFailed."""
 
     def __init__(self, url: str, folder: str) -> None:
         """url: s3://bucket/prefix. folder: below it. Raises ValueError for what cannot be an address."""
@@ -67,13 +67,13 @@ class S3Objects:
         self._check_key = f"check-{uuid.uuid4().hex}"  # one, in case that it cannot be deleted
 
     async def put(self, key: str, data: bytes) -> None:
-        """See Objects."""
+        """Write an object. What it replaces is the same bytes."""
         async with _asking("write", len(data)):
             # In one request: what is left of several, if they break off, stays in the bucket unseen.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
-        """See Objects."""
+        """Read an object of so many bytes; None if there is none. One of another size is not read: it is empty."""
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
@@ -84,12 +84,12 @@ class S3Objects:
             return bytes(await found.bytes_async()) if found.meta["size"] == size else b""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """See Objects."""
+        """Delete objects; it is no error where one is not there."""
         async with _asking("delete"):
             await obstore.delete_async(self._store, list(keys))
 
     async def check(self) -> None:
-        """See Objects."""
+        """Write something small, read it, and delete it."""
         key, data = self._check_key, b"tminus"
         await self.put(key, data)
         if await self.get(key, len(data)) != data:

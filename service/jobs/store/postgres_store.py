@@ -7,7 +7,8 @@ writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do dis
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -15,13 +16,13 @@ from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
-from tminus.service.jobs.store.postgres_sweep import forget_gone, may_sweep, unserved_weights
-from tminus.service.jobs.store.postgres_tables import FORMAT, format_of, lacks_table, make_postgres_tables, texts
+from tminus.service.jobs.store.postgres_database import connect, prepare_schema
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, now_us
+from tminus.service.jobs.store.tables import make_postgres_tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 from tminus.service.jobs.webhooks.rows import kept_bytes, webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 
 CLAIM_JOBS = 32  # the most that one claim looks at
 AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others cannot do wait so long for it
+GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
+# Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
+# before it takes on what it does not know.
+FORMAT = 3
 _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 
@@ -49,7 +54,7 @@ class PostgresStore(JobStore):
         lease_s: float,
         address: str | None = None,
     ) -> None:
-        """engine: of a database whose tables are of this version, see postgres_schema. replica: its name, its own.
+        """engine: of a database whose tables are of this version, see postgres_database. replica: its name, its own.
 
         address: the URL by which other replicas reach this one.
         """
@@ -77,7 +82,7 @@ class PostgresStore(JobStore):
         self._ahead_us = round(float(told) * 1e6) - (asked_us + _steady_us()) // 2
 
     def now_us(self) -> int:
-        """See JobStore. As far as the clocks were apart at the last renewal."""
+        """The time of the database, as far as the clocks were apart at the last renewal."""
         return _steady_us() + self._ahead_us
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
@@ -126,7 +131,7 @@ class PostgresStore(JobStore):
         left_behind = jobs.c.replica.is_not(None).label("left_behind")
         query = sa.select(*self._record_columns, left_behind, jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
-        query = query.where(~(lacks_table(jobs.c.spec, tables) & may_have_it))
+        query = query.where(~(_lacks_table(jobs.c.spec, tables) & may_have_it))
         if begun:
             began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
             began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
@@ -151,11 +156,11 @@ class PostgresStore(JobStore):
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
         alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
         mine = self._mine()
-        worked_on = jobs.c.id == sa.any_(texts(known))
+        worked_on = jobs.c.id == sa.any_(_texts(known))
         longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
         # Their clients were told that they were not kept, and have no key to find them by.
-        unsure = [jobs.c.id == sa.any_(texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
+        unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = _steady_us()
         with self._transaction() as run:
             if self._unsure:
@@ -180,11 +185,11 @@ class PostgresStore(JobStore):
         return found
 
     def load(self) -> ClusterLoad:
-        """See JobStore. A replica with two builds of the same weights, during a reload, counts once."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
+        # A replica with two builds of the same weights, during a reload, counts once.
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
         # How long ago it told its backlog.
         told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
@@ -221,22 +226,30 @@ class PostgresStore(JobStore):
         return True
 
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """See JobStore. One replica at a time; the others have nothing to do.
+        """One replica sweeps at a time; the others have nothing to do.
 
         Of weights that nobody serves, those that are too old go as well; how many may stay is not for others to say.
         """
+        jobs, replicas = self._tables.jobs, self._replicas
         with self._transaction() as run:
-            if not may_sweep(run, self._schema, self._weights):
+            if not self._may_sweep(run, self._weights):
                 return False
-            forget_gone(run, self._replicas)
+            run(sa.delete(replicas).where(replicas.c.lease_until < sa.func.clock_timestamp() - GONE))
             if self._sweep(run, before_us, max_bytes, owed_after_us):
                 return True
-            jobs = self._tables.jobs
+            # Not those of a replica that went within the last hour, which may be starting again.
+            unserved = jobs.c.weights.not_in(sa.select(replicas.c.weights))
+            ended = jobs.c.outcome.is_not(None)  # in the words of the index
             old = [jobs.c.finished_us < before_us, ~self._deliveries.is_owed(owed_after_us)]
-            weights = unserved_weights(run, jobs, self._replicas, old)
-            if weights is None or not may_sweep(run, self._schema, weights):
+            weights = run(sa.select(jobs.c.weights).where(ended, *old, unserved).limit(1)).scalar_one_or_none()
+            if weights is None or not self._may_sweep(run, weights):
                 return False
             return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
+
+    def _may_sweep(self, run: Run, weights: str) -> bool:
+        """Whether these weights are this replica's to sweep until its transaction ends."""
+        key = sa.func.hashtext(f"tminus sweep {self._schema} {weights}")
+        return bool(run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one())
 
     def check(self, *, write: bool) -> None:
         with self._transaction() as run:
@@ -246,7 +259,7 @@ class PostgresStore(JobStore):
                 run(sa.select(1))
 
     def close(self) -> None:
-        """See JobStore. What is held is free at once; if the database is not there, when the lease ends."""
+        """What is held is free at once; if the database is not there, when the lease ends."""
         jobs = self._tables.jobs
         try:
             with suppress(StorageFailed), self._transaction() as run:
@@ -319,6 +332,32 @@ class PostgresStore(JobStore):
             raise StorageFailed("the job store has no connection free") from None
 
 
+def open_postgres(
+    url: str, namespace: str, lease_s: float, address: str | None = None
+) -> Callable[[str], PostgresStore]:
+    """Bring the database to this version, and return what opens the store of some weights, by their hash.
+
+    Raises ValueError for a database that cannot be reached or used, without the password of the URL.
+    """
+    engine = connect(url, namespace)
+    try:
+        prepare_schema(engine, namespace)
+    finally:
+        engine.dispose()
+    replica = uuid.uuid4().hex
+
+    def open_store(weights_hash: str) -> PostgresStore:
+        store = PostgresStore(connect(url, namespace), namespace, weights_hash, replica, lease_s, address)
+        try:
+            store.read_clock()
+        except StorageFailed as error:
+            store.close()
+            raise ValueError(error.detail) from None
+        return store
+
+    return open_store
+
+
 def _first(rows: Sequence[Any], places: float) -> list[Any]:
     """The first, until they make up so many places: at least one, if there is any and places are asked for."""
     before = accumulate((row.places for row in rows), initial=0)
@@ -331,3 +370,24 @@ def _steady_us() -> int:
 
 class _Taken(Exception):
     """A row with this key is there already."""
+
+
+def format_of(job: JobRecord) -> int:
+    """The least version that can do a job.
+
+    Those before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
+    """
+    if job.spec.to_seed is not None:
+        return 3
+    return 1 if job.webhook is None else 2
+
+
+def _texts(each: Collection[str]) -> sa.ColumnElement[Any]:
+    """An array, which may have more members than a statement may have parameters."""
+    return sa.literal(list(each), ARRAY(sa.Text))
+
+
+def _lacks_table(spec: sa.ColumnElement[str], tables: Collection[str]) -> sa.ColumnElement[bool]:
+    """Whether a job's spec, as JSON text, names a checkpoint's table that is none of these hashes."""
+    named = sa.func.substring(spec, '"table": ?"([^"]*)"')  # not parsed: a damaged spec must fail no claim
+    return named.isnot(None) & (named != sa.all_(_texts(tables)))

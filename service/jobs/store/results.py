@@ -12,9 +12,9 @@ import asyncio
 import hashlib
 import logging
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
@@ -24,6 +24,9 @@ from tminus.service.jobs.store.records import JobRecord, LeaseLost, ObjectGone, 
 from tminus.service.spec import Images
 from tminus.service.tracing import traced
 
+if TYPE_CHECKING:  # obstore is an extra
+    from tminus.service.jobs.store.objects import S3Objects
+
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -31,27 +34,11 @@ R = TypeVar("R")
 AT_ONCE = 4  # results that are written at a time
 
 
-class Objects(Protocol):
-    """Where objects are kept. Each call is bounded in time, and raises StorageFailed where it cannot be done."""
-
-    async def put(self, key: str, data: bytes) -> None:
-        """Write an object. What it replaces is the same bytes."""
-
-    async def get(self, key: str, size: int) -> bytes | None:
-        """Read an object of so many bytes; None if there is none. One of another size is not read: it is empty."""
-
-    async def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; it is no error where one is not there."""
-
-    async def check(self) -> None:
-        """Write something small, read it, and delete it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Results:
     """Where large results go, and which ones are large."""
 
-    objects: Objects
+    objects: "S3Objects"
     above_bytes: int  # of pixels: results of no more stay in the database
 
 

@@ -3,16 +3,18 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import shutil
 import sqlite3
+import struct
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tminus.service.jobs.store.records import listed
-from tminus.service.jobs.store.wal import HEADER, Cut, find_damage
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
 }
 # It has a row where a WAL belongs to the file. A version that does not know it need not, so it changes no version.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
+HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of that of each frame, behind which is a page
+WAL_MAGIC = 0x377F0683  # the lowest bit says in which order of bytes the checksums are made
+JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
 IN_MEMORY = ":memory:"
 BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
@@ -62,7 +67,7 @@ def prepare(file: Path) -> None:
     try:
         with _reading(file, BUSY_S) as connection:
             new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
-            _check_wal(wal)
+            _check_wal(file, connection)
             if not new:
                 _check_pages(file, connection)
                 if wal_bytes <= HEADER and _lacks_wal(connection):
@@ -188,17 +193,46 @@ def _check_header(file: Path) -> None:
         raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
 
 
-def _check_wal(wal: Path) -> None:
-    """Raise ValueError for a WAL in which more than the last transaction does not verify."""
-    damage = find_damage(wal) if wal.exists() else None
-    if isinstance(damage, Cut):
-        log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, damage.ignored_bytes)
-    elif damage is not None:
-        ids = listed(damage.job_ids)
+def _check_wal(file: Path, connection: sqlite3.Connection) -> None:
+    """Raise ValueError for a WAL in which more than the last transaction does not verify. connection: has read of it.
+
+    SQLite ignores all from the first frame on that does not verify, and tells nobody. A crash can tear only the
+    transaction that was being written, the last one. Where more transactions follow, the file was damaged, and jobs
+    that had been accepted would be lost without a word. A log that ends inside a frame was torn by a crash, or cut by
+    something else, and nothing in it tells which.
+    Formats: sqlite.org/fileformat.html, section 4; sqlite.org/walformat.html, section 2.1.
+    """
+    wal = beside(file, "wal")
+    data = wal.read_bytes() if wal.exists() else b""
+    if len(data) < HEADER:
+        return
+    size = FRAME + int(connection.execute("PRAGMA page_size").fetchone()[0])
+    with beside(file, "shm").open("rb") as index:  # in which SQLite notes how many frames verify, up to the last commit
+        sound = HEADER + int.from_bytes(index.read(20)[16:], sys.byteorder) * size
+    header_verifies = _wal_header_verifies(data)
+    salts = data[16:24] if header_verifies else data[HEADER + 8 : HEADER + 16]
+    # Frames of other salts are what an earlier log has left; after these comes none of this log.
+    starts = range(sound, len(data) - size + 1, size)
+    frames = [data[at : at + size] for at in starts if data[at + 8 : at + 16] == salts]
+    commits = sum(frame[4:8] != bytes(4) for frame in frames)
+    if commits >= 2:
+        ids = sorted({name.decode() for frame in frames for name in JOB_ID.findall(frame)})
         raise ValueError(
-            f"{wal} is damaged: {damage.transactions} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
-            f"{ids or 'none'}. To go on with what came before: truncate -s {damage.offset} {shlex.quote(str(wal))}"
+            f"{wal} is damaged: {commits} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
+            f"{listed(ids) or 'none'}. To go on with what came before: "
+            f"truncate -s {sound if header_verifies else 0} {shlex.quote(str(wal))}"
         )
+    if header_verifies and (len(data) - HEADER) % size and len(frames) == len(starts):
+        log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, len(data) - sound)
+
+
+def _wal_header_verifies(data: bytes) -> bool:
+    magic, *words = struct.unpack(">8I", data[:HEADER])
+    one = two = 0
+    for first, second in struct.iter_unpack(">2I" if magic & 1 else "<2I", data[: HEADER - 8]):
+        one = (one + first + two) & 0xFFFFFFFF
+        two = (two + second + one) & 0xFFFFFFFF
+    return magic | 1 == WAL_MAGIC and [one, two] == words[-2:]
 
 
 def _lacks_wal(connection: sqlite3.Connection) -> bool:

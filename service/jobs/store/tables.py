@@ -1,7 +1,7 @@
 """The tables of a job store, as SQLAlchemy knows them.
 
-SQLite's are made from these; a change of them needs another VERSION, in sqlite_file.py. PostgreSQL's are made by the
-migrations in migrations/versions, and have columns and a table more: who works on a job, and which replicas live.
+SQLite's are made from these; a change of them needs another VERSION, in sqlite_file.py.
+PostgreSQL's are made by migrations/versions.
 """
 
 from dataclasses import dataclass
@@ -77,3 +77,29 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Index("objects_by_state", "state", "since_us"),
     )
     return Tables(metadata, jobs, snapshots, images, inputs, objects, make_deliveries(metadata))
+
+
+def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
+    """The replicas that live, and the tables that both stores have."""
+    tables = make_tables(
+        schema,
+        sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
+        sa.Column("format", sa.Integer, nullable=False),  # that who works on it must know
+        sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
+        sa.Column("rows", sa.Integer, nullable=False),
+        sa.Column("replica", sa.Text),  # who holds it, or held it last
+        sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
+        sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it
+    )
+    replicas = sa.Table(
+        "replicas",
+        tables.metadata,
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("weights", sa.Text, primary_key=True),
+        sa.Column("fingerprint", sa.Text, primary_key=True),
+        sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("address", sa.Text),
+        sa.Column("places_per_s", sa.Float, nullable=False),
+        sa.Column("backlog_s", sa.Float, nullable=False),
+    )
+    return replicas, tables

@@ -13,7 +13,7 @@ from tests.postgres import Postgres
 from tests.s3 import BUCKET, S3
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import S3Objects
-from tminus.service.jobs.store.postgres import open_postgres
+from tminus.service.jobs.store.postgres_store import open_postgres
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore

@@ -18,13 +18,10 @@ from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.store import postgres_engine, postgres_store
+from tminus.service.jobs.store import postgres_database, postgres_store
 from tminus.service.jobs.store.job_store import RECORD_BYTES
-from tminus.service.jobs.store.postgres import open_postgres, own_address
-from tminus.service.jobs.store.postgres_engine import connect
-from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.postgres_sweep import GONE, may_sweep
-from tminus.service.jobs.store.postgres_tables import FORMAT, format_of
+from tminus.service.jobs.store.postgres_database import connect, own_address
+from tminus.service.jobs.store.postgres_store import FORMAT, GONE, PostgresStore, format_of, open_postgres
 from tminus.service.jobs.store.records import Key, LeaseLost, Pace, StoredObject
 from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -86,7 +83,7 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
     database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when packets are dropped, or the process is stopped: its connection is there, and has locked the row."""
-    monkeypatch.setattr(postgres_engine, "STATEMENT_S", 1.0)
+    monkeypatch.setattr(postgres_database, "STATEMENT_S", 1.0)
     gone, other = database.open(), database.open()
     gone.add(job("a"))
     expire(database)
@@ -447,7 +444,7 @@ def test_weights_are_swept_by_one_replica_at_a_time_whoever_serves_them(database
     other.add(job("old"))
     other.finish(ended(job("old"), at_us=100), PIXELS)
     with third._transaction() as run:
-        assert may_sweep(run, database.namespace, ("cd" * 32)[:16])
+        assert third._may_sweep(run, ("cd" * 32)[:16])
         assert not one.sweep(200, 10**9)
         assert not other.sweep(200, 10**9)
     assert one.sweep(200, 10**9)
@@ -698,7 +695,7 @@ def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Post
 
 
 def test_the_migrations_make_the_tables_that_the_statements_know(database: DatabaseShelf) -> None:
-    from tminus.service.jobs.store.postgres_tables import make_postgres_tables
+    from tminus.service.jobs.store.tables import make_postgres_tables
 
     database.open()
     _, tables = make_postgres_tables(database.namespace)

@@ -15,7 +15,7 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.conftest import Bucket, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store import object_rows
+from tminus.service.jobs.store import job_store
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.records import LeaseLost, ObjectGone, Pace
@@ -109,7 +109,7 @@ def expire(database: DatabaseShelf) -> None:
 
 
 def an_hour_later(database: DatabaseShelf) -> None:
-    database.change(f"UPDATE objects SET since_us = since_us - {object_rows.ORPHAN_US + 10**6}")
+    database.change(f"UPDATE objects SET since_us = since_us - {job_store.ORPHAN_US + 10**6}")
 
 
 def states(database: DatabaseShelf) -> list[object]:
@@ -280,7 +280,7 @@ def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
     with pytest.raises(Died):
         delete()
     assert other.images() is None
-    monkeypatch.setattr(object_rows, "AGAIN_US", -60_000_000)  # a minute goes by
+    monkeypatch.setattr(job_store, "AGAIN_US", -60_000_000)  # a minute goes by
     other.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 
@@ -389,20 +389,20 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
     one.objects.before = set()
     one.sweep()
     assert len(bucket.keys()) == 1, "who took it has a minute"
-    monkeypatch.setattr(object_rows, "AGAIN_US", -60_000_000)
+    monkeypatch.setattr(job_store, "AGAIN_US", -60_000_000)
     one.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 
 
 def test_two_that_collect_at_once_take_different_objects(replica: MakeReplica, database: DatabaseShelf) -> None:
     one, other = replica(), replica()
-    for number in range(object_rows.MOST_KEYS + 20):
+    for number in range(job_store.MOST_KEYS + 20):
         one.below.add(job(f"j{number}"))
         one.below.note_object(f"j{number}", f"key {number}")
     assert one.below.take_unneeded_objects() == [], "they may be on their way"
     an_hour_later(database)
     first, second = one.below.take_unneeded_objects(), other.below.take_unneeded_objects()
-    assert (len(first), len(second)) == (object_rows.MOST_KEYS, 20)
+    assert (len(first), len(second)) == (job_store.MOST_KEYS, 20)
     assert len({*first, *second}) == len(first) + len(second)
 
 

@@ -14,7 +14,7 @@ from tests.service.jobs.kept import job
 from tminus.service.access.access import Access
 from tminus.service.engine import loading, memory
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.opening import open_store
+from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.startup import building
 from tminus.service.startup.settings import Settings
 

@@ -24,7 +24,7 @@ from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import open_objects as really_open_objects
-from tminus.service.jobs.store.postgres import open_postgres as really_open_postgres
+from tminus.service.jobs.store.postgres_store import open_postgres as really_open_postgres
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.webhooks.deliverer import Rules
@@ -360,7 +360,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr(Library, "folders", folders)
         monkeypatch.setattr("tminus.service.startup.building.look_at_ends", lambda _settings, _folder: (None, []))
         monkeypatch.setattr("tminus.service.startup.building.open_store", open_store)
-        monkeypatch.setattr("tminus.service.jobs.store.postgres.open_postgres", open_postgres)
+        monkeypatch.setattr("tminus.service.jobs.store.postgres_store.open_postgres", open_postgres)
         monkeypatch.setattr("tminus.service.jobs.store.objects.open_objects", open_objects)
         monkeypatch.setattr("tminus.service.startup.server.bind", bind)
         monkeypatch.setattr("tminus.service.startup.server.serve", run_server)

@@ -1,0 +1,116 @@
+"""A PostgreSQL database for the job store: connections bounded in time, and its tables brought to this version."""
+
+import logging
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+log = logging.getLogger(__name__)
+
+STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
+CONNECT_S = 5
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def connect(url: str, namespace: str) -> sa.Engine:
+    """An engine for a database, and no connection yet. What the URL sets holds, and our options hold beside its own.
+
+    Raises ValueError for what is no URL of PostgreSQL.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise ValueError("it is no URL, as postgresql://user@host/database is") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
+    limit_ms = round(1000 * STATEMENT_S)
+    # The database has these too, or it would keep for two hours what a server held as its packets were lost, or as it
+    # was stopped in a transaction: connections, and locks on jobs, which no other could claim.
+    of_the_database = {
+        "statement_timeout": limit_ms,
+        "lock_timeout": limit_ms,
+        "idle_in_transaction_session_timeout": limit_ms,
+        "tcp_keepalives_idle": 5,
+        "tcp_keepalives_interval": 2,
+        "tcp_keepalives_count": 3,
+        "tcp_user_timeout": limit_ms,
+    }
+    own_options = " ".join(f"-c {name}={value}" for name, value in of_the_database.items())
+    arguments = {
+        "connect_timeout": CONNECT_S,
+        "application_name": f"tminus {namespace}",
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": limit_ms,
+        "options": own_options,
+        "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
+    }
+    arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
+    if "options" in parsed.query:  # of two values the later one holds
+        arguments["options"] = " ".join([own_options, *parsed.normalized_query["options"]])
+    return sa.create_engine(
+        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
+        pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
+    )  # fmt: skip
+
+
+def prepare_schema(engine: sa.Engine, namespace: str) -> None:
+    """Bring a namespace to this version, in one transaction; several replicas that start at once wait for each other.
+
+    namespace: a schema of the database, so that several clusters can share it. Raises ValueError where the database
+    cannot be reached or used, or is of a newer version.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    scripts = ScriptDirectory.from_config(config)
+    known = {script.revision for script in scripts.walk_revisions()}
+    try:
+        with engine.begin() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tminus {namespace}"))))
+            if not sa.inspect(connection).has_schema(namespace):
+                connection.execute(sa.schema.CreateSchema(namespace))
+            context = MigrationContext.configure(connection, opts={"version_table_schema": namespace})
+            version = context.get_current_revision()
+            if version is not None and version not in known:
+                raise ValueError(
+                    f"its tables are of version {version}, and this tminus knows version {scripts.get_current_head()}; "
+                    "nothing was changed. Serve it with the tminus that made them, or name another --job-namespace"
+                )
+            if version != scripts.get_current_head():
+                config.attributes.update(connection=connection, schema=namespace)
+                command.upgrade(config, "head")
+                log.info("the job store's tables are of version %s now", scripts.get_current_head())
+    except sa.exc.SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
+        raise ValueError(f"it cannot be used: {reason}") from None
+
+
+def own_address(url: str, host: str, port: int) -> str | None:
+    """The URL by which other replicas reach a server that listens here; None where that cannot be found out.
+
+    One that listens on every address is reached by the one that its packets to the database have; one that listens on
+    this machine only, by replicas beside it, if the database is there too.
+    """
+    try:
+        towards = _towards(sa.make_url(url).host or "localhost")
+        if ip_address(host).is_unspecified:
+            host = towards
+    except (OSError, ValueError, sa.exc.ArgumentError):
+        return None
+    if ip_address(host).is_loopback and not ip_address(towards).is_loopback:
+        return None
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _towards(host: str) -> str:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
