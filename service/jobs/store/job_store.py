@@ -24,8 +24,7 @@ from tminus.service.jobs.store.records import (
     StoredObject,
 )
 from tminus.service.jobs.store.tables import Tables
-from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
-from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
+from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
@@ -68,7 +67,7 @@ class JobStore(DeliveryStore, ABC):
         """more_values: of columns that JobRecord does not have, for a new job."""
         self._tables, self._more_values = tables, dict(more_values or {})
         self._jobs = jobs = tables.jobs
-        self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
+        self._deliveries = tables.deliveries
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
 
@@ -319,7 +318,7 @@ class JobStore(DeliveryStore, ABC):
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
                     return
                 raise LeaseLost(job_id)
-            self._deliveries.owe(run, job_id, webhook, EVENTS_OF_END[ending["outcome"]])
+            self._owe(run, job_id, webhook, EVENTS_OF_END[ending["outcome"]])
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
             if isinstance(images, StoredObject):
@@ -422,7 +421,7 @@ class JobStore(DeliveryStore, ABC):
         """One part of a sweep; how many jobs were deleted. which: of others' jobs than those of this store."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
-        owed = self._deliveries.is_owed(owed_after_us)
+        owed = self._is_owed(owed_after_us)
         oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
         oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
         chosen: list[str] = []
@@ -443,7 +442,7 @@ class JobStore(DeliveryStore, ABC):
         tables = self._tables
         for table in (tables.snapshots, tables.inputs, tables.images):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
-        self._deliveries.delete(run, job_ids)
+        self._delete_deliveries(run, job_ids)
         let_go = sa.update(tables.objects).where(tables.objects.c.job_id.in_(job_ids), tables.objects.c.state == KEPT)
         run(let_go.values(state=UNNEEDED, since_us=0))
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)

@@ -23,8 +23,7 @@ from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.postgres_database import connect, prepare_schema
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, now_us
 from tminus.service.jobs.store.tables import make_postgres_tables
-from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
-from tminus.service.jobs.webhooks.rows import kept_bytes, webhook_of
+from tminus.service.jobs.webhooks.delivery_store import Conditions, Run, kept_bytes, webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
@@ -217,7 +216,7 @@ class PostgresStore(JobStore):
             if (row := run(ended.returning(jobs.c.webhook)).one_or_none()) is None:
                 return False
             webhook = webhook_of(row, damaged=True)
-            self._deliveries.owe(run, job_id, webhook, ["completed"])
+            self._owe(run, job_id, webhook, ["completed"])
             for table in (tables.snapshots, tables.inputs):
                 run(sa.delete(table).where(table.c.job_id == job_id))
             left = RECORD_BYTES + kept_bytes(webhook)  # without its picture
@@ -240,7 +239,7 @@ class PostgresStore(JobStore):
             # Not those of a replica that went within the last hour, which may be starting again.
             unserved = jobs.c.weights.not_in(sa.select(replicas.c.weights))
             ended = jobs.c.outcome.is_not(None)  # in the words of the index
-            old = [jobs.c.finished_us < before_us, ~self._deliveries.is_owed(owed_after_us)]
+            old = [jobs.c.finished_us < before_us, ~self._is_owed(owed_after_us)]
             weights = run(sa.select(jobs.c.weights).where(ended, *old, unserved).limit(1)).scalar_one_or_none()
             if weights is None or not self._may_sweep(run, weights):
                 return False

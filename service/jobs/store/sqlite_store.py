@@ -91,7 +91,7 @@ class SqliteStore(JobStore):
             self._driver.execute(FOLLOWS)
             self._unended()  # what the server reads first: if this fails it must not start
             with self._transaction() as run:
-                self._deliveries.let_go_all(run)
+                self._let_go_deliveries(run)
             self._begin_wal()
             made = os.stat(file) if file is not None else None
             self._identity = (made.st_dev, made.st_ino) if made is not None else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.webhooks.rows import make_deliveries
+from tminus.service.jobs.webhooks.delivery_store import make_deliveries
 
 
 @dataclass(frozen=True, slots=True)

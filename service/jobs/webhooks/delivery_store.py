@@ -1,27 +1,57 @@
-"""What both stores do about deliveries; the rest of a store is in sql_store.py."""
+"""What a store does about deliveries: what is owed of jobs' webhooks, from the transaction in which an event happens
+until it is delivered or given up. The rest of a store is in store/job_store.py.
+"""
 
-from collections.abc import Callable, Collection, Sequence
+import json
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import sqlalchemy as sa
 
+from tminus.service.jobs.store.arrays import UNREADABLE
 from tminus.service.jobs.store.records import JobRecord
-from tminus.service.jobs.webhooks.rows import DeliveryRows
-from tminus.service.jobs.webhooks.webhook import Delivery, Room
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
+DELIVERY_BYTES = 512  # roughly what an event takes
+
+
+def make_deliveries(metadata: sa.MetaData) -> sa.Table:
+    """Make the table. A row is made when its event has happened."""
+    return sa.Table(
+        "deliveries",
+        metadata,
+        sa.Column("id", sa.Text, primary_key=True),  # webhook-id
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("event", sa.Text, nullable=False),
+        sa.Column("receiver", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of who attempts it
+        sa.Column("since_us", sa.BigInteger, nullable=False),
+        sa.Column("due_us", sa.BigInteger, nullable=False),
+        sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
+        sa.Column("error", sa.Text),
+        sa.UniqueConstraint("job_id", "event"),
+        sa.Index("deliveries_by_due", "state", "due_us"),
+        sa.Index("deliveries_by_receiver", "state", "receiver"),
+    )
 
 
 class DeliveryStore:
     """The calls of a JobStore that are about deliveries. Subclasses say what a transaction is, and whose jobs are."""
 
-    _deliveries: DeliveryRows
+    _deliveries: sa.Table
     _jobs: sa.Table
 
     def _transaction(self) -> AbstractContextManager[Run]:
         """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
+        raise NotImplementedError
+
+    def _now(self) -> sa.ColumnElement[int]:
+        """Make the expression of the store's clock, in microseconds."""
         raise NotImplementedError
 
     def _here(self) -> Conditions:
@@ -41,30 +71,129 @@ class DeliveryStore:
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
-                self._deliveries.owe(run, job.id, job.webhook, ["start"])
+                self._owe(run, job.id, job.webhook, ["start"])
 
     def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
         """Hold deliveries that are due, for so long, and count an attempt of each; nobody else has them meanwhile.
 
         Of each owner, and of each of its receivers, in turn. None of jobs that a newer version made.
         """
+        table, jobs, now = self._deliveries, self._jobs, self._now()
+        whose = sa.tuple_(jobs.c.owner, table.c.receiver)
+        due = [
+            table.c.state == "pending",
+            table.c.due_us <= now,
+            sa.or_(table.c.held_until_us.is_(None), table.c.held_until_us < now),
+        ]
+        failing: sa.ColumnElement[bool] = table.c.error.is_not(None)
+        if room.failing:
+            failing = sa.or_(failing, whose.in_([*room.failing]))
+        wanted = [jobs.c.owner.not_in([*room.full]), ~sa.and_(failing, jobs.c.owner.in_([*room.full_of_failing]))]
+        if room.busy:
+            wanted.append(whose.not_in([*room.busy]))
+        number = sa.func.row_number().over(
+            partition_by=(jobs.c.owner, table.c.receiver), order_by=(table.c.due_us, table.c.id)
+        )
+        columns = (table.c.id, table.c.due_us, jobs.c.owner, failing.label("failing"), number.label("number"))
+        found = (
+            sa.select(*columns)
+            .join(jobs, jobs.c.id == table.c.job_id)
+            .where(*due, *self._here(), *self._understood(), *wanted)
+            .subquery()
+        )
+        by_number = (found.c.number, found.c.due_us, found.c.id)
+        turn = sa.func.row_number().over(partition_by=(found.c.owner, found.c.failing), order_by=by_number)
+        in_turn = sa.select(*found.c, turn.label("turn")).where(found.c.number <= room.each).subquery()
+        by_turn = (in_turn.c.turn, in_turn.c.due_us, in_turn.c.id)
+        place = sa.func.row_number().over(partition_by=in_turn.c.failing, order_by=by_turn)
+        ranked = sa.select(in_turn.c.id, in_turn.c.owner, in_turn.c.turn, in_turn.c.failing, place.label("place"))
+        first = ranked.subquery()
+        query = sa.select(table, first.c.owner).join(first, first.c.id == table.c.id)
+        # The others by LIMIT alone, which goes on behind rows that another server has locked.
+        within = sa.or_(~first.c.failing, first.c.place <= room.most_failing)
+        query = query.where(within, *due).order_by(first.c.turn, table.c.due_us, table.c.id)
         with self._transaction() as run:
-            return self._deliveries.claim(run, [*self._here(), *self._understood()], room, held_s)
+            rows = run(query.limit(room.most).with_for_update(skip_locked=True, of=table)).all()
+            if rows:
+                holding = {"attempts": table.c.attempts + 1, "held_until_us": now + round(held_s * 1e6)}
+                run(sa.update(table).where(table.c.id.in_([row.id for row in rows])).values(**holding))
+        return [_delivery(row, row.attempts + 1, row.owner) for row in rows]
 
     def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
         """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
 
         again_in_s: until the next one, if it is still pending. counts: False where nothing was attempted after all.
         """
+        table = self._deliveries
+        held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
+        held.append(table.c.held_until_us.is_not(None))  # one that did not count has given its number back
+        due_us = self._now() + round(again_in_s * 1e6)
+        ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
+        ending["attempts"] = table.c.attempts - (0 if counts else 1)
         with self._transaction() as run:
-            return self._deliveries.settle(run, delivery, again_in_s, counts=counts)
+            return int(run(sa.update(table).where(*held).values(**ending)).rowcount) > 0
 
     def number_owed(self, owner: str, receiver: str, most: int) -> int:
-        """How many deliveries of an owner's jobs to a receiver are pending, counted up to this number."""
+        """Count the deliveries of an owner's jobs to a receiver that are pending, up to this number."""
+        table, jobs = self._deliveries, self._jobs
+        pending = sa.select(table.c.id).join(jobs, jobs.c.id == table.c.job_id).where(jobs.c.owner == owner)
+        pending = pending.where(table.c.state == "pending", table.c.receiver == receiver).limit(most)
         with self._transaction() as run:
-            return self._deliveries.number_of(run, owner, receiver, most)
+            return int(run(sa.select(sa.func.count()).select_from(pending.subquery())).scalar_one())
 
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
-        """All that was owed of jobs so far, by job."""
+        """Return all that was owed of jobs so far, by job, in the order of their events."""
+        found = dict[str, list[Delivery]]()
         with self._transaction() as run:
-            return self._deliveries.of(run, job_ids)
+            for row in run(sa.select(self._deliveries).where(self._deliveries.c.job_id.in_([*job_ids]))).all():
+                found.setdefault(row.job_id, []).append(_delivery(row, row.attempts))
+        return {job_id: sorted(each, key=lambda one: EVENTS.index(one.event)) for job_id, each in found.items()}
+
+    # --- in transactions of the rest of the store ---
+
+    def _owe(self, run: Run, job_id: str, webhook: Webhook | None, events: Collection[Event]) -> None:
+        """Owe those of these events, which have happened, that are wanted and not owed yet."""
+        table = self._deliveries
+        if webhook is None or not (wanted := [event for event in events if event in webhook.events]):
+            return
+        noted = {*run(sa.select(table.c.event).where(table.c.job_id == job_id)).scalars()}
+        for number, event in enumerate(wanted):
+            if event not in noted:
+                told = {"id": f"{event}_{uuid.uuid4().hex}", "job_id": job_id, "event": event}
+                to_whom = {"receiver": webhook.receiver, "state": "pending", "attempts": 0}
+                run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
+
+    def _delete_deliveries(self, run: Run, job_ids: Sequence[str]) -> None:
+        """Owe nothing more of jobs that are deleted."""
+        run(sa.delete(self._deliveries).where(self._deliveries.c.job_id.in_(job_ids)))
+
+    def _let_go_deliveries(self, run: Run) -> None:
+        """End all attempts: there was one process, and it has ended."""
+        held = self._deliveries.c.held_until_us.is_not(None)
+        run(sa.update(self._deliveries).where(held).values(held_until_us=None))
+
+    def _is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
+        """Say whether something of a job is still to be delivered that happened since then."""
+        table, jobs = self._deliveries, self._jobs
+        pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
+        return sa.and_(jobs.c.webhook.is_not(None), pending.where(table.c.since_us > after_us).exists())
+
+
+def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
+    fields: Mapping[str, Any] = {name: getattr(row, name, None) for name in Delivery.__dataclass_fields__}
+    return Delivery(**{**fields, "attempts": attempts, "owner": owner})
+
+
+def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
+    """Read the webhook of a job's row. damaged: None for one that cannot be read."""
+    try:
+        return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
+    except UNREADABLE:
+        if damaged:
+            return None
+        raise
+
+
+def kept_bytes(webhook: Webhook | None) -> int:
+    """Estimate what a webhook takes with its events."""
+    return len(webhook.url) + DELIVERY_BYTES * len(webhook.events) if webhook is not None else 0

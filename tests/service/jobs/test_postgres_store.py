@@ -23,7 +23,7 @@ from tminus.service.jobs.store.job_store import RECORD_BYTES
 from tminus.service.jobs.store.postgres_database import connect, own_address
 from tminus.service.jobs.store.postgres_store import FORMAT, GONE, PostgresStore, format_of, open_postgres
 from tminus.service.jobs.store.records import Key, LeaseLost, Pace, StoredObject
-from tminus.service.jobs.webhooks.rows import kept_bytes
+from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs, SampleSpec

@@ -10,7 +10,7 @@ from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
-from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
+from tminus.service.jobs.webhooks.delivery_store import DELIVERY_BYTES
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
 from tminus.service.scheduling.cluster import Intake
 
@@ -48,6 +48,13 @@ def claim(
 ) -> list[Delivery]:
     room = Room(most, most_failing, each, frozenset(("", receiver) for receiver in busy), **of)
     return store.claim_deliveries(room, held_s)
+
+
+def owe(store: JobStore, name: str, url: str = URL, owner: str = "") -> None:
+    """End a job whose end is to be told."""
+    record = replace(told(name, "completed", url=url), owner=owner)
+    store.add(record)
+    store.finish(ended(record))
 
 
 def states(store: JobStore, name: str) -> dict[str, str]:
@@ -106,8 +113,7 @@ def test_a_start_is_owed_once_and_while_the_job_runs(store: JobStore) -> None:
 
 
 def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: JobStore) -> None:
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+    owe(store, "a")
     (first,) = claim(store)
     assert claim(store) == []
     assert store.settle(replace(first, error="the receiver answered 500"), 0.0)
@@ -121,33 +127,22 @@ def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: JobStore) ->
     assert states(store, "a") == {"completed": "delivered"}
 
 
-def test_what_waits_is_not_due_before_its_time(store: JobStore) -> None:
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
-    (first,) = claim(store)
-    assert store.settle(first, 3600.0)
-    assert claim(store) == []
-    assert states(store, "a") == {"completed": "pending"}
-
-
-def test_a_claim_ends_by_the_stores_clock(store: JobStore) -> None:
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+def test_a_claim_ends_and_what_waits_becomes_due_by_the_stores_clock(store: JobStore) -> None:
+    owe(store, "a")
     (first,) = claim(store, held_s=0.0)
     (second,) = claim(store)
     assert (second.id, second.attempts) == (first.id, 2)
     assert not store.settle(replace(first, state="delivered")), "who slept past its claim keeps nothing"
+    assert store.settle(second, 3600.0)
+    assert claim(store) == []
+    assert states(store, "a") == {"completed": "pending"}
 
 
 def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothing(store: JobStore) -> None:
     for k in range(5):
-        record = told(f"slow{k}", "completed", url="https://slow.example/x")
-        store.add(record)
-        store.finish(ended(record))
+        owe(store, f"slow{k}", "https://slow.example/x")
     for k in range(3):
-        record = told(f"other{k}", "completed", url=f"https://other{k}.example/x")
-        store.add(record)
-        store.finish(ended(record))
+        owe(store, f"other{k}", f"https://other{k}.example/x")
     found = claim(store, "https://other2.example", most=4, each=2)
     assert [each.job_id for each in found] == ["slow0", "other0", "other1", "slow1"], "each receiver in turn"
     assert [each.job_id for each in claim(store, "https://slow.example")] == ["other2"]
@@ -156,9 +151,7 @@ def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothin
 
 def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: JobStore) -> None:
     for k in range(3):
-        record = told(f"{k}", "completed")
-        store.add(record)
-        store.finish(ended(record))
+        owe(store, f"{k}")
     receiver = "https://hooks.example"
     assert [store.number_owed("", receiver, most) for most in (1, 3, 9)] == [1, 3, 3]
     assert store.number_owed("", "https://other.example", 9) == 0
@@ -168,17 +161,11 @@ def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: JobStore) -> N
     assert store.number_owed("", receiver, 9) == 2
 
 
-def owed(store: JobStore, owner: str, name: str, url: str) -> None:
-    record = replace(told(name, "completed", url=url), owner=owner)
-    store.add(record)
-    store.finish(ended(record))
-
-
 def test_owners_have_their_turns_and_those_that_are_full_none(store: JobStore) -> None:
     for k in range(6):
-        owed(store, "many", f"m{k}", f"https://m{k}.example/")
-    owed(store, "few", "f0", "https://m0.example/")
-    owed(store, "few", "f1", "https://f1.example/")
+        owe(store, f"m{k}", f"https://m{k}.example/", "many")
+    owe(store, "f0", "https://m0.example/", "few")
+    owe(store, "f1", "https://f1.example/", "few")
     room = Room(3, 3, 4, full=frozenset({"many"}))
     assert [(each.owner, each.job_id) for each in store.claim_deliveries(room, 0.0)] == [("few", "f0"), ("few", "f1")]
     assert [each.job_id for each in claim(store, most=4, held_s=0.0)] == ["m0", "f0", "m1", "f1"]
@@ -188,11 +175,11 @@ def test_owners_have_their_turns_and_those_that_are_full_none(store: JobStore) -
 
 def test_receivers_that_failed_last_have_a_part_of_a_claim(store: JobStore) -> None:
     for k in range(4):
-        owed(store, "", f"failed{k}", f"https://failed{k}.example/")
+        owe(store, f"failed{k}", f"https://failed{k}.example/")
     for each in claim(store):
         store.settle(replace(each, error="the receiver answered 500"))
     for k in range(3):
-        owed(store, "", f"new{k}", f"https://new{k}.example/")
+        owe(store, f"new{k}", f"https://new{k}.example/")
     found = claim(store, most=9, most_failing=2, held_s=0.0)
     assert sorted(each.job_id for each in found) == ["failed0", "failed1", "new0", "new1", "new2"]
     assert [each.error is not None for each in found].count(True) == 2
@@ -204,8 +191,7 @@ def test_receivers_that_failed_last_have_a_part_of_a_claim(store: JobStore) -> N
 
 
 def test_what_was_no_attempt_is_not_counted(store: JobStore) -> None:
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+    owe(store, "a")
     (first,) = claim(store)
     assert store.settle(first, 0.0, counts=False)
     assert [each.attempts for each in store.deliveries(["a"])["a"]] == [0]
@@ -248,14 +234,10 @@ def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: JobSt
     while store.sweep(0, 1):
         pass
     assert [record.id for record in store.page(None, OUTCOMES, 9)] == ["newest"]
-
-
-def test_a_sweep_does_not_wait_for_what_nobody_tries_any_more(store: JobStore) -> None:
-    for name in "ab":
-        store.add(told(name, "completed"))
-        store.finish(ended(told(name, "completed"), at_us=100), PIXELS)
-    store.sweep(200, 10**9, store.now_us() + 10**6)  # the events lie before that
-    assert store.page(None, OUTCOMES, 9) == []
+    store.add(told("untried", "completed"))
+    store.finish(ended(told("untried", "completed"), at_us=100), PIXELS)
+    store.sweep(200, 10**9, store.now_us() + 10**6)  # its event lies before that, and nobody tries it any more
+    assert [record.id for record in store.page(None, OUTCOMES, 9)] == ["newest"]
 
 
 def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: JobStore) -> None:
@@ -267,23 +249,17 @@ def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: JobStore) 
     assert with_webhook == plain + len(URL) + 3 * DELIVERY_BYTES
 
 
-def test_a_damaged_webhook_is_said_and_harms_no_other(shelf: Shelf, store: JobStore) -> None:
-    for name in "ab":
+def test_of_a_damaged_webhook_nothing_is_told_and_of_a_damaged_job_that_it_failed(
+    shelf: Shelf, store: JobStore
+) -> None:
+    for name in "abc":
         store.add(told(name))
     store.close()
     assert shelf.change("UPDATE jobs SET webhook = '{' WHERE id = 'a'") == 1
+    assert shelf.change("UPDATE jobs SET spec = '{' WHERE id = 'c'") == 1
     store = shelf.open()
     assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == ["b"]
-    assert states(store, "a") == {}
-
-
-def test_a_damaged_job_is_told_to_have_failed(shelf: Shelf, store: JobStore) -> None:
-    store.add(told("a"))
-    store.close()
-    assert shelf.change("UPDATE jobs SET spec = '{' WHERE id = 'a'") == 1
-    store = shelf.open()
-    store.claim("build", Intake(MANY), MANY, 64)
-    assert states(store, "a") == {"completed": "pending"}
+    assert (states(store, "a"), states(store, "c")) == ({}, {"completed": "pending"})
 
 
 # --- a file ---
@@ -291,8 +267,7 @@ def test_a_damaged_job_is_told_to_have_failed(shelf: Shelf, store: JobStore) -> 
 
 def test_what_a_killed_server_attempted_is_due_at_the_next_start(file: FileShelf) -> None:
     store = file.open()
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+    owe(store, "a")
     assert len(claim(store)) == 1
     store.close()
     (again,) = claim(file.open())
@@ -305,9 +280,7 @@ def test_what_a_killed_server_attempted_is_due_at_the_next_start(file: FileShelf
 def test_of_two_servers_one_attempts_a_delivery_and_the_other_takes_over(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     for k in range(40):
-        record = told(f"{k}", "completed")
-        one.add(record)
-        one.finish(ended(record))
+        owe(one, f"{k}")
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda store: [claim(store, most=3) for _ in range(10)], (one, other)))
     ids = [each.id for found in both for some in found for each in some]
@@ -335,8 +308,7 @@ def test_only_the_holder_says_that_a_job_has_begun(database: DatabaseShelf) -> N
 
 def test_servers_of_other_weights_deliver_nothing_of_these(database: DatabaseShelf) -> None:
     store, other = database.open(), database.open("cd" * 32)
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+    owe(store, "a")
     assert claim(other) == []
     assert len(claim(store)) == 1
 
@@ -353,8 +325,7 @@ def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_o
 
 def test_what_a_newer_server_owes_is_left_to_such_ones(database: DatabaseShelf) -> None:
     store = database.open()
-    store.add(told("a", "completed"))
-    store.finish(ended(told("a", "completed")))
+    owe(store, "a")
     database.change("UPDATE jobs SET format = 99")
     assert claim(store) == []
     assert [each.attempts for each in store.deliveries(["a"])["a"]] == [0]
