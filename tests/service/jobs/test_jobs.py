@@ -4,8 +4,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.durable import SPEC, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
@@ -153,11 +151,11 @@ def test_the_store_is_called_while_images_are_still_copied_from_a_gpu(held: Site
 # --- ids, keys, pages ---
 
 
-@pytest.mark.parametrize("path", ["", "/image", "/events"])
-@pytest.mark.parametrize("job_id", ["0" * 32, "x", "%00", "%F0%9F%98%80", "a" * 3000])
-def test_an_unknown_job_is_not_found(site: Site, job_id: str, path: str) -> None:
-    document = problem(site.client.get(f"/jobs/{job_id}{path}"), 404, "job_not_found")
-    assert document["field"] == "job_id"
+def test_an_unknown_job_is_not_found(site: Site) -> None:
+    for job_id in ("0" * 32, "%00", "a" * 3000):
+        for path in ("", "/image", "/events"):
+            document = problem(site.client.get(f"/jobs/{job_id}{path}"), 404, "job_not_found")
+            assert document["field"] == "job_id"
 
 
 def test_a_job_that_is_not_durable_has_no_image_to_come_back_for(held: Site) -> None:
@@ -187,13 +185,8 @@ def test_the_same_key_is_the_same_job_while_it_runs_and_after(held: Site) -> Non
     wait_for(held, first.json()["id"])
     assert post(held, **{"Idempotency-Key": "k"}).json()["state"] == "done"
     assert post(held, **{"Idempotency-Key": "another"}).json()["id"] != first.json()["id"]
-
-
-def test_a_drawn_seed_is_the_same_for_the_same_key(site: Site) -> None:
-    unseeded = {"steps": 3}
-    seeds = {post(site, unseeded, **{"Idempotency-Key": "k"}).headers["x-seed"] for _ in range(3)}
-    assert len(seeds) == 1
-    assert post(site, unseeded).headers["x-seed"] not in seeds
+    drawn = [post(held, {"steps": 3}, **{"Idempotency-Key": key}).headers["x-seed"] for key in ("d", "d", "e")]
+    assert (drawn[0] == drawn[1], drawn[0] == drawn[2]) == (True, False), "so is a seed that is drawn"
 
 
 def test_many_at_once_with_one_key_are_one_job(held: Site) -> None:
@@ -206,10 +199,10 @@ def test_many_at_once_with_one_key_are_one_job(held: Site) -> None:
     assert held.engine.jobs == {}
 
 
-@pytest.mark.parametrize("key", ["", " ", "a" * 256, "a\tb", '"'])
-def test_a_malformed_key_is_refused(site: Site, key: str) -> None:
-    document = problem(site.client.post("/jobs", json=SPEC, headers={"Idempotency-Key": key}), 422, "invalid_field")
-    assert document["field"] == "Idempotency-Key"
+def test_a_malformed_key_is_refused(site: Site) -> None:
+    for key in ("", " ", "a" * 256, "a\tb", '"'):
+        answer = site.client.post("/jobs", json=SPEC, headers={"Idempotency-Key": key})
+        assert problem(answer, 422, "invalid_field")["field"] == "Idempotency-Key"
 
 
 def test_pages_go_from_the_newest_to_the_oldest_and_hold_each_once(held: Site) -> None:
@@ -234,14 +227,11 @@ def test_pages_go_from_the_newest_to_the_oldest_and_hold_each_once(held: Site) -
     assert len(held.client.get("/jobs?state=waiting,running").json()["jobs"]) == 2
 
 
-@pytest.mark.parametrize(
-    "query",
-    ["state=gone", "state=", "state=done,", "limit=0", "limit=201", "limit=x", "limit=-1", "before=x", "before=1-2"],
-)
-def test_a_bad_page_is_refused_with_its_field(site: Site, query: str) -> None:
-    document = problem(site.client.get(f"/jobs?{query}"), 422, "invalid_field")
-    assert document["field"] == query.partition("=")[0]
-    assert document["bound"]
+def test_a_bad_page_is_refused_with_its_field(site: Site) -> None:
+    for query in ("state=gone", "state=done,", "limit=0", "limit=201", "limit=x", "before=x", "before=1-2"):
+        document = problem(site.client.get(f"/jobs?{query}"), 422, "invalid_field")
+        assert document["field"] == query.partition("=")[0]
+        assert document["bound"]
 
 
 # --- giving one up ---
@@ -277,11 +267,6 @@ def test_cancel_gives_a_job_up_and_leaves_one_that_has_ended_as_it_is(held: Site
     wait_for(held, done)
     assert held.client.post(f"/jobs/{done}/cancel").json()["state"] == "done"
     assert held.client.get(f"/jobs/{done}/image").status_code == 200
+    assert held.client.delete(f"/jobs/{done}").status_code == 204
+    problem(held.client.get(f"/jobs/{done}/image"), 404, "job_not_found")
     problem(held.client.post(f"/jobs/{'0' * 32}/cancel"), 404, "job_not_found")
-
-
-def test_delete_removes_a_job_that_is_done(site: Site) -> None:
-    job_id = post(site).json()["id"]
-    wait_for(site, job_id)
-    assert site.client.delete(f"/jobs/{job_id}").status_code == 204
-    problem(site.client.get(f"/jobs/{job_id}/image"), 404, "job_not_found")

@@ -8,16 +8,16 @@ import pytest
 
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
 from tminus.service.jobs import views as views_module
-from tminus.service.jobs.views import JobStatuses, passing_view
+from tminus.service.jobs.views import JobStatuses
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Batch, JobStatus, Outlook, Ticket, work_of
+from tminus.service.work import Batch, JobStatus, Outlook, Ticket
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.running_job import NewJob, RunningJob
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")
@@ -91,9 +91,11 @@ def test_state_and_step_are_told_as_they_are_now_and_the_eta_is_counted_down(ben
     bench.submit("a", steps=5)
     bench.engine.next_begun()
     assert facts(bench.of("a")) == ("waiting", 0, 0, 5.0)
+    accepted_us = bench.of("a").created_us
     bench.tick()
     bench.tick()
     assert facts(bench.of("a")) == ("running", 2, 0, 3.0)
+    assert bench.of("a").created_us == accepted_us, "however late one looks"
     assert bench.ask(bench.statuses.all()) == [bench.of("a")]
     bench.now_s += 100
     assert bench.of("a").eta_s == 0, "never less"
@@ -125,7 +127,9 @@ def test_a_job_that_ended_after_the_forecast_is_not_told(bench: Bench) -> None:
     assert bench.ask(bench.statuses.all()) == []
 
 
-def test_those_who_ask_at_the_same_time_share_a_forecast(bench: Bench) -> None:
+def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_costs_none(bench: Bench) -> None:
+    assert bench.ask(bench.statuses.of("nobody")) is None
+    assert bench.forecasts == 0
     bench.submit("a", steps=5)
     bench.engine.next_begun()
 
@@ -145,16 +149,3 @@ def test_an_old_forecast_is_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPa
     bench.submit("c", steps=1)
     bench.of("a")
     assert bench.forecasts == 2
-
-
-def test_a_job_that_the_worker_does_not_have_costs_no_forecast(bench: Bench) -> None:
-    assert bench.ask(bench.statuses.of("nobody")) is None
-    assert bench.forecasts == 0
-
-
-def test_the_time_at_which_a_job_was_accepted_is_the_same_however_late_one_looks() -> None:
-    spec = make_spec()
-    model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
-    job = RunningJob(NewJob("a" * 32, spec), model, work_of(spec, INFO), submitted_s=10.0)
-    views = [passing_view(job.status(Outlook(0, 1.0), now_s)) for now_s in (10.0, 10.0007, 25.0)]
-    assert {view.record.created_us for view in views} == {job.created_us}
