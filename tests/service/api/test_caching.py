@@ -19,19 +19,6 @@ A_MEGABYTE = 2**20
 # --- the cache ---
 
 
-def test_what_was_put_is_got_by_its_name_alone() -> None:
-    cache = ResultCache(100)
-    cache.put('"a"', b"body")
-    assert cache.get('"a"') == b"body"
-    assert cache.get('"b"') is None
-
-
-def test_a_cache_of_no_bytes_keeps_nothing() -> None:
-    cache = ResultCache(0)
-    cache.put('"a"', b"x")
-    assert cache.get('"a"') is None
-
-
 def test_the_least_recently_asked_for_goes_first() -> None:
     cache = ResultCache(30)
     for name in "abc":
@@ -100,18 +87,7 @@ def test_the_same_answer_has_the_same_etag_however_it_was_asked_for(site: Site) 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"seed": 6},
-        {"steps": 2},
-        {"n": 3},
-        {"index": 1},
-        {"class_label": "dog"},
-        {"sampler": "ddim"},
-        {"sampler": "dpmpp_2m"},
-        {"guidance": 2},
-        {"timestep_spacing": "trailing"},
-        {"clip": False},
-    ],
+    [{"seed": 6}, {"index": 1}, {"class_label": "dog"}, {"guidance": 2}, {"clip": False}],
     ids=str,
 )
 def test_another_request_has_another_etag(site: Site, change: dict[str, Any]) -> None:
@@ -134,9 +110,7 @@ def test_each_media_type_has_an_etag_of_its_own(make_site: MakeSite) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize(
-    "header", ["{tag}", "W/{tag}", '"other", {tag}', '"other" , W/{tag},"more"', "*, {tag}", " {tag} ", '"a,b", {tag}']
-)
+@pytest.mark.parametrize("header", ["{tag}", "W/{tag}", '"other" , W/{tag},"more"', "*, {tag}"])
 def test_a_client_that_has_it_gets_304_without_a_step(site: Site, method: str, header: str) -> None:
     tag = site.post(json=ASKED).headers["etag"]
 
@@ -154,7 +128,7 @@ def test_a_client_that_has_it_gets_304_without_a_step(site: Site, method: str, h
     assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 1
 
 
-@pytest.mark.parametrize("header", ["*", " * ", '"other", *'])
+@pytest.mark.parametrize("header", ["*", '"other", *'])
 def test_a_star_stands_for_any_answer_to_a_get_and_for_none_to_a_post(site: Site, header: str) -> None:
     headers = {"If-None-Match": header}
     assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers=headers)) == 0
@@ -171,7 +145,7 @@ def test_if_none_match_may_be_sent_in_several_lines(site: Site) -> None:
     assert site.client.post("/sample", json=ASKED, headers=headers).status_code == 304
 
 
-@pytest.mark.parametrize("header", ['"other"', "", "W/", '"', "other", '"*"'])
+@pytest.mark.parametrize("header", ['"other"', '"', '"*"'])
 def test_a_client_that_has_something_else_gets_the_images(site: Site, header: str) -> None:
     assert ticks(site, lambda: site.post(json=ASKED, headers={"If-None-Match": header})) == 3
 
@@ -179,11 +153,6 @@ def test_a_client_that_has_something_else_gets_the_images(site: Site, header: st
 def test_without_a_seed_a_star_is_no_reason_for_304(site: Site) -> None:
     assert site.post(json={"steps": 2}, headers={"If-None-Match": "*"}).status_code == 200
     assert site.client.get("/sample?steps=2", headers={"If-None-Match": "*"}).status_code == 200
-
-
-def test_a_bad_request_is_refused_before_its_etag_is_looked_at(site: Site) -> None:
-    assert site.post(json=ASKED | {"steps": 0}, headers={"If-None-Match": "*"}).status_code == 422
-    assert site.post(json=ASKED, headers={"If-None-Match": "*", "Accept": "text/html"}).status_code == 406
 
 
 # --- the cache in the app ---
@@ -243,40 +212,11 @@ def test_the_answer_to_no_cache_is_kept_and_that_to_no_store_is_not(make_site: M
     assert ticks(site, lambda: site.post(json=ASKED, headers=no_store)) == 0, "no-store alone lets a cache answer"
 
 
-def test_a_cache_control_silences_pragma(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=A_MEGABYTE)
-    site.post(json=ASKED)
-    headers = {"Cache-Control": "max-stale", "Pragma": "no-cache"}
-    assert ticks(site, lambda: site.post(json=ASKED, headers=headers)) == 0
-
-
-def test_the_cache_of_the_app_is_bounded(make_site: MakeSite) -> None:
-    size = len(make_site().post(json=ASKED).content)
-    site = make_site(result_cache_bytes=size * 5 // 2)
-    for seed in (1, 2, 3):
-        site.post(json=ASKED | {"seed": seed})
-    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 3})) == 0
-    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 2})) == 0
-    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 1})) == 3
-
-
 def test_a_cache_of_size_0_is_off(make_site: MakeSite) -> None:
     site = make_site(result_cache_bytes=0)
     site.post(json=ASKED)
     assert ticks(site, lambda: site.post(json=ASKED)) == 3
     assert "cache-status" not in site.post(json=ASKED).headers
-
-
-def test_a_failure_is_not_kept(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=A_MEGABYTE)
-
-    def fail(_batch: object) -> None:
-        raise RuntimeError("once")
-
-    site.engine.on_step = fail
-    assert site.post(json=ASKED).status_code == 500
-    site.engine.on_step = lambda batch: None
-    assert site.post(json=ASKED).status_code == 200
 
 
 def test_a_draining_server_still_answers_what_costs_nothing(make_site: MakeSite) -> None:

@@ -1,12 +1,19 @@
 """GET /jobs/{id}/events, through the app on a fake engine."""
 
+import asyncio
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.types import Message
 
+from tests.service.api.test_middleware import scope_of
 from tests.service.conftest import MakeSite, Restarts, Site, problem
 from tests.service.durable import SPEC, events, post, wait_for, wait_for_viewer
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.answers import progress
+from tminus.service.api.answers.progress import EventStream
+from tminus.service.api.edge.middleware import PIECE_BYTES
 
 
 def test_events_tell_of_each_step_and_the_end(held: Site) -> None:
@@ -59,7 +66,7 @@ def test_frames_come_as_pictures_when_they_are_asked_for(held: Site) -> None:
 
 @pytest.mark.parametrize(
     ("query", "field"),
-    [("every=0", "every"), ("fps=61", "fps"), ("show=x", "show"), ("keep_open=1", "keep_open"), ("n=2", "n")],
+    [("every=0", "every"), ("show=x", "show"), ("keep_open=1", "keep_open")],
 )
 def test_bad_ways_to_show_a_job_are_refused(held: Site, query: str, field: str) -> None:
     job_id = post(held).json()["id"]
@@ -110,3 +117,36 @@ def test_event_streams_end_when_the_server_stops(restarts: Restarts) -> None:
         site.engine.gate.open()
         text = reading.result(PATIENCE_S).text
     assert not {"done", "failed", "cancelled"} & {name for name, _, _ in events(text)}, "it has not ended"
+
+
+SEND_S = 1.0
+
+
+def stream_to_a_reader_that_takes(monkeypatch: pytest.MonkeyPatch, piece_s: float, num_pieces: int) -> tuple[int, int]:
+    """How many bytes of one event arrive, and how often the stream was closed."""
+    monkeypatch.setattr(progress, "SEND_S", SEND_S)
+    closed, arrived = [], 0
+
+    async def events() -> AsyncGenerator[bytes]:
+        yield bytes(num_pieces * PIECE_BYTES)
+
+    async def send(message: Message) -> None:
+        nonlocal arrived
+        if body := message.get("body", b""):
+            await asyncio.sleep(piece_s * len(body) / PIECE_BYTES)
+            arrived += len(body)
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    asyncio.run(EventStream(events(), lambda: closed.append(1))(scope_of(), receive, send))
+    return arrived, len(closed)
+
+
+def test_a_large_event_may_take_a_slow_reader_longer_than_a_piece_of_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stream_to_a_reader_that_takes(monkeypatch, 0.25, 6) == (6 * PIECE_BYTES, 1)
+
+
+def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stream_to_a_reader_that_takes(monkeypatch, 60.0, 6) == (0, 1)

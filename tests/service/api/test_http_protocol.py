@@ -124,7 +124,10 @@ class Running:
             client.sendall(data)
             return read_all(client)
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         self.go.set()
         self.server.should_exit = True
         self.thread.join(PATIENCE_S)
@@ -157,9 +160,8 @@ def problem(answer: bytes) -> tuple[int, str]:
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    server = Running()
-    yield server
-    server.stop()
+    with Running() as server:
+        yield server
 
 
 def test_uvicorn_has_what_is_extended() -> None:
@@ -215,12 +217,11 @@ def test_a_head_that_comes_byte_by_byte_is_too_slow(running: Running, monkeypatc
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /" + b"x" * 100_000,
         GET[:-2] + b"X: " + b"y" * 200_000_000,
         b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(3000)) + b"\r\n",
     ],
-    ids=["target", "200 MB", "complete, in one piece", "many headers, in one piece"],
+    ids=["200 MB", "complete, in one piece", "many headers, in one piece"],
 )
 def test_a_head_is_bounded(running: Running, head: bytes) -> None:
     with running.connect() as client:
@@ -429,37 +430,30 @@ def test_a_connection_that_ended_is_freed_at_once(running: Running) -> None:
 
 
 def test_a_handshake_that_is_refused_counts_until_it_is_closed() -> None:
-    running = Running(max_per_address=1)
-    try:
+    with Running(max_per_address=1) as running:
         with running.connect() as client:
             client.sendall(HANDSHAKE + b"Content-Length: 1000\r\n\r\n")
             assert problem(read_all(client))[0] == 400
             assert running.ask(b"").startswith(b"HTTP/1.1 503")
         wait_until(lambda: not running.server.server_state.connections)
         assert running.ask(GET[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
-    finally:
-        running.stop()
 
 
 def test_a_handshake_counts_and_is_timed_until_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    running = Running(max_per_address=1)
     handshake = HANDSHAKE + b"\r\n"
-    try:
-        with running.connect() as accepted:
-            accepted.sendall(handshake.replace(b"/ws", b"/accept"))
-            assert accepted.recv(1000).startswith(b"HTTP/1.1 101")
-            monkeypatch.setattr(http_protocol, "HEAD_S", 0.5)
-            with running.connect() as silent:
-                silent.sendall(handshake.replace(b"/ws", b"/never"))
-                wait_until(lambda: bool(running.began))
-                assert running.ask(b"").startswith(b"HTTP/1.1 503"), "the one that has no answer has the only place"
-                assert read_all(silent) == b"", "it is closed, though nobody answered"
-            assert running.ask(GET[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
-            accepted.settimeout(0.2)
-            with pytest.raises(TimeoutError):
-                accepted.recv(1000)
-    finally:
-        running.stop()
+    with Running(max_per_address=1) as running, running.connect() as accepted:
+        accepted.sendall(handshake.replace(b"/ws", b"/accept"))
+        assert accepted.recv(1000).startswith(b"HTTP/1.1 101")
+        monkeypatch.setattr(http_protocol, "HEAD_S", 0.5)
+        with running.connect() as silent:
+            silent.sendall(handshake.replace(b"/ws", b"/never"))
+            wait_until(lambda: bool(running.began))
+            assert running.ask(b"").startswith(b"HTTP/1.1 503"), "the one that has no answer has the only place"
+            assert read_all(silent) == b"", "it is closed, though nobody answered"
+        assert running.ask(GET[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+        accepted.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            accepted.recv(1000)
 
 
 def test_frames_that_do_not_wait_for_the_handshake_are_read_after_it(
@@ -481,8 +475,7 @@ def test_frames_that_do_not_wait_for_the_handshake_are_read_after_it(
 
 
 def test_connections_above_the_most_are_answered_503_and_closed() -> None:
-    running = Running(max_connections=2)
-    try:
+    with Running(max_connections=2) as running:
         for _ in range(2):  # those that ended are not counted
             clients = [running.connect() for _ in range(2)]
             for client in clients:
@@ -496,47 +489,37 @@ def test_connections_above_the_most_are_answered_503_and_closed() -> None:
                 assert client.recv(1000).startswith(b"HTTP/1.1 200"), "the others are served"
                 client.close()
             wait_until(lambda: not running.server.server_state.connections)
-    finally:
-        running.stop()
 
 
 def test_a_new_connection_takes_the_place_of_an_idle_one_of_its_own_address_only() -> None:
-    running = Running(max_per_address=2, max_connections=4)
-    try:
-        with ExitStack() as stack:
-            other = stack.enter_context(running.connect(source="127.0.0.2"))
-            clients = [other]
-            for count in (1, 2, 3):
-                clients[-1].sendall(GET)
-                assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
-                wait_until(lambda count=count: len(kept(running)) == count)
-                clients.append(stack.enter_context(running.connect()))
-            clients[3].sendall(GET)
-            assert clients[3].recv(1000).startswith(b"HTTP/1.1 200"), "its address had two connections, both idle"
-            assert clients[1].recv(1000) == b"", "and this is the one that was idle for longest"
-            for client in clients[2:]:
-                client.sendall(GET[:-2])
-            wait_until(lambda: len(kept(running)) == 1)
-            assert running.ask(GET).startswith(b"HTTP/1.1 503"), "none of its own is idle"
-            other.sendall(GET)
-            assert other.recv(1000).startswith(b"HTTP/1.1 200")
-    finally:
-        running.stop()
+    with Running(max_per_address=2, max_connections=4) as running, ExitStack() as stack:
+        other = stack.enter_context(running.connect(source="127.0.0.2"))
+        clients = [other]
+        for count in (1, 2, 3):
+            clients[-1].sendall(GET)
+            assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+            wait_until(lambda count=count: len(kept(running)) == count)
+            clients.append(stack.enter_context(running.connect()))
+        clients[3].sendall(GET)
+        assert clients[3].recv(1000).startswith(b"HTTP/1.1 200"), "its address had two connections, both idle"
+        assert clients[1].recv(1000) == b"", "and this is the one that was idle for longest"
+        for client in clients[2:]:
+            client.sendall(GET[:-2])
+        wait_until(lambda: len(kept(running)) == 1)
+        assert running.ask(GET).startswith(b"HTTP/1.1 503"), "none of its own is idle"
+        other.sendall(GET)
+        assert other.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 def test_those_that_are_turned_away_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "LAST_LINGER_S", PATIENCE_S)
-    running = Running(max_per_address=1, max_connections=2)
-    try:
-        with ExitStack() as stack:
-            clients = [stack.enter_context(running.connect()) for _ in range(9)]
-            wait_until(lambda: len(running.connections()) == 9)
-            other = stack.enter_context(running.connect(source="127.0.0.2"))
-            other.sendall(GET)
-            assert other.recv(1000).startswith(b"HTTP/1.1 200")
-            assert all(client.recv(1000).startswith(b"HTTP/1.1 503") for client in clients[1:])
-    finally:
-        running.stop()
+    with Running(max_per_address=1, max_connections=2) as running, ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(9)]
+        wait_until(lambda: len(running.connections()) == 9)
+        other = stack.enter_context(running.connect(source="127.0.0.2"))
+        other.sendall(GET)
+        assert other.recv(1000).startswith(b"HTTP/1.1 200")
+        assert all(client.recv(1000).startswith(b"HTTP/1.1 503") for client in clients[1:])
 
 
 def kept(running: Running) -> list[float]:
@@ -546,29 +529,24 @@ def kept(running: Running) -> list[float]:
 
 
 def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it_unless_a_new_one_needs_its_place() -> None:
-    running = Running(max_connections=2)
-    try:
-        with ExitStack() as stack:
-            clients = []
-            for _ in range(3):
-                clients.append(stack.enter_context(running.connect()))
-                clients[-1].sendall(GET)
-                assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
-                count = min(2, len(clients))
-                wait_until(lambda count=count: len(kept(running)) == count)
-            first, second, _third = clients
-            assert first.recv(1000) == b"", "it has been idle for longest"
-            second.sendall(GET)
-            assert second.recv(1000).startswith(b"HTTP/1.1 200")
-            wait_until(lambda: len(kept(running)) == 2)
-            assert all(60 < left_s <= 75 for left_s in kept(running))
-    finally:
-        running.stop()
+    with Running(max_connections=2) as running, ExitStack() as stack:
+        clients = []
+        for _ in range(3):
+            clients.append(stack.enter_context(running.connect()))
+            clients[-1].sendall(GET)
+            assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+            count = min(2, len(clients))
+            wait_until(lambda count=count: len(kept(running)) == count)
+        first, second, _third = clients
+        assert first.recv(1000) == b"", "it has been idle for longest"
+        second.sendall(GET)
+        assert second.recv(1000).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: len(kept(running)) == 2)
+        assert all(60 < left_s <= 75 for left_s in kept(running))
 
 
 def test_the_connections_of_one_address_are_bounded() -> None:
-    running = Running(max_per_address=3)
-    try:
+    with Running(max_per_address=3) as running:
         for _ in range(2):  # those that ended are not counted
             clients = [running.connect() for _ in range(3)]
             wait_until(lambda: len(running.connections()) == 3)
@@ -578,8 +556,6 @@ def test_the_connections_of_one_address_are_bounded() -> None:
                 assert client.recv(1000).startswith(b"HTTP/1.1 200")
                 client.close()
             wait_until(lambda: not running.server.server_state.connections)
-    finally:
-        running.stop()
 
 
 def test_requests_that_do_not_wait_for_the_answer_before_end_with_their_connection(running: Running) -> None:
@@ -629,23 +605,11 @@ def test_what_waits_for_an_answer_to_end_is_bounded(running: Running) -> None:
     [
         (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n", (431, "too_many_headers")),
         (HANDSHAKE + b"".join(b"X-%d: y\r\n" % k for k in range(130)) + b"\r\n", (431, "too_many_headers")),
-        (HANDSHAKE + b"Content-Length: 5\r\n\r\nhello", (400, "malformed_request")),
         (HANDSHAKE + b"Content-Length: 50000\r\n\r\n" + b"x" * 50000, (400, "malformed_request")),
-        (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n" + b"x" * 50000, (431, "too_many_headers")),
         (HANDSHAKE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400, "malformed_request")),
-        *((HANDSHAKE + b"X-A: %c\r\n\r\n" % code, (400, "malformed_request")) for code in (0x01, 0x1B, 0x7F)),
+        (HANDSHAKE + b"X-A: \x1b\r\n\r\n", (400, "malformed_request")),
     ],
-    ids=[
-        "a long line",
-        "many headers",
-        "a body",
-        "a large body",
-        "a long line and more",
-        "a chunked body",
-        "a control character",
-        "an escape",
-        "a delete",
-    ],
+    ids=["a long line", "many headers", "a large body", "a chunked body", "an escape"],
 )
 def test_a_handshake_that_the_library_would_not_answer_is_answered(
     running: Running, handshake: bytes, expected: tuple[int, str], caplog: pytest.LogCaptureFixture
@@ -667,11 +631,10 @@ def test_a_handshake_that_is_refused_is_no_error_in_the_log(running: Running, ca
     "data",
     [
         b"\x00\xff\xfe\r\n\r\n",
-        b"HELO mail\r\n\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
-    ids=["bytes", "another protocol", "a bad chunk size", "a bad chunk size where a 100 is expected"],
+    ids=["bytes", "a bad chunk size", "a bad chunk size where a 100 is expected"],
 )
 def test_what_is_not_http_is_answered_without_a_traceback(
     running: Running, data: bytes, caplog: pytest.LogCaptureFixture

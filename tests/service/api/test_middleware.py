@@ -23,20 +23,16 @@ QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 # --- the id of a request ---
 
 
-@pytest.mark.parametrize("given", ["abc-123", "A.b:c_d", "x" * 64])
+@pytest.mark.parametrize("given", ["A.b:c_d", "x" * 64])
 def test_a_sane_request_id_is_echoed(site: Site, given: str) -> None:
     assert site.client.get("/healthz", headers={"X-Request-ID": given}).headers["x-request-id"] == given
 
 
-@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a\tb", "<script>", "a,b", "ü".encode("latin-1")])
+@pytest.mark.parametrize("given", ["x" * 65, "a b", "<script>", "ü".encode("latin-1")])
 def test_a_request_id_that_could_do_harm_is_replaced(site: Site, given: str | bytes) -> None:
     value = given if isinstance(given, bytes) else given.encode()
     answered = site.client.get("/healthz", headers=[(b"x-request-id", value)]).headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", answered)
-
-
-def test_each_request_has_an_id_of_its_own(site: Site) -> None:
-    assert len({site.client.get("/healthz").headers["x-request-id"] for _ in range(5)}) == 5
 
 
 def test_an_unforeseen_error_has_the_requests_id_and_is_counted_as_500(
@@ -115,18 +111,7 @@ def test_a_long_target_is_cut(site: Site, caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize(
     "path",
-    [
-        "/",
-        "/docs",
-        "/openapi.json",
-        "/model",
-        "/healthz",
-        "/metrics",
-        "/jobs",
-        "/nowhere",
-        "/sample?n=0",
-        "/page/page.js",
-    ],
+    ["/", "/model", "/nowhere", "/sample?n=0"],
 )
 def test_no_answer_may_be_taken_for_something_else(site: Site, path: str) -> None:
     assert site.client.get(path).headers["x-content-type-options"] == "nosniff"
@@ -135,7 +120,7 @@ def test_no_answer_may_be_taken_for_something_else(site: Site, path: str) -> Non
 # --- what is sent ---
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES, 3 * PIECE_BYTES + 5])
+@pytest.mark.parametrize("size", [0, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 5])
 @pytest.mark.parametrize("more", [False, True])
 def test_a_long_answer_is_sent_in_pieces(size: int, more: bool) -> None:
     """So that uvicorn waits for a slow reader before it takes more."""

@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.service.api.asgi import call, scope_of
-from tests.service.api.pictures import CAT, NO_PALETTE, PICTURE, encode, noise
+from tests.service.api.pictures import CAT, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.checkpoint import Checkpoint
@@ -71,9 +71,7 @@ def test_an_image_comes_back_with_noise_and_the_headers_of_the_contract(site: Si
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["image/png", "image/jpeg", "image/anything", "IMAGE/PNG; charset=x", "application/octet-stream", None]
-)
+@pytest.mark.parametrize("kind", ["image/jpeg", "IMAGE/PNG; charset=x", None])
 def test_a_raw_body_is_recognised_by_its_content_whatever_image_type_it_declares(site: Site, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
     assert post(site, headers=headers, t=5, seed=7).content == post(site, t=5, seed=7).content
@@ -102,20 +100,9 @@ def test_a_seed_that_is_not_given_is_drawn_and_told(site: Site) -> None:
     assert post(site, t=5, seed=one.headers["x-seed"]).content == one.content
 
 
-@pytest.mark.parametrize(("t", "seed"), [(0, 0), (T - 1, 2**64 - 1)])
-def test_the_ends_of_both_ranges_are_taken(site: Site, t: int, seed: int) -> None:
-    assert post(site, t=t, seed=seed).status_code == 200
-
-
 def test_an_image_of_another_size_and_kind_is_fitted(site: Site) -> None:
     response = post(site, encode(noise(90, 50, 4)), t=5, seed=1)
     assert pixels(response.content).shape == (4, 6)
-
-
-def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, channels=3))
-    picture = noise(4, 6, 3)
-    np.testing.assert_array_equal(pixels(post(site, encode(picture), t=0, seed=1).content), picture + np.uint8(1))
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +154,10 @@ def test_the_etag_depends_on_the_pixels_and_the_parameters(site: Site) -> None:
     ("params", "field", "bound"),
     [
         ({}, "t", "an integer in 0..999"),
-        ({"t": ""}, "t", "an integer in 0..999"),
-        ({"t": "-1"}, "t", "an integer in 0..999"),
         ({"t": "1000"}, "t", "an integer in 0..999"),
         ({"t": "1.5"}, "t", "an integer in 0..999"),
-        ({"t": "half"}, "t", "an integer in 0..999"),
         ({"t": "9" * 5000}, "t", "an integer in 0..999"),
-        ({"t": "5", "seed": "-1"}, "seed", "an integer in 0..18446744073709551615"),
         ({"t": "5", "seed": str(2**64)}, "seed", "an integer in 0..18446744073709551615"),
-        ({"t": "5", "seed": "x"}, "seed", "an integer in 0..18446744073709551615"),
     ],
 )
 def test_a_bad_parameter_is_a_problem_in_query_and_form(
@@ -211,12 +193,7 @@ def test_a_parameter_of_two_values_is_a_problem(site: Site) -> None:
     [
         (b"", "nothing"),
         (b"hello", "b'hello'"),
-        (b'<?xml version="1.0"?><svg/>', "<?xml"),
         (CAT[:40], "broken"),
-        (CAT[:-30], "broken"),
-        (NO_PALETTE, "it has no palette"),
-        (encode(PICTURE, "GIF"), "GIF"),
-        (encode(PICTURE, save_all=True, append_images=[Image.fromarray(255 - PICTURE)]), "2 frames"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "100000x100000"),
     ],
 )
@@ -234,19 +211,14 @@ def test_a_form_without_an_image_or_with_text_in_its_place_gets_a_bound_that_hel
     assert document["bound"] == "a file: curl -F image=@file"
 
 
-def test_two_images_are_a_problem(site: Site) -> None:
+def test_two_images_or_a_file_of_an_unknown_name_are_a_problem(site: Site) -> None:
     document = problem(post_form(site, [("image", CAT), ("image", CAT)], t=5), 422, "conflicting_field")
     assert document["field"] == "image"
-
-
-def test_a_file_of_an_unknown_name_is_a_problem(site: Site) -> None:
     document = problem(post_form(site, {"image": CAT, "mask": CAT}, t=5), 422, "unknown_field")
     assert (document["field"], document["bound"]) == ("mask", "image")
 
 
-@pytest.mark.parametrize(
-    "kind", ["text/plain", "application/json", "application/x-www-form-urlencoded", "multipart/mixed; boundary=x", "?"]
-)
+@pytest.mark.parametrize("kind", ["application/json", "multipart/mixed; boundary=x"])
 def test_another_media_type_is_a_problem(site: Site, kind: str) -> None:
     document = problem(post(site, headers={"Content-Type": kind}, t=5), 415, "unsupported_media_type")
     assert document["field"] == "Content-Type"
@@ -275,7 +247,7 @@ def test_a_broken_form_is_a_problem(site: Site, kind: str, content: bytes) -> No
     problem(response, 400, "malformed_form")
 
 
-@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-16", "no-such"])
+@pytest.mark.parametrize("charset", ["undefined", "no-such"])
 def test_a_charset_that_the_form_names_is_ignored(site: Site, charset: str) -> None:
     content = b'--x\r\nContent-Disposition: form-data; name="t"\r\n\r\n\xff5\r\n--x--\r\n'
     headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
@@ -301,11 +273,6 @@ def test_a_form_of_too_many_parts_or_too_long_a_field_is_a_problem(site: Site) -
 def test_an_accept_without_png_is_a_problem(site: Site) -> None:
     document = problem(post(site, headers=RAW | {"Accept": "application/json"}, t=5), 406, "not_acceptable")
     assert document["bound"] == "one of image/png"
-
-
-def test_get_is_not_allowed(site: Site) -> None:
-    assert problem(site.client.get("/noise?t=5"), 405, "method_not_allowed")
-    assert site.client.get("/noise").headers["allow"] == "POST"
 
 
 # --- sizes ---
@@ -463,24 +430,3 @@ def test_an_engine_that_fails_is_a_500_and_the_next_request_succeeds(site: Site)
 
 def test_before_the_warm_up_it_is_not_ready(make_site: MakeSite) -> None:
     problem(post(make_site(gate_shut=True), t=5), 503, "not_ready")
-
-
-def test_a_draining_server_refuses(site: Site) -> None:
-    site.worker.drain()
-    problem(post(site, t=5), 503, "draining")
-
-
-# --- the documentation ---
-
-
-def test_openapi_has_the_route(site: Site) -> None:
-    document = site.client.get("/openapi.json").json()
-    operation = document["paths"]["/noise"]["post"]
-    names = [parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"]
-    assert names == ["t", "seed"]
-    assert all(parameter["description"] for parameter in operation["parameters"])
-    content = operation["requestBody"]["content"]
-    assert {"image/png", "image/jpeg", "image/webp", "application/octet-stream"} <= content.keys()
-    form = content["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
-    assert document["components"]["schemas"][form]["properties"].keys() == {"image", "t", "seed"}
-    assert "image/png" in operation["responses"]["200"]["content"]

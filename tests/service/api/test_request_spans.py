@@ -34,10 +34,8 @@ def attributes(kept: Kept, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "path", "name", "status"),
     [
-        ("GET", "/model", "GET /model", 200),
         ("GET", "/models/fake/model", "GET /models/{model}/model", 200),
         ("GET", "/jobs/some-job", "GET /jobs/{job_id}", 404),
-        ("GET", "/no/such/page", "GET unmatched", 404),
         ("BREW", "/model", "HTTP /model", 405),
     ],
 )

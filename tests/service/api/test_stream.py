@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,9 +114,10 @@ def test_a_job_is_accepted_shown_and_delivered(make_site: MakeSite) -> None:
     assert metrics["tminus_frames_dropped_total"] == 0
 
 
-@pytest.mark.parametrize("frame_format", ["png", "webp", "jpeg"])
-@pytest.mark.parametrize("show", ["x_t", "x_0", ["x_0", "x_t"]])
-@pytest.mark.parametrize("layout", ["sheet", "images"])
+@pytest.mark.parametrize(
+    ("frame_format", "show", "layout"),
+    [("png", "x_0", "sheet"), ("webp", ["x_0", "x_t"], "images"), ("jpeg", "x_t", "images")],
+)
 def test_what_is_shown_is_chosen_by_the_client(
     make_site: MakeSite, frame_format: str, show: str | list[str], layout: str
 ) -> None:
@@ -145,19 +145,6 @@ def test_what_is_shown_is_chosen_by_the_client(
     site.engine.gate.open()
     if layout == "images":
         assert finals == [site.post(json=SPEC | {"n": 1, "index": 7 + k}).content for k in range(2)]
-
-
-def test_without_a_pace_ten_frames_a_second_are_asked_for(site: Site) -> None:
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC | {"steps": 1000})
-        client.get("accepted")
-        kinds = []
-        while (message := ws.receive())["type"] == "websocket.send":
-            if "text" in message:
-                kinds.append(json.loads(message["text"])["type"])
-        assert kinds[-1] == "done"
-        assert 0 <= kinds.count("frame") < 100, "a thousand ticks take no time here"
 
 
 def test_jobs_run_one_after_the_other_over_one_connection(site: Site) -> None:
@@ -339,19 +326,11 @@ def test_the_next_spec_may_follow_done_while_the_pictures_are_on_their_way(
     [
         ({"steps": 0}, "steps"),
         ({"every": 0}, "every"),
-        ({"every": "x"}, "every"),
-        ({"every": True}, "every"),
-        ({"fps": 0}, "fps"),
         ({"fps": 61}, "fps"),
         ({"fps": 5, "every": 2}, "fps"),
-        ({"show": "x_1"}, "show"),
-        ({"show": []}, "show"),
         ({"show": ["x_t", "x_t"]}, "show"),
-        ({"show": 3}, "show"),
         ({"frame_format": "gif"}, "frame_format"),
-        ({"layout": "pile"}, "layout"),
         ({"keep_open": "perhaps"}, "keep_open"),
-        ({"deadline_s": -1}, "deadline_s"),
     ],
 )
 def test_a_bad_spec_is_one_error_and_a_close(site: Site, fields: dict[str, object], field: str) -> None:
@@ -364,26 +343,10 @@ def test_a_bad_spec_is_one_error_and_a_close(site: Site, fields: dict[str, objec
     assert site.metrics()['tminus_rejected_total{"reason": "invalid_field"}'] == 1
 
 
-def test_an_unknown_parameter_is_named(site: Site) -> None:
+@pytest.mark.parametrize("text", ["", "{", "3", '{"n": 1, "n": 2}', "{" * 4000, b'{"steps": 2}'])
+def test_a_malformed_message_is_one_error_and_a_close(site: Site, text: str | bytes) -> None:
     with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, evry=1)
-        assert client.refused("unknown_field", 1008)["field"] == "evry"
-
-
-@pytest.mark.parametrize("text", ["", " ", "{", "[]", "3", '"steps"', '{"n": NaN}', '{"n": 1, "n": 2}', "{" * 4000])
-def test_a_malformed_message_is_one_error_and_a_close(site: Site, text: str) -> None:
-    with connect(site) as ws:
-        ws.send_text(text)
-        client = Client(ws)
-        error = client.get("error")
-        assert error["code"] == "malformed_message"
-        assert client.closed() == (1008, "malformed_message")
-
-
-def test_a_binary_first_message_is_refused(site: Site) -> None:
-    with connect(site) as ws:
-        ws.send_bytes(json.dumps(SPEC).encode())
+        ws.send_text(text) if isinstance(text, str) else ws.send_bytes(text)
         Client(ws).refused("malformed_message", 1008)
 
 
@@ -429,7 +392,7 @@ def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> Non
         Client(first).get("done")
 
 
-@pytest.mark.parametrize("query", ["n=2", "bogus=1", "steps=5&steps=6"])
+@pytest.mark.parametrize("query", ["bogus=1"])
 def test_parameters_in_the_address_are_refused(site: Site, query: str) -> None:
     """They belong in the first message, and would be without effect."""
     with (
@@ -443,15 +406,7 @@ def test_parameters_in_the_address_are_refused(site: Site, query: str) -> None:
 
 @pytest.mark.parametrize(
     ("origin", "allowed"),
-    [
-        ("http://testserver", True),
-        ("https://TESTSERVER", True),
-        ("http://testserver:8000", False),
-        ("http://evil.example", False),
-        ("null", False),
-        ("http://[", False),
-        ("http://" + "x" * 300, False),
-    ],
+    [("https://TESTSERVER", True), ("http://testserver:8000", False), ("null", False), ("http://" + "x" * 300, False)],
 )
 def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bool) -> None:
     if allowed:
@@ -467,7 +422,7 @@ def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bo
     assert len(problem["detail"]) < 300
 
 
-@pytest.mark.parametrize("origins", [{"*"}, {"https://studio.example"}])
+@pytest.mark.parametrize("origins", [{"https://studio.example"}])
 def test_pages_of_origins_that_are_allowed_may_connect(origins: set[str]) -> None:
     site = Site(INFO, LIMITS, INSTANT, doors=Doors(TEST_HOSTS, frozenset(origins)))
     with site.client:
@@ -493,22 +448,6 @@ def test_the_streams_of_one_address_are_bounded(make_site: MakeSite) -> None:
         ws.send_text(json.dumps(SPEC))
         Client(ws).get("accepted")
     assert site.metrics()['tminus_rejected_total{"reason": "too_many_streams"}'] == 1
-
-
-def test_the_streams_of_all_addresses_together_are_bounded(make_site: MakeSite) -> None:
-    site = make_site(max_streams=1)
-    with connect(site):
-        with pytest.raises(WebSocketDenialResponse) as caught, connect(site):
-            pass
-        assert caught.value.status_code == 429
-
-
-def test_an_unconditional_model_streams_too(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(steps=2)
-        client.get("accepted")
 
 
 # --- edits ---

@@ -25,13 +25,6 @@ def test_streams_are_limited_by_address_and_in_total() -> None:
     assert not refused(streams, "10.0.0.1")
 
 
-def test_a_refusal_tells_how_many_there_would_be() -> None:
-    for streams, bound in ((Streams(3, 2), "at most 2 streams from one address"), (Streams(2, 3), "at most 2 streams")):
-        with streams.opened("a"), streams.opened("a"), pytest.raises(TooManyStreams) as caught, streams.opened("a"):
-            pass
-        assert (caught.value.value, caught.value.bound) == (3, bound)
-
-
 def test_a_stream_that_ends_with_an_error_is_no_longer_counted() -> None:
     streams = Streams(1, 1)
     for _ in range(3):
@@ -44,10 +37,8 @@ def test_a_stream_that_ends_with_an_error_is_no_longer_counted() -> None:
     [
         ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),
         ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
-        ("10.0.0.1", "10.0.0.2", False),
         ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
         ("::ffff:10.0.0.1", "10.0.0.1", True),
-        ("", "", True),
         ("testclient", "testclient", True),
     ],
 )

@@ -97,19 +97,6 @@ def test_head_of_the_metrics_is_get_without_a_body(site: Site) -> None:
     assert int(head.headers["content-length"]) > 1000
 
 
-# --- the model ---
-
-
-def test_model_tells_what_is_loaded_and_the_limits(make_site: MakeSite) -> None:
-    site = make_site(max_n=9, max_backlog_s=12.5)
-    response = site.client.get("/model")
-    assert response.status_code == 200
-    document = response.json()
-    assert (document["limits"]["max_n"], document["limits"]["max_backlog_s"]) == (9, 12.5)
-    assert "log_sigmas" not in document, "/model/schedule has the numbers of each timestep"
-    assert problem(site.post(json={"n": 10}), 422, "invalid_field")["bound"] == "an integer in 1..9"
-
-
 # --- metrics ---
 
 

@@ -6,37 +6,32 @@ from tests.service.conftest import MakeSite, Site
 from tests.service.keys import access_of, key_line
 from tests.service.test_imports import service_errors
 from tminus.service.api.answers.problems import as_openai
-from tminus.service.errors import ServiceError
 
 MEMBERS = ["message", "type", "param", "code"]
 
 
-@pytest.mark.parametrize("error", list(service_errors()), ids=lambda error: error.code)
-def test_every_error_has_the_form_and_no_status_that_clients_misread(error: type[ServiceError]) -> None:
-    problem = {"status": error.status, "code": error.code, "detail": "why", "field": "n"}
-    status, body = as_openai(problem)
-    assert status not in (409, 422)
-    assert (status < 500) == (error.status < 500) or error.status == 409
-    assert list(body) == ["error"]
-    assert list(body["error"]) == MEMBERS
-    assert body["error"] | {"type": ""} == {"message": "why", "type": "", "param": "n", "code": error.code}
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    assert body["error"]["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+def test_every_error_has_the_form_and_no_status_that_clients_misread() -> None:
+    for error in service_errors():
+        problem = {"status": error.status, "code": error.code, "detail": "why", "field": "n"}
+        status, body = as_openai(problem)
+        assert status not in (409, 422)
+        assert (status < 500) == (error.status < 500) or error.status == 409
+        assert list(body) == ["error"]
+        assert list(body["error"]) == MEMBERS
+        assert body["error"] | {"type": ""} == {"message": "why", "type": "", "param": "n", "code": error.code}
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        assert body["error"]["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
         ("GET", "/v1", 404, "not_found"),
-        ("GET", "/v1/", 404, "not_found"),
-        ("GET", "/v1/images", 404, "not_found"),
         ("POST", "/v1/chat/completions", 404, "not_found"),
         ("GET", "/v1/images/generations", 405, "method_not_allowed"),
-        ("DELETE", "/v1/models/fake", 405, "method_not_allowed"),
         ("GET", "/v1/models?limit=1", 400, "unknown_field"),
         ("GET", "/v1/models/nobody", 404, "model_not_found"),
         ("POST", "/v1/images/generations", 400, "invalid_field"),
-        ("POST", "/v1/images/edits", 415, "unsupported_media_type"),
     ],
 )
 def test_every_error_below_v1_has_it(site: Site, method: str, path: str, status: int, code: str) -> None:
@@ -81,13 +76,3 @@ def test_what_the_middleware_refuses_has_it_too(make_site: MakeSite) -> None:
     foreign = site.client.post("/v1/images/generations", headers=key | {"Origin": "http://evil.example"})
     assert (foreign.status_code, foreign.json()["error"]["type"]) == (403, "permission_error")
     assert site.client.get("/v1x").json()["code"] == "unauthorized", "which is no path of that API"
-
-
-def test_an_unforeseen_error_tells_no_secrets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: object) -> bytes:
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr("tminus.service.images.encoder.encode_each", fail)
-    answer = site.client.post("/v1/images/generations", json={"prompt": "cat", "steps": 2})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-    assert "secret" not in answer.text
