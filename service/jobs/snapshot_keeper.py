@@ -1,4 +1,7 @@
-"""Writes the snapshots that the worker takes of durable jobs to the store, in rounds spaced by what they cost."""
+"""Writes the snapshots that the worker takes of durable jobs to the store, in rounds spaced by what they cost.
+
+A round at most every 2 s, and for at most 0.5 % of a core.
+"""
 
 import logging
 import time
@@ -8,9 +11,36 @@ from concurrent.futures import ThreadPoolExecutor
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.metrics import Metrics
-from tminus.service.worker.snapshot_pace import READ, SnapshotPace
+from tminus.service.worker.loaded_models import ReadSnapshot
 
 log = logging.getLogger(__name__)
+
+SHARE = 0.005  # how much of the time snapshots may cost
+LEAST_S = 2.0  # between two rounds
+
+
+class SnapshotPace:
+    """Says when the next round of snapshots is due, by what the last one cost.
+
+    `due` and `begun` are for the worker's thread; `ended` is for the thread that ends the round, whichever that is.
+    """
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+        self._busy = False
+
+    def due(self, now_s: float) -> bool:
+        """Whether the next round may begin."""
+        return not self._busy and now_s >= self._next_s
+
+    def begun(self) -> None:
+        """Note that a round is under way; the next is not due before it is over."""
+        self._busy = True
+
+    def ended(self, began_s: float, cost_s: float) -> None:
+        """Note that a round is over; cost_s: what it took, in seconds."""
+        self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
+        self._busy = False  # last: from here on the worker's thread reads the time
 
 
 class SnapshotKeeper:
@@ -29,7 +59,7 @@ class SnapshotKeeper:
         """See Keeper."""
         return self._pace.due(now_s)
 
-    def keep(self, snapshots: Mapping[str, READ], began_s: float, cost_s: float) -> None:
+    def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
         """See Keeper."""
         self._pace.begun()
         self._reading.submit(self._read, snapshots, began_s, cost_s)
@@ -38,7 +68,7 @@ class SnapshotKeeper:
         """Hand what was taken to the store. Blocks until then; call it before the store is closed."""
         self._reading.shutdown()
 
-    def _read(self, snapshots: Mapping[str, READ], began_s: float, cost_s: float) -> None:
+    def _read(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
         started_s = time.thread_time()
         try:
             read_snapshots = {job_id: read() for job_id, read in snapshots.items()}

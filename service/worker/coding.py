@@ -4,19 +4,24 @@ It does one thing at a time, for the owner that has had least; of its jobs mostl
 so that short jobs do not wait for long ones.
 """
 
+import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from tminus.service.errors import Draining
+from tminus.service.errors import Draining, EngineFailed, ServiceError
 from tminus.service.scheduling.owners import Served
+from tminus.service.worker.running_job import RunningJob
+
+log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
-Done = Callable[[Sequence[Any], Exception | None], None]
+Result = TypeVar("Result")
 OLDEST_EVERY = 4  # so many tasks, one is of the job that came first, so that it always moves
 JOIN_S = 10.0  # for the task that runs to end, when the thread is closed
 
@@ -56,122 +61,137 @@ class Turnstile:
                 self._changed.notify_all()
 
 
-@dataclass(slots=True)
-class _Job:
-    owner: str
-    alone: bool
+class Coded(NamedTuple):
+    """A task is done, or has failed, which ends its job."""
+
+    kind: str
+    seconds: float
+    job: RunningJob | None  # None for what is no job's
+    results: Sequence[Any] | None  # of all tasks of the job; None while some are left
+    error: Exception | None
+
+
+@dataclass(slots=True, eq=False)
+class _Tasks:
+    """What is to be done for a job, or for somebody who waits."""
+
+    name: str
     kind: str
     tasks: deque[Task]
-    done: Done
-    each: Callable[[], object]
+    owner: str = ""
+    alone: bool = False  # nothing steps while one of the tasks runs
+    job: RunningJob | None = None
+    future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
 
 
 class Coding:
-    """Owns a thread, which starts with the first job. Any thread may call."""
+    """Owns a thread, which starts with the first task. Any thread may call."""
 
-    def __init__(self, observe: Callable[[str, float], None], note: Callable[[Collection[str]], None]) -> None:
-        """observe: is told the kind of each task that was done, and how long it took.
-
-        note: is told, in the coding thread, of which job the task is that begins, or of none when it has ended.
-        """
-        self._observe, self._note = observe, note
+    def __init__(self, tell: Callable[[Coded], None], note: Callable[[Collection[str]], None]) -> None:
+        """Both are called in the coding thread: tell after each task, note before it, with its job, and after it."""
+        self._tell, self._note = tell, note
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
-        self._jobs: dict[str, _Job] = {}  # in order of arrival
+        self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
         self._served = Served()
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
-        self.task_began_s: float | None = None  # while a task runs
+        self.task_began_s: float | None = None  # while a task runs, by `time.perf_counter`
 
-    def put(
-        self,
-        job_id: str,
-        kind: str,
-        tasks: Sequence[Task],
-        done: Done,
-        each: Callable[[], object] = lambda: None,
-        owner: str = "",
-        alone: bool = False,
-    ) -> None:
-        """Do a job's tasks; `done` is called in the coding thread, with their results, or with what one raised.
+    def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
+        """Do a job's tasks. The last thing that is told of it comes with their results, or with what one raised."""
+        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, job))
 
-        each: is called there after every task but the last. owner: whose job it is. alone: whether nothing steps
-        while a task of it runs.
-        """
+    def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
+        """Do something that is no job's."""
+        future: Future[Result] = Future()
+        future.set_running_or_notify_cancel()  # or setting the result raises once whoever waits is gone
+        if not self._put(_Tasks(f"{kind} {id(future)}", kind, deque([task]), future=future)):
+            future.set_exception(Draining())
+        return future
+
+    def _put(self, tasks: _Tasks) -> bool:
         with self._changed:
-            if not self._closed:
-                self._jobs[job_id] = _Job(owner, alone, kind, deque(tasks), done, each)
-                self._served.join(owner)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
-                    self._thread.start()
-                self._changed.notify()
-                return
-        done([], Draining())
+            if self._closed:
+                return False
+            self._waiting[tasks.name] = tasks
+            self._served.join(tasks.owner)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            return True
 
     def drop(self, job_id: str) -> None:
-        """Forget a job; its `done` is not called, unless it is being called now."""
+        """Forget what is to be done for a job. A task of it that runs goes on, and is told of when it ends."""
         with self._changed:
             self._forget(job_id)
 
     def close(self) -> bool:
-        """End the thread after the task that runs; the jobs that are left are done with Draining. False if it hangs."""
+        """End the thread after the task that runs; who waits for something is told Draining. False if it hangs."""
         with self._changed:
             self._closed = True
-            left, self._jobs = list(self._jobs.values()), {}
+            left, self._waiting = list(self._waiting.values()), {}
             self._changed.notify()
-        for job in left:
-            job.done([], Draining())
+        for tasks in left:
+            if tasks.future is not None:
+                tasks.future.set_exception(Draining())
         if self._thread is not None:
             self._thread.join(JOIN_S)
         return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         while (picked := self._next()) is not None:
-            job_id, job, task = picked
+            tasks, task = picked
             error: Exception | None = None
-            with self.turnstile.enter(alone=job.alone):
-                self._note([job_id])
+            with self.turnstile.enter(alone=tasks.alone):
+                self._note([tasks.name])
                 self.task_began_s = began_s = time.perf_counter()
                 try:
-                    job.results.append(task())
+                    tasks.results.append(task())
                 except Exception as raised:  # it ends the job, not the thread
                     error = raised
                 self.task_began_s = None
                 self._note([])
             took_s = time.perf_counter() - began_s
-            self._observe(job.kind, took_s)
+            over = error is not None or not tasks.tasks
             with self._changed:
-                self._served.stepped({job.owner: took_s})
-            if error is None and job.tasks:
-                job.each()
-                continue
-            with self._changed:
-                wanted = self._jobs.get(job_id) is job
-                if wanted:
-                    self._forget(job_id)
-            if wanted:
-                job.done(job.results, error)
+                self._served.stepped({tasks.owner: took_s})
+                wanted = self._waiting.get(tasks.name) is tasks
+                if over and wanted:
+                    self._forget(tasks.name)
+            self._tell(Coded(tasks.kind, took_s, tasks.job, tasks.results if over else None, error))
+            if tasks.future is not None and wanted:
+                _answer(tasks.future, tasks.results, error)
 
-    def _next(self) -> tuple[str, _Job, Task] | None:
+    def _next(self) -> tuple[_Tasks, Task] | None:
         """Wait for a task; None once it is closed."""
         with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            owner = min(self._jobs.values(), key=lambda job: self._served.had_s(job.owner)).owner
-            jobs = {job_id: job for job_id, job in self._jobs.items() if job.owner == owner}
-            job_id = next(iter(jobs))  # the oldest
+            owner = min(self._waiting.values(), key=lambda tasks: self._served.had_s(tasks.owner)).owner
+            of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
+            picked = of_owner[0]  # the oldest
             if self._tasks_begun[owner] % OLDEST_EVERY:
-                job_id = min(jobs, key=lambda each: len(jobs[each].tasks))
+                picked = min(of_owner, key=lambda tasks: len(tasks.tasks))
             self._tasks_begun[owner] += 1
-            return job_id, jobs[job_id], jobs[job_id].tasks.popleft()
+            return picked, picked.tasks.popleft()
 
-    def _forget(self, job_id: str) -> None:
-        if (job := self._jobs.pop(job_id, None)) is not None:
-            self._served.leave(job.owner)
-            if not self._jobs:
+    def _forget(self, name: str) -> None:
+        if (tasks := self._waiting.pop(name, None)) is not None:
+            self._served.leave(tasks.owner)
+            if not self._waiting:
                 self._tasks_begun.clear()
+
+
+def _answer(future: "Future[Any]", results: Sequence[Any], error: Exception | None) -> None:
+    if error is None:
+        future.set_result(results[0])
+    elif isinstance(error, ServiceError):
+        future.set_exception(error)
+    else:
+        log.error("an image could not be encoded or decoded", exc_info=error)
+        future.set_exception(EngineFailed(f"the image could not be made: {type(error).__name__}"))

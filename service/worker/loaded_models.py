@@ -1,18 +1,30 @@
 """The models that the worker's thread steps, each with its engine and its scheduler, and whose tick is next."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.turns import Turns
-from tminus.service.spec import trial_spec
+from tminus.service.spec import Snapshot, trial_spec
 from tminus.service.work import Batch
-from tminus.service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
+
+ReadSnapshot = Callable[[], Snapshot]  # waits for the copy from a GPU
+
+
+class Keeper(Protocol):
+    """Keeps snapshots of running jobs, and says when to take them. Called in the worker's thread; returns at once."""
+
+    def due(self, now_s: float) -> bool:
+        """Whether to take snapshots now."""
+
+    def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
+        """Keep a round of snapshots, by job id; cost_s: the seconds that it has cost the worker's thread already."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +52,7 @@ class LoadedModels:
         self._clock = clock
         self._models: dict[int, LoadedModel] = {}
         self._turns: Turns[LoadedModel] = Turns()
+        self.ever_latent = False  # whether a latent model was among them: something may be encoded or decoded
 
     def __iter__(self) -> Iterator[LoadedModel]:
         return iter(self._models.values())
@@ -60,6 +73,7 @@ class LoadedModels:
         engine.remove(rows)
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - started_s))
         self._models[model.number] = model
+        self.ever_latent |= model.info.latent is not None
         self._turns.put(model, model.scheduler)
 
     def put_apart(self, model: LoadedModel) -> LoadedModel:

@@ -1,20 +1,20 @@
 """What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
 
 A plain object: the worker calls it in its thread, a test in its own. Decide, then act: the scheduler chooses a batch,
-the engine steps it, and the jobs that are done are delivered.
+and the engine steps it. What came of it is a list of events, which the worker acts on.
 """
 
+import heapq
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import (
     DeadlinePassed,
     Draining,
@@ -24,17 +24,13 @@ from tminus.service.errors import (
     NotFinite,
     ServiceError,
 )
-from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
-from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.deadlines import Deadlines
-from tminus.service.spec import Images, Inputs
+from tminus.service.spec import Images
 from tminus.service.work import Batch, JobResult
-from tminus.service.worker.coded_jobs import CodedJobs
-from tminus.service.worker.errors_to import errors_to, reading
+from tminus.service.worker.coding import Coded, Coding
+from tminus.service.worker.job_span import begin_coding
 from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
 from tminus.service.worker.running_job import RunningJob
-from tminus.service.worker.snapshots import take_snapshots
 
 log = logging.getLogger(__name__)
 
@@ -51,36 +47,58 @@ SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next st
 LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_total counts it
 
 
+class Ticked(NamedTuple):
+    """A batch has stepped."""
+
+    model: LoadedModel
+    batch: Batch
+    jobs: Sequence[RunningJob]  # of the batch, in its order
+    started: Sequence[RunningJob]  # those of which it was the first step
+    seconds: float
+    tells: bool  # whether that is how long such a batch takes
+
+
+class ImageDecoded(NamedTuple):
+    """An image of a latent model's job is there, and others of it are not yet."""
+
+    job: RunningJob
+
+
+class Ended(NamedTuple):
+    """A job has left, with its images or an error. With neither nobody waits for it any more."""
+
+    job: RunningJob
+    result: JobResult | None = None
+    error: ServiceError | None = None
+    reason: str | None = None  # why it was given up; None for a job that has never begun
+
+
+Event = Ticked | ImageDecoded | Ended
+
+
 class Loop:
     """Runs the jobs that were accepted. Only one thread may call it."""
 
-    def __init__(
-        self,
-        admission: Admission,
-        metrics: Metrics,
-        *,
-        clock: Callable[[], float],
-        on_end: Callable[[str], None],
-        post: Callable[[Callable[[], None]], None],
-        note: Note = note_nothing,
-    ) -> None:
+    def __init__(self, *, clock: Callable[[], float], tell: Callable[[Coded], None], note: Note = note_nothing) -> None:
         """Take what belongs to the worker's thread.
 
-        on_end: is called with the id of each job that ends, before its future has the result. post: has something done
-        in the worker's thread, between two ticks. note: is told what a thread works on from now on, by that thread.
+        tell: is called in the coding thread after each of its tasks; those of jobs are to be handed to `coded`. note:
+        is told what a thread works on from now on, by that thread.
         """
         self.models = LoadedModels(clock)
-        self._admission, self._metrics, self._clock = admission, metrics, clock
-        self._on_end, self._post, self._note = on_end, post, note
-        # The jobs whose rows an engine holds, in order of arrival. This loop is their owner.
+        self._clock, self._note = clock, note
+        self._events: list[Event] = []
+        # The jobs whose rows an engine holds, in order of arrival, and of these the durable ones. This loop is their
+        # owner.
         self._jobs: dict[str, RunningJob] = {}
+        self._durable: dict[str, RunningJob] = {}
         # Of a latent model, those whose picture is being encoded or whose images are being decoded.
-        self.coded = CodedJobs(
-            metrics.coded, post, self._fail, one_done=lambda job: admission.decoded(job.id), blame=self._now_at,
-            note=partial(note, "codes"),
-        )  # fmt: skip
+        self._being_coded: dict[str, RunningJob] = {}
+        self.coding = Coding(tell, partial(note, "codes"))
         self.coding_hangs = False  # when it was closed
-        self._deadlines = Deadlines()
+        # When each deadline passes, in a heap. Entries of jobs that have ended are dropped when they come up, or when
+        # they are most.
+        self._deadlines: list[tuple[float, str]] = []
         self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
@@ -89,65 +107,74 @@ class Loop:
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.models.has_ticks or bool(self.coded)
+        return self.models.has_ticks or bool(self._being_coded)
+
+    def take_events(self) -> Sequence[Event]:
+        """Return what has happened since this was called last."""
+        events, self._events = self._events, []
+        return events
 
     # --- between ticks ---
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
         with self._at([job]):
-            self._accept(job)
+            answered = job.future.done() and not job.future.cancelled()  # while the worker hung
+            if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
+                self._events.append(Ended(job))
+                return
+            if job.new.deadline_s is not None:
+                self._note_deadline(job.submitted_s + job.new.deadline_s, job.id)
+            if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
+                self._code(job, "encode", [job.model.engine.encoder(job.new.inputs)])
+            else:
+                self._begin(job)
 
-    def _accept(self, job: RunningJob) -> None:
-        answered = job.future.done() and not job.future.cancelled()  # while the worker hung
-        if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
-            self._leave(job)
-            return
-        if job.new.deadline_s is not None:
-            self._deadlines.add(job.submitted_s + job.new.deadline_s, job.id, self._ids)
-        if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
-            self.coded.put(job, "encode", [job.model.engine.encoder(job.new.inputs)], self._encoded)
-        else:
-            self._begin(job)
-
-    def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        self.current_jobs = frozenset(job.id for job in jobs)
-        self._note_steps(self.current_jobs)
-
-    def _note_steps(self, jobs: frozenset[str]) -> None:
-        if jobs != self._noted:
-            self._noted = jobs
-            self._note("steps", jobs)
+    def _note_deadline(self, when_s: float, job_id: str) -> None:
+        ids = self._ids
+        if len(self._deadlines) > 2 * len(ids):
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in ids]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (when_s, job_id))
 
     @contextmanager
     def _at(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
         """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
-        alone = any(job.new.alone for job in jobs)
-        with self.coded.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset())):
+        alone = jobs[0].new.alone
+        turn: AbstractContextManager[None] = nullcontext()
+        if self.models.ever_latent:
+            turn = self.coding.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset()))
+        with turn:
             self._now_at(jobs)
             yield
             if alone:  # but if the worker crashes before its next tick, that may be its doing
                 self._note_steps(frozenset())
 
-    def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
-        with self._at([job]):
-            job.new = replace(job.new, inputs=inputs[0])
-            self._begin(job)
+    def _now_at(self, jobs: Sequence[RunningJob]) -> None:
+        self.current_jobs = frozenset([job.id for job in jobs])
+        if self.current_jobs != self._noted:
+            self._note_steps(self.current_jobs)
+
+    def _note_steps(self, jobs: frozenset[str]) -> None:
+        self._noted = jobs
+        self._note("steps", jobs)
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
-        engine, fail = job.model.engine, partial(self._fail, job)
-        with errors_to(fail, engine, "this job could not be started", "job %s could not be added", job.id):
-            try:
-                job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
-            except ValueError as error:
-                self._leave(job)
-                job.fail(InvalidField(str(error), field="sampler", value=job.spec.sampler))
-        if not job.rows:
+        engine = job.model.engine
+        try:
+            job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
+        except ValueError as error:
+            self._leave(job, error=InvalidField(str(error), field="sampler", value=job.spec.sampler))
+            return
+        except Exception as error:
+            self._failed(error, [job], "this job could not be started", "job %s could not be added", job.id)
             return
         if not job.model.scheduler.has_work:
             self._idle.add(job.model.number)
         self._jobs[job.id] = job
+        if job.new.durable:
+            self._durable[job.id] = job
         if job.new.alone:
             job.model = self.models.put_apart(job.model)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
@@ -157,12 +184,44 @@ class Loop:
         job.new = replace(job.new, snapshot=None, inputs=None)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
+    def _code(self, job: RunningJob, kind: str, tasks: Sequence[Callable[[], object]]) -> None:
+        self._being_coded[job.id] = job
+        begin_coding(job, kind)
+        self.coding.put(job, kind, tasks)
+
+    def coded(self, coded: Coded) -> None:
+        """Go on with a job of which the coding thread has done a task, unless it has left meanwhile."""
+        job = coded.job
+        if job is None or self._being_coded.get(job.id) is not job:
+            return
+        if coded.results is None:
+            self._events.append(ImageDecoded(job))
+            return
+        if isinstance(coded.error, ServiceError):
+            self._give_up(job, coded.error, coded.error.code)
+            return
+        if coded.error is not None:
+            self._now_at([job])
+            detail, told = "its images could not be encoded or decoded", "an image of job %s could not be coded"
+            self._failed(coded.error, [job], detail, told, job.id)
+            return
+        del self._being_coded[job.id]
+        if coded.kind == "encode":
+            with self._at([job]):
+                job.new = replace(job.new, inputs=coded.results[0])
+                self._begin(job)
+        else:
+            images: Images = np.concatenate(coded.results)
+            self._finish(job, lambda: images)
+
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         """Do something short with an engine; the future, which is running, gets the result."""
         self._now_at([])
-        failed = "what was asked of the engine failed"
-        with errors_to(future.set_exception, None, "the engine could not do it", failed):
+        try:
             future.set_result(act())
+        except Exception as error:
+            log.exception("what was asked of the engine failed")
+            future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
@@ -171,39 +230,27 @@ class Loop:
 
     def unwatch(self, job_id: str, watch: Watch) -> None:
         """Stop showing a job to a viewer."""
-        if (job := self._find(job_id)) is not None:
-            job.unwatch(watch)
+        if (job := self._find(job_id)) is not None and watch in job.watches:
+            job.watches.remove(watch)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
-        job = self._jobs.get(job_id)
-        if job is not None:
-            job.model.scheduler.cancel(job_id)
+        if (job := self._find(job_id)) is not None:
+            self._give_up(job, error, reason)
+
+    def _give_up(self, job: RunningJob, error: ServiceError, reason: str) -> None:
+        if job.id in self._jobs:
+            job.model.scheduler.cancel(job.id)
             job.model.engine.remove(job.rows)
         else:
-            job = self.coded.drop(job_id)
-        if job is not None:
-            self._end(job, error, reason)
-
-    def _fail(self, job: RunningJob, error: ServiceError) -> None:
-        self._end(job, error, error.code)
-
-    def _end(self, job: RunningJob, error: ServiceError, reason: str) -> None:
-        """End a job that has no rows with an error."""
-        saved = job.spec.n * job.spec.end - job.steps_taken
-        self._leave(job)
-        if reason in (SUSPENDED, LOST):
-            log.info("job %s of request %s is %s", job.id, job.request_id, reason, extra=job.log_fields)
-        else:
-            self._metrics.job_given_up(reason, saved)
-            what = "job %s of request %s given up (%s), %d row-steps saved"
-            log.info(what, job.id, job.request_id, reason, saved, extra=job.log_fields)
-        job.fail(error)
+            self.coding.drop(job.id)
+        self._leave(job, error=error, reason=reason)
 
     def unload(self, number: int) -> None:
         """Forget a model, and give up the jobs that it still has."""
-        for job in [job for job in map(self._find, self._ids) if job is not None and job.model.number == number]:
-            self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
+        for job in [*self._jobs.values(), *self._being_coded.values()]:
+            if job.model.number == number:
+                self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
         self.models.remove(number)
 
     # --- the end ---
@@ -211,37 +258,38 @@ class Loop:
     def suspend_durable(self) -> None:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
         for model in self.models:
-            take_snapshots(model, self._jobs.values(), self._clock)
-        for job in [job for job in (*self._jobs.values(), *self.coded.durable()) if job.new.durable]:
+            self._take_snapshots(model)
+        for job in [*self._durable.values(), *(job for job in self._being_coded.values() if job.new.durable)]:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
         """End every job that is left."""
         for job_id in list(self._ids):
             self.give_up(job_id, error, error.code)
-        self.coding_hangs = not self.coded.close()
+        self.coding_hangs = not self.coding.close()
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
-        self._jobs.clear()
-        self.coding_hangs = not self.coded.close()
+        for jobs in (self._jobs, self._durable, self._being_coded):
+            jobs.clear()
+        self.coding_hangs = not self.coding.close()
 
     # --- a tick ---
 
     def end_overdue(self) -> None:
         """Give up the jobs whose deadline has passed."""
-        for job_id in self._deadlines.passed(self._clock()):
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, job_id = heapq.heappop(self._deadlines)
             if (job := self._find(job_id)) is not None:
                 assert job.new.deadline_s is not None
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
-        if not self.models.has_ticks:
+        model = self.models.next()
+        if model is None:
             self._now_at([])
             return
-        model = self.models.next()
-        assert model is not None
         batch = model.scheduler.next_batch()
         assert batch is not None
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
@@ -249,19 +297,31 @@ class Loop:
             self._tick(model, batch, jobs)
 
     def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
-        started_s = self._clock()
+        engine, started_s = model.engine, self._clock()
         self.rows_active = len(batch.rows)
-        broken = self._step(model.engine, batch, jobs)
-        if broken is None:
+        try:
+            engine.step(batch)
+            engine.wait()
+            broken = engine.broken(batch.rows)
+        except Exception as error:
+            self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
             return
         now_s = self._clock()
-        self._count(model, batch, jobs, now_s - started_s)
+        seconds = now_s - started_s
+        self.models.stepped(model, seconds)
+        for job, picked in zip(jobs, batch.jobs, strict=True):
+            job.stepped(len(picked.steps), seconds, batch.places)
         advance = model.scheduler.advance(batch)
-        for job_id in advance.started:
-            queue_s, first_step_s = self._jobs[job_id].start(started_s, now_s)
-            self._metrics.job_started(queue_s=queue_s, first_step_s=first_step_s)
+        started = [self._jobs[job_id] for job_id in advance.started]
+        for job in started:
+            job.start(started_s, now_s)
+        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
+        # long it took to launch.
+        tells = not (engine.runs_ahead and model.number in self._idle)
+        self._idle.discard(model.number)
+        self._events.append(Ticked(model, batch, jobs, started, seconds, tells))
         for job in jobs if broken else ():
-            if not broken.isdisjoint(job.rows):
+            if not set(job.rows).isdisjoint(broken):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
         for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
             if job.new.recording is not None and job.id in self._jobs:
@@ -270,98 +330,96 @@ class Loop:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
         for job in jobs:
-            if job.id in self._jobs:
+            if job.watches and job.id in self._jobs:
                 job.show(now_s)
-        if model.keeper is not None and model.keeper.due(now_s):
-            take_snapshots(model, self._jobs.values(), self._clock)
-
-    def _step(self, engine: RowEngine, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
-        """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
-        with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
-            engine.step(batch)
-            engine.wait()
-            return frozenset(engine.broken(batch.rows))
-        return None
-
-    def _count(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
-        """Take a tick's work off the ledger of admission, and count its steps."""
-        self.models.stepped(model, seconds)
-        places = {picked.job_id: picked.places for picked in batch.jobs}
-        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
-        # long it took to launch.
-        tells = not (model.number in self._idle and model.engine.runs_ahead)
-        self._idle.discard(model.number)
-        self._admission.stepped(model.number, places, batch.places if tells else 0, seconds)
-        row_steps: dict[str, int] = {}
-        for job, picked in zip(jobs, batch.jobs, strict=True):
-            count = len(picked.steps)
-            job.stepped(count, seconds, batch.places)
-            row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
-        self._metrics.ticked(model.info.name, seconds, batch.places, row_steps)
+        if self._durable and model.keeper is not None and model.keeper.due(now_s):
+            self._take_snapshots(model)
 
     def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> None:
         """Give the recording of a job the rows that it wants, by the steps that they take next and their indices."""
-        with self._giving_up([job], "its steps could not be read", "job %s could not be recorded", job.id):
-            job.record(next_steps)
+        assert job.new.recording is not None
+        taken = [(step - job.spec.start, index) for step, index in next_steps]
+        try:
+            job.new.recording.record(job.model.engine, job.rows, taken)
+        except Exception as error:
+            self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
+
+    def _take_snapshots(self, model: LoadedModel) -> None:
+        """Hand a model's keeper snapshots of those durable jobs that have stepped since their last one."""
+        jobs = [job for job in self._durable.values() if job.model.number == model.number]
+        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
+        if model.keeper is None or not moved:
+            return
+        began_s = self._clock()
+        try:
+            snapshots = {job.id: model.engine.snapshot(job.rows, job.model.scheduler.steps(job.id)) for job in moved}
+        except Exception:  # a snapshot is not worth the jobs
+            log.exception("no snapshot could be taken")
+            return
+        for job in moved:
+            job.steps_kept = job.steps_taken
+        model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
-        if job.work.steps < job.spec.end:  # only what was recorded on the way is wanted
-            job.model.engine.remove(job.rows)
-            self._finish(job, lambda: np.empty(0, np.uint8), self._clock())
-            return
-        reads: list[Callable[[], Images]] = []
-        with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
-            # Of a latent model one by one, so that a shorter job may come between them.
-            parts = [(row,) for row in job.rows] if job.model.info.latent else [job.rows]
-            reads = [job.model.engine.images(rows) for rows in parts]
-        if not reads:
-            return
-        job.model.engine.remove(job.rows)
-        now_s = self._clock()
-        if job.model.info.latent is None:
-            self._finish(job, reads[0], now_s)
+        engine, latent = job.model.engine, job.model.info.latent is not None
+        reads: list[Callable[[], Images]] = [lambda: np.empty(0, np.uint8)]
+        wanted = job.work.steps == job.spec.end  # or else only what was recorded on the way
+        if wanted:
+            try:
+                # Of a latent model one by one, so that a shorter job may come between them.
+                reads = [engine.images(rows) for rows in ([(row,) for row in job.rows] if latent else [job.rows])]
+            except Exception as error:
+                self._failed(error, [job], "its images could not be read", "job %s could not be read", job.id)
+                return
+        engine.remove(job.rows)
+        job.denoised_s = self._clock()
+        if latent and wanted:
+            self._forget(job)
+            self._code(job, "decode", reads)
         else:
-            self.coded.put(self._jobs.pop(job.id), "decode", reads, partial(self._decoded, now_s))
+            self._finish(job, reads[0])
 
-    def _decoded(self, denoised_s: float, job: RunningJob, images: Sequence[Images]) -> None:
-        all_images: Images = np.concatenate(images)
-        self._finish(job, lambda: all_images, denoised_s)
-
-    def _finish(self, job: RunningJob, read: Callable[[], Images], denoised_s: float) -> None:
+    def _finish(self, job: RunningJob, read: Callable[[], Images]) -> None:
         assert job.started_s is not None
-        self._leave(job)
-        self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
-        queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
-        what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
-        log.info(what, job.id, job.request_id, queue_s, denoise_s, extra=job.log_fields)
-        read = reading(read, job.model.engine, self._post)
-        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - denoised_s))
+        assert job.denoised_s is not None
+        queue_s, denoise_s = job.started_s - job.submitted_s, job.denoised_s - job.started_s
+        self._leave(job, JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - job.denoised_s))
 
     # --- for all of these ---
 
     @property
     def _ids(self) -> Collection[str]:
-        return {*self._jobs, *self.coded.ids} if self.coded else self._jobs
+        return {*self._jobs, *self._being_coded}
 
     def _find(self, job_id: str) -> RunningJob | None:
-        return self._jobs.get(job_id) or self.coded.get(job_id)
+        return self._jobs.get(job_id) or self._being_coded.get(job_id)
 
-    def _leave(self, job: RunningJob) -> None:
-        """Remove a job from this loop, the worker and admission."""
-        self._jobs.pop(job.id, None)
+    def _leave(
+        self,
+        job: RunningJob,
+        result: JobResult | None = None,
+        error: ServiceError | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Forget a job that has no rows."""
+        self._forget(job)
         if job.new.alone:
             self.models.remove_apart(job.model)
-        self._on_end(job.id)
-        self._admission.leave(job.id)
+        self._events.append(Ended(job, result, error, reason))
 
-    def _giving_up(
-        self, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object
-    ) -> AbstractContextManager[None]:
-        """Give jobs of one model up with EngineFailed if the block raises; see errors_to."""
+    def _forget(self, job: RunningJob) -> None:
+        for jobs in (self._jobs, self._durable, self._being_coded):
+            jobs.pop(job.id, None)
 
-        def fail(error: EngineFailed) -> None:
-            for job in jobs:
-                self.give_up(job.id, error, error.code)
+    def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
+        """Give up jobs of one model after an error; clients see its type, not its text.
 
-        return errors_to(fail, jobs[0].model.engine, detail, log_line, *args)
+        It fails the jobs involved, not the server. But where the engine's device is lost it is raised, so that it ends
+        the worker: every further job would fail too, and this is no fault of theirs.
+        """
+        log.error(log_line, *args, exc_info=error)
+        if jobs[0].model.engine.is_lost():
+            raise error
+        for job in jobs:
+            self._give_up(job, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)

@@ -1,8 +1,10 @@
-"""A job: as it is asked for, and from its acceptance to its end. No torch, no thread."""
+"""A job: as it is asked for, and from its acceptance to its end; and the list of those that are accepted. No torch."""
 
 import logging
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
+from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.tracing import ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work, work_of
@@ -61,6 +64,7 @@ class RunningJob:
     rows: tuple[int, ...] = ()  # none until the engine has given them
     started_s: float | None = None
     first_step_s: float = 0.0
+    denoised_s: float | None = None
     # Steps of all its rows, those before spec.start included. The scheduler has the steps of each row, but only for the
     # worker's thread, and a status is asked for in other threads.
     steps_taken: int = field(init=False)
@@ -85,10 +89,9 @@ class RunningJob:
             self.future.set_result(result)
             end_done(self, result)
 
-    def start(self, started_s: float, now_s: float) -> tuple[float, float]:
-        """Note its first step; returns how long it waited for it, and until it was over."""
+    def start(self, started_s: float, now_s: float) -> None:
+        """Note when its first step began, and that it is over."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
-        return started_s - self.submitted_s, self.first_step_s
 
     def stepped(self, steps: int, seconds: float, places: int) -> None:
         """Count the steps that its rows took in a tick of so many places."""
@@ -160,13 +163,65 @@ class RunningJob:
             except Exception:  # a frame is not worth the job
                 log.exception("job %s could not be shown", self.id, extra=self.log_fields)
 
-    def record(self, next_steps: Iterable[tuple[int, int]]) -> None:
-        """Pass the recording the rows that it wants, each by the step that it takes next and its index."""
-        if self.new.recording is not None:
-            taken = ((step - self.spec.start, index) for step, index in next_steps)
-            self.new.recording.record(self.model.engine, self.rows, taken)
 
-    def unwatch(self, watch: Watch) -> None:
-        """Stop showing it to a viewer."""
-        if watch in self.watches:
-            self.watches.remove(watch)
+class AcceptedJobs:
+    """Owns the list. The loop owns the jobs of which an engine holds rows; here are also those that are queued.
+
+    Any thread may call. `gate` is held by whoever adds a job, so that others can add or refuse under it.
+    """
+
+    def __init__(self, admission: Admission, clock: Callable[[], float]) -> None:
+        self.gate = threading.Lock()
+        self._admission, self._clock = admission, clock
+        self._jobs: dict[str, RunningJob] = {}
+        self._owners: Counter[tuple[str, bool]] = Counter()  # of those: the name of their key, and if they are durable
+
+    def add(self, job: RunningJob) -> None:
+        """Note a job. Call it with the gate held."""
+        self._jobs[job.id] = job
+        self._owners[job.new.owner, job.new.durable] += 1
+
+    def remove(self, job_id: str) -> None:
+        """Forget a job. It is not here if its client was answered while the worker hung."""
+        with self.gate:
+            if (job := self._jobs.pop(job_id, None)) is not None:
+                self._owners[job.new.owner, job.new.durable] -= 1
+
+    def remove_all(self) -> list[RunningJob]:
+        """Forget all jobs, and return them."""
+        with self.gate:
+            jobs, self._jobs = self._jobs, {}
+            self._owners.clear()
+        return list(jobs.values())
+
+    def number_of(self, owner: str, *, durable: bool | None = None) -> int:
+        """How many of them came with a key of this name. durable: only those that are, or that are not."""
+        with self.gate:
+            return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
+
+    def __len__(self) -> int:
+        with self.gate:
+            return len(self._jobs)
+
+    def __contains__(self, job_id: str) -> bool:
+        with self.gate:
+            return job_id in self._jobs
+
+    def statuses(self) -> list[JobStatus]:
+        """Every job that is waiting or running, in order of arrival, with its position and when it should be done."""
+        outlooks = self._admission.outlooks(self._clock())
+        with self.gate:
+            jobs, now_s = list(self._jobs.values()), self._clock()
+        return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
+
+    def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
+        """Like `statuses`, with position and ETA from an earlier forecast, or from acceptance for newer jobs."""
+        with self.gate:
+            jobs, now_s = list(self._jobs.values()), self._clock()
+        return [job.quick_status(forecast, now_s) for job in jobs]
+
+    def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
+        """One of them; None if it is not here (any more)."""
+        with self.gate:
+            job = self._jobs.get(job_id)
+        return job.quick_status(forecast, self._clock()) if job is not None else None

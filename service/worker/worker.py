@@ -1,7 +1,7 @@
 """The worker's thread, and what other threads call: they talk to it by commands and futures, never directly.
 
-What the thread does with jobs is in loop.py. Here are the queue of commands, and the lock under which jobs are let in
-or refused.
+What the thread does with jobs is in loop.py. Here are the queue of commands, the lock under which jobs are let in or
+refused, and what is done about the events of the loop: whoever waits is answered, admission and metrics are told.
 """
 
 import logging
@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from tminus.service.engine.protocol import RowEngine
@@ -17,11 +19,12 @@ from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnl
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.work import Outlook, Ticket, check_table
-from tminus.service.worker.accepted_jobs import AcceptedJobs
+from tminus.service.spec import Images
+from tminus.service.work import JobResult, Outlook, Ticket, check_table
+from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.loop import Loop, Note, note_nothing
-from tminus.service.worker.running_job import NewJob, RunningJob
+from tminus.service.worker.loop import LOST, SUSPENDED, Ended, Event, ImageDecoded, Loop, Note, Ticked, note_nothing
+from tminus.service.worker.running_job import AcceptedJobs, NewJob, RunningJob
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +48,11 @@ class Worker:
     ) -> None:
         """Take what it works with. models: those that it begins with; admission knows their speeds. note: as Loop's."""
         self._models = {model.number: model for model in models}  # changed and read under the gate
-        self._admission, self._clock = admission, clock
+        self._admission, self._metrics, self._clock = admission, metrics, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.jobs = AcceptedJobs(admission, clock)
         self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
-        self._loop = Loop(admission, metrics, clock=clock, on_end=self.jobs.remove, post=self._commands.put, note=note)
+        self._loop = Loop(clock=clock, tell=self._coded, note=note)
         self._crashed = False
         self._turn_began_s: float | None = None  # None while the thread waits for work; only the thread sets it
         self._jobs_of_the_crash = frozenset[str]()
@@ -172,7 +175,7 @@ class Worker:
     def run_beside(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something of a latent model's autoencoder, in the thread that does it for jobs."""
         self.check_open()
-        return self._loop.coded.run(kind, task)
+        return self._loop.coding.run(kind, task)
 
     def check_open(self) -> None:
         """Raise what a job would be refused with now: NotReady, Draining, Stalled or EngineFailed."""
@@ -237,49 +240,47 @@ class Worker:
         took_s = 0.0 if began_s is None else self._clock() - began_s
         if took_s <= max(STALL_S, STALL_TICKS * self._admission.longest_tick_s):
             took_s = 0.0
-        coding_began_s = self._loop.coded.task_began_s
+        coding_began_s = self._loop.coding.task_began_s
         coding_s = 0.0 if coding_began_s is None else time.perf_counter() - coding_began_s
         return max(took_s, coding_s if coding_s > STALL_S else 0.0)
 
     # --- in the worker's thread ---
 
     def _run(self) -> None:
-        loop = self._loop
         try:
-            for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
-                self._begin_turn()
-                loop.models.put(self._models[number])
-            self._ready.set()
-            while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
-                self._take_commands()
-                self._begin_turn()
-                loop.end_overdue()
-                if self._draining.is_set():
-                    loop.suspend_durable()
-                if not self._closed.is_set():
-                    loop.tick()
+            if not self._ready.is_set():
+                self.warm_up()
+            while not self._closed.is_set() and not (self._draining.is_set() and not self._loop.has_work):
+                self.take_commands()
+                self.step()
             failure: ServiceError = Draining()
         except BaseException:  # also SystemExit, which would end the thread and nothing else
             log.exception("the worker stopped")
-            self._jobs_of_the_crash = loop.current_jobs
+            self._jobs_of_the_crash = self._loop.current_jobs
             failure = EngineFailed(CRASHED)
         with self._gate:
             self._crashed = isinstance(failure, EngineFailed)
             drained = not self._crashed and not self._closed.is_set()
             self._closed.set()
+        self._act_on_events()
         if self._crashed:  # the engine is not to be trusted any more, but every job gets an answer
             self._loop.abandon()
             self._answer_all(failure)
-        self._take_commands(wait=False)
+        self.take_commands(wait=False)
         if drained:  # a durable job may have been queued since the last look
-            loop.suspend_durable()
-        loop.give_up_all(failure)
+            self._loop.suspend_durable()
+        self._loop.give_up_all(failure)
+        self._act_on_events()
         self._turn_began_s = None
 
-    def _begin_turn(self) -> None:
-        self._turn_began_s = self._clock()
+    def warm_up(self) -> None:
+        """Have each model do a tick. Whoever calls this, and the two below, is the worker's thread."""
+        for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
+            self._turn_began_s = self._clock()
+            self._loop.models.put(self._models[number])
+        self._ready.set()
 
-    def _take_commands(self, wait: bool = True) -> None:
+    def take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
         idle = wait and not self._loop.models.has_ticks
         while True:
@@ -289,9 +290,20 @@ class Worker:
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return
-            self._begin_turn()
+            self._turn_began_s = self._clock()
             command()
+            self._act_on_events()
             idle = False
+
+    def step(self) -> None:
+        """Do a tick, if there is one, and what is due before it."""
+        self._turn_began_s = self._clock()
+        self._loop.end_overdue()
+        if self._draining.is_set():
+            self._loop.suspend_durable()
+        if not self._closed.is_set():
+            self._loop.tick()
+        self._act_on_events()
 
     def _accept(self, job: RunningJob) -> None:
         if not self._crashed:  # or else the job has its answer
@@ -305,7 +317,82 @@ class Worker:
             return
         self._loop.run(act, future)
 
+    def _coded(self, coded: Coded) -> None:
+        """Called in the coding thread."""
+        self._metrics.coded(coded.kind, coded.seconds)
+        if coded.job is not None:
+            self._commands.put(lambda: self._loop.coded(coded))
+
+    # --- what came of it ---
+
+    def _act_on_events(self) -> None:
+        for event in self._loop.take_events():
+            self._act_on(event)
+
+    def _act_on(self, event: Event) -> None:
+        match event:
+            case Ticked():
+                self._count(event)
+            case ImageDecoded(job):
+                self._admission.decoded(job.id)
+            case Ended(job):
+                self.jobs.remove(job.id)
+                self._admission.leave(job.id)
+                if event.error is not None:
+                    self._tell_failed(job, event.error, event.reason)
+                elif event.result is not None:
+                    self._tell_done(job, event.result)
+
+    def _count(self, ticked: Ticked) -> None:
+        """Take a tick's work off the ledger of admission, and count its steps."""
+        batch, row_steps = ticked.batch, dict[str, int]()
+        for job, picked in zip(ticked.jobs, batch.jobs, strict=True):
+            row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
+        places = {picked.job_id: picked.places for picked in batch.jobs}
+        self._admission.stepped(ticked.model.number, places, batch.places if ticked.tells else 0, ticked.seconds)
+        self._metrics.ticked(ticked.model.info.name, ticked.seconds, batch.places, row_steps)
+        for job in ticked.started:
+            assert job.started_s is not None
+            self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)
+
+    def _tell_failed(self, job: RunningJob, error: ServiceError, reason: str | None) -> None:
+        if reason in (SUSPENDED, LOST):
+            log.info("job %s of request %s is %s", job.id, job.request_id, reason, extra=job.log_fields)
+        elif reason is not None:
+            saved = job.spec.n * job.spec.end - job.steps_taken
+            self._metrics.job_given_up(reason, saved)
+            what = "job %s of request %s given up (%s), %d row-steps saved"
+            log.info(what, job.id, job.request_id, reason, saved, extra=job.log_fields)
+        job.fail(error)
+
+    def _tell_done(self, job: RunningJob, result: JobResult) -> None:
+        self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
+        what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
+        log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
+        job.finish(replace(result, read=partial(self._read, result.read, job.model.engine)))
+
+    def _read(self, read: Callable[[], Images], engine: RowEngine) -> Images:
+        """Read images in another thread, and end the worker where the device is lost.
+
+        A GPU tells of an error when it is waited for, which may be here first. What was to be read is then as
+        unfinished as if the server had ended before.
+        """
+        try:
+            return read()
+        except ServiceError:
+            raise
+        except Exception as error:
+            if not engine.is_lost():
+                raise
+            log.exception("what was made could not be read")
+            self._commands.put(_end_for_lost_device)
+            raise Draining from error
+
     def _answer_all(self, failure: ServiceError) -> None:
         """End every job for its clients, without a call of the engine."""
         for job in self.jobs.remove_all():
             job.fail(failure)
+
+
+def _end_for_lost_device() -> None:
+    raise RuntimeError("the device is lost")

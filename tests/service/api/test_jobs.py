@@ -19,7 +19,7 @@ from tminus.service.images.encoder import encode_result
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.views import FORECAST_S
 from tminus.service.work import JobStatus
-from tminus.service.worker.accepted_jobs import AcceptedJobs
+from tminus.service.worker.running_job import AcceptedJobs
 
 SECOND = 1.0
 EVERY_TICK_A_SECOND = (

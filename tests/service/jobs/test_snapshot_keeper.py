@@ -11,14 +11,13 @@ import pytest
 
 from tests.service.fakes import PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
+from tminus.service.jobs.snapshot_keeper import LEAST_S, SHARE, SnapshotKeeper, SnapshotPace
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.metrics import Metrics
 from tminus.service.spec import Snapshot
-from tminus.service.worker.snapshot_pace import LEAST_S, SHARE
 
 SNAPSHOT = Snapshot(
     (2,),
@@ -139,3 +138,15 @@ def test_a_round_that_cannot_be_read_is_left_out_and_others_follow(kept: Kept) -
     kept.keep()
     kept.wait_for_the_end_of_the_round()
     assert asyncio.run(kept.store.call(JobStore.snapshot, "a", "build")) is not None
+
+
+def test_costly_rounds_are_spaced_so_that_they_cost_their_share_and_cheap_ones_by_the_least_interval() -> None:
+    for cost_s, most in ((0.3, SHARE * 1000 / 0.3 + 1), (0.001, 1000 / LEAST_S + 1)):
+        pace, rounds = SnapshotPace(), 0
+        for half_seconds in range(2000):
+            if pace.due(half_seconds / 2):
+                pace.begun()
+                assert not pace.due(1e9), "one round at a time"
+                pace.ended(half_seconds / 2, cost_s)
+                rounds += 1
+        assert most - 2 <= rounds <= most

@@ -15,9 +15,8 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, JobStatus, Outlook, Ticket
-from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.running_job import NewJob
+from tminus.service.worker.running_job import AcceptedJobs, NewJob
 from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.records import Claimed, JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.worker import errors_to
+from tminus.service.worker import loop
 from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
@@ -184,7 +184,7 @@ def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkey
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(FakeEngine, "step", fail)
-    monkeypatch.setattr(errors_to.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
+    monkeypatch.setattr(loop.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
     problem(several.change("third", "load"), 500, "engine_failed")
     monkeypatch.undo()
     assert several.shelf.freed == [True], "its memory is given back"

@@ -1,14 +1,17 @@
 """The thread that encodes and decodes: fewest left first, one thing at a time, errors that end one job."""
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.service.fakes import PATIENCE_S, Gate, wait_until
+from tests.service.fakes import PATIENCE_S, FakeEngine, Gate, make_spec, wait_until
 from tminus.service.errors import Draining
-from tminus.service.worker.coding import Coding
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.worker.coding import Coded, Coding
+from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.running_job import NewJob, RunningJob
 
 
 class Bench:
@@ -17,8 +20,13 @@ class Bench:
     def __init__(self) -> None:
         self.gate, self.done = Gate(), queue.SimpleQueue[tuple[str, list[Any], Exception | None]]()
         self.order: list[str] = []
-        self.seconds: list[tuple[str, float]] = []
-        self.coding = Coding(lambda kind, seconds: self.seconds.append((kind, seconds)), lambda _ids: None)
+        self.told: list[Coded] = []
+        self.coding = Coding(self.tell, lambda _ids: None)
+
+    def tell(self, coded: Coded) -> None:
+        self.told.append(coded)
+        if coded.results is not None and coded.job is not None:
+            self.done.put((coded.job.id, list(coded.results), coded.error))
 
     def put(self, name: str, count: int, fails: Exception | None = None, *, alone: bool = False) -> None:
         def task(number: int) -> Callable[[], str]:
@@ -31,13 +39,16 @@ class Bench:
 
             return act
 
-        def done(results: Sequence[Any], error: Exception | None) -> None:
-            self.done.put((name, list(results), error))
-
-        self.coding.put(name, "decode", [task(k) for k in range(count)], done, alone=alone)
+        self.coding.put(make_job(name, alone=alone), "decode", [task(k) for k in range(count)])
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
+
+
+def make_job(name: str, *, alone: bool) -> RunningJob:
+    model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
+    new = NewJob(name, make_spec(), alone=alone)
+    return RunningJob(new, model, new.work(model.info), 0.0)
 
 
 @pytest.fixture
@@ -51,7 +62,7 @@ def bench() -> Iterator[Bench]:
 def test_a_job_gets_its_results_in_order(bench: Bench) -> None:
     bench.put("a", 3)
     assert bench.next_done() == ("a", ["a0", "a1", "a2"], None)
-    assert [kind for kind, _ in bench.seconds] == ["decode"] * 3
+    assert [(each.kind, each.results is None) for each in bench.told] == [("decode", k < 2) for k in range(3)]
 
 
 def test_a_short_job_does_not_wait_for_a_long_one(bench: Bench) -> None:
@@ -81,16 +92,6 @@ def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_fo
         assert bench.order == ["first", "alone"]
 
 
-def test_those_with_as_many_left_are_done_as_they_came(bench: Bench) -> None:
-    bench.gate.shut()
-    bench.put("first", 1)
-    wait_until(lambda: bench.order == ["first"])
-    for name in ("second", "third", "fourth"):
-        bench.put(name, 2)
-    bench.gate.open()
-    assert [bench.next_done()[0] for _ in range(4)] == ["first", "second", "third", "fourth"]
-
-
 def test_an_error_ends_its_job_alone(bench: Bench) -> None:
     error = ValueError("broken")
     bench.gate.shut()
@@ -111,6 +112,7 @@ def test_a_job_that_is_dropped_is_not_done(bench: Bench) -> None:
     bench.gate.open()
     assert bench.next_done()[0] == "kept"
     assert bench.order == ["dropped", "kept"]
+    assert [each.job and each.job.id for each in bench.told] == ["dropped", "kept"]
     assert bench.done.empty()
 
 
@@ -126,14 +128,6 @@ def test_a_long_job_moves_however_many_short_ones_come(bench: Bench) -> None:
     assert [k for k, name in enumerate(bench.order) if name == "long"] == [0, 4, 8, 9]
 
 
-def test_each_task_but_the_last_is_told_of(bench: Bench) -> None:
-    told = queue.SimpleQueue[str]()
-    bench.coding.put(
-        "a", "decode", [lambda: 1, lambda: 2, lambda: 3], lambda *_: told.put("done"), lambda: told.put("one")
-    )
-    assert [told.get(timeout=PATIENCE_S) for _ in range(3)] == ["one", "one", "done"]
-
-
 def test_a_thread_is_there_only_once_it_is_needed_and_ends(bench: Bench) -> None:
     assert bench.coding._thread is None
     bench.put("a", 1)
@@ -143,9 +137,7 @@ def test_a_thread_is_there_only_once_it_is_needed_and_ends(bench: Bench) -> None
     bench.coding.close()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
-    bench.put("late", 1)
-    name, results, error = bench.next_done()
-    assert (name, results, type(error)) == ("late", [], Draining)
+    assert isinstance(bench.coding.run("noise", lambda: 7).exception(PATIENCE_S), Draining)
     assert bench.order == ["a"]
 
 
@@ -156,9 +148,9 @@ def test_who_waits_when_it_is_closed_is_told_and_a_task_that_hangs_too(monkeypat
     bench.put("runs", 1)
     wait_until(lambda: bench.order == ["runs"])
     assert bench.coding.task_began_s is not None
-    bench.put("waits", 1)
+    waits = bench.coding.run("noise", lambda: 7)
     assert not bench.coding.close()
-    assert {bench.next_done()[0] for _ in range(2)} == {"runs", "waits"}
+    assert isinstance(waits.exception(PATIENCE_S), Draining)
     bench.gate.open()
     wait_until(lambda: bench.coding.close())
     assert bench.coding.task_began_s is None

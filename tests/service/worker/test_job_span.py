@@ -1,5 +1,6 @@
 """The span of a job, by a loop whose ticks take a second and the SDK of OpenTelemetry with an exporter in memory."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,9 +9,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from tests.service.collector import Kept
 from tests.service.fakes import make_spec
-from tests.service.worker.test_loop import LATENT, MakeBench, make_bench, picture  # noqa: F401
-from tminus.service.errors import Draining, JobCancelled
-from tminus.service.tracing import TRACER, ids_of
+from tests.service.worker.bench import LATENT, MakeBench
+from tests.service.worker.test_loop import picture
+from tminus.service.errors import Draining
+from tminus.service.tracing import TRACER
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def attributes(span: ReadableSpan) -> dict[str, object]:
 
 
 def test_waiting_and_denoising_are_its_parts_with_the_ticks_that_had_its_rows(
-    make_bench: MakeBench,  # noqa: F811
+    make_bench: MakeBench,
     kept: Kept,
 ) -> None:
     bench = make_bench()
@@ -60,17 +62,17 @@ def test_waiting_and_denoising_are_its_parts_with_the_ticks_that_had_its_rows(
     assert (first.timestamp - parts["denoise"].start_time) / 1e9 == pytest.approx(1)
 
 
-def test_a_job_that_is_given_up_while_it_waits_has_no_denoising(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
+def test_a_job_that_is_given_up_while_it_waits_has_no_denoising(make_bench: MakeBench, kept: Kept) -> None:
     bench = make_bench()
     bench.accept("a", n=1, steps=3)
-    bench.loop.give_up("a", JobCancelled("cancelled"), "client_gone")
+    bench.cancel("a")
     spans = kept.by_name()
     assert spans.keys() == {"job", "queue"}
     assert attributes(spans["job"])["tminus.outcome"] == "cancelled"
     assert spans["job"].status.is_unset, "nobody has to look at the server for that"
 
 
-def test_a_job_whose_step_fails_says_so_without_the_text_of_the_error(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
+def test_a_job_whose_step_fails_says_so_without_the_text_of_the_error(make_bench: MakeBench, kept: Kept) -> None:
     bench = make_bench()
     bench.accept("a", n=1, steps=3)
     bench.tick()
@@ -89,13 +91,13 @@ def test_a_job_whose_step_fails_says_so_without_the_text_of_the_error(make_bench
     assert "quote" not in spans["job"].to_json()
 
 
-def test_a_latent_job_is_decoded_after_that(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
+def test_a_latent_job_is_decoded_after_that(make_bench: MakeBench, kept: Kept) -> None:
     bench = make_bench(info=LATENT)
     job = bench.accept("a", n=2, steps=2)
     bench.tick(2)
-    bench.next_posted()  # of the first image
+    bench.next_command()  # of the first image
     bench.now_s += 4
-    bench.next_posted()
+    bench.next_command()
     assert job.result(timeout=0).read().dtype == np.uint8
     spans = kept.by_name()
     assert spans.keys() == {"job", "queue", "denoise", "decode"}
@@ -104,7 +106,7 @@ def test_a_latent_job_is_decoded_after_that(make_bench: MakeBench, kept: Kept) -
     assert [event.name for event in spans["job"].events] == ["decode begins"]
 
 
-def test_a_latent_job_that_fails_in_decoding_was_denoised_before(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
+def test_a_latent_job_that_fails_in_decoding_was_denoised_before(make_bench: MakeBench, kept: Kept) -> None:
     bench = make_bench(info=LATENT)
 
     def fail(_spec: object) -> None:
@@ -113,7 +115,7 @@ def test_a_latent_job_that_fails_in_decoding_was_denoised_before(make_bench: Mak
     bench.engine.on_decode = fail
     bench.accept("a", n=1, steps=2)
     bench.tick(2)
-    bench.next_posted()
+    bench.next_command()
     spans = kept.by_name()
     assert spans.keys() == {"job", "queue", "denoise", "decode"}
     assert attributes(spans["job"])["tminus.outcome"] == "engine_failed"
@@ -121,47 +123,29 @@ def test_a_latent_job_that_fails_in_decoding_was_denoised_before(make_bench: Mak
     assert spans["decode"].end_time <= spans["job"].end_time  # type: ignore[operator]
 
 
-def test_an_event_says_that_its_picture_is_encoded(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
-    bench = make_bench(info=LATENT)
-    inputs = picture()
-    spec = make_spec(steps=2, image_sha256=inputs.image_sha256)
-    bench.accept_spec("a", spec, inputs=inputs)
-    bench.next_posted()
+def test_a_picture_that_is_encoded_is_an_event_and_lines_of_the_log_have_the_ids_of_the_span(
+    make_bench: MakeBench, kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench, inputs = make_bench(info=LATENT), picture()
+    bench.accept_spec("a", make_spec(steps=2, image_sha256=inputs.image_sha256), inputs=inputs)
+    bench.next_command()
     bench.tick(2)
-    bench.next_posted()
-    assert [event.name for event in kept.by_name()["job"].events] == ["encode begins", "decode begins"]
-
-
-def test_lines_of_its_log_have_the_ids_of_its_span(make_bench: MakeBench, kept: Kept) -> None:  # noqa: F811
-    bench = make_bench()
-    job = bench.make_job("a", make_spec())
-    assert job.span is not None
-    assert job.log_fields == job.log_fields | dict(ids_of(job.span.span))
-    assert len(job.log_fields["trace_id"]) == 32
-    assert len(job.log_fields["span_id"]) == 16
-    bench.loop.accept(job)
-    bench.finish()
+    bench.next_command()
+    span = kept.by_name()["job"]
+    assert [event.name for event in span.events] == ["encode begins", "decode begins"]
+    assert span.context is not None
+    ids = {record.__dict__["span_id"] for record in caplog.records if record.__dict__.get("job_id") == "a"}
+    assert ids == {f"{span.context.span_id:016x}"}
 
 
 def test_a_job_that_was_answered_while_the_worker_hung_ends_its_span_once(
-    make_bench: MakeBench,  # noqa: F811
-    kept: Kept,
-    caplog: pytest.LogCaptureFixture,
+    make_bench: MakeBench, kept: Kept, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = make_bench()
-    job = bench.make_job("a", make_spec())
-    bench.loop.accept(job)
+    bench.accept("a")
     bench.tick()
-    job.fail(Draining())
+    bench.worker._answer_all(Draining())
     bench.finish()
     assert attributes(kept.by_name()["job"])["tminus.outcome"] == "draining"
     assert "ended span" not in caplog.text
-
-
-def test_without_a_tracer_a_job_has_no_span(make_bench: MakeBench) -> None:  # noqa: F811
-    bench = make_bench()
-    job = bench.make_job("a", make_spec())
-    bench.loop.accept(job)
-    bench.finish()
-    assert job.span is None
-    assert "trace_id" not in job.log_fields

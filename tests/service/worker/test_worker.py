@@ -1,13 +1,16 @@
+"""The worker with its thread: how it begins and ends, hangs and crashes, and what other threads ask of it."""
+
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
+from tests.service.worker.bench import LATENT, MakeBench, failure, images
 from tminus.service.api.system import dead
 from tminus.service.errors import (
     DeadlinePassed,
@@ -22,123 +25,21 @@ from tminus.service.errors import (
     ServiceError,
     Stalled,
 )
-from tminus.service.metrics import Metrics
-from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Pace, Watch
-from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.spec import SampleSpec, Snapshot
-from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
+from tminus.service.spec import SampleSpec
+from tminus.service.work import Batch, JobResult, Outlook
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.running_job import NewJob
-from tminus.service.worker.worker import STALL_S, Worker
-
-
-class Bench:
-    """A worker on a fake engine, with what a test needs to look at. What needs no thread is in test_loop.py."""
-
-    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS, keeper: FakeKeeper | None = None) -> None:
-        self.engine, self.limits = FakeEngine(info), limits
-        sharing = Sharing.of(limits.max_batch)
-        self.admission, self.metrics = Admission(limits), Metrics()
-        self.measured([])
-        self.now_s = 0.0
-        self.on_clock: Callable[[], None] = lambda: None
-        self.engine.on_step = self.tick_takes_a_second
-        self.model = LoadedModel(0, self.engine, Scheduler(sharing), keeper)
-        self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock)
-
-    def clock(self) -> float:
-        self.on_clock()
-        return self.now_s
-
-    def tick_takes_a_second(self, _batch: Batch) -> None:
-        self.now_s += 1
-
-    def start(self, *, shut: bool = False) -> "Bench":
-        """Start, wait for the end of the warm-up, and shut the gate if the test wants to let each tick pass itself."""
-        self.worker.start()
-        self.engine.next_begun()
-        wait_until(lambda: self.worker.ready)
-        self.engine.batches.clear()
-        if shut:
-            self.engine.gate.shut()
-        return self
-
-    def ticket(self, name: str, *, deadline_s: float | None = None, **fields: object) -> Ticket:
-        return self.worker.submit(NewJob(name, make_spec(**fields), deadline_s=deadline_s))
-
-    def submit(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
-        return self.ticket(name, deadline_s=deadline_s, **fields).future
-
-    def measured(self, points: Sequence[tuple[int, float]]) -> None:
-        """Tell admission how long ticks take. Without points it refuses nothing for its time."""
-        sharing = Sharing.of(self.limits.max_batch)
-        self.admission.put(0, Speed(sharing, TickTimes(tuple(points)), self.limits.max_rows))
-
-    def a_tick_is_known_to_take_a_second(self) -> None:
-        self.measured([(1, 1.0), (self.limits.max_batch, 1.0)])
-
-    def status(self) -> dict[str, JobStatus]:
-        return {status.id: status for status in self.worker.jobs.statuses()}
-
-    def metric(self, name: str, **labels: str) -> float:
-        if name.startswith(("row_steps_total", "images_total", "batch_rows", "step_duration")):
-            labels["model"] = INFO.name
-        value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
-        return 0.0 if value is None else value
-
-    def assert_nothing_is_held(self) -> None:
-        """No slot of the engine, and an admission ledger on which exactly max_jobs jobs fit."""
-        if self.worker.crashed:
-            return  # everybody was answered; engine and ledger are given up as they are
-        assert self.engine.jobs == {}
-        assert self.worker.jobs.statuses() == []
-        assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks(0.0))) == (0, 0, 0)
-        one = Work(1, 1, range(0))
-        for i in range(self.limits.max_jobs):
-            self.admission.enter(f"filler {i}", one, now_s=0.0)
-        with pytest.raises(Overloaded):
-            self.admission.enter("one more", one, now_s=0.0)
-
-
-MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def make_bench() -> Iterator[MakeBench]:
-    """Makes benches; at the end of the test each is closed, and must hold nothing."""
-    benches: list[Bench] = []
-
-    def make(**kwargs: object) -> Bench:
-        benches.append(Bench(**kwargs))  # type: ignore[arg-type]
-        return benches[-1]
-
-    yield make
-    for bench in benches:
-        bench.engine.gate.open()
-        bench.worker.close()
-        assert not bench.worker.alive
-        bench.assert_nothing_is_held()
-
-
-def failure(future: "Future[JobResult]") -> BaseException:
-    error = future.exception(PATIENCE_S)
-    assert error is not None
-    return error
-
-
-def images(future: "Future[JobResult]") -> np.ndarray:
-    return future.result(PATIENCE_S).read()
-
+from tminus.service.worker.recording import Path
+from tminus.service.worker.worker import STALL_S
 
 # --- the start ---
 
 
 def test_a_worker_is_not_ready_before_its_warm_up(make_bench: MakeBench) -> None:
-    bench = make_bench()
+    bench = make_bench(cold=True)
     assert not bench.worker.ready
     assert not bench.worker.alive
     with pytest.raises(NotReady):
@@ -158,7 +59,7 @@ def test_a_worker_is_not_ready_before_its_warm_up(make_bench: MakeBench) -> None
 
 @pytest.mark.parametrize("error", [RuntimeError("no kernel image"), ValueError("bad config")])
 def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: MakeBench, error: Exception) -> None:
-    bench = make_bench()
+    bench = make_bench(cold=True)
 
     def fail(_batch: Batch) -> None:
         raise error
@@ -176,21 +77,6 @@ def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: Ma
 # --- work ---
 
 
-def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    first = bench.submit("first", seed=1, steps=4, n=2)
-    assert bench.engine.next_begun().steps == (0, 0)
-    second = bench.submit("second", seed=2, steps=3)
-    bench.engine.gate.let()
-    both = bench.engine.next_begun()
-    assert bench.engine.seeds(both) == {1, 2}
-    assert sorted(both.steps) == [0, 1, 1]
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(first), fake_pixels(make_spec(seed=1, n=2), 4))
-    np.testing.assert_array_equal(images(second), fake_pixels(make_spec(seed=2), 3))
-    assert len(bench.engine.batches) == 4, "they shared every tick they could"
-
-
 def test_rows_active_are_those_of_the_tick_and_none_when_idle(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     assert bench.worker.rows_active == 0
@@ -202,34 +88,7 @@ def test_rows_active_are_those_of_the_tick_and_none_when_idle(make_bench: MakeBe
     wait_until(lambda: bench.worker.rows_active == 0)
 
 
-def test_an_overloaded_worker_refuses_and_goes_on(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_jobs=1)).start(shut=True)
-    future = bench.submit("a")
-    with pytest.raises(Overloaded):
-        bench.submit("b")
-    bench.engine.gate.open()
-    images(future)
-    images(bench.submit("c"))
-
-
 # --- cancelling ---
-
-
-def test_a_job_cancelled_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    cancelled = bench.submit("cancelled", seed=1, n=2, steps=10, guidance=2.0)
-    other = bench.submit("other", seed=2, steps=6)
-    bench.engine.next_begun()
-    bench.engine.gate.let()
-    bench.engine.next_begun()
-    bench.worker.cancel("cancelled", "client_gone")
-    bench.engine.gate.let()
-    assert isinstance(failure(cancelled), JobCancelled)
-    assert bench.engine.seeds(bench.engine.next_begun()) == {2}
-    steps_taken = sum(len(batch.guided) for batch in bench.engine.batches)
-    assert bench.metric("row_steps_saved_total") == 20 - steps_taken, "row-steps, not places"
-    bench.engine.gate.open()
-    images(other)
 
 
 def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: MakeBench) -> None:
@@ -250,50 +109,16 @@ def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: 
     assert bench.metric("images_total") == 2
 
 
-def test_a_worker_whose_last_job_was_cancelled_goes_idle_and_takes_others(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    cancelled = bench.submit("cancelled", steps=500)
-    bench.engine.next_begun()
-    bench.worker.cancel("cancelled", "client_gone")
-    bench.engine.gate.open()
-    failure(cancelled)
-    wait_until(lambda: bench.worker.rows_active == 0)
-    ticks = len(bench.engine.batches)
-    images(bench.submit("after", steps=2))
-    assert len(bench.engine.batches) == ticks + 2
-
-
-def test_a_future_cancelled_before_its_job_is_taken_up_does_not_kill_the_worker(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    running = bench.submit("running")
-    bench.engine.next_begun()
-    dropped = bench.submit("dropped", seed=9)
-    assert dropped.cancel()
-    bench.engine.gate.open()
-    images(running)
-    images(bench.submit("after"))
-    assert bench.worker.alive
-
-
 # --- failures ---
-
-
-def test_a_tick_that_fails_every_time_still_answers_every_job(make_bench: MakeBench) -> None:
-    bench = make_bench().start()
-
-    def fail(_batch: Batch) -> None:
-        raise RuntimeError("always")
-
-    bench.engine.on_step = fail
-    futures = [bench.submit(f"job{i}", n=3, steps=20) for i in range(10)]
-    assert all(isinstance(failure(future), EngineFailed) for future in futures)
-    assert bench.worker.ready
 
 
 def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
 
-    def break_(_rows: Sequence[int]) -> None:
+    removed: list[Sequence[int]] = []
+
+    def break_(rows: Sequence[int]) -> None:
+        removed.append(rows)
         raise RuntimeError("the device is gone")
 
     bench.engine.on_remove = break_
@@ -306,9 +131,27 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         assert error.status in (500, 503)
         assert "the device is gone" not in error.detail
     wait_until(lambda: bench.worker.crashed)
+    bench.worker.join()
     assert not bench.worker.ready
+    assert len(removed) == 1, "the engine is called no more"
     with pytest.raises(EngineFailed):
         bench.submit("after")
+
+
+@pytest.mark.parametrize("where", ["on_add", "on_step", "on_preview", "on_images", "on_decode"])
+def test_a_lost_device_ends_the_worker_and_tells_whose_doing_it_may_be(make_bench: MakeBench, where: str) -> None:
+    bench = make_bench(info=LATENT).start()
+
+    def fail(_asked: object) -> None:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    setattr(bench.engine, where, fail)
+    spec = make_spec(steps=1)
+    future = bench.submit_spec("job", spec, recording=Path(spec)).future
+    assert isinstance(failure(future), EngineFailed)
+    wait_until(lambda: bench.worker.crashed)
+    assert bench.worker.jobs_of_the_crash == {"job"}
 
 
 def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: MakeBench) -> None:
@@ -360,10 +203,9 @@ def test_an_error_in_what_is_asked_fails_that_request_and_no_job(make_bench: Mak
 
 
 def test_what_is_asked_before_the_warm_up_or_while_draining_is_refused(make_bench: MakeBench) -> None:
-    bench = make_bench()
     with pytest.raises(NotReady):
-        bench.worker.run(lambda engine: 1)
-    bench.start(shut=True)
+        make_bench(cold=True).worker.run(lambda engine: 1)
+    bench = make_bench().start(shut=True)
     job = bench.submit("job", steps=1)
     bench.engine.next_begun()
     asked = bench.worker.run(lambda engine: 1)
@@ -400,9 +242,9 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
     assert bench.worker.jobs.statuses() == []
-    first = bench.ticket("first", seed=7, n=2, steps=4, sampler="ddim")
+    first = bench.submit_spec("first", make_spec(seed=7, n=2, steps=4, sampler="ddim"))
     bench.engine.next_begun()
-    second = bench.ticket("second", seed=8, n=2, steps=10)
+    second = bench.submit_spec("second", make_spec(seed=8, n=2, steps=10))
     assert first.outlook == Outlook(0, 4.0)
     assert second.outlook == Outlook(1, 14.0)
     assert [status.id for status in bench.worker.jobs.statuses()] == ["first", "second"]
@@ -427,29 +269,6 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     bench.engine.gate.open()
     images(second.future)
     assert bench.worker.jobs.statuses() == []
-
-
-def test_the_status_of_one_job_is_that_in_the_list_until_it_ends(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
-    bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.jobs.quick_status("first", {}) is None
-    first = bench.submit("first", seed=7, n=2, steps=4)
-    second = bench.submit("second", seed=8, n=2, steps=10)
-    bench.engine.next_begun()
-    bench.engine.gate.let()
-    bench.engine.next_begun()
-    statuses = bench.status()
-    assert statuses.keys() == {"first", "second"}
-    assert {name: bench.worker.jobs.quick_status(name, statuses) for name in statuses} == statuses
-    assert bench.worker.jobs.quick_status("third", statuses) is None
-    bench.worker.cancel("second", "deleted")
-    bench.engine.gate.let()
-    assert isinstance(failure(second), JobCancelled)
-    assert bench.worker.jobs.quick_status("second", statuses) is None
-    assert bench.worker.jobs.quick_status("first", statuses) is not None
-    bench.engine.gate.open()
-    images(first)
-    assert bench.worker.jobs.quick_status("first", statuses) is None
 
 
 def test_a_quick_status_has_the_facts_of_now_and_the_forecast(make_bench: MakeBench) -> None:
@@ -561,15 +380,8 @@ def test_an_idle_worker_closes_at_once_and_twice_does_no_harm(make_bench: MakeBe
         bench.submit("late")
 
 
-def test_a_worker_that_never_started_can_be_closed(make_bench: MakeBench) -> None:
-    bench = make_bench()
-    bench.worker.close()
-    with pytest.raises(Draining):
-        bench.submit("late")
-
-
 def test_a_worker_may_be_closed_during_its_warm_up(make_bench: MakeBench) -> None:
-    bench = make_bench()
+    bench = make_bench(cold=True)
     bench.engine.gate.shut()
     bench.worker.start()
     bench.engine.next_begun()
@@ -601,7 +413,7 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
                 guidance_interval=rng.choice([None, (0, 300), (400, 700)]),
             )
             try:
-                future = bench.worker.submit(NewJob(name, spec)).future
+                future = bench.submit_spec(name, spec).future
             except Overloaded:
                 answers.append("refused")
                 continue
@@ -630,49 +442,31 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
 
 
 def test_a_queued_job_that_begins_late_in_its_plan_is_not_snapshotted_before_it_has_rows(make_bench: MakeBench) -> None:
-    kept = FakeKeeper()
-    bench = make_bench(keeper=kept)
-    bench.start(shut=True)
-    first = bench.worker.submit(NewJob("first", make_spec(steps=4), durable=True)).future
+    bench = make_bench().start(shut=True)
+    first = bench.submit_spec("first", make_spec(steps=4), durable=True).future
     bench.engine.next_begun()
     sha = "0" * 64
-    late = bench.worker.submit(NewJob("late", make_spec(steps=4, strength=0.5, image_sha256=sha), durable=True)).future
+    late = bench.submit_spec("late", make_spec(steps=4, strength=0.5, image_sha256=sha), durable=True).future
     bench.engine.gate.let()
     bench.engine.next_begun()
-    assert [set(round) for round in kept.rounds] == [{"first"}]
+    assert [set(round) for round in bench.keeper.rounds] == [{"first"}]
     bench.engine.gate.open()
     images(first)
     late.exception(PATIENCE_S)
 
 
-def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    bench.a_tick_is_known_to_take_a_second()
-    zeros = np.zeros((2, 1, 4, 6), np.float32)
-    snapshot = Snapshot((7, 10), zeros, zeros, zeros[:, None][:, :0])  # the second row has taken them all
-    spec = make_spec(n=2, steps=10)
-    ticket = bench.worker.resume(NewJob("a", spec, deadline_s=3.5, durable=True, snapshot=snapshot))
-    assert ticket.outlook.eta_s <= 3
-    assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch)
-    assert bench.engine.next_begun().steps == (7,)
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(ticket.future), fake_pixels(spec, 10))
-    assert bench.metric("row_steps_total", sampler="ddpm") == 3
-
-
 def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_others(make_bench: MakeBench) -> None:
-    kept = FakeKeeper()
-    bench = make_bench(keeper=kept)
-    kept.ready = False
+    bench = make_bench()
+    bench.keeper.ready = False
     bench.start(shut=True)
-    durable = bench.worker.submit(NewJob("durable", make_spec(steps=900), durable=True)).future
+    durable = bench.submit_spec("durable", make_spec(steps=900), durable=True).future
     passing = bench.submit("passing", steps=4)
     bench.engine.next_begun()
     bench.worker.drain()
     bench.engine.gate.open()
     assert images(passing).shape == (1, 4, 6, 1)
     assert isinstance(failure(durable), Draining)
-    (last,) = kept.rounds
+    (last,) = bench.keeper.rounds
     assert set(last) == {"durable"}
     assert 1 <= last["durable"].steps[0] < 10
     wait_until(lambda: not bench.worker.alive)
@@ -685,26 +479,26 @@ def test_a_resumed_job_is_refused_for_lack_of_slots_and_for_nothing_else(make_be
     with pytest.raises(Overloaded):
         bench.submit("new", steps=100)
     spec = make_spec(n=2, steps=100)
-    late = bench.worker.resume(NewJob("late", spec, deadline_s=0.5, durable=True)).future
+    late = bench.submit_spec("late", spec, 0.5, snapshot=None).future
     with pytest.raises(Overloaded) as caught:
-        bench.worker.resume(NewJob("third", spec, durable=True))
+        bench.submit_spec("third", spec, snapshot=None)
     assert caught.value.field == "jobs"
     bench.now_s += 1
     bench.engine.gate.open()
     assert isinstance(failure(late), DeadlinePassed), "the deadline still ends it"
-    bench.worker.resume(NewJob("third", spec, durable=True)).future.result(PATIENCE_S)
+    bench.submit_spec("third", spec, snapshot=None).future.result(PATIENCE_S)
 
 
 def test_a_durable_job_queued_just_before_the_drain_is_suspended(make_bench: MakeBench) -> None:
-    bench = make_bench(keeper=FakeKeeper()).start()
+    bench = make_bench().start()
     futures: list[Future[JobResult]] = []
 
     def submit_and_drain() -> None:
         bench.on_clock = lambda: None
-        futures.append(bench.worker.submit(NewJob("durable", make_spec(), durable=True)).future)
+        futures.append(bench.submit_spec("durable", make_spec(), durable=True).future)
         bench.worker.drain()
 
-    bench.on_clock = submit_and_drain  # after the commands were taken, when the deadlines are looked at
+    bench.on_clock = submit_and_drain  # after the commands were taken, when the step begins
     bench.worker.run(lambda engine: None).result(PATIENCE_S)
     bench.worker.join()
     assert isinstance(failure(futures[0]), Draining)
@@ -726,28 +520,6 @@ def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: Mak
     assert isinstance(failure(long), EngineFailed)
     wait_until(lambda: bench.worker.crashed)
     assert bench.worker.jobs_of_the_crash == {"short"}
-
-
-def test_a_running_job_may_gain_and_lose_viewers(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    frames: dict[str, list[int]] = {"one": [], "two": []}
-    watches = {
-        name: Watch(Pace(every=1), ("x_t",), lambda frame, name=name: frames[name].append(frame.step))  # type: ignore[misc]
-        for name in frames
-    }
-    future = bench.worker.submit(NewJob("a", make_spec(steps=6), watch=watches["one"])).future
-    bench.engine.next_begun()
-    bench.worker.watch("a", watches["two"])
-    bench.worker.watch("nobody", watches["two"])
-    bench.engine.gate.let(2)
-    for _ in range(2):
-        bench.engine.next_begun()
-    bench.worker.unwatch("a", watches["one"])
-    bench.worker.unwatch("nobody", watches["one"])
-    bench.engine.gate.open()
-    images(future)
-    assert frames["one"] in ([1, 2], [1, 2, 3])
-    assert frames["two"] == [2, 3, 4, 5]
 
 
 # --- a worker that hangs ---
@@ -794,7 +566,7 @@ def test_what_is_asked_of_an_engine_and_hangs_is_a_stall_too(make_bench: MakeBen
 def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    bench, hangs, go_on = make_bench(keeper=FakeKeeper()).start(shut=True), threading.Event(), threading.Event()
+    bench, hangs, go_on = make_bench().start(shut=True), threading.Event(), threading.Event()
     owner, _, name = at.partition(".")
     part = bench.engine if owner == "engine" else bench.model.scheduler
     whole = getattr(part, name)
@@ -807,7 +579,7 @@ def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
     monkeypatch.setattr(part, name, hang)
     watch = Watch(Pace(every=1), ("x_t",), lambda _frame: None)
     try:
-        running = bench.worker.submit(NewJob("running", make_spec(steps=2), watch=watch, durable=True)).future
+        running = bench.submit_spec("running", make_spec(steps=2), watch=watch, durable=True).future
         if at == "scheduler.cancel":
             bench.engine.next_begun()
             bench.worker.cancel("running", "the test")
@@ -831,22 +603,6 @@ def test_a_worker_that_waits_for_work_does_not_hang(make_bench: MakeBench) -> No
         bench.now_s += 10 * STALL_S
     wait_until(lambda: bench.worker.ready)
     images(bench.submit("b", steps=2))
-
-
-def test_a_lost_device_ends_the_worker_which_answers_every_job(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-
-    def fail(_batch: object) -> None:
-        bench.engine.lost = True
-        raise RuntimeError("an illegal memory access was encountered")
-
-    bench.engine.on_step = fail
-    futures = [bench.submit("a", steps=3), bench.submit("b", n=8, steps=50)]
-    bench.engine.gate.open()
-    for future in futures:
-        assert isinstance(failure(future), EngineFailed)
-    wait_until(lambda: bench.worker.crashed)
-    assert not bench.worker.alive
 
 
 def test_a_tick_is_given_twenty_times_what_it_should_take(make_bench: MakeBench) -> None:
@@ -891,7 +647,7 @@ def test_an_exit_in_the_worker_s_thread_is_a_crash(make_bench: MakeBench, error:
 
 def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_bench: MakeBench) -> None:
     """The worker sleeps while there is no tick; each image that is decoded wakes it."""
-    bench = make_bench(info=replace(INFO, latent=LatentInfo("VQModel", 1, 2, 3, 1.0))).start()
+    bench = make_bench(info=LATENT).start()
     futures: list[Future[JobResult]] = []
 
     def decode(_: SampleSpec) -> None:
@@ -912,10 +668,10 @@ def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_benc
     bench.engine.gate.shut()
     busy = bench.submit("busy", steps=2)
     bench.engine.next_begun()
-    before = bench.worker.submit(NewJob("before", make_spec(steps=2), model=1))
+    before = bench.submit_spec("before", make_spec(steps=2), model=1)
     unloaded = bench.worker.unload(1)  # waits for the tick
     with pytest.raises(ModelUnloaded):
-        bench.worker.submit(NewJob("behind", make_spec(steps=2), model=1))
+        bench.submit_spec("behind", make_spec(steps=2), model=1)
     bench.engine.gate.open()
     unloaded.result(PATIENCE_S)
     assert isinstance(before.future.exception(PATIENCE_S), ModelUnloaded)
