@@ -17,9 +17,8 @@ from bench.bare import flops_per_row
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.rng import image_noise
 from tminus.model.samplers import compile_plan, sample
-from tminus.service.engine.autotune import choose_executor, example_inputs
+from tminus.service.engine.autotune import Wish, choose_executor, example_inputs
 from tminus.service.engine.autotune_cache import default_cache
-from tminus.service.engine.candidates import Wish
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.loading import LARGEST_BATCH
 from tminus.service.scheduling.scheduler import Scheduler, Sharing

@@ -38,7 +38,7 @@ def _costs(found: "Description") -> list[tuple[str, str]]:
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS
-    from tminus.service.engine.memory import available_bytes
+    from tminus.service.engine.devices import available_bytes
 
     net, own = found.net, found.settings
     if net is None or own is None:

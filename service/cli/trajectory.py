@@ -107,7 +107,7 @@ def _recipe_of(file: "TrajectoryFile") -> Recipe:
 
 def _made_by(file: "TrajectoryFile") -> Mapping[str, Any]:
     """How the file says that the network was run, as far as it is known here."""
-    from tminus.service.engine.candidates import EXECUTORS
+    from tminus.service.engine.autotune import EXECUTORS
     from tminus.service.engine.executors import PRECISIONS
 
     said = file.document.get("made_by")

@@ -40,9 +40,8 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
     from tminus.model.files import CheckpointError
     from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher
     from tminus.model.tuning.tune import tune as run
-    from tminus.service.engine.autotune import choose_executor
+    from tminus.service.engine.autotune import Wish, choose_executor
     from tminus.service.engine.autotune_cache import default_cache
-    from tminus.service.engine.candidates import Wish
     from tminus.service.engine.devices import choose_device
 
     try:

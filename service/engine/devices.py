@@ -1,10 +1,22 @@
-"""Which device the model runs on, and how many rows it holds there unless the settings say so."""
+"""The device that a model runs on: which it is, its memory, copies to and from it, and how it multiplies."""
 
+import ctypes
+import gc
 import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.machine import GIB, free_memory_bytes
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096
@@ -43,3 +55,166 @@ def default_max_rows(checkpoint: Checkpoint) -> int:
     """How many rows' state (x and x0, float32) fits the latent budget."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free; None where the system does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+
+
+class NeedsMemory(Protocol):
+    """The configuration of a network that can tell what a pass takes."""
+
+    def pass_bytes(self, size_px: tuple[int, int]) -> int:
+        """Roughly what one image of (height, width) takes."""
+
+
+def check_memory(
+    config: NeedsMemory, size_px: tuple[int, int], device: torch.device, what: str = "network", weights_bytes: int = 0
+) -> None:
+    """Raise ValueError for a model of which not even one row fits. weights_bytes: of weights that are not there yet."""
+    needed, free = config.pass_bytes(size_px) + weights_bytes, available_bytes(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed / GIB:.1f} GiB for one image, "
+            f"and {free / GIB:.1f} GiB are free on {device}"
+        )
+
+
+def release_memory() -> None:
+    """Give back to the system what a model took that nobody has any more. Takes some 0.1 s."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has a call for that
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Copy an array to the device, without waiting for it to arrive."""
+    # torch.tensor copies; from_numpy would warn of arrays that were read from a store, which may not be written to.
+    return send(torch.tensor(array), device)
+
+
+def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Make an index [len(rows)] on the device, without waiting for it to arrive."""
+    return send(torch.tensor(rows), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor of the host to the device, without waiting for it to arrive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Start to copy new tensors to the host; the function returned waits for them. On a CPU they are there already."""
+    if device.type != "cuda":
+        return lambda: tensors
+    stream = streams(device).copying  # beside the next tick
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
+        for host, source in zip(on_host, tensors, strict=True):
+            host.copy_(source, non_blocking=True)
+            source.record_stream(stream)  # or the allocator would give its memory to the next tick
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(stream)
+
+    def read() -> tuple[Tensor, ...]:
+        copied.synchronize()
+        return on_host
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The streams of a GPU beside the one of its ticks, one for each purpose."""
+
+    copying: torch.cuda.Stream
+    decoding: torch.cuda.Stream
+    capturing: torch.cuda.Stream
+    """What another thread put on this one would spoil a CUDA graph."""
+
+
+@cache
+def streams(device: torch.device) -> Streams:
+    """The streams of a GPU, taken together and once: torch has 32, which it gives out in turn, the same again later."""
+    return Streams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
+
+
+class LaunchedTicks:
+    """The ticks a GPU was given, and which rows were finite after the last one known to have ended.
+
+    That is read one tick late, so that the host never waits for the tick it has just launched.
+    """
+
+    def __init__(self) -> None:
+        # Owned here: an event and the flags of each tick that has not been seen to end.
+        self._running: list[tuple[torch.cuda.Event, Tensor]] = []
+        self.num_launched = self.num_ended = 0
+        self.finite: Tensor | None = None  # on the host, after the last tick known to have ended
+
+    def add(self, finite: Tensor) -> None:
+        """Mark the end of the tick just launched, and start to copy its flags to the host."""
+        on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        on_host.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._running.append((event, on_host))
+        self.num_launched += 1
+
+    def wait(self) -> None:
+        """Wait until at most one tick has not ended: the GPU has work while the host prepares the next."""
+        while len(self._running) > 1:
+            event, self.finite = self._running.pop(0)
+            event.synchronize()
+            self.num_ended += 1
+
+
+@dataclass
+class _Flags:
+    """Owns the two flags while somebody launches."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    launching: int = 0  # threads that want them as they are
+    before: tuple[bool, bool] = (False, False)  # what they were when nobody launched
+
+    def take(self, tf32: bool) -> None:
+        """Set the flags, or wait while others launch who want them otherwise."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        with self.changed:
+            self.changed.wait_for(lambda: not self.launching or matmul.allow_tf32 == tf32)
+            if not self.launching:
+                self.before = matmul.allow_tf32, cudnn.allow_tf32
+                matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+            self.launching += 1
+
+    def leave(self) -> None:
+        """Set the flags back, unless others still launch."""
+        with self.changed:
+            self.launching -= 1
+            if not self.launching:
+                torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+                self.changed.notify_all()
+
+
+_flags = _Flags()
+
+
+@contextmanager
+def multiplying(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Launch float32 matmuls and convolutions in TF32 or not, whose defaults in torch differ; nothing on a CPU.
+
+    Any number of threads may launch in here if they want the same; others wait, since torch.compile, which may take a
+    minute, is called in here too. What is launched runs on when they go on. Afterwards the flags are as they were. Not
+    to be entered again with the other value.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    _flags.take(tf32)
+    try:
+        yield
+    finally:
+        _flags.leave()

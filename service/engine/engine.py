@@ -13,15 +13,12 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
 from tminus.model.samplers import denoise
 from tminus.model.trajectory import PlanNumbers
-from tminus.service.engine.devices import is_lost
+from tminus.service.engine.devices import LaunchedTicks, copy_out, index_of, is_lost, send, to_device
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
-from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
-from tminus.service.engine.known_values import KnownValues
-from tminus.service.engine.pictures import pictures_of
-from tminus.service.engine.plan_store import PlanCompiler, PlanStore, Registers
-from tminus.service.engine.row_noises import RowNoises
-from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send, to_device
+from tminus.service.engine.pictures import LatentPictures, PixelPictures
+from tminus.service.engine.plan_store import PlanCompiler, PlanStore
+from tminus.service.engine.row_state import KnownValues, Registers, RowNoises, check_inputs, initial_latents, latents_of
 from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
@@ -45,7 +42,7 @@ class Engine:
         bits: str | None = None,
     ) -> None:
         """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
-        self._pictures = pictures_of(checkpoint, device)
+        self._pictures = (PixelPictures if checkpoint.autoencoder is None else LatentPictures)(checkpoint, device)
         self.info = make_model_info(
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self._pictures.bits
         )

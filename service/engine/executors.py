@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.denoiser import Denoiser
-from tminus.service.engine.tf32 import multiplying
-from tminus.service.engine.transfer import streams
+from tminus.service.engine.devices import multiplying, streams
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
@@ -92,7 +91,7 @@ class EagerExecutor:
         self.details = layout + (f", passes of {', '.join(map(str, sizes))}" if sizes else "")
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """See Executor."""
+        """Run the network on a batch."""
         x = x.contiguous(memory_format=self._format)
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         with torch.inference_mode(), multiplying(self._device, tf32=self.precision == "tf32"), autocast:
@@ -103,7 +102,7 @@ class EagerExecutor:
             return torch.cat([self._pass(x, t, class_labels, *one) for one in passes])
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """See Executor. On a CPU the work is done when this returns; a GPU goes on by itself."""
+        """Run the network. On a CPU the work is done when this returns; a GPU goes on by itself."""
         out = self(x, t, class_labels)
         return lambda: out
 
@@ -151,12 +150,12 @@ class CompiledExecutor:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """See Executor."""
+        """Run the network on a batch."""
         outs = [self._pass(x, t, class_labels, *one) for one in split_padded(len(x), self._sizes)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """See Executor. On a CPU the work is done when this returns; a GPU goes on by itself."""
+        """Run the network. On a CPU the work is done when this returns; a GPU goes on by itself."""
         out = self(x, t, class_labels)
         return lambda: out
 

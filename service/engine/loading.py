@@ -13,6 +13,7 @@ import torch
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.service.engine.autotune import (
     AGREE_ROWS,
+    Wish,
     agree_rows,
     choose_executor,
     example_inputs,
@@ -20,14 +21,11 @@ from tminus.service.engine.autotune import (
     plain_executor,
 )
 from tminus.service.engine.autotune_cache import ChoiceCache, default_cache
-from tminus.service.engine.calibration import ROUNDS, measure_ticks
-from tminus.service.engine.candidates import Wish
-from tminus.service.engine.devices import choose_device, default_max_rows
+from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
-from tminus.service.engine.memory import check_memory
 from tminus.service.engine.options import LoadOptions
-from tminus.service.engine.selftest import same_alone_and_together
+from tminus.service.engine.selftest import ROUNDS, measure_ticks, same_alone_and_together
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.tick_times import smallest_batch_at
 

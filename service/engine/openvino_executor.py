@@ -141,12 +141,12 @@ class OpenVINOExecutor:
         self._wide_passes = {size: get(size, 1) for size in wide_sizes}
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """See Executor."""
+        """Run the network on a batch."""
         return self.start(x, t, class_labels)()
 
     @torch.inference_mode()
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """See Executor. The first pass of each stream is on its way when this returns."""
+        """Begin to run the network on a batch. The first pass of each stream is on its way when this returns."""
         graph = self._graph
         temb = graph.embed_time(t)
         if graph.class_table is not None:

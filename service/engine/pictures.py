@@ -3,68 +3,47 @@
 The functions that `read`, `noised` and `encoder` return are called in other threads; they may take long.
 """
 
+import hashlib
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.latents import colours_of, fit_colours
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
-from tminus.service.engine.autoencoding import Autoencoding
-from tminus.service.engine.transfer import copy_out, send, to_device
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.devices import copy_out, multiplying, send, streams, to_device
 from tminus.service.errors import NotFinite
 from tminus.service.spec import Floats, Images, Inputs
 
-
-class Pictures(Protocol):
-    """What the engine asks of either."""
-
-    @property
-    def bits(self) -> str | None:
-        """A hash of what can change a pixel beside the network, see `fingerprint`."""
-
-    def x_0(self, inputs: Inputs) -> Tensor:
-        """The picture as the network sees it [C, H, W], on the device; pixels as uint8."""
-
-    def read(self, x: Tensor, known: Sequence[Inputs | None]) -> Callable[[], Images]:
-        """Images uint8 [n, H, W, C] of finished rows; known: for each what a mask keeps. Raises NotFinite."""
-
-    def shown(self, x: Tensor) -> Tensor:
-        """Rows that are not finished as pictures uint8 [n, H, W, C], on the device."""
-
-    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """x_t of images, both uint8 [n, H, W, C]."""
-
-    def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """The inputs with what `x_0` needs."""
-
-    def seconds_per_image(self) -> tuple[float, float]:
-        """How long it takes to make an image of a finished row, and to encode one, beside the ticks."""
-
-
-def pictures_of(checkpoint: Checkpoint, device: torch.device) -> Pictures:
-    """Those of a checkpoint."""
-    return PixelPictures(checkpoint, device) if checkpoint.autoencoder is None else LatentPictures(checkpoint, device)
+TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
+Pass = Callable[[Floats], Floats]
 
 
 class PixelPictures:
-    """Of a pixel model: rows are pictures."""
+    """The pictures of a pixel model: its rows are pictures."""
 
-    bits = None
+    bits: str | None = None  # a hash of what can change a pixel beside the network, see `fingerprint`
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self._shape, self._schedule, self._device = checkpoint.row_shape, checkpoint.noise.schedule(), device
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """See Pictures."""
+        """Return the picture as the network sees it [C, H, W], on the device; pixels as uint8."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None]) -> Callable[[], Images]:  # noqa: ARG002
-        """See Pictures. Known pixels have come out as they went in."""
+        """Read finished rows as images uint8 [n, H, W, C]; known: for each what a mask keeps. Raises NotFinite.
+
+        The known pixels of a pixel model have come out as they went in.
+        """
         read = copy_out(self._device, self.shown(x), x.isfinite().all())
 
         def images() -> Images:
@@ -76,11 +55,11 @@ class PixelPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """See Pictures."""
-        return _pixels(x)
+        """Make pictures uint8 [n, H, W, C] of rows that are not finished, on the device."""
+        return to_uint8(x).permute(0, 2, 3, 1).contiguous()
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """See Pictures."""
+        """Make x_t of images, both uint8 [n, H, W, C]."""
         x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
         eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
         x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
@@ -88,36 +67,54 @@ class PixelPictures:
         return lambda: read()[0].numpy()
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """See Pictures. Pixels need nothing."""
+        """Give the inputs what `x_0` needs: those of a pixel model need nothing."""
         return lambda: inputs
 
     def seconds_per_image(self) -> tuple[float, float]:
-        """See Pictures: no time."""
+        """Tell how long it takes to make an image of a finished row, and to encode one, beside the ticks."""
         return 0.0, 0.0
 
 
-class LatentPictures:
-    """Of a latent model: an autoencoder, beside the ticks."""
+class LatentPictures(PixelPictures):
+    """The pictures of a latent model: made by an autoencoder off the tick.
+
+    Any thread may ask; one image at a time is made. A pass of one image has one fixed shape, so its bits do not depend
+    on what else is decoded.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self._shape, self._schedule, self._device = checkpoint.row_shape, checkpoint.noise.schedule(), device
-        self._autoencoding = Autoencoding(checkpoint, device)
-        self.bits = self._autoencoding.bits()
+        super().__init__(checkpoint, device)
+        autoencoder = checkpoint.autoencoder
+        assert autoencoder is not None
+        self._factor = autoencoder.config.factor
+        self._turn = threading.Lock()  # one image at a time: what runs beside the ticks is bounded
+        self._colours = fit_colours(autoencoder).to(device)
+        decode, encode = _Decode(autoencoder), _Encode(autoencoder)
+        if device.type == "cpu" and openvino_executor.available():
+            # In one thread, so that the ticks keep the other cores.
+            self._decode_pass: Pass = openvino_executor.one_thread(decode, (1, *checkpoint.row_shape))
+            self._encode_pass: Pass = openvino_executor.one_thread(encode, (1, *checkpoint.image_shape))
+        else:
+            autoencoder.to(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # passes have a stream of their own, which must not begin before
+            self._decode_pass, self._encode_pass = self._eager(decode), self._eager(encode)
+        self.bits = self._hash_fixed_values()
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """See Pictures. What was encoded already is not again."""
-        latents = inputs.latents if inputs.latents is not None else self._autoencoding.encode(inputs.image)
+        """Return the latents [c, h, w] of the picture, on the device. What was encoded already is not again."""
+        latents = inputs.latents if inputs.latents is not None else self._encode(inputs.image)
         return to_device(latents, self._device)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None]) -> Callable[[], Images]:
-        """See Pictures. Known pixels are put into what is decoded, so that they are kept bit for bit here too."""
+        """Decode finished rows. Known pixels are put into the images, so that they are kept bit for bit here too."""
         read = copy_out(self._device, x, x.isfinite().all())
 
         def images() -> Images:
             latents, finite = read()
             if not finite:
                 raise NotFinite
-            decoded = self._autoencoding.decode(latents.numpy())
+            decoded = self._decode(latents.numpy())
             for image, kept in zip(decoded, known, strict=True):
                 if kept is not None and kept.mask is not None:
                     image[~kept.mask] = kept.image[~kept.mask]
@@ -126,28 +123,91 @@ class LatentPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """See Pictures. Colours are near the true ones, and each latent is a square of one colour."""
-        return _pixels(self._autoencoding.preview(x))
+        """Make rough pictures: colours are near the true ones, and each latent is a square of one colour."""
+        return super().shown(colours_of(x, self._colours, self._factor))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """See Pictures. All of it is done in the other thread, on the host."""
+        """Make x_t of images. All of it is done in the other thread, on the host."""
 
         def make() -> Images:
-            x_0 = torch.from_numpy(np.stack([self._autoencoding.encode(image) for image in images]))
+            x_0 = torch.from_numpy(np.stack([self._encode(image) for image in images]))
             eps = image_noise(seed, range(len(images)), 0, self._shape, torch.device("cpu"))
             x_t: Floats = self._schedule.q_sample(x_0, torch.tensor([t]), eps).numpy()
-            return self._autoencoding.decode(x_t)
+            return self._decode(x_t)
 
         return make
 
-    def seconds_per_image(self) -> tuple[float, float]:
-        """See Pictures."""
-        return self._autoencoding.seconds_per_image()
-
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """See Pictures."""
-        return lambda: replace(inputs, latents=self._autoencoding.encode(inputs.image))
+        """Give the inputs their latents."""
+        return lambda: replace(inputs, latents=self._encode(inputs.image))
+
+    def seconds_per_image(self) -> tuple[float, float]:
+        """Tell how long it takes to decode an image and to encode one, with nothing beside it."""
+        latents = np.zeros((1, *self._shape), np.float32)
+        image = self._decode(latents)[0]
+        return _fastest(lambda: self._decode(latents)), _fastest(lambda: self._encode(image))
+
+    def _decode(self, latents: Floats) -> Images:
+        """Make pixels uint8 [n, H, W, C] of latents [n, c, h, w]."""
+        images = []
+        for k in range(len(latents)):
+            with self._turn:
+                x = self._decode_pass(np.ascontiguousarray(latents[k : k + 1]))
+            images.append(super().shown(torch.from_numpy(x))[0].numpy())
+        return np.stack(images)
+
+    def _encode(self, image: Images) -> Floats:
+        """Make the latents [c, h, w] of an image [H, W, C]."""
+        x = to_model_range(torch.tensor(image).permute(2, 0, 1)[None]).contiguous()
+        with self._turn:
+            latents: Floats = self._encode_pass(x.numpy())[0]
+            return latents
+
+    def _hash_fixed_values(self) -> str:
+        """Hash what is encoded and decoded of fixed values: what the fingerprint says of this build's bits."""
+        latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
+        with self._turn:
+            decoded = self._decode_pass(latents)
+            encoded = self._encode_pass(decoded.clip(-1, 1))
+        return hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
+
+    def _eager(self, module: nn.Module) -> Pass:
+        """Run a module with torch; on a GPU beside the ticks."""
+        stream = streams(self._device).decoding if self._device.type == "cuda" else None
+
+        def run(x: Floats) -> Floats:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                with multiplying(self._device, tf32=False):
+                    out = module(to_device(x, self._device))
+                pixels: Floats = out.cpu().numpy()
+                return pixels
+
+        return run
 
 
-def _pixels(x: Tensor) -> Tensor:
-    return to_uint8(x).permute(0, 2, 3, 1).contiguous()
+def _fastest(act: Callable[[], object]) -> float:
+    act()
+    seconds = []
+    for _ in range(TIMED):
+        began_s = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - began_s)
+    return min(seconds)
+
+
+class _Decode(nn.Module):
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents)
+
+
+class _Encode(nn.Module):
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images)

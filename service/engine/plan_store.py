@@ -1,13 +1,12 @@
-"""Plans: compiled for specs, laid on the device line after line; and the registers of rows whose sampler keeps some."""
+"""Plans: compiled for specs, and laid on the device line after line."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tminus.model.noise import NoiseConfig
-from tminus.model.samplers import NUM_COEFFICIENTS, Plan, combine, compile_plan, table_plan
+from tminus.model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, table_plan
 from tminus.model.solvers import MAX_REGISTERS, NUM_INPUTS
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
@@ -100,32 +99,3 @@ class PlanStore:
                 setattr(self, name, torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])]))
         self.free(had, more)
         return self._take(length)
-
-
-class Registers:
-    """Owns what solvers keep beside x and x0, a slot a row. Made when the first such row comes: others pay nothing."""
-
-    def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
-        """shape [C, H, W] of one row."""
-        self._values = torch.zeros(max_rows, 0, *shape, device=device)
-
-    def put(self, rows: Tensor, values: Tensor) -> None:
-        """Set the registers of one job's rows: values [n, R, C, H, W]."""
-        missing = values.shape[1] - self._values.shape[1]
-        if missing > 0:
-            old = self._values
-            self._values = torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1)
-        self._values[rows] = 0  # of a row before: 0 times infinity is not 0
-        self._values[rows, : values.shape[1]] = values
-
-    def read(self, rows: Tensor, count: int) -> Tensor:
-        """The first registers of rows [n, count, C, H, W]."""
-        return self._values[rows, :count]
-
-    def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """The next x of rows [B], and their registers, kept: matrices [B, 4, 7], state x, x0, x0_previous, z."""
-        held = self._values[rows]
-        count = held.shape[1]
-        new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])
-        self._values[rows] = new[:, 1:]
-        return new[:, 0]

@@ -80,8 +80,8 @@ def prepare(
 
     def measure(model: "ReadModel", *, busy: bool = False) -> Prepared:
         """Measure a model, and give it its name."""
+        from tminus.service.engine.devices import release_memory
         from tminus.service.engine.loading import prepare_engine
-        from tminus.service.engine.memory import release_memory
 
         try:
             options = settings.load_options(model.folder)

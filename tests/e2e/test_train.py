@@ -19,7 +19,7 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.model.evaluation import report as compare
 from tminus.service.cli import evaluate
 from tminus.service.engine import autotune
-from tminus.service.engine.candidates import Wish, find_candidates
+from tminus.service.engine.autotune import Wish, find_candidates
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
 SMALL = (

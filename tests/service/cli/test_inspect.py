@@ -36,7 +36,7 @@ def test_passes_and_not_steps_are_counted() -> None:
 
 
 def test_time_is_not_measured_where_no_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.engine.memory.available_bytes", lambda _device: 1000)
+    monkeypatch.setattr("tminus.service.engine.devices.available_bytes", lambda _device: 1000)
     assert "not measured: 0 MiB are free" in inspect(BUNDLED).output
 
 

@@ -23,7 +23,7 @@ from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading
-from tminus.service.engine.candidates import Choice
+from tminus.service.engine.autotune import Choice
 from tminus.service.images.encoder import encode_png, recipe
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ from torch import Tensor
 from tests.service.conftest import Around, MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
-from tminus.service.engine.autotune import Measured, choose_executor, example_inputs
-from tminus.service.engine.candidates import Choice, Wish, valid_choice
+from tminus.service.engine.autotune import Choice, Measured, Wish, choose_executor, example_inputs, valid_choice
 from tminus.service.engine.executors import MAX_GRAPHS, Executor
 
 pytestmark = pytest.mark.slow

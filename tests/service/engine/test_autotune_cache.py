@@ -13,9 +13,8 @@ import torch
 from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
-from tminus.service.engine.autotune import choose_executor, example_inputs
+from tminus.service.engine.autotune import Choice, Wish, choose_executor, example_inputs
 from tminus.service.engine.autotune_cache import GIVEN, NOISE_KEY, default_cache
-from tminus.service.engine.candidates import Choice, Wish
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
-from tminus.service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.selftest import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from tminus.service.spec import Floats
 from tminus.service.work import Batch
 

@@ -8,8 +8,7 @@ import torch
 from tests.service.engine.exact import CPU, needs_openvino
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.autotune import choose_executor
-from tminus.service.engine.candidates import Wish, find_candidates
+from tminus.service.engine.autotune import Wish, choose_executor, find_candidates
 
 CUDA = torch.device("cuda")
 

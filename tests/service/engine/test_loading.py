@@ -17,9 +17,8 @@ from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.service.engine import autotune, loading, memory
-from tminus.service.engine.autotune import AGREE_ROWS, agree_rows
-from tminus.service.engine.candidates import Choice, Wish
+from tminus.service.engine import autotune, devices, loading
+from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint
@@ -356,7 +355,7 @@ def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
 def test_a_model_of_which_no_row_fits_the_memory_is_refused_before_it_takes_any(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"sample_size 8x8 of this network takes about .* GiB for one image"):
         loading.read_checkpoint(options)
 

@@ -28,8 +28,8 @@ from tminus.model.networks import build
 from tminus.model.networks.dome272 import Dome272Config
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.service.engine.autotune import agree_rows, example_inputs
+from tminus.service.engine.devices import release_memory
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.memory import release_memory
 from tminus.service.engine.openvino_executor import Compiled, Graph, OpenVINOExecutor, _convert
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.service.engine.engines import CPU, alone, spec_of
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import arc_weights, image_noise
-from tminus.service.engine.row_noises import RowNoises, first_noise
+from tminus.service.engine.row_state import RowNoises, first_noise
 from tminus.service.spec import Inputs
 
 SHAPE = (3, 5, 4)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tminus.service.engine.tf32 import multiplying
+from tminus.service.engine.devices import multiplying
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

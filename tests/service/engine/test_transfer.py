@@ -7,8 +7,8 @@ import torch
 from tests.service.engine.engines import CPU, OnGpu, Poisoned, make_engine, spec_of
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
+from tminus.service.engine.devices import streams
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.transfer import streams
 from tminus.service.errors import NotFinite
 from tminus.service.work import Batch
 

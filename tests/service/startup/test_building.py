@@ -12,7 +12,7 @@ import pytest
 from tests.service.fakes import INFO, FakeEngine
 from tests.service.jobs.kept import job
 from tminus.service.access.access import Access
-from tminus.service.engine import loading, memory
+from tminus.service.engine import devices, loading
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.startup import building
@@ -44,7 +44,7 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
 
     monkeypatch.setattr(building, "read_models", read_models)
     monkeypatch.setattr(loading, "prepare_engine", prepare_engine)
-    monkeypatch.setattr(memory, "release_memory", release_memory)
+    monkeypatch.setattr(devices, "release_memory", release_memory)
     settings = Settings(state_dir=str(tmp_path / "state"))
     build = building.prepare(settings, ("127.0.0.1", 8000), Access(), None, with_metrics=False)
     with pytest.raises(ValueError, match="the same bits"):

@@ -1,0 +1,165 @@
+"""What rows have on the device beside x and x_0, a slot a row: their noise, what a mask keeps, what a solver keeps.
+
+And what the rows of a job start from: noise, a picture under noise, or a snapshot, checked before it is used."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tminus.model.pixels import to_model_range
+from tminus.model.rng import arc_weights, image_noise, row_noise, split_seed
+from tminus.model.samplers import Plan, combine, keep_known
+from tminus.service.spec import Inputs, SampleSpec, Snapshot
+
+
+def first_noise(spec: SampleSpec, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Draw x_T of a job's images, [n, *shape]."""
+    indices = range(spec.index, spec.index + spec.n)
+    noise = image_noise(spec.seed, indices, 0, shape, device)
+    if spec.to_seed is None or spec.mix is None:
+        return noise
+    here, there = arc_weights(spec.mix)
+    return here * noise + there * image_noise(spec.to_seed, indices, 0, shape, device)
+
+
+class RowNoises:
+    """The seeds and indices of rows, by slot."""
+
+    def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        self._seed_words = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
+        self._index = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._mixed = np.zeros(max_rows, bool)  # on the host: whether the row's noise is a mix
+        self._of_mixes: tuple[Tensor, Tensor] | None = None  # other seeds, weights; made for the first such row
+
+    def put(self, at: Tensor, rows: Sequence[int], spec: SampleSpec) -> None:
+        """Write one job's rows; `at` are the same on the device."""
+        self._seed_words[at] = torch.tensor(split_seed(spec.seed), device=self._device)
+        self._index[at] = torch.tensor(range(spec.index, spec.index + spec.n), device=self._device)
+        self._mixed[list(rows)] = spec.to_seed is not None
+        if spec.to_seed is None or spec.mix is None:
+            return
+        if self._of_mixes is None:
+            self._of_mixes = torch.zeros_like(self._seed_words), torch.zeros_like(self._seed_words, dtype=torch.float32)
+        other_words, weights = self._of_mixes
+        other_words[at] = torch.tensor(split_seed(spec.to_seed), device=self._device)
+        weights[at] = torch.tensor(arc_weights(spec.mix), device=self._device)
+
+    def mixes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where among these rows those are whose noise is a mix."""
+        return np.flatnonzero(self._mixed[rows]) if self._of_mixes is not None else np.zeros(0, np.int64)
+
+    def draw(self, rows: Tensor, draws: Tensor, mixes: Tensor) -> Tensor:
+        """Draw `row_noise` of rows, [B, *shape]; mixes, int64 [<= B]: see `mixes`."""
+        noise = row_noise(self._seed_words[rows], self._index[rows], draws, self._shape)
+        if self._of_mixes is None or not len(mixes):
+            return noise
+        at = rows[mixes]
+        other_words, weights = (each[at] for each in self._of_mixes)
+        here, there = weights.reshape(-1, 2, *([1] * len(self._shape))).unbind(1)
+        other = row_noise(other_words, self._index[at], draws[mixes], self._shape)
+        return noise.index_copy(0, mixes, here * noise[mixes] + there * other)
+
+
+def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:
+    """Raise ValueError unless image and mask are those that the spec names, in the size of shape [H, W, C]."""
+    hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
+    if hashes != (spec.image_sha256, spec.mask_sha256):
+        raise ValueError("the image and mask are not those of the spec")
+    if inputs is not None and inputs.image.shape != tuple(shape):
+        raise ValueError(f"an image must be {tuple(shape)}, got {inputs.image.shape}")
+    if inputs is not None and inputs.mask is not None and inputs.mask.shape != tuple(shape[:2]):
+        raise ValueError(f"a mask must be {tuple(shape[:2])}, got {inputs.mask.shape}")
+
+
+def initial_latents(
+    spec: SampleSpec,
+    plan: Plan,
+    origin: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Make the first x [n, *shape]: x_T, or with strength x_t of the image, with x_T as eps (Meng et al. 2022).
+
+    origin: the image as the network sees it [*shape], where it is one of pixels uint8.
+    """
+    eps = first_noise(spec, shape, device)
+    if spec.strength is None:
+        return eps
+    assert origin is not None
+    return plan.q_sample((to_model_range(origin) if origin.dtype == torch.uint8 else origin)[None], eps)
+
+
+def latents_of(
+    snapshot: Snapshot, n: int, num_registers: int, shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take x and x0_previous [n, *shape], and registers [n, R, *shape], from a snapshot.
+
+    Raises ValueError for another shape or type.
+    """
+    tensors = []
+    for name, expected in (("x", (n,)), ("x0_previous", (n,)), ("registers", (n, num_registers))):
+        values = getattr(snapshot, name)
+        if values.shape != (*expected, *shape) or values.dtype != np.float32:
+            wanted = f"float32 {(*expected, *shape)}"
+            raise ValueError(f"a snapshot's {name} must be {wanted}, got {values.dtype} {values.shape}")
+        tensors.append(torch.tensor(values, device=device))
+    x, x0_previous, registers = tensors
+    return x, x0_previous, registers
+
+
+class KnownValues:
+    """Owns x_0 and masks of rows. Made when the first mask comes: servers without masks pay nothing."""
+
+    def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device, latent: bool) -> None:
+        """shape [C, H, W] of one row."""
+        channels, height, width = shape
+        self._latent = latent
+        # Pixels are stored as bytes: a quarter of the latents' size, returned bit for bit.
+        dtype = torch.float32 if latent else torch.uint8
+        self._x_0 = torch.zeros((max_rows, channels, height, width), dtype=dtype, device=device)
+        self._new = torch.zeros((max_rows, 1, height, width), dtype=torch.bool, device=device)
+
+    def put(self, rows: Tensor, x_0: Tensor, mask: Tensor) -> None:
+        """Store one job's x_0 [C, H, W], pixels as uint8, and its mask. A latent is new if any of its pixels is."""
+        height, width = x_0.shape[1:]
+        squares = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
+        self._x_0[rows] = x_0
+        self._new[rows] = squares.any(3).any(1)
+
+    def restore(self, x: Tensor, rows: Tensor, levels: Tensor, eps: Tensor) -> Tensor:
+        """Put what is known back into x [B, C, H, W] of these rows, at the levels [B, 2] of `Plan.known`."""
+        x_0 = self._x_0[rows]
+        return keep_known(x, self._new[rows], x_0 if self._latent else to_model_range(x_0), eps, levels)
+
+
+class Registers:
+    """Owns what solvers keep beside x and x0, a slot a row. Made when the first such row comes: others pay nothing."""
+
+    def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
+        """shape [C, H, W] of one row."""
+        self._values = torch.zeros(max_rows, 0, *shape, device=device)
+
+    def put(self, rows: Tensor, values: Tensor) -> None:
+        """Set the registers of one job's rows: values [n, R, C, H, W]."""
+        missing = values.shape[1] - self._values.shape[1]
+        if missing > 0:
+            old = self._values
+            self._values = torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1)
+        self._values[rows] = 0  # of a row before: 0 times infinity is not 0
+        self._values[rows, : values.shape[1]] = values
+
+    def read(self, rows: Tensor, count: int) -> Tensor:
+        """The first registers of rows [n, count, C, H, W]."""
+        return self._values[rows, :count]
+
+    def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """The next x of rows [B], and their registers, kept: matrices [B, 4, 7], state x, x0, x0_previous, z."""
+        held = self._values[rows]
+        count = held.shape[1]
+        new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])
+        self._values[rows] = new[:, 1:]
+        return new[:, 0]
