@@ -11,7 +11,7 @@ first (owners.py).
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice
@@ -56,16 +56,6 @@ class Sharing:
         assert policy in ("srpt", "fcfs")
         reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
         return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, place_s, times)
-
-    def much_longer(self, works: Collection[int]) -> float:
-        """The total work, in places, from which a job is much longer than the shortest. works: the total of every job.
-
-        Infinite where there are more jobs than places: then all of them wait for throughput, which full ticks give.
-        The total work of a job never changes, so the answer changes only when a job comes or goes.
-        """
-        if self.policy == "fcfs" or self.short_batch == self.max_batch or len(works) > self.max_batch:
-            return math.inf
-        return MUCH_LONGER * min(works, default=0)
 
     def leads(self, ahead_s: float) -> bool:
         """Whether the owner that has had least goes before the next one, which has had so much more.
@@ -129,6 +119,7 @@ class QueuedJob:
     owner: str
     arrival: int
     work: Work
+    total: int  # its work, in places
     rows: tuple[int, ...]
     singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows); it takes one place
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
@@ -172,7 +163,6 @@ class OwnerQueue:
         self._sharing = sharing
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
-        self._works: dict[str, int] = {}  # job id -> its total work, in places
         self._much_longer: float | None = None  # None: a job came or went since it was found
         # Sorted, the next job last: the jobs that go next change all the time, and changing a list's end is cheap.
         self._queue: list[tuple[int, int, str]] = []
@@ -184,12 +174,12 @@ class OwnerQueue:
     def add(self, job: QueuedJob) -> None:
         """Take on a job, with rows that have steps left."""
         self._jobs[job.id] = job
-        self._works[job.id], self._much_longer = job.work.places, None
+        self._much_longer = None
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out."""
-        del self._jobs[job.id], self._works[job.id]
+        del self._jobs[job.id]
         self._much_longer = None
 
     def put_back(self, job: QueuedJob) -> None:
@@ -212,9 +202,16 @@ class OwnerQueue:
 
     @property
     def much_longer(self) -> float:
-        """The total work, in places, from which a job is much longer than the shortest."""
+        """The total work, in places, from which a job is much longer than the shortest.
+
+        Infinite where there are more jobs than places: then all of them wait for throughput, which full ticks give.
+        The total work of a job never changes, so the answer changes only when a job comes or goes.
+        """
         if self._much_longer is None:
-            self._much_longer = self._sharing.much_longer(self._works.values())
+            sharing = self._sharing
+            full = len(self._jobs) > sharing.max_batch or sharing.short_batch == sharing.max_batch
+            jobs = () if full or sharing.policy == "fcfs" else self._jobs.values()
+            self._much_longer = MUCH_LONGER * min((job.total for job in jobs), default=math.inf)
         return self._much_longer
 
     @property
@@ -320,7 +317,7 @@ class Scheduler:
         assert len(rows) == len(steps) == work.rows > 0
         assert min(steps) < work.steps
         places_left = sum(map(work.places_left, steps))
-        job = QueuedJob(job_id, owner, next(self._arrivals), work, tuple(rows), places_left=places_left)
+        job = QueuedJob(job_id, owner, next(self._arrivals), work, work.places, tuple(rows), places_left=places_left)
         job.put((step, index) for index, step in enumerate(steps))
         self._jobs[job_id] = job
         if owner not in self._owners:
@@ -378,7 +375,7 @@ class Scheduler:
             if pick.free == end:
                 break
             room = pick.free - end
-            if job.work.places >= much_longer:
+            if job.total >= much_longer:
                 room = min(room, self._sharing.short_room(pick.free))
             pick.take(job, room)
 
@@ -387,7 +384,7 @@ class Scheduler:
 
         ticks: so many times, one after the other, for a look ahead.
         """
-        assert sum(len(picked.steps) for picked in batch.jobs) == len(batch.rows), "it is not of next_batch"
+        assert sum([len(picked.steps) for picked in batch.jobs]) == len(batch.rows), "it is not of next_batch"
         started: list[str] = []
         finished: list[str] = []
         places: dict[str, int] = {}  # in one tick, by owner
@@ -408,7 +405,7 @@ class Scheduler:
         for owner in places:
             self._owners[owner].ticks += 1
         paid_s = self._sharing.seconds(places, self._leader, alone=self._served.one_alone)
-        self._served.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()})
+        self._served.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
             self._forget(self._jobs[job_id])
         return Advance(tuple(started), tuple(finished), taken)

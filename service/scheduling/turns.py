@@ -46,7 +46,7 @@ class Turns(Generic[Key]):
     def shares(self) -> list[Key]:
         """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
         busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
-        if len(busy) < 2:  # nearly always
+        if len(busy) < 2:
             return list(busy)
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
         first = min(ranks, key=ranks.__getitem__)
@@ -63,7 +63,11 @@ class Turns(Generic[Key]):
 
     def next(self) -> Key | None:
         """The model of the next tick; None when there is nothing to do."""
-        self._owed, models = None, self.shares()
+        self._owed = None
+        if len(self._schedulers) == 1:  # nearly always
+            ((model, scheduler),) = self._schedulers.items()
+            return model if scheduler.has_work else None
+        models = self.shares()
         if len(models) < 2:
             return models[0] if models else None
         first, oldest = models

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.service.scheduling.machine import plain
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
@@ -37,10 +38,6 @@ def make_admission(
     return admission
 
 
-def plain(rows: int, steps: int) -> Work:
-    return Work(rows, steps, range(0))
-
-
 def refusal(admission: Admission, work: Work, now_s: float = 0.0) -> Overloaded:
     with pytest.raises(Overloaded) as caught:
         admission.enter("refused", work, now_s=now_s)
@@ -66,12 +63,6 @@ def test_the_backlog_is_the_accepted_work_at_the_rate_of_full_ticks() -> None:
     assert admission.backlog_s == 96 * SECONDS_PER_PLACE
 
 
-def test_guidance_counts_only_where_it_is_on() -> None:
-    admission = make_admission()
-    admission.enter("a", Work(4, 10, range(2, 5)), now_s=0.0)
-    assert admission.backlog_s == 4 * 13 * SECONDS_PER_PLACE
-
-
 def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
     admission = make_admission()
     admission.enter("a", plain(4, 10), now_s=0.0)
@@ -93,15 +84,6 @@ def test_unknown_jobs_that_step_or_leave_change_nothing() -> None:
     assert admission.backlog_s == 0, "no job has less than nothing left"
 
 
-def test_a_name_may_come_again_but_not_twice_at_once() -> None:
-    admission = make_admission()
-    admission.enter("a", plain(1, 2), now_s=0.0)
-    with pytest.raises(AssertionError):
-        admission.enter("a", plain(1, 2), now_s=0.0)
-    admission.leave("a")
-    admission.enter("a", plain(1, 2), now_s=0.0)
-
-
 def test_the_rate_follows_the_ticks_slowly() -> None:
     admission = make_admission()
     admission.enter("a", plain(64, 1000), now_s=0.0)
@@ -111,29 +93,6 @@ def test_the_rate_follows_the_ticks_slowly() -> None:
     for _ in range(500):
         admission.stepped(0, {}, 3, 2 / 8)
     assert admission.backlog_s / before_s == pytest.approx(2.0, rel=1e-2)
-
-
-def test_threads_may_enter_step_and_leave_at_once() -> None:
-    admission = make_admission(max_jobs=10_000, max_rows=100_000)
-    done: list[int] = []
-
-    def work(thread: int) -> None:
-        for i in range(300):
-            name = f"{thread}-{i}"
-            admission.enter(name, plain(2, 5), now_s=0.0)
-            for _ in range(3):
-                admission.stepped(0, {name: 3}, 3, 1 / 8)
-            assert name in admission.outlooks(0.0)
-            admission.leave(name)
-        done.append(thread)
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [0, 1, 2, 3]
-    assert (admission.backlog_s, admission.rows, admission.outlooks(0.0)) == (0, 0, {})
 
 
 def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> None:
@@ -172,12 +131,6 @@ def test_an_accepted_job_is_told_its_position_and_when_it_will_end() -> None:
     assert admission.outlooks(0.0)["a"].eta_s == pytest.approx(4.0)
 
 
-def test_the_outlook_under_first_come_first_served_is_by_arrival() -> None:
-    admission = make_admission(policy="fcfs")
-    admission.enter("long", plain(8, 80), now_s=0.0)
-    assert admission.enter("short", plain(8, 8), now_s=0.0) == Outlook(1, pytest.approx(11.0))
-
-
 # --- limits ---
 
 
@@ -188,13 +141,17 @@ def test_a_job_over_the_backlog_limit_is_refused_with_the_reason() -> None:
     assert (error.code, error.field, error.bound) == ("overloaded", "backlog_s", "at most 10")
     assert error.value == pytest.approx(700 / 64, abs=0.05)
     assert wait_of(error) in (1, 2)
-
-
-def test_work_up_to_the_very_limit_is_taken() -> None:
-    admission = make_admission(max_backlog_s=10.0)
-    admission.enter("a", plain(10, 50), now_s=0.0)
+    assert (admission.rows, len(admission.outlooks(0.0))) == (10, 1), "it leaves nothing on the ledger"
     admission.enter("b", plain(10, 14), now_s=0.0)
-    assert admission.backlog_s == 10.0
+    assert admission.backlog_s == 10.0, "work up to the very limit is taken"
+
+
+def test_an_idle_server_accepts_any_job_however_long_and_with_any_deadline_that_it_meets() -> None:
+    admission = make_admission(max_backlog_s=0.001)
+    admission.enter("a", Work(64, 1000, range(1000)), now_s=0.0, deadline_s=math.inf)
+    refusal(admission, plain(1, 1))
+    admission.leave("a")
+    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Outlook(0, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +168,6 @@ def test_jobs_and_rows_have_limits(name: str, limits: dict[str, int], bound: str
     admission.leave("a")
     admission.leave("b")
     admission.enter("c", plain(4, 64), now_s=float(wait_of(error)))
-
-
-def test_a_refused_job_leaves_nothing_on_the_ledger() -> None:
-    admission = make_admission(max_backlog_s=1.0)
-    admission.enter("a", plain(1, 10), now_s=0.0)
-    before = (admission.backlog_s, admission.rows, len(admission.outlooks(0.0)))
-    refusal(admission, plain(64, 1000))
-    assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == before
-
-
-def test_an_idle_server_accepts_any_job_however_long() -> None:
-    admission = make_admission(max_backlog_s=0.001)
-    admission.enter("a", Work(64, 1000, range(1000)), now_s=0.0)
-    refusal(admission, plain(1, 1))
 
 
 def test_more_rows_than_the_server_can_hold_are_a_bad_request() -> None:
@@ -244,11 +187,6 @@ def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_seco
 
 
 # --- deadlines ---
-
-
-def test_a_deadline_that_can_be_met_changes_nothing() -> None:
-    admission = make_admission()
-    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Outlook(0, 10.0)
 
 
 @pytest.mark.parametrize("deadline_s", [9.99, 0.0, -1.0, math.nan, -math.inf])
@@ -271,11 +209,6 @@ def test_a_deadline_that_the_load_prevents_is_refused_with_the_earliest_that_can
     assert "Retry-After" not in error.headers
     assert len(admission.outlooks(0.0)) == 1
     assert admission.enter("b", plain(8, 8), now_s=0.0, deadline_s=11.0) == Outlook(1, pytest.approx(11.0))
-
-
-def test_an_infinite_deadline_is_accepted() -> None:
-    admission = make_admission()
-    admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=math.inf)
 
 
 # --- latent models: images are decoded after their steps ---
@@ -304,17 +237,6 @@ def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_t
     assert admission.backlog_s == 26 * SECONDS_PER_PLACE + 2.25
 
 
-def test_decoding_may_be_what_makes_a_job_too_much() -> None:
-    limits = {"max_backlog_s": 50 * SECONDS_PER_PLACE}
-    for decode_s, fits in ((0.0, True), (2 * SECONDS_PER_PLACE, False)):
-        admission = make_admission(decode_s=decode_s, **limits)
-        admission.enter("a", plain(4, 5), now_s=0.0)
-        if fits:
-            admission.enter("b", plain(5, 5), now_s=0.0)
-        else:
-            refusal(admission, plain(5, 5))
-
-
 @pytest.mark.parametrize("owner", ["", "other"])
 @pytest.mark.parametrize("ticks_first", [False, True])
 def test_who_comes_again_when_told_finds_room_though_images_take_longer_than_ticks(
@@ -336,13 +258,6 @@ def test_who_comes_again_when_told_finds_room_though_images_take_longer_than_tic
         admission.decoded("a")
     admission.enter("b", plain(4, 10), now_s=begins_s + told_s, owner=owner or "first")
     assert told_s < 4 * decode_s + 1, "and not much too late"
-
-
-def test_a_deadline_too_short_for_decoding_is_refused() -> None:
-    admission = make_admission(decode_s=0.5)
-    with pytest.raises(InvalidField, match="deadline_s"):
-        admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=2.5)
-    admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=5.0)
 
 
 # --- jobs that any replica may do ---
@@ -396,3 +311,98 @@ def test_work_of_other_models_goes_before_a_job_by_the_seconds_it_takes() -> Non
     assert admission.intake(0, 1.0).has_room(63)
     assert not admission.intake(0, 1.0).has_room(64)
     assert make_admission(points=()).intake(0, 1.0).has_room(1), "before ticks are measured"
+
+
+# --- several owners ---
+
+WORK = plain(8, 80)  # ten seconds
+
+
+def shared(**limits: float) -> Admission:
+    return make_admission(RATE, shared=True, **limits)
+
+
+def enter(admission: Admission, owner: str, works: int, work: Work = WORK) -> int:
+    """How many of them are let in."""
+    for number in range(works):
+        try:
+            admission.enter(f"{owner}{number}", work, owner, now_s=0.0)
+        except Overloaded:
+            return number
+    return works
+
+
+@pytest.mark.parametrize("limits", [{"max_backlog_s": 80.0}, {"max_jobs": 8}, {"max_rows": 64}])
+def test_one_key_may_hold_three_quarters_and_leaves_room_for_another(limits: dict[str, float]) -> None:
+    admission = shared(**limits)
+    assert enter(admission, "flood", 20) == 6
+    assert enter(admission, "b", 20) == 1, "three quarters of what the others leave, and the first in any case"
+    assert enter(admission, "c", 20) == 1, "its first job may take the last that there is"
+    assert enter(admission, "d", 20) == 0
+
+
+@pytest.mark.parametrize("limits", [{"max_backlog_s": 80.0}, {"max_jobs": 8}, {"max_rows": 64}])
+def test_without_keys_one_who_comes_alone_may_have_all(limits: dict[str, float]) -> None:
+    assert enter(make_admission(**limits), "", 20) == 8
+
+
+def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_for_it() -> None:
+    admission = shared(max_backlog_s=80.0)
+    enter(admission, "flood", 6)
+    with pytest.raises(Overloaded) as caught:
+        admission.enter("more", WORK, "flood", now_s=0.0)
+    detail = str(caught.value)
+    assert "70.0 s of work of this key would be waiting; the limit of a key now is 60 s" in detail
+    assert 10 <= wait_of(caught.value) <= 12
+
+
+def test_of_many_keys_that_find_no_room_at_all_each_is_told_another_time() -> None:
+    admission = shared(max_backlog_s=80.0)
+    for owner, works in (("flood", 6), ("b", 1), ("c", 1)):
+        assert enter(admission, owner, works) == works
+    waits = []
+    for number in range(10):
+        with pytest.raises(Overloaded) as caught:
+            admission.enter(f"new{number}", WORK, f"new{number}", now_s=0.0)
+        waits.append(wait_of(caught.value))
+    assert waits == sorted(set(waits))
+
+
+def test_what_is_kept_of_keys_that_are_gone_is_forgotten() -> None:
+    admission = shared(max_jobs=10_000)
+    for number in range(300):
+        admission.enter("job", plain(1, 1), f"key{number}", now_s=200.0 * number)
+        admission.leave("job")
+    assert len(admission._arrivals) < 30
+
+
+def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
+    admission = shared(max_backlog_s=80.0)
+    enter(admission, "flood", 6)
+    for _ in range(100):
+        with pytest.raises(Overloaded):
+            admission.enter("more", WORK, "flood", now_s=0.0)
+    enter(admission, "b", 1)
+    with pytest.raises(Overloaded) as caught:
+        admission.enter("b9", WORK, "b", now_s=0.0)
+    assert wait_of(caught.value) <= 40
+
+
+def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline() -> None:
+    served = Served()
+    served.join("flood")
+    admission = make_admission(RATE, served=served, shared=True, max_backlog_s=1e6)
+    admission.enter("f0", plain(64, 1000), "flood", now_s=0.0)
+    for number in range(1, 8):
+        admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
+    for _ in range(200):
+        admission.stepped(0, {"f0": 8}, 8, 1 / 8)
+    served.stepped({"flood": 25.0})
+    outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
+    assert outlook.eta_s == pytest.approx(10.0, rel=0.1)
+
+
+def test_a_job_of_an_earlier_process_is_refused_for_no_share() -> None:
+    admission = shared(max_jobs=8)
+    for number in range(8):
+        admission.readmit(f"f{number}", WORK, "flood", places_left=10)

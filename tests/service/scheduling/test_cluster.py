@@ -1,17 +1,19 @@
-"""Room among replicas, in plain numbers."""
+"""Room among replicas, and what one of them takes on, in plain numbers."""
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.fakes import LIMITS
-from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.room import Excess
 from tminus.service.work import Work
 
+PLACES = st.floats(0.0, 1e6)
 BOUNDS = replace(LIMITS, max_backlog_s=10.0, max_jobs=4)
 
 
@@ -81,3 +83,36 @@ def test_after_the_time_that_is_told_there_is_room(
         return
     left_s = load.backlog_s - seconds
     assert left_s + places / places_per_s == pytest.approx(BOUNDS.max_backlog_s) or left_s < 0
+
+
+# --- what one server takes on ---
+
+
+@given(PLACES, st.lists(PLACES), PLACES)
+def test_only_what_is_not_longer_goes_before_a_job(room: float, held: list[float], places: float) -> None:
+    before = sum(sorted(each for each in held if each <= places))
+    assert Intake(room, held).has_room(places) == (before < room)
+    assert Intake(room, held, shortest_first=False).has_room(places) == (sum(sorted(held)) < room)
+
+
+@given(st.floats(1.0, 1e6), st.lists(PLACES))
+def test_of_jobs_that_come_in_order_of_length_those_are_taken_before_which_there_is_room(
+    room: float, offered: list[float]
+) -> None:
+    offered.sort()
+    intake, before = Intake(room), [0.0, *accumulate(offered)]
+    taken = [intake.offer(places) for places in offered]
+    assert taken == [total < room for total in before[:-1]] or len(set(offered)) < len(offered)
+    refused = [places for places, was in zip(offered, taken, strict=True) if not was]
+    assert intake.refused == min(refused, default=float("inf"))
+
+
+def test_a_job_is_taken_on_beside_any_number_of_longer_ones() -> None:
+    assert Intake(8.0, [1000.0] * 50).offer(7.0)
+
+
+def test_the_oldest_of_all_is_taken_by_who_has_none_that_is_older() -> None:
+    assert not Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 6)
+    assert Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 4)
+    assert Intake(0.0).offer_oldest(10.0, 4), "who has nothing takes any"
+    assert Intake(8.0, [7.0], oldest_us=5).offer_oldest(10.0, 6), "and who has room"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from bench import simulate
 from bench.simulate import TICKS, Outcome
-from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
+from tests.service.scheduling.machine import plain
+from tests.service.scheduling.test_admission import LIMITS, make_admission, refusal, wait_of
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.room import SPREAD_S, Line
@@ -23,16 +24,6 @@ from tminus.service.work import Work
 # --- the line ---
 
 
-def test_each_of_many_refused_at_once_is_told_a_later_time() -> None:
-    admission = make_admission(max_backlog_s=10.0)
-    work = plain(8, 80)  # ten seconds
-    admission.enter("a", work, now_s=0.0)
-    waits = [wait_of(refusal(admission, work)) for _ in range(4)]
-    assert waits == sorted(set(waits))
-    for turn, wait_s in enumerate(waits, 1):
-        assert 10 * turn <= wait_s <= 1.05 * 10 * turn + turn + 1
-
-
 @pytest.mark.parametrize("limits", [{"max_jobs": 4}, {"max_rows": 32}, {"max_backlog_s": 40.0}])
 def test_the_time_told_is_when_there_is_room_by_each_limit(limits: dict[str, float]) -> None:
     admission, work = make_admission(**limits), plain(8, 80)
@@ -41,12 +32,6 @@ def test_the_time_told_is_when_there_is_room_by_each_limit(limits: dict[str, flo
     waits = [wait_of(refusal(admission, work)) for _ in range(3)]
     for turn, wait_s in enumerate(waits, 1):
         assert 10 * turn <= wait_s <= 1.05 * 10 * turn + 2
-
-
-def test_work_over_the_backlog_limit_waits_for_an_idle_server() -> None:
-    admission = make_admission(max_backlog_s=10.0)
-    admission.enter("a", plain(8, 70), now_s=0.0)
-    assert 8 <= wait_of(refusal(admission, plain(64, 1000))) <= 11
 
 
 @settings(deadline=None)
@@ -161,27 +146,26 @@ def test_nobody_is_refused_while_there_is_room_and_who_comes_back_gets_in(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("load", [1.5, 5.0])
-@pytest.mark.parametrize("share_that_returns", [0.0, 0.5])
+@pytest.mark.parametrize(("load", "share_that_returns"), [(1.5, 0.5), (5.0, 0.0)])
 def test_the_server_is_kept_busy_though_the_refused_do_not_return(load: float, share_that_returns: float) -> None:
     mix = random.Random(1)
     place_s, time_s = TickTimes(TICKS).seconds_per_place(8), 0.0
     arrivals: list[tuple[float, Work]] = []
-    while time_s < 60.0:
+    while time_s < 30.0:
         work = plain(mix.choice([1, 2, 4]), mix.choice([20, 20, 50, 100]))
         time_s += mix.expovariate(load / (100 * place_s))  # the mean of places is a little over 100
         arrivals.append((time_s, work))
     returns = [mix.random() < share_that_returns for _ in arrivals]
     outcome = serve(arrivals, replace(LIMITS, max_backlog_s=5.0), TICKS, comes_back=returns.__getitem__)
     assert outcome.waits
-    assert sum(work_s for ended_s, work_s in outcome.done if ended_s <= 60.0) >= 0.95 * 60.0
+    assert sum(work_s for ended_s, work_s in outcome.done if ended_s <= 30.0) >= 0.95 * 30.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
-    [replace(LIMITS, max_backlog_s=5.0, max_jobs=1000), LIMITS, replace(LIMITS, max_backlog_s=1.0, max_jobs=1000)],
-    ids=["backlog", "jobs", "small backlog"],
+    [replace(LIMITS, max_backlog_s=5.0, max_jobs=1000), LIMITS],
+    ids=["backlog", "jobs"],
 )
 def test_a_herd_that_does_as_told_is_all_in_after_few_tries_and_little_longer_than_the_work_takes(
     limits: Limits,

@@ -1,0 +1,95 @@
+"""The schedulers of some models with a clock of predicted ticks, for the tests of scheduling."""
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import count
+
+from tminus.service.scheduling.forecast import Pending, Speed, forecast
+from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.turns import Turns
+from tminus.service.work import Batch, Outlook, Work
+
+TIMES = TickTimes(((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009), (16, 0.017)))
+
+
+def plain(rows: int, steps: int, model: int = 0) -> Work:
+    return Work(rows, steps, range(0), model=model)
+
+
+def guided(rows: int, steps: int) -> Work:
+    return Work(rows, steps, range(steps))
+
+
+def speed_of(
+    max_batch: int = 8, policy: Policy = "srpt", short_batch: int | None = None, times: TickTimes = TIMES
+) -> Speed:
+    sharing = Sharing.of(max_batch, policy, short_batch, times.seconds_per_place(max_batch), times)
+    return Speed(sharing, times, 1000)
+
+
+class Machine:
+    """Jobs are called by their owner and a number."""
+
+    def __init__(self, *speeds: Speed) -> None:
+        self.speeds: Mapping[int, Speed] = dict(enumerate(speeds))
+        arrivals, self.served = count(), Served()
+        self.schedulers = {
+            model: Scheduler(speed.sharing, arrivals, self.served) for model, speed in self.speeds.items()
+        }
+        self.turns = Turns[int]()
+        for model, scheduler in self.schedulers.items():
+            self.turns.put(model, scheduler)
+        self.now_s, self._rows = 0.0, count()
+        self.works: dict[str, Work] = {}
+        self.left: dict[str, int] = {}  # places, by job
+        self.ends: dict[str, float] = {}
+        self.places: Counter[str] = Counter()  # by owner
+        self.time_s: Counter[int] = Counter()  # by model
+
+    @property
+    def had_s(self) -> dict[str, float]:
+        return self.served.of({job_id[0] for job_id, left in self.left.items() if left})
+
+    def add(self, job_id: str, work: Work) -> None:
+        self.works[job_id], self.left[job_id] = work, work.places
+        rows = [next(self._rows) for _ in range(work.rows)]
+        self.schedulers[work.model].add(job_id, rows, work, owner=job_id[0])
+
+    def step(self) -> tuple[int, Batch] | None:
+        """Do a tick; returns its model and its batch, or None when there is nothing to do."""
+        model = self.turns.next()
+        if model is None:
+            return None
+        batch = self.schedulers[model].next_batch()
+        assert batch is not None
+        assert batch == self.schedulers[model].next_batch(), "choosing changes nothing"
+        seconds = self.speeds[model].tick_times.seconds(batch.places)
+        self.now_s += seconds
+        self.time_s[model] += seconds  # type: ignore[assignment]
+        for picked in batch.jobs:
+            self.left[picked.job_id] -= picked.places
+            self.places[picked.job_id[0]] += picked.places
+        self.ends |= dict.fromkeys(self.schedulers[model].advance(batch).finished, self.now_s)
+        self.turns.stepped(model, seconds)
+        return model, batch
+
+    def tick(self) -> dict[str, int] | None:
+        """Do a tick; returns how many places each owner had."""
+        if (stepped := self.step()) is None:
+            return None
+        places: Counter[str] = Counter()
+        for picked in stepped[1].jobs:
+            places[picked.job_id[0]] += picked.places
+        return dict(places)
+
+    def run(self) -> None:
+        while self.step() is not None:
+            pass
+
+    def pending(self) -> list[Pending]:
+        return [Pending(job, self.works[job], left, owner=job[0]) for job, left in self.left.items() if left]
+
+    def forecast(self, until: str | None = None) -> dict[str, Outlook]:
+        return forecast(self.pending(), self.speeds, until, self.had_s)
