@@ -88,11 +88,6 @@ def one_more_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         site.engine.gate.open()
 
 
-def test_no_more_jobs_are_told_of_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    with one_more_than_fit(site, monkeypatch):
-        assert len(look(site)["jobs"]) == 2
-
-
 def test_the_jobs_and_how_many_more_there_are_come_of_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with one_more_than_fit(site, monkeypatch):
         monkeypatch.setattr(batch_module, "FRESH_S", 3600.0)

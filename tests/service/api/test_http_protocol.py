@@ -12,18 +12,17 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import HTTPResponse
-from inspect import signature
 from typing import Any
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge import http_protocol, middleware
-from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES, HttpProtocol
+from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES
 from tminus.service.api.edge.middleware import PIECE_BYTES, BodyLimit, RequestContext
 from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.errors import ServiceError
@@ -164,28 +163,6 @@ def running() -> Iterator[Running]:
         yield server
 
 
-def test_uvicorn_has_what_is_extended() -> None:
-    theirs = HttpProtocol.__mro__[1]
-    for name in (
-        "connection_made",
-        "connection_lost",
-        "data_received",
-        "handle_websocket_upgrade",
-        "send_400_response",
-        "on_response_complete",
-        "shutdown",
-    ):
-        assert hasattr(theirs, name), f"uvicorn {uvicorn.__version__} has no H11Protocol.{name}"
-    assert "transport" in signature(RequestResponseCycle).parameters
-
-
-def test_a_connection_is_kept_and_answers_one_request_after_the_other(running: Running) -> None:
-    with running.connect() as client:
-        for _ in range(3):
-            client.sendall(GET)
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-
-
 def test_a_head_that_does_not_come_is_waited_for_no_longer_than_a_time(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,16 +224,6 @@ def test_a_body_that_stalls_or_crawls_is_given_up(running: Running, monkeypatch:
     assert problem(running.ask(declared + b"x" * 100_000)) == (408, "slow_body"), "a fast beginning is no excuse"
 
 
-def test_a_body_that_comes_slowly_enough_is_read_to_its_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "WINDOW_S", 0.5)
-    with running.connect() as client:
-        client.sendall(HEAD + b"Connection: close\r\nContent-Length: 60000\r\n\r\n")
-        for _ in range(12):
-            client.sendall(b"x" * 5000)
-            time.sleep(0.1)
-        assert read_all(client).endswith(b"x" * 60000)
-
-
 @pytest.mark.parametrize("framing", [b"Content-Length: 4000000", b"Transfer-Encoding: chunked"])
 def test_who_sends_too_much_and_only_then_reads_gets_the_answer(running: Running, framing: bytes) -> None:
     with running.connect() as client:
@@ -302,16 +269,6 @@ def test_who_has_the_answer_may_send_the_rest_of_its_body_and_ask_again(running:
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
             client.sendall(b"rest" + GET)
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-
-
-def test_who_has_the_answer_may_pause_longer_than_between_requests(running: Running) -> None:
-    running.server.config.timeout_keep_alive = 0.2  # type: ignore[assignment]
-    with running.connect() as client:
-        client.sendall(EARLY + b"Content-Length: 9\r\n\r\nhalf")
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        time.sleep(0.6)
-        client.sendall(b" half" + GET)
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("bound", ["LINGER_S", "LINGER_BYTES"])
@@ -379,20 +336,6 @@ def test_a_handshake_after_an_answer_that_was_not_read_is_refused(
         client.sendall(HANDSHAKE.replace(b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Version: 5") + b"\r\n")
         answer = read_all(client)
     assert problem(answer[answer.index(b"the end") :].partition(b"\r\n0\r\n\r\n")[2]) == (400, "malformed_request")
-
-
-def test_a_handshake_after_an_answer_that_was_read_slowly_ends_its_time(running: Running) -> None:
-    """What waits for its reader from then on is the WebSocket's, which has times of its own."""
-    with running.connect() as client:
-        client.sendall(GET.replace(b"/ok", b"/left"))
-        wait_until(lambda: not running.server.server_state.tasks and running.unsent())
-        (protocol,) = running.connections()
-        assert read_body(client).endswith(b"the end")
-        wait_until(lambda: not running.unsent())  # the bytes may be here before the transport has counted them
-        timer = protocol._send_timer
-        assert not timer.cancelled()
-        client.sendall(HANDSHAKE + b"\r\n")
-        wait_until(timer.cancelled)
 
 
 def test_who_lingers_does_not_hold_up_the_end(running: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -569,10 +512,6 @@ def test_requests_that_do_not_wait_for_the_answer_before_end_with_their_connecti
         wait_until(lambda: len(running.gone) == 1)
         time.sleep(0.1)
         assert len(running.began) == 1, "none of the others is begun"
-
-
-def test_a_request_that_did_not_wait_is_not_answered_and_the_connection_closes(running: Running) -> None:
-    assert running.ask(GET * 2).count(b"HTTP/1.1 200") == 1
 
 
 @pytest.mark.parametrize("method", [b"HEAD", b"GET"])

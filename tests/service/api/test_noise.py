@@ -71,12 +71,6 @@ def test_an_image_comes_back_with_noise_and_the_headers_of_the_contract(site: Si
     }
 
 
-@pytest.mark.parametrize("kind", ["image/jpeg", "IMAGE/PNG; charset=x", None])
-def test_a_raw_body_is_recognised_by_its_content_whatever_image_type_it_declares(site: Site, kind: str | None) -> None:
-    headers = {} if kind is None else {"Content-Type": kind}
-    assert post(site, headers=headers, t=5, seed=7).content == post(site, t=5, seed=7).content
-
-
 def test_a_form_gets_the_same_answer_as_a_raw_body_with_fields_in_form_or_query(site: Site) -> None:
     wanted = post(site, t=5, seed=7)
     answers = [
@@ -98,11 +92,6 @@ def test_a_seed_that_is_not_given_is_drawn_and_told(site: Site) -> None:
     assert one.headers["cache-control"] == "no-store"
     assert "etag" not in one.headers
     assert post(site, t=5, seed=one.headers["x-seed"]).content == one.content
-
-
-def test_an_image_of_another_size_and_kind_is_fitted(site: Site) -> None:
-    response = post(site, encode(noise(90, 50, 4)), t=5, seed=1)
-    assert pixels(response.content).shape == (4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +160,6 @@ def test_a_bad_parameter_is_a_problem_in_query_and_form(
         assert (document["field"], document["bound"]) == (field, bound)
 
 
-def test_a_parameter_that_does_not_exist_is_a_problem_in_query_and_form(site: Site) -> None:
-    for answer in (post(site, t=5, steps=5), post_form(site, {"image": CAT}, {"t": "5", "steps": "5"})):
-        document = problem(answer, 422, "unknown_field")
-        assert (document["field"], document["bound"]) == ("steps", "one of t, seed")
-
-
 def test_a_parameter_of_two_values_is_a_problem(site: Site) -> None:
     answers = [
         site.client.post("/noise?t=1&t=2", content=CAT, headers=RAW),
@@ -226,25 +209,6 @@ def test_another_media_type_is_a_problem(site: Site, kind: str) -> None:
 
 
 HALF_A_FORM = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhalf'
-BROKEN_FORMS = [
-    ("multipart/form-data", b"x"),
-    ("multipart/form-data; boundary=" + "x" * 300, b"x"),
-    ("multipart/form-data; boundary=x", b"hello"),
-    ("multipart/form-data; boundary=x", b""),
-    ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n"),
-    ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nno name\r\n--x--\r\n"),
-    (
-        "multipart/form-data; boundary=x",
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhalf',
-    ),
-    ("multipart/form-data; boundary=x", b"--x\r\n" + b"A: b\r\n" * 100 + b"\r\n\r\n--x--\r\n"),
-]
-
-
-@pytest.mark.parametrize(("kind", "content"), BROKEN_FORMS)
-def test_a_broken_form_is_a_problem(site: Site, kind: str, content: bytes) -> None:
-    response = post(site, content, headers={"Content-Type": kind}, t=5)
-    problem(response, 400, "malformed_form")
 
 
 @pytest.mark.parametrize("charset", ["undefined", "no-such"])
@@ -268,11 +232,6 @@ def test_a_form_of_too_many_parts_or_too_long_a_field_is_a_problem(site: Site) -
     problem(post_form(site, many, t=5), 400, "malformed_form")
     problem(post_form(site, {"image": CAT}, {f"f{k}": "1" for k in range(MAX_PARTS + 1)}, t=5), 400, "malformed_form")
     problem(post_form(site, {"image": CAT}, {"t": "5" * (MAX_FIELD_BYTES + 1)}), 400, "malformed_form")
-
-
-def test_an_accept_without_png_is_a_problem(site: Site) -> None:
-    document = problem(post(site, headers=RAW | {"Accept": "application/json"}, t=5), 406, "not_acceptable")
-    assert document["bound"] == "one of image/png"
 
 
 # --- sizes ---
@@ -426,7 +385,3 @@ def test_an_engine_that_fails_is_a_500_and_the_next_request_succeeds(site: Site)
     assert "secret" not in json.dumps(document)
     site.engine.on_noised = lambda: None
     assert post(site, t=5).status_code == 200
-
-
-def test_before_the_warm_up_it_is_not_ready(make_site: MakeSite) -> None:
-    problem(post(make_site(gate_shut=True), t=5), 503, "not_ready")

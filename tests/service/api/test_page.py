@@ -84,11 +84,6 @@ def test_a_part_of_a_file_is_sent_as_it_is(site: Site) -> None:
     assert "content-encoding" not in part.headers
 
 
-@pytest.mark.parametrize("path", ["/", "/sample?steps=1"])
-def test_nothing_else_is_compressed(site: Site, path: str) -> None:
-    assert "content-encoding" not in site.client.get(path, headers={"Accept-Encoding": "gzip"}).headers
-
-
 @pytest.mark.parametrize("absent", ["docs", "metrics"])
 def test_a_link_to_what_is_not_served_is_not_shown(make_site: MakeSite, absent: str) -> None:
     site = make_site(app={f"with_{absent}": False})

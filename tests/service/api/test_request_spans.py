@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from opentelemetry.trace import SpanKind
-from starlette.testclient import WebSocketDenialResponse
 from starlette.types import Receive, Scope, Send
 
 from tests.service.api.asgi import call, scope_of
@@ -122,27 +121,6 @@ def test_a_client_that_goes_away_has_the_status_that_the_metrics_have(make_site:
     found = attributes(kept, "POST /sample")
     assert (found["http.response.status_code"], found["tminus.problem"]) == (499, "cancelled")
     assert "error.type" not in found
-
-
-def test_an_answer_that_never_began_is_a_client_that_went(kept: Kept) -> None:
-    async def silent(_scope: Scope, _receive: Receive, _send: Send) -> None:
-        pass
-
-    call(RequestSpans(silent, kept.traces.tracer), iter([]))  # type: ignore[arg-type]
-    (span,) = kept.all()
-    assert (span.attributes or {})["error.type"] == "client_gone"
-    assert span.status.is_unset
-
-
-def test_a_websocket_that_is_refused_has_the_status_of_the_refusal(make_site: MakeSite, kept: Kept) -> None:
-    site = make_site(app={"traces": kept.traces})
-    with (
-        pytest.raises(WebSocketDenialResponse),
-        site.client.websocket_connect("/models/absent/sample/stream"),
-    ):
-        pass
-    found = attributes(kept, "GET /models/{model}/sample/stream")
-    assert (found["http.response.status_code"], found["tminus.problem"]) == (404, "model_not_found")
 
 
 def test_probes_and_the_lifespan_have_no_span(make_site: MakeSite, kept: Kept) -> None:

@@ -211,29 +211,6 @@ def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
     assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
 
 
-def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> None:
-    site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, every=1000)
-        accepted = client.get("accepted")
-        assert site.client.delete(f"/jobs/{accepted['id']}").status_code == 204
-        site.engine.gate.open()
-        client.get("cancelled")
-        assert client.closed()[0] == 1000
-
-
-def test_a_job_that_fails_says_why(make_site: MakeSite) -> None:
-    site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, every=1000)
-        client.get("accepted")
-        site.engine.nan |= set(site.engine.next_begun().rows)
-        site.engine.gate.open()
-        client.refused("not_finite", 1011)
-
-
 @pytest.mark.parametrize("code", ["not_ready", "draining"])
 def test_a_server_that_starts_or_drains_refuses_the_handshake_so_that_a_proxy_can_ask_another(
     make_site: MakeSite, code: str
@@ -247,19 +224,6 @@ def test_a_server_that_starts_or_drains_refuses_the_handshake_so_that_a_proxy_ca
 
 
 # --- a viewer's trouble is its own ---
-
-
-def test_a_frame_that_cannot_be_read_is_left_out(site: Site) -> None:
-    def fail(rows: object) -> None:
-        raise RuntimeError("out of memory")
-
-    site.engine.on_preview = fail
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, every=1)
-        client.get("accepted")
-        client.get("done")
-        client.picture()
 
 
 def test_a_frame_that_cannot_be_encoded_is_left_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,13 +25,6 @@ def test_streams_are_limited_by_address_and_in_total() -> None:
     assert not refused(streams, "10.0.0.1")
 
 
-def test_a_stream_that_ends_with_an_error_is_no_longer_counted() -> None:
-    streams = Streams(1, 1)
-    for _ in range(3):
-        with pytest.raises(RuntimeError), streams.opened("a"):
-            raise RuntimeError
-
-
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [

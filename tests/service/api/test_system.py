@@ -66,12 +66,6 @@ def test_a_dead_worker_fails_the_liveness_probe(make_site: MakeSite) -> None:
     site.engine.jobs.clear()  # the warm-up's own slots died with the worker
 
 
-def test_probes_of_a_server_that_warms_up_are_no_rejected_requests(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.client.get("/readyz")
-    assert not any(name.startswith("tminus_rejected_total") for name in site.metrics())
-
-
 def headers_of(response: httpx.Response) -> dict[str, str]:
     """Those that do not differ between two requests that are alike."""
     return {name: value for name, value in response.headers.items() if name not in ("date", "x-request-id")}
@@ -88,13 +82,6 @@ def test_head_of_a_probe_is_get_without_a_body(make_site: MakeSite, path: str) -
         assert headers_of(head) == headers_of(got)
         site.engine.gate.open()
         wait_until(lambda: site.client.get("/readyz").status_code == 200)
-
-
-def test_head_of_the_metrics_is_get_without_a_body(site: Site) -> None:
-    got, head = site.client.get("/metrics"), site.client.head("/metrics")
-    assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["content-type"] == got.headers["content-type"]
-    assert int(head.headers["content-length"]) > 1000
 
 
 # --- metrics ---

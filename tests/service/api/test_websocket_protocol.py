@@ -232,17 +232,6 @@ def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
     assert parameters == [*inspect.signature(getattr(StreamProtocol, name)).parameters], f"{CHANGED}{name}"
 
 
-def test_uvicorn_has_the_attributes_that_are_used() -> None:
-    loop = asyncio.new_event_loop()
-    protocol = stream_protocol()(uvicorn.Config(echo_sizes), ServerState(), {}, _loop=loop)
-    loop.close()
-    for name in ("conn", "loop", "queue", "transport"):
-        assert hasattr(protocol, name), f"{CHANGED}there is no {name}"
-    assert isinstance(protocol.queue, asyncio.Queue), f"{CHANGED}queue"
-    for name in ("fail", "data_to_send"):
-        assert callable(getattr(protocol.conn, name, None)), f"{CHANGED}there is no conn.{name}"
-
-
 def test_uvicorn_calls_each_method_that_is_extended() -> None:
     called: set[str] = set()
 

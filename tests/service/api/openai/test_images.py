@@ -216,12 +216,6 @@ def test_a_body_that_is_no_object_is_refused(site: Site, body: bytes, status: in
     error_of(site.client.post("/v1/images/generations?n=2", json=CAT), 400, "unknown_field")
 
 
-def test_no_more_images_are_made_than_the_server_allows(make_site: MakeSite) -> None:
-    site = make_site(max_n=2)
-    assert len(generate(site, **CAT, n=2).json()["data"]) == 2
-    assert "1..2" in error_of(generate(site, **CAT, n=3), 400, "invalid_field")["message"]
-
-
 def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
     site = make_site(max_jobs=1)
     site.engine.gate.shut()
@@ -234,13 +228,6 @@ def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> Non
             assert int(refused.headers["retry-after"]) >= 1
         site.engine.gate.open()
         assert first.result(PATIENCE_S).status_code == 200
-
-
-def test_a_deadline_that_passes_is_504(held: Site) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(generate, held, **CAT | {"steps": 1000}, deadline_s=0.05)
-        step_until(held, asked)
-        error_of(asked.result(PATIENCE_S), 504, "deadline_passed")
 
 
 def test_a_client_that_goes_away_frees_its_rows_at_the_next_tick(site: Site) -> None:
@@ -300,12 +287,6 @@ def test_a_key_of_a_wrong_length_is_refused_with_or_without_a_job(site: Site, ke
     fields = CAT | {"response_format": response_format}
     answer = site.client.post("/v1/images/generations", json=fields, headers={"Idempotency-Key": key})
     assert error_of(answer, 400, "invalid_field")["param"] == "Idempotency-Key"
-
-
-def test_a_job_that_fails_is_told_as_its_error(site: Site) -> None:
-    site.engine.on_step = lambda batch: site.engine.nan.update(batch.rows)
-    answer = generate(site, **CAT, response_format="url")
-    assert error_of(answer, 500, "not_finite")["type"] == "server_error"
 
 
 def test_no_failure_that_is_kept_says_when_to_try_again() -> None:
@@ -571,17 +552,6 @@ def test_an_error_in_mid_stream_is_an_event(site: Site) -> None:
     }  # fmt: skip
     assert "secret" not in text
     assert [name for name, *_ in found[:-1]] == ["image_generation.partial_image"]
-
-
-def test_an_unforeseen_error_in_mid_stream_is_an_event_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: object) -> bytes:
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr("tminus.service.images.encoder.encode_each", fail)
-    text = generate(site, **STREAM).text
-    ((name, data, _),) = events(text)
-    assert (name, data["error"]["code"]) == ("error", "internal")
-    assert "secret" not in text
 
 
 def test_what_is_refused_is_refused_before_the_stream_begins(make_site: MakeSite) -> None:

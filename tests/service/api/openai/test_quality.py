@@ -74,7 +74,6 @@ def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"guidance": 1.0}, ("tuned", 8, 1)),
         ({"sampler": "tuned"}, ("tuned", 8, 1)),
         ({"steps": 5}, ("tuned", 5, 1)),
         ({"steps": 8, "guidance": 1.0, "sampler": "tuned", "clip": True, "seed": 3}, ("tuned", 8, 1)),
@@ -91,8 +90,8 @@ def test_a_table_that_is_guided_may_be_so_at_some_timesteps() -> None:
     assert settings(replace(both, tables=both.tables[1:]), "low", has_class=False) == ("ddim", 10, 1)
 
 
-@pytest.mark.parametrize("quality", QUALITIES)
-def test_a_table_is_chosen_by_its_hash(quality: Quality) -> None:
+def test_a_table_is_chosen_by_its_hash() -> None:
+    quality: Quality = "high"
     few = TUNED.tables[0]
     assert settings(TUNED, quality, table=few.hash) == ("tuned", 5, 1)
     assert settings(TUNED, quality, table=few.hash, steps=8) == ("tuned", 8, None), "which is refused"
@@ -104,10 +103,7 @@ def test_a_table_is_chosen_by_its_hash(quality: Quality) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [
-        {"steps": 7}, {"guidance": 3}, {"guidance_interval": [1, 2]}, {"sampler": "ddim"},
-        {"timestep_spacing": "karras"}, {"eta": 0.5}, {"guidance": 1.0, "eta": 0.5},
-    ],
+    [{"steps": 7}, {"guidance": 3}, {"sampler": "ddim"}, {"eta": 0.5}],
 )  # fmt: skip
 def test_whoever_names_other_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
     made = settings(TUNED, "low", **given)
@@ -119,8 +115,6 @@ def test_whoever_names_other_settings_gets_the_recommended_sampler_with_them(giv
     [
         ({"steps": 10}, ("dpmpp_2m", 10, 1)),
         ({"guidance": 3.0}, ("dpmpp_2m", 20, 3)),
-        ({"timestep_spacing": "karras"}, ("dpmpp_2m", 20, 1)),
-        ({"steps": 5}, ("tuned", 5, 1)),
         ({"steps": 7, "sampler": "tuned"}, ("tuned", 7, None)),
         ({"table": "0" * 16}, ("tuned", None, None)),
     ],
