@@ -238,7 +238,7 @@ class Parts:
     async def _deliver(self, lifecycle: Lifecycle) -> None:
         assert self._webhooks is not None
         view = partial(self.jobs.to_deliver, lifecycle)
-        await Deliverer(lifecycle.store, self._webhooks, view, document, self.metrics).run(lifecycle.pause)
+        await Deliverer(lifecycle.store, self._webhooks, view, document, self.metrics).run()
 
     # --- models that go ---
 

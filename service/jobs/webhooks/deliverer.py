@@ -16,12 +16,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
-from tminus.service.errors import Draining, InvalidField, ServiceError, StorageFailed
+from tminus.service.errors import InvalidField, ServiceError, StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.views import JobView
@@ -133,21 +134,19 @@ class Deliverer:
         self._slots = Slots()
         self._due_s: list[float] = []  # a heap: when this server's next attempts are due, by the loop's clock
 
-    async def run(self, pause: Callable[[float], Awaitable[None]]) -> None:
-        """Deliver until this is cancelled, or the process ends. pause: sleeps; raises Draining then."""
+    async def run(self) -> None:
+        """Deliver until this is cancelled."""
         try:
             while True:
                 try:
                     self._store.owes.clear()
                     await self._look()
                 except StorageFailed:  # which the store has logged
-                    await pause(LOOK_S)
+                    await asyncio.sleep(LOOK_S)
                     continue
                 except Exception:
                     log.exception("webhooks could not be looked for")
-                await self._wait(pause)
-        except Draining:
-            pass
+                await self._wait()
         finally:
             for attempt in self._attempts:  # its claim ends by itself, and then another has it
                 attempt.cancel()
@@ -169,20 +168,12 @@ class Deliverer:
             self._attempts.add(attempt)
             attempt.add_done_callback(self._attempts.discard)
 
-    async def _wait(self, pause: Callable[[float], Awaitable[None]]) -> None:
+    async def _wait(self) -> None:
         """Wait until something may be due: an event, an attempt that has ended, a time that has come."""
         until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else LOOK_S
-        waits = {
-            asyncio.ensure_future(self._store.owes.wait()),
-            asyncio.ensure_future(pause(max(0.0, min(LOOK_S, until_due_s)))),
-        }
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for each in done:
-                each.result()
-        finally:
-            for each in waits:
-                each.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(LOOK_S, until_due_s))):
+                await self._store.owes.wait()
 
     async def _attempt(self, delivery: Delivery) -> None:
         try:

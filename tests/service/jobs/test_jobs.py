@@ -65,23 +65,6 @@ def test_sample_with_respond_async_is_a_durable_job(site: Site) -> None:
     assert site.client.get("/sample?steps=2", headers={"Prefer": "respond-async"}).status_code == 200
 
 
-def test_a_bad_spec_is_refused_and_nothing_is_kept(site: Site) -> None:
-    problem(site.client.post("/jobs", json={"steps": 0}), 422, "invalid_field")
-    problem(site.client.post("/jobs", json={"stops": 1}), 422, "unknown_field")
-    problem(site.client.post("/jobs", content=b"{"), 400, "malformed_body")
-    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}
-
-
-def test_work_over_the_limits_is_refused_as_anywhere(make_site: MakeSite) -> None:
-    site = make_site(max_jobs=1)
-    site.engine.gate.shut()
-    post(site)
-    refused = site.client.post("/jobs", json=SPEC)
-    problem(refused, 429, "overloaded")
-    assert refused.headers["retry-after"]
-    assert len(site.client.get("/jobs").json()["jobs"]) == 1
-
-
 def test_a_job_whose_network_gives_nan_has_failed_and_says_why(held: Site) -> None:
     job_id = post(held).json()["id"]
     batch = held.engine.next_begun()
@@ -113,16 +96,6 @@ def test_a_job_is_told_by_its_id_as_soon_as_it_is_accepted(make_site: MakeSite) 
     assert (told["state"], told["step"], told["position"]) == ("waiting", 0, 1)
     assert accepted["eta_s"] - 10 < told["eta_s"] <= accepted["eta_s"]
     assert [job["id"] for job in site.client.get("/jobs").json()["jobs"]] == [accepted["id"], first["id"]]
-
-
-def test_each_step_is_told_at_once_though_forecasts_are_a_second_apart(held: Site) -> None:
-    job_id = post(held, {"steps": 30}).json()["id"]
-    held.engine.next_begun()
-    for step in range(1, 20):
-        held.engine.gate.let()
-        held.engine.next_begun()
-        told = held.client.get(f"/jobs/{job_id}").json()
-        assert (told["state"], told["step"]) == ("running", step)
 
 
 def test_the_store_is_called_while_images_are_still_copied_from_a_gpu(held: Site) -> None:

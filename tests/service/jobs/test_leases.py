@@ -2,13 +2,11 @@
 
 import asyncio
 import gc
-import math
 import threading
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,10 +23,9 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.records import Claimed, Pace
+from tminus.service.jobs.store.records import Pace
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.tick_times import TickTimes
 
 pytestmark = pytest.mark.slow
@@ -168,10 +165,6 @@ def test_a_chosen_id_of_weights_that_are_not_here_is_a_conflict(replicas: Replic
     one, other = replicas.start(), replicas.start(info=replace(INFO, weights_hash="cd" * 32))
     assert one.client.put(f"/jobs/{chosen}", json=SPEC).status_code == 202
     problem(other.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
-    with ThreadPoolExecutor(6) as pool:
-        at_once = "00000000-0000-4000-8000-000000000000"
-        answers = list(pool.map(lambda site: site.client.put(f"/jobs/{at_once}", json=SPEC), [one, other] * 3))
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 202, 409, 409, 409]
 
 
 def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site]) -> None:
@@ -313,44 +306,6 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert asked.result(PATIENCE_S).status_code == 200
 
 
-def test_a_job_goes_on_though_the_database_is_away_when_it_is_taken_on(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = replicas.start(shut=True)
-    job_id = post(one).json()["id"]
-    snapshot, failures = PostgresStore.snapshot, []
-
-    def sometimes(store: PostgresStore, name: str, fingerprint: str) -> object:
-        if len(failures) < 3:
-            failures.append(name)
-            raise StorageFailed("server closed the connection unexpectedly")
-        return snapshot(store, name, fingerprint)
-
-    monkeypatch.setattr(PostgresStore, "snapshot", sometimes)
-    replicas.stop(one)
-    other = replicas.start()
-    wait_for(other, job_id)
-    assert failures == [job_id] * 3
-
-
-def test_a_replica_without_room_takes_over_what_another_had_begun(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its clients wait for the next step."""
-    one, busy = replicas.start(shut=True), replicas.start(shut=True)
-    begun = post(one).json()["id"]
-    room = [0.0]
-    monkeypatch.setattr(Admission, "intake", lambda *_: Intake(room[0], [0.0], oldest_us=0))
-    left = post(one).json()["id"]
-    replicas.stop(one)
-    wait_until(lambda: begun in busy.worker.jobs)
-    assert left not in busy.worker.jobs
-    room[0] = 1.0
-    busy.engine.gate.open()
-    for job_id in (begun, left):
-        wait_for(busy, job_id)
-
-
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
 
 
@@ -390,31 +345,6 @@ def test_a_short_job_does_not_wait_for_the_long_ones_of_the_replica_it_came_to(
 
 
 @pytest.mark.usefixtures("believed")
-def test_a_job_goes_after_those_of_its_length_that_wait_in_the_table(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
-    claim, looks = PostgresStore.claim, list[float]()
-
-    def told(store: PostgresStore, fingerprint: str, intake: Intake, *rest: Any) -> Claimed:
-        looks.append(math.inf)
-        claimed = claim(store, fingerprint, intake, *rest)
-        looks[-1] = intake.refused
-        return claimed
-
-    monkeypatch.setattr(PostgresStore, "claim", told)
-    full = replicas.start(shut=True, tick_times=SLOW)
-    ids = [post(full, SPEC | {"seed": seed}).json()["id"] for seed in range(2)]
-    wait_until(lambda: sum(refused < math.inf for refused in looks) > 1)
-    monkeypatch.setattr(leases, "AHEAD_S", 100.0)  # as if the first had ended just now
-    later = post(full, SPEC | {"seed": 2}).json()["id"]
-    assert later not in full.worker.jobs
-    full.engine.gate.open()
-    for job_id in (*ids, later):
-        wait_for(full, job_id)
-
-
-@pytest.mark.usefixtures("believed")
 def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "AHEAD_S", 0.1)
     lines = key_line("ann", "the-secret-of-ann", jobs=3), key_line("ben", "the-secret-of-ben", jobs=3)
@@ -428,22 +358,6 @@ def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypat
     assert post(one, **ben).status_code == 202
     for site in (one, other):
         site.engine.gate.open()
-
-
-@pytest.mark.usefixtures("believed")
-def test_a_keys_jobs_are_counted_once_however_many_come_at_a_time(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "AHEAD_S", 0.1)  # most are left in the table
-    lines = key_line("ann", "the-secret-of-ann", jobs=4), key_line("ben", "the-secret-of-ben", jobs=12)
-    site = replicas.start(shut=True, tick_times=SLOW, access=access_of(*lines))
-    for name, accepted in (("ann", 4), ("ben", 12)):
-        with ThreadPoolExecutor(12) as pool:
-            send = partial(site.client.post, "/jobs", json=SPEC, headers=bearer(f"the-secret-of-{name}"))
-            statuses = [asked.result().status_code for asked in [pool.submit(send) for _ in range(12)]]
-        assert statuses.count(202) == accepted
-        assert statuses.count(429) == 12 - accepted
-    site.engine.gate.open()
 
 
 def test_what_is_not_durable_is_answered_though_the_database_hangs(

@@ -235,24 +235,6 @@ def test_jobs_behind_one_that_is_deleted_wait_no_longer_for_it(restarts: Restart
     assert wait_for(site, ids[3])["state"] == "done"
 
 
-def test_a_crash_is_counted_only_for_the_jobs_that_the_worker_was_working_on(restarts: Restarts) -> None:
-    def crash(rows: object) -> None:
-        raise RuntimeError("out of memory")
-
-    site = restarts.start(shut=True, max_batch=2)
-    poison, innocent = post(site, {"steps": 1, "n": 2}).json()["id"], post(site, {"steps": 50, "n": 2}).json()["id"]
-    for _ in range(2):
-        site.engine.on_remove = crash
-        site.engine.gate.open()
-        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
-        site.engine.jobs.clear()
-        restarts.stop()
-        site = restarts.start(shut=True, max_batch=2)
-    site.engine.gate.open()
-    assert wait_for(site, poison, "failed")["problem"]["code"] == "engine_failed"
-    assert wait_for(site, innocent)["state"] == "done"
-
-
 def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
     post(site, {"steps": 900})

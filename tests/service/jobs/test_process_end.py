@@ -14,7 +14,7 @@ from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import FileShelf
 from tests.service.jobs.kept import job
 from tminus.service.jobs import process_end
-from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
+from tminus.service.jobs.process_end import End, EndFile, count_ends, take_ends, tell_ends
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
@@ -92,12 +92,6 @@ def test_a_file_that_is_cut_or_of_something_else_tells_nothing(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_servers_on_other_stores_read_other_files() -> None:
-    names = [prefix_of("a", "b"), prefix_of("ab"), prefix_of("b", "a")]
-    assert len(set(names)) == len(names)
-    assert prefix_of("a", "b") == names[0]
-
-
 FULL = """
 import resource, sys, signal
 from pathlib import Path
@@ -149,11 +143,6 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
         thawed.set()
         end_file.close()
         faulthandler.enable()
-
-
-def test_where_no_file_can_be_made_that_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such"):
-        EndFile(tmp_path / "gone", "server")
 
 
 SIGNAL = "Segmentation fault"

@@ -72,7 +72,7 @@ class Running:
 
     @asynccontextmanager
     async def started(self) -> AsyncIterator[None]:
-        running = asyncio.create_task(self.deliverer.run(asyncio.sleep))
+        running = asyncio.create_task(self.deliverer.run())
         try:
             async with asyncio.timeout(PATIENCE_S):
                 yield
