@@ -101,7 +101,7 @@ class Lifecycle:
             except StorageFailed:
                 self._takes_on = True
                 self._idle.clear()
-                self._spawn(self._take_on_later())
+                self._spawn_beside(self._take_on_later())
         self._spawn_beside(self._sweep_until_closed())
         if self._deliver is not None:
             self._spawn_beside(self._deliver(self))
@@ -123,17 +123,12 @@ class Lifecycle:
             self.metrics.jobs_resumed(len(found))
 
     async def _take_on_later(self) -> None:
-        while True:
-            try:
-                await self.pause(RETRY_S)
+        while self._takes_on:
+            await asyncio.sleep(RETRY_S)
+            with suppress(StorageFailed):
                 self.take_on(await self.store.claim_all())
-            except StorageFailed:
-                continue
-            except Draining:
-                pass
-            self._takes_on = False
-            self._look_idle()
-            return
+                self._takes_on = False
+        self._look_idle()
 
     async def close(self) -> None:
         """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
