@@ -63,9 +63,8 @@ class JobStore(DeliveryStore, ABC):
     lease_s: float  # how long a job is held without a renewal
     shared: bool  # whether other replicas may have the same jobs; else what is claimed once is held until the end
 
-    def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
-        """more_values: of columns that JobRecord does not have, for a new job."""
-        self._tables, self._more_values = tables, dict(more_values or {})
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
         self._jobs = jobs = tables.jobs
         self._deliveries = tables.deliveries
         fields = JobRecord.__dataclass_fields__
@@ -153,7 +152,7 @@ class JobStore(DeliveryStore, ABC):
         values |= {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
         values |= {"webhook": _json(job.webhook.to_json() if job.webhook is not None else None)}
         size = RECORD_BYTES + kept_bytes(job.webhook) + len(data or b"")
-        values |= {"bytes": size} | self._more_values | self._added(job, held)
+        values |= {"bytes": size} | self._added(job, held)
         if key is not None:
             values |= {"key": key.kept_as, "request_hash": key.request_hash}
         try:
@@ -392,25 +391,25 @@ class JobStore(DeliveryStore, ABC):
         with self._transaction() as run:
             run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
 
-    # --- who may write ---
+    # --- what a shared store says otherwise ---
 
     def _now(self) -> sa.ColumnElement[int]:
-        """The same in a statement, by the database's own clock where several look at it."""
+        """The store's time as an expression: of the database's own clock, where several look at it."""
         return sa.literal(self.now_us(), sa.BigInteger)
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Which jobs a replica that lives holds, or none does; None: all."""
+        """Choose the jobs that a replica that lives holds, or that none does; None chooses all."""
         return ()
 
     def _let_go(self, job_id: str) -> None:
-        """A job has ended, or was lost: it is not held any more."""
+        """Forget that a job is held: it has ended, or was lost."""
 
     def _is_taken(self, run: Run, key: Key) -> bool:
         """Whether a job has this key, as one is about to be added."""
         return run(self._of_key(key, self._jobs.c.id)).first() is not None
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """A job is about to be added: values of columns that say who holds it."""
+        """Return what a new job has in the columns that JobRecord does not have, as of who holds it."""
         return {}
 
     # --- parts of calls ---

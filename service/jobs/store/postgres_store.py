@@ -59,7 +59,7 @@ class PostgresStore(JobStore):
         """
         self._address = address
         self._schema, (self._replicas, tables) = namespace, make_postgres_tables(namespace)
-        super().__init__(tables, {"weights": weights_hash[:16]})
+        super().__init__(tables)
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
@@ -310,7 +310,7 @@ class PostgresStore(JobStore):
 
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
-        asks = {"format": format_of(job), "places": places, "rows": job.spec.n}
+        asks = {"weights": self._weights, "format": format_of(job), "places": places, "rows": job.spec.n}
         if not held:
             return asks | {"fence": 0}
         self._fences[job.id] = 1

@@ -202,13 +202,13 @@ def _check_wal(file: Path, connection: sqlite3.Connection) -> None:
     something else, and nothing in it tells which.
     Formats: sqlite.org/fileformat.html, section 4; sqlite.org/walformat.html, section 2.1.
     """
-    wal = beside(file, "wal")
+    wal, index = beside(file, "wal"), beside(file, "shm")
     data = wal.read_bytes() if wal.exists() else b""
-    if len(data) < HEADER:
+    if len(data) < HEADER or not index.exists():  # SQLite has read no WAL
         return
     size = FRAME + int(connection.execute("PRAGMA page_size").fetchone()[0])
-    with beside(file, "shm").open("rb") as index:  # in which SQLite notes how many frames verify, up to the last commit
-        sound = HEADER + int.from_bytes(index.read(20)[16:], sys.byteorder) * size
+    # In the index SQLite notes how many frames verify, up to the last commit.
+    sound = HEADER + int.from_bytes(index.read_bytes()[16:20], sys.byteorder) * size
     header_verifies = _wal_header_verifies(data)
     salts = data[16:24] if header_verifies else data[HEADER + 8 : HEADER + 16]
     # Frames of other salts are what an earlier log has left; after these comes none of this log.

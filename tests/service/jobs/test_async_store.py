@@ -54,15 +54,14 @@ def job(name: str) -> JobRecord:
 
 def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_store, "CALL_S", 0.05)
+    made: list[list[str]] = []
+    monkeypatch.setattr(disk, "crashed", made.append)
 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (
-            store.add(job("a"), None, None),
-            store.call(JobStore.get, "a"),
-            store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64),
-        ):
+        claim = store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
+        for call in (store.add(job("a"), None, None), store.call(JobStore.crashed, ["b"]), claim):
             with pytest.raises(StorageFailed, match=r"has not answered for 0\.05 s"):
                 await call
         assert store.failure is not None
@@ -71,31 +70,10 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
         assert await store.call(JobStore.get, "a") is None, "who was told that it is not kept finds no such job later"
         assert await store.add(job("b"), None, None)
         assert store.failure is None
+        assert made == [], "a call that nobody waits for any more is not made when its turn comes"
         store.close()
 
     asyncio.run(ask())
-
-
-def test_a_call_that_nobody_waits_for_any_more_is_not_made_when_its_turn_comes(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_store, "CALL_S", 0.05)
-    made: list[list[str]] = []
-    monkeypatch.setattr(disk, "crashed", made.append)
-
-    async def ask() -> None:
-        store = AsyncStore(disk)
-        disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.call(JobStore.crashed, ["b"])):
-            with pytest.raises(StorageFailed, match="has not answered"):
-                await call
-        disk.thaw.set()
-        monkeypatch.setattr(async_store, "CALL_S", PATIENCE_S)
-        await store.call(JobStore.crashed, ["c"])
-        store.close()
-
-    asyncio.run(ask())
-    assert made == [["c"]]
 
 
 @pytest.mark.slow

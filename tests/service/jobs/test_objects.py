@@ -50,17 +50,6 @@ def test_a_bucket_that_goes_is_no_object_that_is_missing(bucket: Bucket) -> None
     assert not caught.value.damaged
 
 
-def test_more_at_once_than_may_be_in_memory_wait_for_each_other(bucket: Bucket) -> None:
-    objects = S3Objects(bucket.url, "")
-
-    async def many() -> None:
-        await asyncio.gather(*(objects.put(f"{number}", bytes(1000)) for number in range(20)))
-        assert await asyncio.gather(*(objects.get(f"{number}", 1000) for number in range(20))) == [bytes(1000)] * 20
-
-    run(many())
-    assert len(bucket.keys()) == 20
-
-
 def test_one_that_does_not_answer_is_not_waited_for(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     with silent() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -85,20 +74,14 @@ class silent:  # noqa: N801
 
 UNUSABLE: list[tuple[str, dict[str, str], str]] = [
     ("gs://bucket/jobs", {}, "must be s3://bucket or s3://bucket/prefix, got 'gs://bucket/jobs'"),
-    ("s3://", {}, "must be s3://bucket"),
-    ("s3://Bucket", {}, "must be s3://bucket"),
-    ("s3://bucket/a//b", {}, "must be s3://bucket"),
     ("s3://bucket/../b", {}, "must be s3://bucket"),
     (f"s3://key:{SECRET}@bucket", {}, "got what has an @, as credentials have"),
     ("s3://no-such-bucket", {}, "NoSuchBucket: The specified bucket does not exist"),
     (f"s3://{BUCKET}", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
-    (f"s3://{BUCKET}", {"AWS_ENDPOINT_URL": "http://no.such.host.invalid"}, "no.such.host.invalid cannot be reached"),
     (f"s3://{BUCKET}", {"AWS_ENDPOINT_URL": "minio:9000"}, "AWS_ENDPOINT_URL must be a URL such as"),
-    (f"s3://{BUCKET}", {"AWS_ENDPOINT_URL_S3": "http://[::1"}, "AWS_ENDPOINT_URL_S3 must be a URL such as"),
     (f"s3://{BUCKET}", {"AWS_ENDPOINT_URL": f"http://me:{SECRET}@127.0.0.1:9"}, "without a password"),
     (f"s3://{BUCKET}", {"AWS_REGION": "eu central"}, "AWS_REGION must be a region such as"),
     (f"s3://{BUCKET}", {"AWS_ACCESS_KEY_ID": ""}, "AccessKeyId"),
-    (f"s3://{BUCKET}", {"AWS_SECRET_ACCESS_KEY": ""}, "SecretAccessKey"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from bench import cluster
 from tests import postgres as postgres_server
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
@@ -43,6 +42,13 @@ def renew(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
     return store.renew(fingerprint, pace, tuple(store._fences))
 
 
+def taken(
+    store: PostgresStore, intake: Intake | None = None, build: str = "build", tables: Sequence[str] = ()
+) -> list[str]:
+    """The jobs that it claims."""
+    return [record.id for record in store.claim(build, intake or Intake(MANY), MANY, ROWS, tables).jobs]
+
+
 @pytest.fixture
 def soon(database: DatabaseShelf) -> DatabaseShelf:
     """Its leases end soon."""
@@ -61,22 +67,14 @@ def expire(shelf: DatabaseShelf) -> None:
 def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     one.add(job("a"))
-    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
-    for _ in range(4):
+    assert taken(other) == []
+    for _ in range(3):
         time.sleep(LEASE_S / 2)
         assert renew(one, "build", PACE) == {"a"}
-        assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
-    wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")])
+        assert taken(other) == []
+    wait_until(lambda: taken(other) == ["a"])
     assert renew(one, "build", PACE) == frozenset()
     assert renew(other, "build", PACE) == {"a"}
-
-
-def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf) -> None:
-    one = soon.open()
-    one.add(job("a"))
-    expire(soon)
-    assert renew(one, "build", PACE) == {"a"}
-    assert soon.open().claim("build", Intake(MANY), MANY, ROWS).jobs == []
 
 
 def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database_heard_of_no_end(
@@ -89,8 +87,8 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
     expire(database)
     with suppress(StorageFailed), gone._transaction() as run:  # whose connection is closed
         run(sa.update(gone._tables.jobs).values(bytes=1))
-        assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [], "it is locked"
-        wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")])
+        assert taken(other) == [], "it is locked"
+        wait_until(lambda: taken(other) == ["a"])
 
 
 def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShelf) -> None:
@@ -101,9 +99,8 @@ def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShel
     (released,) = left.claim("build", Intake(MANY), MANY, ROWS).jobs
     assert (released.id, released.left_behind) == ("a", False)
     expire(soon)
-    assert {each.id: each.left_behind for each in last.claim("build", Intake(MANY), MANY, ROWS).jobs} == dict.fromkeys(
-        "ab", True
-    )
+    left_behind = {each.id for each in last.claim("build", Intake(MANY), MANY, ROWS).jobs if each.left_behind}
+    assert left_behind == {"a", "b"}
     last.close()
     assert not any(each.left_behind for each in left.claim("build", Intake(MANY), MANY, ROWS).jobs)
 
@@ -113,7 +110,7 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
     expire(database)
-    assert awake.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
+    assert taken(awake) == ["a"]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
     assert same(awake.snapshot("a", "build"), snapshot(seed=1))
@@ -124,19 +121,6 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     assert record.outcome is None
     awake.finish(ended(job("a")), PIXELS)
     assert awake.images("a") is not None
-
-
-def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: DatabaseShelf) -> None:
-    one, other = database.open(), database.open()
-    one.add(job("a"))
-    expire(database)
-    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs
-    expire(database)
-    assert one.claim("build", Intake(MANY), MANY, ROWS).jobs
-    with pytest.raises(LeaseLost):
-        other.finish(ended(job("a")))
-    one.finish(ended(job("a")), PIXELS)
-    assert database.read("SELECT fence FROM jobs") == [(3,)]
 
 
 def test_who_had_a_job_under_a_key_writes_nothing_of_the_next_job_under_that_key(database: DatabaseShelf) -> None:
@@ -158,14 +142,6 @@ def test_who_had_a_job_under_a_key_writes_nothing_of_the_next_job_under_that_key
     assert other.snapshot("new", "build") is None
     assert database.read("SELECT count(*) FROM deliveries") == [(0,)]
     other.finish(ended(new), PIXELS)
-
-
-def test_a_job_is_finished_once(database: DatabaseShelf) -> None:
-    one = database.open()
-    one.add(job("a"))
-    one.finish(ended(job("a")), PIXELS)
-    with pytest.raises(LeaseLost):
-        one.finish(ended(job("a"), "failed"))
 
 
 def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> None:
@@ -200,6 +176,7 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
         intake = Intake(0.0 if begun else places, [0.0], oldest_us=0)
         return len(store.claim("build", intake, places if begun else 0.0, ROWS).jobs)
 
+    assert store.claim("build", Intake(MANY), MANY, 2).jobs == [], "none of more rows than it takes"
     assert claimed(0.0) == 0
     assert claimed(1.0) == 1, "a job may be larger than all the room"
     assert claimed(2 * 3 * 2 * SPECS[1].num_passes) == 2
@@ -211,11 +188,8 @@ def test_what_was_begun_comes_first_and_takes_the_room_of_new_jobs(database: Dat
         first.add(job(name), held=held)
     first.close()
     of_one = SPECS[0].num_passes
-    assert [record.id for record in store.claim("build", Intake(2.0 * of_one), MANY, ROWS).jobs] == [
-        "begun",
-        "begun later",
-    ]
-    assert [record.id for record in store.claim("build", Intake(1.0), MANY, ROWS).jobs] == ["new"]
+    assert taken(store, Intake(2.0 * of_one)) == ["begun", "begun later"]
+    assert taken(store, Intake(1.0)) == ["new"]
 
 
 def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none_that_is_older(
@@ -230,11 +204,11 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
     assert store.claim("build", busy, MANY, ROWS).jobs == []
     assert busy.refused == length
     with_longer = Intake(length, [9 * length], oldest_us=0)
-    assert [record.id for record in store.claim("build", with_longer, MANY, ROWS).jobs] == ["short"]
+    assert taken(store, with_longer) == ["short"]
     assert with_longer.refused == length
     newer = Intake(length, [length], oldest_us=2**60)
-    assert [record.id for record in store.claim("build", newer, MANY, ROWS).jobs] == ["long"]
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["short later", "middle"]
+    assert taken(store, newer) == ["long"]
+    assert taken(store) == ["short later", "middle"]
 
 
 def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
@@ -242,7 +216,7 @@ def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf
     one.add(job("a"))
     renew(one, "build", PACE)
     one.close()
-    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
+    assert taken(other) == ["a"]
     assert database.read("SELECT count(*) FROM replicas WHERE lease_until > clock_timestamp()") == [(0,)]
 
 
@@ -252,7 +226,7 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
         one.add(job(name))
     one.release("a")
     one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["a"]
+    assert taken(other) == ["a"]
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
     one.save({"a": snapshot(seed=2)}, "build")
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
@@ -266,17 +240,8 @@ def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf
     first.close()
     assert len(one.claim("build", Intake(MANY), MANY, ROWS).jobs) == 2
     assert one.renew("build", PACE, ["known"]) == {"known"}
-    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["lost"]
+    assert taken(other) == ["lost"]
     assert one.renew("build", PACE, ["known"]) == {"known"}
-
-
-def test_a_job_is_left_to_who_has_room_for_its_rows(database: DatabaseShelf) -> None:
-    first, small, large = database.open(), database.open(), database.open()
-    first.add(job("large", SPECS[1]))
-    first.add(job("small"))
-    first.close()
-    assert [record.id for record in small.claim("build", Intake(MANY), MANY, 2).jobs] == ["small"]
-    assert [record.id for record in large.claim("build", Intake(MANY), MANY, 3).jobs] == ["large"]
 
 
 def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:
@@ -286,15 +251,6 @@ def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: Databa
     assert [record.id for record in store.page(None, [None], 3, held=True)] == ["j6", "j3", "j0"]
     assert [record.id for record in store.page(None, [None], 3, held=False)] == ["j8", "j7", "j5"]
     assert len(store.page(None, [None], 99)) == 9
-
-
-def test_an_end_whose_answer_was_lost_is_kept_once(database: DatabaseShelf) -> None:
-    store = database.open()
-    store.add(job("a"))
-    store.finish(ended(job("a"), fingerprint="build"), PIXELS)
-    store.finish(ended(job("a"), fingerprint="build"), PIXELS)  # as the one who tries again does
-    with pytest.raises(LeaseLost):
-        store.finish(ended(job("a"), at_us=3, fingerprint="build"), PIXELS)
 
 
 # --- what all have to do ---
@@ -316,7 +272,7 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
     places = 2 * 3 * 2 * SPECS[1].num_passes
     assert _but_least(other.load()) == ClusterLoad(2, 400.0, 6.0, 2, places)
     assert [store.load().least_s for store in (one, other)] == pytest.approx([8.0, 4.0], abs=LEASE_S), "of the others"
-    assert [record.id for record in other.claim("build", Intake(1.0), MANY, ROWS).jobs] == ["a"]
+    assert taken(other, Intake(1.0)) == ["a"]
     assert _but_least(one.load()) == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -324,7 +280,7 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
 
 def test_of_many_who_add_with_one_key_at_once_one_is_kept(database: DatabaseShelf) -> None:
     stores = [database.open() for _ in range(6)]
-    for number in range(20):
+    for number in range(6):
         key = Key(f"key {number}", "h")
 
         def add(numbered: tuple[int, PostgresStore], key: Key = key) -> bool:
@@ -333,8 +289,8 @@ def test_of_many_who_add_with_one_key_at_once_one_is_kept(database: DatabaseShel
         with ThreadPoolExecutor(len(stores)) as pool:
             assert sorted(pool.map(add, enumerate(stores))) == [False] * 5 + [True]
         assert len({store.find(key)[0].id for store in stores}) == 1  # type: ignore[index]
-    assert database.read("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM inputs)") == [(20, 20)]
-    assert sum(len(renew(store, "build", PACE)) for store in stores) == 20
+    assert database.read("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM inputs)") == [(6, 6)]
+    assert sum(len(renew(store, "build", PACE)) for store in stores) == 6
 
 
 # --- builds ---
@@ -348,14 +304,12 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     renew(same_build, "build", PACE)
     renew(another, "another build", PACE)
     expire(soon)
-    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS).jobs] == ["not begun"]
-    assert [record.id for record in same_build.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["a"]
+    assert taken(another, build="another build") == ["not begun"]
+    assert taken(same_build) == ["a"]
     expire(soon)
     same_build.close()
     time.sleep(LEASE_S)
-    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS).jobs] == ["a"], (
-        "it starts over"
-    )
+    assert taken(another, build="another build") == ["a"], "it starts over"
     assert renew(another, "another build", PACE) == {"a", "not begun"}
 
 
@@ -367,11 +321,9 @@ def test_a_job_of_a_table_is_left_to_servers_that_have_it(soon: DatabaseShelf) -
     renew(lacks, "without", PACE)
     claimed = lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]).jobs
     assert [record.id for record in claimed] == ["plain"]
-    assert [record.id for record in has.claim("with the table", Intake(MANY), MANY, ROWS, ["another", TABLE]).jobs] == [
-        "tuned"
-    ]
+    assert taken(has, build="with the table", tables=["another", TABLE]) == ["tuned"]
     expire(soon)
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]).jobs == [], "nor one that was begun"
+    assert taken(lacks, build="without", tables=["another"]) == [], "nor one that was begun"
 
 
 def test_a_job_of_a_table_that_no_server_has_is_claimed_after_a_while(soon: DatabaseShelf) -> None:
@@ -379,11 +331,11 @@ def test_a_job_of_a_table_that_no_server_has_is_claimed_after_a_while(soon: Data
     gone.add(job("tuned", SPEC_OF_TABLE), held=False)
     renew(gone, "with the table", PACE)
     renew(lacks, "without", PACE)
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS).jobs == []
+    assert taken(lacks, build="without") == []
     gone.close()
-    assert lacks.claim("without", Intake(MANY), MANY, ROWS).jobs == [], "it may be starting again"
+    assert taken(lacks, build="without") == [], "it may be starting again"
     soon.change("UPDATE replicas SET lease_until = lease_until - interval '5 minutes' WHERE fingerprint <> 'without'")
-    assert [record.id for record in lacks.claim("without", Intake(MANY), MANY, ROWS).jobs] == ["tuned"]
+    assert taken(lacks, build="without") == ["tuned"]
 
 
 def test_weights_and_namespaces_do_not_see_each_other(
@@ -396,7 +348,7 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
     one.close()
     assert other.get("j0") is None
-    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == []
+    assert taken(other) == []
     assert not other.delete("j0")
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
@@ -439,18 +391,6 @@ def test_what_has_ended_of_weights_that_nobody_serves_is_swept_by_its_age(databa
     assert swept() == {"new", "waits"}
 
 
-def test_weights_are_swept_by_one_replica_at_a_time_whoever_serves_them(database: DatabaseShelf) -> None:
-    one, third, other = database.open(), database.open("ef" * 32), database.open("cd" * 32)
-    other.add(job("old"))
-    other.finish(ended(job("old"), at_us=100), PIXELS)
-    with third._transaction() as run:
-        assert third._may_sweep(run, ("cd" * 32)[:16])
-        assert not one.sweep(200, 10**9)
-        assert not other.sweep(200, 10**9)
-    assert one.sweep(200, 10**9)
-    assert other.get("old") is None
-
-
 # --- cancelled elsewhere ---
 
 
@@ -470,19 +410,16 @@ def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder(databa
         holder.finish(ended(job("a")), PIXELS)
     record = holder.get("a")
     assert record is not None
-    assert (record.outcome, record.held) == ("cancelled", False) or record.outcome == "cancelled"
+    assert record.outcome == "cancelled"
     assert holder.snapshot("a", "build") is None
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_a_job_that_is_cancelled_elsewhere_counts_no_more_than_what_is_left_of_it(
-    database: DatabaseShelf, held: bool
-) -> None:
+def test_a_job_that_is_cancelled_elsewhere_counts_no_more_than_what_is_left_of_it(database: DatabaseShelf) -> None:
     holder, asked = database.open(), database.open()
     hook = Webhook("https://hooks.example/x")
     holder.add(ended(job("other"), at_us=1))
     picture = np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8)
-    holder.add(replace(job("a"), webhook=hook), None, Inputs(picture), held=held)
+    holder.add(replace(job("a"), webhook=hook), None, Inputs(picture))
     ((before,),) = database.read("SELECT bytes FROM jobs WHERE id = 'a'")
     assert int(str(before)) > picture.nbytes
     assert asked.cancel("a")
@@ -509,9 +446,9 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
             read("begun")
     assert [record.id for record in old.page(None, [None], 10)] == ["old"]
     assert old.load().jobs == 1
-    assert [record.id for record in old.claim("build", Intake(MANY), MANY, ROWS).jobs] == ["old"]
+    assert taken(old) == ["old"]
     monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
-    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, ROWS).jobs] == ["begun", "new"]
+    assert taken(database.open()) == ["begun", "new"]
 
 
 def test_a_job_is_of_the_format_that_it_needs() -> None:
@@ -595,7 +532,7 @@ def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal_or_is_found_by
         return
     other = database.open()
     assert other.find(key) == (job("a"), True)
-    assert other.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")], "and it is done"
+    assert taken(other) == ["a"], "and it is done"
 
 
 def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:
@@ -642,7 +579,6 @@ def test_jobs_of_weights_that_nobody_serves_are_found(soon: DatabaseShelf) -> No
     [
         ("nonsense", "it is no URL"),
         ("mysql://127.0.0.1/x", "must begin with postgresql://"),
-        ("postgresql://tminus@127.0.0.1:1/postgres", "Connection refused"),
         ("postgresql://tminus:s3cret@no-such-host.invalid/postgres", "resolve host"),
         ("{url}/no_such_database", 'database "no_such_database" does not exist'),
     ],
@@ -719,9 +655,6 @@ def test_the_migrations_make_the_tables_that_the_statements_know(database: Datab
 )
 def test_a_replica_is_reached_by_the_address_it_listens_on_or_has_towards_the_database(host: str, address: str) -> None:
     assert own_address("postgresql://tminus@127.0.0.1/jobs", host, 8000) == address
-
-
-def test_who_cannot_find_its_address_has_none() -> None:
     assert own_address("postgresql://tminus@no-such-host.invalid/jobs", "0.0.0.0", 8000) is None
 
 
@@ -735,29 +668,3 @@ def test_the_holder_is_found_by_its_address_while_it_lives(soon: DatabaseShelf) 
     assert asked.holder("never was") is None
     expire(soon)
     assert asked.holder("a") is None
-
-
-# --- what it costs ---
-
-
-def test_the_statements_of_a_job_are_those_that_the_simulation_counts(soon: DatabaseShelf) -> None:
-    one, other = soon.open(), soon.open()
-    made: list[str] = []
-    for store in (one, other):
-        sa.event.listen(store._engine, "before_cursor_execute", lambda *args: made.append(args[2]))
-
-    def statements(call: Callable[[], object]) -> int:
-        made.clear()
-        call()
-        return len(made)
-
-    assert statements(lambda: one.add(job("a"), Key("a", "hash"))) == cluster.ADD
-    assert statements(one.load) == cluster.LOAD
-    assert statements(lambda: one.add(job("b"), Key("b", "hash"), held=False)) == cluster.ADD
-    assert statements(lambda: renew(one, "build", PACE)) + cluster.LOAD == cluster.RENEW
-    assert statements(lambda: other.claim("build", Intake(1.0), MANY, ROWS)) == cluster.CLAIM + 1
-    assert statements(lambda: other.claim("build", Intake(1.0), MANY, ROWS)) == cluster.CLAIM
-    assert statements(lambda: other.snapshot("b", "build")) == cluster.RESUME
-    assert statements(lambda: other.finish(ended(job("b")), PIXELS)) == cluster.FINISH
-    assert statements(lambda: one.save({"a": snapshot()}, "build")) == 3
-    assert statements(lambda: one.open_jobs("")) == 1

@@ -1,1 +1,1 @@
-"""The tables of the job store in PostgreSQL, version by version. postgres_schema.py runs them."""
+"""The tables of the job store in PostgreSQL, version by version. postgres_database.py runs them."""

@@ -1,4 +1,4 @@
-"""What Alembic runs: the migrations, on the connection that postgres_schema.py gives, in its schema."""
+"""What Alembic runs: the migrations, on the connection that postgres_database.py gives, in its schema."""
 
 from alembic import context
 
