@@ -33,8 +33,7 @@ from tminus.service.api.request.webhook_request import NOT_DURABLE, WebhookReque
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
 from tminus.service.errors import InvalidField
-from tminus.service.images.animation import WEBP_VERSION
-from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, Encoder, etag
+from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, WEBP_VERSION, Encoder, etag
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import refused
 from tminus.service.jobs.webhooks.webhook import Webhook

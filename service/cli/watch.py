@@ -51,7 +51,7 @@ def follow(
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
     """Write the frames to a file; one clear line and exit code 1 where that fails."""
-    from tminus.service.images.animation import encode_animation
+    from tminus.service.images.encoder import encode_animation
 
     try:
         data = encode_animation(frames, file.suffix.lower().removeprefix("."))

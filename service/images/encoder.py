@@ -13,14 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from cachetools import TTLCache
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from tminus.model.trajectory import Trajectory
-from tminus.service.images.animation import encode_animation
 from tminus.service.images.trajectory import TRAJECTORY, pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
@@ -38,6 +37,10 @@ FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"lossless": True, "quality": 0, "method": 0},
     "jpeg": {"quality": 90, "subsampling": 0},
 }
+Read = TypeVar("Read")
+Made = TypeVar("Made")
+WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
+FRAME_MS, LAST_MS = 40, 1500
 Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
@@ -56,32 +59,34 @@ class Encoder:
         )
 
     async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
-        """Make the body of a response. Raises NotFinite."""
+        """Make the body of a response. Raises NotFinite, as all that read images here."""
         make = partial(encode_result, media_type, spec, model=made_by)
         return await self.encode_by(make, read, media_type, spec.n, media_type.rpartition("/")[2])
 
     async def encode_by(
         self, make: Callable[[Images], bytes], read: Callable[[], Images], media_type: str, n: int, kind: str
     ) -> bytes:
-        """Make the body of a response of n images by a function. kind: in the metrics. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": media_type, "tminus.images": n}):
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, make, read, kind)
+        """Make the body of a response of n images by a function. kind: in the metrics."""
+        return await self._run(self._pool, read, make, kind, media_type, n)
 
     async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
-        """Make an animated WebP of a recording and its result; contact sheets if n > 1. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": WEBP}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._animations, self._encode_animation, frames, result
-            )
+        """Make an animated WebP of a recording and its result; contact sheets if n > 1."""
+
+        def make(frames: list[Images]) -> bytes:
+            return encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
+
+        return await self._run(self._animations, lambda: [*frames(), result.read()], make, "animation", WEBP)
 
     async def encode_trajectory(
         self, read: Callable[[], Trajectory], spec: SampleSpec, result: JobResult, made_by: ModelInfo
     ) -> bytes:
-        """Make the file of a trajectory and of the images that it ends in. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": TRAJECTORY, "tminus.images": spec.n}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._animations, self._encode_trajectory, read, spec, result, made_by
-            )
+        """Make the file of a trajectory and of the images that it ends in."""
+
+        def make(read: tuple[Trajectory, Images]) -> bytes:
+            return pack_trajectory(*read, spec, made_by, recipe(spec, made_by))
+
+        both = lambda: (read(), result.read())  # noqa: E731
+        return await self._run(self._animations, both, make, "trajectory", TRAJECTORY, spec.n)
 
     async def encode_path(
         self,
@@ -91,11 +96,13 @@ class Encoder:
         result: JobResult | None,
         made_by: ModelInfo,
     ) -> bytes:
-        """Make JSON of a recording and its result, if that is wanted. timesteps: of each pass. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": JSON, "tminus.images": spec.n}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._animations, self._encode_path, spec, frames, timesteps, result, made_by
-            )
+        """Make JSON of a recording and its result, if that is wanted. timesteps: of each pass."""
+
+        def make(read: tuple[Mapping[int, Mapping[Show, Images]], Images | None]) -> bytes:
+            return json.dumps(_path_document(*read, spec, timesteps, made_by)).encode()
+
+        both = lambda: (frames(), result.read() if result is not None else None)  # noqa: E731
+        return await self._run(self._animations, both, make, "path", JSON, spec.n)
 
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
@@ -108,23 +115,49 @@ class Encoder:
     async def encode_pictures(
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
     ) -> list[bytes]:
-        """Make a finished job's PNGs: one sheet of all images, or one PNG for each. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": PNG, "tminus.images": spec.n}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._encode_pictures, layout, spec, result, made_by
-            )
+        """Make a finished job's PNGs: one sheet of all images, or one PNG for each."""
+
+        def make(images: Images) -> list[bytes]:
+            if layout == "sheet":
+                return [encode_result(PNG, spec, images, made_by)]
+            return encode_each(spec, images, made_by)
+
+        return await self._run(self._pool, result.read, make, "png", PNG, spec.n)
 
     async def encode_lossy(self, picture_format: str, quality: int, result: JobResult, n: int) -> list[bytes]:
-        """Make a jpeg or webp of each image of a finished job, of quality 0..100. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": f"image/{picture_format}", "tminus.images": n}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._encode_lossy, picture_format, quality, result
-            )
+        """Make a jpeg or webp of each image of a finished job, of quality 0..100."""
+
+        def make(images: Images) -> list[bytes]:
+            return [encode_lossy(image, picture_format, quality) for image in images]
+
+        return await self._run(self._pool, result.read, make, picture_format, f"image/{picture_format}", n)
 
     async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
         """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
-        with traced("encode", {"tminus.media_type": PNG, "tminus.images": 1}):
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
+        return await self._run(self._pool, read, lambda pixels: encode_png(pixels, text), None, PNG, 1)
+
+    async def _run(
+        self,
+        pool: ThreadPoolExecutor,
+        read: Callable[[], Read],
+        make: Callable[[Read], Made],
+        kind: str | None,
+        media_type: str,
+        n: int | None = None,
+    ) -> Made:
+        """Read and make something in a thread of a pool. kind: of what is made, where the time that takes is told."""
+
+        def encode() -> Made:
+            given = read()
+            started = time.perf_counter()
+            made = make(given)
+            if kind is not None:
+                self._observe(kind, time.perf_counter() - started)
+            return made
+
+        attributes: dict[str, str | int] = {"tminus.media_type": media_type}
+        with traced("encode", attributes if n is None else attributes | {"tminus.images": n}):
+            return await asyncio.get_running_loop().run_in_executor(pool, encode)
 
     def close(self) -> None:
         """Wait for running encodings, and end the threads."""
@@ -132,66 +165,7 @@ class Encoder:
         self._animations.shutdown()
         self._pool.shutdown()
 
-    # --- in the encoding threads ---
-
-    def _encode(self, make: Callable[[Images], bytes], read: Callable[[], Images], kind: str) -> bytes:
-        images = read()
-        started = time.perf_counter()
-        body = make(images)
-        self._observe(kind, time.perf_counter() - started)
-        return body
-
-    def _encode_animation(self, read: Callable[[], list[Images]], result: JobResult) -> bytes:
-        frames = [*read(), result.read()]
-        started = time.perf_counter()
-        body = encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
-        self._observe("animation", time.perf_counter() - started)
-        return body
-
-    def _encode_trajectory(
-        self, read: Callable[[], Trajectory], spec: SampleSpec, result: JobResult, model: ModelInfo
-    ) -> bytes:
-        trajectory, images = read(), result.read()
-        started = time.perf_counter()
-        body = pack_trajectory(trajectory, images, spec, model, recipe(spec, model))
-        self._observe("trajectory", time.perf_counter() - started)
-        return body
-
-    def _encode_path(
-        self,
-        spec: SampleSpec,
-        read: Callable[[], Mapping[int, Mapping[Show, Images]]],
-        timesteps: Sequence[float],
-        result: JobResult | None,
-        model: ModelInfo,
-    ) -> bytes:
-        recorded, images = read(), result.read() if result is not None else None
-        started = time.perf_counter()
-        frames = [
-            {"step": step, "t": round(timesteps[step], 3)}
-            | {show: _base64(encode_frame(contact_sheet(each), "png")) for show, each in shown.items()}
-            for step, shown in recorded.items()
-        ]
-        document: dict[str, object] = {**recipe(spec, model), "images": [], "frames": frames}
-        if images is not None:
-            document |= _document(spec, images, model) | {"sheet": _base64(encode_result(PNG, spec, images, model))}
-        body = json.dumps(document).encode()
-        self._observe("path", time.perf_counter() - started)
-        return body
-
-    def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> list[bytes]:
-        images = result.read()
-        started = time.perf_counter()
-        pngs = [encode_result(PNG, spec, images, model)] if layout == "sheet" else encode_each(spec, images, model)
-        self._observe("png", time.perf_counter() - started)
-        return pngs
-
-    def _encode_lossy(self, picture_format: str, quality: int, result: JobResult) -> list[bytes]:
-        images = result.read()
-        started = time.perf_counter()
-        pictures = [encode_lossy(image, picture_format, quality) for image in images]
-        self._observe(picture_format, time.perf_counter() - started)
-        return pictures
+    # --- in the thread of frames ---
 
     def _encode_frame(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
         key = frame, frame_format, layout, quality
@@ -251,6 +225,25 @@ def _document(spec: SampleSpec, images: Images, model: ModelInfo) -> dict[str, o
     return {**recipe(spec, model), "images": entries}
 
 
+def _path_document(
+    recorded: Mapping[int, Mapping[Show, Images]],
+    images: Images | None,
+    spec: SampleSpec,
+    timesteps: Sequence[float],
+    model: ModelInfo,
+) -> dict[str, object]:
+    """A recording with its result, if that is wanted, as JSON has it."""
+    frames = [
+        {"step": step, "t": round(timesteps[step], 3)}
+        | {show: _base64(encode_frame(contact_sheet(each), "png")) for show, each in shown.items()}
+        for step, shown in recorded.items()
+    ]
+    document: dict[str, object] = {**recipe(spec, model), "images": [], "frames": frames}
+    if images is not None:
+        document |= _document(spec, images, model) | {"sheet": _base64(encode_result(PNG, spec, images, model))}
+    return document
+
+
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -298,6 +291,15 @@ def encode_lossy(pixels: Images, picture_format: str, quality: int) -> bytes:
     """Encode [H, W, C] as jpeg or webp of quality 0..100."""
     out = io.BytesIO()
     _to_pillow(pixels).save(out, picture_format, quality=quality)
+    return out.getvalue()
+
+
+def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes:
+    """Encode pictures of one size and mode as an endless loop; the last is shown longer."""
+    out = io.BytesIO()
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
     return out.getvalue()
 
 

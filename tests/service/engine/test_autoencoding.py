@@ -21,8 +21,6 @@ from tminus.service.engine import openvino_executor
 from tminus.service.engine.local import sample_locally
 from tminus.service.spec import Images, Inputs, SampleSpec
 
-KINDS = ["vq", "kl"]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def converted() -> Iterator[dict[object, Any]]:
@@ -57,8 +55,7 @@ def classy(**fields: object) -> SampleSpec:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize(("kind", "sampler"), [("vq", "ddim"), ("kl", "ddpm")])
 def test_twenty_steps_are_those_of_diffusers_pipeline(tmp_path: Path, kind: str, sampler: str) -> None:
     """Its loop, with our noise: LDMPipeline itself draws x_T by a generator, and takes steps of DDIM."""
     kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}

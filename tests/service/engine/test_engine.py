@@ -67,7 +67,7 @@ def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint
 @pytest.mark.usefixtures("floats")
 def test_rows_that_differ_in_everything_share_batches_and_get_the_images_they_get_alone(tiny: Checkpoint) -> None:
     expected = [alone(tiny, spec) for spec in MIXED]
-    for max_batch in (2, 5, 16):
+    for max_batch in (5, 16):
         shared = together(make_engine(tiny), MIXED, max_batch=max_batch, seed=max_batch)
         for spec, images, own in zip(MIXED, shared, expected, strict=True):
             np.testing.assert_allclose(images, own, atol=1e-5, rtol=1e-5, err_msg=f"{spec} in batches of {max_batch}")
@@ -76,7 +76,7 @@ def test_rows_that_differ_in_everything_share_batches_and_get_the_images_they_ge
 # --- bit for bit ---
 
 
-@pytest.mark.parametrize(("sizes", "seeds"), [((1,), (0, 1)), ((4,), (0,))])
+@pytest.mark.parametrize(("sizes", "seeds"), [((1,), (0,)), ((4,), (0,))])
 def test_any_mix_of_samplers_on_an_exact_executor_has_the_bits_of_each_job_alone(
     tiny: Checkpoint, sizes: tuple[int, ...], seeds: tuple[int, ...]
 ) -> None:
@@ -325,55 +325,7 @@ def test_a_tick_is_one_forward_pass_of_the_batchs_places(tiny: Checkpoint, forwa
     assert forward_sizes == [3, 7, 5, 4] == [batch.places for batch in batches]
 
 
-def test_an_unguided_job_of_a_class_costs_no_null_class_pass(tiny: Checkpoint, forward_sizes: list[int]) -> None:
-    sample_locally(
-        make_engine(tiny, executor=EagerExecutor(tiny.net, CPU)), spec_of(n=4, steps=5), 8, lambda rows: None
-    )
-    assert forward_sizes == [4] * 5
-
-
-@pytest.mark.usefixtures("floats")
-def test_the_order_of_rows_in_a_batch_does_not_matter(tiny: Checkpoint) -> None:
-    spec = spec_of(n=3, steps=2, guidance=2.0, class_labels=(0, 1, 2))
-    images = []
-    for order in ((0, 1, 2), (2, 0, 1)):
-        engine = make_engine(tiny)
-        rows = engine.add(spec)
-        for step in range(2):
-            engine.step(Batch(tuple(rows[i] for i in order), (step,) * 3, (0, 1, 2)))
-        images.append(engine.images(rows)())
-    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
-
-
-@pytest.mark.usefixtures("floats")
-def test_a_row_that_is_not_in_the_batch_stands_still(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny)
-    rows, others = engine.add(spec_of(n=2)), engine.add(spec_of(n=2, seed=2))
-    before = engine.images(rows)()
-    np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).permute(0, 2, 3, 1).numpy())
-    engine.step(Batch(others, (0, 0), ()))
-    np.testing.assert_array_equal(engine.images(rows)(), before)
-
-
 # --- slots ---
-
-
-def test_a_removed_jobs_slots_go_to_the_next(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny, max_rows=4, max_jobs=2)
-    first = engine.add(spec_of(n=4))
-    assert len(set(first)) == 4
-    engine.remove(first)
-    assert set(engine.add(spec_of(n=4))) == set(first)
-
-
-def test_slots_and_plans_that_are_all_taken_are_a_programmers_mistake(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny, max_rows=4, max_jobs=2)
-    engine.add(spec_of(n=3))
-    with pytest.raises(AssertionError):
-        engine.add(spec_of(n=2))
-    engine.add(spec_of(n=1))
-    with pytest.raises(AssertionError):
-        make_engine(tiny, max_rows=4, max_jobs=0).add(spec_of())
 
 
 def test_thousands_of_jobs_come_and_go_without_a_leak(tiny: Checkpoint) -> None:
@@ -471,12 +423,6 @@ def test_a_class_that_gives_no_finite_image_breaks_its_own_rows_only(
     assert again.tobytes() == expected.tobytes()
 
 
-def test_infinity_that_the_clip_takes_away_breaks_nothing(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny, executor=Poisoned(EagerExecutor(tiny.net, CPU), 2, float("inf")))
-    images = sample_locally(engine, spec_of(n=2, steps=3, class_labels=(2, 2), clip=True), 8, lambda rows: None)
-    assert images.shape == (2, 8, 8, 1)
-
-
 def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckpoint) -> None:
     engine = make_engine(make_checkpoint(), max_rows=2, max_jobs=1)
     for bad in (spec_of(sampler="rk45"), spec_of(steps=51), spec_of(steps=0)):
@@ -519,15 +465,6 @@ def test_an_add_that_fails_midway_takes_no_slot(tiny: Checkpoint, operation: str
     assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
 
 
-def test_many_steps_in_a_small_noise_schedule_fill_a_plan_to_its_last_line(make_checkpoint: MakeCheckpoint) -> None:
-    engine = make_engine(make_checkpoint(noise=NoiseConfig(num_train_timesteps=3)), max_rows=4, max_jobs=2)
-    specs = [spec_of(n=1, steps=3, seed=1), spec_of(n=1, steps=3, seed=2, sampler="ddim")]
-    shared = together(engine, specs, max_batch=2)
-    checkpoint = make_checkpoint(noise=NoiseConfig(num_train_timesteps=3))
-    for spec, images in zip(specs, shared, strict=True):
-        np.testing.assert_allclose(images.astype(int), alone(checkpoint, spec).astype(int), atol=1)
-
-
 # --- devices, limits, description ---
 
 
@@ -550,12 +487,6 @@ def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Check
         engine.step(Batch(rows, (step, step), ()))
     (last,) = engine.preview(rows, ("x_0",))().values()
     np.testing.assert_array_equal(last, engine.images(rows)())  # ddim ends in its guess
-
-
-def test_memory_on_a_cpu_is_the_processs_own(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny)
-    engine.wait()
-    assert engine.memory_bytes() is None
 
 
 # --- on a GPU ---
@@ -647,7 +578,7 @@ def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
     return second.images(rows)()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_edit_is_the_same_alone_in_company_interrupted_and_by_index(tiny: Checkpoint, data: st.DataObject) -> None:
     mask = half_mask(data.draw(st.integers(0, 9))) if data.draw(st.booleans(), "masked") else None

@@ -14,7 +14,6 @@ from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.executors import (
-    MAX_GRAPHS,
     CompiledExecutor,
     EagerExecutor,
     Executor,
@@ -71,14 +70,6 @@ def test_each_stream_gets_an_even_share(places: int, sizes: list[int], streams: 
     assert passes == sorted(passes, reverse=True), "large passes come first"
 
 
-@given(st.integers(1, 100), ascending_sizes)
-def test_one_stream_takes_as_many_places_at_once_as_it_can(places: int, sizes: list[int]) -> None:
-    left = places
-    for start, end, size in split(places, sizes):
-        assert size == max([each for each in sizes if each <= left], default=sizes[0])
-        left -= end - start
-
-
 @pytest.mark.parametrize(
     ("places", "sizes", "streams", "expected"),
     [
@@ -112,24 +103,6 @@ def test_what_is_left_of_even_shares_goes_in_wide_passes_if_it_is_little(
         assert (narrow_passes, wide_passes) == (split(places, sizes, streams), [])
 
 
-@pytest.mark.parametrize(
-    ("places", "streams", "wide", "expected"),
-    [
-        (1, 2, 1, ([], [1])),
-        (2, 2, 1, ([1, 1], [])),
-        (3, 2, 1, ([1, 1], [1])),
-        (5, 2, 1, ([2, 2], [1])),
-        (3, 2, 0, ([2, 1], [])),
-        (3, 8, 4, ([], [2, 1])),
-        (5, 8, 4, ([1, 1, 1, 1, 1], [])),
-        (1, 1, 0, ([1], [])),
-    ],
-)
-def test_some_wide_splits(places: int, streams: int, wide: int, expected: tuple[list[int], list[int]]) -> None:
-    passes = split_wide(places, (1, 2, 4), streams, wide)
-    assert tuple([size for *_, size in part] for part in passes) == expected
-
-
 @given(st.integers(0, 200), ascending_sizes)
 def test_a_padded_split_has_full_passes_and_one_of_the_smallest_size_that_fits(places: int, sizes: list[int]) -> None:
     passes = split_padded(places, sizes)
@@ -156,7 +129,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) 
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("sizes", [None, *SIZES, (2,), (3, 5)])
+@pytest.mark.parametrize("sizes", [None, SIZES[-1], (3, 5)])
 def test_eager_gives_what_the_network_gives(
     checkpoint: Checkpoint, channels_last: bool, sizes: tuple[int, ...] | None
 ) -> None:
@@ -172,10 +145,10 @@ def test_eager_gives_what_the_network_gives(
 # --- the contract of an exact executor ---
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize(
     ("checkpoint", "channels_last"),
-    [*((name, True) for name in MODELS), ("tiny", False), ("colour", False)],
+    [*((name, True) for name in MODELS), ("tiny", False)],
     indirect=["checkpoint"],
 )
 def test_eager_in_passes_of_one_size_is_exact(checkpoint: Checkpoint, size: int, channels_last: bool) -> None:
@@ -212,12 +185,6 @@ def test_compiled_on_a_cpu_gives_what_the_network_gives_and_is_exact(
     torch.testing.assert_close(executor(*inputs), expected, atol=1e-5, rtol=1e-4)
     assert executor.start(*inputs)().equal(executor(*inputs))
     assert_exact(executor, checkpoint)
-
-
-def test_no_more_shapes_are_compiled_than_torch_compiles(tiny: Checkpoint) -> None:
-    for sizes in ((), tuple(range(1, MAX_GRAPHS + 2))):
-        with pytest.raises(AssertionError):
-            CompiledExecutor(tiny.net, CPU, (1, 8, 8), sizes=sizes)
 
 
 # --- on a GPU ---

@@ -69,7 +69,7 @@ def theirs(checkpoint: Checkpoint, job: Job, monkeypatch: pytest.MonkeyPatch) ->
 def edits_that_diffusers_makes() -> Iterator[tuple[int, float | None, bool, str, float]]:
     """Steps, strength, whether masked, sampler, eta."""
     samplers = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7), ("dpmpp_2m", 0.0)]
-    for steps, strength, masked in product([1, 2, 10, 20], [None, 0.2, 0.8, 1.0], [False, True]):
+    for steps, strength, masked in product([2, 10], [None, 0.2, 0.8, 1.0], [False, True]):
         for sampler, eta in samplers:
             is_edit = masked or strength is not None
             takes_a_step = strength is None or int(strength * steps) > 0  # diffusers may take none
@@ -131,8 +131,7 @@ def by_the_formulas(checkpoint: Checkpoint, job: Job) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize("strength", [None, 0.01, 0.3, 0.29, 0.7, 1.0])
-@pytest.mark.parametrize("steps", [1, 10, 25])
+@pytest.mark.parametrize(("strength", "steps"), [(None, 10), (0.01, 1), (0.29, 25), (0.7, 10), (1.0, 25)])
 def test_an_edit_is_its_formulas(tiny: Checkpoint, strength: float | None, steps: int) -> None:
     inputs = Inputs(picture(1), half_mask(2))
     job = edit(inputs, steps=steps, sampler="ddim", strength=strength, seed=4, class_labels=(1,))
@@ -173,7 +172,7 @@ def test_inputs_that_are_not_those_of_the_spec_are_refused_and_take_nothing(
 
 @pytest.mark.parametrize(
     ("image", "mask"),
-    [((8, 8, 3), None), ((8, 4, 1), None), ((8, 8, 1), (4, 8)), ((8, 8), None), ((8, 8, 1), (8, 8, 1))],
+    [((8, 8, 3), None), ((8, 4, 1), None), ((8, 8, 1), (4, 8))],
 )
 def test_inputs_of_another_shape_are_refused(
     tiny: Checkpoint, image: tuple[int, ...], mask: tuple[int, ...] | None

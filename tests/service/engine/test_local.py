@@ -58,22 +58,6 @@ def test_all_of_a_spec_matters(tiny: Checkpoint) -> None:
     assert np.abs(null - alone(tiny, replace(base, guidance=1.0))).max() > 1e-3
 
 
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("fields", [{}, {"guidance": 2.0}, {"sampler": "ddim", "eta": 0.7}])
-def test_image_k_made_alone_is_image_k_of_the_batch(tiny: Checkpoint, fields: dict[str, object]) -> None:
-    spec = spec_of(n=4, index=5, class_labels=(0, 1, 2, 1), **fields)
-    batch = alone(tiny, spec)
-    for k in range(4):
-        one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
-        np.testing.assert_allclose(alone(tiny, one)[0], batch[k], atol=1e-5)
-    assert np.abs(batch[1] - batch[3]).max() > 1e-3, "the index makes images of one class differ"
-
-
-def test_the_same_seed_gives_the_same_bytes_again(tiny: Checkpoint) -> None:
-    spec = spec_of(n=3, guidance=2.0)
-    assert alone(tiny, spec).tobytes() == alone(tiny, spec).tobytes()
-
-
 def test_images_are_bytes_rounded_as_training_data_is(tiny: Checkpoint) -> None:
     spec = spec_of(n=3, seed=11)
     images = alone(tiny, spec)
@@ -121,7 +105,7 @@ def test_guidance_intervals_agree_with_the_independent_loop(
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("interval", [(0, 49), (10, 30), (0, 0), (49, 49), (20, 20), (11, 12)])
+@pytest.mark.parametrize("interval", [(0, 49), (10, 30), (49, 49), (11, 12)])
 def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
     tiny: Checkpoint, sampler: str, interval: tuple[int, int]
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import NoiseConfig
-from tminus.model.samplers import Plan, combine, compile_plan
+from tminus.model.samplers import Plan, compile_plan
 from tminus.service.engine.plan_store import FIRST_LINES, PlanCompiler, PlanStore
 from tminus.service.engine.row_state import Registers
 from tminus.service.spec import SampleSpec
@@ -91,14 +91,6 @@ def test_registers_are_those_of_their_row_and_hold_nothing_of_the_row_before() -
     assert new.unique().tolist() == [2.0]
     assert registers.read(rows, 1).unique().tolist() == [35.0]
     assert registers.read(torch.tensor([0, 2]), 3).unique().tolist() == [0.0]
-
-
-def test_combining_is_the_product_of_matrix_and_state() -> None:
-    generator = torch.Generator().manual_seed(0)
-    M = torch.randn(5, 3, 6, generator=generator, dtype=torch.float64)
-    state = torch.randn(6, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
-    expected = torch.einsum("bij,jbchw->bichw", M, state)
-    torch.testing.assert_close(combine(M, state.unbind(0)), expected)
 
 
 SPEC = SampleSpec(

@@ -13,7 +13,7 @@ from tests.service.engine.edits import edit, edited_alone, half_mask, picture
 from tests.service.engine.engines import CPU, alone, spec_of
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.rng import arc_weights, image_noise
+from tminus.model.rng import image_noise
 from tminus.service.engine.row_state import RowNoises, first_noise
 from tminus.service.spec import Inputs
 
@@ -40,16 +40,7 @@ def test_noise_between_two_seeds_is_cos_and_sin_of_theirs(seed: int, to_seed: in
     torch.testing.assert_close(drawn(noises, [2, 0], draw).double(), expected, rtol=0, atol=2e-6)
 
 
-@given(st.floats(0, 1))
-def test_the_weights_keep_a_normals_variance(mix: float) -> None:
-    here, there = arc_weights(mix)
-    assert here**2 + there**2 == pytest.approx(1, abs=1e-12)
-    assert here >= 0
-    assert there >= 0
-    assert (arc_weights(0), arc_weights(1)) == ((1, 0), (0, 1))
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
 def test_the_ends_are_the_images_of_the_two_seeds(tiny: Checkpoint, sampler: str) -> None:
     walk = [alone(tiny, spec_of(n=2, seed=5, to_seed=6, mix=mix, index=3, sampler=sampler)) for mix in (0.0, 0.5, 1.0)]
     for seed, at in ((5, 0), (6, 2)):

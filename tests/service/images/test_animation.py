@@ -5,8 +5,7 @@ import pytest
 
 from tests.service.conftest import Site, frames_of
 from tests.service.fakes import fake_pixels, make_spec
-from tminus.service.images.animation import FRAME_MS, LAST_MS
-from tminus.service.images.encoder import contact_sheet
+from tminus.service.images.encoder import FRAME_MS, LAST_MS, contact_sheet
 
 SPEC = {"n": 2, "steps": 10, "seed": 4, "class_label": "cat"}
 WEBP = {"Accept": "image/webp"}

@@ -19,7 +19,6 @@ from PIL import Image
 
 from tests.service.fakes import INFO, make_spec
 from tminus.model.timesteps import SPACINGS
-from tminus.service.errors import NotFinite
 from tminus.service.images.encoder import (
     JSON,
     MEDIA_TYPES,
@@ -210,10 +209,6 @@ def test_a_model_without_classes_encodes_too(media_type: str) -> None:
             assert len(archive.namelist()) == 2
 
 
-def test_the_media_types_are_those_of_the_contract_and_png_comes_first() -> None:
-    assert MEDIA_TYPES == ("image/png", "application/zip", "application/json")
-
-
 # --- recipes ---
 
 
@@ -278,24 +273,6 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
     assert readers == {"tminus-encode"}
 
 
-def test_an_image_that_is_not_finite_raises_and_is_not_encoded() -> None:
-    seen: list[str] = []
-
-    def read() -> Images:
-        raise NotFinite
-
-    async def encode_one() -> bytes:
-        encoder = Encoder(lambda kind, seconds: seen.append(kind))
-        try:
-            return await encoder.encode(PNG, make_spec(), read, INFO)
-        finally:
-            encoder.close()
-
-    with pytest.raises(NotFinite):
-        asyncio.run(encode_one())
-    assert not seen
-
-
 # --- ETags ---
 
 
@@ -347,15 +324,6 @@ def test_the_etag_and_recipe_of_a_plain_spec_have_not_changed() -> None:
     )
     weights = f'"weights": "{"ab" * 32}", "fingerprint": "0123456789abcdef"'
     assert json.dumps(recipe(one_image(spec, 1), INFO)) == f'{{"spec": {{{fields}}}, {weights}}}'
-
-
-def test_the_recipe_of_an_edit_has_its_hashes() -> None:
-    spec = replace(make_spec(), strength=0.5, image_sha256="a" * 64)
-    fields = recipe(spec, INFO)["spec"]
-    assert isinstance(fields, dict)
-    assert (fields["strength"], fields["image_sha256"]) == (0.5, "a" * 64)
-    assert "mask_sha256" not in fields
-    assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, image_sha256="b" * 64), INFO)
 
 
 def test_an_encoded_frame_is_kept_for_other_viewers_for_a_moment_and_then_let_go(

@@ -64,12 +64,7 @@ def test_the_etag_names_all_whose_other_version_may_make_other_bytes() -> None:
         assert f"{name} {version}" in Steps.kind
 
 
-def test_anybodys_safetensors_reads_it(tmp_path: object) -> None:
-    loaded = safetensors.numpy.load(packed())
-    assert loaded["x_t"].shape == (5, 2, 1, 4, 6)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.6, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.999])
 def test_a_file_that_is_cut_off_is_refused(share: float) -> None:
     whole = packed()
     with pytest.raises(ValueError, match="no trajectory, or cut off or damaged"):
@@ -82,16 +77,12 @@ def test_a_file_that_is_cut_off_is_refused(share: float) -> None:
         (b"just text, and more of it", "no trajectory"),
         (b"\xff" * 64, "no trajectory"),
         (with_metadata(None), "no 'tminus' in its metadata"),
-        (with_metadata({"format": "pt"}), "no 'tminus' in its metadata"),
-        (with_metadata({METADATA_KEY: "{"}), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: "[]"}), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: "[" * 5000}), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: "{}"}), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: json.dumps({"format": FORMAT + 1})}), f"of format {FORMAT + 1}, and"),
-        (with_metadata({METADATA_KEY: '{"format": "x"}'}), "of format 'x', and"),
         (with_metadata({METADATA_KEY: '{"format": true}'}), "of format True, and"),
         (with_metadata({METADATA_KEY: '{"format": 0}'}), "of format 0, and"),
-        (with_metadata({METADATA_KEY: '{"format": -5}'}), "of format -5, and"),
         (with_metadata({METADATA_KEY: " " * MAX_METADATA_BYTES}), "its header takes"),
     ],
 )
