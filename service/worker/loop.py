@@ -52,6 +52,7 @@ class Ticked(NamedTuple):
 
     model: LoadedModel
     batch: Batch
+    places: int
     jobs: Sequence[RunningJob]  # of the batch, in its order
     started: Sequence[RunningJob]  # those of which it was the first step
     seconds: float
@@ -284,17 +285,18 @@ class Loop:
                 assert job.new.deadline_s is not None
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
-    def tick(self) -> None:
-        """Step the next batch, if there is one, and do what follows from it."""
+    def tick(self) -> bool:
+        """Step the next batch, and do what follows from it; False if there is none."""
         model = self.models.next()
         if model is None:
             self._now_at([])
-            return
+            return False
         batch = model.scheduler.next_batch()
         assert batch is not None
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         with self._at(jobs):
             self._tick(model, batch, jobs)
+        return True
 
     def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
         engine, started_s = model.engine, self._clock()
@@ -307,19 +309,19 @@ class Loop:
             self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
             return
         now_s = self._clock()
-        seconds = now_s - started_s
+        seconds, places = now_s - started_s, batch.places
         self.models.stepped(model, seconds)
         for job, picked in zip(jobs, batch.jobs, strict=True):
-            job.stepped(len(picked.steps), seconds, batch.places)
+            job.stepped(len(picked.steps), seconds, places)
         advance = model.scheduler.advance(batch)
-        started = [self._jobs[job_id] for job_id in advance.started]
+        started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
         for job in started:
             job.start(started_s, now_s)
         # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
         # long it took to launch.
-        tells = not (engine.runs_ahead and model.number in self._idle)
+        tells = not (model.number in self._idle and engine.runs_ahead)
         self._idle.discard(model.number)
-        self._events.append(Ticked(model, batch, jobs, started, seconds, tells))
+        self._events.append(Ticked(model, batch, places, jobs, started, seconds, tells))
         for job in jobs if broken else ():
             if not set(job.rows).isdisjoint(broken):
                 self.give_up(job.id, NotFinite(), NotFinite.code)

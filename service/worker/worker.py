@@ -23,7 +23,7 @@ from tminus.service.spec import Images
 from tminus.service.work import JobResult, Outlook, Ticket, check_table
 from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.loop import LOST, SUSPENDED, Ended, Event, ImageDecoded, Loop, Note, Ticked, note_nothing
+from tminus.service.worker.loop import LOST, SUSPENDED, Ended, ImageDecoded, Loop, Note, Ticked, note_nothing
 from tminus.service.worker.running_job import AcceptedJobs, NewJob, RunningJob
 
 log = logging.getLogger(__name__)
@@ -250,9 +250,10 @@ class Worker:
         try:
             if not self._ready.is_set():
                 self.warm_up()
+            idle = True
             while not self._closed.is_set() and not (self._draining.is_set() and not self._loop.has_work):
-                self.take_commands()
-                self.step()
+                self.take_commands(wait=idle)
+                idle = not self.step()
             failure: ServiceError = Draining()
         except BaseException:  # also SystemExit, which would end the thread and nothing else
             log.exception("the worker stopped")
@@ -262,10 +263,12 @@ class Worker:
             self._crashed = isinstance(failure, EngineFailed)
             drained = not self._crashed and not self._closed.is_set()
             self._closed.set()
-        self._act_on_events()
-        if self._crashed:  # the engine is not to be trusted any more, but every job gets an answer
-            self._loop.abandon()
-            self._answer_all(failure)
+        try:
+            self._act_on_events()  # some jobs may have had their last step before a crash
+        finally:
+            if self._crashed:  # the engine is not to be trusted any more, but every job gets an answer
+                self._loop.abandon()
+                self._answer_all(failure)
         self.take_commands(wait=False)
         if drained:  # a durable job may have been queued since the last look
             self._loop.suspend_durable()
@@ -280,30 +283,29 @@ class Worker:
             self._loop.models.put(self._models[number])
         self._ready.set()
 
-    def take_commands(self, wait: bool = True) -> None:
-        """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        idle = wait and not self._loop.models.has_ticks
+    def take_commands(self, *, wait: bool) -> None:
+        """Do what other threads asked for. wait: whether to sleep until there is something."""
         while True:
-            if idle:
+            if wait:
                 self._turn_began_s = None
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=wait)
             except queue.Empty:
                 return
             self._turn_began_s = self._clock()
             command()
             self._act_on_events()
-            idle = False
+            wait = False
 
-    def step(self) -> None:
-        """Do a tick, if there is one, and what is due before it."""
+    def step(self) -> bool:
+        """Do a tick, and what is due before it; False if there was none to do."""
         self._turn_began_s = self._clock()
         self._loop.end_overdue()
         if self._draining.is_set():
             self._loop.suspend_durable()
-        if not self._closed.is_set():
-            self._loop.tick()
+        ticked = not self._closed.is_set() and self._loop.tick()
         self._act_on_events()
+        return ticked
 
     def _accept(self, job: RunningJob) -> None:
         if not self._crashed:  # or else the job has its answer
@@ -327,21 +329,18 @@ class Worker:
 
     def _act_on_events(self) -> None:
         for event in self._loop.take_events():
-            self._act_on(event)
-
-    def _act_on(self, event: Event) -> None:
-        match event:
-            case Ticked():
-                self._count(event)
-            case ImageDecoded(job):
-                self._admission.decoded(job.id)
-            case Ended(job):
-                self.jobs.remove(job.id)
-                self._admission.leave(job.id)
-                if event.error is not None:
-                    self._tell_failed(job, event.error, event.reason)
-                elif event.result is not None:
-                    self._tell_done(job, event.result)
+            match event:
+                case Ticked():
+                    self._count(event)
+                case ImageDecoded(job):
+                    self._admission.decoded(job.id)
+                case Ended(job):
+                    self.jobs.remove(job.id)
+                    self._admission.leave(job.id)
+                    if event.error is not None:
+                        self._tell_failed(job, event.error, event.reason)
+                    elif event.result is not None:
+                        self._tell_done(job, event.result)
 
     def _count(self, ticked: Ticked) -> None:
         """Take a tick's work off the ledger of admission, and count its steps."""
@@ -349,8 +348,8 @@ class Worker:
         for job, picked in zip(ticked.jobs, batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
         places = {picked.job_id: picked.places for picked in batch.jobs}
-        self._admission.stepped(ticked.model.number, places, batch.places if ticked.tells else 0, ticked.seconds)
-        self._metrics.ticked(ticked.model.info.name, ticked.seconds, batch.places, row_steps)
+        self._admission.stepped(ticked.model.number, places, ticked.places if ticked.tells else 0, ticked.seconds)
+        self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, ticked.places, row_steps)
         for job in ticked.started:
             assert job.started_s is not None
             self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)

@@ -73,13 +73,13 @@ def pace(between_ticks_s: Any) -> None:
 
     tick, last_s = Loop.tick, 0.0
 
-    def instead(loop: Loop) -> None:
+    def instead(loop: Loop) -> bool:
         nonlocal last_s
         wait_s = last_s + between_ticks_s.value - time.monotonic()
         if between_ticks_s.value and wait_s > 0:
             time.sleep(min(wait_s, 0.005))
-            return
+            return loop.models.has_ticks
         last_s = time.monotonic()
-        tick(loop)
+        return tick(loop)
 
     Loop.tick = instead  # type: ignore[method-assign]

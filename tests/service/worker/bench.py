@@ -79,7 +79,7 @@ class Bench:
     ) -> "Future[JobResult]":
         """Have a job accepted, and take it up."""
         future = self.submit_spec(name, spec, deadline_s, **kwargs).future
-        self.worker.take_commands(wait=False)
+        self.do_commands()
         return future
 
     def accept(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
@@ -87,21 +87,26 @@ class Bench:
 
     def cancel(self, name: str, reason: str = "client_gone") -> None:
         self.worker.cancel(name, reason)
-        self.worker.take_commands(wait=False)
+        self.do_commands()
 
     def watch(self, name: str, watch: Watch) -> None:
         self.worker.watch(name, watch)
-        self.worker.take_commands(wait=False)
+        self.do_commands()
 
     def unwatch(self, name: str, watch: Watch) -> None:
         self.worker.unwatch(name, watch)
-        self.worker.take_commands(wait=False)
+        self.do_commands()
 
     # --- the worker's thread, played by the test ---
 
     def tick(self, times: int = 1) -> None:
         for _ in range(times):
             self.worker.step()
+
+    def do_commands(self) -> None:
+        """Do what was asked for until now. What the coding thread asks for meanwhile is left to `next_command`."""
+        for _ in range(self.worker._commands.qsize()):
+            self.next_command()
 
     def next_command(self) -> None:
         """Do what the coding thread asks for, as the worker does between two ticks."""

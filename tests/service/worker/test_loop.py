@@ -148,7 +148,7 @@ def test_giving_up_a_job_that_is_not_here_does_nothing(make_bench: MakeBench) ->
 def test_a_job_whose_future_was_cancelled_before_it_is_accepted_is_forgotten(make_bench: MakeBench) -> None:
     bench = make_bench()
     assert bench.submit("dropped").cancel()
-    bench.worker.take_commands(wait=False)
+    bench.do_commands()
     assert (len(bench.worker.jobs), bench.loop.has_work) == (0, False)
 
 
@@ -355,7 +355,7 @@ def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
     snapshot = Snapshot((7, 10), zeros, zeros, zeros[:, None][:, :0])  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
     ticket = bench.submit_spec("a", spec, snapshot=snapshot, durable=True)
-    bench.worker.take_commands(wait=False)
+    bench.do_commands()
     assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch), "it counts from there"
     assert bench.status()["a"].step == 8
     bench.tick()
@@ -532,7 +532,7 @@ def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped
     other = LoadedModel(1, busy, Scheduler(sharing))
     bench.admission.put(1, Speed(sharing, TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))), LIMITS.max_rows))
     loading = bench.worker.load(other)
-    bench.worker.take_commands(wait=False)
+    bench.do_commands()
     loading.result(timeout=0)
     bench.engine.runs_ahead = busy.runs_ahead = True
     busy.on_step = bench.tick_takes_a_second
