@@ -96,10 +96,10 @@ class Limits:
 
     @property
     def max_edit_bytes(self) -> int:
-        """Of a body with an image and a mask."""
+        """The bound of a body with an image and a mask."""
         return max_edit_bytes(self.max_body_bytes, self.max_image_bytes)
 
 
 def max_edit_bytes(max_body_bytes: int, max_image_bytes: int) -> int:
-    """Of a body with an image and a mask in base64, which is four bytes for three."""
+    """Bound a body with an image and a mask in base64, which takes four bytes for three."""
     return max_body_bytes + 2 * 4 * (max_image_bytes // 3 + 1)

@@ -92,12 +92,12 @@ class Inputs:
 
     @property
     def image_sha256(self) -> str:
-        """Of the image's bytes, row by row."""
+        """Hash the image's bytes, row by row."""
         return hashlib.sha256(self.image.tobytes()).hexdigest()
 
     @property
     def mask_sha256(self) -> str | None:
-        """Of the mask's bytes, row by row: 1 for new, 0 for known."""
+        """Hash the mask's bytes, row by row: 1 for new, 0 for known."""
         return hashlib.sha256(self.mask.tobytes()).hexdigest() if self.mask is not None else None
 
 

@@ -213,7 +213,7 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Those of the rows whose latent is no longer finite; on a GPU, as of the tick that `wait` last saw end."""
+        """Return the rows whose latent is no longer finite; on a GPU, after the tick that `wait` last saw end."""
         slots = list(rows)
         if self._ticks is None:
             kept = self._finite.numpy()[slots]

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to an engine that is ready to serve: choose the executor, test its bits, measure ticks."""
+"""Make an engine that is ready to serve of a checkpoint: choose the executor, test its bits, measure ticks."""
 
 import logging
 import time

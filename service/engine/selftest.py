@@ -49,7 +49,7 @@ def _specs(model: ModelInfo) -> list[SampleSpec]:
 
 
 def _possible(engine: RowEngine, specs: Sequence[SampleSpec]) -> list[SampleSpec]:
-    """Those that the model's schedule allows: some samplers cannot start where there is no signal."""
+    """Keep the jobs that the model's schedule allows: some samplers cannot start where there is no signal."""
     possible = []
     for spec in specs:
         with suppress(ValueError):

@@ -142,7 +142,7 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """As `status`, by an earlier forecast; a job that came since has what it was told on acceptance."""
+        """Tell its status by an earlier forecast; a job that came since has what it was told on acceptance."""
         known = forecast.get(self.id)
         if known is not None:
             eta_s = known.eta_s - (now_s - self.submitted_s - known.age_s)

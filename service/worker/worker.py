@@ -232,7 +232,7 @@ class Worker:
 
     @property
     def stalled_s(self) -> float:
-        """For how long the thread, or that of the autoencoder, has been at one thing that is far over its time, or 0.0.
+        """Tell for how long the thread, or that of the autoencoder, has been at one thing beyond its time, or 0.0.
 
         One thing is a command, a tick with all that follows from it, or an image of an autoencoder.
         """
