@@ -19,8 +19,8 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.previews import AnimationRequest
+from tminus.service.api.request.job_requests import WebhookRequest
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.request.webhook_request import WebhookRequest
 from tminus.service.api.sample import ANY_TYPE, WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS

@@ -10,9 +10,8 @@ from tminus.service.access.access import Access
 from tminus.service.api.answers.documents import ModelAnswer
 from tminus.service.api.answers.openapi import failures
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.models import Models
+from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import no_parameters
-from tminus.service.api.services import Services
 
 BARE = [Depends(no_parameters)]
 

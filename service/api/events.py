@@ -23,10 +23,9 @@ from tminus.service.api.answers.previews import PreviewRequest
 from tminus.service.api.answers.progress import Countdown, EventStream, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
-from tminus.service.api.models import Models
-from tminus.service.api.request.job_in_path import job_in_path
+from tminus.service.api.jobs import job_in_path
+from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import read_query
-from tminus.service.api.services import Services
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
 from tminus.service.jobs.store.records import OUTCOMES

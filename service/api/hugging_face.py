@@ -25,21 +25,12 @@ from tminus.service.api.answers.openapi import (
     path_parameter,
 )
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.models import Models
-from tminus.service.api.request.classes import label_of
-from tminus.service.api.request.negotiation import negotiate
-from tminus.service.api.request.prompts import class_of_prompt
-from tminus.service.api.request.reading import (
-    EDIT_PARAMETERS,
-    accept_header,
-    check_encoding,
-    no_parameters,
-    read_json,
-    unless_gone,
-)
+from tminus.service.api.models import Models, Services
+from tminus.service.api.request.classes import class_of_prompt, label_of
+from tminus.service.api.request.headers import EDIT_PARAMETERS, accept_header, check_encoding, negotiate
+from tminus.service.api.request.reading import no_parameters, read_json, unless_gone
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.api.sample import Still, respond
-from tminus.service.api.services import Services
 from tminus.service.api.submission import to_job, understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES

@@ -1,5 +1,6 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
@@ -22,23 +23,12 @@ from tminus.service.api.answers.openapi import (
 )
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
-from tminus.service.api.models import Models
-from tminus.service.api.request.advice import advice_headers
-from tminus.service.api.request.job_ids import check_chosen
-from tminus.service.api.request.job_in_path import job_in_path
-from tminus.service.api.request.job_listing import JobImageRequest, JobsRequest
-from tminus.service.api.request.negotiation import negotiate
-from tminus.service.api.request.reading import (
-    accept_header,
-    no_parameters,
-    read_parameters,
-    read_query,
-    while_connected,
-)
+from tminus.service.api.models import Models, Services
+from tminus.service.api.request.headers import accept_header, negotiate
+from tminus.service.api.request.job_requests import CHOSEN, JobImageRequest, JobsRequest, WebhookRequest, check_chosen
+from tminus.service.api.request.reading import no_parameters, read_parameters, read_query, while_connected
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.request.webhook_request import WebhookRequest
-from tminus.service.api.services import Services
-from tminus.service.api.submission import accept, understand
+from tminus.service.api.submission import accept, advice_headers, understand
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 
@@ -118,6 +108,17 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         await models.default.jobs.delete(job_id, caller_of(request).sees)
 
     return router
+
+
+def job_in_path(models: Models) -> Callable[[Request, str], Awaitable[str]]:
+    """Make what finds the job's own id, by whichever a path has. It raises JobNotFound for an unknown UUID."""
+
+    async def own_id(request: Request, job_id: str) -> str:
+        if not CHOSEN.fullmatch(job_id):
+            return job_id
+        return await models.default.jobs.id_of_chosen(job_id, caller_of(request).name)
+
+    return own_id
 
 
 async def post_job(services: Services, request: Request) -> Response:

@@ -18,21 +18,12 @@ from tminus.service.api.answers.openapi import (
     answer,
     failures,
 )
-from tminus.service.api.models import Models
+from tminus.service.api.models import Models, Services
 from tminus.service.api.request.fields import SEED_BITS
+from tminus.service.api.request.headers import accept_header, check_encoding, negotiate
 from tminus.service.api.request.multipart import read_upload
-from tminus.service.api.request.negotiation import negotiate
-from tminus.service.api.request.reading import (
-    accept_header,
-    check_encoding,
-    from_items,
-    merge,
-    read_query,
-    unless_gone,
-    while_connected,
-)
+from tminus.service.api.request.reading import from_items, merge, read_query, unless_gone, while_connected
 from tminus.service.api.request.schemas import NoiseRequest
-from tminus.service.api.services import Services
 from tminus.service.images.encoder import PNG
 from tminus.service.spec import Images
 

@@ -24,14 +24,12 @@ from tminus.service.api.answers.previews import AnimationRequest
 from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
 from tminus.service.api.answers.recorded import Frames, Steps
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.models import Models
-from tminus.service.api.request.advice import advice_headers
-from tminus.service.api.request.negotiation import negotiate
-from tminus.service.api.request.reading import accept_header, prefers_async, read_parameters
+from tminus.service.api.models import Models, Services
+from tminus.service.api.request.headers import accept_header, negotiate, prefers_async
+from tminus.service.api.request.job_requests import NOT_DURABLE, WebhookRequest
+from tminus.service.api.request.reading import read_parameters
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.request.webhook_request import NOT_DURABLE, WebhookRequest
-from tminus.service.api.services import Services
-from tminus.service.api.submission import accept, submit, to_job, understand
+from tminus.service.api.submission import accept, advice_headers, submit, to_job, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, WEBP_VERSION, Encoder, etag
 from tminus.service.images.trajectory import TRAJECTORY

@@ -18,11 +18,9 @@ from tminus.service.api.answers.problems import render
 from tminus.service.api.answers.progress import Countdown, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
-from tminus.service.api.models import Models
-from tminus.service.api.request.advice import warning_of
+from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
-from tminus.service.api.services import Services
-from tminus.service.api.submission import submit, to_job, understand
+from tminus.service.api.submission import submit, to_job, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
     JobCancelled,

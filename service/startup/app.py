@@ -23,14 +23,13 @@ from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
 from tminus.service.api.kserve.routes import kserve_routes
-from tminus.service.api.models import Models
+from tminus.service.api.models import Models, Services
 from tminus.service.api.noise import noise_routes
 from tminus.service.api.openai import answers as openai
 from tminus.service.api.openai.images import image_routes, model_list_routes
 from tminus.service.api.page import Compression, docs_routes, page_routes
 from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
-from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.system import model_routes, system_routes
 from tminus.service.jobs.process_end import EndFile

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tminus.model.files import CheckpointError
-from tminus.service.api.services import Services
+from tminus.service.api.models import Services
 from tminus.service.errors import CheckpointRefused, Draining, ModelBusy, ModelNotFound, ServiceError, short
 from tminus.service.startup.library import Library
 from tminus.service.startup.parts import Parts, Prepared

@@ -15,8 +15,7 @@ from tminus.service.api.answers.documents import document
 from tminus.service.api.edge.origin import Doors
 from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.elsewhere import Elsewhere
-from tminus.service.api.models import Models
-from tminus.service.api.services import Services
+from tminus.service.api.models import Models, Services
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Draining, EngineFailed, ServiceError, StorageFailed

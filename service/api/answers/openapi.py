@@ -13,7 +13,7 @@ from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswe
 from tminus.service.api.answers.previews import MAX_FPS, AnimationRequest
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
 from tminus.service.api.request.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
-from tminus.service.api.request.job_ids import CHOSEN
+from tminus.service.api.request.job_requests import CHOSEN, WebhookRequest
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
     MAX_DEADLINE_S,
@@ -22,7 +22,6 @@ from tminus.service.api.request.schemas import (
     NoiseRequest,
     SampleRequest,
 )
-from tminus.service.api.request.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import MAX_URL

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tminus.service.api.request.classes import label_of
+from tminus.service.api.request.classes import class_of_prompt, label_of
 from tminus.service.api.request.fields import DIGITS, MAX_EXACT
-from tminus.service.api.request.prompts import class_of_prompt
-from tminus.service.api.request.reading import EDIT_PARAMETERS, from_body
+from tminus.service.api.request.headers import EDIT_PARAMETERS
+from tminus.service.api.request.reading import from_body
 from tminus.service.api.request.schemas import MAX_DEADLINE_S, SampleRequest
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
 from tminus.service.images.encoder import JSON, Encoder

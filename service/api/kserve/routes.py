@@ -34,17 +34,10 @@ from tminus.service.api.kserve.infer import (
     version_of,
     with_id,
 )
-from tminus.service.api.models import Models
-from tminus.service.api.request.reading import (
-    check_encoding,
-    no_parameters,
-    off_loop,
-    read_body,
-    read_json,
-    unless_gone,
-)
+from tminus.service.api.models import Models, Services
+from tminus.service.api.request.headers import check_encoding
+from tminus.service.api.request.reading import no_parameters, off_loop, read_body, read_json, unless_gone
 from tminus.service.api.sample import respond
-from tminus.service.api.services import Services
 from tminus.service.api.submission import to_job, understand
 from tminus.service.api.system import dead, unready
 from tminus.service.errors import ModelNotFound, ServiceError

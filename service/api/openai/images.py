@@ -18,7 +18,7 @@ from tminus.service.api.answers.openapi import path_parameter
 from tminus.service.api.answers.problems import as_openai, noted, respond
 from tminus.service.api.answers.progress import EventStream, finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.models import Models
+from tminus.service.api.models import Models, Services
 from tminus.service.api.openai.answers import (
     EDITS,
     GENERATIONS,
@@ -33,12 +33,10 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest, size_of
-from tminus.service.api.request.advice import advice_headers
+from tminus.service.api.request.headers import check_encoding, key_in_headers
 from tminus.service.api.request.multipart import FORM, is_form, read_form
 from tminus.service.api.request.reading import (
-    check_encoding,
     from_items,
-    key_in_headers,
     no_parameters,
     off_loop,
     read_json,
@@ -46,8 +44,7 @@ from tminus.service.api.request.reading import (
     while_connected,
 )
 from tminus.service.api.request.schemas import PICTURES
-from tminus.service.api.services import Services
-from tminus.service.api.submission import create, submit, to_job, understand
+from tminus.service.api.submission import advice_headers, create, submit, to_job, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.jobs.views import JobView

@@ -1,12 +1,10 @@
-"""From a request to what it asks for: parameters in query and body, and the headers that say how to answer.
+"""From a request to its parameters: those in the query, and those in a JSON body or a form.
 
 Names, types and bounds are checked by the schemas.
 """
 
 import asyncio
-import hashlib
 import json
-import re
 from collections.abc import Awaitable, Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
@@ -15,8 +13,9 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.request.fields import NUMBER
+from tminus.service.api.request.headers import check_encoding
 from tminus.service.api.request.multipart import is_form, read_form
-from tminus.service.api.request.schemas import PICTURES, SampleRequest
+from tminus.service.api.request.schemas import PICTURES
 from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
@@ -24,11 +23,9 @@ from tminus.service.errors import (
     JobCancelled,
     MalformedBody,
     UnknownField,
-    UnsupportedEncoding,
     short,
 )
-from tminus.service.jobs.store.records import Key
-from tminus.service.jobs.webhooks.webhook import Webhook, origin_of
+from tminus.service.jobs.webhooks.webhook import origin_of
 from tminus.service.model_info import Limits
 
 Body = TypeVar("Body")
@@ -37,8 +34,6 @@ P = ParamSpec("P")
 MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
 MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
 SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
-KEY = re.compile(r"[\x20-\x7e]{1,255}")
-EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show", "webhook_events_filter"})
 # What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
@@ -63,13 +58,6 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
 def read_query(request: Request) -> dict[str, Any]:
     """Read the parameters in the query. Raises ConflictingField."""
     return from_items(request.query_params.multi_items())
-
-
-def check_encoding(request: Request) -> None:
-    """Raise UnsupportedEncoding for a compressed body."""
-    for encoding in ",".join(request.headers.getlist("content-encoding")).split(","):
-        if encoding.strip().lower() not in ("", "identity"):
-            raise UnsupportedEncoding(encoding.strip())
 
 
 async def no_parameters(request: HTTPConnection) -> None:
@@ -203,69 +191,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def key_in_headers(request: Request) -> str | None:
-    """Read the Idempotency-Key; a structured-field string may be quoted or not. Raises InvalidField."""
-    header = request.headers.get("idempotency-key")
-    if header is None:
-        return None
-    name = header.strip().removeprefix('"').removesuffix('"').strip()
-    if not KEY.fullmatch(name):
-        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
-    return name
-
-
-def idempotency_key(
-    request: Request,
-    asked: SampleRequest,
-    owner: str,
-    webhook: Webhook | None = None,
-    chosen: str | None = None,
-    *,
-    transparent: bool = False,
-) -> Key | None:
-    """Read the Idempotency-Key, and hash what it came with.
-
-    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
-    None for a request without either. Raises InvalidField.
-    """
-    if chosen is not None:
-        header = request.headers.get("idempotency-key")
-        if header is not None:
-            raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
-        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, is_chosen=True)
-    name = key_in_headers(request)
-    if name is None:
-        return None
-    return Key(name, _hash_of(asked, webhook, transparent=transparent), owner)
-
-
-def _hash_of(asked: SampleRequest, webhook: Webhook | None, *, transparent: bool) -> str:
-    """Hash what is asked for. Defaults are left out, so that it outlives a version that knows more parameters."""
-    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True) | _edit_of(asked)
-    if webhook is not None:
-        given["webhook"] = webhook.to_json()
-    if transparent:  # the same mask then makes another image
-        given["transparent"] = True
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
-def _edit_of(asked: SampleRequest) -> dict[str, object]:
-    """Take the parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
-    given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
-    return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
-
-
-def prefers_async(request: Request) -> bool:
-    """Say whether Prefer has respond-async (RFC 7240, section 4.1)."""
-    headers = ",".join(request.headers.getlist("prefer"))
-    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
-
-
-def accept_header(request: Request) -> str:
-    """Read the media types that the client accepts; several headers are one list."""
-    return ", ".join(request.headers.getlist("accept"))
 
 
 async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:

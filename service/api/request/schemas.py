@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
-from tminus.model.sampler_tables import Table
+from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import class_bound, class_numbers
 from tminus.service.api.request.fields import (
@@ -24,7 +24,6 @@ from tminus.service.api.request.fields import (
     RequestSchema,
     Whole,
 )
-from tminus.service.api.request.tables import choose_table
 from tminus.service.errors import BodyTooLarge, InvalidField
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
@@ -307,3 +306,38 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
         "mask_sha256": spec.mask_sha256,
     }
     return {name: value for name, value in parameters.items() if value is not None}
+
+
+def choose_table(
+    model: ModelInfo,
+    sampler: str,
+    steps: int | None,
+    guidance: float,
+    *,
+    take_nearest: bool = False,
+    table_hash: str | None = None,
+) -> Table:
+    """Choose the table for these steps and this guidance, where 1 is off; steps None takes those recommended.
+
+    take_nearest: of the tables that are guided, or not, as asked. Raises InvalidField, which lists what there is.
+    """
+    tables = [table for table in model.tables if table.sampler == sampler]
+    there = steps_and_guidances(tables)
+    of_kind = [table for table in tables if (table.guidance == 1) == (guidance == 1)]
+    if steps is None:
+        own = model.recommended
+        steps = own.steps if own is not None and own.sampler == sampler else max(table.steps for table in tables)
+    if not of_kind:
+        raise InvalidField.of("guidance", f"one that {sampler} has a table for: {there}", guidance)
+    if take_nearest:
+        table = nearest(of_kind, steps, guidance)
+    else:
+        with_steps = [table for table in tables if table.steps == steps]
+        fitting = [table for table in with_steps if table.guidance == guidance]
+        if not fitting:
+            field, value = ("guidance", guidance) if with_steps else ("steps", steps)
+            raise InvalidField.of(field, f"one that {sampler} has a table for, or nearest=true: {there}", value)
+        (table,) = fitting
+    if table_hash not in (None, table.hash):
+        raise InvalidField.of("table", f"that of the table taken, {table.hash}", table_hash)
+    return table

@@ -7,7 +7,7 @@ from tests.service.conftest import Site
 from tests.service.fakes import INFO, make_spec, wait_until
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.request.advice import warning_of
+from tminus.service.api.submission import warning_of
 from tminus.service.work import timesteps_of
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tminus.service.api.request.negotiation import negotiate
+from tminus.service.api.request.headers import negotiate
 from tminus.service.errors import NotAcceptable
 
 OFFERED = ("image/png", "application/zip", "application/json")

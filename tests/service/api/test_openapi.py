@@ -19,8 +19,8 @@ from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.previews import AnimationRequest
 from tminus.service.api.answers.problems import as_error_text, form_of
+from tminus.service.api.request.job_requests import WebhookRequest
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.request.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON
 
 ROOT = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.service.fakes import INFO
-from tminus.service.api.request.prompts import class_of_prompt
+from tminus.service.api.request.classes import class_of_prompt
 from tminus.service.errors import InvalidField
 
 FASHION = replace(INFO, class_names=("t-shirt", "trouser", "ankle-boot"), null_class=3)

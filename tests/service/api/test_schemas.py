@@ -15,7 +15,7 @@ from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLERS
 from tminus.service.api.answers.previews import AnimationRequest, StreamRequest
 from tminus.service.api.request.fields import MAX_SEED, SEED_BITS, RequestSchema
-from tminus.service.api.request.job_listing import JobsRequest
+from tminus.service.api.request.job_requests import JobsRequest
 from tminus.service.api.request.schemas import NoiseRequest, SampleRequest, parameters_of
 from tminus.service.errors import InvalidField, ServiceError, UnknownField
 from tminus.service.model_info import ModelInfo

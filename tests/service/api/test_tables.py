@@ -10,8 +10,7 @@ from tests.service.durable import post, wait_for
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.catalogue import SAMPLERS, TABLE, Recommended
 from tminus.model.sampler_tables import Table
-from tminus.service.api.request.schemas import SampleRequest, parameters_of
-from tminus.service.api.request.tables import choose_table
+from tminus.service.api.request.schemas import SampleRequest, choose_table, parameters_of
 from tminus.service.errors import InvalidField
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of, work_of
