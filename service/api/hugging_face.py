@@ -31,7 +31,7 @@ from tminus.service.api.request.headers import EDIT_PARAMETERS, accept_header, c
 from tminus.service.api.request.reading import no_parameters, read_json, unless_gone
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.api.sample import Still, respond
-from tminus.service.api.submission import to_job, understand
+from tminus.service.api.submission import understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
@@ -78,17 +78,23 @@ async def text_to_image(services: Services, request: Request) -> Response:
     media_type = negotiate(accept_header(request), MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
+    parameters, names = await _read(services, request)
+    try:
+        new = await understand(services, caller_of(request), parameters, request)
+        return await respond(services, request, new, Still(new.spec, media_type))
+    except (InvalidField, InvalidImage) as error:
+        raise _in_their_words(error, names) from None
+
+
+async def _read(services: Services, request: Request) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read the body, and return the parameters of POST /sample, and what the body calls them."""
     try:
         body = await unless_gone(read_json(request, services.limits.max_body_bytes))
     except MalformedBody as error:  # their client sends a picture that comes alone as it is
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     names = _names_in(body)
     try:
-        asked = await understand(services, parameters_of(body, services.model))
-        new, has_seed = await to_job(services, asked, caller_of(request).name, request), asked.seed is not None
-        del body, asked  # they hold the picture as it came, and the job may take long
-        request.state.release_body()
-        return await respond(services, request, new, Still(new.spec, media_type), has_seed=has_seed)
+        return parameters_of(body, services.model), names
     except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None
 

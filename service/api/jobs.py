@@ -28,7 +28,7 @@ from tminus.service.api.request.headers import accept_header, negotiate
 from tminus.service.api.request.job_requests import CHOSEN, JobImageRequest, JobsRequest, WebhookRequest, check_chosen
 from tminus.service.api.request.reading import no_parameters, read_parameters, read_query, while_connected
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.submission import accept, advice_headers, understand
+from tminus.service.api.submission import accept, advice_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 
@@ -135,8 +135,8 @@ async def put_job(services: Services, request: Request) -> Response:
 
 async def _accept(services: Services, request: Request, chosen: str | None = None) -> Response:
     parameters = await read_parameters(request, services.limits)
-    webhook, rest = WebhookRequest.take_from(parameters, services.webhooks)
-    return await accept(services, request, await understand(services, rest), webhook, chosen)
+    webhook = WebhookRequest.take_from(parameters, services.webhooks)
+    return await accept(services, request, parameters, webhook, chosen)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:

@@ -66,7 +66,6 @@ async def add_noise(services: Services, request: Request) -> Response:
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)
     content = await while_connected(request, _made(services, image, asked.t, seed, recipe))
-    request.state.release_body()  # the answer may take long to leave
     return Response(content, headers=headers, media_type=PNG)
 
 

@@ -29,12 +29,11 @@ from tminus.service.api.request.headers import accept_header, negotiate, prefers
 from tminus.service.api.request.job_requests import NOT_DURABLE, WebhookRequest
 from tminus.service.api.request.reading import read_parameters
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.api.submission import accept, advice_headers, submit, to_job, understand
+from tminus.service.api.submission import accept, advice_headers, submit, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, WEBP_VERSION, Encoder, etag
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import refused
-from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS
 from tminus.service.spec import SampleSpec
@@ -162,30 +161,26 @@ async def answer(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
     accepted = accept_header(request)
     negotiate(accepted, ANY_TYPE)  # before the body is read
-    animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
-    webhook, rest = WebhookRequest.take_from(rest, services.webhooks)
+    parameters = await read_parameters(request, services.limits)
+    animation = AnimationRequest.take_from(parameters)
+    webhook = WebhookRequest.take_from(parameters, services.webhooks)
     offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), "")
     media_type = negotiate(accepted, offered, hint)
-    asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         _check_durable(request, animation, media_type)
-        return await _accept(services, request, asked, webhook)
+        response = await accept(services, request, parameters, webhook)
+        response.headers["Preference-Applied"] = "respond-async"
+        return response
     if webhook is not None:
         raise refused(NOT_DURABLE, webhook.url)
-    new, has_seed = await to_job(services, asked, caller_of(request).name, request), asked.seed is not None
-    del rest, asked  # they hold the uploads as they came, and the job may take long
-    request.state.release_body()
-    made = _answer_of(new.spec, media_type, animation, services.model)
-    return await respond(services, request, new, made, has_seed=has_seed)
+    new = await understand(services, caller_of(request), parameters, request)
+    return await respond(services, request, new, _answer_of(new.spec, media_type, animation, services.model))
 
 
-async def respond(services: Services, request: Request, new: NewJob, made: Answer, *, has_seed: bool) -> Response:
-    """Answer with what the client or the cache has, or else run the job. The body has been read.
-
-    has_seed: whether the seed was given, so that the answer is a function of the request.
-    """
+async def respond(services: Services, request: Request, new: NewJob, made: Answer) -> Response:
+    """Answer with what the client or the cache has, or else run the job."""
     model = services.model
-    tag = etag(made.kind, made.spec, model) if has_seed and model.exact else None
+    tag = etag(made.kind, made.spec, model) if new.is_repeatable and model.exact else None
     return _known(services, request, made, tag) or await _make(services, request, new, made, tag)
 
 
@@ -202,12 +197,6 @@ def _check_durable(request: Request, animation: AnimationRequest | None, media_t
     if media_type == TRAJECTORY:
         bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
         raise InvalidField.of("Prefer", bound, request.headers["prefer"])
-
-
-async def _accept(services: Services, request: Request, asked: SampleRequest, webhook: Webhook | None) -> Response:
-    response = await accept(services, request, asked, webhook)
-    response.headers["Preference-Applied"] = "respond-async"
-    return response
 
 
 def _headers(services: Services, spec: SampleSpec, tag: str | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
-from tminus.service.api.submission import submit, to_job, understand, warning_of
+from tminus.service.api.submission import submit, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
     JobCancelled,
@@ -102,15 +102,14 @@ class _Stream:
                     await self._introduce()
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
-                    message = await self._next_spec(patience_s)
+                    parameters = await self._next_spec(patience_s)
                     caller = self._caller()
                     with (
                         caller.connected(),
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        asked = await self._understand(message, caller)
-                        del message  # it may have megabytes, and the job an hour
+                        asked = await self._understand(parameters, caller)
                         await self._job(asked, caller)
                     keep_open = asked.preview.keep_open
                     patience_s = NEXT_MESSAGE_S
@@ -185,11 +184,10 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _understand(self, message: dict[str, Any], caller: Caller) -> _Asked:
-        own, rest = StreamRequest.divide(message)
-        preview = StreamRequest.parse(own)
-        asked = await understand(self._services, rest)
-        return _Asked(preview, await to_job(self._services, asked, caller.name))
+    async def _understand(self, parameters: dict[str, Any], caller: Caller) -> _Asked:
+        """Check what a message asks for. Its parameters are taken: they may be megabytes, and the job take an hour."""
+        preview = StreamRequest.parse(StreamRequest.own_of(parameters))
+        return _Asked(preview, await understand(self._services, caller, parameters))
 
     async def _job(self, asked: _Asked, caller: Caller) -> None:
         """Run one job, and send what comes of it."""

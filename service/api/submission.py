@@ -1,7 +1,7 @@
-"""From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
+"""The one way from parameters to a job, for every kind of request: they are checked, then the job is accepted."""
 
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,11 +11,13 @@ from fastapi.responses import JSONResponse
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
+from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.headers import idempotency_key
 from tminus.service.api.request.reading import off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest
 from tminus.service.errors import Overloaded
+from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
@@ -26,24 +28,49 @@ from tminus.service.worker.running_job import NewJob
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 
 
-async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
-    """Run `SampleRequest.parse`, in a thread where it has much base64 to decode."""
-    pictures = [parameters[name] for name in PICTURES if isinstance(parameters.get(name), str)]
-    return await off_loop(sum(map(len, pictures)), SampleRequest.parse, parameters, services.model, services.limits)
-
-
-async def to_job(
-    services: Services, asked: SampleRequest, owner: str, request: Request | None = None, *, transparent: bool = False
+async def understand(
+    services: Services,
+    caller: Caller,
+    parameters: dict[str, Any],
+    request: Request | None = None,
+    *,
+    transparent: bool = False,
 ) -> NewJob:
-    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do.
+    """Check the parameters, decode the images, and make the job that is wanted. It holds nothing else of the body.
 
-    request: whose client may go away meanwhile; its images are then not decoded any more. transparent: see
-    decode_inputs.
+    parameters: are taken, so that the dict is empty afterwards. request: whose client may go away meanwhile; None for a
+    message of a WebSocket. transparent: see decode_inputs. Raises what SampleRequest and Decoder.inputs do.
     """
+    asked = await _parse(services, parameters)
+    return await _to_job(services, caller, asked, request, transparent=transparent)
+
+
+async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
+    """Check names and types, in a thread where there is much base64 to decode."""
+    pictures = [parameters[name] for name in PICTURES if isinstance(parameters.get(name), str)]
+    size_bytes = sum(map(len, pictures))
+    asked = await off_loop(size_bytes, SampleRequest.parse, parameters, services.model, services.limits)
+    parameters.clear()
+    return asked
+
+
+async def _to_job(
+    services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
+) -> NewJob:
     spec = asked.to_spec(services.model, services.limits)
     decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
     inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
-    return NewJob(uuid.uuid4().hex, asked.with_inputs(spec, inputs), services.number, owner, asked.deadline_s, inputs)
+    if request is not None:
+        body_of(request.scope).release()
+    return NewJob(
+        uuid.uuid4().hex,
+        asked.with_inputs(spec, inputs),
+        services.number,
+        caller.name,
+        asked.deadline_s,
+        inputs,
+        is_repeatable=asked.seed is not None,
+    )
 
 
 @asynccontextmanager
@@ -78,37 +105,51 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 async def create(
     services: Services,
     request: Request,
-    asked: SampleRequest,
-    *,
-    transparent: bool = False,
+    parameters: dict[str, Any],
     webhook: Webhook | None = None,
     chosen: str | None = None,
+    *,
+    transparent: bool = False,
 ) -> tuple[JobView, bool]:
     """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
 
-    transparent: see decode_inputs. webhook: who is told of it. chosen: the UUID that the client has chosen. Raises what
-    `to_job` and NewJobs.create do.
+    webhook: who is told of it. chosen: the UUID that the client has chosen. parameters, transparent: see `understand`.
+    Raises what `understand` and NewJobs.create do.
     """
-    caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
+    caller = caller_of(request)
+    new, key = await _with_key(services, request, parameters, webhook, chosen, transparent=transparent)
+    return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
+
+
+async def _with_key(
+    services: Services,
+    request: Request,
+    parameters: dict[str, Any],
+    webhook: Webhook | None,
+    chosen: str | None,
+    *,
+    transparent: bool,
+) -> tuple[NewJob, Key | None]:
+    caller, asked = caller_of(request), await _parse(services, parameters)
+    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
     key = await off_loop(
         size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen, transparent=transparent
     )
-    new = await to_job(services, asked, caller.name, request, transparent=transparent)
-    return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
+    return await _to_job(services, caller, asked, request, transparent=transparent), key
 
 
 async def accept(
     services: Services,
     request: Request,
-    asked: SampleRequest,
+    parameters: dict[str, Any],
     webhook: Webhook | None = None,
     chosen: str | None = None,
 ) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
 
-    webhook, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
+    parameters, webhook, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
     """
-    view, again = await create(services, request, asked, webhook=webhook, chosen=chosen)
+    view, again = await create(services, request, parameters, webhook, chosen)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

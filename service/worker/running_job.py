@@ -38,6 +38,7 @@ class NewJob:
     watch: Watch | None = None  # its first viewer
     recording: Recorder[Any] | None = None  # is given the rows that it wants
     snapshot: Snapshot | None = None  # where it goes on from, if an earlier process began it
+    is_repeatable: bool = True  # the same request makes the same images: its seed was given, not drawn
     alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
 
     def work(self, info: ModelInfo) -> Work:

@@ -88,11 +88,11 @@ class AnimationRequest(RequestSchema):
     )
 
     @classmethod
-    def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
-        """Check an animation's parameters, None where there are none, and return the rest. Raises InvalidField."""
-        own, rest = cls.divide(parameters)
+    def take_from(cls, parameters: dict[str, Any]) -> "AnimationRequest | None":
+        """Take and check an animation's parameters; None where there are none. Raises InvalidField."""
+        own = cls.own_of(parameters)
         if not own:
-            return None, rest
+            return None
         if "every" not in own:
             name = next(iter(own))
             raise InvalidField.of(name, "absent where no animation is asked for by `every`", own[name])
@@ -104,7 +104,7 @@ class AnimationRequest(RequestSchema):
         asked = cls.from_parameters(own, bounds.__getitem__)
         if not 0 < len(asked.shows) == len(set(asked.shows)):
             raise InvalidField.of("show", bounds["show"], asked.show)
-        return asked, rest
+        return asked
 
     @property
     def shows(self) -> tuple[Show, ...]:

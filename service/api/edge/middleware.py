@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
-from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
+from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.tracing import TRACER, fail, why
@@ -196,12 +196,19 @@ class RequestContext:
             )  # fmt: skip
 
 
+def body_of(scope: Scope) -> Hold:
+    """Return what is held of the body of a request: whoever has made a job of it, and keeps nothing else, releases it."""
+    held: Hold = scope["state"]["body"]
+    return held
+
+
 class BodyLimit:
     """Refuses a body over the limit: by its Content-Length at once, else as soon as too much has arrived.
 
     The limit is the path's own if it has one. All bodies together may take MAX_HELD_BYTES: what a client has sent is
-    held until its request is answered, or until the route calls `request.state.release_body()` because it keeps nothing
-    of the body. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain requests out.
+    held until a job is made of it, which keeps nothing of the body (see `body_of`), or else until its answer begins,
+    when its route has returned. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain
+    requests out.
 
     A body that brings less than LEAST_RATE in a window of WINDOW_S is given up.
     """
@@ -239,9 +246,14 @@ class BodyLimit:
                 body.add(size_bytes)
             return message
 
+        async def send_released(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                body.release()
+            await send(message)
+
         with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
-            scope.setdefault("state", {})["release_body"] = body.release
-            await self._app(scope, bounded_receive, send)
+            scope.setdefault("state", {})["body"] = body
+            await self._app(scope, bounded_receive, send_released)
 
 
 class _Pace:

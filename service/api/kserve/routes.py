@@ -38,7 +38,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.request.headers import check_encoding
 from tminus.service.api.request.reading import no_parameters, off_loop, read_body, read_json, unless_gone
 from tminus.service.api.sample import respond
-from tminus.service.api.submission import to_job, understand
+from tminus.service.api.submission import understand
 from tminus.service.api.system import dead, unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -235,15 +235,11 @@ async def infer(services: Services, request: Request) -> Response:
     _of_version(services, request)
     await no_parameters(request)
     check_encoding(request)
-    body, model, limits = await unless_gone(read_body(request)), services.model, services.limits
-    asked = await off_loop(len(body), InferRequest.parse, body, request.headers.get(HEADER_LENGTH), model, limits)
-    sampling = await understand(services, asked.parameters)
-    new = await to_job(services, sampling, caller_of(request).name)
-    made = Tensors(new.spec, model, asked.outputs)
-    del body
-    request.state.release_body()
+    asked = await _read(services, request)
+    new = await understand(services, caller_of(request), asked.parameters, request)
+    made = Tensors(new.spec, services.model, asked.outputs)
     try:
-        response = await respond(services, request, new, made, has_seed=sampling.seed is not None)
+        response = await respond(services, request, new, made)
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes
@@ -255,6 +251,11 @@ async def infer(services: Services, request: Request) -> Response:
     if made.binary_bytes and response.status_code == 200:
         response.headers[HEADER_LENGTH] = str(int(response.headers["Content-Length"]) - made.binary_bytes)
     return response
+
+
+async def _read(services: Services, request: Request) -> InferRequest:
+    body, header = await unless_gone(read_body(request)), request.headers.get(HEADER_LENGTH)
+    return await off_loop(len(body), InferRequest.parse, body, header, services.model, services.limits)
 
 
 class _Named(Response):

@@ -44,7 +44,7 @@ from tminus.service.api.request.reading import (
     while_connected,
 )
 from tminus.service.api.request.schemas import PICTURES
-from tminus.service.api.submission import advice_headers, create, submit, to_job, understand
+from tminus.service.api.submission import advice_headers, create, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.jobs.views import JobView
@@ -182,7 +182,6 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
 async def _answer(models: Models, request: Request, kind: Kind) -> Response:
     with ExitStack() as stack:
         services, members, wanted = await _understand(models, request, kind, stack)
-        request.state.release_body()
         if isinstance(wanted, JobView):
             return await _with_urls(services, request, members, wanted)
         if members.stream:
@@ -210,12 +209,11 @@ async def _understand(
             raise InvalidImage.of("image", "a file in the form", "a form without it")
         if not ("mask" in uploads or "strength" in extensions):
             uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
-    parameters = members.parameters(extensions, services.model, services.limits)
-    asked = await understand(services, parameters | uploads)
+    parameters = members.parameters(extensions, services.model, services.limits) | uploads
     if members.as_url:
-        view, _ = await create(services, request, asked, transparent=edits)
+        view, _ = await create(services, request, parameters, transparent=edits)
         return services, members, view
-    new = await to_job(services, asked, caller_of(request).name, request, transparent=edits)
+    new = await understand(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted(kind.name, members, new)
 
 

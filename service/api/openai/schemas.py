@@ -71,7 +71,8 @@ class ImagesRequest(RequestSchema):
 
         Raises InvalidField and UnknownField.
         """
-        own, rest = cls.divide({name: value for name, value in members.items() if value is not None})
+        rest = {name: value for name, value in members.items() if value is not None}
+        own = cls.own_of(rest)
         for name, value in rest.items():
             if name not in extensions:
                 names = ", ".join((*cls.model_fields, *extensions))

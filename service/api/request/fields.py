@@ -82,10 +82,9 @@ class RequestSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def divide(cls, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Divide parameters into those of this schema and the rest."""
-        own = {name: parameters[name] for name in cls.model_fields if name in parameters}
-        return own, {name: value for name, value in parameters.items() if name not in own}
+    def own_of(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Take the parameters of this schema out of those of a request."""
+        return {name: parameters.pop(name) for name in cls.model_fields if name in parameters}
 
     @classmethod
     def from_parameters(

@@ -92,15 +92,14 @@ class WebhookRequest(RequestSchema):
     )
 
     @classmethod
-    def take_from(cls, parameters: Mapping[str, Any], allowed: Allowed | None) -> tuple[Webhook | None, dict[str, Any]]:
-        """Check these parameters, None where there are none, and return the rest. Raises InvalidField.
+    def take_from(cls, parameters: dict[str, Any], allowed: Allowed | None) -> Webhook | None:
+        """Take and check the parameters of a webhook; None where there are none. Raises InvalidField.
 
         allowed: who may be told beside public receivers; None: nobody may.
         """
-        given, rest = cls.divide(parameters)
-        own = {name: value for name, value in given.items() if value is not None}
+        own = {name: value for name, value in cls.own_of(parameters).items() if value is not None}
         if not own:
-            return None, rest
+            return None
         url = own.get("webhook")
         if url is None:
             raise InvalidField.of("webhook", "given where webhook_events_filter is", None)
@@ -112,7 +111,7 @@ class WebhookRequest(RequestSchema):
             own, {"webhook": "a text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
         )
         Receiver.parse(url, allowed)
-        return Webhook(url, _events(asked.webhook_events_filter)), rest
+        return Webhook(url, _events(asked.webhook_events_filter))
 
 
 def _events(given: str | list[str] | None) -> tuple[Any, ...]:

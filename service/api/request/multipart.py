@@ -79,7 +79,7 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
             raise InvalidImage.of(IMAGE, "a file in the form", "a form without it")
         upload = Upload(form.files[IMAGE], form.fields)
     elif media_type == BYTES or media_type.startswith("image/"):
-        upload = Upload(await request.body())
+        upload = Upload(b"".join([chunk async for chunk in request.stream()]))
     else:
         bound = f"image/*, {BYTES} or {FORM}"
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
