@@ -197,7 +197,7 @@ class RequestContext:
 
 
 def body_of(scope: Scope) -> Hold:
-    """Return what is held of the body of a request: whoever has made a job of it, and keeps nothing else, releases it."""
+    """Return what is held of the body of a request. Whoever made a job of it, and keeps nothing else, releases it."""
     held: Hold = scope["state"]["body"]
     return held
 

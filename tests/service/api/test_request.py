@@ -3,6 +3,7 @@ import binascii
 import io
 import json
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from tests.service.api.pictures import CAT, EDIT, MASK, b64, encode, noise
 from tests.service.conftest import MakeSite, Site, problem
+from tminus.service.api import submission
 from tminus.service.api.request import reading as request
 from tminus.service.api.request.reading import from_items, merge
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.byte_budget import Hold
 from tminus.service.errors import ConflictingField, MalformedBody, SlowBody
+from tminus.service.work import Ticket
+from tminus.service.worker.running_job import NewJob
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}
@@ -516,3 +522,51 @@ def test_what_is_wrong_with_a_body_that_nobody_has_read_is_told() -> None:
         assert wanted.cancelled()
 
     asyncio.run(test())
+
+
+# --- what is held of a body ---
+
+IN_JSON, IN_FORM = {"image": b64(CAT), "strength": 0.5, "steps": 4}, {"data": {"strength": "0.5", "steps": "4"}}
+STEPS = {"name": "steps", "datatype": "INT32", "shape": [1], "data": [4]}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/sample", {"json": IN_JSON}),
+        ("/sample", {**IN_FORM, "files": {"image": CAT}}),
+        ("/jobs", {"json": IN_JSON, "headers": {"Idempotency-Key": "k"}}),
+        ("/", {"json": {"inputs": b64(CAT), "parameters": {"strength": 0.5, "prompt": "cat"}}}),
+        ("/v1/images/edits", {"data": {"prompt": "cat", "strength": "0.5"}, "files": {"image": CAT}}),
+        (
+            "/v2/models/fake/infer",
+            {"json": {"inputs": [{"name": "steps", "datatype": "INT32", "shape": [1], "data": [4]}]}},
+        ),
+    ],
+)
+def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
+    site: Site, monkeypatch: pytest.MonkeyPatch, path: str, sent: dict[str, Any]
+) -> None:
+    parsed: list[weakref.ref[SampleRequest]] = []
+    bodies: list[Hold] = []
+    looked: list[bool] = []
+    parse, body_of, enter = SampleRequest.parse, submission.body_of, site.worker.submit
+
+    def noted_parse(*args: Any) -> SampleRequest:
+        asked = parse(*args)
+        parsed.append(weakref.ref(asked))
+        return asked
+
+    def noted_body(scope: Scope) -> Hold:
+        bodies.append(body_of(scope))
+        return bodies[-1]
+
+    def look(new: NewJob) -> Ticket:
+        looked.append(bool(parsed) and not any(each() for each in parsed) and not bodies[0]._held_bytes)
+        return enter(new)
+
+    monkeypatch.setattr(SampleRequest, "parse", noted_parse)
+    monkeypatch.setattr(submission, "body_of", noted_body)
+    monkeypatch.setattr(site.worker, "submit", look)
+    assert site.client.post(path, **sent).is_success
+    assert looked == [True]

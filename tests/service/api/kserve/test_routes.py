@@ -11,8 +11,6 @@ from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import COLOUR, make_several
-from tminus.service.api.kserve import routes
-from tminus.service.api.sample import respond
 from tminus.service.startup.app import VERSION as OF_SERVER
 
 VERSION = INFO.weights_hash[:16]
@@ -137,19 +135,6 @@ def test_an_id_is_told_and_keeps_nothing_from_the_cache(make_site: MakeSite, bin
     body = {"inputs": plain(), "parameters": parameters, "id": "c"}
     known = site.client.post("/v2/models/fake/infer", json=body, headers={"If-None-Match": answer.headers["etag"]})
     assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", answer.headers["etag"])
-
-
-def test_a_body_is_let_go_before_the_images_are_made(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What gives its bytes back to the budget of all bodies must not keep them until the answer."""
-    site, kept = make_site(), []
-
-    async def respond_and_look(services: Any, request: Any, *job: Any, **kwargs: Any) -> Any:
-        kept.extend(value for value in vars(request).values() if isinstance(value, bytes))
-        return await respond(services, request, *job, **kwargs)
-
-    monkeypatch.setattr(routes, "respond", respond_and_look)
-    assert infer(site).status_code == 200
-    assert kept == []
 
 
 def test_a_seed_is_drawn_and_told(site: Site) -> None:
