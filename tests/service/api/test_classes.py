@@ -9,7 +9,7 @@ import pytest
 
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, LIMITS, wait_until
-from tminus.service.api.request.classes import find_class
+from tminus.service.api.request.classes import class_of_prompt, find_class
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.cli.sample import request_parameters
 from tminus.service.errors import InvalidField
@@ -109,3 +109,47 @@ def test_the_command_line_reads_a_label_as_the_server_does(label: str) -> None:
             asked.to_spec(NUMBERED, LIMITS)
     else:
         assert asked.to_spec(NUMBERED, LIMITS).class_labels == (1,)
+
+
+# --- prompts ---
+
+
+FASHION = replace(INFO, class_names=("t-shirt", "trouser", "ankle-boot"), null_class=3)
+PLAIN = replace(INFO, conditional=False, class_names=(), null_class=None)
+
+
+@pytest.mark.parametrize("prompt", ["t-shirt", "T_SHIRT", " t  shirt ", "0"])
+def test_a_class_is_found_however_it_is_spelled(prompt: str) -> None:
+    assert class_of_prompt(prompt, FASHION) == 0
+
+
+def test_an_empty_prompt_is_no_class() -> None:
+    assert class_of_prompt("", FASHION) is class_of_prompt(" \n", PLAIN) is None
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["tshirt", "boot", "a t-shirt", "3", "-1", "1.0", "²", "9" * 5000],
+)
+def test_nothing_is_guessed(prompt: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        class_of_prompt(prompt, FASHION)
+    assert caught.value.field == "prompt"
+    assert 'a class of this model, 0..2 or t-shirt, trouser, ankle-boot, or "" for none' in caught.value.detail
+    assert len(caught.value.detail) < 400
+
+
+def test_an_exact_name_goes_before_one_that_is_spelled_alike() -> None:
+    odd = replace(FASHION, class_names=("1", "0", "a-b", "a b"))
+    assert [class_of_prompt(name, odd) for name in ("name:1", "name:0", "a-b", "a b")] == [0, 1, 2, 3]
+    for unclear in ("a_b", "-1", "_0", "1"):
+        with pytest.raises(InvalidField):
+            class_of_prompt(unclear, odd)
+
+
+def test_without_a_null_class_a_prompt_is_needed_and_without_classes_it_is_empty() -> None:
+    with pytest.raises(InvalidField) as caught:
+        class_of_prompt("", replace(FASHION, null_class=None))
+    assert "for none" not in caught.value.detail
+    with pytest.raises(InvalidField, match="no classes"):
+        class_of_prompt("0", PLAIN)

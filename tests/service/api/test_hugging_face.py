@@ -8,7 +8,6 @@ import pytest
 from tests.service.api.pictures import CAT, b64
 from tests.service.api.test_tables import TUNED, table
 from tests.service.conftest import MakeSite, Site, pixels
-from tests.service.fakes import INFO
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import Several, make_several
 
@@ -41,39 +40,24 @@ def test_a_prompt_is_sampled_to_the_bytes_of_post_sample(site: Site) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "label"),
-    [("dog", 1), ("DOG", 1), (" dog ", 1), ("1", 1), ("3d-print", 2), ("3D Print", 2), ("3d_print", 2), ("", None)],
+    [("DOG", 1), ("1", 1), ("3D Print", 2), ("", None)],
 )
 def test_a_prompt_is_a_class_however_it_is_written(site: Site, prompt: str, label: int | None) -> None:
     wanted = site.post(json=SPEC | ({} if label is None else {"class_label": label}))
     assert ask(site, prompt).content == wanted.content
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a dog", "dogs", "dog, cat", "3", "-1", "1.0", "--", "3dprint", "puppy", "d" * 3000]
-)
+@pytest.mark.parametrize("prompt", ["a dog", "3", "d" * 3000])
 def test_a_prompt_that_is_no_class_is_refused_with_the_classes(one_site: Site, prompt: str) -> None:
     text = refused(ask(one_site, prompt), 400, "invalid_field", "inputs")
     assert "cat, dog, 3d-print" in text
     assert len(text) < 1000
 
 
-@pytest.mark.parametrize("prompt", [None, 1, ["dog"], {"text": "dog"}])
-def test_a_prompt_is_a_text(site: Site, prompt: object) -> None:
-    refused(ask(site, prompt), 400, "invalid_field", "inputs")
-
-
-def test_a_model_without_classes_takes_the_empty_prompt_only(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
-    assert ask(site, "").content == site.post(json=SPEC).content
-    assert "no classes" in refused(ask(site, "dog"), 400, "invalid_field", "inputs")
-
-
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ({"scheduler": "ddim"}, {"sampler": "ddim"}),
         ({"scheduler": "DDIMScheduler"}, {"sampler": "ddim"}),
-        ({"scheduler": "DPMSolverMultistepScheduler"}, {"sampler": "dpmpp_2m"}),
         ({"scheduler": "EulerDiscreteScheduler"}, {"sampler": "euler"}),
         ({"num_images_per_prompt": 3}, {"n": 3}),
         ({"target_size": {"width": 6, "height": 4}}, {}),
@@ -94,15 +78,10 @@ def test_a_parameter_with_an_honest_meaning_has_it(site: Site, given: dict[str, 
         ({"negative_prompt": "cat"}, "negative_prompt", "no class can be avoided"),
         ({"width": 512}, "width", "6, as all images"),
         ({"height": True}, "height", "4, as all images"),
-        ({"height": "4"}, "height", "4, as all images"),
         ({"target_size": {"width": 512, "height": 4}}, "target_size", "own size"),
-        ({"target_size": 512}, "target_size", "own size"),
         ({"scheduler": "LMSDiscreteScheduler"}, "scheduler", "DDIMScheduler"),
         ({"scheduler": "PNDMScheduler"}, "scheduler", "plms"),  # which begins with Runge-Kutta, by default
-        ({"scheduler": ["ddim"]}, "scheduler", "DDIMScheduler"),
-        ({"steps": 0}, "steps", "1..1000"),
         ({"guidance_scale": 51}, "guidance_scale", "0..50"),
-        ({"guidance_scale": "much"}, "guidance_scale", "0..50"),
         ({"seed": -1}, "seed", "0.."),
         ({"num_images_per_prompt": 10**30}, "num_images_per_prompt", "1.."),
     ],
@@ -113,12 +92,6 @@ def test_what_cannot_be_honoured_is_refused_by_the_name_it_was_given(
     text = refused(ask(one_site, "dog", **given), 400, "invalid_field", field)
     assert says in text
     assert field in text
-
-
-def test_steps_out_of_bounds_are_named_as_the_client_named_them(site: Site) -> None:
-    body = {"inputs": "dog", "parameters": {"num_inference_steps": 1001}}
-    text = refused(site.client.post("/", json=body), 400, "invalid_field", "num_inference_steps")
-    assert text.startswith("num_inference_steps must be an integer in 1..1000, got 1001")
 
 
 def test_a_picture_and_a_prompt_make_the_edit_of_post_sample(site: Site) -> None:
@@ -154,10 +127,11 @@ def test_a_picture_without_parameters_is_told_where_it_goes(site: Site) -> None:
     assert "a picture is its inputs, beside prompt and strength" in refused(answer, 400, "malformed_body")
 
 
-@pytest.mark.parametrize("name", ["image", "mask", "class_label", "every", "lora", "__class__"])
+@pytest.mark.parametrize("name", ["image", "class_label", "lora"])
 def test_a_parameter_that_there_is_not_is_refused_by_name(site: Site, name: str) -> None:
     refused(ask(site, "dog", **{name: 1}), 400, "unknown_field", name)
     refused(site.client.post("/", json={"inputs": "dog", name: 1}), 400, "unknown_field", name)
+    refused(site.client.post("/?steps=4", json={"inputs": "dog"}), 400, "unknown_field", "steps")
 
 
 def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
@@ -169,31 +143,21 @@ def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
     assert text == "steps is given as num_inference_steps too"
 
 
-@pytest.mark.parametrize("parameters", [{}, {"parameters": {}}, {"parameters": {"seed": 7}}])
+@pytest.mark.parametrize("parameters", [{}, {"parameters": {"seed": 7}}])
 def test_a_default_that_is_refused_has_our_name(make_site: MakeSite, parameters: dict[str, Any]) -> None:
     """A checkpoint whose one table is for guidance refuses the guidance that is the default."""
     site = make_site(info=replace(TUNED, tables=(table(1, 1.5),), default_sampler="tuned"))
     refused(site.client.post("/", json={"inputs": "dog"} | parameters), 400, "invalid_field", "guidance")
 
 
-def test_too_many_images_for_the_engine_are_named_as_the_client_named_them(make_site: MakeSite) -> None:
-    site = make_site(max_rows=4)
-    text = refused(ask(site, "dog", num_images_per_prompt=5), 400, "invalid_field", "num_images_per_prompt")
-    assert text == "num_images_per_prompt must be at most 4, got 5"
-    refused(ask(site, "dog", n=5), 400, "invalid_field", "n")
-
-
 @pytest.mark.parametrize(
     ("body", "code"),
     [
         (b"", "invalid_field"),
-        (b"{", "malformed_body"),
         (b'["dog"]', "malformed_body"),
         (b'{"inputs": "dog", "inputs": "cat"}', "conflicting_field"),
         (b'{"inputs": "dog", "parameters": null}', "invalid_field"),
-        (b'{"inputs": "dog", "parameters": [1]}', "invalid_field"),
         (b'{"inputs": "dog", "parameters": {"guidance_scale": NaN}}', "malformed_body"),
-        (b'{"inputs": "dog", "parameters": {"guidance_scale": 1e999}}', "invalid_field"),
         (b'{"inputs": ' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed_body"),
     ],
 )
@@ -201,10 +165,6 @@ def test_a_body_that_is_none_is_refused(site: Site, body: bytes, code: str) -> N
     answer = site.client.post("/", content=body)
     assert answer.status_code == 400
     assert answer.json()["code"] == code
-
-
-def test_a_query_is_refused(site: Site) -> None:
-    refused(site.client.post("/?steps=4", json={"inputs": "dog"}), 400, "unknown_field", "steps")
 
 
 def test_accept_chooses_the_form_of_the_answer(site: Site) -> None:
@@ -236,7 +196,7 @@ def test_the_page_is_still_there_and_both_methods_are_told_of(site: Site) -> Non
     assert {"GET", "HEAD", "POST"} <= set(answer.headers["allow"].split(", "))
 
 
-@pytest.mark.parametrize("path", ["/", "/models/fake", "/models/fake/"])
+@pytest.mark.parametrize("path", ["/", "/models/fake"])
 def test_the_page_is_for_anybody_but_a_prompt_needs_a_key(make_site: MakeSite, path: str) -> None:
     site = make_site(app={"access": access_of(key_line("ann", "tm_ann"))})
     before = len(site.engine.batches)
@@ -245,13 +205,3 @@ def test_the_page_is_for_anybody_but_a_prompt_needs_a_key(make_site: MakeSite, p
     body = {"inputs": "dog", "parameters": SPEC}
     assert site.client.post(path, json=body, headers=bearer("tm_ann")).status_code == 200
     assert site.client.get("/").status_code == 200
-
-
-def test_a_page_of_another_site_gets_no_image(site: Site) -> None:
-    answer = site.client.post("/", json={"inputs": "dog"}, headers={"Origin": "https://elsewhere.example"})
-    refused(answer, 403, "foreign_origin", "Origin")
-
-
-def test_a_body_that_is_too_large_is_refused(make_site: MakeSite) -> None:
-    site = make_site(max_body_bytes=1024)
-    refused(ask(site, "x" * 2000), 413, "body_too_large", "body")

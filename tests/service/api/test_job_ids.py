@@ -8,8 +8,7 @@ import pytest
 
 from tests.service.api.pictures import CAT, b64
 from tests.service.conftest import MakeSite, Restarts, Site, problem
-from tests.service.durable import SPEC, post, wait_for
-from tests.service.fakes import wait_until
+from tests.service.durable import SPEC, wait_for
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import ADMIN, make_several
 
@@ -65,7 +64,7 @@ def test_the_same_id_with_other_parameters_is_a_conflict_and_changes_nothing(sit
 
 @pytest.mark.parametrize(
     "chosen",
-    ["x", "0" * 32, CHOSEN.upper(), f"{{{CHOSEN}}}", CHOSEN + "0", CHOSEN.replace("-", ""), "%00", "a" * 300, "%20"],
+    ["x", "0" * 32, CHOSEN.upper(), f"{{{CHOSEN}}}", "%00"],
 )
 def test_what_is_no_uuid_is_refused(site: Site, chosen: str) -> None:
     document = problem(put(site, chosen), 422, "invalid_field")
@@ -140,10 +139,3 @@ def test_an_id_of_another_model_is_a_conflict_and_every_model_has_the_call(make_
     problem(put(several.site, spec={"steps": 2}), 409, "job_exists")
     assert several.get(f"/jobs/{CHOSEN}", headers=ADMIN).status_code == 404, "it is not the admin's choice"
     assert several.get(f"/jobs/{CHOSEN}").json()["model"] == "colour"
-
-
-def test_a_header_cannot_take_the_place_of_an_id(site: Site) -> None:
-    job_id = put(site).json()["id"]
-    other = post(site, **{"Idempotency-Key": CHOSEN}).json()["id"]
-    assert other != job_id
-    wait_until(lambda: site.client.get(f"/jobs/{job_id}").json()["state"] == "done")

@@ -1,6 +1,5 @@
 import asyncio
 import binascii
-import io
 import json
 import time
 import weakref
@@ -10,18 +9,31 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image
 from starlette.requests import Request
 from starlette.types import Message, Scope
 
-from tests.service.api.pictures import CAT, EDIT, MASK, b64, encode, noise
+from tests.service.api.pictures import (
+    CAT,
+    EDIT,
+    INPUTS,
+    MASK,
+    MASK_PIXELS,
+    PICTURE,
+    b64,
+    encode,
+    got,
+    noise,
+    same,
+    spec_in,
+)
 from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import submission
 from tminus.service.api.request import reading as request
+from tminus.service.api.request.headers import negotiate
 from tminus.service.api.request.reading import from_items, merge
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.byte_budget import Hold
-from tminus.service.errors import ConflictingField, MalformedBody, SlowBody
+from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody
 from tminus.service.work import Ticket
 from tminus.service.worker.running_job import NewJob
 
@@ -36,20 +48,12 @@ def from_body(body: bytes) -> dict[str, Any]:
 # --- query ---
 
 
-def test_query_items_are_taken_as_text() -> None:
-    assert from_items([("n", "8"), ("sampler", "ddim")]) == {"n": "8", "sampler": "ddim"}
-    assert from_items([]) == {}
-
-
 def test_class_label_may_repeat_and_keeps_its_order() -> None:
     assert from_items([("class_label", "2"), ("n", "2"), ("class_label", "cat")]) == {
         "class_label": ["2", "cat"],
         "n": "2",
     }
-
-
-def test_one_class_label_is_no_list() -> None:
-    assert from_items([("class_label", "2")]) == {"class_label": "2"}
+    assert from_items([("class_label", "2"), ("sampler", "ddim")]) == {"class_label": "2", "sampler": "ddim"}
 
 
 def test_a_field_repeated_with_another_value_conflicts() -> None:
@@ -59,17 +63,7 @@ def test_a_field_repeated_with_another_value_conflicts() -> None:
     assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "steps", ["5", "6"])
 
 
-def test_a_field_repeated_with_the_same_value_conflicts_too() -> None:
-    with pytest.raises(ConflictingField):
-        from_items([("steps", "5"), ("steps", "5")])
-
-
 # --- body ---
-
-
-@pytest.mark.parametrize("body", [b"", b"  \r\n\t"])
-def test_an_empty_body_has_no_parameters(body: bytes) -> None:
-    assert from_body(body) == {}
 
 
 def test_a_body_is_a_json_object() -> None:
@@ -78,27 +72,19 @@ def test_a_body_is_a_json_object() -> None:
         "class_label": [1, "cat", None],
         "clip": True,
     }
+    assert from_body(b"") == from_body(b"  \r\n\t") == {}
 
 
 @pytest.mark.parametrize(
     "body",
     [
         b"steps=5",
-        b"{",
-        b"{'steps': 5}",
         b'{"steps": 5} {}',
         b'{"steps": NaN}',
         b'{"guidance": Infinity}',
-        b'{"guidance": -Infinity}',
-        b'{"steps": }',
         b"[1, 2]",
-        b'"text"',
-        b"5",
         b"null",
-        b"true",
-        b"\xff\xfe\xfa",
         b"\x89PNG\r\n\x1a\n",
-        b'{"sampler": "\xff"}',
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b'{"seed": ' + b"9" * 10_000 + b"}",
@@ -114,12 +100,7 @@ def test_a_body_that_is_no_json_object_is_malformed(body: bytes) -> None:
     assert len(error.detail) < 300
 
 
-def test_the_message_names_what_the_body_is_instead() -> None:
-    with pytest.raises(MalformedBody, match="got list"):
-        from_body(b"[]")
-
-
-@given(st.binary(max_size=60))
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789eE+-.\\untrfalse ', max_size=40).map(str.encode))
 @example(b"\xef\xbb\xbf{}")
 @example(b'{"\\ud800": 1}')
 @example(b'{"a": 1e400}')
@@ -130,31 +111,15 @@ def test_any_bytes_are_parameters_or_malformed(body: bytes) -> None:
         pass
 
 
-@given(st.text(alphabet='{}[]":,0123456789eE+-.\\untrfalse ', max_size=40))
-def test_any_text_like_json_is_parameters_or_malformed(text: str) -> None:
-    try:
-        assert isinstance(from_body(text.encode()), dict)
-    except MalformedBody:
-        pass
-
-
 # --- both ---
-
-
-def test_query_and_body_join() -> None:
-    assert merge({"n": "2"}, {"steps": 5}) == {"n": "2", "steps": 5}
 
 
 @pytest.mark.parametrize(
     ("query", "body"),
     [
         ("5", 5),
-        ("5", "5"),
         ("2", 2.0),
-        ("2.50", 2.5),
-        ("true", True),
         ("null", None),
-        ("ddim", "ddim"),
         ("18446744073709551615", 18446744073709551615),
         (["1", "cat"], [1, "cat"]),
         ("1", [1]),
@@ -168,22 +133,15 @@ def test_the_same_value_in_both_is_one(query: Any, body: Any) -> None:
 @pytest.mark.parametrize(
     ("query", "body"),
     [
-        ("5", 6),
         ("ten", 10),
         ("5", None),
         ("5", True),
-        ("true", False),
-        ("ddim", "ddpm"),
         ("", 0),
         (["1", "cat"], ["cat", 1]),
-        (["1", "2"], [1]),
         ("1", [1, 2]),
         ("1", {"a": 1}),
-        (["1", "2"], 1),
         ("5", []),
         ("5_0", 50),
-        ("+5", 5),
-        (" 5", 5),
         ("٥", 5),
         ("1e99999999999999999999", "2e99999999999999999999"),
         ("1", "1e99999999999999999999"),
@@ -198,13 +156,6 @@ def test_another_value_in_query_and_body_conflicts(query: Any, body: Any) -> Non
     assert "body" in error.detail
 
 
-def test_seeds_that_only_a_float_confuses_conflict() -> None:
-    with pytest.raises(ConflictingField):
-        merge({"seed": "9007199254740993"}, {"seed": 9007199254740992})
-    with pytest.raises(ConflictingField):
-        merge({"seed": "18446744073709551615"}, {"seed": 18446744073709551614})
-
-
 def test_a_deeply_nested_value_conflicts_and_does_no_harm() -> None:
     body = from_body(b'{"class_label": ' + b"[" * 900 + b"]" * 900 + b"}")
     with pytest.raises(ConflictingField):
@@ -212,6 +163,8 @@ def test_a_deeply_nested_value_conflicts_and_does_no_harm() -> None:
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+@example(2**53 + 1, 2**53)
+@example(2**64 - 1, 2**64 - 2)
 def test_integers_conflict_exactly_where_they_differ(a: int, b: int) -> None:
     assert merge({"seed": str(a)}, {"seed": a}) == {"seed": a}
     if a != b:
@@ -249,51 +202,16 @@ def test_a_name_twice_in_the_body_is_a_conflict() -> None:
 # --- through the app ---
 
 
-def test_an_unknown_parameter_is_a_problem_in_query_and_body(site: Site) -> None:
-    for response in (site.post(params={"stepz": 5}), site.post(json={"stepz": 5})):
-        document = problem(response, 422, "unknown_field")
-        assert document["field"] == "stepz"
-        assert "steps" in document["bound"]
+def test_a_body_that_is_no_json_object_is_a_problem(site: Site) -> None:
+    assert "got list" in problem(site.post(content=b"[]"), 400, "malformed_body")["detail"]
 
 
-def test_a_field_with_two_values_is_a_problem(site: Site) -> None:
-    for response in (site.post(params={"steps": 2}, json={"steps": 3}), site.post(params={"steps": [2, 3]})):
-        assert problem(response, 422, "conflicting_field")["field"] == "steps"
-
-
-@pytest.mark.parametrize("body", [b"steps=2", b"[]", b"{", b"\xff", b'{"steps": NaN}', b"[" * 3000])
-def test_a_body_that_is_no_json_object_is_a_problem(site: Site, body: bytes) -> None:
-    problem(site.post(content=body), 400, "malformed_body")
-
-
-@pytest.mark.parametrize("query", ["", "?steps=1&class_label=1"])
-def test_no_depth_of_nesting_crashes(site: Site, query: str) -> None:
-    for field in (b"steps", b"class_label", b"extra"):
-        for depth in range(100, 1400, 25):
-            response = site.client.post(f"/sample{query}", content=b'{"%s": %s}' % (field, b"[" * depth + b"]" * depth))
+def test_no_depth_of_nesting_crashes(one_site: Site) -> None:
+    for field in (b"class_label", b"extra"):
+        for depth in (100, 400, *range(700, 1100, 25)):  # Python's limit of recursion is at 1000
+            nested = b'{"%s": %s}' % (field, b"[" * depth + b"]" * depth)
+            response = one_site.client.post("/sample?class_label=1", content=nested)
             assert response.status_code in (400, 422), (field, depth)
-
-
-def test_a_guidance_interval_comes_in_body_and_query_alike(site: Site) -> None:
-    answers = [
-        site.post(json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
-        site.post(params=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
-        site.client.get("/sample?steps=2&seed=5&class_label=1&guidance=2&guidance_interval=100&guidance_interval=800"),
-        site.post(params={"guidance_interval": [100, 800]}, json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
-    ]
-    assert [answer.status_code for answer in answers] == [200] * 4
-    assert len({answer.headers["etag"] for answer in answers}) == 1
-    with Image.open(io.BytesIO(answers[0].content)) as image:
-        image.load()
-        spec = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
-    assert spec["guidance_interval"] == [100, 800]
-
-
-def test_the_order_of_an_interval_in_the_query_counts(site: Site) -> None:
-    response = site.post(params=GUIDED | {"guidance_interval": [800, 100]})
-    document = problem(response, 422, "invalid_field")
-    assert (document["field"], document["value"]) == ("guidance_interval", [800, 100])
-    assert document["bound"] == "two integers [lo, hi] with 0 <= lo <= hi <= 999"
 
 
 def test_only_pictures_may_make_a_body_large(make_site: MakeSite) -> None:
@@ -327,8 +245,8 @@ def in_stream(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
         return message
 
 
-@pytest.mark.parametrize("name", ["n", "steps", "seed", "index", "every"])
-@pytest.mark.parametrize("text", ["5_0", " 5", "5 ", "+5", "5.0", "5e0", "0x5", "٥", "５", "", "-5", "true"])
+@pytest.mark.parametrize("name", ["seed", "every"])
+@pytest.mark.parametrize("text", ["5_0", " 5", "+5", "5.0", "0x5", "٥", "", "-5"])
 def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, name: str, text: str) -> None:
     webp = {"Accept": "image/webp"} if name == "every" else {}
     answers = [
@@ -349,11 +267,10 @@ def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, nam
     assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
 
 
-@pytest.mark.parametrize("value", ["5.5", "1e-1", "1e17", "9007199254740994.0", "true", '"5.0"', "[5]", "{}"])
-def test_an_integer_in_json_is_a_number_without_fraction(site: Site, value: str) -> None:
-    for name in ("n", "steps", "seed", "index"):
-        answer = site.post(content=f'{{"{name}": {value}}}'.encode())
-        assert problem(answer, 422, "invalid_field")["field"] == name
+def test_an_integer_in_json_is_a_number_without_fraction(one_site: Site) -> None:
+    for value in ("5.5", "1e17", "9007199254740994.0", "true", '"5.0"', "[5]", "{}"):
+        answer = one_site.post(content=f'{{"seed": {value}}}'.encode())
+        assert problem(answer, 422, "invalid_field")["field"] == "seed"
 
 
 def test_what_json_schema_calls_an_integer_is_one(site: Site) -> None:
@@ -361,31 +278,17 @@ def test_what_json_schema_calls_an_integer_is_one(site: Site) -> None:
     assert len({site.post(content=body).headers["etag"] for body in bodies}) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["1_0", " 1", "1 ", "+1", ".5", "1.", "nan", "inf", "Infinity", "1e400", "٥", "0x1", ""]
-)
-def test_a_number_is_written_as_in_json_wherever_it_is_written(site: Site, text: str) -> None:
-    for name in ("guidance", "eta", "deadline_s"):
-        companions = {"guidance": {"class_label": "cat"}, "eta": {"sampler": "ddim"}}.get(name, {})
-        for answer in (site.post(params=companions | {name: text}), site.post(json=companions | {name: text})):
-            assert problem(answer, 422, "invalid_field")["field"] == name
+def test_a_number_is_written_as_in_json_wherever_it_is_written(one_site: Site) -> None:
+    for text in ("1_0", " 1", "+1", ".5", "1.", "nan", "inf", "Infinity", "1e400", "٥", "0x1", ""):
+        for answer in (one_site.post(params={"deadline_s": text}), one_site.post(json={"deadline_s": text})):
+            assert problem(answer, 422, "invalid_field")["field"] == "deadline_s"
 
 
-@pytest.mark.parametrize("text", ["True", "TRUE", "1", "0", "yes", "on", "t", " true", ""])
-def test_a_truth_value_is_true_or_false(site: Site, text: str) -> None:
-    for answer in (site.post(params={"clip": text}), site.post(json={"clip": text})):
-        assert problem(answer, 422, "invalid_field")["field"] == "clip"
-    assert problem(site.post(json={"clip": 1}), 422, "invalid_field")["field"] == "clip"
-    assert in_stream(site, {"keep_open": text})["field"] == "keep_open"
-
-
-def test_leading_zeros_exponents_and_text_in_json_are_right(site: Site) -> None:
-    quick = {"seed": "5", "steps": "002"}
-    for answer in (
-        site.post(params=quick | {"guidance": "2e0", "class_label": "1"}),
-        site.post(json=quick | {"guidance": "2.0", "class_label": "1", "clip": "true"}),
-    ):
-        assert answer.status_code == 200, answer.text
+def test_a_truth_value_is_true_or_false(one_site: Site) -> None:
+    for value in ("True", "1", "yes", " true", "", 1):
+        for answer in (one_site.post(params={"clip": value}), one_site.post(json={"clip": value})):
+            assert problem(answer, 422, "invalid_field")["field"] == "clip"
+    assert in_stream(one_site, {"keep_open": "True"})["field"] == "keep_open"
 
 
 CALLS = [
@@ -416,7 +319,7 @@ def test_an_unknown_or_repeated_parameter_is_refused_by_name_in_every_call(
         assert problem(response, 422, "conflicting_field")["field"] == known
 
 
-@pytest.mark.parametrize("encoding", ["br", "gzip", "deflate", "identity, gzip", "x" * 5000])
+@pytest.mark.parametrize("encoding", ["br", "identity, gzip", "x" * 5000])
 def test_a_compressed_body_is_refused(site: Site, encoding: str) -> None:
     headers = {"Content-Encoding": encoding}
     for path, body in (("/sample", b"{}"), ("/jobs", b"{}"), ("/noise?t=5", CAT)):
@@ -425,10 +328,6 @@ def test_a_compressed_body_is_refused(site: Site, encoding: str) -> None:
         assert (document["field"], document["bound"]) == ("Content-Encoding", "identity, or absent")
         assert response.headers["accept-encoding"] == "identity"
         assert len(response.content) < 1500
-
-
-def test_a_body_that_is_called_identity_is_taken(site: Site) -> None:
-    assert site.post(json=QUICK, headers={"Content-Encoding": "Identity"}).status_code == 200
 
 
 # --- what a large body costs ---
@@ -444,11 +343,8 @@ def large(name: str, item: str) -> bytes:
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        *[(large(name, "[]"), 400) for name in ("class_label", "guidance_interval", "show", "bogus")],
-        *[(large(name, "0"), 422) for name in ("class_label", "guidance_interval", "show", "image", "bogus")],
-        (large("class_label", '"cat"'), 422),
-        (large("class_label", "{}"), 400),
-        (large("class_label", "1e9"), 422),
+        (large("class_label", "[]"), 400),
+        *[(large(name, "0"), 422) for name in ("class_label", "guidance_interval", "image", "bogus")],
         (b"{" + b",".join(b'"%x":0' % k for k in range(90_000)) + b"}", 400),
     ],
     ids=lambda value: f"{value[:20]!r}" if isinstance(value, bytes) else str(value),
@@ -570,3 +466,155 @@ def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
     monkeypatch.setattr(site.worker, "submit", look)
     assert site.client.post(path, **sent).is_success
     assert looked == [True]
+
+
+# --- pictures in JSON ---
+
+
+@pytest.mark.parametrize("text", ["", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")])
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_what_is_no_image_is_refused_by_name(one_site: Site, name: str, text: str) -> None:
+    fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
+    document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
+    assert document["field"] == name
+    assert len(document["detail"]) < 500
+
+
+# --- forms with the pictures of an edit; test_noise.py has the broken ones ---
+
+
+def test_json_and_a_form_are_the_same_edit(site: Site) -> None:
+    body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+    answers = [site.post(json=body), site.post(json=body | {"image": b64(CAT, "image/png")})]
+    files = {"image": ("cat.png", CAT), "mask": ("mask.png", MASK)}
+    answers.append(site.post(files=files, data={k: str(v) for k, v in (EDIT | {"strength": 0.6}).items()}))
+    answers.append(site.post(files=files, params=EDIT, data={"strength": "0.6"}))
+    answers.append(site.post(json={"image": b64(CAT), "mask": b64(MASK)}, params=EDIT | {"strength": 0.6}))
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        assert answer.content == answers[0].content
+        assert answer.headers["etag"] == answers[0].headers["etag"]
+        assert same(got(site), PICTURE, MASK_PIXELS)
+    fields = spec_in(answers[0].content)
+    assert (fields["strength"], fields["image_sha256"]) == (0.6, INPUTS.image_sha256)
+    assert fields["mask_sha256"] == INPUTS.mask_sha256
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_a_broken_or_large_file_of_a_form_is_refused_by_name(make_site: MakeSite, name: str) -> None:
+    site = make_site(max_image_bytes=20_000)
+    files = {"image": ("a", CAT), "mask": ("b", MASK)}
+    broken = site.post(files=files | {name: ("c", CAT[:40])}, params=EDIT)
+    assert problem(broken, 422, "invalid_image")["field"] == name
+    text = site.post(
+        files={other: each for other, each in files.items() if other != name} | {"x": ("x", b"")}, params=EDIT
+    )
+    assert problem(text, 422, "unknown_field")["bound"] == "image, mask"
+    large = CAT.ljust(20_001, b"\0")
+    for answer in (
+        site.post(files=files | {name: ("c", large)}, params=EDIT),
+        site.post(json=EDIT | {"image": b64(CAT), "mask": b64(MASK), name: b64(large)}),
+    ):
+        document = problem(answer, 413, "body_too_large")
+        assert (document["field"], document["bound"]) == (name, "at most 20000 bytes")
+
+
+def test_an_image_is_one_file_of_a_form_and_nothing_in_the_query(site: Site) -> None:
+    document = problem(site.post(params=EDIT | {"image": b64(CAT)}), 422, "invalid_field")
+    assert (document["field"], "-F image=@file" in document["detail"]) == ("image", True)
+    answer = site.post(data={"image": "cat.png", "strength": "0.5"}, files={"mask": ("m", MASK)})
+    assert "curl -F image=@file" in problem(answer, 422, "invalid_image")["detail"]
+    answer = site.post(files=[("image", ("a", CAT)), ("image", ("b", CAT))], data={"strength": "0.5"})
+    assert problem(answer, 422, "conflicting_field")["field"] == "image"
+
+
+def test_a_field_in_form_and_query_must_be_the_same(site: Site) -> None:
+    form = {"files": {"image": ("a", CAT)}, "data": {"strength": "0.5"}}
+    assert site.post(**form, params={"strength": "0.50"}).status_code == 200
+    assert problem(site.post(**form, params={"strength": "0.6"}), 422, "conflicting_field")["field"] == "strength"
+
+
+# --- Accept ---
+
+
+OFFERED = ("image/png", "application/zip", "application/json")
+PNG, ZIP, JSON = OFFERED
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", PNG),
+        ("*/*", PNG),
+        ("application/json", JSON),
+        ("image/*", PNG),
+        # What browsers send for <img>: Firefox, Chrome, Safari; and for a page.
+        ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", PNG),
+        # Preferences.
+        ("image/png;q=0.5, application/zip", ZIP),
+        ("application/json, application/zip", ZIP),  # a tie: the offer's order
+        # The most specific range decides, wherever it stands.
+        ("*/*, image/png;q=0", ZIP),
+        ("application/*, application/zip;q=0", JSON),
+        ("*/*;q=0, application/json;q=0.001", JSON),
+        # The same range twice: the better one counts.
+        ("image/png;q=0.9, application/zip;q=0.5, image/png;q=0.1", PNG),
+        # Case, spaces, parameters, empty members.
+        (" image/png ; Q=0.1 , application/zip ; q=0.2 ", ZIP),
+        (",, application/json ,", JSON),
+        ("application/json;charset=utf-8;q=0.3, application/zip;q=0.2", JSON),
+        # A broken q is a no to that range, not to the header.
+        ("image/png;q=much, application/zip", ZIP),
+        # Junk beside what counts.
+        ("banana, ;;;, /, */png, application/zip", ZIP),
+    ],
+)
+def test_the_client_gets_what_it_likes_best(accept: str, expected: str) -> None:
+    assert negotiate(accept, OFFERED) == expected
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/html",
+        "image/png;q=0",
+        "*/*;q=0.0",
+        "image",
+        "image/png;q=nonsense",
+    ],
+)
+def test_a_client_that_likes_nothing_on_offer_is_told_what_there_is(accept: str) -> None:
+    with pytest.raises(NotAcceptable) as caught:
+        negotiate(accept, OFFERED)
+    error = caught.value
+    assert (error.status, error.code) == (406, "not_acceptable")
+    assert (error.field, error.value) == ("Accept", accept)
+    assert error.bound == "one of image/png, application/zip, application/json"
+
+
+words = ("*/*", "image/*", "text/html", ";", ",", "q=", "=", "0.5", "1", "0", "nan", "inf", "-1", "1e999", " ", "/")
+pieces = st.sampled_from(OFFERED + words)
+
+
+@given(st.text(max_size=40) | st.lists(pieces, max_size=12).map("".join))
+@example("image/png;q=1e999")
+@example("\x00")
+@example("image/png;q=١")
+def test_whatever_the_header_the_answer_is_on_offer_or_not_acceptable(accept: str) -> None:
+    try:
+        assert negotiate(accept, OFFERED) in OFFERED
+    except NotAcceptable:
+        pass
+
+
+qualities = st.integers(0, 1000)
+
+
+@given(st.tuples(qualities, qualities, qualities), st.permutations(range(3)))
+def test_the_highest_quality_wins_in_any_order(thousandths: tuple[int, int, int], order: list[int]) -> None:
+    header = ", ".join(f"{OFFERED[i]};q={thousandths[i] / 1000:.3f}" for i in order)
+    if max(thousandths) == 0:
+        with pytest.raises(NotAcceptable):
+            negotiate(header, OFFERED)
+    else:
+        assert negotiate(header, OFFERED) == OFFERED[thousandths.index(max(thousandths))]

@@ -7,6 +7,7 @@ import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,20 @@ import pytest
 from PIL import Image
 
 from tests.service.api.asgi import call
-from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same, spec_in
-from tests.service.conftest import TABLES_OF_50, MakeSite, Site, frames_of, pixels, problem
+from tests.service.api.pictures import CAT, EDIT, MASK, PICTURE, b64, encode, got, noise, same
+from tests.service.conftest import MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.timesteps import SPACINGS
 from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api.answers import progress
 from tminus.service.api.answers.previews import MAX_FRAME_BYTES
 from tminus.service.api.answers.recorded import MAX_TRAJECTORY_BYTES
+from tminus.service.api.submission import warning_of
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
 from tminus.service.spec import SampleSpec
+from tminus.service.work import timesteps_of
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}
@@ -62,27 +67,6 @@ def test_parameters_may_come_in_the_query(site: Site, method: str) -> None:
     np.testing.assert_array_equal(pixels(response.content).shape, (4, 12))
 
 
-def test_query_and_body_join(site: Site) -> None:
-    response = site.post(params={"n": 2, "seed": 7}, json={"steps": 3, "seed": 7})
-    assert response.status_code == 200
-    assert response.headers["x-seed"] == "7"
-    assert site.engine.batches[-1].steps == (2, 2)
-
-
-def test_a_short_request_shares_short_ticks_with_a_long_one(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()  # the warm-up
-    site.wait_until_ready()
-    with ThreadPoolExecutor(2) as pool:
-        long = pool.submit(site.post, json={"n": 8, "steps": 30, "class_label": 0})
-        assert site.engine.next_begun().places == 8
-        short = pool.submit(site.post, json={"n": 1, "steps": 3, "class_label": 0})
-        wait_until(lambda: len(site.client.get("/jobs").json()["jobs"]) == 2)
-        site.engine.gate.open()
-        assert [long.result().status_code, short.result().status_code] == [200, 200]
-    assert [batch.places for batch in site.engine.batches[1:6]] == [8, 4, 4, 4, 8]
-
-
 def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, num_timesteps=10))
     first, second = site.post(), site.client.get("/sample")
@@ -97,11 +81,8 @@ def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -
     ("accept", "media_type"),
     [
         (None, "image/png"),
-        ("*/*", "image/png"),
         ("application/zip", "application/zip"),
         ("application/json", "application/json"),
-        ("application/json;q=0.5, image/png;q=0.4", "application/json"),
-        ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "image/png"),
         ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/png"),
     ],
 )
@@ -142,11 +123,6 @@ def test_two_requests_share_ticks_and_get_their_own_images(site: Site) -> None:
         np.testing.assert_array_equal(pixels(response.content), fake_pixels(spec, steps)[0, :, :, 0])
 
 
-def test_a_colour_model_makes_colour_pngs(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, channels=3))
-    assert pixels(site.post(json=QUICK).content).shape == (4, 6, 3)
-
-
 # --- guidance interval and timestep spacing ---
 
 
@@ -155,31 +131,6 @@ def test_guidance_takes_its_second_place_inside_the_interval_only(site: Site) ->
     site.post(json={"steps": 10, "seed": 5} | GUIDED | {"guidance_interval": [300, 600]})
     places = [batch.places for batch in site.engine.batches[before:]]
     assert places == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1], "t = 900, 800, ... 0"
-
-
-@pytest.mark.parametrize("interval", [[0, 0], [999, 999], [0, 999]])
-def test_both_ends_of_the_interval_may_be_anywhere(site: Site, interval: list[int]) -> None:
-    assert site.post(json=QUICK | GUIDED | {"guidance_interval": interval}).status_code == 200
-
-
-def test_timestep_spacing_defaults_to_the_samplers_and_may_be_chosen(site: Site) -> None:
-    def spec(**fields: object) -> dict[str, Any]:
-        response = site.post(json=QUICK | fields)
-        with Image.open(io.BytesIO(response.content)) as image:
-            image.load()
-            found: dict[str, Any] = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
-        return found
-
-    assert spec()["timestep_spacing"] == "leading"
-    assert spec(sampler="dpmpp_2m")["timestep_spacing"] == "karras"
-    assert spec(timestep_spacing="trailing")["timestep_spacing"] == "trailing"
-
-
-def test_guidance_of_an_unconditional_model_is_a_problem(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
-    assert problem(site.post(json={"guidance": 2}), 422, "invalid_field")["field"] == "guidance"
-    assert problem(site.post(json={"class_label": 0}), 422, "invalid_field")["field"] == "class_label"
-    assert site.post(json={"steps": 2}).status_code == 200
 
 
 # --- load and the end ---
@@ -259,24 +210,6 @@ def test_a_client_that_goes_away_frees_its_rows_at_the_next_tick(site: Site) -> 
     assert not any(name.startswith("tminus_rejected_total") for name in metrics)
 
 
-def test_one_client_going_away_leaves_the_others_alone(site: Site) -> None:
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(1) as pool:
-        stays = pool.submit(site.post, json={"steps": 5, "seed": 2})
-        site.engine.next_begun()
-        body = json.dumps({"n": 4, "steps": 1000, "seed": 1}).encode()
-        request = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        def next_tick_has_both() -> None:
-            site.engine.gate.let()
-            assert site.engine.seeds(site.engine.next_begun()) == {1, 2}
-
-        call(site.app, request, before_last=next_tick_has_both)
-        site.engine.gate.open()
-        response = stays.result(PATIENCE_S)
-    np.testing.assert_array_equal(pixels(response.content), fake_pixels(make_spec(seed=2), 5)[0, :, :, 0])
-
-
 def test_a_client_that_goes_away_within_its_body_is_no_error_of_ours(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -313,7 +246,8 @@ def test_a_seeded_animation_has_an_etag_and_is_cached(make_site: MakeSite) -> No
 @pytest.mark.parametrize(
     ("given", "field"),
     [({"every": 0}, "every"), ({"every": "x"}, "every"), ({"every": True}, "every"), ({"show": "x_t"}, "show"),
-     ({"every": 1, "show": "x"}, "show"), ({"every": 1, "show": ["x_t", "x_0"]}, "show")],
+     ({"every": 1, "show": "x"}, "show"), ({"every": 1, "show": ["x_t", "x_0"]}, "show"),
+     ({"every": 1, "show": []}, "show"), ({"every": 1, "show": ["x_t", "x_t"]}, "show")],
 )  # fmt: skip
 def test_parameters_that_fit_no_animation_are_refused_with_their_field(
     site: Site, given: dict[str, Any], field: str
@@ -357,7 +291,7 @@ def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None
     assert known.status_code == 304
 
 
-@pytest.mark.parametrize("until", [0, 1, 4])
+@pytest.mark.parametrize("until", [0, 4])
 def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite, until: int) -> None:
     site = make_site()
     asked = SPEC | {"every": 1, "show": ["x_0", "x_t"]}
@@ -381,12 +315,6 @@ def test_a_beginning_is_had_as_json_only(site: Site) -> None:
         ({"every": 1, "until": -1}, AS_JSON),
     ):
         assert problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")["field"] == "until"
-
-
-@pytest.mark.parametrize("show", [[], ["x_t", "x_t"], ["x_t", "x"], ["x_t", "x_0", "x_t"]])
-def test_a_way_shows_each_kind_once(site: Site, show: list[str]) -> None:
-    document = problem(site.post(json=SPEC | {"every": 1, "show": show}, headers=AS_JSON), 422, "invalid_field")
-    assert document["field"] == "show"
 
 
 def test_a_durable_job_keeps_no_frames(site: Site) -> None:
@@ -416,12 +344,6 @@ def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: Mak
         asked = [pool.submit(site.post, json=body | {"seed": k}, headers=WEBP) for k in range(16)]
         site.engine.gate.open()
         assert {each.result(60).status_code for each in asked} == {200}
-
-
-def test_a_client_that_goes_away_or_fails_leaves_room(site: Site) -> None:
-    for _ in range(40):
-        problem(site.post(json=SPEC | {"every": 1, "deadline_s": 0}, headers=WEBP), 422, "invalid_field")
-    assert site.post(json=SPEC | {"every": 1}, headers=WEBP).status_code == 200
 
 
 # --- trajectories ---
@@ -461,13 +383,9 @@ def test_a_trajectory_has_the_headers_of_other_answers_and_is_named_cached_and_t
     ("given", "field", "says"),
     [
         ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
-        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
         ({"sampler": "ddim"}, "eta", "at least 0.01"),
-        ({"sampler": "ddim", "eta": 0}, "eta", "at least 0.01"),
-        ({"sampler": "ddim", "eta": 1e-6}, "eta", "at least 0.01"),
         ({"sampler": "ddim", "eta": 0.00999}, "eta", "at least 0.01"),
         ({"steps": 1}, "steps", "at least 2"),
-        ({"sampler": "ddim", "eta": 1, "steps": 1}, "steps", "at least 2"),
         ({"image": b64(CAT), "strength": 0.05}, "strength", "enough for two steps"),
         ({"image": b64(CAT), "mask": b64(MASK)}, "mask", "absent"),
     ],
@@ -486,7 +404,7 @@ def test_what_has_no_log_p_is_refused_by_name_before_any_step(
 @pytest.mark.parametrize(
     "given",
     [
-        {"sampler": "ddim", "eta": 0.2},
+        {"sampler": "ddim", "eta": LEAST_ETA},
         {"sampler": "dpmpp_2m_sde", "guidance": 2, "guidance_interval": [100, 500]},
         {"image": b64(CAT), "strength": 0.5},
         {"class_label": None},
@@ -495,18 +413,6 @@ def test_what_has_no_log_p_is_refused_by_name_before_any_step(
 def test_what_has_a_log_p_is_answered(site: Site, given: dict[str, Any]) -> None:
     arrays = walked(site, **given)
     assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
-
-
-def test_the_least_eta_has_a_trajectory(site: Site) -> None:
-    assert walked(site, sampler="ddim", eta=LEAST_ETA)["log_p"].shape == (9, 2)
-
-
-def test_a_table_that_adds_noise_has_a_trajectory_and_one_that_does_not_has_none(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, num_timesteps=50, tables=TABLES_OF_50, samplers=(*INFO.samplers, "tuned")))
-    body = {"sampler": "tuned", "class_label": 0, "seed": 1}
-    assert site.post(json=body | {"steps": 3, "guidance": 2}, headers=AS_TRAJECTORY).status_code == 200
-    document = problem(site.post(json=body | {"steps": 4}, headers=AS_TRAJECTORY), 422, "invalid_field")
-    assert document["field"] == "sampler"
 
 
 def test_a_trajectory_goes_with_no_animation_and_no_durable_job(site: Site) -> None:
@@ -574,41 +480,6 @@ def test_another_image_mask_or_strength_is_another_answer(site: Site) -> None:
     assert again.status_code == 304
 
 
-def test_a_plain_request_knows_nothing_of_edits(site: Site) -> None:
-    answer = site.post(json=EDIT)
-    assert got(site) is None
-    assert not spec_in(answer.content).keys() & {"strength", "image_sha256", "mask_sha256"}
-
-
-def test_image_and_mask_of_any_size_are_fitted_each_by_itself(site: Site) -> None:
-    mask = np.zeros((40, 120), np.uint8)
-    mask[:, :46] = 255  # the crop is 60 wide, from 30 on: ten columns a pixel
-    answer = site.post(json=EDIT | {"image": b64(encode(noise(90, 50, 3))), "mask": b64(encode(mask))})
-    assert answer.status_code == 200
-    inputs = got(site)
-    assert inputs is not None
-    assert inputs.image.shape == (4, 6, 1)
-    np.testing.assert_array_equal(inputs.mask, np.repeat([[True, True, False, False, False, False]], 4, 0))
-
-
-@pytest.mark.parametrize(
-    ("grey", "new"), [(0, False), (127, False), (128, True), (255, True)], ids=["black", "127", "128", "white"]
-)
-def test_a_mask_is_new_from_grey_128_on(site: Site, grey: int, new: bool) -> None:
-    site.post(json=EDIT | {"image": b64(CAT), "mask": b64(encode(np.full((4, 6), grey, np.uint8)))})
-    inputs = got(site)
-    assert inputs is not None
-    assert inputs.mask is not None
-    assert (inputs.mask == new).all()
-
-
-def test_what_is_transparent_in_a_mask_is_kept(site: Site) -> None:
-    mask = np.full((4, 6, 4), 255, np.uint8)
-    mask[:, 3:, 3] = 0
-    site.post(json=EDIT | {"image": b64(CAT), "mask": b64(encode(mask))})
-    assert same(got(site), PICTURE, MASK_PIXELS)
-
-
 def test_a_deadline_is_held_against_the_steps_that_are_left(make_site: MakeSite) -> None:
     site = make_site(tick_times=((1, 1.0), (LIMITS.max_batch, 1.0)))
     body = {"steps": 100, "deadline_s": 20, "image": b64(CAT)}
@@ -624,3 +495,42 @@ def test_a_deadline_is_answered_though_a_step_hangs(site: Site, monkeypatch: pyt
     document = problem(site.post(json={"steps": 5, "deadline_s": 0.3}), 504, "deadline_passed")
     assert document["value"] == 0.3
     site.engine.gate.open()
+
+
+# --- what a client is warned of ---
+
+
+def test_a_client_is_warned_exactly_where_noise_is_taken_for_an_image() -> None:
+    for sampler, spacing, steps in product(INFO.samplers, SPACINGS, (1, 2, 10)):
+        spec = make_spec(sampler=sampler, timestep_spacing=spacing, steps=steps)
+        expected = steps == 1 and not SAMPLER_FACTS[sampler].multistep and spacing in ("leading", "linspace")
+        warning = warning_of(spec, INFO)
+        assert (warning is not None) == expected == (timesteps_of(spec, INFO)[0] == 0)
+        assert warning is None or "timestep_spacing=trailing" in warning
+
+
+def test_a_schedule_without_much_noise_is_not_warned_of_at_its_end() -> None:
+    model = replace(INFO, num_timesteps=1, log_sigmas=(-4.0,))
+    assert warning_of(make_spec(steps=1), model) is None
+
+
+def test_the_warning_is_in_a_header_of_images_and_of_jobs(site: Site) -> None:
+    one, two = {"steps": 1, "seed": 5}, {"steps": 2, "seed": 5}
+    for answer in (site.post(json=one), site.client.get("/sample", params=one), site.client.post("/jobs", json=one)):
+        assert "timestep 0" in answer.headers["x-warning"]
+    same = site.post(json=one, headers={"If-None-Match": site.post(json=one).headers["etag"]})
+    assert (same.status_code, "x-warning" in same.headers) == (304, True)
+    for answer in (
+        site.post(json=two),
+        site.client.post("/jobs", json=two),
+        site.post(json=one | {"timestep_spacing": "trailing"}),
+        site.post(json=EDIT | {"steps": 1, "strength": 1, "image": b64(CAT)}),
+    ):
+        assert answer.is_success
+        assert "x-warning" not in answer.headers
+
+
+def test_the_images_of_a_durable_job_have_the_warning_too(site: Site) -> None:
+    path = site.client.post("/jobs", json={"steps": 1}).headers["location"]
+    wait_until(lambda: site.client.get(path).json()["state"] == "done")
+    assert "timestep 0" in site.client.get(f"{path}/image").headers["x-warning"]

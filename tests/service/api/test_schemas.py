@@ -74,14 +74,6 @@ def test_a_drawn_seed_fits_the_numbers_of_javascript_and_is_drawn_anew() -> None
     assert all(0 <= seed < 2**53 for seed in seeds)
 
 
-def test_a_given_seed_is_not_drawn() -> None:
-    def draw(_bits: int) -> int:
-        raise AssertionError("a seed was given")
-
-    for seed in (0, 1, MAX_SEED):
-        assert spec_of({"seed": seed}, draw=draw).seed == seed
-
-
 def test_null_means_left_out_where_the_default_is_the_models() -> None:
     parameters = dict.fromkeys(("steps", "sampler", "eta", "seed", "class_label", "clip"))
     assert spec_of(parameters, draw=lambda bits: 5) == spec_of({}, draw=lambda bits: 5)
@@ -92,15 +84,10 @@ def test_null_means_left_out_where_the_default_is_the_models() -> None:
     [
         ({"n": "8", "steps": "1000", "seed": "18446744073709551615"}, {"n": 8, "steps": 1000, "seed": MAX_SEED}),
         ({"sampler": "ddim", "eta": "0.5"}, {"sampler": "ddim", "eta": 0.5}),
-        ({"sampler": "ddim", "eta": 1}, {"eta": 1.0}),
-        ({"clip": "false"}, {"clip": False}),
-        ({"clip": False}, {"clip": False}),
         ({"n": 64, "steps": 1}, {"n": 64, "steps": 1}),
         ({"guidance": "2.5", "class_label": "dog"}, {"guidance": 2.5, "class_labels": (1,)}),
-        ({"guidance": 0, "class_label": 1}, {"guidance": 0.0}),
         ({"guidance": 50, "class_label": 1}, {"guidance": 50.0}),
         ({"index": 2**32 - 2, "n": 2}, {"index": 2**32 - 2}),
-        ({"index": "7"}, {"index": 7}),
     ],
 )
 def test_numbers_may_come_as_text_and_bounds_are_included(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -114,13 +101,9 @@ def test_numbers_may_come_as_text_and_bounds_are_included(parameters: dict[str, 
         (1, 1, (1,)),
         ("1", 1, (1,)),
         ("dog", 1, (1,)),
-        ("3d-print", 1, (2,)),
         (0, 3, (0, 0, 0)),
-        ("cat", 2, (0, 0)),
         ([2, 0, 1], 3, (2, 0, 1)),
         (["cat", "2", 1, None], 4, (0, 2, 1, None)),
-        (["dog"], 1, (1,)),
-        ([None, None], 2, (None, None)),
         (None, 2, (None, None)),
     ],
 )
@@ -128,39 +111,29 @@ def test_classes_come_by_name_number_or_numeric_text(label: object, n: int, labe
     assert spec_of({"class_label": label, "n": n}).class_labels == labels
 
 
-@pytest.mark.parametrize("name", ["dog", "Dog", "DOG", "dOg"])
-def test_the_case_of_a_class_name_does_not_matter(name: str) -> None:
-    assert spec_of({"class_label": name, "seed": 1}) == spec_of({"class_label": 1, "seed": 1})
+def test_the_case_of_a_class_name_does_not_matter() -> None:
+    assert spec_of({"class_label": "dOg", "seed": 1}) == spec_of({"class_label": 1, "seed": 1})
     upper = replace(INFO, class_names=("CAT", "Straße", "3d-print"))
     assert spec_of({"n": 2, "class_label": ["cat", "STRASSE"]}, upper).class_labels == (0, 1)
-
-
-def test_an_unconditional_model_has_no_labels() -> None:
-    assert spec_of({"n": 3}, UNCONDITIONAL).class_labels is None
-    assert spec_of({"guidance": 1}, UNCONDITIONAL).guidance == 1.0
-
-
-def test_guidance_of_one_needs_no_class() -> None:
-    assert spec_of({"guidance": 1.0}).guidance == 1.0
 
 
 # --- what is wrong ---
 
 
-@pytest.mark.parametrize("steps", [0, 1001, -1, 10**9, "ten", "", 1e9, 2.5, "2.5", 2**70, [5], {}, float("inf")])
+@pytest.mark.parametrize("steps", [0, 1001, "ten", 2.5, 2**70, [5]])
 def test_steps_out_of_bounds_or_no_integer_are_refused(steps: object) -> None:
     error = refusal({"steps": steps})
     assert (error.field, error.value, error.bound) == ("steps", steps, "an integer in 1..1000")
     assert error.detail.startswith("steps must be an integer in 1..1000, got ")
 
 
-@pytest.mark.parametrize("n", [0, 65, -1, "many", None, 1.5])
+@pytest.mark.parametrize("n", [0, 65, None])
 def test_n_out_of_bounds_is_refused(n: object) -> None:
     error = refusal({"n": n})
     assert (error.field, error.value, error.bound) == ("n", n, "an integer in 1..64")
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, "abc", 1.5, "-3", "18446744073709551616", 10**30])
+@pytest.mark.parametrize("seed", [-1, 2**64, "18446744073709551616"])
 def test_seeds_that_are_negative_or_over_64_bits_are_refused(seed: object) -> None:
     error = refusal({"seed": seed})
     assert error.field == "seed"
@@ -172,30 +145,19 @@ def test_seeds_that_are_negative_or_over_64_bits_are_refused(seed: object) -> No
     ("parameters", "field", "bound"),
     [
         ({"sampler": "rk45"}, "sampler", ALL_SAMPLERS),
-        ({"sampler": "DDPM"}, "sampler", ALL_SAMPLERS),
-        ({"sampler": 3}, "sampler", ALL_SAMPLERS),
-        ({"eta": -0.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
         ({"eta": 1.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
         ({"eta": "nan", "sampler": "ddim"}, "eta", "a number in 0..1"),
-        ({"guidance": -1, "class_label": 0}, "guidance", "a number in 0..50"),
         ({"guidance": 50.1, "class_label": 0}, "guidance", "a number in 0..50"),
         ({"guidance": "inf", "class_label": 0}, "guidance", "a number in 0..50"),
-        ({"guidance": "strong"}, "guidance", "a number in 0..50"),
         ({"index": -1}, "index", "an integer in 0..4294967295 less n - 1"),
-        ({"index": 2**32}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"index": 2**32 - 1, "n": 2}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"clip": "perhaps"}, "clip", "true or false"),
         ({"class_label": "bird"}, "class_label", CLASSES),
         ({"class_label": 3}, "class_label", CLASSES),
-        ({"class_label": -1}, "class_label", CLASSES),
-        ({"class_label": "3"}, "class_label", CLASSES),
         ({"class_label": "-1"}, "class_label", CLASSES),
-        ({"class_label": ""}, "class_label", CLASSES),
         ({"class_label": "9" * 5000}, "class_label", CLASSES),
-        ({"class_label": 10**400}, "class_label", CLASSES),
         ({"class_label": 1.5}, "class_label", CLASSES),
         ({"class_label": {"a": 1}}, "class_label", CLASSES),
-        ({"class_label": [[0]]}, "class_label", CLASSES),
         ({"class_label": [0, "bird"], "n": 2}, "class_label", CLASSES),
     ],
 )
@@ -250,8 +212,8 @@ def test_of_a_list_that_is_wrong_all_over_few_errors_are_built(name: str) -> Non
     assert caught.value.error_count() <= 5
 
 
-@pytest.mark.parametrize("eta", [0, 0.5, 1.0])
-def test_eta_goes_with_ddim_only(eta: float) -> None:
+def test_eta_goes_with_ddim_only() -> None:
+    eta = 0.5
     error = refusal({"eta": eta, "sampler": "ddpm"})
     assert (error.field, error.value) == ("eta", eta)
     assert "only ddim" in error.detail
@@ -263,20 +225,15 @@ def test_a_class_is_refused_by_a_model_without_classes() -> None:
     assert (error.field, error.value, error.bound) == ("class_label", 0, "absent: this model has no classes")
 
 
-def test_guidance_is_refused_by_a_model_without_classes() -> None:
-    error = refusal({"guidance": 2}, UNCONDITIONAL)
-    assert (error.field, error.value) == ("guidance", 2.0)
-    assert error.bound == "1 (off): this model has no classes"
+def test_guidance_needs_a_model_with_classes_and_a_null_class() -> None:
+    without = refusal({"guidance": 2}, UNCONDITIONAL)
+    assert (without.field, without.value, without.bound) == ("guidance", 2.0, "1 (off): this model has no classes")
+    no_null = refusal({"guidance": 2, "class_label": 0}, NO_NULL_CLASS)
+    assert (no_null.field, no_null.bound) == ("guidance", "1 (off): this model has no null class")
 
 
-def test_guidance_is_refused_by_a_model_without_a_null_class() -> None:
-    error = refusal({"guidance": 2, "class_label": 0}, NO_NULL_CLASS)
-    assert (error.field, error.bound) == ("guidance", "1 (off): this model has no null class")
-
-
-@pytest.mark.parametrize("label", [None, [0, None]])
-def test_guidance_is_refused_where_an_image_has_no_class(label: object) -> None:
-    error = refusal({"guidance": 2, "class_label": label, "n": 2})
+def test_guidance_is_refused_where_an_image_has_no_class() -> None:
+    error = refusal({"guidance": 2, "class_label": [0, None], "n": 2})
     assert error.field == "guidance"
     assert "no class_label" in error.detail
 
@@ -288,7 +245,7 @@ def test_a_model_without_a_null_class_needs_a_class_for_each_image(label: object
     assert error.value == label
 
 
-@pytest.mark.parametrize("name", ["step", "N", "class", "model_config", "", "prompt"])
+@pytest.mark.parametrize("name", ["N", "model_config"])
 def test_an_unknown_parameter_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownField) as caught:
         spec_of({name: 5})
@@ -303,13 +260,9 @@ def test_a_huge_value_is_not_echoed_whole() -> None:
     assert len(json.dumps(problem)) < 2000
 
 
-def test_an_empty_sampler_is_no_sampler() -> None:
-    assert refusal({"sampler": ""}).field == "sampler"
-
-
-@pytest.mark.parametrize("field", ["n", "steps", "seed", "index", "guidance", "class_label"])
-def test_true_is_no_number(field: str) -> None:
-    assert refusal({field: True, "sampler": "ddim"}).field == field
+def test_true_is_no_number() -> None:
+    for field in ("n", "guidance", "class_label"):
+        assert refusal({field: True}).field == field
 
 
 def test_every_parameter_has_a_description_and_a_bound() -> None:
@@ -360,18 +313,11 @@ def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(paramet
     [
         ({"strength": 0.5}, "image", "given where strength is"),
         ({"mask": b64(MASK)}, "image", "given where mask is"),
-        ({"mask": ""}, "image", "given where mask is"),
         ({"image_sha256": "0" * 64}, "image", "given where image_sha256 is"),
         ({"image": b64(CAT)}, "strength", "given with an image, or else a mask"),
-        ({"image": b64(CAT), "strength": 0}, "strength", "above 0, at most 1"),
         ({"image": b64(CAT), "strength": 1.01}, "strength", "above 0, at most 1"),
-        ({"image": b64(CAT), "strength": -1}, "strength", "above 0, at most 1"),
-        ({"image": b64(CAT), "strength": True}, "strength", "above 0, at most 1"),
-        ({"image": b64(CAT), "strength": "much"}, "strength", "above 0, at most 1"),
         ({"image": 5, "strength": 0.5}, "image", "base64"),
-        ({"image": [b64(CAT)], "strength": 0.5}, "image", "base64"),
         ({"image": b64(CAT), "strength": 0.5, "image_sha256": "0" * 64}, "image_sha256", INPUTS.image_sha256),
-        ({"image": b64(CAT), "strength": 0.5, "image_sha256": "short"}, "image_sha256", "64 hexadecimal digits"),
         ({"image": b64(CAT), "strength": 0.5, "mask_sha256": "0" * 64}, "mask", "given where mask_sha256 is"),
         ({"image": b64(CAT), "mask": b64(MASK), "mask_sha256": "0" * 64}, "mask_sha256", INPUTS.mask_sha256),
     ],

@@ -51,14 +51,11 @@ def spec_of(**parameters: Any) -> SampleSpec:
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
-        ({"steps": 8}, table(8)),
         ({"steps": 5}, table(5)),
         ({"steps": 5, "guidance": 2, "class_label": 0}, table(5, 2.0)),
         ({"steps": 7, "nearest": True}, table(8)),
-        ({"steps": 1000, "nearest": "true"}, table(8)),
         ({"steps": 8, "nearest": True, "guidance": 1.6, "class_label": 0}, table(6, 1.5)),
         ({}, table(8)),
-        ({"steps": 8, "nearest": False}, table(8)),
         ({"steps": 8, "table": table(8).hash}, table(8)),
     ],
 )
@@ -77,15 +74,11 @@ def test_a_request_takes_the_table_of_its_steps_and_guidance(parameters: dict[st
         ({"steps": 7}, "steps", NONE),
         ({"steps": 6}, "guidance", NONE),
         ({"steps": 8, "guidance": 2, "class_label": 0}, "guidance", NONE),
-        ({"steps": 0}, "steps", "an integer in 1..1000"),
         ({"steps": 1001, "nearest": True}, "steps", "an integer in 1..1000"),
-        ({"steps": 8, "guidance": 51}, "guidance", "a number in 0..50"),
         ({"steps": 8, "timestep_spacing": "karras"}, "timestep_spacing", OWN),
         ({"steps": 8, "table": "0" * 16}, "table", f"that of the table taken, {table(8).hash}"),
         ({"steps": 8, "table": "x"}, "table", "16 hexadecimal digits, in small letters"),
-        ({"steps": 8, "eta": 0.5}, "eta", "absent for sampler tuned: only ddim has it"),
         ({"sampler": "ddim", "nearest": True}, "nearest", "absent for sampler ddim, which has no tables"),
-        ({"sampler": "ddim", "table": "0" * 16}, "table", "absent for sampler ddim, which has no tables"),
     ],
 )  # fmt: skip
 def test_what_there_is_no_table_for_is_refused_with_the_list(
@@ -107,11 +100,6 @@ def test_guided_tables_are_not_taken_for_unguided_requests_nor_the_other_way() -
 def test_steps_that_are_left_out_are_those_recommended() -> None:
     recommends = replace(TUNED, recommended=Recommended("tuned", 5))
     assert choose_table(recommends, "tuned", None, 1.0).steps == 5
-
-
-def test_a_checkpoint_without_tables_has_no_such_sampler(site: Site) -> None:
-    refused = problem(site.post(json={"sampler": "tuned", "steps": 8}), 422, "invalid_field")
-    assert (refused["field"], refused["value"]) == ("sampler", "tuned")
 
 
 def test_tables_and_what_is_not_used_are_told(tuned: Site) -> None:
@@ -150,8 +138,8 @@ def test_images_that_were_made_by_a_table_are_there_after_another_tune(restarts:
     assert "event: done" in site.client.get(f"/jobs/{job_id}/events").text
 
 
-@pytest.mark.parametrize("interval", [{}, {"guidance": 2.0, "guidance_interval": [100, 900]}])
-def test_a_job_whose_table_has_gone_fails_and_says_so(restarts: Restarts, interval: dict[str, Any]) -> None:
+def test_a_job_whose_table_has_gone_fails_and_says_so(restarts: Restarts) -> None:
+    interval = {"guidance": 2.0, "guidance_interval": [100, 900]}
     site = restarts.start(shut=True, info=TUNED_FIELDS)
     job_id = post(site, ASKED | interval).json()["id"]
     restarts.stop()
