@@ -73,23 +73,23 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 class Answer(Protocol):
-    """What an answer is made of, once its job is done."""
+    """An answer that can be made once its job is done: what the job must record for it, and how it is encoded."""
 
     @property
     def spec(self) -> SampleSpec:
-        """Of its images."""
+        """The spec of the images."""
 
     @property
     def media_type(self) -> str:
-        """Of its body."""
+        """The media type of the body."""
 
     @property
     def kind(self) -> str:
-        """All but the spec that its bytes depend on."""
+        """What the bytes depend on beside the spec, as a text."""
 
     @property
     def held_bytes(self) -> int:
-        """Beside the images, until they are encoded."""
+        """The bytes that are held beside the images, until they are encoded."""
 
     @property
     def held_for(self) -> str:
@@ -97,7 +97,7 @@ class Answer(Protocol):
 
     @property
     def recording(self) -> Recorder[Any] | None:
-        """Where the worker puts what is kept on the way."""
+        """The recorder that the worker gives rows on the way."""
 
     async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
@@ -115,7 +115,7 @@ class Still:
 
     @property
     def kind(self) -> str:
-        """All but the spec that its bytes depend on."""
+        """What the bytes depend on beside the spec, as a text."""
         return self.media_type
 
     async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
@@ -146,7 +146,7 @@ class Animation:
 
     @property
     def kind(self) -> str:
-        """All but the spec that its bytes depend on."""
+        """What the bytes depend on beside the spec, as a text."""
         return f"{WEBP}; every={self.asked.every}; show={self.asked.shows[0]}; {WEBP_VERSION}"
 
     async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
@@ -178,10 +178,35 @@ async def answer(services: Services, request: Request) -> Response:
 
 
 async def respond(services: Services, request: Request, new: NewJob, made: Answer) -> Response:
-    """Answer with what the client or the cache has, or else run the job."""
-    model = services.model
+    """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
+    model, metrics = services.model, services.metrics
     tag = etag(made.kind, made.spec, model) if new.is_repeatable and model.exact else None
-    return _known(services, request, made, tag) or await _make(services, request, new, made, tag)
+    headers = {"X-Seed": str(made.spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
+    headers |= cache_headers(tag) | advice_headers(made.spec, model)
+    directives = cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
+    if tag is not None:
+        if matches(request.headers.getlist("if-none-match"), request.method, tag):
+            metrics.answered_without_work("not_modified")
+            return Response(status_code=304, headers=headers)
+        if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
+            metrics.answered_without_work("cache_hit")
+            return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=made.media_type)
+    loop = asyncio.get_running_loop()
+    with services.recordings.taken(made.held_bytes, made.held_for):
+        ticket = await submit(services, caller_of(request), replace(new, recording=made.recording))
+        result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
+        started_s = loop.time()
+        content = await made.encode(services.encoder, result, model)
+        encode_s = loop.time() - started_s
+    if tag is not None and "no-store" not in directives:
+        services.cache.put(tag, content)
+    headers |= {
+        "X-Job-ID": new.id,
+        "X-Queue-Position": str(ticket.outlook.position),
+        "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
+        "Server-Timing": server_timing(result, encode_s, model),
+    }
+    return Response(content, headers=headers, media_type=made.media_type)
 
 
 def _answer_of(spec: SampleSpec, media_type: str, animation: AnimationRequest | None, model: ModelInfo) -> Answer:
@@ -197,46 +222,3 @@ def _check_durable(request: Request, animation: AnimationRequest | None, media_t
     if media_type == TRAJECTORY:
         bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
         raise InvalidField.of("Prefer", bound, request.headers["prefer"])
-
-
-def _headers(services: Services, spec: SampleSpec, tag: str | None) -> dict[str, str]:
-    headers = {"X-Seed": str(spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | cache_headers(tag) | advice_headers(spec, services.model)
-
-
-def _directives(request: Request) -> frozenset[str]:
-    return cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
-
-
-def _known(services: Services, request: Request, made: Answer, tag: str | None) -> Response | None:
-    """Return the answer, if the client or the cache has it."""
-    if tag is None:
-        return None
-    headers = _headers(services, made.spec, tag)
-    if matches(request.headers.getlist("if-none-match"), request.method, tag):
-        services.metrics.answered_without_work("not_modified")
-        return Response(status_code=304, headers=headers)
-    if "no-cache" not in _directives(request) and (kept := services.cache.get(tag)) is not None:
-        services.metrics.answered_without_work("cache_hit")
-        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=made.media_type)
-    return None
-
-
-async def _make(services: Services, request: Request, new: NewJob, made: Answer, tag: str | None) -> Response:
-    """Run the job and encode what comes of it."""
-    loop = asyncio.get_running_loop()
-    with services.recordings.taken(made.held_bytes, made.held_for):
-        ticket = await submit(services, caller_of(request), replace(new, recording=made.recording))
-        result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
-        started_s = loop.time()
-        content = await made.encode(services.encoder, result, services.model)
-        encode_s = loop.time() - started_s
-    if tag is not None and "no-store" not in _directives(request):
-        services.cache.put(tag, content)
-    headers = _headers(services, made.spec, tag) | {
-        "X-Job-ID": new.id,
-        "X-Queue-Position": str(ticket.outlook.position),
-        "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
-        "Server-Timing": server_timing(result, encode_s, services.model),
-    }
-    return Response(content, headers=headers, media_type=made.media_type)

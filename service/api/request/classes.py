@@ -33,7 +33,8 @@ def class_numbers(
         wanted = f"one class or a list of n={n}"
         detail = f"class_label must be {wanted}, got a list of {len(given)}"
         raise InvalidField(detail, field="class_label", value=given, bound=wanted)
-    numbers = tuple(_number(label, model) for label in (given if isinstance(given, list) else [given] * n))
+    numbers = tuple(_number(label, model) for label in (given if isinstance(given, list) else [given]))
+    numbers = numbers if isinstance(given, list) else numbers * n
     if model.null_class is None and None in numbers:
         raise InvalidField.of("class_label", f"given, {class_bound(model)}", given)
     return numbers

@@ -32,6 +32,7 @@ MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
+RESCALE_BOUND = "a number in 0..1"
 
 
 class SampleRequest(RequestSchema):
@@ -99,50 +100,49 @@ class SampleRequest(RequestSchema):
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
-        bounds = _bounds(model, limits)
-
-        def require(ok: bool, field: str, value: object) -> None:
-            if not ok:
-                raise InvalidField.of(field, bounds[field], value)
-
         sampler = model.default_sampler if self.sampler is None else self.sampler
-        require(sampler in model.samplers, "sampler", sampler)
+        if sampler not in model.samplers:
+            raise InvalidField.of("sampler", _bounds(model, limits)["sampler"], sampler)
         most = SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)
         table = self._table(model, sampler)
         steps = table.steps if table is not None else most if self.steps is None else self.steps
-        guidance = table.guidance if table is not None else self.guidance
-        eta = self.eta or 0.0
         seed = draw(SEED_BITS) if self.seed is None else self.seed
-        require(1 <= self.n <= limits.max_n, "n", self.n)
-        if model.num_timesteps >= steps > most:
+        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
+        for field, ok in (
+            ("n", 1 <= self.n <= limits.max_n),
+            ("steps", 1 <= steps <= model.num_timesteps),
+            ("eta", self.eta is None or 0 <= self.eta <= 1),
+            ("seed", 0 <= seed <= MAX_SEED),
+            ("to_seed", self.to_seed is None or 0 <= self.to_seed <= MAX_SEED),
+            ("mix", self.mix is None or 0 <= self.mix <= 1),
+            ("index", 0 <= self.index <= MAX_INDEX + 1 - self.n),
+            ("timestep_spacing", spacing in SPACINGS or table is not None),
+            ("deadline_s", self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S),
+            ("strength", self.strength is None or 0 < self.strength <= 1),
+        ):
+            if not ok:
+                raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
+        if steps > most:
             raise InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps)
-        require(1 <= steps <= model.num_timesteps, "steps", steps)
-        require(0 <= eta <= 1, "eta", eta)
         if self.eta is not None and sampler != "ddim":
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
-        require(0 <= seed <= MAX_SEED, "seed", seed)
-        self._check_walk(bounds, seed)
-        require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
-        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
-        require(spacing in SPACINGS or table is not None, "timestep_spacing", spacing)
-        require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
-        self._check_edit(bounds, limits.max_image_bytes)
+        self._check_walk(seed)
+        self._check_edit(limits.max_image_bytes)
         labels = class_numbers(self.class_label, self.n, model)
-        if self.guidance != 1.0:
-            self._check_guidance(model, labels)
+        self._check_guidance(model, labels)
         if self.clip and model.latent is not None and not model.clip:
             raise InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip)
         return SampleSpec(
             n=self.n,
             steps=steps,
             sampler=sampler,
-            eta=eta,
+            eta=self.eta or 0.0,
             seed=seed,
             index=self.index,
             class_labels=labels,
-            guidance=guidance,
-            guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
-            guidance_rescale=self._guidance_rescale(bounds["guidance_rescale"]),
+            guidance=table.guidance if table is not None else self.guidance,
+            guidance_interval=self._interval(model.num_timesteps),
+            guidance_rescale=self.guidance_rescale,
             timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,
             strength=self.strength,
@@ -151,16 +151,12 @@ class SampleRequest(RequestSchema):
             mix=self.mix,
         )
 
-    def _check_walk(self, bounds: Mapping[str, str], seed: int) -> None:
+    def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
             raise InvalidField.of(missing, f"given where {given} is", None)
-        if self.to_seed is not None and not 0 <= self.to_seed <= MAX_SEED:
-            raise InvalidField.of("to_seed", bounds["to_seed"], self.to_seed)
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
             raise InvalidField.of("to_seed", "another than seed", self.to_seed)
-        if self.mix is not None and not 0 <= self.mix <= 1:
-            raise InvalidField.of("mix", bounds["mix"], self.mix)
 
     def _table(self, model: ModelInfo, sampler: str) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
@@ -194,46 +190,39 @@ class SampleRequest(RequestSchema):
                 raise InvalidField.of(name, f"that of the pixels sent, {got}", wanted)
         return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
 
-    def _check_edit(self, bounds: Mapping[str, str], max_image_bytes: int) -> None:
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise InvalidField.of("strength", bounds["strength"], self.strength)
+    def _check_edit(self, max_image_bytes: int) -> None:
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
                 raise InvalidField.of("image", f"given where {name} is", None)
         if self.mask is None and self.mask_sha256 is not None:
             raise InvalidField.of("mask", "given where mask_sha256 is", None)
         if self.image is not None and self.mask is None and self.strength is None:
-            raise InvalidField.of(
-                "strength", "given with an image, or else a mask: it says how much is to change", None
-            )
+            bound = "given with an image, or else a mask: it says how much is to change"
+            raise InvalidField.of("strength", bound, None)
         for name, data in (("image", self.image), ("mask", self.mask)):
             if data is not None and len(data) > max_image_bytes:
                 raise BodyTooLarge(len(data), max_image_bytes, name)
 
-    def _guidance_interval(self, bound: str, num_timesteps: int) -> tuple[int, int] | None:
+    def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
+        if self.guidance == 1.0:
+            for name in ("guidance_interval", "guidance_rescale"):
+                if getattr(self, name) is not None:
+                    raise InvalidField.of(name, "absent where guidance is 1 (off)", getattr(self, name))
+        elif labels is None or model.null_class is None:
+            what = "has no classes" if labels is None else "has no null class"
+            raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
+        elif None in labels:
+            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
+        if self.guidance_rescale is not None and not 0 <= self.guidance_rescale <= 1:
+            raise InvalidField.of("guidance_rescale", RESCALE_BOUND, self.guidance_rescale)
+
+    def _interval(self, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
         if given is None:
             return None
-        if self.guidance == 1.0:
-            raise InvalidField.of("guidance_interval", "absent where guidance is 1 (off)", given)
         if len(given) != 2 or not 0 <= given[0] <= given[1] < num_timesteps:
-            raise InvalidField.of("guidance_interval", bound, given)
+            raise InvalidField.of("guidance_interval", _interval_bound(num_timesteps), given)
         return given[0], given[1]
-
-    def _guidance_rescale(self, bound: str) -> float | None:
-        given = self.guidance_rescale
-        if given is not None and self.guidance == 1.0:
-            raise InvalidField.of("guidance_rescale", "absent where guidance is 1 (off)", given)
-        if given is not None and not 0 <= given <= 1:
-            raise InvalidField.of("guidance_rescale", bound, given)
-        return given
-
-    def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
-        if labels is None or model.null_class is None:
-            what = "has no classes" if labels is None else "has no null class"
-            raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
-        if None in labels:
-            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
 
 
 class NoiseRequest(RequestSchema):
@@ -254,6 +243,10 @@ class NoiseRequest(RequestSchema):
         return request
 
 
+def _interval_bound(num_timesteps: int) -> str:
+    return f"two integers [lo, hi] with 0 <= lo <= hi <= {num_timesteps - 1}"
+
+
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
     """Say in words what each parameter must be."""
     return {
@@ -267,8 +260,8 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "index": f"an integer in 0..{MAX_INDEX} less n - 1",
         "class_label": class_bound(model),
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
-        "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
-        "guidance_rescale": "a number in 0..1",
+        "guidance_interval": _interval_bound(model.num_timesteps),
+        "guidance_rescale": RESCALE_BOUND,
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
         "nearest": "true or false",
         "table": "16 hexadecimal digits, in small letters",
