@@ -27,9 +27,9 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.headers import EDIT_PARAMETERS, accept_header, check_encoding, negotiate
+from tminus.service.api.request.headers import accept_header, check_encoding, negotiate
 from tminus.service.api.request.reading import no_parameters, read_json, unless_gone
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest
 from tminus.service.api.sample import Still, respond
 from tminus.service.api.submission import understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField

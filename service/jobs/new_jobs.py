@@ -87,16 +87,21 @@ class NewJobs:
                 return found, True
             try:
                 return await create(), False
-            except _KeyTaken:
-                return await self._first_with(key, lifecycle.model_name), True
+            except _KeyTaken:  # by a job of another server, at the same time
+                found = await self._find_by_key(key, lifecycle.model_name)
+        if found is None and key.is_chosen:
+            raise JobExists(key.name)  # for another model, which is not served here
+        if found is None:
+            raise StorageFailed("the job of this Idempotency-Key was deleted just now")
+        return found, True
 
     async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
-        """The refusal of a job that is not durable, with the least Retry-After of all servers that share its store."""
+        """Return the refusal of a job that is not durable, with the least Retry-After of all servers of its store."""
         leases = self._jobs.of_model(new.model).leases
         return error if leases is None else await leases.soonest(error, new.spec)
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
-        """Raises _KeyTaken beside what `create` does."""
+        """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
         if lifecycle.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
@@ -122,15 +127,6 @@ class NewJobs:
                     found.add(new.id)
         view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
         return replace(view, position=outlook.position, eta_s=outlook.eta_s)
-
-    async def _first_with(self, key: Key, model_name: str) -> JobView:
-        """The job of another server's, which had the key at the same time."""
-        earlier = await self._find_by_key(key, model_name)
-        if earlier is None and key.is_chosen:
-            raise JobExists(key.name)  # for another model, which is not served here
-        if earlier is None:
-            raise StorageFailed("the job of this Idempotency-Key was deleted just now")
-        return earlier
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""

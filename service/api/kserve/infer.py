@@ -14,9 +14,8 @@ import numpy as np
 
 from tminus.service.api.request.classes import class_of_prompt, label_of
 from tminus.service.api.request.fields import DIGITS, MAX_EXACT
-from tminus.service.api.request.headers import EDIT_PARAMETERS
 from tminus.service.api.request.reading import from_body
-from tminus.service.api.request.schemas import MAX_DEADLINE_S, SampleRequest
+from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, SampleRequest
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.model_info import Limits, ModelInfo

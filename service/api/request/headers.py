@@ -1,9 +1,9 @@
 """What the headers of a request ask for: media types, a durable job, the same job for the same Idempotency-Key."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 
 from fastapi import Request
 
@@ -17,7 +17,6 @@ from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.webhooks.webhook import Webhook
 
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
-EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 
 
 def accept_header(request: Request) -> str:
@@ -109,28 +108,17 @@ def idempotency_key(
     Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
     None for a request without either. Raises InvalidField.
     """
-    if chosen is not None:
-        header = request.headers.get("idempotency-key")
-        if header is not None:
-            raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
-        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, is_chosen=True)
-    name = key_in_headers(request)
+    if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
+        raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+    name = key_in_headers(request) if chosen is None else chosen
     if name is None:
         return None
-    return Key(name, _hash_of(asked, webhook, transparent=transparent), owner)
-
-
-def _hash_of(asked: SampleRequest, webhook: Webhook | None, *, transparent: bool) -> str:
-    """Hash what is asked for. Defaults are left out, so that it outlives a version that knows more parameters."""
-    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True) | _edit_of(asked)
+    # Defaults are left out, so that the hash outlives a version that knows more parameters.
+    given = asked.model_dump(exclude_defaults=True)
+    given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
     if transparent:  # the same mask then makes another image
         given["transparent"] = True
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
-def _edit_of(asked: SampleRequest) -> dict[str, object]:
-    """Take the parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
-    given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
-    return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
+    what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    return Key(name, what, owner, is_chosen=chosen is not None)

@@ -58,7 +58,7 @@ class JobsRequest(RequestSchema):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Those asked for; all if none are."""
+        """The states that are asked for; all states if none is."""
         return STATES if self.state is None else tuple(self.state.split(","))
 
     @property

@@ -30,6 +30,7 @@ from tminus.service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
+EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
 RESCALE_BOUND = "a number in 0..1"
