@@ -3,7 +3,7 @@
     python -m bench.simulate [--seconds 1800]
 
 Prints, by load, how long short and long jobs take in the mix of the design (80 % of 20 steps, 15 % of 50, 5 % of 1000),
-with the reserve for the oldest job and without it, and by how much an ETA was overtaken.
+with the reserve for the oldest job and without it, by how much an ETA was overtaken, and how good a forecast is.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from statistics import median, quantiles
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, Work
@@ -133,12 +133,47 @@ def main() -> None:
             cells = [_spread([outcome.took[k] for k in each], 99) for each in (short, long)]
             told = f"{median(ratios):.2f}, {quantiles(ratios, n=20)[-1]:.2f}"
             print(f"| {load:.0%} | {name} | {cells[0]} | {cells[1]} | {told} |")
+    print("\n| load | |told - true| / true where no other job comes: median, 95 % | jobs |")
+    print("|---|---|---|")
+    for load in LOADS:
+        errors = forecast_errors(mixed(load, args.seconds, seed=3))
+        print(f"| {load:.0%} | {median(errors):.3f}, {quantiles(errors, n=20)[-1]:.3f} | {len(errors)} |")
     print("\n| load of 20-step jobs | reserve | each of them beside one of 1000: median, longest | that one |")
     print("|---|---|---|---|")
     for load in LOADS:
         for name, reserved in (("a quarter", None), ("none", 0)):
             beside, long_s = beside_one_long(load, reserved)
             print(f"| {load:.0%} | {name} | {median(beside):.2f} s, {max(beside):.1f} s | {long_s:.0f} s |")
+
+
+def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> list[float]:
+    """How far from the truth a forecast is, of each job that is there whenever so many more have come."""
+    times = TickTimes(TICKS)
+    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2)
+    scheduler, now_s, errors = Scheduler(sharing), 0.0, list[float]()
+    works: dict[str, Work] = {}  # of the jobs that have not ended
+    for number, (at_s, work) in enumerate(requests):
+        while now_s < at_s and (batch := scheduler.next_batch()) is not None:
+            now_s += times.seconds(batch.places)
+            for job_id in scheduler.advance(batch).finished:
+                del works[job_id]
+        now_s = max(now_s, at_s)
+        works[f"{number}"] = work
+        scheduler.add(f"{number}", range(work.rows), work)
+        if number % every:
+            continue
+        steps = {job_id: scheduler.steps(job_id) for job_id in works}
+        left = {job_id: sum(map(works[job_id].places_left, each)) for job_id, each in steps.items()}
+        told = forecast(
+            [Pending(job_id, works[job_id], n) for job_id, n in left.items()], {0: Speed(sharing, times, 1)}
+        )
+        alone, true_s = Scheduler(sharing), 0.0
+        for job_id, each in steps.items():
+            alone.add(job_id, range(len(each)), works[job_id], each)
+        while (batch := alone.next_batch()) is not None:
+            true_s += times.seconds(batch.places)
+            errors += [abs(told[job_id].eta_s - true_s) / true_s for job_id in alone.advance(batch).finished]
+    return errors
 
 
 def beside_one_long(load: float, reserved: int | None) -> tuple[list[float], float]:

@@ -78,18 +78,13 @@ class Admission:
         """
         with self._admitting:
             server = self._now(owner)
-            speed = server.speeds[work.model]
-            if work.rows > speed.max_rows:
-                raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
-            work = speed.with_beside(work, has_picture=has_picture)
-            job = Pending(job_id, work, work.places, work.beside_s, owner)
-            if deadline_s is not None:
-                _check_alone(job, deadline_s, server)
+            job = _pending(job_id, work, owner, server, deadline_s, has_picture=has_picture)
             self._check_room(job, now_s, server)
             outlook = forecast([*server.jobs, job], server.speeds, job_id, server.had_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
-            self._arrivals[owner].add(work.places * speed.place_s, now_s)
+            speed = server.speeds[work.model]
+            self._arrivals[owner].add(job.places_left * speed.place_s, now_s)
             self._forget_gone(now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
@@ -106,13 +101,7 @@ class Admission:
         """Whether a job can be left to whichever replica has room first. Nothing is counted here. Raises as `enter`."""
         with self._admitting:
             server = self._now()
-            speed = server.speeds[work.model]
-            if work.rows > speed.max_rows:
-                raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
-            work = speed.with_beside(work, has_picture=has_picture)
-            job = Pending("", work, work.places, work.beside_s)
-            if deadline_s is not None:
-                _check_alone(job, deadline_s, server)
+            job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
             if (excess := load.excess(work, self._limits)) is not None:
                 room_s = now_s + load.room_in_s(excess)
                 due_s = self._lines[None].next_s(room_s, work.places / (load.places_per_s or math.inf))
@@ -282,12 +271,21 @@ class Admission:
         return _Moment(jobs, load, speeds, self._had_s(jobs, owner))
 
 
-def _check_alone(job: Pending, deadline_s: float, server: _Moment) -> None:
-    """Refuse for good a job that would be late even on an idle server."""
-    alone_s = forecast([job], server.speeds)[job.job_id].eta_s
-    if not deadline_s >= alone_s:  # not `<`, so that NaN is refused
-        least_s = math.ceil(alone_s * 1000) / 1000
-        raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
+def _pending(
+    job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
+) -> Pending:
+    """Return a new job as the ledger has it. Raises InvalidField if even an idle server could not do it, or in time."""
+    speed = server.speeds[work.model]
+    if work.rows > speed.max_rows:
+        raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
+    work = speed.with_beside(work, has_picture=has_picture)
+    job = Pending(job_id, work, work.places, work.beside_s, owner)
+    if deadline_s is not None:
+        alone_s = forecast([job], server.speeds)[job_id].eta_s
+        if not deadline_s >= alone_s:  # not `<`, so that NaN is refused
+            least_s = math.ceil(alone_s * 1000) / 1000
+            raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
+    return job
 
 
 def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
