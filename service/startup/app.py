@@ -16,7 +16,7 @@ from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.batch import batch_routes
 from tminus.service.api.edge.authentication import Authentication, authentication_routes, is_open
-from tminus.service.api.edge.middleware import AnswerLimit, BodyLimit, RequestContext, RequestSpans
+from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
 from tminus.service.api.edge.origin import EXPOSED_HEADERS, Doors, Gate
 from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.events import event_routes
@@ -26,7 +26,7 @@ from tminus.service.api.kserve.routes import kserve_routes
 from tminus.service.api.models import Models, Services
 from tminus.service.api.noise import noise_routes
 from tminus.service.api.openai import answers as openai
-from tminus.service.api.openai.images import image_routes, model_list_routes
+from tminus.service.api.openai.images import openai_routes
 from tminus.service.api.page import Compression, docs_routes, page_routes
 from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
@@ -121,8 +121,7 @@ def create_app(
             admin_routes(models, changes, access),
             batch_routes(models),
             authentication_routes(access, limits.max_body_bytes),
-            image_routes(models),
-            model_list_routes(models),
+            openai_routes(models),
             system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
             hugging_face_routes(models, contract, BARE_PATH),
             kserve_routes(models, changes, parts.worker, parts.jobs, VERSION),
@@ -155,9 +154,14 @@ def create_app(
     # For the images in it; the rest of a body is held to max_body_bytes in api/request/reading.py.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
     app.add_middleware(Compression)
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(Authentication, access=access, refused=metrics.rejected)
-    app.add_middleware(AnswerLimit, budget=parts.answers, refused=metrics.rejected)
+    app.add_middleware(
+        MemoryLimit,
+        max_bytes=limits.max_body_bytes,
+        max_bytes_by_path=larger,
+        answers=parts.answers,
+        refused=metrics.rejected,
+    )
     if doors.origins:
         app.add_middleware(
             CORSMiddleware,

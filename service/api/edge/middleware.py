@@ -61,7 +61,7 @@ def target_of(scope: Scope) -> str:
 
 
 def path_of(scope: Scope) -> str:
-    """As `target_of`, without the query."""
+    """The path as it came, cut, for a trace: what is in `target_of` before the query."""
     return _shown(_raw_path(scope))
 
 
@@ -202,60 +202,6 @@ def body_of(scope: Scope) -> Hold:
     return held
 
 
-class BodyLimit:
-    """Refuses a body over the limit: by its Content-Length at once, else as soon as too much has arrived.
-
-    The limit is the path's own if it has one. All bodies together may take MAX_HELD_BYTES: what a client has sent is
-    held until a job is made of it, which keeps nothing of the body (see `body_of`), or else until its answer begins,
-    when its route has returned. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain
-    requests out.
-
-    A body that brings less than LEAST_RATE in a window of WINDOW_S is given up.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
-        """max_bytes_by_path: of a path, and of the same one below /models/NAME."""
-        self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
-        self._budget = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values()))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        received = 0
-        path = OF_A_MODEL.sub("", scope["path"])
-        if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
-            path = path.rpartition("/")[0]
-        max_bytes = self._max_bytes_by_path.get(path, self._max_bytes)
-        pace = _Pace()
-
-        def check(size_bytes: int) -> None:
-            if size_bytes > max_bytes:
-                raise BodyTooLarge(size_bytes, max_bytes)
-
-        async def bounded_receive() -> Message:
-            nonlocal received
-            if received == 0:
-                declared = Headers(scope=scope).get("content-length", "")
-                check(int(declared) if declared.isdecimal() else 0)
-            message = await pace.next(receive)
-            if message["type"] == "http.request":
-                size_bytes = len(message.get("body", b""))
-                received += size_bytes
-                check(received)
-                body.add(size_bytes)
-            return message
-
-        async def send_released(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                body.release()
-            await send(message)
-
-        with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
-            scope.setdefault("state", {})["body"] = body
-            await self._app(scope, bounded_receive, send_released)
-
-
 class _Pace:
     """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
 
@@ -281,36 +227,85 @@ class _Pace:
         return message
 
 
-class AnswerLimit:
-    """Counts the bytes of answers that are being sent, and refuses an answer that would bring them over the limit.
+class MemoryLimit:
+    """Bounds what clients have the server hold: of the bodies that they send, and of the answers that they are sent.
+
+    A body over the limit of its path is refused: by its Content-Length at once, else as soon as too much has arrived.
+    All bodies together may take MAX_HELD_BYTES: what a client has sent is held until a job is made of it, which keeps
+    nothing of the body (see `body_of`), or else until its answer begins, when its route has returned. A body that
+    brings less than LEAST_RATE in a window of WINDOW_S is given up.
 
     All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
-    of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message.
-    Messages of at most SMALL_BYTES are always sent.
-
-    An answer with a Content-Length is refused before it begins. For any other, the send of the message raises
+    of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message. An
+    answer with a Content-Length is refused before it begins; for any other, the send of the message raises
     TooManyBytes.
+
+    What has at most SMALL_BYTES is always taken and sent, so that uploads cannot keep plain requests out.
     """
 
-    def __init__(self, app: ASGIApp, budget: ByteBudget, refused: Callable[[str], None]) -> None:
-        """refused: is told the code of each refusal."""
-        self._app, self._budget, self._refused = app, budget, refused
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        max_bytes_by_path: Mapping[str, int],
+        answers: ByteBudget,
+        refused: Callable[[str], None],
+    ) -> None:
+        """max_bytes_by_path: of a path, also below /models/NAME. refused: is told the codes of refusals."""
+        self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
+        self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values())), answers
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._bodies.hold(SMALL_BYTES) as body, self._answers.hold(SMALL_BYTES) as answer:
+            if scope["type"] == "http":
+                scope.setdefault("state", {})["body"] = body
+                receive = self._bounded(scope, receive, body)
+            await self._app(scope, receive, self._counted(scope, receive, send, body, answer))
+
+    def _bounded(self, scope: Scope, receive: Receive, body: Hold) -> Receive:
+        """Receive a body within its limits. Raises BodyTooLarge, SlowBody and TooManyBytes."""
+        received, pace = 0, _Pace()
+        path = OF_A_MODEL.sub("", scope["path"])
+        if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
+            path = path.rpartition("/")[0]
+        max_bytes = self._max_bytes_by_path.get(path, self._max_bytes)
+
+        def check(size_bytes: int) -> None:
+            if size_bytes > max_bytes:
+                raise BodyTooLarge(size_bytes, max_bytes)
+
+        async def bounded() -> Message:
+            nonlocal received
+            if received == 0:
+                declared = Headers(scope=scope).get("content-length", "")
+                check(int(declared) if declared.isdecimal() else 0)
+            message = await pace.next(receive)
+            if message["type"] == "http.request":
+                size_bytes = len(message.get("body", b""))
+                received += size_bytes
+                check(received)
+                body.add(size_bytes)
+            return message
+
+        return bounded
+
+    def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
+        """Send an answer while it counts, or a refusal in its place; what is held of the request is released."""
         waiting: list[Message] = []  # the beginning of an answer that may still be refused
         is_refused = False
 
-        async def send_counted(message: Message) -> None:
+        async def counted(message: Message) -> None:
             nonlocal is_refused
             if is_refused:
                 return
             try:
-                body = message.get("body", b"")
-                held.add_shared(cast(bytes, body.obj) if isinstance(body, memoryview) else body)
+                content = message.get("body", b"")
+                answer.add_shared(cast(bytes, content.obj) if isinstance(content, memoryview) else content)
                 if of_socket := message.get("bytes") or message.get("text"):
-                    held.add(len(of_socket))
+                    answer.add(len(of_socket))
             except TooManyBytes as error:
-                held.release()
+                answer.release()
                 if not waiting:
                     raise
                 is_refused = True
@@ -318,18 +313,19 @@ class AnswerLimit:
                 await render(error, scope)(scope, receive, send)
                 return
             begins = message["type"] == "http.response.start"
+            if begins:
+                body.release()
             declared = Headers(raw=message["headers"]).get("content-length", "0") if begins else "0"
-            if int(declared) > SMALL_BYTES or (waiting and held.is_small and message.get("more_body", False)):
+            if int(declared) > SMALL_BYTES or (waiting and answer.is_small and message.get("more_body", False)):
                 waiting.append(message)
                 return
             messages = [*waiting, message]
             waiting.clear()
             for each in messages:
                 await send(each)
-            held.release()
+            answer.release()
 
-        with self._budget.hold(exempt_bytes=SMALL_BYTES) as held:
-            await self._app(scope, receive, send_counted)
+        return counted
 
 
 class RequestSpans:

@@ -5,7 +5,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,16 +61,6 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One of the two calls."""
-
-    name: str  # of its events
-    schema: type[ImagesRequest]
-    extensions: tuple[str, ...]
-    read: Callable[[Request, Limits], Awaitable[dict[str, Any]]]
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """A job that is wanted, and how its images are to be told."""
 
@@ -78,26 +68,17 @@ class Wanted:
     members: ImagesRequest
     new: NewJob
 
-    def about(self, model: ModelInfo) -> dict[str, Any]:
-        """Make the members that an answer has for all its images, and an event for its own."""
-        return about(self.members, model)
-
     def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
         """Make the members of a Recipe for image k."""
         return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
-    @property
-    def quality(self) -> int | None:
-        """Of its jpegs or webps, 0..100; None for PNGs."""
-        if self.members.output_format == "png":
-            return None
-        return 100 if self.members.output_compression is None else self.members.output_compression
-
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
         """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
-        if self.quality is None:
+        if self.members.lossy_quality is None:
             return await encoder.encode_pictures("images", self.new.spec, result, model)
-        return await encoder.encode_lossy(self.members.output_format, self.quality, result, self.new.spec.n)
+        return await encoder.encode_lossy(
+            self.members.output_format, self.members.lossy_quality, result, self.new.spec.n
+        )
 
 
 def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:
@@ -105,47 +86,38 @@ def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:
     return {"size": size_of(model), "quality": members.budget, "output_format": members.output_format}
 
 
-def image_routes(models: Models) -> APIRouter:
+def openai_routes(models: Models) -> APIRouter:
     """Make the routes. A request names its model, so that there are none below /models/NAME."""
-    router = APIRouter(prefix="/v1/images", tags=["openai"], dependencies=[Depends(no_parameters)])
-    generation = Kind("image_generation", ImagesRequest, EXTENSIONS, _read_generation)
-    edit = Kind("image_edit", EditsRequest, OF_EDITS, _read_edit)
+    router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(no_parameters)])
     statuses = (400, 401, 404, 410, 413, 415, 429, 500, 503, 504, 507)
     responses: dict[int | str, Any] = {200: IMAGES, **openai_failures(*statuses)}
 
     @router.post(
-        "/generations",
+        "/images/generations",
         summary="Sample, as OpenAI's clients ask for images",
         response_class=Response,
         responses=responses,
         openapi_extra=GENERATIONS,
     )
     async def generate_images(request: Request) -> Response:
-        return await _answer(models, request, generation)
+        return await _answer(models, request, edits=False)
 
     @router.post(
-        "/edits",
+        "/images/edits",
         summary="Edit an image, as OpenAI's clients ask for it",
         response_class=Response,
         responses=responses,
         openapi_extra=EDITS,
     )
     async def edit_image(request: Request) -> Response:
-        return await _answer(models, request, edit)
+        return await _answer(models, request, edits=True)
 
-    return router
-
-
-def model_list_routes(models: Models) -> APIRouter:
-    """Make the routes."""
-    router = APIRouter(prefix="/v1/models", tags=["openai"], dependencies=[Depends(no_parameters)])
-
-    @router.get("", summary="The models that are served", responses=openai_failures(400, 401, 429))
+    @router.get("/models", summary="The models that are served", responses=openai_failures(400, 401, 429))
     async def list_models() -> ModelEntries:
         return ModelEntries(data=[_entry(services) for services in models])
 
     @router.get(
-        "/{model}",
+        "/models/{model}",
         summary="One model",
         responses=openai_failures(400, 401, 404, 429),
         # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
@@ -159,10 +131,6 @@ def model_list_routes(models: Models) -> APIRouter:
 
 def _entry(services: Services) -> ModelEntry:
     return ModelEntry(id=services.model.name, created=services.loaded_s)
-
-
-async def _read_generation(request: Request, limits: Limits) -> dict[str, Any]:
-    return await unless_gone(read_json(request, limits.max_body_bytes))
 
 
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
@@ -179,18 +147,18 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
     return members | {name.removesuffix(LIST): data for name, data in form.files.items()}
 
 
-async def _answer(models: Models, request: Request, kind: Kind) -> Response:
+async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
     with ExitStack() as stack:
-        services, members, wanted = await _understand(models, request, kind, stack)
+        services, members, wanted = await _understand(models, request, stack, edits=edits)
         if isinstance(wanted, JobView):
             return await _with_urls(services, request, members, wanted)
         if members.stream:
-            return await stream(services, request, wanted, _headers(wanted, services.model), stack)
+            return await stream(services, request, wanted, stack)
         return await _with_images(services, request, wanted)
 
 
 async def _understand(
-    models: Models, request: Request, kind: Kind, stack: ExitStack
+    models: Models, request: Request, stack: ExitStack, *, edits: bool
 ) -> tuple[Services, ImagesRequest, Wanted | JobView]:
     """Read and check a request; returns a durable job where addresses are wanted, which is accepted by then.
 
@@ -198,12 +166,13 @@ async def _understand(
     """
     check_encoding(request)
     key_in_headers(request)  # its libraries send one with each retry, where there is no job too
-    given = await kind.read(request, models.default.limits)
+    schema, extension_names = (EditsRequest, OF_EDITS) if edits else (ImagesRequest, EXTENSIONS)
+    limits = models.default.limits
+    given = await (_read_edit(request, limits) if edits else unless_gone(read_json(request, limits.max_body_bytes)))
     uploads = {name: given.pop(name) for name in PICTURES if isinstance(given.get(name), bytes)}
-    members, extensions = kind.schema.take_from(given, kind.extensions)
+    members, extensions = schema.take_from(given, extension_names)
     services = models.default if members.model is None else models.named(members.model)
     stack.enter_context(models.using(services))
-    edits = kind.schema is EditsRequest
     if edits:
         if "image" not in uploads:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
@@ -214,14 +183,10 @@ async def _understand(
         view, _ = await create(services, request, parameters, transparent=edits)
         return services, members, view
     new = await understand(services, caller_of(request), parameters, request, transparent=edits)
-    return services, members, Wanted(kind.name, members, new)
+    return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 
-def _headers(wanted: Wanted, model: ModelInfo) -> dict[str, str]:
-    return _headers_of(wanted.new.id, wanted.new.spec, model, model.fingerprint)
-
-
-def _headers_of(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) -> dict[str, str]:
+def _headers(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) -> dict[str, str]:
     headers = {"X-Job-ID": job_id, "X-Seed": str(spec.seed), "X-Fingerprint": fingerprint}
     return headers | NO_STORE | advice_headers(spec, model)
 
@@ -241,7 +206,8 @@ async def _with_images(services: Services, request: Request, wanted: Wanted) -> 
 
     content = await off_loop(sum(map(len, pictures)), body)
     timing = server_timing(result, loop.time() - started_s, model)
-    return Response(content, headers=_headers(wanted, model) | {"Server-Timing": timing}, media_type=JSON)
+    headers = _headers(wanted.new.id, wanted.new.spec, model, model.fingerprint)
+    return Response(content, headers=headers | {"Server-Timing": timing}, media_type=JSON)
 
 
 async def _with_urls(services: Services, request: Request, members: ImagesRequest, view: JobView) -> Response:
@@ -261,7 +227,7 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
         )
         for k in range(record.spec.n)
     ]
-    headers = _headers_of(record.id, record.spec, model, fingerprint)
+    headers = _headers(record.id, record.spec, model, fingerprint)
     return Response(_document(members, model, data, without="b64_json"), headers=headers, media_type=JSON)
 
 
@@ -275,9 +241,7 @@ def steps_shown(passes: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({round(passes * k / (count + 1)) for k in range(1, count + 1)} - {0, passes}))
 
 
-async def stream(
-    services: Services, request: Request, wanted: Wanted, headers: dict[str, str], stack: ExitStack
-) -> EventStream:
+async def stream(services: Services, request: Request, wanted: Wanted, stack: ExitStack) -> EventStream:
     """Begin the job, and answer by its events. stack: is closed when they end; a client that left frees its rows.
 
     Raises TooManyStreams, and what `submit` does.
@@ -299,6 +263,7 @@ async def stream(
     done = result_of(await submit(services, caller_of(request), new), new.deadline_s)
     done.add_done_callback(lambda _: arrived.put_nowait(None))
     stack.callback(lambda: done.done() or services.worker.cancel(wanted.new.id, "client_gone"))
+    headers = _headers(new.id, spec, model, model.fingerprint)
     return EventStream(_events(services, wanted, arrived, done), stack.pop_all().close, headers)
 
 
@@ -328,7 +293,8 @@ async def _events(
 
 
 async def _partial(services: Services, wanted: Wanted, frame: Frame, number: int) -> list[bytes]:
-    pictures = await services.encoder.encode_frame(frame, wanted.members.output_format, "images", wanted.quality)
+    members = wanted.members
+    pictures = await services.encoder.encode_frame(frame, members.output_format, "images", members.lossy_quality)
     services.metrics.frame_sent()
     return [
         _event(
@@ -338,7 +304,7 @@ async def _partial(services: Services, wanted: Wanted, frame: Frame, number: int
                 partial_image_index=number,
                 created_at=int(time.time()),
                 image_index=image or 0,
-                **wanted.about(services.model),
+                **about(wanted.members, services.model),
             )
         )
         for _, image, picture in pictures
@@ -354,7 +320,7 @@ async def _completed(services: Services, wanted: Wanted, result: JobResult) -> l
                 b64_json=base64.b64encode(picture).decode("ascii"),
                 created_at=int(time.time()),
                 image_index=k,
-                **wanted.about(services.model),
+                **about(wanted.members, services.model),
                 **wanted.recipe(k, services.model),
             )
         )

@@ -114,6 +114,13 @@ class ImagesRequest(RequestSchema):
         return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
 
     @property
+    def lossy_quality(self) -> int | None:
+        """The quality of jpegs or webps, 0..100; None for PNGs."""
+        if self.output_format == "png":
+            return None
+        return 100 if self.output_compression is None else self.output_compression
+
+    @property
     def as_url(self) -> bool:
         """Whether an address of each image is wanted, in place of the image."""
         return self.response_format == "url"

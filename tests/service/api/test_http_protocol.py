@@ -23,8 +23,9 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge import http_protocol, middleware
 from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES
-from tminus.service.api.edge.middleware import PIECE_BYTES, BodyLimit, RequestContext
+from tminus.service.api.edge.middleware import PIECE_BYTES, MemoryLimit, RequestContext
 from tminus.service.api.edge.websocket_protocol import stream_protocol
+from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import ServiceError
 from tminus.service.startup.server import bind
 
@@ -44,7 +45,7 @@ class Running:
         self.began, self.gone, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
-        app = BodyLimit(self.app, 10**6, {})
+        app = MemoryLimit(self.app, 10**6, {}, ByteBudget(), lambda _: None)
         config = uvicorn.Config(
             RequestContext(app, lambda *_: None),
             http=http_protocol.http_protocol(max_connections, max_per_address),
