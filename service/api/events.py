@@ -22,9 +22,9 @@ from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.previews import PreviewRequest
 from tminus.service.api.answers.progress import Countdown, EventStream, patient
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.jobs import job_in_path
 from tminus.service.api.models import Models, Services
+from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import read_query
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
@@ -163,7 +163,7 @@ class _Follower:
 
         One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
         """
-        told = self._services.elsewhere.events(address, self._request, self._view.record.id, self._last_id)
+        told = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
         async with aclosing(patient(told, POLL_S)) as parts:
             async for part in parts:
                 if part is not None:

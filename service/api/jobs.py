@@ -22,8 +22,8 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.models import Models, Services
+from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.headers import accept_header, negotiate
 from tminus.service.api.request.job_requests import CHOSEN, JobImageRequest, JobsRequest, WebhookRequest, check_chosen
 from tminus.service.api.request.reading import no_parameters, read_parameters, read_query, while_connected
@@ -146,7 +146,7 @@ async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
     if not came_from_a_replica(request):
         with suppress(StorageFailed):
             address = await services.jobs.held_at(view)
-    answer = await services.elsewhere.job(address, request, job_id) if address is not None else None
+    answer = await services.other_replicas.job(address, request, job_id) if address is not None else None
     return answer or JobAnswer.of(view)
 
 

@@ -13,7 +13,7 @@ from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.origin import Doors
 from tminus.service.api.edge.stream_limits import Streams
-from tminus.service.api.elsewhere import Elsewhere
+from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -45,7 +45,7 @@ class Services:
     encoder: Encoder
     cache: ResultCache
     streams: Streams
-    elsewhere: Elsewhere  # other servers with the same jobs
+    other_replicas: OtherReplicas
     recordings: RecordingRoom
     webhooks: Allowed | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time

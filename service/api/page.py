@@ -115,7 +115,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
 
 
 def _swagger_ui_folder() -> Path:
-    """Where the package that carries Swagger UI has its files; none of its code is run."""
+    """Find the files of the package that carries Swagger UI; none of its code is run."""
     spec = find_spec("fastapi_offline")
     assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None

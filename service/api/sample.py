@@ -20,9 +20,8 @@ from tminus.service.api.answers.openapi import (
     Described,
     failures,
 )
-from tminus.service.api.answers.previews import AnimationRequest
+from tminus.service.api.answers.previews import AnimationRequest, Frames, Steps
 from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
-from tminus.service.api.answers.recorded import Frames, Steps
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.headers import accept_header, negotiate, prefers_async

@@ -133,7 +133,7 @@ class _Stream:
         self._caller()
 
     def _caller(self) -> Caller:
-        """Whoever asks, by what its key says now. Raises Unauthorized."""
+        """Find out who asks, by what its key says now. Raises Unauthorized."""
         access = self._services.access
         if self._secret is None or not access.has_keys:
             return identify(access, self._ws.scope)

@@ -14,8 +14,8 @@ from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.answers.documents import document
 from tminus.service.api.edge.origin import Doors
 from tminus.service.api.edge.stream_limits import Streams
-from tminus.service.api.elsewhere import Elsewhere
 from tminus.service.api.models import Models, Services
+from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Draining, EngineFailed, ServiceError, StorageFailed
@@ -102,7 +102,7 @@ class Parts:
         self.admission = Admission(limits, self._served, shared=access.has_keys)
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.elsewhere = Elsewhere()
+        self.other_replicas = OtherReplicas()
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self.decoder, self.encoder = Decoder(), Encoder(self.metrics.encoded)
         self.recordings = RecordingRoom(self.answers)
@@ -135,7 +135,7 @@ class Parts:
             part.keeper.close()
         await asyncio.gather(*(part.lifecycle.close() for part in self._parts.values()))
         self._stores.close()
-        await self.elsewhere.close()
+        await self.other_replicas.close()
         self.decoder.close()
         self.encoder.close()
 
@@ -221,7 +221,7 @@ class Parts:
             encoder=self.encoder,
             cache=self.cache,
             streams=self.streams,
-            elsewhere=self.elsewhere,
+            other_replicas=self.other_replicas,
             recordings=self.recordings,
             webhooks=self._webhooks.allowed if self._webhooks is not None else None,
             loaded_s=int(time.time()),

@@ -37,13 +37,13 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 def caller_of(request: HTTPConnection) -> Caller:
-    """Whoever a request is answered for, as the middleware found."""
+    """Return whom a request is answered for, as the middleware found."""
     caller: Caller = request.state.caller
     return caller
 
 
 def identify(access: Access, scope: Scope) -> Caller:
-    """Whoever asks. Raises Unauthorized. Without any keys, credentials are for somebody else, such as a proxy."""
+    """Find out who asks. Raises Unauthorized. Without keys, credentials are for somebody else, such as a proxy."""
     headers = Headers(scope=scope)
     if access.has_keys:
         if (secret := _bearer(headers)) is not None:
@@ -55,7 +55,7 @@ def identify(access: Access, scope: Scope) -> Caller:
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Whether the head of a WebSocket says who asks, or nobody has to. Raises Unauthorized for a wrong key in it."""
+    """Say whether the head of a WebSocket names who asks, or nobody has to. Raises Unauthorized for a wrong key."""
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
     try:
@@ -174,7 +174,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
 
 
 def _bearer(headers: Headers) -> str | None:
-    """The secret in the header. Credentials of other schemes are not for us."""
+    """Return the secret in the header. Credentials of other schemes are not for us."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
 

@@ -351,17 +351,17 @@ class Tensors:
 
     @property
     def media_type(self) -> str:
-        """As Triton has it."""
+        """The media type of the body, as Triton has it."""
         return BINARY if any(self.outputs.values()) else JSON
 
     @property
     def kind(self) -> str:
-        """All but the spec that its bytes depend on."""
+        """Name all that the bytes depend on beside the spec."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 
     @property
     def binary_bytes(self) -> int:
-        """Of the tensors behind the JSON."""
+        """The size of the tensors behind the JSON."""
         sizes = {IMAGES: math.prod(self._shape), SEED: NUMBERS["UINT64"].itemsize}
         return sum(sizes[name] for name, binary in self.outputs.items() if binary)
 

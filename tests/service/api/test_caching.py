@@ -146,14 +146,6 @@ def test_a_repeat_is_answered_from_the_cache_without_a_step(make_site: MakeSite)
     assert site.metrics()['tminus_answered_without_work_total{"how": "cache_hit"}'] == 1
 
 
-def test_a_drawn_seed_is_not_kept(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=A_MEGABYTE)
-    drawn = site.post(json={"steps": 3})
-    asked_again = {"steps": 3, "seed": int(drawn.headers["x-seed"])}
-    assert ticks(site, lambda: site.post(json=asked_again)) == 3
-    assert ticks(site, lambda: site.post(json=asked_again)) == 0
-
-
 NO_CACHE = [
     {"Cache-Control": "no-cache"},
     {"Cache-Control": 'max-age=0, x="a, no-store", No-Cache'},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tminus.service.api.answers.recorded import MAX_TRAJECTORY_BYTES
+from tminus.service.api.answers.previews import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Frame, UnexpectedAnswer
 from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
 from tminus.service.client.messages import Done, Opening, opening_of

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from tests.service.fakes import INFO, FakeEngine, fake_pixels, make_spec
 from tminus.model.trajectory import Trajectory, transitions
-from tminus.service.api.answers.recorded import Steps
+from tminus.service.api.answers.previews import Steps
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import FORMAT, MAX_METADATA_BYTES, METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.spec import SampleSpec

@@ -137,11 +137,6 @@ def test_an_id_is_told_and_keeps_nothing_from_the_cache(make_site: MakeSite, bin
     assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", answer.headers["etag"])
 
 
-def test_a_seed_is_drawn_and_told(site: Site) -> None:
-    answer = site.client.post("/v2/models/fake/infer", json={"inputs": [tensor("steps", "INT32", 4)]})
-    assert answer.json()["outputs"][1]["data"] == [int(answer.headers["x-seed"])]
-
-
 def test_the_server_and_its_models_say_what_they_are(site: Site) -> None:
     server = site.client.get("/v2").json()
     assert server == {
@@ -251,11 +246,6 @@ def test_values_are_held_to_the_bounds_of_post_sample(site: Site, more: dict[str
     if more["name"] == "guidance_interval":
         others.append(tensor("guidance", "FP32", 2))
     refused(infer(site, more, *others), 400, "invalid_field", field)
-
-
-def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
-    content = b'{"inputs": [' + b" " * LIMITS.max_body_bytes + b"]}"
-    refused(site.client.post("/v2/models/fake/infer", content=content), 413, "body_too_large", "body")
 
 
 def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> None:

@@ -24,7 +24,7 @@ SILENT_S = 40.0  # between two events: comments come more often
 EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
 
 
-class Elsewhere:
+class OtherReplicas:
     """Owns the connections to other replicas, which are made when they are needed."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Elsewhere:
             await self._http.aclose()
 
     async def job(self, address: str, request: Request, job_id: str) -> JobAnswer | None:
-        """Where a job stands; None if the replica at this address does not say."""
+        """Ask where a job stands; None if the replica at this address does not say."""
         try:
             answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
             return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
@@ -47,7 +47,7 @@ class Elsewhere:
     async def events(
         self, address: str, request: Request, job_id: str, last_id: str
     ) -> AsyncGenerator[tuple[bytes, str]]:
-        """The bytes of a job's events, with the id of the last one so far; they end where the replica ends them."""
+        """Yield the bytes of a job's events, with the id of the last so far; they end where the replica ends them."""
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request)
         if last_id:
@@ -76,12 +76,12 @@ class Elsewhere:
 
 
 def came_from_a_replica(request: Request) -> bool:
-    """Whether it has made its hop."""
+    """Say whether a request has made its hop."""
     return FORWARDED in request.headers
 
 
 def _headers(request: Request) -> list[tuple[bytes, bytes]]:
-    """Raw, since a browser's cookies may be of any bytes."""
+    """Make the headers to pass on: raw, since a browser's cookies may be of any bytes."""
     passed = [(name, value) for name, value in request.headers.raw if name in PASSED]
     if request.client is not None:
         passed.append((b"x-forwarded-for", request.client.host.encode("latin-1", "ignore")))
