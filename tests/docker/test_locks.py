@@ -154,6 +154,7 @@ def write_bill(python: Path, file: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_lock_installs_by_its_hashes_and_the_bill_names_every_package(tmp_path: Path) -> None:
     """Of all but torch, whose wheels are gigabytes, as docker/smoke does with it."""

@@ -4,11 +4,13 @@ import asyncio
 import random
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import RunningServer
 from tests.trials.churn import churn, settled
 
 
+@pytest.mark.long
 def test_connections_dropped_at_random_points_leave_no_row_task_or_file(server: RunningServer) -> None:
     async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:

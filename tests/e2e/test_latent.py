@@ -38,6 +38,7 @@ def server(checkpoint: Path) -> Iterator[RunningServer]:
     stop_server(running)
 
 
+@pytest.mark.long
 def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp_path: Path) -> None:
     data = save_pictures(tmp_path / "data", 0)
     trained = run_cli(
@@ -122,6 +123,7 @@ def test_latents_have_no_range_to_clip_to(server: RunningServer) -> None:
     assert answer.json()["field"] == "clip"
 
 
+@pytest.mark.long
 def test_a_durable_job_survives_a_kill(checkpoint: Path, tmp_path: Path) -> None:
     env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_RESULT_CACHE_MB": "0"}
     server, asked = start_server(checkpoint, **env), {"n": 2, "steps": 900, "seed": 8, "class_label": "a"}

@@ -75,6 +75,7 @@ def test_a_short_job_of_one_model_overtakes_a_long_one_of_the_other(two: Running
     httpx.delete(f"{two.url}/jobs/{long['id']}")
 
 
+@pytest.mark.long
 def test_jobs_of_both_models_survive_a_kill(small: Path, colour: Path, tmp_path: Path) -> None:
     flags = ("--checkpoint", f"colour={colour}", "--state-dir", str(tmp_path))
     server = start_server(small, *flags)

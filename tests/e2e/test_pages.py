@@ -97,6 +97,7 @@ def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer
     assert size(folder / "third.png") == (32, 32)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_command_line_page_do_what_it_says(
     own_server: Callable[..., RunningServer], small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def wait_for_job(server: RunningServer, job_id: str) -> bytes:
         return client.get(f"/jobs/{job_id}/image").content
 
 
+@pytest.mark.long
 def test_the_tutorial_goes_through_in_order(
     own_server: Callable[..., RunningServer], folder: Path, tmp_path: Path
 ) -> None:

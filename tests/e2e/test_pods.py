@@ -14,7 +14,7 @@ from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.test_monitoring import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 KEY = "tm_of_the_pods_test"
 LONG = {"n": 3, "steps": 1000, "seed": 3}

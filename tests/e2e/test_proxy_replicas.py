@@ -24,7 +24,7 @@ from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.service.fakes import wait_until
 from tests.test_monitoring import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 LONG: dict[str, Any] = {"n": 8, "steps": 1000, "seed": 3}

@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 from tests import postgres
 from tests.e2e.conftest import ROOT, START_TIMEOUT_S, RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SPEC: dict[str, object] = {"n": 2, "steps": 30, "class_label": 1, "guidance": 2}
 LONG: dict[str, object] = {"n": 8, "steps": 1000, "seed": 1}

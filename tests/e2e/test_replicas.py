@@ -26,7 +26,7 @@ from tests.trials import faults, replicas
 from tminus.service.client import Ended, Frame
 from tminus.service.client.messages import Event
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LONG = {"n": 16, "steps": 1000, "seed": 3}
 SLOW = """

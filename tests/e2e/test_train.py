@@ -45,6 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pictures(tmp_path_factory.mktemp("pictures") / "train", 0)
 
 
+@pytest.mark.long
 def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     held_out = save_pictures(tmp_path / "held-out", 1)
@@ -125,6 +126,7 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
     assert ("openvino", "bfloat16") not in candidates(), "that of one executor says nothing of another"
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Path, tmp_path: Path) -> None:
     def command(run: str) -> list[str]:
         return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "30", *SMALL]

@@ -43,6 +43,7 @@ def all_delivered(server: RunningServer, ids: list[str]) -> bool:
     return all(deliveries(server, each)[0]["state"] == "delivered" for each in ids)
 
 
+@pytest.mark.long
 def test_kill_9_between_the_end_of_a_job_and_its_delivery_loses_nothing(own_server: Start, tmp_path: Path) -> None:
     over = threading.Event()
     # A job under an id that its client chose stays that job, too.
@@ -74,6 +75,7 @@ def database() -> Iterator[postgres.Postgres]:
         yield server
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_of_two_servers_each_tells_some_once_and_one_tells_what_the_other_left_when_it_was_killed(
     own_server: Start, database: postgres.Postgres
