@@ -2,12 +2,14 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.postgres import Postgres
 from tests.service.api.test_tables import TUNED
 from tests.service.conftest import INSTANT, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
 from tests.service.jobs.conftest import DatabaseShelf
 from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
@@ -23,10 +25,11 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.records import Pace
+from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import work_of
 
 pytestmark = pytest.mark.slow
 
@@ -306,6 +309,26 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert asked.result(PATIENCE_S).status_code == 200
 
 
+def test_a_job_goes_on_though_the_database_is_away_when_it_is_taken_on(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replicas.start(shut=True)
+    job_id = post(one).json()["id"]
+    snapshot, failures = PostgresStore.snapshot, []
+
+    def sometimes(store: PostgresStore, name: str, fingerprint: str) -> object:
+        if len(failures) < 3:
+            failures.append(name)
+            raise StorageFailed("server closed the connection unexpectedly")
+        return snapshot(store, name, fingerprint)
+
+    monkeypatch.setattr(PostgresStore, "snapshot", sometimes)
+    replicas.stop(one)
+    other = replicas.start()
+    wait_for(other, job_id)
+    assert failures == [job_id] * 3
+
+
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
 
 
@@ -342,6 +365,24 @@ def test_a_short_job_does_not_wait_for_the_long_ones_of_the_replica_it_came_to(
     full.engine.gate.open()
     for job_id in (long, left, short):
         wait_for(full, job_id)
+
+
+def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> None:
+    spec, intakes = make_spec(steps=20), [Intake(0.0), Intake(math.inf), Intake(math.inf)]
+    places, asked = work_of(spec, INFO).places, list[float]()
+
+    async def call(_method: object, _fingerprint: str, intake: Intake, begun_places: float, *_: object) -> Claimed:
+        asked.append(begun_places)
+        intake.offer(places)
+        return Claimed()
+
+    store, worker = SimpleNamespace(holders=[], call=call), SimpleNamespace(ready=True)
+    admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_: intakes.pop(0))
+    held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, INFO, LIMITS, {})
+    asyncio.run(held.claim())
+    assert asked == [2.0 * leases.AHEAD_S], "what others had begun is taken over up to this much"
+    assert not held.takes(spec)
+    assert held.takes(make_spec(steps=19))
 
 
 @pytest.mark.usefixtures("believed")

@@ -1,7 +1,7 @@
 """Jobs to their end, over failures and restarts: a new site on the same file is a restart."""
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -249,8 +249,15 @@ def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
 
 
 def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_others_are_done(
-    restarts: Restarts,
+    restarts: Restarts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    crashed, counted = SqliteStore.crashed, list[Collection[str]]()
+
+    def count(store: SqliteStore, job_ids: Collection[str]) -> None:
+        counted.append(job_ids)
+        crashed(store, job_ids)
+
+    monkeypatch.setattr(SqliteStore, "crashed", count)
     site = restarts.start(shut=True)
     poison_seed = 2
     ids = [post(site, {"steps": 3 if seed == poison_seed else 20, "seed": seed}).json()["id"] for seed in range(4)]
@@ -273,6 +280,7 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
     crash_with_poison(site)
     site.engine.gate.open()
     assert wait_for(site, ids[poison_seed], "failed")["problem"]["code"] == "engine_failed"
+    assert len(counted) == 1, "once, however many jobs it had; the second convicts one"
     for seed in (0, 1, 3):
         assert wait_for(site, ids[seed])["state"] == "done"
     assert not site.worker.crashed
