@@ -123,27 +123,6 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     assert awake.images("a") is not None
 
 
-def test_who_had_a_job_under_a_key_writes_nothing_of_the_next_job_under_that_key(database: DatabaseShelf) -> None:
-    holder, other = database.open(), database.open()
-    key, hook = Key("u", "1", is_chosen=True), Webhook("https://hooks.example/x")
-    old, new = replace(job("old"), webhook=hook), job("new", SPECS[1])
-    holder.add(old, key)
-    assert (other.cancel("old"), other.delete("old")) == (True, True)
-    assert other.id_of(key) is None
-    assert other.add(new, replace(key, request_hash="2"))
-    assert holder.id_of(key) == "new"
-    holder.save({"old": snapshot()}, "build")
-    holder.started(old)
-    with pytest.raises(LeaseLost):
-        holder.note_object("old", "object")
-    with pytest.raises(LeaseLost):
-        holder.finish(ended(old), PIXELS)
-    assert holder.get("new") == new
-    assert other.snapshot("new", "build") is None
-    assert database.read("SELECT count(*) FROM deliveries") == [(0,)]
-    other.finish(ended(new), PIXELS)
-
-
 def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> None:
     first = database.open()
     names = [f"j{k:02d}" for k in range(40)]

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.service.conftest import MakeSite, problem
+from tests.service.durable import SPEC, post, wait_for
 from tests.service.jobs.kept import ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
@@ -213,21 +215,6 @@ def test_an_unfinished_job_whose_text_is_not_utf_8_is_ended_and_the_others_go_on
     store.close()
 
 
-def test_one_that_cannot_even_be_ended_is_passed_over(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise StorageFailed("the job store cannot do it: the disk is full")
-
-    store = SqliteStore(file)
-    for name in "ab":
-        store.add(job(name))
-    store.close()
-    in_the_file(file, "UPDATE jobs SET spec = '{}' WHERE id = 'a'")
-    monkeypatch.setattr(SqliteStore, "_finish", refuse)
-    store = SqliteStore(file)
-    assert store.claim().jobs == [job("b")]
-    store.close()
-
-
 def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
     file: Path, open_file: Callable[[], SqliteStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,3 +239,67 @@ def test_looking_for_jobs_that_were_left_makes_no_file_and_leaves_one_that_is_in
     store.close()
     assert sqlite_file.unended(file) == ["a"]
     assert list(file.parent.iterdir()) == [file]
+
+
+# --- a start on a full disk serves all but durable jobs, and those as soon as there is room ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a megabyte, where the test may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=1m tmpfs {folder} 2> /dev/null"):
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    os.system(f"umount {folder}")
+
+
+def fill_disk(folder: Path) -> Path:
+    """Leave no byte free."""
+    with (folder / "filler").open("wb") as filler:
+        size = 2**16
+        while size:
+            try:
+                os.write(filler.fileno(), bytes(size))
+            except OSError:
+                size //= 2
+    return folder / "filler"
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """As of a full disk, for machines where none can be mounted. Called, it makes room."""
+
+    def refuse(file: Path) -> None:
+        raise sqlite_file.cannot_be_used(file, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", refuse)
+    return lambda: monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", sqlite_file.prepare)
+
+
+@pytest.mark.parametrize("had_jobs", [False, True])
+def test_a_full_disk_does_not_stop_a_start_and_is_tried_again(small_disk: Path, had_jobs: bool) -> None:
+    if had_jobs:
+        store = open_store(str(small_disk), "ab" * 32)
+        store.add(job("old"))
+        store.close()
+    filler = fill_disk(small_disk)
+    store = open_store(str(small_disk), "ab" * 32)
+    with pytest.raises(StorageFailed):
+        store.add(job("a"))
+    filler.unlink()
+    assert store.add(job("a"))
+    assert [record.id for record in store.claim().jobs] == ["old", "a"][not had_jobs :]
+    store.close()
+
+
+def test_a_server_that_starts_on_a_full_disk_takes_durable_jobs_as_soon_as_there_is_room(
+    make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[[], None]
+) -> None:
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    site = make_site(state_file=lambda weights_hash: open_store(str(tmp_path), weights_hash))
+    problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
+    assert site.post(json=SPEC).status_code == 200
+    full()
+    assert wait_for(site, post(site).json()["id"])["state"] == "done"

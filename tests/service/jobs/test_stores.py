@@ -165,15 +165,6 @@ def test_a_key_finds_its_job_and_lets_no_other_in(store: JobStore) -> None:
     assert store.add(job("b"), key), "a key lives as long as its job"
 
 
-def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(store: JobStore) -> None:
-    inputs = Inputs(PIXELS[0])
-    store.add(job("a"), Key("k", "h"), inputs)
-    assert not store.add(job("b"), Key("k", "h"), inputs)
-    assert store.inputs("b") is None
-    assert store.delete("a")
-    assert store.inputs("a") is None
-
-
 # --- pages ---
 
 
@@ -237,13 +228,14 @@ def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(shelf: 
 
 
 def test_a_job_is_deleted_with_all_it_has_and_by_its_owner_only(store: JobStore) -> None:
-    store.add(replace(job("a"), owner="studio"))
+    store.add(replace(job("a"), owner="studio"), inputs=Inputs(PIXELS[0]))
     store.save({"a": snapshot()}, "build")
     assert not store.delete("a", "")
     assert store.delete("a", "studio")
     assert not store.delete("a")
     assert store.add(job("a")), "its name is free"
     assert store.snapshot("a", "build") is None
+    assert store.inputs("a") is None
 
 
 # --- what cannot be read ---
