@@ -32,9 +32,14 @@ def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, 
     raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
 
 
-def l_simple(out: Tensor, target: Tensor) -> Tensor:
-    """L_simple, the unweighted squared error of the prediction (Ho et al. 2020, eq. 14), in float32."""
-    return F.mse_loss(out.to(torch.float32), target)
+def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """L_simple, the squared error of the prediction [B, C, H, W] (Ho et al. 2020, eq. 14), in float32.
+
+    weights [B]: how much each row counts, where they do not count alike.
+    """
+    if weights is None:
+        return F.mse_loss(out.to(torch.float32), target)
+    return (weights * (out.to(torch.float32) - target).square().flatten(1).mean(1)).mean()
 
 
 def velocity_weights(schedule: NoiseSchedule, prediction_type: str) -> Tensor:
@@ -69,11 +74,6 @@ def draw_timesteps(share: Tensor, count: int) -> Tensor:
     device = share.device
     spread = (torch.randperm(count, device=device) + torch.rand((), device=device)).to(share) / count
     return torch.searchsorted(share.cumsum(0), spread, right=True).clamp(max=len(share) - 1)
-
-
-def l_weighted(out: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """The squared error of the prediction, each row by its weight: out, target [B, C, H, W], weights [B]."""
-    return (weights * (out.to(torch.float32) - target).square().flatten(1).mean(1)).mean()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
-from tminus.model.training.run import FORMER_FILE, STATE_FILE, begun_in, read_state
+from tminus.model.training.run import FORMER_FILE, STATE_FILE, Run, read_state
 from tminus.model.tuning.tune import _State
 from tminus.model.unet import UNet2D
 from tminus.service.access.keyring import KeyRing
@@ -187,7 +187,7 @@ def of_the_classifier(folder: Path, data: bytes) -> None:
 
 def of_a_run(name: str, folder: Path, data: bytes) -> None:
     (folder / name).write_bytes(data)
-    assert begun_in(folder)
+    assert Run(folder, "train", None).begun
     refused(Exception, lambda: read_state(folder))
 
 

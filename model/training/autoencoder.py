@@ -5,7 +5,6 @@ As in model/training/train.py all that is random in step k is seeded by (seed, k
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +20,8 @@ from tminus.model.latent.folder import save_autoencoder
 from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
 from tminus.model.tminus_file import TMINUS_FILE
-from tminus.model.training.data import ImageSet
-from tminus.model.training.held_out import evenly
-from tminus.model.training.run import (
-    Ema,
-    Progress,
-    RunConfig,
-    RunState,
-    TrainError,
-    begun_in,
-    faster_of,
-    interruptible,
-    step_seed,
-    take_threads,
-)
+from tminus.model.training.data import ImageSet, evenly
+from tminus.model.training.run import Ema, Run, RunConfig, TrainError, faster_of, interruptible, step_seed
 from tminus.model.training.train import batch_indices
 
 log = logging.getLogger(__name__)
@@ -68,23 +55,28 @@ def train_autoencoder(
     SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
     Raises TrainError.
     """
+    run = Run(folder, "train-autoencoder", None)
     torch.manual_seed(step_seed(config.seed, -1))
     net = Autoencoder(model).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
-    run = RunState(net, Ema(net, config.ema_decay), optimizer)
     identity: dict[str, Any] = {f"autoencoder {key}": value for key, value in model.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images"}
-    if begun_in(folder):
-        config = run.resume(folder, "train-autoencoder", config, identity)
-    config = take_threads(config, device)
-    net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    config = run.begin(net, optimizer, config, identity, device)
     images = data.images.to(device)
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         few = to_model_range(images[: config.batch_size])
         config = config.with_precision(faster_of(net, lambda: net.decode_codes(net.moments(few)[0]), device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
-    loss_of: Callable[..., Tensor] = torch.compile(reconstruction_loss) if config.compile else reconstruction_loss
+    compiled: Callable[..., Tensor] = torch.compile(reconstruction_loss) if config.compile else reconstruction_loss
+
+    def loss_of(step: int) -> Tensor:
+        picked = batch_indices(len(data), config.batch_size, config.seed, step).to(device)
+        x = to_model_range(images[picked]).to(memory_format=torch.channels_last)
+        if step == 0 and net.quantize is not None:
+            _begin_codes(net, x)
+        with autocast:
+            return compiled(net, x, config.kl_weight)
 
     def save() -> None:
         averaged = averaged_autoencoder(model, run.ema)
@@ -94,35 +86,15 @@ def train_autoencoder(
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
         scale = 1 / spread
         save_autoencoder(folder, dataclasses.replace(model, scaling_factor=scale), run.ema.shadow)
-        provenance = {
-            "trained_by": "tminus train-autoencoder",
-            "data": data.name,
-            "step": run.step,
-            "images_seen": run.step * config.batch_size,
-            "config": dataclasses.asdict(config),
-        }
+        provenance = run.provenance(config, data=data.name)
         write_json(folder / TMINUS_FILE, {"name": folder.resolve().name, "provenance": provenance})
-        run.save(folder, "train-autoencoder", config, identity)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
-        while run.step < config.steps and not interrupted():
-            started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, run.step))
-            picked = batch_indices(len(data), config.batch_size, config.seed, run.step).to(device)
-            x = to_model_range(images[picked]).to(memory_format=torch.channels_last)
-            if run.step == 0 and net.quantize is not None:
-                _begin_codes(net, x)
-            with autocast:
-                loss = loss_of(net, x, config.kl_weight)
-            grad_norm = run.descend(loss, config)
-            progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
-            if run.step % config.save_every == 0 and run.step < config.steps:
-                save()
-            if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
-                on_sheet(averaged_autoencoder(model, run.ema), run.step)
-        save()
-    return run.step >= config.steps
+    def look() -> None:
+        if on_sheet is not None:
+            on_sheet(averaged_autoencoder(model, run.ema), run.step)
+
+    with interruptible(config, run) as interrupted:
+        return run.descend(config, loss_of, save, look, interrupted)
 
 
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:

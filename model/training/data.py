@@ -1,4 +1,7 @@
-"""Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W]."""
+"""Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W].
+
+And the examples that networks learn from: the images as they are, or the latents of them.
+"""
 
 import gzip
 import logging
@@ -16,7 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tminus.model.pixels import BLACK, Colour, fit_picture
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.latents import latents_of
+from tminus.model.pixels import BLACK, Colour, fit_picture, to_model_range
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +57,40 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """x_0 [N, C, H, W], pixels as uint8 or latents, and class_labels int64 [N] or None; on any device.
+
+    Pixels stay bytes, a quarter of the memory, and go to the network's range batch by batch.
+    """
+
+    x_0: Tensor
+    class_labels: Tensor | None
+
+    @classmethod
+    def of(cls, data: ImageSet, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
+        """All of a data set, on the device: its images, or the latents that an autoencoder makes of them."""
+        x_0 = data.images.to(device) if autoencoder is None else latents_of(autoencoder, data.images, device)
+        return cls(x_0, data.labels.to(device) if data.labels is not None else None)
+
+    @classmethod
+    def some_of(cls, data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
+        """`count` of a data set, evenly spaced: images on the host, or latents on the device."""
+        picked = evenly(len(data), count)
+        images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
+        return cls(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
+
+    def rows(self, picked: Tensor | slice, device: torch.device | None = None) -> Tensor:
+        """x_0 of some of them, as the network takes it, on the device; None: where they lie."""
+        x_0 = self.x_0[picked].to(device or self.x_0.device)
+        return to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """`count` indices into a set of `length`, evenly spaced, so of every class: int64 [count]; on the CPU."""
+    return torch.arange(count) * length // count
 
 
 def read_idx(path: Path) -> np.ndarray:

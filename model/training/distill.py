@@ -5,10 +5,8 @@ first alone leaves them soft, the second alone takes no notice of x_T. As in `tr
 by (seed, k).
 """
 
-import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,21 +25,9 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table, write_table
 from tminus.model.samplers import Plan, alpha_bar_at, table_plan
 from tminus.model.training.data import ImageSet
-from tminus.model.training.folding import product_of
 from tminus.model.training.network_features import FrechetLoss
-from tminus.model.training.run import (
-    Ema,
-    Progress,
-    RunConfig,
-    RunState,
-    TrainError,
-    averaged,
-    begun_in,
-    faster_precision,
-    interruptible,
-    step_seed,
-    take_threads,
-)
+from tminus.model.training.run import Run, RunConfig, TrainError, averaged, faster_precision, interruptible, step_seed
+from tminus.model.training.targets import product_of
 from tminus.model.training.teacher import REFERENCE, Teacher, Trajectories
 from tminus.model.weights import hash_weights
 
@@ -174,23 +160,18 @@ def distill(
     plan = consistency_plan(noise, [timesteps[k] for k in points])
     bound = float(plan.lines[0, 6])
 
+    run = Run(folder, "distill", str(teacher_folder))
     # The state begins with the teacher's weights, though v is to come out of them instead of eps.
     torch.manual_seed(step_seed(config.seed, -1))
     net = build(unet)
     net.load_state_dict(of_teacher.net.state_dict())
     net = net.to(device)
-    folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     frechet = FrechetLoss(len(points), teacher.num_numbers()).to(device)
-    run = RunState(net, Ema(net, config.ema_decay), optimizer, str(teacher_folder), remembered=frechet)
     identity: dict[str, Any] = {"teacher": of_teacher.weights_hash}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images" if data is not None else None}
-    begun = begun_in(folder)
-    if begun:
-        config = run.resume(folder, "distill", config, identity)
-    config = take_threads(config, device)
-    net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    config = run.begin(net, optimizer, config, identity, device, remembered=frechet)
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         shape = (config.batch_size, *of_teacher.row_shape)
         config = config.with_precision(faster_precision(net, shape, device))
@@ -208,14 +189,7 @@ def distill(
         shadow, folded = run.ema.shadow, product_of(config.guidance, of_teacher)
         student = {"teacher": of_teacher.name, "teacher_hash": of_teacher.weights_hash, "guidance": folded}
         student |= {"steps": sorted(config.student_steps)}
-        provenance = {
-            "trained_by": "tminus distill",
-            "teacher": run.origin,
-            "data": data.name if data is not None else None,
-            "step": run.step,
-            "images_seen": run.step * config.batch_size,
-            "config": dataclasses.asdict(config),
-        }
+        provenance = run.provenance(config, teacher=run.origin, data=data.name if data is not None else None)
         recommended = Recommended(SAMPLER, 2 if 2 in config.student_steps else min(config.student_steps))
         save_checkpoint(
             folder, shadow, unet, noise, labels, provenance, recommended, student, of_teacher.autoencoder, folded
@@ -224,67 +198,58 @@ def distill(
         for steps in config.student_steps:
             visited = [timesteps[k] for k in student_points(levels, steps)]
             write_table(folder, consistency_table(noise, visited, student), weights_hash, noise.to_dict())
-        run.save(folder, "distill", config, identity)
+        if config.frechet_weight:
+            apart = ", ".join(f"{each:.4f}" for each in frechet.distance.tolist())
+            log.info("step %d: distance from the reference of images from each timestep: %s", run.step, apart)
+
+    def look() -> None:
+        if on_sheet is not None:
+            on_sheet(averaged(unet, run.ema), plan, run.step)
 
     num_first, num_other = config.num_first, config.batch_size - config.num_first
     trajectories: Trajectories | None = None
-    began_at = run.step
-    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
+
+    def loss_of(step: int) -> Tensor | None:
+        # The teacher solves trajectories from time to time.
+        nonlocal trajectories
+        if trajectories is None or step % config.round_steps == 0:
+            seed = step_seed(config.seed, REFERENCE - 1 - step // config.round_steps)
+            trajectories = teacher.solve(seed, config.trajectories, config.class_dropout, points, interrupted)
+            if trajectories is None:
+                return None
+
+        # Points k of some of them, the first of a batch at pure noise; all is a function of (seed, step).
+        row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
+        later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
+        k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)
+        classes = trajectories.labels[row] if trajectories.labels is not None else None
+
+        # The first loss: how far the student's images are from the ends of the trajectories.
+        x0 = predict(k, trajectories.points[k, row], classes)
+        loss = pseudo_huber(x0, trajectories.points[-1, row])
+
+        # The second: how far images of one step are from the reference, and such of two, made as the sampler does.
+        if config.frechet_weight:
+            images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
+            of_images = classes[:num_first] if classes is not None else None
+            if later:
+                further = later[1].to(device)
+                alpha_bar = plan.alpha_bar.to(x0)[further].reshape(-1, 1, 1, 1)
+                z = torch.randn(images.shape).to(x0)
+                x_t = alpha_bar.sqrt() * images.detach() + (1 - alpha_bar).sqrt() * z
+                images = torch.cat([images, predict(further, x_t, of_images).clamp(-bound, bound)])
+                kind = torch.cat([kind, further])
+                of_images = torch.cat([of_images, of_images]) if of_images is not None else None
+            eps = torch.randn(images.shape).to(images)
+            numbers = teacher.numbers(images, of_images, eps)
+            loss = loss + config.frechet_weight * frechet(numbers, kind).mean()
+        return loss
+
+    with interruptible(config, run) as interrupted:
         if run.step == 0 and config.frechet_weight:  # also of a run that was saved before it had one
             log.info("%s: reading %s", folder, data.name if data is not None else "the teacher's images")
             seed = step_seed(config.seed, REFERENCE)
             reference = teacher.reference(data, seed, config.class_dropout, interrupted)
             if reference is not None:
                 frechet.set_reference(reference)
-        while run.step < config.steps and not interrupted():
-            started = time.perf_counter()
-
-            # The teacher solves trajectories from time to time.
-            if trajectories is None or run.step % config.round_steps == 0:
-                seed = step_seed(config.seed, REFERENCE - 1 - run.step // config.round_steps)
-                trajectories = teacher.solve(seed, config.trajectories, config.class_dropout, points, interrupted)
-                if trajectories is None:
-                    break
-
-            # Points k of some of them, the first of a batch at pure noise; all is a function of (seed, step).
-            torch.manual_seed(step_seed(config.seed, run.step))
-            row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
-            later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
-            k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)
-            classes = trajectories.labels[row] if trajectories.labels is not None else None
-
-            # The first loss: how far the student's images are from the ends of the trajectories.
-            x0 = predict(k, trajectories.points[k, row], classes)
-            loss = pseudo_huber(x0, trajectories.points[-1, row])
-
-            # The second: how far images of one step are from the reference, and such of two, made as the sampler does.
-            if config.frechet_weight:
-                images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
-                of_images = classes[:num_first] if classes is not None else None
-                if later:
-                    further = later[1].to(device)
-                    alpha_bar = plan.alpha_bar.to(x0)[further].reshape(-1, 1, 1, 1)
-                    z = torch.randn(images.shape).to(x0)
-                    x_t = alpha_bar.sqrt() * images.detach() + (1 - alpha_bar).sqrt() * z
-                    images = torch.cat([images, predict(further, x_t, of_images).clamp(-bound, bound)])
-                    kind = torch.cat([kind, further])
-                    of_images = torch.cat([of_images, of_images]) if of_images is not None else None
-                eps = torch.randn(images.shape).to(images)
-                numbers = teacher.numbers(images, of_images, eps)
-                loss = loss + config.frechet_weight * frechet(numbers, kind).mean()
-
-            # One descent step.
-            grad_norm = run.descend(loss, config)
-
-            # Progress, saves and sheets.
-            progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
-            if run.step % config.save_every == 0 and run.step < config.steps:
-                save()
-                if config.frechet_weight:
-                    apart = ", ".join(f"{each:.4f}" for each in frechet.distance.tolist())
-                    log.info("step %d: distance from the reference of images from each timestep: %s", run.step, apart)
-            if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
-                on_sheet(averaged(unet, run.ema), plan, run.step)
-        if run.step > began_at or not begun:
-            save()
-    return run.step >= config.steps
+        return run.descend(config, loss_of, save, look, interrupted)

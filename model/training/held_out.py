@@ -6,7 +6,7 @@ second falls, images are learned by heart.
 
 import csv
 import io
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 
 import torch
@@ -15,29 +15,18 @@ from torch import Tensor
 from tminus.model.files import write_atomically
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.latents import latents_of
-from tminus.model.loss import l_simple, l_weighted, training_target
+from tminus.model.loss import l_simple, training_target
 from tminus.model.noise import NoiseSchedule
-from tminus.model.pixels import to_model_range
 from tminus.model.rng import row_noise, split_seed
-from tminus.model.training.data import ImageSet
+from tminus.model.training.data import Examples, ImageSet, evenly
+
+log = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
 HEAD = "step,training,held_out,held_out_images"
 MEASURED = 2000  # images of each kind, at most
 BATCH = 64  # at once, at most
 SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """x_0 [N, C, H, W], pixels as uint8 or latents, and class_labels int64 [N] or None; on any device.
-
-    Pixels stay bytes, a quarter of the memory, and go to the network's device and range batch by batch.
-    """
-
-    x_0: Tensor
-    class_labels: Tensor | None
 
 
 def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
@@ -51,16 +40,30 @@ def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
     return None
 
 
-def evenly(length: int, count: int) -> Tensor:
-    """`count` indices into a set of `length`, evenly spaced, so of every class: int64 [count]; on the CPU."""
-    return torch.arange(count) * length // count
+class HeldOutLoss:
+    """The loss of a run's average on images that it learns from, and on as many that it does not."""
 
+    def __init__(
+        self,
+        examples: Examples,
+        held_out: ImageSet,
+        autoencoder: Autoencoder | None,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        weights: Tensor | None,
+    ) -> None:
+        """examples: all that the run learns from, on the schedule's device; weights [T]: as of `mean_loss`."""
+        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # as many of both, at the same timesteps then
+        others = Examples.some_of(held_out, self._count, autoencoder, schedule.betas.device)
+        self._examples, self._name = (examples, others), f"{held_out.name} ({len(held_out)})"
+        self._loss = schedule, prediction_type, weights
 
-def examples_of(data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> Examples:
-    """`count` of the images, or the latents that an autoencoder makes of them on the device."""
-    picked = evenly(len(data), count)
-    images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
-    return Examples(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
+    def note(self, folder: Path, step: int, average: Forward, batch_size: int) -> None:
+        """Measure, and add a line to the run's losses.csv. batch_size: of the run's steps, which fits the memory."""
+        size = min(batch_size, BATCH)
+        ours, theirs = (mean_loss(average, each, self._count, *self._loss, batch_size=size) for each in self._examples)
+        note_losses(folder, step, ours, theirs, self._name)
+        log.info("step %d: loss of the average %.5f on training images, %.5f held out", step, ours, theirs)
 
 
 @torch.no_grad()
@@ -87,15 +90,14 @@ def mean_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for first in range(0, count, batch_size):
         of_batch = picked[first : first + batch_size]
-        x_0 = examples.x_0[of_batch].to(device)
-        x_0 = to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
+        x_0 = examples.rows(of_batch, device)
         index = torch.arange(first, first + len(of_batch), device=device)
         t = timesteps[index]
         eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
         labels = examples.class_labels[of_batch].to(device) if examples.class_labels is not None else None
         out = net(schedule.q_sample(x_0, t, eps), t, labels)
         target = training_target(schedule, prediction_type, x_0, t, eps)
-        loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
+        loss = l_simple(out, target, weights[t] if weights is not None else None)
         total += loss.double() * len(index)
     return float(total / count)
 

@@ -61,11 +61,6 @@ class Ema:
             self.shadow[key].copy_(value)
 
 
-def begun_in(folder: Path) -> bool:
-    """Whether a run was saved here."""
-    return (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()
-
-
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a state of PARTS and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
     moments = state["optimizer"]["state"]
@@ -158,18 +153,75 @@ class RunConfig:
         return dataclasses.replace(self, precision=precision)
 
 
-@dataclass(slots=True)
-class RunState:
-    """What changes as a run goes on: weights, their average, the optimiser's moments, the step."""
+class Run:
+    """What changes as a run goes on: weights, their average, the optimiser's moments, the step; and its folder."""
 
     net: nn.Module
     ema: Ema
-    optimizer: torch.optim.Optimizer
-    origin: str | None = None  # the checkpoint it began from
-    step: int = 0
-    remembered: nn.Module | None = None  # what the loss knows besides: of the steps before, or a teacher
 
-    def descend(self, loss: Tensor, config: RunConfig) -> Tensor:
+    def __init__(self, folder: Path, command: str, origin: str | None) -> None:
+        """command: begins the run, and alone goes on with it. origin: the checkpoint that a new run begins from."""
+        self.folder, self.command, self.origin, self.step = folder, command, origin, 0
+        self.begun = (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()  # was a run saved here?
+
+    def begin(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        identity: Mapping[str, Any],
+        device: torch.device,
+        remembered: nn.Module | None = None,
+    ) -> Config:
+        """Begin with this network and optimiser, or go on from what was saved, and make the network ready to train.
+
+        identity: what must be the same when the run goes on, beside the config. remembered: what the loss knows
+        besides, of the steps before, or a teacher. Returns the config with what the run chose when it began: the
+        threads, and the precision. Raises TrainError.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
+        self.ema = Ema(net, config.ema_decay)
+        if self.begun:
+            config = self._resume(config)
+        net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        return take_threads(config, device)
+
+    def descend(
+        self,
+        config: RunConfig,
+        loss_of: Callable[[int], Tensor | None],
+        save: Callable[[], None],
+        look: Callable[[], None],
+        interrupted: Callable[[], bool],
+    ) -> bool:
+        """Take the steps that are left; True when all are done, False when it was interrupted.
+
+        What is random in a step is seeded by (seed, step). loss_of: the loss of a step, or None where it was
+        interrupted. save: writes the checkpoint of the average. look: shows and measures the average.
+        """
+        began_at = self.step
+        with Progress(config, self.step) as progress:
+            while self.step < config.steps and not interrupted():
+                started = time.perf_counter()
+                torch.manual_seed(step_seed(config.seed, self.step))
+                loss = loss_of(self.step)
+                if loss is None:
+                    break
+                grad_norm = self._step_down(loss, config)
+                progress.show(self.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
+                if self.step % config.save_every == 0 and self.step < config.steps:
+                    save()
+                    self.save(config)
+                if self.step % config.sheet_every == 0 and self.step < config.steps:
+                    look()
+            save()
+            self.save(config)
+            if began_at < self.step == config.steps:  # after the save: what fails here costs no steps
+                look()
+        return self.step >= config.steps
+
+    def _step_down(self, loss: Tensor, config: RunConfig) -> Tensor:
         """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
@@ -181,34 +233,43 @@ class RunState:
         self.step += 1
         return grad_norm
 
-    def save(self, folder: Path, command: str, config: RunConfig, identity: Mapping[str, Any]) -> None:
+    def provenance(self, config: RunConfig, **origins: str | None) -> dict[str, Any]:
+        """What tminus.json tells of where the weights came from."""
+        seen = {"step": self.step, "images_seen": self.step * config.batch_size, "config": dataclasses.asdict(config)}
+        return {"trained_by": f"tminus {self.command}", **origins, **seen}
+
+    def save(self, config: RunConfig) -> None:
         """Write the state file, whole or not at all."""
         state = {
-            "command": command,
+            "command": self.command,
             "step": self.step,
             "init_from": self.origin,
-            "identity": dict(identity),
+            "identity": dict(self.identity),
             "net": self.net.state_dict(),
             "ema": self.ema.shadow,
             "optimizer": self.optimizer.state_dict(),
             "remembered": self.remembered.state_dict() if self.remembered is not None else {},
             "config": dataclasses.asdict(config),
         }
-        write_state(folder, state)
+        write_state(self.folder, state)
 
-    def resume(self, folder: Path, command: str, config: Config, identity: Mapping[str, Any]) -> Config:
+    def _resume(self, config: Config) -> Config:
         """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
+        folder = self.folder
         try:
             state = read_state(folder)
             began = state.get("command", "train")  # the first state files did not tell
-            if began != command:
-                raise TrainError(f"{folder}: holds a run of tminus {began}, which tminus {command} cannot go on with")
+            if began != self.command:
+                raise TrainError(
+                    f"{folder}: holds a run of tminus {began}, which tminus {self.command} cannot go on with"
+                )
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = config.with_precision(was["precision"])
             if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
                 config = dataclasses.replace(config, threads=was.get("threads", 0))
-            now = json.loads(json.dumps({**dataclasses.asdict(config), **identity}))  # tuples are lists in the file
+            # Tuples are lists in the file.
+            now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
             usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
@@ -264,7 +325,7 @@ class Progress:
 
 
 def take_threads(config: Config, device: torch.device) -> Config:
-    """Set torch's number of threads for a run on a CPU; returns the config with the number. Call it after `resume`."""
+    """Set torch's number of threads for a run on a CPU; returns the config with the number."""
     if device.type != "cpu":
         return config
     usual = torch.get_num_threads()
@@ -324,7 +385,7 @@ def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
 
 
 @contextmanager
-def interruptible(config: RunConfig, run: RunState) -> Iterator[Callable[[], bool]]:
+def interruptible(config: RunConfig, run: Run) -> Iterator[Callable[[], bool]]:
     """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come.
 
     Save the run before leaving. On leaving, it raises KeyboardInterrupt if SIGINT came and steps are left, so that a

@@ -13,10 +13,8 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseSchedule
-from tminus.model.pixels import to_model_range
 from tminus.model.samplers import Plan, solve
-from tminus.model.training.data import ImageSet
-from tminus.model.training.held_out import examples_of
+from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.training.run import TrainError
 
@@ -94,21 +92,22 @@ class Teacher:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
             if solved is None:
                 return None
-            x_0, labels = solved.points[-1], solved.labels
+            examples = Examples(solved.points[-1], solved.labels)
         else:
-            picked = examples_of(data, min(len(data), REFERENCE_IMAGES), self.checkpoint.autoencoder, self._device)
-            labels = picked.class_labels if self.net.class_embedding is not None else None
+            count = min(len(data), REFERENCE_IMAGES)
+            examples = Examples.some_of(data, count, self.checkpoint.autoencoder, self._device)
+            labels = examples.class_labels if self.net.class_embedding is not None else None
             labels = self._drop(labels, class_dropout, generator) if labels is not None else None
-            x_0 = picked.x_0
+            examples = Examples(examples.x_0, labels)
         numbers = []
-        for part in self._parts(len(x_0)):
+        for part in self._parts(len(examples.x_0)):
             if stop():
                 return None
-            images = x_0[part].to(self._device)
-            images = to_model_range(images) if images.dtype == torch.uint8 else images
+            images = examples.rows(part, self._device)
             eps = torch.randn(images.shape, generator=generator).to(images)
             with torch.no_grad():
-                numbers.append(self.numbers(images, labels[part] if labels is not None else None, eps))
+                of_part = examples.class_labels[part] if examples.class_labels is not None else None
+                numbers.append(self.numbers(images, of_part, eps))
         return fit_gaussian(torch.cat(numbers))
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:

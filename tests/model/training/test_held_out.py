@@ -22,9 +22,9 @@ from tests.tiny import TINY
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import velocity_weights
 from tminus.model.noise import NoiseConfig
-from tminus.model.training import train as train_module
-from tminus.model.training.data import ImageSet
-from tminus.model.training.held_out import Examples, evenly, examples_of, mean_loss, note_losses, unlike
+from tminus.model.training import held_out as held_out_module
+from tminus.model.training.data import Examples, ImageSet, evenly
+from tminus.model.training.held_out import mean_loss, note_losses, unlike
 from tminus.model.training.run import TrainError
 from tminus.model.training.train import train
 from tminus.model.unet import UNet2D
@@ -81,7 +81,7 @@ def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool
 
 
 def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size() -> None:
-    examples = examples_of(toy_images(), 11, None, CPU)
+    examples = Examples.some_of(toy_images(), 11, None, CPU)
     first, again = Recorder(), Recorder()
     one = mean_loss(first, examples, 11, NOISE.schedule(), "epsilon")
     other = mean_loss(again, examples, 11, NOISE.schedule(), "epsilon", batch_size=3)
@@ -95,7 +95,7 @@ def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size()
 def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
     images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
     twelve = ImageSet(images, torch.arange(12) // 3, ("a", "b", "c", "d"), "twelve")
-    examples = examples_of(twelve, 4, None, CPU)
+    examples = Examples.some_of(twelve, 4, None, CPU)
     assert examples.x_0.dtype == torch.uint8
     assert examples.x_0.flatten().tolist() == [0, 3, 6, 9]
     assert examples.class_labels is not None
@@ -108,7 +108,7 @@ def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
 
 def test_of_a_latent_model_the_examples_are_latents() -> None:
     autoencoder = small_autoencoder()
-    latents = examples_of(toy_images(), 11, autoencoder, CPU).x_0
+    latents = Examples.some_of(toy_images(), 11, autoencoder, CPU).x_0
     assert latents.shape == (11, 3, 4, 4)
     assert torch.allclose(latents, autoencoder.encode(toy_images().images / 127.5 - 1), atol=1e-6)
 
@@ -247,7 +247,7 @@ def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeyp
     def too_large(*_args: object, **_options: object) -> float:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(train_module, "mean_loss", too_large)
+    monkeypatch.setattr(held_out_module, "mean_loss", too_large)
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path, held_out=toy_images(5))
     assert state_of(tmp_path)["step"] == RUN.steps
@@ -255,7 +255,7 @@ def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeyp
 
 def test_a_run_that_is_complete_measures_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, held_out=toy_images(5))
-    monkeypatch.setattr(train_module, "examples_of", lambda *_: pytest.fail("it prepares a measurement"))
+    monkeypatch.setattr(Examples, "some_of", lambda *_: pytest.fail("it prepares a measurement"))
     before = (tmp_path / "losses.csv").read_bytes()
     assert run(tmp_path, held_out=toy_images(5), on_sheet=lambda *_: pytest.fail("it draws"))
     assert (tmp_path / "losses.csv").read_bytes() == before

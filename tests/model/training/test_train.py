@@ -25,6 +25,7 @@ from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.training import run as run_file
+from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
 from tminus.model.training.run import (
@@ -580,8 +581,8 @@ class Recorder:
         self.l_simple = train_module.l_simple
         monkeypatch.setattr(train_module, "l_simple", self)
 
-    def __call__(self, out: Tensor, target: Tensor) -> Tensor:
-        loss = self.l_simple(out, target)
+    def __call__(self, out: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        loss = self.l_simple(out, target, weights)
         self.losses.append(loss.item())
         return loss
 
@@ -600,7 +601,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
 ) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=2))
-    monkeypatch.setattr(train_module, "l_simple", lambda out, target: (out * torch.nan).mean())
+    monkeypatch.setattr(train_module, "l_simple", lambda out, *_: (out * torch.nan).mean())
     with pytest.raises(TrainError, match="not finite"):
         run(tmp_path, dataclasses.replace(RUN, save_every=save_every))
     assert state_of(tmp_path)["step"] == 2
@@ -744,13 +745,13 @@ def test_a_run_on_latents_is_a_latent_checkpoint(tmp_path: Path) -> None:
 
 def test_x_0_are_the_scaled_latents_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    real = train_module.training_target
+    real = targets_module.training_target
 
     def target(schedule: Any, kind: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         seen.append(x_0)
         return real(schedule, kind, x_0, t, eps)
 
-    monkeypatch.setattr(train_module, "training_target", target)
+    monkeypatch.setattr(targets_module, "training_target", target)
     one_step = dataclasses.replace(RUN, flip=False, steps=1)
     autoencoder = latent_run(tmp_path, one_step)
     images = toy_images().images[batch_indices(11, 4, RUN.seed, 0)]

@@ -1,0 +1,159 @@
+"""What a network is to predict of x_t: what x_t was made of, the mean of that, or what a guided teacher predicts."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.guidance import Forward, guided
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.folder import hash_autoencoder
+from tminus.model.loss import training_target
+from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
+from tminus.model.training.data import Examples
+from tminus.model.training.run import TrainError
+from tminus.model.unet import UNet2D, UNetConfig
+
+GROUP = 256  # images at most: with more, a step reads more of the data, and the target varies hardly less
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one step: x_0, eps and x_t [B, C, H, W], t [B] and class_labels [B] or None.
+
+    picked int64 [B], on the CPU: which image of the data each row is.
+    """
+
+    x_0: Tensor
+    t: Tensor
+    eps: Tensor
+    x_t: Tensor
+    class_labels: Tensor | None
+    picked: Tensor
+
+
+Target = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTarget:
+    """Ho et al. 2020: eps, or what follows from it and x_0, of the very image that x_t was made of."""
+
+    schedule: NoiseSchedule
+    prediction_type: str
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return training_target(self.schedule, self.prediction_type, batch.x_0, batch.t, batch.eps)
+
+
+class StableTarget:
+    """The same of E[x_0 | x_t] over training images in place of x_0, with little noise.
+
+    (Stable Target Field, Xu et al. 2023.)
+
+    The images are cut into groups of one class. E[x_0 | x_t, group] has the same mean given x_t as x_0 has, whatever
+    the groups are, so the same network minimises the loss. Near t = T, where an x_t may come from any image, it hardly
+    varies; near t = 0 it is x_0 itself.
+    """
+
+    def __init__(self, examples: Examples, schedule: NoiseSchedule, prediction_type: str) -> None:
+        """The examples lie on the schedule's device."""
+        self._examples, self._schedule, self._prediction_type = examples, schedule, prediction_type
+        labels, count = examples.class_labels, len(examples.x_0)
+        of_class = torch.zeros(count, dtype=torch.int64) if labels is None else labels.cpu()
+        self._groups: list[Tensor] = []
+        self._group_of = torch.empty_like(of_class)  # on the host, which knows the batch, so that no step waits for it
+        for label in sorted(set(of_class.tolist())):
+            members = (of_class == label).nonzero()[:, 0]
+            for part in members.tensor_split(-(-len(members) // GROUP)):
+                self._group_of[part] = len(self._groups)
+                self._groups.append(part.to(examples.x_0.device))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return training_target(self._schedule, self._prediction_type, *self.explain(batch))
+
+    def explain(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """E[x_0 | x_t, group], t, and the eps by which the mean gives x_t: x_t = sqrt(alpha_bar) mean + ... eps."""
+        mean = self.mean(batch.x_t, batch.t, batch.picked)
+        signal, noise = self._schedule.alpha_bar.sqrt(), (1 - self._schedule.alpha_bar).sqrt()
+        return mean, batch.t, batch.eps + gather(signal / noise, batch.t, batch.x_0) * (batch.x_0 - mean)
+
+    def mean(self, x_t: Tensor, t: Tensor, picked: Tensor) -> Tensor:
+        """E[x_0 | x_t, group of the image picked]: x_t [B, C, H, W], t [B], picked [B] -> [B, C, H, W], in float32."""
+        mean = torch.empty_like(x_t, dtype=torch.float32)
+        groups = self._group_of[picked]
+        alpha_bar = self._schedule.alpha_bar[t].to(torch.float32)[:, None]
+        for group in sorted(set(groups.tolist())):
+            rows = (groups == group).nonzero()[:, 0].to(x_t.device)
+            images = self._examples.rows(self._groups[group]).to(torch.float32).flatten(1)
+            a = alpha_bar[rows]
+            # -|x_t - alpha x_0|^2 / (2 sigma^2), without what is the same for all x_0
+            logits = (a.sqrt() * (x_t[rows].flatten(1) @ images.T) - a / 2 * images.square().sum(1)) / (1 - a)
+            mean[rows] = (logits.softmax(1) @ images).view_as(mean[rows])
+        return mean
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedTarget:
+    """What frozen weights, the teacher, predict with classifier-free guidance, which is so folded into the network.
+
+    (Meng et al. 2023, On Distillation of Guided Diffusion Models, sec. 3.1.)
+    """
+
+    teacher: Forward
+    null_class: int | None
+    guidance: float
+    autocast: AbstractContextManager[object]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        with torch.no_grad(), self.autocast:
+            out = guided(self.teacher, batch.x_t, batch.t, batch.class_labels, self.null_class, self.guidance)
+            return out.to(torch.float32)
+
+
+def product_of(guidance: float, teacher: Checkpoint) -> float:
+    """The guidance of a network that learns a teacher's with `guidance`: it multiplies what the teacher has in it."""
+    return round(guidance * teacher.folded_guidance, 6)
+
+
+def teacher_of(net: UNet2D) -> UNet2D:
+    """A frozen copy of a network that is about to be trained."""
+    teacher = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cast(UNet2D, teacher).requires_grad_(False).eval()
+
+
+def check_teacher(
+    folder: Path,
+    teacher: Checkpoint,
+    unet: UNetConfig,
+    noise: NoiseConfig,
+    class_names: tuple[str, ...],
+    autoencoder: Autoencoder | None,
+) -> None:
+    """Raise TrainError unless what it predicts, guided, is a target for this network: else nothing would correct it."""
+
+    def require_same(field: str, theirs: object, ours: object) -> None:
+        if theirs != ours:
+            wanted = f"has {field} {theirs!r}, and a run with guidance must have the same, got {ours!r}"
+            raise TrainError(f"{folder}: {wanted}")
+
+    if teacher.labels.null_class is None:
+        raise TrainError(f"{folder}: has no null class, and a run with guidance needs one")
+    require_same("class_names", teacher.labels.class_names, class_names)
+    theirs, ours = ({**each.to_dict(), "dropout": 0.0} for each in (teacher.net.config, unet))
+    for field in ours:
+        require_same(field, theirs[field], ours[field])
+    require_same("prediction_type", teacher.noise.prediction_type, noise.prediction_type)
+    if not teacher.noise.schedule().betas.equal(noise.schedule().betas):
+        fields = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+        require_same(
+            "noise schedule", *({name: getattr(each, name) for name in fields} for each in (teacher.noise, noise))
+        )
+    hashes = (None if each is None else hash_autoencoder(each)[:16] for each in (teacher.autoencoder, autoencoder))
+    require_same("autoencoder", *hashes)
