@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, command_line, several
 from tminus.service.cli.output import fail, make_folder, say, write_file
-from tminus.service.cli.several import command_line, several
-from tminus.service.cli.training_data import load_training_data
+from tminus.service.cli.training import load_training_data
 from tminus.service.engine.options import BUNDLED
 from tminus.service.startup.logs import set_up_log
 

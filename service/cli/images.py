@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.loading import load
 from tminus.service.cli.output import fail
 from tminus.service.engine.options import LoadOptions
 
@@ -193,4 +192,16 @@ def client_of(url: str, model: str | None = None) -> "Client":
     try:
         return Client(url, model=model, key=os.environ.get(KEY) or None)
     except ValueError as error:
+        fail(str(error))
+
+
+def load(options: LoadOptions, places_of: "Callable[[ModelInfo], int]", fingerprint: str | None) -> "Loaded":
+    """Load an engine for one job, see `load_engine`; one clear line and exit code 1 where that fails."""
+    from tminus.model.files import CheckpointError
+    from tminus.service.engine.loading import load_engine
+    from tminus.service.errors import ServiceError
+
+    try:
+        return load_engine(options, places_of, fingerprint)
+    except (CheckpointError, ValueError, ServiceError) as error:
         fail(str(error))

@@ -1,9 +1,12 @@
-"""Options, their types, defaults and bounds, that several commands have."""
+"""Options, their types, defaults and bounds, that several commands have, and those that take several values."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tminus.service.engine.options import BUNDLED
 
@@ -31,6 +34,7 @@ LOCAL_MODEL = (
     click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
     click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),
 )
+Callback = Callable[[click.Context, click.Parameter, str], tuple[Any, ...]]
 
 
 def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,3 +50,38 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"{flag} must be integers joined by commas, got {text!r}") from None
+
+
+def several(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
+    """Make a callback that reads a list, each value once. `bound` says what each must be, `allows` whether it is."""
+
+    def convert(_context: click.Context, _option: click.Parameter, text: str) -> tuple[Any, ...]:
+        found: dict[Any, None] = {}
+        for part in map(str.strip, text.split(",")):
+            try:
+                one = read(part)
+            except ValueError:
+                one = None
+            if one is None or not allows(one):
+                raise click.BadParameter(f"each must be {bound}, got {part!r:.100}")
+            found[one] = None
+        return tuple(found)
+
+    return convert
+
+
+def command_line(context: click.Context) -> str:
+    """The command with the options that were given, as a shell reads it."""
+    words = ["tminus", context.info_name or ""]
+    for option in context.command.params:
+        if context.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[option.name or ""]
+        words.append(max(option.opts, key=len))
+        if option.nargs > 1:
+            words += map(str, value)
+        elif isinstance(value, tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)

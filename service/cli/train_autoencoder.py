@@ -6,8 +6,7 @@ import click
 
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import fail, say
-from tminus.service.cli.sheets import reconstruction_writer
-from tminus.service.cli.training_data import load_training_data
+from tminus.service.cli.training import load_training_data, reconstruction_writer
 from tminus.service.startup.logs import set_up_log
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import DEVICE, FOLDER_TYPE
+from tminus.service.cli.options import DEVICE, FOLDER_TYPE, several
 from tminus.service.cli.output import fail, say
-from tminus.service.cli.several import several
 from tminus.service.engine.options import BUNDLED
 from tminus.service.startup.logs import set_up_log
 

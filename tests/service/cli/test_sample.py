@@ -142,7 +142,7 @@ def test_frames_that_no_tminus_server_sends_are_one_clear_line(
 def test_more_bytes_of_frames_than_a_command_keeps_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tminus.service.cli.watch.MAX_FRAME_BYTES", 10 * len(PNG))
+    monkeypatch.setattr("tminus.service.cli.sample.MAX_FRAME_BYTES", 10 * len(PNG))
     keep = ("--watch", tmp_path / "way.webp", "--every", "1", "--out", tmp_path / "out.png")
     with streaming(lambda: frames(PNG, 50)) as server:
         assert "give a larger --every" in refusal("--url", server.url, "--steps", "50", *keep)

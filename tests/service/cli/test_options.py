@@ -5,7 +5,7 @@ import click
 import click.testing
 import pytest
 
-from tminus.service.cli.several import command_line, several
+from tminus.service.cli.options import command_line, several
 
 SMALL = several(int, "a whole number, 1..9", lambda number: bool(1 <= number <= 9))
 
