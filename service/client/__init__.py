@@ -18,8 +18,7 @@ from ._sync.job import Job
 from ._sync.watching import Watching
 from .errors import ClientError, Problem, UnexpectedAnswer, Unreachable
 from .messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
-from .models import ModelState
-from .results import JobState, Noised, Sampled
+from .results import JobState, ModelState, Noised, Sampled
 
 __all__ = [
     "Accepted",

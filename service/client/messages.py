@@ -159,7 +159,7 @@ def frame(members: Mapping[str, Any], data: bytes) -> Frame:
     )
 
 
-def event(sent: ServerSentEvent) -> Event | None:
+def event_of(sent: ServerSentEvent) -> Event | None:
     """Read a server-sent event of a job; None for a kind that a newer server may add. Raises UnexpectedAnswer."""
     try:
         members = checks.mapping(checks.loads(sent.data))

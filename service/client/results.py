@@ -26,6 +26,13 @@ STATES: dict[str, State] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
+MODEL_STATES: dict[str, Loaded] = {
+    "loaded": "loaded",
+    "loading": "loading",
+    "unloading": "unloading",
+    "unloaded": "unloaded",
+}
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
 ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
 ZIP64_LOCATOR = b"PK\x06\x07"
@@ -224,3 +231,42 @@ def _timings_s(header: str) -> dict[str, float]:
     """The durations of a Server-Timing header, which are in milliseconds."""
     parts = (part.strip().split(";dur=") for part in header.split(",") if ";dur=" in part)
     return {name: checks.number(float(ms)) / 1000 for name, ms in parts}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model as GET /models describes it. `info` is what GET /model says of it, and None where it is not loaded."""
+
+    name: str
+    default: bool  # whether calls that name no model are of it
+    state: Loaded
+    info: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, document: Any) -> "ModelState":
+        """Read a model's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
+        try:
+            members = checks.mapping(document)
+            model = cls(
+                name=checks.model_name(members["name"]),
+                default=checks.yes_or_no(members["default"]),
+                state=MODEL_STATES[checks.text(members["state"])],
+                info=checks.optional(checks.mapping, members["model"]),
+            )
+            if (model.state == "loaded") != (model.info is not None):
+                raise ValueError(f"{model.name} is {model.state}, with {'no ' * (model.info is None)}description")
+        except (KeyError, ValueError) as error:
+            raise UnexpectedAnswer(OK, error) from None
+        return model
+
+
+def models_of(response: httpx.Response) -> list[ModelState]:
+    """The models in a list, each of another name. Raises UnexpectedAnswer."""
+    document = object_of(response)
+    try:
+        models = [ModelState.of(model) for model in checks.items(document["models"])]
+        if len({model.name for model in models}) < len(models):
+            raise ValueError("a name comes twice")
+    except (KeyError, ValueError) as error:
+        raise UnexpectedAnswer(response.status_code, error) from None
+    return models

@@ -1,12 +1,16 @@
-"""Addresses, keys, limits, and what the errors of httpx mean. No I/O."""
+"""Addresses, keys, limits, and what the errors of httpx and of websockets mean. No I/O."""
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import httpx
 
 from . import checks
-from .errors import UnexpectedAnswer, Unreachable, error_of
+from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
+
+if TYPE_CHECKING:  # at run time all but `watch` does without websockets
+    from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
 CONNECT_S = 10.0
@@ -18,6 +22,7 @@ QUIET_S = 60.0
 # Long requests take no room from others. httpx bounds connections to 100, and lets 20 wait for the next request.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
+OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UTF-8, larger than asked for
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -102,3 +107,21 @@ def lost(error: Exception) -> Unreachable:
     """Make the error for a connection that could not be opened, or that broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
+
+
+def closed(error: "ConnectionClosed", max_bytes: int) -> ClientError:
+    """Make the error for a WebSocket that was closed before its end; max_bytes is the bound of a message."""
+    if error.sent is None or error.rcvd_then_sent:
+        return Unreachable(f"the server closed before the job was done ({error})", reached=True)
+    if error.sent.code == 1009:
+        return too_large(SWITCHING_PROTOCOLS, max_bytes)
+    if error.sent.code in OUR_COMPLAINTS:
+        return UnexpectedAnswer(SWITCHING_PROTOCOLS)
+    return Unreachable(f"the client closed before the job was done ({error})", reached=True)
+
+
+def refused(error: "InvalidStatus") -> ClientError:
+    """Make the error for a WebSocket that the server did not open."""
+    response = error.response
+    headers = {name.lower(): value for name, value in response.headers.raw_items()}
+    return error_of(response.status_code, headers, bytes(response.body or b""))

@@ -10,10 +10,9 @@ import httpx
 
 from .. import checks
 from ..bounds import IMAGE_BYTES, Asked
-from ..models import ModelState, models_of
 from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
 from ..patience import Patience
-from ..results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
+from ..results import PNG, JobState, MediaType, ModelState, Noised, Sampled, models_of, object_of, page_of
 from ..transport import KeyAuth, timeouts, with_key
 from .connection import Connection
 from .job import Job

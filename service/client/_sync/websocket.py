@@ -8,8 +8,7 @@ from typing import Any
 import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from ..closings import closed, refused
-from ..transport import CLOSE_S, CONNECT_S, PONG_S, lost
+from ..transport import CLOSE_S, CONNECT_S, PONG_S, closed, lost, refused
 
 MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
 

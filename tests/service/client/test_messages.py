@@ -5,18 +5,18 @@ from typing import Any
 import pytest
 
 from tminus.service.client import Cancelled, Done, Frame, Problem, UnexpectedAnswer
-from tminus.service.client.messages import Message, event, message_of, opening_of
+from tminus.service.client.messages import Message, event_of, message_of, opening_of
 from tminus.service.client.sse import ServerSentEvent
 
 
 def test_a_frame_of_an_event_is_decoded() -> None:
     members = {"step": 1, "steps": 2, "t": 3, "eta_s": 0.5, "show": "x_t", "media_type": "image/png"}
     sent = ServerSentEvent("frame", json.dumps(members | {"data": base64.b64encode(b"p").decode()}), "1")
-    assert event(sent) == Frame(step=1, steps=2, t=3, show="x_t", eta_s=0.5, image=None, data=b"p")
-    assert event(ServerSentEvent("news", "{}", "")) is None, "a newer server may send more kinds"
+    assert event_of(sent) == Frame(step=1, steps=2, t=3, show="x_t", eta_s=0.5, image=None, data=b"p")
+    assert event_of(ServerSentEvent("news", "{}", "")) is None, "a newer server may send more kinds"
     for bad in ("[]", "{}", "no JSON", json.dumps(members | {"data": "no base64"})):
         with pytest.raises(UnexpectedAnswer, match="the event 'frame' cannot be read"):
-            event(ServerSentEvent("frame", bad, ""))
+            event_of(ServerSentEvent("frame", bad, ""))
 
 
 FRAME = {"type": "frame", "step": 1, "steps": 2, "t": 3, "show": "x_t", "eta_s": 0.5}
