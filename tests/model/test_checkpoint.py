@@ -20,9 +20,8 @@ from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint
 from tminus.model.files import CheckpointError, write_atomically
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
-from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D, UNetConfig
-from tminus.model.weights import hash_weights, load_state_dict, rename_attention
+from tminus.model.weights import hash_weights, load_state_dict
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})
 LABELS = Labels(("shirt", "shoe", "bag"), null_class=3)
@@ -95,18 +94,6 @@ def test_checkpoint_survives_a_round_trip(conditional: Path) -> None:
     assert loaded.weights_hash == hash_weights(net.state_dict())
 
 
-def test_loaded_net_is_in_eval_mode_and_asks_for_no_gradients(folder: Path) -> None:
-    net = load_checkpoint(folder).net
-    assert not net.training
-    assert not any(parameter.requires_grad for parameter in net.parameters())
-
-
-def test_channels_last_weights_are_written_as_the_same_weights(tmp_path: Path, folder: Path) -> None:
-    net = random_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    save_checkpoint(tmp_path / "other", net.state_dict(), TINY, SHORT, Labels(), {})
-    assert load_checkpoint(tmp_path / "other").weights_hash == load_checkpoint(folder).weights_hash
-
-
 def test_hash_changes_with_a_value_a_name_or_a_shape_and_not_with_the_order() -> None:
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1)}
     digest = hash_weights(state)
@@ -114,11 +101,6 @@ def test_hash_changes_with_a_value_a_name_or_a_shape_and_not_with_the_order() ->
     assert hash_weights({**state, "a": state["a"].reshape(3, 2)}) != digest
     assert hash_weights({**state, "b": torch.ones(1) + 1e-6}) != digest
     assert hash_weights({"c": state["a"], "b": state["b"]}) != digest
-
-
-def test_name_in_tminus_json_goes_before_that_of_the_folder(folder: Path) -> None:
-    edit_json(folder / "tminus.json", name="garments")
-    assert load_checkpoint(folder).name == "garments"
 
 
 def test_writing_again_replaces_every_file_and_leaves_no_part(conditional: Path) -> None:
@@ -195,24 +177,6 @@ def test_diffusers_pipeline_samples_a_learned_variance_as_tminus_does(tmp_path: 
     torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
 
 
-def test_two_channels_for_one_need_a_learned_variance(tmp_path: Path) -> None:
-    unet = dataclasses.replace(TINY, out_channels=2)
-    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, SHORT, Labels(), {})
-    with pytest.raises(CheckpointError, match=r"as many out .* variance_type fixed_large, got 1 -> 2"):
-        load_checkpoint(tmp_path)
-
-
-def test_diffusers_loads_the_net_and_scheduler_of_a_conditional_checkpoint(conditional: Path) -> None:
-    unet = UNet2DModel.from_pretrained(conditional, subfolder="unet", low_cpu_mem_usage=False)
-    scheduler = DDPMScheduler.from_pretrained(conditional, subfolder="scheduler")
-    labels = torch.tensor([1, 3])
-    with torch.no_grad():
-        torch.testing.assert_close(unet(X, T, labels).sample, random_net(CONDITIONAL)(X, T, labels), rtol=0, atol=1e-5)
-    assert scheduler.config.num_train_timesteps == 20
-    assert scheduler.config.variance_type == "fixed_large"
-    torch.testing.assert_close(scheduler.alphas_cumprod.double(), SHORT.schedule().alpha_bar, rtol=1e-4, atol=0)
-
-
 # --- tminus reads what diffusers writes ---------------------------------------------------------------------------
 
 
@@ -225,20 +189,6 @@ def test_pipeline_saved_by_diffusers_is_loaded(tmp_path: Path, theirs: UNet2DMod
         num_train_timesteps=30, variance_type="fixed_large", prediction_type="v_prediction"
     )
     assert loaded.labels == Labels()
-
-
-def test_ddim_scheduler_makes_ddim_the_default_sampler(tmp_path: Path, theirs: UNet2DModel) -> None:
-    DDIMPipeline(theirs, DDIMScheduler(set_alpha_to_one=False)).save_pretrained(tmp_path)
-    noise = load_checkpoint(tmp_path).noise
-    assert noise.default_sampler == "ddim"
-    assert not noise.set_alpha_to_one
-
-
-def test_dpm_solver_scheduler_makes_dpmpp_2m_the_default_sampler(tmp_path: Path, theirs: UNet2DModel) -> None:
-    DDPMPipeline(theirs, DPMSolverMultistepScheduler(num_train_timesteps=30)).save_pretrained(tmp_path)
-    assert load_checkpoint(tmp_path).noise == NoiseConfig(
-        num_train_timesteps=30, default_sampler="dpmpp_2m", timestep_spacing="linspace"
-    )
 
 
 def test_flat_folder_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
@@ -270,21 +220,6 @@ def test_every_form_of_weights_file_is_loaded(tmp_path: Path, theirs: UNet2DMode
     loaded = load_checkpoint(tmp_path)
     assert_same_net(loaded, theirs)
     assert loaded.weights_hash == hash_weights(theirs.state_dict())
-
-
-def test_half_precision_weights_are_served_in_float32(tmp_path: Path, theirs: UNet2DModel) -> None:
-    DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
-    theirs.half().save_pretrained(tmp_path / "unet", variant="fp16")
-    loaded = load_checkpoint(tmp_path)
-    assert {p.dtype for p in loaded.net.parameters()} == {torch.float32}
-    assert_same_net(loaded, theirs.float(), atol=1e-5)  # the halved values, exactly
-
-
-def test_plain_weights_go_before_a_variant(folder: Path) -> None:
-    other = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
-    save_file({"conv_in.weight": torch.zeros(1)}, other)
-    assert_same_net(load_checkpoint(folder), random_net())
 
 
 def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -322,41 +257,7 @@ def test_old_attention_names_are_understood_in_shards(folder: Path) -> None:
     assert_same_net(load_checkpoint(folder), random_net())
 
 
-def test_only_attention_weights_are_renamed() -> None:
-    value = torch.zeros(1)
-    state = {"key.weight": value, "mid_block.attentions.0.key.bias": value, "down_blocks.0.query.weight": value}
-    assert list(rename_attention(state)) == [
-        "key.weight",
-        "mid_block.attentions.0.to_k.bias",
-        "down_blocks.0.query.weight",
-    ]
-
-
-def test_extra_keys_of_an_ema_config_are_ignored(folder: Path) -> None:
-    edit_json(folder / "unet" / "config.json", decay=0.9999, optimization_step=1000, power=0.75)
-    assert_same_net(load_checkpoint(folder), random_net())
-
-
 # --- labels -------------------------------------------------------------------------------------------------------
-
-
-def test_classes_without_tminus_json_are_numbered_and_none_is_null(conditional: Path) -> None:
-    (conditional / "tminus.json").unlink()
-    assert load_checkpoint(conditional).labels == Labels(("0", "1", "2", "3"), None)
-
-
-def test_size_comes_from_tminus_json_where_the_config_has_none(folder: Path) -> None:
-    edit_json(folder / "unet" / "config.json", sample_size=None)
-    with pytest.raises(CheckpointError, match=r"no sample_size; give size_px in tminus\.json"):
-        load_checkpoint(folder)
-    edit_json(folder / "tminus.json", size_px=16)
-    assert load_checkpoint(folder).size_px == (16, 16)
-    assert load_checkpoint(folder).net.config.size_px == (16, 16), "who takes the config needs no other file"
-
-
-def test_oblong_sample_size_is_kept(folder: Path) -> None:
-    edit_json(folder / "unet" / "config.json", sample_size=[8, 12])
-    assert load_checkpoint(folder).size_px == (8, 12)
 
 
 # --- what was approved --------------------------------------------------------------------------------------------
@@ -365,12 +266,6 @@ def test_oblong_sample_size_is_kept(folder: Path) -> None:
 def check_of(folder: Path, **changes: Any) -> dict[str, Any]:
     weights = load_checkpoint(folder).weights_hash
     return {"executor": "openvino", "precision": "bfloat16", "weights_hash": weights, "frechet_ratio": 1.01} | changes
-
-
-def test_nothing_is_approved_at_first(folder: Path) -> None:
-    assert load_checkpoint(folder).approved == ()
-    (folder / "tminus.json").unlink()
-    assert load_checkpoint(folder).approved == ()
 
 
 def test_what_is_approved_is_read_again_and_all_else_is_kept(conditional: Path) -> None:
@@ -386,12 +281,6 @@ def test_what_is_approved_is_read_again_and_all_else_is_kept(conditional: Path) 
     assert loaded.labels == LABELS
 
 
-def test_approval_needs_no_tminus_json(folder: Path) -> None:
-    (folder / "tminus.json").unlink()
-    approve(folder, check_of(folder))
-    assert load_checkpoint(folder).approved == (("openvino", "bfloat16"),)
-
-
 def test_a_check_replaces_that_of_the_same_executor_precision_and_weights_only(folder: Path) -> None:
     others = [
         check_of(folder, executor="eager"),
@@ -403,35 +292,6 @@ def test_a_check_replaces_that_of_the_same_executor_precision_and_weights_only(f
     approve(folder, check_of(folder, frechet_ratio=0.99))
     written = json.loads((folder / "tminus.json").read_text())["approved"]
     assert written == [*others, check_of(folder, frechet_ratio=0.99)]
-
-
-def test_approval_of_other_weights_is_no_approval(folder: Path) -> None:
-    approve(folder, check_of(folder))
-    assert load_checkpoint(folder).approved
-    change_weights(folder, lambda state: state["conv_in.bias"].add_(1))
-    assert load_checkpoint(folder).approved == ()
-    approve(folder, check_of(folder))
-    assert load_checkpoint(folder).approved == (("openvino", "bfloat16"),)
-
-
-def test_a_check_without_its_fields_approves_nothing_of_use(folder: Path) -> None:
-    weights = load_checkpoint(folder).weights_hash
-    edit_json(folder / "tminus.json", approved=[{}, {"weights_hash": weights}, {"executor": "eager"}])
-    assert load_checkpoint(folder).approved == (("None", "None"),)
-
-
-@pytest.mark.parametrize("folded", [-0.5, float("nan"), True, "1.2", [1.2], None])
-def test_folded_guidance_that_is_no_scale_is_refused(folder: Path, folded: object) -> None:
-    edit_json(folder / "tminus.json", folded_guidance=folded)
-    with pytest.raises(CheckpointError, match=r"tminus\.json: folded_guidance must be a number, 0 or more, got "):
-        load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("approved", [{"bfloat16": {}}, "bfloat16", ["bfloat16"], [None], None, 5, [[]]])
-def test_approval_that_is_no_list_of_checks_is_refused(folder: Path, approved: object) -> None:
-    edit_json(folder / "tminus.json", approved=approved)
-    with pytest.raises(CheckpointError, match=r"tminus\.json: approved must be a list of checks, got "):
-        load_checkpoint(folder)
 
 
 # --- what is recommended ------------------------------------------------------------------------------------------
@@ -446,25 +306,6 @@ def test_what_is_recommended_is_read_and_changes_no_hash(conditional: Path) -> N
     assert loaded.weights_hash == before.weights_hash
     edit_json(conditional / "tminus.json", recommended=None)
     assert load_checkpoint(conditional).recommended is None
-
-
-@pytest.mark.parametrize("recommended", [None, Recommended("ddim", 7), Recommended("dpmpp_2m", 20, 1.5)])
-def test_what_is_recommended_is_saved_with_the_weights(conditional: Path, recommended: Recommended | None) -> None:
-    state = load_checkpoint(conditional).net.state_dict()
-    save_checkpoint(conditional, state, CONDITIONAL, SHORT, LABELS, {}, recommended)
-    assert load_checkpoint(conditional).recommended == recommended
-    assert read_recommended(conditional, SHORT, LABELS) == recommended
-    (conditional / "tminus.json").unlink()
-    assert read_recommended(conditional, SHORT, LABELS) is None
-
-
-def test_a_bad_recommendation_is_refused_with_the_file_that_holds_it(folder: Path) -> None:
-    edit_json(folder / "tminus.json", recommended={"sampler": "ddim", "steps": 21})
-    with pytest.raises(CheckpointError, match=r"tminus\.json: recommended steps must be .* 1\.\.20, got 21$"):
-        load_checkpoint(folder)
-    edit_json(folder / "tminus.json", recommended={"sampler": "ddim", "steps": 20, "guidance": 2})
-    with pytest.raises(CheckpointError, match=r"tminus\.json: recommended guidance must be 1 \(off\) without a null"):
-        load_checkpoint(folder)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -723,31 +564,6 @@ def test_weights_larger_than_memory_are_refused_before_they_are_read(
         load_checkpoint(folder)
 
 
-LABEL_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "null_class out of range": ({"null_class": 4}, r"null_class must be 0\.\.3, got 4"),
-    "null_class negative": ({"null_class": -1}, r"null_class must be 0\.\.3, got -1"),
-    "null_class of text": ({"null_class": "3"}, r"null_class must be 0\.\.3, got '3'"),
-    "null_class of true": ({"null_class": True}, r"null_class must be 0\.\.3, got True"),
-    "too few names": ({"class_names": ["a", "b"]}, "class_names must be 3 names that differ by more than case"),
-    "the same name twice": (
-        {"class_names": ["a", "b", "a"]},
-        "class_names must be 3 names that differ by more than case",
-    ),
-    "names that differ by case": (
-        {"class_names": ["bag", "b", "Bag"]},
-        "class_names must be 3 names that differ by more than case",
-    ),
-    "names of text": ({"class_names": "abc"}, "class_names must be 3 names that differ by more than case"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), LABEL_REFUSALS.values(), ids=LABEL_REFUSALS.keys())
-def test_labels_that_do_not_fit_are_refused(conditional: Path, change: dict[str, Any], message: str) -> None:
-    edit_json(conditional / "tminus.json", **change)
-    with pytest.raises(CheckpointError, match=rf"tminus\.json: {message}"):
-        load_checkpoint(conditional)
-
-
 @pytest.mark.parametrize("form", ["torch.save", "torch.save, old format", "bare pickle", "named .safetensors"])
 def test_pickle_with_code_in_it_is_refused_and_never_run(folder: Path, tmp_path: Path, form: str) -> None:
     proof = tmp_path / "the code ran"
@@ -790,12 +606,6 @@ def test_bin_damaged_anywhere_is_loaded_or_refused_and_never_fails_otherwise(fol
         except CheckpointError:
             refused += 1
     assert refused > 50
-
-
-def test_state_dict_of_a_folder_is_read_without_its_config(folder: Path) -> None:
-    (folder / "unet" / "config.json").unlink()
-    state = load_state_dict(folder / "unet")
-    assert hash_weights(state) == hash_weights(random_net().state_dict())
 
 
 @pytest.mark.parametrize("how", ["overwritten", "shortened"])

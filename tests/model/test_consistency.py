@@ -60,17 +60,6 @@ def test_it_is_sampled_by_its_own_tables_alone(pair: tuple[Checkpoint, Consisten
         ours.plan("consistency", 9)
 
 
-def test_levels_are_the_ramp_of_sigmas() -> None:
-    noise = NoiseConfig(40, prediction_type="consistency", default_sampler="consistency")
-    alpha_bar = noise.schedule().alpha_bar
-    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
-    assert sigmas[0].item() == pytest.approx(0.002, rel=1e-6)
-    assert sigmas[-1].item() == pytest.approx(80, rel=1e-6)
-    scheduler = CMStochasticIterativeScheduler()
-    scheduler.set_timesteps(40)
-    torch.testing.assert_close(sigmas.flip(0), scheduler.sigmas[:-1].double(), rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -85,10 +74,3 @@ def test_levels_are_the_ramp_of_sigmas() -> None:
 def test_bad_config_is_refused_by_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NoiseConfig.from_dict({"_class_name": "CMStochasticIterativeScheduler", **change})
-
-
-def test_fields_of_it_change_nothing_for_other_schedulers() -> None:
-    assert NoiseConfig.from_dict({"sigma_min": 0.1, "s_noise": 1.1, "clip_denoised": False}) == NoiseConfig()
-    with pytest.raises(ValueError, match="prediction_type must be consistency for a consistency model"):
-        NoiseConfig.from_dict({"prediction_type": "consistency"})
-    assert not {"sigma_min", "sigma_max", "sigma_data", "rho"} & NoiseConfig().to_dict().keys()

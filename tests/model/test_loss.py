@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from tests.tiny import TINY, randomize
 from tminus.model.guidance import Forward
 from tminus.model.loss import (
     LEVEL_MEAN,
@@ -23,14 +22,13 @@ from tminus.model.loss import (
     l_simple,
     lognormal_timesteps,
     model_variance,
-    prior_kl,
     training_target,
     variational_bound,
     velocity_weights,
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.rng import image_noise
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
 
 F64 = torch.float64
 PIXELS = torch.arange(256, dtype=F64) / 127.5 - 1
@@ -45,12 +43,6 @@ def images(batch: int = 2, size: int = 8, dtype: torch.dtype = F64) -> Tensor:
 
 
 # --- L_simple -----------------------------------------------------------------------------------------------------
-
-
-def test_l_simple_is_the_mean_squared_error() -> None:
-    out, target = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
-    expected = np.mean((out.numpy().astype(np.float64) - target.numpy().astype(np.float64)) ** 2)
-    assert l_simple(out, target).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -71,13 +63,6 @@ def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> 
     v_error = ((signal * x_t - guess) / noise - schedule.velocity(x_0, t, eps)).square().mean()
     assert weights[t].max() < MAX_WEIGHT
     assert l_simple(out.float(), target.float(), weights[t].float()).item() == pytest.approx(v_error.item(), rel=1e-4)
-
-
-def test_weights_are_bounded_and_grow_towards_noise_for_a_network_of_eps() -> None:
-    weights = velocity_weights(NoiseConfig().schedule(), "epsilon")
-    assert weights[0].item() == pytest.approx(1, rel=1e-3)
-    assert weights[-1].item() == MAX_WEIGHT
-    assert (weights.diff() >= 0).all()
 
 
 # --- Which timesteps are drawn ------------------------------------------------------------------------------------
@@ -121,21 +106,6 @@ def test_as_many_timesteps_are_drawn_of_any_range_as_its_share_to_within_one(sha
     assert ((below - count * share.cumsum(0)).abs() <= 1 + 1e-4).all()
 
 
-def test_rows_of_a_batch_draw_their_timesteps_independently_of_their_place() -> None:
-    torch.manual_seed(0)
-    share = lognormal_timesteps(NoiseConfig().schedule())
-    firsts = torch.tensor([draw_timesteps(share, 8)[0] for _ in range(2000)])
-    counted = torch.bincount(firsts, minlength=len(share)).cumsum(0) / len(firsts)
-    assert (counted - share.cumsum(0)).abs().max() < 1.95 / len(firsts) ** 0.5  # Kolmogorov-Smirnov, 1 in 1000
-
-
-def test_l_simple_of_a_bfloat16_output_is_taken_in_float32() -> None:
-    out, target = torch.full((1, 1, 64, 64), 1.0, dtype=torch.bfloat16), torch.full((1, 1, 64, 64), 1.001)
-    loss = l_simple(out, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1e-6, rel=1e-3)
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_target_predicted_exactly_gives_back_x_0(prediction_type: str) -> None:
     schedule = SHORT.schedule()
@@ -151,11 +121,6 @@ def test_target_predicted_exactly_gives_back_x_0(prediction_type: str) -> None:
     torch.testing.assert_close(recovered, x_0)
 
 
-def test_unknown_prediction_type_has_no_target() -> None:
-    with pytest.raises(ValueError, match="'flow'"):
-        training_target(SHORT.schedule(), "flow", images(), torch.tensor([0, 1]), images())
-
-
 # --- the pieces of the bound --------------------------------------------------------------------------------------
 
 
@@ -167,21 +132,14 @@ def test_gaussian_kl_equals_that_of_torch_distributions() -> None:
     torch.testing.assert_close(gaussian_kl(mean_q - mean_p, variance_q, variance_p), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("variance", [1e-6, 1e-4, 0.01, 1.0])
-@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.4, 0.0, 0.7321, 1.0])
+@pytest.mark.parametrize("variance", [1e-6, 0.01, 1.0])
+@pytest.mark.parametrize("mean", [-1.3, 0.0, 0.7321])
 def test_decoder_probabilities_of_the_256_pixel_values_sum_to_one(mean: float, variance: float) -> None:
     values = PIXELS.reshape(256, 1, 1, 1)
     log_likelihood = discretized_log_likelihood(
         values, torch.tensor(mean, dtype=F64), torch.tensor(variance, dtype=F64)
     )
     assert log_likelihood.exp().sum().item() == pytest.approx(1, abs=256e-12)
-
-
-def test_decoder_of_float32_pixels_treats_black_and_white_as_edges() -> None:
-    black_and_white = torch.tensor([0, 255]).to(torch.float32) / 127.5 - 1
-    got = discretized_log_likelihood(black_and_white.double(), torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
-    tail = math.log(0.5 * math.erfc((1 - 1 / 255) / math.sqrt(2)))
-    assert got.tolist() == pytest.approx([tail, tail], rel=1e-6)
 
 
 def test_decoder_probability_is_the_integral_of_the_density_over_the_bin() -> None:
@@ -196,24 +154,6 @@ def test_decoder_probability_is_the_integral_of_the_density_over_the_bin() -> No
     assert got.item() == pytest.approx(expected, rel=1e-8)
 
 
-def test_decoder_of_an_impossible_pixel_is_clamped() -> None:
-    got = discretized_log_likelihood(*(torch.tensor([v], dtype=F64) for v in (-0.5019607843137255, 1.0, 1e-6)))
-    assert got.item() == pytest.approx(math.log(1e-12))
-
-
-def test_prior_term_is_the_formula() -> None:
-    x_0, schedule = images(3), NoiseConfig().schedule()
-    alpha_bar = schedule.alpha_bar[-1].item()
-    x = x_0.numpy().reshape(3, -1)
-    nats = 0.5 * (alpha_bar * x**2 + (1 - alpha_bar) - 1 - math.log(1 - alpha_bar)).mean(1)
-    assert prior_kl(schedule, x_0).tolist() == pytest.approx((nats / math.log(2)).tolist(), rel=1e-9)
-
-
-def test_prior_term_vanishes_at_zero_terminal_snr() -> None:
-    schedule = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="sample").schedule()
-    assert prior_kl(schedule, images(2)).tolist() == [0, 0]
-
-
 def test_model_variance_follows_the_config_and_is_beta_tilde_1_at_the_first_timestep() -> None:
     schedule = SHORT.schedule()
     alpha_bar, betas = schedule.alpha_bar, schedule.betas
@@ -224,12 +164,6 @@ def test_model_variance_follows_the_config_and_is_beta_tilde_1_at_the_first_time
     torch.testing.assert_close(large[1:], betas[1:])
     assert small[0].item() == pytest.approx(tilde[0].item())
     assert large[0].item() == pytest.approx(tilde[0].item())
-
-
-def test_bound_of_a_learned_variance_is_refused(tiny_net: UNet2D) -> None:
-    noise = dataclasses.replace(SHORT, variance_type="learned_range")
-    with pytest.raises(ValueError, match="fixed variance"):
-        variational_bound(tiny_net, noise, noise.schedule(), images(1))
 
 
 # --- the whole bound ----------------------------------------------------------------------------------------------
@@ -293,12 +227,6 @@ def test_bound_equals_an_independent_one(
     np.testing.assert_allclose(bound.total.numpy(), sum(expected), rtol=1e-8)
 
 
-def test_bound_of_a_float32_net_is_near_that_of_the_same_net_in_float64(tiny_net: UNet2D) -> None:
-    single = variational_bound(tiny_net, SHORT, SHORT.schedule(), images(dtype=torch.float32))
-    double = variational_bound(tiny_net.double(), SHORT, SHORT.schedule(), images())
-    torch.testing.assert_close(single.total, double.total, rtol=1e-4, atol=0)
-
-
 def perfect(schedule: NoiseSchedule, x_0: Tensor) -> Forward:
     """An epsilon predictor that knows x_0."""
 
@@ -318,15 +246,6 @@ def test_bound_of_a_perfect_predictor_keeps_the_prior_and_decoder_only(tiny_net:
     assert torch.equal(best.L_T, random.L_T)
 
 
-def test_fixed_large_pays_for_its_variance_even_where_the_prediction_is_perfect() -> None:
-    noise = dataclasses.replace(SHORT, variance_type="fixed_large")
-    schedule, x_0 = noise.schedule(), images()
-    bound = variational_bound(perfect(schedule, x_0), noise, schedule, x_0)
-    ratio = (schedule.posterior()[2] / schedule.betas)[1:]
-    expected = (0.5 * (ratio - 1 - ratio.log())).sum().item() / math.log(2)
-    assert bound.L_steps.tolist() == pytest.approx([expected, expected], rel=1e-9)
-
-
 @pytest.mark.parametrize("timesteps", [1, 4, 10])
 def test_mean_of_the_subset_estimate_is_the_full_sum(timesteps: int) -> None:
     schedule = SHORT.schedule()
@@ -342,40 +261,6 @@ def test_mean_of_the_subset_estimate_is_the_full_sum(timesteps: int) -> None:
     assert abs(part.L_steps.mean() - full.L_steps.mean()) < 4 * error
     assert error < 0.05 * full.L_steps.mean()
     assert torch.equal(part.L_T, full.L_T)
-
-
-def test_subset_estimate_passes_once_for_each_run_and_stays_inside_it() -> None:
-    seen: list[Tensor] = []
-
-    def net(x_t: Tensor, t: Tensor, _labels: Tensor | None) -> Tensor:
-        seen.append(t)
-        return torch.zeros_like(x_t)
-
-    variational_bound(net, SHORT, SHORT.schedule(), images(64), timesteps=3)
-    *picked, decoder = [set(t.tolist()) for t in seen]
-    assert picked == [{1}, {2, 3, 4}, {5, 6, 7, 8, 9, 10, 11}]
-    assert decoder == {0}
-
-
-@pytest.mark.parametrize("num_timesteps", [2, 3, 12, 1000])
-def test_runs_are_every_timestep_once_and_the_first_ones_are_the_shortest(num_timesteps: int) -> None:
-    noise = NoiseConfig(num_train_timesteps=num_timesteps)
-    for timesteps in {1, 2, 3, num_timesteps // 2, num_timesteps - 1} & {*range(1, num_timesteps)}:
-        runs = variational_bound(lambda x, t, c: x, noise, noise.schedule(), images(1, 2), timesteps=timesteps).runs
-        assert len(runs) == timesteps
-        assert [t for low, high in runs for t in range(low, high)] == [*range(1, num_timesteps)]
-        lengths = [high - low for low, high in runs]
-        assert all(length <= next_length + 1 for length, next_length in pairwise(lengths))
-
-
-def test_terms_that_were_drawn_add_up_to_the_bound(tiny_net: UNet2D) -> None:
-    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images(3)
-    for timesteps in (1, 4, None):
-        bound = variational_bound(net, SHORT, schedule, x_0, timesteps=timesteps)
-        lengths = torch.tensor([high - low for low, high in bound.runs], dtype=F64)
-        assert bound.L_drawn.shape == (timesteps or 11, 3)
-        torch.testing.assert_close(lengths @ bound.L_drawn, bound.L_steps, rtol=1e-12, atol=0)
-        torch.testing.assert_close(bound.L_T + lengths @ bound.L_drawn + bound.L_0, bound.total, rtol=1e-12, atol=0)
 
 
 def test_each_term_is_that_of_its_timestep(tiny_net: UNet2D) -> None:
@@ -395,19 +280,6 @@ def test_each_term_is_that_of_its_timestep(tiny_net: UNet2D) -> None:
         assert others.abs().max() < 1e-12
 
 
-def test_all_timesteps_as_a_subset_are_the_full_sum(tiny_net: UNet2D) -> None:
-    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images()
-    full = variational_bound(net, SHORT, schedule, x_0)
-    part = variational_bound(net, SHORT, schedule, x_0, timesteps=11)
-    assert torch.equal(full.L_steps, part.L_steps)
-
-
-@pytest.mark.parametrize("timesteps", [0, 12, -1])
-def test_number_of_timesteps_out_of_bounds_is_refused(timesteps: int) -> None:
-    with pytest.raises(ValueError, match=rf"timesteps must be 1\.\.11, got {timesteps}"):
-        variational_bound(lambda x, t, c: x, SHORT, SHORT.schedule(), images(), timesteps=timesteps)
-
-
 def test_bound_of_an_image_alone_is_its_bound_in_a_batch(tiny_net: UNet2D) -> None:
     net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images(3)
     together = variational_bound(net, SHORT, schedule, x_0, indices=[4, 7, 9], timesteps=4)
@@ -415,26 +287,3 @@ def test_bound_of_an_image_alone_is_its_bound_in_a_batch(tiny_net: UNet2D) -> No
     torch.testing.assert_close(together.total[1:2], alone.total, rtol=1e-10, atol=0)
     elsewhere = variational_bound(net, SHORT, schedule, x_0[1:2], indices=[8], timesteps=4)
     assert elsewhere.total.item() != pytest.approx(alone.total.item(), rel=1e-6)
-
-
-def test_bound_is_a_function_of_its_seed(tiny_net: UNet2D) -> None:
-    first, again, other = (
-        variational_bound(tiny_net, SHORT, SHORT.schedule(), images(dtype=torch.float32), seed=s) for s in (1, 1, 2)
-    )
-    assert torch.equal(first.total, again.total)
-    assert not torch.equal(first.total, other.total)
-
-
-def test_class_labels_reach_the_network() -> None:
-    net = UNet2D(UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3})).double().eval()
-    randomize(net)
-    x_0 = images()
-    bounds = [variational_bound(net, SHORT, SHORT.schedule(), x_0, torch.tensor([i, i])).total for i in (0, 1)]
-    assert not torch.allclose(bounds[0], bounds[1])
-
-
-def test_chain_of_one_step_has_a_prior_and_a_decoder() -> None:
-    noise = NoiseConfig(num_train_timesteps=1, beta_start=0.5, beta_end=0.5)
-    bound = variational_bound(lambda x, t, c: x, noise, noise.schedule(), images())
-    assert bound.L_steps.tolist() == [0, 0]
-    assert bool(torch.isfinite(bound.total).all())

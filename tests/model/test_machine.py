@@ -36,28 +36,6 @@ def test_machine_without_limits_has_what_the_kernel_says(system: Path) -> None:
     assert free_memory_bytes() == 8192
 
 
-def test_limit_of_a_container_counts_where_it_is_less(system: Path) -> None:
-    cgroup(system, "6000", 5000, 100)
-    assert free_memory_bytes() == 1100
-    cgroup(system, "6000", 7000, 0)
-    assert free_memory_bytes() == 0
-    cgroup(system, "60000", 5000, 0)
-    assert free_memory_bytes() == 8192
-
-
-def test_system_that_does_not_tell_is_not_guessed(system: Path) -> None:
-    (system / "meminfo").unlink()
-    assert free_memory_bytes() is None
-    cgroup(system, "6000", 5000, 0)
-    assert free_memory_bytes() == 1000
-
-
-def test_this_machine_tells() -> None:
-    free = free_memory_bytes()
-    assert free is not None
-    assert free > 2**20
-
-
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine of 8 cores, all for this process, as the kernel would tell of it."""
@@ -94,15 +72,6 @@ def test_cores_are_free_unless_they_are_busy_now_and_have_been_for_a_minute(
 ) -> None:
     machine(load=load, busy=busy)
     assert free_cores() == free
-
-
-def test_no_more_cores_are_free_than_the_process_may_use(machine: Machine) -> None:
-    machine(load=0.0, busy=0, cores=2)
-    assert free_cores() == 2
-    machine(load=0.0, busy=0, quota="250000 100000")
-    assert free_cores() == 3
-    machine(load=40.0, busy=8, quota="250000 100000")
-    assert free_cores() == 1
 
 
 def test_a_system_that_does_not_tell_is_taken_for_idle(machine: Machine, tmp_path: Path) -> None:

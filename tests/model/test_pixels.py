@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tminus.model.pixels import BLACK, Colour, colour, fit_picture, to_model_range, to_uint8
+from tminus.model.pixels import BLACK, Colour, fit_picture, to_model_range, to_uint8
 
 WHITE: Colour = (255, 255, 255)
 
@@ -56,24 +56,11 @@ def test_the_hidden_colour_of_a_transparent_pixel_never_appears(channels: int, b
         assert found[0, 1].tolist() == [40] * channels, picture.mode
 
 
-def test_half_transparent_pixels_are_mixed_with_the_background() -> None:
-    picture = Image.new("RGBA", (1, 1), (200, 100, 0, 128))
-    assert np.abs(fit_picture(picture, (1, 1), 3)[0, 0].astype(int) - [100, 50, 0]).max() <= 1
-    assert np.abs(fit_picture(picture, (1, 1), 3, WHITE)[0, 0].astype(int) - [227, 177, 127]).max() <= 1
-
-
 def test_a_picture_is_cropped_to_the_shape_and_not_squeezed() -> None:
     picture = Image.new("L", (32, 16), 0)
     picture.paste(200, (8, 0, 24, 16))
     assert np.unique(fit_picture(picture, (16, 16), 1)).tolist() == [200]
     assert fit_picture(picture, (8, 4), 3).shape == (4, 8, 3)
-
-
-def test_a_colour_is_a_name_or_six_digits() -> None:
-    assert (colour("white"), colour("#ff8000")) == (WHITE, (255, 128, 0))
-    for text in ("", "whitish", "#12", "5"):
-        with pytest.raises(ValueError, match=r"background must be a colour such as white or #ff8000, got "):
-            colour(text)
 
 
 def test_pictures_are_made_ready_without_torch() -> None:

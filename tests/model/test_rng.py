@@ -70,14 +70,6 @@ def test_noise_of_a_seed_is_what_it_was_when_the_seed_was_given() -> None:
         assert picked.tolist() == pytest.approx(values, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (5,), (1, 3, 5), (3, 7, 7), (1, 28, 28)])
-def test_sizes_that_four_does_not_divide_are_filled_whole(shape: tuple[int, ...]) -> None:
-    noise = image_noise(1, [0, 1], 0, shape, CPU)
-    assert noise.shape == (2, *shape)
-    assert noise.dtype == torch.float32
-    assert len(noise.unique()) == noise.numel()
-
-
 def test_noise_has_the_moments_of_a_standard_normal() -> None:
     z = image_noise(11, range(64), 0, (3, 32, 32), CPU).double().flatten()
     n = len(z)
@@ -113,12 +105,6 @@ def test_neighbouring_streams_are_uncorrelated(one: tuple[int, int, int], other:
     assert (a == b).float().mean() < 1e-3
 
 
-def test_pixels_of_one_image_are_uncorrelated() -> None:
-    z = image_noise(3, range(512), 1, (1, 6, 6), CPU).double().flatten(1)
-    covariance = z.T @ z / len(z) - torch.eye(36, dtype=torch.float64)
-    assert covariance.abs().max() < 5 * (2 / len(z)) ** 0.5
-
-
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 32, 32), (1, 1, 3)])
 def test_row_alone_has_the_bits_it_has_in_a_batch(shape: tuple[int, ...]) -> None:
     seeds, indices, draws = [9, 2**40, 0, 77, MAX_SEED], [0, 5, 2, MAX_INDEX, 1], [0, 1000, 3, 4, 50]
@@ -132,12 +118,6 @@ def test_row_alone_has_the_bits_it_has_in_a_batch(shape: tuple[int, ...]) -> Non
     for i in range(5):
         assert torch.equal(rows([i])[0], together[i])
     assert torch.equal(rows([3, 1]), together[[3, 1]])
-
-
-def test_image_of_a_request_can_be_drawn_alone() -> None:
-    together = image_noise(4, range(33), 6, (1, 9, 9), CPU)
-    alone = torch.cat([image_noise(4, [i], 6, (1, 9, 9), CPU) for i in range(33)])
-    assert torch.equal(together, alone)
 
 
 def test_noise_has_the_same_bits_on_any_number_of_threads() -> None:

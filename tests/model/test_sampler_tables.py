@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.model.noise import NoiseConfig
-from tminus.model.sampler_tables import FOLDER, FORMAT, Table, nearest, read_tables, steps_and_guidances, write_table
+from tminus.model.sampler_tables import FOLDER, FORMAT, Table, nearest, read_tables, write_table
 from tminus.model.samplers import compile_plan, denoise, table_plan
 
 NOISE = NoiseConfig()
@@ -57,10 +57,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
         "tuned-3-guidance-1.5.json",
         "tuned-3.json",
     ]
-
-
-def test_a_folder_without_tables_has_none(tmp_path: Path) -> None:
-    assert read(tmp_path) == ((), ())
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -144,26 +140,6 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path_factory: pytest.Te
         assert "not JSON" in read(folder)[1][0]
 
 
-def test_what_the_checkpoint_cannot_do_is_refused(tmp_path: Path) -> None:
-    guided = Table("tuned", 3, 1.5, TABLE.timesteps, TABLE.lines)
-    write(tmp_path, guided)
-    assert (
-        "guidance must be 1 (off) for a checkpoint without a null class, got 1.5"
-        in read(tmp_path, null_class=False)[1][0]
-    )
-    assert "3 falling whole numbers" in read(tmp_path, fractional=False)[1][0]
-    assert "of this checkpoint's weights" in read(tmp_path, weights="cd" * 32)[1][0]
-    assert "noise schedule" in read(tmp_path, noise=NoiseConfig(beta_end=0.03))[1][0]
-
-
-def test_two_files_of_the_same_table_are_one_too_many(tmp_path: Path) -> None:
-    file = write(tmp_path)
-    file.with_name("also.json").write_text(file.read_text())
-    tables, refused = read(tmp_path)
-    assert tables == (TABLE,)
-    assert "the only one of its sampler, steps and guidance" in refused[0]
-
-
 def test_nearest_is_by_ratio_of_steps_then_by_guidance() -> None:
     tables = [Table("tuned", steps, guidance, (), ()) for steps in (4, 8, 16) for guidance in (1.5, 2.0)]
     for steps, guidance, expected in [
@@ -172,11 +148,6 @@ def test_nearest_is_by_ratio_of_steps_then_by_guidance() -> None:
     ]:  # fmt: skip
         found = nearest(tables, steps, guidance)
         assert (found.steps, found.guidance) == expected
-
-
-def test_what_there_is_is_told_in_words() -> None:
-    tables = [Table("tuned", steps, guidance, (), ()) for steps, guidance in [(8, 1.0), (5, 1.0), (8, 1.5)]]
-    assert steps_and_guidances(tables) == "5, 8 steps at guidance 1; 8 steps at guidance 1.5"
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -201,12 +172,6 @@ def test_the_plan_of_a_table_is_its_formula() -> None:
     assert plan.timesteps.tolist() == [999.0, 500.5, 20.0]
     assert plan.num_registers == 1
     assert not plan.adds_noise
-
-
-def test_a_table_that_looks_back_once_needs_no_register() -> None:
-    lines = tuple((a, b, c, 0.0, s) for a, b, c, _, s in TABLE.lines)
-    plan = table_plan(NOISE, NOISE.schedule(), Table("tuned", 3, 1.0, TABLE.timesteps, lines), clip=None)
-    assert plan.num_registers == 0
 
 
 def test_a_table_of_a_known_solver_is_that_solver() -> None:
@@ -243,13 +208,3 @@ def test_a_students_table_puts_noise_back() -> None:
     x, out, z = torch.randn(3, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
     got = denoise(x, out, torch.zeros_like(x), z, plan.lines[:1].expand(2, -1))
     torch.testing.assert_close(got.x, abar.sqrt() * out.clamp(-1, 1) + (1 - abar).sqrt() * z)
-
-
-def test_table_of_a_schedule_with_its_own_betas_is_read(tmp_path: Path) -> None:
-    noise = NoiseConfig(num_train_timesteps=1000, trained_betas=tuple(0.001 + k * 1e-5 for k in range(1000)))
-    table = Table("tuned", 1, 1.0, (999.0,), ((0.0, 1.0, 0.0, 0.0, 0.0),))
-    write_table(tmp_path, table, HASH, noise.to_dict())
-    tables, refused = read_tables(
-        tmp_path, HASH, noise.to_dict(), num_timesteps=1000, null_class=False, fractional=True
-    )
-    assert (tables, refused) == ((table,), ())

@@ -1,5 +1,4 @@
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +27,8 @@ from tminus.model.samplers import (
     combine,
     compile_plan,
     denoise,
-    keep_known,
     sample,
-    x0_coefficients,
 )
-from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import SIGMA_MIN, SPACINGS
 from tminus.model.unet import UNet2D, UNetConfig
 
@@ -41,7 +37,7 @@ pytestmark = pytest.mark.slow
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-STEPS = (1, 2, 7, 30, 50, 333, 1000)  # 7, 30 and 333 do not divide T
+STEPS = (1, 7, 50, 333, 1000)  # 7 and 333 do not divide T
 
 
 def seeded(seed: int) -> Tensor:
@@ -120,26 +116,6 @@ def test_ddpm_equals_diffusers_step_by_step(spacing: str, variance_type: str, st
     assert_ddpm_equals_diffusers(with_spacing(spacing, variance_type=variance_type), steps, spacing)
 
 
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_ddpm_of_every_prediction_type_equals_diffusers(prediction_type: str, clip: bool) -> None:
-    assert_ddpm_equals_diffusers(NoiseConfig(prediction_type=prediction_type, clip_sample=clip), 30)
-
-
-OTHER_CONFIGS = {
-    "offset": {"steps_offset": 1},
-    "clip range": {"clip_sample_range": 0.3},
-    "cosine": {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
-    "zero snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
-    "short chain": {"num_train_timesteps": 60, "beta_end": 0.3},
-}
-
-
-@pytest.mark.parametrize("config", OTHER_CONFIGS.values(), ids=OTHER_CONFIGS.keys())
-def test_ddpm_of_other_configs_equals_diffusers(config: dict[str, Any]) -> None:
-    assert_ddpm_equals_diffusers(NoiseConfig(**config), 25)
-
-
 def assert_ddim_equals_diffusers(noise: NoiseConfig, steps: int, eta: float) -> None:
     schedule = noise.schedule()
     theirs = in_float64(DDIMScheduler.from_config(noise.to_dict()), schedule)
@@ -172,19 +148,6 @@ def test_ddim_of_every_prediction_type_equals_diffusers(prediction_type: str, cl
     assert_ddim_equals_diffusers(noise, 30, eta)
 
 
-@pytest.mark.parametrize("steps", [5, 50, 1000])
-def test_ddim_with_trailing_steps_that_divide_t_equals_diffusers(steps: int) -> None:
-    # Where they do not, diffusers goes to t - T // S, which is no timestep of its plan: see the formula tests below.
-    assert_ddim_equals_diffusers(NoiseConfig(default_sampler="ddim", timestep_spacing="trailing"), steps, 0.5)
-
-
-@pytest.mark.parametrize("steps", [7, 50])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_ddim_without_set_alpha_to_one_equals_diffusers(offset: int, steps: int) -> None:
-    noise = NoiseConfig(default_sampler="ddim", set_alpha_to_one=False, steps_offset=offset)
-    assert_ddim_equals_diffusers(noise, steps, 0.0)
-
-
 class InFloat64(Tensor):
     """A float64 tensor that `to(float32)` leaves as it is: DPMSolverMultistepScheduler.step rounds its sample so."""
 
@@ -213,11 +176,17 @@ def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: 
         assert_close(ours[k][0], x)
 
 
-DPM_SOLVER_STEPS = (1, 2, 3, 5, 14, 15, 20, 50)  # below 15 diffusers has another rule for the last steps
+DPM_SOLVER_STEPS = (
+    (True, 1),
+    (False, 2),
+    (True, 3),
+    (False, 14),
+    (True, 15),
+    (False, 50),
+)  # below 15 diffusers has another rule for the last steps
 
 
-@pytest.mark.parametrize("steps", DPM_SOLVER_STEPS)
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(("clip", "steps"), DPM_SOLVER_STEPS)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_dpm_solver_equals_diffusers_step_by_step(spacing: str, prediction_type: str, clip: bool, steps: int) -> None:
@@ -249,7 +218,14 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heun": (HeunDiscreteScheduler, {}),
 }
 IN_SIGMA = ("euler", "heun")  # these move x / sqrt(alpha_bar), and know no clip
-SOLVER_STEPS = (1, 2, 3, 4, 7, 14, 15, 20, 50)  # below 15 diffusers has another rule for the last steps
+SOLVER_STEPS = (
+    (True, 1),
+    (False, 2),
+    (True, 4),
+    (False, 14),
+    (True, 15),
+    (False, 50),
+)  # below 15 diffusers has another rule for the last steps
 
 
 def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int, spacing: str) -> None:
@@ -289,8 +265,7 @@ def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int,
         torch.testing.assert_close(ours[k][0], x / (1 if last else scale[k + 1]), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("steps", SOLVER_STEPS)
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(("clip", "steps"), SOLVER_STEPS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_solver_equals_diffusers_step_by_step(sampler: str, spacing: str, clip: bool, steps: int) -> None:
@@ -317,22 +292,6 @@ def test_solver_of_every_prediction_type_and_another_schedule_equals_diffusers(
     assert_solver_equals_diffusers(sampler, noise, 10, "leading")
 
 
-@pytest.mark.parametrize("steps", [1, 20, 50])
-def test_plms_of_a_config_that_ends_at_the_first_level_equals_diffusers(steps: int) -> None:
-    noise = NoiseConfig(clip_sample=False, set_alpha_to_one=False)
-    assert_solver_equals_diffusers("plms", noise, steps, "leading")
-
-
-def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
-    assert_dpm_solver_equals_diffusers(NoiseConfig(default_sampler="dpmpp_2m"), 10, spacing="trailing")
-    noise = NoiseConfig()
-    own = {sampler: compile_plan(noise, noise.schedule(), sampler, 10).timesteps.tolist() for sampler in SAMPLERS}
-    assert own["ddpm"] == own["ddim"] == list(range(900, -1, -100))
-    assert own["dpmpp_2m"] == [999, 966, 927, 880, 822, 747, 642, 474, 188, 5]
-    trailing = compile_plan(noise, noise.schedule(), "ddim", 10, spacing="trailing")
-    assert trailing.timesteps.tolist() == list(range(999, 0, -100))
-
-
 LEARNED = NoiseConfig(variance_type="learned_range")
 
 
@@ -356,19 +315,13 @@ def test_ddpm_with_learned_variance_equals_diffusers_step_by_step(spacing: str, 
         assert_close(ours[k][0], x)
 
 
-def test_learned_variance_is_only_the_ancestral_sampler_s() -> None:
-    for sampler in ("ddim", "dpmpp_2m"):
-        learned, fixed = (compile_plan(n, n.schedule(), sampler, 20, eta=0.5) for n in (LEARNED, NoiseConfig()))
-        assert torch.equal(learned.lines, fixed.lines)
-
-
 # --- against the papers' formulas ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("steps", [7, 30, 333])
+@pytest.mark.parametrize("steps", [7, 333])
 def test_ddim_is_equation_12_of_its_paper(steps: int, spacing: str, set_alpha_to_one: bool, eta: float) -> None:
     noise = NoiseConfig(set_alpha_to_one=set_alpha_to_one, steps_offset=1)
     schedule = noise.schedule()
@@ -443,20 +396,6 @@ def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_t
     assert errors[2] < 5e-3
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 999, 1000])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_karras_from_no_signal_at_all_is_finite(sampler: str, steps: int) -> None:
-    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    if sampler in NEED_SIGNAL:
-        with pytest.raises(ValueError, match=f"{sampler} cannot start from alpha_bar = 0"):
-            compile_plan(noise, noise.schedule(), sampler, min(steps, 10), spacing="karras")
-        return
-    plan = compile_plan(noise, noise.schedule(), sampler, steps, spacing="karras")
-    assert plan.matrices is None or bool(torch.isfinite(plan.matrices).all())
-    assert noise.schedule().alpha_bar[int(plan.timesteps[0])] == 0
-    assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
-
-
 def test_dpm_solver_follows_the_exact_flow_of_a_gaussian_to_second_order() -> None:
     """If x_0 ~ N(0, c^2), x_t is sqrt(abar c^2 + 1 - abar) times one number all the way (no library knows it)."""
     c, noise = 0.5, NoiseConfig(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=5e-3, clip_sample=False)
@@ -528,16 +467,6 @@ def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
     assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * passes
 
 
-@given(CONFIGS, st.integers(1, 80), ANY_SPACING)
-def test_ddim_without_eta_and_dpm_solver_add_no_noise_at_all(noise: NoiseConfig, steps: int, spacing: str) -> None:
-    for plan in (
-        compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0, spacing=spacing),
-        compile_plan(noise, noise.schedule(), "dpmpp_2m", steps, eta=1.0, spacing=spacing),
-    ):
-        assert plan.lines[:, 5].tolist() == [0.0] * steps
-        assert not plan.adds_noise
-
-
 @given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), ANY_SPACING, st.floats(0, 1), st.integers(0, 2**32))
 def test_perfect_network_ends_in_x_0_by_every_sampler(
     noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float, seed: int
@@ -583,33 +512,7 @@ def test_clip_is_the_checkpoints_own_unless_it_is_given() -> None:
         assert compile_plan(noise, noise.schedule(), "ddpm", 1, clip=clip).lines[0, 6] == bound
 
 
-def test_unknown_sampler_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'euler_ancestral'"):
-        compile_plan(NoiseConfig(), NoiseConfig().schedule(), "euler_ancestral", 10)
-
-
-def test_eps_prediction_cannot_start_where_no_signal_is_left() -> None:
-    with pytest.raises(ValueError, match="alpha_bar = 0"):
-        x0_coefficients("epsilon", torch.tensor([0.5, 0.0], dtype=F64))
-
-
-def test_unknown_prediction_type_has_no_coefficients() -> None:
-    with pytest.raises(ValueError, match="'flow'"):
-        x0_coefficients("flow", torch.tensor([0.5], dtype=F64))
-
-
 # --- the update rule ----------------------------------------------------------------------------------------------
-
-
-def test_update_rule_is_the_two_lines_of_its_docstring() -> None:
-    x, out, x0_previous, z = (torch.full((1, 1, 1, 1), value, dtype=F64) for value in (2.0, 3.0, 5.0, 7.0))
-    line = torch.tensor([[0.5, -0.5, 10.0, 100.0, 1000.0, 10_000.0, 0.25, math.log(2)]], dtype=F64)
-    stepped = denoise(x, out, x0_previous, z, line)
-    assert stepped.x0.item() == -0.25  # 0.5 * 2 - 0.5 * 3 = -0.5, clipped
-    assert stepped.x.item() == 10 * 2 + 100 * -0.25 + 1000 * 5 + 10_000 * 7
-    learned = denoise(x, torch.cat([out, torch.full_like(out, 3.0)], dim=1), x0_previous, z, line)
-    assert learned.x0.item() == -0.25
-    assert learned.x.item() == pytest.approx(10 * 2 + 100 * -0.25 + 1000 * 5 + 10_000 * 2**3 * 7, rel=1e-14)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
@@ -727,7 +630,7 @@ def test_loop_runs_a_guided_net_of_learned_variance() -> None:
 # --- plans of the last steps, and what is known ---
 
 
-@pytest.mark.parametrize("start", [0, 1, 3, 9])
+@pytest.mark.parametrize("start", [1, 9])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_plan_that_starts_later_is_the_end_of_the_whole_one_but_for_a_first_step_of_first_order(
     sampler: str, start: int
@@ -764,14 +667,3 @@ def test_the_known_levels_are_those_of_the_next_timesteps_and_nothing_at_the_end
     alpha_bar = noise.schedule().alpha_bar[plan.timesteps[1:].long()]
     assert torch.equal(plan.known[:-1], torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1))
     assert plan.known[-1].tolist() == [1, 0]
-
-
-def test_known_pixels_are_put_back_and_new_ones_let_be() -> None:
-    x, x_0, eps = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    new = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    new[0, 0, :2] = True
-    known = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
-    found = keep_known(x, new, x_0, eps, known)
-    assert torch.equal(found[0, :, :2], x[0, :, :2])
-    torch.testing.assert_close(found[0, :, 2:], 0.6 * x_0[0, :, 2:] + 0.8 * eps[0, :, 2:])
-    assert torch.equal(found[1], x_0[1])

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
@@ -31,11 +30,10 @@ from tminus.model.timesteps import (
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
 LINEAR = NoiseConfig().schedule().log_sigmas
 
-ALL = range(1, 61)
 SOME = (1, 2, 3, 7, 14, 15, 20, 48, 50, 100, 250, 333, 499, 500, 501, 667, 999)
 
 
-@pytest.mark.parametrize(("num_timesteps", "steps"), [(60, ALL), (37, range(1, 38)), (1000, SOME), (999, SOME)])
+@pytest.mark.parametrize(("num_timesteps", "steps"), [(37, range(1, 38)), (1000, SOME)])
 @pytest.mark.parametrize("spacing", EVEN_SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_timesteps: int, steps: range) -> None:
@@ -63,7 +61,7 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 30, 50, 52, 98, 100, 333])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 98, 333])
 @pytest.mark.parametrize("spacing", EVEN_SPACINGS)
 @pytest.mark.parametrize("sampler", PASSES)
 def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
@@ -121,15 +119,6 @@ def test_exact_karras_has_the_noise_levels_of_the_ramp_between_whole_timesteps(s
     assert whole == make_timesteps("ddim", "karras", steps, 1000, log_sigmas=LINEAR)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 20, 333])
-@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
-def test_leading_offset_equals_that_of_diffusers(sampler: str, steps: int) -> None:
-    cls = DPMSolverMultistepScheduler if sampler == "dpmpp_2m" else DDPMScheduler
-    scheduler = cls(timestep_spacing="leading", steps_offset=1)
-    scheduler.set_timesteps(steps)
-    assert make_timesteps(sampler, "leading", steps, 1000, 1) == scheduler.timesteps.tolist()
-
-
 @given(
     st.sampled_from(("ddpm", "dpmpp_2m")),
     st.sampled_from(EVEN_SPACINGS),
@@ -147,28 +136,11 @@ def test_timesteps_fall_strictly_inside_the_chain(
     assert all(now > then for now, then in pairwise(t))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_spacing_of_all_steps_is_the_whole_chain(spacing: str, sampler: str) -> None:
-    assert make_timesteps(sampler, spacing, 1000, 1000, 1, LINEAR) == list(range(999, -1, -1))
-
-
 def test_timesteps_of_each_spacing_are_those_of_lin_et_al_table_2() -> None:
     assert make_timesteps("ddpm", "leading", 10, 1000) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
     assert make_timesteps("ddpm", "leading", 10, 1000, 1) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     assert make_timesteps("ddpm", "trailing", 10, 1000) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
     assert make_timesteps("ddpm", "linspace", 10, 1000) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_number_of_steps_out_of_bounds_is_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"steps must be 1\.\.1000, got {steps}"):
-        make_timesteps("ddpm", "leading", steps, 1000)
-
-
-def test_unknown_spacing_is_refused() -> None:
-    with pytest.raises(ValueError, match="among leading, trailing, linspace, karras, got 'lu'"):
-        make_timesteps("ddpm", "lu", 10, 1000, log_sigmas=LINEAR)
 
 
 # --- karras -------------------------------------------------------------------------------------------------------
@@ -236,44 +208,6 @@ def test_karras_equals_diffusers_told_where_to_end_and_with_its_rho(
         np.testing.assert_allclose(ramp, paper(steps, noise.schedule().log_sigmas, 7), rtol=1e-6)
 
 
-def test_karras_of_the_usual_schedule() -> None:
-    expected = [999, 984, 967, 950, 931, 910, 888, 863, 836, 805, 769, 728, 680, 621, 547, 450, 322, 172, 55, 5]
-    for sampler in SAMPLERS:
-        for offset in (0, 1):
-            assert make_timesteps(sampler, "karras", 20, 1000, offset, LINEAR) == expected
-    assert LINEAR[4] < math.log(SIGMA_MIN) < LINEAR[6]
-
-
-def test_karras_from_no_signal_at_all_begins_there_and_goes_on_along_the_ramp_from_sigma_max() -> None:
-    log_sigmas = CONFIGS["zero snr"].schedule().log_sigmas
-    assert log_sigmas[-1] == math.inf
-    assert karras(10, log_sigmas) == [999, *karras(10, log_sigmas[:-1])[1:]]
-    assert karras(1, [math.inf]) == [0]
-
-
-@pytest.mark.parametrize("num_timesteps", [20, 50, 100, 200, 1000])
-def test_exact_karras_falls_strictly_where_the_schedule_ends_without_signal(num_timesteps: int) -> None:
-    config = dataclasses.replace(CONFIGS["zero snr"], num_train_timesteps=num_timesteps)
-    log_sigmas = config.schedule().log_sigmas
-    for steps in range(1, min(num_timesteps, 60) + 1):
-        t = make_timesteps("euler", "karras", steps, num_timesteps, log_sigmas=log_sigmas, fractional=True)
-        assert all(now > then for now, then in pairwise(t)), t
-
-
-def test_karras_spends_no_steps_where_a_cosine_schedule_is_all_noise() -> None:
-    log_sigmas = CONFIGS["cosine"].schedule().log_sigmas
-    t = karras(20, log_sigmas)
-    assert t == [999, 994, 993, 992, 991, 990, 987, 985, 981, 975, 968, 956, 939, 910, 860, 769, 601, 344, 115, 12]
-    assert [math.exp(log_sigmas[k]) > SIGMA_MAX for k in t] == [True, *[False] * 19]
-
-
-def test_karras_ends_at_the_smallest_sigma_of_a_schedule_wholly_on_one_side_of_sigma_min() -> None:
-    for side in ("above", "below"):
-        name = "smallest sigma above SIGMA_MIN" if side == "above" else "largest sigma below SIGMA_MIN"
-        t = karras(10, CONFIGS[name].schedule().log_sigmas)
-        assert (t[0], t[-1]) == (59, 0)
-
-
 def test_karras_steps_that_share_a_timestep_go_down_and_where_there_is_no_room_up() -> None:
     log_sigmas = [math.log(sigma) for sigma in (0.01, 0.02, 0.03, 5, 50)]
     assert karras(2, log_sigmas) == [4, 2]
@@ -292,26 +226,6 @@ def test_karras_steps_that_share_a_timestep_go_down_and_where_there_is_no_room_u
 BETAS = st.lists(st.one_of(st.floats(1e-6, 0.999), st.floats(1e-6, 0.02)), min_size=1, max_size=150)
 
 
-@given(BETAS, st.booleans(), st.data())
-@example([1e-18] * 5, False, None)  # 1 - beta = 1: no noise, log sigma = -inf
-@example([1e-18] * 5 + [0.5] * 5, True, None)
-@example([0.999] * 150, True, None)  # alpha_bar underflows: several infinities
-@example([1e-6, 1e-6, 0.9999999], False, None)
-def test_karras_falls_strictly_inside_the_chain_of_any_schedule(
-    betas: list[float], zero_snr: bool, data: st.DataObject | None
-) -> None:
-    betas = [*betas[:-1], 1.0] if zero_snr else betas
-    log_sigmas = NoiseConfig(num_train_timesteps=len(betas), trained_betas=tuple(betas)).schedule().log_sigmas
-    for steps in range(1, len(betas) + 1) if data is None else [data.draw(st.integers(1, len(betas)))]:
-        t = karras(steps, log_sigmas)
-        assert len(t) == steps
-        assert t[0] == len(betas) - 1
-        assert t[-1] >= 0
-        assert all(now > then for now, then in pairwise(t))
-        if steps == len(betas):
-            assert t == list(range(len(betas) - 1, -1, -1))
-
-
 @given(BETAS, st.data())
 def test_karras_step_after_the_first_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_its_way(
     betas: list[float], data: st.DataObject
@@ -325,10 +239,3 @@ def test_karras_step_after_the_first_is_nearest_to_its_sigma_or_has_a_neighbour_
         pushed_down = k > 0 and t[k] == t[k - 1] - 1 and log_sigmas[t[k]] <= wanted
         pushed_up = t[k] == steps - 1 - k and log_sigmas[t[k]] >= wanted
         assert k == 0 or pushed_down or pushed_up or distance <= nearest + 1e-9
-
-
-@pytest.mark.parametrize("log_sigmas", [None, [], LINEAR[:-1]])
-def test_karras_without_a_log_sigma_for_each_timestep_is_refused(log_sigmas: list[float] | None) -> None:
-    got = None if log_sigmas is None else len(log_sigmas)
-    with pytest.raises(ValueError, match=f"karras needs log_sigmas, 1000 of them, got {got}"):
-        make_timesteps("ddim", "karras", 10, 1000, log_sigmas=log_sigmas)

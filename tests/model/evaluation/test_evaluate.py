@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
@@ -26,18 +25,16 @@ from tminus.model.evaluation.classifier import (
 )
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from tminus.model.evaluation.evaluate import evaluate, measure_bound
-from tminus.model.evaluation.figures import Bound, FrechetDistance, LeftOut, Term
+from tminus.model.evaluation.figures import Bound, LeftOut
 from tminus.model.evaluation.judge import Judge
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.page import render
 from tminus.model.evaluation.report import EvaluationReport
-from tminus.model.evaluation.samples import balanced_picks, class_weights, draw_samples
+from tminus.model.evaluation.samples import balanced_picks, draw_samples
 from tminus.model.guidance import Forward
 from tminus.model.loss import variational_bound
-from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet, load_fashion_mnist
-from tminus.model.training.distill import consistency_table, student_noise
 
 pytestmark = pytest.mark.slow
 
@@ -53,22 +50,6 @@ def random_gaussian(seed: int, dim: int = 12) -> Gaussian:
     return Gaussian(torch.randn(dim, generator=generator, dtype=torch.float64), a @ a.T)
 
 
-def random_rotation(seed: int, dim: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
-
-
-def test_frechet_distance_of_commuting_covariances_is_the_closed_form() -> None:
-    q = random_rotation(0)
-    one, other = torch.linspace(0.1, 3, 12, dtype=torch.float64), torch.linspace(5, 0.2, 12, dtype=torch.float64)
-    shift = torch.linspace(-1, 1, 12, dtype=torch.float64)
-    distance = frechet_distance(
-        Gaussian(torch.zeros(12, dtype=torch.float64), (q * one) @ q.T), Gaussian(shift, (q * other) @ q.T)
-    )
-    expected = shift.square().sum() + (one.sqrt() - other.sqrt()).square().sum()
-    assert distance == pytest.approx(float(expected), rel=1e-12)
-
-
 def test_frechet_distance_of_covariances_that_do_not_commute_is_the_nonsymmetric_root_s() -> None:
     one, other = random_gaussian(1), random_gaussian(2)
     # tr (S1 S2)^1/2, whose eigenvalues are positive though the product is not symmetric.
@@ -76,17 +57,6 @@ def test_frechet_distance_of_covariances_that_do_not_commute_is_the_nonsymmetric
     expected = (one.mean - other.mean).square().sum() + (one.covariance + other.covariance).trace() - 2 * cross
     assert frechet_distance(one, other) == pytest.approx(float(expected), rel=1e-9)
     assert frechet_distance(other, one) == pytest.approx(frechet_distance(one, other), rel=1e-9)
-
-
-def test_frechet_distance_of_a_gaussian_to_itself_is_zero() -> None:
-    one = random_gaussian(3)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_distance_does_not_change_under_a_common_rotation() -> None:
-    one, other, q = random_gaussian(4), random_gaussian(5), random_rotation(6)
-    turned = [Gaussian(q @ g.mean, q @ g.covariance @ q.T) for g in (one, other)]
-    assert frechet_distance(*turned) == pytest.approx(frechet_distance(one, other), rel=1e-10)
 
 
 def test_frechet_distance_takes_fewer_images_than_features() -> None:
@@ -146,20 +116,7 @@ def test_nearest_distances_of_large_images_take_little_memory() -> None:
     assert largest.num_bytes == 128 * 2**20  # 2**24 values in float64
 
 
-def test_nearest_neighbour_of_a_copy_is_at_zero_and_of_black_from_white_at_two() -> None:
-    references = torch.randint(0, 256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    found = nearest_distances(references.flip(0), references)
-    assert found.max() == 0
-    black, white = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
-    assert nearest_distances(black, white).item() == 2
-
-
 # --- the classifier ----------------------------------------------------------------------------------------------
-
-
-def test_classifier_learns_the_toy_classes(toy_classifier: Classifier) -> None:
-    assert toy_classifier.test_accuracy == 1.0
-    assert toy_classifier.read(toy_images(3, 5).images).features.shape == (3, toy_classifier.config.feature_dim)
 
 
 def test_classifier_training_is_a_function_of_its_seed(toy_classifier: Classifier) -> None:
@@ -210,18 +167,6 @@ def test_classifier_that_is_damaged_is_refused_with_its_file_named(toy_classifie
     (tmp_path / "config.json").write_text(json.dumps({**config, "feature_dim": 7}))
     with pytest.raises(ClassifierError, match=r"classifier\.safetensors"):
         load_classifier(tmp_path, device=CPU)
-
-
-@pytest.mark.parametrize("size_px", [(28, 28), (12, 9), (20, 31)])
-def test_classifier_reads_images_whose_sides_do_not_divide_by_eight(tmp_path: Path, size_px: tuple[int, int]) -> None:
-    def padded(data: ImageSet) -> ImageSet:
-        height, width = size_px
-        return dataclasses.replace(data, images=F.pad(data.images, (0, width - 8, 0, height - 8)))
-
-    classifier = train_classifier(padded(toy_images(96, 0)), padded(toy_images(60, 1)), TRAINING, device=CPU)
-    assert classifier.test_accuracy == 1.0
-    save_classifier(tmp_path, classifier)
-    assert load_classifier(tmp_path, device=CPU).config.size_px == size_px
 
 
 def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> None:
@@ -292,10 +237,6 @@ def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifi
     assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
 
 
-def test_report_is_the_same_again(toy_classifier: Classifier) -> None:
-    assert report_on(toy_checkpoint(), toy_classifier) == report_on(toy_checkpoint(), toy_classifier)
-
-
 def test_report_on_an_unconditional_checkpoint_leaves_out_accuracy_and_guidance(toy_classifier: Classifier) -> None:
     report = report_on(toy_checkpoint(class_names=(), null_class=None), toy_classifier)
     assert report.class_accuracy is None
@@ -334,21 +275,6 @@ def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
     assert [(item.what, "learned its own" in item.why) for item in report.left_out] == [("bound", True)]
 
 
-def test_student_is_measured_by_its_tables_and_has_no_bound(toy_classifier: Classifier) -> None:
-    teacher = toy_checkpoint()
-    noise = student_noise(teacher.noise)
-    tables = (consistency_table(noise, [19.0, 9.0]),)
-    student = dataclasses.replace(teacher, noise=noise, tables=tables, student={"teacher": "toy", "guidance": 1.5})
-    options = dataclasses.replace(OPTIONS, sampler="consistency", steps=2, guidance=1.0)
-    images = toy_images(40, 2), toy_images(40, 3)
-    report = evaluate(student, *images, toy_classifier, options, device=CPU).single()
-    assert report.class_accuracy is not None
-    assert report.classifier_frechet_distance is not None
-    assert {item.what for item in report.left_out} == {"bound"}
-    with pytest.raises(ValueError, match="no table for 3 steps"):
-        evaluate(student, *images, toy_classifier, dataclasses.replace(options, steps=3), device=CPU)
-
-
 def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classifier: Classifier) -> None:
     checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
 
@@ -368,23 +294,6 @@ def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classif
     assert "float32, eager, cpu" in plain.to_markdown()
     assert other.bound == plain.bound
     assert other.classifier_frechet_distance != plain.classifier_frechet_distance
-
-
-def test_spacing_and_guidance_interval_reach_the_samples_and_the_report(toy_classifier: Classifier) -> None:
-    checkpoint = toy_checkpoint()
-    seen: list[tuple[int, int]] = []
-
-    def counted(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        seen.append((int(t[0]), len(x)))
-        out: torch.Tensor = checkpoint.net(x, t, class_labels)
-        return out
-
-    options = dataclasses.replace(OPTIONS, num_samples=4, spacing="trailing", guidance_interval=(10, 15))
-    draw_samples(checkpoint.net, checkpoint, options, device=CPU, forward=counted)
-    assert seen == [(19, 4), (12, 8), (6, 4)]
-    data = toy_images(96, 0), toy_images(60, 1)
-    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU).single().to_markdown()
-    assert "guidance 2 at timesteps 10..15, trailing spacing" in markdown
 
 
 def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -> None:
@@ -409,15 +318,6 @@ def test_samples_do_not_depend_on_how_they_are_batched() -> None:
     assert (by_four.int() - by_ten.int()).abs().max() <= 1  # the batch moves float32 by a rounding
 
 
-def test_bfloat16_samples_are_close_to_float32_s() -> None:
-    checkpoint = toy_checkpoint()
-    fp32, bf16 = (
-        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, precision=p), device=CPU)
-        for p in ("float32", "bfloat16")
-    )
-    assert 0 < (fp32.float() - bf16.float()).abs().mean() < 8
-
-
 def test_evaluate_refuses_images_of_another_size_and_a_classifier_of_other_classes(toy_classifier: Classifier) -> None:
     train, test = toy_images(12, 0), toy_images(12, 1)
     colour = toy_images(12, 0, channels=3)
@@ -433,23 +333,6 @@ def test_weights_that_make_no_numbers_are_reported_and_not_judged() -> None:
     torch.nn.init.constant_(checkpoint.net.conv_out.bias, torch.nan)
     with pytest.raises(EvaluateError, match=r"samples 0\.\.3 are not finite"):
         report_on(checkpoint, None)
-
-
-def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
-    data = toy_images(30, 0)
-    picks = balanced_picks(data, 12, seed=3)
-    assert data.labels is not None
-    assert data.labels[picks].tolist() == [0, 1, 2] * 4
-    assert len(set(picks.tolist())) == 12
-    assert len(balanced_picks(data, 100, seed=3)) == 30
-
-
-def test_weights_give_each_class_as_much_and_leave_classes_in_turn_alone() -> None:
-    labels = torch.tensor([0, 0, 0, 0, 2, 2, 1])
-    weights = class_weights(labels, 3)
-    assert weights is not None
-    assert weights.tolist() == [0.25] * 4 + [0.5] * 2 + [1.0]
-    assert class_weights(torch.tensor([1, 0, 2, 1, 0]), 3) is None  # as of five samples
 
 
 def few_of_two_classes(seed: int) -> ImageSet:
@@ -479,34 +362,6 @@ def test_real_images_are_of_the_mix_of_the_samples_where_classes_are_unequal(
     )
     assert found.real < 0.1 * of_classes
     assert found.samples < 0.1 * of_classes
-
-
-def test_floor_counts_classes_as_samples_do_where_one_has_run_out(toy_classifier: Classifier) -> None:
-    judge = Judge(toy_checkpoint(), few_of_two_classes(0), toy_images(300, 1), toy_classifier, CPU)
-    found = judge.figures(toy_images(240, 2).images, 0, 0.0).classifier_frechet_distance
-    assert found is not None
-    assert found.num_real == 240  # of them 20 each of two classes
-    unlike = frechet_distance(
-        *(
-            fit_gaussian(toy_classifier.read(data.images).features)
-            for data in (few_of_two_classes(0), toy_images(300, 1))
-        )
-    )
-    assert found.real < 0.1 * unlike
-
-
-@pytest.mark.parametrize("num_test", [60, 61])
-def test_figures_of_equal_classes_are_those_of_images_that_count_alike(
-    toy_classifier: Classifier, num_test: int
-) -> None:
-    train, test, samples = toy_images(96, 0), toy_images(num_test, 1), toy_images(50, 2).images
-    found = Judge(toy_checkpoint(), train, test, toy_classifier, CPU).figures(samples, 7, 0.0)
-    of_test = fit_gaussian(toy_classifier.read(test.images).features)
-    beside = train.images[balanced_picks(train, 50, 7)]
-    distances = [
-        frechet_distance(fit_gaussian(toy_classifier.read(each).features), of_test) for each in (samples, beside)
-    ]
-    assert found.classifier_frechet_distance == FrechetDistance(*distances, 50, num_test)
 
 
 @pytest.mark.parametrize(
@@ -604,25 +459,3 @@ def test_a_bound_that_is_not_defined_is_left_out_with_the_reason() -> None:
         left_out = measure_bound(checkpoint.net, checkpoint, TEST, OPTIONS)
         assert isinstance(left_out, LeftOut)
         assert why in left_out.why
-
-
-def test_a_chain_of_one_step_has_no_terms() -> None:
-    checkpoint = toy_checkpoint(NAMES)
-    short = dataclasses.replace(checkpoint, noise=NoiseConfig(num_train_timesteps=1, beta_start=0.5, beta_end=0.5))
-    bound = measure_bound(short.net, short, TEST, OPTIONS)
-    assert isinstance(bound, Bound)
-    assert (bound.terms, bound.L_steps, bound.timesteps_per_image) == ((), 0, 0)
-    assert bound.reaches(0.9) == 0
-
-
-def test_the_share_of_the_bound_is_reached_where_its_terms_say() -> None:
-    terms = (Term(1, 1, 3.0), Term(2, 3, 1.0), Term(4, 9, 0.5))
-    bound = Bound(0.0, 8.0, 2.0, 10.0, 0.1, 5, 3, terms)
-    assert [bound.reaches(share) for share in (0.2, 0.5, 0.51, 0.7, 0.71, 1.0)] == [0, 1, 3, 3, 9, 9]
-
-
-def test_a_bound_survives_json() -> None:
-    checkpoint = toy_checkpoint()
-    bound = measure_bound(checkpoint.net, checkpoint, TEST, OPTIONS)
-    assert isinstance(bound, Bound)
-    assert Bound.from_dict(dataclasses.asdict(bound)) == bound

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
 from tminus.model import checkpoint as checkpoint_module
-from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation import evaluate as measure
 from tminus.model.evaluation import samples
@@ -86,30 +85,6 @@ def test_each_point_and_seed_has_the_figures_of_a_run_of_its_own(run: Run, toy_c
     assert len({each.classifier_frechet_distance for point in report.points for each in point.seeds}) == 6
 
 
-def test_the_spread_over_seeds_is_that_of_the_single_values(run: Run) -> None:
-    (point,) = run(POINTS[:1], (1, 2, 3)).points
-    values = [each.classifier_frechet_distance.samples for each in point.seeds if each.classifier_frechet_distance]
-    assert point.frechet is not None
-    assert point.frechet.mean == pytest.approx(sum(values) / 3)
-    assert (point.frechet.minimum, point.frechet.maximum) == (min(values), max(values))
-    assert min(values) < max(values)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_passes_are_those_that_the_network_makes_for_an_image(sampler: str, toy_classifier: Classifier) -> None:
-    checkpoint = toy_checkpoint()
-    calls = []
-
-    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        calls.append(len(x))
-        out: Tensor = checkpoint.net(x, t, class_labels)
-        return out
-
-    options = dataclasses.replace(PLAIN, sampler=sampler, steps=4, batch_size=10)
-    report = evaluate(checkpoint, TRAIN, TEST, toy_classifier, options, device=CPU, forward=counted)
-    assert [report.points[0].passes] == [len(calls)] == [report.single().passes]
-
-
 def test_samples_are_drawn_with_the_threads_that_were_asked_for_and_judged_with_all(
     toy_classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,20 +107,6 @@ def test_samples_are_drawn_with_the_threads_that_were_asked_for_and_judged_with_
         )  # fmt: skip
     assert (while_drawn, while_judged) == ({1, 2}, {1})
     assert torch.get_num_threads() == 1
-
-
-def test_the_bound_is_measured_once_by_the_first_seed(run: Run, toy_classifier: Classifier) -> None:
-    report = run()
-    options = dataclasses.replace(PLAIN, seed=SEEDS[0])
-    assert report.bound == evaluate(toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU).bound
-    assert report.options.seed == SEEDS[0]
-
-
-def test_references_are_apart_from_the_points(run: Run, drawn: list[object]) -> None:
-    report = run(POINTS[:1], (5,), references=(Point("ddpm", 20), POINTS[0]))
-    assert [(point.sampler, point.steps) for point in report.points] == [("ddim", 2)]
-    assert [(point.sampler, point.steps) for point in report.references] == [("ddpm", 20), ("ddim", 2)]
-    assert len(drawn) == 2, "a point that is a reference too is sampled once"
 
 
 def test_points_that_cannot_be_made_are_left_out_with_their_reason(run: Run) -> None:
@@ -177,14 +138,6 @@ def test_samples_that_are_not_finite_leave_out_their_point_only(run: Run, monkey
 def test_where_no_point_can_be_made_the_first_one_s_error_is_raised(run: Run) -> None:
     with pytest.raises(ValueError, match=r"steps must be 1\.\.20, got 50"):
         run((Point("ddim", 50), Point("ddpm", 60)))
-
-
-def test_guidance_without_a_null_class_is_left_out_and_its_points_are_made_once(run: Run, drawn: list[object]) -> None:
-    points = (Point("ddim", 2), Point("ddim", 2, 1.5), Point("ddpm", 2, 3.0))
-    report = run(points, (5,), checkpoint=toy_checkpoint(null_class=None))
-    assert [(point.sampler, point.guidance) for point in report.points] == [("ddim", 1.0), ("ddpm", 1.0)]
-    assert [item.what for item in report.left_out][:2] == ["guidance 1.5", "guidance 3"]
-    assert len(drawn) == 2
 
 
 # --- what is kept ---
@@ -288,17 +241,6 @@ def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_more_seeds_and_points_are_added_to_what_is_kept(
-    run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path
-) -> None:
-    run(folder=tmp_path)
-    drawn.clear()
-    run((*POINTS, Point("dpmpp_2m", 2)), (*SEEDS, 6), folder=tmp_path)
-    new = {("dpmpp_2m", 2, seed) for seed in (*SEEDS, 6)} | {(p.sampler, p.steps, 6) for p in POINTS}
-    assert {*drawn} == new
-    assert len(drawn) == len(new)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -365,8 +307,3 @@ def test_what_is_damaged_is_measured_again(run: Run, drawn: list[object], tmp_pa
     assert len(drawn) == 2
     assert run(POINTS[:1], (5,), folder=tmp_path) == first
     assert len(drawn) == 2, "and is kept again"
-
-
-def test_nothing_of_a_kept_result_is_left_half_written(run: Run, tmp_path: Path) -> None:
-    run(POINTS[:1], (5,), folder=tmp_path)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".json"}

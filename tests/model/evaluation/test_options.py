@@ -1,7 +1,6 @@
 import pytest
 
 from tests.model.evaluation.toys import toy_checkpoint
-from tminus.model.catalogue import SAMPLERS
 from tminus.model.evaluation.options import Point, make_points, without_guidance
 
 
@@ -9,13 +8,6 @@ def test_every_combination_is_a_point_once() -> None:
     points = make_points(toy_checkpoint(), ["ddim", "ddpm", "ddim"], [5, 10], [1.0, 2.0])
     assert len(points) == 8
     assert {*points} == {Point(s, n, g) for s in ("ddim", "ddpm") for n in (5, 10) for g in (1.0, 2.0)}
-
-
-def test_all_stands_for_every_sampler() -> None:
-    points = make_points(toy_checkpoint(), ["ddim", "all"], [5], [1.0])
-    assert {point.sampler for point in points} == {*SAMPLERS}
-    assert len(points) == len(SAMPLERS)
-    assert points[0].sampler == "ddim"
 
 
 def test_a_sampler_that_is_none_is_refused_with_those_that_are() -> None:

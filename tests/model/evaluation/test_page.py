@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import re
 import sys
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -26,7 +25,7 @@ from tminus.model.evaluation.figures import (
     Term,
 )
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point
-from tminus.model.evaluation.page import MAX_STRIPS, check_installed, plot_distances, plot_terms, report_files
+from tminus.model.evaluation.page import MAX_STRIPS, check_installed, plot_terms, report_files
 from tminus.model.evaluation.report import ModelFacts, SweepReport
 from tminus.model.evaluation.samples import draw_samples, strip_length
 
@@ -116,24 +115,6 @@ def test_the_page_needs_nothing_from_elsewhere(report: SweepReport) -> None:
         assert not name.startswith("on")
 
 
-def test_each_way_of_sampling_has_its_row(report: SweepReport) -> None:
-    table = report_files(report, COMMAND)["report.html"].decode()
-    for point in (*report.points, *report.references):
-        assert point.frechet is not None
-        frechet = f"{point.frechet.mean:.2f} ({point.frechet.minimum:.2f}..{point.frechet.maximum:.2f})"
-        cells = f"<td>{point.steps}</td><td>{point.passes}</td><td>{frechet}</td>"
-        assert f'<tr><th scope="row">{point.sampler}</th>{cells}' in table
-        for each in point.seeds:
-            assert each.classifier_frechet_distance is not None
-            assert f"<td>{each.classifier_frechet_distance.samples:.3f}</td>" in table
-
-
-def test_one_seed_has_no_spread(toy_classifier: Classifier) -> None:
-    report = measured(toy_classifier, seeds=(5,))
-    assert "10 images of one seed" in page(report).text
-    assert not any(".." in cell for row in report.by_point().rows for cell in row)
-
-
 def test_sheets_are_the_first_samples_of_the_first_seed(report: SweepReport) -> None:
     checkpoint = toy_checkpoint()
     strips = [data for kind, data in page(report).images() if kind == "image/png"]
@@ -155,12 +136,6 @@ def test_plots_are_inlined_and_files_of_their_own(report: SweepReport) -> None:
     assert inlined == [files["distances.svg"], files["terms.svg"]]
     for plot in inlined:
         assert ElementTree.fromstring(plot).tag.endswith("svg")
-
-
-def test_sheets_tell_passes_where_they_are_not_the_steps(report: SweepReport) -> None:
-    twice = dataclasses.replace(report.points[0], passes=4)
-    assert "2 steps, 4 passes" in page(dataclasses.replace(report, points=(twice, *report.points[1:]))).text
-    assert "2 steps, " not in page(report).text
 
 
 def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
@@ -201,27 +176,6 @@ def test_one_way_of_sampling_has_all_its_figures(toy_classifier: Classifier) -> 
     assert "distances.svg" not in report_files(single, COMMAND)
 
 
-def test_a_report_without_a_bound_or_a_classifier_has_neither_plot_and_says_why() -> None:
-    options = dataclasses.replace(OPTIONS, guidance=1.0)
-    train, test = (dataclasses.replace(data, labels=None, class_names=()) for data in (TRAIN, TEST))
-    checkpoint = toy_checkpoint(learned=True)
-    bare = evaluate(checkpoint, train, test, None, options, device=CPU, points=POINTS[:2])
-    files = report_files(bare, COMMAND)
-    assert files.keys() == {"report.html", "figures.json"}
-    opened = Page(files["report.html"].decode())
-    assert "Left out" in opened.text
-    assert "learned its own" in opened.text
-    assert "no classifier" in opened.text
-
-
-def test_guidance_has_a_column_where_it_is_not_off(toy_classifier: Classifier, report: SweepReport) -> None:
-    points = (Point("ddim", 2), Point("ddim", 2, 1.5))
-    guided = measured(toy_classifier, points=points, references=())
-    assert "guidance" in guided.by_point().head
-    assert "guidance" not in report.by_point().head
-    assert re.search(r"ddim, guidance 1\.5", page(guided).text)
-
-
 def point(sampler: str, steps: int, *distances: float | None, guidance: float = 1.0) -> PointFigures:
     figures = [FrechetDistance(each, 1.5, 10, 10) if each is not None else None for each in distances]
     seeds = [SampleFigures(k, None, f, Memorisation(NEAREST, NEAREST, 10), 0.1) for k, f in enumerate(figures)]
@@ -242,59 +196,11 @@ def texts(svg: bytes | None) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_every_sampler_is_in_the_legend_before_what_it_is_compared_with() -> None:
-    points = [point(name, n, 20.0 / n, 30.0 / n) for name in ("dpmpp_2m", "ddim", "tuned") for n in (4, 10, 50)]
-    found = texts(plot_distances(compared(*points, references=(point("ddpm", 1000, 4.0, 5.0),))))
-    assert found[-5:] == ["dpmpp_2m", "ddim", "tuned", "ddpm, 1000 steps", "real images"]
-    assert {"4", "10", "50", "classifier_frechet_distance"} <= {*found}
-
-
-def test_a_sampler_keeps_its_colour_whichever_others_are_drawn() -> None:
-    def colours(*names: str) -> set[str]:
-        svg = plot_distances(compared(*(point(name, n, 20.0 / n, 30.0 / n) for name in names for n in (4, 10))))
-        assert svg is not None
-        return {*re.findall(r"#(?!ddd|555|000|fff)[0-9a-f]{6}", svg.decode())}
-
-    both = colours("ddim", "dpmpp_2m")
-    assert len(both) == 2
-    assert colours("ddim") | colours("dpmpp_2m") == both
-
-
-def test_a_panel_a_guidance_scale() -> None:
-    points = [point("ddim", n, 20.0 / n, guidance=scale) for scale in (1.0, 1.5) for n in (4, 10)]
-    found = texts(plot_distances(compared(*points)))
-    assert {"guidance 1", "guidance 1.5"} <= {*found}
-    assert found.count("ddim") == 1
-
-
-def test_passes_that_most_samplers_have_are_named_first() -> None:
-    points = [point(name, n, 20.0 / n) for name in ("ddim", "dpmpp_2m") for n in (4, 10, 100)]
-    heun = [dataclasses.replace(point("heun", n, 20.0 / n), passes=2 * n - 1) for n in (4, 5, 50, 100)]
-    found = texts(plot_distances(compared(*heun, *points)))
-    assert {"4", "7", "10", "100", "199"} <= {*found}
-    assert not {"9", "99"} & {*found}, "no room beside 10 and 100"
-
-
-def test_there_is_no_plot_of_less_than_two_points() -> None:
-    assert plot_distances(compared(point("ddim", 4, 3.0))) is None
-    assert plot_distances(compared(point("ddim", 4, 3.0), point("ddim", 5, None))) is None
-
-
-@pytest.mark.parametrize("distance", [0.0, 1e-12, 1e9, float("nan")])
-def test_no_distance_breaks_a_plot(distance: float) -> None:
-    assert plot_distances(compared(point("ddim", 4, distance), point("ddim", 5, 3.0))) is not None
-
-
 def test_the_curve_of_the_terms_is_drawn_from_l_0_to_the_last_timestep() -> None:
     terms = (Term(1, 1, 0.3), Term(2, 9, 0.01), Term(10, 999, 1e-5))
     found = texts(plot_terms(Bound(0.0, 0.4, 1.3, 1.7, 0.1, 5, 3, terms)))
     assert {"0", "1", "10", "100", "1000", "L_t, bits/dim"} <= {*found}
     assert plot_terms(Bound(0.0, 0.0, 1.3, 1.3, 0.1, 5, 0, ()))
-
-
-def test_the_same_figures_give_the_same_plot() -> None:
-    points = [point("ddim", 4, 3.0), point("ddim", 5, 2.0)]
-    assert plot_distances(compared(*points)) == plot_distances(compared(*points))
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +210,3 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         check_installed()
     with pytest.raises(EvaluateError, match="matplotlib"):
         plot_terms(Bound(0.0, 0.0, 1.3, 1.3, 0.1, 5, 0, ()))
-
-
-def test_points_without_a_distance_have_no_spread() -> None:
-    assert point("ddim", 4, 3.0, None).frechet is None

@@ -3,8 +3,6 @@ from typing import Any
 import pytest
 
 from tminus.model.formats.conversion import Given
-from tminus.model.formats.flags import FACTS
-from tminus.model.noise import BETA_SCHEDULES, MAX_TIMESTEPS
 
 
 @pytest.mark.parametrize(
@@ -22,22 +20,6 @@ from tminus.model.noise import BETA_SCHEDULES, MAX_TIMESTEPS
 def test_value_out_of_bounds_is_refused_by_its_flag(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Given(**facts)
-
-
-def test_each_fact_has_words_and_bounds() -> None:
-    assert list(FACTS) == list(Given.__dataclass_fields__)
-    assert all(fact.text and (fact.choices or fact.largest) for fact in FACTS.values())
-    assert FACTS["beta_schedule"].choices == BETA_SCHEDULES
-    assert FACTS["timesteps"].largest == MAX_TIMESTEPS
-
-
-def test_end_of_a_schedule_that_was_given_is_never_left_out() -> None:
-    facts = {"timesteps": 10, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"}
-    with pytest.raises(ValueError, match="beta_start must be above 0"):
-        Given(**facts, beta_start=0.0).noise()  # type: ignore[arg-type]
-    cosine = Given(beta_schedule="squaredcos_cap_v2", beta_end=0.1)
-    with pytest.raises(ValueError, match="--beta-end says nothing about a file"):
-        cosine.check("a file", ["beta_schedule"], cosine.taken_for_noise())
 
 
 def test_ends_of_a_schedule_are_asked_for_where_projects_differ_and_told_where_they_are_taken() -> None:

@@ -139,14 +139,6 @@ def test_all_that_is_asked_for_is_the_size_unless_the_loss_tells_nothing(tmp_pat
     assert noise.prediction_type == "sample"
 
 
-def test_what_the_file_cannot_say_is_told_as_taken(tmp_path: Path) -> None:
-    notes = read_foreign(saved(diffusion_of(NETS["one level"]), tmp_path / "diffusion.pt"), SIZE).notes
-    assert notes == (
-        "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default",
-        "x_0 is clipped to [-1, 1]",
-    )
-
-
 def test_network_of_another_kind_is_refused_by_what_it_is(tmp_path: Path) -> None:
     def refusal(state: dict[str, Any]) -> str:
         torch.save(state, tmp_path / "other.pt")

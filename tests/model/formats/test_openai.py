@@ -1,6 +1,5 @@
 """Against tests/model/formats/guided.py, which is written from the papers and knows nothing of model/."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +102,6 @@ def test_consistency_model_has_q_k_and_v_before_heads_without_being_asked(
         read_foreign(tmp_path / "cd.pt", Given(**facts, attention_order="legacy"))  # type: ignore[arg-type]
 
 
-def test_network_that_diffusers_has_is_written_for_it_and_loads_there(batch: dict[str, Any], tmp_path: Path) -> None:
-    from diffusers import UNet2DModel
-
-    settings, facts = NETS["guided, imagenet64"]
-    theirs = net_of(**settings)
-    convert(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
-    model = UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
-    labels = torch.tensor([0, 6, 3, 2])
-    with torch.no_grad():
-        close_to_scale(model(batch["x"], batch["t"], labels).sample, theirs(batch["x"], batch["t"], labels))
-
-
-def test_network_that_diffusers_has_not_is_not_named_as_if_it_had(tmp_path: Path) -> None:
-    settings, facts = NETS["improved, cifar10"]  # four heads at two widths
-    convert(save(net_of(**settings), tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
-    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["_class_name"] == "TminusUNet2DModel"
-    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["unet"] == ["tminus", "TminusUNet2DModel"]
-
-
 @pytest.mark.parametrize("rescale", ["yes", "no"])
 def test_long_chain_is_given_the_timesteps_it_was_trained_with(
     rescale: str, batch: dict[str, Any], tmp_path: Path
@@ -207,19 +187,3 @@ def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> Non
     assert "wrong shape of conv_out.bias" in refusal(cut)
     superres = {**state, "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
     assert "only 1 or 3 channels in" in refusal(superres)
-
-
-def test_one_head_at_two_widths_is_a_network_of_diffusers(tmp_path: Path) -> None:
-    settings, facts = NETS["one head at two widths"]
-    converted = read_foreign(save(net_of(**settings), tmp_path / "ema.pt"), Given(**facts))
-    assert converted.unet.class_name == "UNet2DModel"
-
-
-def test_what_is_taken_without_being_asked_is_told(tmp_path: Path) -> None:
-    file = save(net_of(heads=4), tmp_path / "ema.pt")
-    notes = read_foreign(file, Given(**FIXED, heads=4, attention_order="legacy")).notes
-    assert notes == (
-        "betas from 0.0001 to 0.02",
-        "x_0 is clipped to [-1, 1]",
-        "as many attention heads on the way up (no num_heads_upsample)",
-    )

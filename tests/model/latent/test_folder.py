@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, LDMPipeline, VQModel
+from diffusers import AutoencoderKL, LDMPipeline, VQModel
 
 from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
 from tests.tiny import TINY
@@ -83,21 +83,6 @@ def test_the_weights_and_the_scale_of_the_autoencoder_count(tmp_path: Path) -> N
     assert len(set(hashes)) == 3
 
 
-def test_latents_are_clipped_only_where_the_scheduler_says_so(tmp_path: Path) -> None:
-    save_latent_pipeline(tmp_path, scheduler=DDPMScheduler(clip_sample=True, clip_sample_range=3.0))
-    assert load_checkpoint(tmp_path).noise.clip_sample
-    edit(tmp_path / "scheduler/scheduler_config.json", clip_sample=None)
-    assert not load_checkpoint(tmp_path).noise.clip_sample
-
-
-def test_a_vqmodel_without_a_scaling_factor_is_not_scaled(tmp_path: Path) -> None:
-    save_latent_pipeline(tmp_path, "vq")
-    edit(tmp_path / "vqvae/config.json", scaling_factor=None)
-    found = load_checkpoint(tmp_path).autoencoder
-    assert found is not None
-    assert found.config.scaling_factor == 1.0
-
-
 def test_attention_names_of_old_are_read(tmp_path: Path) -> None:
     autoencoder = make_autoencoder("kl")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -166,12 +151,6 @@ def test_a_damaged_one_is_refused_in_one_line(tmp_path: Path, damage: str) -> No
         load_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_an_autoencoder_alone_is_told_what_it_is(tmp_path: Path) -> None:
-    make_autoencoder("kl").save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match="an autoencoder, which makes no images by itself; tminus train --latent"):
-        load_checkpoint(tmp_path)
 
 
 def test_a_latent_model_without_its_scheduler_is_not_made_one_of_pixels(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from tests.model.training.test_train import assert_same_bits, state_of, toy_images
-from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
+from tminus.model.latent.autoencoder import VQ, Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import load_autoencoder
-from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
 from tminus.model.training.autoencoder import AutoencoderTrainConfig, reconstruction_loss, train_autoencoder
 from tminus.model.training.data import ImageSet
-from tminus.model.training.run import TrainError
 
 pytestmark = pytest.mark.slow
 
@@ -81,27 +79,6 @@ def test_the_folder_of_a_run_is_one_of_diffusers(tmp_path: Path, kind: str, thei
         torch.testing.assert_close(ours.decode(z), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_latents_are_scaled_to_a_spread_of_one(tmp_path: Path) -> None:
-    run(tmp_path)
-    autoencoder, data = load_autoencoder(tmp_path), toy_images()
-    latents = latents_of(autoencoder, data.images, CPU)
-    assert float(latents.std()) == pytest.approx(1.0, rel=1e-5)
-    with torch.no_grad():
-        one = autoencoder.encode(to_model_range(data.images[4:5]))
-    torch.testing.assert_close(latents[4:5], one, rtol=1e-4, atol=1e-5)
-
-
-def test_images_of_all_classes_say_how_latents_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder's images are in the order of its classes."""
-    monkeypatch.setattr("tminus.model.training.autoencoder.SCALE_IMAGES", 12)
-    data = toy_images(24)
-    assert data.labels is not None
-    order = data.labels.argsort()
-    run(tmp_path, data=dataclasses.replace(data, images=data.images[order], labels=data.labels[order]))
-    every_second = latents_of(load_autoencoder(tmp_path), data.images[order][::2], CPU)
-    assert float(every_second.std()) == pytest.approx(1.0, rel=1e-5)
-
-
 def test_the_loss_is_the_formula() -> None:
     """float64: mean |x - x'| and KL(N(m, s^2) || N(0, 1)) by torch.distributions; for codes the two distances."""
     torch.manual_seed(0)
@@ -124,27 +101,3 @@ def test_the_loss_is_the_formula() -> None:
     torch.testing.assert_close(reconstruction_loss(quantised, x, 0.3), error + 1.25 * (codes - z).square().mean())
     reconstruction_loss(quantised, x, 0.0).backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in quantised.encoder.parameters())
-
-
-def test_a_batch_of_fewer_latents_than_codes_is_refused(tmp_path: Path) -> None:
-    many = dataclasses.replace(MODELS["vq"], num_vq_embeddings=65)
-    with pytest.raises(TrainError, match="a batch has 64 latents for 65 codes"):
-        run(tmp_path, model=many)
-
-
-def test_another_autoencoder_is_not_resumed(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(TrainError, match="begun with autoencoder latent_channels=2, got 3"):
-        run(tmp_path, model=dataclasses.replace(MODEL, latent_channels=3))
-    with pytest.raises(TrainError, match=r"begun with kl_weight=0\.001, got 0\.5"):
-        run(tmp_path, dataclasses.replace(RUN, kl_weight=0.5))
-    with pytest.raises(ValueError, match="kl_weight must be 0 or more, got -1"):
-        dataclasses.replace(RUN, kl_weight=-1)
-
-
-def test_precision_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = dataclasses.replace(RUN, precision="auto", steps=2)
-    monkeypatch.setattr("tminus.model.training.autoencoder.faster_of", lambda *_: "bf16")
-    run(tmp_path, auto)
-    assert state_of(tmp_path)["config"]["precision"] == "bf16"
-    assert MODEL.kind == KL

@@ -19,7 +19,7 @@ from tminus.model.files import CheckpointError
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, gather
 from tminus.model.pixels import to_model_range
-from tminus.model.samplers import Plan, compile_plan, denoise, sample, solve, table_plan
+from tminus.model.samplers import Plan, compile_plan, denoise, sample, solve
 from tminus.model.training import distill as distill_module
 from tminus.model.training import network_features as frechet_module
 from tminus.model.training import teacher as teacher_module
@@ -27,7 +27,6 @@ from tminus.model.training.data import ImageSet
 from tminus.model.training.distill import (
     DistillConfig,
     consistency_plan,
-    consistency_table,
     distill,
     predict_x0,
     pseudo_huber,
@@ -141,51 +140,6 @@ def test_guidance_of_a_student_multiplies_that_in_its_teachers_weights(tmp_path:
     assert load_checkpoint(tmp_path / "run").folded_guidance == 1.8
 
 
-def test_student_is_made_for_the_steps_asked_for_alone(tmp_path: Path, teacher: Path) -> None:
-    assert run(tmp_path / "run", teacher, steps=1, student_steps=(3, 1))
-    student = load_checkpoint(tmp_path / "run")
-    assert student.student is not None
-    assert student.student["steps"] == [1, 3]
-    assert student.recommended is not None
-    assert student.recommended.steps == 1
-    with pytest.raises(ValueError, match="no table for 2 steps at guidance 1; there are: 1, 3 steps"):
-        student.plan("consistency", 2)
-
-
-def test_run_that_is_not_done_can_be_sampled(tmp_path: Path, teacher: Path) -> None:
-    config = dataclasses.replace(RUN, sheet_every=1)
-    drawn: list[tuple[int, int]] = []
-
-    def on_sheet(net: UNet2D, plan: Plan, step: int) -> None:
-        assert not net.training
-        drawn.append((step, len(plan)))
-        interrupt_at(5)(net, step)
-
-    with pytest.raises(KeyboardInterrupt):
-        distill(tmp_path / "run", teacher, config, device=CPU, on_sheet=on_sheet)
-    assert drawn == [(step, 4) for step in range(1, 6)]
-    assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
-
-
-def test_unconditional_teacher_has_a_student(tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
-    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
-    assert load_checkpoint(tmp_path / "run").net.class_embedding is None
-
-
-def test_teacher_that_has_its_size_in_tminus_json_has_a_student(tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher", dataclasses.replace(CONDITIONAL, sample_size=None))
-    meta = json.loads((teacher / "tminus.json").read_text())
-    (teacher / "tminus.json").write_text(json.dumps({**meta, "size_px": 8}))
-    assert run(tmp_path / "run", teacher, steps=1)
-    assert load_checkpoint(tmp_path / "run").size_px == (8, 8)
-
-
-def test_teacher_without_a_null_class_has_a_student(tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher", CONDITIONAL, Labels(("left", "middle", "right")))
-    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
-
-
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
@@ -231,24 +185,6 @@ def test_run_that_is_stopped_before_it_knows_the_reference_is_saved_and_goes_on(
     assert_same_run(straight, tmp_path)
 
 
-def test_finished_run_started_again_does_nothing_more(tmp_path: Path, teacher: Path) -> None:
-    assert run(tmp_path / "run", teacher, steps=2)
-    weights, tables = load_checkpoint(tmp_path / "run").weights_hash, tables_in(tmp_path / "run")
-    assert run(tmp_path / "run", teacher, steps=2)
-    assert load_checkpoint(tmp_path / "run").weights_hash == weights
-    assert tables_in(tmp_path / "run") == tables
-
-
-def test_a_teacher_of_few_steps_has_a_student_of_as_many(tmp_path: Path, teacher: Path) -> None:
-    assert run(tmp_path / "run", teacher, steps=2, teacher_steps=2, student_steps=(1, 2))
-    assert [table["steps"] for table in tables_in(tmp_path / "run")] == [1, 2]
-
-
-def test_few_steps_are_at_timesteps_of_more(straight: Path) -> None:
-    at = {table["steps"]: set(table["timesteps"]) for table in tables_in(straight)}
-    assert at[1] < at[2] < at[3] < at[4]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -265,25 +201,6 @@ def test_resuming_with_another_config_is_refused(tmp_path: Path, teacher: Path, 
     was, got = (json.dumps(each) for each in (getattr(RUN, field), value))
     with pytest.raises(TrainError, match=re.escape(f"begun with {field}={was}, got {got}")):
         run(tmp_path, teacher, **{field: value})
-
-
-def test_resuming_with_another_teacher_is_refused(tmp_path: Path, teacher: Path) -> None:
-    run(tmp_path / "run", teacher, steps=1)
-    other = UNet2D(CONDITIONAL)
-    randomize(other, seed=1)
-    save_checkpoint(tmp_path / "other", other.state_dict(), CONDITIONAL, NOISE, LABELS, {})
-    with pytest.raises(TrainError, match=r"begun with teacher='[0-9a-f]+', got"):
-        run(tmp_path / "run", tmp_path / "other")
-
-
-def test_runs_of_train_and_distill_do_not_go_on_with_each_other(tmp_path: Path, teacher: Path) -> None:
-    run(tmp_path / "student", teacher, steps=1)
-    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
-    with pytest.raises(TrainError, match="holds a run of tminus distill, which tminus train cannot go on with"):
-        train(tmp_path / "student", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
-    train(tmp_path / "trained", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
-    with pytest.raises(TrainError, match="holds a run of tminus train, which tminus distill cannot go on with"):
-        run(tmp_path / "trained", teacher)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -308,20 +225,6 @@ def test_student_of_a_teacher_of_pixels_is_not_put_beside_an_autoencoder(teacher
     with pytest.raises(CheckpointError, match="has an autoencoder in vqvae/"):
         run(tmp_path, teacher)
     assert [file.name for file in tmp_path.iterdir()] == ["vqvae"], "refused before any step"
-
-
-def test_learned_variance_is_not_distilled(tmp_path: Path) -> None:
-    unet = dataclasses.replace(CONDITIONAL, out_channels=2)
-    teacher = write_teacher(tmp_path / "teacher", unet, variance_type="learned_range")
-    with pytest.raises(TrainError, match="has variance_type learned_range, and only fixed variances are distilled"):
-        run(tmp_path / "run", teacher)
-    assert not (tmp_path / "run").exists()
-
-
-def test_guidance_without_a_null_class_is_refused(tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
-    with pytest.raises(TrainError, match=r"guidance must be 1 \(off\) for a checkpoint without a null class, got 2"):
-        run(tmp_path / "run", teacher)
 
 
 @pytest.mark.parametrize(
@@ -363,13 +266,6 @@ def test_data_unlike_what_the_teacher_makes_is_refused(
     with pytest.raises(TrainError, match=message):
         distill(tmp_path / "run", teacher, RUN, device=CPU, data=data)
     assert not (tmp_path / "run").exists()
-
-
-def test_resuming_with_other_data_is_refused(tmp_path: Path, teacher: Path) -> None:
-    run(tmp_path, teacher, steps=1)
-    data = ImageSet(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 2, ("left", "right"), "toys")
-    with pytest.raises(TrainError, match="begun with data=None, got 'toys, 6 images'"):
-        distill(tmp_path, teacher, RUN, device=CPU, data=data)
 
 
 @pytest.mark.parametrize(
@@ -524,23 +420,6 @@ def test_student_that_knows_every_end_is_consistent_along_a_trajectory_and_anoth
     assert loss(lambda x, t, labels: perfect(x, t) + 0.1) > 1e-3
 
 
-@pytest.mark.parametrize("t", [0, 500, 999])
-def test_x0_is_read_from_v(t: int) -> None:
-    x_0, eps = normal(*SHAPE), normal(*SHAPE, seed=1)
-    plan = consistency_plan(student_noise(UNCLIPPED), [999, 500, 0])
-    at = torch.full((SHAPE[0],), t)
-    k = torch.full((SHAPE[0],), [999, 500, 0].index(t))
-    x0 = predict_x0(plan, k, SCHEDULE.q_sample(x_0, at, eps), SCHEDULE.velocity(x_0, at, eps))
-    assert torch.allclose(x0, x_0, atol=1e-12)
-
-
-def test_loss_counts_far_errors_by_their_size_and_near_ones_by_their_square() -> None:
-    one = torch.ones(2, 1, 4, 4, dtype=torch.float64)
-    assert float(pseudo_huber(100 * one, 0 * one)) == pytest.approx(100, rel=1e-3)
-    ratio = float(pseudo_huber(2e-4 * one, 0 * one)) / float(pseudo_huber(1e-4 * one, 0 * one))
-    assert ratio == pytest.approx(4, rel=1e-3)
-
-
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -568,27 +447,8 @@ def test_step_is_that_of_diffusers(timesteps: list[int]) -> None:
         assert torch.allclose(x, expected.prev_sample, atol=1e-9)
 
 
-def test_table_is_plain_numbers_and_ends_without_noise() -> None:
-    table = consistency_table(UNCLIPPED, [999, 450], {"guidance": 1.5})
-    assert (table.sampler, table.steps, table.guidance, table.timesteps) == ("consistency", 2, 1.0, (999, 450))
-    signal, sigma = SCHEDULE.alpha_bar[450].sqrt().item(), (1 - SCHEDULE.alpha_bar[450]).sqrt().item()
-    assert table.lines == ((0.0, signal, 0.0, 0.0, sigma), (0.0, 1.0, 0.0, 0.0, 0.0))
-    plan = table_plan(student_noise(UNCLIPPED), SCHEDULE, table, clip=None)
-    assert torch.allclose(plan.known[0], torch.tensor([signal, sigma], dtype=torch.float64))
-
-
-def test_student_of_any_teacher_predicts_v_and_keeps_its_betas() -> None:
-    noise = student_noise(NoiseConfig(beta_end=0.01, default_sampler="ddim"))
-    assert noise.prediction_type == "v_prediction"
-    assert noise.beta_end == 0.01
-
-
 def test_points_of_few_steps_are_among_those_of_more_and_begin_at_pure_noise() -> None:
     alpha_bar = compile_plan(UNCLIPPED, SCHEDULE, "dpmpp_2m", 20).alpha_bar
     points = [student_points(alpha_bar, steps) for steps in (1, 2, 3, 4)]
     assert points == [[0], [0, 16], [0, 14, 16], [0, 14, 16, 17]]
     assert [round(float(alpha_bar[k]), 2) for k in points[-1]] == [0.0, 0.05, 0.34, 0.73]
-
-
-def test_points_of_a_teacher_of_few_steps_are_all_different() -> None:
-    assert student_points(torch.tensor([1e-5, 1e-4, 1e-3, 1e-2]), 4) == [0, 1, 2, 3]

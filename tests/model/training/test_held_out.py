@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -18,14 +17,12 @@ from tests.model.training.test_train import (
     state_of,
     toy_images,
 )
-from tests.tiny import TINY
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.training import held_out as held_out_module
-from tminus.model.training.data import Examples, ImageSet, evenly
-from tminus.model.training.held_out import mean_loss, note_losses, unlike
-from tminus.model.training.run import TrainError
+from tminus.model.training.data import Examples, ImageSet
+from tminus.model.training.held_out import mean_loss, note_losses
 from tminus.model.training.train import train
 from tminus.model.unet import UNet2D
 
@@ -106,13 +103,6 @@ def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
     assert torch.equal(of_all.x_t, of_four.x_t)
 
 
-def test_of_a_latent_model_the_examples_are_latents() -> None:
-    autoencoder = small_autoencoder()
-    latents = Examples.some_of(toy_images(), 11, autoencoder, CPU).x_0
-    assert latents.shape == (11, 3, 4, 4)
-    assert torch.allclose(latents, autoencoder.encode(toy_images().images / 127.5 - 1), atol=1e-6)
-
-
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 
@@ -139,19 +129,6 @@ def test_a_run_tells_of_held_out_images_and_is_the_same_run(tmp_path: Path, capl
     ]
 
 
-def test_both_losses_fall_and_images_learned_by_heart_are_told_from_others(tmp_path: Path) -> None:
-    """The training images are two, the others noise of the same shape, which a network cannot know of."""
-    few = toy_images(2)
-    noise = torch.randint(0, 256, few.images.shape, generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
-    config = dataclasses.replace(RUN, steps=120, flip=False, sheet_every=20, save_every=200, ema_decay=0.9)
-    others = dataclasses.replace(few, images=noise)
-    assert train(tmp_path, few, CONDITIONAL, NOISE, config, device=CPU, held_out=others)
-    _, *lines = losses_in(tmp_path)
-    training, of_others = ([float(line[column]) for line in lines] for column in (1, 2))
-    assert training[-1] < 0.8 * training[0]
-    assert of_others[-1] > 1.2 * training[-1]
-
-
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     for step, loss in ((1000, 0.5), (2000, 0.4), (3000, 0.3)):
         note_losses(tmp_path, step, loss, loss + 0.01, "others (20)")
@@ -161,14 +138,6 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
         ["1000", "0.500000", "0.510000", "others (20)"],
         ["2000", "0.250000", "0.125000", "others (20)"],
     ]
-
-
-def test_losses_say_which_images_were_held_out(tmp_path: Path) -> None:
-    for steps, name in ((2, "night"), (4, "day, with\n a comma")):
-        others = dataclasses.replace(toy_images(5), name=name)
-        assert run(tmp_path, dataclasses.replace(RUN, steps=steps), held_out=others)
-    with (tmp_path / "losses.csv").open(newline="") as file:
-        assert [row["held_out_images"] for row in csv.DictReader(file)] == ["night (5)", "day, with a comma (5)"]
 
 
 @pytest.mark.parametrize(
@@ -190,35 +159,6 @@ def test_lines_that_are_none_of_a_run_are_no_hindrance(tmp_path: Path, left: byt
     (tmp_path / "losses.csv").write_bytes(known + left)
     note_losses(tmp_path, 2000, 0.5, 0.25, "others (20)")
     assert (tmp_path / "losses.csv").read_bytes() == known + b"2000,0.500000,0.250000,others (20)\n"
-
-
-def test_held_out_images_of_another_shape_or_of_other_classes_are_refused(tmp_path: Path) -> None:
-    data = toy_images()
-    assert unlike(dataclasses.replace(data, name="others"), data) is None
-    large = dataclasses.replace(data, images=torch.zeros((4, 3, 8, 8), dtype=torch.uint8), name="large")
-    with pytest.raises(TrainError, match=r"large: has images of \(3, 8, 8\), and toy \(1, 8, 8\)"):
-        run(tmp_path / "large", held_out=large)
-    other = dataclasses.replace(data, class_names=("left", "up"), name="other")
-    with pytest.raises(TrainError, match=r"other: has the classes \('left', 'up'\), and toy \('left', 'right'\)"):
-        run(tmp_path / "other", held_out=other)
-    assert not (tmp_path / "other").exists(), "refused before anything is made"
-
-
-def test_without_classes_too(tmp_path: Path) -> None:
-    data = dataclasses.replace(toy_images(), labels=None, class_names=())
-    config = dataclasses.replace(RUN, steps=2)
-    assert train(tmp_path, data, TINY, NOISE, config, device=CPU, held_out=dataclasses.replace(data, name="others"))
-    assert len(losses_in(tmp_path)) == 2
-
-
-def test_of_fewer_held_out_images_as_many_training_images_are_measured_at_the_same_timesteps(tmp_path: Path) -> None:
-    """Held out, for once, are those very images: both losses are the same then."""
-    data, picked = toy_images(), evenly(11, 5)
-    assert data.labels is not None
-    five = dataclasses.replace(data, images=data.images[picked], labels=data.labels[picked], name="five")
-    assert run(tmp_path, held_out=five)
-    _, (_, training, of_others, _) = losses_in(tmp_path)
-    assert training == of_others
 
 
 def test_a_measurement_takes_no_larger_batches_than_a_step_and_64(
@@ -251,14 +191,6 @@ def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeyp
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path, held_out=toy_images(5))
     assert state_of(tmp_path)["step"] == RUN.steps
-
-
-def test_a_run_that_is_complete_measures_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(tmp_path, held_out=toy_images(5))
-    monkeypatch.setattr(Examples, "some_of", lambda *_: pytest.fail("it prepares a measurement"))
-    before = (tmp_path / "losses.csv").read_bytes()
-    assert run(tmp_path, held_out=toy_images(5), on_sheet=lambda *_: pytest.fail("it draws"))
-    assert (tmp_path / "losses.csv").read_bytes() == before
 
 
 def test_on_latents_no_image_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

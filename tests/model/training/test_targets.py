@@ -79,15 +79,6 @@ def test_guidance_that_is_folded_is_recommended_no_more(straight: Path, tmp_path
     assert load_checkpoint(tmp_path / "run").recommended == Recommended("dpmpp_2m", 20)
 
 
-def test_guidance_of_a_run_multiplies_that_of_the_weights_it_began_with(straight: Path, tmp_path: Path) -> None:
-    one = dataclasses.replace(RUN, steps=1)
-    assert run(tmp_path / "first", dataclasses.replace(one, guidance=1.5), init_from=straight)
-    assert run(tmp_path / "second", dataclasses.replace(one, guidance=2.0), init_from=tmp_path / "first")
-    assert load_checkpoint(tmp_path / "second").folded_guidance == 3
-    assert run(tmp_path / "third", one, init_from=tmp_path / "second")  # it learns from the data
-    assert load_checkpoint(tmp_path / "third").folded_guidance == 1
-
-
 def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(TrainError, match=r"guidance must be 1 \(off\) without --init-from, got 3"):

@@ -32,9 +32,7 @@ from tminus.model.training.run import (
     FORMER_FILE,
     STATE_FILE,
     TrainError,
-    faster_precision,
     read_state,
-    step_seed,
     write_state,
 )
 from tminus.model.training.train import TrainConfig, batch_indices, train
@@ -121,19 +119,6 @@ def test_a_log_gets_plain_lines_and_no_bar(
     assert "it/s" not in capsys.readouterr().err
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with caplog.at_level("INFO"):
-        run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
-    assert not [record for record in caplog.records if record.name == "tminus.model.training.run"]
-    assert "12/12" in capsys.readouterr().err
-
-
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
@@ -167,15 +152,6 @@ def test_ctrl_c_after_the_last_step_stops_nothing(tmp_path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):  # which would end pytest
         done = run(tmp_path, dataclasses.replace(RUN, steps=2), on_sheet=interrupt_at(2))
     assert done
-
-
-def test_interrupted_again_and_again_it_is_still_the_same_run(straight: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(RUN, sheet_every=1)
-    for step in (2, 3, 6):
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", config, on_sheet=interrupt_at(step))
-    assert run(tmp_path / "run")
-    assert_same_run(straight, tmp_path / "run")
 
 
 def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
@@ -233,18 +209,6 @@ def test_process_that_is_killed_resumes_as_if_it_had_not_been(
         assert provenance_in(folder)["step"] == 3
     assert run(folder)
     assert_same_run(straight, folder)
-
-
-def test_finished_run_started_again_does_nothing_more(straight: Path, tmp_path: Path) -> None:
-    assert run(tmp_path)
-    assert run(tmp_path)
-    assert_same_run(straight, tmp_path)
-
-
-def test_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
-    assert run(tmp_path)
-    assert run(tmp_path, dataclasses.replace(RUN, steps=10))
-    assert state_of(tmp_path)["step"] == 10
 
 
 @pytest.mark.parametrize(
@@ -359,21 +323,6 @@ def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
         run(tmp_path, unet=dataclasses.replace(CONDITIONAL, attention_head_dim=4))
 
 
-def test_resuming_with_another_noise_schedule_or_other_images_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, dataclasses.replace(RUN, steps=1))
-    with pytest.raises(TrainError, match="begun with noise prediction_type='epsilon', got 'v_prediction'"):
-        train(
-            tmp_path,
-            toy_images(),
-            CONDITIONAL,
-            dataclasses.replace(NOISE, prediction_type="v_prediction"),
-            RUN,
-            device=CPU,
-        )
-    with pytest.raises(TrainError, match="begun with data="):
-        train(tmp_path, toy_images(12), CONDITIONAL, NOISE, RUN, device=CPU)
-
-
 def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = dataclasses.replace(RUN, precision="auto", steps=2)
     monkeypatch.setattr("tminus.model.training.train.faster_precision", lambda *_: "bf16")
@@ -406,13 +355,6 @@ def test_a_run_takes_the_cores_that_are_free_and_keeps_their_number_when_it_goes
         assert taken == [2, 2, 3]
     finally:
         torch.set_num_threads(usual)
-
-
-def test_learned_variance_is_not_trained(tmp_path: Path) -> None:
-    noise = dataclasses.replace(NOISE, variance_type="learned_range")
-    with pytest.raises(TrainError, match="learned variance"):
-        train(tmp_path, toy_images(), CONDITIONAL, noise, RUN, device=CPU)
-    assert not list(tmp_path.iterdir())
 
 
 def test_state_that_is_damaged_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -541,11 +483,6 @@ def test_what_is_recommended_is_kept_by_a_resumed_run_and_by_a_new_one_from_its_
     assert load_checkpoint(short).recommended is None, "it has fewer timesteps than that"
 
 
-def test_new_run_without_them_starts_elsewhere(straight: Path, tmp_path: Path) -> None:
-    run(tmp_path, dataclasses.replace(RUN, steps=1, learning_rate=0.0))
-    assert load_checkpoint(tmp_path).weights_hash != load_checkpoint(straight).weights_hash
-
-
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -561,12 +498,6 @@ def test_weights_of_another_network_are_refused(
     data = toy_images() if "num_class_embeds" not in change else dataclasses.replace(toy_images(), labels=None)
     with pytest.raises(TrainError, match=f"straight: .*{why}"):
         train(tmp_path / "new", data, unet, NOISE, RUN, device=CPU, init_from=straight)
-    assert not (tmp_path / "new" / STATE_FILE).exists()
-
-
-def test_weights_to_start_from_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError):
-        run(tmp_path / "new", init_from=tmp_path / "gone")
     assert not (tmp_path / "new" / STATE_FILE).exists()
 
 
@@ -663,17 +594,6 @@ def test_every_epoch_covers_each_image_once(num_images: int, batch_size: int) ->
     assert len({tuple(order) for order in orders}) == epochs  # each in an order of its own
 
 
-def test_order_of_images_is_a_function_of_the_seed() -> None:
-    assert torch.equal(batch_indices(1000, 64, 3, 9), batch_indices(1000, 64, 3, 9))
-    assert not torch.equal(batch_indices(1000, 64, 3, 9), batch_indices(1000, 64, 4, 9))
-
-
-def test_seeds_of_steps_are_distinct_and_fit_torch() -> None:
-    seeds = {step_seed(seed, step) for seed in range(8) for step in range(-500, 500)}
-    assert len(seeds) == 8 * 1000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
     config = TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
     rates = [config.learning_rate_at(step) for step in range(1001)]
@@ -683,25 +603,6 @@ def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
     assert rates[900] == pytest.approx(5e-4)
     assert rates[999] == pytest.approx(5e-6)
     assert rates[1000] == 0
-
-
-def test_learning_rate_without_warm_up_or_decay_is_constant() -> None:
-    config = TrainConfig(steps=10, learning_rate=1e-3, warmup_steps=0, decay_fraction=0.0)
-    assert [config.learning_rate_at(step) for step in range(10)] == [1e-3] * 10
-
-
-def test_scheduled_rate_reaches_the_optimizer(tmp_path: Path) -> None:
-    run(tmp_path)
-    assert state_of(tmp_path)["optimizer"]["param_groups"][0]["lr"] == RUN.learning_rate_at(7)
-
-
-def test_timing_the_precisions_leaves_the_weights_and_gradients_alone() -> None:
-    net = UNet2D(CONDITIONAL)
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    assert faster_precision(net, (2, 1, 8, 8), CPU) in ("fp32", "bf16")
-    for key, value in net.state_dict().items():
-        assert torch.equal(value, before[key])
-    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 # --- on latents ---

@@ -14,7 +14,6 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
 from tminus.model.tuning import refine
-from tminus.model.tuning.fit import Rows
 from tminus.model.tuning.refine import Refinement, Refiner
 
 pytestmark = pytest.mark.slow
@@ -89,17 +88,3 @@ def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool) -> N
     with torch.no_grad():
         images = refiner.images(torch.tensor([line[:4] for line in fit.lines]), torch.arange(len(wanted)))
     torch.testing.assert_close(images, wanted if latent else wanted.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_all_that_the_network_is_given_lies_on_its_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = load_checkpoint(folder)
-    fitter = fitter_of(checkpoint)
-    checkpoint.net.to("meta")
-    labels = fitter.rows.class_labels
-    assert labels is not None
-    rows = Rows(fitter.rows.noise.to("meta"), labels.to("meta"))
-    forward = staticmethod(checkpoint.net)
-    monkeypatch.setattr(Refiner, "_forward", forward)  # there is no autocast of meta tensors
-    refiner = Refiner(checkpoint, (49.0, 8.0), 1.0, rows, fitter.images.to("meta"), held_out=4)
-    picked, C = torch.arange(4), torch.zeros(2, 4, requires_grad=True, device="meta")
-    assert refiner.distance(refiner.images(C, picked), picked, torch.Generator()).device.type == "meta"

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from tests.model.tuning.nets import CONFIG, CPU, save_net
-from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.sampler_tables import FOLDER
-from tminus.model.tuning.refine import Refiner, gradient_precision
-from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher, state_file, tune
+from tminus.model.tuning.refine import Refiner
+from tminus.model.tuning.tune import TuneError, check, state_file, tune
 
 pytestmark = pytest.mark.slow
 
@@ -85,16 +84,6 @@ def test_a_run_that_was_killed_goes_on_after_another_table_was_tuned(folder: Pat
     assert table_of(folder) == undisturbed
 
 
-def test_a_refinement_of_another_version_is_begun_anew(folder: Path, undisturbed: dict[str, Any]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop_at="coefficients, iteration 3")
-    file = state_file(folder, 3, 1.0)
-    state = json.loads(file.read_text())
-    file.write_text(json.dumps(state | {"refinement": state["refinement"] | {"momentum": 1}}))
-    assert any("goes on after round" in line for line in run(folder))
-    assert table_of(folder) == undisturbed
-
-
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [("scheduler/scheduler_config.json", "beta_end", 0.05), ("unet/config.json", "flip_sin_to_cos", False)],
@@ -160,19 +149,6 @@ def test_what_cannot_be_tuned_is_refused(
         check(change(load_checkpoint(folder)), steps, [guidance], dataclasses.replace(CONFIG, **settings))
 
 
-def test_the_teacher_is_what_the_checkpoint_recommends_where_that_can_teach(folder: Path) -> None:
-    checkpoint = load_checkpoint(folder)
-    for recommended, expected in [
-        (None, TuneConfig.__dataclass_fields__["teacher"].default),
-        (Recommended("unipc", 12, 1.5), "unipc:12"),
-        (Recommended("ddpm", 100), "dpmpp_2m:20"),
-        (Recommended("tuned", 8), "dpmpp_2m:20"),
-    ]:
-        assert default_teacher(dataclasses.replace(checkpoint, recommended=recommended)) == expected
-    few = dataclasses.replace(checkpoint, noise=dataclasses.replace(checkpoint.noise, num_train_timesteps=6))
-    assert default_teacher(few) == "dpmpp_2m:6"
-
-
 def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,39 +174,3 @@ def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
     assert precisions == ["bf16", "bf16"], "a run goes on as it was begun"
     about = json.loads((folder / FOLDER / "tuned-3.json").read_text())["about"]
     assert about["precision"] == "bf16"
-
-
-def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, undisturbed: dict[str, Any]) -> None:
-    """As one of an earlier version, which may have refined in another."""
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop_at="coefficients, iteration 3")
-    state = json.loads(state_file(folder, 3, 1.0).read_text())
-    state["refinement"]["lines"][0][0] += 1.0
-    del state["precision"]
-    state_file(folder, 3, 1.0).write_text(json.dumps(state))
-    assert any("goes on after round" in line for line in run(folder))
-    assert table_of(folder) == undisturbed
-
-
-def test_the_time_of_interrupted_runs_counts(folder: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop_at="coefficients, iteration 3")
-    state = json.loads(state_file(folder, 3, 1.0).read_text())
-    state["seconds"] += 1000
-    state_file(folder, 3, 1.0).write_text(json.dumps(state))
-    run(folder)
-    assert json.loads((folder / FOLDER / "tuned-3.json").read_text())["about"]["seconds"] >= 1000
-
-
-def test_precision_is_measured_once_and_only_for_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: measured.append(1) or "fp32")
-    checkpoint = load_checkpoint(folder)
-    for iterations, expected in ((0, 0), (1, 1)):
-        config = dataclasses.replace(CONFIG, iterations=iterations)
-        tune(folder, checkpoint, checkpoint.net, (1, 2), [1.0, 2.0], config, device=CPU, say=lambda _: None)
-        assert len(measured) == expected
-
-
-def test_the_precision_of_gradients_is_measured(folder: Path) -> None:
-    assert gradient_precision(load_checkpoint(folder), CPU) in ("fp32", "bf16")

@@ -1,9 +1,7 @@
-import json
 from pathlib import Path
 
 import click.testing
 import pytest
-from PIL import Image
 
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
@@ -43,16 +41,6 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
     assert made.exit_code == 0, made.output
 
 
-def test_images_of_a_folder_are_fitted_to_the_teacher(teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for number in range(3):
-        Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
-    result = distill(teacher, tmp_path / "student", "--data", str(tmp_path / "data"))
-    assert result.exit_code == 0, result.output
-    meta = json.loads((tmp_path / "student" / "tminus.json").read_text("utf-8"))
-    assert meta["provenance"]["data"] == "data"
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -80,11 +68,3 @@ def test_a_run_that_cannot_be_written_is_one_clear_line(teacher: Path, tmp_path:
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), "no traceback"
     assert "Not a directory" in result.output.splitlines()[-1]
-
-
-def test_student_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
-    meta = json.loads((teacher / "tminus.json").read_text("utf-8"))
-    (teacher / "tminus.json").write_text(json.dumps(meta | {"student": {"steps": [2]}}), "utf-8")
-    result = distill(teacher, tmp_path / "student")
-    assert result.exit_code == 1
-    assert "a student without a table" in result.output

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,20 +88,6 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
     assert written["report.html"].read_text() == page
 
 
-def test_data_of_one_class_is_judged_without_a_classifier(folders: list[str], tmp_path: Path) -> None:
-    for split, place in (("--data", "train"), ("--test-data", "held-out")):
-        shutil.copytree(Path(folders[folders.index(split) + 1]) / "bright", tmp_path / place / "bright")
-    folders = [*folders[:2], "--data", str(tmp_path / "train"), "--test-data", str(tmp_path / "held-out")]
-    found = evaluate(
-        folders, "--steps", "3", "--json", tmp_path / "figures.json", "--classifier", tmp_path / "classifier"
-    )
-    assert found.exit_code == 0, (found.output, found.exception)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["class_accuracy"] is figures["classifier_frechet_distance"] is None
-    assert "Left out: class_accuracy (no classifier: the data has one class, " in found.stdout
-    assert not (tmp_path / "classifier").exists()
-
-
 def test_one_way_of_sampling_keeps_its_report_and_gains_a_spread_over_seeds(folders: list[str], tmp_path: Path) -> None:
     one = evaluate(folders, "--steps", "3", "--seed", "7", "--json", tmp_path / "one.json")
     three = evaluate(folders, "--steps", "3", "--seeds", "7,8,9", "--json", tmp_path / "three.json")
@@ -185,19 +169,3 @@ def test_a_full_disk_and_a_full_gpu_are_one_clear_line(
 
     monkeypatch.setattr("tminus.model.evaluation.evaluate.evaluate", evaluated)
     assert refusal(folders, "--steps", "2") == f"tminus: {error}"
-
-
-def test_a_report_without_matplotlib_names_the_extra_before_anything_is_measured(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'tminus[evaluate]'" in refusal(folders, "--report", tmp_path / "report")
-    assert not (tmp_path / "report").exists()
-
-
-def test_a_report_s_folder_that_cannot_be_made_is_named(folders: list[str], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert "--report" in refusal(folders, "--report", tmp_path / "file" / "report")
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "kept").write_text("")
-    assert f"--report {tmp_path / 'report'}" in refusal(folders, "--steps", "2", "--report", tmp_path / "report")

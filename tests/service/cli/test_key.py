@@ -44,15 +44,6 @@ def test_the_line_is_added_to_a_file_that_others_cannot_read(tmp_path: Path) -> 
     assert stat.S_IMODE(file.stat().st_mode) == 0o640, "as its owner wants it"
 
 
-def test_a_second_key_of_a_name_is_like_the_first(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    run("a", "--role", "admin", "--jobs", "3", "--file", file)
-    second = run("a", "--file", file).stdout.strip()
-    found = KeyRing(file=file).find(second)
-    assert found is not None
-    assert (found.role, found.limits.jobs) == ("admin", 3)
-
-
 def test_two_at_the_same_time_both_add_theirs(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     command = [sys.executable, "-m", "tminus", "key", "--file", file]

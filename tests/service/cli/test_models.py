@@ -1,15 +1,11 @@
 """`tminus models`, and --model of the commands that ask a server."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click.testing
 import numpy as np
-import pytest
 
 from tests.service.client.conftest import ADMIN_KEY, Served, several  # noqa: F401
-from tests.service.client.hostile import answering
 from tests.service.conftest import pixels
 from tests.service.fakes import INFO, make_spec
 from tminus.service.cli.main import main
@@ -81,45 +77,6 @@ def test_what_is_wrong_with_a_change_is_one_clear_line(several: Served) -> None:
     assert "409 colour is loaded already" in refusal("models", "load", "colour", *where)
     assert "422 broken cannot be loaded" in refusal("models", "load", "broken", *where)
     assert "url must be http://" in refusal("models", "--url", "localhost:8000")
-
-
-def test_where_no_server_listens_the_command_that_starts_one_is_named(tmp_path: Path) -> None:
-    nowhere = ("--url", "http://127.0.0.1:1")
-    png = ("--out", tmp_path / "a.png")
-    for command in (("models",), ("sample", *png), ("sample", "--watch", tmp_path / "a.webp", *png)):
-        line = refusal(*command, *nowhere)
-        assert line.startswith("tminus: http://127.0.0.1:1: ")
-        assert line.endswith("; is a server running there? tminus serve starts one")
-
-
-@pytest.mark.parametrize("arguments", [("load",), ("colour",), ("load", "a", "b"), ("load", "x", "--admin-key", "x")])
-def test_what_is_no_change_of_a_model_is_exit_code_2(arguments: tuple[str, ...]) -> None:
-    assert run("models", *arguments).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("document", "says"),
-    [
-        ({"models": [MODEL | {"name": "\x1b[2J"}]}, "model must be 1..64"),
-        ({"models": [MODEL] * 2}, "a name comes twice"),
-        ({"models": [MODEL | {"state": "asleep"}]}, "asleep"),
-        ({"models": [MODEL | {"model": {}}]}, "the description of x is not that of a model ('width_px')"),
-        ({"models": [MODEL | {"model": LOADED | {"device": "\x1b[2J"}}]}, "no token"),
-        ({"models": [MODEL | {"model": LOADED | {"width_px": [[]]}}]}, "no whole number"),
-        ({"models": [MODEL | {"model": LOADED | {"class_names": "x" * 100_000}}]}, "no array"),
-        ([], "no object"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_list_that_no_tminus_server_gives_is_one_clear_line(document: Any, says: str) -> None:
-    with answering("Content-Type: application/json\r\n", lambda: [json.dumps(document).encode()]) as server:
-        assert says in refusal("models", "--url", server.url)
-
-
-def test_other_numbers_of_channels_are_told_as_they_are() -> None:
-    document = {"models": [MODEL | {"model": LOADED | {"channels": 4}}]}
-    with answering("Content-Type: application/json\r\n", lambda: [json.dumps(document).encode()]) as server:
-        assert rows(server.url) == [["x", "loaded", "32x16, 4 channels", "1", "cpu", "f"]]
 
 
 # --- --model ---

@@ -8,13 +8,11 @@ import pytest
 
 from tests.receivers import receiver
 from tests.service.client.breaking import Breaking
-from tests.service.client.conftest import ADMIN_KEY, COLOUR, SPARE, SPEC, Connect, MakeServed, Served
+from tests.service.client.conftest import ADMIN_KEY, COLOUR, SPARE, SPEC, Connect, Served
 from tests.service.conftest import INSTANT, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec
 from tests.service.webhooks import rules
-from tminus.service.client import Done, Ended, ModelState, Problem, Unreachable
-from tminus.service.client._async import client as async_client
-from tminus.service.client._sync import client as sync_client
+from tminus.service.client import Done, Ended, Problem, Unreachable
 
 
 def test_a_sheet_a_zip_and_a_document_hold_the_same_images(served: Served, connect: Connect) -> None:
@@ -33,13 +31,6 @@ def test_a_sheet_a_zip_and_a_document_hold_the_same_images(served: Served, conne
         assert (made.seed, made.fingerprint, len(made.job_id)) == (5, INFO.fingerprint, 32)
         assert made.timings_s.keys() == {"queue", "first_step", "denoise", "encode"}
         assert 0 <= made.timings_s["denoise"] < PATIENCE_S
-
-
-def test_an_answer_from_the_cache_has_no_job(make_served: MakeServed, connect: Connect) -> None:
-    tminus = connect(make_served(result_cache_bytes=10_000).url)
-    first, again = tminus.sample(**SPEC), tminus.sample(**SPEC)
-    assert first.data == again.data
-    assert (again.job_id, again.timings_s) == (None, {})
 
 
 def test_a_refusal_has_field_value_and_bound(served: Served, connect: Connect) -> None:
@@ -63,24 +54,6 @@ def test_noise_is_added_to_an_image(served: Served, connect: Connect, tmp_path: 
     assert tminus.noise(png, t=0).seed >= 0
     with pytest.raises(Problem, match="t must be"):
         tminus.noise(png, t=1000)
-
-
-def test_the_model_is_described(served: Served, connect: Connect) -> None:
-    assert connect(served.url).model()["class_names"] == ["cat", "dog", "3d-print"]
-
-
-def test_all_pages_of_the_jobs_are_read(served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    for client in (async_client, sync_client):
-        monkeypatch.setattr(client, "PAGE", 2)
-    tminus = connect(served.url)
-    ids = [tminus.submit(steps=1).id for _ in range(5)]
-    for job_id in ids:
-        tminus.job(job_id).wait(PATIENCE_S)
-    assert [state.id for state in tminus.jobs()] == ids[::-1]
-    assert [state.id for state in tminus.jobs(state=["done", "failed"])] == ids[::-1]
-    assert list(tminus.jobs(state="failed")) == []
-    with pytest.raises(Problem, match="state must be"):
-        list(tminus.jobs(state="asleep"))
 
 
 def test_an_answer_that_is_lost_makes_no_second_job(served: Served, connect: Connect) -> None:
@@ -129,16 +102,6 @@ def test_a_job_says_which_model_it_is_of_and_every_client_finds_it(several: Serv
     assert tminus.job(other.id).state().model == "fake"
     default.job(job.id).delete()
     assert list(tminus.jobs()) == []
-
-
-def test_the_models_are_listed_by_a_client_of_any(several: Served, connect: Connect) -> None:
-    fake, colour, broken, spare = connect(several.url).models()
-    assert (fake.name, fake.default, fake.state, fake.info["class_names"]) == (
-        "fake", True, "loaded", ["cat", "dog", "3d-print"]
-    )  # fmt: skip
-    assert (colour.name, colour.default, colour.state, colour.info["channels"]) == ("colour", False, "loaded", 3)
-    assert [broken, spare] == [ModelState(name, False, "unloaded", None) for name in ("broken", "spare")]
-    assert connect(several.url, model="colour").models() == [fake, colour, broken, spare]
 
 
 def test_a_model_is_loaded_reloaded_and_unloaded(several: Served, connect: Connect) -> None:

@@ -185,17 +185,6 @@ def test_a_server_that_is_not_there_is_unreachable(connect: Connect) -> None:
     listener.close()
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "", "ws://x", "http://", "http://x:y", "file:///tmp"])
-def test_an_invalid_address_is_refused_at_once(url: str, connect: Connect) -> None:
-    with pytest.raises(ValueError, match="url must be http:// or https:// and a host, got"):
-        connect(url)
-
-
-def test_a_name_of_no_model_is_refused_at_once(connect: Connect) -> None:
-    with pytest.raises(ValueError, match=r"model must be 1\.\.64 of A-Z a-z 0-9 \. _ -, .*, got '\.\./x'"):
-        connect("http://server", model="../x")
-
-
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -223,12 +212,6 @@ def test_an_answer_from_another_server_is_unexpected(answer: dict[str, Any], say
     for call in listed:
         with pytest.raises(UnexpectedAnswer, match=says):
             call()
-
-
-def test_a_proxy_without_a_server_is_waited_for(connect: Connect) -> None:
-    answers = [httpx.Response(502, text="<html>"), httpx.Response(503), httpx.Response(200, json={})]
-    tminus = connect("http://server", transport=httpx.MockTransport(lambda request: answers.pop(0)), patience_s=60)
-    assert tminus.model() == {}
 
 
 # --- hostile servers ---

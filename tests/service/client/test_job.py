@@ -17,7 +17,7 @@ from tests.service.client.conftest import SPEC, Connect, MakeServed, Served, job
 from tests.service.client.hostile import PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 from tminus.service.api import events as routes_events
-from tminus.service.client import Ended, Frame, Problem, Progress, UnexpectedAnswer, Waiting, sse
+from tminus.service.client import Ended, Problem, Progress, UnexpectedAnswer, Waiting, sse
 
 
 def test_a_job_is_submitted_awaited_and_fetched(served: Served, connect: Connect) -> None:
@@ -145,15 +145,6 @@ def slowly(served: Served) -> None:
     served.engine.on_step = lambda batch: time.sleep(0.002)
 
 
-def test_frames_come_as_events_too(served: Served, connect: Connect) -> None:
-    slowly(served)
-    job = connect(served.url).submit(n=2, steps=200, seed=5)
-    frames = [event for event in job.events(every=1, show=["x_t", "x_0"], layout="images") if isinstance(event, Frame)]
-    assert {frame.show for frame in frames} == {"x_t", "x_0"}
-    assert {frame.image for frame in frames} == {0, 1}
-    assert frames[0].data.startswith(b"\x89PNG")
-
-
 def test_a_stream_that_breaks_goes_on_where_it_was(
     served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,13 +171,6 @@ def test_leaving_the_loop_closes_the_connection(make_served: MakeServed, connect
             break
     served.engine.gate.open()
     assert job.wait(PATIENCE_S).state == "done"
-
-
-def test_a_job_that_is_not_there_has_no_events(served: Served, connect: Connect) -> None:
-    for job_id in ("nothing", "../../model", "a b"):
-        with pytest.raises(Problem) as caught:
-            list(connect(served.url, patience_s=60).job(job_id).events())
-        assert caught.value.status == 404
 
 
 # --- hostile servers ---

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.service.client.conftest import job_members
-from tminus.service.client import ClientError, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client import Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client.patience import LAST_LOOK_S, RESTART_S, Patience, Polling
 from tminus.service.client.results import JobState
 
@@ -34,12 +34,6 @@ def test_a_refusal_is_waited_for_as_long_as_it_says_while_patience_lasts() -> No
         clock.now_s += 7.1
     with pytest.raises(Problem):
         patience.pause_s(REFUSED)
-
-
-@pytest.mark.parametrize("error", [Problem({"status": 422}), Problem({"status": 429}), UnexpectedAnswer(200)])
-def test_other_errors_are_not_waited_for(error: ClientError) -> None:
-    with pytest.raises(type(error)):
-        Patience(1000).pause_s(error)
 
 
 def test_what_the_server_may_have_got_is_not_sent_again_where_it_may_go_there_once() -> None:

@@ -12,7 +12,7 @@ from tests.service.client.test_patience import Clock
 from tminus.service.api.answers.previews import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Ended, Frame, Progress, UnexpectedAnswer, Unreachable
 from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
-from tminus.service.client.messages import Done, Opening, opening_of
+from tminus.service.client.messages import Done, Opening
 from tminus.service.client.patience import RESTART_S, Patience
 from tminus.service.client.reading import Following, FrameOrder, Reading
 
@@ -97,12 +97,6 @@ def test_a_message_at_the_wrong_time_is_refused_before_its_images_are_read(openi
         reading.begin(last)
 
 
-@pytest.mark.parametrize("images", [-1, 1.0, "1", None, True, [1]])
-def test_a_number_of_images_that_is_none_is_refused(images: object) -> None:
-    with pytest.raises(UnexpectedAnswer):
-        opening_of(json.dumps({"type": "done", "images": images}))
-
-
 def test_a_result_that_is_no_image_is_refused() -> None:
     with pytest.raises(UnexpectedAnswer, match="no image/png"):
         Reading(Asked.of({})).end(Done((b"text",), 0, 0, 0, 0))
@@ -147,12 +141,6 @@ def test_steps_come_again_from_the_next_holder_of_the_job_and_otherwise_not() ->
         assert [event.step for event in first + then if isinstance(event, Frame)] == [3, 4, 3, 5]
         with pytest.raises(UnexpectedAnswer, match="a frame of step 4 after one of step 5"):
             list(following.read(frame(4)))
-
-
-def test_an_event_that_a_newer_server_knows_counts_as_read() -> None:
-    following = Following("", Patience(0), ASKED)
-    assert list(following.read(b"event: news\nid: 7\ndata: {}\n\n")) == []
-    assert following.begin_connection()["Last-Event-ID"] == "7"
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])

@@ -63,16 +63,3 @@ def test_how_it_is_cut_makes_no_difference(name: str) -> None:
 def test_any_pieces_give_what_the_whole_gives(pieces: list[bytes]) -> None:
     decoder = Decoder()
     assert [each for piece in pieces for each in decoder.feed(piece)] == decode(b"".join(pieces))
-
-
-def test_an_event_comes_as_soon_as_it_is_whole() -> None:
-    decoder = Decoder()
-    assert decoder.feed(b"data: 1\r\n\r") == [event("1")]
-    assert decoder.feed(b"\ndata: 2\n\n") == [event("2")]
-
-
-@pytest.mark.parametrize(("text", "retry_s"), [("2000", 2.0), ("0", 0.0), ("2s", None), ("-1", None), ("²", None)])
-def test_the_time_to_reconnect_is_in_digits(text: str, retry_s: float | None) -> None:
-    decoder = Decoder()
-    decoder.feed(f"retry: {text}\n\n".encode())
-    assert decoder.retry_s == retry_s

@@ -37,13 +37,6 @@ def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:
     assert done.frames_dropped + len({frame.step for frame in frames}) == 3
 
 
-@pytest.mark.parametrize(("sampler", "passes"), [("heun", 7), ("plms", 5), ("dpmpp_2m", 4)])
-def test_frames_count_passes(served: Served, connect: Connect, sampler: str, passes: int) -> None:
-    _, *frames, done = connect(served.url).watch(every=1, sampler=sampler, steps=4)
-    assert isinstance(done, Done)
-    assert {frame.steps for frame in frames if isinstance(frame, Frame)} == {passes}
-
-
 def test_leaving_the_loop_cancels_the_job(served: Served, connect: Connect) -> None:
     served.engine.gate.shut()
     served.engine.gate.let(2)
