@@ -180,6 +180,7 @@ def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> N
         ClassifierConfig(channels=1, size_px=(28, 7), num_classes=10)
 
 
+@pytest.mark.long
 def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
     needs("dataset-fashion-mnist")
     test = load_fashion_mnist("test")

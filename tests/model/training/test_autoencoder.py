@@ -40,6 +40,7 @@ def run(folder: Path, config: AutoencoderTrainConfig = RUN, model: AutoencoderCo
     return train_autoencoder(folder, data, model, config, device=CPU, **kwargs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", MODELS)
 def test_it_learns(tmp_path: Path, kind: str) -> None:
     data, model = toy_images(24), MODELS[kind]

@@ -339,6 +339,7 @@ def numbers_of(folder: Path, count: int = 400) -> Gaussian:
     return fit_gaussian(images.flatten(1))
 
 
+@pytest.mark.long
 def test_images_are_to_be_distributed_as_the_data(tmp_path: Path, teacher: Path) -> None:
     """The data are darker than anything that the teacher makes."""
     dark = ImageSet(torch.full((40, 1, 8, 8), 20, dtype=torch.uint8), torch.arange(40) % 2, ("left", "right"), "dark")

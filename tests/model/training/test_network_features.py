@@ -121,6 +121,7 @@ def test_distance_is_the_one_of_evaluate_in_units_of_the_reference() -> None:
     assert float(loss.distance[0]) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.long
 def test_descent_brings_a_distribution_to_the_reference_in_batches_smaller_than_its_dimension() -> None:
     reference = fit_gaussian(rows(4000, 1))
     loss = loss_with(reference)

@@ -50,6 +50,7 @@ def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> No
     assert refiner.judge(done.best) == pytest.approx(done.distance, rel=1e-6)
 
 
+@pytest.mark.long
 def test_where_nothing_better_is_found_it_goes_on_from_the_best_in_smaller_steps(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
