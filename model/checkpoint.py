@@ -150,9 +150,9 @@ class Checkpoint:
     refused_tables: tuple[str, ...] = ()
     """A line for each file of samplers/ that is not used: its name and why."""
     student: Mapping[str, Any] | None = None
-    """Of a network made for a few steps by its own tables alone: what it is, and the guidance folded in."""
+    """What a network is that was made for a few steps by its own tables alone, and the guidance folded in."""
     autoencoder: Autoencoder | None = None
-    """Of a latent model: what turns images into the latents that the network sees, and back."""
+    """What turns images into the latents that the network of a latent model sees, and back."""
     folded_guidance: float = 1.0
     """Guidance that the weights have in them. A request's own multiplies it; of a student there is none."""
 

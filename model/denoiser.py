@@ -19,7 +19,7 @@ class NetConfig(Protocol):
 
     @property
     def in_channels(self) -> int:
-        """Of the images."""
+        """The channels of the images."""
 
     @property
     def out_channels(self) -> int:
@@ -138,7 +138,6 @@ class OtherConfig:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """See NetConfig."""
         return self.sample_size, self.sample_size
 
     @classmethod
@@ -157,7 +156,6 @@ class OtherConfig:
             raise ValueError(f"{cls.class_name} config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """See NetConfig."""
         return {"_class_name": self.class_name, **dataclasses.asdict(self)}
 
 

@@ -42,7 +42,7 @@ class Table:
 
     @property
     def hash(self) -> str:
-        """Of all that changes an image."""
+        """The hash of all that changes an image."""
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:

@@ -41,7 +41,7 @@ class SchedulerKind:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """Its names of fields that DDPMScheduler has under another name."""
+    """The names that the class has for fields that DDPMScheduler has under another name."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
 

@@ -35,7 +35,7 @@ class Levels:
 
     @property
     def alpha_next(self) -> Tensor:
-        """Of the level that the step goes to."""
+        """sqrt(alpha_bar) of the level that the step goes to."""
         return self.alpha_bar_next.sqrt()
 
     @property
@@ -45,7 +45,7 @@ class Levels:
 
     @property
     def sigma_next(self) -> Tensor:
-        """Of the level that the step goes to; 0 at the end."""
+        """sqrt(1 - alpha_bar) of the level that the step goes to; 0 at the end."""
         return (1 - self.alpha_bar_next).sqrt()
 
     @property

@@ -77,7 +77,7 @@ class UNetConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     num_heads: int | None = None
-    """Of every attention, whatever its width; goes before attention_head_dim."""
+    """The heads of every attention, whatever its width; goes before attention_head_dim."""
     time_proj_dim: int | None = None
     """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
     timestep_scale: float = 1.0
@@ -145,7 +145,6 @@ class UNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """See NetConfig."""
         return self.block_out_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
@@ -408,15 +407,13 @@ class UNet2D(Denoiser):
 
     @property
     def fractional(self) -> bool:
-        """See Denoiser: not with a learned embedding, which has whole timesteps only."""
+        """A learned embedding has whole timesteps only."""
         return self.time_proj is None
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """See Denoiser."""
         return partial(_embed_time, self.config, self.time_proj, self.time_embedding)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """See Denoiser."""
         h, skips = self.encode(x, act_temb)
         for block in self.up_blocks:
             h = block(h, skips, act_temb)
@@ -424,7 +421,6 @@ class UNet2D(Denoiser):
         return out
 
     def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See Denoiser."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         h: Tensor = self.conv_in(x)
@@ -438,5 +434,4 @@ class UNet2D(Denoiser):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """See Denoiser."""
         return [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]

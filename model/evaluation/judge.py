@@ -125,7 +125,7 @@ class Judge:
         return (balanced_picks if self._in_turn else random_picks)(data, num_images, seed)
 
     def _real_gaussian(self, features: Tensor, labels: Tensor | None) -> Gaussian:
-        """Of real images of these classes, in the mix of the samples."""
+        """Fit a Gaussian to real images of these classes, in the mix of the samples."""
         weights = class_weights(labels, len(self._test.class_names)) if self._in_turn and labels is not None else None
         return fit_gaussian(features, weights)
 

@@ -15,7 +15,7 @@ class Fact:
 
     @property
     def type(self) -> type:
-        """Of the flag's value."""
+        """The type of the flag's value."""
         if self.choices:
             return str
         return int if self.whole else float

@@ -98,12 +98,12 @@ class AutoencoderConfig:
 
     @property
     def code_width(self) -> int:
-        """Of a code of a VQModel, and so the channels of its latents."""
+        """The width of a code of a VQModel, and so the channels of its latents."""
         return self.vq_embed_dim or self.latent_channels
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """The channels of the latents."""
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:

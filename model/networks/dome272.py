@@ -18,7 +18,7 @@ HEADS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dome272Config(OtherConfig):
-    """Its channels are fixed, but for the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
+    """The channels are fixed, but for the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
 
     class_name: ClassVar[str] = "Dome272UNet"
 
@@ -35,16 +35,14 @@ class Dome272Config(OtherConfig):
 
     @property
     def size_multiple(self) -> int:
-        """See NetConfig."""
         return 1 << (len(WIDTHS) - 1)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """See NetConfig."""
         return WIDTHS
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """See NetConfig. Attention is at every level; on the way up it is at the size of the images."""
+        """Attention is at every level; on the way up it is at the size of the images."""
         pixels = [size_px[0] * size_px[1] >> 2 * level for level in range(len(WIDTHS))]
         maps = sum(4 * 6 * width * each for width, each in zip(WIDTHS, pixels, strict=True))
         return maps + 4 * HEADS * pixels[0] ** 2
@@ -163,11 +161,10 @@ class Dome272UNet(Denoiser):
         self.outc = nn.Conv2d(a, config.out_channels, 1)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """See Denoiser: sines and cosines, without an MLP."""
+        """Sines and cosines, without an MLP."""
         return partial(_sines_and_cosines, self.config.time_dim)
 
     def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See Denoiser."""
         x1 = self.inc(x)
         x2 = self.sa1(self.down1(x1, act_temb))
         x3 = self.sa2(self.down2(x2, act_temb))
@@ -177,7 +174,6 @@ class Dome272UNet(Denoiser):
         return h, [x1, x2, x3]
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """See Denoiser."""
         h, (x1, x2, x3) = self.encode(x, act_temb)
         h = self.sa4(self.up1(h, x3, act_temb))
         h = self.sa5(self.up2(h, x2, act_temb))
@@ -187,7 +183,6 @@ class Dome272UNet(Denoiser):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """See Denoiser."""
         return [self.sa1, self.sa2, self.sa3, self.sa4, self.sa5, self.sa6]
 
 

@@ -16,7 +16,7 @@ from tminus.model.layers import sinusoidal_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LucidrainsConfig(OtherConfig):
-    """Its arguments, each that is of a level spelt out for all levels."""
+    """The arguments of the network; each that belongs to a level is spelt out for all levels."""
 
     class_name: ClassVar[str] = "LucidrainsUnet"
 
@@ -45,16 +45,13 @@ class LucidrainsConfig(OtherConfig):
 
     @property
     def size_multiple(self) -> int:
-        """See NetConfig."""
         return 1 << (len(self.level_widths) - 1)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """See NetConfig."""
         return self.level_widths
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """See NetConfig."""
         total = 0
         for level, (width, full, heads) in enumerate(
             zip(self.level_widths, self.full_attn, self.attn_heads, strict=True)
@@ -182,11 +179,9 @@ class LucidrainsUnet(Denoiser):
         self.final_conv = nn.Conv2d(start, config.out_channels, 1)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """See Denoiser."""
         return partial(_embed_time, self.config.dim, self.time_mlp)
 
     def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See Denoiser."""
         h: Tensor = self.init_conv(x)
         skips = [h]
         for level in self.downs:
@@ -202,7 +197,6 @@ class LucidrainsUnet(Denoiser):
         return self.mid_block2(h, act_temb), skips
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """See Denoiser."""
         h, skips = self.encode(x, act_temb)
         for level in self.ups:
             block1, block2, attn, up = level.children()
@@ -215,7 +209,6 @@ class LucidrainsUnet(Denoiser):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """See Denoiser."""
         return [*(down[1] for down in self.downs), self.mid_block2, *(up[1] for up in self.ups)]  # type: ignore[index]
 
 
