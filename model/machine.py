@@ -34,7 +34,7 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """What cgroup v2, in which containers run, leaves. Cached files count as free: they are dropped when memory is short."""
+    """What cgroup v2, in which containers run, leaves. Cached files count as free: they go when memory is short."""
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" where there is no limit
         used = int((CGROUP / "memory.current").read_text())

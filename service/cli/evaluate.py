@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, command_line, several
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, comma_separated, command_line
 from tminus.service.cli.output import fail, make_folder, say, write_file
 from tminus.service.cli.training import load_training_data
 from tminus.service.engine.options import BUNDLED
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from tminus.model.training.data import ImageSet
 
 
-NAMES = several(str, "a name", bool)
-STEPS = several(int, "a whole number, 1 or more", lambda steps: bool(steps >= 1))
-SCALES = several(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: bool(0 <= scale <= MAX_GUIDANCE))
-SEEDS = several(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
+NAMES = comma_separated(str, "a name", bool)
+STEPS = comma_separated(int, "a whole number, 1 or more", lambda steps: bool(steps >= 1))
+SCALES = comma_separated(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: bool(0 <= scale <= MAX_GUIDANCE))
+SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
 
 
 class Compared(NamedTuple):

@@ -9,7 +9,7 @@ from tminus.service.cli.images import client_of, fail_at
 from tminus.service.cli.output import fail, say
 
 if TYPE_CHECKING:
-    from tminus.service.client import Client, ModelState
+    from tminus.service.client import ModelState
 
 HEAD = ("NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT")
 COLOURS = {1: "grey", 3: "colour"}  # by channels
@@ -33,18 +33,12 @@ def models(change: str | None, name: str | None, url: str) -> None:
             if change is None or name is None:
                 say(table(tminus.models()))
             else:
-                change_model(tminus, change, name)
+                {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change](name)
                 say(f"{name}: {change}ed")
     except ClientError as error:
         fail_at(url, error)
     except ValueError as error:  # a name that is none, or a key
         fail(str(error))
-
-
-def change_model(tminus: "Client", change: str, name: str) -> None:
-    """Load, reload or unload a model. Raises ClientError; ValueError for a name that is not one."""
-    call = {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change]
-    call(name)
 
 
 def table(models: "Sequence[ModelState]") -> str:

@@ -52,7 +52,7 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{flag} must be integers joined by commas, got {text!r}") from None
 
 
-def several(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
+def comma_separated(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
     """Make a callback that reads a list, each value once. `bound` says what each must be, `allows` whether it is."""
 
     def convert(_context: click.Context, _option: click.Parameter, text: str) -> tuple[Any, ...]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import DEVICE, FOLDER_TYPE, several
+from tminus.service.cli.options import DEVICE, FOLDER_TYPE, comma_separated
 from tminus.service.cli.output import fail, say
 from tminus.service.engine.options import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
-WHOLE = several(int, "an integer", lambda _: True)  # model/tuning/ knows the bounds
-NUMBERS = several(float, "a number", math.isfinite)
+WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ knows the bounds
+NUMBERS = comma_separated(float, "a number", math.isfinite)
 
 
 @click.command()

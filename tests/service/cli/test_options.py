@@ -5,9 +5,9 @@ import click
 import click.testing
 import pytest
 
-from tminus.service.cli.options import command_line, several
+from tminus.service.cli.options import comma_separated, command_line
 
-SMALL = several(int, "a whole number, 1..9", lambda number: bool(1 <= number <= 9))
+SMALL = comma_separated(int, "a whole number, 1..9", lambda number: bool(1 <= number <= 9))
 
 
 @click.command("measure")
