@@ -346,7 +346,8 @@ class Scheduler:
 
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
-        owners, sharing = self._in_turn(), self._sharing
+        sharing = self._sharing
+        owners = self._in_turn()[: sharing.max_batch + 1]  # each wants a place at least: none is left for others
         had_s = {owner: self._served.had_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
         if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):

@@ -56,16 +56,6 @@ def test_the_line_is_of_a_bounded_length_and_the_rest_is_spread_evenly_in_it() -
     assert min(in_tenths.values()) > 0.9 * max(in_tenths.values())
 
 
-def test_after_an_idle_moment_nobody_waits_behind_those_who_were_told_a_time() -> None:
-    admission = make_admission(max_backlog_s=10.0)
-    admission.enter("a", plain(8, 80), now_s=0.0)
-    for _ in range(100):
-        refusal(admission, plain(8, 80))
-    admission.leave("a")
-    admission.enter("b", plain(8, 80), now_s=1.0)
-    assert wait_of(refusal(admission, plain(8, 80), now_s=1.0)) <= 12
-
-
 def test_who_asks_again_and_again_without_waiting_costs_others_little() -> None:
     """Twelve clients once brought an idle server to tell 6,017 seconds."""
     admission = make_admission(max_backlog_s=10.0)
@@ -75,6 +65,7 @@ def test_who_asks_again_and_again_without_waiting_costs_others_little() -> None:
     assert wait_of(refusal(admission, plain(8, 70), now_s=5.0)) <= 10 + SPREAD_S
     admission.leave("a")
     admission.enter("b", plain(8, 70), now_s=5.0)
+    assert wait_of(refusal(admission, plain(8, 70), now_s=5.0)) <= 12, "an idle moment ends the line"
 
 
 # --- for every load: the scheduler itself, with a clock of predicted ticks ---
