@@ -54,10 +54,11 @@ def main() -> None:
         for name, source in (("first", args.first), ("second", args.second)):
             shutil.copytree(source, models / name)
         admin = to_line(Key("bench", "admin", digest_of(SECRET)))
-        flags = ("--models", str(models), "--keys", admin, "--open")
+        flags = ("--models", str(models), "--open")
         command = ("bench.models", "--serve", str(ticks), *servers.contenders(1)["tminus"].command[2:], *flags)
         # The default model is the first one in the folder; the one that the other benchmarks name is not needed.
-        with servers.running(servers.Contender("tminus", "tminus", command, is_peer=False), args.first, None) as server:
+        tminus = servers.Contender("tminus", "tminus", command, is_peer=False, env={"TMINUS_KEYS": admin})
+        with servers.running(tminus, args.first, None) as server:
             asyncio.run(measure(server, models, ticks, args.rounds, args.reloads))
 
 

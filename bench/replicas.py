@@ -45,7 +45,7 @@ NETWORK = UNetConfig(
 )  # fmt: skip
 TICKS = "tminus_step_duration_seconds_sum"
 PLACES, LENGTHS = (1, 2, 4, 8), (20, 320)  # rows and steps of the jobs that show how long ticks take
-ONE_THREAD = ("--threads", "1", "--max-batch", "8", "--short-batch", "4")
+ONE_THREAD = ("--threads", "1", "--max-batch", "8")
 LONG = {"n": 4, "steps": 1000, "seed": 1}
 
 
@@ -78,14 +78,19 @@ def main() -> None:
 
 
 @contextmanager
-def started(checkpoint: Path, place: Path, database: str, count: int, *flags: str) -> Iterator[list[Server]]:
-    """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine."""
+def started(
+    checkpoint: Path, place: Path, database: str, count: int, *flags: str, **more: str
+) -> Iterator[list[Server]]:
+    """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine.
+
+    more: variables of theirs.
+    """
     shared = {"TMINUS_JOB_STORE": database, "TMINUS_JOB_NAMESPACE": f"replicas_{place.name}"}
     place.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         running = []
         for number in range(count):
-            env = shared | {"XDG_CACHE_HOME": str(place / f"cache {number}")}
+            env = shared | more | {"XDG_CACHE_HOME": str(place / f"cache {number}")}
             server = Server(checkpoint, place / f"state {number}", flags, env, place / f"log {number}")
             server.start()
             stack.callback(server.kill)
@@ -99,7 +104,7 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
     save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), Labels((), None), {})
-    with started(checkpoint, place, database, count, *ONE_THREAD) as running:
+    with started(checkpoint, place, database, count, *ONE_THREAD, TMINUS_SHORT_BATCH="4") as running:
         alone = [alone_of(running[0], rows) for rows in PLACES]
         share = load * min(1.0, (os.cpu_count() or 1) / count)
         points = [(rows, each.elapsed_s) for rows, each in zip(PLACES, alone, strict=True)]

@@ -44,7 +44,7 @@ LOADS = {
     ),
     "policy": (
         "Policies",
-        "Mixed step counts as above, for longer; `--policy srpt` (the default) against `--policy fcfs`.",
+        "Mixed step counts as above, for longer; `TMINUS_POLICY=srpt` (the default) against `fcfs`.",
     ),
     "first-step": (
         "First step",

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +39,7 @@ class Contender:
     needs: str | None = None  # a package that has to be there
     is_peer: bool = True
     tree: Path = ROOT  # the checkout whose code it runs
+    env: Mapping[str, str] = field(default_factory=dict)  # settings that have no flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +83,24 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     """
     # The loads are meant to be more than a server can do at once: its limits must not be what is measured.
     serve: tuple[str, ...] = ("tminus", "serve", "--log-level", "warning", "--grace-s", "0")
-    serve += ("--max-backlog-s", "100000", "--max-jobs", "4096", "--result-cache-mb", "0", *tminus_flags)
+    serve += ("--max-backlog-s", "100000", "--result-cache-mb", "0", *tminus_flags)
+    env = {"TMINUS_MAX_JOBS": "4096"}
     workers = ("--workers", str(cores), "--threads", "1")
     timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
     every = (
-        Contender("tminus", "tminus", serve, is_peer=False),
-        Contender("fcfs", "tminus, first come first served", (*serve, "--policy", "fcfs"), is_peer=False),
+        Contender("tminus", "tminus", serve, is_peer=False, env=env),
+        Contender("fcfs", "tminus, first come first served", serve, is_peer=False, env=env | {"TMINUS_POLICY": "fcfs"}),
         Contender("lock", "lock around DDPMPipeline", ("bench.peers.lock_server",), "diffusers"),
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
         Contender("mosec", "mosec", ("bench.peers.mosec_server", *workers, *timeout), "mosec"),
     )
     if before is not None:
         command = (entry(before) or "tminus", *serve[1:])
-        every = (every[0], Contender("before", "tminus before", command, is_peer=False, tree=before), *every[1:])
+        every = (
+            every[0],
+            Contender("before", "tminus before", command, is_peer=False, tree=before, env=env),
+            *every[1:],
+        )
     return {contender.key: contender for contender in every}
 
 
@@ -122,7 +128,12 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
             command += ["--threads", str(threads)]
         # A session of its own: LitServe's workers outlive it otherwise, and spin.
         process = subprocess.Popen(
-            _python(command), env=environment(), stdout=log, stderr=log, cwd=contender.tree, start_new_session=True
+            _python(command),
+            env=environment() | dict(contender.env),
+            stdout=log,
+            stderr=log,
+            cwd=contender.tree,
+            start_new_session=True,
         )
         try:
             url = f"http://{HOST}:{port}"

@@ -24,7 +24,7 @@ from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.api.sample import ANY_TYPE, WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
-from tminus.service.startup.server import first_request
+from tminus.service.startup.serve import first_request
 from tminus.service.startup.settings import Settings
 
 ROOT = Path(__file__).parents[1]

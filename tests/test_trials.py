@@ -23,8 +23,6 @@ QUICK_START = (
     "1",
     "--max-batch",
     "16",
-    "--short-batch",
-    "8",
     "--result-cache-mb",
     "0",
 )

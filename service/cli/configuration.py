@@ -12,7 +12,7 @@ import click
 from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.output import fail
-from tminus.service.startup.settings import Settings
+from tminus.service.startup.settings import NO_FLAG, Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
 FILE = "TMINUS_CONFIG"  # the variable that names the file
 MOST_BYTES = 2**20  # of a file
+SECRET = ("keys", "job_store", "webhook_secret")
 Command = Callable[..., None]
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -33,7 +34,7 @@ class Source:
 
 
 def settings_options(command: Command) -> Command:
-    """Give a command one option for each field of Settings, and one for a file of them."""
+    """Give a command one option for each field of Settings that has a flag, and one for a file of them."""
     return options_of(Settings)(command)
 
 
@@ -42,6 +43,8 @@ def options_of(kind: type[Settings]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(kind.model_fields.items()):
+            if name in NO_FLAG:
+                continue
             flag = f"--{name.replace('_', '-')}"
             if field.annotation in (bool, bool | None):
                 flag += f"/--no-{name.replace('_', '-')}"
@@ -105,11 +108,10 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        got = (
-            "" if name in ("keys", "job_store", "webhook_secret") else f", got {first['input']!r}"
-        )  # which is a secret
+        got = "" if name in SECRET else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
-        fail(f"--{name.replace('_', '-')} ({variable(name)}){where}: {first['msg']}{got}")
+        asked = variable(name) if name in NO_FLAG else f"--{name.replace('_', '-')} ({variable(name)})"
+        fail(f"{asked}{where}: {first['msg']}{got}")
 
 
 def _source(name: str, given: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> Source:

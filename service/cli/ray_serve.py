@@ -15,7 +15,6 @@ import click
 
 from tminus.service.cli.configuration import options_of, settings_of
 from tminus.service.cli.output import fail
-from tminus.service.cli.serve import listen
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 
@@ -61,8 +60,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     try:
         port = settings.port
         if all(actor["name"] != CONTROLLER for actor in list_named_actors(all_namespaces=True)):
-            with listen(settings.host, settings.port) as listener:  # while nothing of Ray's does
-                port = listener.getsockname()[1]
+            _, port = _free_port(settings.host, settings.port)  # while nothing of Ray's listens
         _run(settings, host, port)
     finally:
         with suppress(Exception):
@@ -70,15 +68,26 @@ def serve(config: Path | None, **flags: Any) -> None:
 
 
 def _check(settings: RaySettings) -> str:
-    """The numeric address to listen on. What can be seen to be wrong here ends in one line."""
-    with listen(settings.host, 0) as listener:
-        host = str(listener.getsockname()[0])
+    """Return the numeric address to listen on. What can be seen to be wrong here ends in one line."""
+    host, _ = _free_port(settings.host, 0)
     try:
         settings.access(host)
         settings.checkpoints()
     except ValueError as error:
         fail(str(error))
     return host
+
+
+def _free_port(host: str, port: int) -> tuple[str, int]:
+    """Return the numeric address, with a port that is free there. Where it cannot be listened on, one clear line."""
+    from tminus.service.startup.server import listen
+
+    try:
+        with listen(host, port) as listener:
+            address = listener.getsockname()
+    except ValueError as error:
+        fail(str(error))
+    return str(address[0]), int(address[1])
 
 
 def _exit_on_signals() -> None:

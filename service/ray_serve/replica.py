@@ -11,18 +11,16 @@ from contextlib import AsyncExitStack, suppress
 from ray import serve
 from starlette.types import ASGIApp
 
-from tminus.service.access.access import Access
-from tminus.service.model_info import max_edit_bytes
 from tminus.service.ray_serve.balance import Standing
 from tminus.service.ray_serve.front import Front
 from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.app import VERSION, Application
-from tminus.service.startup.building import prepare
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
-from tminus.service.startup.server import ANSWER_S, SWITCH_S, allow_connections, config_of
-from tminus.service.startup.threads import LOADING, in_daemon_thread
+from tminus.service.startup.models import LOADING, in_daemon_thread
+from tminus.service.startup.serve import measure_and_build, open_all
+from tminus.service.startup.server import ANSWER_S, SWITCH_S, allow_connections, config_of, is_ready
 from tminus.service.startup.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
 
@@ -61,28 +59,18 @@ class Replica:
         self._stack.callback(listener.close)
         try:
             address = listener.getsockname()[:2]
-            access = settings.access(address[0])
-            self._application = await in_daemon_thread(lambda: _build(settings, address, access), LOADING)
-            app, worker = self._application.app, self._application.worker
+            application = await in_daemon_thread(lambda: _build(settings, address), LOADING)
+            app, self._served = application.app, application.served
             await self._stack.enter_async_context(app.router.lifespan_context(app))
-            while not worker.ready and worker.alive:  # noqa: ASYNC110  it is another thread's
-                await asyncio.sleep(LOOK_S)
-            if worker.crashed:
+            await is_ready(self._served.worker)
+            if self._served.worker.crashed:
                 raise RuntimeError(CRASHED)
         except BaseException:
             await self._stack.aclose()
             raise
-        config = config_of(
-            app,
-            log_level=settings.log_level,
-            max_connections=settings.max_connections,
-            max_connections_per_address=settings.max_connections_per_address,
-            max_message_bytes=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
-            lifespan=False,
-        )
-        self._peers = PeerServer(config, listener)
+        self._peers = PeerServer(config_of(settings, app), listener)
         self._peers.start()
-        self._front = Front(app, anybody=access.has_keys or settings.open)
+        self._front = Front(app, anybody=self._served.access.has_keys or settings.open)
         threading.Thread(target=self._watch, name="tminus-watch", daemon=True).start()
         log.info("ready; the own port of this replica is http://%s:%d", *address)
         self._following = self._loop.create_task(self._follow())
@@ -92,7 +80,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raise what makes Serve start another replica in place of this one."""
-        worker = self._application.worker
+        worker = self._served.worker
         if worker.crashed:
             raise RuntimeError(CRASHED)
         if stalled_s := worker.stalled_s:
@@ -102,18 +90,18 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, float]:
         """What BacklogRouter chooses by."""
-        worker = self._application.worker
+        worker = self._served.worker
         return Standing(self._backlog_s, len(worker.jobs), worker.ready).told()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What BacklogPolicy counts."""
-        if (known := self._application.parts.waiting_in_store()) is not None:
+        if (known := self._served.waiting_in_store()) is not None:
             self._waiting_s = known[1]
         return {BACKLOG_S: self._backlog_s, WAITING_S: self._waiting_s}
 
     @property
     def _backlog_s(self) -> float:
-        return self._application.parts.admission.backlog_s
+        return self._served.admission.backlog_s
 
     # --- its end ---
 
@@ -123,7 +111,7 @@ class Replica:
         While the process lived, it would be sent requests until Serve has asked for its health three times, and would
         renew the leases of its jobs.
         """
-        worker = self._application.worker
+        worker = self._served.worker
         worker.join()
         if not worker.crashed:
             return
@@ -174,14 +162,14 @@ class Replica:
 
     async def _end_work(self) -> None:
         """Take no more work, leave durable jobs to others, and finish the rest within the grace period."""
-        worker, until_s = self._application.worker, time.monotonic() + self._settings.grace_s
+        worker, until_s = self._served.worker, time.monotonic() + self._settings.grace_s
         if not worker.draining:
             log.info("this replica takes no more work, and ends when what runs is done")
             worker.drain()
         while worker.alive and time.monotonic() < until_s:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(LOOK_S)
         await asyncio.to_thread(worker.close)
-        await self._application.streams.quiet(ANSWER_S)
+        await self._served.streams.quiet(ANSWER_S)
         self._front.end_streams()
 
     async def __del__(self) -> None:
@@ -194,6 +182,6 @@ class Replica:
         await self._stack.aclose()
 
 
-def _build(settings: RaySettings, address: tuple[str, int], access: Access) -> Application:
+def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
     traces = start_traces(VERSION)
-    return prepare(settings, address, access, traces, with_metrics=settings.metrics)()
+    return measure_and_build(open_all(settings, address), traces, with_metrics=settings.metrics)

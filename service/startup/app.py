@@ -1,7 +1,7 @@
-"""Puts the parts together: routes, middleware, and the parts that all models share. Nothing is global."""
+"""The app: the routes and the middleware around the models that are served. Nothing is global."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,13 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from tminus.service.access.access import Access
 from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.batch import batch_routes
 from tminus.service.api.edge.authentication import Authentication, authentication_routes, is_open
 from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
-from tminus.service.api.edge.origin import EXPOSED_HEADERS, Doors, Gate
-from tminus.service.api.edge.stream_limits import Streams
+from tminus.service.api.edge.origin import EXPOSED_HEADERS, Gate
 from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
@@ -32,18 +30,8 @@ from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.system import model_routes, system_routes
-from tminus.service.jobs.process_end import EndFile
-from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.results import Results
-from tminus.service.jobs.webhooks.deliverer import Rules
-from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.startup.library import Library
-from tminus.service.startup.model_changes import ModelChanges, Prepare, prepare_nothing
-from tminus.service.startup.parts import Parts, Prepared
+from tminus.service.startup.models import ModelChanges, ServedModels
 from tminus.service.tracing import TRACER
-from tminus.service.worker.loop import note_nothing
-from tminus.service.worker.worker import Worker
 
 if TYPE_CHECKING:
     from tminus.service.startup.telemetry import Traces
@@ -54,94 +42,51 @@ OF_A_MODEL = "/models/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The app, and the parts that the entry point ends it by: it drains the worker, then waits for the streams."""
+    """The app, and the models by whose worker and streams the entry point ends it."""
 
     app: FastAPI
-    worker: Worker
-    streams: Streams
-    metrics: Metrics
-    model: ModelInfo  # the default one, when it started
-    parts: Parts
+    served: ServedModels
 
 
 def create_app(
-    first: Sequence[Prepared],
-    limits: Limits,
-    open_store: Callable[[str], JobStore],
-    doors: Doors | None = None,
+    served: ServedModels,
+    changes: ModelChanges,
     *,
-    library: Library | None = None,
-    prepare: Prepare = prepare_nothing,
-    access: Access | None = None,
-    results: Results | None = None,
-    webhooks: Rules | None = None,
     with_metrics: bool = True,
     with_docs: bool = True,
     traces: "Traces | None" = None,
-    end_file: EndFile | None = None,
-) -> Application:
-    """Build the application around the models that it begins with, the default one first.
+) -> FastAPI:
+    """Build the app around the models of a server; its lifespan is theirs.
 
-    limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
-    with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
-    ask; None: anybody, and nobody may load or unload models. results: where large ones of durable jobs go, if not into
-    their store. webhooks: how they are sent, if they are. with_metrics, with_docs: whether /metrics, and /docs with
-    /openapi.json, are answered. traces: sends spans; it is closed with the app. end_file: outlives the process where
-    that ends by itself; it is closed with the app. The worker runs for as long as the app's lifespan.
+    with_metrics, with_docs: whether /metrics, and /docs with /openapi.json, are answered. traces: sends spans, and is
+    closed at the end.
     """
-    doors = doors or Doors()
-    access = access or Access()
+    models, access, metrics, limits = served.models, served.access, served.metrics, served.limits
     tracer = traces.tracer if traces is not None else None
-    note = end_file.work_on if end_file is not None else note_nothing
-    parts = Parts(list(first), limits, open_store, doors, access, results, webhooks, note)
-    models, metrics = parts.models, parts.metrics
-    changes = ModelChanges(parts, library or Library(), prepare)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         TRACER.set(tracer)  # for the tasks that go on with durable jobs
-        await parts.start()
+        await served.start()
         yield
-        await parts.close()
-        if end_file is not None:
-            end_file.close()
+        await served.close()
         if traces is not None:
             await asyncio.to_thread(traces.close)
 
-    model = models.default.model
     app = FastAPI(
         lifespan=lifespan,
         openapi_url=None,  # docs_routes has it, and the page made of it
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
-    documents: dict[tuple[int, str], dict[str, Any]] = {}  # a tenth of a second each
 
     def general(contract: Contract) -> list[APIRouter]:
-        return [
-            admin_routes(models, changes, access),
-            batch_routes(models),
-            authentication_routes(access, limits.max_body_bytes),
-            openai_routes(models),
-            system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
-            hugging_face_routes(models, contract, BARE_PATH),
-            kserve_routes(models, changes, parts.worker, parts.jobs, VERSION),
-        ]
+        return _general_routes(served, changes, contract, with_metrics=with_metrics)
 
-    def document(request: Request) -> dict[str, Any]:
-        """The OpenAPI document of a request's model, with its bounds; the default one's has the server's calls too."""
-        services = models.of(request)
-        prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
-        key = services.number, prefix
-        if key not in documents:
-            served = {each.number for each in models}
-            for old in [each for each in documents if each[0] not in served]:
-                del documents[old]
-            documents[key] = _document(models, services, None if prefix else general, prefix)
-        return documents[key]
-
-    contract = Contract(model, limits)
-    absent = [name for name, served in (("docs", with_docs), ("metrics", with_metrics)) if not served]
-    of_a_model = [*_of_a_model(models, contract, absent), *([docs_routes(document)] if with_docs else [])]
+    contract = Contract(models.default.model, limits)
+    absent = [name for name, answered in (("docs", with_docs), ("metrics", with_metrics)) if not answered]
+    of_a_model = _model_routes(models, contract, absent)
+    if with_docs:
+        of_a_model.append(docs_routes(_Documents(models, general)))
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general(contract)]), (OF_A_MODEL, of_a_model)):
         for router in routers:
@@ -159,26 +104,42 @@ def create_app(
         MemoryLimit,
         max_bytes=limits.max_body_bytes,
         max_bytes_by_path=larger,
-        answers=parts.answers,
+        answers=served.answers,
         refused=metrics.rejected,
     )
-    if doors.origins:
+    if served.doors.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=sorted(doors.origins),
+            allow_origins=sorted(served.doors.origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
-    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: parts.worker.draining)
+    app.add_middleware(Gate, doors=served.doors, refused=metrics.rejected)
+    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)
-    return Application(app, parts.worker, parts.streams, metrics, model, parts)
+    return app
 
 
-def _of_a_model(models: Models, contract: Contract, absent: Collection[str] = ()) -> list[APIRouter]:
-    """The routes of the default model, and below a prefix of the model that the path names."""
+def _general_routes(
+    served: ServedModels, changes: ModelChanges, contract: Contract, *, with_metrics: bool
+) -> list[APIRouter]:
+    """Make the routes of the whole server."""
+    models, metrics = served.models, served.metrics if with_metrics else None
+    return [
+        admin_routes(models, changes, served.access),
+        batch_routes(models),
+        authentication_routes(served.access, served.limits.max_body_bytes),
+        openai_routes(models),
+        system_routes(served.worker, served.jobs, metrics),
+        hugging_face_routes(models, contract, BARE_PATH),
+        kserve_routes(models, changes, served.worker, served.jobs, VERSION),
+    ]
+
+
+def _model_routes(models: Models, contract: Contract, absent: Collection[str] = ()) -> list[APIRouter]:
+    """Make the routes of a model: those of the default one, and below a prefix those of one that the path names."""
     return [
         sample_routes(models, contract),
         noise_routes(models, contract),
@@ -191,18 +152,33 @@ def _of_a_model(models: Models, contract: Contract, absent: Collection[str] = ()
     ]
 
 
-def _document(
-    models: Models, services: Services, general: Callable[[Contract], Sequence[APIRouter]] | None, prefix: str
-) -> dict[str, Any]:
-    """Describe the routes with the bounds of a model; an app that is never run has them."""
-    model, contract = services.model, Contract(services.model, services.limits)
-    described = FastAPI(
-        title="tminus",
-        summary="Samples from a trained denoising diffusion U-Net.",
-        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
-        version=VERSION,
-        servers=[{"url": prefix}] if prefix else None,
-    )
-    for router in (*_of_a_model(models, contract), *(general(contract) if general is not None else ())):
-        described.include_router(router)
-    return openapi.document(described, contract, is_open, openai.components(contract) if general else {})
+class _Documents:
+    """The OpenAPI documents of the models, each of which takes a tenth of a second to make."""
+
+    def __init__(self, models: Models, general: Callable[[Contract], list[APIRouter]]) -> None:
+        self._models, self._general = models, general
+        self._made: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def __call__(self, request: Request) -> dict[str, Any]:
+        """Describe the routes of a request's model, with its bounds; for the default one the server's calls too."""
+        services = self._models.of(request)
+        prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
+        key = services.number, prefix
+        if key not in self._made:
+            served = {each.number for each in self._models}
+            self._made = {old: made for old, made in self._made.items() if old[0] in served}
+            self._made[key] = self._make(services, prefix)
+        return self._made[key]
+
+    def _make(self, services: Services, prefix: str) -> dict[str, Any]:
+        model, contract = services.model, Contract(services.model, services.limits)
+        described = FastAPI(  # which is never run
+            title="tminus",
+            summary="Samples from a trained denoising diffusion U-Net.",
+            description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+            version=VERSION,
+            servers=[{"url": prefix}] if prefix else None,
+        )
+        for router in (*_model_routes(self._models, contract), *(() if prefix else self._general(contract))):
+            described.include_router(router)
+        return openapi.document(described, contract, is_open, {} if prefix else openai.components(contract))

@@ -1,4 +1,4 @@
-"""Runs the app under uvicorn: on SIGTERM refuse new work, finish what runs within the grace period, stop.
+"""What listens: uvicorn, with the answers while there is no app yet, and with the end of the work after SIGTERM.
 
 uvicorn has no hook for doing something between the signal and the end of serving, so three methods of its Server are
 extended. They are not documented: pyproject.toml bounds uvicorn's version, and tests/service/startup/test_server.py
@@ -6,27 +6,38 @@ names what is missing if they change.
 """
 
 import asyncio
+import html
 import logging
-import os
+import re
 import resource
-import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tminus.service.api.answers.documents import StatusAnswer
+from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
+from tminus.service.api.edge.origin import READING, Doors
 from tminus.service.api.edge.websocket_protocol import stream_protocol
-from tminus.service.model_info import ModelInfo
+from tminus.service.api.page import HEADERS
+from tminus.service.api.system import alive
+from tminus.service.errors import ForeignHost, NotReady
+from tminus.service.model_info import max_edit_bytes
 from tminus.service.startup.app import Application
-from tminus.service.startup.starting import Starting
-from tminus.service.startup.threads import LOADING
+from tminus.service.startup.settings import Settings
+from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +49,59 @@ PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
 PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 KEPT_S = 1.0  # after that, for connections that are kept: a request that is on its way is answered with a refusal
-LOOK_S = 0.02
+LOOK_S = 0.02  # how often kept connections are looked at
+WARM_LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
+MOST_FOR_METRICS = 16  # connections at once: a Prometheus and a supervisor have one each, and a person now and then
+REFRESH_S = 2
+ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
+A_PAGE = re.compile(r"/(models/[^/]+/)?")
+DETAIL = (
+    "the model is being measured, to find the fastest way of running it on this machine; a first start takes up to a "
+    "minute, later ones seconds"
+)
+PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
+<title>tminus is starting</title></head><body><h1>tminus is starting</h1><p>{html.escape(DETAIL.capitalize())}.</p>
+<p>This page opens by itself.</p></body></html>"""
+
+
+class Opening:
+    """The ASGI app that is there before the model: it answers probes and says that the model is being measured.
+
+    A first start measures for seconds or minutes. The socket listens meanwhile, `/healthz` is 200, `/readyz` and all
+    else 503, and the page opens by itself when the model is ready. From then on the app itself gets every request.
+    """
+
+    application: Application | None = None  # None while the model is measured
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.application is not None:
+            await self.application.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocket(scope, receive, send).send_denial_response(render(NotReady(DETAIL)))
+        else:
+            await _early_answer(scope)(scope, receive, send)
+
+
+def _early_answer(scope: Scope) -> Response:
+    if scope["path"] in ALIVE:
+        return JSONResponse(ALIVE[scope["path"]])
+    if scope["method"] in READING and A_PAGE.fullmatch(scope["path"]):
+        return HTMLResponse(PAGE, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
+    return render(NotReady(DETAIL), scope)
 
 
 class Server(uvicorn.Server):
     """A uvicorn server that goes on answering until the worker has ended: drained after a signal, or crashed."""
 
-    def __init__(self, config: uvicorn.Config, starting: Starting, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, opening: Opening, grace_s: float) -> None:
         super().__init__(config)
-        self._starting = starting
+        self._opening = opening
         self._give_up = threading.Timer(grace_s, self._close_worker)
         self._give_up.daemon = True
+
+    def end(self) -> None:
+        """Take no more connections, and stop when those that there are have ended. Any thread may call."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, as many in a turn as uvicorn is told, and have the kernel hold more than that."""
@@ -62,10 +115,10 @@ class Server(uvicorn.Server):
         Before it stops to listen, whoever keeps a connection has a moment for one more request, which is refused.
         """
         self._give_up.cancel()
-        application = self._starting.application
+        application = self._opening.application
         if application is not None and not self.force_exit:
-            await application.streams.quiet(ANSWER_S)
-            if application.worker.draining and not application.worker.crashed:
+            await application.served.streams.quiet(ANSWER_S)
+            if application.served.worker.draining and not application.served.worker.crashed:
                 await self._end_kept_connections()
         await super().shutdown(sockets)
 
@@ -79,20 +132,20 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more work and start the grace period; a second signal ends it, so that what runs is given up."""
-        application = self._starting.application
+        application = self._opening.application
         if application is None:
             super().handle_exit(sig, frame)
-        elif not application.worker.draining:
-            application.worker.drain()
+        elif not application.served.worker.draining:
+            application.served.worker.drain()
             self._give_up.start()
         else:
             self._give_up.cancel()
             threading.Thread(target=self._close_worker, name="tminus-close", daemon=True).start()
 
     def _close_worker(self) -> None:
-        application = self._starting.application
+        application = self._opening.application
         assert application is not None
-        if not application.worker.close():  # it hangs: nothing that waits for it will ever end
+        if not application.served.worker.close():  # it hangs: nothing that waits for it will ever end
             self.should_exit = True
 
 
@@ -107,6 +160,14 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Reserve an address as `bind` does. Raises ValueError, in one line, if that fails."""
+    try:
+        return bind(host, port)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error}") from None
 
 
 def allow_connections(asked: int) -> int:
@@ -133,89 +194,67 @@ def allow_connections(asked: int) -> int:
     return allowed - SPARE_FILES
 
 
-def config_of(
-    app: ASGIApp,
-    *,
-    log_level: str,
-    max_connections: int,
-    max_connections_per_address: int,
-    max_message_bytes: int,
-    lifespan: bool = True,
-) -> uvicorn.Config:
-    """How uvicorn serves an app here. lifespan: whether it starts and ends the app."""
+def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
+    """Say how uvicorn serves an app here. It does not run the app's lifespan."""
     return uvicorn.Config(
         app,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
         # httptools bounds no head, and one step of one row takes 2 ms on the same two cores.
-        http=http_protocol(max_connections, max_connections_per_address),
+        http=http_protocol(settings.max_connections, settings.max_connections_per_address),
         loop="asyncio",
-        lifespan="auto" if lifespan else "off",
-        log_level=log_level,
+        lifespan="off",
+        log_level=settings.log_level,
         log_config=None,
         access_log=False,
         server_header=False,
         backlog=ACCEPTED,
         timeout_graceful_shutdown=int(ANSWER_S),
         ws=stream_protocol(),
-        ws_max_size=max_message_bytes,
+        ws_max_size=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
         ws_ping_interval=PING_S,
         ws_ping_timeout=PONG_S,
         ws_per_message_deflate=False,  # images are compressed already
     )
 
 
-def serve(
-    build: Callable[[], Application],
-    listener: socket.socket,
-    *,
-    grace_s: float,
-    log_level: str,
-    max_connections: int,
-    max_connections_per_address: int,
-    max_message_bytes: int,
-) -> bool:
-    """Listen at once, build the application, serve until SIGTERM or SIGINT. True if that is how it ended.
+async def is_ready(worker: Worker) -> bool:
+    """Wait for the end of the warm-up; return whether the worker takes jobs then."""
+    while not worker.ready and worker.alive:  # noqa: ASYNC110  it is another thread's
+        await asyncio.sleep(WARM_LOOK_S)
+    return worker.ready
 
-    Raises what building raised. False: the worker crashed, or hangs.
+
+def serve_metrics(listener: socket.socket, opening: Opening, doors: Doors) -> None:
+    """Answer /metrics and /healthz on a port of their own, in a thread, until the process ends.
+
+    Clients do not come here, so that a supervisor gets an answer also when they hold all connections of the server.
+    Metrics need no key here, and have the names of all keys. So a page must not reach them by DNS rebinding.
     """
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    starting = Starting(build, lambda: setattr(server, "should_exit", True), lambda model: first_request(url, model))
-    config = config_of(
-        starting,
-        log_level=log_level,
-        max_connections=max_connections,
-        max_connections_per_address=max_connections_per_address,
-        max_message_bytes=max_message_bytes,
+
+    async def get_metrics(request: Request) -> Response:
+        try:
+            doors.check_host(request.headers.get("host", ""))
+        except ForeignHost as refusal:
+            return render(refusal)
+        if (application := opening.application) is None:
+            return render(NotReady(DETAIL))
+        return Response(application.served.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    async def healthz(_request: Request) -> Response:
+        application = opening.application
+        answer = StatusAnswer(status="alive") if application is None else alive(application.served.worker)
+        return JSONResponse(answer.model_dump()) if isinstance(answer, StatusAnswer) else answer
+
+    config = uvicorn.Config(
+        Starlette(routes=[Route("/metrics", get_metrics), Route("/healthz", healthz)]),
+        http=http_protocol(MOST_FOR_METRICS, MOST_FOR_METRICS),
+        backlog=ACCEPTED,
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
     )
-    # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
-    sys.setswitchinterval(SWITCH_S)
-    server = Server(config, starting, grace_s)
-    # These stop uvicorn until it installs its own handlers. When it has stopped it raises the signal again, which must
-    # have no effect: to stop when asked is no failure.
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda _signum, _frame: setattr(server, "should_exit", True))
-    listener.listen(BACKLOG)  # from here on a client waits instead of being refused
-    log.info("listening on %s", url)
-    server.run([listener])
-    if starting.failure is not None:
-        raise starting.failure
-    worker = starting.application.worker if starting.application is not None else None
-    loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
-    if worker is None or worker.hangs or loading:
-        # A thread that measures, or a worker that hangs, cannot be ended from outside, and the interpreter would wait.
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(1 if worker is not None and (worker.hangs or worker.crashed) else 0)
-    return not worker.crashed
-
-
-def first_request(url: str, model: ModelInfo) -> str:
-    """A first command, with settings that this model takes; by the table that it recommends, if it has one unguided."""
-    sampler, steps, own = "dpmpp_2m", min(20, model.num_timesteps), model.recommended
-    unguided = {(table.sampler, table.steps) for table in model.tables if table.guidance == 1}
-    if own is not None and (own.sampler, own.steps) in unguided:
-        sampler, steps = own.sampler, own.steps
-    elif sampler not in model.samplers:  # of a student, which has its own alone
-        sampler, steps = model.samplers[0], model.tables[0].steps
-    return f"Try: curl -X POST '{url}/sample?n=8&steps={steps}&sampler={sampler}' -o out.png"
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, args=([listener],), name="tminus-metrics", daemon=True).start()

@@ -3,8 +3,11 @@
 Built once, in the entry point. The parts get values, never Settings. docs/settings.md explains each setting.
 """
 
+import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,18 +24,52 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.startup.library import NAME, Library
 
 if TYPE_CHECKING:
     from tminus.service.engine.loading import Loaded
 
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
+UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
+# Secrets, which other users of the machine might see in a flag, and what is set in trials only.
+NO_FLAG = frozenset({"keys", "webhook_secret", "policy", "short_batch", "max_jobs"})
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
 
 
+def name_of(text: str) -> str:
+    """Make a name that may stand in addresses of what a checkpoint calls itself."""
+    return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Where the models are that may be loaded, by name. No request names a path."""
+
+    named: Mapping[str, Path] = field(default_factory=dict)
+    folder: Path | None = None  # each of its folders is a model of that name
+
+    def folders(self) -> dict[str, Path]:
+        """The folder of each model, as they are now."""
+        found = dict(self.named)
+        try:
+            paths = sorted(self.folder.iterdir()) if self.folder is not None else []
+        except OSError as error:
+            log.warning("the folder of models cannot be read: %s", error)
+            return found
+        for path in paths:
+            try:
+                if path.is_dir() and NAME.fullmatch(path.name):
+                    found.setdefault(path.name, path)
+            except OSError as error:  # a link into a folder that may not be entered
+                log.warning("%s in the folder of models cannot be read: %s", path.name, error)
+        return found
+
+
 class Settings(BaseSettings):
-    """One field is one flag (--max-batch) and one variable (TMINUS_MAX_BATCH); the flag wins."""
+    """One field is one variable (TMINUS_MAX_BATCH) and, unless it is in NO_FLAG, one flag (--max-batch), which wins."""
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
@@ -46,9 +83,7 @@ class Settings(BaseSettings):
         None,
         description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second",
     )
-    keys: SecretStr | None = Field(
-        None, description="the same lines as a text, meant for the variable; they hold until the server ends"
-    )
+    keys: SecretStr | None = Field(None, description="the same lines as a text; they hold until the server ends")
     open: bool = Field(
         False, description="whoever has no key may sample; needed to listen to other machines without any keys"
     )
@@ -166,8 +201,7 @@ class Settings(BaseSettings):
     )
     webhook_secret: SecretStr | None = Field(
         None,
-        description="secret that signs webhooks, whsec_ and base64 of 24 to 64 bytes, meant for the variable; without "
-        "any no webhooks are sent",
+        description="secret that signs webhooks, whsec_ and base64 of 24 to 64 bytes; without any no webhooks are sent",
     )
     webhook_secret_file: Path | None = Field(
         None, description="file of such secrets, one a line, which all sign: the newest, and those that it replaces"
@@ -185,9 +219,6 @@ class Settings(BaseSettings):
     metrics: bool = Field(True, description="answer /metrics")
     metrics_port: int | None = Field(
         None, ge=1, le=65535, description="answer /metrics on this port instead, and there without a key; /healthz too"
-    )
-    metrics_host: str | None = Field(
-        None, description="address to listen on for --metrics-port; default: that of --host"
     )
     docs: bool = Field(True, description="answer /docs and /openapi.json")
     grace_s: float = Field(
@@ -308,8 +339,8 @@ class Settings(BaseSettings):
                 "some by --keys-file (see `tminus key --help`), or let anybody in by --open"
             )
         if self.keys_file is not None and self.keys is not None:
-            raise ValueError("--keys (TMINUS_KEYS) and --keys-file (TMINUS_KEYS_FILE) exclude each other")
-        name = "--keys (TMINUS_KEYS)" if self.keys is not None else "--keys-file (TMINUS_KEYS_FILE)"
+            raise ValueError("TMINUS_KEYS and --keys-file (TMINUS_KEYS_FILE) exclude each other")
+        name = "TMINUS_KEYS" if self.keys is not None else "--keys-file (TMINUS_KEYS_FILE)"
         try:
             ring = KeyRing(None if self.keys is None else self.keys.get_secret_value(), self.keys_file)
         except ValueError as error:
@@ -320,6 +351,6 @@ class Settings(BaseSettings):
         """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in given.split(",") if each.strip())
-            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
+            for given in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
         )
         return Doors(hosts, origins)

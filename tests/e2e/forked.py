@@ -18,8 +18,7 @@ from tests.trials.injected import pace
 
 PRELOADED = (
     "tminus.service.cli.main",
-    "tminus.service.startup.app",
-    "tminus.service.startup.server",
+    "tminus.service.startup.serve",
     "tminus.service.jobs.store.sqlite_store",
     "tminus.service.engine.loading",
 )

@@ -352,7 +352,7 @@ def test_a_server_whose_object_store_cannot_be_used_ends_with_one_line(s3: s3_se
 def test_a_job_that_ends_each_server_that_takes_it_fails_and_all_others_are_done(
     small: Path, shared: dict[str, str], tmp_path: Path
 ) -> None:
-    quick = ("--executor", "eager", "--threads", "1", "--max-batch", "16", "--short-batch", "8")
+    quick = ("--executor", "eager", "--threads", "1", "--max-batch", "16")
     flags = (*quick, "--max-backlog-s", "6000")
     servers = [ForkedServer(small, tmp_path / name, flags, shared) for name in ("one", "two")]
     deadly, specs = Deadly(servers, tmp_path / "trigger"), make_specs(4)

@@ -21,17 +21,21 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
+from tminus.service.access.access import Access
 from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Policy, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.startup.app import create_app
-from tminus.service.startup.parts import Prepared
+from tminus.service.startup import app as startup_app
+from tminus.service.startup.app import Application
+from tminus.service.startup.models import ModelChanges, Prepared, ServedModels
+from tminus.service.startup.settings import Library
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)
@@ -115,6 +119,24 @@ def prepare(
     )
 
 
+def create_app(
+    first: Sequence[Prepared],
+    limits: Limits,
+    open_store: Callable[[str], JobStore],
+    doors: Doors | None = None,
+    *,
+    access: Access | None = None,
+    webhooks: Rules | None = None,
+    library: Library | None = None,
+    prepare: Callable[[str, Path], Prepared] | None = None,
+    **more: Any,
+) -> Application:
+    """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
+    served = ServedModels(list(first), limits, open_store, doors or Doors(), access or Access(), webhooks=webhooks)
+    changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
+    return Application(startup_app.create_app(served, changes, **more), served)
+
+
 TEST_HOSTS = frozenset({"testserver"})  # as WebSockets of Starlette's client call it
 
 
@@ -142,9 +164,8 @@ class Site:
             return SqliteStore(state_file.get(weights_hash) if isinstance(state_file, dict) else state_file)
 
         application = create_app(first, limits, open_store, doors or Doors(TEST_HOSTS), **more)
-        self.app, self.worker, self.streams = application.app, application.worker, application.streams
-        self.metrics_kept = application.metrics
-        self.answers = application.parts.answers
+        self.application, self.app, served = application, application.app, application.served
+        self.worker, self.streams, self.answers = served.worker, served.streams, served.answers
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:

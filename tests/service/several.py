@@ -11,8 +11,8 @@ from tests.service.conftest import INSTANT, MakeSite, Site, prepare
 from tests.service.fakes import INFO, LIMITS, FakeEngine
 from tests.service.keys import access_of, key_line
 from tminus.service.model_info import ModelInfo
-from tminus.service.startup.library import Library
-from tminus.service.startup.parts import Prepared
+from tminus.service.startup.models import Prepared
+from tminus.service.startup.settings import Library
 
 KEY = "the-admin-key-of-the-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}

@@ -22,7 +22,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from tests.trials.claims import Claim, least, most, none, report
 SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
 PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
 BACKLOG_S = 5.0
-FLAGS = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
+FLAGS = ("--max-backlog-s", str(BACKLOG_S), "--result-cache-mb", "0")
 WARM_UP_S = 3.0
 CLIENTS = 16  # that keep every place filled
 LOAD = 5.0
@@ -373,7 +373,8 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=LOAD, help="times the peak")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    with servers.running(servers.contenders(machine.cores(), FLAGS)["tminus"], asked.checkpoint, None) as server:
+    tminus = replace(servers.contenders(machine.cores(), FLAGS)["tminus"], env={})  # with the default of jobs
+    with servers.running(tminus, asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
         sys.exit(report(asyncio.run(trial(server.url, asked.seconds, asked.load, asked.seed))))
 

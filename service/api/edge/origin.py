@@ -72,7 +72,7 @@ class Doors:
     def check_host(self, host: str) -> None:
         """Raise ForeignHost for a name that is not of this server."""
         if not self._is_ours(host.lower()):
-            bound = "localhost, an IP address, or a name in --host, --metrics-host or --allowed-hosts"
+            bound = "localhost, an IP address, or a name in --host or --allowed-hosts"
             raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
 
     def _is_ours(self, host: str) -> bool:

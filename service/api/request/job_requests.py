@@ -23,7 +23,7 @@ CHOSEN_BOUND = "a UUID, as 6f9619ff-8b86-4011-b42d-00c04fc964ff, in small letter
 MAX_PAGE = 200
 EVENTS_BOUND = f"a list of {', '.join(EVENTS)}, each at most once"
 MOST_EVENTS = 16  # in a list that is looked at
-OFF = "absent: this server sends no webhooks, as it has no --webhook-secret"
+OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 NOT_DURABLE = "absent without Prefer: respond-async: only a durable job has one"
 
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, PICTURE, encode, noise
-from tests.service.conftest import MakeSite, Site, pixels, prepare, problem
+from tests.service.conftest import MakeSite, Site, create_app, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
@@ -29,7 +29,6 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits
-from tminus.service.startup.app import create_app
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +99,7 @@ def real(tiny: Checkpoint) -> Iterator[TestClient]:
     limits = replace(LIMITS, max_rows=8)
     made = create_app([prepare(engine, limits, ((1, 1e-6), (8, 1e-6)))], limits, lambda _: SqliteStore(None))
     with TestClient(made.app, base_url="http://localhost") as client:
-        wait_until(lambda: made.worker.ready)
+        wait_until(lambda: made.served.worker.ready)
         yield client
 
 

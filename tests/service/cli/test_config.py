@@ -137,5 +137,5 @@ def test_a_secret_with_a_mistake_in_a_file_is_not_repeated(file: Path) -> None:
     file.write_text("keys = 'tm_secret'\nport = 0")
     result = click.testing.CliRunner().invoke(main, ["serve", "--config", str(file)])
     assert result.exit_code == 1
-    assert result.stderr.startswith("tminus: --keys (TMINUS_KEYS): line 1")
+    assert result.stderr.startswith("tminus: TMINUS_KEYS: line 1")
     assert "tm_secret" not in result.output

@@ -24,7 +24,7 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tminus.service.startup.server.bind", lambda host, port: LISTENER)
+    monkeypatch.setattr("tminus.service.startup.serve.listen", lambda host, port: LISTENER)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -18,9 +18,9 @@ from tests.service.keys import access_of, key_line
 from tminus.model.files import CheckpointError
 from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
-from tminus.service.startup.library import Library
-from tminus.service.startup.parts import Prepared
+from tminus.service.startup.models import Prepared
 from tminus.service.startup.server import bind
+from tminus.service.startup.settings import Library
 
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 ADMIN_KEY = "a-key-of-the-tests"

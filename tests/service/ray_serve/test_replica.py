@@ -37,7 +37,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch, *, crashed: bool) -> list[str
     one: Any = SimpleNamespace(
         _loop=asyncio.get_running_loop(),
         _stack=stack,
-        _application=SimpleNamespace(worker=Worker(crashed=crashed)),
+        _served=SimpleNamespace(worker=Worker(crashed=crashed)),
         _front=SimpleNamespace(end_streams=lambda: happened.append("streams ended")),
         _peers=SimpleNamespace(stop=stop),
     )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from tests.service.conftest import MakeSite, pixels, prepare
+from tests.service.conftest import MakeSite, create_app, pixels, prepare
 from tests.service.fakes import INFO, LIMITS, make_spec, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.engine import Engine
@@ -18,7 +18,6 @@ from tminus.service.engine.local import sample_locally
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.spec import SampleSpec
-from tminus.service.startup.app import create_app
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.service.fakes import INFO, FakeEngine
+from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
-from tminus.service.access.access import Access
 from tminus.service.engine import devices, loading
+from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import open_store
-from tminus.service.startup import building
+from tminus.service.startup import serve
 from tminus.service.startup.settings import Settings
 
 
@@ -42,13 +42,12 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
         checkpoint: Any = SimpleNamespace(weights_hash="ab" * 32, net=Weights())
         return [loading.ReadModel("a", tmp_path, checkpoint)]
 
-    monkeypatch.setattr(building, "read_models", read_models)
+    monkeypatch.setattr(serve, "read_models", read_models)
     monkeypatch.setattr(loading, "prepare_engine", prepare_engine)
     monkeypatch.setattr(devices, "release_memory", release_memory)
-    settings = Settings(state_dir=str(tmp_path / "state"))
-    build = building.prepare(settings, ("127.0.0.1", 8000), Access(), None, with_metrics=False)
+    opened = serve.open_all(Settings(state_dir=str(tmp_path / "state")), ("127.0.0.1", 8000))
     with pytest.raises(ValueError, match="the same bits"):
-        build()
+        serve.measure_and_build(opened, None, with_metrics=False)
     assert freed == [True, True]
 
 
@@ -78,17 +77,11 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
             checkpoint: Any = SimpleNamespace(weights_hash=weights)
             return [loading.ReadModel("a", tmp_path / "model", checkpoint)]
 
-        monkeypatch.setattr(building, "read_models", read_models)
-        settings = Settings(state_dir=states)
-        return building.prepare(settings, ("127.0.0.1", 8000), Access(), None, with_metrics=False)()  # type: ignore[return-value]
+        monkeypatch.setattr(serve, "read_models", read_models)
+        opened = serve.open_all(Settings(state_dir=states), ("127.0.0.1", 8000))
+        assert opened.end_place is not None
+        return opened.stores, EndFile(*opened.end_place)
 
-    def prepare_engine(*_args: object) -> loading.Loaded:
-        return loading.Loaded(FakeEngine(), 4, 4, 4, ((1, 0.1), (4, 0.1)))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loading, "prepare_engine", lambda *_args, busy: prepare_engine())
-    monkeypatch.setattr(
-        building, "create_app", lambda _first, _limits, take_store, *_, end_file, **__: (take_store, end_file)
-    )
     take_store, end_file = start(reloaded)
     take_store(reloaded).close()
     end_file.close()
@@ -106,7 +99,7 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
 
 def test_the_password_of_a_database_may_change_but_another_database_has_other_ends(tmp_path: Path) -> None:
     def place(url: str, folder: str = "a") -> object:
-        return building.look_at_ends(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
+        return serve.look_at_ends(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
 
     one = place("postgresql://me:secret@host/one")
     assert place("postgresql://me:changed@host/one") == one

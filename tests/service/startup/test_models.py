@@ -315,7 +315,7 @@ def test_an_unload_while_a_tick_hangs_is_done_when_it_ends(several: Several, mon
         return unload(self, number)
 
     monkeypatch.setattr(Worker, "unload", hanging)
-    monkeypatch.setattr("tminus.service.startup.parts.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.startup.models.RETRY_S", 0.05)
     several.change("colour", "unload")
     wait_until(lambda: several.states()["colour"] == "unloaded")
     assert hangs == []
@@ -323,7 +323,7 @@ def test_an_unload_while_a_tick_hangs_is_done_when_it_ends(several: Several, mon
 
 def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that leaves must not close the store of the one that comes."""
-    monkeypatch.setattr("tminus.service.startup.parts.LOOK_S", 0.3)
+    monkeypatch.setattr("tminus.service.startup.models.LOOK_S", 0.3)
     several.shelf.found["colour"] = COLOUR
     for _ in range(3):
         while not several.colour.begun.empty():  # the warm-up
@@ -371,8 +371,8 @@ def test_a_client_that_goes_away_does_not_stop_a_load(several: Several) -> None:
 def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
     several: Several, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.startup.parts.MOST_KEPT", 2)
-    monkeypatch.setattr("tminus.service.startup.parts.KEPT_S", 0.05)
+    monkeypatch.setattr("tminus.service.startup.models.MOST_KEPT", 2)
+    monkeypatch.setattr("tminus.service.startup.models.KEPT_S", 0.05)
     ids = []
     for version in range(3, 9):
         ids.append(several.post("/models/colour/jobs", json=QUICK).json()["id"])

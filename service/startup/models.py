@@ -1,0 +1,506 @@
+"""The models of a server: what they share, how one joins and leaves, and how it is loaded and unloaded meanwhile.
+
+In the event loop's thread only.
+"""
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from tminus.model.files import CheckpointError
+from tminus.service.access.access import Access
+from tminus.service.api.answers.caching import ResultCache
+from tminus.service.api.answers.documents import document
+from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.stream_limits import Streams
+from tminus.service.api.models import Models, Services
+from tminus.service.api.other_replicas import OtherReplicas
+from tminus.service.byte_budget import ByteBudget
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.errors import (
+    CheckpointRefused,
+    Draining,
+    EngineFailed,
+    ModelBusy,
+    ModelNotFound,
+    ServiceError,
+    StorageFailed,
+    short,
+)
+from tminus.service.images.decoder import Decoder
+from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.lifecycle import Lifecycle
+from tminus.service.jobs.new_jobs import NewJobs
+from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import OUTCOMES
+from tminus.service.jobs.store.results import Results
+from tminus.service.jobs.stores import Stores
+from tminus.service.jobs.views import JobStatuses
+from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.startup.settings import Library
+from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loop import note_nothing
+from tminus.service.worker.recording import RecordingRoom
+from tminus.service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+LOOK_S = 0.05  # how often it is looked whether a model is still used
+KEPT_S = 10.0  # and whether jobs of a model that left are still kept
+RETRY_S = 1.0  # until a worker that hangs is asked again
+MOST_KEPT = 8  # models that have left whose jobs can still be asked for; those of earlier ones stay on the disk
+END_LOOK_S = 0.2  # how often a change that is waited for looks whether the server ends
+LOADING = "tminus-load"  # the name of threads that measure models
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that is ready to be served."""
+
+    engine: RowEngine
+    limits: Limits  # of its requests
+    speed: Speed
+    release: Callable[[], object] = gc.collect  # called when nobody has the engine any more
+
+
+@dataclass(slots=True)
+class _OneModel:
+    """What a model has for itself."""
+
+    services: Services
+    engine: RowEngine | None  # None once it has left
+    lifecycle: Lifecycle
+    keeper: SnapshotKeeper
+    release: Callable[[], object]
+
+
+class ServedModels:
+    """Owns what all models share, and the models that are served, that are leaving, or whose jobs are still kept."""
+
+    def __init__(
+        self,
+        first: list[Prepared],
+        limits: Limits,
+        open_store: Callable[[str], JobStore],
+        doors: Doors,
+        access: Access,
+        results: Results | None = None,
+        webhooks: Rules | None = None,
+        end_file: EndFile | None = None,
+    ) -> None:
+        """Serve the first models, the default one first, when `start` is called.
+
+        limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is
+        closed with this. doors: by what names, and for which pages. access: who may ask. results: where large ones of
+        durable jobs go, if not into their store. webhooks: how they are sent, if they are. end_file: outlives the
+        process where that ends by itself; it is closed with this.
+        """
+        self._webhooks, self._end_file, self.limits = webhooks, end_file, limits
+        self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
+        self._numbers, self._arrivals, self._served = count(), count(), Served()
+        self._stores = Stores(open_store, results)
+        self._by_number: dict[int, _OneModel] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
+        self._noise_turn = asyncio.Lock()
+        self.admission = Admission(limits, self._served, shared=access.has_keys)
+        self.cache = ResultCache(limits.result_cache_bytes)
+        self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
+        self.other_replicas = OtherReplicas()
+        self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
+        self.decoder, self.encoder = Decoder(), Encoder(self.metrics.encoded)
+        self.recordings = RecordingRoom(self.answers)
+        stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
+        loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
+        note = end_file.work_on if end_file is not None else note_nothing
+        self.worker = Worker(loaded, self.admission, self.metrics, note=note)
+        self.statuses = JobStatuses(self.worker)
+        self.jobs = Jobs(self.worker, self.statuses)
+        self.new_jobs = NewJobs(self.worker, self.jobs)
+        for model, prepared, store in zip(loaded, first, stores, strict=True):
+            self._serve(model, prepared, store)
+        self._watch()
+
+    # --- the server ---
+
+    async def start(self) -> None:
+        """Start what runs."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+        for one in self._by_number.values():
+            await one.lifecycle.start()
+
+    async def close(self) -> None:
+        """End what runs, when requests are over."""
+        self.worker.close()
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        for one in self._by_number.values():
+            one.keeper.close()
+        await asyncio.gather(*(one.lifecycle.close() for one in self._by_number.values()))
+        self._stores.close()
+        await self.other_replicas.close()
+        self.decoder.close()
+        self.encoder.close()
+        if self._end_file is not None:
+            self._end_file.close()
+
+    def _watch(self) -> None:
+        worker, admission = self.worker, self.admission
+        self.metrics.watch(
+            tasks=lambda: len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0,
+            rows_active=lambda: worker.rows_active,
+            rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
+            backlog_s=lambda: admission.backlog_s,
+            device_memory_bytes=lambda: max((engine.memory_bytes() or 0 for engine in self._engines()), default=0),
+            keys_up=lambda: self.access.keys_up,
+            store_up=lambda: self.jobs.store_failure() is None,
+            streams_open=lambda: self.streams.open,
+            stalled_s=lambda: worker.stalled_s,
+            tick_time_ratio=lambda: admission.tick_time_ratio,
+            waiting_in_store=self.waiting_in_store,
+        )
+
+    def waiting_in_store(self) -> tuple[int, float] | None:
+        """The jobs of a shared store that nobody holds, and the seconds that one server takes for them.
+
+        As of the last renewal; None without such a store, or while it does not answer. Of all weights that are served.
+        What is loaded twice, as after a reload of the same weights, counts once.
+        """
+        loads = {
+            one.services.model.weights_hash: one.lifecycle.leases.load
+            for one in list(self._by_number.values())
+            if one.lifecycle.leases is not None
+        }
+        known = [load for load in loads.values() if load is not None]
+        return (sum(load.jobs for load in known), sum(load.waiting_s for load in known)) if known else None
+
+    # --- models that come ---
+
+    async def join(self, prepared: Prepared) -> Services:
+        """Serve one more model, in place of another of its name.
+
+        Raises Draining and the like, what its first tick raises, and StorageFailed where its store cannot be opened.
+        """
+        weights_hash = prepared.engine.info.weights_hash
+        try:
+            store, shared = await self._stores.take(weights_hash)
+        except ValueError as error:
+            raise StorageFailed(f"the store of the model's durable jobs cannot be opened: {error}") from None
+        model = self._loaded(prepared, store)
+        try:
+            await asyncio.wrap_future(self.worker.load(model))
+        except BaseException:
+            self.admission.remove(model.number)
+            await self._stores.release(weights_hash)
+            raise
+        one = self._serve(model, prepared, store)
+        # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
+        await one.lifecycle.start(take_on=not shared)
+        return one.services
+
+    def _loaded(self, prepared: Prepared, store: AsyncStore) -> LoadedModel:
+        number = next(self._numbers)
+        self.admission.put(number, prepared.speed)
+        keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
+        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._served)
+        return LoadedModel(number, prepared.engine, scheduler, keeper)
+
+    def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:
+        info = model.info
+        lifecycle = Lifecycle(
+            store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics,
+            self._deliver if self._webhooks is not None else None,
+        )  # fmt: skip
+        services = Services(
+            number=model.number,
+            model=info,
+            limits=prepared.limits,
+            doors=self.doors,
+            access=self.access,
+            metrics=self.metrics,
+            worker=self.worker,
+            jobs=self.jobs,
+            new_jobs=self.new_jobs,
+            statuses=self.statuses,
+            decoder=self.decoder,
+            encoder=self.encoder,
+            cache=self.cache,
+            streams=self.streams,
+            other_replicas=self.other_replicas,
+            recordings=self.recordings,
+            webhooks=self._webhooks.allowed if self._webhooks is not None else None,
+            loaded_s=int(time.time()),
+            noise_turn=self._noise_turn,
+        )
+        assert isinstance(model.keeper, SnapshotKeeper)
+        one = self._by_number[model.number] = _OneModel(
+            services, model.engine, lifecycle, model.keeper, prepared.release
+        )
+        self.jobs.put(lifecycle)
+        self.metrics.model_loaded(info)
+        self.models.put(services)
+        return one
+
+    async def _deliver(self, lifecycle: Lifecycle) -> None:
+        assert self._webhooks is not None
+        view = partial(self.jobs.to_deliver, lifecycle)
+        await Deliverer(lifecycle.store, self._webhooks, view, document, self.metrics).run()
+
+    # --- models that go ---
+
+    def leave(self, services: Services) -> None:
+        """Free a model that is served no more, when its jobs have ended."""
+        one = self._by_number[services.number]
+        one.lifecycle.retired = True
+        task = asyncio.get_running_loop().create_task(self._leave(one))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def is_leaving(self, name: str) -> bool:
+        """Whether a model of this name still has jobs to finish, and is served no more."""
+        return any(one.services.model.name == name and one.engine is not None for one in self._unserved())
+
+    async def _leave(self, one: _OneModel) -> None:
+        try:
+            if await self._free(one):
+                await self._forget(one)
+        except Exception:
+            log.exception("%s could not be unloaded", one.services.model.name)
+
+    async def _free(self, one: _OneModel) -> bool:
+        """Wait for the end of a model's jobs, and free its memory; False if the server ends before."""
+        number, info = one.services.number, one.services.model
+        while self.models.is_used(number):  # noqa: ASYNC110  requests come and go in many places
+            await asyncio.sleep(LOOK_S)
+        await one.lifecycle.idle()
+        if one.lifecycle.leases is not None:
+            one.lifecycle.leases.end()
+        while True:
+            try:
+                await asyncio.wrap_future(self.worker.unload(number))
+                break
+            except (Draining, EngineFailed):
+                return False
+            except ServiceError:  # a tick hangs: if it ends after all, the model goes
+                await asyncio.sleep(RETRY_S)
+        self.admission.remove(number)
+        one.engine = None
+        if all(services.model.name != info.name for services in self.models):
+            self.metrics.model_gone(info.name)
+        await asyncio.to_thread(one.keeper.close)
+        await asyncio.to_thread(one.release)
+        log.info("%s, fingerprint %s, is unloaded", info.name, info.fingerprint)
+        return True
+
+    async def _forget(self, one: _OneModel) -> None:
+        """Forget a model that is freed, once clients can ask for nothing that it has made."""
+        number, weights_hash = one.services.number, one.services.model.weights_hash
+        while (  # noqa: ASYNC110
+            not self._stores.is_shared(weights_hash) and await self._keeps_jobs(one) and not self._too_old(one)
+        ):
+            await asyncio.sleep(KEPT_S)
+        self.jobs.remove(number)
+        self.models.forget(number)
+        del self._by_number[number]
+        await one.lifecycle.close()
+        await self._stores.release(weights_hash)
+
+    def _engines(self) -> list[RowEngine]:
+        return [one.engine for one in list(self._by_number.values()) if one.engine is not None]
+
+    def _unserved(self) -> list[_OneModel]:
+        served = {services.number for services in self.models}
+        return [one for number, one in self._by_number.items() if number not in served]
+
+    def _too_old(self, one: _OneModel) -> bool:
+        """Whether so many later models were replaced that this one's store is not to be kept open."""
+        freed = [each for each in self._unserved() if each.engine is None]
+        return len(freed) > MOST_KEPT and one is freed[0]
+
+    @staticmethod
+    async def _keeps_jobs(one: _OneModel) -> bool:
+        try:
+            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.all())
+        except StorageFailed:
+            return True
+
+
+class ModelChanges:
+    """Loads, reloads and unloads models while the server runs, one at a time. Owns what is being loaded."""
+
+    def __init__(self, served: ServedModels, library: Library, prepare: Callable[[str, Path], Prepared]) -> None:
+        """prepare: reads a folder and measures the model, under a name."""
+        self._served, self._library, self._prepare = served, library, prepare
+        self._loading: str | None = None
+        self._tasks: set[asyncio.Task[Services]] = set()  # asyncio holds tasks weakly
+
+    async def unloaded(self) -> dict[str, str]:
+        """The models that can be loaded and are not, and what is going on with each."""
+        folders = await asyncio.to_thread(self._library.folders)
+        served = {services.model.name for services in self._served.models}
+        return {name: self._state(name) for name in sorted(folders) if name not in served}
+
+    def _state(self, name: str) -> str:
+        if name == self._loading:
+            return "loading"
+        return "unloading" if self._served.is_leaving(name) else "unloaded"
+
+    async def load(self, name: str) -> Services:
+        """Serve a model that is not loaded. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
+        folder = await self._folder(name)
+        if self._named(name) is not None:
+            raise ModelBusy(f"{name} is loaded already; reload reads its folder again", field="model", value=name)
+        return await self._change(name, folder)
+
+    async def reload(self, name: str) -> Services:
+        """Read a model's folder again, and serve what is there now. Its jobs end on the weights they began with.
+
+        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then what was served is served on.
+        """
+        self._served.models.named(name)
+        return await self._change(name, await self._folder(name))
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more; its memory is freed when its jobs have ended. Raises ModelBusy, ModelNotFound."""
+        services = self._served.models.named(name)
+        if services is self._served.models.default:
+            raise ModelBusy(
+                f"{name} is the default model, of requests that name none, and stays", field="model", value=name
+            )
+        self._check_alone(name)
+        self._served.worker.check_open()
+        self._served.models.remove(name)
+        self._served.leave(services)
+
+    async def _change(self, name: str, folder: Path) -> Services:
+        """Load a model in a task of its own, which goes on where the client goes away."""
+        self._check_alone(name)
+        self._served.worker.check_open()
+        self._loading = name
+        task = asyncio.get_running_loop().create_task(self._load(name, folder))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        while not task.done():
+            await asyncio.wait([task], timeout=END_LOOK_S)
+            if self._served.worker.draining and not task.done():
+                task.add_done_callback(_retrieve)
+                raise Draining
+        return task.result()
+
+    async def _load(self, name: str, folder: Path) -> Services:
+        log.info("loading %s from %s", name, folder)
+        began_s = time.perf_counter()
+        try:
+            services = await self._read_and_join(name, folder)
+        except ServiceError as error:
+            self._served.metrics.loaded_while_running("refused")
+            log.warning("%s cannot be loaded: %s", name, error.detail)
+            raise
+        finally:
+            self._loading = None
+        self._served.metrics.loaded_while_running("done")
+        model, seconds = services.model, time.perf_counter() - began_s
+        log.info("%s, fingerprint %s, is served after %.1f s", name, model.fingerprint, seconds)
+        return services
+
+    async def _read_and_join(self, name: str, folder: Path) -> Services:
+        try:
+            prepared = await in_daemon_thread(lambda: self._prepare(name, folder), LOADING)
+        except ServiceError:
+            raise
+        except Exception as error:  # torch and OpenVINO raise RuntimeError, for want of memory too
+            if not isinstance(error, (CheckpointError, ValueError, OSError)):
+                log.exception("%s cannot be loaded", name)
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CheckpointRefused(f"{name} cannot be loaded: {reason}", field="model", value=name) from None
+        release, before = prepared.release, self._named(name)
+        try:
+            services = await self._join(name, prepared)
+        except Exception as error:
+            del prepared
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            await asyncio.to_thread(release)
+            raise
+        if before is not None:
+            self._served.leave(before)
+        return services
+
+    async def _join(self, name: str, prepared: Prepared) -> Services:
+        weights_hash = prepared.engine.info.weights_hash
+        for services in self._served.models:
+            if services.model.name != name and services.model.weights_hash == weights_hash:  # their jobs share a store
+                detail = f"{name} has the weights of {services.model.name}, which is loaded"
+                raise CheckpointRefused(detail, field="model", value=name)
+        return await self._served.join(prepared)
+
+    def _named(self, name: str) -> Services | None:
+        return next((services for services in self._served.models if services.model.name == name), None)
+
+    async def _folder(self, name: str) -> Path:
+        folders = await asyncio.to_thread(self._library.folders)
+        if name in folders:
+            return folders[name]
+        if self._named(name) is not None:
+            raise CheckpointRefused(f"the folder of {name} is gone", field="model", value=name)
+        detail = f"no model {short(name)!r} can be loaded; those that can: {', '.join(sorted(folders)) or 'none'}"
+        raise ModelNotFound(detail, field="model", value=name, bound="a model that GET /models lists")
+
+    def _check_alone(self, name: str) -> None:
+        """One change at a time. Raises ModelBusy."""
+        if self._loading is not None:
+            raise ModelBusy(f"{self._loading} is being loaded; try again when it is done", field="model", value=name)
+
+
+def _retrieve(task: "asyncio.Task[Services]") -> None:
+    """Nobody waits for this task any more; asyncio would complain about an error that is never retrieved."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
+    """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def settle(outcome: Result | Exception) -> None:
+        if done.done():  # it was cancelled, as the server stops
+            return
+        if isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
+
+    def run() -> None:
+        outcome: Result | Exception
+        try:
+            outcome = act()
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop may have ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await done

@@ -1,0 +1,404 @@
+"""From settings to a running server: `serve`, from top to bottom. torch is imported when the functions run.
+
+What is wrong with a checkpoint, the keys or a store is told before the server listens. Then it does, and a thread
+measures; probes are answered meanwhile, and all else is told to come back. Then the app gets every request.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from tminus.model.files import CheckpointError
+from tminus.service.access.access import Access
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import listed
+from tminus.service.jobs.store.results import Results
+from tminus.service.jobs.store.sqlite_store import open_store, state_folder
+from tminus.service.jobs.webhooks.deliverer import Rules
+from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
+from tminus.service.model_info import ModelInfo
+from tminus.service.startup.app import VERSION, Application, create_app
+from tminus.service.startup.models import LOADING, ModelChanges, Prepared, ServedModels, in_daemon_thread
+from tminus.service.startup.server import (
+    BACKLOG,
+    SWITCH_S,
+    Opening,
+    Server,
+    allow_connections,
+    config_of,
+    is_ready,
+    listen,
+    serve_metrics,
+)
+from tminus.service.startup.settings import Library, Settings, name_of
+from tminus.service.startup.traces import start_traces
+from tminus.service.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from tminus.service.engine.loading import Measured, ReadModel
+    from tminus.service.startup.telemetry import Traces
+
+log = logging.getLogger(__name__)
+
+UNTOLD = "if a job ends this process, it will not be known which: %s"
+
+
+def serve(settings: Settings) -> bool:
+    """Serve until SIGTERM or SIGINT; False if the worker crashed. Raises ValueError for what is wrong, in one line."""
+    # What can be found out at once is, before anything is measured.
+    traces = start_traces(VERSION)
+    settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
+    listener = listen(settings.host, settings.port)
+    try:
+        metrics_listener = None
+        if settings.metrics and settings.metrics_port is not None:
+            metrics_listener = listen(settings.host, settings.metrics_port)
+        opened = open_all(settings, listener.getsockname()[:2])
+    except ValueError:
+        listener.close()
+        raise
+    # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
+    sys.setswitchinterval(SWITCH_S)
+    opening = Opening()
+    server = Server(config_of(settings, opening), opening, settings.grace_s)
+    # These stop uvicorn until it installs its own handlers. When it has stopped it raises the signal again, which must
+    # have no effect: to stop when asked is no failure.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda _signum, _frame: server.end())
+    if metrics_listener is not None:
+        serve_metrics(metrics_listener, opening, settings.doors())
+    listener.listen(BACKLOG)  # from here on a client waits instead of being refused
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("listening on %s", url)
+
+    build = partial(measure_and_build, opened, traces, with_metrics=settings.metrics and metrics_listener is None)
+    asyncio.run(_run(server, opening, listener, build, url))
+
+    worker = opening.application.served.worker if opening.application is not None else None
+    loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
+    if worker is None or worker.hangs or loading:
+        # A thread that measures, or a worker that hangs, cannot be ended from outside, and the interpreter would wait.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1 if worker is not None and (worker.hangs or worker.crashed) else 0)
+    return not worker.crashed
+
+
+async def _run(
+    server: Server, opening: Opening, listener: socket.socket, build: Callable[[], Application], url: str
+) -> None:
+    """Listen, build the application meanwhile, and pass requests on to it until its worker has ended.
+
+    Raises what building raises.
+    """
+    serving = asyncio.create_task(server.serve([listener]))
+    building = asyncio.create_task(in_daemon_thread(build, LOADING))
+    await asyncio.wait((serving, building), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if not building.done():  # stopped before there was anything to serve
+            building.cancel()
+            return
+        application = building.result()
+        async with application.app.router.lifespan_context(application.app):
+            opening.application = application
+            worker, model = application.served.worker, application.served.models.default.model
+            ended = asyncio.create_task(in_daemon_thread(worker.join, "tminus-watch"))
+            ended.add_done_callback(lambda _: server.end())
+            telling = asyncio.create_task(_tell_when_ready(worker, first_request(url, model)))
+            await serving
+            telling.cancel()
+    finally:
+        server.end()
+        await serving
+
+
+async def _tell_when_ready(worker: Worker, hint: str) -> None:
+    if await is_ready(worker):
+        log.info("ready. %s", hint)
+
+
+def first_request(url: str, model: ModelInfo) -> str:
+    """A first command, with settings that this model takes; by the table that it recommends, if it has one unguided."""
+    sampler, steps, own = "dpmpp_2m", min(20, model.num_timesteps), model.recommended
+    unguided = {(table.sampler, table.steps) for table in model.tables if table.guidance == 1}
+    if own is not None and (own.sampler, own.steps) in unguided:
+        sampler, steps = own.sampler, own.steps
+    elif sampler not in model.samplers:  # of a student, which has its own alone
+        sampler, steps = model.samplers[0], model.tables[0].steps
+    return f"Try: curl -X POST '{url}/sample?n=8&steps={steps}&sampler={sampler}' -o out.png"
+
+
+# --- what can be found out before anything is measured ---
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is read and open before anything is measured."""
+
+    settings: Settings
+    access: Access  # who may ask
+    models: "list[ReadModel]"  # the default one first
+    stores: "StoreOpener"
+    results: Results | None  # where large ones of durable jobs go, if not into their store
+    webhooks: Rules | None  # how they are sent, if they are
+    end_place: tuple[Path, str] | None  # where the file of how this process ends is made, and how its name begins
+
+
+def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
+    """Read the keys and the checkpoints, and open the stores. Raises ValueError for what cannot be used.
+
+    address: where the server listens.
+    """
+    access = settings.access(address[0])
+    models = read_models(settings)
+    stores, results = StoreOpener(opener_of_stores(settings, address)), open_results(settings)
+    webhooks = webhook_rules(settings)
+    try:
+        stores.open_first([model.checkpoint.weights_hash for model in models])
+    except ValueError as error:
+        setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
+        raise ValueError(f"{setting}: {error}") from None
+    end_place, ends = look_at_ends(settings, models[0].folder)
+    tell_ends(ends)
+    stores.count(ends)
+    return Opened(settings, access, models, stores, results, webhooks, end_place)
+
+
+def read_models(settings: Settings) -> "list[ReadModel]":
+    """Read all checkpoints, with their names. Raises ValueError for what is wrong with one."""
+    from tminus.service.engine.loading import ReadModel, read_checkpoint
+
+    models: dict[str, ReadModel] = {}
+    for given, folder in settings.checkpoints():
+        log.debug("loading %s", folder)
+        try:
+            checkpoint = read_checkpoint(settings.load_options(folder))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        name = given or name_of(checkpoint.name)
+        for other in models.values():
+            if other.name == name:
+                raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME={folder}")
+            if other.checkpoint.weights_hash == checkpoint.weights_hash:
+                raise ValueError(f"{name} has the weights of {other.name}; serve one of them")
+        models[name] = ReadModel(name, folder, checkpoint)
+    return list(models.values())
+
+
+class StoreOpener:
+    """Opens the stores of durable jobs by the hash of their weights, and counts in each how earlier processes ended.
+
+    Once: an end that is counted twice would count as two.
+    """
+
+    def __init__(self, open_one: Callable[[str], JobStore]) -> None:
+        self._open = open_one
+        self._untaken: dict[str, JobStore] = {}
+        self._ends: list[End] = []
+        self._counted: set[str] = set()
+
+    def open_first(self, weights_hashes: Sequence[str]) -> None:
+        """Open the stores of the models that the server begins with. Raises ValueError; then none is open."""
+        try:
+            for weights_hash in weights_hashes:
+                self._untaken[weights_hash] = self._open(weights_hash)
+        except ValueError:
+            self.close()
+            raise
+
+    def count(self, ends: list[End]) -> None:
+        """Count the ends of processes, and name in the log the jobs that wait for weights that are not served."""
+        self._ends = ends
+        for weights_hash, store in self._untaken.items():
+            self._count_in(weights_hash, store)
+        with suppress(StorageFailed):
+            left_behind = next(iter(self._untaken.values())).left_behind(self._untaken)
+            for weights, job_ids in left_behind.items():
+                log.warning(
+                    "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
+                )
+
+    def __call__(self, weights_hash: str) -> JobStore:
+        """Return a store that is open already, once; else open it."""
+        if (store := self._untaken.pop(weights_hash, None)) is None:
+            store = self._open(weights_hash)
+            self._count_in(weights_hash, store)
+        return store
+
+    def _count_in(self, weights_hash: str, store: JobStore) -> None:
+        if weights_hash not in self._counted:
+            self._counted.add(weights_hash)
+            count_ends(self._ends, store)
+
+    def close(self) -> None:
+        """Close those that nobody has taken."""
+        while self._untaken:
+            self._untaken.popitem()[1].close()
+
+
+def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
+    """Read how servers before this one ended; return also where this one has its file, and how the name begins.
+
+    folder: of the default model. By it the file is found again, whatever is loaded or reloaded meanwhile.
+    """
+    store = ""
+    if settings.job_store is not None:
+        parsed = sa.make_url(settings.job_store.get_secret_value())
+        store = parsed.set(password=None).render_as_string()
+    prefix = prefix_of(store, settings.job_namespace, str(folder.absolute()))
+    try:
+        if (state := state_folder(settings.state_dir)) is not None:
+            return (state, prefix), take_ends(state, prefix)
+    except ValueError as error:  # without a file in it a server needs no folder
+        log.warning(UNTOLD, error)
+    return None, []
+
+
+def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
+    """What opens the store of some weights' durable jobs. Raises ValueError for a database that cannot be used."""
+    if settings.job_store is None:
+        return partial(open_store, settings.state_dir)
+    try:
+        from tminus.service.jobs.store.postgres_database import own_address
+        from tminus.service.jobs.store.postgres_store import open_postgres
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'"
+        ) from None
+    try:
+        url = settings.job_store.get_secret_value()
+        reached_by = settings.job_address or own_address(url, *address)
+        return open_postgres(url, settings.job_namespace, settings.job_lease_s, reached_by)
+    except ValueError as error:
+        raise ValueError(f"--job-store (TMINUS_JOB_STORE): {error}") from None
+
+
+def open_results(settings: Settings) -> Results | None:
+    """Where large results go, if not into the store. Raises ValueError for an object store that cannot be used."""
+    if settings.job_results is None:
+        return None
+    try:
+        from tminus.service.jobs.store.objects import open_objects
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--job-results (TMINUS_JOB_RESULTS) needs the extra s3: {error}; pip install 'tminus[s3]'"
+        ) from None
+    try:
+        objects = open_objects(settings.job_results, settings.job_namespace)
+    except ValueError as error:
+        raise ValueError(f"--job-results (TMINUS_JOB_RESULTS): {error}") from None
+    return Results(objects, settings.job_results_above_kb * 1024)
+
+
+def webhook_rules(settings: Settings) -> Rules | None:
+    """How webhooks are sent; None without a secret that signs them. Raises ValueError for one that is none."""
+    text, file = settings.webhook_secret, settings.webhook_secret_file
+    if text is not None and file is not None:
+        raise ValueError(
+            "TMINUS_WEBHOOK_SECRET and --webhook-secret-file (TMINUS_WEBHOOK_SECRET_FILE) exclude each other"
+        )
+    name = "TMINUS_WEBHOOK_SECRET" if text is not None else "--webhook-secret-file (TMINUS_WEBHOOK_SECRET_FILE)"
+    try:
+        if text is not None:
+            secrets = read_secrets(text.get_secret_value())
+        elif file is not None:
+            secrets = read_secrets_of(file)
+        else:
+            return None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    try:
+        return Rules.of(secrets, settings.webhook_allow, settings.webhook_retry_s)
+    except OSError as error:
+        raise ValueError(f"SSL_CERT_FILE: the certificates for webhooks cannot be read: {error}") from None
+
+
+# --- what takes long ---
+
+
+class Loader:
+    """Reads checkpoints and measures them, by the settings. Owns what is known of each model's speed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._measured: dict[str, Measured | None] = {}  # by the model's name
+
+    def load(self, name: str, folder: Path) -> Prepared:
+        """Read a folder and measure the model while others are served."""
+        from tminus.service.engine.loading import ReadModel, read_checkpoint
+
+        options = self._settings.load_options(folder)
+        return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
+
+    def measure(self, model: "ReadModel", *, busy: bool = False) -> Prepared:
+        """Measure a model, and give it its name. busy: whether others are served meanwhile."""
+        from tminus.service.engine.devices import release_memory
+        from tminus.service.engine.loading import prepare_engine
+
+        try:
+            options = self._settings.load_options(model.folder)
+            loaded = prepare_engine(model.checkpoint, options, self._measured.get(model.name), busy=busy)
+        except Exception as error:
+            del model
+            traceback.clear_frames(error.__traceback__)  # whose variables hold it too
+            release_memory()
+            raise
+        self._measured[model.name] = loaded.measured
+        info = loaded.engine.info = replace(loaded.engine.info, name=model.name)
+        log.info(
+            "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
+            info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
+        )  # fmt: skip
+        limits = self._settings.limits(loaded)
+        return Prepared(loaded.engine, limits, self._settings.speed(loaded, limits.max_rows), release_memory)
+
+
+def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: bool) -> Application:
+    """Measure the models, and build the app around them. with_metrics: whether it answers /metrics.
+
+    The app closes the stores. Raises what measuring raises.
+    """
+    settings, loader = opened.settings, Loader(opened.settings)
+    library = Library({model.name: model.folder for model in opened.models}, settings.models)
+    first = []
+    try:
+        while opened.models:  # which must not keep what is unloaded later
+            first.append(loader.measure(opened.models.pop(0)))
+    except Exception:
+        opened.stores.close()
+        raise
+    end_file = None
+    try:
+        if opened.end_place is not None:
+            end_file = EndFile(*opened.end_place)
+    except OSError as error:
+        log.warning(UNTOLD, error)
+    served = ServedModels(
+        first,
+        first[0].limits,
+        opened.stores,
+        settings.doors(),
+        opened.access,
+        results=opened.results,
+        webhooks=opened.webhooks,
+        end_file=end_file,
+    )
+    changes = ModelChanges(served, library, loader.load)
+    app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
+    return Application(app, served)
