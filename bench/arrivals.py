@@ -23,7 +23,7 @@ def poisson(asks: Sequence[Ask], seconds: float, seed: int) -> list[Arrival]:
 
 
 def at_once(asks: Sequence[Ask]) -> list[Arrival]:
-    """All at the start."""
+    """Give requests that all arrive at the start."""
     return [Arrival(0.0, ask, seed=number) for number, ask in enumerate(asks)]
 
 
@@ -90,6 +90,6 @@ def assorted(count: int, steps: Sequence[int]) -> list[Ask]:
 
 
 def renumbered(arrivals: Sequence[Arrival]) -> list[Arrival]:
-    """In order of time, each with a seed of its own."""
+    """Put requests in order of time and give each a seed of its own."""
     ordered = sorted(arrivals, key=lambda a: a.at_s)
     return [Arrival(a.at_s, a.ask, seed, a.leaves_after_s) for seed, a in enumerate(ordered)]

@@ -106,7 +106,9 @@ async def ask_for(http: httpx.AsyncClient, arrival: Arrival, start_s: float) -> 
 
 
 def first_step_s(response: httpx.Response, due_s: float) -> float | None:
-    """Until the first step was done: tminus counts from acceptance, a peer's PNG tells the time on our own clock.
+    """Return the seconds until the first step was done.
+
+    tminus counts from acceptance; a peer's PNG tells the time on our own clock.
 
     Raises OSError where the body is no picture.
     """

@@ -153,7 +153,7 @@ class Waiting:
         return [self._remove(order) for order in taken]
 
     def take_oldest(self, places: float) -> list[Job]:
-        """Those that came first, until they make up so many places."""
+        """Take the jobs that came first, until they make up so many places."""
         taken: list[Job] = []
         while self._jobs and places > 0 and len(taken) < CLAIM_JOBS:
             taken.append(self._remove(self._oldest()))

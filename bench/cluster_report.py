@@ -27,7 +27,7 @@ class Line:
 
     @property
     def statements(self) -> tuple[float, float]:
-        """For a job, and in a second for a replica."""
+        """Count the store's statements for a job, and in a second for a replica."""
         return (
             self.outcome.statements / max(1, len(self.outcome.jobs)),
             self.outcome.renewals / self.outcome.until_s / self.replicas,

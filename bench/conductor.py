@@ -57,7 +57,7 @@ class Conductor:
                     self._contenders[key] = contender
 
     def run(self) -> Run:
-        """All rounds."""
+        """Run all rounds."""
         started_s, load_average = time.monotonic(), os.getloadavg()[0]
         if "tminus" in self._contenders:
             self._try("tminus", self._meet)

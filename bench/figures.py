@@ -113,7 +113,7 @@ def bare_rate(bare: Bare, places: int) -> float:
 
 
 def figures(run: Run) -> list[Figure]:
-    """All that can be had from what was run."""
+    """Compute all figures that can be had from what was run."""
     found: list[Figure] = []
     places = int(run.model.get("limits", {}).get("max_batch", 16))
 
@@ -193,7 +193,7 @@ def figures(run: Run) -> list[Figure]:
 
 
 def _ratio(name: str, top: Sequence[float], bottom: Sequence[float]) -> Figure:
-    """Of the medians; the range is of the ratios round by round."""
+    """Divide the medians; the range is that of the ratios round by round."""
     value = statistics.median(top) / statistics.median(bottom)
     by_round = [a / b for a, b in zip(top, bottom, strict=False)]
     return Figure(name, value, min(by_round), max(by_round)) if len(by_round) > 1 else Figure(name, value)

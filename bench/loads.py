@@ -146,7 +146,7 @@ class Turn:
         return await self._open_loop("steps", arrivals.of_steps(STEPS_N, rate, lengths.steps_s, lengths.most_steps))
 
     async def policy(self) -> Loaded:
-        """The same for longer, so that a 99th percentile says something."""
+        """Run the mixed load for longer, so that a 99th percentile says something."""
         rate, lengths = LOAD * self.capacity, self.lengths
         return await self._open_loop("policy", arrivals.of_steps(STEPS_N, rate, lengths.policy_s, lengths.most_steps))
 
@@ -174,7 +174,7 @@ class Turn:
             return loaded
 
     async def _one_after_the_other(self, http: httpx.AsyncClient, ask: Ask) -> None:
-        """The same job again and again, until cancelled."""
+        """Ask for the same job again and again, until cancelled."""
         for number in itertools.count():
             await drive(http, [Arrival(0.0, ask, number)], drain_s=self.lengths.drain_s)
 

@@ -62,7 +62,7 @@ def to_markdown(run: Run) -> str:
 
 
 def to_json(run: Run) -> bytes:
-    """All records."""
+    """Write all records as JSON."""
     return TypeAdapter(Run).dump_json(run, indent=1)
 
 

@@ -75,7 +75,7 @@ class Running:
 
 
 def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None = None) -> dict[str, Contender]:
-    """All of them; `before` is another checkout of tminus.
+    """List all contenders; `before` is another checkout of tminus.
 
     A request-level batcher gets a worker a core of one thread each.
     That is LitServe's own advice for a CPU, and was the faster way in a trial on two cores (two workers of one thread
@@ -251,7 +251,7 @@ def _stat(path: Path) -> tuple[int, int]:
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str]) -> None:
-    """Until a request is answered: that is the one sign that all contenders give alike.
+    """Wait until a request is answered: that is the one sign that all contenders give alike.
 
     What a student refuses, since it has a sampler of its own, is asked again by its defaults.
     """

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 async def measure(server: servers.Running, rounds: int, window_s: float) -> None:
-    """All of it, one after the other."""
+    """Measure everything, one after the other."""
     first_s = await first_frames(server)
     one, many = [], []
     for number in range(rounds):
@@ -78,7 +78,7 @@ async def measure(server: servers.Running, rounds: int, window_s: float) -> None
 
 
 def ratios(pairs: Sequence[Sequence[Window]]) -> list[float]:
-    """With over without, round by round."""
+    """Divide the rate with viewers by that without, round by round."""
     return [watched.row_steps_per_s / plain.row_steps_per_s for plain, watched in pairs]
 
 

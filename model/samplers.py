@@ -81,7 +81,7 @@ class Plan:
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
     def numbers(self) -> PlanNumbers:
-        """The same without torch, with the inputs of every pass."""
+        """Return the plan as plain numbers without torch, with the inputs of every pass."""
         inputs = (
             torch.stack([torch.ones_like(self.timesteps), self.timesteps], 1) if self.inputs is None else self.inputs
         )

@@ -240,7 +240,7 @@ class Overloaded(ServiceError):
         self.headers["Retry-After"] = str(retry_after_s)
 
     def sooner(self, retry_after_s: int) -> "Overloaded":
-        """The same refusal, where there is room earlier."""
+        """Return this refusal with an earlier time to come back."""
         if retry_after_s >= self.retry_after_s:
             return self
         assert self.field is not None

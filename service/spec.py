@@ -72,7 +72,7 @@ class SampleSpec:
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields. OPTIONAL_FIELDS that are None are left out: a plain spec reads as it always did."""
+        """Return the fields. OPTIONAL_FIELDS that are None are left out: a plain spec reads as it always did."""
         return {name: value for name, value in asdict(self).items() if name not in OPTIONAL_FIELDS or value is not None}
 
     @classmethod

@@ -32,7 +32,7 @@ class Work:
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     def ending_at(self, until: int | None) -> "Work":
-        """The same with only so many passes, at least one. None: with all of them."""
+        """Return this work with only so many passes, at least one; None means all of them."""
         if until is None:
             return self
         end = min(self.steps, self.start + max(1, until))

@@ -30,7 +30,7 @@ from tminus.model.training.data import ImageSet
 
 
 class _Real(NamedTuple):
-    """The same figures of as many real images, picked by the same seed."""
+    """The figures of as many real images, picked by the same seed."""
 
     frechet: float | None
     num_frechet: int

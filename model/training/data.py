@@ -71,7 +71,7 @@ class Examples:
 
     @classmethod
     def of(cls, data: ImageSet, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
-        """All of a data set, on the device: its images, or the latents that an autoencoder makes of them."""
+        """Put a whole data set on the device: its images, or the latents that an autoencoder makes of them."""
         x_0 = data.images.to(device) if autoencoder is None else latents_of(autoencoder, data.images, device)
         return cls(x_0, data.labels.to(device) if data.labels is not None else None)
 

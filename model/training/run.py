@@ -149,7 +149,7 @@ class RunConfig:
         return self.learning_rate * min(warm, left, 1.0)
 
     def with_precision(self, precision: str) -> Self:
-        """The same with a precision that was chosen."""
+        """Return these settings with a precision that was chosen."""
         return dataclasses.replace(self, precision=precision)
 
 
@@ -290,7 +290,7 @@ class Run:
 
 
 class Progress:
-    """For people to watch: a bar on a terminal, lines in the log elsewhere."""
+    """Show progress to people: a bar on a terminal, lines in the log elsewhere."""
 
     def __init__(self, config: RunConfig, step: int) -> None:
         self._config = config

@@ -53,7 +53,7 @@ class PlainTarget:
 
 
 class StableTarget:
-    """The same of E[x_0 | x_t] over training images in place of x_0, with little noise.
+    """The target made of E[x_0 | x_t] over training images in place of x_0, which varies less.
 
     (Stable Target Field, Xu et al. 2023.)
 

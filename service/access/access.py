@@ -25,7 +25,7 @@ class Caller:
 
     @property
     def sees(self) -> str | None:
-        """Whose jobs it may see: those of its name, or, None, of all."""
+        """Return the owner whose jobs it may see: its own name, or None for the jobs of all."""
         return None if self.role == "admin" else self.name
 
     def charged(self, row_steps: int, jobs: int) -> AbstractContextManager[None]:

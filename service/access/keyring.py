@@ -32,7 +32,7 @@ class KeyRing:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """All keys, as they are now."""
+        """Return all keys as they are now."""
         self._look()
         return self._fixed + self._from_file
 

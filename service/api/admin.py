@@ -43,7 +43,7 @@ class ModelSummary(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models of this server."""
+    """Lists the models of this server."""
 
     models: list[ModelSummary]
 

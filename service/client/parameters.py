@@ -78,7 +78,7 @@ def body_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(parameters: Mapping[str, Any]) -> str:
-    """The same as text. Raises OSError where a file cannot be read, and ValueError for NaN and infinity."""
+    """Return the parameters as text. Raises OSError for an unreadable file, and ValueError for NaN or infinity."""
     return json.dumps(body_of(parameters), allow_nan=False)
 
 

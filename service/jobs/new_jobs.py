@@ -56,7 +56,7 @@ class NewJobs:
         return len(found - self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
-        """Its durable jobs that have not ended: those that are held here, and those that are being accepted."""
+        """Return an owner's durable jobs that have not ended: those held here and those that are being accepted."""
         held = {job.record.id for job in self._jobs.all_held() if job.record.owner == owner}
         return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
 

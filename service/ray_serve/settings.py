@@ -112,7 +112,7 @@ class RaySettings(Settings):
 
     @property
     def own_ports(self) -> Sequence[int]:
-        """From which a replica takes its own port: 0 is any."""
+        """Return the ports from which a replica takes its own; 0 is any."""
         if self.replica_ports is None:
             return (0,)
         first, last = map(int, self.replica_ports.split("-"))

@@ -43,7 +43,7 @@ class ClusterLoad:
         return None
 
     def room_elsewhere_in_s(self, work: Work, max_backlog_s: float) -> float:
-        """Until another replica has room for a job that was refused here; infinite if there is no other.
+        """Return the seconds until another replica has room for a job that was refused here; infinite if there is none.
 
         max_backlog_s: 0 where another limit was reached, of which nothing is known but that an idle one has room.
         """
@@ -51,7 +51,7 @@ class ClusterLoad:
         return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # with no work it takes any job
 
     def room_in_s(self, excess: Excess) -> float:
-        """Until there is room, if nobody else comes."""
+        """Return the seconds until there is room, if nobody else comes."""
         if excess.field == "backlog_s":
             return excess.value - excess.limit
         return self.backlog_s / (self.jobs + 1)

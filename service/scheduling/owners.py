@@ -57,7 +57,7 @@ class Served:
         return self._had_s.get(owner, 0.0)
 
     def of(self, owners: Iterable[str]) -> dict[str, float]:
-        """What each has had, or will have had once it has a job."""
+        """Return what each owner has had, or will have had once it has a job."""
         with self._lock:
             return {owner: self._on_joining(owner) for owner in owners}
 

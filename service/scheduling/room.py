@@ -32,14 +32,14 @@ class Load:
     own: "Load | None" = None  # of it, what the owner has that asks, where several share the server
 
     def decoding(self, part: float, beside: "Load") -> "Load":
-        """The same, where a part is left of what comes beside the ticks."""
+        """Count what is left of the decoding too, which comes beside the ticks."""
         beside_s = part * beside.beside_s
         jobs = max(self.jobs, 1) if beside_s > ROUNDING else self.jobs  # a server that decodes is not empty
         own = None if self.own is None or beside.own is None else self.own.decoding(part, beside.own)
         return replace(self, jobs=jobs, beside_s=beside_s, own=own)
 
     def values(self, work: Work, speed: Speed) -> dict[str, float]:
-        """What each limit counts, with one more job."""
+        """Return what each limit counts, with one more job."""
         work_s = work.places * speed.place_s + work.beside_s
         return {
             "backlog_s": self.ticks_s + self.beside_s + work_s,

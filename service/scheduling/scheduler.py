@@ -69,7 +69,7 @@ class Sharing:
         return _beside(self.times, self.max_batch, places)
 
     def seconds(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
-        """What each owner pays for its places in a tick, in seconds of the machine.
+        """Return what each owner pays for its places in a tick, in seconds of the machine.
 
         The one that leads pays for what others could not have, too. alone: nobody else has a job, so that only what
         is more than half of the machine counts against it when somebody comes.

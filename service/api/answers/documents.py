@@ -305,7 +305,7 @@ class SampledImage(BaseModel):
 
 
 class PathFrame(BaseModel):
-    """All images of a request after the same number of steps, as contact sheets."""
+    """The images of a request after the same number of steps, as contact sheets."""
 
     step: int = Field(description="how many steps they have taken")
     t: float = Field(description="the timestep of the next step")

@@ -70,7 +70,7 @@ class PreviewRequest(RequestSchema):
 
 
 class StreamRequest(PreviewRequest):
-    """The same over a WebSocket, which may stay open for more jobs."""
+    """The parameters of previews over a WebSocket, which may stay open for more jobs."""
 
     keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")
 

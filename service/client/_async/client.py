@@ -143,7 +143,7 @@ class AsyncClient:
     # --- the models of the server, whichever this client is of ---
 
     async def models(self) -> list[ModelState]:
-        """All models: those that are loaded, and those that can be."""
+        """List the models that are loaded, and those that can be."""
         return models_of(await self._connection.request("GET", f"{self._connection.server}/models"))
 
     async def load_model(self, name: str, admin_key: str | None = None) -> ModelState:

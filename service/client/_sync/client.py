@@ -144,7 +144,7 @@ class Client:
     # --- the models of the server, whichever this client is of ---
 
     def models(self) -> list[ModelState]:
-        """All models: those that are loaded, and those that can be."""
+        """List the models that are loaded, and those that can be."""
         return models_of(self._connection.request("GET", f"{self._connection.server}/models"))
 
     def load_model(self, name: str, admin_key: str | None = None) -> ModelState:

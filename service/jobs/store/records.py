@@ -35,7 +35,7 @@ class JobRecord:
 
     @property
     def place(self) -> Place:
-        """Its place in the order of creation."""
+        """The place of this job in the order of creation."""
         return self.created_us, self.id
 
     @property

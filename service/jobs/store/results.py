@@ -145,7 +145,7 @@ class ResultStore(AsyncStore):
 
 
 async def _logged(call: Awaitable[R]) -> R:
-    """As the database's own errors are."""
+    """Log an error of the object store, as the database's errors are logged."""
     try:
         return await call
     except StorageFailed as error:

@@ -135,7 +135,7 @@ class SqliteStore(JobStore):
         return rows
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Those of the files beside this one that no other server has open."""
+        """Return the files beside this one that no other server has open."""
         if self._file is None:
             return {}
         hashes = {each[:16] for each in served}

@@ -107,7 +107,7 @@ class Receiver:
 
     @property
     def host_header(self) -> str:
-        """By what name it is asked."""
+        """Return the name by which the receiver is asked."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == WELL_KNOWN_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -117,7 +117,7 @@ class Receiver:
 
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: Allowed) -> list[str]:
-    """Those of the addresses that may be connected to."""
+    """Return the addresses that may be connected to."""
     return [each for each in addresses if receiver.may_connect(ip_address(each.partition("%")[0]), allowed)]
 
 

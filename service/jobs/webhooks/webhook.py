@@ -28,7 +28,7 @@ class Webhook:
         return origin_of(self.url)
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields, as they are kept."""
+        """Return the fields as they are kept."""
         return {"url": self.url, "events": list(self.events)}
 
     @classmethod
