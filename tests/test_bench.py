@@ -15,20 +15,16 @@ import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, bare, client, cluster, figures, report, same, servers, traffic
-from bench.__main__ import parse_args
-from bench.conductor import same_places
-from bench.loads import QUICK, Lengths
+from bench import arrivals, client, cluster, figures, report, servers, traffic
+from bench.loads import QUICK
 from bench.peers.picture import encode
-from bench.records import Answer, Arrival, Ask, Bare, Counters, Crowd, Etas, EtaSample, Loaded, Memory, Pace, Run
-from bench.servers import ROOT, contenders, cpu_seconds, sum_metrics
+from bench.records import Answer, Arrival, Ask, Bare, Counters, Etas, EtaSample, Loaded, Pace, Run
+from bench.servers import ROOT, contenders
 from bench.tally import Tally, read_tally
-from tests.service.fakes import INFO, LIMITS
 from tests.tiny import TINY
-from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
-from tminus.service.api.request.schemas import SampleRequest
 
 pytestmark = pytest.mark.slow
 
@@ -77,31 +73,11 @@ def figure_of(run: Run, *words: str) -> figures.Figure:
 # --- figures ---
 
 
-def test_quantiles_are_linear_between_the_values() -> None:
-    assert figures.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert figures.quantile([1.0, 2.0], 0.95) == pytest.approx(1.95)
-    assert figures.quantile([4.0], 0.95) == 4.0
-
-
 def test_a_ratio_is_of_medians_with_the_range_of_the_rounds() -> None:
     ours = [loaded("saturation", "tminus", rate, number=number) for number, rate in enumerate((90, 96, 99))]
     theirs = [loaded("saturation", "lock", rate, number=number) for number, rate in enumerate((40, 60, 48))]
     found = figure_of(a_run(ours + theirs), "requests of 1 image", "lock")
     assert (found.value, found.low, found.high) == (96 / 48, 96 / 60, 90 / 40)
-
-
-def test_a_run_beside_an_earlier_checkout_has_figures_of_both_samplers() -> None:
-    rates = {"tminus": 101, "before": 100}
-    run = a_run(
-        [loaded(load, key, rate) for load in ("saturation", "saturation-dpmpp_2m") for key, rate in rates.items()]
-    )
-    assert figure_of(run, "requests of 1 image", "tminus before").value == pytest.approx(1.01)
-    assert figure_of(run, "row-steps/s, dpmpp_2m", "tminus before").value == pytest.approx(1.01)
-    assert "### Saturation, `dpmpp_2m`" in report.to_markdown(run)
-
-
-def test_the_bare_loop_counts_at_the_servers_own_batch() -> None:
-    assert figure_of(a_run([loaded("saturation", "tminus", 150)]), "bare").value == pytest.approx(150 / 200)
 
 
 def test_in_the_mixed_load_the_peer_is_over_tminus_for_waits_and_under_it_for_long_jobs() -> None:
@@ -110,25 +86,6 @@ def test_in_the_mixed_load_the_peer_is_over_tminus_for_waits_and_under_it_for_lo
     run = a_run([loaded("mixed", "tminus", answers=ours), loaded("mixed", "litserve", answers=theirs)])
     assert figure_of(run, "median wait").value == pytest.approx(30 / 0.6)
     assert figure_of(run, "long jobs").value == pytest.approx(40 / 50)
-
-
-def test_who_has_no_answer_at_the_end_waited_at_least_so_long_and_who_left_or_was_refused_does_not_count() -> None:
-    outcomes = ("ok", "unanswered", "left", "refused", "failed", "unsent")
-    answers = [answer(waited_s=float(number), outcome=outcome) for number, outcome in enumerate(outcomes)]
-    assert figures.waits(answers) == [0.0, 1.0]
-
-
-def test_policies_are_compared_by_short_tail_and_long_mean() -> None:
-    default = loaded("policy", "tminus", answers=[answer(20, 1.0), answer(1000, 44.0)])
-    fcfs = loaded("policy", "fcfs", answers=[answer(20, 30.0), answer(1000, 40.0)])
-    run = a_run([default, fcfs])
-    assert figure_of(run, "99th percentile").value == pytest.approx(30)
-    assert figure_of(run, "1000-step jobs").value == pytest.approx(40 / 44)
-
-
-def test_the_first_step_is_told_in_mean_ticks_of_its_own_load_and_without_the_long_job() -> None:
-    answers = [answer(3, first_step_s=0.18), answer(1000, first_step_s=9.0)]
-    assert figure_of(a_run([loaded("first-step", "tminus", answers=answers)]), "place free").value == pytest.approx(2)
 
 
 def test_steps_that_nobody_got_are_wasted() -> None:
@@ -146,19 +103,6 @@ def test_an_eta_is_judged_by_what_was_left_as_a_share_of_the_whole_time() -> Non
     assert figures.eta_errors(Etas(tuple(told), (done,))) == [pytest.approx(0.1)]
 
 
-def test_crowds_and_memory_are_ratios_of_the_later_to_the_first() -> None:
-    crowds = (Crowd(0, 0.02, 0.020, 16), Crowd(1000, 0.022, 0.0252, 16), Crowd(0, 0.02, 0.022, 16))
-    run = a_run(crowds=crowds, memory=(Memory(500, 1e8), Memory(10_000, 1.1e8)))
-    assert figure_of(run, "1000 jobs waiting", "between ticks").value == pytest.approx(1.2)
-    assert figure_of(run, "resident memory").value == pytest.approx(1.1)
-
-
-def test_images_are_compared_by_job_and_only_where_both_were_answered() -> None:
-    one = [answer(seed=0, digest="a"), answer(seed=1, digest="b"), answer(seed=2, outcome="failed")]
-    other = [answer(seed=2, digest="c"), answer(seed=1, digest="x"), answer(seed=0, digest="a")]
-    assert same_places(one, other) == [("b", "x"), ("a", "a")]
-
-
 # --- report ---
 
 
@@ -174,39 +118,11 @@ def test_a_run_survives_json_and_becomes_a_page(tmp_path: Path) -> None:
     assert "mosec is left out." in page
 
 
-def test_results_go_between_the_marks_of_a_page_and_leave_the_rest() -> None:
-    page = f"# Title\n{report.BEGIN}\nold\n{report.END}\nprose\n"
-    written = report.into_page(page, "new\n")
-    assert written == f"# Title\n{report.BEGIN}\n\nnew\n\n{report.END}\nprose\n"
-    assert report.into_page(written, "new\n") == written
-    with pytest.raises(ValueError, match="the page has no"):
-        report.into_page("# Title\n", "new")
-
-
 def test_the_page_in_the_documentation_has_the_marks() -> None:
     report.into_page((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "new")
 
 
-def test_the_picture_can_be_drawn_of_whatever_was_run(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from bench.plot import plot
-
-    plot(a_run(), tmp_path / "none.svg")
-    mixed = [loaded("mixed", key, answers=[answer(20, 0.5)]) for key in ("tminus", "lock")]
-    plot(a_run([*mixed, loaded("saturation", "tminus")]), tmp_path / "some.svg")
-    assert "LitServe" not in (tmp_path / "some.svg").read_text()
-
-
 # --- arrivals ---
-
-
-def test_arrivals_are_the_same_each_time_in_order_and_within_the_time() -> None:
-    made = arrivals.poisson([Ask(1, 20)] * 50, 30.0, seed=1)
-    assert made == arrivals.poisson([Ask(1, 20)] * 50, 30.0, seed=1)
-    times = [a.at_s for a in made]
-    assert times == sorted(times)
-    assert 0 <= times[0] <= times[-1] <= 30
-    assert len({a.seed for a in made}) == 50
 
 
 def test_the_step_counts_have_their_shares_and_the_load_is_exact() -> None:
@@ -214,37 +130,6 @@ def test_the_step_counts_have_their_shares_and_the_load_is_exact() -> None:
     assert sum(a.ask.row_steps for a in made) / 100 == pytest.approx(300, rel=0.05)
     for steps, share in arrivals.STEP_SHARES.items():
         assert sum(a.ask.steps == steps for a in made) / len(made) == pytest.approx(share, abs=0.015)
-
-
-def test_an_exact_share_hangs_up_within_the_expected_time() -> None:
-    made = arrivals.with_hang_ups(arrivals.at_once([Ask(2, 50)] * 40), 0.2, seconds_per_row_step=0.01)
-    leaving = [a.leaves_after_s for a in made if a.leaves_after_s is not None]
-    assert len(leaving) == 8
-    assert max(leaving) <= 2 * 50 * 0.01
-
-
-def test_saturating_starts_full_and_goes_on_over_capacity() -> None:
-    made = arrivals.saturating(Ask(1, 50), 48, 1000.0, 10.0)
-    assert sum(a.at_s == 0 for a in made) == 48
-    assert len(made) == 48 + 200
-    assert [a.seed for a in made] == list(range(248))
-
-
-def test_all_kinds_have_every_sampler_guided_and_not_and_no_guidance_without_classes() -> None:
-    model = {
-        "samplers": ["ddpm", "heun", "tuned"],
-        "null_class": 10,
-        "tables": [{"sampler": "tuned", "steps": 8, "guidance": 1.5}],
-    }
-    ways = arrivals.all_ways(model, (5, 10))
-    assert {*ways} == {(name, steps, g) for name in ("ddpm", "heun") for steps in (5, 10) for g in (1.0, 2.0)} | {
-        ("tuned", 8, 1.5)
-    }
-    made = arrivals.of_all_kinds(300, ways, 10)
-    assert {(ask.sampler, ask.steps, ask.guidance) for ask in made} == {*ways}
-    assert {ask.n for ask in made} == {1, 2, 3}
-    without = arrivals.of_all_kinds(20, arrivals.all_ways(model | {"null_class": None, "tables": []}, (5,)), 0)
-    assert all(ask.class_label is None and ask.guidance == 1 for ask in without)
 
 
 # --- client ---
@@ -307,92 +192,7 @@ def test_each_outcome_has_its_name() -> None:
     assert answers[3].waited_s >= 0.3
 
 
-def test_over_the_cap_a_request_is_not_sent_and_is_counted() -> None:
-    async def reply(_seed: int) -> Response:
-        await asyncio.sleep(0.05)
-        return Response(PNG, headers={"X-Job-ID": "j"})
-
-    answers = drive_on(answering(reply), arrivals.at_once([Ask(1, 5)] * 3), most_outstanding=2)
-    assert sorted(a.outcome for a in answers) == ["ok", "ok", "unsent"]
-
-
 # --- servers and peers ---
-
-
-def test_metrics_are_summed_over_their_labels() -> None:
-    text = 'a_total{x="1"} 2\na_total{x="2"} 3\n'
-    assert sum_metrics(f"# TYPE a counter\n{text}") == {"a_total": 5.0}
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads /proc")
-def test_processor_time_counts_children_too() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        before = cpu_seconds(child.pid)
-        end = time.monotonic() + 10
-        while cpu_seconds(child.pid) == before:
-            assert time.monotonic() < end
-        assert cpu_seconds(child.pid) is not None
-    finally:
-        child.kill()
-        child.wait()
-    assert cpu_seconds(child.pid) is None
-
-
-def test_a_tally_is_the_sum_of_all_processes(tmp_path: Path) -> None:
-    tally = Tally(tmp_path)
-    tally.add(4)
-    tally.add(3)
-    (tmp_path / "another").write_bytes((tmp_path / next(iter(tmp_path.iterdir())).name).read_bytes())
-    assert read_tally(tmp_path) == (14, 4)
-
-
-def test_quick_is_one_short_round_and_an_unknown_load_is_refused() -> None:
-    assert QUICK.rounds == 1
-    assert Lengths().rounds == 3
-    assert parse_args(["--only", "idle,burst"]).only == ["idle", "burst"]
-    with pytest.raises(SystemExit):
-        parse_args(["--only", "idle,nothing"])
-
-
-def test_a_peer_gets_no_flags_of_tminus() -> None:
-    assert all(one.is_peer == (one.command[0] != "tminus") for one in contenders(2).values())
-    assert contenders(4)["litserve"].command[1:] == ("--workers", "4", "--threads", "1")
-
-
-@pytest.mark.parametrize("name", ["tminus", "service"])
-def test_another_checkout_takes_part_under_its_own_code(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(["--before", str(tmp_path)])
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__main__.py").touch()
-    args = parse_args(["--before", str(tmp_path)])
-    assert args.contenders[0] == "before"
-    found = contenders(2, before=args.before)
-    assert found["before"].tree == tmp_path
-    assert found["before"].command == (name, *found["tminus"].command[1:])
-    assert list(found)[:2] == ["tminus", "before"]
-
-
-def test_what_both_checkouts_are_asked_is_the_same_each_time_and_uses_every_parameter() -> None:
-    asked = [same.request(k, INFO.class_names) for k in range(50)]
-    assert asked == [same.request(k, INFO.class_names) for k in range(50)]
-    bodies = [body for _, body in asked]
-    sample = {*SampleRequest.model_fields} - {"deadline_s", "image_sha256", "mask_sha256", "nearest", "table"}
-    assert sample | {"every", "show"} == {name for body in bodies for name in body}
-    assert {accept for accept, _ in asked} == {"image/png", "application/zip", "application/json", "image/webp"}
-    for body in bodies:
-        SampleRequest.parse(
-            {name: value for name, value in body.items() if name not in ("every", "show")}, INFO, LIMITS
-        )
-
-
-def test_counting_flops_counts_the_attention_too(folder: Path) -> None:
-    checkpoint = load_checkpoint(folder)
-    assert bare.flops_per_row(checkpoint) > 2 * 9 * 8 * 8 * 8 * 8  # one convolution of the widest map alone
-    without = replace(checkpoint.net.config, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    fewer = replace(checkpoint, net=UNet2D(without).eval())
-    assert bare.flops_per_row(fewer) < bare.flops_per_row(checkpoint)
 
 
 def test_the_lock_server_tells_its_steps_and_answers_a_png(folder: Path, tmp_path: Path) -> None:
@@ -435,6 +235,7 @@ def far_apart(png: bytes, other: bytes) -> int:
     return int(extrema[1])
 
 
+@pytest.mark.long
 def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     """A real server with a tiny model: every figure that needs only tminus is there."""
     out = tmp_path / "results"
@@ -475,6 +276,7 @@ def test_short_jobs_do_not_wait_longer_among_many_replicas() -> None:
     assert waits[1] < 2 * waits[0]
 
 
+@pytest.mark.long
 def test_recorded_traffic_is_what_came_to_a_server(folder: Path, tmp_path: Path) -> None:
     asks: list[dict[str, object]] = [
         {"n": 1, "steps": 3},

@@ -1,10 +1,7 @@
-"""The trials of tests/trials, small: each must pass, and must notice what it is there to notice."""
+"""The trials of tests/trials, small: each must pass."""
 
 import asyncio
-import gc
 import os
-import random
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,18 +10,11 @@ from tests.e2e.conftest import _cache_of_our_own, shared_folder, small, start_se
 from tests.e2e.restarting import ForkedServer, make_specs
 from tests.tools import needs
 from tests.trials import checkpoints, connections, faults, overload, rolling, soak, websockets
-from tests.trials.claims import Claim, least, most, none, report
-from tests.trials.overload import Look, Refusal
+from tests.trials.claims import Claim
 
 QUICK_START = (
-    "--executor",
-    "eager",
-    "--threads",
-    "1",
-    "--max-batch",
-    "16",
-    "--result-cache-mb",
-    "0",
+    *("--executor", "eager", "--threads", "1"),
+    *("--max-batch", "16", "--result-cache-mb", "0"),
 )
 
 
@@ -52,22 +42,6 @@ def test_no_damaged_folder_does_anything_but_be_refused_or_be_a_checkpoint(
     assert len({done for _, done in outcomes}) > 20
 
 
-def test_every_way_of_damage_changes_a_folder(sources: list[Path], tmp_path: Path) -> None:
-    """And none of them leaves it as it was in most cases, or nothing would be tried."""
-    for number, mutate in enumerate(checkpoints.MUTATIONS):
-        folder = tmp_path / str(number)
-        checkpoints.shutil.copytree(sources[number % 2], folder)
-        before = {path: path.read_bytes() for path in checkpoints.files_of(folder)}
-        assert mutate(folder, random.Random(number))
-        after = {path: path.read_bytes() for path in checkpoints.files_of(folder) if not path.is_symlink()}
-        assert after != before, mutate
-
-
-def test_code_that_ran_would_be_noticed(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda folder: (folder.parent / "canary").touch())
-    assert checkpoints.attempt(0, 0, sources, tmp_path)[0] == "ran code"
-
-
 @pytest.mark.long
 def test_no_hostile_dialogue_leaves_anything_behind() -> None:
     counts, wrong = websockets.trial(100, 3)
@@ -78,15 +52,6 @@ def test_no_hostile_dialogue_leaves_anything_behind() -> None:
 
 
 # --- the table ---
-
-
-def test_a_claim_that_does_not_hold_is_shown_and_ends_in_1(capsys: pytest.CaptureFixture[str]) -> None:
-    good = [none("errors", 0, 10), most("latency", 1.0, 1.1), least("goodput", 0.96, 0.95)]
-    assert report(good) == 0
-    for bad in (none("errors", 1), most("latency", 1.2, 1.1), least("goodput", 0.94, 0.95)):
-        capsys.readouterr()
-        assert report([*good, bad]) == 1
-        assert "NO |" in capsys.readouterr().out
 
 
 def missed(claims: list[Claim], *but: str) -> list[Claim]:
@@ -110,78 +75,7 @@ def test_a_mix_of_all_clients_gets_what_it_should(small: Path, monkeypatch: pyte
     assert "Traceback" not in server.log
 
 
-def test_a_client_that_is_cancelled_leaves_no_connection_open() -> None:
-    """The peak cancels those that are on their way; a connection that is left open is a warning, and warnings fail."""
-
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    async def cancelled() -> None:
-        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
-            mix = soak.Mix(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", soak.Seen())
-            for number, kind in enumerate(4 * list(soak.KINDS)):
-                client = asyncio.create_task(mix.come(kind, random.Random(number)))
-                await asyncio.sleep(0.02)
-                client.cancel()
-                await asyncio.gather(client, return_exceptions=True)
-
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        asyncio.run(cancelled())
-        gc.collect()
-    assert [str(warning.message) for warning in seen] == []
-
-
-def test_every_part_of_a_soak_is_the_same_load() -> None:
-    part = soak.part_of(20, 60, seed=3)
-    assert part == soak.part_of(20, 60, seed=3)
-    assert len(part) == 1200
-    assert {kind for _, kind, _ in part} == soak.KINDS.keys()
-    assert sum(share for share, _ in soak.KINDS.values()) == pytest.approx(1)
-
-
 # --- overload ---
-
-
-def look(at_s: float, backlog_s: float = overload.BACKLOG_S) -> Look:
-    return Look(at_s, backlog_s, 100 * at_s)  # a hundred row-steps a second
-
-
-def test_there_is_room_when_what_is_over_the_limit_and_those_told_before_are_done() -> None:
-    looks = [look(float(second)) for second in range(11)]
-    refusals = [
-        Refusal(1.0, 1.0, 2, overload.BACKLOG_S + 0.5),
-        Refusal(1.5, 1.5, 3, overload.BACKLOG_S + 0.5),  # after the first one
-        Refusal(3.5, 3.5, 1, overload.BACKLOG_S + 0.5),  # the first one's time has come
-        Refusal(9.5, 9.5, 3, overload.BACKLOG_S + 2.0),  # until after the last look
-    ]
-    assert overload.right_waits(refusals, looks, job_s=1.0) == pytest.approx([0.5, 1.5, 1.5, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("told_s", "right_s", "wrong"),
-    [
-        (1, 0.1, False),
-        (2, 0.1, True),
-        (4, 2.0, False),
-        (5, 2.0, True),
-        (2, 3.0, False),
-        (2, 3.1, True),
-        (300, 400, False),
-    ],
-)
-def test_a_time_is_right_within_the_factor_and_a_second(told_s: int, right_s: float, wrong: bool) -> None:
-    assert overload.is_wrong(Refusal(0, 0, told_s, 6.0), right_s) == wrong
-
-
-def test_a_refusal_while_there_is_room_is_noticed() -> None:
-    over = overload.BACKLOG_S + 0.3
-    full, half = [look(0.9), look(1.1)], [look(0.9, 2.0), look(1.1, 2.0)]
-    fair = Refusal(1.0, 1.0, 1, over)
-    assert overload.under_the_limit([fair], full, job_s=0.4) == []
-    assert overload.under_the_limit([fair], half, job_s=0.4) == [fair]
-    assert len(overload.under_the_limit([Refusal(1.0, 1.0, 1, 3.0)], full, job_s=0.4)) == 1
 
 
 @pytest.mark.long
