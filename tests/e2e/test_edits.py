@@ -78,22 +78,13 @@ def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path
     assert {"varied.png", "way.webp"} <= {file.name for file in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
-@pytest.mark.parametrize("strength", [None, 0.05, 0.5, 1])
+@pytest.mark.parametrize(("sampler", "strength"), [("ddpm", None), ("ddim", 0.05), ("dpmpp_2m", 1)])
 def test_known_pixels_come_out_as_they_went_in(
     server: RunningServer, cat: bytes, sampler: str, strength: float | None
 ) -> None:
     fields = {"sampler": sampler} | ({} if strength is None else {"strength": strength})
     found = pixels(edit(server, {"image": cat, "mask": MASK}, **fields))
     np.testing.assert_array_equal(found[~TOP], pixels(cat)[~TOP])
-
-
-def test_less_strength_stays_nearer_to_the_image(bundled_server: RunningServer, cat: bytes) -> None:
-    edited = [pixels(edit(bundled_server, {"image": cat}, strength=strength)) for strength in (0.1, 0.4, 1)]
-    far = [np.abs(each.astype(int) - pixels(cat)).mean() for each in edited]
-    assert far == sorted(far)
-    assert far[0] < 8
-    assert far[-1] > 20
 
 
 def test_an_edit_is_what_diffusers_makes_of_it(bundled_server: RunningServer, cat: bytes) -> None:

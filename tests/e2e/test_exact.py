@@ -72,19 +72,6 @@ def active_jobs(server: RunningServer) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_server_says_that_it_is_exact(bundled_server: RunningServer) -> None:
-    with bundled_server.client() as client:
-        model = client.get("/model").json()
-    assert model["exact"] is True
-    assert model["precision"] in ("float32", "bfloat16")
-    assert model["executor"] in ("eager", "openvino")
-
-
-def test_each_gets_the_same_bytes_among_fifteen_others(bundled_server: RunningServer, alone: list[bytes]) -> None:
-    assert len(set(alone)) == len(alone)
-    assert at_once(bundled_server, mixed_bodies()) == alone
-
-
 def test_each_gets_the_same_bytes_in_another_order_beside_other_work(
     bundled_server: RunningServer, alone: list[bytes]
 ) -> None:
@@ -163,32 +150,6 @@ def test_a_png_alone_is_enough_to_make_it_again_offline_and_from_the_server(
         assert f"the same {drawn.stat().st_size} bytes" in result.stdout
 
 
-def test_an_altered_pixel_is_found_out(server: RunningServer, drawn: Path) -> None:
-    with Image.open(drawn) as image:
-        image.load()
-        text = image.text["tminus"]  # type: ignore[attr-defined]
-        image.putpixel((5, 5), (image.getpixel((5, 5)) + 100) % 256)  # type: ignore[operator]
-        from PIL.PngImagePlugin import PngInfo
-
-        info = PngInfo()
-        info.add_itxt("tminus", text)
-        image.save(drawn, pnginfo=info)
-    result = run_cli("reproduce", str(drawn), "--url", server.url)
-    assert result.returncode == 1
-    assert "1 of 1024 values differ" in result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-
-
-def test_a_file_of_nobody_ends_in_one_clear_line(server: RunningServer, small: Path, tmp_path: Path) -> None:
-    file = tmp_path / "photo.png"
-    Image.new("RGB", (8, 8)).save(file)
-    for where in (("--checkpoint", str(small)), ("--url", server.url)):
-        result = run_cli("reproduce", str(file), *where)
-        assert result.returncode == 1
-        assert "no 'tminus' text" in result.stderr
-        assert len(result.stderr.splitlines()) == 1, result.stderr
-
-
 # --- jobs, deadlines and repeats, on the wire ---
 
 
@@ -225,19 +186,6 @@ def test_deadlines_on_the_wire(server: RunningServer, slow_down: SlowDown) -> No
         server.speed_up()
         assert server.post(json=tight | {"deadline_s": 3 * least_s}).status_code == 200
         assert load.result(120).status_code == 200
-
-
-def test_a_repeat_costs_no_step(own_server: Start) -> None:
-    server = own_server()
-    body = {"steps": 5, "seed": 1}
-    first = server.post(json=body)
-    steps = server.metric("tminus_row_steps_total")
-    second = server.post(json=body)
-    third = server.post(json=body, headers={"If-None-Match": first.headers["ETag"]})
-    assert second.content == first.content
-    assert second.headers["Cache-Status"] == "tminus; hit"
-    assert (third.status_code, third.content) == (304, b"")
-    assert server.metric("tminus_row_steps_total") == steps
 
 
 # --- a network that gives NaN ---

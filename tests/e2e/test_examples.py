@@ -144,15 +144,6 @@ def much_to_do(server: RunningServer) -> Iterator[None]:
         refusal.result()
 
 
-def test_each_task_is_there_in_each_language() -> None:
-    languages = [[kind for kind, _ in blocks] for blocks in EXAMPLES]
-    four = ["sh", "python", "python", "js"]
-    assert languages == [four, [*four, "js"], four, four, four, four]
-    for blocks in EXAMPLES:
-        assert "tminus_client" in blocks[CLIENT][1]
-        assert "tminus_client" not in blocks[HTTPX][1]
-
-
 @pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
 def test_a_sample_becomes_a_file(server: RunningServer, tmp_path: Path, language: int) -> None:
     run(server, tmp_path, SAMPLE, language)

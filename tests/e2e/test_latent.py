@@ -1,7 +1,6 @@
 """A latent model from pictures to images: trained, served, previewed, edited, killed and resumed."""
 
 import concurrent.futures
-import io
 import json
 import signal
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
 
 from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
 from tests.e2e.test_edits import encode, pixels
@@ -69,14 +67,6 @@ def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp
     assert "real images through the autoencoder, PSNR (dB)" in judged.stdout
 
 
-def test_what_is_served_is_told(server: RunningServer) -> None:
-    told = httpx.get(f"{server.url}/model").json()
-    assert told["latent"] == {
-        "autoencoder": "AutoencoderKL", "channels": 3, "height": 8, "width": 8, "scaling_factor": 0.7,
-    }  # fmt: skip
-    assert (told["height_px"], told["width_px"], told["channels"], told["clip"]) == (16, 16, 3, False)
-
-
 def test_images_alone_and_under_load_are_the_same_bytes(server: RunningServer) -> None:
     asked = [{"n": 1 + k % 3, "steps": 5 + k, "seed": k, "class_label": "abc"[k % 3]} for k in range(9)]
     alone = [server.post(params=params).content for params in asked]
@@ -85,13 +75,6 @@ def test_images_alone_and_under_load_are_the_same_bytes(server: RunningServer) -
     assert [answer.content for answer in together] == alone
     assert all("decode;dur=" in answer.headers["Server-Timing"] for answer in together)
     assert server.metric("tminus_autoencoder_duration_seconds_count") >= 2 * sum(p["n"] for p in asked)  # type: ignore[misc]
-
-
-def test_previews_are_near_the_image_and_as_large(server: RunningServer) -> None:
-    answer = server.post(params={"steps": 10, "seed": 3, "every": 1, "show": "x_0"}, headers={"Accept": "image/webp"})
-    with Image.open(io.BytesIO(answer.content)) as animation:
-        assert animation.size == (16, 16)
-        assert 2 < animation.n_frames <= 10, "WebP has no frame for one like that before"  # type: ignore[attr-defined]
 
 
 def test_a_trajectory_is_of_latents_and_has_the_decoded_images(server: RunningServer) -> None:
@@ -115,12 +98,6 @@ def test_an_image_is_varied_and_the_known_part_of_it_kept(server: RunningServer)
     np.testing.assert_array_equal(pixels(painted.content)[7:], picture[7:])
     noisy = httpx.post(f"{server.url}/noise", params={"t": 500, "seed": 1}, files=files, timeout=60)
     assert pixels(noisy.content).shape == (16, 16, 3)
-
-
-def test_latents_have_no_range_to_clip_to(server: RunningServer) -> None:
-    answer = server.post(params={"clip": True, "steps": 2})
-    assert answer.status_code == 422
-    assert answer.json()["field"] == "clip"
 
 
 @pytest.mark.long

@@ -43,8 +43,7 @@ def eps(seed: int) -> torch.Tensor:
     return image_noise(seed, [0], 0, (1, 32, 32), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("t", [0, 1, 100, 500, 998, 999])
-@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+@pytest.mark.parametrize(("t", "seed"), [(0, 7), (500, 2**64 - 1), (999, 0)])
 def test_x_t_is_equation_4_and_what_diffusers_adds(server: RunningServer, garment: bytes, t: int, seed: int) -> None:
     response = noise(server, garment, t, seed)
     out = pixels(response.content).astype(float)
@@ -60,13 +59,6 @@ def test_x_t_is_equation_4_and_what_diffusers_adds(server: RunningServer, garmen
         torch.from_numpy(x_0).float()[None, None], eps(seed), torch.tensor([t])
     )
     assert np.abs(out - (theirs[0, 0].numpy().clip(-1, 1) + 1) * 127.5).max() < 0.5 + 1e-2
-
-
-def test_what_it_starts_from_is_the_noise_of_a_sample_with_the_seed(server: RunningServer, garment: bytes) -> None:
-    """At t = T - 1 hardly anything of the image is left: x_t is x_T."""
-    last = pixels(noise(server, garment, 999).content).astype(float)
-    x_T = (eps(7)[0, 0].numpy().clip(-1, 1) + 1) * 127.5
-    assert np.abs(last - x_T).max() <= 2
 
 
 def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path) -> None:
@@ -111,19 +103,16 @@ def test_an_image_over_the_limit_of_other_bodies_is_taken(server: RunningServer)
     assert pixels(noise(server, large.getvalue(), 100).content).shape == (32, 32)
 
 
-@pytest.mark.parametrize("way", ["body", "form"])
-def test_a_hundred_megabytes_are_refused_without_being_read(server: RunningServer, tmp_path: Path, way: str) -> None:
+def test_a_hundred_megabytes_are_refused_without_being_read(server: RunningServer, tmp_path: Path) -> None:
     big = tmp_path / "big.png"
     with big.open("wb") as file:
         file.truncate(10**8)
-    send: list[str] = ["--data-binary", f"@{big}", "-H", "Content-Type: image/png"]
-    if way == "form":
-        send = ["-F", f"image=@{big}"]
-    curl = [needs("curl"), "--silent", *send, "--write-out", "%{size_upload}", f"{server.url}/noise?t=5"]
-    answer = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=False).stdout
-    problem, _, uploaded = answer.rpartition("}")
-    assert json.loads(problem + "}")["code"] == "body_too_large"
-    assert int(uploaded) < 50_000_000
+    for send in (("--data-binary", f"@{big}", "-H", "Content-Type: image/png"), ("-F", f"image=@{big}")):
+        curl = [needs("curl"), "--silent", *send, "--write-out", "%{size_upload}", f"{server.url}/noise?t=5"]
+        answer = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=False).stdout
+        problem, _, uploaded = answer.rpartition("}")
+        assert json.loads(problem + "}")["code"] == "body_too_large"
+        assert int(uploaded) < 50_000_000
 
 
 def test_hostile_uploads_disturb_nobody(server: RunningServer, garment: bytes) -> None:

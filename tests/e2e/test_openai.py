@@ -1,6 +1,5 @@
 """OpenAI's own libraries and LiteLLM against the real server, and the examples of docs/openai.md, word for word."""
 
-import asyncio
 import base64
 import io
 import json
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from PIL import Image
 
 from tests.e2e.conftest import ROOT, RunningServer, SlowDown
@@ -125,27 +124,6 @@ def test_what_is_shown_on_the_way_is_the_estimate_of_x_0(server: RunningServer, 
         assert image.n_frames == 4  # type: ignore[attr-defined]
 
 
-def test_the_async_client_asks_for_several_at_once(server: RunningServer) -> None:
-    async def main() -> list[Any]:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-
-            async def streamed() -> str | None:
-                text = None
-                async for event in await client.images.generate(
-                    prompt="sneaker", stream=True, partial_images=1, extra_body=SNEAKER
-                ):
-                    text = event.b64_json
-                return text
-
-            one = client.images.generate(prompt="sneaker", extra_body=SNEAKER | {"index": 1})
-            return [*await asyncio.gather(one, streamed()), [model.id async for model in client.models.list()]]
-
-    answer, last, names = asyncio.run(main())
-    assert png_of(answer.data[0].b64_json) == alone(server, index=1)
-    assert png_of(last) == alone(server)
-    assert names == ["small"]
-
-
 def test_an_edit_is_that_of_post_sample(
     server: RunningServer, client: OpenAI, pictures: tuple[Path, Path, bytes]
 ) -> None:
@@ -160,13 +138,6 @@ def test_an_edit_is_that_of_post_sample(
             image=[opened], prompt="", stream=True, partial_images=2, extra_body=SNEAKER | {"strength": 0.5}
         )
         assert [event.type for event in stream] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
-
-
-def test_a_url_is_fetched(server: RunningServer, client: OpenAI) -> None:
-    answer = client.images.generate(prompt="sneaker", n=2, response_format="url", extra_body=SNEAKER)
-    assert answer.data is not None
-    with server.client() as http:
-        assert [http.get(str(each.url)).content for each in answer.data] == [alone(server), alone(server, index=1)]
 
 
 def test_errors_are_the_librarys_own(client: OpenAI, server: RunningServer) -> None:
@@ -197,18 +168,6 @@ def test_a_client_that_leaves_a_stream_frees_its_rows(
         assert next(iter(stream)).type == "image_generation.partial_image"
     server.wait_until(lambda: server.metric("tminus_cancelled_total") == gone + 1)
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
-
-
-def test_an_error_in_mid_stream_is_raised(client: OpenAI, server: RunningServer, slow_down: SlowDown) -> None:
-    slow: dict[str, Any] = {"steps": 1000, "sampler": "ddpm"}
-    slow_down(server, between_ticks_s=0.02)
-    with client.images.generate(prompt="bag", stream=True, partial_images=3, extra_body=slow) as stream:
-        assert next(iter(stream)).type == "image_generation.partial_image"
-        with server.client() as http:
-            assert http.delete(f"/jobs/{stream.response.headers['x-job-id']}").status_code == 204
-        with pytest.raises(openai.APIError, match="deleted") as caught:
-            list(stream)
-    assert caught.value.code == "cancelled"
 
 
 def test_a_key_is_asked_for_and_its_quota_waited_for(own_server: Any, tmp_path: Path) -> None:

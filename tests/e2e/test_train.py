@@ -155,16 +155,3 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
         assert run_cli(*command(run), **ONE_THREAD).returncode == 0
     hashes = {load_checkpoint(tmp_path / run).weights_hash for run in ("stopped", "straight")}
     assert len(hashes) == 1
-
-
-def test_training_says_what_is_wrong(pictures: Path, tmp_path: Path) -> None:
-    for arguments, says in (
-        (("--data", str(tmp_path / "nowhere")), "not a folder"),
-        (("--data-dir", str(tmp_path)), "train-images"),
-        (("--data", str(tmp_path), "--save-every", "0"), "no image files"),
-        (("--data", str(pictures), "--test-data", str(pictures / "red")), "red: has the classes"),
-    ):
-        result = run_cli("train", "--out", str(tmp_path / "run"), *arguments)
-        assert result.returncode == 1
-        assert says in result.stderr
-        assert len(result.stderr.splitlines()) == 1, result.stderr

@@ -125,7 +125,6 @@ def is_guided(t: float, interval: Any) -> bool:
 @pytest.mark.parametrize(
     "more",
     [
-        {"sampler": "ddpm", "guidance": 2.0},
         {"sampler": "ddpm", "guidance": 4.0, "guidance_rescale": 0.6, "clip": False},
         {"sampler": "dpmpp_2m_sde", "guidance": 3.0, "guidance_interval": (100, 600), "guidance_rescale": 1.0},
         {"sampler": "ddim", "eta": 0.5, "guidance": 0.0, "seed": 3, "to_seed": 5, "mix": 0.4},
