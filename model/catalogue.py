@@ -121,7 +121,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
 }
 # Without fresh noise, and each step one pass: whose points determine where they end, for tune and distill.
 PLAIN_SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "euler")
-TABLE_SAMPLERS = ("tuned", "consistency")  # of checkpoints that have tables for them, see tables.py
+TABLE_SAMPLERS = ("tuned", "consistency")  # of checkpoints that have tables for them, see sampler_tables.py
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # of every checkpoint
 
 
