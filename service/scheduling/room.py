@@ -139,7 +139,8 @@ class Drain:
         """What is left after a stride of the jobs of one owner, or of all."""
         stepped = [self._jobs[job_id] for job_id in stride.places if owner in (None, self._jobs[job_id].owner)]
         ended = [job for job in stepped if job.job_id in stride.ended]
-        rows = {**load.rows, stride.model: load.rows[stride.model] - sum(job.work.rows for job in ended)}
+        ended_rows = sum(job.work.rows for job in ended)
+        rows = {**load.rows, stride.model: load.rows.get(stride.model, 0) - ended_rows}  # one owner may have none
         done_s = self._speeds[stride.model].place_s * sum(stride.places[job.job_id] for job in stepped)
         return replace(load, jobs=load.jobs - len(ended), rows=rows, ticks_s=load.ticks_s - done_s)
 

@@ -356,6 +356,17 @@ def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_fo
     assert 10 <= wait_of(caught.value) <= 12
 
 
+def test_a_key_is_told_a_time_where_another_has_jobs_of_another_model() -> None:
+    admission = shared(max_backlog_s=80.0)
+    times = TickTimes(RATE)
+    admission.put(1, Speed(Sharing.of(8, "srpt", 4, times.seconds_per_place(8)), times, 256))
+    assert enter(admission, "flood", 20) == 6
+    admission.enter("other", replace(WORK, model=1), "b", now_s=0.0)
+    with pytest.raises(Overloaded) as caught:
+        admission.enter("more", WORK, "flood", now_s=0.0)
+    assert 10 <= wait_of(caught.value) <= 25
+
+
 def test_of_many_keys_that_find_no_room_at_all_each_is_told_another_time() -> None:
     admission = shared(max_backlog_s=80.0)
     for owner, works in (("flood", 6), ("b", 1), ("c", 1)):
