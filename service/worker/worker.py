@@ -152,10 +152,15 @@ class Worker:
     def unload(self, number: int) -> "Future[None]":
         """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …"""
         future: Future[None] = Future()
+
+        def forget() -> None:
+            self._loop.unload(number)
+            self._act_on_events()  # whoever waits for the future has admission forget the model, which must be empty
+
         with self._gate:
             self.check_open()
             self._models.pop(number, None)  # a job that came behind this would be given to no model
-            self._commands.put(lambda: self._act(lambda: self._loop.unload(number), future))
+            self._commands.put(lambda: self._act(forget, future))
         return future
 
     def _model(self, number: int) -> LoadedModel:

@@ -670,10 +670,13 @@ def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_benc
     bench.engine.next_begun()
     before = bench.submit_spec("before", make_spec(steps=2), model=1)
     unloaded = bench.worker.unload(1)  # waits for the tick
+    counted: list[set[str]] = []
+    unloaded.add_done_callback(lambda _: counted.append(set(bench.admission.outlooks(0.0))))
     with pytest.raises(ModelUnloaded):
         bench.submit_spec("behind", make_spec(steps=2), model=1)
     bench.engine.gate.open()
     unloaded.result(PATIENCE_S)
     assert isinstance(before.future.exception(PATIENCE_S), ModelUnloaded)
     busy.result(PATIENCE_S)
+    assert counted == [{"busy"}], "admission can forget the model at once"
     bench.admission.remove(1)
