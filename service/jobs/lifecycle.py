@@ -83,7 +83,6 @@ class Lifecycle:
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
         self._store_fails = False  # the last attempt to keep an end failed
-        self._crash_is_counted = False
 
     async def start(self, *, take_on: bool = True) -> None:
         """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.
@@ -344,16 +343,17 @@ class Lifecycle:
         await self._end(job, "failed", problem=error.problem())
 
     async def _causes_crashes(self, job: HeldJob) -> bool:
-        """Count the crash of the worker, once. Return whether this job is convicted by it and must fail."""
+        """Count the crash of the worker. Return whether this job is convicted by it and must fail.
+
+        Each of its jobs counts it for all, as the store may fail for one; of several, the store counts it once.
+        """
         crashed = self._worker.jobs_of_the_crash
         if job.record.id not in crashed:
             return False
         if len(crashed) == 1 and job.record.crashes + 1 >= MOST_CRASHES:
             return True
-        if not self._crash_is_counted:
-            self._crash_is_counted = True
-            with suppress(StorageFailed):
-                await self.store.call(JobStore.crashed, crashed)
+        with suppress(StorageFailed):
+            await self.store.call(JobStore.crashed, crashed)
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:

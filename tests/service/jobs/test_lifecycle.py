@@ -253,11 +253,13 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
 ) -> None:
     crashed, counted = SqliteStore.crashed, list[Collection[str]]()
 
-    def count(store: SqliteStore, job_ids: Collection[str]) -> None:
+    def fails_once(store: SqliteStore, job_ids: Collection[str]) -> None:
         counted.append(job_ids)
+        if len(counted) == 1:
+            raise StorageFailed("disk I/O error")
         crashed(store, job_ids)
 
-    monkeypatch.setattr(SqliteStore, "crashed", count)
+    monkeypatch.setattr(SqliteStore, "crashed", fails_once)
     site = restarts.start(shut=True)
     poison_seed = 2
     ids = [post(site, {"steps": 3 if seed == poison_seed else 20, "seed": seed}).json()["id"] for seed in range(4)]
@@ -280,7 +282,7 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
     crash_with_poison(site)
     site.engine.gate.open()
     assert wait_for(site, ids[poison_seed], "failed")["problem"]["code"] == "engine_failed"
-    assert len(counted) == 1, "once, however many jobs it had; the second convicts one"
+    assert {len(job_ids) for job_ids in counted} == {4}, "the first crash; the second convicts one"
     for seed in (0, 1, 3):
         assert wait_for(site, ids[seed])["state"] == "done"
     assert not site.worker.crashed
