@@ -28,7 +28,7 @@ class Names:
     async def look_up(self, name: str, sharer: str = "") -> list[str]:
         """The addresses of a name, as the system finds them. Raises OSError and NamesBusy.
 
-        A sharer may have as many threads as are free, see slots.py. One that is given up goes on, and is nobody's: the
+        A sharer may have as many threads as are free, see Slots. One that is given up goes on, and is nobody's: the
         next names of its sharer have half of what is left then.
         """
         if name not in self._asked:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import work_of
@@ -329,6 +331,23 @@ def test_a_job_goes_on_though_the_database_is_away_when_it_is_taken_on(
     assert failures == [job_id] * 3
 
 
+def test_a_replica_without_room_takes_over_what_another_had_begun(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients wait for the next step."""
+    one, busy, room = replicas.start(shut=True), replicas.start(shut=True), [0.0]
+    begun = post(one).json()["id"]
+    monkeypatch.setattr(Admission, "intake", lambda *_: Intake(room[0], [0.0], oldest_us=0))
+    left = post(one).json()["id"]
+    replicas.stop(one)
+    wait_until(lambda: begun in busy.worker.jobs)
+    assert left not in busy.worker.jobs
+    room[0] = 1.0
+    busy.engine.gate.open()
+    for job_id in (begun, left):
+        wait_for(busy, job_id)
+
+
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
 
 
@@ -399,6 +418,19 @@ def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypat
     assert post(one, **ben).status_code == 202
     for site in (one, other):
         site.engine.gate.open()
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_keys_jobs_are_counted_once_however_many_come_at_a_time(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)  # most are left in the table
+    site = replicas.start(shut=True, tick_times=SLOW, access=access_of(key_line("ann", "the-secret-of-ann", jobs=4)))
+    with ThreadPoolExecutor(12) as pool:
+        ask = partial(site.client.post, "/jobs", json=SPEC, headers=bearer("the-secret-of-ann"))
+        statuses = [asked.result().status_code for asked in [pool.submit(ask) for _ in range(12)]]
+    assert sorted(statuses) == [202] * 4 + [429] * 8
+    site.engine.gate.open()
 
 
 def test_what_is_not_durable_is_answered_though_the_database_hangs(

@@ -123,6 +123,20 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     assert awake.images("a") is not None
 
 
+def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open()
+    one.add(job("a"))
+    expire(database)
+    assert renew(one, "build", PACE) == {"a"}, "nobody took it"
+    for store in (other, one):
+        expire(database)
+        assert taken(store) == ["a"]
+    with pytest.raises(LeaseLost):
+        other.finish(ended(job("a")))
+    one.finish(ended(job("a")), PIXELS)
+    assert database.read("SELECT fence FROM jobs") == [(3,)]
+
+
 def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> None:
     first = database.open()
     names = [f"j{k:02d}" for k in range(40)]
@@ -368,6 +382,18 @@ def test_what_has_ended_of_weights_that_nobody_serves_is_swept_by_its_age(databa
     assert not one.sweep(200, 10**9, one.now_us() - 60 * 10**6)
     one.sweep(200, 10**9, one.now_us() + 10**6)  # nobody tries what is owed any more
     assert swept() == {"new", "waits"}
+
+
+def test_weights_are_swept_by_one_replica_at_a_time_whoever_serves_them(database: DatabaseShelf) -> None:
+    one, third, other = (database.open(each * 32) for each in ("ab", "ef", "cd"))
+    other.add(job("old"))
+    other.finish(ended(job("old"), at_us=100), PIXELS)
+    with third._transaction() as run:
+        assert third._may_sweep(run, ("cd" * 32)[:16])
+        assert not one.sweep(200, 10**9)
+        assert not other.sweep(200, 10**9)
+    assert one.sweep(200, 10**9)
+    assert other.get("old") is None
 
 
 # --- cancelled elsewhere ---

@@ -362,6 +362,18 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
     assert (bucket.keys(), states(database)) == ([], [])
 
 
+def test_two_that_collect_at_once_take_different_objects(replica: MakeReplica, database: DatabaseShelf) -> None:
+    one, other = replica(), replica()
+    one.below.add(job("a"))
+    for number in range(job_store.MOST_KEYS + 20):
+        one.below.note_object("a", f"key {number}")
+    assert one.below.take_unneeded_objects() == [], "they may be on their way"
+    an_hour_later(database)
+    first, second = one.below.take_unneeded_objects(), other.below.take_unneeded_objects()
+    assert (len(first), len(second)) == (job_store.MOST_KEYS, 20)
+    assert len({*first, *second}) == job_store.MOST_KEYS + 20
+
+
 def test_whether_objects_can_be_written_is_known_from_the_last_attempt(replica: MakeReplica) -> None:
     one = replica()
     one.below.add(job("a"))
