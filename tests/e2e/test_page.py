@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -219,13 +218,13 @@ def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_h
             expect(counted).to_contain_text(f"Frame {number + 1} of {steps + 1}: after step {number}, ")
             assert gray(page.picture("#x_t")).tolist() == gray(base64.b64decode(frame["x_t"])).tolist()
 
-    for seed in range(5):  # each job may have ended before its events are asked for
+    for seed in range(3):  # each job may have ended before its events are asked for
         page.sample(**asked, seed=seed)
         page.wait_until(DONE)
         check(seed)
     page.tab.reload()
     page.wait_until(DONE)
-    check(4)
+    check(2)
     page.refuse("/events", 503)  # as a proxy that lets none through
     page.sample(**asked, seed=5)
     page.wait_until(DONE)
@@ -263,13 +262,19 @@ def test_a_job_is_cancelled_and_another_begun(
     page = open_page()
     slow_down(server)
     page.sample(**LONG)
-    page.wait_for_step()
-    page.tab.get_by_role("button", name="Cancel").click()
+    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r" (s|min) left$"))
+    page.press("Cancel")
     page.wait_until("Cancelled.")
+    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
-    page.sample(steps=5, n=1, sampler="ddim")
+    page.sample(steps=5, n=1, sampler="ddim", seed="")
     page.wait_until(DONE)
     expect(page.tab.locator("#gallery li")).to_have_count(1)
+    seed = re.search(r"seed (\d+)$", page.tab.locator("#gallery .what").text_content())
+    made = page.picture("#gallery img")
+    page.sample(seed="00" + seed[1])
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    assert page.picture("#gallery li:first-child img") == made, "the seed that was drawn makes it again"
 
 
 def test_a_job_that_waits_says_how_many_are_ahead(
@@ -288,35 +293,20 @@ def test_a_job_that_waits_says_how_many_are_ahead(
         assert {each.result().status_code for each in short} == {200}
 
 
-def test_a_seed_that_was_not_given_is_told_and_makes_the_same_again(open_page: Callable[..., Page]) -> None:
-    page = open_page()
-    pictures = []
-    page.sample(steps=1, n=1, class_label="no class", sampler="ddim")
-    page.wait_until(DONE)
-    pictures.append(page.picture("#gallery li:first-child img"))
-    seed = re.search(r"seed (\d+)$", page.tab.locator("#gallery .what").text_content())
-    assert seed is not None
-    page.sample(seed="00" + seed[1])
-    expect(page.tab.locator("#gallery li")).to_have_count(2)
-    pictures.append(page.picture("#gallery li:first-child img"))
-    assert pictures[0] == pictures[1]
-
-
 def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: Callable[..., Page], server: RunningServer
 ) -> None:
     page = open_page()
     alpha_bar = httpx.get(f"{server.url}/model/schedule").json()["alpha_bar"]
     for name in ("alpha_bar", "beta", "snr"):
         points = re.findall(r"[ML](\S+) (\S+?)(?=[ML]|$)", page.tab.locator(f"#chart .{name}").get_attribute("d"))
         assert len(points) == 1000
-    slow_down(server, between_ticks_s=0.01)  # so that there are frames before the last
-    page.sample(steps=1000, n=1, sampler="ddim", seed=1)
+    page.sample(steps=50, n=1, sampler="ddim", seed=1)
     page.wait_until(DONE)
     page.tab.locator("#scrub").fill("10")
     told = re.search(r"after step (\d+), t = (\d+)$", page.tab.locator("#frame-text").text_content())
     step, t = int(told[1]), int(told[2])
-    assert t == 999 - step, "where the next step starts"
+    assert t == 20 * (49 - step), "where the next step starts"
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
     marked = re.search(r"alpha_bar ([\d.e-]+), beta", page.tab.locator("#chart-text").text_content())
     assert float(marked[1]) == pytest.approx(alpha_bar[t], rel=0.005)
@@ -325,8 +315,10 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
     )
 
 
-def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> None:
+def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page], tmp_path: Path) -> None:
     page = open_page()
+    file = tmp_path / "grey.png"
+    Image.new("L", (32, 32), 128).save(file)
     page.tab.evaluate("() => document.getElementById('form').noValidate = true")  # or the browser would say it first
     page.sample(steps=5, n=65)
     expect(page.tab.locator("#error")).to_contain_text("n must be an integer in 1..64, got 65")
@@ -335,6 +327,15 @@ def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> Non
     page.sample(steps=5, n=1)
     page.wait_until(DONE)
     expect(page.tab.locator("#error")).to_be_empty()
+    # However long the value is, it stays within the error that names it.
+    page.sample(**QUICK | {"seed": "9" * 1000})
+    page.tab.locator("#noise-file").set_input_files(file)
+    page.tab.locator("#noise-seed").fill("9" * 1000)
+    page.tab.keyboard.press("Tab")
+    for name in ("error", "noise-error"):
+        box = page.tab.locator(f"#{name}")
+        expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
+        assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
@@ -346,10 +347,13 @@ def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
     slow_down(server)
     page.sample(class_label="sneaker", steps=1000, n=4, sampler="ddpm", seed=2**63 + 1, guidance=1)
     page.wait_for_step()
+    form = form_of(page)
     before = int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1])
     page.tab.reload()
     page.wait_for_step()
     assert int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1]) > before
+    assert form_of(page) == form
+    assert form["seed"] == str(2**63 + 1)
     server.speed_up()
     page.wait_until(DONE)
     expect(page.tab.locator("#gallery li")).to_have_count(2)
@@ -473,10 +477,10 @@ def test_a_reload_before_the_answer_finds_the_job(
         page.press("Cancel")
     page.wait_until("Cancelled.")
     assert {page.tab.url.rpartition("=")[2]} == job_ids(server) - before == set(seen)
+    assert {name: form_of(page)[name] for name in LONG} == {name: str(value) for name, value in LONG.items()}
 
 
-@pytest.mark.parametrize("twice", [False, True])
-@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize(("cancelled", "twice"), [(False, True), (True, False)])
 def test_a_reload_that_meets_the_answer_finds_the_job(
     open_page: Callable[..., Page], server: RunningServer, cancelled: bool, twice: bool, slow_down: SlowDown
 ) -> None:
@@ -556,6 +560,8 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
     expect(page.tab.locator("#gallery li")).to_have_count(2)
     expect(page.tab.locator("#results-error")).to_be_empty()
     httpx.delete(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}")
+    page.tab.locator("#gallery li:first-child").get_by_role("button", name="Zip").click()
+    expect(page.tab.locator("#gallery .complaint").first).to_contain_text("The zip could not be had: no job")
     page.tab.reload()
     expect(page.tab.locator("#error")).to_contain_text("cannot be shown: no job")
     expect(page.tab.locator("#gallery li")).to_have_count(1)
@@ -635,18 +641,6 @@ def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
     slow_down(server)
     page.sample(**LONG)
     page.wait_until("Running. Its frames cannot be had just now.")
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-
-
-def test_events_that_were_refused_are_tried_again(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    page.refuse(EVENTS, 429)
-    slow_down(server)
-    page.sample(**LONG)
-    page.wait_until("Running. Its frames cannot be had just now.")
     page.tab.unroute(re.compile(EVENTS))
     expect(page.tab.locator("#frame-text")).to_contain_text(re.compile(r"Frame \d+ of \d+"))
     page.wait_until("Running.")
@@ -671,7 +665,7 @@ def test_a_connection_that_is_there_again_is_said_before_any_frame(
     page.wait_until("Cancelled.")
 
 
-def test_a_job_that_others_end_is_told_how(
+def test_a_job_that_others_end_or_forget_is_told_how(
     open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
@@ -687,13 +681,6 @@ def test_a_job_that_others_end_is_told_how(
     page.wait_until("Running.")
     page.look_elsewhere(False)
     page.wait_until("Cancelled.")
-
-
-def test_a_job_that_is_forgotten_while_nobody_looks_is_said_to_be(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.look_elsewhere(True)
@@ -782,19 +769,7 @@ def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: Callable[..., P
 
 def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) -> None:
     page = open_page()
-
-    def between(n: int, size_px: int, channels: int, steps: int = 1000) -> int:
-        model = {"width_px": size_px, "height_px": size_px, "channels": channels}
-        return page.tab.evaluate(
-            f"async () => (await import('/page/job.js')).stepsBetweenFrames({json.dumps({'n': n, 'steps': steps})},"
-            f" {json.dumps(model)})"
-        )
-
-    assert between(1, 32, 1) == 5, "200 of 1000"
-    assert between(1, 32, 1, steps=60) == 1
-    assert between(64, 256, 3) == 500, "two of 34 MB"
-    assert between(64, 1024, 3) == 1000, "at least one"
-    # What comes is counted too, for somebody who looks back at the third of them.
+    # Also for somebody who looks back at the third of them.
     page.tab.evaluate(COUNT_URLS)
     page.tab.evaluate(
         """async () => { const {addFrame, clearFrames} = await import('/page/frames.js');
@@ -853,23 +828,12 @@ def wait_for_picture(page: Page, selector: str, wanted: bytes) -> None:
         time.sleep(0.05)
 
 
-def test_what_the_server_has_forgotten_is_said_where_it_is_asked_for(
-    open_page: Callable[..., Page], server: RunningServer
-) -> None:
-    page = open_page()
-    page.sample(steps=5, n=2, sampler="ddim")
-    page.wait_until(DONE)
-    httpx.delete(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}")
-    page.tab.get_by_role("button", name="Zip").click()
-    expect(page.tab.locator("#gallery .complaint")).to_contain_text("The zip could not be had: no job")
-
-
 def form_of(page: Page) -> dict[str, str]:
     names = ("class_label", "sampler", "steps", "guidance", "n", "seed")
     return {name: page.tab.locator(f"[name={name}]").input_value() for name in names}
 
 
-def test_the_form_begins_with_what_the_checkpoint_recommends(
+def test_the_form_begins_with_what_is_recommended_and_suggests_steps_until_they_are_changed(
     open_page: Callable[..., Page], server: RunningServer
 ) -> None:
     page = open_page()
@@ -881,42 +845,6 @@ def test_the_form_begins_with_what_the_checkpoint_recommends(
     page.wait_until(DONE)
     job = httpx.get(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
     assert {name: job["parameters"][name] for name in recommended} == recommended
-
-
-def test_the_form_has_settings_of_its_own_where_nothing_is_recommended(open_page: Callable[..., Page]) -> None:
-    page = open_page()
-
-    def answer(route: Any) -> None:
-        model = route.fetch().json() | {"recommended": None, "num_timesteps": 60}
-        model["sampler_details"]["ddpm"]["good_steps"] = 60
-        route.fulfill(json=model)
-
-    page.tab.route(re.compile(r"/model$"), answer)
-    page.tab.reload()
-    expect(page.tab.locator("#model")).to_contain_text("T=60")
-    assert {name: form_of(page)[name] for name in ("sampler", "steps", "guidance")} == {
-        "sampler": "ddpm", "steps": "60", "guidance": "2",
-    }  # fmt: skip
-
-
-def test_a_sampler_of_tables_takes_the_nearest_and_no_guidance_where_no_table_has_any(
-    open_page: Callable[..., Page], bundled_server: RunningServer
-) -> None:
-    page = open_page(bundled_server.url)
-    page.fill(sampler="tuned")
-    assert form_of(page)["steps"] == "8"
-    expect(page.tab.locator("[name=guidance]")).to_be_disabled()
-    page.sample(sampler="tuned", steps=7, n=1, class_label="dress", seed=1)
-    page.wait_until(DONE)
-    spec = {"sampler": "tuned", "steps": 8, "n": 1, "class_label": 3, "seed": 1}
-    assert page.picture("#gallery img") == bundled_server.post(json=spec).content
-    assert form_of(page)["steps"] == "8"
-    page.fill(sampler="ddim")
-    expect(page.tab.locator("[name=guidance]")).to_be_enabled()
-
-
-def test_a_sampler_suggests_its_steps_unless_the_user_has_changed_them(open_page: Callable[..., Page]) -> None:
-    page = open_page()
     for sampler, steps in {"ddpm": "100", "ddim": "50", "dpmpp_2m": "20"}.items():
         page.fill(sampler=sampler)
         assert form_of(page)["steps"] == steps
@@ -959,6 +887,11 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: Callable[.
     )
     page.press("Sample")
     page.wait_until(DONE)
+    if width == 360:  # it has scrolled to what can be seen of it
+        expect(page.tab.locator("#status")).to_be_in_viewport()
+        expect(page.tab.locator("#x_t")).to_be_in_viewport(ratio=1)
+    else:
+        assert page.tab.evaluate("() => scrollY") == 0
     page.tab.evaluate(
         """() => { document.getElementById('status').textContent = 'Waiting: 12 jobs ahead, done in about 1.3 min.';
         return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))); }"""
@@ -967,66 +900,20 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: Callable[.
     assert not moved  # by less than a pixel it may seem so: the page also scrolls
 
 
-def test_pressing_sample_does_not_scroll_what_can_be_seen(open_page: Callable[..., Page]) -> None:
-    page = open_page(viewport={"width": 1280, "height": 720})
-    page.sample(**QUICK)
-    page.wait_until(DONE)
-    assert page.tab.evaluate("() => scrollY") == 0
-    phone = open_page(viewport={"width": 360, "height": 720})
-    phone.sample(**QUICK)
-    phone.wait_until(DONE)
-    expect(phone.tab.locator("#status")).to_be_in_viewport()
-    expect(phone.tab.locator("#x_t")).to_be_in_viewport(ratio=1)
-
-
-def test_a_reload_fills_the_form_with_what_the_job_was_asked_for(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+def test_the_link_of_a_job_fills_the_form_with_what_it_was_asked_for(
+    open_page: Callable[..., Page], server: RunningServer
 ) -> None:
-    page = open_page()
-    asked = {"class_label": "bag", "sampler": "ddpm", "steps": 900, "guidance": 2.5, "n": 16, "seed": 2**64 - 1}
-    shown = {
-        "class_label": "8",
-        "sampler": "ddpm",
-        "steps": "900",
-        "guidance": "2.5",
-        "n": "16",
-        "seed": str(2**64 - 1),
-    }
-    slow_down(server)
-    page.sample(**asked)
-    page.wait_for_step()
-    page.tab.reload()
-    page.wait_for_step()
-    assert form_of(page) == shown
-    page.fill(sampler="dpmpp_2m")
-    assert form_of(page)["steps"] == "900", "it was chosen"
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-    server.speed_up()
     # A job of several classes, which is one more option, and one without any.
     for labels, value, guidance in (([1, 2], "1,2", "1"), (None, "", "1.5")):
         spec = {"n": 2, "steps": 20, "sampler": "dpmpp_2m", "seed": 4}
         job = post_job(server, **spec, **({"class_label": labels} if labels else {}))
-        other = open_page(f"{server.url}/#job={job}")
-        other.wait_until(DONE)
-        assert form_of(other) == {
+        page = open_page(f"{server.url}/#job={job}")
+        page.wait_until(DONE)
+        assert form_of(page) == {
             "class_label": value, "sampler": "dpmpp_2m", "steps": "20", "guidance": guidance, "n": "2", "seed": "4",
         }  # fmt: skip
-        other.fill(sampler="ddim")
-        assert form_of(other)["steps"] == "50", "20 was what was suggested"
-
-
-def test_a_reload_before_the_answer_fills_the_form_too(open_page: Callable[..., Page], server: RunningServer) -> None:
-    page, before = open_page(), job_ids(server)
-    page.tab.route(re.compile(POSTED), lambda route: route.fetch() and None)  # and no answer
-    page.sample(class_label="no class", sampler="ddim", steps=7, n=2, seed=2**63 + 1)
-    page.go_on_until(lambda: job_ids(server) != before)
-    page.tab.unroute(re.compile(POSTED))
-    page.tab.reload()
-    page.wait_until(DONE)
-    assert form_of(page) == {
-        "class_label": "", "sampler": "ddim", "steps": "7", "guidance": "1.5", "n": "2", "seed": str(2**63 + 1),
-    }  # fmt: skip
+        page.fill(sampler="ddim")
+        assert form_of(page)["steps"] == "50", "20 was what was suggested"
 
 
 def test_a_refusal_leaves_nothing_of_the_job_before(open_page: Callable[..., Page]) -> None:
@@ -1043,61 +930,6 @@ def test_a_refusal_leaves_nothing_of_the_job_before(open_page: Callable[..., Pag
     expect(page.tab.locator("#frame-text")).to_be_empty()
     expect(page.tab.locator("#scrub")).to_be_disabled()
     expect(page.tab.locator("#gallery li")).to_have_count(1)
-
-
-def test_a_job_that_was_cancelled_has_no_time_left(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    slow_down(server)
-    page.sample(**LONG)
-    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r" (s|min) left$"))
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
-
-
-def test_the_number_of_frames_is_told_while_one_looks_back(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    slow_down(server)
-    page.sample(**LONG | {"n": 8})
-    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"Frame [3-9]\d* of "))
-    page.tab.locator("#scrub").fill("1")
-    text = page.tab.locator("#frame-text").text_content()
-    first, last = (int(number) for number in re.search(r"^Frame (\d+) of (\d+):", text).groups())
-    assert first == 2
-    shown = page.tab.locator("#x_t").get_attribute("src")
-    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(rf"^Frame 2 of (?!{last}:)\d+: "))
-    assert page.tab.locator("#x_t").get_attribute("src") == shown
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-    total = 1 + int(page.tab.locator("#scrub").get_attribute("max"))
-    expect(page.tab.locator("#frame-text")).to_contain_text(f"Frame 2 of {total}:")
-
-
-def test_a_long_value_stays_within_the_error_that_names_it(open_page: Callable[..., Page], tmp_path: Path) -> None:
-    page = open_page()
-    file = tmp_path / "grey.png"
-    Image.new("L", (32, 32), 128).save(file)
-    page.sample(**QUICK | {"seed": "9" * 1000})
-    page.tab.locator("#noise-file").set_input_files(file)
-    page.tab.locator("#noise-seed").fill("9" * 1000)
-    page.tab.keyboard.press("Tab")
-    for name in ("error", "noise-error"):
-        box = page.tab.locator(f"#{name}")
-        expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
-        assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
-
-
-def test_head_answers_without_a_body_and_the_connection_goes_on(server: RunningServer) -> None:
-    with server.client() as client:
-        for path in ("/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
-            head = client.head(path)
-            assert (head.status_code, head.content) == (200, b""), path
-            assert int(head.headers["content-length"]) > 0
-            assert client.get(path).headers["content-type"] == head.headers["content-type"]
 
 
 def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: RunningServer) -> None:
@@ -1118,37 +950,19 @@ def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: Ru
     tab.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
-def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: str, width: int) -> None:
-    page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    for _ in range(2):  # as it opens, and with a result and an error
-        found = Axe().run(page.tab).response["violations"]
-        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
-        assert page.tab.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), (
-            "nothing sticks out"
-        )
-        page.sample(steps=5, n=2, sampler="ddim")
-        page.wait_until(DONE)
-        page.tab.locator("#gallery summary").first.click()
-        page.tab.evaluate("() => document.getElementById('form').noValidate = true")
-        page.sample(n=65)
-        expect(page.tab.locator("#error")).not_to_be_empty()
-
-
-def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
+def test_the_page_lets_nothing_in_from_elsewhere_and_head_answers_without_a_body(server: RunningServer) -> None:
     response = httpx.get(server.url)
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"] == (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
         "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
-    script = httpx.get(f"{server.url}/page/page.js")
-    assert "javascript" in script.headers["content-type"]
-    again = httpx.get(f"{server.url}/page/page.js", headers={"If-None-Match": script.headers["etag"]})
-    assert again.status_code == 304
-    for name in ("..%2fapp.py", "%2e%2e%2fapp.py", "nothing.js"):
-        missing = httpx.get(f"{server.url}/page/{name}")
-        assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+    with server.client() as client:
+        for path in ("/", "/healthz", "/metrics", "/docs"):
+            head = client.head(path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert int(head.headers["content-length"]) > 0
+            assert client.get(path).headers["content-type"] == head.headers["content-type"]
 
 
 def test_classes_whose_names_are_numbers_are_those_that_the_page_shows(

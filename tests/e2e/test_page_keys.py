@@ -85,8 +85,11 @@ def test_a_key_that_has_used_its_quota_is_told_why_there_is_no_first_sample(
     expect(page.tab.locator("#error")).to_contain_text("row-steps")
 
 
-def test_a_wrong_key_is_told_and_asked_for_again(browser: Any, keyed: RunningServer) -> None:
-    tab = browser.new_context().new_page()
+def test_nothing_is_sampled_before_the_key_and_a_wrong_one_is_asked_for_again(
+    browser: Any, keyed: RunningServer
+) -> None:
+    tab, asked = browser.new_context().new_page(), []
+    tab.on("request", lambda request: asked.append(request.url))
     tab.goto(keyed.url)
     dialog = tab.get_by_role("dialog", name="This server asks for a key")
     expect(dialog).to_be_visible()
@@ -100,24 +103,14 @@ def test_a_wrong_key_is_told_and_asked_for_again(browser: Any, keyed: RunningSer
         expect(dialog).to_be_visible()
     found = Axe().run(tab)
     assert found.violations_count == 0, found.generate_report()
+    assert not [url for url in asked if "/sample" in url]
     tab.keyboard.press("Control+A")
     tab.keyboard.type(ANN)
     tab.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
+    expect(tab.locator("body")).to_have_attribute("data-opening", "shown")
     expect(tab.locator("#model")).to_contain_text("small")
     assert tab.get_by_label("Key", exact=True).input_value() == ""
-    tab.context.close()
-
-
-def test_nothing_is_sampled_before_somebody_has_signed_in(browser: Any, keyed: RunningServer) -> None:
-    tab, asked = browser.new_context().new_page(), []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(keyed.url)
-    expect(tab.get_by_role("dialog", name="This server asks for a key")).to_be_visible()
-    assert not [url for url in asked if "/sample" in url]
-    tab.get_by_label("Key", exact=True).fill(ANN)
-    tab.keyboard.press("Enter")
-    expect(tab.locator("body")).to_have_attribute("data-opening", "shown")
     tab.context.close()
 
 

@@ -102,15 +102,6 @@ def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: Callable[..., 
     is_of(page, "colour")
 
 
-def test_with_one_model_there_is_no_menu(browser: Any, server: RunningServer) -> None:
-    page = Page(browser, server.url)
-    page.sample(**QUICK)
-    page.wait_until(DONE)
-    expect(page.tab.locator("#models-field")).to_be_hidden()
-    expect(page.tab).to_have_title("tminus")
-    page.context.close()
-
-
 def test_a_model_keeps_its_results_and_its_job_to_itself(
     open_page: Callable[..., Page], two: RunningServer, slow_down: SlowDown
 ) -> None:

@@ -57,7 +57,7 @@ def time_shown(page: Page) -> float:
 # --- the first view ---
 
 
-def test_the_page_opens_with_a_sample_and_its_way_and_leaves_nothing_behind(
+def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_step_again(
     open_page: OpenPage, server: RunningServer
 ) -> None:
     before = job_ids(server)
@@ -70,11 +70,6 @@ def test_the_page_opens_with_a_sample_and_its_way_and_leaves_nothing_behind(
     assert job_ids(server) == before
     expect(page.tab.locator("#gallery li")).to_have_count(0)
     assert page.tab.url == f"{server.url}/"
-
-
-def test_whoever_comes_again_costs_no_step(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page()
-    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
     steps = server.metric("tminus_row_steps_total")
     page.tab.reload()
     page.wait_for_the_opening()
@@ -273,6 +268,9 @@ def test_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
     assert settings() == of_table
     page.tab.locator("#compare-count").select_option("4")
     assert lanes_of(page) == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
+    expect(page.tab.locator("[name=guidance]")).to_be_disabled()
+    page.fill(sampler="ddim")
+    expect(page.tab.locator("[name=guidance]")).to_be_enabled()
 
 
 def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
@@ -291,6 +289,7 @@ def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
     page.wait_until(DONE)
     job = httpx.get(f"{bundled_server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
     assert job["parameters"]["steps"] == 8
+    assert page.picture("#gallery img") == bundled_server.post(json=job["parameters"]).content
     steps = page.tab.locator(".lane:visible .steps").first
     expect(page.tab.locator(".lane:visible .sampler").first).to_have_value("tuned")
     steps.fill("6")
@@ -308,25 +307,6 @@ def lanes_of(page: Page) -> list[tuple[str, ...]]:
         tuple(lane.locator(f".{name}").input_value() for name in ("sampler", "steps", "guidance"))
         for lane in page.tab.locator(".lane:visible").all()
     ]
-
-
-def test_where_the_one_table_is_recommended_nothing_is_offered_or_compared_twice(
-    open_page: OpenPage, bundled_server: RunningServer
-) -> None:
-    page = open_page(bundled_server.url)
-
-    def leave_one_table(route: Any) -> None:
-        answer = route.fetch()
-        model = answer.json()
-        tables = [table for table in model["tables"] if table["steps"] == 8]
-        route.fulfill(response=answer, json=model | {"tables": tables})
-
-    page.tab.route(re.compile(r"/model$"), leave_one_table)
-    page.tab.reload()
-    expect(page.tab.locator("#compare-go")).to_have_attribute("aria-disabled", "false")
-    expect(page.tab.get_by_role("button", name="Best")).to_be_visible()
-    expect(page.tab.get_by_role("button", name="Fast")).to_have_count(0)
-    assert lanes_of(page) == [("dpmpp_2m", "20", "1"), ("tuned", "8", "1")]
 
 
 ALL_OF_IT = {
@@ -369,13 +349,6 @@ def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
     expect(page.tab.locator("#caption")).to_contain_text("bag, 20 steps of dpmpp_2m")
 
 
-def test_a_link_to_images_of_a_class_and_of_none_opens(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page(f"{server.url}/#n=2&steps=5&sampler=ddim&seed=3&class_label=1&class_label=")
-    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
-    asked = {"n": 2, "steps": 5, "sampler": "ddim", "seed": 3, "class_label": [1, None]}
-    wait_for_picture(page, "#x_t", server.post(json=asked).content)
-
-
 def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, server: RunningServer) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
@@ -384,19 +357,11 @@ def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, serve
     assert server.metric("tminus_row_steps_total") == steps
 
 
-@pytest.mark.parametrize(
-    "hash_",
-    [
-        "steps=0&sampler=ddim&seed=1",
-        "steps=5&sampler=%3Cimg%3E&seed=1",
-        "steps=x&sampler=ddim&seed=1",
-        "steps=5&sampler=ddim&seed=1&guidance_interval=5",
-    ],
-)
-def test_a_link_of_nonsense_is_said_to_be(open_page: OpenPage, server: RunningServer, hash_: str) -> None:
-    page = open_page(f"{server.url}/#{hash_}")
-    expect(page.tab.locator("body")).to_have_attribute("data-opening", "absent")
-    expect(page.tab.locator("#caption")).to_contain_text("A sample as in the link cannot be had: ")
+def test_a_link_of_nonsense_is_said_to_be(open_page: OpenPage, server: RunningServer) -> None:
+    for hash_ in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
+        page = open_page(f"{server.url}/#{hash_}")
+        expect(page.tab.locator("body")).to_have_attribute("data-opening", "absent")
+        expect(page.tab.locator("#caption")).to_contain_text("A sample as in the link cannot be had: ")
 
 
 def test_a_png_of_tminus_restores_its_recipe_and_is_made_again(
@@ -433,16 +398,8 @@ def test_a_png_that_was_changed_is_not_the_same(open_page: OpenPage, server: Run
 
 def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp_path: Path) -> None:
     page, file = open_page(), tmp_path / "crafted.png"
-    spec = {
-        "sampler": "ddim",
-        "n": 1,
-        "steps": 5,
-        "seed": 3,
-        "class_labels": [2],
-        "eta": 0.5,
-        "guidance": 1,
-        "table": None,
-    }
+    spec = {"sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "eta": 0.5, "guidance": 1}
+    spec |= {"class_labels": [2], "table": None}
     crafted = spec | {"image": "AAAA", "mask": "AAAA", "deadline_s": 1, "webhook": "http://127.0.0.1/", "strength": 0.5}
     save_with(file, np.zeros((8, 8), np.uint8), json.dumps({"spec": crafted}))
     page.tab.locator("#noise-file").set_input_files(file)
@@ -452,6 +409,11 @@ def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp
         "sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "class_label": 2, "eta": 0.5, "guidance": 1,
     }  # fmt: skip
     expect(page.tab.locator("#recipe-answer")).to_contain_text("Not the same: the sizes differ.")
+    other = tmp_path / "other.png"
+    save_with(other, np.zeros((8, 8), np.uint8), json.dumps({"spec": spec | {"sampler": "<b>magic</b>"}}))
+    page.tab.locator("#noise-file").set_input_files(other)
+    expect(page.tab.locator("#recipe-text")).to_contain_text("This model has no sampler <b>magic</b>.")
+    expect(page.tab.locator("#again")).to_be_disabled()
 
 
 def test_an_answer_about_an_older_png_is_not_shown_below_a_newer_one(
@@ -498,14 +460,6 @@ NO_RECIPES = (
     "{", "[]", '{"spec": 5}', '{"noise": {}}', '{"spec": {"sampler": "ddim", "class_labels": 5}}',
     json.dumps({"spec": {"sampler": "ddim", "class_labels": [1] * 65}}),
 )  # fmt: skip
-
-
-def test_a_png_of_another_kind_of_model_says_what_is_not_here(open_page: OpenPage, tmp_path: Path) -> None:
-    page, file = open_page(), tmp_path / "other.png"
-    save_with(file, np.zeros((8, 8), np.uint8), json.dumps({"spec": {"sampler": "<b>magic</b>", "n": 1, "steps": 5}}))
-    page.tab.locator("#noise-file").set_input_files(file)
-    expect(page.tab.locator("#recipe-text")).to_contain_text("This model has no sampler <b>magic</b>.")
-    expect(page.tab.locator("#again")).to_be_disabled()
 
 
 def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
@@ -576,14 +530,6 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
         expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
 
 
-def test_whoever_comes_to_the_lanes_sees_something_at_once(open_page: OpenPage) -> None:
-    page = open_page()
-    page.tab.locator("#lanes").scroll_into_view_if_needed()
-    expect(page.tab.locator(".lane:nth-child(1) img.x_t")).to_be_visible()
-    expect(page.tab.locator(".lane:nth-child(2) img.x_0")).to_be_visible()
-    expect(page.tab.locator("#compare-t-text")).to_have_text("t = 0")
-
-
 def test_lanes_that_nobody_asked_for_are_refused_in_silence(open_page: OpenPage) -> None:
     page = open_page()
     page.refuse(r"/sample\?", 429)
@@ -596,8 +542,12 @@ def test_lanes_that_nobody_asked_for_are_refused_in_silence(open_page: OpenPage)
     expect(page.tab.locator("#compare-status")).to_have_text("0 of 2 lanes are done.")
 
 
-def test_a_lane_that_is_refused_says_why_and_the_others_go_on(open_page: OpenPage) -> None:
+def test_lanes_show_something_at_once_and_one_that_is_refused_says_why(open_page: OpenPage) -> None:
     page = open_page()
+    page.tab.locator("#lanes").scroll_into_view_if_needed()
+    expect(page.tab.locator(".lane:nth-child(1) img.x_t")).to_be_visible()
+    expect(page.tab.locator(".lane:nth-child(2) img.x_0")).to_be_visible()
+    expect(page.tab.locator("#compare-t-text")).to_have_text("t = 0")
     page.tab.locator(".lane .steps").first.fill("0")
     page.press("Compare")
     expect(page.tab.locator("#compare-status")).to_have_text("1 of 2 lanes are done.")
@@ -621,23 +571,19 @@ def png_of(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("mask", ["top", "rectangle"])
 def test_a_masked_picture_is_denoised_where_the_mask_is(
-    open_page: OpenPage, server: RunningServer, tmp_path: Path, mask: str
+    open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
     page = open_page()
     file, pixels = picture_file(tmp_path)
     page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
     page.tab.locator("#noise-file").set_input_files(file)
     expect(page.tab.locator("#noise-name")).to_have_text("own.png")
-    page.tab.locator("#mask-preset").select_option(mask)
+    page.tab.locator("#mask-preset").select_option("rectangle")
+    for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
+        page.tab.locator(f"#rect-{name}").fill(str(value))
     made_new = np.zeros((32, 32), bool)
-    if mask == "top":
-        made_new[:16] = True
-    else:
-        for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
-            page.tab.locator(f"#rect-{name}").fill(str(value))
-        made_new[5:25, 3:13] = True
+    made_new[5:25, 3:13] = True
     page.tab.locator("#strength").fill("1")
     page.press("Denoise it")
     page.wait_until(DONE)
@@ -660,6 +606,8 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
     page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
     page.press("Clear")
     expect(page.tab.locator("#noise-image")).to_be_hidden()
+    page.press("Denoise it")
+    expect(page.tab.locator("#noise-error")).to_contain_text("There is no picture yet")
     page.tab.locator("#size").fill("4")
     page.tab.locator("#canvas").scroll_into_view_if_needed()
     box = page.tab.locator("#canvas").bounding_box()
@@ -690,14 +638,6 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
     expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
     page.tab.locator("#scrub").fill("0")
     expect(page.tab.locator("#x_t")).to_have_attribute("alt", "x_t after step 0 of 5")
-
-
-def test_without_a_picture_there_is_nothing_to_denoise(open_page: OpenPage) -> None:
-    page = open_page()
-    page.press("Clear")
-    page.press("Denoise it")
-    expect(page.tab.locator("#noise-error")).to_contain_text("There is no picture yet")
-    page.wait_until("Press Sample to make your own.")
 
 
 def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
@@ -801,6 +741,7 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
 
 def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
     page = open_page()
+    assert not [url for url in page.requests if url.endswith("/batch")], "nobody sees it"
     page.tab.locator("#batch").scroll_into_view_if_needed()
     expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
     with ThreadPoolExecutor(1) as pool:
@@ -821,14 +762,6 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
     server.speed_up()
     expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
     expect(page.tab.locator("#jobs li")).to_have_count(0)
-
-
-def test_the_batch_is_not_looked_at_where_nobody_sees_it(open_page: OpenPage) -> None:
-    page = open_page()
-    asked = [url for url in page.requests if url.endswith("/batch")]
-    assert asked == []
-    page.tab.locator("#batch").scroll_into_view_if_needed()
-    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
 
 
 def test_a_batch_that_takes_a_key_opens_no_dialog(open_page: OpenPage) -> None:
@@ -852,6 +785,12 @@ def test_all_parts_can_be_read_and_used_by_all(
     open_page: OpenPage, tmp_path: Path, width: int, look: dict[str, str]
 ) -> None:
     page = open_page(viewport={"width": width, "height": 800}, **look)
+    page.sample(steps=5, n=2, sampler="ddim")
+    page.wait_until(DONE)
+    page.tab.locator("#gallery summary").first.click()
+    page.tab.evaluate("() => document.getElementById('form').noValidate = true")
+    page.sample(n=65)
+    expect(page.tab.locator("#error")).not_to_be_empty()
     page.tab.locator("#noise-file").set_input_files(picture_file(tmp_path)[0])
     page.tab.locator("#mask-preset").select_option("rectangle")
     page.tab.locator("#more summary").click()
