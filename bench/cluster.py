@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from itertools import count, repeat
 from pathlib import Path
 
-from bench import cluster_report, traffic
+from bench import traffic
+from bench.figures import quantile
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
@@ -37,6 +38,12 @@ BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
 ADD, LOAD, RESUME, FINISH, RENEW, CLAIM = 2, 2, 1, 4, 5, 2
+
+
+COLUMNS = (
+    "replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved",
+    "statements a job", "and a second, of a replica",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -339,16 +346,78 @@ def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
     return 1 / (traffic.MEAN_PLACES * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
 
 
+# --- the table and the plot ---
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What came of one simulation."""
+
+    replicas: int
+    load: float  # that was asked for, or else that came
+    refused: float
+    outcome: Outcome
+
+    @property
+    def statements(self) -> tuple[float, float]:
+        """Count the store's statements for a job, and in a second for a replica."""
+        return (
+            self.outcome.statements / max(1, len(self.outcome.jobs)),
+            self.outcome.renewals / self.outcome.until_s / self.replicas,
+        )
+
+    def row(self) -> str:
+        """The line, as in a table of Markdown."""
+        short, long = (_spread(self.outcome.waits(steps)) for steps in (20, 1000))
+        moved = sum(job.moves > 0 for job in self.outcome.jobs)
+        for_job, a_second = self.statements
+        return (
+            f"| {self.replicas} | {self.load:.2f} | {len(self.outcome.jobs):,} | {self.refused:.1%} | {short} | {long} "
+            f"| {moved:,} | {for_job:.1f} | {a_second:.2f} |"
+        )
+
+
 def simulate(
     replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float, load: float | None = None
-) -> cluster_report.Line:
+) -> Line:
     """One line of the table."""
     deaths = list(traffic.deaths(replicas, seconds, deaths_per_hour)) if replicas > 1 else []
     outcome = Cluster(replicas).run(requests, deaths)
     if load is None:
         places = sum(work.places for _, work in requests)
         load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
-    return cluster_report.Line(replicas, load, len(outcome.refused) / len(requests), outcome)
+    return Line(replicas, load, len(outcome.refused) / len(requests), outcome)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """How long short and long jobs take, over the number of replicas: the median, and dashed the 99th percentile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    counts = sorted({line.replicas for line in lines})
+    for axes, steps in zip(panels, (20, 1000), strict=True):
+        for number, load in enumerate(sorted({line.load for line in lines})):
+            found = {line.replicas: line.outcome.waits(steps) for line in lines if line.load == load}
+            known = [(counts.index(each), waits) for each, waits in found.items() if len(waits) > 1]
+            for q, style in ((0.5, "o-"), (0.99, "o--")):
+                values = [quantile(waits, q) for _, waits in known]
+                label = f"load {load:g}" if q == 0.5 else None
+                axes.plot([at for at, _ in known], values, style, color=f"C{number}", label=label, markersize=4)
+        axes.set(title=f"Jobs of {steps} steps: median, and 99 % dashed", xlabel="servers", ylabel="seconds")
+        axes.set_xticks(range(len(counts)), [str(each) for each in counts])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{quantile(seconds, 0.5):.2f} s, {quantile(seconds, 0.99):.1f} s" if len(seconds) > 1 else "none"
 
 
 def main() -> None:
@@ -362,8 +431,8 @@ def main() -> None:
     parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
     parser.add_argument("--plot", type=Path, help="also draw the waits")
     args = parser.parse_args()
-    print("| " + " | ".join(cluster_report.COLUMNS) + " |")
-    print("|---" * len(cluster_report.COLUMNS) + "|")
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
     recorded = traffic.read(args.traffic) if args.traffic is not None else None
     lines = []
     for load in [None] if recorded or args.per_s else map(float, args.load.split(",")):
@@ -375,7 +444,7 @@ def main() -> None:
             lines.append(line)
             print(line.row(), flush=True)
     if args.plot is not None:
-        cluster_report.plot(lines, args.plot)
+        plot(lines, args.plot)
 
 
 if __name__ == "__main__":

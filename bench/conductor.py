@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from bench import figures, machine, servers
+from bench import figures, servers
 from bench.loads import QUICK, SATURATION_OF_16, SATURATION_OF_DPMPP, Lengths, Turn
 from bench.records import Answer, Bare, Crowd, Etas, Identity, Loaded, Memory, Pace, Run
 
@@ -40,16 +40,16 @@ class Conductor:
         self._loads: list[Loaded] = []
         self._bare: list[Bare] = []
         self._left_out: list[str] = []
-        self._machine = machine.describe()
+        self._machine = servers.describe()
         self._model: dict[str, Any] = {}
         self._capacity: float | None = None
         self._identity: Identity | None = None
         self._etas: Etas | None = None
         self._crowds: tuple[Crowd, ...] = ()
         self._memory: tuple[Memory, ...] = ()
-        self._tunings = tunings(machine.cores())
+        self._tunings = tunings(servers.cores())
         self._contenders: dict[str, servers.Contender] = {}
-        for key, contender in servers.contenders(machine.cores(), args.tminus_flags, args.before).items():
+        for key, contender in servers.contenders(servers.cores(), args.tminus_flags, args.before).items():
             if key in args.contenders:
                 if why := servers.why_not(contender):
                     self._leave_out(why)

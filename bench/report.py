@@ -8,8 +8,8 @@ from pydantic import TypeAdapter
 
 from bench import figures
 from bench.figures import TITLES, quantile
-from bench.machine import PACKAGES
 from bench.records import Answer, Loaded, Run
+from bench.servers import PACKAGES
 
 BUSY = 0.5  # a load average over this says that something else ran
 OTHER_OUTCOMES = ("refused", "failed", "left", "unanswered", "unsent")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_S = 240.0  # torch.compile may be tried
 STOP_S = 5.0
 HOST = "127.0.0.1"
+PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
 READY_ASK = Ask(n=2, steps=2)
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -197,6 +200,22 @@ class Server:
         return self._process.wait(READY_S)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, system and versions."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
 def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
     """Run a module of ours to its end; gives the JSON object that it printed."""
     done = subprocess.run(
@@ -295,3 +314,19 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 
+from bench.traffic import MEAN_PLACES, ROWS, at_rate
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
@@ -24,8 +25,6 @@ from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
-MIX = {20: 80, 50: 15, 1000: 5}  # steps, and how many of a hundred jobs have them
-ROWS = 2
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 OnRefusal = Callable[[Admission, Work], None]
@@ -105,14 +104,8 @@ def serve(
 
 def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
     """Requests of the mix at random moments, that together take a share of the machine."""
-    rng, time_s = random.Random(seed), 0.0
-    mean_places = ROWS * sum(steps * share for steps, share in MIX.items()) / sum(MIX.values())
-    per_s = load / (mean_places * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
-    made = []
-    while (time_s := time_s + rng.expovariate(per_s)) < seconds:
-        steps = rng.choices([*MIX], [*MIX.values()])[0]
-        made.append((time_s, Work(ROWS, steps, range(0))))
-    return made
+    per_s = load / (MEAN_PLACES * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
+    return list(at_rate(per_s, seconds, seed))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import httpx
 
-from bench import machine, servers
+from bench import servers
 from tests.trials.claims import Claim, least, most, none, report
 
 SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=LOAD, help="times the peak")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    tminus = replace(servers.contenders(machine.cores(), FLAGS)["tminus"], env={})  # with the default of jobs
+    tminus = replace(servers.contenders(servers.cores(), FLAGS)["tminus"], env={})  # with the default of jobs
     with servers.running(tminus, asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
         sys.exit(report(asyncio.run(trial(server.url, asked.seconds, asked.load, asked.seed))))

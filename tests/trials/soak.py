@@ -30,7 +30,7 @@ import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from bench import machine, servers
+from bench import servers
 from bench.figures import quantile
 from tests.trials.claims import Claim, least, most, none, report
 
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=LOAD, help="of the peak")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with servers.running(servers.contenders(machine.cores(), FLAGS)["tminus"], asked.checkpoint, None) as server:
+    with servers.running(servers.contenders(servers.cores(), FLAGS)["tminus"], asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
         peak_s = min(PEAK_S, 60 * asked.minutes / 6)
         sys.exit(report(asyncio.run(trial(server.url, asked.minutes, asked.load, asked.seed, peak_s))))
