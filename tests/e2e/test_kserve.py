@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,31 +108,3 @@ def test_the_client_gets_the_repository_index_and_a_configuration_as_triton_defi
         assert [(each.name, list(each.dims)) for each in config.output] == [("images", [-1, 32, 32, 1]), ("seed", [1])]
     with pytest.raises(InferenceServerException, match=r"\[404\]"):
         client.get_model_config("nobody")
-
-
-def test_a_parameter_that_is_an_input_is_refused_as_one(client: triton.InferenceServerClient) -> None:
-    says = r"\[400\] steps is no parameter here but an input of datatype INT32 and shape \[1\]"
-    with pytest.raises(InferenceServerException, match=says):
-        client.infer("small", [], parameters={"steps": 8})
-
-
-def test_a_body_that_lies_about_its_lengths_is_refused_and_the_connection_goes_on(server: RunningServer) -> None:
-    head = json.dumps(
-        {"inputs": [{"name": "steps", "shape": [1], "datatype": "INT32", "parameters": {"binary_data_size": 4}}]}
-    )
-    with server.client() as http:
-        for length, rest in (
-            (len(head) + 100, b""),
-            (len(head), b"abc"),
-            (len(head), b"abcde"),
-            (3, b"abcd"),
-            (-1, b""),
-        ):
-            answer = http.post(
-                "/v2/models/small/infer",
-                content=head.encode() + rest,
-                headers={"Inference-Header-Content-Length": str(length)},
-            )
-            assert answer.status_code == 400, answer.text
-            assert answer.json()["error"]
-        assert http.get("/v2/health/ready").json()["ready"]

@@ -67,6 +67,16 @@ def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp
     assert "real images through the autoencoder, PSNR (dB)" in judged.stdout
 
 
+def test_what_is_served_is_told(server: RunningServer) -> None:
+    told = httpx.get(f"{server.url}/model").json()
+    assert told["latent"] == {
+        "autoencoder": "AutoencoderKL", "channels": 3, "height": 8, "width": 8, "scaling_factor": 0.7,
+    }  # fmt: skip
+    assert (told["height_px"], told["width_px"], told["channels"], told["clip"]) == (16, 16, 3, False)
+    refused = server.post(params={"clip": True, "steps": 2})
+    assert (refused.status_code, refused.json()["field"]) == (422, "clip"), "latents have no range"
+
+
 def test_images_alone_and_under_load_are_the_same_bytes(server: RunningServer) -> None:
     asked = [{"n": 1 + k % 3, "steps": 5 + k, "seed": k, "class_label": "abc"[k % 3]} for k in range(9)]
     alone = [server.post(params=params).content for params in asked]

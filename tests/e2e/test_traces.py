@@ -158,18 +158,6 @@ def test_a_durable_job_is_a_part_of_the_request_that_posted_it(traced_server: Ru
     spans.parts(read, "encode", "store images")
 
 
-def test_a_refusal_says_why_and_probes_are_no_spans(traced_server: RunningServer, spans: Collector) -> None:
-    for path in ("/healthz", "/readyz", "/metrics"):
-        assert httpx.get(f"{traced_server.url}{path}").status_code == 200
-    response = httpx.get(f"{traced_server.url}/models/absent/model", headers={"X-Request-ID": "of-none"})
-    assert response.status_code == 404
-    request = spans.one("GET /models/{model}/model", request_id="of-none")
-    assert request.attributes["http.response.status_code"] == 404
-    assert request.attributes["tminus.problem"] == "model_not_found"
-    assert not request.failed, "the client's mistake"
-    assert not [span for span in spans.spans if span.attributes.get("url.path") in ("/healthz", "/readyz", "/metrics")]
-
-
 def test_a_cancelled_job_says_how_far_it_came(
     traced_server: RunningServer, spans: Collector, slow_down: SlowDown
 ) -> None:
