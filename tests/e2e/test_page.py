@@ -146,8 +146,11 @@ class Page:
         return bytes(numbers)
 
 
+OpenPage = Callable[..., Page]
+
+
 @pytest.fixture
-def open_page(browser: Any, server: RunningServer) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Any, server: RunningServer) -> Iterator[OpenPage]:
     """Opens the page; at the end no tab may have complained, nor asked anybody but the server. Leaves no job behind."""
     pages: list[Page] = []
 
@@ -171,7 +174,7 @@ def gray(picture: bytes) -> np.ndarray:
 
 
 def test_noise_becomes_images_before_ones_eyes(
-    open_page: Callable[..., Page], bundled_server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, bundled_server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page(bundled_server.url)
     slow_down(bundled_server, between_ticks_s=0.03)
@@ -203,7 +206,7 @@ def test_noise_becomes_images_before_ones_eyes(
 
 
 def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_has_heard(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: OpenPage, server: RunningServer
 ) -> None:
     page, steps = open_page(), 8
     asked = {"class_label": "bag", "sampler": "ddim", "steps": steps, "n": 2, "guidance": 1}
@@ -231,7 +234,7 @@ def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_h
     check(5)
 
 
-def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_the_calls_of_a_result_make_it_again(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     page.sample(class_label="bag", sampler="dpmpp_2m", steps=10, n=2, seed=2**64 - 1, guidance=1)
     page.wait_until(DONE)
@@ -256,9 +259,7 @@ def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp
     assert download.value.path().read_bytes() == final
 
 
-def test_a_job_is_cancelled_and_another_begun(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
-) -> None:
+def test_a_job_is_cancelled_and_another_begun(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
     page = open_page()
     slow_down(server)
     page.sample(**LONG)
@@ -278,7 +279,7 @@ def test_a_job_is_cancelled_and_another_begun(
 
 
 def test_a_job_that_waits_says_how_many_are_ahead(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     with ThreadPoolExecutor(10) as pool:
@@ -293,9 +294,7 @@ def test_a_job_that_waits_says_how_many_are_ahead(
         assert {each.result().status_code for each in short} == {200}
 
 
-def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
-    open_page: Callable[..., Page], server: RunningServer
-) -> None:
+def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(open_page: OpenPage, server: RunningServer) -> None:
     page = open_page()
     alpha_bar = httpx.get(f"{server.url}/model/schedule").json()["alpha_bar"]
     for name in ("alpha_bar", "beta", "snr"):
@@ -303,10 +302,11 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
         assert len(points) == 1000
     page.sample(steps=50, n=1, sampler="ddim", seed=1)
     page.wait_until(DONE)
+    expect(page.tab.locator("#frame-text")).to_contain_text(" of 51: after step ")
     page.tab.locator("#scrub").fill("10")
     told = re.search(r"after step (\d+), t = (\d+)$", page.tab.locator("#frame-text").text_content())
     step, t = int(told[1]), int(told[2])
-    assert t == 20 * (49 - step), "where the next step starts"
+    assert t == 980 - 20 * step, "where the next step starts"
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
     marked = re.search(r"alpha_bar ([\d.e-]+), beta", page.tab.locator("#chart-text").text_content())
     assert float(marked[1]) == pytest.approx(alpha_bar[t], rel=0.005)
@@ -315,7 +315,7 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
     )
 
 
-def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_an_error_is_shown_where_it_arose(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     file = tmp_path / "grey.png"
     Image.new("L", (32, 32), 128).save(file)
@@ -339,7 +339,7 @@ def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page], tmp_pa
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.sample(class_label="bag", steps=5, n=1, sampler="ddim", seed=3, guidance=1)
@@ -411,7 +411,7 @@ def cancel_job(server: RunningServer, job_id: str) -> None:
     httpx.post(f"{server.url}/jobs/{job_id}/cancel").raise_for_status()
 
 
-def test_an_answer_that_is_lost_does_not_make_two_jobs(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_an_answer_that_is_lost_does_not_make_two_jobs(open_page: OpenPage, server: RunningServer) -> None:
     page, before = open_page(), job_ids(server)
     page.hear_status()
     page.lose_answers(POSTED, count=2)
@@ -424,9 +424,7 @@ def test_an_answer_that_is_lost_does_not_make_two_jobs(open_page: Callable[..., 
     assert len(job_ids(server) - before) == 2, "the next one is another"
 
 
-def test_a_job_whose_answers_were_all_lost_is_had_by_asking_again(
-    open_page: Callable[..., Page], server: RunningServer
-) -> None:
+def test_a_job_whose_answers_were_all_lost_is_had_by_asking_again(open_page: OpenPage, server: RunningServer) -> None:
     page, before = open_page(), job_ids(server)
     page.lose_answers(POSTED)
     page.sample(**QUICK | {"seed": ""})
@@ -444,7 +442,7 @@ def test_a_job_whose_answers_were_all_lost_is_had_by_asking_again(
     assert len(job_ids(server) - before) == 1
 
 
-def test_nothing_can_be_chosen_before_the_model_is_known(open_page: Callable[..., Page]) -> None:
+def test_nothing_can_be_chosen_before_the_model_is_known(open_page: OpenPage) -> None:
     """What the model recommends would be written over it."""
     page, held = open_page(), []
     page.tab.route(re.compile(r"/model$"), lambda route: held.append(route))
@@ -459,7 +457,7 @@ def test_nothing_can_be_chosen_before_the_model_is_known(open_page: Callable[...
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_reload_before_the_answer_finds_the_job(
-    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, cancelled: bool, slow_down: SlowDown
 ) -> None:
     page, before, seen = open_page(), job_ids(server), []
     page.tab.route(re.compile(POSTED), lambda route: seen.append(route.fetch().json()["id"]))  # and no answer
@@ -482,7 +480,7 @@ def test_a_reload_before_the_answer_finds_the_job(
 
 @pytest.mark.parametrize(("cancelled", "twice"), [(False, True), (True, False)])
 def test_a_reload_that_meets_the_answer_finds_the_job(
-    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, twice: bool, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, cancelled: bool, twice: bool, slow_down: SlowDown
 ) -> None:
     page, before, held = open_page(), job_ids(server), []
     reloads = "history.replaceState = () => location.reload();"  # with the address of before
@@ -509,7 +507,7 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
 
 
 def test_cancel_before_the_answer_cancels_the_job(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page, held = open_page(), []
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
@@ -525,7 +523,7 @@ def test_cancel_before_the_answer_cancels_the_job(
 
 
 def test_a_cancel_that_fails_says_so_and_the_job_goes_on(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.hear_status()
@@ -543,7 +541,7 @@ def test_a_cancel_that_fails_says_so_and_the_job_goes_on(
 
 
 def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: OpenPage, server: RunningServer
 ) -> None:
     page = open_page()
     for seed in (1, 2):
@@ -569,7 +567,7 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
 
 
 def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_comes_first(
-    open_page: Callable[..., Page],
+    open_page: OpenPage,
 ) -> None:
     page = open_page()
     for seed in (1, 2, 3):
@@ -601,7 +599,7 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     assert seeds() == ["4", "3", "2", "1"]
 
 
-def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page: Callable[..., Page]) -> None:
+def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page: OpenPage) -> None:
     page = open_page()
     page.sample(**QUICK)
     expect(page.tab.locator("#gallery li")).to_have_count(1)
@@ -626,7 +624,7 @@ def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page:
 
 
 def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.refuse(EVENTS, 429)
@@ -649,7 +647,7 @@ def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
 
 
 def test_a_connection_that_is_there_again_is_said_before_any_frame(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.hear_status()
@@ -666,7 +664,7 @@ def test_a_connection_that_is_there_again_is_said_before_any_frame(
 
 
 def test_a_job_that_others_end_or_forget_is_told_how(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     slow_down(server)
@@ -693,7 +691,7 @@ def test_a_job_that_others_end_or_forget_is_told_how(
     page.wait_until(DONE)
 
 
-def test_a_job_that_failed_says_why(open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown) -> None:
+def test_a_job_that_failed_says_why(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
     page = open_page()
     slow_down(server)
     first = httpx.post(f"{server.url}/jobs", json=LONG).json()
@@ -704,7 +702,7 @@ def test_a_job_that_failed_says_why(open_page: Callable[..., Page], server: Runn
 
 
 def test_a_job_that_is_not_durable_cannot_be_followed(
-    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     with ThreadPoolExecutor(1) as pool:
@@ -721,7 +719,7 @@ def test_a_job_that_is_not_durable_cannot_be_followed(
 
 
 def test_tabs_that_nobody_sees_leave_the_connections_to_others(
-    open_page: Callable[..., Page], browser: Any, server: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, browser: Any, server: RunningServer, slow_down: SlowDown
 ) -> None:
     slow_down(server)
     address = f"{server.url}/#job={post_job(server, **LONG)}"
@@ -754,7 +752,7 @@ COUNT_URLS = """() => { window.urls = new Map(); const {createObjectURL, revokeO
     URL.revokeObjectURL = (u) => { window.urls.delete(u); revokeObjectURL.call(URL, u); }; }"""
 
 
-def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: Callable[..., Page]) -> None:
+def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: OpenPage) -> None:
     page = open_page()
     page.tab.evaluate(COUNT_URLS)
     for results in (1, 2):
@@ -767,7 +765,7 @@ def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: Callable[..., P
         assert page.picture(f"#gallery li:nth-child({number}) img")
 
 
-def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) -> None:
+def test_frames_are_bounded_by_what_they_take(open_page: OpenPage) -> None:
     page = open_page()
     # Also for somebody who looks back at the third of them.
     page.tab.evaluate(COUNT_URLS)
@@ -790,7 +788,7 @@ def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) ->
 
 
 def test_an_image_is_shown_through_the_forward_process_at_any_t(
-    open_page: Callable[..., Page], server: RunningServer, tmp_path: Path
+    open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
     page, file = open_page(), tmp_path / "bag.png"
     file.write_bytes(server.post(params={"steps": 20, "sampler": "ddim", "class_label": "bag", "seed": 1}).content)
@@ -834,7 +832,7 @@ def form_of(page: Page) -> dict[str, str]:
 
 
 def test_the_form_begins_with_what_is_recommended_and_suggests_steps_until_they_are_changed(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: OpenPage, server: RunningServer
 ) -> None:
     page = open_page()
     recommended = httpx.get(f"{server.url}/model").json()["recommended"]
@@ -854,7 +852,7 @@ def test_the_form_begins_with_what_is_recommended_and_suggests_steps_until_they_
         assert form_of(page)["steps"] == "33"
 
 
-def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page(color_scheme="light")
     page.refuse(r"/sample\?", 429)  # else the page opens with a sample
     page.tab.reload()
@@ -875,7 +873,7 @@ def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: Callabl
 
 
 @pytest.mark.parametrize(("width", "n"), [(360, 4), (1280, 8)])
-def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: Callable[..., Page], width: int, n: int) -> None:
+def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: OpenPage, width: int, n: int) -> None:
     page = open_page(viewport={"width": width, "height": 720})
     page.fill(n=n, steps=60, sampler="ddpm", seed=1)
     page.tab.evaluate(
@@ -901,7 +899,7 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: Callable[.
 
 
 def test_the_link_of_a_job_fills_the_form_with_what_it_was_asked_for(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: OpenPage, server: RunningServer
 ) -> None:
     # A job of several classes, which is one more option, and one without any.
     for labels, value, guidance in (([1, 2], "1,2", "1"), (None, "", "1.5")):
@@ -916,7 +914,7 @@ def test_the_link_of_a_job_fills_the_form_with_what_it_was_asked_for(
         assert form_of(page)["steps"] == "50", "20 was what was suggested"
 
 
-def test_a_refusal_leaves_nothing_of_the_job_before(open_page: Callable[..., Page]) -> None:
+def test_a_refusal_leaves_nothing_of_the_job_before(open_page: OpenPage) -> None:
     page = open_page()
     page.sample(**QUICK)
     page.wait_until(DONE)
@@ -966,7 +964,7 @@ def test_the_page_lets_nothing_in_from_elsewhere_and_head_answers_without_a_body
 
 
 def test_classes_whose_names_are_numbers_are_those_that_the_page_shows(
-    open_page: Callable[..., Page], own_server: Callable[..., RunningServer], small: Path, tmp_path: Path
+    open_page: OpenPage, own_server: Callable[..., RunningServer], small: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "small"
     shutil.copytree(small, folder)

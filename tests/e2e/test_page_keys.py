@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.test_page import DONE, LONG, Page
+from tests.e2e.test_page import DONE, LONG, OpenPage, Page
 from tests.service.keys import bearer, key_line
 from tests.tools import needs
 
@@ -37,7 +37,7 @@ def keyed(small: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def open_page(browser: Any, keyed: RunningServer) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Any, keyed: RunningServer) -> Iterator[OpenPage]:
     pages: list[Page] = []
 
     def make(key: str = ANN) -> Page:
@@ -50,7 +50,7 @@ def open_page(browser: Any, keyed: RunningServer) -> Iterator[Callable[..., Page
         assert page.complaints == []
 
 
-def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     expect(page.tab.locator("#who")).to_contain_text("Signed in as ann")
     page.sample(steps=4, n=2, seed=7, guidance=1)
@@ -74,7 +74,7 @@ def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: Callable[..., 
 
 
 def test_a_key_that_has_used_its_quota_is_told_why_there_is_no_first_sample(
-    open_page: Callable[..., Page], keyed: RunningServer
+    open_page: OpenPage, keyed: RunningServer
 ) -> None:
     # More than a minute's: what is over is owed, for some minutes.
     assert keyed.post(json={"steps": 300}, headers=bearer(CAT)).status_code == 200
@@ -115,7 +115,7 @@ def test_nothing_is_sampled_before_the_key_and_a_wrong_one_is_asked_for_again(
 
 
 def test_the_batch_does_not_name_the_jobs_of_others(
-    open_page: Callable[..., Page], keyed: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, keyed: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     slow_down(keyed)
@@ -131,7 +131,7 @@ def test_the_batch_does_not_name_the_jobs_of_others(
     page.wait_until("Cancelled.")
 
 
-def test_who_signs_out_leaves_nothing_for_the_next(open_page: Callable[..., Page]) -> None:
+def test_who_signs_out_leaves_nothing_for_the_next(open_page: OpenPage) -> None:
     page = open_page()
     page.sample(steps=4)
     page.wait_until(DONE)

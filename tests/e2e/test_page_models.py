@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page, job_ids
+from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, OpenPage, Page, job_ids
 from tests.service.keys import key_line
 
 KEY = "a-key-for-these-tests"
@@ -31,7 +31,7 @@ def two(small: Path, colour: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def open_page(browser: Any, two: RunningServer) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Any, two: RunningServer) -> Iterator[OpenPage]:
     """Opens the page of the default model; at the end no tab may have complained. Leaves no job behind."""
     pages: list[Page] = []
 
@@ -77,7 +77,7 @@ def change(server: RunningServer, what: str) -> None:
     httpx.post(f"{server.url}/models/colour/{what}", headers=ADMIN, timeout=120).raise_for_status()
 
 
-def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: Callable[..., Page], two: RunningServer) -> None:
+def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: OpenPage, two: RunningServer) -> None:
     page = open_page()
     expect(menu(page).locator("option")).to_have_text(["small", "colour"])
     expect(menu(page)).to_have_value("small")
@@ -103,7 +103,7 @@ def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: Callable[..., 
 
 
 def test_a_model_keeps_its_results_and_its_job_to_itself(
-    open_page: Callable[..., Page], two: RunningServer, slow_down: SlowDown
+    open_page: OpenPage, two: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.sample(**QUICK)
@@ -123,9 +123,7 @@ def test_a_model_keeps_its_results_and_its_job_to_itself(
     page.wait_until("Cancelled.")
 
 
-def test_what_was_asked_of_one_model_is_not_asked_of_another(
-    open_page: Callable[..., Page], two: RunningServer
-) -> None:
+def test_what_was_asked_of_one_model_is_not_asked_of_another(open_page: OpenPage, two: RunningServer) -> None:
     page, before, held = open_page(), job_ids(two), []
 
     def hold_the_first(route: Any) -> None:
@@ -144,7 +142,7 @@ def test_what_was_asked_of_one_model_is_not_asked_of_another(
     assert {page.tab.url.rpartition("=")[2]} == job_ids(two) - before, "one job, which the page shows"
 
 
-def test_a_job_of_another_model_is_shown_on_its_page(open_page: Callable[..., Page], two: RunningServer) -> None:
+def test_a_job_of_another_model_is_shown_on_its_page(open_page: OpenPage, two: RunningServer) -> None:
     job = httpx.post(f"{two.url}/models/colour/jobs", json={"class_label": 2, **QUICK}).json()["id"]
     page = open_page()
     page.tab.goto(f"{two.url}/#job={job}")
@@ -154,7 +152,7 @@ def test_a_job_of_another_model_is_shown_on_its_page(open_page: Callable[..., Pa
     expect(page.tab.locator("#gallery .what")).to_contain_text("blue")
 
 
-def test_a_model_that_is_unloaded_is_said_to_be(open_page: Callable[..., Page], two: RunningServer) -> None:
+def test_a_model_that_is_unloaded_is_said_to_be(open_page: OpenPage, two: RunningServer) -> None:
     said = "The model colour is not loaded. The menu at the top has those that are."
     page = open_page()
     choose(page, "colour")
@@ -186,7 +184,7 @@ def test_a_model_that_is_unloaded_is_said_to_be(open_page: Callable[..., Page], 
     expect(menu(page)).to_have_value("colour")
 
 
-def test_a_list_that_cannot_be_had_disturbs_nothing(open_page: Callable[..., Page]) -> None:
+def test_a_list_that_cannot_be_had_disturbs_nothing(open_page: OpenPage) -> None:
     page = open_page()
     page.refuse(r"/models$", 503)
     menu(page).focus()
@@ -198,9 +196,7 @@ def test_a_list_that_cannot_be_had_disturbs_nothing(open_page: Callable[..., Pag
     expect(page.tab.locator("#models-field")).to_be_hidden()
 
 
-def test_the_menu_works_below_a_path_of_a_proxy(
-    open_page: Callable[..., Page], browser: Any, two: RunningServer
-) -> None:
+def test_the_menu_works_below_a_path_of_a_proxy(open_page: OpenPage, browser: Any, two: RunningServer) -> None:
     def forward(route: Any) -> None:
         answer = route.fetch(url=route.request.url.replace("/studio/", "/", 1))
         route.fulfill(response=answer)
@@ -220,7 +216,7 @@ def test_the_menu_works_below_a_path_of_a_proxy(
     assert {url for url in page.requests if not url.startswith((f"{two.url}/studio/", "blob:"))} == set()
 
 
-def test_the_menu_is_used_by_keyboard(open_page: Callable[..., Page]) -> None:
+def test_the_menu_is_used_by_keyboard(open_page: OpenPage) -> None:
     page = open_page()
     expect(menu(page)).to_be_visible()
     page.tab.keyboard.press("Tab")
@@ -230,9 +226,7 @@ def test_the_menu_is_used_by_keyboard(open_page: Callable[..., Page]) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
-def test_the_menu_can_be_read_by_all(
-    open_page: Callable[..., Page], two: RunningServer, scheme: str, width: int
-) -> None:
+def test_the_menu_can_be_read_by_all(open_page: OpenPage, two: RunningServer, scheme: str, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     for path in ("", "/models/colour/", "/models/none/"):
         page.tab.goto(f"{two.url}{path}")

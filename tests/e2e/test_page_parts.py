@@ -23,6 +23,7 @@ from tests.e2e.conftest import RunningServer, SlowDown
 from tests.e2e.test_page import (
     DONE,
     LONG,
+    OpenPage,
     Page,
     form_of,
     gray,
@@ -33,7 +34,6 @@ from tests.e2e.test_page import (
 
 OPENING = {"n": 1, "steps": 20, "sampler": "dpmpp_2m", "seed": 7, "class_label": 7, "guidance": 1.5}
 WHOLE_KB = 150
-OpenPage = Callable[..., Page]
 
 # ruff: noqa: F811
 
