@@ -1,13 +1,22 @@
-"""Runs a real nginx by a configuration of docker/nginx."""
+"""Runs a real nginx by a configuration of docker/nginx, and a name server for it, as Docker has one."""
 
+import socket
+import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.tools import needs
 
 CONFIGURATIONS = Path(__file__).parents[2] / "docker" / "nginx"
+# Id, flags, and how many questions, answers, authorities and additional records there are.
+HEADER = struct.Struct("!6H")
+ANSWER = struct.Struct("!HHHIH4s")  # where the name is, type, class, seconds that it holds, bytes, address
+RESPONSE, NO_SUCH_NAME = 0x8180, 0x8183
+IPV4, INTERNET, NAME_OF_THE_QUESTION = 1, 1, 0xC00C
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
@@ -23,3 +32,45 @@ def nginx(folder: Path, servers: str) -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+@dataclass
+class Names:
+    """The addresses that a name server tells; a test changes them while it runs."""
+
+    port: int
+    addresses: dict[str, list[str]] = field(default_factory=dict)
+
+    def answer(self, query: bytes) -> bytes:
+        """Answer one question for addresses (RFC 1035)."""
+        number = HEADER.unpack_from(query)[0]
+        end = query.index(b"\0", HEADER.size) + 5  # of the question: type and class come after the name
+        question, name, at = query[HEADER.size : end], [], HEADER.size
+        while length := query[at]:
+            name.append(query[at + 1 : at + 1 + length].decode())
+            at += 1 + length
+        found = self.addresses.get(".".join(name), [])
+        records = [ANSWER.pack(NAME_OF_THE_QUESTION, IPV4, INTERNET, 600, 4, socket.inet_aton(each)) for each in found]
+        flags = RESPONSE if found else NO_SUCH_NAME
+        return HEADER.pack(number, flags, 1, len(found), 0, 0) + question + b"".join(records)
+
+
+@contextmanager
+def name_server() -> Iterator[Names]:
+    """Run one on a free port of this machine."""
+    with socket.socket(type=socket.SOCK_DGRAM) as channel:
+        channel.bind(("127.0.0.1", 0))
+        names = Names(channel.getsockname()[1])
+
+        def serve() -> None:
+            while query := channel.recvfrom(512):
+                if not query[0]:
+                    return
+                channel.sendto(names.answer(query[0]), query[1])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield names
+        with socket.socket(type=socket.SOCK_DGRAM) as closing:
+            closing.sendto(b"", ("127.0.0.1", names.port))
+        thread.join(10)

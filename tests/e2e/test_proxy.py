@@ -16,8 +16,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.names import Names, name_server
-from tests.e2e.nginx import CONFIGURATIONS, nginx
+from tests.e2e.nginx import CONFIGURATIONS, Names, name_server, nginx
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.test_monitoring import free_port

@@ -19,8 +19,7 @@ from websockets.sync.client import connect
 
 from tests import postgres
 from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.names import Names, name_server
-from tests.e2e.nginx import CONFIGURATIONS, nginx
+from tests.e2e.nginx import CONFIGURATIONS, Names, name_server, nginx
 from tests.service.fakes import wait_until
 from tests.test_monitoring import free_port
 

@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from tests.e2e.conftest import RunningServer, SlowDown
+from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown
 from tests.tools import needs
+from tminus.model.pixels import to_uint8
+from tminus.model.rng import image_noise
 
 QUICK: dict[str, Any] = {"steps": 4, "sampler": "ddim", "seed": 1}
 
@@ -36,6 +41,35 @@ def test_curl_gets_a_sheet_of_eight_garments(bundled_server: RunningServer, tmp_
         assert cell[:, :4].mean() < 10
         assert cell[:, -4:].mean() < 10
         assert cell[6:26, 10:22].mean() > 60
+
+
+def test_diffusers_draws_the_same_from_the_bundled_folder(
+    bundled_server: RunningServer, own_server: Callable[..., RunningServer]
+) -> None:
+    pipeline: Any = DDPMPipeline.from_pretrained(BUNDLED)
+    assert type(pipeline.unet).__name__ == "UNet2DModel"
+    unet: Any = UNet2DModel.from_pretrained(BUNDLED, subfolder="unet")
+    scheduler: Any = DDIMScheduler.from_pretrained(BUNDLED, subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    labels = torch.tensor([1, 7])
+    x = image_noise(11, range(2), 0, (1, 32, 32), torch.device("cpu"))
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            eps = unet(x, t, class_labels=labels).sample
+            x = scheduler.step(eps, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    theirs = to_uint8(x).numpy()[:, 0]
+
+    def differences(running: RunningServer) -> Any:
+        asked = {"n": 2, "steps": 10, "sampler": "ddim", "seed": 11, "class_label": ["trouser", "sneaker"]}
+        with Image.open(io.BytesIO(running.post(json=asked).content)) as sheet:
+            cells = np.asarray(sheet).reshape(1, 32, 2, 32).swapaxes(1, 2).reshape(2, 32, 32)
+        return abs(cells.astype(int) - theirs.astype(int))
+
+    assert differences(bundled_server).mean() < 1, "which runs as it does by default"
+    float32 = bundled_server
+    if httpx.get(f"{bundled_server.url}/model").json()["precision"] != "float32":
+        float32 = own_server("--executor", "openvino", "--precision", "float32", checkpoint=BUNDLED)
+    assert differences(float32).max() <= 1
 
 
 def test_sheet_zip_and_json_hold_the_same_images(server: RunningServer) -> None:
