@@ -506,22 +506,6 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     page.wait_until("Press Sample to make your own.")
 
 
-def test_cancel_before_the_answer_cancels_the_job(
-    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
-) -> None:
-    page, held = open_page(), []
-    page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
-    slow_down(server)
-    page.sample(**LONG)
-    page.press("Cancel")
-    page.wait_until("Cancelling…")
-    page.go_on_until(lambda: bool(held))
-    held[0].continue_()
-    page.wait_until("Cancelled.")
-    job = httpx.get(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
-    assert job["state"] == "cancelled"
-
-
 def test_a_cancel_that_fails_says_so_and_the_job_goes_on(
     open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
@@ -599,30 +583,6 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     assert seeds() == ["4", "3", "2", "1"]
 
 
-def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page: OpenPage) -> None:
-    page = open_page()
-    page.sample(**QUICK)
-    expect(page.tab.locator("#gallery li")).to_have_count(1)
-    expect(page.tab.locator("#frame-text")).to_contain_text(f" of {QUICK['steps'] + 1}:")
-    page.tab.evaluate(COUNT_URLS)
-    seeds = page.tab.evaluate(
-        """async () => {
-            const { addResult } = await import(new URL("page/gallery.js", location.href));
-            const model = await (await fetch("model")).json(), { jobs } = await (await fetch("jobs")).json();
-            const picture = await (await fetch(document.querySelector("#gallery img").src)).blob();
-            for (let seed = 2; seed <= 35; seed++) {
-                const parameters = { ...jobs[0].parameters, seed };
-                addResult({ id: String(seed).padStart(32, "0"), parameters }, picture, model);
-                await document.querySelector("#gallery img").decode();
-            }
-            return [...document.querySelectorAll("#gallery .png")].map((link) => link.download);
-        }"""
-    )
-    assert seeds == [f"tminus-{seed}.png" for seed in range(35, 5, -1)]
-    assert page.tab.evaluate("window.urls.size") == 30
-    assert page.picture("#gallery li:last-child img")
-
-
 def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
     open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
@@ -642,23 +602,6 @@ def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
     page.tab.unroute(re.compile(EVENTS))
     expect(page.tab.locator("#frame-text")).to_contain_text(re.compile(r"Frame \d+ of \d+"))
     page.wait_until("Running.")
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-
-
-def test_a_connection_that_is_there_again_is_said_before_any_frame(
-    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    page.hear_status()
-    page.lost = "net::ERR_CONNECTION_RESET"
-    page.tab.route(re.compile(EVENTS), lambda route: route.abort("connectionreset"), times=1)
-    slow_down(server)
-    page.sample(**LONG)
-    page.wait_for_step()
-    heard = page.heard()
-    broke = next(at for at, text in enumerate(heard) if text.startswith("The connection broke."))
-    assert heard[broke + 1 :] == ["There is a connection again.", "Running."]
     page.press("Cancel")
     page.wait_until("Cancelled.")
 
@@ -699,23 +642,6 @@ def test_a_job_that_failed_says_why(open_page: OpenPage, server: RunningServer, 
     page.tab.goto(f"{server.url}/#job={post_job(server, **LONG, deadline_s=1 + 1.5 * first['eta_s'])}")
     page.wait_until("Not done.")
     expect(page.tab.locator("#error")).to_contain_text("deadline_s")
-
-
-def test_a_job_that_is_not_durable_cannot_be_followed(
-    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    with ThreadPoolExecutor(1) as pool:
-        slow_down(server)
-        asked = pool.submit(server.post, json=LONG)
-        running = f"{server.url}/jobs?state=running"
-        server.wait_until(lambda: httpx.get(running).json()["jobs"] != [])
-        (job,) = httpx.get(running).json()["jobs"]
-        page.tab.goto(f"{server.url}/#job={job['id']}")
-        expect(page.tab.locator("#error")).to_contain_text("cannot be followed: it is not durable")
-        expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
-        httpx.delete(f"{server.url}/jobs/{job['id']}")
-        asked.result()
 
 
 def test_tabs_that_nobody_sees_leave_the_connections_to_others(
@@ -850,26 +776,6 @@ def test_the_form_begins_with_what_is_recommended_and_suggests_steps_until_they_
     for sampler in ("ddpm", "ddim"):
         page.fill(sampler=sampler)
         assert form_of(page)["steps"] == "33"
-
-
-def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: OpenPage, tmp_path: Path) -> None:
-    page = open_page(color_scheme="light")
-    page.refuse(r"/sample\?", 429)  # else the page opens with a sample
-    page.tab.reload()
-    page.wait_for_the_opening()
-    expect(page.tab.locator("#caption")).to_contain_text("The server has no time for a first sample just now.")
-    for name, text in {"x_t": "No image yet", "x_0": "No image yet", "noise-image": "No image chosen yet"}.items():
-        place = page.tab.locator(f".picture:has(#{name})")
-        expect(place.get_by_text(text)).to_be_visible()
-        expect(page.tab.locator(f"#{name}")).to_be_hidden()
-        box = place.bounding_box()
-        assert box["width"] == pytest.approx(box["height"], abs=1)
-        assert gray(place.screenshot()).mean() > 200, "not black"
-    page.sample(**QUICK)
-    page.wait_until(DONE)
-    expect(page.tab.locator("#x_t")).to_be_visible()
-    expect(page.tab.locator(".picture:has(#x_t) .empty")).to_be_hidden()
-    expect(page.tab.locator("figure:has(#x_t) figcaption")).to_have_text("xt, the noisy image")
 
 
 @pytest.mark.parametrize(("width", "n"), [(360, 4), (1280, 8)])

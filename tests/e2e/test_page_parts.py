@@ -215,25 +215,6 @@ def test_it_plays_by_itself_only_for_those_who_like_motion(open_page: OpenPage, 
     assert any(text.startswith("Frame 1 of 21") for text in texts[came:]) == (motion == "no-preference")
 
 
-def test_a_mouse_that_crosses_the_plot_does_not_stop_what_is_watched(
-    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    slow_down(server)
-    page.sample(**LONG)
-    page.wait_for_step()
-    page.tab.locator("#plot").scroll_into_view_if_needed()
-    box = page.tab.locator("#chart").bounding_box()
-    page.tab.mouse.move(box["x"] + 10, box["y"] + 30)
-    expect(page.tab.locator("#frame-text")).to_contain_text("Frame ")
-    first = frame_numbers(page)
-    expect(page.tab.locator("#frame-text")).not_to_contain_text(f"Frame {first[0]} of")
-    now = frame_numbers(page)
-    assert now[0] == now[1] > first[0]
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
-
-
 # --- presets, links and recipes ---
 
 
@@ -416,26 +397,6 @@ def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp
     expect(page.tab.locator("#again")).to_be_disabled()
 
 
-def test_an_answer_about_an_older_png_is_not_shown_below_a_newer_one(
-    open_page: OpenPage, server: RunningServer, tmp_path: Path
-) -> None:
-    page, held = open_page(), []
-    page.tab.route(re.compile(r"/sample$"), lambda route: held.append(route))
-    for name in ("one", "other"):
-        file = tmp_path / f"{name}.png"
-        file.write_bytes(server.post(json=OPENING).content)
-        page.tab.locator("#noise-file").set_input_files(file)
-        expect(page.tab.locator("#recipe-text")).to_contain_text(f"{name}.png says how it was made")
-        if not held:
-            page.press("Make it again")
-            page.go_on_until(lambda: bool(held))
-    with page.tab.expect_response(re.compile(r"/sample$")) as answered:
-        held[0].continue_()
-    answered.value.finished()
-    page.tab.evaluate("() => new Promise((resolve) => setTimeout(resolve))")
-    expect(page.tab.locator("#recipe-answer")).to_have_text("")
-
-
 def test_a_file_is_looked_at_only_within_bounds(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
     page, file = open_page(), tmp_path / "bomb.png"
     size_and_read = """async () => { let read = false;
@@ -528,18 +489,6 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
         expect(page.tab.locator("#noise-t")).to_have_value(str(t))
     for number, passes in enumerate(("19 passes, ", "51 passes, ", "20 to 40 passes, ")):
         expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
-
-
-def test_lanes_that_nobody_asked_for_are_refused_in_silence(open_page: OpenPage) -> None:
-    page = open_page()
-    page.refuse(r"/sample\?", 429)
-    with page.tab.expect_response(re.compile(r"/sample\?")):
-        page.tab.locator("#lanes").scroll_into_view_if_needed()
-    for told in page.tab.locator(".lane:visible .told").all():
-        expect(told).to_have_text("")
-    expect(page.tab.locator("#compare-status")).to_have_text("")
-    page.press("Compare")
-    expect(page.tab.locator("#compare-status")).to_have_text("0 of 2 lanes are done.")
 
 
 def test_lanes_show_something_at_once_and_one_that_is_refused_says_why(open_page: OpenPage) -> None:
