@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -103,22 +102,6 @@ def test_hash_changes_with_a_value_a_name_or_a_shape_and_not_with_the_order() ->
     assert hash_weights({"c": state["a"], "b": state["b"]}) != digest
 
 
-def test_writing_again_replaces_every_file_and_leaves_no_part(conditional: Path) -> None:
-    state = {key: value + 1 for key, value in random_net(CONDITIONAL).state_dict().items()}
-    save_checkpoint(conditional, state, CONDITIONAL, SHORT, LABELS, {"step": 8})
-    loaded = load_checkpoint(conditional)
-    assert loaded.weights_hash == hash_weights(state)
-    assert provenance_in(conditional) == {"step": 8}
-    files = {str(file.relative_to(conditional)) for file in conditional.rglob("*") if file.is_file()}
-    assert files == {
-        "model_index.json",
-        "tminus.json",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        str(WEIGHTS),
-    }
-
-
 def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
     file = tmp_path / "state.pt"
     file.write_bytes(b"old")
@@ -204,8 +187,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "shards": {"max_shard_size": "30KB"},
     "bin shards": {"max_shard_size": "30KB", "safe_serialization": False},
     "variant": {"variant": "fp16"},
-    "bin variant": {"variant": "fp16", "safe_serialization": False},
-    "variant in shards": {"variant": "fp16", "max_shard_size": "30KB"},
 }
 
 
@@ -241,23 +222,6 @@ def test_attention_names_from_before_2023_are_understood(folder: Path, suffix: s
     else:
         save_file(state, folder / WEIGHTS)
     assert_same_net(load_checkpoint(folder), random_net())
-
-
-def test_old_attention_names_are_understood_in_shards(folder: Path) -> None:
-    state = old_names(load_file(folder / WEIGHTS))
-    (folder / WEIGHTS).unlink()
-    keys = sorted(state)
-    weight_map = {}
-    for i, part in enumerate((keys[::2], keys[1::2])):
-        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
-        save_file({key: state[key] for key in part}, folder / "unet" / name)
-        weight_map.update(dict.fromkeys(part, name))
-    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert_same_net(load_checkpoint(folder), random_net())
-
-
-# --- labels -------------------------------------------------------------------------------------------------------
 
 
 # --- what was approved --------------------------------------------------------------------------------------------
@@ -363,11 +327,6 @@ def model_index(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "model_index.json", **changes)
 
 
-def quiet_csr() -> torch.Tensor:
-    with warnings.catch_warnings(action="ignore"):  # torch says that these are new
-        return torch.zeros(8, 9).to_sparse_csr()
-
-
 def bin_with(key: str, value: torch.Tensor) -> Callable[[Path], None]:
     """The weights as a .bin, with another tensor in it."""
 
@@ -383,23 +342,12 @@ def scheduler_config(**changes: Any) -> Callable[[Path], None]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "folder missing": (shutil.rmtree, "no such folder"),
-    "folder empty": (lambda f: (shutil.rmtree(f), f.mkdir()), "the folder is empty"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
-    "no config": (lambda f: (f / "unet/config.json").unlink(), r"config\.json: missing"),
     "no scheduler": (
         lambda f: shutil.rmtree(f / "scheduler"),
         r"a U-Net without a scheduler_config\.json.* folder of",
     ),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),
-    "many files that are something else": (
-        lambda f: (shutil.rmtree(f), f.mkdir(), [(f / f"{n:03}.txt").write_bytes(b"") for n in range(100)]),
-        r"holds 000\.txt, 001\.txt, .*, 0\d\d\.txt, \[\.\.\.\]\. What",
-    ),
-    "something else": (
-        lambda f: (shutil.rmtree(f), f.mkdir(), (f / "model.onnx").touch()),
-        r"holds model\.onnx\. .* folder of diffusers",
-    ),
     "latent diffusion without its autoencoder": (
         model_index(_class_name="LDMPipeline"),
         "model_index.json: an LDMPipeline without its autoencoder, the folder vqvae/",
@@ -410,10 +358,6 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
             unet_config(cross_attention_dim=768)(f),
         ),
         "'StableDiffusionPipeline' is not served: it makes images of text, .*; those that are: DDPMPipeline, DDIMPipe",
-    ),
-    "a pipeline of another kind": (
-        model_index(_class_name="AudioDiffusionPipeline"),
-        "model_index.json: 'AudioDiffusionPipeline' is not served; those that are: DDPMPipeline, DDIMPipeline",
     ),
     "a pipeline with a transformer": (
         model_index(_class_name="DiTPipeline", transformer=["diffusers", "DiTTransformer2DModel"]),
@@ -427,44 +371,34 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "config.json: 'DiTTransformer2DModel' is a transformer, and U-Nets are what is run here",
     ),
-    "a pipeline of numbers": (model_index(_class_name=[1]), r"\[1\] is not served"),
-    "a scheduler of numbers": (model_index(scheduler=[1, 2]), r"scheduler must be \[library, class\], got \[1, 2\]"),
     "another network": (
         unet_config(_class_name="UNet2DConditionModel"),
         "_class_name must be UNet2DModel, got",
     ),
     "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
-    "defaults of a number": (unet_config(_use_default_values=5), "_use_default_values must be a list of names, got 5"),
-    "channels of four hundred digits": (unet_config(in_channels=10**400), "in_channels must be a positive integer"),
     "a scheduler that is not served": (
         lambda f: model_index(scheduler=["diffusers", "ScoreSdeVeScheduler"])(f),
         "'ScoreSdeVeScheduler' is not served; those that are: DDPMScheduler",
     ),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{'a': 1"), r"config\.json: not JSON"),
-    "config not UTF-8": (lambda f: (f / "unet/config.json").write_bytes(b"\xff\xfe{}"), r"config\.json: not JSON"),
-    "config too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**6), r"config\.json: not JSON"),
-    "config a list": (lambda f: (f / "unet/config.json").write_text("[]"), r"config\.json: must hold a JSON object"),
-    "config huge": (lambda f: (f / "unet/config.json").write_text(" " * (9 * 2**20)), r"config\.json: larger than"),
-    "tminus.json not JSON": (lambda f: (f / "tminus.json").write_text("x"), r"tminus\.json: not JSON"),
-    "safetensors cut": (lambda f: cut(f / WEIGHTS, 0.5), r"\.safetensors: truncated or not a weights file"),
-    "safetensors cut in its header": (lambda f: cut(f / WEIGHTS, 0.001), r"\.safetensors: truncated"),
-    "safetensors empty": (lambda f: cut(f / WEIGHTS, 0), r"\.safetensors: truncated"),
-    "safetensors of noise": (lambda f: (f / WEIGHTS).write_bytes(os.urandom(4096)), r"\.safetensors: truncated"),
     "safetensors without tensors": (lambda f: save_file({}, f / WEIGHTS), "the weights hold no tensors"),
     "bin cut": (lambda f: cut(as_bin(f), 0.5), r"\.bin: truncated"),
-    "bin empty": (lambda f: cut(as_bin(f), 0), r"\.bin: truncated"),
-    "bin of noise": (lambda f: as_bin(f).write_bytes(b"\x93" * 4096), r"\.bin: "),
-    "bin of the old format cut": (lambda f: cut(as_old_bin(f), 0.5), r"\.bin: "),
     "bin of a list": (lambda f: torch.save([torch.ones(1)], as_bin(f)), r"\.bin: must hold a state dict of tensors"),
-    "bin of numbers": (lambda f: torch.save({"a": 1}, as_bin(f)), r"\.bin: must hold a state dict of tensors"),
+    "a pipeline of numbers": (model_index(_class_name=[1]), r"\[1\] is not served"),
+    "a scheduler of numbers": (model_index(scheduler=[1, 2]), r"scheduler must be \[library, class\], got \[1, 2\]"),
+    "defaults of a number": (unet_config(_use_default_values=5), "_use_default_values must be a list of names, got 5"),
+    "channels of four hundred digits": (unet_config(in_channels=10**400), "in_channels must be a positive integer"),
+    "config too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**6), r"config\.json: not JSON"),
+    "shard that is the parent": (lambda f: with_index(f, {"weight_map": {"a": ".."}}), "unet: |not there|same folder"),
+    "weight map of numbers": (lambda f: with_index(f, {"weight_map": {"a": 1}}), "weight_map must map keys"),
+    "shard by absolute path": (
+        lambda f: with_index(f, {"weight_map": {"conv_in.weight": str(f / "stolen.safetensors")}}),
+        r"weight_map must map keys to file names in the same folder",
+    ),
     "NaN": (nan_weights, r"conv_in\.bias holds NaN or infinite weights"),
     "whole numbers": (
         lambda f: change_weights(f, lambda s: s.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)})),
         r"conv_in\.bias must be of float32, .*, got torch\.int64",
-    ),
-    "float8": (
-        lambda f: change_weights(f, lambda s: s.update({"conv_in.bias": torch.zeros(8).to(torch.float8_e4m3fn)})),
-        r"conv_in\.bias must be of float32, .*, got torch\.float8_e4m3fn",
     ),
     "one value for forty gigabytes": (
         bin_with("conv_in.bias", torch.zeros(1).expand(10**10)),
@@ -474,10 +408,6 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "sparse": (
         bin_with("conv_in.bias", torch.zeros(8).to_sparse()),
         r"must hold plain values, got torch\.sparse_coo|sparse tensor",
-    ),
-    "sparse rows": (
-        bin_with("conv_in.weight", quiet_csr()),
-        r"must hold plain values, got torch\.sparse_csr|sparse tensor",  # the second from torch, since 2.15
     ),
     "key missing": (
         lambda f: change_weights(f, lambda s: s.pop("mid_block.resnets.1.conv2.bias")),
@@ -491,45 +421,18 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_weights(f, lambda s: s.update({"conv_in.weight": torch.ones(8, 3, 3, 3)})),
         r"wrong shape of conv_in\.weight: config\.json asks for \(8, 1, 3, 3\), got \(8, 3, 3, 3\)",
     ),
-    "config of a wider net": (unet_config(block_out_channels=[16, 32]), "wrong shape of"),
     "config of a net that would fill the memory": (
         unet_config(block_out_channels=[2**20, 2**21]),
         "wrong shape of",
     ),
-    "config value": (unet_config(norm_num_groups=5), "block_out_channels must be multiples of norm_num_groups"),
-    "channels": (unet_config(out_channels=2), "wrong shape of|only 1 or 3 channels"),
-    "size": (unet_config(sample_size=9), r"sample_size \(9, 9\) must divide by 2"),
     "shard outside": (
         lambda f: with_index(f, {"weight_map": {"conv_in.weight": "../stolen.safetensors"}}),
         r"weight_map must map keys to file names in the same folder",
     ),
-    "shard by absolute path": (
-        lambda f: with_index(f, {"weight_map": {"conv_in.weight": str(f / "stolen.safetensors")}}),
-        r"weight_map must map keys to file names in the same folder",
-    ),
-    "shard that is the parent": (lambda f: with_index(f, {"weight_map": {"a": ".."}}), "unet: |not there|same folder"),
     "shard missing": (
         lambda f: with_index(f, {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}),
         r"00001-of-00002\.safetensors: the weight map names this file, and it is not there",
     ),
-    "weight map of numbers": (lambda f: with_index(f, {"weight_map": {"a": 1}}), "weight_map must map keys"),
-    "weight map a list": (lambda f: with_index(f, {"weight_map": ["a"]}), "weight_map must map keys"),
-    "index not JSON": (lambda f: with_index(f, "{"), r"index\.json: not JSON"),
-    "thresholding": (scheduler_config(thresholding=True), "thresholding must be false"),
-    "variance of no one meaning": (scheduler_config(variance_type="learned"), "variance_type must be among"),
-    "learned variance without its channels": (
-        scheduler_config(variance_type="learned_range"),
-        "only 1 or 3 channels in and twice as many out .* variance_type learned_range, got 1 -> 1",
-    ),
-    "another solver": (
-        lambda f: (
-            model_index(scheduler=["diffusers", "DPMSolverMultistepScheduler"])(f),
-            scheduler_config(solver_order=1)(f),
-        ),
-        "solver_order must be 2 for dpmpp_2m, got 1",
-    ),
-    "betas": (scheduler_config(trained_betas=[2.0] * 20), r"trained_betas must be numbers in \(0, 1\]"),
-    "betas of text": (scheduler_config(trained_betas=["a"] * 20), "scheduler config"),
 }
 
 

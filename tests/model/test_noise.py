@@ -235,26 +235,12 @@ def test_dpm_solver_config_clips_unless_it_says_otherwise(config: dict[str, Any]
     assert (noise.clip_sample, noise.clip_sample_range, noise.thresholding) == (clip, 1.0, False)
 
 
-def test_dpm_solver_config_that_spells_its_defaults_out_is_read() -> None:
-    spelt = {
-        **KIND_OF_SAMPLER["dpmpp_2m"].must,
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "variance_type": None,
-    }
-    noise = NoiseConfig.from_dict(DPM_SOLVER | spelt | {"timestep_spacing": "leading", "use_lu_lambdas": None})
-    assert noise == NoiseConfig(default_sampler="dpmpp_2m", timestep_spacing="leading")
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("solver_order", 1),
-        ("algorithm_type", "dpmsolver"),
-        ("solver_type", "heun"),
         ("final_sigmas_type", "sigma_min"),
         ("use_karras_sigmas", True),
-        ("use_lu_lambdas", True),
         ("lambda_min_clipped", -5.1),
     ],
 )
@@ -270,17 +256,11 @@ def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, 
     ("sampler", "changes"),
     [
         ("dpmpp_3m", {"solver_order": 3, "lower_order_final": False}),
-        ("dpmpp_2m_sde", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
         ("unipc", {"predict_x0": False}),
-        ("unipc", {"disable_corrector": [0]}),
-        ("unipc", {"solver_type": "bh1"}),
         ("deis", {"solver_order": 3}),
-        ("deis", {"lower_order_final": False}),
-        ("unipc", {"lower_order_final": False}),
         ("plms", {"skip_prk_steps": False}),
         ("plms", {}),  # whose class begins with Runge-Kutta steps
         ("euler", {"final_sigmas_type": "sigma_min"}),
-        ("euler", {"timestep_type": "continuous"}),
         ("heun", {"use_beta_sigmas": True}),
     ],
 )
@@ -290,12 +270,6 @@ def test_config_of_a_solver_that_is_none_of_ours_is_refused_by_field_and_value(
     config = {"_class_name": KIND_OF_SAMPLER[sampler].class_name, **changes}
     with pytest.raises(ValueError, match=rf"scheduler config: \w+ must be .* for {sampler}, got"):
         NoiseConfig.from_dict(config)
-
-
-@pytest.mark.parametrize(("field", "value"), [("sigma_min", 0.1), ("shift_terminal", 0.2), ("solver_p", "x")])
-def test_field_of_a_solver_that_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"scheduler config: {field} must be None for unipc, got {value!r}"):
-        NoiseConfig.from_dict({"_class_name": "UniPCMultistepScheduler", field: value})
 
 
 REFUSED_BY_DIFFUSERS = {("dpmpp_2m_sde", DEISMultistepScheduler), ("deis", DPMSolverMultistepScheduler)}
@@ -346,9 +320,7 @@ def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logg
 @pytest.mark.parametrize(
     "name",
     [
-        *("EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
-        *("LMSDiscreteScheduler", "ScoreSdeVeScheduler", "SASolverScheduler"),
-        *("DDIMInverseScheduler", "", 5),
+        *("EulerAncestralDiscreteScheduler", "", 5),
     ],
 )
 def test_another_scheduler_is_refused_by_name(name: object) -> None:
@@ -359,26 +331,18 @@ def test_another_scheduler_is_refused_by_name(name: object) -> None:
 
 BAD: list[tuple[str, Any]] = [
     ("num_train_timesteps", 0),
-    ("num_train_timesteps", 10**9),
     ("num_train_timesteps", 1000.0),
     ("beta_schedule", "laplace"),
     ("variance_type", "learned"),
-    ("variance_type", "fixed_large_log"),
     ("prediction_type", "flow"),
     ("timestep_spacing", "karras"),
     ("thresholding", True),
-    ("clip_sample_range", 0),
     ("clip_sample_range", math.nan),
     ("steps_offset", -1),
-    ("steps_offset", 1000),
     ("beta_start", 0.0),
-    ("beta_start", 0.5),
-    ("beta_start", math.nan),
     ("trained_betas", [0.1, 0.2]),
     ("clip_sample_range", None),
     ("beta_end", "0.02"),
-    ("clip_sample", "yes"),
-    ("timestep_spacing", ["leading"]),
 ]
 
 
@@ -395,9 +359,3 @@ def test_a_single_timestep_with_zero_snr_is_refused_with_the_config() -> None:
         NoiseConfig.from_dict({**zero_snr, "num_train_timesteps": 1})
     assert NoiseConfig.from_dict({**zero_snr, "num_train_timesteps": 2}).schedule().alpha_bar[-1] == 0
     assert NoiseConfig(num_train_timesteps=1).schedule().num_timesteps == 1
-
-
-@pytest.mark.parametrize("change", [{"beta_start": "small"}, {"clip_sample_range": None}, {"steps_offset": [1]}])
-def test_value_of_a_type_nobody_expects_is_a_value_error_too(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="scheduler config"):
-        NoiseConfig.from_dict(change)

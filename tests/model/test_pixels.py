@@ -1,7 +1,4 @@
 import io
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,8 +58,3 @@ def test_a_picture_is_cropped_to_the_shape_and_not_squeezed() -> None:
     picture.paste(200, (8, 0, 24, 16))
     assert np.unique(fit_picture(picture, (16, 16), 1)).tolist() == [200]
     assert fit_picture(picture, (8, 4), 3).shape == (4, 8, 3)
-
-
-def test_pictures_are_made_ready_without_torch() -> None:
-    program = "import sys; import model.pixels; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.model.noise import NoiseConfig
-from tminus.model.sampler_tables import FOLDER, FORMAT, Table, nearest, read_tables, write_table
+from tminus.model.sampler_tables import FOLDER, FORMAT, Table, read_tables, write_table
 from tminus.model.samplers import compile_plan, denoise, table_plan
 
 NOISE = NoiseConfig()
@@ -61,7 +61,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "newer": ({"format": FORMAT + 1}, r"format must be 1 \(it is of a newer version of tminus\), got 2"),
-    "no format": ({"format": None}, "format must be 1, got None"),
     "unknown sampler": ({"sampler": "ddpm"}, "sampler must be one of tuned, consistency, got 'ddpm'"),
     "other weights": (
         {"weights_hash": "cd" * 32},
@@ -69,24 +68,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other schedule": ({"noise": {}}, "noise must be the checkpoint's own noise schedule, got {}"),
     "no steps": ({"steps": 0}, r"steps must be an integer in 1\.\.1000, got 0"),
-    "too many steps": ({"steps": 1001}, r"steps must be an integer in 1\.\.1000, got 1001"),
     "steps that are none": ({"steps": True}, r"steps must be an integer in 1\.\.1000, got True"),
     "guidance": ({"guidance": 51}, r"guidance must be a number in 0\.\.50, got 51"),
-    "NaN guidance": ({"guidance": math.nan}, r"guidance must be a number in 0\.\.50, got nan"),
     "too few timesteps": ({"timesteps": [999, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
-    "timesteps above T": ({"timesteps": [1000, 500, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
     "timesteps below 0": ({"timesteps": [999, 500, -1]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
     "timesteps that rise": ({"timesteps": [999, 500, 600]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
-    "timesteps that stay": ({"timesteps": [999, 500, 500]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
-    "NaN timestep": ({"timesteps": [999, math.nan, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
     "no lines": ({"lines": None}, "lines must be 3 lists of 5 numbers, none above 1000 in size, got None"),
-    "short line": ({"lines": [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0]]}, "lines must be 3 lists of 5 numbers"),
     "NaN": ({"lines": [[1, 0, 0, 0, 0], [1, 0, math.nan, 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5"),
-    "infinite": ({"lines": [[1, 0, 0, 0, 0], [1, 0, math.inf, 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5"),
     "huge": ({"lines": [[1, 0, 0, 0, 0], [1, 0, 1e9, 0, 0], [1, 0, 0, 0, 0]]}, "none above 1000 in size"),
-    "text": ({"lines": [[1, 0, 0, 0, 0], [1, 0, "1", 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5 numbers"),
-    "a number of 400 digits as guidance": ({"guidance": 10**400}, r"guidance must be a number in 0\.\.50, got 1000"),
     "a number of 400 digits as timestep": ({"timesteps": [10**400, 500, 5]}, "timesteps must be 3 falling numbers"),
+    "a number of 400 digits as guidance": ({"guidance": 10**400}, r"guidance must be a number in 0\.\.50, got 1000"),
     "a number of 400 digits in a line": ({"lines": [[10**400, 0, 0, 0, 0]] * 3}, "none above 1000 in size"),
     "negative noise": (
         {"lines": [[1, 0, 0, 0, -1], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]},
@@ -138,16 +129,6 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path_factory: pytest.Te
         file.write_bytes(whole[:length])
         assert read(folder)[0] == ()
         assert "not JSON" in read(folder)[1][0]
-
-
-def test_nearest_is_by_ratio_of_steps_then_by_guidance() -> None:
-    tables = [Table("tuned", steps, guidance, (), ()) for steps in (4, 8, 16) for guidance in (1.5, 2.0)]
-    for steps, guidance, expected in [
-        (1, 1.4, (4, 1.5)), (5, 1.7, (4, 1.5)), (6, 1.8, (8, 2.0)), (11, 1.75, (8, 2.0)), (12, 9.0, (16, 2.0)),
-        (999, 1.5, (16, 1.5)),
-    ]:  # fmt: skip
-        found = nearest(tables, steps, guidance)
-        assert (found.steps, found.guidance) == expected
 
 
 # --- plans --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from tminus.model.timesteps import (
     RHO,
     SIGMA_MAX,
     SIGMA_MIN,
-    SPACINGS,
     log_sigma_at,
     make_timesteps,
     timesteps_of_passes,
@@ -75,24 +74,6 @@ def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
     np.testing.assert_allclose(ours, scheduler.timesteps.numpy(), rtol=0, atol=1e-4)  # theirs are float32
 
 
-# Samplers that are alike in these facts get the same timesteps, so one of each kind is tested at every step count.
-KINDS = {(facts.multistep, facts.fractional): name for name, facts in reversed(SAMPLER_FACTS.items())}
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_timesteps", [400, 1000])
-def test_every_step_count_has_finite_timesteps_that_fall_inside_the_chain(num_timesteps: int, spacing: str) -> None:
-    log_sigmas = NoiseConfig(num_train_timesteps=num_timesteps).schedule().log_sigmas
-    assert set(KINDS.values()) == {"ddpm", "dpmpp_2m", "euler"}
-    for sampler in KINDS.values():
-        for steps in range(1, SAMPLER_FACTS[sampler].max_steps(num_timesteps) + 1):
-            t = np.array(make_timesteps(sampler, spacing, steps, num_timesteps, 0, log_sigmas, fractional=True))
-            assert len(t) == steps, (sampler, steps)
-            assert np.isfinite(t).all(), (sampler, steps)
-            assert 0 <= t[-1] <= t[0] <= num_timesteps - 1, (sampler, steps)
-            assert (t[1:] < t[:-1]).all(), (sampler, steps)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_takes_more_passes_than_there_are_timesteps(sampler: str) -> None:
     facts = SAMPLER_FACTS[sampler]
@@ -134,13 +115,6 @@ def test_timesteps_fall_strictly_inside_the_chain(
     assert len(t) == steps
     assert 0 <= t[-1] <= t[0] < num_timesteps
     assert all(now > then for now, then in pairwise(t))
-
-
-def test_timesteps_of_each_spacing_are_those_of_lin_et_al_table_2() -> None:
-    assert make_timesteps("ddpm", "leading", 10, 1000) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
-    assert make_timesteps("ddpm", "leading", 10, 1000, 1) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
-    assert make_timesteps("ddpm", "trailing", 10, 1000) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert make_timesteps("ddpm", "linspace", 10, 1000) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
 
 
 # --- karras -------------------------------------------------------------------------------------------------------
@@ -206,21 +180,6 @@ def test_karras_equals_diffusers_told_where_to_end_and_with_its_rho(
         top = math.exp(noise.schedule().log_sigmas[-1])
         ramp = theirs._convert_to_karras(torch.tensor([top, SIGMA_MIN]), steps)
         np.testing.assert_allclose(ramp, paper(steps, noise.schedule().log_sigmas, 7), rtol=1e-6)
-
-
-def test_karras_steps_that_share_a_timestep_go_down_and_where_there_is_no_room_up() -> None:
-    log_sigmas = [math.log(sigma) for sigma in (0.01, 0.02, 0.03, 5, 50)]
-    assert karras(2, log_sigmas) == [4, 2]
-    assert karras(3, log_sigmas) == [4, 3, 2]
-    assert karras(4, log_sigmas) == [4, 3, 2, 1]  # the last two are nearest to 2
-    assert karras(5, log_sigmas) == [4, 3, 2, 1, 0]
-    crowded = [math.log(sigma) for sigma in (0.03, 0.04, 0.05, 0.06, 1000)]
-    assert karras(2, crowded) == [4, 0]
-    assert karras(3, crowded) == [4, 3, 0]
-    assert karras(4, crowded) == [4, 3, 2, 0]
-    rare = [math.log(sigma) for sigma in (0.03, 1, 1.01, 1.02, 1.03)]
-    assert karras(3, rare) == [4, 1, 0]  # nearest: 4, 1, 0
-    assert karras(4, rare) == [4, 2, 1, 0]  # nearest: 4, 1, 1, 0 and no room below
 
 
 BETAS = st.lists(st.one_of(st.floats(1e-6, 0.999), st.floats(1e-6, 0.02)), min_size=1, max_size=150)

@@ -6,7 +6,6 @@ import torch
 from diffusers import UNet2DModel
 
 from tests.tiny import TINY, randomize
-from tminus.model.layers import sinusoidal_embedding
 from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -104,48 +103,26 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 BAD: list[tuple[str, Any]] = [
     ("in_channels", 0),
-    ("in_channels", "3"),
-    ("out_channels", -1),
-    ("out_channels", True),
+    ("num_class_embeds", -1),
     ("layers_per_block", 0),
-    ("layers_per_block", 1.5),
-    ("norm_num_groups", None),
     ("block_out_channels", (16, 30, 64)),
-    ("block_out_channels", ()),
-    ("block_out_channels", (16, 32, 0)),
-    ("down_block_types", ("DownBlock2D", "DownBlock2D")),
     ("down_block_types", ("DownBlock2D", "KDownBlock2D", "DownBlock2D")),
-    ("up_block_types", ("UpBlock2D", "SkipUpBlock2D", "UpBlock2D")),
     ("mid_block_type", "UNetMidBlock2DCrossAttn"),
     ("time_embedding_type", "fourier"),
-    ("time_embedding_dim", 0),
-    ("freq_shift", "1"),
     ("freq_shift", 8),
     ("downsample_padding", 2),
     ("downsample_type", "fir"),
-    ("upsample_type", "fir"),
     ("dropout", 1.5),
-    ("dropout", "0"),
-    ("norm_eps", 0),
     ("norm_eps", float("nan")),
     ("mid_block_scale_factor", 0),
     ("act_fn", "tanh"),
-    ("attention_head_dim", 0),
     ("attention_head_dim", 128),
     ("attn_norm_num_groups", 5),
     ("resnet_time_scale_shift", "spatial"),
     ("class_embed_type", "timestep"),
-    ("num_class_embeds", -1),
-    ("num_heads", 0),
     ("num_heads", 5),
-    ("time_proj_dim", 0),
-    ("timestep_scale", 0),
     ("timestep_scale", float("inf")),
-    ("sample_size", 0),
-    ("sample_size", (32, 0)),
     ("sample_size", (32,)),
-    ("sample_size", 32.0),
-    ("sample_size", "32"),
 ]
 
 
@@ -210,23 +187,11 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(net.train()(x, t), net(x, t))
 
 
-def test_sinusoidal_embedding_holds_the_sines_and_cosines_of_its_formula() -> None:
-    embedding = sinusoidal_embedding(torch.tensor([5]), 4, flip_sin_to_cos=False, freq_shift=1)
-    t = torch.tensor([5.0, 5.0e-4], dtype=torch.float64)  # frequencies 1 and 1e-4
-    expected = torch.cat([t.sin(), t.cos()]).float()[None]
-    torch.testing.assert_close(embedding, expected)
-
-
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_bad_config_value_is_refused_by_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"unet config: .*{field}") as refusal:
         UNetConfig.from_dict({**SMALL, "_class_name": "TminusUNet2DModel", field: value})
     assert repr(value) in str(refusal.value)
-
-
-def test_value_of_a_type_nobody_expects_is_a_value_error_too() -> None:
-    with pytest.raises(ValueError, match="unet config"):
-        UNetConfig.from_dict({**SMALL, "block_out_channels": 64})
 
 
 def test_unetres_prefix_of_block_names_is_stripped() -> None:

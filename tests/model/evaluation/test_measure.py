@@ -17,8 +17,6 @@ from tminus.model.evaluation import evaluate as measure
 from tminus.model.evaluation import samples
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
-from tminus.model.evaluation.figures import SampleFigures
-from tminus.model.evaluation.judge import Judge
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point
 from tminus.model.evaluation.report import SweepReport
 from tminus.model.evaluation.result_cache import BatchCache, ResultCache
@@ -85,30 +83,6 @@ def test_each_point_and_seed_has_the_figures_of_a_run_of_its_own(run: Run, toy_c
     assert len({each.classifier_frechet_distance for point in report.points for each in point.seeds}) == 6
 
 
-def test_samples_are_drawn_with_the_threads_that_were_asked_for_and_judged_with_all(
-    toy_classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint, while_drawn, while_judged = toy_checkpoint(), set(), set()
-    judged = Judge.figures
-
-    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        while_drawn.add(torch.get_num_threads())
-        out: Tensor = checkpoint.net(x, t, class_labels)
-        return out
-
-    def figures(*arguments: Any) -> SampleFigures:
-        while_judged.add(torch.get_num_threads())
-        return judged(*arguments)
-
-    monkeypatch.setattr(Judge, "figures", figures)
-    for threads in (2, None):
-        evaluate(
-            checkpoint, TRAIN, TEST, toy_classifier, PLAIN, device=CPU, forward=counted, draw_threads=threads
-        )  # fmt: skip
-    assert (while_drawn, while_judged) == ({1, 2}, {1})
-    assert torch.get_num_threads() == 1
-
-
 def test_points_that_cannot_be_made_are_left_out_with_their_reason(run: Run) -> None:
     report = run((Point("ddim", 21), *POINTS), references=(Point("ddpm", 1000),))
     assert [(point.sampler, point.steps) for point in report.points] == [("ddim", 2), ("ddim", 4), ("ddpm", 3)]
@@ -118,7 +92,8 @@ def test_points_that_cannot_be_made_are_left_out_with_their_reason(run: Run) -> 
         "ddim, 21 steps": "steps must be 1..20, got 21",
         "ddpm, 1000 steps": "steps must be 1..20, got 1000",
     }
-    assert "- Left out: ddim, 21 steps (steps must be 1..20, got 21)." in report.to_markdown()
+    with pytest.raises(ValueError, match=r"steps must be 1\.\.20, got 50"):
+        run((Point("ddim", 50), Point("ddpm", 60)))
 
 
 def test_samples_that_are_not_finite_leave_out_their_point_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +108,6 @@ def test_samples_that_are_not_finite_leave_out_their_point_only(run: Run, monkey
     assert [item.what for item in report.left_out] == ["ddpm, 3 steps"]
     with pytest.raises(EvaluateError, match="not finite"):
         run(POINTS[2:])
-
-
-def test_where_no_point_can_be_made_the_first_one_s_error_is_raised(run: Run) -> None:
-    with pytest.raises(ValueError, match=r"steps must be 1\.\.20, got 50"):
-        run((Point("ddim", 50), Point("ddpm", 60)))
 
 
 # --- what is kept ---
@@ -241,42 +211,41 @@ def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_other_settings_images_and_checkpoints_are_measured_afresh(
+    run: Run,
+    toy_classifier: Classifier,
+    drawn: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = 1
+    run(POINTS[:1], (5,), folder=tmp_path)
+    changes: tuple[dict[str, Any], ...] = (
         {"num_samples": 11},
         {"precision": "bfloat16"},
         {"executor": "another"},
         {"spacing": "trailing"},
         {"eta": 0.5},
         {"guidance_interval": (0, 5)},
-    ],
-    ids=str,
-)
-def test_other_settings_are_measured_afresh(
-    run: Run, drawn: list[object], tmp_path: Path, change: dict[str, object]
-) -> None:
-    run(POINTS[:1], (5,), folder=tmp_path)
-    run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, **change))  # type: ignore[arg-type]
-    assert len(drawn) == 2
+    )
+    for change in changes:
+        expected += 1
+        run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, **change))
+        assert len(drawn) == expected, change
     run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, batch_size=3))
-    assert len(drawn) == 2, "samples do not depend on how they are batched"
+    assert len(drawn) == expected, "samples do not depend on how they are batched"
 
-
-def test_another_checkpoint_and_a_sampler_that_was_changed_are_measured_afresh(
-    run: Run, drawn: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(POINTS[:1], (5,), folder=tmp_path)
     checkpoint = toy_checkpoint()
-    other = dataclasses.replace(checkpoint, weights_hash="another")
-    run(POINTS[:1], (5,), folder=tmp_path, checkpoint=other)
-    assert len(drawn) == 2
-
-    config = dataclasses.replace(checkpoint.net.config, flip_sin_to_cos=False)  # of the same weights
-    net = UNet2D(config)
+    net = UNet2D(dataclasses.replace(checkpoint.net.config, flip_sin_to_cos=False))  # of the same weights
     net.load_state_dict(checkpoint.net.state_dict())
-    run(POINTS[:1], (5,), folder=tmp_path, checkpoint=dataclasses.replace(checkpoint, net=net))
-    assert len(drawn) == 3
+    for other in (dataclasses.replace(checkpoint, weights_hash="another"), dataclasses.replace(checkpoint, net=net)):
+        expected += 1
+        run(POINTS[:1], (5,), folder=tmp_path, checkpoint=other)
+        assert len(drawn) == expected
+    flipped = dataclasses.replace(TEST, images=TEST.images.flip(0).clone(), labels=TEST.labels.flip(0))  # type: ignore[union-attr]
+    for test in (TEST, flipped, TEST):
+        evaluate(toy_checkpoint(), TRAIN, test, toy_classifier, PLAIN, device=CPU, cache=ResultCache(tmp_path))
+    assert len(drawn) == expected + 2
 
     def changed(*arguments: object, **others: object) -> Plan:
         plan = compile_plan(*arguments, **others)  # type: ignore[arg-type]
@@ -284,16 +253,7 @@ def test_another_checkpoint_and_a_sampler_that_was_changed_are_measured_afresh(
 
     monkeypatch.setattr(checkpoint_module, "compile_plan", changed)
     run(POINTS[:1], (5,), folder=tmp_path)
-    assert len(drawn) == 4
-
-
-def test_other_images_under_the_same_name_are_measured_afresh(
-    toy_classifier: Classifier, drawn: list[object], tmp_path: Path
-) -> None:
-    other = dataclasses.replace(TEST, images=TEST.images.flip(0).clone(), labels=TEST.labels.flip(0))  # type: ignore[union-attr]
-    for test in (TEST, other, TEST):
-        evaluate(toy_checkpoint(), TRAIN, test, toy_classifier, PLAIN, device=CPU, cache=ResultCache(tmp_path))
-    assert len(drawn) == 2
+    assert len(drawn) == expected + 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "whole"])

@@ -17,16 +17,11 @@ from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.figures import (
     Bound,
-    FrechetDistance,
-    Memorisation,
-    NearestSummary,
-    PointFigures,
-    SampleFigures,
     Term,
 )
-from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point
+from tminus.model.evaluation.options import EvaluateError, Point
 from tminus.model.evaluation.page import MAX_STRIPS, check_installed, plot_terms, report_files
-from tminus.model.evaluation.report import ModelFacts, SweepReport
+from tminus.model.evaluation.report import SweepReport
 from tminus.model.evaluation.samples import draw_samples, strip_length
 
 pytestmark = pytest.mark.slow
@@ -36,7 +31,6 @@ POINTS = tuple(Point(name, steps) for name in ("ddim", "dpmpp_2m") for steps in 
 HOSTILE = "<script>alert(1)</script>\"&'<img src=x>"
 COMMAND = "tminus evaluate --sampler ddim,dpmpp_2m --checkpoint 'a <b>'"
 VOID = {"meta", "img", "br"}
-NEAREST = NearestSummary(0.1, 0.2, 0.3, 10)
 
 
 class Page(HTMLParser):
@@ -151,10 +145,6 @@ def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
     assert len(values["bound"]["terms"]) == 2
 
 
-def test_the_same_figures_give_the_same_files(report: SweepReport) -> None:
-    assert report_files(report, COMMAND) == report_files(report, COMMAND)
-
-
 def test_no_text_is_taken_for_html(report: SweepReport) -> None:
     model = dataclasses.replace(report.model, class_names=(HOSTILE, "b"))
     hostile = dataclasses.replace(
@@ -166,29 +156,6 @@ def test_no_text_is_taken_for_html(report: SweepReport) -> None:
     assert opened.tags == page(report).tags
     assert opened.text.count(HOSTILE) >= 6
     assert HOSTILE not in text
-
-
-def test_one_way_of_sampling_has_all_its_figures(toy_classifier: Classifier) -> None:
-    single = measured(toy_classifier, points=POINTS[:1], references=())
-    opened = page(single)
-    for text in ("class accuracy", "nearest training image, median", "striped", "mean (least..greatest)", "2 passes"):
-        assert text in opened.text
-    assert "distances.svg" not in report_files(single, COMMAND)
-
-
-def point(sampler: str, steps: int, *distances: float | None, guidance: float = 1.0) -> PointFigures:
-    figures = [FrechetDistance(each, 1.5, 10, 10) if each is not None else None for each in distances]
-    seeds = [SampleFigures(k, None, f, Memorisation(NEAREST, NEAREST, 10), 0.1) for k, f in enumerate(figures)]
-    return PointFigures(sampler, steps, guidance, steps, tuple(seeds))
-
-
-def compared(*points: PointFigures, references: tuple[PointFigures, ...] = ()) -> SweepReport:
-    model = ModelFacts(1, (8, 8), 1, None, (), 20, "linear", "epsilon", "fixed_small", (8,))
-    return SweepReport(
-        checkpoint="toy", weights_hash="abc", train_data="a", test_data="b", device="cpu", torch_version="2",
-        options=EvaluateOptions(), classifier=None, bound=None, reconstruction=None, left_out=(), model=model,
-        seeds=(0, 1), points=points, references=references,
-    )  # fmt: skip
 
 
 def texts(svg: bytes | None) -> list[str]:

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,6 @@ def test_a_result_is_read_as_it_was_written_by_the_same_key_only(tmp_path: Path)
     assert ResultCache(tmp_path / "kept").read(KEY) == {"figure": 0.1}
     for change in ({"seed": 0}, {"interval": (1, 3)}, {"more": 1}):
         assert kept.read(KEY | change) is None
-
-
-def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
-    kept = ResultCache(tmp_path)
-    kept.write(KEY, {"figure": 0.1})
-    (file,) = tmp_path.iterdir()
-    content = json.loads(file.read_text())
-    content["key"]["seed"] = 3
-    file.write_text(json.dumps(content))
-    assert kept.read(KEY) is None
 
 
 def test_a_batch_is_read_as_it_was_written_by_the_same_key_and_images_only(tmp_path: Path) -> None:

@@ -1,16 +1,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
-from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import Given
 from tminus.model.formats.describe import describe
 from tminus.service.engine.options import BUNDLED
-
-CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 
 
 def test_folder_is_told_with_all_that_is_known() -> None:
@@ -47,11 +43,3 @@ def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path
     ]
     assert lines[-1][1].startswith(f"tminus convert {file} FOLDER --timesteps … ")
     assert not [text for name, text in lines if name in ("noise", "predicts", "taken")]
-
-
-def test_what_is_no_checkpoint_is_refused_as_everywhere(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the folder is empty"):
-        describe(tmp_path, Given())
-    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="of no format that is known"):
-        describe(tmp_path / "a.pt", Given())

@@ -155,12 +155,6 @@ def test_heads_that_do_not_fit_are_refused(facts: dict[str, Any], message: str, 
         read_foreign(file, Given(**FIXED | facts))
 
 
-def test_variance_that_the_network_learned_is_not_taken_from_a_flag(tmp_path: Path) -> None:
-    file = save(net_of(heads=1, out_channels=6), tmp_path / "ema.pt")
-    with pytest.raises(ValueError, match="--variance says nothing about a file of OpenAI's"):
-        read_foreign(file, Given(**FIXED, heads=1))
-
-
 def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> None:
     state = net_of(heads=4).state_dict()
     given = Given(**FIXED, heads=4, attention_order="legacy")

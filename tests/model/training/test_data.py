@@ -43,16 +43,10 @@ def test_idx_file_is_read_as_its_header_says(tmp_path: Path, shape: tuple[int, .
 GOOD = idx_bytes(np.arange(12).reshape(3, 4))
 MALFORMED = {
     "not gzip": GOOD,
-    "empty": b"",
-    "gzip of nothing": gzip.compress(b""),
     "cut gzip": gzip.compress(GOOD * 20)[:-12],
     "gzip with a changed body": gzip.compress(GOOD, 0)[:20] + b"\xff\xff\xff" + gzip.compress(GOOD, 0)[23:],
-    "gzip with a bad block": gzip.compress(GOOD)[:10] + b"\xff" * 20,
     "signed bytes": gzip.compress(b"\x00\x00\x09" + GOOD[3:]),
-    "another magic": gzip.compress(b"PNG\x02" + GOOD[4:]),
     "body too short": gzip.compress(GOOD[:-1]),
-    "body too long": gzip.compress(GOOD + b"\x00"),
-    "header cut": gzip.compress(GOOD[:6]),
     "header only of more dimensions than it holds": gzip.compress(b"\x00\x00\x08\xff"),
     "dimensions whose product overflows 64 bits": gzip.compress(b"\x00\x00\x08\x04" + b"\x80\x00\x00\x00" * 4),
 }
@@ -126,19 +120,6 @@ def test_transparent_pixels_are_laid_over_the_background_and_the_name_says_so(tm
     black, white = load_image_folder(folder, 8, 3), load_image_folder(folder, 8, 3, (255, 255, 255))
     assert (black.images.unique().tolist(), black.name) == ([0], "logos")
     assert (white.images.unique().tolist(), white.name) == ([255], "logos over #ffffff")
-
-
-def test_folders_inside_those_of_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for split in ("train", "test"):
-        for digit in range(10):
-            paint(tmp_path / split / str(digit) / "1.png", (8, 8), (1, 1, 1))
-    assert load_image_folder(tmp_path, 8, 3).class_names == ("test", "train")
-    (warning,) = caplog.messages
-    assert "its classes are the folders directly in it: test, train." in warning
-    assert "not classes: test/0, test/1, " in warning
-    caplog.clear()
-    assert load_image_folder(tmp_path / "train", 8, 3).class_names == tuple("0123456789")
-    assert caplog.messages == []
 
 
 def truncated_png(path: Path) -> None:

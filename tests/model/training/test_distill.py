@@ -143,14 +143,6 @@ def test_guidance_of_a_student_multiplies_that_in_its_teachers_weights(tmp_path:
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def test_run_is_a_function_of_its_config(straight: Path, tmp_path: Path, teacher: Path) -> None:
-    assert run(tmp_path / "again", teacher)
-    assert_same_run(straight, tmp_path / "again")
-    assert tables_in(straight) == tables_in(tmp_path / "again")
-    assert run(tmp_path / "other", teacher, seed=6)
-    assert load_checkpoint(tmp_path / "other").weights_hash != load_checkpoint(straight).weights_hash
-
-
 @pytest.mark.parametrize("step", [1, 6, 7])  # in the first round, before its end, at it
 def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
     straight: Path, tmp_path: Path, teacher: Path, step: int
@@ -189,9 +181,6 @@ def test_run_that_is_stopped_before_it_knows_the_reference_is_saved_and_goes_on(
     ("field", "value"),
     [
         ("guidance", 1.5),
-        ("teacher_steps", 6),
-        ("uses", 3),
-        ("trajectories", 5),
         ("frechet_weight", 0.0),
         ("student_steps", (2,)),
     ],
@@ -214,13 +203,10 @@ def test_student_is_neither_distilled_nor_trained_from(straight: Path, tmp_path:
         train(tmp_path / "new", toy_images(), CONDITIONAL, NOISE, config, device=CPU, init_from=straight)
 
 
-def test_teacher_is_not_overwritten(teacher: Path) -> None:
+def test_neither_the_teacher_nor_an_autoencoder_is_overwritten(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="is the teacher's folder"):
         run(teacher / ".." / teacher.name, teacher)
     assert not (teacher / STATE_FILE).exists()
-
-
-def test_student_of_a_teacher_of_pixels_is_not_put_beside_an_autoencoder(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "vqvae").mkdir()
     with pytest.raises(CheckpointError, match="has an autoencoder in vqvae/"):
         run(tmp_path, teacher)
@@ -230,19 +216,12 @@ def test_student_of_a_teacher_of_pixels_is_not_put_beside_an_autoencoder(teacher
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student_steps": (0,)}, r"student_steps must be different numbers in 1\.\.4, got \(0,\)"),
         ({"student_steps": (1, 5)}, r"student_steps must be different numbers in 1\.\.4, got \(1, 5\)"),
-        ({"student_steps": (2, 2)}, "student_steps must be different numbers"),
-        ({"student_steps": ()}, r"student_steps must be different numbers in 1\.\.4, got \(\)"),
         ({"teacher_steps": 3}, "teacher_steps must be 4 or more, the student's steps, got 3"),
-        ({"teacher_steps": 0}, "teacher_steps must be 1 or more, got 0"),
         ({"guidance": -1.0}, r"guidance must be in 0\.\.50, got -1\.0"),
-        ({"guidance": float("nan")}, "guidance must be in"),
         ({"first_share": 1.5}, r"first_share must be in 0\.\.1, got 1\.5"),
         ({"first_share": 0.1}, r"first_share must be at least 1/4, one of a batch, got 0\.1"),
         ({"frechet_weight": -1.0}, r"frechet_weight must be 0 or more, got -1\.0"),
-        ({"trajectories": 0}, "trajectories must be 1 or more, got 0"),
-        ({"steps": 0}, "steps must be 1 or more, got 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name_value_and_bound(changes: dict[str, Any], message: str) -> None:
@@ -250,37 +229,22 @@ def test_bad_settings_are_refused_by_name_value_and_bound(changes: dict[str, Any
         dataclasses.replace(RUN, **changes)
 
 
-@pytest.mark.parametrize(
-    ("size_px", "classes", "message"),
-    [
+def test_data_unlike_what_the_teacher_makes_and_solvers_that_it_has_not_are_refused(
+    tmp_path: Path, teacher: Path
+) -> None:
+    for size_px, classes, message in (
         (16, ("left", "right"), r"toys: has images of \(1, 16, 16\), and the teacher makes \(1, 8, 8\)"),
         (8, ("left", "middle", "right"), "toys: has 3 classes, and the teacher 2"),
         (8, (), "toys: has 0 classes, and the teacher 2"),
-    ],
-)
-def test_data_unlike_what_the_teacher_makes_is_refused(
-    tmp_path: Path, teacher: Path, size_px: int, classes: tuple[str, ...], message: str
-) -> None:
-    labels = torch.arange(6) % len(classes) if classes else None
-    data = ImageSet(torch.zeros(6, 1, size_px, size_px, dtype=torch.uint8), labels, classes, "toys")
-    with pytest.raises(TrainError, match=message):
-        distill(tmp_path / "run", teacher, RUN, device=CPU, data=data)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"teacher_steps": 51}, r"teacher_steps must be 1\.\.50, got 51"),
-        ({"teacher_sampler": "ddpm"}, "teacher_sampler must be among ddim, .*, got 'ddpm'"),
-        ({"teacher_sampler": "heun"}, "teacher_sampler must be among"),
-    ],
-)
-def test_solver_that_the_teacher_does_not_have_is_refused(
-    tmp_path: Path, teacher: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(TrainError, match=message):
-        run(tmp_path / "run", teacher, **changes)
+    ):
+        labels = torch.arange(6) % len(classes) if classes else None
+        data = ImageSet(torch.zeros(6, 1, size_px, size_px, dtype=torch.uint8), labels, classes, "toys")
+        with pytest.raises(TrainError, match=message):
+            distill(tmp_path / "run", teacher, RUN, device=CPU, data=data)
+    with pytest.raises(TrainError, match=r"teacher_steps must be 1\.\.50, got 51"):
+        run(tmp_path / "run", teacher, teacher_steps=51)
+    with pytest.raises(TrainError, match=r"teacher_sampler must be among ddim, .*, got 'ddpm'"):
+        run(tmp_path / "run", teacher, teacher_sampler="ddpm")
     assert not (tmp_path / "run").exists()
 
 

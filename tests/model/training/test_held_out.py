@@ -13,15 +13,13 @@ from tests.model.training.test_train import (
     RUN,
     assert_same_run,
     run,
-    small_autoencoder,
     state_of,
     toy_images,
 )
-from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.training import held_out as held_out_module
-from tminus.model.training.data import Examples, ImageSet
+from tminus.model.training.data import Examples
 from tminus.model.training.held_out import mean_loss, note_losses
 from tminus.model.training.train import train
 from tminus.model.unet import UNet2D
@@ -89,20 +87,6 @@ def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size()
     assert torch.cat([each for each in labels if each is not None]).tolist() == [k % 2 for k in range(11)]
 
 
-def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
-    images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
-    twelve = ImageSet(images, torch.arange(12) // 3, ("a", "b", "c", "d"), "twelve")
-    examples = Examples.some_of(twelve, 4, None, CPU)
-    assert examples.x_0.dtype == torch.uint8
-    assert examples.x_0.flatten().tolist() == [0, 3, 6, 9]
-    assert examples.class_labels is not None
-    assert examples.class_labels.tolist() == [0, 1, 2, 3]
-    of_all, of_four = Recorder(), Recorder()
-    mean_loss(of_all, Examples(images, twelve.labels), 4, NOISE.schedule(), "epsilon")
-    mean_loss(of_four, examples, 4, NOISE.schedule(), "epsilon")
-    assert torch.equal(of_all.x_t, of_four.x_t)
-
-
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 
@@ -144,14 +128,10 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     "left",
     [
         b"",
-        b"\n",
-        b"1000;0.5;0.51;others (20)\n",
-        b"1000;0,5;0,51;others (20)\n",
         b"1000,five,six,\n",
-        b"1000\n",
         b"\xff\n",
     ],
-    ids=["nothing", "blank", "semicolons", "commas", "words", "a number", "no UTF-8"],
+    ids=["nothing", "words", "no UTF-8"],
 )
 def test_lines_that_are_none_of_a_run_are_no_hindrance(tmp_path: Path, left: bytes) -> None:
     note_losses(tmp_path, 500, 0.5, 0.25, "others (20)")
@@ -191,21 +171,3 @@ def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeyp
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path, held_out=toy_images(5))
     assert state_of(tmp_path)["step"] == RUN.steps
-
-
-def test_on_latents_no_image_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-    encode = Autoencoder.encode
-
-    def count(self: Autoencoder, x: Tensor) -> Tensor:
-        encoded.append(len(x))
-        return encode(self, x)
-
-    monkeypatch.setattr(Autoencoder, "encode", count)
-    unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
-    noise = dataclasses.replace(NOISE, clip_sample=False)
-    config = dataclasses.replace(RUN, steps=2, flip=False)
-    held = toy_images(5)
-    train(tmp_path, toy_images(), unet, noise, config, device=CPU, autoencoder=small_autoencoder(), held_out=held)
-    assert encoded == [11, 5]
-    assert len(losses_in(tmp_path)) == 2

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tminus.model.training.muon import Muon, orthogonal
 
@@ -53,19 +53,3 @@ def test_matrices_move_as_by_torchs_muon_and_all_else_as_by_its_adam() -> None:
         assert torch.linalg.norm(moved - expected) < tolerance * torch.linalg.norm(expected)
     for k in range(3):
         torch.testing.assert_close(net[k].bias, other[k].bias)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_order_in_memory_changes_nothing(memory_format: torch.memory_format) -> None:
-    torch.manual_seed(2)
-    plain = nn.Conv2d(16, 24, 3)
-    net = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
-    weights: list[Tensor] = []
-    for each in (plain, net):
-        optimizer = Muon(each, 1e-2)
-        for step in range(2):
-            gradients(each, step)
-            optimizer.step()
-        weights.append(each.weight.detach())
-    torch.testing.assert_close(*weights)
-    assert weights[1].is_contiguous(memory_format=memory_format)

@@ -18,7 +18,7 @@ from tminus.model.noise import NoiseConfig, gather
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import Examples
 from tminus.model.training.run import TrainError
-from tminus.model.training.targets import GROUP, Batch, StableTarget
+from tminus.model.training.targets import Batch, StableTarget
 from tminus.model.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -163,14 +163,6 @@ def test_mean_is_that_of_the_images_of_its_class_by_their_densities_in_float64(t
         torch.testing.assert_close(mean[row].double(), expected, atol=1e-5, rtol=0)
 
 
-def test_with_little_noise_nothing_changes_to_the_bit() -> None:
-    images, t = pixels(30, size=32), torch.arange(30)
-    x_0, eps, x_t = noised(images, t)
-    mean, _, its_eps = stable(images).explain(Batch(x_0, t, eps, x_t, None, torch.arange(30)))
-    assert torch.equal(mean, x_0)
-    assert torch.equal(its_eps, eps)
-
-
 def test_the_mean_and_its_eps_explain_the_same_x_t() -> None:
     images, t = pixels(64), torch.arange(64) * 15 + 30
     x_0, eps, x_t = noised(images, t)
@@ -181,17 +173,6 @@ def test_the_mean_and_its_eps_explain_the_same_x_t() -> None:
     torch.testing.assert_close(
         training_target(SCHEDULE, "v_prediction", mean, t, its_eps), (signal * x_t - mean) / noise, atol=2e-4, rtol=0
     )
-
-
-def test_groups_hold_one_class_each_and_no_more_images_than_allowed() -> None:
-    count = 2 * GROUP + 50
-    labels = (torch.arange(count) < GROUP + 20).long()
-    images = (labels * 255).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).contiguous()
-    t = torch.full((count,), 999)
-    _, _, x_t = noised(images, t)
-    target = stable(images, labels)
-    assert sorted(map(len, target._groups)) == [128 + 10, 128 + 10, GROUP // 2 + 15, GROUP // 2 + 15]
-    torch.testing.assert_close(target.mean(x_t, t, torch.arange(count)), to_model_range(images))
 
 
 def test_target_has_the_mean_of_x_0_given_x_t_and_varies_less() -> None:

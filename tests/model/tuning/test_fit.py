@@ -12,7 +12,7 @@ from tests.model.tuning.nets import CONFIG, NOISE, fitter_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
-from tminus.model.tuning.fit import Search, least_squares, moved, search_timesteps
+from tminus.model.tuning.fit import Search, least_squares, search_timesteps
 
 pytestmark = pytest.mark.slow
 
@@ -98,12 +98,3 @@ def test_the_search_only_ever_gets_nearer_and_ends(folder: Path) -> None:
     assert found.best.held_out < begun.best.held_out
     assert found.best.timesteps[0] == 49
     assert all(now > then for now, then in zip(found.best.timesteps, found.best.timesteps[1:], strict=False))
-
-
-@pytest.mark.parametrize("share", [-1.0, -0.5, 0.5, 1.0])
-@pytest.mark.parametrize("k", [1, 2])
-def test_a_moved_timestep_stays_between_its_neighbours(k: int, share: float) -> None:
-    log_sigmas = NOISE.schedule().log_sigmas
-    t = moved((49.0, 20.0, 0.5), k, 0.9 * share, log_sigmas)
-    assert t[0] > t[1] > t[2] >= 0
-    assert (t[k] > (49.0, 20.0, 0.5)[k]) == (share > 0)

@@ -13,8 +13,7 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
-from tminus.model.tuning import refine
-from tminus.model.tuning.refine import Refinement, Refiner
+from tminus.model.tuning.refine import Refiner
 
 pytestmark = pytest.mark.slow
 
@@ -48,27 +47,6 @@ def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> No
     assert done.iteration == 30
     assert done.distance <= begun.distance
     assert refiner.judge(done.best) == pytest.approx(done.distance, rel=1e-6)
-
-
-@pytest.mark.long
-def test_where_nothing_better_is_found_it_goes_on_from_the_best_in_smaller_steps(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(refine, "LEARNING_RATE", 1.0)
-    monkeypatch.setattr(refine, "SLOWER", (1.0, 1e-3))
-    monkeypatch.setattr(refine, "CHECK_EVERY", 2)
-    checkpoint = load_checkpoint(folder)
-    fitter = fitter_of(checkpoint)
-    fit = fitter.fit((49.0, 25.0, 8.0))
-    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
-    states: list[Refinement] = []
-    begun = refiner.begin([[each + 0.02 for each in line[:4]] for line in fit.lines])
-    done = refiner.run(begun, 40, 12, states.append)
-    of_stage = {stage: [each for each in states if each.stage == stage] for stage in (0, 1, 2)}
-    assert {each.distance for each in of_stage[0]} == {begun.distance}, "such steps find nothing"
-    assert of_stage[1][0].lines == begun.best
-    assert done.distance < begun.distance
-    assert refiner.run(states[0], 40, 12, lambda _state: None) == done, "what is saved says it all"
 
 
 @pytest.mark.parametrize("latent", [False, True])

@@ -77,13 +77,6 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     assert not state_file(folder, 3, 1.0).exists()
 
 
-def test_a_run_that_was_killed_goes_on_after_another_table_was_tuned(folder: Path, undisturbed: dict[str, Any]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop_at="coefficients, iteration 3")
-    assert any("goes on after round" in line for line in run(folder, steps=(2, 3)))
-    assert table_of(folder) == undisturbed
-
-
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [("scheduler/scheduler_config.json", "beta_end", 0.05), ("unet/config.json", "flip_sin_to_cos", False)],
@@ -122,14 +115,9 @@ BAD: dict[str, tuple[Callable[[Checkpoint], Checkpoint], tuple[int, ...], float,
         (3,), 2.0, {}, r"guidance must be 1 \(off\), since net has no null class, got 2",
     ),
     "zero steps": (same, (0,), 1.0, {}, r"steps must be in 1\.\.50, got 0"),
-    "more than T": (same, (51,), 1.0, {}, r"steps must be in 1\.\.50, got 51"),
     "as many as the teacher": (same, (25,), 1.0, {}, "fewer than the teacher's 25, got 25"),
-    "guidance": (same, (3,), 51.0, {}, r"guidance must be in 0\.\.50, got 51"),
-    "none": (same, (), 1.0, {}, "steps must name at least one"),
     "teacher": (same, (3,), 1.0, {"teacher": "dpmpp_2m:51"}, "teacher must be .*51.*steps must"),
-    "noisy teacher": (same, (3,), 1.0, {"teacher": "ddpm:40"}, "teacher must be SAMPLER:STEPS"),
     "half a teacher": (same, (3,), 1.0, {"teacher": "ddim"}, "teacher must be SAMPLER:STEPS"),
-    "rows": (same, (3,), 1.0, {"rows": 0}, "rows must be 1 or more, got 0"),
     "a student": (
         lambda checkpoint: dataclasses.replace(checkpoint, student={}), (3,), 1.0, {}, "a student has its own tables",
     ),
