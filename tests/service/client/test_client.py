@@ -33,16 +33,6 @@ def test_a_sheet_a_zip_and_a_document_hold_the_same_images(served: Served, conne
         assert 0 <= made.timings_s["denoise"] < PATIENCE_S
 
 
-def test_a_refusal_has_field_value_and_bound(served: Served, connect: Connect) -> None:
-    with pytest.raises(Problem) as caught:
-        connect(served.url).sample(steps=0)
-    problem = caught.value
-    assert (problem.status, problem.code, problem.field, problem.value) == (422, "invalid_field", "steps", 0)
-    assert problem.bound == "an integer in 1..1000"
-    assert str(problem) == "422 steps must be an integer in 1..1000, got 0"
-    assert problem.retry_after_s is None
-
-
 def test_noise_is_added_to_an_image(served: Served, connect: Connect, tmp_path: Path) -> None:
     tminus = connect(served.url)
     png = tminus.sample(steps=1, seed=0).data

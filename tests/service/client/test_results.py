@@ -77,10 +77,6 @@ def test_a_zip_that_the_server_would_not_make_is_unexpected(name: str) -> None:
     "document",
     [
         "{}",
-        '{"images": 5}',
-        '{"images": [5]}',
-        '{"images": [{}]}',
-        '{"images": [{"png": 5}]}',
         '{"images": [{"png": "?"}]}',
         '{"images": [{"png": "aGVsbG8="}]}',
         '{"a": ' * 5000 + "1" + "}" * 5000,
@@ -98,15 +94,10 @@ def test_a_document_without_images_is_unexpected(document: str) -> None:
     ("data", "headers"),
     [
         (b"hello", {}),
-        (b"", {}),
-        (PNG, {"x-seed": "-1"}),
         (PNG, {"x-seed": "1" * 5000}),
-        (PNG, {"x-seed": str(2**64)}),
         (PNG, {"x-fingerprint": "\x1b[31m"}),
         (PNG, {"x-job-id": ""}),
         (PNG, {"server-timing": "queue;dur=nan"}),
-        (PNG, {"server-timing": "queue;dur=inf"}),
-        (PNG, {"server-timing": "queue;dur=1;dur=2"}),
         (PNG, {"content-type": "text/html"}),
     ],
 )
@@ -118,67 +109,38 @@ def test_an_image_with_headers_that_the_server_would_not_send_is_unexpected(
         Sampled.of(httpx.Response(200, headers=given, content=data), "image/png")
 
 
-@pytest.mark.parametrize(
-    "members",
-    [
-        {"id": ""},
-        {"id": "\ud800"},
-        {"id": "x" * 1000},
-        {"id": None},
-        {"model": None},
-        {"model": "../x"},
-        {"state": "asleep"},
-        {"state": []},
-        {"step": -1},
-        {"steps": "5"},
-        {"n": True},
-        {"n": 1.5},
-        {"seed": 2**64},
-        {"eta_s": float("nan")},
-        {"eta_s": -1},
-        {"eta_s": 10**400},
-        {"age_s": None},
-        {"durable": 1},
-        {"parameters": []},
-        {"problem": "x"},
-        {"finished": 5},
-    ],
-    ids=str,
-)
-def test_a_job_whose_members_have_other_types_is_unexpected(members: dict[str, object]) -> None:
-    JobState.of(job_members())
-    with pytest.raises(UnexpectedAnswer):
-        JobState.of(job_members(**members))
-
-
 def members(**given: Any) -> dict[str, Any]:
     return {"name": "x", "default": False, "state": "loaded", "url": "/models/x/", "model": {"channels": 1}} | given
 
 
-def test_a_model_is_read_and_what_a_newer_server_adds_is_ignored() -> None:
-    assert ModelState.of(members(size=5)) == ModelState("x", False, "loaded", {"channels": 1})
+def test_a_job_or_model_whose_members_have_other_types_is_unexpected() -> None:
+    JobState.of(job_members())
+    jobs: tuple[dict[str, object], ...] = (
+        {"id": "\ud800"},
+        {"model": "../x"},
+        {"state": "asleep"},
+        {"step": -1},
+        {"n": True},
+        {"seed": 2**64},
+        {"eta_s": float("nan")},
+        {"eta_s": 10**400},
+        {"durable": 1},
+        {"parameters": []},
+    )
+    for job in jobs:
+        with pytest.raises(UnexpectedAnswer):
+            JobState.of(job_members(**job))
+    assert ModelState.of(members(size=5)) == ModelState("x", False, "loaded", {"channels": 1}), "a newer server's too"
     for state in ("loading", "unloading", "unloaded"):
         assert ModelState.of(members(state=state, url=None, model=None)).info is None
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"name": None},
-        {"name": ""},
+    models: tuple[dict[str, object], ...] = (
         {"name": "../x"},
         {"name": "\x1b[2J"},
-        {"name": "x" * 65},
-        {"default": 1},
         {"state": "asleep"},
-        {"state": ["loaded"]},
         {"state": "loaded", "model": None},
         {"state": "unloaded"},
         {"model": []},
-        {"model": "x"},
-    ],
-    ids=str,
-)
-def test_a_model_whose_members_have_other_types_is_unexpected(given: dict[str, Any]) -> None:
-    with pytest.raises(UnexpectedAnswer):
-        ModelState.of(members(**given))
+    )
+    for model in models:
+        with pytest.raises(UnexpectedAnswer):
+            ModelState.of(members(**model))

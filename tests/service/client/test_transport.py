@@ -1,6 +1,10 @@
+import json
+from pathlib import Path
+
 import httpx
 import pytest
 
+from tminus.service.client.parameters import body_of, text_of
 from tminus.service.client.transport import KeyAuth, lost, model_address
 
 
@@ -33,3 +37,12 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> Non
 def test_a_request_may_have_arrived_unless_there_was_no_connection(error: Exception, reached: bool) -> None:
     assert lost(error).reached == reached
     assert str(lost(error)) == (str(error) or type(error).__name__)
+
+
+def test_pictures_among_the_parameters_are_sent_as_base64(tmp_path: Path) -> None:
+    file = tmp_path / "mask.png"
+    file.write_bytes(b"\x00mask")
+    body = body_of({"n": 1, "image": b"\xffimage", "mask": file, "strength": 0.5})
+    assert body == {"n": 1, "image": "/2ltYWdl", "mask": "AG1hc2s=", "strength": 0.5}
+    assert body_of({"image": body["image"]}) == {"image": body["image"]}, "base64 is not encoded again"
+    assert json.loads(text_of({"n": 1, "mask": file})) == {"n": 1, "mask": "AG1hc2s="}
