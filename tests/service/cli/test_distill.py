@@ -46,9 +46,7 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
     [
         (["--data", "/nowhere"], "/nowhere: not a folder"),
         (["--guidance", "2"], "guidance must be 1 (off) for a checkpoint without a null class, got 2"),
-        (["--student-steps", "2,9"], "student_steps must be different numbers in 1..4, got (2, 9)"),
         (["--student-steps", "two"], "--student-steps must be integers joined by commas, got 'two'"),
-        (["--teacher-steps", "21"], "teacher_steps must be 1..20, got 21"),
         (
             ["--teacher-sampler", "ddpm"],
             "teacher_sampler must be among ddim, dpmpp_2m, dpmpp_3m, unipc, deis, euler, got 'ddpm'",

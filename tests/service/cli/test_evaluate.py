@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.model.evaluation.toys import toy_checkpoint
+from tests.service.cli.refusals import line_of
 from tminus.model.checkpoint import save_checkpoint
 from tminus.model.evaluation import evaluate as measure
 from tminus.service.cli.main import main
@@ -53,10 +54,7 @@ def evaluate(folders: list[str], *arguments: str | Path) -> click.testing.Result
 
 
 def refusal(folders: list[str], *arguments: str | Path) -> str:
-    result = evaluate(folders, *arguments)
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit), "no traceback"
-    return result.stderr.splitlines()[-1]
+    return line_of(evaluate(folders, *arguments))
 
 
 def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
@@ -88,36 +86,13 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
     assert written["report.html"].read_text() == page
 
 
-def test_one_way_of_sampling_keeps_its_report_and_gains_a_spread_over_seeds(folders: list[str], tmp_path: Path) -> None:
-    one = evaluate(folders, "--steps", "3", "--seed", "7", "--json", tmp_path / "one.json")
-    three = evaluate(folders, "--steps", "3", "--seeds", "7,8,9", "--json", tmp_path / "three.json")
-    assert one.exit_code == three.exit_code == 0, (one.output, three.output)
-    assert "mean (least..greatest)" not in one.stdout
-    assert "mean (least..greatest)" in three.stdout
-    for text in ("variational bound", "class accuracy", "nearest training image, median", "guidance 1"):
-        assert text in one.stdout
-        assert text in three.stdout
-    figures, over_seeds = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three"))
-    assert figures["options"]["seed"] == 7
-    assert figures["seeds"] == []
-    by_seed = [each["classifier_frechet_distance"]["samples"] for each in over_seeds["seeds"]]
-    assert len({*by_seed}) == 3
-    assert figures["classifier_frechet_distance"] == over_seeds["classifier_frechet_distance"]
-    assert figures["classifier_frechet_distance"]["samples"] == by_seed[0]
-    assert figures["bound"] == over_seeds["bound"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--sampler", "ddim,dpm"), "sampler must be all or among ddpm, ddim, "),
         (("--reference", "ddpm"), "--reference: must be a sampler and a number of steps, as ddpm:1000, got 'ddpm'"),
-        (("--reference", "ddpm:0"), "--reference: must be"),
-        (("--reference", "dpm:5"), "sampler must be"),
-        (("--steps", "50"), "steps must be 1..20, got 50"),
         (("--approve",), "--approve: needs a --precision below float32"),
         (("--approve", "--precision", "bfloat16", "--seeds", "0,1"), "--approve: compares one sampler"),
-        (("--approve", "--precision", "bfloat16", "--sampler", "all", "--steps", "3"), "--approve: compares one"),
         (("--steps", "3", "--spacing", "lu"), "spacing must be among"),
     ],
 )
@@ -129,10 +104,7 @@ def test_what_cannot_be_measured_is_one_clear_line(folders: list[str], arguments
     ("option", "text", "bound"),
     [
         ("--steps", "5,0", "a whole number, 1 or more, got '0'"),
-        ("--steps", "5,x", "a whole number, 1 or more, got 'x'"),
         ("--guidance", "1,51", "a number, 0..50, got '51'"),
-        ("--guidance", "nan", "a number, 0..50, got 'nan'"),
-        ("--seeds", "-1", "a whole number, 0..2^64-1, got '-1'"),
         ("--seeds", str(2**64), "a whole number, 0..2^64-1, got"),
         ("--sampler", "", "a name, got ''"),
     ],

@@ -33,8 +33,10 @@ def test_a_list_is_read_in_its_order_each_value_once(text: str, values: tuple[in
     assert run("--number", text).output.splitlines()[0] == repr(values)
 
 
-def test_the_default_is_read_too() -> None:
-    assert run().output.splitlines() == ["(3,)", "tminus measure"]
+def test_the_command_line_gives_the_command_again_by_the_longest_name_of_an_option() -> None:
+    for arguments in (("--numbers", "1,2", "--name", "it's a <name>", "--pair", "3", "4", "--fast"), ()):
+        assert shlex.split(run(*arguments).output.splitlines()[1]) == ["tminus", "measure", *arguments]
+    assert run("-n", "4,4,5").output.splitlines()[1] == "tminus measure --numbers 4,5"
 
 
 @pytest.mark.parametrize(
@@ -45,19 +47,3 @@ def test_a_bad_value_is_named_with_its_option_and_bound(text: str, bad: str) -> 
     assert result.exit_code == 2
     assert "--numbers" in result.output
     assert f"each must be a whole number, 1..9, got {bad!r}" in result.output
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--numbers", "1,2", "--name", "it's a <name>", "--pair", "3", "4", "--fast"),
-        ("--name", "--fast"),
-        (),
-    ],
-)
-def test_the_command_line_gives_the_command_again(arguments: tuple[str, ...]) -> None:
-    assert shlex.split(run(*arguments).output.splitlines()[1]) == ["tminus", "measure", *arguments]
-
-
-def test_the_command_line_has_the_longest_name_of_an_option() -> None:
-    assert run("-n", "4,4,5").output.splitlines()[1] == "tminus measure --numbers 4,5"

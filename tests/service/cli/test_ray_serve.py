@@ -4,15 +4,17 @@ import builtins
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import click.testing
 import pytest
 
+from tests.service.cli import refusals
 from tminus.service.cli import ray_serve
 from tminus.service.cli.main import main
-from tminus.service.cli.ray_serve import QUIET_AND_WHOLE, last_line
+from tminus.service.cli.ray_serve import QUIET_AND_WHOLE
 from tminus.service.ray_serve.replica import ending_s
 from tminus.service.ray_serve.settings import RaySettings
 
@@ -29,26 +31,14 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(signum, handler)
 
 
-def refusal(*arguments: str) -> str:
-    result = click.testing.CliRunner().invoke(main, ["ray", "serve", *arguments])
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit), "no traceback"
-    line: str = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("tminus: ")
-    return line
+refusal = partial(refusals.refusal, "ray", "serve")
 
 
-def test_several_replicas_without_a_shared_store_are_refused() -> None:
+def test_settings_that_cannot_be_served_are_refused_by_name(tmp_path: Any) -> None:
     line = refusal("--max-replicas", "2")
     assert "--max-replicas (TMINUS_MAX_REPLICAS)" in line
     assert "--job-store (TMINUS_JOB_STORE)" in line
-
-
-def test_other_machines_are_not_let_in_without_keys() -> None:
-    assert "--host (TMINUS_HOST)" in refusal("--host", "0.0.0.0")
-
-
-def test_a_folder_of_models_without_any_is_refused(tmp_path: Any) -> None:
+    assert "--host (TMINUS_HOST)" in refusal("--host", "0.0.0.0"), "other machines are not let in without keys"
     assert "--models (TMINUS_MODELS)" in refusal("--models", str(tmp_path))
 
 
@@ -73,20 +63,6 @@ def test_a_cluster_that_is_not_there_ends_in_a_line(monkeypatch: pytest.MonkeyPa
     line = refusal("--ray-address", "10.0.0.5:6379")
     assert "--ray-address" in line
     assert "nobody answers" in line
-
-
-def test_a_traceback_is_told_by_its_last_line() -> None:
-    text = "It failed 3 times. Error:\n  File x\nValueError: --job-store (TMINUS_JOB_STORE): nobody answers\n\n"
-    assert last_line(text) == "--job-store (TMINUS_JOB_STORE): nobody answers"
-    assert last_line("torch.OutOfMemoryError: no room") == "no room"
-    assert last_line("") == ""
-
-
-def test_help_needs_no_ray_and_names_what_is_of_ray() -> None:
-    result = click.testing.CliRunner().invoke(main, ["ray", "serve", "--help"])
-    assert result.exit_code == 0
-    assert "--max-replicas" in result.output
-    assert "--max-batch" in result.output
 
 
 class FakeServe:
@@ -150,15 +126,18 @@ def stop_once_it_runs(fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.serve.status", status)
 
 
-def test_a_drain_may_take_longer_than_serve_itself_waits(
-    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+def test_a_drain_may_take_longer_than_serve_itself_waits_and_the_address_is_serves_own(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = fake_serve(100.0)
     stop_once_it_runs(fake, monkeypatch)
-    result = click.testing.CliRunner().invoke(main, ["ray", "serve", "--grace-s", "120"])
+    monkeypatch.setattr(ray_serve, "set_up_log", lambda *_given: None)
+    caplog.set_level("INFO", "tminus")
+    result = click.testing.CliRunner().invoke(main, ["ray", "serve", "--grace-s", "120", "--port", "8000"])
     assert result.exit_code == 0, (result.output, result.exception)
     assert fake.deleted == [("tminus", False)]
     assert fake.now_s >= 100
+    assert "listening on http://10.0.0.5:8123, with 1 to 1 replicas" in caplog.text
 
 
 def test_replicas_that_do_not_end_are_told_of(
@@ -170,40 +149,22 @@ def test_replicas_that_do_not_end_are_told_of(
     assert fake.now_s >= ending_s(5)
 
 
-def test_a_signal_while_the_replicas_start_ends_them(
-    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("happens", ["a signal", "an error"])
+def test_replicas_that_have_begun_to_start_are_ended_where_they_cannot_go_on(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch, happens: str
 ) -> None:
     fake = fake_serve(5.0)
 
     def run(_app: object, name: str) -> None:
         fake.run(_app, name)
+        if happens == "an error":
+            raise RuntimeError("no room")
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("ray.serve.run", run)
-    result = click.testing.CliRunner().invoke(main, ["ray", "serve"])
-    assert result.exit_code == 0, "to stop when asked is no failure"
+    if happens == "an error":
+        assert "the replicas cannot start: no room" in refusal()
+    else:
+        result = click.testing.CliRunner().invoke(main, ["ray", "serve"])
+        assert result.exit_code == 0, "to stop when asked is no failure"
     assert fake.deleted == [("tminus", False)]
-
-
-def test_replicas_that_cannot_start_are_ended(
-    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = fake_serve(5.0)
-
-    def run(_app: object, name: str) -> None:
-        fake.run(_app, name)
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr("ray.serve.run", run)
-    assert "the replicas cannot start: no room" in refusal()
-    assert fake.deleted == [("tminus", False)]
-
-
-def test_the_address_is_serves_own(
-    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    stop_once_it_runs(fake_serve(1.0), monkeypatch)
-    monkeypatch.setattr(ray_serve, "set_up_log", lambda *_given: None)
-    caplog.set_level("INFO", "tminus")
-    assert click.testing.CliRunner().invoke(main, ["ray", "serve", "--port", "8000"]).exit_code == 0
-    assert "listening on http://10.0.0.5:8123, with 1 to 1 replicas" in caplog.text

@@ -16,7 +16,8 @@ import safetensors.numpy
 import torch
 from PIL import Image, PngImagePlugin
 
-from tests.service.conftest import CONDITIONAL, MakeCheckpoint
+from tests.service.cli.refusals import line_of
+from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
@@ -98,17 +99,13 @@ def drawn(run: Run, tmp_path: Path) -> Path:
 
 def one_line(result: click.testing.Result, *says: str) -> str:
     """The failure in one clear line."""
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit), "no traceback"
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("tminus: ")
-    assert len(lines[0]) < 800
-    assert lines[0].isprintable()
-    assert "BytesIO" not in lines[0]
+    line = line_of(result)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert len(line) < 800
+    assert "BytesIO" not in line
     for text in says:
-        assert text in lines[0]
-    return lines[0]
+        assert text in line
+    return line
 
 
 def altered(png: bytes, change: Callable[[Any], None]) -> bytes:
@@ -137,10 +134,27 @@ def with_text(text: str | None, key: str = "tminus", *, compressed: bool = False
 # --- offline ---
 
 
-def test_the_same_bytes_are_told_with_exit_code_0(run: Run, drawn: Path) -> None:
+def test_an_image_is_made_again_and_what_differs_is_told(
+    run: Run, drawn: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     result = run("reproduce", drawn)
     assert result.exit_code == 0, result.output
     assert f"{drawn}: the same {drawn.stat().st_size} bytes" in result.stdout
+
+    other, plain = make_checkpoint(seed=5), make_checkpoint(classes=False)
+    for name, each, labels in (("other", other, other.labels), ("no classes", plain, Labels())):
+        save_checkpoint(tmp_path / name, each.net.state_dict(), each.net.config, each.noise, labels, {})
+    one_line(run("reproduce", drawn, checkpoint=tmp_path / "other"), "made by other weights", other.weights_hash[:12])
+    one_line(run("reproduce", drawn, checkpoint=tmp_path / "no classes"), "class_label must be absent")
+
+    def change(pixels: Any) -> None:
+        pixels[3, 4] ^= 16
+
+    drawn.write_bytes(altered(drawn.read_bytes(), change))
+    again = tmp_path / "again.png"
+    line = one_line(run("reproduce", drawn, "--out", again), str(drawn), "1 of 64 values differ, by 16 of 255 at most")
+    assert "made by" not in line, "weights and build are the same"
+    assert run("reproduce", again).exit_code == 0, "what it made is kept"
 
 
 def test_what_was_made_before_executors_were_measured_can_be_made_again_afterwards(
@@ -158,36 +172,6 @@ def test_what_was_made_before_executors_were_measured_can_be_made_again_afterwar
     assert read_recipe(before.read_bytes()).fingerprint != read_recipe(after.read_bytes()).fingerprint
     for png in (before, after):
         assert run("reproduce", png, executor="auto").exit_code == 0
-
-
-def test_an_altered_pixel_is_told_with_exit_code_1(run: Run, drawn: Path, tmp_path: Path) -> None:
-    def change(pixels: Any) -> None:
-        pixels[3, 4] ^= 16
-
-    drawn.write_bytes(altered(drawn.read_bytes(), change))
-    again = tmp_path / "again.png"
-    result = run("reproduce", drawn, "--out", again)
-    line = one_line(result, str(drawn), "1 of 64 values differ, by 16 of 255 at most")
-    assert "made by" not in line, "weights and build are the same"
-    assert run("reproduce", again).exit_code == 0, "what it made is kept"
-
-
-def test_other_weights_are_named_as_the_reason(
-    run: Run, drawn: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    other = make_checkpoint(seed=5)
-    save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
-    one_line(run("reproduce", drawn, checkpoint=tmp_path / "other"), "made by other weights", other.weights_hash[:12])
-
-
-def test_a_model_that_cannot_do_the_recipe_says_so(
-    run: Run, drawn: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    other = make_checkpoint(classes=False)
-    folder = tmp_path / "no classes"
-    save_checkpoint(folder, other.net.state_dict(), other.net.config, other.noise, Labels(), {})
-    assert CONDITIONAL.num_class_embeds is not None
-    one_line(run("reproduce", drawn, checkpoint=folder), "class_label must be absent")
 
 
 # --- what is no recipe ---
@@ -219,45 +203,23 @@ NOISE = encode_png(np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8
 
 NO_RECIPES: dict[str, tuple[bytes, str]] = {
     "no text": (with_text(None), "no 'tminus' text"),
-    "another text": (with_text("{}", "parameters"), "no 'tminus' text"),
-    "empty file": (b"", "not a PNG"),
-    "text file": (b"just text", "not a PNG"),
-    "gif": (b"GIF89a" + bytes(20), "not a PNG"),
-    "signature only": (WHOLE[:8], "not a PNG"),
-    "cut in the text": (WHOLE[:60], "not a PNG"),
     "cut in the pixels": (NOISE[:-60], "not a PNG"),
     "a byte of the pixels flipped": (NOISE[:-60] + bytes([NOISE[-60] ^ 255]) + NOISE[-59:], "not a PNG"),
-    "empty text": (with_text(""), "no recipe"),
     "not json": (with_text("spec"), "no recipe"),
     "a list": (with_text("[]"), "no recipe"),
-    "null": (with_text("null"), "no recipe"),
-    "a number": (with_text("5"), "no recipe"),
-    "no spec": (with_text("{}"), "no recipe"),
-    "spec null": (with_text('{"spec": null}'), "no recipe"),
-    "spec text": (with_text('{"spec": "n=5"}'), "no recipe"),
     "spec empty": (with_text('{"spec": {}}'), "no recipe"),
-    "no weights": (with_text(json.dumps({"spec": asdict(make_spec())})), "no recipe"),
     "unknown field": (with_text(hostile(__class__="os.system")), "no recipe"),
-    "more unknown fields": (with_text(hostile(prompt="a cat", steps2=5)), "no recipe"),
-    "labels of another kind": (with_text(hostile(class_labels=5)), "no recipe"),
     "interval of another kind": (with_text(hostile(guidance_interval=5)), "no recipe"),
     "n of 10^9": (with_text(hostile(n=10**9)), "no recipe"),
-    "n negative": (with_text(hostile(n=-5)), "no recipe"),
-    "n zero": (with_text(hostile(n=0)), "no recipe"),
-    "n text": (with_text(hostile(n="many")), "no recipe"),
-    "n null": (with_text(hostile(n=None)), "no recipe"),
     "n true": (with_text(hostile(n=True)), "no recipe"),
-    "n a list": (with_text(hostile(n=[1])), "no recipe"),
     "n a fraction": (with_text(hostile(n=1.5)), "no recipe"),
     "NaN": (with_text(hostile(guidance=float("nan"))), "NaN is no number"),
-    "infinity": (with_text(hostile(guidance_interval=[1, float("-inf")])), "-Infinity is no number"),
     "a number beyond floats": (with_text(hostile(guidance=1).replace('"guidance": 1', '"guidance": 1e999')), "1e999"),
     "an escape in an error": (with_text(hostile(**{"\x1b[2J": 1})), r"\x1b[2J"),
     "a webp": (webp(), "not a PNG but a WEBP; only PNGs say how they were made"),
     "a huge one": (WHOLE[:16] + (2**15).to_bytes(4) * 2 + WHOLE[24:], "32768x32768 pixels, over 67108864"),
     "deep": (with_text('{"spec": ' + "[" * 5000 + "]" * 5000 + "}"), "no recipe"),
     "many digits": (with_text('{"spec": {"n": ' + "9" * 5000 + "}}"), "no recipe"),
-    "long": (with_text("x" * 900_000), "no recipe"),
     "a compressed bomb": (with_text(" " * 50_000_000, compressed=True), "not a PNG"),
 }
 
@@ -275,12 +237,8 @@ def test_a_file_without_a_recipe_ends_in_one_clear_line(run: Run, tmp_path: Path
     ("fields", "says"),
     [
         ({"steps": 10**9}, "steps must be an integer in 1..50"),
-        ({"steps": "x"}, "steps must be"),
-        ({"seed": -1}, "seed must be"),
         ({"sampler": "rk45"}, "sampler must be"),
         ({"class_labels": [77]}, "class_label must be"),
-        ({"class_labels": [0] * 5000}, "class_label must be"),
-        ({"guidance": 1e9}, "guidance must be"),
         ({"guidance": 2.0, "guidance_interval": [9, 1]}, "guidance_interval must be"),
         ({"timestep_spacing": "x" * 100_000}, "timestep_spacing must be"),
     ],
@@ -336,7 +294,6 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
 @pytest.mark.parametrize(
     ("response", "says"),
     [
-        (httpx.Response(502, text="<html>"), "502"),
         (httpx.Response(200, text="hello"), "not from a tminus server"),
         (
             httpx.Response(429, headers={"Content-Type": "application/problem+json"}, json={"detail": "too much"}),
@@ -344,7 +301,6 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
         ),
         (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
         (httpx.Response(200, content=b"no image", headers=OURS), "no image/png"),
-        (httpx.Response(200, content=with_text(None), headers=OURS), "no 'tminus' text"),
     ],
 )
 def test_a_server_that_gives_something_else_ends_in_one_clear_line(
@@ -408,14 +364,10 @@ def edited(run: Run, tmp_path: Path) -> Path:
     return tmp_path / "edited.png"
 
 
-def test_an_edit_is_made_again_from_its_pictures(run: Run, edited: Path) -> None:
+def test_an_edit_is_made_again_from_its_pictures_and_from_no_others(run: Run, edited: Path, drawn: Path) -> None:
     image, mask = edited.with_name("cat.png"), edited.with_name("mask.png")
     result = run("reproduce", edited, "--image", image, "--mask", mask)
     assert result.exit_code == 0, result.output
-
-
-def test_an_edit_without_its_pictures_or_with_others_is_one_clear_line(run: Run, edited: Path, drawn: Path) -> None:
-    image, mask = edited.with_name("cat.png"), edited.with_name("mask.png")
     recipe = read_recipe(edited.read_bytes())
     one_line(run("reproduce", edited), "--image", recipe.parameters["image_sha256"])
     one_line(run("reproduce", edited, "--image", image), "--mask")
@@ -501,17 +453,12 @@ def put(name: str, at: tuple[int, ...], value: float) -> Callable[[dict[str, Any
     [
         (nudge("x_t", 0, 1, 0, 2, 3), "x_t differs first in its first noise, image 1: 1 of 64 values"),
         (nudge("x_t", 3, 1, 0, 2, 3), "x_t differs first at step 3 of 5 (t = 20), image 1: 1 of 64 values"),
-        (nudge("x_t", 5, 0, 0, 0, 0), "x_t differs first at step 5 of 5 (t = 0), image 0: 1 of 64 values"),
         (nudge("x_0", 1, 0, 0, 4, 4), "x_0 differs first at step 2 of 5 (t = 30), image 0: 1 of 64 values"),
         (put("x_t", (2, 0, 0, 1, 1), np.nan), "x_t differs first at step 2 of 5 (t = 30), image 0: 1 of 64 values"),
-        (put("mean", (3, 1, 0, 0, 0), 0.5), "mean differs first at step 4 of 5, image 1: 1 of 64 values"),
         (put("log_p", (0, 1), -80.0), "log_p differs first at step 1 of 5, image 1: 1 of 1 values"),
         (put("s", (1, 0, 0, 0, 0), 0.5), "s differs first at [1, 0, 0, 0, 0]"),
-        (put("lines", (1, 5), 0.5), "lines differs first at [1, 5]"),
         (put("images", (1, 3, 3, 0), 7), "images differs first at [1, 3, 3, 0]"),
-        (put("class_labels", (1,), 0), "class_labels differs first at [1]"),
         (lambda arrays: arrays.pop("mean"), "it has no mean"),
-        (lambda arrays: arrays.update(more=np.zeros(1)), "it has more too"),
         (lambda arrays: arrays.update(log_p=arrays["log_p"].astype(np.float32)), "log_p is float32 (4, 2), and again"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -536,30 +483,23 @@ def test_an_altered_file_is_told_with_exit_code_1(check: Check, files: dict[str,
     )
 
 
-def test_a_recipe_that_does_not_go_with_the_values_is_told_before_anything_is_made_again(
-    check: Check, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("it was made again"))
-    spec = read_trajectory(files["ddpm"]).document["spec"]
-    one_line(
-        check(altered_trajectory(files["ddpm"], spec=spec | {"steps": 40})),
-        "x_t must be of shape (41, 2, 1, 8, 8), got (6,",
-    )
-    one_line(check(altered_trajectory(files["ddpm"], spec=spec | {"steps": 10**9})), "steps must be")
-    no_noise = spec | {"sampler": "ddim", "eta": 0.0}
-    one_line(check(altered_trajectory(files["ddpm"], spec=no_noise)), "no step of its recipe adds noise (ddim)")
-
-
-def test_other_weights_are_told_before_anything_is_made_again(
+def test_what_cannot_be_the_same_is_told_before_anything_is_made_again(
     check: Check,
     files: dict[str, bytes],
     make_checkpoint: MakeCheckpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("it was made again"))
+    spec = read_trajectory(files["ddpm"]).document["spec"]
+    for changed, says in (
+        ({"steps": 40}, "x_t must be of shape (41, 2, 1, 8, 8), got (6,"),
+        ({"steps": 10**9}, "steps must be"),
+        ({"sampler": "ddim", "eta": 0.0}, "no step of its recipe adds noise (ddim)"),
+    ):
+        one_line(check(altered_trajectory(files["ddpm"], spec=spec | changed)), says)
     other = make_checkpoint(seed=5)
     save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
-    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("it was made again"))
     one_line(check(files["ddpm"], checkpoint=tmp_path / "other"), "made by other weights", other.weights_hash[:12])
 
 
@@ -612,14 +552,11 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     ("change", "says"),
     [
         (lambda data: data[:-100], "no trajectory, or cut off or damaged"),
-        (lambda data: data[:20], "no trajectory, or cut off or damaged"),
-        (lambda data: b"", "no trajectory, or cut off or damaged"),
         (lambda data: altered_trajectory(data, format=2), "of format 2, and this version of tminus reads 1"),
-        (lambda data: altered_trajectory(data, spec=5), "no recipe"),
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"n": 10**9}), "no recipe"),  # type: ignore[operator]
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"x": 1}), "no recipe"),  # type: ignore[operator]
     ],
-    ids=["cut", "a head", "empty", "newer", "spec", "many", "unknown field"],
+    ids=["cut", "newer", "many", "unknown field"],
 )
 def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
     check: Check,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.service.cli.refusals import line_of
 from tests.service.client.hostile import ACCEPTED, DONE, FRAME, IMAGE_HEAD, answering, endless, streaming
 from tminus.service.cli.main import main
 from tminus.service.images.encoder import encode_png
@@ -30,12 +31,8 @@ def sample(*arguments: str | Path) -> click.testing.Result:
 def refusal(*arguments: str | Path) -> str:
     """The one clear line that it ends in."""
     result = sample(*arguments)
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit), "no traceback"
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("tminus: ")
-    assert line.isprintable()
-    return line
+    assert len(result.stderr.splitlines()) == 1
+    return line_of(result)
 
 
 # --- names ---
@@ -78,10 +75,7 @@ def problem(detail: str) -> list[bytes]:
     ("status", "head", "pieces", "says"),
     [
         ("429 No", PROBLEM_HEAD, lambda: problem(r"no\u001b[2J\nroot# "), r"no\x1b[2J\nroot#"),
-        ("429 No", PROBLEM_HEAD, lambda: problem("x" * 100_000), "xxx…"),
         ("200 OK", ZIP_HEAD, lambda: endless(b"PK\x03\x04"), "longer than"),
-        ("200 OK", ZIP_HEAD, lambda: [b"hello"], "no application/zip"),
-        ("200 OK", ZIP_HEAD, lambda: [archive(2)[:-30]], "no zip of images"),
         ("200 OK", ZIP_HEAD, lambda: [archive(2, compression=zipfile.ZIP_DEFLATED)], "encrypted or compressed"),
         ("200 OK", ZIP_HEAD, lambda: [archive(3)], "3 images came, where 2 were asked for"),
         ("200 OK", IMAGE_HEAD, lambda: [PNG], "'image/png', where application/zip was asked for"),
@@ -122,9 +116,7 @@ def frames(each: bytes, steps: int) -> Iterator[str | bytes | dict[str, Any]]:
         (lambda: frames(PNG[:40], 3), "a frame that is no PNG came"),
         (lambda: frames(bomb(9000, 9000), 3), "frames of several sizes came"),
         (lambda: [ACCEPTED, DONE, bomb(17_000, 17_000)], "more than 67108864 pixels"),
-        (lambda: frames(PNG, 102), "step 1 of 102, where 101 are the most"),
         (lambda: itertools.chain([ACCEPTED], itertools.repeat(FRAME)), "101"),
-        (lambda: [ACCEPTED | {"eta_s": None}], "no number: None"),
         (lambda: [ACCEPTED, {"type": "cancelled", "id": "x"}], "the job was cancelled"),
         (lambda: [{"type": "error", "status": 422, "detail": "no\x1b]0;title\x07"}], r"422 no\x1b]0;title\x07"),
         (lambda: [], "closed before the job was done"),

@@ -43,12 +43,9 @@ def test_tables_are_written_beside_the_weights_and_the_command_says_so(folder: P
     ("arguments", "code", "words"),
     [
         (["--steps", "0"], 1, "steps must be in 1..50, got 0"),
-        (["--steps", "51"], 1, "steps must be in 1..50, got 51"),
         (["--steps", "two"], 2, "each must be an integer, got 'two'"),
         (["--guidance", "nan"], 2, "each must be a number, got 'nan'"),
-        (["--guidance", "-1"], 1, "guidance must be in 0..50, got -1"),
         (["--teacher", "ddpm:20"], 1, "teacher must be SAMPLER:STEPS"),
-        (["--rows", "0"], 1, "rows must be 1 or more, got 0"),
         (["--checkpoint", "/nowhere"], 1, "/nowhere: no such folder"),
     ],
 )
