@@ -26,13 +26,6 @@ def test_one_with_keys_asks_for_one() -> None:
     assert not Access().has_keys
 
 
-def test_a_caller_has_the_name_role_and_limits_of_its_key() -> None:
-    access = access_of(*LINES)
-    studio, ops = access.with_secret("s"), access.with_secret("o")
-    assert (studio.name, studio.role, studio.sees, studio.limits.jobs) == ("studio", "sample", "studio", 3)
-    assert (ops.name, ops.role, ops.sees) == ("ops", "admin", None)
-
-
 def test_secrets_of_one_name_share_its_usage() -> None:
     access = access_of(
         key_line("a", "one", row_steps_per_minute=60),

@@ -54,27 +54,17 @@ def test_a_secret_is_new_each_time_and_long() -> None:
     ("text", "said"),
     [
         ("", "there is no key"),
-        ("# none\n\n", "there is no key"),
         ("a sample", "got 2 words"),
         (f"a/b sample sha256:{HEX}", "a name has"),
-        (f"{'a' * 65} sample sha256:{HEX}", "a name has"),
         (f"a root sha256:{HEX}", "the role of a must be sample or admin, got 'root'"),
-        (f"a Sample sha256:{HEX}", "got 'Sample'"),
         ("a sample tm_the_secret_itself", "the hash of a must be sha256:"),
-        (f"a sample sha256:{HEX[:-1]}", "64 hexadecimal digits"),
-        (f"a sample sha256:{HEX.upper()}", "64 hexadecimal digits"),
         (f"a sample md5:{HEX}", "sha256:"),
-        (f"a sample sha256:{HEX} jobs", "no limit 'jobs'"),
         (f"a sample sha256:{HEX} rows=3", "no limit 'rows'; known: row-steps-per-minute, jobs, connections"),
         (f"a sample sha256:{HEX} jobs=0", "jobs of a must be an integer in 1.."),
-        (f"a sample sha256:{HEX} jobs=-1", "must be an integer"),
-        (f"a sample sha256:{HEX} jobs=1.5", "must be an integer"),
         (f"a sample sha256:{HEX} jobs=\u0663", "must be an integer"),
-        (f"a sample sha256:{HEX} jobs={MOST + 1}", "must be an integer"),
         (f"a sample sha256:{HEX} jobs={'9' * 5000}", "must be an integer"),
         (f"a sample sha256:{HEX} jobs=2 jobs=2", "given twice"),
         (f"a sample sha256:{HEX}\na admin sha256:{'cd' * 32}", "two lines of a differ"),
-        (f"a sample sha256:{HEX} jobs=1\na sample sha256:{'cd' * 32}", "two lines of a differ"),
         (f"a sample sha256:{HEX}\nb sample sha256:{HEX}", "b has the secret of a"),
         ("\n".join(f"k{i} sample sha256:{i:064x}" for i in range(MOST_KEYS + 1)), f"at most {MOST_KEYS} keys"),
         ("#" * (MOST_BYTES + 1), f"at most {MOST_BYTES} bytes"),
@@ -91,10 +81,6 @@ def test_a_mistake_is_named_and_no_secret_repeated(text: str, said: str) -> None
 def test_a_mistake_names_its_line() -> None:
     with pytest.raises(ValueError, match=r"^line 3: "):
         parse_keys(f"# one\na sample sha256:{HEX}\nb")
-
-
-def test_one_name_may_have_two_secrets() -> None:
-    assert len(parse_keys(f"a sample sha256:{HEX} jobs=1\na sample sha256:{'cd' * 32} jobs=1")) == 2
 
 
 @given(st.text(max_size=300))

@@ -6,8 +6,6 @@ from tminus.service.access.keys import KeyLimits
 from tminus.service.access.usage import WINDOW_S, Usage
 from tminus.service.errors import QuotaExceeded
 
-NONE = KeyLimits()
-
 
 def charge(usage: Usage, limits: KeyLimits, row_steps: int, now_s: float, jobs: int = 0) -> bool:
     try:
@@ -15,14 +13,6 @@ def charge(usage: Usage, limits: KeyLimits, row_steps: int, now_s: float, jobs: 
             return True
     except QuotaExceeded:
         return False
-
-
-def test_without_limits_nothing_is_counted() -> None:
-    usage = Usage(0.0)
-    assert all(charge(usage, NONE, 10**9, 0.0, jobs=10**6) for _ in range(10))
-    assert usage.allowance(NONE, 0.0) is None
-    with usage.connected(NONE), usage.connected(NONE):
-        pass
 
 
 def test_a_minutes_row_steps_are_there_at_once_and_come_back_evenly() -> None:

@@ -1,12 +1,11 @@
 """GET /models, and who may load and unload. startup/test_model_changes.py tests what becomes of a change."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
 from tests.service.conftest import MakeSite, Site, problem, running_sites
-from tests.service.several import ADMIN, COLOUR, KEY, Several, make_several
+from tests.service.several import ADMIN, KEY, Several, make_several
 
 CHANGES = [f"/models/{name}/{what}" for name in ("fake", "nobody") for what in ("load", "reload", "unload")]
 
@@ -48,18 +47,6 @@ def test_with_one_it_has_to_be_sent(one_several: Several, path: str, sent: str |
     assert response.headers["www-authenticate"].startswith("Bearer")
     assert KEY not in response.text
     assert one_several.shelf.engines == []
-
-
-def test_a_model_is_loaded_listed_and_unloaded(several: Several) -> None:
-    several.shelf.found["third"] = replace(COLOUR, weights_hash="ef" * 32)
-    loaded = several.change("third", "load")
-    assert loaded.status_code == 200
-    assert (loaded.json()["name"], loaded.json()["state"]) == ("third", "loaded")
-    assert several.states() == {"fake": "loaded", "colour": "loaded", "third": "loaded"}
-    assert several.post("/models/third/sample", json={"steps": 1}).status_code == 200
-    unloaded = several.change("third", "unload")
-    assert (unloaded.status_code, unloaded.content) == (204, b"")
-    problem(several.post("/models/third/sample", json={"steps": 1}), 404, "model_not_found")
 
 
 def test_a_query_is_refused(several: Several) -> None:

@@ -4,14 +4,9 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-import pytest
-
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site
-from tests.service.fakes import INFO, make_spec, wait_until
+from tests.service.fakes import INFO, wait_until
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
-from tminus.service.api.answers.documents import JobAnswer
-from tminus.service.jobs.store.records import JobRecord
-from tminus.service.jobs.views import JobView
 from tminus.service.model_info import LatentInfo
 
 JOB = [
@@ -202,12 +197,3 @@ def test_jobs_that_wait_run_or_fail_fit_the_schema(make_site: MakeSite) -> None:
     site.engine.gate.open()
     described.wait_for(ids[1], "failed")
     assert described.answer("GET", f"/jobs/{ids[1]}", "/jobs/{job_id}")["problem"]["code"] == "engine_failed"
-
-
-@pytest.mark.parametrize("eta_s", [None, 0.0, 1.23456])
-def test_times_of_a_job_have_milliseconds(eta_s: float | None) -> None:
-    record = JobRecord("a" * 32, make_spec(), 1_000_000, finished_us=2_500_999)
-    view = JobView(record, 0, "fake", "running", True, 1, 0, eta_s)
-    answer = JobAnswer.of(view)
-    assert answer.eta_s == (None if eta_s is None else round(eta_s, 3))
-    assert (answer.created, answer.finished) == ("1970-01-01T00:00:01.000Z", "1970-01-01T00:00:02.500Z")

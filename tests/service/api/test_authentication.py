@@ -85,11 +85,6 @@ def test_every_path_asks_for_a_key_but_those_of_probes_and_of_the_page(keyed: Si
     assert keyed.engine.batches == before
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/", "/models/fake/page/page.css"])
-def test_probes_and_the_files_of_the_page_are_for_anybody(keyed: Site, path: str) -> None:
-    assert keyed.client.get(path).status_code == 200
-
-
 @pytest.mark.parametrize("path", ["/page/..%2fsample", "/PAGE/x", "//page/x", "/sample/"])
 def test_no_detour_leads_past_the_keys(keyed: Site, path: str) -> None:
     before = list(keyed.engine.batches)
@@ -98,16 +93,27 @@ def test_no_detour_leads_past_the_keys(keyed: Site, path: str) -> None:
     assert keyed.engine.batches == before
 
 
-def test_a_key_lets_its_owner_in(keyed: Site) -> None:
+def test_a_key_lets_its_owner_in_and_nobody_elses_body_is_read(keyed: Site) -> None:
     for secret in (ANN, OPS):
         assert keyed.post(json=SPEC, headers=bearer(secret)).status_code == 200
     assert keyed.post(json=SPEC, headers={"Authorization": f"bearer  {ANN} "}).status_code == 200
     assert keyed.client.get("/metrics", **as_(ANN)).status_code == 200
+    problem(keyed.client.post("/sample", content=b"x" * 2**24), 401, "unauthorized")
+    path = "/models/fake/reload"
+    assert problem(keyed.client.post(path, **as_(ANN)), 403, "forbidden")["detail"].endswith("ann has the role sample")
+    assert keyed.client.post(path, **as_(OPS)).status_code not in (401, 403)
 
 
-def test_a_body_is_not_read_before_the_key_is_known(keyed: Site) -> None:
-    response = keyed.client.post("/sample", content=b"x" * 2**24)
-    problem(response, 401, "unauthorized")
+def test_an_open_server_takes_keys_too_and_refuses_wrong_ones_and_one_without_keys_looks_at_none(
+    make_site: MakeSite,
+) -> None:
+    site = make_site(app={"access": access_of(*LINES, is_open=True)})
+    assert site.post(json=SPEC).status_code == 200
+    assert site.client.get("/key", **as_(ANN)).json()["name"] == "ann"
+    problem(site.post(json=SPEC, headers=bearer("tm_wrong")), 401, "unauthorized")
+    without = make_site()
+    assert without.post(json=SPEC, headers=bearer("of-a-proxy")).status_code == 200
+    assert without.client.get("/key", headers=bearer("of-a-proxy")).json()["name"] is None
 
 
 def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,18 +157,6 @@ def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest
     assert samples["tminus_keys_up"] == 1
 
 
-def test_where_there_are_no_keys_credentials_are_for_somebody_else(site: Site) -> None:
-    assert site.post(json=SPEC, headers=bearer("of-a-proxy")).status_code == 200
-    assert site.client.get("/key", headers=bearer("of-a-proxy")).json()["name"] is None
-
-
-def test_an_open_server_takes_keys_too_and_refuses_wrong_ones(make_site: MakeSite) -> None:
-    site = make_site(app={"access": access_of(*LINES, is_open=True)})
-    assert site.post(json=SPEC).status_code == 200
-    assert site.client.get("/key", **as_(ANN)).json()["name"] == "ann"
-    problem(site.post(json=SPEC, headers=bearer("tm_wrong")), 401, "unauthorized")
-
-
 def test_keys_of_a_file_change_while_the_server_runs(make_site: MakeSite, tmp_path: Path) -> None:
     file, now = tmp_path / "keys", [0.0]
     file.write_text(LINES[0])
@@ -181,12 +175,6 @@ def test_keys_of_a_file_change_while_the_server_runs(make_site: MakeSite, tmp_pa
     now[0] += 2 * LOOK_S
     assert site.post(json=SPEC, headers=bearer(BEN)).status_code == 200
     assert "tminus_keys_up 0.0" in site.client.get("/metrics", **as_(BEN)).text
-
-
-def test_roles(keyed: Site) -> None:
-    path = "/models/fake/reload"
-    assert problem(keyed.client.post(path, **as_(ANN)), 403, "forbidden")["detail"].endswith("ann has the role sample")
-    assert keyed.client.post(path, **as_(OPS)).status_code not in (401, 403)
 
 
 # --- the page's cookie ---
@@ -211,26 +199,20 @@ def test_a_login_is_kept_in_a_cookie_until_the_logout(keyed: Site) -> None:
     problem(client.get("/key"), 401, "unauthorized")
 
 
-def test_over_https_the_cookie_never_goes_over_http(keyed: Site) -> None:
-    response = keyed.client.post("https://localhost/login", json={"key": ANN})
-    assert "secure" in response.headers["set-cookie"].lower()
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "code"),
-    [
+def test_a_bad_login_is_refused_and_the_cookie_of_https_never_goes_over_http(keyed: Site) -> None:
+    for body, status, code in (
         ({"key": "tm_wrong"}, 401, "unauthorized"),
         ({"key": "\ud800"}, 422, "invalid_field"),
         ({"key": 5}, 422, "invalid_field"),
         ({"key": ANN, "name": "ann"}, 422, "unknown_field"),
         ([ANN], 400, "malformed_body"),
-    ],
-)
-def test_a_bad_login_is_refused(keyed: Site, body: Any, status: int, code: str) -> None:
-    response = keyed.client.post("/login", content=json.dumps(body))
-    problem(response, status, code)
-    assert "set-cookie" not in response.headers
-    assert "tm_" not in response.json()["detail"]
+    ):
+        response = keyed.client.post("/login", content=json.dumps(body))
+        problem(response, status, code)
+        assert "set-cookie" not in response.headers
+        assert "tm_" not in response.json()["detail"]
+    response = keyed.client.post("https://localhost/login", json={"key": ANN})
+    assert "secure" in response.headers["set-cookie"].lower()
 
 
 # --- streams ---
@@ -252,16 +234,13 @@ def finish(client: Client) -> None:
         client.picture()
 
 
-def test_a_stream_takes_the_key_in_its_head(keyed: Site) -> None:
+def test_a_stream_takes_the_key_in_its_head_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
     with stream(keyed, **bearer(ANN)) as client:
         client.send(**SPEC)
         finish(client)
     with pytest.raises(WebSocketDenialResponse) as caught, stream(keyed, **bearer("tm_wrong")):
         pass
     assert (caught.value.status_code, caught.value.json()["code"]) == (401, "unauthorized")
-
-
-def test_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
     with stream(keyed) as client:
         client.send(type="key", key=ANN)
         client.send(**SPEC, keep_open=True)
@@ -271,21 +250,22 @@ def test_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
     assert listed(keyed, ANN) == set()
 
 
-@pytest.mark.parametrize(
-    ("first", "code"),
-    [
+def test_without_a_good_key_a_stream_is_closed(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(keyed.engine.batches)
+    firsts: tuple[tuple[dict[str, Any], str], ...] = (
         ({"type": "key", "key": "tm_wrong"}, "unauthorized"),
         ({"type": "key", "key": 5}, "malformed_message"),
         ({"type": "key", "key": ANN, "n": 1}, "malformed_message"),
         ({"type": "key", "key": ANN + 1024 * "x"}, "unauthorized"),
         (SPEC, "unauthorized"),
-    ],
-)
-def test_without_a_good_one_it_is_closed(keyed: Site, first: dict[str, Any], code: str) -> None:
-    before = list(keyed.engine.batches)
+    )
+    for first, code in firsts:
+        with stream(keyed) as client:
+            client.send(**first)
+            client.refused(code, 1008)
+    monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
     with stream(keyed) as client:
-        client.send(**first)
-        client.refused(code, 1008)
+        assert client.get("error")["code"] == "silence"
     assert keyed.engine.batches == before
 
 
@@ -300,12 +280,6 @@ def test_who_has_not_said_who_it_is_learns_of_no_model(keyed: Site) -> None:
     with pytest.raises(WebSocketDenialResponse) as caught:
         keyed.client.websocket_connect("/models/nope/sample/stream", headers=bearer(ANN)).__enter__()
     assert caught.value.json()["code"] == "model_not_found"
-
-
-def test_who_never_says_who_it_is_is_not_waited_for(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
-    with stream(keyed) as client:
-        assert client.get("error")["code"] == "silence"
 
 
 # --- whose jobs ---
@@ -416,25 +390,25 @@ def test_row_steps_of_a_minute_are_limited_and_what_is_left_is_told(make_site: M
     }
 
 
-def test_a_guided_step_counts_twice_and_a_known_answer_nothing(make_site: MakeSite) -> None:
+def test_a_guided_step_counts_twice_and_a_known_answer_or_a_refusal_nothing(make_site: MakeSite) -> None:
     access = access_of(key_line("ann", ANN, row_steps_per_minute=100))
-    site = make_site(app={"access": access}, result_cache_bytes=2**20)
+    site = make_site(app={"access": access}, result_cache_bytes=2**20, max_jobs=1)
     left = []
+
+    def look() -> None:
+        left.append(site.client.get("/key", **as_(ANN)).json()["row_steps_left"])
+
     for more in ({}, {"guidance": 2}, {"guidance": 2}, {"n": 1, "seed": 6}):
         assert site.post(json=SPEC | more, headers=bearer(ANN)).status_code == 200
-        left.append(site.client.get("/key", **as_(ANN)).json()["row_steps_left"])
-    assert left == [92, 76, 76, 72]
-
-
-def test_what_is_refused_for_another_reason_costs_nothing(make_site: MakeSite) -> None:
-    site = make_site(app={"access": access_of(key_line("ann", ANN, row_steps_per_minute=100))}, max_jobs=1)
+        look()
     site.engine.gate.shut()
-    submit(site, ANN)
+    submit(site, ANN, seed=7)
     site.engine.next_begun()
     for _ in range(3):
-        problem(site.post(json=SPEC, headers=bearer(ANN)), 429, "overloaded")
+        problem(site.post(json=SPEC | {"seed": 8}, headers=bearer(ANN)), 429, "overloaded")
         problem(site.client.post("/jobs", json=SPEC, **as_(ANN)), 429, "overloaded")
-    assert site.client.get("/key", **as_(ANN)).json()["row_steps_left"] == 92
+    look()
+    assert left == [92, 76, 76, 72, 64]
     site.engine.gate.open()
 
 
@@ -470,14 +444,3 @@ def test_connections_are_limited(make_site: MakeSite) -> None:
         assert site.client.get("/healthz").status_code == 200
         site.engine.gate.open()
     wait_until(lambda: site.client.get("/model", **as_(ANN)).status_code == 200)
-
-
-# --- what need not be answered ---
-
-
-def test_metrics_and_docs_can_be_left_out(make_site: MakeSite) -> None:
-    whole, bare = make_site(), make_site(app={"with_metrics": False, "with_docs": False})
-    for path in ("/metrics", "/docs", "/openapi.json", "/models/fake/docs"):
-        assert whole.client.get(path).status_code == 200
-        assert bare.client.get(path).status_code == 404
-    assert bare.client.get("/model").status_code == 200

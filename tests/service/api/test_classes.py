@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 
 from tests.service.conftest import MakeSite, Site
-from tests.service.fakes import INFO, LIMITS, wait_until
+from tests.service.fakes import INFO, wait_until
 from tminus.service.api.request.classes import class_of_prompt, find_class
-from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.cli.sample import request_parameters
 from tminus.service.errors import InvalidField
 
 NUMBERED = replace(INFO, class_names=("1", "2", "3"))  # folders that are named 1, 2 and 3
@@ -101,16 +99,6 @@ def test_every_way_to_ask_reads_a_label_alike(make_site: MakeSite, way: str) -> 
     assert added == [(2,)] * 3
 
 
-@pytest.mark.parametrize("label", ["1", "number:1"])
-def test_the_command_line_reads_a_label_as_the_server_does(label: str) -> None:
-    asked = SampleRequest.parse(request_parameters({"class_label": (label,)}), NUMBERED, LIMITS)
-    if label == "1":
-        with pytest.raises(InvalidField, match="number:1"):
-            asked.to_spec(NUMBERED, LIMITS)
-    else:
-        assert asked.to_spec(NUMBERED, LIMITS).class_labels == (1,)
-
-
 # --- prompts ---
 
 
@@ -118,25 +106,16 @@ FASHION = replace(INFO, class_names=("t-shirt", "trouser", "ankle-boot"), null_c
 PLAIN = replace(INFO, conditional=False, class_names=(), null_class=None)
 
 
-@pytest.mark.parametrize("prompt", ["t-shirt", "T_SHIRT", " t  shirt ", "0"])
-def test_a_class_is_found_however_it_is_spelled(prompt: str) -> None:
-    assert class_of_prompt(prompt, FASHION) == 0
-
-
-def test_an_empty_prompt_is_no_class() -> None:
+def test_a_class_is_found_however_it_is_spelled_and_nothing_is_guessed() -> None:
+    for prompt in ("t-shirt", "T_SHIRT", " t  shirt ", "0"):
+        assert class_of_prompt(prompt, FASHION) == 0
     assert class_of_prompt("", FASHION) is class_of_prompt(" \n", PLAIN) is None
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["tshirt", "boot", "a t-shirt", "3", "-1", "1.0", "²", "9" * 5000],
-)
-def test_nothing_is_guessed(prompt: str) -> None:
-    with pytest.raises(InvalidField) as caught:
-        class_of_prompt(prompt, FASHION)
-    assert caught.value.field == "prompt"
-    assert 'a class of this model, 0..2 or t-shirt, trouser, ankle-boot, or "" for none' in caught.value.detail
-    assert len(caught.value.detail) < 400
+    for prompt in ("tshirt", "boot", "a t-shirt", "3", "-1", "1.0", "²", "9" * 5000):
+        with pytest.raises(InvalidField) as caught:
+            class_of_prompt(prompt, FASHION)
+        assert caught.value.field == "prompt"
+        assert 'a class of this model, 0..2 or t-shirt, trouser, ankle-boot, or "" for none' in caught.value.detail
+        assert len(caught.value.detail) < 400
 
 
 def test_an_exact_name_goes_before_one_that_is_spelled_alike() -> None:

@@ -63,14 +63,6 @@ def asked(make_site: MakeSite) -> Any:
 # --- jobs that wait and run ---
 
 
-def test_without_jobs_the_list_is_empty(site: Site) -> None:
-    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}
-    site.post(json={"steps": 1})
-    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}, (
-        "a finished job that is not durable is not listed"
-    )
-
-
 def test_waiting_and_running_jobs_are_listed_with_position_and_time(asked: Asked) -> None:
     first = asked.post(n=2, steps=4, seed=7, sampler="ddim")
     asked.site.engine.next_begun()
@@ -133,12 +125,6 @@ def test_however_often_jobs_are_looked_up_one_forecast_a_second_is_made(
     assert 1 <= len(forecasts) <= 1 + (time.monotonic() - began_s) / FORECAST_S
     asked.site.engine.gate.open()
     assert running.result(PATIENCE_S).status_code == 200
-
-
-def test_a_method_that_a_job_does_not_know_is_answered_with_those_it_does(site: Site) -> None:
-    response = site.client.patch("/jobs/x")
-    problem(response, 405, "method_not_allowed")
-    assert response.headers["allow"] == "DELETE, GET, PUT"
 
 
 # --- giving one up ---

@@ -28,26 +28,22 @@ def test_a_request_is_of_the_model_that_its_path_names(several: Several) -> None
     assert len(several.colour.batches) == 2 + 1, "and a warm-up"
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
+def test_an_unknown_model_is_a_problem_that_names_those_there_are_and_a_path_trick_leads_nowhere(
+    several: Several,
+) -> None:
+    for method, path in (
         ("GET", "/models/nobody/model"),
         ("POST", "/models/nobody/sample"),
         ("POST", "/models/nobody/jobs"),
         ("GET", "/models/nobody/openapi.json"),
         ("GET", f"/models/{'x' * 5000}/sample"),
-    ],
-)
-def test_an_unknown_model_is_a_problem_that_names_those_there_are(several: Several, method: str, path: str) -> None:
-    document = problem(several.site.client.request(method, path), 404, "model_not_found")
-    assert document["field"] == "model"
-    assert document["bound"] == "one of colour, fake"
-    assert len(json.dumps(document)) < 1500
-
-
-@pytest.mark.parametrize("path", ["/models/%2e%2e%2fetc/sample", "/models//sample", "/models/a/b/sample"])
-def test_a_path_trick_leads_nowhere(several: Several, path: str) -> None:
-    problem(several.post(path), 404, "not_found")
+    ):
+        document = problem(several.site.client.request(method, path), 404, "model_not_found")
+        assert document["field"] == "model"
+        assert document["bound"] == "one of colour, fake"
+        assert len(json.dumps(document)) < 1500
+    for path in ("/models/%2e%2e%2fetc/sample", "/models//sample", "/models/a/b/sample"):
+        problem(several.post(path), 404, "not_found")
 
 
 def test_each_model_has_its_own_bounds(several: Several) -> None:
@@ -132,29 +128,3 @@ def test_of_two_requests_with_one_key_at_once_one_is_accepted(several: Several) 
             paths = ("/models/colour/jobs", "/models/fake/jobs")
             answers = [pool.submit(several.post, path, json=QUICK, headers=headers) for path in paths]
             assert sorted(each.result().status_code for each in answers) == [202, 422]
-
-
-def test_pages_and_their_files_are_there_below_each_name(several: Several) -> None:
-    for path in ("", "page/page.js", "page/page.css", "docs", "docs/swagger-ui.css"):
-        plain, named = several.get(f"/{path}"), several.get(f"/models/colour/{path}")
-        assert named.status_code == plain.status_code == 200
-        assert named.content == plain.content
-
-
-def test_requests_are_counted_by_the_pattern_of_their_path(several: Several) -> None:
-    several.post("/models/colour/sample", json=QUICK)
-    several.get(f"/models/colour/jobs/{'a' * 32}")
-    metrics = several.site.metrics()
-    requests = "tminus_request_duration_seconds_count"
-    assert metrics[f'{requests}{{"route": "/models/{{model}}/sample", "status": "200"}}'] == 1
-    assert metrics[f'{requests}{{"route": "/models/{{model}}/jobs/{{job_id}}", "status": "404"}}'] == 1
-
-
-def test_what_one_model_makes_does_not_depend_on_what_others_do(several: Several) -> None:
-    alone = several.post("/models/colour/sample", json=QUICK | {"seed": 9}).content
-    several.site.engine.gate.shut()
-    body = QUICK | {"seed": 9, "steps": 2}
-    job = several.post("/jobs", json=QUICK | {"n": 8, "steps": 500})
-    several.site.engine.gate.open()
-    assert several.post("/models/colour/sample", json=body).content == alone
-    several.site.client.delete(f"/jobs/{job.json()['id']}")

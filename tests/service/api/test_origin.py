@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import INSTANT, MakeSite, Site
+from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS
 from tminus.service.api.edge.origin import Doors
 
@@ -45,24 +45,30 @@ def test_a_page_of_another_site_starts_changes_and_sees_nothing(site: Site, head
     assert site.metrics()['tminus_rejected_total{"reason": "foreign_origin"}'] == len(asked)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"Origin": "https://localhost"},
+def test_programs_pages_of_our_own_links_and_probes_are_answered(site: Site) -> None:
+    for headers in (
+        {},  # no browser
+        {"Origin": "https://localhost"},  # ours behind TLS
         {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "same-origin"},
-    ],
-    ids=["no browser", "ours behind TLS", "ours, both", "image of ours"],
-)
-def test_programs_and_pages_of_our_own_are_answered(site: Site, headers: dict[str, str]) -> None:
-    assert site.client.post("/sample", json=SPEC, headers=headers).status_code == 200
-    assert site.client.get("/sample?steps=1", headers=headers).status_code == 200
-
-
-def test_a_link_from_another_site_opens_the_page_and_tells_of_the_model(site: Site) -> None:
+        {"Sec-Fetch-Site": "same-origin"},  # an image of ours
+    ):
+        assert site.client.post("/sample", json=SPEC, headers=headers).status_code == 200
+        assert site.client.get("/sample?steps=1", headers=headers).status_code == 200
     for path in ("/", "/model", "/healthz", "/docs"):
         assert site.client.get(path, headers=CROSS | {"Sec-Fetch-Mode": "navigate"}).status_code == 200
+    for host in ("LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"):
+        assert site.client.get("/model", headers={"Host": host}).status_code == 200
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert site.client.get(path, headers={"Host": "tminus.monitoring.svc:8000"}).status_code == 200
+    assert site.client.get("/jobs/", follow_redirects=False).status_code == 404, "no redirect to a host of the client"
+
+
+def test_a_name_that_is_listed_is_ours() -> None:
+    site = Site(INFO, LIMITS, INSTANT, doors=Doors(hosts=frozenset({"diffusion.example"})))
+    with site.client:
+        site.wait_until_ready()
+        for host, status in (("Diffusion.Example:8000", 200), ("other.example", 403)):
+            assert site.client.get("/model", headers={"Host": host}).status_code == status
 
 
 def test_pages_of_origins_that_are_allowed_are_answered_and_may_read_the_answer() -> None:
@@ -98,26 +104,3 @@ def test_a_name_that_is_not_ours_reads_and_deletes_nothing(site: Site, host: str
         assert (answer.status_code, code(answer)) == (403, "foreign_host"), (method, path)
         assert answer.json()["field"] == "Host"
     assert len(site.client.get("/jobs").json()["jobs"]) == 1
-
-
-@pytest.mark.parametrize("host", ["LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"])
-def test_localhost_and_addresses_are_ours(site: Site, host: str) -> None:
-    assert site.client.get("/model", headers={"Host": host}).status_code == 200
-
-
-def test_a_name_that_is_listed_is_ours() -> None:
-    site = Site(INFO, LIMITS, INSTANT, doors=Doors(hosts=frozenset({"diffusion.example"})))
-    with site.client:
-        site.wait_until_ready()
-        for host, status in (("Diffusion.Example:8000", 200), ("other.example", 403)):
-            assert site.client.get("/model", headers={"Host": host}).status_code == status
-
-
-def test_probes_are_answered_under_any_name(site: Site) -> None:
-    for path in ("/healthz", "/readyz", "/metrics"):
-        assert site.client.get(path, headers={"Host": "tminus.monitoring.svc:8000"}).status_code == 200
-
-
-def test_no_answer_sends_a_client_to_the_host_that_it_named(make_site: MakeSite) -> None:
-    answer = make_site().client.get("/jobs/", follow_redirects=False)
-    assert answer.status_code == 404

@@ -18,16 +18,7 @@ GUIDED = {"guidance": 2, "class_label": 1}
 @pytest.mark.parametrize(
     ("parameters", "field", "value"),
     [
-        ({"steps": 1001}, "steps", 1001),
-        ({"steps": "ten"}, "steps", "ten"),
-        ({"n": 65}, "n", 65),
-        ({"sampler": "rk45"}, "sampler", "rk45"),
-        ({"class_label": "bird"}, "class_label", "bird"),
         ({"class_label": [0, 1]}, "class_label", [0, 1]),
-        ({"eta": 0.5}, "eta", 0.5),
-        ({"seed": 2**64}, "seed", 2**64),
-        ({"guidance": 2}, "guidance", 2),
-        ({"clip": "perhaps"}, "clip", "perhaps"),
         (GUIDED | {"guidance_interval": [800, 100]}, "guidance_interval", [800, 100]),
         (GUIDED | {"guidance_interval": [0, 1000]}, "guidance_interval", [0, 1000]),
         (GUIDED | {"guidance_interval": [False, True]}, "guidance_interval", [False, True]),
@@ -36,7 +27,6 @@ GUIDED = {"guidance": 2, "class_label": 1}
         ({"to_seed": 7, "mix": 1.1}, "mix", 1.1),
         (GUIDED | {"guidance_rescale": "much"}, "guidance_rescale", "much"),
         ({"deadline_s": -1.5}, "deadline_s", -1.5),
-        ({"deadline_s": "soon"}, "deadline_s", "soon"),
         ({"deadline_s": [5]}, "deadline_s", [5]),
     ],
 )
@@ -50,30 +40,18 @@ def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
     assert one_site.engine.batches[1:] == [], "no work was done"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/nowhere"), ("POST", "/sample/more")])
-def test_a_wrong_path_is_a_problem_too(site: Site, method: str, path: str) -> None:
-    problem(site.client.request(method, path), 404, "not_found")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
+def test_a_wrong_path_or_method_is_a_problem_and_the_right_methods_are_told(site: Site) -> None:
+    for method, path in (("GET", "/nowhere"), ("POST", "/sample/more")):
+        problem(site.client.request(method, path), 404, "not_found")
+    for method, path, allowed in (
         ("DELETE", "/sample", "GET, POST"),
-        ("PUT", "/jobs", "GET, POST"),
         ("POST", "/jobs/y", "DELETE, GET, PUT"),
-        ("GET", "/jobs/y/cancel", "POST"),
-        ("POST", "/model", "GET"),
-        ("POST", "/metrics", "GET, HEAD"),
         ("PUT", "/healthz", "GET, HEAD"),
         ("DELETE", "/", "GET, HEAD, POST"),
-    ],
-)
-def test_a_wrong_method_is_a_problem_and_the_right_ones_are_told(
-    site: Site, method: str, path: str, allowed: str
-) -> None:
-    response = site.client.request(method, path)
-    problem(response, 405, "method_not_allowed")
-    assert {*response.headers["allow"].split(", ")} == {*allowed.split(", ")}
+    ):
+        response = site.client.request(method, path)
+        problem(response, 405, "method_not_allowed")
+        assert {*response.headers["allow"].split(", ")} == {*allowed.split(", ")}
 
 
 def test_text_that_no_encoding_knows_is_a_problem_and_no_crash(site: Site) -> None:
@@ -81,23 +59,6 @@ def test_text_that_no_encoding_knows_is_a_problem_and_no_crash(site: Site) -> No
         response = site.post(content=body)
         assert response.status_code in (400, 422), (body, response.text)
         assert response.headers["content-type"] == "application/problem+json"
-
-
-@pytest.mark.parametrize(
-    ("query", "body"),
-    [
-        ("", {"x" * 100_000: 1}),
-        ("", {"sampler": "x" * 100_000}),
-        ("", {"steps": {"x" * 100_000: 1}}),
-        ("?steps=" + "9" * 30_000, {}),
-        ("?" + "x" * 30_000 + "=1", {}),
-    ],
-    ids=lambda value: repr(value)[:24],
-)
-def test_no_problem_echoes_a_large_request(make_site: MakeSite, query: str, body: dict[str, Any]) -> None:
-    response = make_site(max_body_bytes=2**20).client.post(f"/sample{query}", json=body)
-    assert response.status_code == 422
-    assert len(response.content) < 3000
 
 
 BIG = "x" * 10_000

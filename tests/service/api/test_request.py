@@ -30,49 +30,19 @@ from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import submission
 from tminus.service.api.request import reading as request
 from tminus.service.api.request.headers import negotiate
-from tminus.service.api.request.reading import from_items, merge
+from tminus.service.api.request.reading import merge
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.byte_budget import Hold
 from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody
 from tminus.service.work import Ticket
 from tminus.service.worker.running_job import NewJob
 
-QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
-GUIDED = {"guidance": 2, "class_label": 1}
-
 
 def from_body(body: bytes) -> dict[str, Any]:
     return request.from_body(body, max_bytes=2**20)
 
 
-# --- query ---
-
-
-def test_class_label_may_repeat_and_keeps_its_order() -> None:
-    assert from_items([("class_label", "2"), ("n", "2"), ("class_label", "cat")]) == {
-        "class_label": ["2", "cat"],
-        "n": "2",
-    }
-    assert from_items([("class_label", "2"), ("sampler", "ddim")]) == {"class_label": "2", "sampler": "ddim"}
-
-
-def test_a_field_repeated_with_another_value_conflicts() -> None:
-    with pytest.raises(ConflictingField) as caught:
-        from_items([("steps", "5"), ("steps", "6")])
-    error = caught.value
-    assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "steps", ["5", "6"])
-
-
 # --- body ---
-
-
-def test_a_body_is_a_json_object() -> None:
-    assert from_body(b'{"n": 8, "class_label": [1, "cat", null], "clip": true}') == {
-        "n": 8,
-        "class_label": [1, "cat", None],
-        "clip": True,
-    }
-    assert from_body(b"") == from_body(b"  \r\n\t") == {}
 
 
 @pytest.mark.parametrize(
@@ -114,25 +84,10 @@ def test_any_bytes_are_parameters_or_malformed(body: bytes) -> None:
 # --- both ---
 
 
-@pytest.mark.parametrize(
-    ("query", "body"),
-    [
-        ("5", 5),
-        ("2", 2.0),
-        ("null", None),
-        ("18446744073709551615", 18446744073709551615),
-        (["1", "cat"], [1, "cat"]),
-        ("1", [1]),
-        (["2"], 2),
-    ],
-)
-def test_the_same_value_in_both_is_one(query: Any, body: Any) -> None:
-    assert merge({"x": query}, {"x": body}) == {"x": body}
-
-
-@pytest.mark.parametrize(
-    ("query", "body"),
-    [
+def test_only_the_same_value_may_be_in_query_and_body() -> None:
+    for query, body in [("5", 5), ("2", 2.0), ("null", None), (["1", "cat"], [1, "cat"]), ("1", [1]), (["2"], 2)]:
+        assert merge({"x": query}, {"x": body}) == {"x": body}
+    others: list[tuple[Any, Any]] = [
         ("ten", 10),
         ("5", None),
         ("5", True),
@@ -140,26 +95,18 @@ def test_the_same_value_in_both_is_one(query: Any, body: Any) -> None:
         (["1", "cat"], ["cat", 1]),
         ("1", [1, 2]),
         ("1", {"a": 1}),
-        ("5", []),
         ("5_0", 50),
         ("٥", 5),
         ("1e99999999999999999999", "2e99999999999999999999"),
-        ("1", "1e99999999999999999999"),
-    ],
-)
-def test_another_value_in_query_and_body_conflicts(query: Any, body: Any) -> None:
-    with pytest.raises(ConflictingField) as caught:
-        merge({"x": query, "n": "1"}, {"x": body, "n": 1})
-    error = caught.value
-    assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "x", query)
-    assert "query" in error.detail
-    assert "body" in error.detail
+    ]
+    for query, body in others:
+        with pytest.raises(ConflictingField) as caught:
+            merge({"x": query, "n": "1"}, {"x": body, "n": 1})
+        error = caught.value
+        assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "x", query)
 
 
-def test_a_deeply_nested_value_conflicts_and_does_no_harm() -> None:
-    body = from_body(b'{"class_label": ' + b"[" * 900 + b"]" * 900 + b"}")
-    with pytest.raises(ConflictingField):
-        merge({"class_label": "1"}, body)
+# --- both ---
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
@@ -193,17 +140,7 @@ def test_merging_anything_gives_the_union_or_a_conflict(query: dict[str, Any], b
         assert merged == query | body
 
 
-def test_a_name_twice_in_the_body_is_a_conflict() -> None:
-    with pytest.raises(ConflictingField) as caught:
-        from_body(b'{"steps": 1, "n": 2, "steps": 2}')
-    assert caught.value.field == "steps"
-
-
 # --- through the app ---
-
-
-def test_a_body_that_is_no_json_object_is_a_problem(site: Site) -> None:
-    assert "got list" in problem(site.post(content=b"[]"), 400, "malformed_body")["detail"]
 
 
 def test_no_depth_of_nesting_crashes(one_site: Site) -> None:
@@ -246,88 +183,71 @@ def in_stream(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["seed", "every"])
-@pytest.mark.parametrize("text", ["5_0", " 5", "+5", "5.0", "0x5", "٥", "", "-5"])
-def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, name: str, text: str) -> None:
+def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, name: str) -> None:
     webp = {"Accept": "image/webp"} if name == "every" else {}
-    answers = [
-        one_site.post(params={name: text}, headers=webp),
-        one_site.post(json={name: text}, headers=webp),
-        one_site.post(files={"image": ("a.png", CAT)}, data={"strength": "1", name: text}, headers=webp),
-        one_site.client.get("/sample", params={name: text}, headers=webp),
-    ]
-    if name != "every":
-        answers += [
-            one_site.client.post("/jobs", params={name: text}),
-            one_site.client.post("/jobs", json={name: text}),
+    for text in ("5_0", " 5", "+5", "5.0", "0x5", "٥", "", "-5"):
+        answers = [
+            one_site.post(params={name: text}, headers=webp),
+            one_site.post(json={name: text}, headers=webp),
+            one_site.post(files={"image": ("a.png", CAT)}, data={"strength": "1", name: text}, headers=webp),
         ]
-    for answer in answers:
-        document = problem(answer, 422, "invalid_field")
-        assert (document["field"], document["value"]) == (name, text)
-    message = in_stream(one_site, {name: text})
-    assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
+        if name != "every":
+            answers.append(one_site.client.post("/jobs", params={name: text}))
+        for answer in answers:
+            document = problem(answer, 422, "invalid_field")
+            assert (document["field"], document["value"]) == (name, text)
+        message = in_stream(one_site, {name: text})
+        assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
 
 
-def test_an_integer_in_json_is_a_number_without_fraction(one_site: Site) -> None:
+def test_an_integer_in_json_is_a_number_without_fraction(site: Site) -> None:
     for value in ("5.5", "1e17", "9007199254740994.0", "true", '"5.0"', "[5]", "{}"):
-        answer = one_site.post(content=f'{{"seed": {value}}}'.encode())
+        answer = site.post(content=f'{{"seed": {value}}}'.encode())
         assert problem(answer, 422, "invalid_field")["field"] == "seed"
-
-
-def test_what_json_schema_calls_an_integer_is_one(site: Site) -> None:
     bodies = [b'{"steps": 2, "seed": 50, "class_label": 1}', b'{"steps": 2.0, "seed": 5e1, "class_label": 1.0}']
     assert len({site.post(content=body).headers["etag"] for body in bodies}) == 1
 
 
-def test_a_number_is_written_as_in_json_wherever_it_is_written(one_site: Site) -> None:
-    for text in ("1_0", " 1", "+1", ".5", "1.", "nan", "inf", "Infinity", "1e400", "٥", "0x1", ""):
-        for answer in (one_site.post(params={"deadline_s": text}), one_site.post(json={"deadline_s": text})):
-            assert problem(answer, 422, "invalid_field")["field"] == "deadline_s"
-
-
-def test_a_truth_value_is_true_or_false(one_site: Site) -> None:
-    for value in ("True", "1", "yes", " true", "", 1):
-        for answer in (one_site.post(params={"clip": value}), one_site.post(json={"clip": value})):
-            assert problem(answer, 422, "invalid_field")["field"] == "clip"
+def test_numbers_and_truth_values_are_written_as_in_json_wherever_they_are_written(one_site: Site) -> None:
+    numbers = ("1_0", " 1", "+1", ".5", "1.", "nan", "inf", "1e400", "٥", "0x1", "")
+    truths = ("True", "1", "yes", " true", "", 1)
+    for name, value in [*(("deadline_s", each) for each in numbers), *(("clip", each) for each in truths)]:
+        for answer in (one_site.post(params={name: value}), one_site.post(json={name: value})):
+            assert problem(answer, 422, "invalid_field")["field"] == name
     assert in_stream(one_site, {"keep_open": "True"})["field"] == "keep_open"
 
 
-CALLS = [
-    ("GET", "/jobs", "limit"),
-    ("POST", "/jobs", "steps"),
-    ("POST", "/sample", "steps"),
-    ("GET", "/sample", "steps"),
-    ("POST", "/noise", "t"),
-    ("GET", "/model", None),
-    ("GET", "/model/schedule", None),
-    ("GET", "/jobs/x", None),
-    ("GET", "/jobs/x/image", None),
-    ("GET", "/jobs/x/events", "every"),
-    ("POST", "/jobs/x/cancel", None),
-    ("DELETE", "/jobs/x", None),
-]
+def test_an_unknown_or_repeated_parameter_is_refused_by_name_in_every_call(one_site: Site) -> None:
+    for method, path, known in (
+        ("GET", "/jobs", "limit"),
+        ("POST", "/jobs", "steps"),
+        ("POST", "/sample", "steps"),
+        ("GET", "/sample", "steps"),
+        ("POST", "/noise", "t"),
+        ("GET", "/model", None),
+        ("GET", "/model/schedule", None),
+        ("GET", "/jobs/x", None),
+        ("GET", "/jobs/x/image", None),
+        ("GET", "/jobs/x/events", "every"),
+        ("POST", "/jobs/x/cancel", None),
+        ("DELETE", "/jobs/x", None),
+    ):
+        body = {"content": CAT} if path == "/noise" else {}
+        response = one_site.client.request(method, path, params={"bogus": 1}, **body)
+        assert problem(response, 422, "unknown_field")["field"] == "bogus"
+        if known is not None:
+            response = one_site.client.request(method, f"{path}?{known}=5&{known}=5", **body)
+            assert problem(response, 422, "conflicting_field")["field"] == known
 
 
-@pytest.mark.parametrize(("method", "path", "known"), CALLS)
-def test_an_unknown_or_repeated_parameter_is_refused_by_name_in_every_call(
-    one_site: Site, method: str, path: str, known: str | None
-) -> None:
-    body = {"content": CAT} if path == "/noise" else {}
-    response = one_site.client.request(method, path, params={"bogus": 1}, **body)
-    assert problem(response, 422, "unknown_field")["field"] == "bogus"
-    if known is not None:
-        response = one_site.client.request(method, f"{path}?{known}=5&{known}=5", **body)
-        assert problem(response, 422, "conflicting_field")["field"] == known
-
-
-@pytest.mark.parametrize("encoding", ["br", "identity, gzip", "x" * 5000])
-def test_a_compressed_body_is_refused(site: Site, encoding: str) -> None:
-    headers = {"Content-Encoding": encoding}
-    for path, body in (("/sample", b"{}"), ("/jobs", b"{}"), ("/noise?t=5", CAT)):
-        response = site.client.post(path, content=body, headers=headers)
-        document = problem(response, 415, "unsupported_encoding")
-        assert (document["field"], document["bound"]) == ("Content-Encoding", "identity, or absent")
-        assert response.headers["accept-encoding"] == "identity"
-        assert len(response.content) < 1500
+def test_a_compressed_body_is_refused(one_site: Site) -> None:
+    for encoding in ("br", "identity, gzip", "x" * 5000):
+        for path, body in (("/sample", b"{}"), ("/jobs", b"{}"), ("/noise?t=5", CAT)):
+            response = one_site.client.post(path, content=body, headers={"Content-Encoding": encoding})
+            document = problem(response, 415, "unsupported_encoding")
+            assert (document["field"], document["bound"]) == ("Content-Encoding", "identity, or absent")
+            assert response.headers["accept-encoding"] == "identity"
+            assert len(response.content) < 1500
 
 
 # --- what a large body costs ---
@@ -423,7 +343,6 @@ def test_what_is_wrong_with_a_body_that_nobody_has_read_is_told() -> None:
 # --- what is held of a body ---
 
 IN_JSON, IN_FORM = {"image": b64(CAT), "strength": 0.5, "steps": 4}, {"data": {"strength": "0.5", "steps": "4"}}
-STEPS = {"name": "steps", "datatype": "INT32", "shape": [1], "data": [4]}
 
 
 @pytest.mark.parametrize(
@@ -471,13 +390,25 @@ def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
 # --- pictures in JSON ---
 
 
-@pytest.mark.parametrize("text", ["", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")])
-@pytest.mark.parametrize("name", ["image", "mask"])
-def test_what_is_no_image_is_refused_by_name(one_site: Site, name: str, text: str) -> None:
-    fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
-    document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
-    assert document["field"] == name
-    assert len(document["detail"]) < 500
+def test_what_is_no_image_is_refused_by_name(one_site: Site) -> None:
+    for name in ("image", "mask"):
+        for text in ("", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")):
+            fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
+            document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
+            assert document["field"] == name
+            assert len(document["detail"]) < 500
+
+
+def test_an_image_is_one_file_of_a_form_and_a_field_is_the_same_in_form_and_query(site: Site) -> None:
+    document = problem(site.post(params=EDIT | {"image": b64(CAT)}), 422, "invalid_field")
+    assert (document["field"], "-F image=@file" in document["detail"]) == ("image", True)
+    answer = site.post(data={"image": "cat.png", "strength": "0.5"}, files={"mask": ("m", MASK)})
+    assert "curl -F image=@file" in problem(answer, 422, "invalid_image")["detail"]
+    answer = site.post(files=[("image", ("a", CAT)), ("image", ("b", CAT))], data={"strength": "0.5"})
+    assert problem(answer, 422, "conflicting_field")["field"] == "image"
+    form = {"files": {"image": ("a", CAT)}, "data": {"strength": "0.5"}}
+    assert site.post(**form, params={"strength": "0.50"}).status_code == 200
+    assert problem(site.post(**form, params={"strength": "0.6"}), 422, "conflicting_field")["field"] == "strength"
 
 
 # --- forms with the pictures of an edit; test_noise.py has the broken ones ---
@@ -519,21 +450,6 @@ def test_a_broken_or_large_file_of_a_form_is_refused_by_name(make_site: MakeSite
         assert (document["field"], document["bound"]) == (name, "at most 20000 bytes")
 
 
-def test_an_image_is_one_file_of_a_form_and_nothing_in_the_query(site: Site) -> None:
-    document = problem(site.post(params=EDIT | {"image": b64(CAT)}), 422, "invalid_field")
-    assert (document["field"], "-F image=@file" in document["detail"]) == ("image", True)
-    answer = site.post(data={"image": "cat.png", "strength": "0.5"}, files={"mask": ("m", MASK)})
-    assert "curl -F image=@file" in problem(answer, 422, "invalid_image")["detail"]
-    answer = site.post(files=[("image", ("a", CAT)), ("image", ("b", CAT))], data={"strength": "0.5"})
-    assert problem(answer, 422, "conflicting_field")["field"] == "image"
-
-
-def test_a_field_in_form_and_query_must_be_the_same(site: Site) -> None:
-    form = {"files": {"image": ("a", CAT)}, "data": {"strength": "0.5"}}
-    assert site.post(**form, params={"strength": "0.50"}).status_code == 200
-    assert problem(site.post(**form, params={"strength": "0.6"}), 422, "conflicting_field")["field"] == "strength"
-
-
 # --- Accept ---
 
 
@@ -545,51 +461,21 @@ PNG, ZIP, JSON = OFFERED
     ("accept", "expected"),
     [
         ("", PNG),
-        ("*/*", PNG),
-        ("application/json", JSON),
-        ("image/*", PNG),
-        # What browsers send for <img>: Firefox, Chrome, Safari; and for a page.
+        # What browsers send for <img>.
         ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", PNG),
-        # Preferences.
-        ("image/png;q=0.5, application/zip", ZIP),
         ("application/json, application/zip", ZIP),  # a tie: the offer's order
         # The most specific range decides, wherever it stands.
-        ("*/*, image/png;q=0", ZIP),
-        ("application/*, application/zip;q=0", JSON),
         ("*/*;q=0, application/json;q=0.001", JSON),
         # The same range twice: the better one counts.
         ("image/png;q=0.9, application/zip;q=0.5, image/png;q=0.1", PNG),
         # Case, spaces, parameters, empty members.
-        (" image/png ; Q=0.1 , application/zip ; q=0.2 ", ZIP),
-        (",, application/json ,", JSON),
-        ("application/json;charset=utf-8;q=0.3, application/zip;q=0.2", JSON),
-        # A broken q is a no to that range, not to the header.
-        ("image/png;q=much, application/zip", ZIP),
-        # Junk beside what counts.
-        ("banana, ;;;, /, */png, application/zip", ZIP),
+        (" image/png ; Q=0.1 ,, application/zip;charset=utf-8 ; q=0.2 ", ZIP),
+        # A broken q is a no to that range, not to the header; and junk beside what counts.
+        ("image/png;q=much, banana, ;;;, /, */png, application/zip", ZIP),
     ],
 )
 def test_the_client_gets_what_it_likes_best(accept: str, expected: str) -> None:
     assert negotiate(accept, OFFERED) == expected
-
-
-@pytest.mark.parametrize(
-    "accept",
-    [
-        "text/html",
-        "image/png;q=0",
-        "*/*;q=0.0",
-        "image",
-        "image/png;q=nonsense",
-    ],
-)
-def test_a_client_that_likes_nothing_on_offer_is_told_what_there_is(accept: str) -> None:
-    with pytest.raises(NotAcceptable) as caught:
-        negotiate(accept, OFFERED)
-    error = caught.value
-    assert (error.status, error.code) == (406, "not_acceptable")
-    assert (error.field, error.value) == ("Accept", accept)
-    assert error.bound == "one of image/png, application/zip, application/json"
 
 
 words = ("*/*", "image/*", "text/html", ";", ",", "q=", "=", "0.5", "1", "0", "nan", "inf", "-1", "1e999", " ", "/")

@@ -59,11 +59,19 @@ def test_post_sample_gives_a_png_sheet_with_the_headers_of_the_contract(site: Si
     assert response.headers["vary"] == "Accept"
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_parameters_may_come_in_the_query(site: Site, method: str) -> None:
-    response = site.client.request(method, "/sample?steps=2&seed=5&n=2&class_label=cat&class_label=1")
-    assert response.status_code == 200
-    np.testing.assert_array_equal(pixels(response.content).shape, (4, 12))
+def test_accept_chooses_the_media_type_and_parameters_may_come_in_the_query(site: Site) -> None:
+    expected = fake_pixels(make_spec(n=3, seed=5), 2)[..., 0]
+    query = "/sample?steps=2&seed=5&n=3&class_label=cat&class_label=1&class_label=0"
+    for method, accept in (("GET", "application/zip"), ("POST", "application/zip"), ("POST", "application/json")):
+        response = site.client.request(method, query, headers={"Accept": accept})
+        assert (response.status_code, response.headers["content-type"]) == (200, accept)
+        if accept == "application/zip":
+            with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+                images = [pixels(archive.read(name)) for name in archive.namelist()]
+        else:
+            assert response.json()["spec"]["seed"] == 5
+            images = [pixels(base64.b64decode(each["png"])) for each in response.json()["images"]]
+        np.testing.assert_array_equal(np.stack(images), expected)
 
 
 def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -> None:
@@ -74,37 +82,6 @@ def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -
     assert 0 <= int(first.headers["x-seed"]) < 2**53
     assert first.headers["x-seed"] != second.headers["x-seed"]
     assert first.headers["x-job-id"] != second.headers["x-job-id"]
-
-
-@pytest.mark.parametrize(
-    ("accept", "media_type"),
-    [
-        (None, "image/png"),
-        ("application/zip", "application/zip"),
-        ("application/json", "application/json"),
-        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/png"),
-    ],
-)
-def test_accept_chooses_the_media_type(site: Site, accept: str | None, media_type: str) -> None:
-    response = site.post(json=QUICK | {"n": 3}, headers={} if accept is None else {"Accept": accept})
-    assert response.status_code == 200
-    assert response.headers["content-type"] == media_type
-    expected = fake_pixels(make_spec(n=3, seed=5), 2)[..., 0]
-    if media_type == "application/zip":
-        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
-            images = np.stack([pixels(archive.read(name)) for name in archive.namelist()])
-        np.testing.assert_array_equal(images, expected)
-    elif media_type == "application/json":
-        document = response.json()
-        assert document["spec"]["seed"] == 5
-        assert len(document["images"]) == 3
-    else:
-        assert pixels(response.content).shape == (4, 18)
-
-
-def test_an_accept_that_cannot_be_met_is_a_problem_before_any_work(site: Site) -> None:
-    document = problem(site.post(json=QUICK, headers={"Accept": "text/html"}), 406, "not_acceptable")
-    assert document["bound"] == f"one of image/png, application/zip, application/json, {TRAJECTORY}, image/webp"
 
 
 def test_two_requests_share_ticks_and_get_their_own_images(site: Site) -> None:
@@ -220,43 +197,41 @@ def test_a_client_that_goes_away_within_its_body_is_no_error_of_ours(
 # --- animations ---
 
 
-def test_an_img_gets_it_by_get(site: Site) -> None:
-    accept = {"Accept": "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"}
-    query = "n=2&steps=10&seed=4&class_label=cat"
-    assert site.client.get(f"/sample?{query}", headers=accept).headers["content-type"] == "image/png"
-    animated = site.client.get(f"/sample?{query}&every=5", headers=accept)
-    assert animated.headers["content-type"] == "image/webp"
-    assert len(frames_of(animated.content)[0]) == 2
-
-
-def test_a_seeded_animation_has_an_etag_and_is_cached(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=2**20)
-    first = site.post(json=SPEC | {"every": 3}, headers=WEBP)
-    again = site.post(json=SPEC | {"every": 3}, headers=WEBP)
-    assert again.headers["cache-status"] == "tminus; hit"
-    assert again.content == first.content
-    known = site.post(json=SPEC | {"every": 3}, headers=WEBP | {"If-None-Match": first.headers["etag"]})
-    assert known.status_code == 304
-    others = [SPEC | {"every": 2}, SPEC | {"every": 3, "show": "x_0"}]
-    tags = {site.post(json=body, headers=WEBP).headers["etag"] for body in others}
-    assert len(tags | {first.headers["etag"], site.post(json=SPEC).headers["etag"]}) == 4
-
-
 @pytest.mark.parametrize(
-    ("given", "field"),
-    [({"every": 0}, "every"), ({"every": "x"}, "every"), ({"every": True}, "every"), ({"show": "x_t"}, "show"),
-     ({"every": 1, "show": "x"}, "show"), ({"every": 1, "show": ["x_t", "x_0"]}, "show"),
-     ({"every": 1, "show": []}, "show"), ({"every": 1, "show": ["x_t", "x_t"]}, "show")],
-)  # fmt: skip
-def test_parameters_that_fit_no_animation_are_refused_with_their_field(
-    site: Site, given: dict[str, Any], field: str
+    ("more", "accept"),
+    [({"every": 3}, "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"), ({}, TRAJECTORY)],
+    ids=["animation, as <img> asks for it", "trajectory"],
+)
+def test_seeded_frames_have_an_etag_of_their_own_and_are_cached(
+    make_site: MakeSite, more: dict[str, Any], accept: str
 ) -> None:
-    document = problem(site.post(json=SPEC | given, headers=WEBP if "every" in given else {}), 422, "invalid_field")
-    assert document["field"] == field
-    assert document["bound"]
+    site = make_site(result_cache_bytes=2**20)
+    headers = {"Accept": accept}
+    first = site.client.get("/sample", params=SPEC | more, headers=headers)
+    assert first.headers["content-type"] == (WEBP["Accept"] if more else TRAJECTORY)
+    assert {"x-seed", "x-fingerprint", "x-job-id", "server-timing"} <= {name.lower() for name in first.headers}
+    again = site.post(json=SPEC | more, headers=headers)
+    assert (again.headers["cache-status"], again.content) == ("tminus; hit", first.content)
+    known = site.post(json=SPEC | more, headers=headers | {"If-None-Match": first.headers["etag"]})
+    assert known.status_code == 304
+    others = [(SPEC, {}), *([(SPEC | {"every": 2}, WEBP), (SPEC | more | {"show": "x_0"}, WEBP)] if more else [])]
+    tags = {site.post(json=body, headers=sent).headers["etag"] for body, sent in others}
+    assert len(tags | {first.headers["etag"]}) == len(others) + 1
 
 
-def test_the_media_type_without_every_or_every_without_the_media_type_is_not_acceptable(site: Site) -> None:
+def test_parameters_that_fit_no_animation_are_refused_with_their_field(site: Site) -> None:
+    for given, headers, field in (
+        ({"every": 0}, WEBP, "every"),
+        ({"show": "x_t"}, {}, "show"),
+        ({"every": 1, "show": ["x_t", "x_t"]}, WEBP, "show"),
+        ({"every": 1, "show": []}, WEBP, "show"),
+        ({"until": 2}, AS_JSON, "until"),
+        ({"every": 1, "until": 2}, WEBP, "until"),
+        ({"every": 1, "until": -1}, AS_JSON, "until"),
+    ):
+        document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
+        assert document["field"] == field
+        assert document["bound"]
     document = problem(site.post(json=SPEC, headers=WEBP), 406, "not_acceptable")
     assert "image/webp together with the parameter `every`" in document["bound"]
     problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
@@ -307,19 +282,17 @@ def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite
     assert not site.engine.jobs
 
 
-def test_a_beginning_is_had_as_json_only(site: Site) -> None:
-    for given, headers in (
-        ({"until": 2}, AS_JSON),
-        ({"every": 1, "until": 2}, WEBP),
-        ({"every": 1, "until": -1}, AS_JSON),
-    ):
-        assert problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")["field"] == "until"
-
-
-def test_a_durable_job_keeps_no_frames(site: Site) -> None:
-    headers = WEBP | {"Prefer": "respond-async"}
-    document = problem(site.post(json=SPEC | {"every": 2}, headers=headers), 422, "invalid_field")
-    assert document["field"] == "every"
+def test_a_durable_job_keeps_no_frames_and_no_steps_and_a_trajectory_goes_with_no_animation(site: Site) -> None:
+    durable = {"Prefer": "respond-async"}
+    assert (
+        problem(site.post(json=SPEC | {"every": 2}, headers=WEBP | durable), 422, "invalid_field")["field"] == "every"
+    )
+    document = problem(site.post(json=SPEC, headers=AS_TRAJECTORY | durable), 422, "invalid_field")
+    assert (document["field"], document["bound"]) == (
+        "Prefer",
+        f"absent with Accept: {TRAJECTORY}: a job keeps no steps",
+    )
+    problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
 
 
 def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
@@ -366,61 +339,27 @@ def test_a_trajectory_has_every_step_and_the_images_of_the_other_answers(site: S
     np.testing.assert_array_equal(contact_sheet(arrays["images"])[:, :, 0], pixels(site.post(json=SPEC).content))
 
 
-def test_a_trajectory_has_the_headers_of_other_answers_and_is_named_cached_and_the_same(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=2**20)
-    first = site.client.get("/sample", params=SPEC, headers=AS_TRAJECTORY)
-    assert {"etag", "x-seed", "x-fingerprint", "x-job-id", "server-timing"} <= {name.lower() for name in first.headers}
-    again = site.post(json=SPEC, headers=AS_TRAJECTORY)
-    assert (again.headers["cache-status"], again.content) == ("tminus; hit", first.content)
-    assert site.post(json=SPEC).headers["etag"] != first.headers["etag"]
-    known = site.post(json=SPEC, headers=AS_TRAJECTORY | {"If-None-Match": first.headers["etag"]})
-    assert known.status_code == 304
-    assert site.metrics()['tminus_encode_duration_seconds_count{"kind": "trajectory"}'] == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "field", "says"),
-    [
+def test_what_has_no_log_p_is_refused_by_name_before_any_step(site: Site) -> None:
+    for given in (
+        {"sampler": "ddim", "eta": LEAST_ETA},
+        {"sampler": "dpmpp_2m_sde", "guidance": 2, "guidance_interval": [100, 500]},
+        {"image": b64(CAT), "strength": 0.5},
+    ):
+        arrays = walked(site, **given)
+        assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
+    ticks = len(site.engine.batches)
+    for given, field, says in (
         ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
-        ({"sampler": "ddim"}, "eta", "at least 0.01"),
         ({"sampler": "ddim", "eta": 0.00999}, "eta", "at least 0.01"),
         ({"steps": 1}, "steps", "at least 2"),
         ({"image": b64(CAT), "strength": 0.05}, "strength", "enough for two steps"),
         ({"image": b64(CAT), "mask": b64(MASK)}, "mask", "absent"),
-    ],
-)
-def test_what_has_no_log_p_is_refused_by_name_before_any_step(
-    site: Site, given: dict[str, Any], field: str, says: str
-) -> None:
-    ticks = len(site.engine.batches)
-    document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
-    assert document["field"] == field
-    assert document["bound"].startswith(says)
-    assert TRAJECTORY in document["bound"]
+    ):
+        document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
+        assert document["field"] == field
+        assert document["bound"].startswith(says)
+        assert TRAJECTORY in document["bound"]
     assert len(site.engine.batches) == ticks
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"sampler": "ddim", "eta": LEAST_ETA},
-        {"sampler": "dpmpp_2m_sde", "guidance": 2, "guidance_interval": [100, 500]},
-        {"image": b64(CAT), "strength": 0.5},
-        {"class_label": None},
-    ],
-)
-def test_what_has_a_log_p_is_answered(site: Site, given: dict[str, Any]) -> None:
-    arrays = walked(site, **given)
-    assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
-
-
-def test_a_trajectory_goes_with_no_animation_and_no_durable_job(site: Site) -> None:
-    problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
-    document = problem(site.post(json=SPEC, headers=AS_TRAJECTORY | {"Prefer": "respond-async"}), 422, "invalid_field")
-    assert (document["field"], document["bound"]) == (
-        "Prefer",
-        f"absent with Accept: {TRAJECTORY}: a job keeps no steps",
-    )
 
 
 def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(make_site: MakeSite) -> None:
@@ -508,11 +447,6 @@ def test_a_client_is_warned_exactly_where_noise_is_taken_for_an_image() -> None:
         assert warning is None or "timestep_spacing=trailing" in warning
 
 
-def test_a_schedule_without_much_noise_is_not_warned_of_at_its_end() -> None:
-    model = replace(INFO, num_timesteps=1, log_sigmas=(-4.0,))
-    assert warning_of(make_spec(steps=1), model) is None
-
-
 def test_the_warning_is_in_a_header_of_images_and_of_jobs(site: Site) -> None:
     one, two = {"steps": 1, "seed": 5}, {"steps": 2, "seed": 5}
     for answer in (site.post(json=one), site.client.get("/sample", params=one), site.client.post("/jobs", json=one)):
@@ -527,9 +461,6 @@ def test_the_warning_is_in_a_header_of_images_and_of_jobs(site: Site) -> None:
     ):
         assert answer.is_success
         assert "x-warning" not in answer.headers
-
-
-def test_the_images_of_a_durable_job_have_the_warning_too(site: Site) -> None:
-    path = site.client.post("/jobs", json={"steps": 1}).headers["location"]
+    path = site.client.post("/jobs", json=one).headers["location"]
     wait_until(lambda: site.client.get(path).json()["state"] == "done")
     assert "timestep 0" in site.client.get(f"{path}/image").headers["x-warning"]

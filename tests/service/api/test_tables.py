@@ -48,24 +48,22 @@ def spec_of(**parameters: Any) -> SampleSpec:
     return SampleRequest.parse({"sampler": "tuned", **parameters}, TUNED, LIMITS).to_spec(TUNED, LIMITS)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "expected"),
-    [
+def test_a_request_takes_the_table_of_its_steps_and_guidance() -> None:
+    asked: list[tuple[dict[str, Any], Table]] = [
         ({"steps": 5}, table(5)),
         ({"steps": 5, "guidance": 2, "class_label": 0}, table(5, 2.0)),
         ({"steps": 7, "nearest": True}, table(8)),
         ({"steps": 8, "nearest": True, "guidance": 1.6, "class_label": 0}, table(6, 1.5)),
         ({}, table(8)),
         ({"steps": 8, "table": table(8).hash}, table(8)),
-    ],
-)
-def test_a_request_takes_the_table_of_its_steps_and_guidance(parameters: dict[str, Any], expected: Table) -> None:
-    spec = spec_of(**parameters)
-    assert (spec.steps, spec.guidance, spec.table) == (expected.steps, expected.guidance, expected.hash)
-    assert list(timesteps_of(spec, TUNED)) == list(expected.timesteps)
-    assert work_of(spec, TUNED).places == expected.steps * (2 if expected.guidance != 1 else 1)
-    again = SampleRequest.parse(parameters_of(spec), TUNED, LIMITS).to_spec(TUNED, LIMITS)
-    assert again == spec, "the parameters that a job is listed with, and that a PNG has, make it again"
+    ]
+    for parameters, expected in asked:
+        spec = spec_of(**parameters)
+        assert (spec.steps, spec.guidance, spec.table) == (expected.steps, expected.guidance, expected.hash)
+        assert list(timesteps_of(spec, TUNED)) == list(expected.timesteps)
+        assert work_of(spec, TUNED).places == expected.steps * (2 if expected.guidance != 1 else 1)
+        again = SampleRequest.parse(parameters_of(spec), TUNED, LIMITS).to_spec(TUNED, LIMITS)
+        assert again == spec, "the parameters that a job is listed with, and that a PNG has, make it again"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import queue
 import socket
 import threading
@@ -153,6 +154,14 @@ def test_a_flood_of_control_frames_closes_the_connection(served: tuple[str, Prot
     code, why = ending(served[0], frame(END | PING) * 20_000)
     assert code == 1008
     assert "control frames" in why
+
+
+def test_text_that_is_not_utf8_closes_the_connection_without_a_traceback(
+    served: tuple[str, Protocol], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert ending(served[0], frame(END | TEXT, b"\xff\xfe"))[0] == 1007
+    assert all(record.exc_info is None for record in caplog.records)
 
 
 def test_control_frames_are_not_counted_as_held(served: tuple[str, Protocol]) -> None:

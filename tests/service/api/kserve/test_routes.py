@@ -153,21 +153,20 @@ def test_the_server_and_its_models_say_what_they_are(site: Site) -> None:
         np.testing.assert_array_equal(images_of(infer(site, path=f"{path}/infer")), images_of(infer(site)))
 
 
-def test_another_version_is_not_there(site: Site) -> None:
-    for path in ("", "/ready"):
-        refused(site.client.get(f"/v2/models/fake/versions/1{path}"), 404, "model_not_found", "version")
-    text = refused(infer(site, path="/v2/models/fake/versions/1/infer"), 404, "model_not_found", "version")
-    assert VERSION in text
-
-
-def test_each_model_is_asked_by_its_name(make_site: MakeSite) -> None:
+def test_each_model_is_asked_by_its_name_and_version(make_site: MakeSite) -> None:
     several = make_several(make_site)
-    answer = infer(several.site, tensor("class_label", "BYTES", "green"), path="/v2/models/colour/infer")
+    site, version = several.site, COLOUR.weights_hash[:16]
+    answer = infer(site, tensor("class_label", "BYTES", "green"), path="/v2/models/colour/infer")
     assert images_of(answer).shape == (1, COLOUR.height_px, COLOUR.width_px, 3)
-    assert several.site.client.get("/v2/models/colour").json()["versions"] == [COLOUR.weights_hash[:16]]
-    for method, path in (("GET", ""), ("GET", "/ready"), ("POST", "/infer")):
-        answer = several.site.client.request(method, f"/v2/models/nobody{path}", json={"inputs": []})
-        refused(answer, 404, "model_not_found", "model")
+    assert site.client.get("/v2/models/colour").json()["versions"] == [version]
+    config = several.get("/v2/models/colour/config").json()
+    assert config == several.get(f"/v2/models/colour/versions/{version}/config").json()
+    assert config["output"][0] == {"name": "images", "data_type": "TYPE_UINT8", "dims": [-1, 8, 8, 3]}
+    for path, field in (("nobody", "model"), ("fake/versions/1", "version")):
+        for method, call in (("GET", ""), ("GET", "/ready"), ("GET", "/config"), ("POST", "/infer")):
+            answer = site.client.request(method, f"/v2/models/{path}{call}", json={"inputs": []})
+            text = refused(answer, 404, "model_not_found", field)
+            assert field == "model" or VERSION in text
 
 
 def test_the_index_has_every_model_loaded_or_not_and_drops_what_is_not_ready_where_that_is_asked(
@@ -189,14 +188,6 @@ def test_the_index_has_every_model_loaded_or_not_and_drops_what_is_not_ready_whe
     assert [each["state"] for each in index] == ["UNAVAILABLE"] * 3
     assert all(each["reason"] for each in index)
     assert several.post("/v2/repository/index", json={"ready": True}).json() == []
-
-
-def test_a_configuration_is_of_the_model_and_of_the_version_that_is_loaded(make_site: MakeSite) -> None:
-    several = make_several(make_site)
-    config = several.get("/v2/models/colour/config").json()
-    assert config == several.get(f"/v2/models/colour/versions/{COLOUR.weights_hash[:16]}/config").json()
-    assert config["output"][0] == {"name": "images", "data_type": "TYPE_UINT8", "dims": [-1, 8, 8, 3]}
-    refused(several.get("/v2/models/colour/versions/1/config"), 404, "model_not_found", "version")
 
 
 def test_probes_say_how_the_server_does_without_a_key(make_site: MakeSite) -> None:
@@ -232,20 +223,6 @@ def test_a_hostile_body_is_refused_in_the_form_of_the_protocol(
     answer = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
     refused(answer, 415 if code == "unsupported_encoding" else 400, code, field)
     assert len(site.engine.batches) == before
-
-
-@pytest.mark.parametrize(
-    ("more", "field"),
-    [
-        (tensor("class_label", "INT64", 3), "class_label"),
-        (tensor("guidance_interval", "INT32", 900, 5), "guidance_interval"),
-    ],
-)
-def test_values_are_held_to_the_bounds_of_post_sample(site: Site, more: dict[str, Any], field: str) -> None:
-    others = [] if more["name"] == "class_label" else [tensor("class_label", "INT64", 0)]
-    if more["name"] == "guidance_interval":
-        others.append(tensor("guidance", "FP32", 2))
-    refused(infer(site, more, *others), 400, "invalid_field", field)
 
 
 def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> None:

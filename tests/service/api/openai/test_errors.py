@@ -44,26 +44,6 @@ def test_every_error_below_v1_has_it(site: Site, method: str, path: str, status:
         assert answer.headers["allow"]
 
 
-def test_every_error_below_v1_is_described_in_this_form(site: Site) -> None:
-    document = site.client.get("/openapi.json").json()
-    operations = {
-        (path, method): operation
-        for path, methods in document["paths"].items()
-        if path.startswith("/v1/")
-        for method, operation in methods.items()
-    }
-    assert len(operations) == 4
-    for name, operation in operations.items():
-        errors = {status: said for status, said in operation["responses"].items() if int(status) >= 400}
-        assert {"400", "401", "429"} <= errors.keys(), name
-        assert not errors.keys() & {"409", "422"}, name
-        for status, said in errors.items():
-            schema = said["content"]["application/json"]["schema"]
-            assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}, (name, status)
-    (model,) = operations["/v1/models/{model}", "get"]["parameters"]
-    assert (model["name"], model["in"], model["required"]) == ("model", "path", True)
-
-
 def test_what_the_middleware_refuses_has_it_too(make_site: MakeSite) -> None:
     site = make_site(app={"access": access_of(key_line("ann", "tm_ann"))}, max_body_bytes=4096)
     unknown = site.client.get("/v1/models")

@@ -83,13 +83,6 @@ def test_whoever_names_what_a_table_has_gets_it(given: dict[str, object], expect
     assert settings(TUNED, "low", **given) == expected
 
 
-def test_a_table_that_is_guided_may_be_so_at_some_timesteps() -> None:
-    both = replace(TUNED, tables=(tuned(8), tuned(5, 1.5)))
-    assert settings(both, "low", guidance_interval=[1, 2]) == ("tuned", 5, 1.5)
-    assert settings(both, "low", guidance_rescale=0.5) == ("tuned", 5, 1.5)
-    assert settings(replace(both, tables=both.tables[1:]), "low", has_class=False) == ("ddim", 10, 1)
-
-
 def test_a_table_is_chosen_by_its_hash() -> None:
     quality: Quality = "high"
     few = TUNED.tables[0]
