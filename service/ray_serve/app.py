@@ -7,10 +7,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.deployment import Application
 
-from tminus.service.ray_serve.policy import BacklogPolicy
 from tminus.service.ray_serve.replica import LEAVE_S, Replica, ending_s
 from tminus.service.ray_serve.router import BacklogRouter
-from tminus.service.ray_serve.scaling import cores_each
+from tminus.service.ray_serve.scaling import BacklogPolicy, cores_each
 from tminus.service.ray_serve.settings import RaySettings
 
 NAME = "tminus"

@@ -11,10 +11,9 @@ from contextlib import AsyncExitStack, suppress
 from ray import serve
 from starlette.types import ASGIApp
 
-from tminus.service.ray_serve.balance import Standing
-from tminus.service.ray_serve.front import Front
-from tminus.service.ray_serve.peers import PeerServer, listen
-from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
+from tminus.service.ray_serve.front import Front, PeerServer, listen_on_one
+from tminus.service.ray_serve.router import Standing
+from tminus.service.ray_serve.scaling import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.app import VERSION, Application
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
@@ -55,7 +54,7 @@ class Replica:
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
         settings = settings.model_copy(update={"max_connections": allow_connections(asked)})
-        listener = listen(settings.host, settings.own_ports)
+        listener = listen_on_one(settings.host, settings.own_ports)
         self._stack.callback(listener.close)
         try:
             address = listener.getsockname()[:2]

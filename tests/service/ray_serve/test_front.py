@@ -1,6 +1,7 @@
-"""The app that Serve gets, called as Ray's proxies call it."""
+"""The app that Serve gets, called as Ray's proxies call it, and which port a replica has of its own."""
 
 import asyncio
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from tests.postgres import free_port
 from tests.service.api.asgi import call, scope_of
 from tests.service.fakes import PATIENCE_S
-from tminus.service.ray_serve.front import Front
+from tminus.service.ray_serve.front import Front, listen_on_one
 
 BODY = [{"type": "http.request", "body": b"", "more_body": False}]
 
@@ -45,23 +47,18 @@ def ask(front: Front, server: object) -> tuple[int, dict[str, str], bytes]:
     return call(front, iter(BODY), scope_of() | {"server": server})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1"])
-def test_whoever_asks_by_loopback_is_let_through(address: str) -> None:
-    status, headers, body = ask(Front(APP, anybody=False), [address, 8000])
-    assert (status, body) == (200, b"hello")
-    assert headers["x-seed"] == "1"
+def test_whoever_asks_by_loopback_is_let_through_without_the_request_id_which_the_proxy_adds() -> None:
+    for address in ("127.0.0.1", "127.3.2.1", "::1"):
+        status, headers, body = ask(Front(APP, anybody=False), [address, 8000])
+        assert (status, body, headers["x-seed"]) == (200, b"hello", "1")
+        assert "x-request-id" not in headers
 
 
-@pytest.mark.parametrize("server", [["10.0.0.5", 8000], ["::", 8000], ["somewhere", 8000], [None, None], None, []])
-def test_without_keys_nobody_is_who_asks_by_another_address(server: object) -> None:
-    status, _, body = ask(Front(APP, anybody=False), server)
-    assert status == 403
-    assert b"not_open" in body
-    assert ask(Front(APP, anybody=True), server)[0] == 200
-
-
-def test_the_request_id_is_left_to_the_proxy_which_adds_it() -> None:
-    assert "x-request-id" not in ask(Front(APP, anybody=True), None)[1]
+def test_without_keys_nobody_is_who_asks_by_another_address() -> None:
+    for server in (["10.0.0.5", 8000], ["::", 8000], ["somewhere", 8000], [None, None], None, []):
+        status, _, body = ask(Front(APP, anybody=False), server)
+        assert (status, b"not_open" in body) == (403, True)
+        assert ask(Front(APP, anybody=True), server)[0] == 200
 
 
 # --- WebSockets ---
@@ -132,3 +129,19 @@ def test_the_life_of_the_app_is_none_of_serves_business() -> None:
         return sent
 
     assert asyncio.run(main()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+# --- the port of its own: tests/e2e/test_ray.py asks there ---
+
+
+def test_the_first_free_port_is_taken_also_before_anything_is_answered() -> None:
+    first = free_port()
+    with closing(listen_on_one("127.0.0.1", [first])) as one:
+        assert one.getsockname()[1] == first
+        second = free_port()
+        with closing(listen_on_one("127.0.0.1", [first, second])) as two:
+            assert two.getsockname()[1] == second
+            with pytest.raises(ValueError, match=r"--replica-ports .*: none of \d+\.\.\d+ is free on 127\.0\.0\.1"):
+                listen_on_one("127.0.0.1", [first, second])
+    with pytest.raises(OSError, match="assign"):
+        listen_on_one("192.0.2.1", [8000, 8001])

@@ -1,4 +1,7 @@
-"""What service/ray_serve/ relies on in Ray: interfaces that Ray calls alpha, or does not document."""
+"""Which replica gets the next request, and what service/ray_serve/ relies on in Ray.
+
+Ray calls these interfaces alpha, or does not document them.
+"""
 
 import inspect
 
@@ -13,13 +16,73 @@ from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import RequestRouter, RunningReplica
 
 from tminus.service.ray_serve.app import options
-from tminus.service.ray_serve.policy import Context
 from tminus.service.ray_serve.replica import Replica
-from tminus.service.ray_serve.router import BacklogRouter
+from tminus.service.ray_serve.router import BacklogRouter, Balance, Standing
+from tminus.service.ray_serve.scaling import Context
 from tminus.service.ray_serve.settings import RaySettings
 
 CHANGED = f"Ray {ray.__version__} has changed what service/ray_serve/ is made of: "
 EXTENDED = sorted(name for name, member in vars(BacklogRouter).items() if inspect.isfunction(member) and name[0] != "_")
+
+
+def chosen(balance: Balance, told: dict[str, Standing], requests: int) -> str:
+    """The replicas that so many requests go to, one after another within a moment."""
+    names = ""
+    for k in range(requests):
+        names += balance.order(told, k / 100)[0]
+        balance.sent(names[-1], k / 100)
+    return names
+
+
+def test_the_replica_with_the_least_predicted_work_is_first_and_one_that_takes_none_last() -> None:
+    told = {"a": Standing(8.0, 1), "b": Standing(0.5, 20), "c": Standing(3.0, 2), "d": Standing(0.0, 0, ready=False)}
+    assert Balance(0.75).order(told, now_s=0.0) == ["b", "c", "a", "d"]
+
+
+def test_idle_replicas_take_turns() -> None:
+    assert chosen(Balance(0.75), {"a": Standing(), "b": Standing(), "c": Standing()}, 6) == "abcabc"
+
+
+def test_a_burst_between_two_tellings_is_shared() -> None:
+    """Two replicas with jobs of 2 s each: what is sent counts as such a job, until the replica has told of it."""
+    names = chosen(Balance(0.75), {"a": Standing(4.0, 2), "b": Standing(8.0, 4)}, 8)
+    assert (names.count("a"), names.count("b")) == (5, 3)
+
+
+def test_what_was_sent_counts_until_it_is_told_or_answered() -> None:
+    balance, told = Balance(0.75), {"a": Standing(1.0, 1), "b": Standing(2.5, 1)}
+    for _ in range(3):
+        balance.sent("a", 10.0)
+    assert balance.order(told, 10.7) == ["b", "a"]
+    assert balance.order(told, 10.8) == ["a", "b"]
+    # Small requests beside a large job: that each were as large would send the next one to the busy replica.
+    balance, told = Balance(0.75), {"busy": Standing(8.0, 1), "idle": Standing()}
+    for k in range(5):
+        assert balance.order(told, k / 100)[0] == "idle"
+        balance.sent("idle", k / 100)
+        balance.accepted("idle", f"request {k}")
+        balance.answered("idle", f"request {k}")
+    for _ in range(2):
+        balance.sent("idle", 0.1)
+    balance.accepted("idle", "later")
+    balance.answered("idle", "of before")
+    assert balance.order(told, 0.1)[0] == "busy"
+
+
+def test_replicas_that_are_gone_are_forgotten() -> None:
+    balance = Balance(0.75)
+    balance.sent("a", 1.0)
+    assert balance.order({"b": Standing()}, 1.1) == ["b"]
+    assert not (balance._sent.keys() | balance._last_s.keys()) - {"b"}
+
+
+def test_a_standing_is_read_as_it_was_told_and_one_that_has_told_nothing_is_idle() -> None:
+    for standing in (Standing(2.5, 3), Standing(2.5, 3, ready=False)):
+        assert Standing.of(standing.told()) == standing
+    assert Standing.of({}) == Standing()
+
+
+# --- what is relied on in Ray ---
 
 
 @pytest.mark.parametrize("name", EXTENDED)
@@ -31,11 +94,14 @@ def test_what_the_router_extends_is_called_by_ray_with_the_same_parameters(name:
     )
 
 
-def test_a_router_is_told_what_a_replica_tells() -> None:
+def test_router_and_policy_are_told_what_they_read() -> None:
     assert isinstance(inspect.getattr_static(RunningReplica, "routing_stats"), property), (
         f"{CHANGED}RunningReplica.routing_stats"
     )
     assert "internal_request_id" in inspect.signature(RequestMetadata).parameters, f"{CHANGED}RequestMetadata"
+    there = {*inspect.signature(AutoscalingContext).parameters, *dir(AutoscalingContext)}
+    read = {*Context.__annotations__, "aggregated_metrics"}
+    assert read <= there, f"{CHANGED}AutoscalingContext has no {read - there}"
 
 
 def test_ray_calls_a_replica_by_these_names() -> None:
@@ -49,23 +115,10 @@ def test_ray_calls_a_replica_by_these_names() -> None:
     assert "record_autoscaling_stats" in inspect.getsource(replica), f"{CHANGED}record_autoscaling_stats is not called"
 
 
-def test_a_policy_is_told_what_it_reads() -> None:
-    there = {*inspect.signature(AutoscalingContext).parameters, *dir(AutoscalingContext)}
-    read = {*Context.__annotations__, "aggregated_metrics"}
-    assert read <= there, f"{CHANGED}AutoscalingContext has no {read - there}"
-
-
-def test_serve_takes_the_options_of_the_deployment() -> None:
-    told = options(RaySettings())
-    missing = told.keys() - inspect.signature(serve.deployment).parameters.keys()
+def test_serve_takes_what_it_is_told_of_the_deployment_and_tells_where_it_listens() -> None:
+    missing = options(RaySettings()).keys() - inspect.signature(serve.deployment).parameters.keys()
     assert not missing, f"{CHANGED}serve.deployment has no {missing}"
-
-
-def test_an_application_is_deleted_without_waiting_for_it() -> None:
     assert "_blocking" in inspect.signature(serve.delete).parameters, f"{CHANGED}serve.delete"
-
-
-def test_serve_knows_the_address_where_it_listens() -> None:
     assert callable(context._get_global_client), f"{CHANGED}serve.context"
     assert isinstance(inspect.getattr_static(ServeControllerClient, "root_url"), property), (
         f"{CHANGED}ServeControllerClient.root_url"
