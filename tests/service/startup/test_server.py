@@ -240,20 +240,13 @@ def test_the_second_signal_ends_the_grace_period(running: Working) -> None:
     assert running.worker.closed, "what runs is given up with an answer"
 
 
-def test_work_is_given_up_after_the_grace_period() -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_work_is_given_up_after_the_grace_period_also_by_a_worker_that_hangs(hangs: bool) -> None:
     running = Working(grace_s=0.05)
+    running.worker.hangs = hangs
     running.server.handle_exit(signal.SIGTERM, None)
-    running.thread.join(PATIENCE_S)
-    assert running.worker.closed
-    running.stop()
-
-
-def test_a_worker_that_hangs_does_not_keep_the_process() -> None:
-    running = Working(grace_s=0.05)
-    running.worker.hangs = True
-    running.server.handle_exit(signal.SIGTERM, None)
-    assert running.has_ended()
-    assert not running.worker.ended.is_set()
+    assert running.has_ended(), "a worker that hangs does not keep the process"
+    assert (running.worker.closed, running.worker.ended.is_set()) == (True, not hangs)
     running.stop()
 
 
@@ -335,7 +328,11 @@ def test_a_supervisor_is_answered_there_as_at_the_server(served: Served) -> None
     assert httpx.head(f"{url}/healthz").status_code == 200
 
 
-def test_a_worker_that_hangs_or_has_crashed_is_told_of() -> None:
+def test_what_is_wrong_is_told_and_nothing_else_is_asked_for() -> None:
+    url = start(None)  # while the model is measured
+    assert httpx.get(f"{url}/healthz").json() == {"status": "alive"}
+    answer = httpx.get(f"{url}/metrics")
+    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
     worker: Any = FakeWorker()
     url = start(Metrics(), worker)
     assert httpx.get(f"{url}/healthz").status_code == 200
@@ -343,13 +340,9 @@ def test_a_worker_that_hangs_or_has_crashed_is_told_of() -> None:
     assert (httpx.get(f"{url}/healthz").status_code, httpx.get(f"{url}/metrics").status_code) == (503, 200)
     worker.crashed = True
     assert httpx.get(f"{url}/healthz").status_code == 500
-
-
-def test_while_the_model_is_measured_it_is_alive_and_has_no_metrics() -> None:
-    url = start(None)
-    assert httpx.get(f"{url}/healthz").json() == {"status": "alive"}
-    answer = httpx.get(f"{url}/metrics")
-    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+    for path in ("/", "/model", "/metrics/x", "/readyz"):
+        assert httpx.get(f"{url}{path}").status_code == 404
+    assert httpx.post(f"{url}/metrics").status_code == 405
 
 
 def test_metrics_are_told_by_the_names_of_the_server_alone() -> None:
@@ -362,13 +355,6 @@ def test_metrics_are_told_by_the_names_of_the_server_alone() -> None:
         assert httpx.get(f"{url}/healthz", headers={"Host": host}).status_code == 200, "as at the server"
     for host in (f"127.0.0.1:{port}", "localhost", f"Tminus:{port}", "10.1.2.3:9100", f"[::1]:{port}"):
         assert httpx.get(f"{url}/metrics", headers={"Host": host}).status_code == 200, host
-
-
-def test_nothing_else_is_and_it_is_read_only() -> None:
-    url = start(Metrics())
-    for path in ("/", "/model", "/metrics/x", "/readyz"):
-        assert httpx.get(f"{url}{path}").status_code == 404
-    assert httpx.post(f"{url}/metrics").status_code == 405
 
 
 def test_idle_connections_take_no_threads_and_no_more_than_their_share() -> None:
