@@ -44,8 +44,9 @@ def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
         return kept_view(record, *model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
-    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # it has ended in the worker, and that is being kept
-        return JobView(record, *model, "running", True, record.spec.num_passes, 0, 0.0)
+    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # it has ended, and that is being kept
+        step = None if job.ending is not None and job.ending.outcome != "done" else record.spec.num_passes
+        return JobView(record, *model, "running", True, step, 0, 0.0)
     return JobView(record, *model, "waiting", True, 0)
 
 

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
 from tminus.service.jobs import views as views_module
-from tminus.service.jobs.views import JobStatuses
+from tminus.service.jobs.held_job import HeldJob, HeldState
+from tminus.service.jobs.store.records import JobRecord, Outcome
+from tminus.service.jobs.views import JobStatuses, held_view
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
@@ -148,3 +151,14 @@ def test_an_old_forecast_is_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPa
     bench.submit("c", steps=1)
     bench.of("a")
     assert bench.forecasts == 2
+
+
+@pytest.mark.parametrize(("outcome", "step"), [("done", 20), ("cancelled", None)])
+def test_only_a_job_that_is_done_is_told_to_have_taken_all_its_steps_before_its_end_is_kept(
+    outcome: Outcome, step: int | None
+) -> None:
+    job = HeldJob(record := JobRecord("a", make_spec(steps=20), 1), 0, INFO.name)
+    job.ending = replace(record, outcome=outcome, finished_us=2)
+    job.become(HeldState.ENDING)
+    view = held_view(job, None)
+    assert (view.state, view.step) == ("running", step)
