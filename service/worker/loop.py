@@ -267,12 +267,14 @@ class Loop:
         """End every job that is left."""
         for job_id in list(self._ids):
             self.give_up(job_id, error, error.code)
-        self.coding_hangs = not self.coding.close()
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         for jobs in (self._jobs, self._durable, self._being_coded):
             jobs.clear()
+
+    def close(self) -> None:
+        """End the coding thread, when all jobs have their answers: it waits for the image that is being made."""
         self.coding_hangs = not self.coding.close()
 
     # --- a tick ---

@@ -279,6 +279,7 @@ class Worker:
             self._loop.suspend_durable()
         self._loop.give_up_all(failure)
         self._act_on_events()
+        self._loop.close()
         self._turn_began_s = None
 
     def warm_up(self) -> None:
@@ -308,6 +309,7 @@ class Worker:
         self._loop.end_overdue()
         if self._draining.is_set():
             self._loop.suspend_durable()
+        self._act_on_events()  # whoever was given up does not wait for the tick
         ticked = not self._closed.is_set() and self._loop.tick()
         self._act_on_events()
         return ticked

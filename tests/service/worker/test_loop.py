@@ -279,7 +279,16 @@ def test_a_deadline_that_passes_while_stepping_frees_the_rows(make_bench: MakeBe
     bench = make_bench()
     late = bench.accept("late", seed=1, n=3, steps=50, deadline_s=4.0)
     other = bench.accept("other", seed=2, steps=10)
-    bench.tick(5)
+    bench.tick(4)
+    answered: list[bool] = []
+
+    def step(batch: Batch) -> None:
+        answered.append(late.done())
+        bench.tick_takes_a_second(batch)
+
+    bench.engine.on_step = step
+    bench.tick()
+    assert answered == [True], "before the tick, which may be long"
     assert isinstance(failure(late), DeadlinePassed)
     assert [len(batch.rows) for batch in bench.engine.batches] == [4, 4, 4, 4, 1]
     assert bench.metric("row_steps_saved_total") == 150 - 4 * 3
@@ -772,5 +781,5 @@ def test_what_is_no_jobs_is_done_beside_too(make_bench: MakeBench) -> None:
     assert not left.cancel(), "its client may go away, and the thread goes on"
     gate.open()
     assert bench.worker.run_beside("noise", lambda: 8).result(PATIENCE_S) == 8
-    bench.loop.give_up_all(Draining())
+    bench.loop.close()
     assert isinstance(bench.loop.coding.run("noise", lambda: 7).exception(PATIENCE_S), Draining)

@@ -174,6 +174,21 @@ def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: M
     assert bench.worker.jobs.statuses() == []
 
 
+def test_who_is_given_up_at_the_end_does_not_wait_for_an_image_that_is_decoded(make_bench: MakeBench) -> None:
+    bench, decoding, answered = make_bench(info=LATENT).start(), threading.Event(), threading.Event()
+
+    def decode(_: SampleSpec) -> None:
+        decoding.set()
+        assert answered.wait(PATIENCE_S)
+
+    bench.engine.on_decode = decode
+    future = bench.submit("a", n=2, steps=1)
+    future.add_done_callback(lambda _: answered.set())
+    assert decoding.wait(PATIENCE_S)
+    assert bench.worker.close(), "it would wait for as long as an image may take"
+    assert isinstance(failure(future), Draining)
+
+
 # --- what others ask of the engine ---
 
 
