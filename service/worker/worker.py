@@ -391,14 +391,14 @@ class Worker:
             if not engine.is_lost():
                 raise
             log.exception("what was made could not be read")
-            self._commands.put(_end_for_lost_device)
+            self._commands.put(self._end_for_lost_device)
             raise Draining from error
+
+    def _end_for_lost_device(self) -> None:
+        if not self._closed.is_set():  # several may have read; what waits behind their commands gets an answer too
+            raise RuntimeError("the device is lost")
 
     def _answer_all(self, failure: ServiceError) -> None:
         """End every job for its clients, without a call of the engine."""
         for job in self.jobs.remove_all():
             job.fail(failure)
-
-
-def _end_for_lost_device() -> None:
-    raise RuntimeError("the device is lost")

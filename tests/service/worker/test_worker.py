@@ -29,7 +29,7 @@ from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.spec import SampleSpec
+from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import Batch, JobResult, Outlook
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Path
@@ -172,6 +172,29 @@ def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: M
     assert isinstance(failure(queued[0]), EngineFailed)
     assert isinstance(failure(queued[2]), EngineFailed)
     assert bench.worker.jobs.statuses() == []
+
+
+def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wait_get_an_answer(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench().start(shut=True)
+
+    def lost() -> Images:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    bench.engine.images = lambda rows: lost  # type: ignore[method-assign]
+    done, running = [bench.submit(name, steps=1) for name in "ab"], bench.submit("running", steps=5)
+    bench.engine.next_begun()
+    bench.engine.gate.let(1)
+    bench.engine.next_begun()
+    for future in done:
+        with pytest.raises(Draining):
+            images(future)
+    asked = bench.worker.run(lambda _engine: "not done")
+    bench.engine.gate.open()
+    assert isinstance(failure(running), EngineFailed)
+    assert isinstance(asked.exception(PATIENCE_S), EngineFailed)
 
 
 def test_who_is_given_up_at_the_end_does_not_wait_for_an_image_that_is_decoded(make_bench: MakeBench) -> None:
