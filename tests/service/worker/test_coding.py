@@ -28,7 +28,9 @@ class Bench:
         if coded.results is not None and coded.job is not None:
             self.done.put((coded.job.id, list(coded.results), coded.error))
 
-    def put(self, name: str, count: int, fails: Exception | None = None, *, alone: bool = False) -> None:
+    def put(
+        self, name: str, count: int, fails: Exception | None = None, *, alone: bool = False, owner: str = ""
+    ) -> None:
         def task(number: int) -> Callable[[], str]:
             def act() -> str:
                 self.order.append(name)
@@ -39,15 +41,15 @@ class Bench:
 
             return act
 
-        self.coding.put(make_job(name, alone=alone), "decode", [task(k) for k in range(count)])
+        self.coding.put(make_job(name, alone=alone, owner=owner), "decode", [task(k) for k in range(count)])
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
 
 
-def make_job(name: str, *, alone: bool) -> RunningJob:
+def make_job(name: str, *, alone: bool, owner: str) -> RunningJob:
     model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
-    new = NewJob(name, make_spec(), alone=alone)
+    new = NewJob(name, make_spec(), alone=alone, owner=owner)
     return RunningJob(new, model, new.work(model.info), 0.0)
 
 
@@ -114,6 +116,19 @@ def test_a_job_that_is_dropped_is_not_done(bench: Bench) -> None:
     assert bench.order == ["dropped", "kept"]
     assert [each.job and each.job.id for each in bench.told] == ["dropped", "kept"]
     assert bench.done.empty()
+
+
+def test_owners_take_turns_however_many_short_jobs_one_has(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("flood0", 1, owner="flood")
+    wait_until(lambda: bench.order == ["flood0"])
+    for number in range(1, 9):
+        bench.put(f"flood{number}", 1, owner="flood")
+    bench.put("other", 3, owner="other")
+    bench.gate.open()
+    for _ in range(10):
+        bench.next_done()
+    assert bench.order.index("other") == 1, "the flood has had the time of a task by then"
 
 
 def test_a_long_job_moves_however_many_short_ones_come(bench: Bench) -> None:

@@ -251,6 +251,19 @@ def test_a_row_that_breaks_after_the_last_look_is_told_when_the_images_are_read(
         images(future)
 
 
+def test_a_job_that_is_taken_up_is_ended_by_the_worker_alone_and_one_cancelled_before_is_forgotten(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+    running, dropped = bench.accept("running"), bench.submit("dropped")
+    assert not running.cancel()
+    assert dropped.cancel()
+    bench.do_commands()
+    assert list(bench.status()) == ["running"]
+    bench.finish()
+    images(running)
+
+
 # --- deadlines ---
 
 
@@ -301,6 +314,14 @@ def test_a_job_done_in_the_tick_in_which_its_deadline_passes_is_delivered(make_b
     future = bench.accept("a", steps=3, deadline_s=3.0)
     bench.finish()
     images(future)
+
+
+def test_deadlines_of_jobs_that_have_ended_take_no_memory(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    for number in range(20):
+        bench.accept(f"{number}", steps=1, deadline_s=1e6)
+        bench.finish()
+    assert len(bench.loop._deadlines) <= 2
 
 
 # --- metrics ---

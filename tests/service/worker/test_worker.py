@@ -138,6 +138,24 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         bench.submit("after")
 
 
+def test_what_was_done_in_the_tick_in_which_a_worker_dies_is_delivered(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    bench.submit("busy", steps=1)
+    bench.engine.next_begun()
+    done, other = bench.submit("done", steps=1), bench.submit("other", steps=1)
+
+    def break_(rows: Sequence[int]) -> None:
+        if other_rows[0] in rows:
+            raise RuntimeError("the device is gone")
+
+    bench.engine.gate.let(1)
+    other_rows = bench.engine.next_begun().rows[1:]
+    bench.engine.on_remove = break_
+    bench.engine.gate.open()
+    assert images(done).shape == (1, 4, 6, 1)
+    assert isinstance(failure(other), EngineFailed)
+
+
 @pytest.mark.parametrize("where", ["on_add", "on_step", "on_preview", "on_images", "on_decode"])
 def test_a_lost_device_ends_the_worker_and_tells_whose_doing_it_may_be(make_bench: MakeBench, where: str) -> None:
     bench = make_bench(info=LATENT).start()
