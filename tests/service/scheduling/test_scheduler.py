@@ -448,8 +448,13 @@ class Simulation:
         assert set(batch.rows) <= waiting.keys(), "nor one that is done, cancelled or not there yet"
         assert sum(waiting[row] for row in batch.rows) == batch.places <= max_batch
         assert [batch.rows[at] for at in batch.guided] == [row for row in batch.rows if waiting[row] == 2]
+        rank = {name: position for position, name in enumerate(self.in_turn())}
+        last = max(rank[self.job_of[row]] for row in batch.rows)
         for row, places in waiting.items() if len(self.alive) <= max_batch else ():  # no more jobs are looked at
-            room = short_end(self.sharing, batch.places) if self.job_of[row] in held_back else max_batch
+            room = max_batch
+            if (name := self.job_of[row]) in held_back:
+                # A job after it may have begun another multiple of short_batch, to which it is not asked again.
+                room = short_end(self.sharing, batch.places) if rank[name] >= last else 0
             assert row in batch.rows or places > room - batch.places
         mine = [row for row in next(iter(self.alive.values())).rows if row in self.next_step]
         assert sum(row in batch.rows for row in mine) >= min(len(mine), self.sharing.reserved // 2)
