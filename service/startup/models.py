@@ -101,7 +101,6 @@ class ServedModels:
     def __init__(
         self,
         first: list[Prepared],
-        limits: Limits,
         open_store: Callable[[str], JobStore],
         doors: Doors,
         access: Access,
@@ -111,33 +110,47 @@ class ServedModels:
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
-        limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is
-        closed with this. doors: by what names, and for which pages. access: who may ask. results: where large ones of
-        durable jobs go, if not into their store. webhooks: how they are sent, if they are. end_file: outlives the
-        process where that ends by itself; it is closed with this.
+        The default one's limits are those of the whole server. open_store: opens the store of the durable jobs of
+        weights, by their hash; it is closed with this. doors: by what names, and for which pages. access: who may ask.
+        results: where large ones of durable jobs go, if not into their store. webhooks: how they are sent, if they are.
+        end_file: outlives the process where that ends by itself; it is closed with this.
         """
-        self._webhooks, self._end_file, self.limits = webhooks, end_file, limits
+        self._webhooks, self._end_file = webhooks, end_file
+        self.limits = limits = first[0].limits
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
         self._numbers, self._arrivals, self._served = count(), count(), Served()
         self._stores = Stores(open_store, results)
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
-        self._noise_turn = asyncio.Lock()
         self.admission = Admission(limits, self._served, shared=access.has_keys)
-        self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.other_replicas = OtherReplicas()
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
-        self.decoder, self.encoder = Decoder(), Encoder(self.metrics.encoded)
-        self.recordings = RecordingRoom(self.answers)
+        self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
         note = end_file.work_on if end_file is not None else note_nothing
         self.worker = Worker(loaded, self.admission, self.metrics, note=note)
-        self.statuses = JobStatuses(self.worker)
-        self.jobs = Jobs(self.worker, self.statuses)
-        self.new_jobs = NewJobs(self.worker, self.jobs)
+        statuses = JobStatuses(self.worker)
+        self.jobs = Jobs(self.worker, statuses)
+        self._services = partial(  # what all models share; the rest is of one
+            Services,
+            doors=doors,
+            access=access,
+            metrics=self.metrics,
+            worker=self.worker,
+            jobs=self.jobs,
+            new_jobs=NewJobs(self.worker, self.jobs),
+            statuses=statuses,
+            decoder=self._decoder,
+            encoder=self._encoder,
+            cache=ResultCache(limits.result_cache_bytes),
+            streams=self.streams,
+            other_replicas=self._other_replicas,
+            recordings=RecordingRoom(self.answers),
+            webhooks=webhooks.allowed if webhooks is not None else None,
+            noise_turn=asyncio.Lock(),
+        )
         for model, prepared, store in zip(loaded, first, stores, strict=True):
             self._serve(model, prepared, store)
         self._watch()
@@ -161,9 +174,9 @@ class ServedModels:
             one.keeper.close()
         await asyncio.gather(*(one.lifecycle.close() for one in self._by_number.values()))
         self._stores.close()
-        await self.other_replicas.close()
-        self.decoder.close()
-        self.encoder.close()
+        await self._other_replicas.close()
+        self._decoder.close()
+        self._encoder.close()
         if self._end_file is not None:
             self._end_file.close()
 
@@ -234,27 +247,7 @@ class ServedModels:
             store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics,
             self._deliver if self._webhooks is not None else None,
         )  # fmt: skip
-        services = Services(
-            number=model.number,
-            model=info,
-            limits=prepared.limits,
-            doors=self.doors,
-            access=self.access,
-            metrics=self.metrics,
-            worker=self.worker,
-            jobs=self.jobs,
-            new_jobs=self.new_jobs,
-            statuses=self.statuses,
-            decoder=self.decoder,
-            encoder=self.encoder,
-            cache=self.cache,
-            streams=self.streams,
-            other_replicas=self.other_replicas,
-            recordings=self.recordings,
-            webhooks=self._webhooks.allowed if self._webhooks is not None else None,
-            loaded_s=int(time.time()),
-            noise_turn=self._noise_turn,
-        )
+        services = self._services(number=model.number, model=info, limits=prepared.limits, loaded_s=int(time.time()))
         assert isinstance(model.keeper, SnapshotKeeper)
         one = self._by_number[model.number] = _OneModel(
             services, model.engine, lifecycle, model.keeper, prepared.release

@@ -391,7 +391,6 @@ def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: 
         log.warning(UNTOLD, error)
     served = ServedModels(
         first,
-        first[0].limits,
         opened.stores,
         settings.doors(),
         opened.access,

@@ -121,7 +121,6 @@ def prepare(
 
 def create_app(
     first: Sequence[Prepared],
-    limits: Limits,
     open_store: Callable[[str], JobStore],
     doors: Doors | None = None,
     *,
@@ -132,7 +131,7 @@ def create_app(
     **more: Any,
 ) -> Application:
     """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
-    served = ServedModels(list(first), limits, open_store, doors or Doors(), access or Access(), webhooks=webhooks)
+    served = ServedModels(list(first), open_store, doors or Doors(), access or Access(), webhooks=webhooks)
     changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
     return Application(startup_app.create_app(served, changes, **more), served)
 
@@ -163,7 +162,7 @@ class Site:
                 return state_file(weights_hash)
             return SqliteStore(state_file.get(weights_hash) if isinstance(state_file, dict) else state_file)
 
-        application = create_app(first, limits, open_store, doors or Doors(TEST_HOSTS), **more)
+        application = create_app(first, open_store, doors or Doors(TEST_HOSTS), **more)
         self.application, self.app, served = application, application.app, application.served
         self.worker, self.streams, self.answers = served.worker, served.streams, served.answers
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)

@@ -96,7 +96,7 @@ def test_a_seed_that_is_not_given_is_drawn_and_told(site: Site) -> None:
 def real(tiny: Checkpoint) -> Iterator[TestClient]:
     engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
     limits = replace(LIMITS, max_rows=8)
-    made = create_app([prepare(engine, limits, ((1, 1e-6), (8, 1e-6)))], limits, lambda _: SqliteStore(None))
+    made = create_app([prepare(engine, limits, ((1, 1e-6), (8, 1e-6)))], lambda _: SqliteStore(None))
     with TestClient(made.app, base_url="http://localhost") as client:
         wait_until(lambda: made.served.worker.ready)
         yield client

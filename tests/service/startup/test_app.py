@@ -31,7 +31,7 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
     limits = replace(LIMITS, max_rows=16, max_jobs=4)
     prepared = prepare(make_engine(), limits, ((1, 0.001),))
-    app = create_app([prepared], limits, lambda _: SqliteStore(None)).app
+    app = create_app([prepared], lambda _: SqliteStore(None)).app
     with TestClient(app, base_url="http://localhost") as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}

@@ -230,7 +230,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return SimpleNamespace(getsockname=lambda: (seen["address"], port), close=lambda: None, listen=lambda _: None)
 
     def serve_models(
-        first: list[Prepared], limits: Limits, take_store: Callable[[str], JobStore], doors: object, access: object,
+        first: list[Prepared], take_store: Callable[[str], JobStore], doors: object, access: object,
         **more: object,
     ) -> SimpleNamespace:  # fmt: skip
         if len(first) > 1:
@@ -238,7 +238,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
             assert {each() for each in read_once} == {None}, "an unloaded model's weights would stay for ever"
         assert [take_store(each.engine.info.weights_hash) for each in first] == [store] * len(first)
         names = [each.engine.info.name for each in first]
-        seen.update(limits=limits, speed=first[0].speed, doors=doors, access=access, names=names, **more)
+        seen.update(limits=first[0].limits, speed=first[0].speed, doors=doors, access=access, names=names, **more)
         return SimpleNamespace(worker=SimpleNamespace(hangs=False, crashed=False))
 
     def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
