@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli, start_server, stop_server
+from tminus.service.worker.loop import Loop
 
 Start = Callable[..., RunningServer]
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -88,6 +89,27 @@ def test_a_second_sigterm_gives_up_what_runs_with_an_answer_and_no_traceback(own
     assert (answer.status_code, answer.json()["code"]) == (503, "draining")
     assert server.process.wait(30) == 0, server.log
     assert "Traceback" not in server.log
+
+
+def crash_on_the_first_job() -> None:
+    """Have the worker's thread fail by an error of its own."""
+    tick = Loop.tick
+
+    def failing(self: Loop) -> bool:
+        if self.has_work:
+            raise RuntimeError("injected")
+        return tick(self)
+
+    Loop.tick = failing  # type: ignore[method-assign]
+
+
+def test_a_crash_of_the_worker_ends_the_process_once_its_jobs_have_their_answers(small: Path) -> None:
+    server = start_server(small, prepare=crash_on_the_first_job)
+    answer = server.post(params={"steps": 1})
+    assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
+    assert server.process.wait(30) == 1, server.log
+    server.wait_until(lambda: "tminus: the worker crashed; the log says why" in server.log)
+    assert "RuntimeError: injected" in server.log
 
 
 def test_sigterm_while_loading_ends_at_once() -> None:
