@@ -150,3 +150,29 @@ def test_a_large_event_may_take_a_slow_reader_longer_than_a_piece_of_it_may(monk
 
 def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream_to_a_reader_that_takes(monkeypatch, 60.0, 6) == (0, 1)
+
+
+def test_who_reads_nothing_leaves_no_events_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SEND_S", 0.05)
+    monkeypatch.setattr(progress, "QUIET_S", 0.05)
+    ends: list[str] = []
+
+    async def events() -> AsyncGenerator[bytes]:
+        try:
+            yield b"the first"
+            await asyncio.Event().wait()
+        finally:
+            ends.append("events")
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(60 if message.get("body", b"").startswith(b":") else 0)  # a comment is not read
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def answer() -> None:
+        await EventStream(events(), lambda: ends.append("answer"))(scope_of(), receive, send)
+        assert ends == ["answer", "events"]  # not only when the garbage is collected
+
+    asyncio.run(answer())
