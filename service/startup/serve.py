@@ -89,6 +89,8 @@ def serve(settings: Settings) -> bool:
 
     build = partial(measure_and_build, opened, traces, with_metrics=settings.metrics and metrics_listener is None)
     asyncio.run(_run(server, opening, listener, build, url))
+    for signum in (signal.SIGTERM, signal.SIGINT):  # a handler is given up as the interpreter ends, and a signal kills
+        signal.signal(signum, signal.SIG_IGN)
 
     worker = opening.application.served.worker if opening.application is not None else None
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())

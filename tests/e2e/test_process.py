@@ -1,5 +1,6 @@
 """The server as a process: limits, signals, and checkpoints that cannot be served."""
 
+import os
 import resource
 import select
 import shutil
@@ -89,6 +90,20 @@ def test_a_second_sigterm_gives_up_what_runs_with_an_answer_and_no_traceback(own
     assert (answer.status_code, answer.json()["code"]) == (503, "draining")
     assert server.process.wait(30) == 0, server.log
     assert "Traceback" not in server.log
+
+
+def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Path) -> None:
+    """A process of its own, as the end of the interpreter is looked at, which gives up handlers of signals."""
+    command = [sys.executable, "-m", "tminus", "serve", "--port", "0", "--checkpoint", str(small)]
+    env = os.environ | {"TMINUS_STATE_DIR": ":memory:"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "ready. Try" not in (line := process.stderr.readline()):
+            assert line, "it has ended"
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
+    assert process.returncode == 0
 
 
 def crash_on_the_first_job() -> None:
