@@ -49,9 +49,3 @@ def test_frames_at_given_steps_are_due_once_each_and_together_where_they_were_ju
     watch = Watch(at, ("x_0",), [].append)
     assert [watch.due(step, 0.0) for step in (2, 6, 7, 12)] == [False, True, False, True]
     assert shown(Watch(Pace(steps=()), ("x_0",), [].append), 20) == []
-
-
-def test_a_pace_is_by_steps_or_by_time() -> None:
-    for pace in ({}, {"every": 1, "fps": 1.0}, {"every": 1, "steps": (1,)}):
-        with pytest.raises(AssertionError):
-            Pace(**pace)

@@ -18,15 +18,6 @@ def floats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def forward_sizes(tiny: Checkpoint) -> Iterator[list[int]]:
-    """The batch size of each forward pass of the tiny net."""
-    sizes: list[int] = []
-    handle = tiny.net.register_forward_hook(lambda net, args, out: sizes.append(len(args[0])))
-    yield sizes
-    handle.remove()
-
-
-@pytest.fixture
 def on_gpu(make_checkpoint: MakeCheckpoint) -> Iterator[OnGpu]:
     """A checkpoint of its own, as an engine moves the net; and the exact float32 that the comparison needs."""
     allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.engine.exact import CPU, needs_openvino
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
@@ -22,7 +21,7 @@ from tminus.service.engine.autotune import (
     find_candidates,
     valid_choice,
 )
-from tminus.service.engine.executors import MAX_GRAPHS, Executor
+from tminus.service.engine.executors import MAX_GRAPHS
 
 pytestmark = pytest.mark.slow
 
@@ -100,18 +99,6 @@ def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch
 
 
 # --- sizes ---
-
-
-class Disagreeing(Around):
-    """Gives other bits where a pass is large."""
-
-    def __init__(self, executor: Executor, off: bool) -> None:
-        super().__init__(executor)
-        self._off = off
-
-    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        out = super().__call__(x, t, class_labels)
-        return out.nextafter(torch.tensor(9.0)) if self._off else out
 
 
 @pytest.mark.parametrize(("exact", "expected"), [(True, ((1,), (2, 4))), (False, ((1, 2, 4),))])
@@ -282,13 +269,6 @@ def test_what_is_chosen_here_gives_what_the_network_gives(
     executor = choose_executor(checkpoint, CPU, Wish(max_batch=4), tmp_path)
     assert executor.precision == "float32", "nothing else is approved"
     torch.testing.assert_close(executor(*inputs), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_a_small_network_in_bfloat16_is_compared_on_many_rows(make_checkpoint: MakeCheckpoint) -> None:
-    small, large = make_checkpoint(), make_checkpoint(sample_size=64, block_out_channels=(128, 128))
-    assert autotune.agree_rows(small, "float32") == autotune.AGREE_ROWS
-    assert autotune.agree_rows(small, "bfloat16") == autotune.MAX_AGREE_ROWS
-    assert autotune.agree_rows(large, "bfloat16") == autotune.AGREE_ROWS
 
 
 def candidates(checkpoint: Checkpoint, wish: Wish, device: torch.device = CPU) -> set[tuple[str, str]]:

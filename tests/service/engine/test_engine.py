@@ -13,12 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.service.conftest import TABLES_OF_50, Around, MakeCheckpoint
+from tests.service.conftest import TABLES_OF_50, MakeCheckpoint
 from tests.service.engine.edits import Job, edit, edited_alone, half_mask, in_company, picture
 from tests.service.engine.engines import (
     CPU,
     MIXED,
-    Counting,
     Floats,
     OnGpu,
     Poisoned,
@@ -61,18 +60,6 @@ def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint
     np.testing.assert_array_equal(engine.noised(images.numpy()[:1], t, 9)(), expected[:1], "each is made alone")
 
 
-# --- a batch of strangers ---
-
-
-@pytest.mark.usefixtures("floats")
-def test_rows_that_differ_in_everything_share_batches_and_get_the_images_they_get_alone(tiny: Checkpoint) -> None:
-    expected = [alone(tiny, spec) for spec in MIXED]
-    for max_batch in (5, 16):
-        shared = together(make_engine(tiny), MIXED, max_batch=max_batch, seed=max_batch)
-        for spec, images, own in zip(MIXED, shared, expected, strict=True):
-            np.testing.assert_allclose(images, own, atol=1e-5, rtol=1e-5, err_msg=f"{spec} in batches of {max_batch}")
-
-
 # --- bit for bit ---
 
 
@@ -108,29 +95,6 @@ def test_student_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(tiny: 
         np.testing.assert_allclose(own, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_all_samplers_in_one_tick_have_the_bits_of_each_alone(tiny: Checkpoint) -> None:
-    """Every tick of all, of the same length: nothing hides behind the scheduler."""
-    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
-    steps = {sampler: {"heun": 8, "plms": 14}.get(sampler, 15) for sampler in SAMPLERS}
-    specs = [
-        spec_of(steps=steps[sampler], seed=k, sampler=sampler, eta=0.7 if sampler == "ddim" else 0.0)
-        for k, sampler in enumerate(SAMPLERS)
-    ]
-    assert {spec.num_passes for spec in specs} == {15}
-    engine = make_engine(tiny, executor=executor)
-    rows = [engine.add(spec)[0] for spec in specs]
-    for step in range(15):
-        engine.step(Batch(tuple(rows), (step,) * len(rows), ()))
-    for row, spec in zip(rows, specs, strict=True):
-        one = make_engine(tiny, executor=executor)
-        (own,) = one.add(spec)
-        for step in range(15):
-            one.step(Batch((own,), (step,), ()))
-        assert engine.latents([row]).tobytes() == one.latents([own]).tobytes(), spec
-        expected = independent(tiny, spec).transpose(0, 3, 1, 2)
-        np.testing.assert_allclose(engine.latents([row]), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) -> None:
     executor = EagerExecutor(tiny.net, CPU, sizes=(2,))
 
@@ -143,27 +107,6 @@ def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) ->
         for k in range(4):
             one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
             assert latents(one)[0].tobytes() == batch[k].tobytes()
-
-
-# --- guidance intervals ---
-
-
-def test_rows_inside_and_outside_of_their_intervals_share_a_tick(tiny: Checkpoint) -> None:
-    executor = Counting(EagerExecutor(tiny.net, CPU))
-    engine = make_engine(tiny, executor=executor)
-    specs = [
-        spec_of(n=2, steps=10, seed=1, guidance=2.0, guidance_interval=(0, 24), class_labels=(0, 1)),
-        spec_of(n=1, steps=10, seed=2, guidance=2.0, guidance_interval=(25, 49), class_labels=(2,)),
-        spec_of(n=1, steps=10, seed=3),
-    ]
-    rows = [engine.add(spec) for spec in specs]
-    for step in range(10):
-        guided = (2,) if step < 5 else (0, 1)  # t falls from 45 to 0 by fives
-        engine.step(Batch((*rows[0], *rows[1], *rows[2]), (step,) * 4, guided))
-    assert [len(ts) for ts, _ in executor.passes] == [5] * 5 + [6] * 5
-    for spec, its_rows in zip(specs, rows, strict=True):
-        images = engine.images(its_rows)()
-        np.testing.assert_allclose(images.astype(int), alone(tiny, spec).astype(int), atol=1)
 
 
 # --- learned variance ---
@@ -190,22 +133,6 @@ def test_a_network_of_learned_variance_agrees_with_the_independent_loop(
     for spec, images in zip(specs, together(engine, specs, max_batch=5), strict=True):
         assert images.shape == (spec.n, 8, 8, channels)
         np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5, err_msg=str(spec))
-
-
-@pytest.mark.usefixtures("floats")
-def test_the_learned_variance_matters(make_checkpoint: MakeCheckpoint) -> None:
-    fixed = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
-    learned = make_checkpoint(noise=replace(fixed, variance_type="learned_range"), out_channels=2)
-    spec = spec_of(steps=10)
-    as_if_fixed = replace(learned, noise=fixed)
-
-    class FirstHalf(Around):
-        def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-            return super().__call__(x, t, class_labels)[:, :1].clone()
-
-    executor = FirstHalf(EagerExecutor(learned.net, CPU))
-    half = sample_locally(make_engine(as_if_fixed, executor=executor), spec, 8, lambda rows: None)
-    assert np.abs(alone(learned, spec) - half).max() > 1e-3
 
 
 # --- trajectories ---
@@ -307,24 +234,6 @@ def test_models_of_other_shapes(
         np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5)
 
 
-# --- forward passes ---
-
-
-def test_a_tick_is_one_forward_pass_of_the_batchs_places(tiny: Checkpoint, forward_sizes: list[int]) -> None:
-    engine = make_engine(tiny, executor=EagerExecutor(tiny.net, CPU))
-    plain = engine.add(spec_of(n=3))
-    guided = engine.add(spec_of(n=2, guidance=2.0))
-    batches = [
-        Batch(plain, (0, 0, 0), ()),
-        Batch((*plain, *guided), (1, 1, 1, 0, 0), (3, 4)),
-        Batch((guided[0], plain[2], guided[1]), (1, 2, 1), (0, 2)),
-        Batch(guided, (2, 2), (0, 1)),
-    ]
-    for batch in batches:
-        engine.step(batch)
-    assert forward_sizes == [3, 7, 5, 4] == [batch.places for batch in batches]
-
-
 # --- slots ---
 
 
@@ -363,34 +272,6 @@ def test_a_slots_former_row_leaves_no_trace(tiny: Checkpoint) -> None:
                 engine.step(Batch(rows, (step,) * len(rows), guided))
             engine.remove(rows)
             assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
-
-
-@pytest.mark.usefixtures("floats")
-def test_nan_stays_in_its_row_and_leaves_with_it(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny, executor=EagerExecutor(tiny.net, CPU), max_rows=3, max_jobs=3)
-    sick, well = engine.add(spec_of(n=1, guidance=2.0)), engine.add(spec_of(n=2, seed=2, steps=2))
-
-    def poison(_net: object, _args: object, out: Tensor) -> Tensor:
-        return out.index_fill(0, torch.tensor([0]), float("nan"))
-
-    handle = tiny.net.register_forward_hook(poison)
-    try:
-        for step in range(2):
-            engine.step(Batch((*sick, *well), (step,) * 3, (0,)))
-    finally:
-        handle.remove()
-    assert engine.broken((*sick, *well)) == sick
-    assert engine.broken(well) == ()
-    with pytest.raises(NotFinite):
-        engine.images(sick)()
-    assert np.isnan(engine.latents(sick)).all()
-    np.testing.assert_allclose(engine.images(well)(), alone(tiny, spec_of(n=2, seed=2, steps=2)), atol=1e-5)
-    engine.remove(sick)
-    assert engine.add(spec_of(n=1)) == sick, "its slot goes to the next"
-    assert engine.broken(sick) == ()
-    engine.remove(sick)
-    again = sample_locally(engine, spec_of(n=1, seed=3), 8, lambda rows: None)
-    np.testing.assert_allclose(again, alone(tiny, spec_of(n=1, seed=3)), atol=1e-5)
 
 
 @pytest.mark.parametrize(("value", "clip"), [(float("nan"), True), (float("nan"), False), (float("inf"), False)])

@@ -70,24 +70,6 @@ def test_each_stream_gets_an_even_share(places: int, sizes: list[int], streams: 
     assert passes == sorted(passes, reverse=True), "large passes come first"
 
 
-@pytest.mark.parametrize(
-    ("places", "sizes", "streams", "expected"),
-    [
-        (1, (1, 2, 4), 2, [1]),
-        (2, (1, 2, 4), 2, [1, 1]),
-        (3, (1, 2, 4), 2, [2, 1]),
-        (8, (1, 2, 4), 2, [4, 4]),
-        (11, (1, 2, 4), 2, [4, 4, 2, 1]),
-        (5, (2, 4), 1, [4, 2]),
-        (1, (8,), 1, [8]),
-        (9, (8,), 1, [8, 8]),
-        (0, (1,), 1, []),
-    ],
-)
-def test_some_splits(places: int, sizes: tuple[int, ...], streams: int, expected: list[int]) -> None:
-    assert [size for _, _, size in split(places, sizes, streams)] == expected
-
-
 @given(st.integers(0, 100), ascending_sizes, st.integers(1, 8), st.integers(0, 7))
 def test_what_is_left_of_even_shares_goes_in_wide_passes_if_it_is_little(
     places: int, sizes: list[int], streams: int, wide: int

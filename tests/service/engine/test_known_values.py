@@ -69,14 +69,6 @@ def test_colour_is_kept_in_all_its_channels(make_checkpoint: MakeCheckpoint) -> 
 # --- slots ---
 
 
-def test_an_engine_that_sees_no_mask_makes_no_room_for_one(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny)
-    in_company(engine, [(MIXED[0], None), edit(Inputs(picture()), strength=0.5)])
-    assert engine._known is None
-    in_company(engine, [edit(Inputs(picture(), half_mask()))])
-    assert engine._known is not None
-
-
 def test_a_slots_former_mask_leaves_no_trace(tiny: Checkpoint) -> None:
     engine = make_engine(tiny, max_rows=2, max_jobs=1)
     for job in [

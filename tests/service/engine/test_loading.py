@@ -188,16 +188,6 @@ def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> Non
     assert load_engine(replace(options, max_rows=4)).max_rows == 4, "few are no hindrance to measuring"
 
 
-@pytest.mark.usefixtures("selftest")
-def test_the_registers_of_the_test_at_the_start_are_given_back(options: LoadOptions) -> None:
-    engine = load_engine(options).engine
-    assert engine._registers is None
-    assert engine._plans.matrices is None
-    images = sample_locally(engine, trial_spec(engine.info, 2, 5, sampler="plms"), 4, lambda rows: None)
-    assert engine._registers is not None, "they are made where they are needed"
-    assert images.shape == (2, 8, 8, 1)
-
-
 class Mixing(Around):
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         return super().__call__(x, t, class_labels) + 1e-6 * x.mean()

@@ -126,10 +126,3 @@ def test_specs_that_differ_in_what_no_plan_holds_share_one() -> None:
     plans = compiler()
     other = replace(SPEC, n=3, seed=7, index=4, class_labels=(1, 2, None), guidance=2.0, guidance_interval=(0, 10))
     assert plans.plan(SPEC) is plans.plan(other)
-
-
-def test_what_cannot_be_compiled_is_refused_each_time() -> None:
-    plans = compiler()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="steps"):
-            plans.plan(replace(SPEC, steps=1001))

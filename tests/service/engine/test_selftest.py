@@ -11,7 +11,6 @@ from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
-from tminus.service.engine import openvino_executor
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.selftest import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks, same_alone_and_together
@@ -65,14 +64,6 @@ def test_a_good_engine_passes_and_is_left_empty(
     assert sorted(engine._free_rows) == list(range(64))
 
 
-@pytest.mark.skipif(not openvino_executor.available(), reason="openvino, an extra, is not installed")
-def test_openvino_passes(tiny: Checkpoint) -> None:
-    graph = openvino_executor.Graph(tiny.net, (1, 8, 8), 50)
-    assert same_alone_and_together(
-        make_engine(tiny, openvino_executor.OpenVINOExecutor(graph, sizes=(1, 2, 4), streams=2)), 16
-    )
-
-
 @pytest.mark.parametrize("kind", [Mixing, ByPosition])
 @pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 4), *zip(OTHERS[:2], (16, 4), strict=True)])
 def test_an_executor_whose_output_depends_on_its_neighbours_fails(
@@ -81,20 +72,6 @@ def test_an_executor_whose_output_depends_on_its_neighbours_fails(
     checkpoint = make_checkpoint(**fields)
     executor = kind(EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
     assert not same_alone_and_together(make_engine(checkpoint, executor), max_batch)
-
-
-def test_a_fake_engine_passes_within_its_rules() -> None:
-    """The fake asserts the order of steps, and that slots are given back."""
-    for info in (
-        INFO,
-        replace(INFO, conditional=False, class_names=(), null_class=None),
-        replace(INFO, null_class=None),
-    ):
-        engine = FakeEngine(info, slots=40)
-        assert same_alone_and_together(engine, 8)
-        assert engine.jobs == {}
-        assert any(len(batch.rows) > 2 for batch in engine.batches)
-        assert any(batch.guided for batch in engine.batches) == (info.null_class is not None)
 
 
 class Clock:
@@ -196,15 +173,6 @@ def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:
     assert points[-1][1] == pytest.approx(SLOW_TICK_S * 1.4)
     assert len(engine.batches) == TICKS + 1
     assert engine.jobs == {}
-
-
-def test_a_real_engine_takes_some_time(tiny: Checkpoint) -> None:
-    device = torch.device("cpu")
-    engine = Engine(tiny, EagerExecutor(tiny.net, device), device, max_rows=8, max_jobs=1)
-    points = measure_ticks(engine, 8)
-    assert [count for count, _ in points] == [1, 2, 4, 8]
-    assert all(0 < seconds < 5 for _, seconds in points)
-    assert len(engine._free_rows) == 8
 
 
 @pytest.mark.parametrize(("sampler", "num_timesteps"), [("heun", 2), ("plms", 4)])

@@ -476,13 +476,6 @@ def test_an_image_may_be_its_own_mask() -> None:
     assert caught.value.field == "image"
 
 
-def test_a_palette_and_a_colour_may_be_transparent() -> None:
-    palette = Image.fromarray(np.where(LEFT, 3, 7).astype(np.uint8)).convert("P")
-    np.testing.assert_array_equal(decode_transparent(encode(palette, transparency=3), GREY), LEFT)
-    grey = Image.fromarray(np.where(LEFT, 3, 7).astype(np.uint8))
-    np.testing.assert_array_equal(decode_transparent(encode(grey, transparency=3), GREY), LEFT)
-
-
 @pytest.mark.parametrize(
     "mask",
     [

@@ -8,7 +8,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,6 @@ def test_a_png_read_back_equals_the_pixels(channels: int, mode: str, size: tuple
         assert image.size == size[::-1]
 
 
-def test_a_png_without_text_has_none() -> None:
-    with Image.open(io.BytesIO(encode_png(noise(1)[0]))) as image:
-        image.load()
-        assert image.text == {}  # type: ignore[attr-defined]
-
-
 def test_text_in_any_language_survives_the_png() -> None:
     assert text_of(encode_png(noise(1)[0], {"name": "Käse 猫"})) == {"name": "Käse 猫"}
 
@@ -132,18 +126,6 @@ def test_a_sheet_is_as_square_as_it_can_be_without_spare_cells_or_else_square(n:
     exact = [c for c in range(1, n + 1) if n % c == 0 and c >= n // c]
     assert columns == (min(exact) if min(exact) <= 2 * square else square)
     assert (math.ceil(n / columns) - 1) * columns < n <= math.ceil(n / columns) * columns, "no empty row"
-
-
-@pytest.mark.parametrize(
-    ("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 5), (6, 3), (7, 3), (8, 4), (9, 3), (64, 8)]
-)
-def test_sheets_of_small_numbers(n: int, columns: int) -> None:
-    assert sheet_columns(n) == columns
-
-
-def test_one_image_is_its_own_sheet() -> None:
-    images = noise(1, channels=3)
-    np.testing.assert_array_equal(contact_sheet(images), images[0])
 
 
 # --- a response ---
@@ -233,14 +215,6 @@ def test_a_model_without_classes_encodes_too(media_type: str) -> None:
 )
 def test_a_recipe_through_json_is_exact_to_the_bit(spec: SampleSpec) -> None:
     assert spec_from(json.loads(json.dumps(recipe(spec, INFO)))["spec"]) == spec
-
-
-def test_image_k_alone_has_the_next_index_and_its_own_class() -> None:
-    spec = make_spec(n=3, index=10, class_labels=(2, None, 1), guidance=1.0, eta=0.25, sampler="ddim")
-    alone = one_image(spec, 2)
-    assert asdict(alone) == asdict(spec) | {"n": 1, "index": 12, "class_labels": (1,)}
-    assert one_image(spec, 1).class_labels == (None,)
-    assert one_image(make_spec(n=3, class_labels=None), 1).class_labels is None
 
 
 # --- the threads ---

@@ -7,58 +7,36 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
+from tests.service.fakes import LIMITS, PATIENCE_S, make_spec
+from tests.service.worker.bench import Bench as WorkerBench
+from tminus.service.jobs import views as views_module
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec
+from tests.service.worker.bench import Bench as WorkerBench
 from tminus.service.jobs import views as views_module
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.records import JobRecord, Outcome
 from tminus.service.jobs.views import JobStatuses, held_view
-from tminus.service.metrics import Metrics
-from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Batch, JobStatus, Outlook, Ticket
-from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.running_job import AcceptedJobs, NewJob
-from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")
 
 
-class Bench:
-    """A worker whose ticks take a second of its own clock, and wait for the test; a loop to ask in."""
+class Bench(WorkerBench):
+    """A worker whose ticks wait for the test, and a loop to ask in."""
 
     def __init__(self) -> None:
-        self.engine, self.now_s, self.forecasts = FakeEngine(INFO), 0.0, 0
-        sharing = Sharing.of(2)
-        admission = Admission(LIMITS)
-        admission.put(0, Speed(sharing, TickTimes(((1, 1.0), (2, 1.0))), LIMITS.max_rows))
-        self.engine.on_step = self._tick_takes_a_second
-        self.worker = Worker(
-            [LoadedModel(0, self.engine, Scheduler(sharing))], admission, Metrics(), clock=lambda: self.now_s
-        )
-        self.statuses = JobStatuses(self.worker)
-        self.loop = asyncio.new_event_loop()
+        super().__init__(limits=replace(LIMITS, max_batch=2))
+        self.forecasts, self.statuses, self.loop_of_test = 0, JobStatuses(self.worker), asyncio.new_event_loop()
 
-    def _tick_takes_a_second(self, _batch: Batch) -> None:
-        self.now_s += 1
+    def enter(self, name: str, steps: int) -> Ticket:
+        return self.submit_spec(name, make_spec(n=2, steps=steps))
 
-    def start(self) -> None:
-        self.worker.start()
-        self.engine.next_begun()
-        wait_until(lambda: self.worker.ready)
-        self.engine.gate.shut()
-
-    def submit(self, name: str, steps: int) -> Ticket:
-        return self.worker.submit(NewJob(name, make_spec(n=2, steps=steps)))
-
-    def tick(self) -> None:
+    def next_tick(self) -> None:
         """Let the tick that waits pass, and the next begin."""
         self.engine.gate.let()
         self.engine.next_begun()
 
     def ask(self, question: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(question, PATIENCE_S))
+        return self.loop_of_test.run_until_complete(asyncio.wait_for(question, PATIENCE_S))
 
     def of(self, name: str) -> JobStatus:
         status = self.ask(self.statuses.of(name))
@@ -71,6 +49,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """One forecast has to do, unless the test says otherwise."""
     monkeypatch.setattr(views_module, "FORECAST_S", 1e9)
     made = Bench()
+    made.a_tick_is_known_to_take_a_second()
     forecast = AcceptedJobs.statuses
 
     def counted(jobs: AcceptedJobs) -> list[JobStatus]:
@@ -78,11 +57,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         return forecast(jobs)
 
     monkeypatch.setattr(AcceptedJobs, "statuses", counted)
-    made.start()
+    made.start(shut=True)
     yield made
-    made.engine.gate.open()
-    made.worker.close()
-    made.loop.close()
+    made.close()
+    made.loop_of_test.close()
 
 
 def facts(status: JobStatus) -> tuple[str, int, int, float]:
@@ -90,12 +68,12 @@ def facts(status: JobStatus) -> tuple[str, int, int, float]:
 
 
 def test_state_and_step_are_told_as_they_are_now_and_the_eta_is_counted_down(bench: Bench) -> None:
-    bench.submit("a", steps=5)
+    bench.enter("a", steps=5)
     bench.engine.next_begun()
     assert facts(bench.of("a")) == ("waiting", 0, 0, 5.0)
     accepted_us = bench.of("a").created_us
-    bench.tick()
-    bench.tick()
+    bench.next_tick()
+    bench.next_tick()
     assert facts(bench.of("a")) == ("running", 2, 0, 3.0)
     assert bench.of("a").created_us == accepted_us, "however late one looks"
     assert bench.ask(bench.statuses.all()) == [bench.of("a")]
@@ -105,20 +83,20 @@ def test_state_and_step_are_told_as_they_are_now_and_the_eta_is_counted_down(ben
 
 
 def test_a_job_that_came_after_the_forecast_is_told_with_the_forecast_of_its_ticket(bench: Bench) -> None:
-    bench.submit("a", steps=5)
+    bench.enter("a", steps=5)
     bench.engine.next_begun()
     bench.of("a")
-    ticket = bench.submit("b", steps=10)
+    ticket = bench.enter("b", steps=10)
     assert facts(bench.of("b")) == ("waiting", 0, 1, 15.0)
     assert ticket.outlook == Outlook(1, 15.0)
-    bench.tick()
+    bench.next_tick()
     assert facts(bench.of("b")) == ("waiting", 0, 1, 14.0)
     assert [status.id for status in bench.ask(bench.statuses.all())] == ["a", "b"]
     assert bench.forecasts == 1
 
 
 def test_a_job_that_ended_after_the_forecast_is_not_told(bench: Bench) -> None:
-    done, cancelled = bench.submit("done", steps=1), bench.submit("cancelled", steps=9)
+    done, cancelled = bench.enter("done", steps=1), bench.enter("cancelled", steps=9)
     bench.engine.next_begun()
     assert len(bench.ask(bench.statuses.all())) == 2
     bench.worker.cancel("cancelled", "deleted")
@@ -132,7 +110,7 @@ def test_a_job_that_ended_after_the_forecast_is_not_told(bench: Bench) -> None:
 def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_costs_none(bench: Bench) -> None:
     assert bench.ask(bench.statuses.of("nobody")) is None
     assert bench.forecasts == 0
-    bench.submit("a", steps=5)
+    bench.enter("a", steps=5)
     bench.engine.next_begun()
 
     async def ask_often() -> list[JobStatus | None]:
@@ -144,11 +122,11 @@ def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_cost
 
 def test_an_old_forecast_is_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views_module, "FORECAST_S", -1.0)
-    bench.submit("a", steps=5)
+    bench.enter("a", steps=5)
     bench.engine.next_begun()
-    bench.submit("b", steps=2)
+    bench.enter("b", steps=2)
     assert bench.of("a").eta_s == 5.0
-    bench.submit("c", steps=1)
+    bench.enter("c", steps=1)
     bench.of("a")
     assert bench.forecasts == 2
 

@@ -74,16 +74,6 @@ def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
     assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (0, 0, 0)
 
 
-def test_unknown_jobs_that_step_or_leave_change_nothing() -> None:
-    admission = make_admission()
-    admission.enter("a", plain(1, 2), now_s=0.0)
-    admission.leave("nobody")
-    admission.stepped(0, {"nobody": 5, "a": 1}, 6, 1 / 8)
-    assert admission.backlog_s == SECONDS_PER_PLACE
-    admission.stepped(0, {"a": 5}, 5, 1 / 8)
-    assert admission.backlog_s == 0, "no job has less than nothing left"
-
-
 def test_the_rate_follows_the_ticks_slowly() -> None:
     admission = make_admission()
     admission.enter("a", plain(64, 1000), now_s=0.0)

@@ -107,10 +107,6 @@ def test_of_jobs_that_come_in_order_of_length_those_are_taken_before_which_there
     assert intake.refused == min(refused, default=float("inf"))
 
 
-def test_a_job_is_taken_on_beside_any_number_of_longer_ones() -> None:
-    assert Intake(8.0, [1000.0] * 50).offer(7.0)
-
-
 def test_the_oldest_of_all_is_taken_by_who_has_none_that_is_older() -> None:
     assert not Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 6)
     assert Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 4)

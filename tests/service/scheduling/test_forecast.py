@@ -10,7 +10,7 @@ from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
 from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Sharing
+from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
 
@@ -38,13 +38,6 @@ def test_a_job_alone_takes_its_steps_in_ticks() -> None:
     assert forecast(Work(4, 10, range(2, 5)), sharing=Sharing.of(4))["job0"].eta_s == pytest.approx(13.0)
 
 
-def test_of_a_started_job_only_the_steps_left_count() -> None:
-    work = Work(2, 10, range(2, 5))
-    for left, ticks in ((26, 10), (24, 9), (22, 8), (18, 7), (14, 6), (10, 5), (8, 4), (2, 1)):
-        found = forecasts.forecast([Pending("a", work, left)], {0: Speed(SRPT, SAME, 1000)})
-        assert found["a"].eta_s == pytest.approx(ticks)
-
-
 @pytest.mark.parametrize("work", [plain(3, 7), guided(3, 7), Work(3, 7, range(2, 4)), Work(3, 7, range(4, 7), start=2)])
 def test_rows_are_as_level_as_what_is_left_of_a_job_allows(work: Work) -> None:
     for left in range(1, work.places + 1):
@@ -57,10 +50,6 @@ def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
     outlooks = forecast(plain(8, 100), plain(8, 6))
     assert outlooks["job1"] == Outlook(0, pytest.approx(8.0))  # 48 places, six a tick
     assert outlooks["job0"] == Outlook(1, pytest.approx(106.0))
-
-
-def test_first_come_first_served_goes_by_arrival() -> None:
-    assert forecast(plain(8, 100), plain(8, 6), sharing=FCFS) == {"job0": Outlook(0, 100.0), "job1": Outlook(1, 106.0)}
 
 
 def test_the_position_counts_those_before_it_that_end_before_it_and_is_zero_where_all_rows_run() -> None:
@@ -85,17 +74,6 @@ def test_what_comes_beside_the_ticks_is_done_one_job_at_a_time_as_their_ticks_en
     jobs += [Pending("c", plain(1, 20), 20), Pending("d", plain(1, 5), 0, beside_s=2.0)]
     found = forecasts.forecast(jobs, {0: Speed(SRPT, SAME, 1000)})
     assert {name: outlook.eta_s for name, outlook in found.items()} == {"d": 2.0, "a": 14.0, "b": 17.0, "c": 20.0}
-
-
-def test_a_short_job_is_told_that_it_overtakes_a_long_one_of_another_model() -> None:
-    machine = Machine(speed_of(), speed_of(times=SLOW))
-    machine.add("j long", plain(8, 1000, model=1))
-    machine.add("j short", plain(8, 100))
-    outlooks = machine.forecast()
-    machine.run()
-    assert outlooks["j short"].eta_s == pytest.approx(machine.ends["j short"], abs=0.11)
-    assert outlooks["j short"].eta_s <= 0.9 / (1 - RESERVED_SHARE) + 0.1
-    assert outlooks["j long"].eta_s == pytest.approx(machine.ends["j long"], rel=0.01)
 
 
 # --- for every load: against the schedulers themselves ---

@@ -76,13 +76,6 @@ def test_two_who_want_all_get_half_of_every_tick_each_however_many_jobs_they_hav
     assert [machine.tick() for _ in range(10)] == [{"a": 4, "b": 4}] * 10
 
 
-def test_places_that_one_cannot_use_go_to_the_other() -> None:
-    machine = Machine(speed_of(times=FLAT))
-    machine.add("a0", plain(1, 100))
-    machine.add("b0", plain(8, 100))
-    assert [machine.tick() for _ in range(10)] == [{"a": 1, "b": 7}] * 10
-
-
 def test_a_guided_row_finds_its_two_places_however_many_owners_there_are() -> None:
     machine = Machine(speed_of(4))
     for owner in "abcdef":

@@ -55,38 +55,6 @@ def test_a_long_job_does_not_hold_up_a_short_one() -> None:
         assert batch.places == 8
 
 
-def test_shortest_remaining_work_goes_first() -> None:
-    scheduler = Scheduler(Sharing(4, 4, 0, "srpt"))
-    add(scheduler, "oldest", range(4), steps=100)
-    add(scheduler, "middle", range(4, 8), steps=10)
-    add(scheduler, "shortest", range(8, 12), steps=5)
-    order = [batch.rows[0] // 4 for batch in drain(scheduler)]
-    assert order == [2] * 5 + [1] * 10 + [0] * 100
-
-
-def test_equal_jobs_go_in_order_of_arrival() -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
-    for name, rows in (("b", [0, 1]), ("a", [2, 3]), ("c", [4, 5])):
-        add(scheduler, name, rows, steps=1)
-    assert [batch.rows for batch in drain(scheduler)] == [(0, 1), (2, 3), (4, 5)]
-
-
-def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
-    scheduler = Scheduler(Sharing.of(8))
-    add(scheduler, "long", range(4), steps=100)
-    for round_ in range(20):
-        add(scheduler, f"short{round_}", range(100 + 8 * round_, 108 + 8 * round_), steps=1)
-        assert sum(row < 4 for row in tick(scheduler).rows) == 2
-    assert sum(scheduler.steps("long")) == 20 * 2
-
-
-def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
-    scheduler = Scheduler(Sharing.of(4))
-    add(scheduler, "guided", [0], steps=50, guided=True)
-    add(scheduler, "short", [1, 2, 3, 4], steps=1)
-    assert 0 in tick(scheduler).rows
-
-
 def test_more_rows_than_places_advance_together() -> None:
     scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     add(scheduler, "a", range(6), steps=4)
@@ -95,20 +63,6 @@ def test_more_rows_than_places_advance_together() -> None:
     steps = scheduler.next_batch()
     assert steps is not None
     assert set(steps.steps) == {1}, "each row took step 0 before any took step 1"
-
-
-def test_cancel_frees_the_places_at_once() -> None:
-    scheduler = Scheduler(Sharing.of(4))
-    add(scheduler, "a", range(3), steps=5)
-    add(scheduler, "b", range(3, 5), steps=5, guided=True)
-    assert set(tick(scheduler).rows) & {0, 1, 2}
-    scheduler.cancel("a")
-    after = scheduler.next_batch()
-    assert after is not None
-    assert set(after.rows) == {3, 4}
-    scheduler.cancel("b")
-    assert scheduler.next_batch() is None
-    assert not scheduler.has_work
 
 
 def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
@@ -144,52 +98,6 @@ def test_only_the_batch_that_was_chosen_last_may_be_recorded() -> None:
         scheduler.advance(Batch(batch.rows, (1, 1), ()))
 
 
-def test_a_programmers_mistake_asserts() -> None:
-    scheduler = Scheduler(Sharing.of(4))
-    add(scheduler, "a", [0], steps=2)
-    with pytest.raises(AssertionError):
-        add(scheduler, "a", [1], steps=2)
-    with pytest.raises(AssertionError):
-        add(scheduler, "b", [], steps=2)
-    with pytest.raises(AssertionError):
-        scheduler.advance(Batch((0,), (1,), ()))
-    with pytest.raises(AssertionError):
-        Scheduler(Sharing.of(1))
-
-
-@pytest.mark.parametrize(("steps", "first"), [(6, "plain"), (7, "guided"), (8, "guided")])
-def test_the_guided_steps_of_an_interval_count_double_in_remaining_work(steps: int, first: str) -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
-    scheduler.add("guided", [0, 1], Work(2, 5, range(3, 5)))  # 7 places a row
-    add(scheduler, "plain", [2, 3], steps=steps)
-    assert tick(scheduler).rows == ((0, 1) if first == "guided" else (2, 3))
-
-
-def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
-    scheduler = Scheduler(Sharing(3, 3, 0, "srpt"))
-    add(scheduler, "guided", [0, 1], steps=2, guided=True)
-    add(scheduler, "also guided", [2], steps=9, guided=True)
-    add(scheduler, "plain", [3], steps=50)
-    assert tick(scheduler).rows == (0, 3)
-
-
-def test_a_last_single_place_may_go_to_a_more_advanced_row_of_the_same_job() -> None:
-    scheduler = Scheduler(Sharing(3, 3, 0, "srpt"))
-    scheduler.add("a", [0, 1, 2], Work(3, 4, range(0, 2)))
-    batches = drain(scheduler)
-    assert sum(batch.places for batch in batches) == 3 * 6
-    assert any(len(set(batch.steps)) > 1 for batch in batches)
-
-
-def test_first_come_first_served_goes_by_arrival_alone() -> None:
-    scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
-    add(scheduler, "long", range(4), steps=10)
-    tick(scheduler)
-    add(scheduler, "short", [9], steps=1)
-    order = [batch.rows for batch in drain(scheduler)]
-    assert order == [(0, 1, 2, 3)] * 9 + [(9,)]
-
-
 @pytest.mark.parametrize(
     ("max_batch", "policy", "places"), [(64, "srpt", 16), (4, "srpt", 2), (2, "srpt", 2), (8, "fcfs", 0)]
 )
@@ -203,51 +111,6 @@ def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_th
     assert tick(scheduler).places == 8
     add(scheduler, "short", [8], steps=3)
     assert [tick(scheduler).places for _ in range(5)] == [4, 4, 4, 8, 8]
-
-
-@pytest.mark.parametrize(
-    ("others", "places"),
-    [
-        pytest.param([(2, 20)], 4, id="its own rows and the reserve of the oldest"),
-        pytest.param([(4, 20)], 8, id="they need more: the tick may as well be twice as long"),
-        pytest.param([(1, 20), (2, 20), (3, 20)], 8, id="and so have those of others like it"),
-        pytest.param([(1, 3), (1, 200)], 4, id="two much longer jobs share what is left of a short tick"),
-        pytest.param([(1, 100)], 4, id="an eighth of the work is much shorter"),
-        pytest.param([(1, 101)], 8, id="and more is not"),
-        pytest.param([(1, 20), *[(1, 200)] * 6], 4, id="where there is a place for each job"),
-        pytest.param([(1, 20), *[(1, 200)] * 7], 8, id="more jobs than places: what all wait for is throughput"),
-    ],
-)
-def test_a_short_tick_has_as_few_places_as_its_jobs_allow(others: list[tuple[int, int]], places: int) -> None:
-    scheduler = Scheduler(Sharing.of(8, short_batch=4))
-    add(scheduler, "long", range(8), steps=100)
-    for number, (rows, steps) in enumerate(others):
-        add(scheduler, f"other{number}", range(100 * (number + 1), 100 * (number + 1) + rows), steps)
-    batch = scheduler.next_batch()
-    assert batch is not None
-    assert batch.places == places
-
-
-def test_a_tick_is_short_though_a_long_job_that_is_nearly_done_goes_first() -> None:
-    scheduler = Scheduler(Sharing.of(8, short_batch=4))
-    add(scheduler, "nearly done", [100], steps=200)
-    for _ in range(190):
-        tick(scheduler)
-    add(scheduler, "long", range(8), steps=100)
-    add(scheduler, "short", [8], steps=20)
-    batch = scheduler.next_batch()
-    assert batch is not None
-    assert batch.places == 4
-    assert {job.job_id: len(job.steps) for job in batch.jobs} == {"nearly done": 1, "short": 1, "long": 2}
-
-
-def test_a_job_that_came_or_went_is_seen_at_the_next_tick() -> None:
-    scheduler = Scheduler(Sharing.of(8, short_batch=4))
-    add(scheduler, "long", range(8), steps=100)
-    add(scheduler, "short", [8], steps=20)
-    assert tick(scheduler).places == 4
-    scheduler.cancel("short")
-    assert tick(scheduler).places == 8
 
 
 # --- what a tick costs ---
