@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def names(tree: ast.AST) -> set[str]:
     return found
 
 
+@cache
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text("utf-8"), str(file))
 
@@ -125,52 +127,37 @@ for name in {modules!r}:
         sys.exit(name)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, f"{done.stderr.strip()} imports torch or model"
 
 
-@pytest.mark.parametrize("file", MODEL, ids=module_name)
-def test_model_imports_nothing_from_service(file: Path) -> None:
-    assert not [name for name in imports(parse(file), lazy=True) if part_of(name) == "service"]
+def test_model_imports_nothing_from_service() -> None:
+    for file in MODEL:
+        assert not [name for name in imports(parse(file), lazy=True) if part_of(name) == "service"], file
 
 
-@pytest.mark.parametrize("file", SERVICE, ids=module_name)
-def test_torch_enters_the_service_in_its_engine_only(file: Path) -> None:
-    layer = layer_of(module_name(file)) if file != ROOT / "service" / "__init__.py" else "words"
-    if layer == "engine":
-        return
-    tree = parse(file)
-    lazy = layer == "cli"  # the commands load what they need when they run
+def test_torch_enters_the_service_in_its_engine_only() -> None:
     heavy = {"torch", "model", "safetensors", "diffusers", "torchvision"}
-    found = {name for name in imports(tree, lazy=not lazy) if part_of(name) in heavy}
-    assert not found - PURE_MODEL - {"safetensors.numpy"}  # numpy is all it brings
-    assert lazy or "torch" not in names(tree)
+    for file in SERVICE:
+        layer = layer_of(module_name(file)) if file != ROOT / "service" / "__init__.py" else "words"
+        if layer == "engine":
+            continue
+        tree = parse(file)
+        lazy = layer == "cli"  # the commands load what they need when they run
+        found = {name for name in imports(tree, lazy=not lazy) if part_of(name) in heavy}
+        assert not found - PURE_MODEL - {"safetensors.numpy"}, file  # numpy is all it brings
+        assert lazy or "torch" not in names(tree), file
 
 
-@pytest.mark.parametrize("file", SERVICE, ids=module_name)
-def test_no_http_exception_below_the_routes(file: Path) -> None:
-    assert ("HTTPException" in names(parse(file))) == (module_name(file) in MAY_RENDER_HTTP)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *modules_of("scheduling"),
-        "tminus.service.spec",
-        "tminus.service.work",
-        "tminus.service.model_info",
-        "tminus.service.preview",
-        "tminus.service.errors",
-        "tminus.service.api.answers.caching",
-        "tminus.service.api.request.classes",
-    ],
-)
-def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
-    file = ROOT / Path(*name.split(".")[1:])
-    tree = parse(file / "__init__.py" if file.is_dir() else file.with_suffix(".py"))
-    imported = {module.split(".")[0] for module in imports(tree, lazy=True)}
-    assert not imported & {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}
+def test_pure_modules_know_no_loop_no_clock_and_no_framework() -> None:
+    pure = ["spec", "work", "model_info", "preview", "errors", "api.answers.caching", "api.request.classes"]
+    for name in (*modules_of("scheduling"), *(f"tminus.service.{each}" for each in pure)):
+        file = ROOT / Path(*name.split(".")[1:])
+        tree = parse(file / "__init__.py" if file.is_dir() else file.with_suffix(".py"))
+        imported = {module.split(".")[0] for module in imports(tree, lazy=True)}
+        apart = {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}
+        assert not imported & apart, name
 
 
 def test_the_client_needs_nothing_of_the_server() -> None:
@@ -182,7 +169,7 @@ ours = {name for name in ours if not name.startswith("tminus.service.client")}
 heavy = {"torch", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "PIL", "websockets"}
 sys.exit(", ".join(ours | heavy & sys.modules.keys()) or 0)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"the client imports {done.stderr}"
     for file in CLIENT:
         outside = {name for name in imports(parse(file), lazy=True) if not name.startswith(".")}
@@ -192,26 +179,21 @@ sys.exit(", ".join(ours | heavy & sys.modules.keys()) or 0)
         assert not {name for name in imports(parse(file), lazy=True) if name.startswith(above)}
 
 
-@pytest.mark.parametrize("file", [file for file in SERVICE + MODEL if file not in CLIENT], ids=module_name)
-def test_imports_are_absolute_but_in_the_client_which_has_two_names(file: Path) -> None:
-    assert not [name for name in imports(parse(file), lazy=True) if name.startswith(".")]
+def test_modules_are_absolute_printless_and_say_what_lives_in_them() -> None:
+    """HTTPException is the routes', print the command line's, and a relative import the client's, which has two names.
 
-
-@pytest.mark.parametrize("file", CLIENT, ids=module_name)
-def test_the_clients_shared_modules_do_no_io(file: Path) -> None:
-    """So that what is written twice, once by hand and once by tests/unasync.py, is no more than the I/O."""
-    imported = {name.partition(".")[0] for name in imports(parse(file), lazy=True)}
-    assert file.parent.name in ("_async", "_sync") or not imported & {"asyncio", "socket", "threading", "ssl"}
-
-
-@pytest.mark.parametrize("file", SERVICE, ids=module_name)
-def test_nothing_is_printed_but_by_the_command_line(file: Path) -> None:
-    assert "print" not in names(parse(file)) or file.parent.name == "cli"
-
-
-@pytest.mark.parametrize("file", SERVICE + MODEL, ids=module_name)
-def test_each_module_says_what_lives_in_it(file: Path) -> None:
-    assert ast.get_docstring(parse(file))
+    The client's shared modules do no I/O: tests/unasync.py writes what does from `_async`.
+    """
+    for file in SERVICE + MODEL:
+        tree = parse(file)
+        used, imported = names(tree), {*imports(tree, lazy=True)}
+        assert ast.get_docstring(tree), file
+        assert "print" not in used or file.parent.name == "cli", file
+        assert file in MODEL or ("HTTPException" in used) == (module_name(file) in MAY_RENDER_HTTP), file
+        if file not in CLIENT:
+            assert not [name for name in imported if name.startswith(".")], file
+        elif file.parent.name not in ("_async", "_sync"):
+            assert not {name.partition(".")[0] for name in imported} & {"asyncio", "socket", "threading", "ssl"}, file
 
 
 # --- errors ---

@@ -79,18 +79,17 @@ def test_the_page_has_each_metric_and_no_other(site: Site) -> None:
     assert DOCUMENTED.keys() == exposed(site.client.get("/metrics").text).keys()
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_the_page_has_its_type_and_labels(name: str, moved: dict[str, Metric]) -> None:
-    kind, labels, unit, text = DOCUMENTED[name]
-    family = moved[name]
-    assert family.type == kind
-    assert family.samples, "nothing has happened to it"
-    assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels
-    moves = [sample for sample in family.samples if sample.value > 0 or sample.labels not in AT_0.get(name, [])]
-    assert all(sample.value > 0 for sample in moves if not sample.labels.get("le")), "it did not move"
-    assert text
-    for suffix in ("seconds", "bytes"):
-        assert (unit == suffix) == (f"_{suffix}" in name)
+def test_the_page_has_their_types_and_labels(moved: dict[str, Metric]) -> None:
+    for name, (kind, labels, unit, text) in DOCUMENTED.items():
+        family = moved[name]
+        assert family.type == kind, name
+        assert family.samples, f"nothing has happened to {name}"
+        assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels, name
+        moves = [sample for sample in family.samples if sample.value > 0 or sample.labels not in AT_0.get(name, [])]
+        assert all(sample.value > 0 for sample in moves if not sample.labels.get("le")), f"{name} did not move"
+        assert text, name
+        for suffix in ("seconds", "bytes"):
+            assert (unit == suffix) == (f"_{suffix}" in name), name
 
 
 def test_what_alerts_wait_for_is_there_at_0_from_the_start() -> None:
@@ -107,13 +106,8 @@ def test_errors_of_the_servers_own_are_counted() -> None:
     assert {sample.labels["status"]: sample.value for sample in samples} == {"500": 1, "507": 2}
 
 
-def test_queries_and_text_name_existing_series(moved: dict[str, Metric]) -> None:
-    series = {sample.name for family in moved.values() for sample in family.samples} | moved.keys()
-    assert set(re.findall(r"\btminus_\w*[a-z]\b", PAGE)) <= series
-
-
-def test_queries_use_existing_labels(moved: dict[str, Metric]) -> None:
+def test_queries_and_text_name_existing_series_and_labels(moved: dict[str, Metric]) -> None:
+    samples = [sample for family in moved.values() for sample in family.samples]
+    assert set(re.findall(r"\btminus_\w*[a-z]\b", PAGE)) <= {sample.name for sample in samples} | moved.keys()
     for name, label in re.findall(r"(tminus_\w+)\{(\w+)=", PAGE):
-        assert any(
-            label in sample.labels for family in moved.values() for sample in family.samples if sample.name == name
-        )
+        assert any(label in sample.labels for sample in samples if sample.name == name)

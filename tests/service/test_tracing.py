@@ -32,5 +32,5 @@ import tminus.service.cli.serve
 assert tminus.service.startup.traces.start_traces("1.2.3") is None
 sys.exit(", ".join({"opentelemetry.sdk", "opentelemetry.exporter", "requests"} & sys.modules.keys()) or 0)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -125,7 +125,9 @@ def test_a_job_is_seen_at_every_replica_and_ends_the_same_at_each(pair: tuple[Si
         problem(ask("/jobs/%00"), 404, "job_not_found")
 
 
-def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(pair: tuple[Site, Site]) -> None:
+def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(
+    pair: tuple[Site, Site], replicas: Replicas
+) -> None:
     chosen, (one, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda site: site.client.put(f"/jobs/{chosen}", json=SPEC), [one, other] * 4))
@@ -135,6 +137,8 @@ def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(pair: tupl
     for site in pair:
         problem(site.client.put(f"/jobs/{chosen}", json={"steps": 9}), 409, "job_exists")
         assert site.client.get(f"/jobs/{chosen}").json()["id"] == job_id
+    of_other_weights = replicas.start(info=replace(INFO, weights_hash="cd" * 32))
+    problem(of_other_weights.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
     one.engine.gate.open()
     other.engine.gate.open()
     wait_for(other, chosen)
@@ -163,13 +167,6 @@ def test_a_chosen_id_that_is_used_again_has_nothing_of_the_job_before_that_anoth
     assert state(other, chosen) in ("waiting", "running"), "the end of the old job is not that of the new one"
     other.engine.gate.open()
     assert wait_for(holder, chosen)["step"] == 9
-
-
-def test_a_chosen_id_of_weights_that_are_not_here_is_a_conflict(replicas: Replicas) -> None:
-    chosen = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
-    one, other = replicas.start(), replicas.start(info=replace(INFO, weights_hash="cd" * 32))
-    assert one.client.put(f"/jobs/{chosen}", json=SPEC).status_code == 202
-    problem(other.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
 
 
 def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site]) -> None:
@@ -202,29 +199,22 @@ def test_a_job_that_nobody_holds_is_counted_where_it_is_cancelled(
     full.engine.gate.open()
 
 
-def test_events_at_another_replica_come_to_the_same_end(pair: tuple[Site, Site]) -> None:
+@pytest.mark.parametrize("deleted", [False, True])
+def test_events_at_another_replica_come_to_the_end_of_their_job(pair: tuple[Site, Site], deleted: bool) -> None:
     holder, asked = pair
     job_id = post(holder).json()["id"]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(asked.client.get, f"/jobs/{job_id}/events")
         wait_until(lambda: asked.streams._open.total() == 1)
+        for _ in ("cancelled", "deleted") if deleted else ():
+            assert asked.client.delete(f"/jobs/{job_id}").status_code == 204
         holder.engine.gate.open()
         found = events(reading.result(PATIENCE_S).text)
-    assert found[-1][0] == "done"
-    assert found[-1][2] == "end"
+    if deleted:
+        assert [name for name, _, _ in found] in ([], ["cancelled"]), "it may have seen the one or the other"
+    else:
+        assert (found[-1][0], found[-1][2]) == ("done", "end")
     wait_until(lambda: asked.streams._open.total() == 0)
-
-
-def test_events_of_a_job_that_is_deleted_elsewhere_end(pair: tuple[Site, Site]) -> None:
-    holder, asked = pair
-    job_id = post(holder).json()["id"]
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(asked.client.get, f"/jobs/{job_id}/events")
-        wait_until(lambda: asked.streams._open.total() == 1)
-        for _ in range(2):  # it is cancelled, then deleted
-            assert asked.client.delete(f"/jobs/{job_id}").status_code == 204
-        found = events(reading.result(PATIENCE_S).text)
-    assert [name for name, _, _ in found] in ([], ["cancelled"]), "it may have seen the one or the other"
 
 
 @pytest.mark.parametrize("lease_s", [SHORT_S])

@@ -285,39 +285,33 @@ def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
     assert (bucket.keys(), states(database)) == ([], [])
 
 
-def test_one_that_dies_between_two_tries_leaves_an_orphan_that_is_collected_once_nobody_waits_for_it(
+# --- what is away, and comes back ---
+
+
+def test_tries_while_the_object_store_is_away_note_one_object_and_an_orphan_is_collected_later(
     replica: MakeReplica, database: DatabaseShelf, bucket: Bucket
 ) -> None:
-    dying, other = replica(), replica()
-    dying.below.add(job("a"))
-    dying.objects.after = {"put"}  # it is written, and the answer is lost
-    with pytest.raises(StorageFailed):
-        dying.finish()
-    assert dying.below.delete("a")
+    one, other = replica(), replica()
+    for kept in (True, False):
+        one.below.add(job("a"))
+        one.objects.after = {"put"}  # it is written, and the answer is lost
+        for _ in range(3):
+            with pytest.raises(StorageFailed):
+                one.finish()
+        assert states(database) == ["pending"]
+        if kept:
+            one.objects.after = set()
+            one.finish()
+            assert states(database) == ["kept"]
+            assert len(bucket.keys()) == 1
+            assert one.run(one.store.delete("a")) == [True]
+            one.sweep()
+    assert one.below.delete("a")
     other.sweep()
     assert len(bucket.keys()) == 1, "who noted it may still come"
     an_hour_later(database)
     other.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
-
-
-# --- what is away, and comes back ---
-
-
-def test_tries_while_the_object_store_is_away_note_one_object(
-    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket
-) -> None:
-    one = replica()
-    one.below.add(job("a"))
-    one.objects.after = {"put"}
-    for _ in range(3):
-        with pytest.raises(StorageFailed):
-            one.finish()
-    assert states(database) == ["pending"]
-    one.objects.after = set()
-    one.finish()
-    assert states(database) == ["kept"]
-    assert len(bucket.keys()) == 1
 
 
 def test_an_object_that_was_given_up_before_the_end_was_kept_is_written_again(
@@ -393,37 +387,28 @@ def test_whether_objects_can_be_written_is_known_from_the_last_attempt(replica: 
 # --- what cannot be read ---
 
 
-@pytest.mark.parametrize("data", [b"", b"\xa5" * 100, None], ids=["empty", "longer", "missing"])
 def test_an_object_that_is_damaged_exchanged_or_missing_is_said_and_not_served(
-    replica: MakeReplica, bucket: Bucket, data: bytes | None, caplog: pytest.LogCaptureFixture
+    replica: MakeReplica, bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = replica()
-    one.below.add(job("a"))
-    one.finish()
-    (key,) = bucket.keys()
-    bucket.delete(key) if data is None else bucket.put(key, data)
-    with pytest.raises(StorageFailed, match="the images of job a cannot be read") as caught:
-        one.images()
-    assert caught.value.damaged
-    assert f"the object {key} is" in caplog.text
-
-
-def test_the_object_of_another_job_is_not_served(replica: MakeReplica, bucket: Bucket) -> None:
-    """Of the same size: only the checksum tells."""
     one = replica()
     for name, images in (("a", PIXELS), ("b", PIXELS[::-1])):
         one.below.add(job(name))
         one.run(one.store.finish(ended(job(name)), images))
-    key_of_a, key_of_b = one.objects.written
-    assert len(bucket.get(key_of_a)) == len(bucket.get(key_of_b))
-    bucket.put(key_of_a, bucket.get(key_of_b))
+    key, key_of_b = one.objects.written
+    whole, of_another = bucket.get(key), bucket.get(key_of_b)
     one.objects.before = {"get"}
     with pytest.raises(StorageFailed) as caught:
         one.images()
     assert not caught.value.damaged, "the object store is away"
     one.objects.before = set()
-    with pytest.raises(StorageFailed, match="cannot be read"):
-        one.images()
+    assert len(of_another) == len(whole), "only the checksum tells"
+    for data in (b"", b"\xa5" * 100, of_another, None):
+        caplog.clear()
+        bucket.delete(key) if data is None else bucket.put(key, data)
+        with pytest.raises(StorageFailed, match="the images of job a cannot be read") as caught:
+            one.images()
+        assert caught.value.damaged
+        assert f"the object {key} is" in caplog.text
 
 
 def test_a_job_that_is_deleted_while_its_images_are_read_is_not_there(replica: MakeReplica, bucket: Bucket) -> None:

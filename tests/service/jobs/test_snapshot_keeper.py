@@ -95,18 +95,13 @@ def test_a_cheap_round_makes_the_next_due_after_the_least_interval(kept: Kept) -
     assert kept.metrics.registry.get_sample_value("tminus_snapshots_total") == 1
 
 
-def test_what_the_worker_spent_is_part_of_the_cost(kept: Kept) -> None:
-    kept.keep(cost_s=BURNT_S)
-    kept.wait_for_the_end_of_the_round()
-    assert not kept.keeper.due(100.0 + BURNT_S / SHARE - 0.01)
-
-
-def test_what_reading_takes_of_a_core_is_part_of_the_cost(kept: Kept) -> None:
+@pytest.mark.parametrize("by_worker", [True, False])
+def test_what_the_worker_spent_and_what_reading_takes_of_a_core_are_the_cost(kept: Kept, by_worker: bool) -> None:
     def read() -> Snapshot:
         burn_cpu()
         return SNAPSHOT
 
-    kept.keep(read)
+    kept.keep(cost_s=BURNT_S) if by_worker else kept.keep(read)
     kept.wait_for_the_end_of_the_round()
     assert not kept.keeper.due(100.0 + BURNT_S / SHARE - 0.01)
 
