@@ -39,16 +39,6 @@ def test_a_hold_is_released_once_however_its_block_ends() -> None:
     assert budget.held_bytes == 1
 
 
-def test_a_small_hold_is_accepted_when_the_budget_is_full_until_it_grows_over_its_exemption() -> None:
-    budget = ByteBudget(10)
-    budget.hold().add(10)
-    small = budget.hold(exempt_bytes=4)
-    small.add(3)
-    small.add(1)
-    with pytest.raises(TooManyBytes):
-        small.add(1)
-
-
 def test_bytes_that_several_hold_count_once_until_the_last_of_them_releases() -> None:
     budget, kept = ByteBudget(10), bytes(6)
     one, other, late = budget.hold(), budget.hold(), budget.hold()

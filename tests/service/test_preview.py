@@ -12,29 +12,18 @@ def make_watch(**pace: float) -> Watch:
     return Watch(Pace(**pace), ("x_t",), frames.append)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("every", "steps", "expected"),
-    [(1, 4, [1, 2, 3, 4]), (3, 10, [3, 6, 9]), (5, 4, []), (1000, 1000, [1000])],
-)
-def test_a_frame_is_due_after_every_so_many_steps(every: int, steps: int, expected: list[int]) -> None:
-    assert shown(make_watch(every=every), steps) == expected
-
-
-def test_steps_that_were_jumped_over_are_one_frame() -> None:
+def test_a_frame_is_due_after_every_so_many_steps_and_those_jumped_over_are_one() -> None:
+    for every, steps, expected in ((1, 4, [1, 2, 3, 4]), (3, 10, [3, 6, 9]), (5, 4, [])):
+        assert shown(make_watch(every=every), steps) == expected
     watch = make_watch(every=3)
     assert [watch.due(step, 0.0) for step in (2, 7, 8, 9, 9)] == [False, True, False, True, False]
 
 
-def test_a_job_faster_than_its_frame_rate_has_so_many_frames_a_second() -> None:
+def test_a_job_has_no_more_frames_a_second_than_asked_and_none_while_it_stands_still() -> None:
     assert len(shown(make_watch(fps=10), 1000)) == pytest.approx(100, abs=1)
     assert len(shown(make_watch(fps=60), 1000, tick_s=0.1)) == 1000, "and no more than it has steps"
-
-
-def test_a_job_that_stands_still_has_no_frame() -> None:
     watch = make_watch(fps=10)
-    assert watch.due(1, 0.0)
-    assert not watch.due(1, 100.0)
-    assert watch.due(2, 100.0)
+    assert [watch.due(step, at_s) for step, at_s in ((1, 0.0), (1, 100.0), (2, 100.0))] == [True, False, True]
 
 
 def test_missed_frames_are_not_caught_up_on() -> None:

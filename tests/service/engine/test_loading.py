@@ -219,8 +219,6 @@ def test_a_gpu_that_is_not_the_first_is_refused_with_the_way_to_get_it(
 def test_no_more_jobs_are_taken_than_their_plans_have_room(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="max_jobs must be at most 400000 with T=50, got 400001"):
-        load_engine(replace(options, max_jobs=400_001))
     monkeypatch.setattr(loading, "MAX_PLAN_LINES", 20 * 50)
     assert load_engine(replace(options, max_jobs=20)).engine.info.num_timesteps == 50
     with pytest.raises(ValueError, match="max_jobs must be at most 20 with T=50, got 21"):
@@ -253,15 +251,12 @@ def test_a_start_that_finds_other_sizes_with_the_same_bits_keeps_the_fingerprint
     assert infos[1].fingerprint != infos[3].fingerprint, "where nothing is promised the details tell"
 
 
-@pytest.mark.parametrize("change", [{"clip_sample_range": 0.5}])
 def test_the_same_weights_under_another_scheduler_have_another_fingerprint_and_other_tags(
-    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, change: dict[str, object]
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint()
-    noise = replace(checkpoint.noise, **change)  # type: ignore[arg-type]
-    save_checkpoint(
-        tmp_path / "other", checkpoint.net.state_dict(), checkpoint.net.config, noise, checkpoint.labels, {}
-    )
+    noise, net = replace(checkpoint.noise, clip_sample_range=0.5), checkpoint.net
+    save_checkpoint(tmp_path / "other", net.state_dict(), net.config, noise, checkpoint.labels, {})
     one = load_engine(options).engine.info
     other = load_engine(replace(options, checkpoint=tmp_path / "other")).engine.info
     assert one.weights_hash == other.weights_hash
@@ -281,22 +276,16 @@ def test_the_loading_thread_is_gone_and_what_was_found_is_in_the_log(
     assert "executor eager float32" in caplog.text
 
 
-def overflow_class(folder: Path, options: LoadOptions, make_checkpoint: MakeCheckpoint, label: int) -> LoadOptions:
-    """A checkpoint with finite weights that gives NaN for one class."""
+@pytest.mark.usefixtures("selftest")
+def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Its weights are finite; and the trial jobs are of that class."""
     checkpoint = make_checkpoint()
     state = {key: value.clone() for key, value in checkpoint.net.state_dict().items()}
-    state["class_embedding.weight"][label] = 3e38
-    save_checkpoint(folder, state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
-    return replace(options, checkpoint=folder)
-
-
-@pytest.mark.usefixtures("selftest")
-@pytest.mark.parametrize("label", [0])
-def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
-    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, label: int
-) -> None:
-    """Class 0, too, of which the trial jobs are."""
-    engine = load_engine(overflow_class(tmp_path / "nan", options, make_checkpoint, label)).engine
+    state["class_embedding.weight"][0] = 3e38
+    save_checkpoint(tmp_path / "nan", state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
+    engine = load_engine(replace(options, checkpoint=tmp_path / "nan")).engine
     good = replace(trial_spec(engine.info, 1, 3), class_labels=(2,))
     assert sample_locally(engine, good, 4, lambda rows: None).shape == (1, 8, 8, 1)
 

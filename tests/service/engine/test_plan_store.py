@@ -59,22 +59,20 @@ def test_plans_that_come_and_go_keep_their_lines(asked: list[tuple[str, int, int
     assert store._free == [(0, len(store.lines))], "all is free, in one piece"
 
 
-def test_the_store_grows_only_where_plans_need_it_and_uses_freed_lines_again() -> None:
+def test_the_store_grows_only_where_plans_need_it_and_makes_matrices_only_for_registers() -> None:
     store = PlanStore(CPU)
     start, one = store.put(plan("ddpm", 1000)), plan("ddpm", 1000)
     assert len(store.lines) == FIRST_LINES
+    store.free(start, len(one))
+    for sampler in ("ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler", "ddpm"):
+        start = store.put(plan(sampler, 200))
+    assert (len(store.lines), store.matrices) == (FIRST_LINES, None)
     store.put(plan("unipc", 100))
     assert len(store.lines) == 2 * FIRST_LINES
-    store.free(start, len(one))
-    assert store.put(plan("ddim", 900)) == start
+    assert store.matrices is not None
+    store.free(start, 200)
+    assert store.put(plan("ddim", 190)) == start
     assert len(store.lines) == 2 * FIRST_LINES
-
-
-def test_plans_without_registers_make_no_matrices() -> None:
-    store = PlanStore(CPU)
-    for sampler in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler"):
-        store.put(plan(sampler, 10))
-    assert store.matrices is None
 
 
 def test_registers_are_those_of_their_row_and_hold_nothing_of_the_row_before() -> None:

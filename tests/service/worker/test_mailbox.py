@@ -48,30 +48,20 @@ def test_a_reader_waits_for_a_frame_from_another_thread() -> None:
     run(test())
 
 
-def test_closing_ends_the_readers_wait_and_takes_no_later_frame() -> None:
+def test_closing_ends_the_readers_wait_drops_what_is_left_and_takes_no_later_frame() -> None:
     async def test() -> None:
         dropped: list[None] = []
-        mailbox = make_mailbox(dropped)
-        reading = asyncio.ensure_future(mailbox.take())
+        waiting, full = make_mailbox(dropped), make_mailbox(dropped)
+        reading = asyncio.ensure_future(waiting.take())
         await asyncio.sleep(0)
-        mailbox.close()
+        full.put(frame(1))
+        for mailbox in (waiting, full, full):
+            mailbox.close()
         assert await reading is None
-        mailbox.put(frame(1))
-        assert await mailbox.take() is None
-        assert dropped == []
-
-    run(test())
-
-
-def test_a_frame_left_when_it_is_closed_is_dropped() -> None:
-    async def test() -> None:
-        dropped: list[None] = []
-        mailbox = make_mailbox(dropped)
-        mailbox.put(frame(1))
-        mailbox.close()
-        mailbox.close()
-        assert await mailbox.take() is None
-        assert mailbox.dropped == len(dropped) == 1
+        for mailbox in (waiting, full):
+            mailbox.put(frame(2))
+            assert await mailbox.take() is None
+        assert (waiting.dropped, full.dropped, len(dropped)) == (0, 1, 1)
 
     run(test())
 

@@ -294,27 +294,6 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     wait_until(lambda: bench.worker.rows_active == 0)
 
 
-def test_a_quick_status_has_the_facts_of_now_and_the_forecast(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
-    bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.jobs.quick_status("first", {}) is None
-    first = bench.submit("first", n=2, steps=4)
-    bench.engine.next_begun()
-    second = bench.submit("second", n=2, steps=10)
-    forecast = {"second": replace(bench.status()["second"], position=7, eta_s=70.0)}
-    assert bench.worker.jobs.quick_statuses({}) == bench.worker.jobs.statuses()
-    bench.engine.gate.let()
-    bench.engine.next_begun()
-    one, two = bench.worker.jobs.quick_statuses(forecast)
-    assert one == bench.status()["first"], "the forecast when it was accepted, counted down"
-    assert two == replace(bench.status()["second"], position=7, eta_s=69.0), "what the forecast says, counted down"
-    assert [bench.worker.jobs.quick_status(name, forecast) for name in ("first", "second")] == [one, two]
-    bench.engine.gate.open()
-    images(first)
-    images(second)
-    assert bench.worker.jobs.quick_statuses(forecast) == []
-
-
 def test_statuses_may_be_asked_from_any_thread_at_any_time(make_bench: MakeBench) -> None:
     bench = make_bench().start()
     stop, seen, errors = threading.Event(), [0], []
