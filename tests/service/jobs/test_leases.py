@@ -528,7 +528,7 @@ def test_metrics_tell_what_waits_in_the_store_at_each_replica_unless_it_does_not
 @pytest.mark.usefixtures("believed")
 def test_a_job_is_refused_when_there_is_too_much_for_all(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "AHEAD_S", 0.1)
-    one = replicas.start(shut=True, tick_times=SLOW, max_backlog_s=2.0)
+    one = replicas.start(shut=True, tick_times=SLOW, max_backlog_s=4.0)
     spec = SPEC | {"n": 1, "guidance": 1, "steps": 100}  # a second
     accepted = [post(one, spec | {"seed": 1}).json()["id"]]
     accepted.append(post(one, spec | {"seed": 2}).json()["id"])
