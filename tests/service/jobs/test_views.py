@@ -7,15 +7,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.service.fakes import LIMITS, PATIENCE_S, make_spec
-from tests.service.worker.bench import Bench as WorkerBench
-from tminus.service.jobs import views as views_module
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec
 from tests.service.worker.bench import Bench as WorkerBench
 from tminus.service.jobs import views as views_module
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.records import JobRecord, Outcome
 from tminus.service.jobs.views import JobStatuses, held_view
+from tminus.service.work import JobStatus, Outlook, Ticket
+from tminus.service.worker.running_job import AcceptedJobs
 
 T = TypeVar("T")
 
