@@ -290,27 +290,19 @@ def test_of_two_servers_one_attempts_a_delivery_and_the_other_takes_over(databas
     assert len(claim(other)) == 40
 
 
-def test_a_job_that_is_cancelled_elsewhere_is_told_to_have_ended(database: DatabaseShelf) -> None:
-    holder, other = database.open(), database.open()
-    holder.add(told("a"))
-    assert other.cancel("a")
-    assert states(holder, "a") == {"completed": "pending"}
-
-
-def test_only_the_holder_says_that_a_job_has_begun(database: DatabaseShelf) -> None:
-    holder, other = database.open(), database.open()
+def test_of_a_job_its_holder_says_that_it_has_begun_and_any_replica_of_its_weights_that_it_was_cancelled(
+    database: DatabaseShelf,
+) -> None:
+    holder, other, of_other_weights = database.open(), database.open(), database.open("cd" * 32)
     holder.add(told("a"))
     other.started(told("a"))
     assert states(holder, "a") == {}
     holder.started(told("a"))
     assert states(other, "a") == {"start": "pending"}
-
-
-def test_servers_of_other_weights_deliver_nothing_of_these(database: DatabaseShelf) -> None:
-    store, other = database.open(), database.open("cd" * 32)
-    owe(store, "a")
-    assert claim(other) == []
-    assert len(claim(store)) == 1
+    assert other.cancel("a")
+    assert states(holder, "a") == {"start": "pending", "completed": "pending"}
+    assert claim(of_other_weights) == []
+    assert len(claim(holder)) == 2
 
 
 def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_others(
@@ -323,17 +315,13 @@ def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_o
     assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64).jobs] == ["plain"]
 
 
-def test_what_a_newer_server_owes_is_left_to_such_ones(database: DatabaseShelf) -> None:
+def test_what_a_newer_server_owes_is_left_to_such_ones_and_what_it_deletes_owes_nothing(
+    database: DatabaseShelf,
+) -> None:
     store = database.open()
     owe(store, "a")
     database.change("UPDATE jobs SET format = 99")
     assert claim(store) == []
     assert [each.attempts for each in store.deliveries(["a"])["a"]] == [0]
-
-
-def test_what_such_a_server_deletes_owes_nothing(database: DatabaseShelf) -> None:
-    store = database.open()
-    store.add(told("a"))
-    store.finish(ended(told("a")))
     assert database.change("DELETE FROM jobs WHERE id = 'a'") == 1
     assert database.read("SELECT count(*) FROM deliveries") == [(0,)]
