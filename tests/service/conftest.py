@@ -26,6 +26,7 @@ from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
@@ -126,12 +127,15 @@ def create_app(
     *,
     access: Access | None = None,
     webhooks: Rules | None = None,
+    results: Results | None = None,
     library: Library | None = None,
     prepare: Callable[[str, Path], Prepared] | None = None,
     **more: Any,
 ) -> Application:
     """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
-    served = ServedModels(list(first), open_store, doors or Doors(), access or Access(), webhooks=webhooks)
+    served = ServedModels(
+        list(first), open_store, doors or Doors(), access or Access(), results=results, webhooks=webhooks
+    )
     changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
     return Application(startup_app.create_app(served, changes, **more), served)
 
