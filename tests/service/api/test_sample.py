@@ -225,6 +225,7 @@ def test_parameters_that_fit_no_animation_are_refused_with_their_field(site: Sit
         ({"show": "x_t"}, {}, "show"),
         ({"every": 1, "show": ["x_t", "x_t"]}, WEBP, "show"),
         ({"every": 1, "show": []}, WEBP, "show"),
+        ({"every": 1, "show": ["x_t", "x_0"]}, WEBP, "show"),
         ({"until": 2}, AS_JSON, "until"),
         ({"every": 1, "until": 2}, WEBP, "until"),
         ({"every": 1, "until": -1}, AS_JSON, "until"),

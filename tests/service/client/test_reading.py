@@ -207,3 +207,5 @@ def test_a_message_is_read_with_the_images_that_follow_it(
     opening = opening_of(json.dumps(members))
     assert opening.images == len(images)
     assert message_of(opening, images) == message
+    with pytest.raises(UnexpectedAnswer, match="101"):
+        message_of(opening_of('{"type": "news"}'), [])

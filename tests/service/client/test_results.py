@@ -77,6 +77,7 @@ def test_a_zip_that_the_server_would_not_make_is_unexpected(name: str) -> None:
     "document",
     [
         "{}",
+        '{"images": 5}',
         '{"images": [{"png": "?"}]}',
         '{"images": [{"png": "aGVsbG8="}]}',
         '{"a": ' * 5000 + "1" + "}" * 5000,

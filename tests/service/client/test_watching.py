@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Close
 
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import ACCEPTED, DONE, FRAME, PNG, streaming
@@ -15,6 +17,7 @@ from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api.stream import SEND_S
 from tminus.service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client.bounds import IMAGE_BYTES
+from tminus.service.client.transport import closed
 from tminus.service.startup.server import PING_S, PONG_S
 
 
@@ -115,6 +118,19 @@ def test_a_busy_reader_is_left_to_the_server_to_judge(served: Served, connect: C
     served.engine.gate.open()
 
 
+def test_who_closed_is_told() -> None:
+    ours, theirs = Close(1011, "keepalive ping timeout"), Close(1012, "restart")
+    for error, who in (
+        (ConnectionClosedError(None, ours), "the client closed"),
+        (ConnectionClosedError(theirs, ours, rcvd_then_sent=False), "the client closed"),
+        (ConnectionClosedError(theirs, theirs, rcvd_then_sent=True), "the server closed"),
+        (ConnectionClosedError(None, None), "the server closed"),
+    ):
+        found = closed(error, 1)
+        assert isinstance(found, Unreachable)
+        assert str(found).startswith(f"{who} before the job was done (")
+
+
 # --- hostile servers ---
 
 SPEC_50 = {"steps": 50, "every": 1}
@@ -140,6 +156,8 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "accepted without end": (lambda: itertools.repeat(ACCEPTED), "'accepted' came at the wrong time"),
     "a huge frame": (lambda: [ACCEPTED, FRAME, bytes(IMAGE_BYTES + 1)], "longer than"),
     "a huge text": (lambda: [" " * (IMAGE_BYTES + 1)], "longer than"),
+    "a frame that is text": (lambda: [ACCEPTED, FRAME, "text"], "101"),
+    "a message of another kind": (lambda: [{"type": "news"}], "101"),
     "a frame that is no image": (lambda: [ACCEPTED, FRAME, b"text"], "no image/png"),
     "a million images": (lambda: [ACCEPTED, DONE | {"images": 10**6}], "1000000 images, where 1 were asked for"),
     "no time left": (lambda: [ACCEPTED | {"eta_s": None}], "no number: None"),
