@@ -444,3 +444,10 @@ def test_connections_are_limited(make_site: MakeSite) -> None:
         assert site.client.get("/healthz").status_code == 200
         site.engine.gate.open()
     wait_until(lambda: site.client.get("/model", **as_(ANN)).status_code == 200)
+
+
+def test_a_secret_that_an_operator_chose_is_kept_in_the_cookie_as_it_is(make_site: MakeSite) -> None:
+    secret = 'a;b,"c" \\d ä'
+    site = make_site(app={"access": access_of(key_line("ann", secret))})
+    assert site.client.post("/login", json={"key": secret}).status_code == 200
+    assert site.client.get("/key").json()["name"] == "ann"

@@ -306,6 +306,18 @@ def test_a_bad_spec_is_one_error_and_a_close(site: Site) -> None:
             Client(ws).refused("malformed_message", 1008)
 
 
+def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        accepted = client.get("accepted")
+        assert site.client.delete(f"/jobs/{accepted['id']}").status_code == 204
+        site.engine.gate.open()
+        client.get("cancelled")
+        assert client.closed()[0] == 1000
+
+
 def test_another_spec_while_a_job_runs_is_refused_and_the_job_given_up(make_site: MakeSite) -> None:
     site = held(make_site)
     with connect(site) as ws:

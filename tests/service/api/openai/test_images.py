@@ -490,3 +490,16 @@ def test_a_client_that_leaves_frees_its_rows_at_the_next_tick(site: Site, stream
     assert site.streams.open == 0
     site.engine.gate.open()
     assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+
+
+def test_a_job_that_is_deleted_ends_its_stream_by_an_error(held: Site) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(generate, held, **STREAM)
+        held.engine.next_begun()
+        (job,) = held.client.get("/jobs").json()["jobs"]
+        assert (job["durable"], job["model"]) == (False, INFO.name)
+        deleting = pool.submit(held.client.delete, f"/jobs/{job['id']}")
+        assert deleting.result(PATIENCE_S).status_code == 204
+        held.engine.gate.open()
+        ((name, data, _),) = events(reading.result(PATIENCE_S).text)
+    assert (name, data["error"]["code"]) == ("error", "cancelled")
