@@ -1,7 +1,7 @@
 """Consistency models as they were trained (Song et al. 2023): noise levels sigma, and a network that scales its input.
 
 Their x has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha_bar = 1 / (1 + sigma^2). (Students of
-`tminus distill` are consistency models too, but of the ordinary kind of network: see student.py.)
+`tminus distill` are consistency models too, but of the ordinary kind of network: see training/distill.py.)
 """
 
 import torch

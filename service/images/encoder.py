@@ -85,7 +85,9 @@ class Encoder:
         def make(read: tuple[Trajectory, Images]) -> bytes:
             return pack_trajectory(*read, spec, made_by, recipe(spec, made_by))
 
-        both = lambda: (read(), result.read())  # noqa: E731
+        def both() -> tuple[Trajectory, Images]:
+            return read(), result.read()
+
         return await self._run(self._animations, both, make, "trajectory", TRAJECTORY, spec.n)
 
     async def encode_path(
@@ -101,7 +103,9 @@ class Encoder:
         def make(read: tuple[Mapping[int, Mapping[Show, Images]], Images | None]) -> bytes:
             return json.dumps(_path_document(*read, spec, timesteps, made_by)).encode()
 
-        both = lambda: (frames(), result.read() if result is not None else None)  # noqa: E731
+        def both() -> tuple[Mapping[int, Mapping[Show, Images]], Images | None]:
+            return frames(), result.read() if result is not None else None
+
         return await self._run(self._animations, both, make, "path", JSON, spec.n)
 
     async def encode_frame(

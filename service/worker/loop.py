@@ -66,7 +66,7 @@ class ImageDecoded(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A job has left, with its images or an error. With neither nobody waits for it any more."""
+    """A job has left, with its images or an error. With neither, nobody waits for it any more."""
 
     job: RunningJob
     result: JobResult | None = None

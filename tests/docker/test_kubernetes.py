@@ -225,7 +225,7 @@ def test_probes_ask_routes_that_are_there(objects: Objects, make_site: MakeSite)
     assert int(settings["TMINUS_MAX_STREAMS_PER_ADDRESS"]) == most // 2, "so is a server that passes events on"
     site = make_site()
     probes = {name: found[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
-    # That a pod is alive is asked where no client takes the connections (test_metrics_server.py).
+    # That a pod is alive is asked where no client takes the connections (startup/test_server.py).
     assert [probe["httpGet"]["port"] for probe in probes.values()] == ["metrics", "metrics", "http"]
     for probe in probes.values():
         assert probe["timeoutSeconds"] < probe["periodSeconds"] * probe["failureThreshold"]

@@ -1,4 +1,4 @@
-"""Spans while traces are off, and what is told of an error. With OpenTelemetry: test_telemetry.py."""
+"""Spans while traces are off, and what is told of an error. With OpenTelemetry: startup/test_traces.py."""
 
 import asyncio
 import subprocess

@@ -1,4 +1,4 @@
-"""GET /models, and who may load and unload. startup/test_model_changes.py tests what becomes of a change."""
+"""GET /models, and who may load and unload. startup/test_models.py tests what becomes of a change."""
 
 from collections.abc import Iterator
 
