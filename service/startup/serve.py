@@ -67,7 +67,7 @@ def serve(settings: Settings) -> bool:
     try:
         metrics_listener = None
         if settings.metrics and settings.metrics_port is not None:
-            metrics_listener = listen(settings.host, settings.metrics_port)
+            metrics_listener = listen(settings.metrics_host or settings.host, settings.metrics_port)
         opened = open_all(settings, listener.getsockname()[:2])
     except ValueError:
         listener.close()

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
 # Secrets, which other users of the machine might see in a flag, and what is set in trials only.
-NO_FLAG = frozenset({"keys", "webhook_secret", "policy", "short_batch", "max_jobs"})
+NO_FLAG = frozenset({"keys", "webhook_secret", "policy", "short_batch", "max_jobs", "metrics_host"})
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
@@ -220,6 +220,9 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=1, le=65535, description="answer /metrics on this port instead, and there without a key; /healthz too"
     )
+    metrics_host: str | None = Field(
+        None, description="address to listen on for --metrics-port; default: that of --host"
+    )
     docs: bool = Field(True, description="answer /docs and /openapi.json")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
@@ -351,6 +354,6 @@ class Settings(BaseSettings):
         """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in given.split(",") if each.strip())
-            for given in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
+            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
         )
         return Doors(hosts, origins)

@@ -86,6 +86,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_image_bytes": ("4096", 4096),
     "metrics": ("false", False),
     "metrics_port": ("9100", 9100),
+    "metrics_host": ("::1", "::1"),
     "docs": ("false", False),
     "grace_s": ("0.25", 0.25),
     "log_format": ("json", "json"),
@@ -333,7 +334,7 @@ def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
     webhooks = served["webhooks"]
     assert webhooks.sender._secrets == (b64decode(SECRET.removeprefix("whsec_")),)
     assert (webhooks.allowed, webhooks.retry_s) == (Allowed.parse("hooks.internal,10.0.0.0/8"), 5.0)
-    assert served["doors"].hosts == {"a.example", "b", "0.0.0.0"}, "the name to listen on is one of them"
+    assert served["doors"].hosts == {"a.example", "b", "0.0.0.0", "::1"}, "the names to listen on are of them"
     assert served["doors"].origins == {"https://a.example", "https://b.example:8080"}
     assert (served["listened"], served["with_metrics"], served["with_docs"]) == ([("0.0.0.0", 0)], False, False)
     config = served["server"].config
@@ -361,6 +362,10 @@ def test_metrics_on_a_port_of_their_own_are_not_on_the_other(served: Served) -> 
     assert module.serve(Settings(metrics_port=9100, host="Studio.local", allowed_hosts="tminus"))
     assert (served["with_metrics"], served["listened"]) == (False, [("Studio.local", 8000), ("Studio.local", 9100)])
     assert served["metrics_hosts"] == {"studio.local", "tminus"}
+    served.clear()
+    served["address"] = "127.0.0.1"
+    assert module.serve(Settings(metrics_port=9100, metrics_host="127.0.0.2"))
+    assert served["listened"] == [("127.0.0.1", 8000), ("127.0.0.2", 9100)]
     served.clear()
     served["address"] = "127.0.0.1"
     assert module.serve(Settings(metrics_port=9100, metrics=False))
