@@ -12,7 +12,7 @@ import click
 from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.output import fail
-from tminus.service.startup.settings import NO_FLAG, Settings
+from tminus.service.startup.settings import NO_FLAG, Settings, asked_by
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -110,8 +110,7 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
         name = str(first["loc"][0])
         got = "" if name in SECRET else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
-        asked = variable(name) if name in NO_FLAG else f"--{name.replace('_', '-')} ({variable(name)})"
-        fail(f"{asked}{where}: {first['msg']}{got}")
+        fail(f"{asked_by(name)}{where}: {first['msg']}{got}")
 
 
 def _source(name: str, given: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> Source:

@@ -1,40 +1,55 @@
-"""The stores that are open, one for each set of weights, and who uses them. In the event loop's thread only."""
+"""The stores of durable jobs that are open, one for each set of weights, and who uses them."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+from tminus.service.jobs.process_end import End, count_ends
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results, ResultStore
 
 
 class Stores:
-    """Owns the stores. Models of the same weights share one, as after a reload of the same weights."""
+    """Owns the stores. Models of the same weights share one, as after a reload of the same weights.
 
-    def __init__(self, open_store: Callable[[str], JobStore], results: Results | None = None) -> None:
-        """open_store: opens one, by the hash of the weights. results: where large ones go, if not there."""
-        self._open, self._results = open_store, results
-        self._stores: dict[str, AsyncStore] = {}
+    Each counts how earlier processes ended, before a job of it goes on, and once: twice would count as two ends.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[str], JobStore],
+        results: Results | None = None,
+        first: Mapping[str, JobStore] | None = None,
+        ends: Sequence[End] = (),
+    ) -> None:
+        """open_store: opens one, by the hash of the weights. results: where large ones go, if not there.
+
+        first: those that are open already, by their weights. ends: of earlier processes.
+        """
+        self._open, self._results, self._ends = open_store, results, ends
+        self._counted: set[str] = set()
         self._users: Counter[str] = Counter()
         self._turn = asyncio.Lock()  # a file is not opened before it has been closed
+        self._stores = {weights_hash: self._made(weights_hash, store) for weights_hash, store in (first or {}).items()}
 
     def take_first(self, weights_hash: str) -> AsyncStore:
-        """As `take`, of a model that the server begins with: it blocks."""
-        self._users[weights_hash] += 1
+        """Return the store of weights that the server begins with, to be given back by `release`; blocks."""
         if weights_hash not in self._stores:
             self._stores[weights_hash] = self._made(weights_hash, self._open(weights_hash))
+        self._users[weights_hash] += 1
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> tuple[AsyncStore, bool]:
-        """The store of weights, to be given back by `release`, and whether others use it too. Raises ValueError."""
+        """Return the store of weights as `take_first` does, and whether others use it too. Raises ValueError."""
         async with self._turn:
-            if weights_hash not in self._stores:
-                self._stores[weights_hash] = self._made(weights_hash, await asyncio.to_thread(self._open, weights_hash))
-            self._users[weights_hash] += 1
-            return self._stores[weights_hash], self._users[weights_hash] > 1
+            store = await asyncio.to_thread(self.take_first, weights_hash)
+            return store, self.is_shared(weights_hash)
 
     def _made(self, weights_hash: str, store: JobStore) -> AsyncStore:
+        if weights_hash not in self._counted:
+            self._counted.add(weights_hash)
+            count_ends(self._ends, store)
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -47,7 +47,6 @@ from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES
-from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
@@ -101,25 +100,23 @@ class ServedModels:
     def __init__(
         self,
         first: list[Prepared],
-        open_store: Callable[[str], JobStore],
+        stores: Stores,
         doors: Doors,
         access: Access,
-        results: Results | None = None,
         webhooks: Rules | None = None,
         end_file: EndFile | None = None,
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
-        The default one's limits are those of the whole server. open_store: opens the store of the durable jobs of
-        weights, by their hash; it is closed with this. doors: by what names, and for which pages. access: who may ask.
-        results: where large ones of durable jobs go, if not into their store. webhooks: how they are sent, if they are.
-        end_file: outlives the process where that ends by itself; it is closed with this.
+        The default one's limits are those of the whole server. stores: of durable jobs, closed with this. doors: by
+        what names, and for which pages. access: who may ask. webhooks: how they are sent, if they are. end_file:
+        outlives the process where that ends by itself; it is closed with this.
         """
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
         self._numbers, self._arrivals, self._served = count(), count(), Served()
-        self._stores = Stores(open_store, results)
+        self._stores = stores
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
@@ -127,8 +124,8 @@ class ServedModels:
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
-        stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
-        loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
+        taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
+        loaded = [self._loaded(prepared, store) for prepared, store in zip(first, taken, strict=True)]
         note = end_file.work_on if end_file is not None else note_nothing
         self.worker = Worker(loaded, self.admission, self.metrics, note=note)
         statuses = JobStatuses(self.worker)
@@ -151,7 +148,7 @@ class ServedModels:
             webhooks=webhooks.allowed if webhooks is not None else None,
             noise_turn=asyncio.Lock(),
         )
-        for model, prepared, store in zip(loaded, first, stores, strict=True):
+        for model, prepared, store in zip(loaded, first, taken, strict=True):
             self._serve(model, prepared, store)
         self._watch()
 
@@ -475,25 +472,14 @@ def _retrieve(task: "asyncio.Task[Services]") -> None:
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
     """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def settle(outcome: Result | Exception) -> None:
-        if done.done():  # it was cancelled, as the server stops
-            return
-        if isinstance(outcome, Exception):
-            done.set_exception(outcome)
-        else:
-            done.set_result(outcome)
+    done = Future[Result]()
+    done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
 
     def run() -> None:
-        outcome: Result | Exception
         try:
-            outcome = act()
+            done.set_result(act())
         except Exception as error:
-            outcome = error
-        with suppress(RuntimeError):  # the loop may have ended meanwhile
-            loop.call_soon_threadsafe(settle, outcome)
+            done.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)

@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ import sqlalchemy as sa
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
+from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import open_store, state_folder
+from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
@@ -45,7 +46,7 @@ from tminus.service.startup.server import (
     listen,
     serve_metrics,
 )
-from tminus.service.startup.settings import Library, Settings, name_of
+from tminus.service.startup.settings import Library, Settings, asked_by, name_of
 from tminus.service.startup.traces import start_traces
 from tminus.service.worker.worker import Worker
 
@@ -156,8 +157,7 @@ class Opened:
     settings: Settings
     access: Access  # who may ask
     models: "list[ReadModel]"  # the default one first
-    stores: "StoreOpener"
-    results: Results | None  # where large ones of durable jobs go, if not into their store
+    stores: Stores
     webhooks: Rules | None  # how they are sent, if they are
     end_place: tuple[Path, str] | None  # where the file of how this process ends is made, and how its name begins
 
@@ -169,17 +169,31 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     """
     access = settings.access(address[0])
     models = read_models(settings)
-    stores, results = StoreOpener(opener_of_stores(settings, address)), open_results(settings)
-    webhooks = webhook_rules(settings)
-    try:
-        stores.open_first([model.checkpoint.weights_hash for model in models])
-    except ValueError as error:
-        setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
-        raise ValueError(f"{setting}: {error}") from None
+    open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)
+    with about("job_store" if settings.job_store is not None else "state_dir"):
+        first = open_first(open_store, [model.checkpoint.weights_hash for model in models])
     end_place, ends = look_at_ends(settings, models[0].folder)
     tell_ends(ends)
-    stores.count(ends)
-    return Opened(settings, access, models, stores, results, webhooks, end_place)
+    stores = Stores(open_store, results, first, ends)
+    with suppress(StorageFailed):
+        for weights, job_ids in first[models[0].checkpoint.weights_hash].left_behind(first).items():
+            log.warning(
+                "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
+            )
+    return Opened(settings, access, models, stores, webhooks, end_place)
+
+
+@contextmanager
+def about(setting: str, extra: str = "") -> Iterator[None]:
+    """Name the setting that a ValueError is about, or the extra that it needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{asked_by(setting)} needs the extra {extra}: {error}; pip install 'tminus[{extra}]'"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{asked_by(setting)}: {error}") from None
 
 
 def read_models(settings: Settings) -> "list[ReadModel]":
@@ -203,55 +217,17 @@ def read_models(settings: Settings) -> "list[ReadModel]":
     return list(models.values())
 
 
-class StoreOpener:
-    """Opens the stores of durable jobs by the hash of their weights, and counts in each how earlier processes ended.
-
-    Once: an end that is counted twice would count as two.
-    """
-
-    def __init__(self, open_one: Callable[[str], JobStore]) -> None:
-        self._open = open_one
-        self._untaken: dict[str, JobStore] = {}
-        self._ends: list[End] = []
-        self._counted: set[str] = set()
-
-    def open_first(self, weights_hashes: Sequence[str]) -> None:
-        """Open the stores of the models that the server begins with. Raises ValueError; then none is open."""
-        try:
-            for weights_hash in weights_hashes:
-                self._untaken[weights_hash] = self._open(weights_hash)
-        except ValueError:
-            self.close()
-            raise
-
-    def count(self, ends: list[End]) -> None:
-        """Count the ends of processes, and name in the log the jobs that wait for weights that are not served."""
-        self._ends = ends
-        for weights_hash, store in self._untaken.items():
-            self._count_in(weights_hash, store)
-        with suppress(StorageFailed):
-            left_behind = next(iter(self._untaken.values())).left_behind(self._untaken)
-            for weights, job_ids in left_behind.items():
-                log.warning(
-                    "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
-                )
-
-    def __call__(self, weights_hash: str) -> JobStore:
-        """Return a store that is open already, once; else open it."""
-        if (store := self._untaken.pop(weights_hash, None)) is None:
-            store = self._open(weights_hash)
-            self._count_in(weights_hash, store)
-        return store
-
-    def _count_in(self, weights_hash: str, store: JobStore) -> None:
-        if weights_hash not in self._counted:
-            self._counted.add(weights_hash)
-            count_ends(self._ends, store)
-
-    def close(self) -> None:
-        """Close those that nobody has taken."""
-        while self._untaken:
-            self._untaken.popitem()[1].close()
+def open_first(open_store: Callable[[str], JobStore], weights_hashes: Sequence[str]) -> dict[str, JobStore]:
+    """Open the stores of the models that the server begins with. Raises ValueError; then none is open."""
+    stores: dict[str, JobStore] = {}
+    try:
+        for weights_hash in weights_hashes:
+            stores[weights_hash] = open_store(weights_hash)
+    except ValueError:
+        for store in stores.values():
+            store.close()
+        raise
+    return stores
 
 
 def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
@@ -276,35 +252,23 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
     """What opens the store of some weights' durable jobs. Raises ValueError for a database that cannot be used."""
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
-    try:
+    with about("job_store", "postgres"):
         from tminus.service.jobs.store.postgres_database import own_address
         from tminus.service.jobs.store.postgres_store import open_postgres
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'"
-        ) from None
-    try:
+
         url = settings.job_store.get_secret_value()
         reached_by = settings.job_address or own_address(url, *address)
         return open_postgres(url, settings.job_namespace, settings.job_lease_s, reached_by)
-    except ValueError as error:
-        raise ValueError(f"--job-store (TMINUS_JOB_STORE): {error}") from None
 
 
 def open_results(settings: Settings) -> Results | None:
     """Where large results go, if not into the store. Raises ValueError for an object store that cannot be used."""
     if settings.job_results is None:
         return None
-    try:
+    with about("job_results", "s3"):
         from tminus.service.jobs.store.objects import open_objects
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--job-results (TMINUS_JOB_RESULTS) needs the extra s3: {error}; pip install 'tminus[s3]'"
-        ) from None
-    try:
+
         objects = open_objects(settings.job_results, settings.job_namespace)
-    except ValueError as error:
-        raise ValueError(f"--job-results (TMINUS_JOB_RESULTS): {error}") from None
     return Results(objects, settings.job_results_above_kb * 1024)
 
 
@@ -312,19 +276,15 @@ def webhook_rules(settings: Settings) -> Rules | None:
     """How webhooks are sent; None without a secret that signs them. Raises ValueError for one that is none."""
     text, file = settings.webhook_secret, settings.webhook_secret_file
     if text is not None and file is not None:
-        raise ValueError(
-            "TMINUS_WEBHOOK_SECRET and --webhook-secret-file (TMINUS_WEBHOOK_SECRET_FILE) exclude each other"
-        )
-    name = "TMINUS_WEBHOOK_SECRET" if text is not None else "--webhook-secret-file (TMINUS_WEBHOOK_SECRET_FILE)"
-    try:
-        if text is not None:
+        raise ValueError(f"{asked_by('webhook_secret')} and {asked_by('webhook_secret_file')} exclude each other")
+    if text is not None:
+        with about("webhook_secret"):
             secrets = read_secrets(text.get_secret_value())
-        elif file is not None:
+    elif file is not None:
+        with about("webhook_secret_file"):
             secrets = read_secrets_of(file)
-        else:
-            return None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    else:
+        return None
     try:
         return Rules.of(secrets, settings.webhook_allow, settings.webhook_retry_s)
     except OSError as error:
@@ -396,7 +356,6 @@ def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: 
         opened.stores,
         settings.doors(),
         opened.access,
-        results=opened.results,
         webhooks=opened.webhooks,
         end_file=end_file,
     )

@@ -39,6 +39,12 @@ NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
 
 
+def asked_by(setting: str) -> str:
+    """The flag and the variable by which a setting is given, as messages name them."""
+    variable = f"TMINUS_{setting.upper()}"
+    return variable if setting in NO_FLAG else f"--{setting.replace('_', '-')} ({variable})"
+
+
 def name_of(text: str) -> str:
     """Make a name that may stand in addresses of what a checkpoint calls itself."""
     return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
@@ -342,12 +348,11 @@ class Settings(BaseSettings):
                 "some by --keys-file (see `tminus key --help`), or let anybody in by --open"
             )
         if self.keys_file is not None and self.keys is not None:
-            raise ValueError("TMINUS_KEYS and --keys-file (TMINUS_KEYS_FILE) exclude each other")
-        name = "TMINUS_KEYS" if self.keys is not None else "--keys-file (TMINUS_KEYS_FILE)"
+            raise ValueError(f"{asked_by('keys')} and {asked_by('keys_file')} exclude each other")
         try:
             ring = KeyRing(None if self.keys is None else self.keys.get_secret_value(), self.keys_file)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{asked_by('keys' if self.keys is not None else 'keys_file')}: {error}") from None
         return Access(ring, is_open=self.open or not ring.keys)
 
     def doors(self) -> Doors:

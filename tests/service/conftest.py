@@ -28,6 +28,7 @@ from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed
@@ -134,7 +135,7 @@ def create_app(
 ) -> Application:
     """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
     served = ServedModels(
-        list(first), open_store, doors or Doors(), access or Access(), results=results, webhooks=webhooks
+        list(first), Stores(open_store, results), doors or Doors(), access or Access(), webhooks=webhooks
     )
     changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
     return Application(startup_app.create_app(served, changes, **more), served)

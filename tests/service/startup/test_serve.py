@@ -1,8 +1,8 @@
+import asyncio
 import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,8 @@ from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.service.engine import devices, loading
 from tminus.service.jobs.process_end import EndFile
-from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import open_store
+from tminus.service.jobs.stores import Stores
 from tminus.service.startup import serve
 from tminus.service.startup.settings import Settings
 
@@ -72,7 +72,7 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
         store.add(job("a"))
         store.close()
 
-    def start(weights: str) -> tuple[Callable[[str], JobStore], Any]:
+    def start(weights: str) -> tuple[Stores, EndFile]:
         def read_models(_settings: Settings) -> list[loading.ReadModel]:
             checkpoint: Any = SimpleNamespace(weights_hash=weights)
             return [loading.ReadModel("a", tmp_path / "model", checkpoint)]
@@ -82,17 +82,22 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
         assert opened.end_place is not None
         return opened.stores, EndFile(*opened.end_place)
 
-    take_store, end_file = start(reloaded)
-    take_store(reloaded).close()
+    stores, end_file = start(reloaded)
+    stores.close()
     end_file.close()
     prefix = end_file._file.name.rpartition("-")[0]
     subprocess.run([sys.executable, "-c", DIES, states, prefix], check=False, timeout=60)
 
-    take_store, end_file = start(served)
+    stores, end_file = start(served)
+
+    async def crashes(weights: str) -> list[int]:
+        store, _ = await stores.take(weights)
+        claimed = await store.claim_all()
+        await stores.release(weights)
+        return [record.crashes for record in claimed.jobs]
+
     for weights in (served, reloaded, reloaded):
-        store = take_store(weights)
-        assert [record.crashes for record in store.claim("build", None, 0.0, 0, ()).jobs] == [1]  # type: ignore[arg-type]
-        store.close()
+        assert asyncio.run(crashes(weights)) == [1]
     end_file.close()
     assert not list(Path(states).glob("*.end"))
 

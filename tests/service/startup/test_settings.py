@@ -26,6 +26,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import open_objects as really_open_objects
 from tminus.service.jobs.store.postgres_store import open_postgres as really_open_postgres
 from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.scheduler import Sharing
@@ -231,13 +232,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return SimpleNamespace(getsockname=lambda: (seen["address"], port), close=lambda: None, listen=lambda _: None)
 
     def serve_models(
-        first: list[Prepared], take_store: Callable[[str], JobStore], doors: object, access: object,
-        **more: object,
+        first: list[Prepared], stores: Stores, doors: object, access: object, **more: object,
     ) -> SimpleNamespace:  # fmt: skip
         if len(first) > 1:
             gc.collect()
             assert {each() for each in read_once} == {None}, "an unloaded model's weights would stay for ever"
-        assert [take_store(each.engine.info.weights_hash) for each in first] == [store] * len(first)
+        assert {stores.take_first(each.engine.info.weights_hash)._store for each in first} == {store}
+        seen.update(results=stores._results)
         names = [each.engine.info.name for each in first]
         seen.update(limits=first[0].limits, speed=first[0].speed, doors=doors, access=access, names=names, **more)
         return SimpleNamespace(worker=SimpleNamespace(hangs=False, crashed=False))
