@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OF_COMMANDS = ("config", "key")  # which the commands read by themselves
 UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
@@ -167,6 +168,9 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
 
     address: where the server listens.
     """
+    known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
+    if unknown := sorted(name for name in os.environ if name.startswith("TMINUS_") and name not in known):
+        log.warning("there is no setting of these names, and nothing follows from them: %s", ", ".join(unknown))
     access = settings.access(address[0])
     models = read_models(settings)
     open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)

@@ -373,6 +373,18 @@ def test_metrics_on_a_port_of_their_own_are_not_on_the_other(served: Served) -> 
     assert (served["with_metrics"], served["listened"]) == (False, [("127.0.0.1", 8000)])
 
 
+def test_variables_that_are_no_settings_are_named_in_the_log(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("TMINUS_MAX_BITCH", "TMINUS_MAX_N", "TMINUS_KEY", "TMINUS_CONFIG"):
+        monkeypatch.setenv(name, "5")
+    assert module.serve(Settings())
+    assert served["limits"].max_n == 5
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "there is no setting of these names, and nothing follows from them: TMINUS_MAX_BITCH"
+    ]
+
+
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_a_bad_value_ends_the_start_with_a_line_that_names_its_setting(run: Run, name: str, text: str) -> None:
