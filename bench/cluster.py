@@ -27,8 +27,7 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
@@ -91,10 +90,9 @@ class Replica:
 
     def restart(self) -> None:
         """As a new process."""
-        place_s = self._times.seconds_per_place(self._limits.max_batch)
-        sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, place_s, self._times)
+        sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, self._times)
         self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
-        self.admission.put(0, Speed(sharing, self._times, self._limits.max_rows))
+        self.admission.put(0, Speed(sharing, self._limits.max_rows))
         self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, math.inf
 
     def takes(self, places: int) -> bool:

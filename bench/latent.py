@@ -24,8 +24,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, Inputs, trial_spec
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.loaded_models import LoadedModel
@@ -72,9 +71,10 @@ class Bench:
     def __init__(self, loaded: Loaded, sampler: str, steps: int, guidance: float) -> None:
         self._engine = loaded.engine
         limits = Limits(ROWS, loaded.max_batch, JOBS * ROWS, JOBS, 1e9, 4096)
-        sharing = Sharing.of(loaded.max_batch, short_batch=loaded.short_batch)
+        times = TickTimes(loaded.tick_times)
+        sharing = Sharing.of(loaded.max_batch, short_batch=loaded.short_batch, times=times)
         admission = Admission(limits)
-        admission.put(0, Speed(sharing, TickTimes(loaded.tick_times), limits.max_rows, *loaded.coding_s))
+        admission.put(0, Speed(sharing, limits.max_rows, *loaded.coding_s))
         self._spec = trial_spec(loaded.engine.info, ROWS, steps, sampler=sampler, guidance=guidance)
         self._ticks: list[tuple[float, int]] = []  # seconds, rows
         self._decodes = True

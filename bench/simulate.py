@@ -19,8 +19,7 @@ from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
@@ -58,12 +57,12 @@ def serve(
     reserved: places for the oldest job; None for the usual. comes_back: whether a request that was refused is made
     again when it was told to be.
     """
-    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.max_batch // 2)
+    times = TickTimes(points)
+    sharing = Sharing.of(limits.max_batch, policy, limits.max_batch // 2, times)
     if reserved is not None:
         sharing = replace(sharing, reserved=reserved)
-    scheduler, times = Scheduler(sharing), TickTimes(points)
-    admission = Admission(limits)
-    admission.put(0, Speed(sharing, times, limits.max_rows))
+    scheduler, admission = Scheduler(sharing), Admission(limits)
+    admission.put(0, Speed(sharing, limits.max_rows))
     place_s = times.seconds_per_place(limits.max_batch)
     coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
     heapq.heapify(coming)
@@ -72,8 +71,7 @@ def serve(
     while coming or running is not None:
         if running is not None and (not coming or running[1] <= coming[0][0]):
             batch, now_s = running
-            places = {job.job_id: job.places for job in batch.jobs}
-            admission.stepped(0, places, batch.places, times.seconds(batch.places))
+            admission.stepped(0, batch.jobs, batch.places, times.seconds(batch.places))
             outcome.done.append((now_s, batch.places * place_s))
             for job_id in scheduler.advance(batch).finished:
                 admission.leave(job_id)
@@ -142,7 +140,7 @@ def main() -> None:
 def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> list[float]:
     """How far from the truth a forecast is, of each job that is there whenever so many more have come."""
     times = TickTimes(TICKS)
-    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2)
+    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2, times=times)
     scheduler, now_s, errors = Scheduler(sharing), 0.0, list[float]()
     works: dict[str, Work] = {}  # of the jobs that have not ended
     for number, (at_s, work) in enumerate(requests):
@@ -157,9 +155,7 @@ def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> 
             continue
         steps = {job_id: scheduler.steps(job_id) for job_id in works}
         left = {job_id: sum(map(works[job_id].places_left, each)) for job_id, each in steps.items()}
-        told = forecast(
-            [Pending(job_id, works[job_id], n) for job_id, n in left.items()], {0: Speed(sharing, times, 1)}
-        )
+        told = forecast([Pending(job_id, works[job_id], n) for job_id, n in left.items()], {0: Speed(sharing, 1)})
         alone, true_s = Scheduler(sharing), 0.0
         for job_id, each in steps.items():
             alone.add(job_id, range(len(each)), works[job_id], each)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.options import LoadOptions
 from tminus.service.engine.selftest import ROUNDS, measure_ticks, same_alone_and_together
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.tick_times import smallest_batch_at
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +266,12 @@ def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, int]:
         "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
         "short_batch": max(MIN_BATCH, smallest_batch_at(tick_times, SHORT_SHARE)),
     }
+
+
+def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
+    """Find the smallest measured batch whose throughput is at least this share of the best one."""
+    best = max(places / seconds for places, seconds in points)
+    return min(places for places, seconds in points if places / seconds >= share * best)
 
 
 def _kept_sizes(kept: ChoiceCache, largest: int) -> Mapping[str, int] | None:

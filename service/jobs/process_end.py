@@ -131,13 +131,13 @@ def take_ends(folder: Path, prefix: str) -> list[End]:
 def tell_ends(ends: Sequence[End]) -> None:
     """Log how processes before this one ended."""
     for end in ends:
-        jobs = listed(sorted(end.jobs))
+        jobs = listed(sorted(end.jobs)) or "no durable job"
         if end.cause is None:
-            log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs or "nothing")
+            log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs)
             continue
         log.error(
             "a server before this one has ended by itself: %s. It worked on %s%s",
-            end.cause, jobs or "no job", f"\n{end.traceback.rstrip()}" if end.traceback else "",
+            end.cause, jobs, f"\n{end.traceback.rstrip()}" if end.traceback else "",
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Any thread may ask; the worker's takes work off. Time is an argument: seconds of
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
@@ -16,7 +16,7 @@ from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecas
 from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
-from tminus.service.work import Outlook, Work
+from tminus.service.work import JobRows, Outlook, Work
 
 RENEW_S = 5.0  # how old a forecast of room may get: jobs that left early since only make it too careful
 ROUNDING = 1e-6  # of a second
@@ -163,7 +163,7 @@ class Admission:
     def tick_time_ratio(self) -> float:
         """How much longer ticks take now than was measured at the start, of the model of which that is most."""
         with self._lock:
-            return max((speed.tick_times.correction for speed in self._speeds.values()), default=1.0)
+            return max((speed.correction for speed in self._speeds.values()), default=1.0)
 
     @property
     def longest_tick_s(self) -> float:
@@ -191,16 +191,15 @@ class Admission:
 
     # --- from the worker's thread ---
 
-    def stepped(self, model: int, places_by_job: Mapping[str, int], places: int, seconds: float) -> None:
+    def stepped(self, model: int, jobs: Iterable[JobRows], places: int, seconds: float) -> None:
         """Take a tick's work off the ledger, and learn how fast the machine is now."""
         with self._lock:
-            for job_id, count in places_by_job.items():
+            for job_id, _, count in jobs:
                 job = self._jobs.get(job_id)
                 if job is not None:
                     self._jobs[job_id] = replace(job, places_left=max(0, job.places_left - count))
             if places > 0:
-                speed = self._speeds[model]
-                self._speeds[model] = replace(speed, tick_times=speed.tick_times.observe(places, seconds))
+                self._speeds[model] = self._speeds[model].observe(places, seconds)
 
     def decoded(self, job_id: str) -> None:
         """Take one image of a latent model off the ledger."""
@@ -252,7 +251,7 @@ class Admission:
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
         """Count on as much work as has come lately, where it overtakes a job."""
-        if speed.sharing.policy != "srpt" or not speed.tick_times.points:
+        if speed.sharing.policy != "srpt" or not speed.sharing.times.points:
             return outlook
         stretch = self._arrivals[job.owner].stretch(job.places_left * speed.place_s, now_s, RESERVED_SHARE)
         return replace(outlook, eta_s=stretch * outlook.eta_s)

@@ -12,15 +12,17 @@ from itertools import accumulate, count
 from statistics import median
 
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.scheduling.turns import Turns
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, Turns
 from tminus.service.work import Batch, Outlook, Work
 
 # Between two events a stride takes at most one such part of what has passed by then, or of what the row has left that
 # ends first, so that no time is wrong by much more than that. Figures: docs/scheduling.md.
 FINE = 32
 EARLY = 4  # one such part of the jobs in a batch may end within a stride, and leave their places empty
+
+LEARNING_RATE = 0.02  # a slow average: one tick says little
+OUTLIER = 4.0  # a tick counts as at most so many times slower than predicted, or faster
+MAX_CORRECTION = 100.0
 
 WINDOW_S = 10.0
 WINDOWS = 6  # the median of so many counts: a burst is one of them, and does not go on
@@ -31,21 +33,34 @@ MOST_SHARE = 0.9  # beyond it, nothing can be foreseen
 class Speed:
     """What admission and forecast know of one model."""
 
-    sharing: Sharing
-    tick_times: TickTimes  # until ticks are measured nothing is refused for time
+    sharing: Sharing  # until its ticks are measured nothing is refused for time
     max_rows: int  # images that its engine holds
     decode_s: float = 0.0  # of one image of a latent model
     encode_s: float = 0.0
+    correction: float = 1.0  # how much longer ticks take now than was measured at the start
 
     @property
     def place_s(self) -> float:
         """How long a place takes in a full tick."""
-        return self.tick_times.seconds_per_place(self.sharing.max_batch)
+        return self.longest_tick_s / self.sharing.max_batch
 
     @property
     def longest_tick_s(self) -> float:
         """Predicted seconds of a full tick."""
-        return self.tick_times.seconds(self.sharing.max_batch)
+        return self.tick_s(self.sharing.max_batch)
+
+    def tick_s(self, places: int) -> float:
+        """Predict the duration of a tick, in seconds."""
+        return self.correction * self.sharing.times.seconds(places)
+
+    def observe(self, places: int, seconds: float) -> "Speed":
+        """Learn from a tick."""
+        predicted_s = self.tick_s(places)
+        if predicted_s <= 0 or not seconds >= 0:
+            return self
+        ratio = min(max(seconds / predicted_s, 1 / OUTLIER), OUTLIER)
+        correction = self.correction * (1 + LEARNING_RATE * (ratio - 1))
+        return replace(self, correction=min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION))
 
     def with_beside(self, work: Work, *, has_picture: bool) -> Work:
         """Add to a job's work what it takes beside the ticks. has_picture: it starts from one."""
@@ -122,9 +137,9 @@ class Ahead:
         if model is None:
             return None
         scheduler = self._schedulers[model]
-        batch = scheduler.next_batch()
-        assert batch is not None
-        tick_s = self._speeds[model].tick_times.seconds(batch.places)
+        if (batch := scheduler.next_batch()) is None:
+            return None
+        tick_s = self._speeds[model].tick_s(batch.places)
         ticks, last = self._ticks(scheduler, batch, tick_s)
         advance = scheduler.advance(batch, ticks)
         self._turns.stepped(model, ticks * tick_s)

@@ -1,34 +1,74 @@
-"""Which rows step next. Pure: no torch, no asyncio, no clock.
+"""Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
 
 Shortest remaining work first, so a short job does not wait behind a long one. A tick that a short job shares with much
 longer ones has fewer rows, so that it ends sooner. A share of the places is kept for the oldest job, so that a long one
 is never starved. A row that is not picked just waits: preemption costs nothing.
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
-first (owners.py).
+first (owners.py). A tick is of one model: which one, the same policy says in seconds.
 """
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count, islice
-from typing import Literal
+from itertools import count, islice, pairwise
+from operator import itemgetter
+from typing import Generic, Literal, TypeVar
 
 from tminus.service.scheduling.owners import BURST_S, Served, allot
-from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, JobRows, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
 
 RESERVED_SHARE = 0.25  # of the places, for the oldest job
-UNKNOWN = TickTimes()
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
+LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True, slots=True)
+class TickTimes:
+    """How long a tick takes by its number of places: measured points with straight lines between them.
+
+    Without points every tick is predicted to take no time.
+    """
+
+    points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
+
+    def __post_init__(self) -> None:
+        assert all(a < b for a, b in pairwise([0, *(places for places, _ in self.points)])), self.points
+        assert all(0 <= seconds < math.inf for _, seconds in self.points), self.points
+
+    def seconds(self, places: int) -> float:
+        """Predict the duration of a tick. The last segment is extrapolated; below the first point it is constant."""
+        points = self.points
+        if not points:
+            return 0.0
+        if len(points) == 1:
+            return points[0][1] * max(1.0, places / points[0][0])
+        if places <= points[0][0]:
+            return points[0][1]
+        right = min(bisect_right(points, places, key=itemgetter(0)), len(points) - 1)
+        (b0, t0), (b1, t1) = points[right - 1 : right + 1]
+        slope = (t1 - t0) / (b1 - b0)
+        if places > b1:
+            # By noise the last point may be the faster one, which must not be extrapolated.
+            return t1 + max(0.0, slope) * (places - b1)
+        return t0 + slope * (places - b0)
+
+    def seconds_per_place(self, max_batch: int) -> float:
+        """How long a place takes in a full tick."""
+        return self.seconds(max_batch) / max_batch
+
+
+UNMEASURED = TickTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +79,8 @@ class Sharing:
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job
     policy: Policy
+    times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
-    times: TickTimes = UNKNOWN  # as they were measured at the start
 
     @classmethod
     def of(
@@ -48,14 +88,14 @@ class Sharing:
         max_batch: int,
         policy: Policy = "srpt",
         short_batch: int | None = None,
-        place_s: float = 1.0,
-        times: TickTimes = UNKNOWN,
+        times: TickTimes = UNMEASURED,
     ) -> "Sharing":
         """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
         assert policy in ("srpt", "fcfs")
         reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
-        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, place_s, times)
+        place_s = times.seconds_per_place(max_batch) or 1.0
+        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, times, place_s)
 
     def leads(self, ahead_s: float) -> bool:
         """Whether the owner that has had least goes before the next one, which has had so much more.
@@ -68,7 +108,7 @@ class Sharing:
         """How many places others may have in a tick of the owner that leads, which has so many."""
         return _beside(self.times, self.max_batch, places)
 
-    def seconds(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
+    def paid_s(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
         """Return what each owner pays for its places in a tick, in seconds of the machine.
 
         The one that leads pays for what others could not have, too. alone: nobody else has a job, so that only what
@@ -77,7 +117,7 @@ class Sharing:
         total = sum(places.values())
         tick_s = self.times.seconds(total) or total * self.place_s
         if alone:
-            return {owner: max(0.0, count * self.place_s - tick_s / 2) for owner, count in places.items()}
+            return dict.fromkeys(places, max(0.0, total * self.place_s - tick_s / 2))
         if leader is not None and leader in places:
             taken_s = {owner: count * self.place_s for owner, count in places.items()}
             taken_s[leader] += max(0.0, tick_s - sum(taken_s.values()))
@@ -125,13 +165,14 @@ class QueuedJob:
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
     places_left: int = 0
     started: bool = False
+    key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
-    def put(self, rows: Iterable[tuple[int, int]]) -> None:
-        """List rows by their next steps, but those that have taken their last one."""
+    def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
+        """List rows by their next steps, so many ticks after these, but those that have taken their last one."""
         guided, steps = self.work.guided, self.work.steps
-        for row in rows:
-            if row[0] < steps:
-                (self.doubles if row[0] in guided else self.singles).append(row)
+        for before, index in rows:
+            if (step := before + ticks) < steps:
+                (self.doubles if step in guided else self.singles).append((step, index))
         self.singles.sort()
         self.doubles.sort()
 
@@ -142,12 +183,11 @@ class QueuedJob:
         first = (*self.singles[:singles], *self.doubles[:doubles])
         assert first == picked.steps, f"job {self.id} has changed since the batch was chosen"
         del self.singles[:singles], self.doubles[:doubles]
-        work, taken = self.work, picked.places
-        moved = [(min(step + ticks, work.steps), index) for step, index in first]
+        taken, left = picked.places, self.work.places_left
         if ticks > 1:
-            taken = sum(work.places_left(step) for step, _ in first) - sum(work.places_left(step) for step, _ in moved)
+            taken = sum(left(step) - left(min(step + ticks, self.work.steps)) for step, _ in first)
         self.places_left -= taken
-        self.put(moved)
+        self.put(first, ticks)
         return taken
 
     @property
@@ -184,11 +224,12 @@ class OwnerQueue:
 
     def put_back(self, job: QueuedJob) -> None:
         """Put a job into the queue, by what it has left."""
-        insort(self._queue, self._key(job))
+        job.key = (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
+        insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
         """Take a job out of the queue, before its rows step."""
-        del self._queue[bisect_left(self._queue, self._key(job))]
+        del self._queue[bisect_left(self._queue, job.key)]
 
     @property
     def oldest(self) -> QueuedJob:
@@ -224,12 +265,20 @@ class OwnerQueue:
                 return self._sharing.max_batch
         return places
 
-    def in_turn(self) -> Iterator[QueuedJob]:
-        """The jobs, the one that goes first before the others, but no more than may be looked at in a tick."""
-        return (self._jobs[job_id] for *_, job_id in islice(reversed(self._queue), self._sharing.max_batch + 1))
-
-    def _key(self, job: QueuedJob) -> tuple[int, int, str]:
-        return (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
+    def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
+        """Put rows into a batch, in no more than so many places of it."""
+        end, jobs, sharing = pick.free - places, self._jobs, self._sharing  # end: how many are to stay free
+        if len(jobs) > 1:
+            oldest = self.oldest
+            pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
+        for *_, job_id in islice(reversed(self._queue), sharing.max_batch + 1):
+            room = pick.free - end
+            if not room:
+                break
+            job = jobs[job_id]
+            if job.total >= much_longer:
+                room = min(room, sharing.short_room(pick.free))
+            pick.take(job, room)
 
 
 class _Pick:
@@ -339,7 +388,7 @@ class Scheduler:
         pick, self._leader = _Pick(self._sharing.max_batch), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
-            self._take(pick, queue, pick.free, queue.much_longer)
+            queue.fill(pick, pick.free, queue.much_longer)
         else:
             self._share_out(pick)
         return pick.batch()
@@ -353,39 +402,27 @@ class Scheduler:
         if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
             self._leader = owners[0]
             queue = self._owners[self._leader]
-            self._take(pick, queue, pick.free, queue.much_longer)
+            queue.fill(pick, pick.free, queue.much_longer)
             pick.free = min(pick.free, sharing.beside(sharing.max_batch - pick.free))
             del wants[self._leader]
         allotted = allot(pick.free, sharing.place_s, wants, had_s)
         for owner, places in allotted.items():
             if places:
-                self._take(pick, self._owners[owner], places, math.inf)
+                self._owners[owner].fill(pick, places)
         for owner in wants:  # of two single places a guided row could use neither
             if not pick.free:
                 break
-            self._take(pick, self._owners[owner], pick.free, math.inf)
+            self._owners[owner].fill(pick, pick.free)
 
     def _in_turn(self) -> list[str]:
         return sorted(self._owners, key=lambda owner: (self._served.had_s(owner), self._owners[owner].oldest.arrival))
-
-    def _take(self, pick: "_Pick", queue: OwnerQueue, places: int, much_longer: float) -> None:
-        """Put an owner's rows into the batch, in no more than so many places of it."""
-        end, oldest = pick.free - places, queue.oldest  # end: how many are to stay free
-        pick.take(oldest, self._sharing.reserve(places, 1 if oldest.singles else 2, queue.ticks))
-        for job in queue.in_turn():
-            if pick.free == end:
-                break
-            room = pick.free - end
-            if job.total >= much_longer:
-                room = min(room, self._sharing.short_room(pick.free))
-            pick.take(job, room)
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
         """Record that the batch which was chosen last has stepped.
 
         ticks: so many times, one after the other, for a look ahead.
         """
-        assert sum([len(picked.steps) for picked in batch.jobs]) == len(batch.rows), "it is not of next_batch"
+        assert batch.jobs, "it is not of next_batch"
         started: list[str] = []
         finished: list[str] = []
         places: dict[str, int] = {}  # in one tick, by owner
@@ -405,7 +442,7 @@ class Scheduler:
                 finished.append(job.id)
         for owner in places:
             self._owners[owner].ticks += 1
-        paid_s = self._sharing.seconds(places, self._leader, alone=self._served.one_alone)
+        paid_s = self._sharing.paid_s(places, self._leader, alone=self._served.one_alone)
         self._served.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
             self._forget(self._jobs[job_id])
@@ -463,3 +500,85 @@ class Scheduler:
     def has_jobs_of(self, owner: str) -> bool:
         """Whether an owner has a job here."""
         return owner in self._owners
+
+
+class Turns(Generic[Model]):
+    """Says which model has the next tick: the one of the job that goes first, and sometimes that of the oldest job.
+
+    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job. Each model has
+    a scheduler of its own; a job that is to step alone counts as a model here.
+    """
+
+    def __init__(self) -> None:
+        self._schedulers: dict[Model, Scheduler] = {}
+        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
+        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
+        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
+
+    def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
+        """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
+        assert model not in self._schedulers
+        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
+
+    def remove(self, model: Model) -> None:
+        """Forget a model, which has no jobs any more."""
+        assert not self._schedulers[model].has_work
+        del self._schedulers[model]
+        self._tick_s.pop(model, None)
+        self._owed = None  # or it would hold the model, which holds its engine's memory
+        self._forget_settled()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a model has a next tick."""
+        return any(scheduler.has_work for scheduler in self._schedulers.values())
+
+    def shares(self) -> list[Model]:
+        """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
+        busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
+        if len(busy) < 2:
+            return list(busy)
+        ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
+        first = min(ranks, key=ranks.__getitem__)
+        owners = busy[first].owners
+        # Not those of an owner that has had more, or has no job of the first model: its turn is yet to come.
+        level = [
+            model
+            for model, scheduler in busy.items()
+            if scheduler.owners[0] in owners and ranks[model][0] <= ranks[first][0] + LEVEL_S
+        ]
+        oldest = min(level, key=lambda model: busy[model].oldest)
+        reserves = any(scheduler.reserves for scheduler in busy.values())
+        return [first, oldest] if reserves and first != oldest else [first]
+
+    def next(self) -> Model | None:
+        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
+        self._owed = None
+        if len(self._schedulers) == 1:  # nearly always
+            (model,) = self._schedulers
+            return model
+        models = self.shares()
+        if len(models) < 2:
+            return models[0] if models else None
+        first, oldest = models
+        self._owed = self._schedulers[oldest].owners[0], oldest
+        owed_s = self._owed_s.setdefault(self._owed, 0.0)
+        return first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest
+
+    def stepped(self, model: Model, seconds: float) -> None:
+        """Note how long the tick took that a model has had."""
+        self._tick_s[model] = seconds
+        if self._owed is not None:
+            owed_s = self._owed_s.get(self._owed, 0.0)
+            if model == self._owed[1]:
+                self._owed_s[self._owed] = max(0.0, owed_s - seconds)
+            else:
+                self._owed_s[self._owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+        if self._owed_s:
+            self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        """Forget what was owed to owners that have no job there any more."""
+        for owner, model in list(self._owed_s):
+            if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
+                del self._owed_s[owner, model]

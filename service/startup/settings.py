@@ -22,8 +22,7 @@ from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 
 if TYPE_CHECKING:
     from tminus.service.engine.loading import Loaded
@@ -332,10 +331,8 @@ class Settings(BaseSettings):
 
     def speed(self, loaded: "Loaded", max_rows: int) -> Speed:
         """How fast a model is, and how the scheduler gives out the places of its ticks."""
-        times = TickTimes(loaded.tick_times)
-        place_s = times.seconds_per_place(loaded.max_batch)
-        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s, times)
-        return Speed(sharing, times, max_rows, *loaded.coding_s)
+        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, TickTimes(loaded.tick_times))
+        return Speed(sharing, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:
         """Who may ask a server that listens on this address.

@@ -89,7 +89,7 @@ class Coding:
     """Owns a thread, which starts with the first task. Any thread may call."""
 
     def __init__(self, tell: Callable[[Coded], None], note: Callable[[Collection[str]], None]) -> None:
-        """Both are called in the coding thread: tell after each task, note before it, with its job, and after it."""
+        """Both are called in the coding thread: tell after each task, note before and after one of a durable job."""
         self._tell, self._note = tell, note
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
@@ -146,15 +146,18 @@ class Coding:
         while (picked := self._next()) is not None:
             tasks, task = picked
             error: Exception | None = None
+            durable = tasks.job is not None and tasks.job.new.durable
             with self.turnstile.enter(alone=tasks.alone):
-                self._note([tasks.name])
+                if durable:
+                    self._note([tasks.name])
                 self.task_began_s = began_s = time.perf_counter()
                 try:
                     tasks.results.append(task())
                 except Exception as raised:  # it ends the job, not the thread
                     error = raised
                 self.task_began_s = None
-                self._note([])
+                if durable:
+                    self._note([])
             took_s = time.perf_counter() - began_s
             over = error is not None or not tasks.tasks
             with self._changed:

@@ -6,6 +6,7 @@ and the engine steps it. What came of it is a list of events, which the worker a
 
 import heapq
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,11 +26,12 @@ from tminus.service.errors import (
     ServiceError,
 )
 from tminus.service.preview import Watch
+from tminus.service.scheduling.scheduler import Turns
 from tminus.service.spec import Images
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coding import Coded, Coding
 from tminus.service.worker.job_span import begin_coding
-from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,6 @@ class Ticked(NamedTuple):
 
     model: LoadedModel
     batch: Batch
-    places: int
     jobs: Sequence[RunningJob]  # of the batch, in its order
     started: Sequence[RunningJob]  # those of which it was the first step
     seconds: float
@@ -80,15 +81,17 @@ Event = Ticked | ImageDecoded | Ended
 class Loop:
     """Runs the jobs that were accepted. Only one thread may call it."""
 
-    def __init__(self, *, clock: Callable[[], float], tell: Callable[[Coded], None], note: Note = note_nothing) -> None:
+    def __init__(self, *, clock: Callable[[], float], tell: Callable[[Coded], None], note: Note) -> None:
         """Take what belongs to the worker's thread.
 
         tell: is called in the coding thread after each of its tasks; those of jobs are to be handed to `coded`. note:
-        is told what a thread works on from now on, by that thread.
+        is told which durable jobs a thread works on from now on, by that thread.
         """
-        self.models = LoadedModels(clock)
+        self._models: dict[int, LoadedModel] = {}
+        self._turns: Turns[LoadedModel] = Turns()
+        self._ever_latent = False  # whether a latent model was among them: something may be encoded or decoded
         self._clock, self._note = clock, note
-        self._events: list[Event] = []
+        self.events: deque[Event] = deque()  # what has happened, until somebody acts on it
         # The jobs whose rows an engine holds, in order of arrival, and of these the durable ones. This loop is their
         # owner.
         self._jobs: dict[str, RunningJob] = {}
@@ -100,7 +103,7 @@ class Loop:
         # When each deadline passes, in a heap. Entries of jobs that have ended are dropped when they come up, or when
         # they are most.
         self._deadlines: list[tuple[float, str]] = []
-        self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
+        self._current: Sequence[RunningJob] = ()  # of the last tick, or accepted last: possible causes of a crash
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
         self._idle: set[int] = set()  # models that had nothing to step before what they have now
@@ -108,21 +111,35 @@ class Loop:
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.models.has_ticks or bool(self._being_coded)
+        return self.has_ticks or bool(self._being_coded)
 
-    def take_events(self) -> Sequence[Event]:
-        """Return what has happened since this was called last."""
-        events, self._events = self._events, []
-        return events
+    @property
+    def has_ticks(self) -> bool:
+        """Whether there is a next tick."""
+        return self._turns.has_work
+
+    @property
+    def current_jobs(self) -> frozenset[str]:
+        """The jobs of the last tick, or what was accepted since: the possible causes of a crash."""
+        return frozenset(job.id for job in self._current)
 
     # --- between ticks ---
+
+    def load(self, model: LoadedModel) -> None:
+        """Take on a model, which is warmed up."""
+        began_s = self._clock()
+        model.warm_up()
+        log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
+        self._models[model.number] = model
+        self._ever_latent |= model.info.latent is not None
+        self._turns.put(model, model.scheduler)
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
         with self._at([job]):
             answered = job.future.done() and not job.future.cancelled()  # while the worker hung
             if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
-                self._events.append(Ended(job))
+                self.events.append(Ended(job))
                 return
             if job.new.deadline_s is not None:
                 self._note_deadline(job.submitted_s + job.new.deadline_s, job.id)
@@ -138,27 +155,30 @@ class Loop:
             heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (when_s, job_id))
 
-    @contextmanager
-    def _at(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
+    def _at(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
         """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
+        if self._ever_latent or jobs[0].new.alone:
+            return self._in_turn(jobs)
+        self._now_at(jobs)
+        return nullcontext()
+
+    @contextmanager
+    def _in_turn(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
         alone = jobs[0].new.alone
-        turn: AbstractContextManager[None] = nullcontext()
-        if self.models.ever_latent:
-            turn = self.coding.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset()))
-        with turn:
+        with self.coding.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset())):
             self._now_at(jobs)
             yield
             if alone:  # but if the worker crashes before its next tick, that may be its doing
                 self._note_steps(frozenset())
 
     def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        self.current_jobs = frozenset([job.id for job in jobs])
-        if self.current_jobs != self._noted:
-            self._note_steps(self.current_jobs)
+        self._current = jobs
+        self._note_steps(frozenset([job.id for job in jobs if job.new.durable]))
 
     def _note_steps(self, jobs: frozenset[str]) -> None:
-        self._noted = jobs
-        self._note("steps", jobs)
+        if jobs != self._noted:
+            self._noted = jobs
+            self._note("steps", jobs)
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
@@ -177,7 +197,8 @@ class Loop:
         if job.new.durable:
             self._durable[job.id] = job
         if job.new.alone:
-            job.model = self.models.put_apart(job.model)
+            job.model = replace(job.model, scheduler=job.model.scheduler.beside())
+            self._turns.put(job.model, job.model.scheduler)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
         if job.new.recording is not None:
@@ -196,7 +217,7 @@ class Loop:
         if job is None or self._being_coded.get(job.id) is not job:
             return
         if coded.results is None:
-            self._events.append(ImageDecoded(job))
+            self.events.append(ImageDecoded(job))
             return
         if isinstance(coded.error, ServiceError):
             self._give_up(job, coded.error, coded.error.code)
@@ -252,13 +273,13 @@ class Loop:
         for job in [*self._jobs.values(), *self._being_coded.values()]:
             if job.model.number == number:
                 self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
-        self.models.remove(number)
+        self._turns.remove(self._models.pop(number))
 
     # --- the end ---
 
     def suspend_durable(self) -> None:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
-        for model in self.models:
+        for model in self._models.values():
             self._take_snapshots(model)
         for job in [*self._durable.values(), *(job for job in self._being_coded.values() if job.new.durable)]:
             self.give_up(job.id, Draining(), SUSPENDED)
@@ -289,12 +310,11 @@ class Loop:
 
     def tick(self) -> bool:
         """Step the next batch, and do what follows from it; False if there is none."""
-        model = self.models.next()
-        if model is None:
+        model = self._turns.next()
+        batch = model.scheduler.next_batch() if model is not None else None
+        if model is None or batch is None:
             self._now_at([])
             return False
-        batch = model.scheduler.next_batch()
-        assert batch is not None
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         with self._at(jobs):
             self._tick(model, batch, jobs)
@@ -311,10 +331,12 @@ class Loop:
             self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
             return
         now_s = self._clock()
-        seconds, places = now_s - started_s, batch.places
-        self.models.stepped(model, seconds)
+        seconds = now_s - started_s
+        self._turns.stepped(model, seconds)
         for job, picked in zip(jobs, batch.jobs, strict=True):
-            job.stepped(len(picked.steps), seconds, places)
+            job.steps_taken += len(picked.steps)
+            if job.span is not None:
+                job.span.add_tick(seconds, batch.places)
         advance = model.scheduler.advance(batch)
         started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
         for job in started:
@@ -323,7 +345,7 @@ class Loop:
         # long it took to launch.
         tells = not (model.number in self._idle and engine.runs_ahead)
         self._idle.discard(model.number)
-        self._events.append(Ticked(model, batch, places, jobs, started, seconds, tells))
+        self.events.append(Ticked(model, batch, jobs, started, seconds, tells))
         for job in jobs if broken else ():
             if not set(job.rows).isdisjoint(broken):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
@@ -408,9 +430,9 @@ class Loop:
     ) -> None:
         """Forget a job that has no rows."""
         self._forget(job)
-        if job.new.alone:
-            self.models.remove_apart(job.model)
-        self._events.append(Ended(job, result, error, reason))
+        if job.new.alone and job.model is not self._models[job.model.number]:
+            self._turns.remove(job.model)
+        self.events.append(Ended(job, result, error, reason))
 
     def _forget(self, job: RunningJob) -> None:
         for jobs in (self._jobs, self._durable, self._being_coded):

@@ -94,12 +94,6 @@ class RunningJob:
         """Note when its first step began, and that it is over."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
 
-    def stepped(self, steps: int, seconds: float, places: int) -> None:
-        """Count the steps that its rows took in a tick of so many places."""
-        self.steps_taken += steps
-        if self.span is not None:
-            self.span.add_tick(seconds, places)
-
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log of JSON has of it."""

@@ -93,7 +93,7 @@ class Worker:
     @property
     def rows_active(self) -> int:
         """Rows in the last tick, 0 when idle."""
-        return self._loop.rows_active if self._loop.models.has_ticks else 0
+        return self._loop.rows_active if self._loop.has_ticks else 0
 
     def submit(self, new: NewJob) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …"""
@@ -143,7 +143,7 @@ class Worker:
         """Take on one more model, between two ticks; admission knows its speed. Raises NotReady, Draining, …"""
 
         def put() -> None:
-            self._loop.models.put(model)
+            self._loop.load(model)
             with self._gate:
                 self._models[model.number] = model
 
@@ -286,18 +286,15 @@ class Worker:
         """Have each model do a tick. Whoever calls this, and the two below, is the worker's thread."""
         for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
             self._turn_began_s = self._clock()
-            self._loop.models.put(self._models[number])
+            self._loop.load(self._models[number])
         self._ready.set()
 
     def take_commands(self, *, wait: bool) -> None:
         """Do what other threads asked for. wait: whether to sleep until there is something."""
-        while True:
+        while wait or not self._commands.empty():
             if wait:
                 self._turn_began_s = None
-            try:
-                command = self._commands.get(block=wait)
-            except queue.Empty:
-                return
+            command = self._commands.get()
             self._turn_began_s = self._clock()
             command()
             self._act_on_events()
@@ -309,7 +306,8 @@ class Worker:
         self._loop.end_overdue()
         if self._draining.is_set():
             self._loop.suspend_durable()
-        self._act_on_events()  # whoever was given up does not wait for the tick
+        if self._loop.events:
+            self._act_on_events()  # whoever was given up does not wait for the tick
         ticked = not self._closed.is_set() and self._loop.tick()
         self._act_on_events()
         return ticked
@@ -335,8 +333,9 @@ class Worker:
     # --- what came of it ---
 
     def _act_on_events(self) -> None:
-        for event in self._loop.take_events():
-            match event:
+        events = self._loop.events
+        while events:
+            match event := events.popleft():
                 case Ticked():
                     self._count(event)
                 case ImageDecoded(job):
@@ -354,9 +353,9 @@ class Worker:
         batch, row_steps = ticked.batch, dict[str, int]()
         for job, picked in zip(ticked.jobs, batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
-        places = {picked.job_id: picked.places for picked in batch.jobs}
-        self._admission.stepped(ticked.model.number, places, ticked.places if ticked.tells else 0, ticked.seconds)
-        self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, ticked.places, row_steps)
+        places = batch.places
+        self._admission.stepped(ticked.model.number, batch.jobs, places if ticked.tells else 0, ticked.seconds)
+        self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, places, row_steps)
         for job in ticked.started:
             assert job.started_s is not None
             self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)

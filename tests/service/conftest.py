@@ -32,8 +32,7 @@ from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Policy, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
 from tminus.service.startup import app as startup_app
 from tminus.service.startup.app import Application
 from tminus.service.startup.models import ModelChanges, Prepared, ServedModels
@@ -115,10 +114,8 @@ def prepare(
 ) -> Prepared:
     """A model as the app takes it."""
     times = TickTimes(tuple(tick_times))
-    short_batch, place_s = max(2, limits.max_batch // 2), times.seconds_per_place(limits.max_batch)
-    return Prepared(
-        engine, limits, Speed(Sharing.of(limits.max_batch, policy, short_batch, place_s), times, limits.max_rows)
-    )
+    sharing = Sharing.of(limits.max_batch, policy, max(2, limits.max_batch // 2), times)
+    return Prepared(engine, limits, Speed(sharing, limits.max_rows))
 
 
 def create_app(

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from tminus.service.engine import autotune, devices, loading
 from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint
+from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint, smallest_batch_at
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.options import LoadOptions
 from tminus.service.images.encoder import PNG, etag
@@ -463,3 +465,14 @@ def test_a_job_that_the_model_cannot_do_is_refused_before_anything_is_measured(u
 
     with pytest.raises(ValueError, match="got 51"):
         load_engine(unmeasured, places_of)
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8), st.floats(0.5, 1.0))
+def test_the_batch_has_its_share_of_the_best_throughput_and_no_smaller_one_has(
+    seconds: list[float], share: float
+) -> None:
+    points = [(2**k, s) for k, s in enumerate(seconds)]
+    best = max(places / s for places, s in points)
+    chosen = smallest_batch_at(points, share)
+    assert dict(points)[chosen] <= chosen / (share * best) * (1 + 1e-12)
+    assert all(places / s < share * best for places, s in points if places < chosen)

@@ -30,7 +30,7 @@ from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import TickTimes
 from tminus.service.work import work_of
 
 pytestmark = pytest.mark.slow

@@ -162,4 +162,4 @@ def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_
     assert [record.crashes for record in store.claim().jobs] == [0, 1, 1]
     assert "killed, or the machine went, as it worked on a\n" in caplog.text
     assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text
-    assert f"{SIGNAL}. It worked on no job\n" in caplog.text
+    assert f"{SIGNAL}. It worked on no durable job\n" in caplog.text

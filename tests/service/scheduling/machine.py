@@ -6,9 +6,7 @@ from itertools import count
 
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.scheduling.turns import Turns
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes, Turns
 from tminus.service.work import Batch, Outlook, Work
 
 TIMES = TickTimes(((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009), (16, 0.017)))
@@ -25,8 +23,7 @@ def guided(rows: int, steps: int) -> Work:
 def speed_of(
     max_batch: int = 8, policy: Policy = "srpt", short_batch: int | None = None, times: TickTimes = TIMES
 ) -> Speed:
-    sharing = Sharing.of(max_batch, policy, short_batch, times.seconds_per_place(max_batch), times)
-    return Speed(sharing, times, 1000)
+    return Speed(Sharing.of(max_batch, policy, short_batch, times), 1000)
 
 
 class Machine:
@@ -62,10 +59,10 @@ class Machine:
         model = self.turns.next()
         if model is None:
             return None
-        batch = self.schedulers[model].next_batch()
-        assert batch is not None
+        if (batch := self.schedulers[model].next_batch()) is None:
+            return None
         assert batch == self.schedulers[model].next_batch(), "choosing changes nothing"
-        seconds = self.speeds[model].tick_times.seconds(batch.places)
+        seconds = self.speeds[model].tick_s(batch.places)
         self.now_s += seconds
         self.time_s[model] += seconds  # type: ignore[assignment]
         for picked in batch.jobs:

@@ -12,9 +12,8 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import Served
-from tminus.service.scheduling.scheduler import Policy, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Outlook, Work
+from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
+from tminus.service.work import JobRows, Outlook, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding
@@ -33,8 +32,8 @@ def make_admission(
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
     admission = Admission(held, served, shared=shared)
     times = TickTimes(tuple(points))
-    sharing = Sharing.of(held.max_batch, policy, short_batch=4, place_s=times.seconds_per_place(held.max_batch))
-    admission.put(0, Speed(sharing, times, held.max_rows, decode_s, encode_s))
+    sharing = Sharing.of(held.max_batch, policy, 4, times)
+    admission.put(0, Speed(sharing, held.max_rows, decode_s, encode_s))
     return admission
 
 
@@ -59,12 +58,12 @@ def test_the_backlog_is_what_is_left_of_the_accepted_work_at_the_rate_of_full_ti
     admission.enter("b", plain(3, 8), now_s=0.0)
     assert admission.backlog_s == (80 + 24) * SECONDS_PER_PLACE
     assert (admission.rows, len(admission.outlooks(0.0))) == (7, 2)
-    admission.stepped(0, {"a": 6, "b": 2, "nobody": 5}, 8, 1 / 8)
+    admission.stepped(0, [JobRows("a", (), 6), JobRows("b", (), 2), JobRows("nobody", (), 5)], 8, 1 / 8)
     admission.leave("nobody")
     assert admission.backlog_s == 96 * SECONDS_PER_PLACE
     admission.leave("a")
     assert (admission.rows, len(admission.outlooks(0.0))) == (3, 1), "it takes all it had left with it"
-    admission.stepped(0, {"b": 99}, 8, 1 / 8)
+    admission.stepped(0, [JobRows("b", (), 99)], 8, 1 / 8)
     assert admission.backlog_s == 0, "no job has less than nothing left"
     admission.leave("b")
     assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (0, 0, 0)
@@ -74,10 +73,10 @@ def test_the_rate_follows_the_ticks_slowly() -> None:
     admission = make_admission()
     admission.enter("a", plain(64, 1000), now_s=0.0)
     before_s = admission.backlog_s
-    admission.stepped(0, {}, 8, 2 / 8)
+    admission.stepped(0, [], 8, 2 / 8)
     assert 1.0 < admission.backlog_s / before_s < 1.05
     for _ in range(500):
-        admission.stepped(0, {}, 3, 2 / 8)
+        admission.stepped(0, [], 3, 2 / 8)
     assert admission.backlog_s / before_s == pytest.approx(2.0, rel=1e-2)
 
 
@@ -90,7 +89,7 @@ def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> Non
         at = 0
         while not all_in.is_set() or at < len(entered):
             if at < len(entered):
-                admission.stepped(0, {entered[at]: 7}, 7, 1 / 8)
+                admission.stepped(0, [JobRows(entered[at], (), 7)], 7, 1 / 8)
                 admission.leave(entered[at])
                 at += 1
 
@@ -113,7 +112,7 @@ def test_an_accepted_job_is_told_its_position_and_when_it_will_end() -> None:
     assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
     assert admission.outlooks(0.0) == {"a": Outlook(0, 5.0), "b": Outlook(1, pytest.approx(15.0))}
     for _ in range(8):
-        admission.stepped(0, {"a": 8}, 8, 1 / 8)
+        admission.stepped(0, [JobRows("a", (), 8)], 8, 1 / 8)
     assert admission.outlooks(0.0)["a"].eta_s == pytest.approx(4.0)
 
 
@@ -205,7 +204,7 @@ def test_decoding_counts_as_work_and_as_time() -> None:
     outlook = admission.enter("a", plain(4, 10), now_s=0.0)
     assert admission.backlog_s == 40 * SECONDS_PER_PLACE + 2.0
     assert outlook.eta_s == make_admission().enter("a", plain(4, 10), now_s=0.0).eta_s + 2.0
-    admission.stepped(0, {"a": 40}, 8, 1 / 8)
+    admission.stepped(0, [JobRows("a", (), 40)], 8, 1 / 8)
     assert admission.outlooks(1.0)["a"].eta_s == 2.0, "its images are still to be decoded"
     admission.decoded("a")
     admission.decoded("nobody")
@@ -233,13 +232,13 @@ def test_who_comes_again_when_told_finds_room_though_images_take_longer_than_tic
     admission.enter("a", plain(4, 10), now_s=0.0, owner="first")
     begins_s = 0.0
     if ticks_first:
-        admission.stepped(0, {"a": 40}, 8, 1 / 8)
+        admission.stepped(0, [JobRows("a", (), 40)], 8, 1 / 8)
         begins_s = steps_s
     with pytest.raises(Overloaded) as refused:
         admission.enter("b", plain(4, 10), now_s=begins_s, owner=owner or "first")
     told_s = refused.value.retry_after_s
     if not ticks_first:
-        admission.stepped(0, {"a": 40}, 8, 1 / 8)
+        admission.stepped(0, [JobRows("a", (), 40)], 8, 1 / 8)
     for _ in range(int((begins_s + told_s - steps_s) / decode_s)):
         admission.decoded("a")
     admission.enter("b", plain(4, 10), now_s=begins_s + told_s, owner=owner or "first")
@@ -278,7 +277,7 @@ def test_a_job_is_taken_on_where_little_goes_before_it_by_the_policy(policy: Pol
     admission = make_admission(policy=policy)
     admission.enter("long", plain(1, 640), now_s=0.0)  # 10 s
     admission.enter("short", plain(1, 64), now_s=0.0)
-    admission.stepped(0, {"long": 320}, 0, 0.0)  # 5 s are left
+    admission.stepped(0, [JobRows("long", (), 320)], 0, 0.0)  # 5 s are left
     intake = admission.intake(0, 6.0)
     assert [intake.has_room(places) for places in (1, 319, 320)] == has_room
     assert admission.intake(0, 6.1).has_room(320)
@@ -287,7 +286,7 @@ def test_a_job_is_taken_on_where_little_goes_before_it_by_the_policy(policy: Pol
 def test_work_of_other_models_goes_before_a_job_by_the_seconds_it_takes() -> None:
     admission = make_admission()
     slower = TickTimes(((8, 1.0),))  # 8 times as slow
-    admission.put(1, Speed(Sharing.of(8, "srpt", 4, slower.seconds_per_place(8)), slower, 256))
+    admission.put(1, Speed(Sharing.of(8, "srpt", 4, slower), 256))
     admission.enter("other", Work(1, 8, range(0), model=1), now_s=0.0)  # a second, 64 places of the first model
     assert admission.intake(0, 1.0).has_room(63)
     assert not admission.intake(0, 1.0).has_room(64)
@@ -335,8 +334,7 @@ def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_fo
 
 def test_a_key_is_told_a_time_where_another_has_jobs_of_another_model() -> None:
     admission = shared(max_backlog_s=80.0)
-    times = TickTimes(RATE)
-    admission.put(1, Speed(Sharing.of(8, "srpt", 4, times.seconds_per_place(8)), times, 256))
+    admission.put(1, Speed(Sharing.of(8, "srpt", 4, TickTimes(RATE)), 256))
     assert enter(admission, "flood", 20) == 6
     admission.enter("other", replace(WORK, model=1), "b", now_s=0.0)
     with pytest.raises(Overloaded) as caught:
@@ -384,7 +382,7 @@ def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline
     for number in range(1, 8):
         admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
     for _ in range(200):
-        admission.stepped(0, {"f0": 8}, 8, 1 / 8)
+        admission.stepped(0, [JobRows("f0", (), 8)], 8, 1 / 8)
     served.stepped({"flood": 25.0})
     outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
     assert outlook.eta_s == pytest.approx(10.0, rel=0.1)

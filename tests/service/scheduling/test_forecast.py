@@ -1,5 +1,7 @@
 """What is foretold: by hand, and against the schedulers themselves, tick by tick."""
 
+import math
+from dataclasses import replace
 from statistics import median, quantiles
 
 import pytest
@@ -10,21 +12,20 @@ from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
 from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed
-from tminus.service.scheduling.scheduler import Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.work import Outlook, Work
 
 pytestmark = pytest.mark.slow
 
-SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing(8, 8, 0, "srpt")
 SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
 FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longer for more rows
 SLOW = TickTimes(((1, 0.05), (8, 0.1)))
+SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing(8, 8, 0, "srpt")
 
 
 def forecast(*works: Work, sharing: Sharing = SRPT, times: TickTimes = SAME) -> dict[str, Outlook]:
     jobs = [Pending(f"job{number}", work, work.places) for number, work in enumerate(works)]
-    return forecasts.forecast(jobs, {0: Speed(sharing, times, 1000)})
+    return forecasts.forecast(jobs, {0: Speed(replace(sharing, times=times), 1000)})
 
 
 # --- by hand ---
@@ -60,7 +61,7 @@ def test_the_position_counts_those_before_it_that_end_before_it_and_is_zero_wher
 
 def test_a_job_that_only_waits_for_delivery_is_done_now() -> None:
     jobs = [Pending("done", plain(4, 10), 0), Pending("a", plain(8, 10), 80)]
-    found = forecasts.forecast(jobs, {0: Speed(SRPT, SAME, 1000)})
+    found = forecasts.forecast(jobs, {0: Speed(replace(SRPT, times=SAME), 1000)})
     assert found == {"done": Outlook(0, 0.0), "a": Outlook(0, 10.0)}
 
 
@@ -72,7 +73,7 @@ def test_before_calibration_every_eta_is_zero_and_positions_are_right() -> None:
 def test_what_comes_beside_the_ticks_is_done_one_job_at_a_time_as_their_ticks_end() -> None:
     jobs = [Pending("a", plain(1, 10), 10, beside_s=4.0), Pending("b", plain(1, 12), 12, beside_s=3.0)]
     jobs += [Pending("c", plain(1, 20), 20), Pending("d", plain(1, 5), 0, beside_s=2.0)]
-    found = forecasts.forecast(jobs, {0: Speed(SRPT, SAME, 1000)})
+    found = forecasts.forecast(jobs, {0: Speed(replace(SRPT, times=SAME), 1000)})
     assert {name: outlook.eta_s for name, outlook in found.items()} == {"d": 2.0, "a": 14.0, "b": 17.0, "c": 20.0}
 
 
@@ -152,6 +153,29 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(owners: 
         return count
 
     assert strides(1000) <= min(12 * strides(100), 3 * 1000)
+
+
+# --- how fast the machine is now ---
+
+
+def test_the_times_follow_the_machine_slowly_at_any_number_of_places() -> None:
+    at_first = speed_of()
+    speed = at_first.observe(2, 2 * 0.0033)
+    assert 1 < speed.tick_s(8) / 0.009 < 1.05
+    for _ in range(400):
+        speed = speed.observe(2, 2 * 0.0033)
+    assert speed.tick_s(8) == pytest.approx(2 * 0.009, rel=1e-2)
+    assert at_first.observe(8, 3600.0).correction < 1.1, "one tick that took for ever moves them little"
+    unmeasured = speed_of(times=TickTimes())
+    assert unmeasured.observe(8, 1.0) == unmeasured, "without points nothing is learnt"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9, -1.0, math.nan])
+def test_the_correction_stays_within_bounds(seconds: float) -> None:
+    speed = speed_of()
+    for _ in range(5000):
+        speed = speed.observe(8, seconds)
+    assert 0.01 <= speed.correction <= 100
 
 
 # --- work that comes later ---

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling.owners import BURST_S, Served, allot
-from tminus.service.scheduling.scheduler import Policy
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Policy, TickTimes
 from tminus.service.work import Work
 
 FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longer for more rows

@@ -17,8 +17,7 @@ from tests.service.scheduling.test_admission import LIMITS, make_admission, refu
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.room import SPREAD_S, Line
-from tminus.service.scheduling.scheduler import Policy
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Policy, TickTimes
 from tminus.service.work import Work
 
 # --- the line ---

@@ -1,3 +1,4 @@
+import math
 import random
 import sys
 from collections import Counter
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import scheduler as scheduler_module
-from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
+from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
 
@@ -391,3 +392,34 @@ def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[
     stepped = sum(batch.places for batch in simulation.batches)
     assert stepped + sum(simulation.cancelled.values()) == sum(job.work.places for job in load)
     assert Simulation(load, sharing, names="{0:03d}z").run().batches == simulation.batches, "whatever jobs are called"
+
+
+# --- how long ticks take ---
+
+POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
+
+
+@pytest.mark.parametrize(
+    ("points", "places", "seconds"),
+    [
+        pytest.param(POINTS, 3, 0.00415, id="between points"),
+        pytest.param(POINTS, 8, 0.009, id="at a point"),
+        pytest.param(POINTS, 16, 0.017, id="beyond them, on the last line"),
+        pytest.param(((4, 0.1), (8, 0.2)), 1, 0.1, id="below the first as much as there"),
+        pytest.param(((4, 0.1),), 8, 0.2, id="beyond a single one in proportion"),
+        pytest.param(((8, 0.1),), 2, 0.1, id="below a single one as much as there"),
+        pytest.param(((1, 0.2), (2, 0.1)), 1000, 0.1, id="beyond one that noise made cheap no less"),
+        pytest.param((), 8, 0.0, id="nothing without points"),
+    ],
+)
+def test_times_are_on_straight_lines_between_the_points(
+    points: tuple[tuple[int, float], ...], places: int, seconds: float
+) -> None:
+    assert TickTimes(points).seconds(places) == pytest.approx(seconds)
+    assert TickTimes(points).seconds_per_place(places) == pytest.approx(seconds / places)
+
+
+@pytest.mark.parametrize("points", [((2, 0.1), (1, 0.2)), ((0, 0.1),), ((1, -0.1),), ((1, math.nan),)])
+def test_points_that_are_no_measurement_assert(points: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(AssertionError):
+        TickTimes(points)

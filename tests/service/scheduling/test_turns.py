@@ -6,9 +6,7 @@ from itertools import count
 import pytest
 
 from tests.service.scheduling.machine import Machine, plain, speed_of
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.scheduling.turns import Turns
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler, TickTimes, Turns
 
 FAST, SLOW = 0, 1  # a model of which a tick takes 10 ms, and one of which it takes 100 ms
 TICK_S = {FAST: 0.01, SLOW: 0.1}
@@ -60,7 +58,7 @@ def test_a_job_that_comes_to_a_busy_machine_waits_for_one_tick_of_the_other_mode
     machine.add("jshort", plain(1, 10, FAST))
     while "jshort" not in machine.ends:
         machine.step()
-    alone_s = 10 * machine.speeds[FAST].tick_times.seconds(1)
+    alone_s = 10 * machine.speeds[FAST].tick_s(1)
     assert machine.ends["jshort"] - began_s <= alone_s + TICK_S[SLOW] + 1e-9
 
 

@@ -29,7 +29,7 @@ from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.startup import serve as module
 from tminus.service.startup.models import Prepared
 from tminus.service.startup.settings import NAME, NO_FLAG, Library, Settings, name_of
@@ -308,8 +308,7 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
     )
     assert served["state_dir"] == ""
     sharing = served["speed"].sharing
-    assert sharing == Sharing.of(16, short_batch=8, place_s=2.0 / 16, times=sharing.times)
-    assert served["speed"].tick_times.points == TICK_TIMES, "what was measured is what admission counts with"
+    assert sharing == Sharing.of(16, short_batch=8, times=TickTimes(TICK_TIMES))
     assert {served[name] for name in ("device", "executor", "precision")} == {"auto"}
     by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
     assert {served[name] for name in by_measuring} == {None}, "left to the machine"

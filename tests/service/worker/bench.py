@@ -13,8 +13,7 @@ from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import Batch, JobResult, JobStatus, Ticket, Work
 from tminus.service.worker.loaded_models import LoadedModel
@@ -58,8 +57,8 @@ class Bench:
 
     def measured(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0) -> None:
         """Tell admission how long ticks take. Without points it refuses nothing for its time."""
-        sharing = Sharing.of(self.limits.max_batch)
-        self.admission.put(0, Speed(sharing, TickTimes(tuple(points)), self.limits.max_rows, decode_s))
+        sharing = Sharing.of(self.limits.max_batch, times=TickTimes(tuple(points)))
+        self.admission.put(0, Speed(sharing, self.limits.max_rows, decode_s))
 
     def a_tick_is_known_to_take_a_second(self) -> None:
         self.measured([(1, 1.0), (self.limits.max_batch, 1.0)])

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.service.fakes import LIMITS, PATIENCE_S, FakeEngine, Gate, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, Gate, fake_pixels, make_spec, wait_until
 from tests.service.worker.bench import LATENT, Bench, MakeBench, failure, images
 from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, JobCancelled, NotFinite
+from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.loaded_models import LoadedModel
@@ -46,6 +46,23 @@ def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) ->
     np.testing.assert_array_equal(images(first), fake_pixels(make_spec(seed=1, n=2), 4))
     np.testing.assert_array_equal(images(second), fake_pixels(make_spec(seed=2), 3))
     assert len(bench.engine.batches) == 4, "they shared every tick they could"
+
+
+@pytest.mark.parametrize(
+    ("info", "labels"),
+    [
+        (INFO, (0,)),
+        (replace(INFO, num_timesteps=1), (0,)),
+        (replace(INFO, conditional=False, class_names=(), null_class=None), None),
+    ],
+)
+def test_a_model_that_comes_runs_a_tick_and_frees_its_slot(info: ModelInfo, labels: tuple[int, ...] | None) -> None:
+    engine, added = FakeEngine(info), list[SampleSpec]()
+    engine.on_add = added.append
+    LoadedModel(0, engine, Scheduler(Sharing.of(8))).warm_up()
+    assert [(batch.places, batch.steps) for batch in engine.batches] == [(1, (0,))]
+    assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(1, labels, "ddpm")]
+    assert engine.jobs == {}
 
 
 # --- giving up ---
@@ -300,6 +317,7 @@ def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
     assert bench.metric("queue_wait_seconds_sum") == 1 + 0
     assert bench.metric("time_to_first_step_seconds_sum") == 2 + 1
     assert bench.metric("row_steps_saved_total") == 0
+    assert bench.notes == [], "jobs that are not durable are named to nobody"
 
 
 # --- snapshots ---
@@ -478,9 +496,9 @@ def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped
     bench = make_bench()
     bench.measured([(1, 1.0), (LIMITS.max_batch, 1.0)])
     busy = FakeEngine()
-    sharing = Sharing.of(LIMITS.max_batch)
+    sharing = Sharing.of(LIMITS.max_batch, times=TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))))
     other = LoadedModel(1, busy, Scheduler(sharing))
-    bench.admission.put(1, Speed(sharing, TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))), LIMITS.max_rows))
+    bench.admission.put(1, Speed(sharing, LIMITS.max_rows))
     loading = bench.worker.load(other)
     bench.do_commands()
     loading.result(timeout=0)
@@ -569,7 +587,7 @@ def test_a_job_that_is_to_be_alone_steps_only_while_nothing_is_decoded(make_benc
     gate.shut()
     bench.engine.on_decode = lambda _spec: gate.enter()
     bench.accept_spec("s", make_spec(steps=3), alone=True, durable=True)
-    bench.accept("a", steps=1)
+    bench.accept_spec("a", make_spec(steps=1), durable=True)
     while not bench.loop._being_coded:
         bench.tick()
     wait_until(lambda: ("codes", {"a"}) in bench.notes)

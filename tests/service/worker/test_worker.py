@@ -26,7 +26,6 @@ from tminus.service.errors import (
 from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import Batch, JobResult, Outlook
 from tminus.service.worker.loaded_models import LoadedModel
@@ -656,7 +655,7 @@ def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_b
 def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_bench: MakeBench) -> None:
     bench = make_bench().start()
     other = LoadedModel(1, FakeEngine(), Scheduler(Sharing.of(LIMITS.max_batch)), None)
-    bench.admission.put(1, Speed(Sharing.of(LIMITS.max_batch), TickTimes(), LIMITS.max_rows))
+    bench.admission.put(1, Speed(Sharing.of(LIMITS.max_batch), LIMITS.max_rows))
     bench.worker.load(other).result(PATIENCE_S)
     bench.engine.gate.shut()
     busy = bench.submit("busy", steps=2)
