@@ -19,13 +19,13 @@ from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
-from tminus.service.api.answers.previews import PreviewRequest
 from tminus.service.api.answers.progress import Countdown, EventStream, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.jobs import job_in_path
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import read_query
+from tminus.service.api.request.schemas import PreviewRequest
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
 from tminus.service.jobs.store.records import OUTCOMES

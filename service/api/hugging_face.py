@@ -27,10 +27,9 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.headers import accept_header, check_encoding, negotiate
-from tminus.service.api.request.reading import no_parameters, read_json, unless_gone
+from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json, unless_gone
 from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest
-from tminus.service.api.sample import Still, respond
+from tminus.service.api.sample import respond, still
 from tminus.service.api.submission import understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
@@ -75,13 +74,13 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
 
 async def text_to_image(services: Services, request: Request) -> Response:
     """Answer with the images of a prompt, or of a picture and a prompt, as POST /sample does."""
-    media_type = negotiate(accept_header(request), MEDIA_TYPES)
+    media_type = negotiate(request, MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
     parameters, names = await _read(services, request)
     try:
         new = await understand(services, caller_of(request), parameters, request)
-        return await respond(services, request, new, Still(new.spec, media_type))
+        return await respond(services, request, new, still(media_type, new.spec, services.model))
     except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None
 

@@ -1,11 +1,12 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
 
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.documents import JobAnswer, JobPage
@@ -24,13 +25,64 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
-from tminus.service.api.request.headers import accept_header, negotiate
-from tminus.service.api.request.job_requests import CHOSEN, JobImageRequest, JobsRequest, WebhookRequest, check_chosen
-from tminus.service.api.request.reading import no_parameters, read_parameters, read_query, while_connected
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.reading import negotiate, no_parameters, read_parameters, read_query, while_connected
+from tminus.service.api.request.schemas import CHOSEN, MAX_INDEX, Int, RequestSchema, SampleRequest, WebhookRequest
 from tminus.service.api.submission import accept, advice_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
+from tminus.service.jobs.store.records import Place
+from tminus.service.jobs.views import STATES
+
+CHOSEN_BOUND = "a UUID, as 6f9619ff-8b86-4011-b42d-00c04fc964ff, in small letters"
+MAX_PAGE = 200
+
+
+class JobsRequest(RequestSchema):
+    """Which jobs are to be listed; in the query."""
+
+    state: str | None = Field(
+        None,
+        pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
+        description=f"only jobs in these states, by commas: {', '.join(STATES)}",
+    )
+    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most; default 50")
+    before: str | None = Field(
+        None, pattern="^[0-9]{1,18}-[0-9a-f]{32}$", description="`next` of an earlier answer: only jobs after those"
+    )
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> "JobsRequest":
+        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        bounds = {
+            "state": f"one or more of {', '.join(STATES)}, by commas",
+            "limit": f"an integer in 1..{MAX_PAGE}",
+            "before": "`next` of an earlier answer",
+        }
+        return cls.from_parameters(parameters, bounds.__getitem__)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states that are asked for; all states if none is."""
+        return STATES if self.state is None else tuple(self.state.split(","))
+
+    @property
+    def place(self) -> Place | None:
+        """Where the page begins, None for the newest job."""
+        if self.before is None:
+            return None
+        created_us, _, job_id = self.before.partition("-")
+        return int(created_us), job_id
+
+
+class JobImageRequest(RequestSchema):
+    """Which image of a durable job is wanted; in the query."""
+
+    index: Int | None = Field(None, description="index of one image, which alone is answered; default: all of them")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> "JobImageRequest":
+        """Check names and types. Raises InvalidField or UnknownField."""
+        return cls.from_parameters(parameters, lambda _name: f"an integer in 0..{MAX_INDEX}")
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
@@ -123,20 +175,15 @@ def job_in_path(models: Models) -> Callable[[Request, str], Awaitable[str]]:
 
 async def post_job(services: Services, request: Request) -> Response:
     """Accept a durable job."""
-    return await _accept(services, request)
+    return await accept(services, request, await read_parameters(request, services.limits))
 
 
 async def put_job(services: Services, request: Request) -> Response:
     """Accept a durable job under the UUID in the path, or say how the one stands that has it."""
     chosen = request.path_params["job_id"]
-    check_chosen(chosen)
-    return await _accept(services, request, chosen)
-
-
-async def _accept(services: Services, request: Request, chosen: str | None = None) -> Response:
-    parameters = await read_parameters(request, services.limits)
-    webhook = WebhookRequest.take_from(parameters, services.webhooks)
-    return await accept(services, request, parameters, webhook, chosen)
+    if not CHOSEN.fullmatch(chosen):
+        raise InvalidField.of("job_id", CHOSEN_BOUND, chosen)
+    return await accept(services, request, await read_parameters(request, services.limits), chosen)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
@@ -162,7 +209,7 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type, asked = negotiate(accept_header(request), MEDIA_TYPES), JobImageRequest.parse(read_query(request))
+    media_type, asked = negotiate(request, MEDIA_TYPES), JobImageRequest.parse(read_query(request))
     view, images = await while_connected(request, models.default.jobs.images(job_id, caller_of(request).sees))
     record, services = view.record, models.numbered(view.model)
     made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec

@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -19,12 +20,22 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.fields import SEED_BITS
-from tminus.service.api.request.headers import accept_header, check_encoding, negotiate
-from tminus.service.api.request.multipart import read_upload
-from tminus.service.api.request.reading import from_items, merge, read_query, unless_gone, while_connected
-from tminus.service.api.request.schemas import NoiseRequest
-from tminus.service.images.encoder import PNG
+from tminus.service.api.request.multipart import BYTES, FORM, read_form
+from tminus.service.api.request.reading import (
+    check_encoding,
+    from_items,
+    is_form,
+    media_type_of,
+    merge,
+    negotiate,
+    read_body,
+    read_query,
+    unless_gone,
+    while_connected,
+)
+from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest
+from tminus.service.errors import BodyTooLarge, InvalidImage, UnsupportedMediaType, short
+from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
 
 
@@ -47,12 +58,12 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
 async def add_noise(services: Services, request: Request) -> Response:
     """Answer with the image at timestep t."""
     model = services.model
-    negotiate(accept_header(request), (PNG,))
+    negotiate(request, (PNG,))
     check_encoding(request)
     query = read_query(request)
-    upload = await unless_gone(read_upload(request, services.limits.max_image_bytes))
-    asked = NoiseRequest.parse(merge(query, from_items(upload.fields, "the form")), model)
-    image = await while_connected(request, services.decoder.decode(upload.data, model))
+    data, fields = await unless_gone(_read_upload(request, services.limits.max_image_bytes))
+    asked = NoiseRequest.parse(merge(query, fields), model)
+    image = await while_connected(request, services.decoder.decode(data, model))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)
     recipe: dict[str, object] = {
@@ -69,8 +80,29 @@ async def add_noise(services: Services, request: Request) -> Response:
     return Response(content, headers=headers, media_type=PNG)
 
 
+async def _read_upload(request: Request, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
+    """Read the image, which is the body or the file `image` of a form, and the fields that come with it.
+
+    Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and what read_form does.
+    """
+    if is_form(request):
+        form = await read_form(request, max_bytes, ("image",))
+        if "image" not in form.files:
+            raise InvalidImage.of("image", "a file in the form", "a form without it")
+        return form.files["image"], from_items(form.fields, "the form")
+    if (media_type := media_type_of(request)) not in ("", BYTES) and not media_type.startswith("image/"):
+        declared, bound = request.headers["content-type"], f"image/*, {BYTES} or {FORM}"
+        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
+        raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=bound)
+    data = await read_body(request)
+    if len(data) > max_bytes:
+        raise BodyTooLarge(len(data), max_bytes, "image")
+    return data, {}
+
+
 async def _made(services: Services, image: Images, t: int, seed: int, recipe: dict[str, object]) -> bytes:
-    return await services.encoder.encode_picture(await _noised(services, image, t, seed), recipe)
+    read = await _noised(services, image, t, seed)
+    return await services.encoder.make(read, lambda pixels: encode_png(pixels, recipe), None, PNG, 1)
 
 
 async def _noised(services: Services, image: Images, t: int, seed: int) -> Callable[[], Images]:

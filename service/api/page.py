@@ -16,7 +16,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.api.edge.origin import OF_A_MODEL
-from tminus.service.api.request.headers import qualities
+from tminus.service.api.request.reading import qualities
 
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {

@@ -1,11 +1,15 @@
 """POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.trajectory import LEAST_ETA, Trajectory
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
     ACCEPTED,
@@ -20,35 +24,44 @@ from tminus.service.api.answers.openapi import (
     Described,
     failures,
 )
-from tminus.service.api.answers.previews import AnimationRequest, Frames, Steps
 from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.headers import accept_header, negotiate, prefers_async
-from tminus.service.api.request.job_requests import NOT_DURABLE, WebhookRequest
-from tminus.service.api.request.reading import read_parameters
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
+from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
 from tminus.service.api.submission import accept, advice_headers, submit, understand
 from tminus.service.errors import InvalidField
-from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, WEBP_VERSION, Encoder, etag
-from tminus.service.images.trajectory import TRAJECTORY
+from tminus.service.images.encoder import (
+    JSON,
+    MEDIA_TYPES,
+    WEBP,
+    WEBP_VERSION,
+    encode_path,
+    encode_result,
+    encode_sheets,
+    encode_trajectory,
+    etag,
+)
+from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
 from tminus.service.jobs.webhooks.receivers import refused
 from tminus.service.model_info import ModelInfo
-from tminus.service.preview import SHOWS
-from tminus.service.spec import SampleSpec
-from tminus.service.work import JobResult
-from tminus.service.worker.recording import Recorder, Recording
+from tminus.service.preview import SHOWS, Show
+from tminus.service.spec import Images, SampleSpec
+from tminus.service.work import JobResult, noisy_passes, timesteps_of
+from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
 from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, TRAJECTORY)
-ANY_TYPE = (*WITHOUT_EVERY, WEBP)
+MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
+MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
+NOT_DURABLE = "absent without Prefer: respond-async: only a durable job has one"
 WITH_EVERY = ", or image/webp together with the parameter `every`"
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-    sample, query = models.handler(answer, "sample"), contract.query(SampleRequest, AnimationRequest)
+    handler, query = models.handler(sample, "sample"), contract.query(SampleRequest, AnimationRequest)
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
         304: NOT_MODIFIED,
@@ -60,128 +73,58 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
         response_class=Response,
         responses=responses | {202: ACCEPTED} | failures(507),
         openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER], "requestBody": SAMPLE_BODY},
-    )(sample)
+    )(handler)
     router.get(
         "/sample",
         summary="The same, for an <img>",
         response_class=Response,
         responses=responses,
         openapi_extra={"parameters": [*query, IF_NONE_MATCH]},
-    )(sample)
+    )(handler)
     return router
 
 
-class Answer(Protocol):
+@dataclass(frozen=True, slots=True)
+class Answer:
     """An answer that can be made once its job is done: what the job must record for it, and how it is encoded."""
 
-    @property
-    def spec(self) -> SampleSpec:
-        """The spec of the images."""
-
-    @property
-    def media_type(self) -> str:
-        """The media type of the body."""
-
-    @property
-    def kind(self) -> str:
-        """What the bytes depend on beside the spec, as a text."""
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that are held beside the images, until they are encoded."""
-
-    @property
-    def held_for(self) -> str:
-        """The parameter that held_bytes depends on."""
-
-    @property
-    def recording(self) -> Recorder[Any] | None:
-        """The recorder that the worker gives rows on the way."""
-
-    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
-        """Make the body. Raises NotFinite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Still:
-    """An answer with the finished images, as PNG, zip or JSON."""
-
-    spec: SampleSpec
     media_type: str
-    held_bytes: ClassVar[int] = 0
-    held_for: ClassVar[str] = "n"
-    recording: ClassVar[None] = None
-
-    @property
-    def kind(self) -> str:
-        """What the bytes depend on beside the spec, as a text."""
-        return self.media_type
-
-    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
-        """Make the body. Raises NotFinite."""
-        return await encoder.encode(self.media_type, self.spec, result.read, made_by)
+    kind: str  # what the bytes depend on beside the spec
+    label: str  # in the metric of encoding
+    make: Callable[[Any], bytes]  # encodes what `read` returns
+    read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
+    recording: Recorder[Any] | None = None  # is given rows on the way
+    held_bytes: int = 0  # beside the images, until they are encoded
+    held_for: str = "n"  # the parameter that held_bytes depends on
 
 
-@dataclass(frozen=True, slots=True)
-class Animation:
-    """An answer with the steps from noise to the images, as an animated WebP."""
-
-    spec: SampleSpec
-    asked: AnimationRequest
-    held_bytes: int
-    recording: Recording
-    held_for: ClassVar[str] = "every"
-    media_type: ClassVar[str] = WEBP
-
-    @classmethod
-    def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Animation":
-        """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
-        if len(asked.shows) > 1:
-            raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
-        if asked.until is not None:
-            raise InvalidField.of("until", "absent in an animation", asked.until)
-        held_bytes = asked.held_bytes(spec, model)
-        return cls(spec, asked, held_bytes, Recording(asked.every, asked.shows, spec.n, spec.num_passes))
-
-    @property
-    def kind(self) -> str:
-        """What the bytes depend on beside the spec, as a text."""
-        return f"{WEBP}; every={self.asked.every}; show={self.asked.shows[0]}; {WEBP_VERSION}"
-
-    async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
-        """Make the body. Raises NotFinite."""
-        (show,) = self.asked.shows
-        return await encoder.encode_animation(
-            lambda: [frame[show] for frame in self.recording.frames().values()], result
-        )
-
-
-async def answer(services: Services, request: Request) -> Response:
+async def sample(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
-    accepted = accept_header(request)
-    negotiate(accepted, ANY_TYPE)  # before the body is read
     parameters = await read_parameters(request, services.limits)
     animation = AnimationRequest.take_from(parameters)
-    webhook = WebhookRequest.take_from(parameters, services.webhooks)
     offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), "")
-    media_type = negotiate(accepted, offered, hint)
+    media_type = negotiate(request, offered, hint)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         _check_durable(request, animation, media_type)
-        response = await accept(services, request, parameters, webhook)
+        response = await accept(services, request, parameters)
         response.headers["Preference-Applied"] = "respond-async"
         return response
-    if webhook is not None:
+    if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
         raise refused(NOT_DURABLE, webhook.url)
     new = await understand(services, caller_of(request), parameters, request)
-    return await respond(services, request, new, _answer_of(new.spec, media_type, animation, services.model))
+    if animation is not None:
+        answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
+    else:
+        answer = (trajectory if media_type == TRAJECTORY else partial(still, media_type))(new.spec, services.model)
+    return await respond(services, request, new, answer)
 
 
-async def respond(services: Services, request: Request, new: NewJob, made: Answer) -> Response:
+async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
     """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
     model, metrics = services.model, services.metrics
-    tag = etag(made.kind, made.spec, model) if new.is_repeatable and model.exact else None
-    headers = {"X-Seed": str(made.spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
-    headers |= cache_headers(tag) | advice_headers(made.spec, model)
+    tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact else None
+    headers = {"X-Seed": str(new.spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
+    headers |= cache_headers(tag) | advice_headers(new.spec, model)
     directives = cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
     if tag is not None:
         if matches(request.headers.getlist("if-none-match"), request.method, tag):
@@ -189,13 +132,16 @@ async def respond(services: Services, request: Request, new: NewJob, made: Answe
             return Response(status_code=304, headers=headers)
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
             metrics.answered_without_work("cache_hit")
-            return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=made.media_type)
+            return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
     loop = asyncio.get_running_loop()
-    with services.recordings.taken(made.held_bytes, made.held_for):
-        ticket = await submit(services, caller_of(request), replace(new, recording=made.recording))
+    with services.recordings.taken(answer.held_bytes, answer.held_for):
+        ticket = await submit(services, caller_of(request), replace(new, recording=answer.recording))
         result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
         started_s = loop.time()
-        content = await made.encode(services.encoder, result, model)
+        content = await services.encoder.make(
+            lambda: answer.read(result), answer.make, answer.label, answer.media_type, new.spec.n,
+            slow=answer.recording is not None,
+        )  # fmt: skip
         encode_s = loop.time() - started_s
     if tag is not None and "no-store" not in directives:
         services.cache.put(tag, content)
@@ -205,13 +151,104 @@ async def respond(services: Services, request: Request, new: NewJob, made: Answe
         "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
         "Server-Timing": server_timing(result, encode_s, model),
     }
-    return Response(content, headers=headers, media_type=made.media_type)
+    return Response(content, headers=headers, media_type=answer.media_type)
 
 
-def _answer_of(spec: SampleSpec, media_type: str, animation: AnimationRequest | None, model: ModelInfo) -> Answer:
-    if animation is not None:
-        return (Animation if media_type == WEBP else Frames).of(spec, animation, model)
-    return Steps.of(spec, model) if media_type == TRAJECTORY else Still(spec, media_type)
+def still(media_type: str, spec: SampleSpec, model: ModelInfo) -> Answer:
+    """Make an answer of the finished images, as PNG, zip or JSON."""
+    make = partial(encode_result, media_type, spec, model=model)
+    return Answer(media_type, media_type, media_type.rpartition("/")[2], make)
+
+
+def animated(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
+    """Make an answer of the steps from noise to the images, as an animated WebP. Raises InvalidField."""
+    if len(asked.shows) > 1:
+        raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
+    if asked.until is not None:
+        raise InvalidField.of("until", "absent in an animation", asked.until)
+    (show,), held_bytes = asked.shows, _frame_bytes(spec, asked, model)
+    recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes)
+
+    def read(result: JobResult) -> list[Images]:
+        return [*(frame[show] for frame in recording.frames().values()), result.read()]
+
+    kind = f"{WEBP}; every={asked.every}; show={show}; {WEBP_VERSION}"
+    return Answer(WEBP, kind, "animation", encode_sheets, read, recording, held_bytes, "every")
+
+
+def frames(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
+    """Make an answer of the frames as PNGs in JSON, and of the images unless it ends before. Raises InvalidField."""
+    until, held_bytes = asked.until, _frame_bytes(spec, asked, model, from_noise=True)
+    recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes, from_noise=True, until=until)
+    make = partial(encode_path, spec=spec, timesteps=timesteps_of(spec, model), model=model)
+
+    def read(result: JobResult) -> tuple[dict[int, dict[Show, Images]], Images | None]:
+        return recording.frames(), result.read() if until is None else None
+
+    kind = f"{JSON}; from noise; every={asked.every}; until={until}; show={','.join(asked.shows)}"
+    return Answer(JSON, kind, "path", make, read, recording, held_bytes, "every")
+
+
+def _frame_bytes(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo, *, from_noise: bool = False) -> int:
+    """Count what the frames before the result take, with x_T where `from_noise`. Raises InvalidField: too many.
+
+    The bound, MAX_FRAME_BYTES, is for the frames after a step, that of the result too.
+    """
+    frame_bytes = len(asked.shows) * spec.n * model.height_px * model.width_px * model.channels
+    steps = spec.num_passes if asked.until is None else min(spec.num_passes, asked.until + 1)
+    most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(asked.every, steps)
+    if count > most:
+        least = -(-steps // most)
+        raise InvalidField.of("every", f"at least {least} for so many images and steps", asked.every)
+    return frame_bytes * (count - 1 + from_noise)
+
+
+def trajectory(spec: SampleSpec, model: ModelInfo) -> Answer:
+    """Make an answer of the latents of every step, and of what the noisy ones drew from.
+
+    Raises InvalidField where they add too little noise, or are too many.
+    """
+    if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
+        bound = f"at least {LEAST_ETA} with Accept: {TRAJECTORY}: of less noise float32 leaves no exact log p"
+        raise InvalidField.of("eta", bound, spec.eta)
+    noisy = noisy_passes(spec, model)
+    if not noisy:
+        raise _without_noise(spec, model)
+    if spec.mask_sha256 is not None:
+        bound = f"absent with Accept: {TRAJECTORY}: what is kept is drawn from the image, not by the model"
+        raise InvalidField.of("mask", bound, spec.mask_sha256)
+    pixels = model.height_px * model.width_px * model.channels
+    latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s, too
+    image_bytes = 4 * latents * (2 * spec.num_passes + 1 + noisy * (2 if by_value else 1)) + pixels
+    most = MAX_TRAJECTORY_BYTES // image_bytes
+    if most == 0:
+        raise InvalidField.of("steps", f"fewer with Accept: {TRAJECTORY}, for images of this size", spec.steps)
+    if spec.n > most:
+        raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps", spec.n)
+    path, held_bytes = Path(spec), 3 * spec.n * image_bytes  # while it is packed: arrays, their bytes, and the file
+
+    def read(result: JobResult) -> tuple[Trajectory, Images]:
+        return path.trajectory(), result.read()
+
+    kind, make = f"{TRAJECTORY}; {TRAJECTORY_VERSION}", partial(encode_trajectory, spec=spec, model=model)
+    return Answer(TRAJECTORY, kind, "trajectory", make, read, path, held_bytes)
+
+
+def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
+    """Say what to change where no step adds noise, so that none has a log p."""
+    noise = SAMPLER_FACTS[spec.sampler].noise
+    if noise != "none" and spec.strength is not None:
+        bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"
+        return InvalidField.of("strength", bound, spec.strength)
+    if noise != "none":
+        bound = f"at least 2 with Accept: {TRAJECTORY}: the last adds no noise"
+        return InvalidField.of("steps", bound, spec.steps)
+    said = {"eta": f" (eta at least {LEAST_ETA})", "always": ""}
+    noises = {name: SAMPLER_FACTS[name].noise for name in model.samplers}
+    noisy = [f"{name}{said[noise]}" for name, noise in noises.items() if noise != "none"]
+    bound = f"one of {', '.join(noisy)} with Accept: {TRAJECTORY}: the steps of others add no noise, and have no log p"
+    return InvalidField.of("sampler", bound, spec.sampler)
 
 
 def _check_durable(request: Request, animation: AnimationRequest | None, media_type: str) -> None:

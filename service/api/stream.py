@@ -13,13 +13,13 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.previews import StreamRequest
 from tminus.service.api.answers.problems import render
 from tminus.service.api.answers.progress import Countdown, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
+from tminus.service.api.request.schemas import StreamRequest
 from tminus.service.api.submission import submit, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,

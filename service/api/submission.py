@@ -1,8 +1,10 @@
 """The one way from parameters to a job, for every kind of request: they are checked, then the job is accepted."""
 
+import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,10 +15,9 @@ from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
-from tminus.service.api.request.headers import idempotency_key
-from tminus.service.api.request.reading import off_loop, while_connected
-from tminus.service.api.request.schemas import PICTURES, SampleRequest
-from tminus.service.errors import Overloaded
+from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
+from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
+from tminus.service.errors import InvalidField, Overloaded
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -47,8 +48,7 @@ async def understand(
 
 async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
     """Check names and types, in a thread where there is much base64 to decode."""
-    pictures = [parameters[name] for name in PICTURES if isinstance(parameters.get(name), str)]
-    size_bytes = sum(map(len, pictures))
+    size_bytes = sum(len(parameters[name]) for name in PICTURES if isinstance(parameters.get(name), str))
     asked = await off_loop(size_bytes, SampleRequest.parse, parameters, services.model, services.limits)
     parameters.clear()
     return asked
@@ -57,9 +57,10 @@ async def _parse(services: Services, parameters: dict[str, Any]) -> SampleReques
 async def _to_job(
     services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
 ) -> NewJob:
-    spec = asked.to_spec(services.model, services.limits)
-    decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
-    inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
+    spec, inputs = asked.to_spec(services.model, services.limits), None
+    if asked.image is not None:
+        decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
+        inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()
     return NewJob(
@@ -106,50 +107,65 @@ async def create(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    webhook: Webhook | None = None,
     chosen: str | None = None,
     *,
     transparent: bool = False,
 ) -> tuple[JobView, bool]:
     """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
 
-    webhook: who is told of it. chosen: the UUID that the client has chosen. parameters, transparent: see `understand`.
+    chosen: the UUID that the client has chosen. parameters: may name a webhook; they and transparent: see `understand`.
     Raises what `understand` and NewJobs.create do.
     """
-    caller = caller_of(request)
-    new, key = await _with_key(services, request, parameters, webhook, chosen, transparent=transparent)
+    caller, webhook = caller_of(request), WebhookRequest.take_from(parameters, services.webhooks)
+    asked = await _parse(services, parameters)
+    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
+    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, chosen, transparent=transparent)
+    new = await _to_job(services, caller, asked, request, transparent=transparent)
+    del asked  # its pictures are decoded
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 
-async def _with_key(
-    services: Services,
+def _key(
     request: Request,
-    parameters: dict[str, Any],
+    asked: SampleRequest,
+    owner: str,
     webhook: Webhook | None,
     chosen: str | None,
     *,
     transparent: bool,
-) -> tuple[NewJob, Key | None]:
-    caller, asked = caller_of(request), await _parse(services, parameters)
-    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(
-        size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen, transparent=transparent
-    )
-    return await _to_job(services, caller, asked, request, transparent=transparent), key
+) -> Key | None:
+    """Read the Idempotency-Key, and hash what it came with.
+
+    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
+    None for a request without either. Raises InvalidField.
+    """
+    if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
+        raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+    name = key_in_headers(request) if chosen is None else chosen
+    if name is None:
+        return None
+    # Defaults are left out, so that the hash outlives a version that knows more parameters.
+    given = asked.model_dump(exclude_defaults=True)
+    given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
+    if webhook is not None:
+        given["webhook"] = webhook.to_json()
+    if transparent:  # the same mask then makes another image
+        given["transparent"] = True
+    what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    return Key(name, what, owner, is_chosen=chosen is not None)
 
 
 async def accept(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    webhook: Webhook | None = None,
     chosen: str | None = None,
 ) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
 
-    parameters, webhook, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
+    parameters, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
     """
-    view, again = await create(services, request, parameters, webhook, chosen)
+    view, again = await create(services, request, parameters, chosen)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

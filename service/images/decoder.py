@@ -49,12 +49,8 @@ class Decoder:
         """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages."""
         return await self._run([(field, data)], lambda: decode_image(data, model, field))
 
-    async def inputs(
-        self, image: bytes | None, mask: bytes | None, model: ModelInfo, *, transparent: bool = False
-    ) -> Inputs | None:
-        """Run `decode_inputs` off the event loop; None if there is no image. Raises as `decode`."""
-        if image is None:
-            return None
+    async def inputs(self, image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
+        """Run `decode_inputs` off the event loop. Raises as `decode`."""
         given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
         return await self._run(given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 

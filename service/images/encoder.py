@@ -20,7 +20,7 @@ from cachetools import TTLCache
 from PIL import Image, PngImagePlugin, features
 
 from tminus.model.trajectory import Trajectory
-from tminus.service.images.trajectory import TRAJECTORY, pack_trajectory
+from tminus.service.images.trajectory import pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
@@ -61,52 +61,7 @@ class Encoder:
     async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
         """Make the body of a response. Raises NotFinite, as all that read images here."""
         make = partial(encode_result, media_type, spec, model=made_by)
-        return await self.encode_by(make, read, media_type, spec.n, media_type.rpartition("/")[2])
-
-    async def encode_by(
-        self, make: Callable[[Images], bytes], read: Callable[[], Images], media_type: str, n: int, kind: str
-    ) -> bytes:
-        """Make the body of a response of n images by a function. kind: in the metrics."""
-        return await self._run(self._pool, read, make, kind, media_type, n)
-
-    async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
-        """Make an animated WebP of a recording and its result; contact sheets if n > 1."""
-
-        def make(frames: list[Images]) -> bytes:
-            return encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
-
-        return await self._run(self._animations, lambda: [*frames(), result.read()], make, "animation", WEBP)
-
-    async def encode_trajectory(
-        self, read: Callable[[], Trajectory], spec: SampleSpec, result: JobResult, made_by: ModelInfo
-    ) -> bytes:
-        """Make the file of a trajectory and of the images that it ends in."""
-
-        def make(read: tuple[Trajectory, Images]) -> bytes:
-            return pack_trajectory(*read, spec, made_by, recipe(spec, made_by))
-
-        def both() -> tuple[Trajectory, Images]:
-            return read(), result.read()
-
-        return await self._run(self._animations, both, make, "trajectory", TRAJECTORY, spec.n)
-
-    async def encode_path(
-        self,
-        spec: SampleSpec,
-        frames: Callable[[], Mapping[int, Mapping[Show, Images]]],
-        timesteps: Sequence[float],
-        result: JobResult | None,
-        made_by: ModelInfo,
-    ) -> bytes:
-        """Make JSON of a recording and its result, if that is wanted. timesteps: of each pass."""
-
-        def make(read: tuple[Mapping[int, Mapping[Show, Images]], Images | None]) -> bytes:
-            return json.dumps(_path_document(*read, spec, timesteps, made_by)).encode()
-
-        def both() -> tuple[Mapping[int, Mapping[Show, Images]], Images | None]:
-            return frames(), result.read() if result is not None else None
-
-        return await self._run(self._animations, both, make, "path", JSON, spec.n)
+        return await self.make(read, make, media_type.rpartition("/")[2], media_type, spec.n)
 
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
@@ -126,30 +81,23 @@ class Encoder:
                 return [encode_result(PNG, spec, images, made_by)]
             return encode_each(spec, images, made_by)
 
-        return await self._run(self._pool, result.read, make, "png", PNG, spec.n)
+        return await self.make(result.read, make, "png", PNG, spec.n)
 
-    async def encode_lossy(self, picture_format: str, quality: int, result: JobResult, n: int) -> list[bytes]:
-        """Make a jpeg or webp of each image of a finished job, of quality 0..100."""
-
-        def make(images: Images) -> list[bytes]:
-            return [encode_lossy(image, picture_format, quality) for image in images]
-
-        return await self._run(self._pool, result.read, make, picture_format, f"image/{picture_format}", n)
-
-    async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
-        """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
-        return await self._run(self._pool, read, lambda pixels: encode_png(pixels, text), None, PNG, 1)
-
-    async def _run(
+    async def make(
         self,
-        pool: ThreadPoolExecutor,
         read: Callable[[], Read],
         make: Callable[[Read], Made],
         kind: str | None,
         media_type: str,
         n: int | None = None,
+        *,
+        slow: bool = False,
     ) -> Made:
-        """Read and make something in a thread of a pool. kind: of what is made, where the time that takes is told."""
+        """Make something of what `read` returns, which may wait for a GPU.
+
+        kind: of what is made, in the metric of how long that takes; None: it is not told. slow: it may take seconds,
+        so that it has a thread of its own.
+        """
 
         def encode() -> Made:
             given = read()
@@ -161,7 +109,7 @@ class Encoder:
 
         attributes: dict[str, str | int] = {"tminus.media_type": media_type}
         with traced("encode", attributes if n is None else attributes | {"tminus.images": n}):
-            return await asyncio.get_running_loop().run_in_executor(pool, encode)
+            return await asyncio.get_running_loop().run_in_executor(self._animations if slow else self._pool, encode)
 
     def close(self) -> None:
         """Wait for running encodings, and end the threads."""
@@ -181,19 +129,14 @@ class Encoder:
         return pictures
 
     def _make_pictures(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
-        def encode(pixels: Images) -> bytes:
-            if quality is None:
-                return encode_frame(pixels, frame_format)
-            return encode_lossy(pixels, frame_format, quality)
-
         shown = frame.read()
         started = time.perf_counter()
         pictures: list[Picture] = []
         for show, images in shown.items():
             if layout == "sheet":
-                pictures.append((show, None, encode(contact_sheet(images))))
+                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format, quality)))
             else:
-                pictures += [(show, k, encode(image)) for k, image in enumerate(images)]
+                pictures += [(show, k, encode_frame(image, frame_format, quality)) for k, image in enumerate(images)]
         self._observe("frame", time.perf_counter() - started)
         return pictures
 
@@ -229,23 +172,28 @@ def _document(spec: SampleSpec, images: Images, model: ModelInfo) -> dict[str, o
     return {**recipe(spec, model), "images": entries}
 
 
-def _path_document(
-    recorded: Mapping[int, Mapping[Show, Images]],
-    images: Images | None,
+def encode_path(
+    recorded: tuple[Mapping[int, Mapping[Show, Images]], Images | None],
     spec: SampleSpec,
     timesteps: Sequence[float],
     model: ModelInfo,
-) -> dict[str, object]:
-    """A recording with its result, if that is wanted, as JSON has it."""
+) -> bytes:
+    """Encode a recording, and its result if that is wanted, as JSON. timesteps: of each pass."""
+    steps, images = recorded
     frames = [
         {"step": step, "t": round(timesteps[step], 3)}
         | {show: _base64(encode_frame(contact_sheet(each), "png")) for show, each in shown.items()}
-        for step, shown in recorded.items()
+        for step, shown in steps.items()
     ]
     document: dict[str, object] = {**recipe(spec, model), "images": [], "frames": frames}
     if images is not None:
         document |= _document(spec, images, model) | {"sheet": _base64(encode_result(PNG, spec, images, model))}
-    return document
+    return json.dumps(document).encode()
+
+
+def encode_trajectory(recorded: tuple[Trajectory, Images], spec: SampleSpec, model: ModelInfo) -> bytes:
+    """Make the file of a trajectory and of the images that it ends in."""
+    return pack_trajectory(*recorded, spec, model, recipe(spec, model))
 
 
 def _base64(data: bytes) -> str:
@@ -284,18 +232,17 @@ def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
     return out.getvalue()
 
 
-def encode_frame(pixels: Images, frame_format: str) -> bytes:
-    """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
+def encode_frame(pixels: Images, frame_format: str, quality: int | None = None) -> bytes:
+    """Encode [H, W, C] as png, webp or jpeg: of quality 0..100, or fast rather than small (png and webp lossless)."""
     out = io.BytesIO()
-    _to_pillow(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
+    options = FRAME_OPTIONS[frame_format] if quality is None else {"quality": quality}
+    _to_pillow(pixels).save(out, frame_format, **options)
     return out.getvalue()
 
 
-def encode_lossy(pixels: Images, picture_format: str, quality: int) -> bytes:
-    """Encode [H, W, C] as jpeg or webp of quality 0..100."""
-    out = io.BytesIO()
-    _to_pillow(pixels).save(out, picture_format, quality=quality)
-    return out.getvalue()
+def encode_sheets(frames: Sequence[Images]) -> bytes:
+    """Encode [n, H, W, C] each as an animated WebP, of contact sheets if n > 1."""
+    return encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
 
 
 def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes:

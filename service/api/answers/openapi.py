@@ -10,17 +10,22 @@ from pydantic.json_schema import models_json_schema
 from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswer
-from tminus.service.api.answers.previews import MAX_FPS, AnimationRequest
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
-from tminus.service.api.request.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
-from tminus.service.api.request.job_requests import CHOSEN, WebhookRequest
+from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
+    CHOSEN,
     MAX_DEADLINE_S,
+    MAX_FPS,
     MAX_INDEX,
+    MAX_SEED,
+    NUMBER,
     PICTURES,
+    AnimationRequest,
     NoiseRequest,
+    RequestSchema,
     SampleRequest,
+    WebhookRequest,
 )
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
 from tminus.service.images.trajectory import TRAJECTORY

@@ -21,9 +21,8 @@ from tminus.service.access.usage import WINDOW_S
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, READING
-from tminus.service.api.request.fields import RequestSchema
-from tminus.service.api.request.headers import check_encoding
-from tminus.service.api.request.reading import no_parameters, read_json, unless_gone
+from tminus.service.api.request.reading import check_encoding, no_parameters, read_json, unless_gone
+from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
 from tminus.service.tracing import PROBLEM, note
 

@@ -8,19 +8,17 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.fields import DIGITS, MAX_EXACT
+from tminus.service.api.request.classes import DIGITS, class_of_prompt, label_of
 from tminus.service.api.request.reading import from_body
-from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, SampleRequest
+from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, MAX_EXACT, SampleRequest
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
-from tminus.service.images.encoder import JSON, Encoder
+from tminus.service.images.encoder import JSON
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images, SampleSpec
-from tminus.service.work import JobResult
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON, where bytes of tensors follow
 ANY = -1  # a length that varies
@@ -345,9 +343,6 @@ class Tensors:
     spec: SampleSpec
     model: ModelInfo
     outputs: Mapping[str, bool]
-    held_bytes: ClassVar[int] = 0
-    held_for: ClassVar[str] = "n"
-    recording: ClassVar[None] = None
 
     @property
     def media_type(self) -> str:
@@ -368,10 +363,6 @@ class Tensors:
     @property
     def _shape(self) -> tuple[int, ...]:
         return (self.spec.n, self.model.height_px, self.model.width_px, self.model.channels)
-
-    async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
-        """Make the body. Raises NotFinite."""
-        return await encoder.encode_by(self.body, result.read, self.media_type, self.spec.n, "tensors")
 
     def body(self, images: Images) -> bytes:
         """Make the body of the pixels [n, H, W, C]."""

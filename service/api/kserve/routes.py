@@ -35,9 +35,15 @@ from tminus.service.api.kserve.infer import (
     with_id,
 )
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.headers import check_encoding
-from tminus.service.api.request.reading import no_parameters, off_loop, read_body, read_json, unless_gone
-from tminus.service.api.sample import respond
+from tminus.service.api.request.reading import (
+    check_encoding,
+    no_parameters,
+    off_loop,
+    read_body,
+    read_json,
+    unless_gone,
+)
+from tminus.service.api.sample import Answer, respond
 from tminus.service.api.submission import understand
 from tminus.service.api.system import dead, unready
 from tminus.service.errors import ModelNotFound, ServiceError
@@ -239,7 +245,7 @@ async def infer(services: Services, request: Request) -> Response:
     new = await understand(services, caller_of(request), asked.parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)
     try:
-        response = await respond(services, request, new, made)
+        response = await respond(services, request, new, Answer(made.media_type, made.kind, "tensors", made.body))
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes

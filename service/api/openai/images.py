@@ -33,10 +33,12 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest, size_of
-from tminus.service.api.request.headers import check_encoding, key_in_headers
-from tminus.service.api.request.multipart import FORM, is_form, read_form
+from tminus.service.api.request.multipart import FORM, read_form
 from tminus.service.api.request.reading import (
+    check_encoding,
     from_items,
+    is_form,
+    key_in_headers,
     no_parameters,
     off_loop,
     read_json,
@@ -46,11 +48,11 @@ from tminus.service.api.request.reading import (
 from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.submission import advice_headers, create, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
-from tminus.service.images.encoder import JSON, Encoder
+from tminus.service.images.encoder import JSON, Encoder, encode_frame
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
-from tminus.service.spec import SampleSpec
+from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import JobResult
 from tminus.service.worker.running_job import NewJob
 
@@ -74,11 +76,14 @@ class Wanted:
 
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
         """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
-        if self.members.lossy_quality is None:
-            return await encoder.encode_pictures("images", self.new.spec, result, model)
-        return await encoder.encode_lossy(
-            self.members.output_format, self.members.lossy_quality, result, self.new.spec.n
-        )
+        spec, kind, quality = self.new.spec, self.members.output_format, self.members.lossy_quality
+        if quality is None:
+            return await encoder.encode_pictures("images", spec, result, model)
+
+        def make(images: Images) -> list[bytes]:
+            return [encode_frame(image, kind, quality) for image in images]
+
+        return await encoder.make(result.read, make, kind, f"image/{kind}", spec.n)
 
 
 def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.fields import Bool, Int, RequestSchema
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest
 from tminus.service.errors import InvalidField, UnknownField, short
 from tminus.service.model_info import Limits, ModelInfo
 

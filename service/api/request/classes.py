@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
-from tminus.service.api.request.fields import DIGITS
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 
 MAX_NAMES_SHOWN = 20
+DIGITS = re.compile(r"[0-9]+")
 NAME, NUMBER = "name:", "number:"
 BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 

@@ -21,7 +21,6 @@ from tminus.service.errors import (
     InvalidImage,
     MalformedForm,
     UnknownField,
-    UnsupportedMediaType,
     short,
 )
 
@@ -36,24 +35,11 @@ FORM_BYTES = 64 * 1024  # for what a form has besides its images: boundaries, th
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """An encoded image, and the text fields that came with it, in order."""
-
-    data: bytes
-    fields: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Form:
     """A form: its files by name, and its text fields in order."""
 
     files: Mapping[str, bytes]
     fields: tuple[tuple[str, str], ...]
-
-
-def is_form(request: Request) -> bool:
-    """Whether the Content-Type says that the body is a form."""
-    return _media_type(request.headers.get("content-type", "")) == FORM
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
@@ -63,30 +49,6 @@ async def read_form(request: Request, max_bytes: int, files: Collection[str]) ->
         if len(data) > max_bytes:
             raise BodyTooLarge(len(data), max_bytes, name)
     return form
-
-
-async def read_upload(request: Request, max_bytes: int) -> Upload:
-    """Read the image: the body, or the file `image` of a form.
-
-    Raises UnsupportedMediaType, BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage; and
-    starlette's ClientDisconnect.
-    """
-    declared = request.headers.get("content-type", BYTES)
-    media_type = _media_type(declared)
-    if media_type == FORM:
-        form = await read_form(request, max_bytes, (IMAGE,))
-        if IMAGE not in form.files:
-            raise InvalidImage.of(IMAGE, "a file in the form", "a form without it")
-        upload = Upload(form.files[IMAGE], form.fields)
-    elif media_type == BYTES or media_type.startswith("image/"):
-        upload = Upload(b"".join([chunk async for chunk in request.stream()]))
-    else:
-        bound = f"image/*, {BYTES} or {FORM}"
-        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
-        raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=bound)
-    if len(upload.data) > max_bytes:
-        raise BodyTooLarge(len(upload.data), max_bytes, IMAGE)
-    return upload
 
 
 @dataclass(slots=True)
@@ -164,10 +126,6 @@ async def _read_parts(request: Request, content_type: str) -> list[_Part]:
     if not parts.ended:
         raise MalformedForm("the form breaks off before its last boundary")
     return parts.all
-
-
-def _media_type(declared: str) -> str:
-    return declared.partition(";")[0].strip().lower()
 
 
 def _to_form(parts: list[_Part], known: Collection[str]) -> Form:

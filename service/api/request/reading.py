@@ -1,28 +1,29 @@
-"""From a request to its parameters: those in the query, and those in a JSON body or a form.
+"""From a request to its parameters, in the query and in a JSON body or a form, and what its headers ask for.
 
 Names, types and bounds are checked by the schemas.
 """
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
-from tminus.service.api.request.fields import NUMBER
-from tminus.service.api.request.headers import check_encoding
-from tminus.service.api.request.multipart import is_form, read_form
-from tminus.service.api.request.schemas import PICTURES
+from tminus.service.api.request.multipart import FORM, read_form
+from tminus.service.api.request.schemas import NUMBER, PICTURES
 from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
     InvalidField,
     JobCancelled,
     MalformedBody,
+    NotAcceptable,
     UnknownField,
+    UnsupportedEncoding,
     short,
 )
 from tminus.service.jobs.webhooks.webhook import origin_of
@@ -31,12 +32,93 @@ from tminus.service.model_info import Limits
 Body = TypeVar("Body")
 Result = TypeVar("Result")
 P = ParamSpec("P")
+KEY = re.compile(r"[\x20-\x7e]{1,255}")  # of an Idempotency-Key
 MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
 MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
 SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show", "webhook_events_filter"})
 # What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+
+
+def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
+    """Pick the offered type that the client likes best by its Accept, the earlier one on a tie.
+
+    An offered type's quality is that of the most specific range that matches it; an empty header accepts anything.
+    Raises NotAcceptable if it likes none; the hint says what else there is.
+    """
+    accept = ", ".join(request.headers.getlist("accept"))  # several headers are one list
+    if not accept.strip():
+        return offered[0]
+    ranges = qualities(accept)
+
+    def quality(media_type: str) -> float:
+        kind = media_type.partition("/")[0]
+        for pattern in (media_type, f"{kind}/*", "*/*"):
+            matching = [q for name, q in ranges if name == pattern]
+            if matching:
+                return max(matching)
+        return 0.0
+
+    best = max(offered, key=quality)  # max keeps the first of equals
+    if quality(best) <= 0:
+        bound = f"one of {', '.join(offered)}{hint}"
+        raise NotAcceptable(
+            f"Accept must allow {bound}, got {accept[:200]!r}", field="Accept", value=accept, bound=bound
+        )
+    return best
+
+
+def qualities(header: str) -> list[tuple[str, float]]:
+    """List the names in a header such as Accept or Accept-Encoding, in small letters, with their quality in 0..1."""
+    return [_quality(part) for part in header.split(",") if part.strip()]
+
+
+def _quality(part: str) -> tuple[str, float]:
+    name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "q":
+            try:
+                q = float(value)
+            except ValueError:
+                return name, 0.0
+            return name, q if 0 <= q <= 1 else 0.0
+    return name, 1.0
+
+
+def prefers_async(request: Request) -> bool:
+    """Say whether Prefer has respond-async (RFC 7240, section 4.1)."""
+    headers = ",".join(request.headers.getlist("prefer"))
+    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
+
+
+def check_encoding(request: Request) -> None:
+    """Raise UnsupportedEncoding for a compressed body."""
+    for encoding in ",".join(request.headers.getlist("content-encoding")).split(","):
+        if encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncoding(encoding.strip())
+
+
+def key_in_headers(request: Request) -> str | None:
+    """Read the Idempotency-Key; a structured-field string may be quoted or not. Raises InvalidField."""
+    header = request.headers.get("idempotency-key")
+    if header is None:
+        return None
+    name = header.strip().removeprefix('"').removesuffix('"').strip()
+    if not KEY.fullmatch(name):
+        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
+    return name
+
+
+def media_type_of(request: Request) -> str:
+    """Return the media type of the body, in small letters; empty where the request does not say it."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def is_form(request: Request) -> bool:
+    """Whether the Content-Type says that the body is a form."""
+    return media_type_of(request) == FORM
 
 
 async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
@@ -51,8 +133,10 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
         raise InvalidField.of(name, bound, query[name])
     if "webhook" in query:  # whose secrets logs and histories would have
         raise InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query["webhook"])))
-    reading = _read_form(request, limits) if is_form(request) else read_json(request, limits.max_body_bytes)
-    return merge(query, await unless_gone(reading))
+    if is_form(request):
+        form = await unless_gone(read_form(request, limits.max_image_bytes, PICTURES))
+        return merge(query, {**from_items(form.fields, "the form"), **form.files})
+    return merge(query, await unless_gone(read_json(request, limits.max_body_bytes)))
 
 
 def read_query(request: Request) -> dict[str, Any]:
@@ -80,11 +164,6 @@ async def unless_gone(reading: Awaitable[Body]) -> Body:
         return await reading
     except ClientDisconnect:
         raise JobCancelled("the client went away") from None
-
-
-async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
-    form = await read_form(request, limits.max_image_bytes, PICTURES)
-    return {**from_items(form.fields, "the form"), **form.files}
 
 
 async def read_body(request: Request) -> bytes:

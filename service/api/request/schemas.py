@@ -1,39 +1,142 @@
-"""The parameters of /sample and /noise, as pydantic models. `to_spec` turns them into plain values."""
+"""The parameters of requests, as pydantic models that check names, types and bounds. `to_spec` makes plain values."""
 
+import binascii
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema
 
 from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.request.classes import class_bound, class_numbers
-from tminus.service.api.request.fields import (
-    ENCODED_IMAGE,
-    MAX_ITEMS,
-    MAX_SEED,
-    SEED_BITS,
-    SEED_BOUND,
-    Bool,
-    Float,
-    Int,
-    Picture,
-    RequestSchema,
-    Whole,
-)
-from tminus.service.errors import BodyTooLarge, InvalidField
+from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
+from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
+from tminus.service.jobs.webhooks.receivers import Allowed, Receiver, refused
+from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import SHOWS, Pace, Show
 from tminus.service.spec import Inputs, SampleSpec
 
+MAX_SEED = 2**64 - 1
+SEED_BOUND = f"an integer in 0..{MAX_SEED}"
+SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+MAX_EXACT = 2**53
+EVERY_BOUND = "an integer of at least 1"
+ENCODED_IMAGE = "base64 of an image, or a data: URL with it"
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+MAX_ITEMS = 2  # of a list, but for one that has an item for each image
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
 RESCALE_BOUND = "a number in 0..1"
+MAX_FPS, DEFAULT_FPS = 60.0, 10.0
+_PREVIEW_BOUNDS = {
+    "every": EVERY_BOUND,
+    "fps": f"a number above 0, at most {MAX_FPS:g}",
+    "show": f"one of {', '.join(SHOWS)}, or a list of both",
+    "frame_format": "one of png, webp, jpeg",
+    "layout": "one of sheet, images",
+    "keep_open": "true or false",
+}
+CHOSEN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+EVENTS_BOUND = f"a list of {', '.join(EVENTS)}, each at most once"
+MOST_EVENTS = 16  # in a list that is looked at
+OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
+
+# One spelling for each value, in text as in JSON: Python's int and float, and pydantic's bool, know many more.
+
+
+def _whole(value: object) -> int:
+    """To JSON Schema, and so to OpenAPI, 5.0 is an integer; above 2^53 a float may not be the number that was sent."""
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
+        return int(value)
+    raise ValueError("not an integer")
+
+
+def _integer(value: object) -> int:
+    return int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else _whole(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return float(value)
+    if type(value) in (int, float):
+        return value  # type: ignore[return-value]
+    raise ValueError("not a number")
+
+
+def _boolean(value: object) -> bool:
+    if value in ("true", "false"):
+        return value == "true"
+    if isinstance(value, bool):
+        return value
+    raise ValueError("neither true nor false")
+
+
+def _image_bytes(value: object, info: ValidationInfo) -> bytes:
+    """Decode base64, or a data: URL with it (RFC 2397); bytes, from a form's file, stay as they are."""
+    if isinstance(value, bytes):
+        return value
+    field = info.field_name or ""
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be a text")
+    encoded = value
+    if value[:5].lower() == "data:":
+        head, _, encoded = value.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise InvalidImage.of(field, ENCODED_IMAGE, f"a data: URL without base64: {head}")
+    try:
+        return binascii.a2b_base64("".join(encoded.split()), strict_mode=True)
+    except ValueError as error:  # binascii.Error, or the complaint about a letter that is not ASCII
+        raise InvalidImage.of(field, ENCODED_IMAGE, f"{value[:40]!r} ({error})") from None
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
+Int = Annotated[int, BeforeValidator(_integer)]
+Float = Annotated[float, BeforeValidator(_number)]
+Bool = Annotated[bool, BeforeValidator(_boolean)]
+Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
+
+
+class RequestSchema(BaseModel):
+    """The parameters of one kind of request."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def own_of(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Take the parameters of this schema out of those of a request."""
+        return {name: parameters.pop(name) for name in cls.model_fields if name in parameters}
+
+    @classmethod
+    def from_parameters(
+        cls, parameters: Mapping[str, Any], bound_of: Callable[[str], str], max_items: int = MAX_ITEMS
+    ) -> Self:
+        """Check names and types, and the bounds that the fields declare; bound_of says a field's bound in words.
+
+        A list of more than max_items is refused before its items are looked at: pydantic would build an error for each.
+        Raises UnknownField, InvalidImage, or InvalidField for the first wrong field.
+        """
+        known = cls.model_fields
+        for name, value in parameters.items():
+            if name not in known:
+                raise UnknownField.of(name, known, value)
+            if isinstance(value, list) and len(value) > max_items:
+                detail = f"{name} must be {bound_of(name)}, got a list of {len(value)}"
+                raise InvalidField(detail, field=name, value=value, bound=bound_of(name))
+        try:
+            return cls.model_validate(dict(parameters))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            field = str(first["loc"][0])
+            raise InvalidField.of(field, bound_of(field), parameters.get(field)) from None
 
 
 class SampleRequest(RequestSchema):
@@ -226,24 +329,6 @@ class SampleRequest(RequestSchema):
         return given[0], given[1]
 
 
-class NoiseRequest(RequestSchema):
-    """How far an image is to go towards noise, and with which noise; in the query or in the form."""
-
-    t: Int = Field(description="the timestep, 0 (least noise) .. T-1; required")
-    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
-        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
-        bounds = {"t": f"an integer in 0..{model.num_timesteps - 1}", "seed": SEED_BOUND}
-        request = cls.from_parameters(parameters, bounds.__getitem__)
-        if not 0 <= request.t < model.num_timesteps:
-            raise InvalidField.of("t", bounds["t"], request.t)
-        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-            raise InvalidField.of("seed", bounds["seed"], request.seed)
-        return request
-
-
 def _interval_bound(num_timesteps: int) -> str:
     return f"two integers [lo, hi] with 0 <= lo <= hi <= {num_timesteps - 1}"
 
@@ -335,3 +420,151 @@ def choose_table(
     if table_hash not in (None, table.hash):
         raise InvalidField.of("table", f"that of the table taken, {table.hash}", table_hash)
     return table
+
+
+class NoiseRequest(RequestSchema):
+    """How far an image is to go towards noise, and with which noise; in the query or in the form."""
+
+    t: Int = Field(description="the timestep, 0 (least noise) .. T-1; required")
+    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
+        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        bounds = {"t": f"an integer in 0..{model.num_timesteps - 1}", "seed": SEED_BOUND}
+        request = cls.from_parameters(parameters, bounds.__getitem__)
+        if not 0 <= request.t < model.num_timesteps:
+            raise InvalidField.of("t", bounds["t"], request.t)
+        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+            raise InvalidField.of("seed", bounds["seed"], request.seed)
+        return request
+
+
+class PreviewRequest(RequestSchema):
+    """The frames of a running job: how often, of what, and how encoded."""
+
+    every: Int | None = Field(None, ge=1, description="a frame after every so many steps")
+    fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
+    show: Show | list[Show] = Field(
+        "x_t", description="x_t (the noisy image), x_0 (the network's guess), or a list of both"
+    )
+    frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png (default), webp or jpeg")
+    layout: Literal["sheet", "images"] = Field(
+        "sheet", description="sheet (default): one picture of all images; images: one each"
+    )
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> Self:
+        """Check names, types and bounds. Raises UnknownField or InvalidField."""
+        request = cls.from_parameters(parameters, _PREVIEW_BOUNDS.__getitem__)
+        fps, shows = request.fps, request.shows
+        for field, ok in (
+            ("fps", fps is None or 0 < fps <= MAX_FPS),
+            ("show", 0 < len(shows) == len(set(shows))),
+        ):
+            if not ok:
+                raise InvalidField.of(field, _PREVIEW_BOUNDS[field], getattr(request, field))
+        if request.every is not None and fps is not None:
+            raise InvalidField.of("fps", "absent where every is given", fps)
+        return request
+
+    @property
+    def shows(self) -> tuple[Show, ...]:
+        """What is shown, in the order asked for."""
+        return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+    @property
+    def pace(self) -> Pace:
+        """How often."""
+        return Pace(every=self.every) if self.every is not None else Pace(fps=self.fps or DEFAULT_FPS)
+
+
+class StreamRequest(PreviewRequest):
+    """The parameters of previews over a WebSocket, which may stay open for more jobs."""
+
+    keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")
+
+
+class AnimationRequest(RequestSchema):
+    """What the frames of a job show, in an animation or as JSON; beside the parameters of SampleRequest."""
+
+    every: Int = Field(
+        ge=1, description="with Accept: image/webp or application/json, a frame after every so many steps of each image"
+    )
+    show: Show | list[Show] = Field(
+        "x_t",
+        description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate); "
+        "in JSON also a list of both",
+    )
+    until: Int | None = Field(
+        None,
+        ge=0,
+        description="with Accept: application/json, the last step whose frame is wanted: no more are taken, "
+        "and there are no images",
+    )
+
+    @classmethod
+    def take_from(cls, parameters: dict[str, Any]) -> "AnimationRequest | None":
+        """Take and check an animation's parameters; None where there are none. Raises InvalidField."""
+        own = cls.own_of(parameters)
+        if not own:
+            return None
+        if "every" not in own:
+            name = next(iter(own))
+            raise InvalidField.of(name, "absent where no animation is asked for by `every`", own[name])
+        bounds = {
+            "until": "an integer of at least 0",
+            "every": EVERY_BOUND,
+            "show": f"one of {', '.join(SHOWS)}, or with application/json a list of both",
+        }
+        asked = cls.from_parameters(own, bounds.__getitem__)
+        if not 0 < len(asked.shows) == len(set(asked.shows)):
+            raise InvalidField.of("show", bounds["show"], asked.show)
+        return asked
+
+    @property
+    def shows(self) -> tuple[Show, ...]:
+        """What is shown, in the order asked for."""
+        return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+
+class WebhookRequest(RequestSchema):
+    """Who is told of a job, and of what: Cog's names."""
+
+    webhook: str | None = Field(
+        None, description="URL that is sent the job when something happens to it; in the body, not in the query"
+    )
+    webhook_events_filter: str | list[str] | None = Field(
+        None, description=f"which events it is told: {', '.join(EVENTS)}; default: all of them"
+    )
+
+    @classmethod
+    def take_from(cls, parameters: dict[str, Any], allowed: Allowed | None) -> Webhook | None:
+        """Take and check the parameters of a webhook; None where there are none. Raises InvalidField.
+
+        allowed: who may be told beside public receivers; None: nobody may.
+        """
+        own = {name: value for name, value in cls.own_of(parameters).items() if value is not None}
+        if not own:
+            return None
+        url = own.get("webhook")
+        if url is None:
+            raise InvalidField.of("webhook", "given where webhook_events_filter is", None)
+        if not isinstance(url, str):
+            raise refused("a text", "")  # it may have a URL somewhere, and errors are logged
+        if allowed is None:
+            raise refused(OFF, url)
+        asked = cls.from_parameters(
+            own, {"webhook": "a text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
+        )
+        Receiver.parse(url, allowed)
+        return Webhook(url, _events(asked.webhook_events_filter))
+
+
+def _events(given: str | list[str] | None) -> tuple[Any, ...]:
+    if given is None:
+        return EVENTS
+    names = [given] if isinstance(given, str) else given
+    if not names or len({*names}) < len(names) or not {*names} <= {*EVENTS}:
+        raise InvalidField.of("webhook_events_filter", EVENTS_BOUND, given)
+    return tuple(event for event in EVENTS if event in names)

@@ -16,10 +16,8 @@ from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.answers.previews import AnimationRequest
 from tminus.service.api.answers.problems import as_error_text, form_of
-from tminus.service.api.request.job_requests import WebhookRequest
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
 from tminus.service.images.encoder import JSON
 
 

@@ -125,7 +125,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_no_secrets(site: Site, monkeypa
     def fail(*_args: object) -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("tminus.service.images.encoder.encode_result", fail)
+    monkeypatch.setattr("tminus.service.api.sample.encode_result", fail)
     response = site.post(json=QUICK)
     assert response.status_code == 500
     assert response.headers["content-type"] == "application/problem+json"

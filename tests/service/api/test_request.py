@@ -29,8 +29,7 @@ from tests.service.api.pictures import (
 from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import submission
 from tminus.service.api.request import reading as request
-from tminus.service.api.request.headers import negotiate
-from tminus.service.api.request.reading import merge
+from tminus.service.api.request.reading import merge, negotiate
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.byte_budget import Hold
 from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody
@@ -315,7 +314,7 @@ def test_large_pictures_are_parsed_and_decoded_in_a_thread(site: Site, monkeypat
     small = EDIT | {"strength": 0.5, "image": b64(CAT)}
     bodies = [json.dumps(body).encode() for body in (big, small)]
     monkeypatch.setattr("tminus.service.api.request.reading.json.loads", noted(parse))
-    monkeypatch.setattr("tminus.service.api.request.fields.binascii.a2b_base64", noted(decode))
+    monkeypatch.setattr("tminus.service.api.request.schemas.binascii.a2b_base64", noted(decode))
     answers = [site.post(content=body).status_code for body in bodies]
     monkeypatch.undo()
     assert answers == [200, 200]
@@ -460,6 +459,10 @@ OFFERED = ("image/png", "application/zip", "application/json")
 PNG, ZIP, JSON = OFFERED
 
 
+def accepting(accept: str) -> Request:
+    return Request({"type": "http", "headers": [(b"accept", accept.encode())]})
+
+
 @pytest.mark.parametrize(
     ("accept", "expected"),
     [
@@ -478,7 +481,7 @@ PNG, ZIP, JSON = OFFERED
     ],
 )
 def test_the_client_gets_what_it_likes_best(accept: str, expected: str) -> None:
-    assert negotiate(accept, OFFERED) == expected
+    assert negotiate(accepting(accept), OFFERED) == expected
 
 
 words = ("*/*", "image/*", "text/html", ";", ",", "q=", "=", "0.5", "1", "0", "nan", "inf", "-1", "1e999", " ", "/")
@@ -491,7 +494,7 @@ pieces = st.sampled_from(OFFERED + words)
 @example("image/png;q=١")
 def test_whatever_the_header_the_answer_is_on_offer_or_not_acceptable(accept: str) -> None:
     try:
-        assert negotiate(accept, OFFERED) in OFFERED
+        assert negotiate(accepting(accept), OFFERED) in OFFERED
     except NotAcceptable:
         pass
 
@@ -504,6 +507,6 @@ def test_the_highest_quality_wins_in_any_order(thousandths: tuple[int, int, int]
     header = ", ".join(f"{OFFERED[i]};q={thousandths[i] / 1000:.3f}" for i in order)
     if max(thousandths) == 0:
         with pytest.raises(NotAcceptable):
-            negotiate(header, OFFERED)
+            negotiate(accepting(header), OFFERED)
     else:
-        assert negotiate(header, OFFERED) == OFFERED[thousandths.index(max(thousandths))]
+        assert negotiate(accepting(header), OFFERED) == OFFERED[thousandths.index(max(thousandths))]

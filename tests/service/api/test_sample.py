@@ -22,7 +22,7 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.timesteps import SPACINGS
 from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api.answers import progress
-from tminus.service.api.answers.previews import MAX_FRAME_BYTES, MAX_TRAJECTORY_BYTES
+from tminus.service.api.sample import MAX_FRAME_BYTES, MAX_TRAJECTORY_BYTES
 from tminus.service.api.submission import warning_of
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory

@@ -13,10 +13,17 @@ from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
 from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLERS
-from tminus.service.api.answers.previews import AnimationRequest, StreamRequest
-from tminus.service.api.request.fields import MAX_SEED, SEED_BITS, RequestSchema
-from tminus.service.api.request.job_requests import JobsRequest
-from tminus.service.api.request.schemas import NoiseRequest, SampleRequest, parameters_of
+from tminus.service.api.jobs import JobsRequest
+from tminus.service.api.request.schemas import (
+    MAX_SEED,
+    SEED_BITS,
+    AnimationRequest,
+    NoiseRequest,
+    RequestSchema,
+    SampleRequest,
+    StreamRequest,
+    parameters_of,
+)
 from tminus.service.errors import InvalidField, ServiceError
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec

@@ -9,7 +9,7 @@ import pytest
 from tests.service.client.conftest import job_members
 from tests.service.client.hostile import PNG
 from tests.service.client.test_patience import Clock
-from tminus.service.api.answers.previews import MAX_TRAJECTORY_BYTES
+from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Cancelled, Ended, Frame, Progress, UnexpectedAnswer, Unreachable
 from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
 from tminus.service.client.messages import Done, Message, Opening, event_of, message_of, opening_of

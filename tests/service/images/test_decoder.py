@@ -410,7 +410,6 @@ def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.Monk
         ):
             with pytest.raises(TooManyBytes):
                 await more
-        assert await decoder.inputs(None, b"x", COLOUR) is None, "no image: nothing waits"
         blocked.go.set()
         await waiting
         await decoder.decode(png_bytes, COLOUR)

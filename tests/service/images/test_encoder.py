@@ -27,7 +27,7 @@ from tminus.service.images.encoder import (
     ZIP,
     Encoder,
     contact_sheet,
-    encode_lossy,
+    encode_frame,
     encode_png,
     encode_result,
     etag,
@@ -99,9 +99,9 @@ def test_a_lossy_picture_is_near_the_pixels_and_smaller_where_its_quality_is_les
     kind: str, pillows: str, channels: int
 ) -> None:
     ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64, 1).repeat(channels, axis=2).astype(np.uint8)
-    sizes = [len(encode_lossy(ramp, kind, quality)) for quality in (100, 50, 0)]
+    sizes = [len(encode_frame(ramp, kind, quality)) for quality in (100, 50, 0)]
     assert sizes == sorted(sizes, reverse=True)
-    with Image.open(io.BytesIO(encode_lossy(ramp, kind, 100))) as image:
+    with Image.open(io.BytesIO(encode_frame(ramp, kind, 100))) as image:
         assert (image.format, image.size) == (pillows, (64, 48))
         shown = np.asarray(image.convert("L"), np.int16)
     assert np.abs(shown - ramp[:, :, 0]).max() <= 4
