@@ -21,16 +21,19 @@ from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.figures import Bound, LeftOut, PointFigures, SampleFigures, Term
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point, without_guidance
-from tminus.model.evaluation.report import ModelFacts, SweepReport
+from tminus.model.evaluation.report import ModelFacts, Report
 from tminus.model.evaluation.result_cache import ResultCache, data_hash, plan_hash
 from tminus.model.evaluation.samples import (
+    EvaluateError,
+    EvaluateOptions,
+    Point,
     balanced_picks,
     compile_options,
     draw_samples,
     image_classes,
     strip,
     strip_length,
+    without_guidance,
 )
 from tminus.model.guidance import Forward
 from tminus.model.loss import variational_bound
@@ -243,7 +246,7 @@ def evaluate(
     references: Sequence[Point] = (),
     seeds: Sequence[int] = (),
     cache: ResultCache | None = None,
-) -> SweepReport:
+) -> Report:
     """Make samples and compare them with the two splits. classifier=None leaves out the figures that need one.
 
     Each point is sampled by each seed; without points or seeds they are those of the options. `references` are points
@@ -283,7 +286,7 @@ def evaluate(
     left_out += tuple(LeftOut(str(point), str(error)) for point, error in errors.items())
     left_out += (bound,) if isinstance(bound, LeftOut) else ()
     first = next(point for point in points if point in found)
-    return SweepReport(
+    return Report(
         checkpoint=checkpoint.name,
         weights_hash=checkpoint.weights_hash,
         train_data=real_train.name,

@@ -21,8 +21,14 @@ from tminus.model.evaluation.figures import (
     Reconstruction,
     SampleFigures,
 )
-from tminus.model.evaluation.options import EvaluateError
-from tminus.model.evaluation.samples import balanced_picks, class_map, class_weights, random_picks, sample_classes
+from tminus.model.evaluation.samples import (
+    EvaluateError,
+    balanced_picks,
+    class_map,
+    class_weights,
+    random_picks,
+    sample_classes,
+)
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.latents import images_of, latents_of
 from tminus.model.pixels import to_model_range, to_uint8

@@ -15,8 +15,8 @@ from typing import Any
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.evaluation.figures import Bound, PointFigures
-from tminus.model.evaluation.options import EvaluateError
-from tminus.model.evaluation.report import NOT_FID, SweepReport, Table
+from tminus.model.evaluation.report import NOT_FID, Report, Table
+from tminus.model.evaluation.samples import EvaluateError
 
 MARKERS = "osD^v<>PX*"
 GREY = "#555555"
@@ -55,7 +55,7 @@ def check_installed() -> None:
         raise EvaluateError("a report has plots, which need matplotlib: pip install 'tminus[evaluate]'")
 
 
-def plot_distances(report: SweepReport) -> bytes | None:
+def plot_distances(report: Report) -> bytes | None:
     """Fréchet distance over passes, a line a sampler, a panel a guidance scale; None where there are no two to compare.
 
     Bars reach from the least to the greatest seed; horizontal lines are real images, and the references.
@@ -166,7 +166,7 @@ def _svg(figure: Any, plt: Any) -> bytes:
     return out.getvalue()
 
 
-def report_files(report: SweepReport, command: str) -> dict[str, bytes]:
+def report_files(report: Report, command: str) -> dict[str, bytes]:
     """The files of a report by name: report.html, its plots as files too, and the figures as JSON.
 
     `command` is what makes the report again. The same report gives the same bytes. Raises EvaluateError without
@@ -180,7 +180,7 @@ def report_files(report: SweepReport, command: str) -> dict[str, bytes]:
     return {"report.html": render(report, command, files).encode(), "figures.json": figures.encode(), **files}
 
 
-def render(report: SweepReport, command: str, plots: Mapping[str, bytes]) -> str:
+def render(report: Report, command: str, plots: Mapping[str, bytes]) -> str:
     """Write the page."""
     title = html.escape(f"Evaluation of {report.checkpoint}")
     sections = [
@@ -194,7 +194,7 @@ def render(report: SweepReport, command: str, plots: Mapping[str, bytes]) -> str
         items = "".join(f"<li>{html.escape(f'{item.what}: {item.why}')}</li>" for item in report.left_out)
         sections.append(_section("Left out", f"<ul>{items}</ul>"))
     again = f"<p>This command makes the report again:</p><pre>{html.escape(command)}</pre>"
-    sections.append(_section("Settings", _settings(report).to_html() + again))
+    sections.append(_section("Settings", report.settings().to_html() + again))
     return f"{HEAD}<title>{title}</title>\n{STYLE}<body>\n<h1>{title}</h1>\n{''.join(sections)}</body>\n</html>\n"
 
 
@@ -202,7 +202,7 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>\n" if body else ""
 
 
-def _facts(report: SweepReport) -> Table:
+def _facts(report: Report) -> Table:
     model = report.model
     height, width = model.size_px
     classes = f"{len(model.class_names)}: {', '.join(model.class_names)}" if model.class_names else "none"
@@ -218,12 +218,11 @@ def _facts(report: SweepReport) -> Table:
     return Table(("fact", "value"), rows)
 
 
-def _quality(report: SweepReport, plot: bytes | None) -> str:
+def _quality(report: Report, plot: bytes | None) -> str:
     """The figures of the samples: of one way of sampling all of them, of several those that compare them."""
     text = f"<p>{html.escape(NOT_FID.replace('`', ''))}</p>" if report.real_frechet is not None else ""
-    if len(report.points) + len(report.references) == 1:
-        single = report.single()
-        tables = [single.figures(), single.by_class(), single.by_seed()]
+    if report.is_single:
+        tables = [report.figures(), report.by_class(), report.over_seeds()]
         return _section("Figures", "\n<p></p>\n".join(table.to_html() for table in tables if table.rows) + text)
     picture = _svg_image(plot, "Fréchet distance over passes of the network, a line a sampler") if plot else ""
     by_seed = f"<details><summary>By seed</summary>{report.by_seed().to_html()}</details>"
@@ -236,7 +235,7 @@ def _quality(report: SweepReport, plot: bytes | None) -> str:
     return _section("Quality over passes", picture + explained + report.by_point().to_html() + by_seed + text)
 
 
-def _samples(report: SweepReport) -> str:
+def _samples(report: Report) -> str:
     """Strips of the first images of the first seed: those in one column start from the same noise, and compare."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
@@ -267,7 +266,7 @@ def _few(points: Sequence[PointFigures]) -> list[PointFigures]:
     return [ordered[round(k * (len(ordered) - 1) / (MAX_STRIPS - 1))] for k in range(MAX_STRIPS)]
 
 
-def _bound(report: SweepReport, plot: bytes | None) -> str:
+def _bound(report: Report, plot: bytes | None) -> str:
     if (bound := report.bound) is None:
         return ""
     table = Table(("figure of the network", "on real images"), tuple(report.bound_rows())).to_html()
@@ -280,14 +279,9 @@ def _bound(report: SweepReport, plot: bytes | None) -> str:
     return _section("Variational bound", table + "\n" + picture + caption)
 
 
-def _autoencoder(report: SweepReport) -> str:
+def _autoencoder(report: Report) -> str:
     rows = tuple(report.reconstruction_rows())
     return _section("Autoencoder", Table(("figure", "real images"), rows).to_html() if rows else "")
-
-
-def _settings(report: SweepReport) -> Table:
-    one = len(report.points) + len(report.references) == 1
-    return report.single().all_settings() if one else report.all_settings()
 
 
 def _strip(point: PointFigures, height_px: int) -> str:

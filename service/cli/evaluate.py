@@ -16,8 +16,8 @@ from tminus.service.startup.logs import set_up_log
 if TYPE_CHECKING:
     from tminus.model.checkpoint import Checkpoint
     from tminus.model.evaluation.classifier import Classifier
-    from tminus.model.evaluation.options import Point
-    from tminus.model.evaluation.report import EvaluationReport, SweepReport
+    from tminus.model.evaluation.report import Report
+    from tminus.model.evaluation.samples import Point
     from tminus.model.training.data import ImageSet
 
 
@@ -111,8 +111,8 @@ def evaluate(
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.evaluation.classifier import ClassifierError
-    from tminus.model.evaluation.options import EvaluateError
     from tminus.model.evaluation.page import check_installed
+    from tminus.model.evaluation.samples import EvaluateError
     from tminus.model.files import CheckpointError
     from tminus.model.training.data import DataError
 
@@ -131,23 +131,23 @@ def evaluate(
         compared = load_compared(checkpoint, loaded, classifier, options)
         reference = None
         if approve:
-            reference = measure(checkpoint, compared, ways, options | {"precision": "float32"}, report_folder).single()
+            reference = measure(checkpoint, compared, ways, options | {"precision": "float32"}, report_folder)
         report = measure(checkpoint, compared, ways, options, report_folder)
-        shown = report.single() if single else report
-        say(shown.to_markdown())
+        say(report.to_markdown())
         if json_file is not None:
-            write_file(f"--json {json_file}", json_file, (json.dumps(shown.to_dict(), indent=2) + "\n").encode())
+            figures = report.to_flat_dict() if single else report.to_dict()
+            write_file(f"--json {json_file}", json_file, (json.dumps(figures, indent=2) + "\n").encode())
         if report_folder is not None:
             write_report(report_folder, report, command_line(click.get_current_context()))
         if reference is not None:  # last: it writes into the checkpoint, and that may fail
-            judge_precision(checkpoint, reference, report.single())
+            judge_precision(checkpoint, reference, report)
     except failures as error:
         fail(str(error))
 
 
 def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
     """Every combination of samplers, steps and guidance. Raises ValueError for a sampler that is none."""
-    from tminus.model.evaluation.options import make_points
+    from tminus.model.evaluation.samples import make_points
 
     references: tuple[Point, ...] = ()
     if (wanted := options["reference"]) is not None:
@@ -179,14 +179,14 @@ def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | Non
 
 def measure(
     checkpoint: Path, compared: Compared, ways: Ways, options: dict[str, Any], report_folder: Path | None
-) -> "SweepReport":
+) -> "Report":
     """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from tminus.model.evaluation.options import EvaluateOptions
     from tminus.model.evaluation.result_cache import ResultCache
+    from tminus.model.evaluation.samples import EvaluateOptions
     from tminus.service.engine.autotune import Wish, choose_executor
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.devices import choose_device
@@ -222,7 +222,7 @@ def measure(
         fail(f"--report {report_folder}: {error}")
 
 
-def write_report(folder: Path, report: "SweepReport", command: str) -> None:
+def write_report(folder: Path, report: "Report", command: str) -> None:
     """Write the files of a report, and say where it is."""
     from tminus.model.evaluation.page import report_files
 
@@ -231,7 +231,7 @@ def write_report(folder: Path, report: "SweepReport", command: str) -> None:
     say(f"{folder / 'report.html'}: written")
 
 
-def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "EvaluationReport") -> None:
+def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> None:
     """Compare a report with that of float32, print the verdict, and note an approval in tminus.json."""
     from tminus.model.checkpoint import approve
     from tminus.model.evaluation.report import compare_reports

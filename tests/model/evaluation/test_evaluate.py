@@ -27,10 +27,9 @@ from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_di
 from tminus.model.evaluation.evaluate import evaluate, measure_bound
 from tminus.model.evaluation.figures import Bound, LeftOut
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.page import render
-from tminus.model.evaluation.report import EvaluationReport
-from tminus.model.evaluation.samples import balanced_picks, draw_samples
+from tminus.model.evaluation.report import Report
+from tminus.model.evaluation.samples import EvaluateError, EvaluateOptions, balanced_picks, draw_samples
 from tminus.model.guidance import Forward
 from tminus.model.loss import variational_bound
 from tminus.model.pixels import to_model_range
@@ -191,9 +190,9 @@ def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
 # --- the whole report --------------------------------------------------------------------------------------------
 
 
-def report_on(checkpoint: Checkpoint, classifier: Classifier | None, labelled: bool = True) -> EvaluationReport:
+def report_on(checkpoint: Checkpoint, classifier: Classifier | None, labelled: bool = True) -> Report:
     train, test = toy_images(96, 0, labelled=labelled), toy_images(60, 1, labelled=labelled)
-    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU).single()
+    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU)
 
 
 def numbers(value: object) -> list[float]:
@@ -209,17 +208,20 @@ def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifi
     assert report.left_out == ()
     assert report.bound is not None
     assert report.bound.total == pytest.approx(report.bound.L_T + report.bound.L_steps + report.bound.L_0)
-    assert report.class_accuracy is not None
-    assert report.class_accuracy.real == 1.0
-    assert [c.num_samples for c in report.class_accuracy.per_class] == [4, 3, 3]
-    assert report.classifier_frechet_distance is not None
-    assert report.classifier_frechet_distance.samples > report.classifier_frechet_distance.real > 0
-    assert report.memorisation.samples.minimum <= report.memorisation.samples.percentile_1
-    assert report.memorisation.samples.percentile_1 <= report.memorisation.samples.median
+    assert report.first.class_accuracy is not None
+    assert report.first.class_accuracy.real == 1.0
+    assert [c.num_samples for c in report.first.class_accuracy.per_class] == [4, 3, 3]
+    assert report.first.classifier_frechet_distance is not None
+    assert report.first.classifier_frechet_distance.samples > report.first.classifier_frechet_distance.real > 0
+    assert report.first.memorisation.samples.minimum <= report.first.memorisation.samples.percentile_1
+    assert report.first.memorisation.samples.percentile_1 <= report.first.memorisation.samples.median
 
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    values = json.loads(json.dumps(report.to_flat_dict(), allow_nan=False))
     assert all(np.isfinite(numbers(values)))
-    assert {f.name for f in dataclasses.fields(report)} == values.keys()
+    common = {f.name for f in dataclasses.fields(report)} - {"model", "points", "references"}
+    assert values.keys() - common == {
+        *("class_accuracy", "classifier_frechet_distance", "memorisation", "passes", "seconds_per_image")
+    }
     assert values["options"] == dataclasses.asdict(OPTIONS)
 
     markdown = report.to_markdown()
@@ -236,28 +238,28 @@ def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifi
 
 def test_report_leaves_out_what_a_checkpoint_or_data_without_classes_does_not_tell(toy_classifier: Classifier) -> None:
     report = report_on(toy_checkpoint(class_names=(), null_class=None), toy_classifier)
-    assert report.class_accuracy is None
-    assert report.classifier_frechet_distance is not None
+    assert report.first.class_accuracy is None
+    assert report.first.classifier_frechet_distance is not None
     assert report.bound is not None
     assert {item.what for item in report.left_out} == {"guidance 2", "class_accuracy"}
     assert report.options.guidance == 1.0
     assert "Left out: class_accuracy (the checkpoint is unconditional" in report.to_markdown()
     report = report_on(toy_checkpoint(), None, labelled=False)
-    assert report.class_accuracy is report.classifier_frechet_distance is report.classifier is None
+    assert report.first.class_accuracy is report.first.classifier_frechet_distance is report.classifier is None
     assert report.bound is not None  # of the null class
     assert np.isfinite(numbers(report.to_dict())).all()
     assert {item.what for item in report.left_out} >= {"class_accuracy", "classifier_frechet_distance"}
     assert "is not FID" not in report.to_markdown()
     report = report_on(toy_checkpoint(class_names=("a", "b", "c"), null_class=None), toy_classifier)
-    assert report.class_accuracy is report.bound is None
+    assert report.first.class_accuracy is report.bound is None
     assert {item.what for item in report.left_out} == {"guidance 2", "class_accuracy", "bound"}
 
 
 def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classifier: Classifier) -> None:
     checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
 
-    def report(options: EvaluateOptions, forward: Forward | None = None) -> EvaluationReport:
-        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, forward=forward).single()
+    def report(options: EvaluateOptions, forward: Forward | None = None) -> Report:
+        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, forward=forward)
 
     def broken(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         assert not torch.is_autocast_enabled("cpu")
@@ -265,13 +267,13 @@ def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classif
         return -out
 
     plain = report(OPTIONS)
-    assert report(OPTIONS, checkpoint.net) == plain
+    assert report(OPTIONS, checkpoint.net).first == plain.first
     other = report(dataclasses.replace(OPTIONS, precision="bfloat16", executor="broken"), broken)
     assert other.options.executor == "broken"
     assert "bfloat16, broken, cpu" in other.to_markdown()
     assert "float32, eager, cpu" in plain.to_markdown()
     assert other.bound == plain.bound
-    assert other.classifier_frechet_distance != plain.classifier_frechet_distance
+    assert other.first.classifier_frechet_distance != plain.first.classifier_frechet_distance
 
 
 def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -> None:
@@ -282,9 +284,9 @@ def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -
         table.weight[:3] = table.weight[:3].flip(0).clone()
     one, other = report_on(plain, toy_classifier), report_on(turned, toy_classifier)
     assert other.bound == one.bound
-    assert other.class_accuracy is not None
-    assert [c.name for c in other.class_accuracy.per_class] == list(NAMES[::-1])
-    assert all(c.real == 1.0 for c in other.class_accuracy.per_class)
+    assert other.first.class_accuracy is not None
+    assert [c.name for c in other.first.class_accuracy.per_class] == list(NAMES[::-1])
+    assert all(c.real == 1.0 for c in other.first.class_accuracy.per_class)
 
 
 def test_samples_do_not_depend_on_how_they_are_batched() -> None:
@@ -352,13 +354,11 @@ def test_a_latent_model_is_judged_by_its_decoded_images(tmp_path: Path) -> None:
     train, test = (big(toy_images(n, n)) for n in (24, 18))
     classifier = train_classifier(train, test, TRAINING, device=CPU)
     options = dataclasses.replace(OPTIONS, guidance=1.0, precision="float32")
-    sweep = evaluate(checkpoint, train, test, classifier, options, device=CPU)
-    assert "through the autoencoder, PSNR" in sweep.to_markdown()
-    assert json.loads(json.dumps(sweep.to_dict()))["reconstruction"]["num_images"] == 10
-    assert "through the autoencoder, PSNR" in render(sweep, "a command", {})
-    report = sweep.single()
+    report = evaluate(checkpoint, train, test, classifier, options, device=CPU)
+    assert "through the autoencoder, PSNR" in render(report, "a command", {})
+    assert json.loads(json.dumps(report.to_dict()))["reconstruction"]["num_images"] == 10
     assert report.bound is None
-    assert "it is one of pixels" in " ".join(report.left_out_lines())
+    assert "Left out: bound (it is one of pixels" in report.to_markdown()
     lost = report.reconstruction
     assert lost is not None
     assert checkpoint.autoencoder is not None

