@@ -31,7 +31,7 @@ from tminus.model.training.data import DataError, load_image_folder, read_idx
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, Run, read_state
 from tminus.model.tuning.tune import _State
 from tminus.model.unet import UNet2D
-from tminus.service.access.keyring import KeyRing
+from tminus.service.access.keys import KeyRing
 from tminus.service.cli.configuration import read_file
 from tminus.service.engine.autotune_cache import ChoiceCache
 from tminus.service.errors import ServiceError, StorageFailed
@@ -245,7 +245,7 @@ def of_an_upload(field: str, _folder: Path, data: bytes) -> None:
 
 def of_the_keys(folder: Path, data: bytes) -> None:
     (folder / "keys").write_bytes(data)
-    refused(ValueError, lambda: KeyRing("", folder / "keys"))
+    refused(ValueError, lambda: KeyRing(file=folder / "keys"))
 
 
 def of_the_settings(folder: Path, data: bytes) -> None:

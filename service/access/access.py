@@ -1,26 +1,44 @@
-"""Who asks, and what they may: a name with a role and limits, by the secret that came with a request."""
+"""Who asks, by the secret that came with a request: a name with a role, its limits, and what it has used of them."""
 
+import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tminus.service.access.keyring import KeyRing
-from tminus.service.access.keys import KeyLimits, Role
-from tminus.service.access.usage import Allowance, Usage
-from tminus.service.errors import AdminOff, Forbidden, Unauthorized
+from tminus.service.access.keys import KeyLimits, KeyRing, Role
+from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthorized
 
 ANYBODY = ""  # the name of whoever comes without a key
+WINDOW_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How much of row_steps_per_minute is there at a time."""
+
+    quota: int
+    left: int
+    full_in_s: int  # until all of it is there again, if nothing is used
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one name has used: of a bucket that holds a minute's row-steps and fills evenly, and of connections."""
+
+    at_s: float
+    row_steps: float = 0.0  # missing in a full bucket at that time; more than it holds after one large job
+    connections: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever a request is answered for."""
+    """Whoever a request is answered for. In the event loop's thread only."""
 
     name: str
     role: Role
     limits: KeyLimits
-    usage: Usage
+    usage: Usage  # shared by all callers of this name
     clock: Callable[[], float]
 
     @property
@@ -28,18 +46,56 @@ class Caller:
         """Return the owner whose jobs it may see: its own name, or None for the jobs of all."""
         return None if self.role == "admin" else self.name
 
-    def charged(self, row_steps: int, jobs: int) -> AbstractContextManager[None]:
-        """See Usage.charged."""
-        return self.usage.charged(self.limits, row_steps, jobs, self.clock())
-
-    def connected(self) -> AbstractContextManager[None]:
-        """See Usage.connected."""
-        return self.usage.connected(self.limits)
-
     @property
     def allowance(self) -> Allowance | None:
         """How many row-steps are left now; None without a limit."""
-        return self.usage.allowance(self.limits, self.clock())
+        if (quota := self.limits.row_steps_per_minute) is None:
+            return None
+        used = self._used(quota)
+        return Allowance(quota, max(0, math.floor(quota - used)), math.ceil(used / quota * WINDOW_S))
+
+    @contextmanager
+    def charged(self, row_steps: int, jobs: int) -> Iterator[None]:
+        """Count a job of so many row-steps; what the block raises makes it uncounted. Raises QuotaExceeded.
+
+        jobs: of this name, that have not ended. A job of more than a minute's quota begins once all of that is there,
+        and what is over is owed: nothing is too large for ever, and in the long run the quota holds.
+        """
+        if (most := self.limits.jobs) is not None and jobs >= most:
+            raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
+        if (quota := self.limits.row_steps_per_minute) is None:
+            yield
+            return
+        used = self._used(quota)
+        missing = used + min(row_steps, quota) - quota
+        if missing > 0:
+            bound = f"at most {quota} row-steps a minute, of which {max(0, math.floor(quota - used))} are left"
+            raise QuotaExceeded("row_steps", bound, row_steps, math.ceil(missing / quota * WINDOW_S))
+        self.usage.row_steps += row_steps
+        try:
+            yield
+        except BaseException:
+            self.usage.row_steps = max(0.0, self.usage.row_steps - row_steps)
+            raise
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Count a connection while it is used. Raises QuotaExceeded."""
+        usage, most = self.usage, self.limits.connections
+        if most is not None and usage.connections >= most:
+            raise QuotaExceeded("connections", f"at most {most} connections at once", usage.connections + 1, 1)
+        usage.connections += 1
+        try:
+            yield
+        finally:
+            usage.connections -= 1
+
+    def _used(self, quota: int) -> float:
+        """Fill the bucket up to now; return what is missing in it."""
+        usage, now_s = self.usage, self.clock()
+        usage.row_steps = max(0.0, usage.row_steps - max(0.0, now_s - usage.at_s) * quota / WINDOW_S)
+        usage.at_s = now_s
+        return usage.row_steps
 
 
 class Access:
@@ -63,13 +119,13 @@ class Access:
         return bool(self._keys.keys)
 
     def with_secret(self, secret: str) -> Caller:
-        """Whoever has this secret. Raises Unauthorized."""
+        """Return whoever has this secret. Raises Unauthorized."""
         if (key := self._keys.find(secret)) is None:
             raise Unauthorized("this key is not known here")
         return self._caller(key.name, key.role, key.limits)
 
     def without_secret(self) -> Caller:
-        """Whoever comes without a key. Raises Unauthorized where that is not enough."""
+        """Return whoever comes without a key. Raises Unauthorized where that is not enough."""
         if not self.is_open:
             raise Unauthorized
         return self._caller(ANYBODY, "sample", KeyLimits())

@@ -1,18 +1,26 @@
-"""API keys as they are kept: one line each, with the hash of a secret that only its owner has.
+"""API keys: the lines that they are kept as, and those in force. Keys of a file follow it within a second.
 
     NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N] [connections=N]
 
-A secret has 256 random bits. So nobody finds it by trying, and its SHA-256 gives nothing away; a salt and a slow hash
-are for passwords that people choose.
+A line has the hash of a secret, which only its owner has. A secret has 256 random bits. So nobody finds it by trying,
+and its SHA-256 gives nothing away; a salt and a slow hash are for passwords that people choose.
 """
 
 import hashlib
+import hmac
+import logging
+import os
 import re
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from tminus.service.errors import short
+
+log = logging.getLogger(__name__)
 
 Role = Literal["sample", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -21,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASH = re.compile(r"sha256:([0-9a-f]{64})")
 MOST_KEYS, MOST_BYTES = 1000, 2**20  # every request compares its secret with all of them
 MOST = 10**12  # of a limit
+LOOK_S = 1.0  # how often it is looked whether a file of keys has changed
 PREFIX = "tm_"  # what a secret begins with, so that scanners for leaked secrets can know one
 
 
@@ -123,3 +132,75 @@ def _check_together(keys: list[Key]) -> None:
             raise ValueError(f"two lines of {key.name} differ in role or limits")
         if names.setdefault(key.digest, key.name) != key.name:
             raise ValueError(f"{key.name} has the secret of {names[key.digest]}")
+
+
+class KeyRing:
+    """Owns the keys in force, in the event loop's thread; any may ask `up`."""
+
+    def __init__(
+        self, text: str | None = None, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """text: keys that never change. file: keys that may. Neither: there are none. Raises ValueError."""
+        assert text is None or file is None
+        self._file, self._clock = file, clock
+        self._keys = parse_keys(text) if text is not None else ()
+        self._seen: tuple[int, int, int] | None = None  # what tells one state of the file from another
+        self._looked_s = clock()
+        self._up = True
+        if file is not None:
+            self._read(file)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """Return all keys as they are now."""
+        self._look()
+        return self._keys
+
+    @property
+    def up(self) -> bool:
+        """False while the file cannot be read, or has a mistake, and what it said before holds. Any thread may ask."""
+        self._look()
+        return self._up
+
+    def find(self, secret: str) -> Key | None:
+        """Find the key of a secret. It takes the same time whichever it is, and whatever is wrong with it."""
+        digest, found = digest_of(secret), None
+        for key in self.keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+    def _look(self) -> None:
+        if self._file is None or self._clock() - self._looked_s < LOOK_S:
+            return
+        self._looked_s, was_up = self._clock(), self._up
+        try:
+            has_changed = self._read(self._file)
+        except ValueError as error:
+            self._up = False
+            if was_up:
+                log.error("the keys stay as they were: %s", error)
+        else:
+            self._up = True
+            if has_changed or not was_up:
+                log.info("%s has %d keys now", self._file, len(self._keys))
+
+    def _read(self, file: Path) -> bool:
+        """Read the file if it has changed; say whether it has. Raises ValueError, and then the keys have not."""
+        try:
+            state = os.stat(file)  # before its bytes: a change between the two is seen at the next look
+            seen = state.st_mtime_ns, state.st_size, state.st_ino
+            if seen == self._seen:
+                return False
+            with file.open("rb") as opened:
+                data = opened.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+        try:
+            self._keys = parse_keys(data.decode())
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        self._seen = seen
+        return True

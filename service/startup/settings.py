@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tminus.service.access.access import Access
-from tminus.service.access.keyring import KeyRing
+from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.receivers import Allowed

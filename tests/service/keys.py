@@ -1,8 +1,7 @@
 """API keys for tests."""
 
 from tminus.service.access.access import Access
-from tminus.service.access.keyring import KeyRing
-from tminus.service.access.keys import Key, KeyLimits, Role, digest_of, to_line
+from tminus.service.access.keys import Key, KeyLimits, KeyRing, Role, digest_of, to_line
 
 
 def key_line(name: str, secret: str, role: Role = "sample", **limits: int) -> str:

@@ -15,9 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection, cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tminus.service.access.access import Access, Caller
+from tminus.service.access.access import WINDOW_S, Access, Caller
 from tminus.service.access.keys import ROLES
-from tminus.service.access.usage import WINDOW_S
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, READING

@@ -1,8 +1,11 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.service.keys import access_of, key_line
-from tminus.service.access.access import ANYBODY, Access
-from tminus.service.errors import AdminOff, Forbidden, Unauthorized
+from tminus.service.access.access import ANYBODY, WINDOW_S, Access, Caller, Usage
+from tminus.service.access.keys import KeyLimits
+from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthorized
 
 LINES = key_line("studio", "s", jobs=3), key_line("ops", "o", "admin")
 
@@ -22,8 +25,6 @@ def test_one_with_keys_asks_for_one() -> None:
     with pytest.raises(Unauthorized, match="not known") as caught:
         access.with_secret("x-secret")
     assert "x-secret" not in caught.value.detail
-    assert access.has_keys
-    assert not Access().has_keys
 
 
 def test_secrets_of_one_name_share_its_usage() -> None:
@@ -48,3 +49,102 @@ def test_only_admins_change_the_server() -> None:
     for without in (Access(), access_of(LINES[0], is_open=True)):
         with pytest.raises(AdminOff):
             without.check_admin(without.without_secret())
+
+
+# --- quotas ---
+
+
+class At:
+    """A caller at the times that a test says."""
+
+    def __init__(self, **limits: int) -> None:
+        self.now_s = 0.0
+        self.caller = Caller("a", "sample", KeyLimits(**limits), Usage(0.0), lambda: self.now_s)
+
+    def charge(self, row_steps: int, now_s: float = 0.0, jobs: int = 0) -> bool:
+        self.now_s = now_s
+        try:
+            with self.caller.charged(row_steps, jobs):
+                return True
+        except QuotaExceeded:
+            return False
+
+    def left(self, now_s: float) -> tuple[int, int]:
+        self.now_s = now_s
+        allowance = self.caller.allowance
+        assert allowance is not None
+        return allowance.left, allowance.full_in_s
+
+
+def test_a_minutes_row_steps_are_there_at_once_and_come_back_evenly() -> None:
+    at = At(row_steps_per_minute=600)
+    assert [at.charge(200) for _ in range(4)] == [True, True, True, False]
+    at.now_s = 1.0
+    with pytest.raises(QuotaExceeded) as caught, at.caller.charged(200, 0):
+        pass
+    error = caught.value
+    assert (error.field, error.value) == ("row_steps", 200)
+    assert "at most 600 row-steps a minute, of which 10 are left" in error.detail
+    assert error.headers["Retry-After"] == "19", "190 are missing, 10 come a second"
+    assert not at.charge(200, 1.0 + 18.9)
+    assert at.charge(200, 1.0 + 19)
+    assert [at.left(now_s) for now_s in (20.0, 25.0, 35.0, 80.0)] == [(0, 60), (50, 55), (150, 45), (600, 0)]
+
+
+def test_a_job_of_more_than_a_minute_begins_with_a_full_bucket_and_is_owed() -> None:
+    at = At(row_steps_per_minute=60)
+    assert at.charge(600)
+    assert at.left(0.0) == (0, 600)
+    assert not at.charge(1, 540.0)
+    assert at.charge(1, 541.1)
+    assert not at.charge(600, 599.0), "not full yet"
+    assert at.charge(600, 602.0)
+
+
+def test_a_job_that_is_refused_elsewhere_costs_nothing() -> None:
+    at = At(row_steps_per_minute=60)
+    for _ in range(3):
+        with pytest.raises(RuntimeError), at.caller.charged(60, 0):
+            raise RuntimeError
+    assert at.charge(60)
+    assert not at.charge(60, -30.0), "a clock that goes back gives nothing"
+
+
+@given(
+    st.integers(1, 1000),
+    st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 100)), min_size=1, max_size=60),
+)
+def test_in_the_long_run_the_quota_holds_and_after_retry_after_there_is_room(
+    quota: int, asked: list[tuple[int, float]]
+) -> None:
+    """What was accepted before the last job is never more than a bucket and what has flowed in since."""
+    at, accepted = At(row_steps_per_minute=quota), 0
+    for row_steps, pause_s in asked:
+        at.now_s += pause_s
+        try:
+            with at.caller.charged(row_steps, 0):
+                pass
+        except QuotaExceeded as error:
+            assert at.left(at.now_s)[0] <= min(row_steps, quota)
+            assert at.charge(row_steps, at.now_s + int(error.headers["Retry-After"]) + 1e-6)
+        assert accepted + min(row_steps, quota) <= quota * (1 + at.now_s / WINDOW_S) + 1e-6
+        accepted += row_steps
+
+
+def test_jobs_are_limited() -> None:
+    at = At(jobs=2)
+    assert at.charge(5, jobs=1)
+    with pytest.raises(QuotaExceeded, match="at most 2 jobs") as caught, at.caller.charged(5, 2):
+        pass
+    assert (caught.value.field, caught.value.headers["Retry-After"]) == ("jobs", "1")
+
+
+def test_connections_are_limited_while_they_last() -> None:
+    caller = At(connections=2).caller
+    third = pytest.raises(QuotaExceeded, match="at most 2 connections at once")
+    with caller.connected(), caller.connected(), third, caller.connected():
+        pass
+    with pytest.raises(RuntimeError), caller.connected():
+        raise RuntimeError
+    with caller.connected(), caller.connected():
+        pass

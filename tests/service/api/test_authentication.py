@@ -17,7 +17,7 @@ from tests.service.durable import wait_for
 from tests.service.fakes import wait_until
 from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
-from tminus.service.access.keyring import LOOK_S, KeyRing
+from tminus.service.access.keys import LOOK_S, KeyRing
 from tminus.service.api import stream as routes_stream
 from tminus.service.api.answers.problems import form_of
 from tminus.service.api.edge.authentication import COOKIE, is_open

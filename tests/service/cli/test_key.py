@@ -9,8 +9,7 @@ import click.testing
 import pytest
 
 from tests.service.keys import access_of
-from tminus.service.access.keyring import KeyRing
-from tminus.service.access.keys import KeyLimits
+from tminus.service.access.keys import KeyLimits, KeyRing
 from tminus.service.cli.main import main
 
 
