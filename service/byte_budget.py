@@ -1,13 +1,10 @@
 """How many bytes clients may have the server hold at once, in all: of what they send, and of what they are sent.
 
-No asyncio, no threads of its own.
-
 A budget and its holds belong to one thread, the event loop's, and take no lock.
 """
 
 from collections import Counter
-from types import TracebackType
-from typing import Self
+from contextlib import AbstractContextManager
 
 from tminus.service.errors import TooManyBytes
 
@@ -28,51 +25,52 @@ class ByteBudget:
         return Hold(self, exempt_bytes)
 
 
-class Hold:
+class Hold(AbstractContextManager["Hold"]):
     """What one request, connection or task holds of a budget. As a context manager it releases its bytes at the end."""
 
     def __init__(self, budget: ByteBudget, exempt_bytes: int) -> None:
         self._budget, self._exempt_bytes = budget, exempt_bytes
-        self._held_bytes = 0
+        self._own_bytes = 0
         self._shared: list[bytes] = []
+        self._size_bytes = 0  # of both
 
     @property
     def is_small(self) -> bool:
         """Whether it has no more than is never refused."""
-        return self._held_bytes + sum(map(len, self._shared)) <= self._exempt_bytes
+        return self._size_bytes <= self._exempt_bytes
 
     def add(self, size_bytes: int) -> None:
         """Hold so many bytes more. Raises TooManyBytes over the limit; they stay counted until the release."""
-        self._held_bytes += size_bytes
-        self._count(size_bytes)
+        self._own_bytes += size_bytes
+        self._size_bytes += size_bytes
+        self._budget.held_bytes += size_bytes
+        self._check()
 
     def add_shared(self, data: bytes) -> None:
         """Hold bytes that other holds may have too: in all of them together they count once. Raises as `add` does."""
         self._shared.append(data)
+        self._size_bytes += len(data)
         self._budget.holders[id(data)] += 1
         if self._budget.holders[id(data)] == 1:
-            self._count(len(data))
+            self._budget.held_bytes += len(data)
+            self._check()
 
-    def _count(self, size_bytes: int) -> None:
-        self._budget.held_bytes += size_bytes
-        if not self.is_small and self._budget.held_bytes > self._budget.limit_bytes:
-            raise TooManyBytes(self._budget.held_bytes, self._budget.limit_bytes)
+    def _check(self) -> None:
+        budget = self._budget
+        if budget.held_bytes > budget.limit_bytes and self._size_bytes > self._exempt_bytes:
+            raise TooManyBytes(budget.held_bytes, budget.limit_bytes)
 
     def release(self) -> None:
         """Give all of it back. The hold is empty then, and may be used again."""
-        self._budget.held_bytes -= self._held_bytes
-        self._held_bytes = 0
+        budget = self._budget
+        budget.held_bytes -= self._own_bytes
         for data in self._shared:
-            self._budget.holders[id(data)] -= 1
-            if not self._budget.holders[id(data)]:
-                del self._budget.holders[id(data)]
-                self._budget.held_bytes -= len(data)
+            budget.holders[id(data)] -= 1
+            if not budget.holders[id(data)]:
+                del budget.holders[id(data)]
+                budget.held_bytes -= len(data)
         self._shared.clear()
+        self._own_bytes = self._size_bytes = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.release()

@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 from urllib.parse import quote, unquote_plus
 
 from opentelemetry.trace import SpanKind, Tracer
@@ -38,7 +38,7 @@ GONE = "client_gone"  # before it was answered
 
 
 def new_request_id(scope: Scope) -> str:
-    """The client's X-Request-ID if that is well-formed and no key, or a new one; from here on REQUEST_ID has it."""
+    """Take the client's X-Request-ID if that is well-formed and no key, or make one; REQUEST_ID has it from here on."""
     asked = Headers(scope=scope).get("x-request-id", "")
     request_id = asked if WELL_FORMED.fullmatch(asked) and masked(asked) == asked else uuid.uuid4().hex
     REQUEST_ID.set(request_id)
@@ -46,36 +46,34 @@ def new_request_id(scope: Scope) -> str:
 
 
 def sender_of(scope: Scope) -> str:
-    """The client's address, and the name of its key where it has one, for the log."""
-    address = str(scope["client"][0]) if scope.get("client") else "-"
+    """Return the client's address, and the name of its key where it has one, for the log."""
+    address, key = _address(scope) or "-", _key(scope)
+    return address if key is None else f"{address} ({key})"
+
+
+def _address(scope: Scope) -> str | None:
+    return str(scope["client"][0]) if scope.get("client") else None
+
+
+def _key(scope: Scope) -> str | None:
     caller: Caller | None = scope.get("state", {}).get("caller")
-    return f"{address} ({caller.name})" if caller is not None and caller.name else address
+    return caller.name or None if caller is not None else None
 
 
-def target_of(scope: Scope) -> str:
-    """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded.
+def target_of(scope: Scope, *, with_query: bool = True) -> str:
+    """Return the path and query as they came, cut, for logs and traces: only printable ASCII is not percent-encoded.
 
     Secrets of API keys and URLs of webhooks have no place in a query, but may be put there.
     """
-    return _shown(_raw_path(scope) + (b"?" + scope["query_string"] if scope.get("query_string") else b""))
-
-
-def path_of(scope: Scope) -> str:
-    """The path as it came, cut, for a trace: what is in `target_of` before the query."""
-    return _shown(_raw_path(scope))
-
-
-def _raw_path(scope: Scope) -> bytes:
-    return scope.get("raw_path") or quote(scope["path"]).encode()
-
-
-def _shown(target: bytes) -> str:
+    target: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    if with_query and scope.get("query_string"):
+        target += b"?" + scope["query_string"]
     text = masked(_without_webhook(target[:READ_CHARACTERS].decode("ascii", "backslashreplace")))
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 
 
 def _without_webhook(target: str) -> str:
-    """Without what follows a parameter for a URL: unless that is encoded, an & in it is its own."""
+    """Leave out what follows a parameter for a URL: unless that is encoded, an & in it is its own."""
     path, _, query = target.partition("?")
     shown: list[str] = []
     for each in query.split("&"):
@@ -86,34 +84,10 @@ def _without_webhook(target: str) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """The pattern of the path; a route that is there below /models/NAME too does not know of that itself."""
+    """Return the pattern of the path; a route that is also below /models/NAME does not know of that itself."""
     route = str(getattr(scope.get("route"), "path", "unmatched"))
     below = "model" in scope.get("path_params", {}) and "{model}" not in route
     return f"/models/{{model}}{route}" if below else route
-
-
-def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
-    """What a log of JSON has of a request."""
-    caller: Caller | None = scope.get("state", {}).get("caller")
-    return {
-        "client": scope["client"][0] if scope.get("client") else None,
-        "key": caller.name if caller is not None and caller.name else None,
-        "method": scope["method"],
-        "target": target_of(scope),
-        "status": status,
-        "seconds": round(seconds, 4),
-    }
-
-
-def _attributes(scope: Scope) -> dict[str, Any]:
-    caller: Caller | None = scope.get("state", {}).get("caller")
-    return {
-        "http.route": route_of(scope),
-        "url.scheme": scope.get("scheme", "http"),
-        "url.path": path_of(scope),
-        "tminus.request.id": REQUEST_ID.get(),
-        **({"tminus.key": caller.name} if caller is not None and caller.name else {}),
-    }
 
 
 def pieces_of(message: Message) -> Iterator[Message]:
@@ -188,11 +162,13 @@ class RequestContext:
             status = 499 if status is None else status  # nothing sent: the client went away
             seconds = (time.perf_counter() if ended is None else ended) - started
             self._observe(route, status, seconds)
+            client, key, target = _address(scope), _key(scope), target_of(scope)
+            fields = {"client": client, "key": key, "method": scope["method"], "target": target, "status": status}
             log.log(
                 logging.DEBUG if route in PROBES else logging.INFO,
                 "request %s of %s: %s %s %d in %.3f s",
-                request_id, sender_of(scope), scope["method"], target_of(scope), status, seconds,
-                extra=_fields(scope, status, seconds),
+                request_id, sender_of(scope), scope["method"], target, status, seconds,
+                extra=fields | {"seconds": round(seconds, 4)},
             )  # fmt: skip
 
 
@@ -202,38 +178,11 @@ def body_of(scope: Scope) -> Hold:
     return held
 
 
-class _Pace:
-    """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
-        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
-        self._complete = False
-
-    async def next(self, receive: Receive) -> Message:
-        """The next message. Raises SlowBody."""
-        if self._complete:
-            return await receive()
-        try:
-            async with asyncio.timeout_at(self._until_s):
-                message = await receive()
-        except TimeoutError:
-            raise SlowBody(LEAST_RATE, WINDOW_S) from None
-        self._missing -= len(message.get("body", b""))
-        self._complete = not message.get("more_body", False)
-        if self._missing <= 0:
-            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
-        return message
-
-
 class MemoryLimit:
     """Bounds what clients have the server hold: of the bodies that they send, and of the answers that they are sent.
 
-    A body over the limit of its path is refused: by its Content-Length at once, else as soon as too much has arrived.
     All bodies together may take MAX_HELD_BYTES: what a client has sent is held until a job is made of it, which keeps
-    nothing of the body (see `body_of`), or else until its answer begins, when its route has returned. A body that
-    brings less than LEAST_RATE in a window of WINDOW_S is given up.
+    nothing of the body (see `body_of`), or else until its answer begins, when its route has returned.
 
     All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
     of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message. An
@@ -260,35 +209,14 @@ class MemoryLimit:
         with self._bodies.hold(SMALL_BYTES) as body, self._answers.hold(SMALL_BYTES) as answer:
             if scope["type"] == "http":
                 scope.setdefault("state", {})["body"] = body
-                receive = self._bounded(scope, receive, body)
+                receive = _Body(scope, receive, self._limit_of(scope), body).receive
             await self._app(scope, receive, self._counted(scope, receive, send, body, answer))
 
-    def _bounded(self, scope: Scope, receive: Receive, body: Hold) -> Receive:
-        """Receive a body within its limits. Raises BodyTooLarge, SlowBody and TooManyBytes."""
-        received, pace = 0, _Pace()
+    def _limit_of(self, scope: Scope) -> int:
         path = OF_A_MODEL.sub("", scope["path"])
         if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
             path = path.rpartition("/")[0]
-        max_bytes = self._max_bytes_by_path.get(path, self._max_bytes)
-
-        def check(size_bytes: int) -> None:
-            if size_bytes > max_bytes:
-                raise BodyTooLarge(size_bytes, max_bytes)
-
-        async def bounded() -> Message:
-            nonlocal received
-            if received == 0:
-                declared = Headers(scope=scope).get("content-length", "")
-                check(int(declared) if declared.isdecimal() else 0)
-            message = await pace.next(receive)
-            if message["type"] == "http.request":
-                size_bytes = len(message.get("body", b""))
-                received += size_bytes
-                check(received)
-                body.add(size_bytes)
-            return message
-
-        return bounded
+        return self._max_bytes_by_path.get(path, self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
         """Send an answer while it counts, or a refusal in its place; what is held of the request is released."""
@@ -300,9 +228,9 @@ class MemoryLimit:
             if is_refused:
                 return
             try:
-                content = message.get("body", b"")
-                answer.add_shared(cast(bytes, content.obj) if isinstance(content, memoryview) else content)
-                if of_socket := message.get("bytes") or message.get("text"):
+                if content := message.get("body"):
+                    answer.add_shared(cast(bytes, content.obj) if isinstance(content, memoryview) else content)
+                elif of_socket := message.get("bytes") or message.get("text"):
                     answer.add(len(of_socket))
             except TooManyBytes as error:
                 answer.release()
@@ -326,6 +254,49 @@ class MemoryLimit:
             answer.release()
 
         return counted
+
+
+class _Body:
+    """The body of one request as it arrives.
+
+    One over its limit is refused: by its Content-Length at once, else as soon as too much has arrived. One that brings
+    less than LEAST_RATE in a window of WINDOW_S is given up. Its end is not waited for once it is there.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, held: Hold) -> None:
+        self._scope, self._receive, self._max_bytes, self._held = scope, receive, max_bytes, held
+        self._loop = asyncio.get_running_loop()
+        self._received = 0
+        self._is_complete = False
+        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises BodyTooLarge, SlowBody and TooManyBytes."""
+        if self._is_complete:
+            return await self._receive()
+        if not self._received:
+            declared = Headers(scope=self._scope).get("content-length", "")
+            self._check(int(declared) if declared.isdecimal() else 0)
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise SlowBody(LEAST_RATE, WINDOW_S) from None
+        size_bytes = len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        self._received += size_bytes
+        self._missing -= size_bytes
+        if self._missing <= 0:
+            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
+        if size_bytes:
+            self._check(self._received)
+            self._held.add(size_bytes)
+        return message
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > self._max_bytes:
+            raise BodyTooLarge(size_bytes, self._max_bytes)
 
 
 class RequestSpans:
@@ -367,10 +338,18 @@ class RequestSpans:
                     fail(span, why(error)[0], by_server=True)
                     raise
                 finally:
-                    method = scope.get("method", "GET")  # of a WebSocket's handshake
+                    method, route = scope.get("method", "GET"), route_of(scope)  # GET: of a WebSocket's handshake
                     known = method if method in METHODS else "_OTHER"
-                    span.update_name(f"{known if known == method else 'HTTP'} {route_of(scope)}")
-                    span.set_attributes({"http.request.method": known, **_attributes(scope)})
+                    span.update_name(f"{known if known == method else 'HTTP'} {route}")
+                    attributes = {
+                        "http.request.method": known,
+                        "http.route": route,
+                        "url.scheme": scope.get("scheme", "http"),
+                        "url.path": target_of(scope, with_query=False),
+                        "tminus.request.id": REQUEST_ID.get(),
+                        "tminus.key": _key(scope),
+                    }
+                    span.set_attributes({name: value for name, value in attributes.items() if value is not None})
                     if status is not None:
                         span.set_attribute("http.response.status_code", status)
                     if status is None or status >= 500:
