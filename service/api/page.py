@@ -11,11 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from tminus.service.api.edge.origin import OF_A_MODEL
 from tminus.service.api.request.reading import qualities
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -34,42 +32,32 @@ DOCS_HEADERS = HEADERS | {
     "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
 }
 
-COMPRESSED = ("/page/", "/model/schedule")  # long texts without secrets, and no images: those are compressed already
 GZIP_LEVEL = 6
-SUFFIX = "-gzip"  # of the ETag of compressed bytes, which are others (RFC 9110, section 8.8.3.3)
 
 
-class Compression:
-    """Sends the files of the page compressed, to clients that take gzip. Everything else is sent as it is."""
+def compressed(request: Request, answer: Response) -> Response:
+    """Have a long text without secrets compressed, for a client that takes gzip.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app, self._compressing = app, GZipMiddleware(app, compresslevel=GZIP_LEVEL)
+    Its ETag is weak: it names both forms (RFC 9110, section 8.8.1).
+    """
+    if (tag := answer.headers.get("etag")) is not None:
+        answer.headers["etag"] = f"W/{tag}"
+    encodings = qualities(",".join(request.headers.getlist("accept-encoding")))
+    # A range is one of the file's bytes, which the compressed ones are not.
+    is_whole = answer.status_code == 200 and "range" not in request.headers
+    if is_whole and any(name == "gzip" and q > 0 for name, q in encodings):
+        return _Compressed(answer)
+    answer.headers["Vary"] = "Accept-Encoding"
+    return answer
+
+
+class _Compressed(Response):
+    def __init__(self, answer: Response) -> None:
+        super().__init__()
+        self._compressing = GZipMiddleware(answer, minimum_size=0, compresslevel=GZIP_LEVEL)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        compresses = scope["type"] == "http" and OF_A_MODEL.sub("", scope["path"]).startswith(COMPRESSED)
-        if not compresses:
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        encodings = qualities(",".join(headers.getlist("accept-encoding")))
-        # A range is one of the file's bytes, which the compressed ones are not.
-        whole = "range" not in headers and any(name == "gzip" and q > 0 for name, q in encodings)
-        named = f'{SUFFIX}"' in ",".join(headers.getlist("if-none-match"))
-
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                answer = MutableHeaders(raw=message["headers"])
-                # What is too short to be compressed has none yet, nor has a 304.
-                if "Accept-Encoding" not in answer.get("vary", ""):
-                    answer.add_vary_header("Accept-Encoding")
-                packed = answer.get("content-encoding") == "gzip" or (message["status"] == 304 and named)
-                if whole and packed and "etag" in answer:
-                    answer["etag"] = f'{answer["etag"][:-1]}{SUFFIX}"'
-            await send(message)
-
-        if whole and named:
-            scope = {**scope, "headers": [_without_suffix(*header) for header in scope["headers"]]}
-        await (self._compressing if whole else self._app)(scope, receive, send_named)
+        await self._compressing(scope, receive, send)
 
 
 def page_routes(without: Collection[str] = ()) -> APIRouter:
@@ -89,7 +77,7 @@ def page_routes(without: Collection[str] = ()) -> APIRouter:
 
     @router.get("/page/{name}", include_in_schema=False)
     async def get_file(request: Request, name: str) -> Response:
-        return _with_headers(await files.get_response(name, request.scope))
+        return compressed(request, _with_headers(await files.get_response(name, request.scope)))
 
     return router
 
@@ -120,11 +108,6 @@ def _swagger_ui_folder() -> Path:
     assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None
     return Path(spec.origin).parent / "static"
-
-
-def _without_suffix(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    """If-None-Match as the files' own ETags have it; other headers as they are."""
-    return name, value.replace(f'{SUFFIX}"'.encode(), b'"') if name == b"if-none-match" else value
 
 
 def _with_headers(response: Response, headers: Mapping[str, str] = HEADERS) -> Response:

@@ -8,8 +8,10 @@ from tminus.service.api.answers import problems
 from tminus.service.api.answers.documents import ModelAnswer, ScheduleAnswer, StatusAnswer
 from tminus.service.api.answers.openapi import failures
 from tminus.service.api.models import Models
+from tminus.service.api.page import compressed
 from tminus.service.api.request.reading import no_parameters
 from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError, Stalled
+from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
 from tminus.service.worker.worker import CRASHED, Worker
@@ -29,11 +31,13 @@ def model_routes(models: Models) -> APIRouter:
     @router.get(
         "/model/schedule",
         summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1",
+        response_model=ScheduleAnswer,
         dependencies=BARE,
         responses=failures(422),
     )
-    async def get_schedule(request: Request) -> ScheduleAnswer:
-        return ScheduleAnswer.of(models.of(request).model)
+    async def get_schedule(request: Request) -> Response:
+        schedule = ScheduleAnswer.of(models.of(request).model)
+        return compressed(request, Response(schedule.model_dump_json(), media_type=JSON))
 
     return router
 

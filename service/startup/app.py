@@ -14,9 +14,9 @@ from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.batch import batch_routes
-from tminus.service.api.edge.authentication import Authentication, authentication_routes, is_open
+from tminus.service.api.edge.authentication import Entrance, authentication_routes, is_open
 from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
-from tminus.service.api.edge.origin import EXPOSED_HEADERS, Gate
+from tminus.service.api.edge.origin import EXPOSED_HEADERS
 from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
@@ -25,7 +25,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.noise import noise_routes
 from tminus.service.api.openai import answers as openai
 from tminus.service.api.openai.images import openai_routes
-from tminus.service.api.page import Compression, docs_routes, page_routes
+from tminus.service.api.page import docs_routes, page_routes
 from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.stream import stream_routes
@@ -98,8 +98,7 @@ def create_app(
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request/reading.py.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
-    app.add_middleware(Compression)
-    app.add_middleware(Authentication, access=access, refused=metrics.rejected)
+    app.add_middleware(Entrance, doors=served.doors, access=access, refused=metrics.rejected)
     app.add_middleware(
         MemoryLimit,
         max_bytes=limits.max_body_bytes,
@@ -115,7 +114,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(Gate, doors=served.doors, refused=metrics.rejected)
     app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)

@@ -6,16 +6,14 @@ no browser sends neither Origin nor Sec-Fetch-Site.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from tminus.service.api.answers.problems import render
-from tminus.service.errors import ForeignHost, ForeignOrigin, ServiceError, short
+from tminus.service.errors import ForeignHost, ForeignOrigin, short
 
 # Asked by whatever name the network has for this machine.
 PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -76,7 +74,10 @@ class Doors:
             raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
 
     def _is_ours(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            return False
         if name is None:
             return not host  # HTTP/1.0 names none
         return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
@@ -88,23 +89,6 @@ class Doors:
         return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")
 
 
-class Gate:
-    """Answers 403 to those for whom the doors are closed. The route of a WebSocket asks the doors itself."""
-
-    def __init__(self, app: ASGIApp, doors: Doors, refused: Callable[[str], None]) -> None:
-        self._app, self._doors, self._refused = app, doors, refused
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._doors.check(scope)
-            except ServiceError as refusal:
-                self._refused(refusal.code)
-                await render(refusal, scope)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 def _costs(scope: Scope) -> bool:
     """Whether a request starts work, changes something, or tells of somebody's jobs."""
     path = OF_A_MODEL.sub("", scope["path"])
@@ -112,15 +96,6 @@ def _costs(scope: Scope) -> bool:
     if scope["type"] == "websocket" or scope["method"] not in READING or not path.isprintable():
         return True
     return scope["method"] != "OPTIONS" and (path in ("/sample", "/batch") or path.startswith("/jobs"))
-
-
-def _is_host(host: str) -> bool:
-    """Whether a Host can be parsed: urlsplit raises for some."""
-    try:
-        urlsplit(f"//{host}").hostname  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _is_address(name: str) -> bool:
