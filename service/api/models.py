@@ -11,8 +11,8 @@ from starlette.requests import HTTPConnection
 
 from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
+from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import Doors
-from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder

@@ -21,8 +21,8 @@ from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.answers.documents import document
+from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import Doors
-from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.byte_budget import ByteBudget

@@ -4,14 +4,11 @@ A connection is counted and timed until it ends, or until its WebSocket handshak
 
 What leaves has a deadline too: asyncio's transports wait for their readers without limit, also after they are closed.
 
-uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
-here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
-missing if the class changes.
+uvicorn has no setting for most of this, and the class that is extended here is not part of its public interface. So
+pyproject.toml bounds its version, and a test names what is missing if the class changes.
 """
 
 import logging
-import socket
-import sys
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
 from collections.abc import Callable
@@ -22,16 +19,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from websockets.exceptions import SecurityError
 
 from tminus.service.api.answers.problems import render
-from tminus.service.api.edge.stream_limits import counted_address
-from tminus.service.api.edge.websocket_protocol import (
+from tminus.service.api.edge.connections import (
     BYTES_PER_PIECE,
     FREE_PIECES,
-    TCP_NOTSENT_LOWAT,
     TURN_BYTES,
     ReadsInTurns,
-    StreamProtocol,
+    counted_address,
+    limit_unsent,
     too_fine,
 )
+from tminus.service.api.edge.websocket_protocol import StreamProtocol
 from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders, short
 
 log = logging.getLogger(__name__)
@@ -46,7 +43,7 @@ KEPT_S = 75
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
-UNSENT_BYTES = 131_072  # in the kernel. It would hold megabytes, and take no more for minutes of a slow reader
+UNSENT_BYTES = 131_072  # in the kernel, which would hold megabytes, and take no more for minutes of a slow reader
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
 # Connections that are turned away and linger are counted under this name; beyond so many they are closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
@@ -126,8 +123,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._turn_away(b"Too many connections are open")
             return
         self._count(address)
-        if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        limit_unsent(transport, UNSENT_BYTES)
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:

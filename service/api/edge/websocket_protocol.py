@@ -1,64 +1,27 @@
 """How uvicorn treats a WebSocket: short send buffers, bounds on what is received, an end that does not wait for ever.
 
-A connection reads two kilobytes in a turn of the event loop, and goes on in the next (`ReadsInTurns`). They may hold
-hundreds of frames, and all other connections wait while these are parsed.
-
-uvicorn has no setting for any of these. Its `Config(ws=...)` takes a protocol class, but the class that is extended
-here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
-missing if the class changes.
+uvicorn has no setting for any of these, and the class that is extended here is not part of its public interface. So
+pyproject.toml bounds its version, and a test names what is missing if the class changes.
 """
 
-import socket
-import sys
-from asyncio import BaseTransport, BufferedProtocol, Protocol, sleep
+from asyncio import BaseTransport, sleep
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 from websockets.protocol import State
 
+from tminus.service.api.edge.connections import FREE_PIECES, ReadsInTurns, limit_unsent, too_fine
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import TooManyBytes
 
 # In asyncio's buffer and in the kernel's, each. By default they hold megabytes: frames that are old when they are read.
 UNSENT_BYTES = 16_384
-TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
 LINGER_S = 10.0  # after the close, for the client to read the rest and to answer it
 LAST_LINGER_S = 1.0  # after a close for what the client did; what it still sends is discarded
-TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
-# A body or a message may have so many pieces, however small, and one more for each so many bytes.
-FREE_PIECES, BYTES_PER_PIECE = 1024, 64
 CONTROL_FRAMES = 64  # a second: pings and pongs
-
-
-def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Whether so many bytes came in more pieces than any client needs: parsing a piece takes as long, however small."""
-    return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
-
-
-class ReadsInTurns(BufferedProtocol):
-    """A part of a connection: it takes no more from the transport in a turn of the event loop than `turn_bytes`.
-
-    That holds with asyncio. uvloop, in which Ray runs us behind a proxy of its own, reads 64 KiB for uvicorn's classes.
-    """
-
-    _buffer = bytearray()
-
-    def turn_bytes(self) -> int:
-        """Return how many bytes to take in the next turn."""
-        return TURN_BYTES
-
-    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish
-        """Return the buffer of the next turn, as asyncio asks for it."""
-        self._buffer = bytearray(self.turn_bytes())
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Parse what has come in this turn."""
-        data, self._buffer = memoryview(self._buffer)[:nbytes].tobytes(), bytearray()
-        cast(Protocol, self).data_received(data)
 
 
 class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
@@ -74,8 +37,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         self._received = self.budget.hold(exempt_bytes=SMALL_BYTES)
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
-        if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        limit_unsent(transport, UNSENT_BYTES)
 
     def data_received(self, data: bytes) -> None:
         """Accept data, or close with 1013 if too much is held; a small message is always accepted."""

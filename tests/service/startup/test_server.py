@@ -25,8 +25,8 @@ from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tminus.model.catalogue import Recommended
 from tminus.model.sampler_tables import Table
+from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import Doors
-from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.metrics import Metrics
 from tminus.service.startup.app import Application
 from tminus.service.startup.serve import _run, first_request

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tminus.service.api.edge.stream_limits import Streams
+from tminus.service.api.edge.connections import Streams
 from tminus.service.errors import TooManyStreams
 
 

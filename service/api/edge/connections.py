@@ -1,16 +1,63 @@
-"""How many streams are open, by address. Used in the event loop's thread; the server waits for it before it stops."""
+"""What connections of both kinds have in common: small turns, short buffers in the kernel, and how they are counted.
+
+Used in the event loop's thread.
+"""
 
 import asyncio
+import socket
+import sys
+from asyncio import BaseTransport, BufferedProtocol, Protocol
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address, ip_network
+from typing import cast
 
 from tminus.service.errors import TooManyStreams
 
+TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
+TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
+# A body or a message may have so many pieces, however small, and one more for each so many bytes.
+FREE_PIECES, BYTES_PER_PIECE = 1024, 64
+
+
+def too_fine(pieces: int, size_bytes: int) -> bool:
+    """Whether so many bytes came in more pieces than any client needs: parsing a piece takes as long, however small."""
+    return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
+
+
+def limit_unsent(transport: BaseTransport, size_bytes: int) -> None:
+    """Have the kernel take no more than this of what is not sent; it would hold megabytes."""
+    if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, size_bytes)
+
+
+class ReadsInTurns(BufferedProtocol):
+    """A part of a connection: it takes no more from the transport in a turn of the event loop than `turn_bytes`.
+
+    What comes may hold hundreds of frames or chunks, and all other connections wait while these are parsed. That holds
+    with asyncio. uvloop, in which Ray runs us behind a proxy of its own, reads 64 KiB for uvicorn's classes.
+    """
+
+    _buffer = bytearray()
+
+    def turn_bytes(self) -> int:
+        """Return how many bytes to take in the next turn."""
+        return TURN_BYTES
+
+    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish
+        """Return the buffer of the next turn, as asyncio asks for it."""
+        self._buffer = bytearray(self.turn_bytes())
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Parse what has come in this turn."""
+        data, self._buffer = memoryview(self._buffer)[:nbytes].tobytes(), bytearray()
+        cast(Protocol, self).data_received(data)
+
 
 class Streams:
-    """Counts open streams by address and in total, and those that have a job."""
+    """Counts open streams by address and in total, and those that have a job, which the server waits for at its end."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
