@@ -19,30 +19,6 @@ SHARE = 0.005  # how much of the time snapshots may cost
 LEAST_S = 2.0  # between two rounds
 
 
-class SnapshotPace:
-    """Says when the next round of snapshots is due, by what the last one cost.
-
-    `due` and `begun` are for the worker's thread; `ended` is for the thread that ends the round, whichever that is.
-    """
-
-    def __init__(self) -> None:
-        self._next_s = 0.0
-        self._busy = False
-
-    def due(self, now_s: float) -> bool:
-        """Whether the next round may begin."""
-        return not self._busy and now_s >= self._next_s
-
-    def begun(self) -> None:
-        """Note that a round is under way; the next is not due before it is over."""
-        self._busy = True
-
-    def ended(self, began_s: float, cost_s: float) -> None:
-        """Note that a round is over; cost_s: what it took, in seconds."""
-        self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
-        self._busy = False  # last: from here on the worker's thread reads the time
-
-
 class SnapshotKeeper:
     """The worker's Keeper. A thread of its own waits for copies from a GPU, so that the store's calls do not.
 
@@ -53,15 +29,16 @@ class SnapshotKeeper:
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
         self._store, self._fingerprint, self._metrics = store, fingerprint, metrics
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="tminus-snapshots")
-        self._pace = SnapshotPace()
+        self._next_s = 0.0
+        self._busy = False  # while a round is under way; whichever thread ends it says so
 
     def due(self, now_s: float) -> bool:
-        """See Keeper."""
-        return self._pace.due(now_s)
+        """Whether to take snapshots now."""
+        return not self._busy and now_s >= self._next_s
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """See Keeper."""
-        self._pace.begun()
+        """Keep a round of snapshots, by job id; cost_s: what it has cost the worker's thread already."""
+        self._busy = True
         self._reading.submit(self._read, snapshots, began_s, cost_s)
 
     def close(self) -> None:
@@ -74,7 +51,7 @@ class SnapshotKeeper:
             read_snapshots = {job_id: read() for job_id, read in snapshots.items()}
         except Exception:
             log.exception("snapshots could not be read")
-            self._pace.ended(began_s, cost_s + time.thread_time() - started_s)
+            self._end(began_s, cost_s + time.thread_time() - started_s)
             return
         cost_s += time.thread_time() - started_s
 
@@ -84,6 +61,10 @@ class SnapshotKeeper:
             elif not isinstance(error, StorageFailed):  # which the store has logged
                 log.error("snapshots could not be kept", exc_info=error)
             # After an error, a crash costs the steps since the last snapshot that was kept.
-            self._pace.ended(began_s, cost_s + save_s)
+            self._end(began_s, cost_s + save_s)
 
         self._store.save(read_snapshots, self._fingerprint, saved)
+
+    def _end(self, began_s: float, cost_s: float) -> None:
+        self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
+        self._busy = False  # last: from here on the worker's thread reads the time
