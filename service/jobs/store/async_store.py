@@ -67,6 +67,7 @@ class AsyncStore:
 
         Raises StorageFailed, and what the method does.
         """
+        assert method == getattr(JobStore, method.__name__), "by a subclass's own it would be in none of the sets above"
         try:
             result = await self._answer(method, *args, **kwargs)
         except StorageFailed as error:
