@@ -20,7 +20,7 @@ from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.views import JobStatuses
-from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.webhook import Allowed
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.worker.recording import RecordingRoom

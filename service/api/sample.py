@@ -43,7 +43,7 @@ from tminus.service.images.encoder import (
     etag,
 )
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
-from tminus.service.jobs.webhooks.receivers import refused
+from tminus.service.jobs.webhooks.webhook import refused
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Images, SampleSpec

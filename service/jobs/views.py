@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
-from tminus.service.jobs.webhooks.webhook import Delivery
+from tminus.service.jobs.webhooks.delivery_store import Delivery
 from tminus.service.work import JobStatus
 from tminus.service.worker.worker import Worker
 

@@ -19,7 +19,7 @@ from tminus.service.access.access import Access
 from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
-from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.webhook import Allowed
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing, TickTimes

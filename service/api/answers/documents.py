@@ -10,7 +10,8 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.sampler_tables import Table, nearest
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
-from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, DeliveryState, Webhook
+from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
+from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
 FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have the same names

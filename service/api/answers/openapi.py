@@ -29,8 +29,7 @@ from tminus.service.api.request.schemas import (
 )
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
-from tminus.service.jobs.webhooks.receivers import MAX_URL
-from tminus.service.jobs.webhooks.webhook import EVENTS
+from tminus.service.jobs.webhooks.webhook import EVENTS, MAX_URL
 from tminus.service.model_info import Limits, ModelInfo
 
 Described = dict[str, Any]  # a part of an OpenAPI document

@@ -14,8 +14,7 @@ from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
-from tminus.service.jobs.webhooks.receivers import Allowed, Receiver, refused
-from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
+from tminus.service.jobs.webhooks.webhook import EVENTS, Allowed, Receiver, Webhook, refused
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
 from tminus.service.spec import Inputs, SampleSpec

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.webhooks.delivery_store import make_deliveries
-
 
 @dataclass(frozen=True, slots=True)
 class Tables:
@@ -76,7 +74,24 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Index("objects_by_job", "job_id"),
         sa.Index("objects_by_state", "state", "since_us"),
     )
-    return Tables(metadata, jobs, snapshots, images, inputs, objects, make_deliveries(metadata))
+    deliveries = sa.Table(  # a row is made when its event has happened
+        "deliveries",
+        metadata,
+        sa.Column("id", sa.Text, primary_key=True),  # webhook-id
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("event", sa.Text, nullable=False),
+        sa.Column("receiver", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of who attempts it
+        sa.Column("since_us", sa.BigInteger, nullable=False),
+        sa.Column("due_us", sa.BigInteger, nullable=False),
+        sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
+        sa.Column("error", sa.Text),
+        sa.UniqueConstraint("job_id", "event"),
+        sa.Index("deliveries_by_due", "state", "due_us"),
+        sa.Index("deliveries_by_receiver", "state", "receiver"),
+    )
+    return Tables(metadata, jobs, snapshots, images, inputs, objects, deliveries)
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:

@@ -26,10 +26,9 @@ from tminus.service.errors import InvalidField, ServiceError, StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.views import JobView
-from tminus.service.jobs.webhooks.names import NamesBusy
-from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NotDelivered, Sender
-from tminus.service.jobs.webhooks.webhook import Delivery, Room, Whose
+from tminus.service.jobs.webhooks.delivery_store import Delivery, Room, Whose
+from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NamesBusy, NotDelivered, Sender
+from tminus.service.jobs.webhooks.webhook import Allowed
 from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)

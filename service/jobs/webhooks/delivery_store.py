@@ -6,38 +6,54 @@ import json
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from tminus.service.jobs.store.arrays import UNREADABLE
 from tminus.service.jobs.store.records import JobRecord
-from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
+from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
 DELIVERY_BYTES = 512  # roughly what an event takes
+AT_ONCE_EACH = 4  # attempts of one owner's jobs to one receiver
+DeliveryState = Literal["pending", "delivered", "given_up"]
+Whose = tuple[str, str]  # an owner and a receiver of its jobs
 
 
-def make_deliveries(metadata: sa.MetaData) -> sa.Table:
-    """Make the table. A row is made when its event has happened."""
-    return sa.Table(
-        "deliveries",
-        metadata,
-        sa.Column("id", sa.Text, primary_key=True),  # webhook-id
-        sa.Column("job_id", sa.Text, nullable=False),
-        sa.Column("event", sa.Text, nullable=False),
-        sa.Column("receiver", sa.Text, nullable=False),
-        sa.Column("state", sa.Text, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of who attempts it
-        sa.Column("since_us", sa.BigInteger, nullable=False),
-        sa.Column("due_us", sa.BigInteger, nullable=False),
-        sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
-        sa.Column("error", sa.Text),
-        sa.UniqueConstraint("job_id", "event"),
-        sa.Index("deliveries_by_due", "state", "due_us"),
-        sa.Index("deliveries_by_receiver", "state", "receiver"),
-    )
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event of a job that its receiver is to be told, or was."""
+
+    id: str  # the same in each attempt: webhook-id
+    job_id: str
+    event: Event
+    receiver: str  # scheme, host and port
+    state: DeliveryState
+    attempts: int  # how many were begun; also the fence of the newest
+    since_us: int  # when the event happened, by the store's clock
+    error: str | None = None  # why the last attempt failed
+    owner: str = ""  # of the job, where it was claimed
+
+    @property
+    def whose(self) -> Whose:
+        """The owner, and whom it tells: what one owner's receiver does is nothing to another's."""
+        return self.owner, self.receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Which deliveries may be claimed: how many, and of which owners and receivers none."""
+
+    most: int  # in all
+    most_failing: int  # of receivers that failed last
+    each: int = AT_ONCE_EACH  # of one owner to one receiver
+    busy: frozenset[Whose] = frozenset()  # of which nothing
+    failing: frozenset[Whose] = frozenset()  # which failed last, beside those of deliveries that did
+    full: frozenset[str] = frozenset()  # owners of which nothing
+    full_of_failing: frozenset[str] = frozenset()  # and those of which nothing to receivers that failed last
 
 
 class DeliveryStore:

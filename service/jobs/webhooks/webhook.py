@@ -1,18 +1,48 @@
-"""What a job's webhook is, and a delivery of it. Plain values."""
+"""What a job's webhook is, which receivers it may name, and which addresses may be connected to. Pure.
+
+A server that sends requests where its clients say must not be led to what only it can reach: other services of its
+machine and network, and the metadata services of clouds (OWASP, "Server-Side Request Forgery Prevention").
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Literal, get_args
+
+from tminus.service.errors import InvalidField
 
 Event = Literal["start", "output", "completed"]
 EVENTS: tuple[Event, ...] = get_args(Event)  # in the order in which they happen
 
-DeliveryState = Literal["pending", "delivered", "given_up"]
-Whose = tuple[str, str]  # an owner and a receiver of its jobs
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+# Without re.ASCII, [a-z] is also the long s, the dotless i, the dotted I and the Kelvin sign where the case is ignored.
+IN_ASCII = re.IGNORECASE | re.ASCII
+MAX_URL = 1024  # characters; a field of a form has no more bytes
+URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII but for # and the backslash, which some take for a slash
+    IN_ASCII,
+)
+NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", IN_ASCII)
+# A last label that resolvers take for a part of an address: 127.1, 0x7f.1 and 2130706433 are all 127.0.0.1.
+NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", IN_ASCII)
+LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa")  # RFC 6761, RFC 6762, RFC 8375
+WELL_KNOWN_PORTS = {"http": 80, "https": 443}
+LEAST_PORT = 1024  # below it only these two, so that no mail or name server is spoken to
+UNICAST = IPv6Network("2000::/3")  # the only addresses of IPv6 that are given out
+# Addresses of IPv4 lie in these: IPv4-mapped (RFC 4291) and NAT64 (RFC 6052).
+WITH_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
+# Of IANA's registries of special-purpose addresses, those that `ipaddress` takes for public in some release of Python;
+# 6to4 and Teredo, which are tunnels to IPv4; and the address of Azure's metadata service.
+REFUSED: tuple[Network, ...] = (
+    *map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")),
+    *map(IPv6Network, ("2001::/23", "2002::/16", "3fff::/20")),
+)
 ORIGIN = re.compile(r"([A-Za-z]+://)(?:[^/?#\\]*@)?([^/?#\\@\s]*)")
 ORIGIN_CHARACTERS = 100
-AT_ONCE_EACH = 4  # attempts of one owner's jobs to one receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +71,112 @@ class Webhook:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """One event of a job that its receiver is to be told, or was."""
+class Allowed:
+    """Receivers that may be private, speak plain HTTP, and listen on any port."""
 
-    id: str  # the same in each attempt: webhook-id
-    job_id: str
-    event: Event
-    receiver: str  # scheme, host and port
-    state: DeliveryState
-    attempts: int  # how many were begun; also the fence of the newest
-    since_us: int  # when the event happened, by the store's clock
-    error: str | None = None  # why the last attempt failed
-    owner: str = ""  # of the job, where it was claimed
+    hosts: frozenset[str] = frozenset()
+    networks: tuple[Network, ...] = ()
 
-    @property
-    def whose(self) -> Whose:
-        """The owner, and whom it tells: what one owner's receiver does is nothing to another's."""
-        return self.owner, self.receiver
+    @classmethod
+    def parse(cls, text: str) -> "Allowed":
+        """Read names, addresses and networks, joined by commas. Raises ValueError for what is none of them."""
+        hosts, networks = set(), list[Network]()
+        for entry in filter(None, (each.strip() for each in text.split(","))):
+            try:
+                networks.append(ip_network(entry.strip("[]")))
+            except ValueError:
+                if not NAME.fullmatch(entry) or NUMBER.fullmatch(_last_label(entry)):
+                    raise ValueError(f"{entry} is no name, address or network, such as 10.1.0.0/16") from None
+                hosts.add(entry.lower().rstrip("."))
+        return cls(frozenset(hosts), tuple(networks))
+
+    def names(self, host: str) -> bool:
+        """Whether a host, by name or as an address, is listed."""
+        address = _address(host)
+        return host in self.hosts or (address is not None and self.has(address))
+
+    def has(self, address: Address) -> bool:
+        """Whether an address is in a network that is listed."""
+        return any(address in network for network in self.networks)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Which deliveries may be claimed: how many, and of which owners and receivers none."""
+class Receiver:
+    """A URL that may be sent to."""
 
-    most: int  # in all
-    most_failing: int  # of receivers that failed last
-    each: int = AT_ONCE_EACH  # of one owner to one receiver
-    busy: frozenset[Whose] = frozenset()  # of which nothing
-    failing: frozenset[Whose] = frozenset()  # which failed last, beside those of deliveries that did
-    full: frozenset[str] = frozenset()  # owners of which nothing
-    full_of_failing: frozenset[str] = frozenset()  # and those of which nothing to receivers that failed last
+    scheme: str
+    host: str  # in small letters, without brackets and without a dot at its end
+    port: int
+    target: str  # path and query
+
+    @classmethod
+    def parse(cls, url: str, allowed: Allowed) -> "Receiver":
+        """Read a webhook's URL. Raises InvalidField, which has no more of it than its origin."""
+        if len(url) > MAX_URL:
+            raise refused(f"a URL of at most {MAX_URL} characters", url)
+        match = URL.fullmatch(url)
+        if match is None:
+            raise refused("an absolute https URL in ASCII, without user, fragment and spaces", url)
+        scheme, host = match["scheme"].lower(), match["host"].lower().strip("[]").rstrip(".")
+        address = _address(host)
+        if address is None and (not NAME.fullmatch(host) or NUMBER.fullmatch(_last_label(host))):
+            raise refused("a URL of a host's name, or of an address as usually written", url)
+        listed = allowed.names(host)
+        if scheme != "https" and not listed:
+            raise refused("an https URL; plain http is for hosts that --webhook-allow lists", url)
+        port = int(match["port"] or WELL_KNOWN_PORTS[scheme])
+        if not 1 <= port <= 65535:
+            raise refused("a URL of a port in 1..65535", url)
+        if port < LEAST_PORT and port not in WELL_KNOWN_PORTS.values() and not listed:
+            raise refused(f"a URL of port 443, 80, or {LEAST_PORT} and above", url)
+        is_local = address is None and any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
+        if (is_local or (address is not None and not is_public(address))) and not listed:
+            raise refused("the URL of a public host; others are for --webhook-allow to list", url)
+        target = match["target"] or "/"
+        return cls(scheme, host, port, target if target.startswith("/") else f"/{target}")
+
+    @property
+    def host_header(self) -> str:
+        """Return the name by which the receiver is asked."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == WELL_KNOWN_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    def may_connect(self, address: Address, allowed: Allowed) -> bool:
+        """Whether this address, to which its host resolved just now, may be connected to."""
+        return is_public(address) or self.host in allowed.hosts or allowed.has(address)
+
+
+def permitted(receiver: Receiver, addresses: Iterable[str], allowed: Allowed) -> list[str]:
+    """Return the addresses that may be connected to."""
+    return [each for each in addresses if receiver.may_connect(ip_address(each.partition("%")[0]), allowed)]
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the Internet: not to this machine, its network, a cloud's metadata, or many."""
+    if isinstance(address, IPv6Address):
+        for network in WITH_IPV4:
+            if address in network:
+                return is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
+        if address not in UNICAST:
+            return False
+    special = address.is_multicast or address.is_reserved or address.is_unspecified or not address.is_global
+    return not special and not any(address in network for network in REFUSED)
+
+
+def refused(bound: str, url: str) -> InvalidField:
+    """What a URL must be. The rest of it may be secret, and errors are logged."""
+    return InvalidField.of("webhook", bound, origin_of(url))
+
+
+def _address(host: str) -> Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _last_label(host: str) -> str:
+    return host.rstrip(".").rpartition(".")[2]
 
 
 def origin_of(url: str) -> str:

@@ -27,7 +27,7 @@ from tminus.service.jobs.store.objects import open_objects as really_open_object
 from tminus.service.jobs.store.postgres_store import open_postgres as really_open_postgres
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.stores import Stores
-from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.webhook import Allowed
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.startup import serve as module

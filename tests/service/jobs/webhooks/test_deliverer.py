@@ -30,10 +30,9 @@ from tminus.service.jobs.webhooks.deliverer import (
     Slots,
     wait_s,
 )
-from tminus.service.jobs.webhooks.names import Names
-from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import NotDelivered, Sender, read_secrets
-from tminus.service.jobs.webhooks.webhook import AT_ONCE_EACH, Delivery, Room, Webhook
+from tminus.service.jobs.webhooks.delivery_store import AT_ONCE_EACH, Delivery, Room
+from tminus.service.jobs.webhooks.sender import Names, NotDelivered, Sender, read_secrets
+from tminus.service.jobs.webhooks.webhook import Allowed, Webhook
 from tminus.service.metrics import Metrics
 
 Send = Callable[[str, str, bytes, str], Awaitable[None]]
@@ -229,8 +228,8 @@ def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch:
             hangs.wait(PATIENCE_S)
         return [(None, None, None, "", ("192.0.2.1", 0))]
 
-    monkeypatch.setattr("tminus.service.jobs.webhooks.names.socket.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("tminus.service.jobs.webhooks.names.MOST_LOOKUPS", 32)
+    monkeypatch.setattr("tminus.service.jobs.webhooks.sender.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("tminus.service.jobs.webhooks.sender.MOST_LOOKUPS", 32)
 
     async def send(url: str, _id: str, _body: bytes, sharer: str) -> None:
         try:

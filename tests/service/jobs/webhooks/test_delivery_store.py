@@ -10,8 +10,8 @@ from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
-from tminus.service.jobs.webhooks.delivery_store import DELIVERY_BYTES
-from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Room, Webhook
+from tminus.service.jobs.webhooks.delivery_store import DELIVERY_BYTES, Delivery, Room
+from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 from tminus.service.scheduling.cluster import Intake
 
 pytestmark = pytest.mark.slow

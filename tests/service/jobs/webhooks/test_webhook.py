@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.service.errors import InvalidField
-from tminus.service.jobs.webhooks.receivers import MAX_URL, Allowed, Receiver, is_public, permitted
+from tminus.service.jobs.webhooks.webhook import MAX_URL, Allowed, Receiver, is_public, permitted
 
 NOBODY = Allowed()
 
