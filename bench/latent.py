@@ -26,7 +26,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, Inputs, trial_spec
-from tminus.service.work import Batch, JobResult
+from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
@@ -107,7 +107,7 @@ class Bench:
     def _submit(self, _: "Future[JobResult] | None" = None) -> None:
         if not self._closed.is_set():
             self._count += 1
-            ticket = self.worker.submit(NewJob(str(self._count), self._spec))
+            ticket = self.worker.submit(NewJob(str(self._count), self._spec, work_of(self._spec, self._engine.info)))
             ticket.future.add_done_callback(lambda done: threading.Thread(target=self._submit, args=(done,)).start())
 
     def _read_or_skip(self, x: Any, known: Sequence[Inputs | None]) -> Callable[[], Images]:

@@ -23,7 +23,7 @@ from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
-from tminus.service.work import Ticket, timesteps_of
+from tminus.service.work import Ticket, timesteps_of, work_of
 from tminus.service.worker.running_job import NewJob
 
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
@@ -66,7 +66,7 @@ async def _to_job(
     return NewJob(
         uuid.uuid4().hex,
         asked.with_inputs(spec, inputs),
-        services.number,
+        work_of(spec, services.model, services.number),
         caller.name,
         asked.deadline_s,
         inputs,
@@ -80,7 +80,7 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
     What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
-    row_steps, jobs = new.work(services.model).places, 0
+    row_steps, jobs = new.work.places, 0
     if (most := caller.limits.jobs) is not None:
         new_jobs = services.new_jobs
         elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0

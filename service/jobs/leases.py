@@ -20,8 +20,8 @@ from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.room import Line
-from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import Outlook, work_of
+from tminus.service.work import Outlook, Work
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 
 AHEAD_S = 8.0  # of work: a replica leaves a job to others before which it has as much to do
@@ -114,23 +114,21 @@ class Leases:
 
     # --- new jobs ---
 
-    def takes(self, spec: SampleSpec) -> bool:
+    def takes(self, work: Work) -> bool:
         """Whether a new job is worked on here; else it is left to whichever replica has room first."""
-        places = work_of(spec, self._info, self._model).places
-        return places < self._least_waiting and self._admission.intake(self._model, AHEAD_S).has_room(places)
+        intake = self._admission.intake(self._model, AHEAD_S)
+        return work.places < self._least_waiting and intake.has_room(work.places)
 
-    async def leave_to_any(
-        self, record: JobRecord, key: Key | None, inputs: Inputs | None, deadline_s: float | None
-    ) -> Outlook | None:
+    async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
         """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
         self._worker.check_open()
-        work, load = work_of(record.spec, self._info, self._model), await self._store.call(JobStore.load)
+        load, has_picture = await self._store.call(JobStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(
-            work, load, now_s=time.perf_counter(), deadline_s=deadline_s, has_picture=inputs is not None
+            new.work, load, now_s=time.perf_counter(), deadline_s=new.deadline_s, has_picture=has_picture
         )
-        return outlook if await self._store.add(record, key, inputs, held=False) else None
+        return outlook if await self._store.add(record, key, new.inputs, held=False) else None
 
-    async def soonest(self, error: Overloaded, spec: SampleSpec) -> Overloaded:
+    async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
         """The refusal of a job that stays where it came in, with the least Retry-After of all replicas."""
         if error.of_owner or error.field not in LIMITS:
             return error
@@ -141,7 +139,6 @@ class Leases:
                     await self.look()
         if (load := self.load) is None:
             return error
-        work = work_of(spec, self._info, self._model)
         in_s = load.room_elsewhere_in_s(work, self._max_backlog_s if error.field == "backlog_s" else 0.0)
         if in_s >= error.retry_after_s:
             return error

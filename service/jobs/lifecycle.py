@@ -37,7 +37,7 @@ from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
-from tminus.service.work import Ticket
+from tminus.service.work import Ticket, check_table, work_of
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.running_job import NewJob
@@ -70,7 +70,8 @@ class Lifecycle:
     ) -> None:
         """model: its number. store: of the jobs of its weights. deliver: sends what their webhooks are to be told."""
         self.store, self.model, self.model_name = store, model, info.name
-        self._worker, self._fingerprint, self._weights = worker, info.fingerprint, info.weights_hash[:16]
+        self._worker, self._info, self._fingerprint = worker, info, info.fingerprint
+        self._weights = info.weights_hash[:16]
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self.metrics, self._deliver = limits, metrics, deliver
@@ -289,6 +290,8 @@ class Lifecycle:
         record = job.record
         # What a replica left behind may have ended it: until that has started again, nobody knows.
         alone = record.crashes > 0 or record.left_behind
+        check_table(record.spec, self._info)
+        work = work_of(record.spec, self._info, self.model)
         snapshot, inputs = await self._read(record)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)
@@ -303,7 +306,7 @@ class Lifecycle:
             try:
                 ticket = self._worker.resume(
                     NewJob(
-                        record.id, record.spec, self.model, record.owner, deadline_s,
+                        record.id, record.spec, work, record.owner, deadline_s,
                         inputs=inputs, durable=True, snapshot=snapshot, alone=alone,
                     )
                 )  # fmt: skip

@@ -73,7 +73,7 @@ class NewJobs:
         webhook: who is told of it. charged: is entered if a new job is made, not for a repeat, and left by an exception
         if it is not accepted. Raises KeyReused or JobExists, StorageFailed, and what Worker.submit does.
         """
-        lifecycle = self._jobs.of_model(new.model)
+        lifecycle = self._jobs.of_model(new.work.model)
 
         async def create() -> JobView:
             async with charged():
@@ -97,8 +97,8 @@ class NewJobs:
 
     async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
         """Return the refusal of a job that is not durable, with the least Retry-After of all servers of its store."""
-        leases = self._jobs.of_model(new.model).leases
-        return error if leases is None else await leases.soonest(error, new.spec)
+        leases = self._jobs.of_model(new.work.model).leases
+        return error if leases is None else await leases.soonest(error, new.work)
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
         """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
@@ -131,7 +131,7 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if leases is None or leases.takes(new.spec):
+        if leases is None or leases.takes(new.work):
             try:
                 ticket = self._worker.submit(replace(new, durable=True))
             except Overloaded as error:
@@ -139,7 +139,7 @@ class NewJobs:
                     raise
         if ticket is None:
             assert leases is not None
-            return await leases.leave_to_any(record, key, new.inputs, new.deadline_s)
+            return await leases.leave_to_any(record, key, new)
         kept = False
         try:
             kept = await lifecycle.store.add(record, key, new.inputs)

@@ -7,16 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.tracing import ids_of
-from tminus.service.work import JobResult, JobStatus, Outlook, Work, work_of
+from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.job_span import JobSpan, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recorder
@@ -30,7 +29,7 @@ class NewJob:
 
     id: str  # no other job ever has it: what is late, of a job that was deleted, must not meet another
     spec: SampleSpec
-    model: int = 0  # its number; 0 is the first that was loaded
+    work: Work  # what it costs, and the number of its model
     owner: str = ""  # the name of the key that it came with
     deadline_s: float | None = None  # from its acceptance; it is refused if this cannot be met
     inputs: Inputs | None = None  # the pixels whose hashes are in the spec
@@ -41,10 +40,11 @@ class NewJob:
     is_repeatable: bool = True  # the same request makes the same images: its seed was given, not drawn
     alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
 
-    def work(self, info: ModelInfo) -> Work:
-        """Count its work for its model."""
-        work = work_of(self.spec, info, self.model)
-        return work if self.recording is None else work.ending_at(self.recording.until)
+    def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
+        """Return the job with what is recorded of it, which may end it before its images."""
+        if recording is None:
+            return self
+        return replace(self, recording=recording, work=self.work.ending_at(recording.until))
 
 
 @dataclass(slots=True, eq=False)
@@ -53,10 +53,10 @@ class RunningJob:
 
     new: NewJob  # as it was asked for; without its pixels once the engine has them
     model: LoadedModel
-    work: Work
     submitted_s: float
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
+    work: Work = field(init=False)
     created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
     outlook: Outlook | None = None  # what was forecast when it was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
@@ -73,7 +73,7 @@ class RunningJob:
     span: JobSpan | None = field(init=False)  # None while traces are off
 
     def __post_init__(self) -> None:
-        self.id, self.spec = self.new.id, self.new.spec
+        self.id, self.spec, self.work = self.new.id, self.new.spec, self.new.work
         self.watches = [self.new.watch] if self.new.watch is not None else []
         self.steps_taken = self.steps_kept = sum(self.first_steps)
         self.span = begin_span(self)

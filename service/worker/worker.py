@@ -20,7 +20,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images
-from tminus.service.work import JobResult, Outlook, Ticket, check_table
+from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import LOST, SUSPENDED, Ended, ImageDecoded, Loop, Note, Ticked, note_nothing
@@ -98,26 +98,22 @@ class Worker:
     def submit(self, new: NewJob) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …"""
         self.check_open()
-        model = self._model(new.model)
-        work, now_s = new.work(model.info), self._clock()
+        model, now_s = self._model(new.work.model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
         outlook = self._admission.enter(
-            new.id, work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
+            new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
         )
-        return self._let_in(RunningJob(new, model, work, now_s), outlook)
+        return self._let_in(RunningJob(new, model, now_s), outlook)
 
     def resume(self, new: NewJob) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
 
-        Raises NotReady, Draining, InvalidField for a table that has gone, and Overloaded while there are no slots.
+        Raises NotReady, Draining, and Overloaded while there are no slots.
         """
         self.check_open()
-        model = self._model(new.model)
-        check_table(new.spec, model.info)
-        work = new.work(model.info)
-        job = RunningJob(new, model, work, self._clock())
-        places_left = sum(map(work.places_left, job.first_steps))
-        outlook = self._admission.readmit(new.id, work, new.owner, places_left=places_left)
+        job = RunningJob(new, self._model(new.work.model), self._clock())
+        places_left = sum(map(new.work.places_left, job.first_steps))
+        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left)
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:

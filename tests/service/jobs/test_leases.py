@@ -390,8 +390,8 @@ def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> No
     held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, INFO, LIMITS, {})
     asyncio.run(held.claim())
     assert asked == [2.0 * leases.AHEAD_S], "what others had begun is taken over up to this much"
-    assert not held.takes(spec)
-    assert held.takes(make_spec(steps=19))
+    assert not held.takes(work_of(spec, INFO))
+    assert held.takes(work_of(make_spec(steps=19), INFO))
 
 
 @pytest.mark.usefixtures("believed")

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from tests.service.fakes import PATIENCE_S, make_spec
+from tests.service.fakes import INFO, PATIENCE_S, make_spec
 from tminus.service.errors import QuotaExceeded
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.store.records import JobRecord, Key
 from tminus.service.jobs.webhooks.webhook import Webhook
-from tminus.service.work import Outlook, Ticket
+from tminus.service.work import Outlook, Ticket, work_of
 from tminus.service.worker.running_job import NewJob
 
 
@@ -41,7 +41,7 @@ class SlowStore(FakeStore):
 
 
 def new_job() -> NewJob:
-    return NewJob(uuid.uuid4().hex, make_spec(), owner="key")
+    return NewJob(uuid.uuid4().hex, make_spec(), work_of(make_spec(), INFO), owner="key")
 
 
 async def accepted_at_once(webhook: Webhook | None) -> int:

@@ -15,7 +15,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, SampleSpec
-from tminus.service.work import Batch, JobResult, JobStatus, Ticket, Work
+from tminus.service.work import Batch, JobResult, JobStatus, Ticket, Work, work_of
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
@@ -67,7 +67,9 @@ class Bench:
 
     def submit_spec(self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object) -> Ticket:
         """Have a job accepted, which the worker's thread will take up."""
-        new = NewJob(name, spec, deadline_s=deadline_s, **kwargs)  # type: ignore[arg-type]
+        model, recording = kwargs.pop("model", 0), kwargs.pop("recording", None)
+        work = work_of(spec, self.engine.info, model)  # type: ignore[arg-type]
+        new = NewJob(name, spec, work, deadline_s=deadline_s, **kwargs).recorded_by(recording)  # type: ignore[arg-type]
         return self.worker.resume(new) if kwargs.keys() & {"alone", "snapshot"} else self.worker.submit(new)
 
     def submit(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":

@@ -9,6 +9,7 @@ import pytest
 from tests.service.fakes import PATIENCE_S, FakeEngine, Gate, make_spec, wait_until
 from tminus.service.errors import Draining
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.work import work_of
 from tminus.service.worker.coding import Coded, Coding
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import NewJob, RunningJob
@@ -49,8 +50,8 @@ class Bench:
 
 def make_job(name: str, *, alone: bool, owner: str) -> RunningJob:
     model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
-    new = NewJob(name, make_spec(), alone=alone, owner=owner)
-    return RunningJob(new, model, new.work(model.info), 0.0)
+    spec = make_spec()
+    return RunningJob(NewJob(name, spec, work_of(spec, model.info), alone=alone, owner=owner), model, 0.0)
 
 
 @pytest.fixture
