@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -71,6 +71,13 @@ def model_name(value: object) -> str:
     if not MODEL_NAME.fullmatch(found):
         raise ValueError(f"model must be 1..64 of A-Z a-z 0-9 . _ -, a letter or digit first, got {found!r:.100}")
     return found
+
+
+def one_of(known: Sequence[T], value: object) -> T:
+    """One of the texts that are known."""
+    if value not in known:
+        raise ValueError(f"none of {', '.join(map(str, known))}: {value!r:.40}")
+    return known[known.index(value)]
 
 
 def yes_or_no(value: object) -> bool:

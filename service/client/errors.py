@@ -1,6 +1,7 @@
 """The errors that calls of the client raise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from . import checks
@@ -51,6 +52,15 @@ class UnexpectedAnswer(ClientError):
         what = f"no {reason}" if isinstance(reason, KeyError) else str(reason)
         super().__init__(f"{status}, and not from a tminus server{f' ({what:.200})' if what else ''}")
         self.status = status
+
+
+@contextmanager
+def expecting(status: int) -> Iterator[None]:
+    """Turn what the checks of an answer raise, ValueError and KeyError, into UnexpectedAnswer."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise UnexpectedAnswer(status, error) from None
 
 
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientError:

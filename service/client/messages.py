@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import checks
-from .errors import SWITCHING_PROTOCOLS, UnexpectedAnswer, problem_of
+from .errors import UnexpectedAnswer, problem_of
 from .results import JobState
 from .sse import ServerSentEvent
 
@@ -87,63 +87,42 @@ Message = Accepted | Frame | Done | Cancelled
 Event = Waiting | Progress | Frame | Ended
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The JSON part of a message over the WebSocket; `images` binary messages follow it."""
-
-    members: Mapping[str, Any]
-    images: int
-
-
-def opening_of(text: str | bytes) -> Opening:
-    """Read the JSON part of a message. Raises UnexpectedAnswer."""
-    try:
-        members = checks.mapping(checks.loads(text))
-        match checks.text(members["type"]):
-            case "frame":
-                images = 1
-            case "done":
-                images = checks.whole(members["images"])
-            case _:
-                images = 0
-    except (ValueError, KeyError) as error:
-        raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None
-    return Opening(members, images)
+def images_after(members: Mapping[str, Any]) -> int:
+    """How many binary messages follow the JSON part of a message. Raises KeyError, ValueError."""
+    match checks.text(members["type"]):
+        case "frame":
+            return 1
+        case "done":
+            return checks.whole(members["images"])
+    return 0
 
 
-def message_of(opening: Opening, images: list[str | bytes]) -> Message:
-    """Read a message. Raises Problem for an error that the server reports; UnexpectedAnswer."""
-    members = opening.members
-    pictures = tuple(image for image in images if isinstance(image, bytes))
-    if len(pictures) < len(images):
-        raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
-    try:
-        match members["type"]:
-            case "accepted":
-                return Accepted(
-                    id=checks.token(members["id"]),
-                    seed=checks.whole(members["seed"]),
-                    eta_s=checks.number(members["eta_s"]),
-                    position=checks.whole(members["position"]),
-                    fingerprint=checks.token(members["fingerprint"]),
-                )
-            case "frame":
-                return frame(members, pictures[0])
-            case "done":
-                return Done(
-                    images=pictures,
-                    queue_s=checks.number(members["queue_s"]),
-                    first_step_s=checks.number(members["first_step_s"]),
-                    denoise_s=checks.number(members["denoise_s"]),
-                    frames_dropped=checks.whole(members["frames_dropped"]),
-                )
-            case "cancelled":
-                return Cancelled(checks.token(members["id"]))
-            case "error":
-                raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
-    except (KeyError, ValueError) as error:
-        raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None
-    raise UnexpectedAnswer(SWITCHING_PROTOCOLS, f"a message of type {members['type']!r:.40}")
+def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Message:
+    """Read a message. Raises Problem for an error that the server reports; KeyError, ValueError."""
+    match members["type"]:
+        case "accepted":
+            return Accepted(
+                id=checks.token(members["id"]),
+                seed=checks.whole(members["seed"]),
+                eta_s=checks.number(members["eta_s"]),
+                position=checks.whole(members["position"]),
+                fingerprint=checks.token(members["fingerprint"]),
+            )
+        case "frame":
+            return frame(members, pictures[0])
+        case "done":
+            return Done(
+                images=pictures,
+                queue_s=checks.number(members["queue_s"]),
+                first_step_s=checks.number(members["first_step_s"]),
+                denoise_s=checks.number(members["denoise_s"]),
+                frames_dropped=checks.whole(members["frames_dropped"]),
+            )
+        case "cancelled":
+            return Cancelled(checks.token(members["id"]))
+        case "error":
+            raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
+    raise ValueError(f"a message of type {members['type']!r:.40}")
 
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:

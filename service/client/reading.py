@@ -3,17 +3,81 @@
 Without this a server could send frames without end, and whoever keeps them would run out of memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from . import checks
-from .bounds import Asked
-from .errors import SWITCHING_PROTOCOLS, UnexpectedAnswer
-from .messages import Done, Ended, Event, Frame, Message, Opening, Progress, Waiting, event_of
+from .errors import SWITCHING_PROTOCOLS, expecting
+from .messages import Done, Ended, Event, Frame, Message, Progress, Waiting, event_of, images_after, message_of
 from .patience import Patience
+from .results import MAX_IMAGES
 from .sse import Decoder, ServerSentEvent
 
+MIB = 2**20
+IMAGE_BYTES = 16 * MIB  # one image in a file: 2048 x 2048 pixels in colour, with its text
+ANSWER_BYTES = 512 * MIB  # any answer or message
+ANIMATION_BYTES = 64 * MIB  # which a server makes of 16 MiB of pixels at most
+TRAJECTORY_BYTES = 64 * MIB  # of which a server makes 32 MiB at most
+DOCUMENT_BYTES = 16 * MIB  # JSON without images
+MAX_STEPS = 100_000  # of a request that does not say
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks for, as far as it bounds what answers it."""
+
+    images: int  # n
+    passes: int  # that an image takes, at most; frames count these as steps
+    every: int  # steps between two frames, at least
+    shows: frozenset[str]  # what frames may show
+    in_sheets: bool  # one picture of all images, not one each
+    frame_type: str  # media type of a frame
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Asked":
+        """Read it from the parameters of a call; `show` holds where they have none."""
+        shows = parameters.get("show", show)
+        # A sampler takes two passes a step and one more at most; with `nearest` the server chooses the steps.
+        passes = MAX_STEPS if parameters.get("nearest") else 2 * _whole(parameters.get("steps"), MAX_STEPS) + 1
+        return cls(
+            images=_whole(parameters.get("n", 1), MAX_IMAGES),
+            passes=passes,
+            every=_whole(parameters.get("every"), 1),
+            shows=frozenset([shows] if isinstance(shows, str) else shows or ()),
+            in_sheets=parameters.get("layout", "sheet") == "sheet",
+            frame_type=f"image/{parameters.get('frame_format', 'png')}",
+        )
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures a step is shown in, for each of `shows`."""
+        return 1 if self.in_sheets else self.images
+
+    @property
+    def picture_bytes(self) -> int:
+        """How long one of them may be."""
+        return min(self.images * IMAGE_BYTES, ANSWER_BYTES) if self.in_sheets else IMAGE_BYTES
+
+    def answer_bytes(self, media_type: str) -> int:
+        """How long an answer of a media type may be."""
+        if media_type == "image/webp":
+            return ANIMATION_BYTES
+        if media_type == "application/vnd.tminus.trajectory":
+            return TRAJECTORY_BYTES
+        encoded = 4 * IMAGE_BYTES // 3 if media_type == "application/json" else IMAGE_BYTES
+        return min(self.images * encoded, ANSWER_BYTES)
+
+
+def _whole(given: object, otherwise: int) -> int:
+    """A parameter as a number; another value than a number from 1 up is for the server to refuse."""
+    try:
+        number = int(given)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return otherwise
+    return number if number >= 1 else otherwise
 
 
 class FrameOrder:
@@ -44,27 +108,33 @@ class Reading:
 
     def __init__(self, asked: Asked) -> None:
         self._asked, self._frames, self._accepted = asked, FrameOrder(asked), False
+        self._members: Mapping[str, Any] = {}
 
-    def begin(self, opening: Opening) -> None:
-        """Check a message before the images that follow it are read. Raises UnexpectedAnswer."""
-        kind = opening.members["type"]
-        if kind != "error" and (kind == "accepted") == self._accepted:
-            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, f"{kind!r:.40} came at the wrong time")
+    def begin(self, text: str | bytes) -> int:
+        """Check the JSON part of a message; returns how many images follow it. Raises UnexpectedAnswer."""
+        with expecting(SWITCHING_PROTOCOLS):
+            self._members = checks.mapping(checks.loads(text))
+            kind, images = checks.text(self._members["type"]), images_after(self._members)
+            if kind != "error" and (kind == "accepted") == self._accepted:
+                raise ValueError(f"{kind!r:.40} came at the wrong time")
+            if kind == "done" and images != self._asked.pictures:
+                raise ValueError(f"{images} images, where {self._asked.pictures} were asked for")
         self._accepted = True
-        if kind == "done" and opening.images != self._asked.pictures:
-            what = f"{opening.images} images, where {self._asked.pictures} were asked for"
-            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, what)
+        return images
 
-    def end(self, message: Message) -> None:
-        """Check a message as a whole. Raises UnexpectedAnswer."""
-        try:
+    def end(self, images: Sequence[str | bytes]) -> Message:
+        """Read the message that began, with its images. Raises Problem, UnexpectedAnswer."""
+        with expecting(SWITCHING_PROTOCOLS):
+            pictures = tuple(image for image in images if isinstance(image, bytes))
+            if len(pictures) < len(images):
+                raise ValueError("a text in place of an image")
+            message = message_of(self._members, pictures)
             if isinstance(message, Frame):
                 self._frames.check(message)
             elif isinstance(message, Done):
                 for image in message.images:
                     checks.picture(image, "image/png")
-        except ValueError as error:
-            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None
+        return message
 
 
 class Following:
@@ -85,10 +155,8 @@ class Following:
 
     def read(self, chunk: bytes) -> Iterator[Event]:
         """Give the events that end in a chunk. Raises UnexpectedAnswer."""
-        try:
+        with expecting(OK):
             received = self._decoder.feed(chunk)
-        except ValueError as error:
-            raise UnexpectedAnswer(OK, error) from None
         if received or self._heard:  # the first chunk is only a greeting, which a server about to stop sends too
             self._patience.renew()
         self._heard = True
@@ -104,7 +172,7 @@ class Following:
 
     def _event(self, sent: ServerSentEvent) -> Event | None:
         event = event_of(sent)
-        try:
+        with expecting(OK):
             if sent.id:
                 checks.token(sent.id)  # it is sent back in a header
             if isinstance(event, Frame):
@@ -113,6 +181,4 @@ class Following:
                 # Beside frames these come only first: from a server that begins to work on the job. It may be another
                 # one, whose events come over the same connection, and which goes on from a snapshot: steps come again.
                 self._frames = FrameOrder(self._asked)
-        except ValueError as error:
-            raise UnexpectedAnswer(OK, error) from None
         return event

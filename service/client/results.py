@@ -6,37 +6,26 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import httpx
 
 from . import checks
-from .bounds import MAX_IMAGES
-from .errors import UnexpectedAnswer
+from .errors import UnexpectedAnswer, expecting
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
 MediaType = Literal[
     "image/png", "application/zip", "application/json", "image/webp", "application/vnd.tminus.trajectory"
 ]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-STATES: dict[str, State] = {
-    "waiting": "waiting",
-    "running": "running",
-    "done": "done",
-    "failed": "failed",
-    "cancelled": "cancelled",
-}
+STATES: tuple[State, ...] = get_args(State)
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
-MODEL_STATES: dict[str, Loaded] = {
-    "loaded": "loaded",
-    "loading": "loading",
-    "unloading": "unloading",
-    "unloaded": "unloaded",
-}
+MODEL_STATES: tuple[Loaded, ...] = get_args(Loaded)
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
 ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
 ZIP64_LOCATOR = b"PK\x06\x07"
 OK = 200
+MAX_IMAGES = 4096  # of a request that does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +48,7 @@ class Sampled:
     def of(cls, response: httpx.Response, accept: str) -> "Sampled":
         """Read a response to a request for `accept`. Raises UnexpectedAnswer."""
         headers = response.headers
-        try:
+        with expecting(response.status_code):
             if headers["content-type"] != accept:
                 raise ValueError(f"{headers['content-type']!r:.40}, where {accept} was asked for")
             return cls(
@@ -70,8 +59,6 @@ class Sampled:
                 job_id=checks.optional(checks.token, headers.get("x-job-id")),
                 timings_s=_timings_s(headers.get("server-timing", "")),
             )
-        except (KeyError, ValueError) as error:
-            raise UnexpectedAnswer(response.status_code, error) from None
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -116,15 +103,13 @@ class Noised:
     def of(cls, response: httpx.Response) -> "Noised":
         """Read a response. Raises UnexpectedAnswer."""
         headers = response.headers
-        try:
+        with expecting(response.status_code):
             return cls(
                 data=checks.picture(response.content, PNG),
                 seed=checks.whole(int(headers["x-seed"])),
                 alpha_bar=checks.number(float(headers["x-alpha-bar"])),
                 fingerprint=checks.token(headers["x-fingerprint"]),
             )
-        except (KeyError, ValueError) as error:
-            raise UnexpectedAnswer(response.status_code, error) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +138,12 @@ class JobState:
     @classmethod
     def of(cls, document: Any) -> "JobState":
         """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
-        try:
+        with expecting(OK):
             members = checks.mapping(document)
             return cls(
                 id=checks.token(members["id"]),
                 model=checks.model_name(members["model"]),
-                state=STATES[checks.text(members["state"])],
+                state=checks.one_of(STATES, members["state"]),
                 durable=checks.yes_or_no(members["durable"]),
                 step=checks.optional(checks.whole, members["step"]),
                 steps=checks.whole(members["steps"]),
@@ -175,8 +160,6 @@ class JobState:
                 problem=checks.optional(checks.mapping, members["problem"]),
                 webhook=checks.optional(checks.mapping, members.get("webhook")),  # servers before know of none
             )
-        except (KeyError, ValueError) as error:
-            raise UnexpectedAnswer(OK, error) from None
 
     @property
     def ended(self) -> bool:
@@ -186,20 +169,16 @@ class JobState:
 
 def object_of(response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a response. Raises UnexpectedAnswer."""
-    try:
+    with expecting(response.status_code):
         return checks.mapping(checks.loads(response.content))
-    except ValueError as error:
-        raise UnexpectedAnswer(response.status_code, error) from None
 
 
 def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
     """Some jobs, and where the next page begins; None: nowhere. Raises UnexpectedAnswer."""
     document = object_of(response)
-    try:
+    with expecting(response.status_code):
         jobs = [JobState.of(job) for job in checks.items(document["jobs"])]
         after = checks.optional(checks.token, document["next"])
-    except (KeyError, ValueError) as error:
-        raise UnexpectedAnswer(response.status_code, error) from None
     if after is not None and not jobs:  # or pages without jobs might come without end
         raise UnexpectedAnswer(response.status_code)
     return jobs, after
@@ -245,28 +224,24 @@ class ModelState:
     @classmethod
     def of(cls, document: Any) -> "ModelState":
         """Read a model's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
-        try:
+        with expecting(OK):
             members = checks.mapping(document)
             model = cls(
                 name=checks.model_name(members["name"]),
                 default=checks.yes_or_no(members["default"]),
-                state=MODEL_STATES[checks.text(members["state"])],
+                state=checks.one_of(MODEL_STATES, members["state"]),
                 info=checks.optional(checks.mapping, members["model"]),
             )
             if (model.state == "loaded") != (model.info is not None):
                 raise ValueError(f"{model.name} is {model.state}, with {'no ' * (model.info is None)}description")
-        except (KeyError, ValueError) as error:
-            raise UnexpectedAnswer(OK, error) from None
         return model
 
 
 def models_of(response: httpx.Response) -> list[ModelState]:
     """The models in a list, each of another name. Raises UnexpectedAnswer."""
     document = object_of(response)
-    try:
+    with expecting(response.status_code):
         models = [ModelState.of(model) for model in checks.items(document["models"])]
         if len({model.name for model in models}) < len(models):
             raise ValueError("a name comes twice")
-    except (KeyError, ValueError) as error:
-        raise UnexpectedAnswer(response.status_code, error) from None
     return models

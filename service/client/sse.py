@@ -6,9 +6,8 @@ Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte o
 import re
 from dataclasses import dataclass
 
-from .bounds import EVENT_BYTES
-
 LINE_END = re.compile(rb"\r\n|\n|\r")
+EVENT_BYTES = 64 * 2**20  # a frame as base64
 BOM = b"\xef\xbb\xbf"
 
 

@@ -8,9 +8,9 @@ from typing import Any, Self, Unpack
 import httpx
 
 from .. import checks
-from ..bounds import IMAGE_BYTES, Asked
 from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
 from ..patience import Patience
+from ..reading import IMAGE_BYTES, Asked
 from ..results import PNG, JobState, MediaType, ModelState, Noised, Sampled, models_of, object_of, page_of
 from ..transport import KeyAuth, timeouts, with_key
 from .connection import AsyncConnection

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from ..bounds import Asked
 from ..errors import ClientError
-from ..messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from ..messages import CANCEL, Cancelled, Done, Message
 from ..parameters import text_of
 from ..patience import Patience
-from ..reading import Reading
+from ..reading import Asked, Reading
 from .connection import AsyncConnection
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class AsyncWatching:
                     await ws.send(text)
                     self._ws, reading = ws, Reading(asked)
                     while True:
-                        message = await _receive(ws, reading)
+                        images = reading.begin(await ws.recv())
+                        message = reading.end([await ws.recv() for _ in range(images)])
                         accepted = True
                         yield message
                         if isinstance(message, Done | Cancelled):
@@ -56,15 +57,7 @@ class AsyncWatching:
     async def cancel(self) -> None:
         """Cancel the job once there is one, from any task; the loop ends with Cancelled, or Done if it was done."""
         if self._ws is not None:
-            from .websocket import send_unless_closed
+            from websockets.exceptions import ConnectionClosed
 
-            await send_unless_closed(self._ws, CANCEL)
-
-
-async def _receive(ws: "ClientConnection", reading: Reading) -> Message:
-    """Receive a message and the images that follow it."""
-    opening = opening_of(await ws.recv())
-    reading.begin(opening)
-    message = message_of(opening, [await ws.recv() for _ in range(opening.images)])
-    reading.end(message)
-    return message
+            with suppress(ConnectionClosed):  # then it is not wanted any more
+                await self._ws.send(CANCEL)

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ..bounds import DOCUMENT_BYTES
 from ..errors import ClientError
 from ..patience import Patience
+from ..reading import DOCUMENT_BYTES
 from ..transport import (
+    CLOSE_S,
+    CONNECT_S,
+    PONG_S,
     UNBOUNDED,
     UNCOMPRESSED,
     check,
     check_coding,
+    closed,
     http_address,
     lost,
     model_address,
+    refused,
     timeouts,
     too_large,
     ws_address,
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
 
+MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
 # A request that may take as long as it takes has no other way to find that the server is silently gone: after a minute
 # and a half. Not all systems have all of these: macOS calls the first TCP_KEEPALIVE, and only Linux has the last, which
 # holds while the server has not even confirmed the request.
@@ -134,12 +140,32 @@ class Connection:
         Raises ClientError, also where it is closed by the server while it is used; ImportError without websockets.
         """
         try:
-            from .websocket import opened
+            from websockets.sync.client import connect
+            from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
         except ModuleNotFoundError as error:
             needed = f"watch needs {error.name}: pip install 'tminus-client[watch]'"
             raise ImportError(needed, name=error.name) from None
-        with opened(self._ws_address + path, self._headers, max_bytes) as ws:
-            yield ws
+        options: dict[str, Any] = {
+            "additional_headers": self._headers,
+            "open_timeout": CONNECT_S,
+            "close_timeout": CLOSE_S,
+            "ping_timeout": PONG_S,
+            "compression": None,
+            "max_size": max_bytes,
+            "max_queue": MESSAGES_AHEAD,
+        }
+        try:
+            with connect(self._ws_address + path, **options) as ws:
+                try:
+                    yield ws
+                finally:
+                    ws.close()  # with 1000: leaving early is not the internal error that `with` would report
+        except ConnectionClosed as error:
+            raise closed(error, max_bytes) from None
+        except InvalidStatus as error:
+            raise refused(error) from None
+        except (OSError, WebSocketException) as error:
+            raise lost(error) from None
 
 
 def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:

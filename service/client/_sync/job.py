@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Unpack
 from urllib.parse import quote
 
-from ..bounds import MAX_IMAGES, Asked
 from ..errors import ClientError, Problem, Unreachable
 from ..messages import Event
 from ..parameters import Preview
 from ..patience import SHORTEST_POLL_S, Patience, Polling
-from ..reading import EVENTS_QUIET_S, NO_CONTENT, Following
-from ..results import JobState, MediaType, Sampled, object_of
+from ..reading import EVENTS_QUIET_S, NO_CONTENT, Asked, Following
+from ..results import MAX_IMAGES, JobState, MediaType, Sampled, object_of
 from ..transport import QUIET_S, timeouts
 from .connection import Connection
 

@@ -3,14 +3,14 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from ..bounds import Asked
 from ..errors import ClientError
-from ..messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from ..messages import CANCEL, Cancelled, Done, Message
 from ..parameters import text_of
 from ..patience import Patience
-from ..reading import Reading
+from ..reading import Asked, Reading
 from .connection import Connection
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Watching:
                     ws.send(text)
                     self._ws, reading = ws, Reading(asked)
                     while True:
-                        message = _receive(ws, reading)
+                        images = reading.begin(ws.recv())
+                        message = reading.end([ws.recv() for _ in range(images)])
                         accepted = True
                         yield message
                         if isinstance(message, Done | Cancelled):
@@ -57,15 +58,7 @@ class Watching:
     def cancel(self) -> None:
         """Cancel the job once there is one, from any thread; the loop ends with Cancelled, or Done if it was done."""
         if self._ws is not None:
-            from .websocket import send_unless_closed
+            from websockets.exceptions import ConnectionClosed
 
-            send_unless_closed(self._ws, CANCEL)
-
-
-def _receive(ws: "ClientConnection", reading: Reading) -> Message:
-    """Receive a message and the images that follow it."""
-    opening = opening_of(ws.recv())
-    reading.begin(opening)
-    message = message_of(opening, [ws.recv() for _ in range(opening.images)])
-    reading.end(message)
-    return message
+            with suppress(ConnectionClosed):  # then it is not wanted any more
+                self._ws.send(CANCEL)

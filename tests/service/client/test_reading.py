@@ -11,10 +11,9 @@ from tests.service.client.hostile import PNG
 from tests.service.client.test_patience import Clock
 from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Cancelled, Ended, Frame, Progress, UnexpectedAnswer, Unreachable
-from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
-from tminus.service.client.messages import Done, Message, Opening, event_of, message_of, opening_of
+from tminus.service.client.messages import Done, Message, event_of
 from tminus.service.client.patience import RESTART_S, Patience
-from tminus.service.client.reading import Following, FrameOrder, Reading
+from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Asked, Following, FrameOrder, Reading
 from tminus.service.client.sse import ServerSentEvent
 
 GREETING = b"retry: 2000\n\n"
@@ -71,29 +70,40 @@ def test_events_have_no_frames_unless_they_are_asked_for() -> None:
     FrameOrder(Asked.of({"show": "x_t"}, show=None)).check(frame(1))
 
 
-ACCEPTED = Opening({"type": "accepted"}, 0)
+ACCEPTED = {"type": "accepted", "id": "x", "seed": 1, "eta_s": 0.5, "position": 0, "fingerprint": "f"}
+FRAME = {"type": "frame", "step": 1, "steps": 2, "t": 3, "show": "x_t", "eta_s": 0.5}
+DONE = {"type": "done", "images": 2, "queue_s": 1, "first_step_s": 2, "denoise_s": 3, "frames_dropped": 4}
+
+
+def accepted(**parameters: Any) -> Reading:
+    reading = Reading(Asked.of(parameters))
+    assert reading.begin(json.dumps(ACCEPTED)) == 0
+    reading.end([])
+    return reading
+
+
+def test_a_message_at_the_wrong_time_is_refused_before_its_images_are_read() -> None:
+    with pytest.raises(UnexpectedAnswer, match="'frame' came at the wrong time"):
+        Reading(ASKED).begin(json.dumps(FRAME))
+    for members, says in ((ACCEPTED, "'accepted' came at the wrong time"), (DONE, "2 images, where 1 were asked for")):
+        with pytest.raises(UnexpectedAnswer, match=says):
+            accepted(n=4).begin(json.dumps(members))
 
 
 @pytest.mark.parametrize(
-    ("openings", "says"),
+    ("members", "images", "message"),
     [
-        ([ACCEPTED, ACCEPTED], "'accepted' came at the wrong time"),
-        ([Opening({"type": "frame"}, 1)], "'frame' came at the wrong time"),
-        ([ACCEPTED, Opening({"type": "done"}, 0)], "0 images, where 1 were asked for"),
+        ({"type": "cancelled", "id": "x"}, [], Cancelled("x")),
+        (FRAME, [PNG], Frame(1, 2, 3, "x_t", 0.5, None, PNG)),
+        (DONE | {"images": 1}, [PNG], Done((PNG,), 1, 2, 3, 4)),
     ],
 )
-def test_a_message_at_the_wrong_time_is_refused_before_its_images_are_read(openings: list[Opening], says: str) -> None:
-    reading = Reading(Asked.of({"n": 4}))
-    *before, last = openings
-    for each in before:
-        reading.begin(each)
-    with pytest.raises(UnexpectedAnswer, match=says):
-        reading.begin(last)
-
-
-def test_a_result_that_is_no_image_is_refused() -> None:
-    with pytest.raises(UnexpectedAnswer, match="no image/png"):
-        Reading(Asked.of({})).end(Done((b"text",), 0, 0, 0, 0))
+def test_a_message_is_read_with_the_images_that_follow_it(
+    members: dict[str, Any], images: list[str | bytes], message: Message
+) -> None:
+    reading = accepted()
+    assert reading.begin(json.dumps(members)) == len(images)
+    assert reading.end(images) == message
 
 
 @pytest.mark.parametrize("given", ["many", None, -3, 0, float("nan"), [], 10**400])
@@ -186,26 +196,3 @@ def test_a_frame_of_an_event_is_decoded() -> None:
     for bad in ("[]", "{}", "no JSON", json.dumps(members | {"data": "no base64"})):
         with pytest.raises(UnexpectedAnswer, match="the event 'frame' cannot be read"):
             event_of(ServerSentEvent("frame", bad, ""))
-
-
-FRAME_MESSAGE = {"type": "frame", "step": 1, "steps": 2, "t": 3, "show": "x_t", "eta_s": 0.5}
-DONE_MESSAGE = {"type": "done", "images": 2, "queue_s": 1, "first_step_s": 2, "denoise_s": 3, "frames_dropped": 4}
-
-
-@pytest.mark.parametrize(
-    ("members", "images", "message"),
-    [
-        ({"type": "cancelled", "id": "x"}, [], Cancelled("x")),
-        (FRAME_MESSAGE, [b"p"], Frame(1, 2, 3, "x_t", 0.5, None, b"p")),
-        (FRAME_MESSAGE | {"image": 1}, [b"p"], Frame(1, 2, 3, "x_t", 0.5, 1, b"p")),
-        (DONE_MESSAGE, [b"p", b"q"], Done((b"p", b"q"), 1, 2, 3, 4)),
-    ],
-)
-def test_a_message_is_read_with_the_images_that_follow_it(
-    members: dict[str, Any], images: list[str | bytes], message: Message
-) -> None:
-    opening = opening_of(json.dumps(members))
-    assert opening.images == len(images)
-    assert message_of(opening, images) == message
-    with pytest.raises(UnexpectedAnswer, match="101"):
-        message_of(opening_of('{"type": "news"}'), [])

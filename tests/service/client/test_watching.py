@@ -16,7 +16,7 @@ from tests.service.conftest import pixels
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api.stream import SEND_S
 from tminus.service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
-from tminus.service.client.bounds import IMAGE_BYTES
+from tminus.service.client.reading import IMAGE_BYTES
 from tminus.service.client.transport import closed
 from tminus.service.startup.server import PING_S, PONG_S
 
