@@ -31,7 +31,7 @@ READ_BATCH = 500
 MIN_SIDE = 8  # in pixels, of which three poolings by two leave one
 
 
-class ClassifierError(Exception):
+class ClassifierError(ValueError):
     """A classifier cannot be trained or loaded; the message names the file or the data and what is wrong."""
 
 

@@ -31,7 +31,7 @@ ALL = "all"
 MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
 
 
-class EvaluateError(Exception):
+class EvaluateError(ValueError):
     """Checkpoint, data and classifier do not fit together, or samples are not finite; the message says why."""
 
 

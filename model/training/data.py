@@ -42,7 +42,7 @@ MOST_LISTED = 20  # names in a line
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """The data set is missing or malformed; the message names the file."""
 
 

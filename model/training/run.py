@@ -100,7 +100,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {**state, **parts, "optimizer": optimizer}
 
 
-class TrainError(Exception):
+class TrainError(ValueError):
     """A run cannot start or continue; the message says why."""
 
 

@@ -31,7 +31,7 @@ STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begi
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
 
-class TuneError(Exception):
+class TuneError(ValueError):
     """Nothing can be fitted; the message names the option, its bound and its value."""
 
 

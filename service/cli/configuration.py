@@ -1,5 +1,9 @@
-"""The settings of the server from four places, of which the first wins: a flag, its variable, a file, the default."""
+"""The settings of the server from four places, of which the first wins: a flag, its variable, a file, the default.
 
+And `tminus config`, which prints them with the place of each.
+"""
+
+import json
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic import SecretStr, ValidationError
 
-from tminus.service.cli.output import fail
+from tminus.service.cli.output import fail, say
 from tminus.service.startup.settings import NO_FLAG, Settings, asked_by
 
 if TYPE_CHECKING:
@@ -33,33 +37,38 @@ class Source:
     name: str  # the flag, the variable, the file's path; empty for a default
 
 
-def settings_options(command: Command) -> Command:
-    """Give a command one option for each field of Settings that has a flag, and one for a file of them."""
-    return options_of(Settings)(command)
-
-
-def options_of(kind: type[Settings]) -> Callable[[Command], Command]:
-    """Give a command one option for each setting of a kind, and one for a file of them."""
+def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
+    """Give a command one option for each field of the settings that has a flag, and one for a file of them."""
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(kind.model_fields.items()):
             if name in NO_FLAG:
                 continue
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             if field.annotation in (bool, bool | None):
                 flag += f"/--no-{name.replace('_', '-')}"
             default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
-            text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
+            text = f"{field.description} {default} [env: {variable(name)}]"
             several = field.default == ()
             option = click.option(
                 flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
             )
             command = option(command)
         text = "file of settings, in TOML; a flag or a variable wins over what it says"
-        config = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
-        return config(command)
+        file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
+        return file(command)
 
     return decorate
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable(name: str) -> str:
+    """The variable of a setting."""
+    return f"TMINUS_{name.upper()}"
 
 
 def shown(default: object) -> object:
@@ -87,18 +96,11 @@ def values_of(field: "FieldInfo") -> str | None:
     return TYPES[kind]
 
 
-def read_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
-    """Build the settings; for a bad value one line that names its flag, its variable and the value."""
-    return with_sources(config, flags)[0]
+def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
+    """Build the settings, and say where each comes from; a bad value ends in a line with its flag, variable and value.
 
-
-def with_sources(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Source]]:
-    """Build the settings, and say where each comes from. What is wrong ends in one line."""
-    return settings_of(Settings, config, flags)
-
-
-def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
-    """As `with_sources`, for settings of a kind."""
+    config: the file of settings. flags: the options that the command was given, None or () for each that it was not.
+    """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     in_file = read_file(config, kind) if config is not None else {}
     sources = {name: _source(name, given, in_file, config) for name in kind.model_fields}
@@ -115,15 +117,10 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
 
 def _source(name: str, given: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> Source:
     if name in given:
-        return Source("flag", f"--{name.replace('_', '-')}")
+        return Source("flag", flag_of(name))
     if variable(name) in os.environ:
         return Source("variable", variable(name))
     return Source("file", str(config)) if name in in_file else Source("default", "")
-
-
-def variable(name: str) -> str:
-    """The variable of a setting."""
-    return f"TMINUS_{name.upper()}"
 
 
 def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
@@ -147,3 +144,29 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
             fail(f"--config ({FILE}): {file} has {given!r} twice")
         values[name] = ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
     return values
+
+
+@click.command()
+@settings_options(Settings)
+@click.option("--changed", is_flag=True, help="only those that are not the default")
+def config(config: Path | None, changed: bool, **flags: Any) -> None:
+    """Print the settings that `tminus serve` would have, given the same flags, variables and file.
+
+    What is printed can be read again by --config. A setting that is left to the machine, and what is secret, are
+    comments.
+    """
+    settings, sources = read_settings(Settings, config, flags)
+    for name, source in sources.items():
+        if not (source.kind == "default" and changed):
+            say(f"{toml_line(name, getattr(settings, name))}  # {f'{source.kind} {source.name}'.strip()}")
+
+
+def toml_line(name: str, value: Any) -> str:
+    """One setting as a line of TOML; a comment, where there is no value or it is secret."""
+    if value is None:
+        return f"# {name} is not set"
+    if isinstance(value, SecretStr):
+        return f"# {name} is secret: give it by {variable(name)}"
+    if isinstance(value, tuple):
+        value = list(map(str, value))
+    return f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"

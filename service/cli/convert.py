@@ -12,7 +12,7 @@ import click
 
 from tminus.model.formats.flags import FACTS, flag
 from tminus.service.cli.options import FOLDER_TYPE
-from tminus.service.cli.output import fail, say
+from tminus.service.cli.output import failing_in_one_line, say
 
 if TYPE_CHECKING:
     from tminus.model.formats.conversion import Given
@@ -45,14 +45,11 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
 
     docs/formats.md has the formats.
     """
-    from tminus.model.files import CheckpointError
     from tminus.model.formats.read import convert as run
     from tminus.model.unet import CLASS_NAME
 
-    try:
+    with failing_in_one_line():
         converted = run(source, folder, given_facts(options))
-    except (CheckpointError, ValueError, OSError) as error:
-        fail(str(error))
     say(f"{folder}: written from {converted.format}")
     for note in converted.notes:
         say(f"taken: {note}")
@@ -66,14 +63,11 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
 @fact_options
 def inspect(path: Path, **options: Any) -> None:
     """Say what PATH is: a checkpoint folder, or a file of another project, which `tminus convert` makes a folder of."""
-    from tminus.model.files import CheckpointError
     from tminus.model.formats.describe import describe
 
-    try:
+    with failing_in_one_line():
         found = describe(path, given_facts(options))
         lines = [*found.lines, *_costs(found)]
-    except (CheckpointError, ValueError, OSError) as error:
-        fail(str(error))
     for name, text in lines:
         say(f"{name:>14}  {text}")
 

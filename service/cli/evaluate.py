@@ -1,15 +1,17 @@
 """`tminus evaluate`: its options, handed to model/evaluation/, the report's folder, and the approval of a precision."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, comma_separated, command_line
-from tminus.service.cli.output import fail, make_folder, say, write_file
-from tminus.service.cli.training import load_training_data
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, comma_separated
+from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
+from tminus.service.cli.train import DATA_DIR, load_training_data
 from tminus.service.engine.options import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
@@ -27,14 +29,6 @@ SCALES = comma_separated(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: 
 SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
 
 
-class Compared(NamedTuple):
-    """What samples are compared with."""
-
-    train: "ImageSet"
-    test: "ImageSet"
-    judge: "Classifier | None"
-
-
 class Ways(NamedTuple):
     """How samples are made, and what they are drawn beside."""
 
@@ -46,7 +40,7 @@ class Ways(NamedTuple):
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint")
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
-@click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@DATA_DIR
 @BACKGROUND
 @click.option(
     "--classifier",
@@ -107,19 +101,12 @@ def evaluate(
     With several samplers, steps or guidance scales every combination is measured, by every seed.
     """
     set_up_log("INFO", "%(message)s")
-    import torch
-
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.evaluation.classifier import ClassifierError
     from tminus.model.evaluation.page import check_installed
-    from tminus.model.evaluation.samples import EvaluateError
-    from tminus.model.files import CheckpointError
-    from tminus.model.training.data import DataError
 
-    failures = DataError, CheckpointError, ClassifierError, EvaluateError, ValueError, OSError, torch.OutOfMemoryError
     if approve and options["precision"] == "float32":
         fail("--approve: needs a --precision below float32 to approve")
-    try:
+    with failing_in_one_line():
         if report_folder is not None:
             check_installed()
             make_folder(f"--report {report_folder}", report_folder)
@@ -141,8 +128,6 @@ def evaluate(
             write_report(report_folder, report, command_line(click.get_current_context()))
         if reference is not None:  # last: it writes into the checkpoint, and that may fail
             judge_precision(checkpoint, reference, report)
-    except failures as error:
-        fail(str(error))
 
 
 def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
@@ -158,8 +143,13 @@ def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
     return Ways(make_points(loaded, options["sampler"], options["steps"], options["guidance"]), references)
 
 
-def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]) -> Compared:
-    """Load the two splits, and the classifier; it is trained where there is none, if there are two classes or more."""
+def load_compared(
+    checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]
+) -> "tuple[ImageSet, ImageSet, Classifier | None]":
+    """Load the images that were trained on, those held out, and the classifier that judges.
+
+    It is trained where there is none; None where there are fewer than two classes.
+    """
     from tminus.model.evaluation.classifier import load_or_train_classifier
     from tminus.service.engine.devices import choose_device
 
@@ -171,14 +161,18 @@ def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | Non
     train_split = load_training_data(data, "train", *where)
     test_split = load_training_data(str(options["test_data"] or data), "test", *where)
     if train_split.labels is None or test_split.labels is None or len(train_split.class_names) < 2:
-        return Compared(train_split, test_split, None)
+        return train_split, test_split, None
     bundled = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
     folder = classifier or bundled or checkpoint / "classifier"
-    return Compared(train_split, test_split, load_or_train_classifier(folder, train_split, test_split, device=device))
+    return train_split, test_split, load_or_train_classifier(folder, train_split, test_split, device=device)
 
 
 def measure(
-    checkpoint: Path, compared: Compared, ways: Ways, options: dict[str, Any], report_folder: Path | None
+    checkpoint: Path,
+    compared: "tuple[ImageSet, ImageSet, Classifier | None]",
+    ways: Ways,
+    options: dict[str, Any],
+    report_folder: Path | None,
 ) -> "Report":
     """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
     import torch
@@ -250,3 +244,20 @@ def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> 
         approve(checkpoint, check)
     say(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
     say(verdict.reason)
+
+
+def command_line(context: click.Context) -> str:
+    """The command with the options that were given, as a shell reads it."""
+    words = ["tminus", context.info_name or ""]
+    for option in context.command.params:
+        if context.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[option.name or ""]
+        words.append(max(option.opts, key=len))
+        if option.nargs > 1:
+            words += map(str, value)
+        elif isinstance(value, tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)

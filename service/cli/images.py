@@ -5,15 +5,16 @@ import io
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.output import fail
-from tminus.service.engine.options import LoadOptions
+from tminus.service.cli.options import FOLDER_TYPE
+from tminus.service.cli.output import fail, failing_in_one_line
+from tminus.service.engine.options import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
     from tminus.service.client import Client, Sampled
@@ -24,8 +25,28 @@ if TYPE_CHECKING:
     from tminus.service.spec import Images, Inputs, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
+MAX_LOCAL_N = 4096  # images made without a server in one command
+LOCAL_MODEL = (
+    click.option("--url", help="ask this server instead of loading a checkpoint"),
+    click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
+    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
+    click.option(
+        "--device",
+        default="auto",
+        help="auto, cpu or cuda; auto takes a GPU if there is one, which CUDA_VISIBLE_DEVICES names; not with --url",
+    ),
+    click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
+    click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),
+)
 LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
 MAX_LOCAL_IMAGE_BYTES = 2**30
+
+
+def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which model makes images: a server's, or one loaded here."""
+    for option in reversed(LOCAL_MODEL):
+        command = option(command)
+    return command
 
 
 def check_model(url: str | None, model: str | None) -> None:
@@ -51,25 +72,6 @@ def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalModel:
-    """Which checkpoint a command loads in its own process, and how it runs it."""
-
-    checkpoint: Path
-    device: str
-    executor: str
-    precision: str
-    exact: bool | None = None  # None: as a server with default settings
-
-    def load(self, n: int, places_of: "Callable[[ModelInfo], int]", fingerprint: str | None) -> "Loaded":
-        """Load for one job of n rows: as a server with default settings does, or unmeasured if it is little work.
-
-        See `load_engine`.
-        """
-        options = LoadOptions(self.checkpoint, self.device, self.executor, self.precision, self.exact, max_rows=n)
-        return load(options, places_of, fingerprint)
-
-
-@dataclass(frozen=True, slots=True)
 class LocalJob:
     """A job that is ready to run in this process."""
 
@@ -78,13 +80,14 @@ class LocalJob:
     inputs: "Inputs | None"
 
     @classmethod
-    def of(cls, model: LocalModel, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
+    def of(cls, options: LoadOptions, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
         """Load a model and check the parameters of a job for it; one clear line and exit code 1 where that fails.
 
+        It is loaded as by a server with default settings, or unmeasured if the job is little work; see `load_engine`.
         fingerprint: that of the engine that is to make the images again.
         """
         from tminus.service.api.request.schemas import SampleRequest
-        from tminus.service.errors import ServiceError
+        from tminus.service.engine.loading import load_engine
         from tminus.service.images.decoder import decode_inputs
         from tminus.service.model_info import Limits
         from tminus.service.work import work_of
@@ -100,40 +103,32 @@ class LocalJob:
             max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
         )
 
-        request: SampleRequest | None = None
-
         def places_of(info: "ModelInfo") -> int:
-            nonlocal request
-            request = SampleRequest.parse(parameters, info, limits)
-            return work_of(request.to_spec(info, limits), info).places
+            return work_of(SampleRequest.parse(parameters, info, limits).to_spec(info, limits), info).places
 
-        loaded = model.load(n, places_of, fingerprint)
-        info = loaded.engine.info
-        try:
-            request = request or SampleRequest.parse(parameters, info, limits)
-            spec = request.to_spec(info, limits)
+        with failing_in_one_line():
+            loaded = load_engine(replace(options, max_rows=n), places_of, fingerprint)
+            info = loaded.engine.info
+            request = SampleRequest.parse(parameters, info, limits)
             inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
-            return cls(loaded, request.with_inputs(spec, inputs), inputs)
-        except (ValueError, ServiceError) as error:
-            fail(str(error))
+            return cls(loaded, request.with_inputs(request.to_spec(info, limits), inputs), inputs)
 
     def run(self, record: "Record | None" = None) -> "Images":
         """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
         from tqdm import tqdm
 
         from tminus.service.engine.local import sample_locally
-        from tminus.service.errors import ServiceError
 
         engine, spec, batch = self.loaded.engine, self.spec, self.loaded.max_batch
-        try:
-            with tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress:
-                return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
-        except (ValueError, ServiceError) as error:
-            fail(str(error))
+        with (
+            failing_in_one_line(),
+            tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress,
+        ):
+            return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
 
 
 def make_images(
-    model: LocalModel, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
+    options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
 ) -> tuple[dict[str, bytes], int]:
     """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed.
 
@@ -141,7 +136,7 @@ def make_images(
     """
     from tminus.service.images.encoder import PNG, ZIP, encode_result
 
-    job = LocalJob.of(model, parameters, fingerprint)
+    job = LocalJob.of(options, parameters, fingerprint)
     images, spec, info = job.run(), job.spec, job.loaded.engine.info
     if sheet:
         return {"sheet": encode_result(PNG, spec, images, info)}, spec.seed
@@ -192,16 +187,4 @@ def client_of(url: str, model: str | None = None) -> "Client":
     try:
         return Client(url, model=model, key=os.environ.get(KEY) or None)
     except ValueError as error:
-        fail(str(error))
-
-
-def load(options: LoadOptions, places_of: "Callable[[ModelInfo], int]", fingerprint: str | None) -> "Loaded":
-    """Load an engine for one job, see `load_engine`; one clear line and exit code 1 where that fails."""
-    from tminus.model.files import CheckpointError
-    from tminus.service.engine.loading import load_engine
-    from tminus.service.errors import ServiceError
-
-    try:
-        return load_engine(options, places_of, fingerprint)
-    except (CheckpointError, ValueError, ServiceError) as error:
         fail(str(error))

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.config import config
+from tminus.service.cli.configuration import config
 from tminus.service.cli.convert import convert, inspect
-from tminus.service.cli.distill import distill
 from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.key import key
 from tminus.service.cli.models import models
@@ -19,8 +18,7 @@ from tminus.service.cli.ray_serve import ray
 from tminus.service.cli.reproduce import reproduce, trajectory
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
-from tminus.service.cli.train import train
-from tminus.service.cli.train_autoencoder import train_autoencoder
+from tminus.service.cli.train import distill, train, train_autoencoder
 from tminus.service.cli.tune import tune
 
 

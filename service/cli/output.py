@@ -4,6 +4,8 @@ What a server or a file says is shown with its control characters escaped, so th
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +25,20 @@ def fail(message: str) -> NoReturn:
     """Print one line to stderr and exit with 1."""
     click.echo(f"tminus: {printable(message)}", err=True)
     sys.exit(1)
+
+
+@contextmanager
+def failing_in_one_line() -> Iterator[None]:
+    """End in one line where the block raises what a user can bring about: a bad file or value, a full disk or GPU."""
+    import torch
+
+    from tminus.model.files import CheckpointError
+    from tminus.service.errors import ServiceError
+
+    try:
+        yield
+    except (CheckpointError, ServiceError, ValueError, OSError, torch.OutOfMemoryError) as error:
+        fail(str(error))
 
 
 def check_png(option: str, file: Path, otherwise: str = "") -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import options_of, settings_of
+from tminus.service.cli.configuration import read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
@@ -34,14 +34,14 @@ def ray() -> None:
 
 
 @ray.command()
-@options_of(RaySettings)
+@settings_options(RaySettings)
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve from replicas on a Ray cluster; Ray routes to them, adds and drains them by their predicted work.
 
     Needs the extra `ray`. A cluster that runs is joined, else one is started on this machine. When the command ends,
     the replicas drain, and a cluster that it has started ends.
     """
-    settings, _ = settings_of(RaySettings, config, flags)
+    settings, _ = read_settings(RaySettings, config, flags)
     _exit_on_signals()
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
     for name, value in QUIET_AND_WHOLE.items():  # read as Ray is imported

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.images import LocalJob, LocalModel, check_model, make_images, read_pictures, sample_from
-from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE, MAX_LOCAL_N, local_model_options
+from tminus.service.cli.images import (
+    MAX_LOCAL_N,
+    LocalJob,
+    check_model,
+    local_model_options,
+    make_images,
+    read_pictures,
+    sample_from,
+)
+from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE
 from tminus.service.cli.output import check_png, fail, say, write_file
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.options import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +79,7 @@ def reproduce(
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
     else:
-        here = LocalModel(checkpoint, device, executor, precision)
+        here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
     if out is not None:
         write_file(f"--out {out}", out, again)
@@ -210,8 +218,8 @@ def check(
         (executor or str(said.get("executor", "auto")), precision or str(said.get("precision", "auto")))
         for said in ({}, made_by)
     ):
-        model = LocalModel(checkpoint, device, *how, exact)
-        job = LocalJob.of(model, recipe.parameters | read_pictures(image, None), recipe.fingerprint)
+        options = LoadOptions(checkpoint, device, *how, exact)
+        job = LocalJob.of(options, recipe.parameters | read_pictures(image, None), recipe.fingerprint)
         spec, info = job.spec, job.loaded.engine.info
         if info.fingerprint == recipe.fingerprint or info.weights_hash != recipe.weights:
             break

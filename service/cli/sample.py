@@ -9,17 +9,19 @@ import click
 
 from tminus.model.catalogue import SAMPLERS
 from tminus.service.cli.images import (
-    LocalModel,
+    MAX_LOCAL_N,
     check_model,
     client_of,
     fail_at,
     files_of,
+    local_model_options,
     make_images,
     read_pictures,
     sample_from,
 )
-from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
+from tminus.service.cli.options import FILE_TYPE
 from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
+from tminus.service.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +93,7 @@ def sample(
     sheet = out.suffix.lower() == ".png"
     make_folder(f"--out {out}", out.parent if sheet else out)
     if url is None:
-        files, seed = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=sheet)
+        files, seed = make_images(LoadOptions(checkpoint, device, executor, precision), parameters, sheet=sheet)
     elif watch is None:
         sampled = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
         files = {"sheet": sampled.data} if sheet else files_of(url, sampled, given["n"])

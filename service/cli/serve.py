@@ -10,13 +10,14 @@ import click
 from tminus.service.cli.configuration import read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
+from tminus.service.startup.settings import Settings
 
 
 @click.command()
-@settings_options
+@settings_options(Settings)
 def serve(config: Path | None, **flags: Any) -> None:
     """Load one or more checkpoints and serve them over HTTP."""
-    settings = read_settings(config, flags)
+    settings, _ = read_settings(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An
     # exception is no way out: raised in the middle of a library's start, it can abort the process.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))

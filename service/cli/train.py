@@ -1,25 +1,37 @@
-"""`tminus train`: its options, handed to model/training/train.py."""
+"""`tminus train`, `train-autoencoder` and `distill`: their options, handed to model/training/."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
-from tminus.service.cli.output import fail, say
-from tminus.service.cli.training import load_training_data, sheet_writer
+from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
-    from tminus.model.latent.autoencoder import AutoencoderConfig
+    import torch
+
+    from tminus.model.denoiser import Denoiser, NetConfig
+    from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
+    from tminus.model.samplers import Plan
     from tminus.model.training.data import ImageSet
     from tminus.model.unet import UNetConfig
 
 SHEET_STEPS = 50
+ROWS_PER_CLASS = 2  # of a sheet of samples
+IMAGES_WITHOUT_CLASSES = 16
+RECONSTRUCTIONS = 8  # a row of the sheet
+DATA_DIR = click.option(
+    "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
+)
+OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 
 
 @click.command()
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or a folder of images (a subfolder a class)")
-@click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@DATA_DIR
 @click.option(
     "--test-data",
     type=FOLDER_TYPE,
@@ -28,7 +40,7 @@ SHEET_STEPS = 50
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
 @BACKGROUND
-@click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+@OUT
 @click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
@@ -78,28 +90,23 @@ SHEET_STEPS = 50
 def train(**options: Any) -> None:
     """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")
-    import torch
 
-    from tminus.model.files import CheckpointError
     from tminus.model.latent.folder import load_autoencoder
     from tminus.model.noise import NoiseConfig
     from tminus.model.samplers import compile_plan
-    from tminus.model.training.data import DataError, listed
-    from tminus.model.training.run import TrainError
+    from tminus.model.training.data import listed
     from tminus.model.training.train import TrainConfig
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
-    fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}
-    try:
+    out, data_dir = options["out"], options["data_dir"]
+    with failing_in_one_line():
         device = choose_device(options["device"])
         like = options["size_px"], int(options["channels"]), options["background"]
-        data = load_training_data(options["data"], "train", options["data_dir"], *like)
+        data = load_training_data(options["data"], "train", data_dir, *like)
         held_out = None
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
-            held_out = load_training_data(
-                str(options["test_data"] or options["data"]), "test", options["data_dir"], *like
-            )
+            held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
         autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
         unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
         noise = NoiseConfig(
@@ -110,23 +117,21 @@ def train(**options: Any) -> None:
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {classes}")
-        write = sheet_writer(options["out"], unet, device, autoencoder)
+        write = sheet_writer(out, unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
-            options["out"],
+            out,
             data,
             unet,
             noise,
-            TrainConfig(**fields),
+            TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__}),
             device=device,
             init_from=options["init_from"],
             autoencoder=autoencoder,
             held_out=held_out,
             on_sheet=lambda net, step: write(net, plan, step),
         )
-    except (DataError, TrainError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error))
-    say(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+    say_how_it_ended(out, done)
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
@@ -157,3 +162,203 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
         what = "images" if latent is None else "latents"
         raise ValueError(f"the side of the {what} must divide by {config.size_multiple}, got {size_px}")
     return config
+
+
+@click.command(name="train-autoencoder")
+@click.option("--data", required=True, help="fashion-mnist, or a folder of images")
+@DATA_DIR
+@click.option("--size", "size_px", default=64, help="side of the square images of a folder, in pixels")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
+@BACKGROUND
+@OUT
+@click.option("--kind", type=click.Choice(["kl", "vq"]), default="kl", help="AutoencoderKL or VQModel")
+@click.option("--latent-channels", default=4, help="of a latent")
+@click.option("--widths", default="16,32,64", help="block_out_channels; each but the last halves the sides")
+@click.option("--layers", default=1, help="layers per block")
+@click.option("--groups", default=8, help="of the group norms")
+@click.option("--codes", default=1024, help="of a VQModel's codebook")
+@click.option("--kl-weight", default=1e-3, help="of the divergence from N(0, I) of an AutoencoderKL's latents")
+@click.option("--steps", default=10_000, help="optimiser steps in all")
+@click.option("--batch-size", default=32, help="images of an optimiser step")
+@click.option("--learning-rate", default=1e-3, help="of Adam, at its highest")
+@click.option("--warmup-steps", default=200, help="over which the rate rises from zero")
+@click.option("--decay-fraction", default=0.5, help="last part of the run, over which the rate falls to zero")
+@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
+@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
+@click.option("--seed", default=0, help="of first weights, order of the images and noise")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
+@click.option("--compile", is_flag=True, help="torch.compile the autoencoder")
+@THREADS
+@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--sheet-every", default=1000, help="steps between sheets of images and what is decoded of them")
+@DEVICE
+def train_autoencoder(**options: Any) -> None:
+    """Train an autoencoder for latent diffusion, or resume. Ctrl-C saves; the same command resumes exactly."""
+    set_up_log("INFO", "%(message)s")
+
+    from tminus.model.latent.autoencoder import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
+    from tminus.model.training.autoencoder import AutoencoderTrainConfig
+    from tminus.model.training.autoencoder import train_autoencoder as run
+    from tminus.service.engine.devices import choose_device
+
+    out = options["out"]
+    with failing_in_one_line():
+        device = choose_device(options["device"])
+        config = AutoencoderTrainConfig(**{name: options[name] for name in AutoencoderTrainConfig.__dataclass_fields__})
+        like = options["size_px"], int(options["channels"]), options["background"]
+        data = load_training_data(options["data"], "train", options["data_dir"], *like)
+        widths = integers("--widths", options["widths"])
+        model = AutoencoderConfig(
+            kind={"kl": KL, "vq": VQ}[options["kind"]],
+            in_channels=data.images.shape[1],
+            out_channels=data.images.shape[1],
+            down_block_types=DOWN_BLOCKS[:1] * len(widths),
+            up_block_types=UP_BLOCKS[:1] * len(widths),
+            block_out_channels=widths,
+            layers_per_block=options["layers"],
+            latent_channels=options["latent_channels"],
+            sample_size=data.images.shape[-1],
+            norm_num_groups=options["groups"],
+            scaling_factor=1.0,
+            num_vq_embeddings=options["codes"],
+        )
+        if data.images.shape[-1] % model.factor:
+            raise ValueError(f"the side of the images must divide by {model.factor}, got {data.images.shape[-1]}")
+        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}")
+        done = run(out, data, model, config, device=device, on_sheet=reconstruction_writer(out, data, device))
+    say_how_it_ended(out, done)
+
+
+@click.command()
+@click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
+@OUT
+@click.option("--data", help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]")
+@DATA_DIR
+@BACKGROUND
+@click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
+@click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
+@click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler")
+@click.option("--teacher-steps", default=20, help="of its sampler")
+@click.option("--trajectories", default=512, help="that the teacher solves at a time")
+@click.option("--uses", default=16, help="of the noise of each trajectory, at the mean")
+@click.option("--first-share", default=0.6, help="of a batch at pure noise, from which all images begin")
+@click.option("--frechet-weight", default=3.0, help="of the distance between the distributions of images; 0 is off")
+@click.option("--steps", default=10_000, help="optimiser steps in all")
+@click.option("--batch-size", default=64, help="images of an optimiser step")
+@click.option("--learning-rate", default=3e-4, help="of Adam, at its highest")
+@click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
+@click.option("--decay-fraction", default=0.5, help="last part of the run, over which the rate falls to zero")
+@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
+@click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, which is not guided")
+@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
+@click.option("--seed", default=0, help="of the order of the images, and of noise")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
+@click.option("--compile", is_flag=True, help="torch.compile the networks")
+@THREADS
+@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--sheet-every", default=1000, help="steps between sample sheets")
+@DEVICE
+def distill(**options: Any) -> None:
+    """Train a student of 1 to 4 steps from a checkpoint, or resume. Ctrl-C saves; the same command resumes exactly."""
+    set_up_log("INFO", "%(message)s")
+
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.training.distill import DistillConfig
+    from tminus.model.training.distill import distill as run
+    from tminus.service.engine.devices import choose_device
+
+    out, teacher = options["out"], options["checkpoint"]
+    with failing_in_one_line():
+        device = choose_device(options["device"])
+        options["student_steps"] = integers("--student-steps", options["student_steps"])
+        config = DistillConfig(**{name: options[name] for name in DistillConfig.__dataclass_fields__})
+        loaded = load_checkpoint(teacher)
+        data = None
+        if options["data"] is not None:
+            (height, width), channels = loaded.size_px, loaded.image_shape[0]
+            like = max(height, width), channels, options["background"]
+            data = load_training_data(options["data"], "train", options["data_dir"], *like)
+        write = sheet_writer(out, loaded.net.config, device, loaded.autoencoder)
+        done = run(out, teacher, config, device=device, data=data, on_sheet=write)
+    say_how_it_ended(out, done)
+
+
+def say_how_it_ended(out: Path, done: bool) -> None:
+    """Say whether a run has come to its end, or was interrupted and can be resumed."""
+    say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+
+
+# --- what they share: the images they learn from, and the sheets of samples that a run draws ---
+
+
+def load_training_data(
+    data: str, split: str, idx_folder: Path | None, size_px: int, channels: int, background: str
+) -> "ImageSet":
+    """Load a split (train, test) of Fashion-MNIST, or all of the folder that `data` names.
+
+    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px, channels and background, the colour
+    that transparent pixels are laid over, are those of a folder's images. Raises DataError, and ValueError for a
+    background that is no colour.
+    """
+    from tminus.model.pixels import colour
+    from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
+
+    if data == "fashion-mnist":
+        return load_fashion_mnist(split, idx_folder or FASHION_MNIST_DIR)
+    return load_image_folder(Path(data), size_px, channels, colour(background))
+
+
+def sheet_writer(
+    folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
+) -> Callable[["Denoiser", "Plan", int], None]:
+    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
+
+    autoencoder: of a latent model, makes images of the samples.
+    """
+    import torch
+
+    from tminus.model.latent.latents import images_of
+    from tminus.model.rng import image_noise
+    from tminus.model.samplers import sample
+
+    num_classes = (unet.num_class_embeds or 1) - 1
+    n = num_classes * ROWS_PER_CLASS or IMAGES_WITHOUT_CLASSES
+    labels = torch.arange(n, device=device) % num_classes if num_classes else None
+    assert unet.size_px is not None  # which every network that is trained, or loaded, has
+    shape = (unet.in_channels, *unet.size_px)
+
+    def write(net: "Denoiser", plan: "Plan", step: int) -> None:
+        x_T = image_noise(0, range(n), 0, shape, device)
+        x = sample(net, plan, x_T, lambda k: image_noise(0, range(n), k + 1, shape, device), class_labels=labels)
+        _write(folder, step, x if autoencoder is None else images_of(autoencoder, x))
+
+    return write
+
+
+def reconstruction_writer(
+    folder: Path, data: "ImageSet", device: "torch.device"
+) -> Callable[["Autoencoder", int], None]:
+    """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
+    import torch
+
+    from tminus.model.latent.latents import images_of, latents_of
+    from tminus.model.pixels import to_model_range
+
+    images = data.images[:: max(1, len(data) // RECONSTRUCTIONS)][:RECONSTRUCTIONS]
+
+    def write(autoencoder: "Autoencoder", step: int) -> None:
+        again = images_of(autoencoder, latents_of(autoencoder, images, device))
+        _write(folder, step, torch.cat([to_model_range(images.to(device)), again]))
+
+    return write
+
+
+def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step."""
+    from tminus.model.pixels import to_uint8
+    from tminus.service.images.encoder import contact_sheet, encode_png
+
+    pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    sheets = folder / "sheets"
+    sheets.mkdir(exist_ok=True)
+    (sheets / f"{step:07d}.png").write_bytes(encode_png(contact_sheet(pixels)))

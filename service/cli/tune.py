@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from tminus.service.cli.options import DEVICE, FOLDER_TYPE, comma_separated
-from tminus.service.cli.output import fail, say
+from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.options import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
@@ -36,26 +36,24 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.files import CheckpointError
-    from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher
+    from tminus.model.tuning.tune import TuneConfig, check, default_teacher
     from tminus.model.tuning.tune import tune as run
     from tminus.service.engine.autotune import Wish, choose_executor
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.devices import choose_device
 
     try:
-        device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
-        options["teacher"] = options["teacher"] or default_teacher(loaded)
-        config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
-        check(loaded, steps, guidance, config)
-        threads = torch.get_num_threads()
-        wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
-        loaded.net.to(device)
-        # Loaded apart, since an executor may keep the network it is given.
-        executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-        files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
-    except (TuneError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error))
+        with failing_in_one_line():
+            device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
+            options["teacher"] = options["teacher"] or default_teacher(loaded)
+            config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
+            check(loaded, steps, guidance, config)
+            threads = torch.get_num_threads()
+            wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
+            loaded.net.to(device)
+            # Loaded apart, since an executor may keep the network it is given.
+            executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
+            files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on after the last round") from None
     say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")

@@ -67,7 +67,7 @@ def test_what_is_printed_is_a_file_of_the_same_settings(file: Path) -> None:
     )
     file.write_text("\n".join(lines(*flags)))
     assert tomllib.loads(file.read_text())["checkpoint"] == ["a=x/y", 'z"z']
-    read = read_settings(file, {})
+    read, _ = read_settings(Settings, file, {})
     assert (read.checkpoint, read.exact, read.open, read.grace_s) == (("a=x/y", 'z"z'), False, True, 1.5)
     assert [line.partition("  # ")[0] for line in lines("--config", file)] == [
         line.partition("  # ")[0] for line in lines(*flags)

@@ -5,7 +5,8 @@ import click
 import click.testing
 import pytest
 
-from tminus.service.cli.options import comma_separated, command_line
+from tminus.service.cli.evaluate import command_line
+from tminus.service.cli.options import comma_separated
 
 SMALL = comma_separated(int, "a whole number, 1..9", lambda number: bool(1 <= number <= 9))
 

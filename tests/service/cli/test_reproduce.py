@@ -24,12 +24,13 @@ from tminus.model.machine import torch_threads
 from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.cli import images
 from tminus.service.cli import reproduce as trajectory
-from tminus.service.cli.images import LocalJob, LocalModel
+from tminus.service.cli.images import LocalJob
 from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading
 from tminus.service.engine.autotune import Choice
+from tminus.service.engine.options import LoadOptions
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.worker.recording import Path as Recorded
@@ -184,7 +185,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded for it")
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(loading, "load_engine", load)
 
 
 def hostile(**fields: object) -> str:
@@ -382,7 +383,7 @@ def as_served(folder: Path, **parameters: Any) -> LocalJob:
     """A job on an engine that was measured, as a server's is, though it is little work."""
     with pytest.MonkeyPatch.context() as patch, torch_threads(None):
         patch.setattr(loading, "LITTLE_S", 0.0)
-        return LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), parameters)
+        return LocalJob.of(LoadOptions(folder / "tiny", "cpu", "eager", "auto"), parameters)
 
 
 def made(folder: Path, **parameters: Any) -> bytes:
@@ -525,7 +526,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     load_quickly(monkeypatch, folder)
     job = as_served(folder, n=2)
 
-    def made_ready(model: LocalModel, *_: object) -> LocalJob:
+    def made_ready(model: LoadOptions, *_: object) -> LocalJob:
         asked.append((model.executor, model.precision, model.exact))
         return job
 
@@ -565,7 +566,7 @@ def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
     change: Callable[[bytes], bytes],
     says: str,
 ) -> None:
-    monkeypatch.setattr(images, "load", lambda *_: pytest.fail("a model was loaded for it"))
+    monkeypatch.setattr(loading, "load_engine", lambda *_: pytest.fail("a model was loaded for it"))
     one_line(check(change(files["ddpm"])), "walk.safetensors", says)
 
 
