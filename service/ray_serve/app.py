@@ -1,5 +1,6 @@
 """The application of Ray Serve: `tminus.service.ray_serve.app:app`, for `tminus ray serve` and Serve config files."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -8,8 +9,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.deployment import Application
 
 from tminus.service.ray_serve.replica import LEAVE_S, Replica, ending_s
-from tminus.service.ray_serve.router import BacklogRouter
-from tminus.service.ray_serve.scaling import BacklogPolicy, cores_each
+from tminus.service.ray_serve.router import BacklogPolicy, BacklogRouter
 from tminus.service.ray_serve.settings import RaySettings
 
 NAME = "tminus"
@@ -44,6 +44,14 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
     if not gpus:
         chosen |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
     return settings.model_copy(update=chosen)
+
+
+def cores_each(nodes: Sequence[float], replicas: int) -> int:
+    """Return the most whole cores that so many replicas can each have on nodes of these cores; 1 if they do not fit."""
+    for cores in range(int(max(nodes, default=1)), 1, -1):
+        if sum(node // cores for node in nodes) >= replicas:
+            return cores
+    return 1
 
 
 def options(settings: RaySettings) -> dict[str, Any]:

@@ -1,18 +1,12 @@
-"""The two ways into a replica: Ray's proxies, and a port of its own, for the other replicas and for Prometheus."""
+"""The way into a replica from Ray's proxies."""
 
 import asyncio
-import errno
-import socket
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
 from ipaddress import ip_address
 
-import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.api.answers.problems import render
 from tminus.service.errors import Draining, NotOpen
-from tminus.service.startup.server import BACKLOG, bind
 
 REQUEST_ID = b"x-request-id"
 
@@ -100,51 +94,3 @@ def _without_id(send: Send) -> Send:
         await send(message)
 
     return send_without
-
-
-# --- the port of its own ---
-
-
-def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
-    """Listen on the first of these ports that is free. Raises OSError, or ValueError where none is.
-
-    At once, since an address that somebody has reserved, and does not listen on, can be reserved again.
-    """
-    for port in ports:
-        try:
-            listener = bind(host, port)
-            try:
-                listener.listen(BACKLOG)
-            except OSError:
-                listener.close()
-                raise
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
-            return listener
-    raise ValueError(f"--replica-ports (TMINUS_REPLICA_PORTS): none of {ports[0]}..{ports[-1]} is free on {host}")
-
-
-class PeerServer(uvicorn.Server):
-    """A uvicorn server in an event loop of Ray's."""
-
-    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
-        super().__init__(config)
-        self._listener = listener
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Answer, until `stop`."""
-        self._task = asyncio.get_running_loop().create_task(self.serve([self._listener]))
-
-    async def stop(self) -> None:
-        """Answer what was asked, and listen no more."""
-        self.should_exit = True
-        if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals of the process to Ray."""
-        yield

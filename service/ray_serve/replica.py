@@ -1,25 +1,28 @@
 """One server as a replica of Ray Serve: how it starts, what it tells Ray, and how it ends."""
 
 import asyncio
+import errno
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Generator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 
+import uvicorn
 from ray import serve
 from starlette.types import ASGIApp
 
-from tminus.service.ray_serve.front import Front, PeerServer, listen_on_one
-from tminus.service.ray_serve.router import Standing
-from tminus.service.ray_serve.scaling import BACKLOG_S, WAITING_S
+from tminus.service.ray_serve.front import Front
+from tminus.service.ray_serve.router import BACKLOG_S, WAITING_S, Standing
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.app import VERSION, Application
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.models import LOADING, in_daemon_thread
 from tminus.service.startup.serve import measure_and_build, open_all
-from tminus.service.startup.server import ANSWER_S, SWITCH_S, allow_connections, config_of, is_ready
+from tminus.service.startup.server import ANSWER_S, BACKLOG, SWITCH_S, allow_connections, bind, config_of, is_ready
 from tminus.service.startup.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
 
@@ -184,3 +187,51 @@ class Replica:
 def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
     traces = start_traces(VERSION)
     return measure_and_build(open_all(settings, address), traces, with_metrics=settings.metrics)
+
+
+# --- the port of its own, for the other replicas and for Prometheus ---
+
+
+def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
+    """Listen on the first of these ports that is free. Raises OSError, or ValueError where none is.
+
+    At once, since an address that somebody has reserved, and does not listen on, can be reserved again.
+    """
+    for port in ports:
+        try:
+            listener = bind(host, port)
+            try:
+                listener.listen(BACKLOG)
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return listener
+    raise ValueError(f"--replica-ports (TMINUS_REPLICA_PORTS): none of {ports[0]}..{ports[-1]} is free on {host}")
+
+
+class PeerServer(uvicorn.Server):
+    """A uvicorn server in an event loop of Ray's."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Answer, until `stop`."""
+        self._task = asyncio.get_running_loop().create_task(self.serve([self._listener]))
+
+    async def stop(self) -> None:
+        """Answer what was asked, and listen no more."""
+        self.should_exit = True
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals of the process to Ray."""
+        yield

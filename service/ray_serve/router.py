@@ -1,4 +1,7 @@
-"""Which replica gets the next request: that with the least predicted work. `BacklogRouter` runs in Ray's proxies."""
+"""Which replica gets the next request, and how many there should be, both by predicted work.
+
+`BacklogRouter` runs in Ray's proxies, `BacklogPolicy` in Serve's controller.
+"""
 
 import math
 import time
@@ -8,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+BACKLOG_S, WAITING_S = "backlog_s", "waiting_s"  # what replicas tell for the policy
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +143,24 @@ class BacklogRouter(RequestRouter):
             return
         if (tell := getattr(served, "replicas_changed", None)) is not None:
             tell({each.replica_id.unique_id for each in replicas})
+
+
+class BacklogPolicy:
+    """Answers Ray's question how many replicas there should be: as many as bring the work of each to the target.
+
+    Serve calls it several times a second, and waits before it does what is answered.
+    """
+
+    def __init__(self, target_backlog_s: float) -> None:
+        """target_backlog_s: of predicted work for each replica."""
+        self._target_s = target_backlog_s
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Return how many, and no state. While no replica has told anything, as many as there should have been."""
+        told = context.aggregated_metrics or {}
+        if not (backlogs_s := told.get(BACKLOG_S)):
+            return context.target_num_replicas, {}
+        # Durable jobs that no replica holds: each replica tells of the same table of them.
+        waiting_s = max(told.get(WAITING_S, {}).values(), default=0.0)
+        wanted = math.ceil((sum(backlogs_s.values()) + waiting_s) / self._target_s - ROUNDING)
+        return min(context.capacity_adjusted_max_replicas, max(context.capacity_adjusted_min_replicas, wanted)), {}

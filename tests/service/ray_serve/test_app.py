@@ -2,7 +2,7 @@
 
 import pytest
 
-from tminus.service.ray_serve.app import options, placed
+from tminus.service.ray_serve.app import cores_each, options, placed
 from tminus.service.ray_serve.settings import RaySettings
 
 STORE = "postgresql://tminus@host/jobs"
@@ -48,3 +48,20 @@ def test_serve_waits_for_longer_than_the_grace_period_before_it_kills_a_replica(
     told = options(RaySettings(grace_s=100))
     assert told["graceful_shutdown_timeout_s"] > 110
     assert told["max_ongoing_requests"] == RaySettings().max_connections
+
+
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "cores"),
+    [
+        ([2], 1, 2),
+        ([2], 2, 1),
+        ([16, 16], 3, 8),
+        ([16, 4], 5, 4),
+        ([4], 9, 1),
+        ([0.5], 1, 1),
+        ([], 1, 1),
+        ([0, 8], 1, 8),
+    ],
+)
+def test_a_replica_has_the_most_cores_with_which_all_fit(nodes: list[float], replicas: int, cores: int) -> None:
+    assert cores_each(nodes, replicas) == cores

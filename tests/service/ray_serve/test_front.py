@@ -15,7 +15,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tests.postgres import free_port
 from tests.service.api.asgi import call, scope_of
 from tests.service.fakes import PATIENCE_S
-from tminus.service.ray_serve.front import Front, listen_on_one
+from tminus.service.ray_serve.front import Front
+from tminus.service.ray_serve.replica import listen_on_one
 
 BODY = [{"type": "http.request", "body": b"", "more_body": False}]
 
