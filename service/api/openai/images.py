@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import format_sse_event
-from pydantic import BaseModel
 
 from tminus.service.api.answers.openapi import path_parameter
 from tminus.service.api.answers.problems import as_openai, noted, respond
@@ -32,7 +31,7 @@ from tminus.service.api.openai.answers import (
     openai_failures,
     recipe_of,
 )
-from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest, size_of
+from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
 from tminus.service.api.request.multipart import FORM, read_form
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -86,11 +85,6 @@ class Wanted:
         return await encoder.make(result.read, make, kind, f"image/{kind}", spec.n)
 
 
-def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:
-    """Make the members that say in which form the images are."""
-    return {"size": size_of(model), "quality": members.budget, "output_format": members.output_format}
-
-
 def openai_routes(models: Models) -> APIRouter:
     """Make the routes. A request names its model, so that there are none below /models/NAME."""
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(no_parameters)])
@@ -119,7 +113,7 @@ def openai_routes(models: Models) -> APIRouter:
 
     @router.get("/models", summary="The models that are served", responses=openai_failures(400, 401, 429))
     async def list_models() -> ModelEntries:
-        return ModelEntries(data=[_entry(services) for services in models])
+        return ModelEntries(data=[ModelEntry(id=each.model.name, created=each.loaded_s) for each in models])
 
     @router.get(
         "/models/{model}",
@@ -129,13 +123,10 @@ def openai_routes(models: Models) -> APIRouter:
         openapi_extra={"parameters": [path_parameter("model")]},
     )
     async def get_model_entry(request: Request) -> ModelEntry:
-        return _entry(models.of(request))
+        services = models.of(request)
+        return ModelEntry(id=services.model.name, created=services.loaded_s)
 
     return router
-
-
-def _entry(services: Services) -> ModelEntry:
-    return ModelEntry(id=services.model.name, created=services.loaded_s)
 
 
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
@@ -237,7 +228,7 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
 
 
 def _document(members: ImagesRequest, model: ModelInfo, data: list[ImageEntry], without: str) -> bytes:
-    answer = ImagesAnswer(created=int(time.time()), data=data, **about(members, model))
+    answer = ImagesAnswer(created=int(time.time()), data=data, **members.about(model))
     return answer.model_dump_json(exclude={"data": {"__all__": {without}}}).encode()
 
 
@@ -276,68 +267,32 @@ async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
 ) -> AsyncGenerator[bytes]:
     """Yield events until the job has ended; frames come before its end, since the worker's thread tells both."""
-    shown = 0
+    members, model, encoder, shown = wanted.members, services.model, services.encoder, 0
     try:
         while (frame := await arrived.get()) is not None:
             try:
-                events = await _partial(services, wanted, frame, shown)
+                pictures = await encoder.encode_frame(frame, members.output_format, "images", members.lossy_quality)
             except Exception:  # a lost frame does not end the job
                 log.exception("a frame of job %s could not be encoded", wanted.new.id)
                 continue
+            services.metrics.frame_sent()
+            for _, image, picture in pictures:
+                more = {"partial_image_index": shown, "image_index": image or 0}
+                yield _event(PartialImage, f"{wanted.name}.partial_image", picture, **members.about(model), **more)
             shown += 1
-            for event in events:
-                yield event
-        for event in await _completed(services, wanted, await done):
-            yield event
-    except ServiceError as error:
-        noted(error, services.metrics)
-        yield _error(error)
-    except Exception:
-        log.exception("the events of job %s ended by an error", wanted.new.id)
-        yield _error(ServiceError("something went wrong on the server; its log has the details"))
+        for k, picture in enumerate(await wanted.pictures(encoder, await done, model)):
+            more = {"image_index": k, **wanted.recipe(k, model)}
+            yield _event(CompletedImage, f"{wanted.name}.completed", picture, **members.about(model), **more)
+    except Exception as error:
+        if isinstance(error, ServiceError):
+            noted(error, services.metrics)
+        else:
+            log.exception("the events of job %s ended by an error", wanted.new.id)
+            error = ServiceError("something went wrong on the server; its log has the details")
+        yield format_sse_event(data_str=json.dumps(as_openai(error.problem())[1]), event="error")
 
 
-async def _partial(services: Services, wanted: Wanted, frame: Frame, number: int) -> list[bytes]:
-    members = wanted.members
-    pictures = await services.encoder.encode_frame(frame, members.output_format, "images", members.lossy_quality)
-    services.metrics.frame_sent()
-    return [
-        _event(
-            PartialImage(
-                type=f"{wanted.name}.partial_image",
-                b64_json=base64.b64encode(picture).decode("ascii"),
-                partial_image_index=number,
-                created_at=int(time.time()),
-                image_index=image or 0,
-                **about(wanted.members, services.model),
-            )
-        )
-        for _, image, picture in pictures
-    ]
-
-
-async def _completed(services: Services, wanted: Wanted, result: JobResult) -> list[bytes]:
-    pictures = await wanted.pictures(services.encoder, result, services.model)
-    return [
-        _event(
-            CompletedImage(
-                type=f"{wanted.name}.completed",
-                b64_json=base64.b64encode(picture).decode("ascii"),
-                created_at=int(time.time()),
-                image_index=k,
-                **about(wanted.members, services.model),
-                **wanted.recipe(k, services.model),
-            )
-        )
-        for k, picture in enumerate(pictures)
-    ]
-
-
-def _event(document: Any) -> bytes:
-    assert isinstance(document, BaseModel)
-    members = document.model_dump()
-    return format_sse_event(data_str=json.dumps(members), event=members["type"])
-
-
-def _error(error: ServiceError) -> bytes:
-    return format_sse_event(data_str=json.dumps(as_openai(error.problem())[1]), event="error")
+def _event(schema: type[PartialImage | CompletedImage], name: str, picture: bytes, **members: Any) -> bytes:
+    encoded = base64.b64encode(picture).decode("ascii")
+    document = schema(type=name, b64_json=encoded, created_at=int(time.time()), **members)
+    return format_sse_event(data_str=json.dumps(document.model_dump()), event=name)

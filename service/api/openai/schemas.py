@@ -112,6 +112,10 @@ class ImagesRequest(RequestSchema):
         filled = settings_of(self.budget, given, model, has_class=label is not None)
         return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
 
+    def about(self, model: ModelInfo) -> dict[str, Any]:
+        """Make the members of an answer that say in which form the images are."""
+        return {"size": size_of(model), "quality": self.budget, "output_format": self.output_format}
+
     @property
     def lossy_quality(self) -> int | None:
         """The quality of jpegs or webps, 0..100; None for PNGs."""
