@@ -338,7 +338,7 @@ def version_of(model: ModelInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An answer with the pixels of the images, and their seed. The request's id is added when it is sent."""
+    """An answer with the pixels of the images, and their seed."""
 
     spec: SampleSpec
     model: ModelInfo
@@ -382,11 +382,3 @@ class Tensors:
         document |= {"parameters": {"fingerprint": self.model.fingerprint}}
         head = json.dumps(document).encode()[:-1]
         return b"".join([head, b', "outputs": [', b", ".join(outputs), b"]}", *behind])
-
-
-def with_id(body: bytes, request_id: str) -> tuple[bytes, memoryview]:
-    """Put the id of a request into an answer, which is kept without it: clients draw one for each request.
-
-    Returns the beginning, and the rest, of which no copy is made.
-    """
-    return b"".join([b'{"id": ', json.dumps(request_id).encode(), b", "]), memoryview(body)[1:]

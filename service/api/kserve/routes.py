@@ -1,10 +1,10 @@
 """The calls of KServe's protocol: what there is, how it is doing, and inference."""
 
+import json
 from typing import Any, Self
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
-from starlette.types import Receive, Scope, Send
 
 from tminus.service.api.admin import Changes
 from tminus.service.api.answers import problems
@@ -32,7 +32,6 @@ from tminus.service.api.kserve.infer import (
     inputs_of,
     outputs_of,
     version_of,
-    with_id,
 )
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import (
@@ -253,7 +252,8 @@ async def infer(services: Services, request: Request) -> Response:
         if (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
             response.headers["ETag"] = f"W/{etag}"
         if response.status_code == 200:
-            response = _Named(response, asked.id)
+            response.body = b'{"id": ' + json.dumps(asked.id).encode() + b", " + response.body[1:]
+            response.headers["Content-Length"] = str(len(response.body))
     if made.binary_bytes and response.status_code == 200:
         response.headers[HEADER_LENGTH] = str(int(response.headers["Content-Length"]) - made.binary_bytes)
     return response
@@ -262,20 +262,6 @@ async def infer(services: Services, request: Request) -> Response:
 async def _read(services: Services, request: Request) -> InferRequest:
     body, header = await unless_gone(read_body(request)), request.headers.get(HEADER_LENGTH)
     return await off_loop(len(body), InferRequest.parse, body, header, services.model, services.limits)
-
-
-class _Named(Response):
-    """An answer with the id of its request, which shares all the rest with other answers and the cache."""
-
-    def __init__(self, unnamed: Response, request_id: str) -> None:
-        self.status_code, self.background, self.raw_headers = unnamed.status_code, None, unnamed.raw_headers
-        self.body, self._rest = with_id(bytes(unnamed.body), request_id)
-        self.headers["Content-Length"] = str(len(self.body) + len(self._rest))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        await send({"type": "http.response.body", "body": self._rest})
 
 
 def _of_version(services: Services, request: Request) -> Services:
