@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,6 @@ from tminus.service.model_info import ModelInfo
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 
 Floats = npt.NDArray[np.float32]
-
-OPTIONAL_FIELDS = (
-    "strength",
-    "image_sha256",
-    "mask_sha256",
-    "table",
-    "guidance_rescale",
-    "to_seed",
-    "mix",
-)  # of a spec: it omits those that are None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +62,14 @@ class SampleSpec:
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields. OPTIONAL_FIELDS that are None are left out: a plain spec reads as it always did."""
-        return {name: value for name, value in asdict(self).items() if name not in OPTIONAL_FIELDS or value is not None}
+        """Return the fields, without those that are None by default: a plain spec reads as it always did."""
+        values, optional = asdict(self), {each.name for each in fields(self) if each.default is None}
+        return {name: value for name, value in values.items() if name not in optional or value is not None}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "SampleSpec":
+    def from_json(cls, members: Mapping[str, Any]) -> "SampleSpec":
         """Make a spec of its fields as JSON has them. Raises TypeError where they are not its fields."""
-        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in members.items()}
         return cls(**values)
 
 

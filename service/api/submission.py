@@ -190,7 +190,7 @@ def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
 
     So it is with a single step, spaced `leading` or `linspace`: both visit t = 0 alone, here as in diffusers.
     """
-    if spec.strength is not None:  # it begins with an image, noised for its first step
+    if spec.steps > 1 or spec.strength is not None:  # with strength it begins with an image, noised for its first step
         return None
     if spec.table is not None and not model.has_table(spec.table):  # of a job that ended before the tables were changed
         return None
