@@ -76,14 +76,6 @@ def test_a_job_whose_network_gives_nan_has_failed_and_says_why(held: Site) -> No
     assert document["cause"] == failed["problem"]
 
 
-def test_a_deadline_that_passes_fails_the_job(held: Site) -> None:
-    job_id = post(held, SPEC | {"deadline_s": 0.1}).json()["id"]
-    held.engine.next_begun()
-    wait_until(lambda: held.client.get(f"/jobs/{job_id}").json()["age_s"] > 0.15)
-    held.engine.gate.let()
-    assert wait_for(held, job_id, "failed")["problem"]["code"] == "deadline_passed"
-
-
 def test_a_job_is_told_by_its_id_as_soon_as_it_is_accepted(make_site: MakeSite) -> None:
     site = make_site(max_batch=2, tick_times=((1, 1.0), (2, 1.0)))
     site.engine.gate.shut()
@@ -124,13 +116,6 @@ def test_the_store_is_called_while_images_are_still_copied_from_a_gpu(held: Site
 # --- ids, keys, pages ---
 
 
-def test_an_unknown_job_is_not_found(site: Site) -> None:
-    for job_id in ("0" * 32, "%00", "a" * 3000):
-        for path in ("", "/image", "/events"):
-            document = problem(site.client.get(f"/jobs/{job_id}{path}"), 404, "job_not_found")
-            assert document["field"] == "job_id"
-
-
 def test_a_job_that_is_not_durable_has_no_image_to_come_back_for(held: Site) -> None:
     with ThreadPoolExecutor(1) as pool:
         passing = pool.submit(held.post, json=SPEC)
@@ -160,16 +145,6 @@ def test_the_same_key_is_the_same_job_while_it_runs_and_after(held: Site) -> Non
     assert post(held, **{"Idempotency-Key": "another"}).json()["id"] != first.json()["id"]
     drawn = [post(held, {"steps": 3}, **{"Idempotency-Key": key}).headers["x-seed"] for key in ("d", "d", "e")]
     assert (drawn[0] == drawn[1], drawn[0] == drawn[2]) == (True, False), "so is a seed that is drawn"
-
-
-def test_many_at_once_with_one_key_are_one_job(held: Site) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: post(held, **{"Idempotency-Key": "k"}), range(16)))
-    assert len({answer.json()["id"] for answer in answers}) == 1
-    held.engine.gate.open()
-    wait_for(held, answers[0].json()["id"])
-    assert len(held.client.get("/jobs").json()["jobs"]) == 1
-    assert held.engine.jobs == {}
 
 
 def test_a_malformed_key_is_refused(site: Site) -> None:

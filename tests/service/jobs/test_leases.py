@@ -274,18 +274,6 @@ def test_a_job_is_waited_for_at_another_replica(pair: tuple[Site, Site], monkeyp
     assert other.client.get(urls[1]).content == one.client.get(urls[0]).content
 
 
-def test_a_replica_that_is_told_to_end_leaves_its_jobs_where_they_were(replicas: Replicas) -> None:
-    one, other = replicas.start(shut=True), replicas.start(shut=True)
-    job_id = post(one).json()["id"]
-    one.engine.gate.let(3)
-    for _ in range(3):
-        one.engine.next_begun()
-    replicas.stop(one)
-    other.engine.gate.open()
-    wait_for(other, job_id)
-    assert min(min(batch.steps) for batch in other.engine.batches[1:]) > 0, "it did not begin anew"
-
-
 def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(replicas: Replicas) -> None:
     """What is not durable may take the rest of the grace period."""
     one, other = replicas.start(shut=True), replicas.start()
@@ -299,26 +287,6 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert not asked.done()
         one.engine.gate.open()
         assert asked.result(PATIENCE_S).status_code == 200
-
-
-def test_a_job_goes_on_though_the_database_is_away_when_it_is_taken_on(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = replicas.start(shut=True)
-    job_id = post(one).json()["id"]
-    snapshot, failures = PostgresStore.snapshot, []
-
-    def sometimes(store: PostgresStore, name: str, fingerprint: str) -> object:
-        if len(failures) < 3:
-            failures.append(name)
-            raise StorageFailed("server closed the connection unexpectedly")
-        return snapshot(store, name, fingerprint)
-
-    monkeypatch.setattr(PostgresStore, "snapshot", sometimes)
-    replicas.stop(one)
-    other = replicas.start()
-    wait_for(other, job_id)
-    assert failures == [job_id] * 3
 
 
 def test_a_replica_without_room_takes_over_what_another_had_begun(
@@ -355,39 +323,31 @@ def test_a_job_that_would_wait_here_is_done_by_one_who_has_room(
     full = replicas.start(shut=True, tick_times=SLOW)
     first = post(full).json()
     second = post(full, SPEC | {"seed": 6}).json()
+    short = post(full, SPEC | {"n": 1, "steps": 2}).json()
     assert (second["state"], second["eta_s"] > 0) == ("waiting", True)
+    found = [job["id"] in full.worker.jobs for job in (first, second, short)]
+    assert found == [True, False, True], "a short one does not wait for long ones"
     other = replicas.start(tick_times=SLOW)
     wait_for(other, second["id"])
     assert state(full, first["id"]) == "waiting"
     assert wait_for(full, second["id"])["step"] == SPEC["steps"]
 
 
-@pytest.mark.usefixtures("believed")
-def test_a_short_job_does_not_wait_for_the_long_ones_of_the_replica_it_came_to(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
-    full = replicas.start(shut=True, tick_times=SLOW)
-    long, left = (post(full, SPEC | {"steps": 8, "seed": seed}).json()["id"] for seed in range(2))
-    short = post(full, SPEC | {"n": 1, "steps": 2}).json()["id"]
-    assert [job_id in full.worker.jobs for job_id in (long, left, short)] == [True, False, True]
-    full.engine.gate.open()
-    for job_id in (long, left, short):
-        wait_for(full, job_id)
-
-
 def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> None:
     spec, intakes = make_spec(steps=20), [Intake(0.0), Intake(math.inf), Intake(math.inf)]
     places, asked = work_of(spec, INFO).places, list[float]()
 
-    async def call(_method: object, _fingerprint: str, intake: Intake, begun_places: float, *_: object) -> Claimed:
+    async def call(
+        _method: object, _build: str, intake: Intake, begun_places: float, _rows: int, tables: Collection[str]
+    ) -> Claimed:
+        assert set(tables) == {table.hash for table in TUNED.tables}, "jobs of other tables are for other servers"
         asked.append(begun_places)
         intake.offer(places)
         return Claimed()
 
     store, worker = SimpleNamespace(holders=[], call=call), SimpleNamespace(ready=True)
     admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_: intakes.pop(0))
-    held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, INFO, LIMITS, {})
+    held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, TUNED, LIMITS, {})
     asyncio.run(held.claim())
     assert asked == [2.0 * leases.AHEAD_S], "what others had begun is taken over up to this much"
     assert not held.takes(work_of(spec, INFO))
@@ -568,17 +528,3 @@ def test_what_stays_where_it_came_in_is_refused_with_the_least_wait_of_all(
         full.engine.gate.open()
         other.engine.gate.open()
         assert {answer.result(PATIENCE_S).status_code for answer in asked} == {200}
-
-
-def test_a_job_of_a_table_waits_for_a_server_that_has_it(replicas: Replicas) -> None:
-    with_table = replace(TUNED, fingerprint="with tables")
-    one = replicas.start(shut=True, info=with_table)
-    without = replicas.start()
-    job_id = post(one, {"sampler": "tuned", "steps": 8, "seed": 1}).json()["id"]
-    replicas.stop(one)
-    plain = post(without).json()["id"]
-    wait_for(without, plain)
-    assert state(without, job_id) == "waiting"
-    again = replicas.start(info=with_table)
-    wait_for(again, job_id)
-    assert state(without, job_id) == "done"

@@ -118,18 +118,6 @@ def test_a_damaged_job_of_an_earlier_start_counts_as_failed(restarts: Restarts) 
     assert site.metrics()['tminus_durable_jobs_total{"outcome": "failed"}'] == 1
 
 
-def test_a_job_that_ended_is_there_after_a_restart_with_its_key(restarts: Restarts) -> None:
-    site = restarts.start()
-    job_id = post(site, **{"Idempotency-Key": "k"}).json()["id"]
-    before = wait_for(site, job_id)
-    image = site.client.get(f"/jobs/{job_id}/image").content
-    restarts.stop()
-    site = restarts.start()
-    assert site.client.get(f"/jobs/{job_id}").json() | {"age_s": 0} == before | {"age_s": 0}
-    assert site.client.get(f"/jobs/{job_id}/image").content == image
-    assert post(site, **{"Idempotency-Key": "k"}).json()["id"] == job_id
-
-
 def test_another_build_begins_a_job_anew_and_signs_what_it_made(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
     done = post(site, {"steps": 1, "seed": 1}).json()["id"]
@@ -148,30 +136,20 @@ def test_another_build_begins_a_job_anew_and_signs_what_it_made(restarts: Restar
     assert (again.content, again.headers["etag"]) == (old.content, old.headers["etag"])
 
 
-def test_jobs_of_an_earlier_start_wait_for_room_in_order_of_arrival(restarts: Restarts) -> None:
+def test_jobs_of_an_earlier_start_wait_for_room_in_order_and_can_be_cancelled_and_watched(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
-    ids = [post(site, {"steps": 3, "seed": k}).json()["id"] for k in range(4)]
-    restarts.stop()
-    site = restarts.start(max_jobs=1)
-    for job_id in ids:
-        assert wait_for(site, job_id)["state"] == "done"
-    records = [site.client.get(f"/jobs/{job_id}").json()["finished"] for job_id in ids]
-    assert records == sorted(records)
-
-
-def test_a_job_that_waits_for_room_can_be_cancelled_and_watched(restarts: Restarts) -> None:
-    site = restarts.start(shut=True)
-    ids = [post(site, {"steps": 500, "seed": k}).json()["id"] for k in range(3)]
+    *ids, cancelled = (post(site, {"steps": 500, "seed": k}).json()["id"] for k in range(4))
     restarts.stop()
     site = restarts.start(max_jobs=1)
     site.engine.gate.shut()
-    assert site.client.delete(f"/jobs/{ids[2]}").status_code == 204
-    assert state(site, ids[2]) == "cancelled"
+    assert site.client.delete(f"/jobs/{cancelled}").status_code == 204
+    assert state(site, cancelled) == "cancelled"
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(site.client.get, f"/jobs/{ids[1]}/events?every=100")
         site.engine.gate.open()
         assert events(reading.result(PATIENCE_S).text)[-1][0] == "done"
-    wait_for(site, ids[0])
+    finished = [wait_for(site, job_id)["finished"] for job_id in ids]
+    assert finished == sorted(finished)
 
 
 def test_a_deadline_goes_on_while_the_server_is_down(restarts: Restarts) -> None:

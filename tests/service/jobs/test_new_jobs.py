@@ -21,56 +21,7 @@ from tminus.service.worker.running_job import NewJob
 
 
 class FakeStore:
-    async def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        return await getattr(self, method.__name__)(*args)
-
-
-class SlowStore(FakeStore):
-    shared = False
-
-    def now_us(self) -> int:
-        return 1
-
-    async def number_owed(self, *_: object) -> int:
-        await asyncio.sleep(0.01)
-        return 0
-
-    async def add(self, *_: object) -> bool:
-        await asyncio.sleep(0.01)
-        return True
-
-
-def new_job() -> NewJob:
-    return NewJob(uuid.uuid4().hex, make_spec(), work_of(make_spec(), INFO), owner="key")
-
-
-async def accepted_at_once(webhook: Webhook | None) -> int:
-    """Of twenty requests of a key that may have one job."""
-    live: list[Any] = []
-    own = SimpleNamespace(store=SlowStore(), leases=None, cannot_keep=False, model=0, model_name="m")
-    own.accept = lambda record, _ticket: live.append(SimpleNamespace(record=record))
-    jobs = SimpleNamespace(of_model=lambda _model: own, all_held=lambda: live, by_store=lambda: [own])
-    worker = SimpleNamespace(
-        submit=lambda *_, **__: Ticket(Future(), Outlook(0, 0.0)),
-        cancel=lambda *_: None,
-        jobs=SimpleNamespace(number_of=lambda *_, **__: 0),
-    )
-    new = NewJobs(cast(Any, worker), cast(Any, jobs))
-
-    @asynccontextmanager
-    async def charged() -> AsyncIterator[None]:
-        if new.number_here("key") + await new.number_elsewhere("key") >= 1:
-            raise QuotaExceeded("jobs", "below 1", 1, 1)
-        yield
-
-    asked = (new.create(new_job(), None, webhook, charged=charged) for _ in range(20))
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    assert {type(answer) for answer in answers if isinstance(answer, BaseException)} == {QuotaExceeded}
-    return sum(not isinstance(answer, BaseException) for answer in answers)
-
-
-class SharedStore(FakeStore):
-    """Its jobs are left to others, each at the moment that the test says."""
+    """A store that several share, each call of which is answered at the moment that the test says."""
 
     shared, failure = True, None
 
@@ -78,6 +29,9 @@ class SharedStore(FakeStore):
         self.kept: dict[str, str] = {}  # keys, by the job
         self.may_find, self.may_look = asyncio.Event(), asyncio.Event()
         self.may_look.set()
+
+    async def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        return await getattr(self, method.__name__)(*args)
 
     def now_us(self) -> int:
         return 1
@@ -87,6 +41,14 @@ class SharedStore(FakeStore):
             await self.may_find.wait()
         found = [job_id for job_id, kept_as in self.kept.items() if kept_as == key.kept_as]
         return (JobRecord(found[0], make_spec(), 1), True) if found else None
+
+    async def number_owed(self, *_: object) -> int:
+        await asyncio.sleep(0.01)
+        return 0
+
+    async def add(self, record: JobRecord, *_: object) -> bool:
+        await asyncio.sleep(0.01)
+        return True
 
     async def open_jobs(self, _owner: str) -> frozenset[str]:
         found = frozenset(self.kept)
@@ -102,22 +64,31 @@ class SharedStore(FakeStore):
 
 
 class Shared:
-    """Jobs of one key, which may have so many, in such a store."""
+    """Jobs of one key, which may have so many, in such a store: they are left to others, or taken on here."""
 
-    def __init__(self, most: int = 99) -> None:
-        self.store, self.most, self.charged_for = SharedStore(), most, 0
-        leases = SimpleNamespace(takes=lambda _spec: False, leave_to_any=self.store.leave_to_any)
+    def __init__(self, most: int = 99, *, takes: bool = False) -> None:
+        self.store, self.most, self.charged_for = FakeStore(), most, 0
+        live: list[Any] = []
+        leases = SimpleNamespace(takes=lambda _spec: takes, leave_to_any=self.store.leave_to_any)
         own = SimpleNamespace(store=self.store, leases=leases, cannot_keep=False, model=0, model_name="m")
-        jobs = SimpleNamespace(of_model=lambda _model: own, all_held=list, by_store=lambda: [own], view=self.view)
-        worker = SimpleNamespace(jobs=SimpleNamespace(number_of=lambda *_, **__: 0))
+        own.accept = lambda record, _ticket: live.append(SimpleNamespace(record=record))
+        jobs = SimpleNamespace(
+            of_model=lambda _model: own, all_held=lambda: live, by_store=lambda: [own], view=self.view
+        )
+        worker = SimpleNamespace(
+            jobs=SimpleNamespace(number_of=lambda *_, **__: 0),
+            submit=lambda *_: Ticket(Future(), Outlook(0, 0.0)),
+            cancel=lambda *_: None,
+        )
         self.new = NewJobs(cast(Any, worker), cast(Any, jobs))
 
     async def view(self, record: JobRecord, _lifecycle: object) -> Any:
         return SimpleNamespace(record=record)
 
-    async def create(self, name: str | None = None) -> tuple[str, bool]:
+    async def create(self, name: str | None = None, webhook: Webhook | None = None) -> tuple[str, bool]:
         key = Key(name, "hash", "key") if name is not None else None
-        view, again = await self.new.create(new_job(), key, charged=self.charged)
+        new = NewJob(uuid.uuid4().hex, make_spec(), work_of(make_spec(), INFO), owner="key")
+        view, again = await self.new.create(new, key, webhook, charged=self.charged)
         return view.record.id, again
 
     @asynccontextmanager
@@ -180,4 +151,9 @@ def test_a_job_that_is_left_to_others_while_a_count_is_made_counts(keyed: bool) 
 
 @pytest.mark.parametrize("webhook", [None, Webhook("https://example.com/x", ("completed",))], ids=["plain", "webhook"])
 def test_jobs_that_come_at_once_count_for_each_other(webhook: Webhook | None) -> None:
-    assert asyncio.run(accepted_at_once(webhook)) == 1
+    async def ask() -> None:
+        shared = Shared(most=1, takes=True)
+        answers = await asyncio.gather(*(shared.create(webhook=webhook) for _ in range(20)), return_exceptions=True)
+        assert sorted(isinstance(answer, QuotaExceeded) for answer in answers) == [False] + [True] * 19
+
+    asyncio.run(ask())

@@ -204,15 +204,6 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
     assert taken(store) == ["short later", "middle"]
 
 
-def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
-    one, other = database.open(), database.open()
-    one.add(job("a"))
-    renew(one, "build", PACE)
-    one.close()
-    assert taken(other) == ["a"]
-    assert database.read("SELECT count(*) FROM replicas WHERE lease_until > clock_timestamp()") == [(0,)]
-
-
 def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     for name in "ab":

@@ -119,17 +119,6 @@ def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_cost
     assert bench.forecasts == 1
 
 
-def test_an_old_forecast_is_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views_module, "FORECAST_S", -1.0)
-    bench.enter("a", steps=5)
-    bench.engine.next_begun()
-    bench.enter("b", steps=2)
-    assert bench.of("a").eta_s == 5.0
-    bench.enter("c", steps=1)
-    bench.of("a")
-    assert bench.forecasts == 2
-
-
 @pytest.mark.parametrize(("outcome", "step"), [("done", 20), ("cancelled", None)])
 def test_only_a_job_that_is_done_is_told_to_have_taken_all_its_steps_before_its_end_is_kept(
     outcome: Outcome, step: int | None
