@@ -2,20 +2,30 @@
 
 import logging
 import socket
+from collections.abc import Mapping
 from ipaddress import ip_address
-from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
+
+from tminus.service.jobs.store.tables import make_postgres_tables
 
 log = logging.getLogger(__name__)
 
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
-MIGRATIONS = Path(__file__).parent / "migrations"
+VERSION = 2  # of tables.py
+# From each earlier version to the next. Servers of the version before go on beside it.
+UPGRADES: Mapping[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN webhook TEXT",
+        "CREATE INDEX jobs_by_key ON jobs (key) WHERE key IS NOT NULL",
+        "CREATE TABLE deliveries (id TEXT PRIMARY KEY, job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, "
+        "event TEXT NOT NULL, receiver TEXT NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL, "
+        "since_us BIGINT NOT NULL, due_us BIGINT NOT NULL, held_until_us BIGINT, error TEXT, UNIQUE (job_id, event))",
+        "CREATE INDEX deliveries_by_due ON deliveries (due_us) WHERE state = 'pending'",
+        "CREATE INDEX deliveries_by_receiver ON deliveries (receiver) WHERE state = 'pending'",
+    ),
+}
 
 
 def connect(url: str, namespace: str) -> sa.Engine:
@@ -67,26 +77,30 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
     namespace: a schema of the database, so that several clusters can share it. Raises ValueError where the database
     cannot be reached or used, or is of a newer version.
     """
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    scripts = ScriptDirectory.from_config(config)
-    known = {script.revision for script in scripts.walk_revisions()}
+    # By this name Alembic has kept the version, which made the tables before.
+    versions = sa.table("alembic_version", sa.column("version_num"), schema=namespace)
     try:
         with engine.begin() as connection:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tminus {namespace}"))))
             if not sa.inspect(connection).has_schema(namespace):
                 connection.execute(sa.schema.CreateSchema(namespace))
-            context = MigrationContext.configure(connection, opts={"version_table_schema": namespace})
-            version = context.get_current_revision()
-            if version is not None and version not in known:
+            connection.execute(sa.text(f"SET LOCAL search_path TO {namespace}"))
+            if not sa.inspect(connection).has_table("alembic_version", schema=namespace):
+                made = "version_num VARCHAR(32) CONSTRAINT alembic_version_pkc PRIMARY KEY"
+                connection.execute(sa.text(f"CREATE TABLE alembic_version ({made})"))
+                make_postgres_tables(namespace)[1].metadata.create_all(connection)
+                connection.execute(sa.insert(versions).values(version_num=str(VERSION)))
+            version: str = connection.execute(sa.select(versions.c.version_num)).scalar_one()
+            if version not in map(str, (VERSION, *UPGRADES)):
                 raise ValueError(
-                    f"its tables are of version {version}, and this tminus knows version {scripts.get_current_head()}; "
+                    f"its tables are of version {version}, and this tminus knows version {VERSION}; "
                     "nothing was changed. Serve it with the tminus that made them, or name another --job-namespace"
                 )
-            if version != scripts.get_current_head():
-                config.attributes.update(connection=connection, schema=namespace)
-                command.upgrade(config, "head")
-                log.info("the job store's tables are of version %s now", scripts.get_current_head())
+            for earlier in range(int(version), VERSION):
+                for statement in UPGRADES[earlier]:
+                    connection.execute(sa.text(statement))
+                connection.execute(sa.update(versions).values(version_num=str(earlier + 1)))
+                log.info("the job store's tables are of version %d now", earlier + 1)
     except sa.exc.SQLAlchemyError as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise ValueError(f"it cannot be used: {reason}") from None

@@ -31,7 +31,7 @@ from tminus.service.jobs.store.sqlite_file import (
     unended,
     upgrade,
 )
-from tminus.service.jobs.store.tables import make_tables
+from tminus.service.jobs.store.tables import make_sqlite_tables
 from tminus.service.jobs.webhooks.delivery_store import Run
 from tminus.service.spec import Inputs
 
@@ -50,15 +50,7 @@ class SqliteStore(JobStore):
 
     def __init__(self, file: Path | None) -> None:
         """file: None keeps everything in memory, no longer than the process lives."""
-        super().__init__(
-            make_tables(
-                None,
-                sa.UniqueConstraint("key"),
-                sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
-                sa.Index("jobs_by_owner", "owner", "outcome", "created_us", "id"),
-                sa.Index("jobs_by_end", "finished_us", "arrival", "bytes"),
-            )
-        )
+        super().__init__(make_sqlite_tables())
         self._file = file
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES

@@ -1,9 +1,10 @@
 """The tables of a job store, as SQLAlchemy knows them.
 
-SQLite's are made from these; a change of them needs another VERSION, in sqlite_file.py.
-PostgreSQL's are made by migrations/versions.
+New ones are made from these. A change of them needs another VERSION, and how to come to it from the one before, in
+sqlite_file.py and in postgres_database.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -22,13 +23,15 @@ class Tables:
     deliveries: sa.Table  # what webhooks are told
 
 
-def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tables:
-    """The tables of a store. more: what its jobs have beside the common columns."""
+def make_tables(
+    schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
+) -> Tables:
+    """The tables of a store. of_jobs, of_deliveries: what these have beside the common columns."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
         metadata,
-        sa.Column("arrival", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+        sa.Column("arrival", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True),
         sa.Column("id", sa.Text, nullable=False, unique=True),
         sa.Column("spec", sa.Text, nullable=False),
         sa.Column("created_us", sa.BigInteger, nullable=False),
@@ -43,8 +46,10 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Column("key", sa.Text),
         sa.Column("request_hash", sa.Text),
         sa.Column("webhook", sa.Text),
-        *more,
+        *of_jobs,
         sqlite_autoincrement=True,
+        # Leases change every few seconds. With room in its page a row's new version needs no entry in the indices.
+        postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
         "snapshots",
@@ -52,6 +57,7 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Column("job_id", sa.Text, primary_key=True),
         sa.Column("fingerprint", sa.Text, nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
+        postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},  # each is written anew every few seconds
     )
     images, inputs = (
         sa.Table(
@@ -88,16 +94,31 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
         sa.Column("error", sa.Text),
         sa.UniqueConstraint("job_id", "event"),
-        sa.Index("deliveries_by_due", "state", "due_us"),
-        sa.Index("deliveries_by_receiver", "state", "receiver"),
+        *of_deliveries,
     )
     return Tables(metadata, jobs, snapshots, images, inputs, objects, deliveries)
 
 
+def make_sqlite_tables() -> Tables:
+    """The tables of a file, whose jobs are all of the same weights."""
+    of_jobs = (
+        sa.UniqueConstraint("key"),
+        sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
+        sa.Index("jobs_by_owner", "owner", "outcome", "created_us", "id"),
+        sa.Index("jobs_by_end", "finished_us", "arrival", "bytes"),
+    )
+    return make_tables(
+        None,
+        of_jobs,
+        (sa.Index("deliveries_by_due", "state", "due_us"), sa.Index("deliveries_by_receiver", "state", "receiver")),
+    )
+
+
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
     """The replicas that live, and the tables that both stores have."""
-    tables = make_tables(
-        schema,
+    new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
+    pending = sa.text("state = 'pending'")
+    of_jobs = (
         sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
         sa.Column("format", sa.Integer, nullable=False),  # that who works on it must know
         sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
@@ -105,7 +126,25 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("replica", sa.Text),  # who holds it, or held it last
         sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
         sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it
+        sa.UniqueConstraint("weights", "key"),
+        # A UUID that a client has chosen is one job among those of all weights.
+        sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
+        sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
+        sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),
+        sa.Index("jobs_by_replica", "replica", postgresql_where=is_open),
+        sa.Index("jobs_by_outcome", "weights", "outcome", "created_us", "id"),
+        sa.Index("jobs_by_owner", "weights", "owner", "outcome", "created_us", "id"),
+        sa.Index(
+            "jobs_by_end", "weights", "finished_us", "arrival", "bytes", postgresql_where=sa.text("outcome IS NOT NULL")
+        ),
     )
+    of_deliveries = (
+        # A server of version 1 deletes jobs, and knows nothing of deliveries.
+        sa.ForeignKeyConstraint(["job_id"], [f"{schema}.jobs.id"], ondelete="CASCADE"),
+        sa.Index("deliveries_by_due", "due_us", postgresql_where=pending),
+        sa.Index("deliveries_by_receiver", "receiver", postgresql_where=pending),
+    )
+    tables = make_tables(schema, of_jobs, of_deliveries)
     replicas = sa.Table(
         "replicas",
         tables.metadata,

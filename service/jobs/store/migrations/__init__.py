@@ -1,1 +1,0 @@
-"""The tables of the job store in PostgreSQL, version by version. postgres_database.py runs them."""

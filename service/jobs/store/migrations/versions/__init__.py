@@ -1,1 +1,0 @@
-"""One file a version; each names the one before it."""
