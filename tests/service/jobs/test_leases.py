@@ -30,7 +30,7 @@ from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.scheduling.scheduler import TickTimes
+from tminus.service.scheduling.forecast import Speed
 from tminus.service.work import work_of
 
 pytestmark = pytest.mark.slow
@@ -312,7 +312,7 @@ SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
 @pytest.fixture
 def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replicas go on believing in the times that they began with: their ticks take none."""
-    monkeypatch.setattr(TickTimes, "observe", lambda self, *_: self)
+    monkeypatch.setattr(Speed, "observe", lambda self, *_: self)
 
 
 @pytest.mark.usefixtures("believed")
