@@ -1,8 +1,6 @@
-import asyncio
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -14,10 +12,7 @@ from tests.s3 import BUCKET, S3
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.postgres_store import open_postgres
-from tminus.service.jobs.store.records import JobRecord
-from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.spec import Images
 
 WEIGHTS = "ab" * 32
 
@@ -86,10 +81,6 @@ class FileShelf:
     def read(self, query: str) -> list[tuple[object, ...]]:
         return _rows(sa.create_engine(f"sqlite:///{self._file}"), query)
 
-    def damage(self, what: str, data: bytes) -> int:
-        """Put other bytes in the place of all snapshots, inputs or images; how many there were."""
-        return self.change(f"UPDATE {what} SET data = :data", data=data)
-
 
 class DatabaseShelf:
     """The same in a namespace of a database."""
@@ -113,63 +104,12 @@ class DatabaseShelf:
     def read(self, query: str) -> list[tuple[object, ...]]:
         return _rows(self._engine(), query)
 
-    def damage(self, what: str, data: bytes) -> int:
-        return self.change(f"UPDATE {what} SET data = :data", data=data)
-
     def _engine(self) -> sa.Engine:
         url = sa.make_url(self.url).set(drivername="postgresql+psycopg")
         return sa.create_engine(url, connect_args={"options": f"-c search_path={self.namespace}"})
 
 
-class ObjectShelf:
-    """One of the others, with all images in an object store."""
-
-    def __init__(self, shelf: "FileShelf | DatabaseShelf", bucket: Bucket) -> None:
-        self._shelf, self._bucket = shelf, bucket
-        self.opened: list[JobStore] = []
-        self.change, self.read = shelf.change, shelf.read
-
-    def open(self) -> JobStore:
-        store = cast(JobStore, WithObjects(self._shelf.open(), Results(self._bucket.objects(), 0)))
-        self.opened.append(store)
-        return store
-
-    def damage(self, what: str, data: bytes) -> int:
-        if what != "images":
-            return self._shelf.damage(what, data)
-        found = self._bucket.keys()
-        for key in found:
-            self._bucket.put(key, data)
-        return len(found)
-
-
-class WithObjects:
-    """A ResultStore that is called as the store below it is."""
-
-    def __init__(self, store: JobStore, results: Results) -> None:
-        self._below, self._results, self._runner = store, ResultStore(store, results, "folder"), asyncio.Runner()
-        self._is_closed = False
-
-    def finish(self, job: JobRecord, images: Images | None = None) -> None:
-        self._runner.run(self._results.finish(job, images))
-
-    def images(self, job_id: str) -> Images | None:
-        return self._runner.run(self._results.images(job_id))
-
-    def sweep(self, before_us: int, max_bytes: int) -> bool:
-        return self._runner.run(self._results.sweep(before_us, max_bytes))
-
-    def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._results.close()
-            self._runner.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._below, name)
-
-
-Shelf = FileShelf | DatabaseShelf | ObjectShelf
+Shelf = FileShelf | DatabaseShelf
 
 
 def _on(engine: sa.Engine, statement: str, values: dict[str, object]) -> int:
@@ -206,14 +146,8 @@ def file(tmp_path: Path) -> Iterator[FileShelf]:
         store.close()
 
 
-@pytest.fixture(params=["sqlite", "postgres", "postgres and objects"])
-def shelf(request: pytest.FixtureRequest) -> Iterator[Shelf]:
+@pytest.fixture(params=["file", "database"])
+def shelf(request: pytest.FixtureRequest) -> Shelf:
     """Of each kind."""
-    made = request.getfixturevalue("database" if request.param.startswith("postgres") else "file")
-    if "objects" not in request.param:
-        yield made
-        return
-    with_objects = ObjectShelf(made, request.getfixturevalue("bucket"))
-    yield with_objects
-    for store in with_objects.opened:
-        store.close()
+    made: Shelf = request.getfixturevalue(request.param)
+    return made

@@ -28,7 +28,6 @@ from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, Pace
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.work import work_of
@@ -287,23 +286,6 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert not asked.done()
         one.engine.gate.open()
         assert asked.result(PATIENCE_S).status_code == 200
-
-
-def test_a_replica_without_room_takes_over_what_another_had_begun(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its clients wait for the next step."""
-    one, busy, room = replicas.start(shut=True), replicas.start(shut=True), [0.0]
-    begun = post(one).json()["id"]
-    monkeypatch.setattr(Admission, "intake", lambda *_: Intake(room[0], [0.0], oldest_us=0))
-    left = post(one).json()["id"]
-    replicas.stop(one)
-    wait_until(lambda: begun in busy.worker.jobs)
-    assert left not in busy.worker.jobs
-    room[0] = 1.0
-    busy.engine.gate.open()
-    for job_id in (begun, left):
-        wait_for(busy, job_id)
 
 
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes

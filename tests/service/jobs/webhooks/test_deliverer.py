@@ -254,36 +254,6 @@ def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch:
         hangs.set()
 
 
-def test_receivers_that_failed_last_leave_slots_to_those_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", 16)
-    monkeypatch.setattr(module, "FAILING_AT_ONCE", 8)
-    failed, hanging = set[str](), set[str]()
-
-    async def send(url: str, *_: Any) -> None:
-        if "bad" not in url:
-            return
-        if url not in failed:
-            failed.add(url)
-            raise NotDelivered("no answer")
-        hanging.add(url)
-        await asyncio.sleep(3600)
-
-    async def run() -> None:
-        running = Running(send)
-        await running.end(*(told(f"b{k}", f"https://bad{k}.example/", f"owner{k % 5}") for k in range(30)))
-        good = [told(f"g{k}", f"https://good{k}.example/", "owner0") for k in range(10)]
-        async with running.started():
-            while len(failed) < 30 or len(hanging) < 6:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            await running.end(*good)
-            while running.counted("webhooks_total").get("delivered") != 10:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        running.store.close()
-
-    asyncio.run(run())
-    assert 6 <= len(hanging) <= 8
-
-
 def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,12 +21,6 @@ MANY = 1e9
 HELD_S = 60.0
 
 
-@pytest.fixture(params=["file", "database"])
-def shelf(request: pytest.FixtureRequest) -> Shelf:
-    made: Shelf = request.getfixturevalue(request.param)
-    return made
-
-
 @pytest.fixture
 def store(shelf: Shelf) -> JobStore:
     return shelf.open()
