@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, ValuesView
+from collections.abc import Coroutine, ValuesView
 from contextlib import suppress
 from dataclasses import replace
 
@@ -66,19 +66,19 @@ class Lifecycle:
         info: ModelInfo,
         limits: Limits,
         metrics: Metrics,
-        deliver: "Callable[[Lifecycle], Coroutine[None, None, None]] | None" = None,
     ) -> None:
-        """model: its number. store: of the jobs of its weights. deliver: sends what their webhooks are to be told."""
+        """model: its number. store: of the jobs of its weights."""
         self.store, self.model, self.model_name = store, model, info.name
         self._worker, self._info, self._fingerprint = worker, info, info.fingerprint
         self._weights = info.weights_hash[:16]
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self.metrics, self._deliver = limits, metrics, deliver
+        self._limits, self.metrics = limits, metrics
         self._held: dict[str, HeldJob] = {}  # changed here only
         self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
-        self._renewing, self._beside = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
+        self._beside = set[asyncio.Task[None]]()  # those of them that are given up when the process ends
+        self._renewing: asyncio.Task[None] | None = None
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()  # while there is no job
@@ -93,7 +93,7 @@ class Lifecycle:
         if self.leases is not None:
             with suppress(StorageFailed):
                 await self._renew(self.leases)  # first, so that others know that it lives
-            self._renewing.add(asyncio.create_task(self._renew_until_closed(self.leases)))
+            self._renewing = asyncio.create_task(self._renew_until_closed(self.leases))
             self._spawn(self._claim_until_closed(self.leases))
         elif take_on:
             try:
@@ -101,10 +101,8 @@ class Lifecycle:
             except StorageFailed:
                 self._takes_on = True
                 self._idle.clear()
-                self._spawn_beside(self._take_on_later())
-        self._spawn_beside(self._sweep_until_closed())
-        if self._deliver is not None:
-            self._spawn_beside(self._deliver(self))
+                self.do_beside(self._take_on_later())
+        self.do_beside(self._sweep_until_closed())
 
     def take_on(self, claimed: Claimed) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
@@ -136,9 +134,9 @@ class Lifecycle:
         for task in self._beside:  # which may wait for an object store or a receiver that does not answer
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for task in self._renewing:  # until now: a result may take longer to write than a lease lasts
-            task.cancel()
-        await asyncio.gather(*self._renewing, return_exceptions=True)
+        if self._renewing is not None:  # until now: a result may take longer to write than a lease lasts
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
 
     async def idle(self) -> None:
         """Wait until there is no job that has not ended, or that this process cannot end."""
@@ -168,7 +166,7 @@ class Lifecycle:
             mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
             watch = Watch(Pace(every=1), (), mailbox.put)
             self.watch(job, watch, mailbox)
-            self._spawn_beside(self._owe_start(job, watch, mailbox))
+            self.do_beside(self._owe_start(job, watch, mailbox))
         return job
 
     def _enter_worker(self, job: HeldJob) -> None:
@@ -442,7 +440,7 @@ class Lifecycle:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _spawn_beside(self, work: Coroutine[None, None, None]) -> None:
+    def do_beside(self, work: Coroutine[None, None, None]) -> None:
         """Do what is given up when the process ends."""
         self._beside.add(task := self._spawn(work))
         task.add_done_callback(self._beside.discard)

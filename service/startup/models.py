@@ -159,7 +159,7 @@ class ServedModels:
         self._loop = asyncio.get_running_loop()
         self.worker.start()
         for one in self._by_number.values():
-            await one.lifecycle.start()
+            await self._start(one)
 
     async def close(self) -> None:
         """End what runs, when requests are over."""
@@ -228,7 +228,7 @@ class ServedModels:
             raise
         one = self._serve(model, prepared, store)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
-        await one.lifecycle.start(take_on=not shared)
+        await self._start(one, take_on=not shared)
         return one.services
 
     def _loaded(self, prepared: Prepared, store: AsyncStore) -> LoadedModel:
@@ -240,10 +240,7 @@ class ServedModels:
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:
         info = model.info
-        lifecycle = Lifecycle(
-            store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics,
-            self._deliver if self._webhooks is not None else None,
-        )  # fmt: skip
+        lifecycle = Lifecycle(store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics)
         services = self._services(number=model.number, model=info, limits=prepared.limits, loaded_s=int(time.time()))
         assert isinstance(model.keeper, SnapshotKeeper)
         one = self._by_number[model.number] = _OneModel(
@@ -254,10 +251,12 @@ class ServedModels:
         self.models.put(services)
         return one
 
-    async def _deliver(self, lifecycle: Lifecycle) -> None:
-        assert self._webhooks is not None
-        view = partial(self.jobs.to_deliver, lifecycle)
-        await Deliverer(lifecycle.store, self._webhooks, view, document, self.metrics).run()
+    async def _start(self, one: _OneModel, *, take_on: bool = True) -> None:
+        await one.lifecycle.start(take_on=take_on)
+        if self._webhooks is not None:
+            view = partial(self.jobs.to_deliver, one.lifecycle)
+            deliverer = Deliverer(one.lifecycle.store, self._webhooks, view, document, self.metrics)
+            one.lifecycle.do_beside(deliverer.run())
 
     # --- models that go ---
 
@@ -396,7 +395,8 @@ class ModelChanges:
         while not task.done():
             await asyncio.wait([task], timeout=END_LOOK_S)
             if self._served.worker.draining and not task.done():
-                task.add_done_callback(_retrieve)
+                # Nobody waits for it any more; asyncio would complain about an error that is never retrieved.
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
                 raise Draining
         return task.result()
 
@@ -426,9 +426,13 @@ class ModelChanges:
                 log.exception("%s cannot be loaded", name)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise CheckpointRefused(f"{name} cannot be loaded: {reason}", field="model", value=name) from None
-        release, before = prepared.release, self._named(name)
+        release, before, weights_hash = prepared.release, self._named(name), prepared.engine.info.weights_hash
         try:
-            services = await self._join(name, prepared)
+            for other in self._served.models:
+                if other.model.name != name and other.model.weights_hash == weights_hash:  # their jobs share a store
+                    detail = f"{name} has the weights of {other.model.name}, which is loaded"
+                    raise CheckpointRefused(detail, field="model", value=name)
+            services = await self._served.join(prepared)
         except Exception as error:
             del prepared
             traceback.clear_frames(error.__traceback__)  # whose variables hold the model
@@ -437,14 +441,6 @@ class ModelChanges:
         if before is not None:
             self._served.leave(before)
         return services
-
-    async def _join(self, name: str, prepared: Prepared) -> Services:
-        weights_hash = prepared.engine.info.weights_hash
-        for services in self._served.models:
-            if services.model.name != name and services.model.weights_hash == weights_hash:  # their jobs share a store
-                detail = f"{name} has the weights of {services.model.name}, which is loaded"
-                raise CheckpointRefused(detail, field="model", value=name)
-        return await self._served.join(prepared)
 
     def _named(self, name: str) -> Services | None:
         return next((services for services in self._served.models if services.model.name == name), None)
@@ -462,12 +458,6 @@ class ModelChanges:
         """One change at a time. Raises ModelBusy."""
         if self._loading is not None:
             raise ModelBusy(f"{self._loading} is being loaded; try again when it is done", field="model", value=name)
-
-
-def _retrieve(task: "asyncio.Task[Services]") -> None:
-    """Nobody waits for this task any more; asyncio would complain about an error that is never retrieved."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:

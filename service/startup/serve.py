@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,8 +174,12 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     access = settings.access(address[0])
     models = read_models(settings)
     open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)
-    with about("job_store" if settings.job_store is not None else "state_dir"):
-        first = open_first(open_store, [model.checkpoint.weights_hash for model in models])
+    first: dict[str, JobStore] = {}
+    with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
+        for model in models:
+            store = open_store(model.checkpoint.weights_hash)
+            first[model.checkpoint.weights_hash] = opened.enter_context(closing(store))
+        opened.pop_all()  # all are open, and stay so
     end_place, ends = look_at_ends(settings, models[0].folder)
     tell_ends(ends)
     stores = Stores(open_store, results, first, ends)
@@ -219,19 +223,6 @@ def read_models(settings: Settings) -> "list[ReadModel]":
                 raise ValueError(f"{name} has the weights of {other.name}; serve one of them")
         models[name] = ReadModel(name, folder, checkpoint)
     return list(models.values())
-
-
-def open_first(open_store: Callable[[str], JobStore], weights_hashes: Sequence[str]) -> dict[str, JobStore]:
-    """Open the stores of the models that the server begins with. Raises ValueError; then none is open."""
-    stores: dict[str, JobStore] = {}
-    try:
-        for weights_hash in weights_hashes:
-            stores[weights_hash] = open_store(weights_hash)
-    except ValueError:
-        for store in stores.values():
-            store.close()
-        raise
-    return stores
 
 
 def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
