@@ -221,26 +221,6 @@ def test_an_unloaded_model_finishes_its_jobs_first_and_can_be_loaded_again(sever
         assert several.change("colour", "unload").status_code == 204
 
 
-def test_a_job_is_given_up_neither_by_a_reload_nor_twice(several: Several) -> None:
-    """Two reloads while a job of the first weights still runs: three engines, each with its own rows."""
-    several.site.engine.gate.shut()
-    job = several.post("/jobs", json=QUICK | {"steps": 900}).json()["id"]
-    several.site.engine.next_begun()
-    with ThreadPoolExecutor(1) as pool:
-        for version in (1, 2):
-            several.shelf.found["fake"] = version_of(INFO, version)
-            reload = pool.submit(several.change, "fake", "reload")
-            while not reload.done():
-                several.site.engine.gate.let()
-                several.site.engine.next_begun()
-            assert reload.result().status_code == 200
-        assert several.get(f"/jobs/{job}").json()["state"] == "running"
-        several.site.engine.gate.open()
-    wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
-    assert several.get(f"/jobs/{job}").json()["fingerprint"] == INFO.fingerprint
-    assert fingerprint(several, "") == several.shelf.engines[1].info.fingerprint
-
-
 # --- when more goes wrong ---
 
 

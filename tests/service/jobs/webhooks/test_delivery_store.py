@@ -299,16 +299,6 @@ def test_of_a_job_its_holder_says_that_it_has_begun_and_any_replica_of_its_weigh
     assert len(claim(holder)) == 2
 
 
-def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_others(
-    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new = database.open()
-    new.add(told("told"), held=False)
-    new.add(job("plain"), held=False)
-    monkeypatch.setattr("tminus.service.jobs.store.postgres_store.FORMAT", 1)
-    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64).jobs] == ["plain"]
-
-
 def test_what_a_newer_server_owes_is_left_to_such_ones_and_what_it_deletes_owes_nothing(
     database: DatabaseShelf,
 ) -> None:
