@@ -7,11 +7,9 @@ misses the end.
 import asyncio
 import base64
 import json
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -19,7 +17,7 @@ from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
-from tminus.service.api.answers.progress import Countdown, EventStream, patient
+from tminus.service.api.answers.progress import EventStream, Progress, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.jobs import job_in_path
 from tminus.service.api.models import Models, Services
@@ -30,12 +28,8 @@ from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
 from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.jobs.views import JobView, held_view
-from tminus.service.preview import Frame, Show, Watch
-from tminus.service.spec import SampleSpec
-from tminus.service.work import timesteps_of
+from tminus.service.preview import Frame, Watch
 from tminus.service.worker.mailbox import Mailbox
-
-log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often a job without frames is looked at
 RECONNECT_MS = 2000
@@ -149,8 +143,8 @@ class _Follower:
         if job is None:
             return None
         services = self._models.numbered(job.model)
-        countdown = Countdown(services.statuses, job.record.id, self._view.eta_s)
-        return _Viewer(services, job, self._preview, watch, mailbox, countdown, self._last_id)
+        progress = Progress(services, self._preview, job.record.id, job.record.spec, self._view.eta_s)
+        return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 
     async def _holder(self) -> str | None:
         """The address of the other replica that the events are asked of."""
@@ -185,10 +179,9 @@ class _Viewer:
 
     services: Services  # of the job's model
     job: HeldJob
-    preview: PreviewRequest
     watch: Watch
     mailbox: Mailbox
-    countdown: Countdown
+    progress: Progress
     last_id: str  # of the events that the client has been sent
 
     def close(self) -> None:
@@ -196,17 +189,12 @@ class _Viewer:
         self.services.jobs.unwatch(self.job, self.watch)
         self.mailbox.close()
 
-    @cached_property
-    def _timesteps(self) -> Sequence[float]:
-        """The timesteps of a job that runs: one that waits may be of a table that is gone, and fail."""
-        return timesteps_of(self.job.record.spec, self.services.model)
-
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until nothing more is made of the job here, or the server is about to end."""
         waiting, last_sent = view.state == "waiting", None
         standing = _standing(view.position, view.eta_s)
         if not waiting:  # so that a client that comes back does not go on with an old state
-            yield _event("progress", await self._progress(view.step or 0))
+            yield _event("progress", await self.progress.after(view.step or 0))
         while True:
             if waiting and standing != last_sent:
                 last_sent = standing
@@ -224,51 +212,36 @@ class _Viewer:
             if frame is None:
                 break
             waiting = False
-            for event in await self._show(frame):
+            for event in await self._events_of(frame):
                 yield event
 
-    async def _show(self, frame: Frame) -> list[bytes]:
-        """The events of a frame: its pictures, or where the job stands if none were asked for."""
-        spec, preview = self.job.record.spec, self.preview
-        progress = await self._progress(frame.step)
-        try:
-            pictures = await self.services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
-        except Exception:  # a lost frame does not end the stream
-            log.exception("a frame of job %s could not be encoded", self.job.record.id)
+    async def _events_of(self, frame: Frame) -> list[bytes]:
+        """Make the events of a frame: its pictures, or where the job stands if none were asked for."""
+        step = str(frame.step)
+        if not self.watch.show:
+            self.last_id = step
+            return [_event("progress", await self.progress.after(frame.step), step)]
+        shown = await self.progress.shown(frame)
+        if not shown:
             return []
-        self.last_id = str(frame.step)
-        if not pictures:
-            return [_event("progress", progress, self.last_id)]
+        self.last_id = step
         self.services.metrics.frame_sent()
-        events = []
-        for count, (show, image, picture) in enumerate(pictures, 1):
-            members = _picture_members(spec, show, image, picture, preview.frame_format)
-            # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
-            events.append(_event("frame", progress | members, self.last_id if count == len(pictures) else None))
-        return events
-
-    async def _progress(self, step: int) -> dict[str, Any]:
-        steps = self.job.record.spec.num_passes
-        return {
-            "step": step,
-            "steps": steps,
-            "t": round(self._timesteps[min(step, steps - 1)], 3),
-            "eta_s": round(await self.countdown.left_s(), 3),
-        }
+        media_type = f"image/{self.progress.preview.frame_format}"
+        # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
+        ids = [None] * (len(shown) - 1) + [step]
+        return [
+            _event(
+                "frame",
+                members | {"media_type": media_type, "data": base64.b64encode(picture).decode("ascii")},
+                event_id,
+            )
+            for (members, picture), event_id in zip(shown, ids, strict=True)
+        ]
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
     """The members of a `waiting` event; the time is rounded, so that not every second brings an event."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
-
-
-def _picture_members(
-    spec: SampleSpec, show: Show, image: int | None, picture: bytes, frame_format: str
-) -> dict[str, Any]:
-    members: dict[str, Any] = {"show": show, "media_type": f"image/{frame_format}"}
-    if image is not None:
-        members["image"] = spec.index + image
-    return members | {"data": base64.b64encode(picture).decode("ascii")}
 
 
 def _event(name: str, members: Mapping[str, Any], event_id: str | None = None) -> bytes:

@@ -6,15 +6,15 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.problems import render
-from tminus.service.api.answers.progress import Countdown, result_of
+from tminus.service.api.answers.problems import noted, render
+from tminus.service.api.answers.progress import Progress, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
@@ -28,15 +28,12 @@ from tminus.service.errors import (
     ServiceError,
     Silence,
     Unauthorized,
-    short,
 )
 from tminus.service.images.encoder import PNG
-from tminus.service.model_info import ModelInfo
-from tminus.service.preview import Frame, Watch
+from tminus.service.preview import Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import SampleSpec
-from tminus.service.tracing import PROBLEM, note
-from tminus.service.work import JobResult, Ticket, timesteps_of
+from tminus.service.work import JobResult
 from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.running_job import NewJob
 
@@ -67,23 +64,13 @@ def stream_routes(models: Models) -> APIRouter:
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()
         except ServiceError as refusal:  # before it was accepted
-            services.metrics.rejected(refusal.code)
-            note({PROBLEM: refusal.code})
+            noted(refusal, services.metrics)
             status = refusal.status
-            log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
         finally:
             services.metrics.requested(route_of(ws.scope), status, time.perf_counter() - began_s)
 
     return router
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What one message asks for."""
-
-    preview: StreamRequest
-    new: NewJob
 
 
 class _Stream:
@@ -109,9 +96,11 @@ class _Stream:
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        asked = await self._understand(parameters, caller)
-                        await self._job(asked, caller)
-                    keep_open = asked.preview.keep_open
+                        preview = StreamRequest.parse(StreamRequest.own_of(parameters))
+                        # It takes the parameters: they may be megabytes, and the job take an hour.
+                        new = await understand(self._services, caller, parameters)
+                        await self._job(preview, new, caller)
+                    keep_open = preview.keep_open
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
             except (WebSocketDisconnect, TimeoutError):
@@ -144,12 +133,12 @@ class _Stream:
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError("something went wrong on the server; its log has the details")
-        elif error.refusal:
-            self._services.metrics.rejected(error.code)
-            log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
-        note({PROBLEM: error.code})
+        noted(error, self._services.metrics)
         with self._services.streams.busy():
-            await self._send(error_message(error))
+            message = error.problem() | {"type": "error"}  # not that of the problem: a message has one of its own
+            if "Retry-After" in error.headers:
+                message["retry_after_s"] = int(error.headers["Retry-After"])
+            await self._send(message)
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
@@ -184,24 +173,29 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _understand(self, parameters: dict[str, Any], caller: Caller) -> _Asked:
-        """Check what a message asks for. Its parameters are taken: they may be megabytes, and the job take an hour."""
-        preview = StreamRequest.parse(StreamRequest.own_of(parameters))
-        return _Asked(preview, await understand(self._services, caller, parameters))
-
-    async def _job(self, asked: _Asked, caller: Caller) -> None:
+    async def _job(self, preview: StreamRequest, new: NewJob, caller: Caller) -> None:
         """Run one job, and send what comes of it."""
-        new, spec = asked.new, asked.new.spec
+        model = self._services.model
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
-        watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
+        watch = Watch(preview.pace, preview.shows, mailbox.put)
         ticket = await submit(self._services, caller, replace(new, watch=watch))
         if caller.name:
             log.info("request %s: job %s is of %s", REQUEST_ID.get(), new.id, caller.name)
         done = result_of(ticket, new.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
-            await self._send(accepted_message(new.id, spec, ticket, self._services.model))
-            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, ticket)))
+            accepted = {
+                "type": "accepted",
+                "id": new.id,
+                "seed": new.spec.seed,
+                "eta_s": round(ticket.outlook.eta_s, 3),
+                "position": ticket.outlook.position,
+                "fingerprint": model.fingerprint,
+            }
+            warning = warning_of(new.spec, model)
+            await self._send(accepted if warning is None else accepted | {"warning": warning})
+            progress = Progress(self._services, preview, new.id, new.spec, ticket.outlook.eta_s)
+            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, progress)))
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
@@ -214,7 +208,7 @@ class _Stream:
             except JobCancelled:
                 await self._send({"type": "cancelled", "id": new.id})
             else:
-                await self._deliver(asked, result, mailbox.dropped)
+                await self._deliver(preview, new.spec, result, mailbox.dropped)
         finally:
             mailbox.close()
             for task in tasks:
@@ -243,30 +237,20 @@ class _Stream:
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
-    async def _show(self, mailbox: Mailbox, asked: _Asked, ticket: Ticket) -> None:
+    async def _show(self, mailbox: Mailbox, progress: Progress) -> None:
         """Send frames until the mailbox is closed."""
-        preview, spec, job_id = asked.preview, asked.new.spec, asked.new.id
-        timesteps = timesteps_of(spec, self._services.model)
-        countdown = Countdown(self._services.statuses, job_id, ticket.outlook.eta_s)
         while (frame := await mailbox.take()) is not None:
-            try:
-                pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
-            except Exception:  # a lost frame does not end the job
-                log.exception("a frame of job %s could not be encoded", job_id)
+            if not (shown := await progress.shown(frame)):
                 continue
-            left_s = await countdown.left_s()
             async with asyncio.timeout(SEND_S):
-                for show, image, picture in pictures:
-                    message = frame_message(frame, spec, timesteps[frame.step], show, left_s)
-                    await self._send(message if image is None else message | {"image": spec.index + image})
+                for members, picture in shown:
+                    await self._send({"type": "frame", **members})
                     await self._send(picture)
             self._services.metrics.frame_sent()
 
-    async def _deliver(self, asked: _Asked, result: JobResult, dropped: int) -> None:
+    async def _deliver(self, preview: StreamRequest, spec: SampleSpec, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
-        pictures = await self._services.encoder.encode_pictures(
-            asked.preview.layout, asked.new.spec, result, self._services.model
-        )
+        pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result, self._services.model)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
             {"type": "done", "media_type": PNG, "images": len(pictures), "frames_dropped": dropped}
@@ -301,35 +285,3 @@ def key_of(message: dict[str, Any]) -> str:
     if message.keys() != {"type", "key"} or not isinstance(secret, str):
         raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")
     return secret
-
-
-def accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:
-    """Say that a job is accepted, and what to expect."""
-    return {
-        "type": "accepted",
-        "id": job_id,
-        "seed": spec.seed,
-        "eta_s": round(ticket.outlook.eta_s, 3),
-        "position": ticket.outlook.position,
-        "fingerprint": model.fingerprint,
-    } | ({"warning": warning} if (warning := warning_of(spec, model)) is not None else {})
-
-
-def frame_message(frame: Frame, spec: SampleSpec, t: float, show: str, eta_s: float) -> dict[str, Any]:
-    """Say what the picture after this message shows. t: the timestep of the next step."""
-    return {
-        "type": "frame",
-        "step": frame.step,
-        "steps": spec.num_passes,
-        "t": round(t, 3),
-        "show": show,
-        "eta_s": round(eta_s, 3),
-    }
-
-
-def error_message(error: ServiceError) -> dict[str, Any]:
-    """The problem's members, but for its type, which a message has of its own."""
-    message = error.problem() | {"type": "error"}
-    if "Retry-After" in error.headers:
-        message["retry_after_s"] = int(error.headers["Retry-After"])
-    return message

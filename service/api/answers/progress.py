@@ -3,20 +3,24 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from tminus.service.api.edge.middleware import PIECE_BYTES
+from tminus.service.api.models import Services
 from tminus.service.api.request.reading import while_connected
+from tminus.service.api.request.schemas import PreviewRequest
 from tminus.service.errors import DeadlinePassed, TooManyBytes
-from tminus.service.jobs.views import JobStatuses
 from tminus.service.model_info import ModelInfo
-from tminus.service.work import JobResult, Ticket
+from tminus.service.preview import Frame
+from tminus.service.spec import SampleSpec
+from tminus.service.work import JobResult, Ticket, timesteps_of
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -30,31 +34,56 @@ EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 Item = TypeVar("Item")
 
 
-class Countdown:
-    """How long one job has left: asked for now and then, and counted down in between."""
+class Progress:
+    """What viewers of one running job are told of it. Its time left is asked for now and then, and counted down."""
 
-    def __init__(self, statuses: JobStatuses, job_id: str, eta_s: float | None) -> None:
-        """eta_s: the forecast that was made just now, if there was one."""
-        self._statuses, self._job_id, self._eta_s = statuses, job_id, eta_s or 0.0
+    def __init__(
+        self, services: Services, preview: PreviewRequest, job_id: str, spec: SampleSpec, eta_s: float | None
+    ) -> None:
+        """services: of the job's model. eta_s: the forecast that was made just now, if there was one."""
+        self._services, self._job_id, self._spec, self._eta_s = services, job_id, spec, eta_s or 0.0
+        self.preview = preview
         self._loop = asyncio.get_running_loop()
         self._asked_s = self._loop.time() if eta_s is not None else float("-inf")
 
-    async def left_s(self) -> float:
-        """Seconds until it should be done."""
+    @cached_property
+    def _timesteps(self) -> Sequence[float]:
+        """The timesteps of a job that runs: one that waits may be of a table that is gone, and fail."""
+        return timesteps_of(self._spec, self._services.model)
+
+    async def after(self, step: int) -> dict[str, Any]:
+        """Say where the job stands after so many steps. t: the timestep of the next one."""
         if self._loop.time() - self._asked_s > RECOUNT_S:
-            status = await self._statuses.of(self._job_id)
+            status = await self._services.statuses.of(self._job_id)
             if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended
                 self._asked_s, self._eta_s = self._loop.time(), status.eta_s
-        return max(0.0, self._eta_s - (self._loop.time() - self._asked_s))
+        left_s, steps = max(0.0, self._eta_s - (self._loop.time() - self._asked_s)), self._spec.num_passes
+        t = self._timesteps[min(step, steps - 1)]
+        return {"step": step, "steps": steps, "t": round(t, 3), "eta_s": round(left_s, 3)}
+
+    async def shown(self, frame: Frame) -> list[tuple[dict[str, Any], bytes]]:
+        """Encode a frame: the members that tell of each picture, and the picture. Empty, if it cannot be encoded."""
+        preview = self.preview
+        try:
+            pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
+        except Exception:  # a lost frame ends neither the job nor the stream
+            log.exception("a frame of job %s could not be encoded", self._job_id)
+            return []
+        told = await self.after(frame.step)
+        return [
+            (told | {"show": show} | ({} if image is None else {"image": self._spec.index + image}), picture)
+            for show, image, picture in pictures
+        ]
 
 
 def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobResult]":
-    """The result of an accepted job. Its error may go unread: a client that has gone does not wait for it.
+    """Return the result of an accepted job, to wait for.
 
     The worker ends a job whose deadline passes; where it hangs in a step, this does, a little later.
     """
     result = asyncio.ensure_future(_result(ticket, deadline_s))
-    result.add_done_callback(_retrieve)
+    # Its error may go unread, as a client that has gone does not wait for it, and asyncio would complain.
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())
     return result
 
 
@@ -83,12 +112,6 @@ async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:
     except TimeoutError:
         assert deadline_s is not None
         raise DeadlinePassed.of(deadline_s) from None
-
-
-def _retrieve(result: "asyncio.Future[JobResult]") -> None:
-    # asyncio complains about an error that was never retrieved.
-    if not result.cancelled():
-        result.exception()
 
 
 async def patient(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
