@@ -227,7 +227,7 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
         "Vary": "Accept",
     }
     headers |= cache_headers(tag) | advice_headers(spec, services.model)
-    if matches(request.headers.getlist("if-none-match"), request.method, tag):
+    if matches(request, tag):
         return Response(status_code=304, headers=headers)
     content = await while_connected(request, services.encoder.encode(media_type, spec, lambda: images, made_by))
     return Response(content, headers=headers, media_type=media_type)

@@ -125,9 +125,9 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact else None
     headers = {"X-Seed": str(new.spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
     headers |= cache_headers(tag) | advice_headers(new.spec, model)
-    directives = cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
+    directives = cache_directives(request)
     if tag is not None:
-        if matches(request.headers.getlist("if-none-match"), request.method, tag):
+        if matches(request, tag):
             metrics.answered_without_work("not_modified")
             return Response(status_code=304, headers=headers)
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:

@@ -1,12 +1,12 @@
-"""Answers that have a name: whether a client has one already, and bodies kept in memory. Pure.
+"""Answers that have a name: whether a client has one already, and bodies kept in memory.
 
 An answer to a request with a given seed is a function of the request: its name, the ETag, is known before it is made.
 """
 
-from collections.abc import Sequence
 from urllib.request import parse_http_list
 
 from cachetools import LRUCache
+from starlette.requests import Request
 
 
 class ResultCache:
@@ -30,20 +30,20 @@ def cache_headers(etag: str | None) -> dict[str, str]:
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
-def cache_directives(cache_control: Sequence[str], pragma: Sequence[str]) -> frozenset[str]:
+def cache_directives(request: Request) -> frozenset[str]:
     """Read what a request says of caches, as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
 
-    The values of the headers of these names. Pragma counts only where there is no Cache-Control (section 5.4).
+    Pragma counts only where there is no Cache-Control (section 5.4).
     """
-    directives = parse_http_list(", ".join(cache_control or pragma))
+    headers = request.headers
+    directives = parse_http_list(", ".join(headers.getlist("cache-control") or headers.getlist("pragma")))
     return frozenset(directive.partition("=")[0].strip().lower() for directive in directives)
 
 
-def matches(if_none_match: Sequence[str], method: str, etag: str) -> bool:
+def matches(request: Request, etag: str) -> bool:
     """Say whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
 
-    if_none_match: the values of the header of that name. A POST that only asks is safe to repeat, so it is answered as
-    a GET is; but `*`, any answer at all, names none.
+    A POST that only asks is safe to repeat, so it is answered as a GET is; but `*`, any answer at all, names none.
     """
-    names = [name.strip().removeprefix("W/") for value in if_none_match for name in value.split(",")]
-    return etag in names or ("*" in names and method == "GET")
+    names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
+    return etag in names or ("*" in names and request.method == "GET")

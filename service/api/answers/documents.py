@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.sampler_tables import Table, nearest
+from tminus.model.sampler_tables import nearest
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
@@ -189,22 +189,13 @@ class SamplerAnswer(BaseModel):
 class TableAnswer(BaseModel):
     """A table of the checkpoint."""
 
+    model_config = FROM_ATTRIBUTES
+
     sampler: str
     steps: int
     guidance: float
     timesteps: list[float]
-    table: str = Field(description="its hash")
-
-    @classmethod
-    def of(cls, table: Table) -> "TableAnswer":
-        """Say what it is."""
-        return cls(
-            sampler=table.sampler,
-            steps=table.steps,
-            guidance=table.guidance,
-            timesteps=list(table.timesteps),
-            table=table.hash,
-        )
+    table: str = Field(validation_alias="hash", description="its hash")
 
 
 class LatentAnswer(BaseModel):
@@ -265,7 +256,7 @@ class ModelAnswer(BaseModel):
         """Say what is loaded; the noise schedule's T numbers are a ScheduleAnswer."""
         made: dict[str, Any] = {
             "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
-            "tables": [TableAnswer.of(table) for table in model.tables],
+            "tables": model.tables,
             "limits": limits,
         }
         return cls(**{name: getattr(model, name) for name in cls.model_fields.keys() - made.keys()}, **made)
