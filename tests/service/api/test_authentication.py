@@ -2,16 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
+from starlette.testclient import WebSocketDenialResponse
 
-from tests.service.api.test_stream import Client
+from tests.service.api.test_stream import connect
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.durable import wait_for
 from tests.service.fakes import wait_until
@@ -136,9 +133,8 @@ def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest
             ),
         ]
         keyed.client.get(f"/jobs/%7B{ANN}", headers=bearer(ANN))
-        with stream(keyed, **bearer(ANN)) as client:
-            client.send(**SPEC)
-            finish(client)
+        with connect(keyed, **bearer(ANN)) as client:
+            client.run(**SPEC)
         keyed.client.post("/login", json={"key": ANN})
     for answer in answers:
         assert answer.status_code in (400, 422)
@@ -162,9 +158,8 @@ def test_keys_of_a_file_change_while_the_server_runs(make_site: MakeSite, tmp_pa
     file.write_text(LINES[0])
     site = make_site(app={"access": Access(KeyRing(file=file, clock=lambda: now[0]), is_open=False)})
     assert site.post(json=SPEC, headers=bearer(ANN)).status_code == 200
-    with stream(site, **bearer(ANN)) as client:
-        client.send(**SPEC, keep_open=True)
-        finish(client)
+    with connect(site, **bearer(ANN)) as client:
+        client.run(**SPEC, keep_open=True)
         file.write_text(LINES[1])
         now[0] += 2 * LOOK_S
         client.send(**SPEC)
@@ -192,9 +187,8 @@ def test_a_login_is_kept_in_a_cookie_until_the_logout(keyed: Site) -> None:
     wait_for(keyed, job_id)
     assert client.get(f"/jobs/{job_id}/image").status_code == 200
     assert client.get("/key", **as_(BEN)).json()["name"] == "ben", "a header comes before a cookie"
-    with stream(keyed, Cookie=f"a=b; {COOKIE}={ANN}") as ws:
-        ws.send(**SPEC)
-        finish(ws)
+    with connect(keyed, Cookie=f"a=b; {COOKIE}={ANN}") as ws:
+        ws.run(**SPEC)
     assert client.post("/logout").status_code == 204
     problem(client.get("/key"), 401, "unauthorized")
 
@@ -218,35 +212,16 @@ def test_a_bad_login_is_refused_and_the_cookie_of_https_never_goes_over_http(key
 # --- streams ---
 
 
-@contextmanager
-def stream(site: Site, **headers: str) -> Iterator[Client]:
-    with site.client.websocket_connect("/sample/stream", headers=headers) as ws:
-        assert isinstance(ws, WebSocketTestSession)
-        yield Client(ws)
-
-
-def finish(client: Client) -> None:
-    client.get("accepted")
-    while (message := client.ws.receive_json())["type"] == "frame":
-        client.picture()
-    assert message["type"] == "done"
-    for _ in range(message["images"]):
-        client.picture()
-
-
 def test_a_stream_takes_the_key_in_its_head_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
-    with stream(keyed, **bearer(ANN)) as client:
-        client.send(**SPEC)
-        finish(client)
-    with pytest.raises(WebSocketDenialResponse) as caught, stream(keyed, **bearer("tm_wrong")):
+    with connect(keyed, **bearer(ANN)) as client:
+        client.run(**SPEC)
+    with pytest.raises(WebSocketDenialResponse) as caught, connect(keyed, **bearer("tm_wrong")):
         pass
     assert (caught.value.status_code, caught.value.json()["code"]) == (401, "unauthorized")
-    with stream(keyed) as client:
+    with connect(keyed) as client:
         client.send(type="key", key=ANN)
-        client.send(**SPEC, keep_open=True)
-        finish(client)
-        client.send(**SPEC)
-        finish(client)
+        client.run(**SPEC, keep_open=True)
+        client.run(**SPEC)
     assert listed(keyed, ANN) == set()
 
 
@@ -260,25 +235,26 @@ def test_without_a_good_key_a_stream_is_closed(keyed: Site, monkeypatch: pytest.
         (SPEC, "unauthorized"),
     )
     for first, code in firsts:
-        with stream(keyed) as client:
+        with connect(keyed) as client:
             client.send(**first)
             client.refused(code, 1008)
     monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
-    with stream(keyed) as client:
+    with connect(keyed) as client:
         assert client.get("error")["code"] == "silence"
     assert keyed.engine.batches == before
 
 
 def test_who_has_not_said_who_it_is_learns_of_no_model(keyed: Site) -> None:
-    with keyed.client.websocket_connect("/models/nope/sample/stream") as ws:
-        ws.send_json({"type": "key", "key": "tm_wrong"})
-        assert ws.receive_json()["code"] == "unauthorized"
-    with keyed.client.websocket_connect("/models/nope/sample/stream") as ws:
-        ws.send_json({"type": "key", "key": ANN})
-        ws.send_json(SPEC)
-        assert ws.receive_json()["code"] == "model_not_found"
-    with pytest.raises(WebSocketDenialResponse) as caught:
-        keyed.client.websocket_connect("/models/nope/sample/stream", headers=bearer(ANN)).__enter__()
+    path = "/models/nope/sample/stream"
+    with connect(keyed, path) as client:
+        client.send(type="key", key="tm_wrong")
+        client.refused("unauthorized", 1008)
+    with connect(keyed, path) as client:
+        client.send(type="key", key=ANN)
+        client.send(**SPEC)
+        assert client.get("error")["code"] == "model_not_found"
+    with pytest.raises(WebSocketDenialResponse) as caught, connect(keyed, path, **bearer(ANN)):
+        pass
     assert caught.value.json()["code"] == "model_not_found"
 
 
@@ -311,7 +287,7 @@ def test_so_it_is_while_they_run(make_site: MakeSite) -> None:
     site.engine.gate.shut()
     of_ann = submit(site, ANN)
     site.engine.next_begun()
-    with stream(site, **bearer(BEN)) as client:
+    with connect(site, **bearer(BEN)) as client:
         client.send(**SPEC)
         passing = client.get("accepted")["id"]
         assert (listed(site, ANN), listed(site, BEN), listed(site, OPS)) == ({of_ann}, {passing}, {of_ann, passing})
@@ -421,7 +397,7 @@ def test_jobs_that_have_not_ended_are_limited_and_a_repeat_is_none(make_site: Ma
     document = problem(site.client.post("/jobs", json=SPEC, **as_(ANN)), 429, "quota_exceeded")
     assert document["field"] == "jobs"
     assert site.client.post("/jobs", json=SPEC, headers=headers).json()["id"] == first.json()["id"]
-    with stream(site, **bearer(ANN)) as client:
+    with connect(site, **bearer(ANN)) as client:
         client.send(**SPEC)
         client.refused("quota_exceeded", 1013)
     other = submit(site, BEN)
@@ -434,7 +410,7 @@ def test_jobs_that_have_not_ended_are_limited_and_a_repeat_is_none(make_site: Ma
 def test_connections_are_limited(make_site: MakeSite) -> None:
     site = limited(make_site, connections=1, row_steps_per_minute=1000)
     site.engine.gate.shut()
-    with suppress(CancelledError), stream(site, **bearer(ANN)) as client:
+    with connect(site, **bearer(ANN)) as client:
         client.send(**SPEC)
         client.get("accepted")
         response = site.client.get("/model", **as_(ANN))

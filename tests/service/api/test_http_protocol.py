@@ -134,6 +134,12 @@ class Running:
         self.listener.close()
 
 
+def ok(client: socket.socket, data: bytes = GET) -> None:
+    """Send a request whose answer is short."""
+    client.sendall(data)
+    assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def read_all(client: socket.socket) -> bytes:
     found = b""
     while chunk := client.recv(65536):
@@ -236,8 +242,7 @@ def test_who_has_the_answer_does_not_hold_the_connection_by_a_body_byte_by_byte(
     monkeypatch.setattr(http_protocol, "HEAD_S", 0.3)
     monkeypatch.setattr(http_protocol, "LINGER_S", 0.3)
     with running.connect() as client:
-        client.sendall(EARLY + framing.encode() + b"\r\n\r\n")
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        ok(client, EARLY + framing.encode() + b"\r\n\r\n")
 
         def one_more() -> bool:
             with contextlib.suppress(OSError):
@@ -250,15 +255,11 @@ def test_who_has_the_answer_does_not_hold_the_connection_by_a_body_byte_by_byte(
 def test_who_has_the_answer_may_send_the_rest_of_its_body_and_ask_again(running: Running) -> None:
     with running.connect() as client:
         for _ in range(3):
-            client.sendall(EARLY + b"Content-Length: 9\r\n\r\nhalf")
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            ok(client, EARLY + b"Content-Length: 9\r\n\r\nhalf")
             client.sendall(b" half")
-            client.sendall(GET)
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            client.sendall(EARLY + b"Content-Length: 4\r\n\r\n")
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            client.sendall(b"rest" + GET)
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            ok(client)
+            ok(client, EARLY + b"Content-Length: 4\r\n\r\n")
+            ok(client, b"rest" + GET)
 
 
 @pytest.mark.parametrize("bound", ["LINGER_S", "LINGER_BYTES"])
@@ -312,8 +313,7 @@ def test_who_reads_slowly_enough_gets_the_whole_answer(running: Running, monkeyp
         began = time.monotonic()
         assert read_body(client, pause_s=0.01) == LARGE
         assert time.monotonic() - began > 2 * http_protocol.SENT_S, "so that it was looked at"
-        client.sendall(GET)
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        ok(client)
 
 
 def test_a_handshake_after_an_answer_that_was_not_read_is_refused(
@@ -418,8 +418,7 @@ def test_connections_above_the_most_are_answered_503_and_closed(bound: str) -> N
             refused = running.ask(GET)  # what it sends is not read, and does not cost it the answer
             assert refused.startswith(b"HTTP/1.1 503")
             for client in clients:
-                client.sendall(b"\r\n")
-                assert client.recv(1000).startswith(b"HTTP/1.1 200"), "the others are served"
+                ok(client, b"\r\n")  # the others are served
                 client.close()
             wait_until(lambda: not running.server.server_state.connections)
 
@@ -435,26 +434,22 @@ def test_a_new_connection_takes_the_place_of_an_idle_one_of_its_own_address_only
         other = stack.enter_context(running.connect(source="127.0.0.2"))
         clients = [other]
         for count in (1, 2, 3):
-            clients[-1].sendall(GET)
-            assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+            ok(clients[-1])
             wait_until(lambda count=count: len(kept(running)) == count)
             clients.append(stack.enter_context(running.connect()))
         assert all(60 < left_s <= 75 for left_s in kept(running)), "longer than clients keep them"
-        clients[3].sendall(GET)
-        assert clients[3].recv(1000).startswith(b"HTTP/1.1 200"), "its address had two connections, both idle"
+        ok(clients[3])  # its address had two connections, both idle
         assert clients[1].recv(1000) == b"", "and this is the one that was idle for longest"
         for client in clients[2:]:
             client.sendall(GET[:-2])
         wait_until(lambda: len(kept(running)) == 1)
         assert running.ask(GET).startswith(b"HTTP/1.1 503"), "none of its own is idle"
-        other.sendall(GET)
-        assert other.recv(1000).startswith(b"HTTP/1.1 200")
+        ok(other)
     with Running(max_connections=2) as running, ExitStack() as stack:  # of all addresses together
         clients = []
         for count in (1, 2, 2):
             clients.append(stack.enter_context(running.connect()))
-            clients[-1].sendall(GET)
-            assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+            ok(clients[-1])
             wait_until(lambda count=count: len(kept(running)) == count)
         assert clients[0].recv(1000) == b"", "it has been idle for longest"
 
@@ -465,8 +460,7 @@ def test_those_that_are_turned_away_take_no_place(monkeypatch: pytest.MonkeyPatc
         clients = [stack.enter_context(running.connect()) for _ in range(9)]
         wait_until(lambda: len(running.connections()) == 9)
         other = stack.enter_context(running.connect(source="127.0.0.2"))
-        other.sendall(GET)
-        assert other.recv(1000).startswith(b"HTTP/1.1 200")
+        ok(other)
         assert all(client.recv(1000).startswith(b"HTTP/1.1 503") for client in clients[1:])
 
 
@@ -486,8 +480,7 @@ def test_requests_that_do_not_wait_for_the_answer_before_end_with_their_connecti
 @pytest.mark.parametrize("method", [b"HEAD", b"GET"])
 def test_who_has_the_whole_answer_before_the_server_knows_may_ask_again(running: Running, method: bytes) -> None:
     with running.connect() as client:
-        client.sendall(GET.replace(b"GET /ok", method + b" /pause"))
-        assert client.recv(65536).startswith(b"HTTP/1.1 200"), "its body is empty: this is all of it"
+        ok(client, GET.replace(b"GET /ok", method + b" /pause"))  # its body is empty: this is all of it
         client.sendall(GET[:20])
         time.sleep(0.05)
         client.sendall(GET[20:])
@@ -500,8 +493,7 @@ def test_who_has_the_whole_answer_before_the_server_knows_may_ask_again(running:
 
 def test_what_waits_for_an_answer_to_end_is_bounded(running: Running) -> None:
     with running.connect() as client:
-        client.sendall(GET.replace(b"/ok", b"/pause"))
-        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        ok(client, GET.replace(b"/ok", b"/pause"))
         client.sendall(GET * (1 + MAX_HEAD_BYTES // len(GET)))
         time.sleep(0.1)
         running.go.set()

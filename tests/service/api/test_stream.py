@@ -39,6 +39,15 @@ class Client:
     def picture(self) -> bytes:
         return self.ws.receive_bytes()
 
+    def run(self, **message: object) -> tuple[dict[str, Any], list[bytes]]:
+        """Ask for a job, and let its frames pass; returns how it was accepted, and its pictures."""
+        self.send(**message)
+        accepted = self.get("accepted")
+        while (told := self.ws.receive_json())["type"] == "frame":
+            self.picture()
+        assert told["type"] == "done", told
+        return accepted, [self.picture() for _ in range(told["images"])]
+
     def closed(self) -> tuple[int, str]:
         with pytest.raises(WebSocketDisconnect) as caught:
             self.ws.receive_json()
@@ -54,11 +63,11 @@ class Client:
 
 
 @contextmanager
-def connect(site: Site, **headers: str) -> Iterator[WebSocketTestSession]:
-    session = site.client.websocket_connect("/sample/stream", headers=headers)
+def connect(site: Site, path: str = "/sample/stream", **headers: str) -> Iterator[Client]:
+    session = site.client.websocket_connect(path, headers=headers)
     ws = session.__enter__()
     try:
-        yield ws
+        yield Client(ws)
     finally:
         # The test client cancels the app right after its goodbye; which of the two the app hears first is chance.
         with suppress(CancelledError):
@@ -83,8 +92,7 @@ def held(make_site: MakeSite, **limits: object) -> Site:
 
 def test_a_job_is_accepted_shown_and_delivered(make_site: MakeSite) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC, every=1)
         accepted = client.get("accepted")
         assert accepted["seed"] == 5
@@ -122,8 +130,7 @@ def test_what_is_shown_is_chosen_by_the_client(
     make_site: MakeSite, frame_format: str, show: str | list[str], layout: str
 ) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC, index=7, every=2, show=show, frame_format=frame_format, layout=layout)
         client.get("accepted")
         site.engine.gate.let(2)
@@ -148,15 +155,12 @@ def test_what_is_shown_is_chosen_by_the_client(
 
 
 def test_jobs_run_one_after_the_other_over_one_connection(site: Site) -> None:
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         for seed in range(3):
-            client.send(**SPEC | {"seed": seed}, every=1000, keep_open=seed < 2)
-            assert client.get("accepted")["seed"] == seed
-            client.get("done")
-            np.testing.assert_array_equal(
-                pixels(client.picture()), contact_sheet(fake_pixels(make_spec(n=2, seed=seed), 4))[:, :, 0]
-            )
+            accepted, (sheet,) = client.run(**SPEC | {"seed": seed}, every=1000, keep_open=seed < 2)
+            assert accepted["seed"] == seed
+            expected = contact_sheet(fake_pixels(make_spec(n=2, seed=seed), 4))
+            np.testing.assert_array_equal(pixels(sheet), expected[:, :, 0])
             if seed < 2:
                 client.send(type="cancel")  # too late: let pass
         assert client.closed()[0] == 1000
@@ -168,8 +172,7 @@ def test_jobs_run_one_after_the_other_over_one_connection(site: Site) -> None:
 @pytest.mark.parametrize("keep_open", [False, True])
 def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: bool) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC | {"steps": 1000}, every=1, keep_open=keep_open)
         accepted = client.get("accepted")
         site.engine.gate.let()
@@ -179,24 +182,18 @@ def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: boo
         site.engine.next_begun()
         client.send(type="cancel")
         site.open_when_told()
-        message = ws.receive_json()
-        while message["type"] == "frame":  # of the tick that ran
+        while (message := client.ws.receive_json())["type"] == "frame":  # of the tick that ran
             client.picture()
-            message = ws.receive_json()
         assert message == {"type": "cancelled", "id": accepted["id"]}
         if keep_open:
-            client.send(**SPEC, every=1000)
-            client.get("accepted")
-            client.get("done")
-            client.picture()
+            client.run(**SPEC, every=1000)
         assert client.closed()[0] == 1000
     assert site.metrics()['tminus_cancelled_total{"reason": "client_cancelled"}'] == 1
 
 
 def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC | {"steps": 1000}, every=1)
         client.get("accepted")
         site.engine.gate.let()
@@ -230,12 +227,8 @@ def test_a_frame_that_cannot_be_encoded_is_left_out_and_a_result_is_an_internal_
         raise OSError("no space left on device")
 
     monkeypatch.setattr("tminus.service.images.encoder.encode_frame", fail)
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, every=1, keep_open=True)
-        client.get("accepted")
-        client.get("done")
-        client.picture()
+    with connect(site) as client:
+        client.run(**SPEC, every=1, keep_open=True)
         monkeypatch.setattr("tminus.service.images.encoder.encode_result", fail)
         client.send(**SPEC, every=1000)
         client.get("accepted")
@@ -255,8 +248,7 @@ def test_the_next_spec_may_follow_done_while_the_pictures_are_on_their_way(
         return encode_result(*arguments)
 
     monkeypatch.setattr("tminus.service.images.encoder.encode_result", slow)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC, every=1000, keep_open=True)
         client.get("accepted")
         assert began.wait(PATIENCE_S)
@@ -283,8 +275,7 @@ def test_a_bad_spec_is_one_error_and_a_close(site: Site) -> None:
         ({"frame_format": "gif"}, "frame_format"),
     ]
     for fields, field in bad:
-        with connect(site) as ws:
-            client = Client(ws)
+        with connect(site) as client:
             client.send(**SPEC | fields)
             error = client.refused("invalid_field", 1008)
             assert (error["field"], error["value"]) == (field, fields[field])
@@ -296,20 +287,18 @@ def test_a_bad_spec_is_one_error_and_a_close(site: Site) -> None:
         ({"sampler": "x" * 5000}, "body_too_large", 1009),
     )
     for more, code, close in edits:
-        with connect(site) as ws:
-            client = Client(ws)
+        with connect(site) as client:
             client.send(**EDIT | more)
             client.refused(code, close)
     for text in ("", "{", "3", '{"n": 1, "n": 2}', "{" * 4000, b'{"steps": 2}'):
-        with connect(site) as ws:
-            ws.send_text(text) if isinstance(text, str) else ws.send_bytes(text)
-            Client(ws).refused("malformed_message", 1008)
+        with connect(site) as client:
+            client.ws.send_text(text) if isinstance(text, str) else client.ws.send_bytes(text)
+            client.refused("malformed_message", 1008)
 
 
 def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC, every=1000)
         accepted = client.get("accepted")
         assert site.client.delete(f"/jobs/{accepted['id']}").status_code == 204
@@ -320,8 +309,7 @@ def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> Non
 
 def test_another_spec_while_a_job_runs_is_refused_and_the_job_given_up(make_site: MakeSite) -> None:
     site = held(make_site)
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**SPEC, every=1000)
         client.get("accepted")
         client.send(**SPEC)
@@ -334,41 +322,37 @@ def test_silence_is_not_waited_for_and_between_two_jobs_not_for_ever(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes_stream, "NEXT_MESSAGE_S", 0.05)
-    with connect(site) as ws:
-        client = Client(ws)
-        client.send(**SPEC, every=1000, keep_open=True)
-        client.get("accepted")
-        client.get("done")
-        client.picture()
+    with connect(site) as client:
+        client.run(**SPEC, every=1000, keep_open=True)
         client.refused("silence", 1008)
     monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
-    with connect(site) as ws:
-        Client(ws).refused("silence", 1008)
+    with connect(site) as client:
+        client.refused("silence", 1008)
 
 
 def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
     site = held(make_site, max_jobs=1)
     with connect(site) as first, connect(site) as second:
-        Client(first).send(**SPEC, every=1000)
-        Client(first).get("accepted")
-        Client(second).send(**SPEC)
-        assert Client(second).refused("overloaded", 1013)["retry_after_s"] >= 1
+        first.send(**SPEC, every=1000)
+        first.get("accepted")
+        second.send(**SPEC)
+        assert second.refused("overloaded", 1013)["retry_after_s"] >= 1
         site.engine.gate.open()
-        Client(first).get("done")
+        first.get("done")
 
 
 def test_parameters_in_the_address_are_refused(site: Site) -> None:
     """They belong in the first message, and would be without effect."""
-    with pytest.raises(WebSocketDenialResponse) as caught, site.client.websocket_connect("/sample/stream?bogus=1"):
+    with pytest.raises(WebSocketDenialResponse) as caught, connect(site, "/sample/stream?bogus=1"):
         pass
     assert (caught.value.status_code, caught.value.json()["field"]) == (422, "bogus")
 
 
 def test_pages_of_other_origins_are_refused_unless_they_are_allowed(site: Site) -> None:
     def accepted(site: Site, origin: str) -> None:
-        with connect(site, origin=origin) as ws:
-            ws.send_text("{}")
-            Client(ws).get("accepted")
+        with connect(site, origin=origin) as client:
+            client.send()
+            client.get("accepted")
 
     accepted(site, "https://TESTSERVER")
     for origin in ("http://testserver:8000", "null", "http://" + "x" * 300):
@@ -392,9 +376,8 @@ def test_the_streams_of_one_address_are_bounded(make_site: MakeSite) -> None:
         assert caught.value.status_code == 429
         assert caught.value.headers["retry-after"]
         assert caught.value.json()["code"] == "too_many_streams"
-    with connect(site) as ws:  # those that ended are not counted
-        ws.send_text(json.dumps(SPEC))
-        Client(ws).get("accepted")
+    with connect(site) as client:  # those that ended are not counted
+        client.run(**SPEC)
     assert site.metrics()['tminus_rejected_total{"reason": "too_many_streams"}'] == 1
 
 
@@ -402,12 +385,11 @@ def test_the_streams_of_one_address_are_bounded(make_site: MakeSite) -> None:
 
 
 def test_a_stream_shows_the_steps_that_are_left(site: Site) -> None:
-    with connect(site) as ws:
-        client = Client(ws)
+    with connect(site) as client:
         client.send(**EDIT, strength=0.6, image=b64(CAT, "image/png"), mask=b64(MASK), every=1)
         assert client.get("accepted")["seed"] == 1
         steps = []
-        while (message := ws.receive_json())["type"] == "frame":
+        while (message := client.ws.receive_json())["type"] == "frame":
             steps.append((message["step"], message["steps"], message["t"]))
             client.picture()
         assert message["type"] == "done"
@@ -422,9 +404,9 @@ def test_a_stream_shows_the_steps_that_are_left(site: Site) -> None:
 def test_a_stream_is_counted_among_the_requests_when_it_ends(make_site: MakeSite) -> None:
     site = make_site()
     site.engine.gate.shut()
-    with connect(site) as ws:
-        ws.send_text(json.dumps(SPEC))
-        Client(ws).get("accepted")
+    with connect(site) as client:
+        client.send(**SPEC)
+        client.get("accepted")
         assert site.metrics()["tminus_streams_open"] == 1
         site.engine.gate.open()
     wait_until(lambda: site.metrics()["tminus_streams_open"] == 0)
