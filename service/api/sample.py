@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,7 +135,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
             metrics.answered_without_work("cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
     loop = asyncio.get_running_loop()
-    with services.recordings.taken(answer.held_bytes, answer.held_for):
+    with services.recordings.taken(answer.held_bytes, answer.held_for) if answer.held_bytes else nullcontext():
         ticket = await submit(services, caller_of(request), new.recorded_by(answer.recording))
         result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
         started_s = loop.time()

@@ -288,7 +288,7 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
 def _with_error_texts(responses: Mapping[str, Described]) -> dict[str, Described]:
     """Describe failures with the status and the schema that clients of Hugging Face and KServe read."""
     made = {status: described for status, described in responses.items() if int(status) < 400}
-    for status in responses.keys() - made.keys():
+    for status in sorted(responses.keys() - made.keys()):
         seen, _ = as_error_text({"status": int(status), "detail": "", "code": ""})
         made[str(seen)] = {"description": FAILURES[seen], "content": {JSON: {"schema": ref("ErrorText")}}}
     return made

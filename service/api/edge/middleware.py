@@ -91,16 +91,13 @@ def route_of(scope: Scope) -> str:
 
 
 def pieces_of(message: Message) -> Iterator[Message]:
-    """The messages to send in place of one, each with at most PIECE_BYTES of its body.
+    """Yield the messages to send in place of a long one, each with at most PIECE_BYTES of its body.
 
     uvicorn takes all that it is given at once, and holds a copy of it for its client, so that many slow readers of one
     kept answer would take many times its memory. The last is empty: uvicorn takes it when at most 64 KiB of the others
     are left.
     """
-    body = message.get("body", b"")
-    if len(body) <= PIECE_BYTES:
-        yield message
-        return
+    body = message["body"]
     for at in range(0, len(body), PIECE_BYTES):
         yield {**message, "body": body[at : at + PIECE_BYTES], "more_body": True}
     yield {**message, "body": b""}
@@ -144,10 +141,12 @@ class RequestContext:
                     headers["Connection"] = "close"
             elif not message.get("more_body", False):
                 ended = time.perf_counter()  # how long it takes the client to read it is not ours
+            if len(message.get("body", b"")) <= PIECE_BYTES:
+                await send(message)
+                return
             for piece in pieces_of(message):
                 await send(piece)
-                if piece is not message:
-                    await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
+                await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
 
         try:
             await self._app(scope, receive, send_with_id)
