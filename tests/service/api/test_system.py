@@ -11,27 +11,6 @@ from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tminus.service.work import Batch
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
-METRICS = {
-    "tminus_step_duration_seconds": "histogram",
-    "tminus_batch_rows": "histogram",
-    "tminus_row_steps": "counter",
-    "tminus_rows_active": "gauge",
-    "tminus_rows_waiting": "gauge",
-    "tminus_backlog_seconds": "gauge",
-    "tminus_request_duration_seconds": "histogram",
-    "tminus_queue_wait_seconds": "histogram",
-    "tminus_time_to_first_step_seconds": "histogram",
-    "tminus_images": "counter",
-    "tminus_rejected": "counter",
-    "tminus_cancelled": "counter",
-    "tminus_row_steps_saved": "counter",
-    "tminus_answered_without_work": "counter",
-    "tminus_encode_duration_seconds": "histogram",
-    "tminus_model_info": "gauge",
-    "tminus_device_memory_bytes": "gauge",
-    "process_resident_memory_bytes": "gauge",
-    "process_cpu_seconds": "counter",
-}
 
 
 # --- probes ---
@@ -87,27 +66,18 @@ def test_head_of_a_probe_is_get_without_a_body(make_site: MakeSite, path: str) -
 # --- metrics ---
 
 
-def test_metrics_parse_and_have_each_family_of_the_contract(site: Site) -> None:
-    site.post(json=QUICK)
-    response = site.client.get("/metrics")
-    assert response.headers["content-type"].startswith("text/plain")
-    families = {family.name: family for family in text_string_to_metric_families(response.text)}
-    assert {name: families[name].type for name in METRICS if name in families} == METRICS
-    for family in families.values():
-        assert family.documentation, family.name
-    info = families["tminus_model_info"].samples[0].labels
-    assert info["name"] == INFO.name
-    assert info["weights"] == INFO.weights_hash[:16]
-    assert info["fingerprint"] == INFO.fingerprint
-    assert (info["executor"], info["precision"]) == (INFO.executor, INFO.precision)
-
-
 def test_metrics_count_what_happened(site: Site) -> None:
     site.post(json=QUICK | {"n": 3})
     site.post(json=QUICK | {"sampler": "ddim", "guidance": 2}, headers={"Accept": "application/zip"})
     site.post(json={"steps": 0})
     site.post(json={"stepz": 0})
     site.client.get("/nowhere")
+    response = site.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    (info,) = [each for each in text_string_to_metric_families(response.text) if each.name == "tminus_model_info"]
+    told = {"name": INFO.name, "weights": INFO.weights_hash[:16], "fingerprint": INFO.fingerprint}
+    assert told.items() <= info.samples[0].labels.items()
+    assert "process_resident_memory_bytes" in response.text
     metrics = site.metrics()
     assert metrics['tminus_images_total{"model": "fake"}'] == 4
     assert metrics['tminus_row_steps_total{"model": "fake", "sampler": "ddpm"}'] == 6
