@@ -26,7 +26,15 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import negotiate, no_parameters, read_parameters, read_query, while_connected
-from tminus.service.api.request.schemas import CHOSEN, MAX_INDEX, Int, RequestSchema, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import (
+    CHOSEN,
+    MAX_INDEX,
+    Index,
+    Int,
+    RequestSchema,
+    SampleRequest,
+    WebhookRequest,
+)
 from tminus.service.api.submission import accept, advice_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
@@ -77,7 +85,7 @@ class JobsRequest(RequestSchema):
 class JobImageRequest(RequestSchema):
     """Which image of a durable job is wanted; in the query."""
 
-    index: Int | None = Field(None, description="index of one image, which alone is answered; default: all of them")
+    index: Index | None = Field(None, description="index of one image, which alone is answered; default: all of them")
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "JobImageRequest":

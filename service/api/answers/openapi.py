@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswer
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
@@ -15,10 +14,6 @@ from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
     CHOSEN,
-    MAX_DEADLINE_S,
-    MAX_FPS,
-    MAX_INDEX,
-    MAX_SEED,
     NUMBER,
     PICTURES,
     AnimationRequest,
@@ -226,39 +221,27 @@ class Contract:
         return fields
 
     def _bounds(self) -> dict[str, dict[str, Described]]:
-        """Say what narrows each field, by the type that it narrows."""
+        """Say what narrows a field beside the bounds that it declares, by the type that it narrows."""
         last, classes = self.model.num_timesteps - 1, len(self.model.class_names)
-        above_0 = {"exclusiveMinimum": 0}
         return {
             "n": {"integer": {"minimum": 1, "maximum": self.limits.max_n}},
             "steps": {"integer": {"minimum": 1, "maximum": self.model.num_timesteps}},
             "sampler": {"string": ref("Sampler")},
-            "eta": {"number": {"minimum": 0, "maximum": 1}},
-            "seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
-            "to_seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
-            "mix": {"number": {"minimum": 0, "maximum": 1}},
-            "index": {"integer": {"minimum": 0, "maximum": MAX_INDEX}},
             "class_label": {
                 "integer": {"minimum": 0, "maximum": max(0, classes - 1)},
                 "array": {"minItems": 1, "maxItems": self.limits.max_n},
             },
-            "guidance": {"number": {"minimum": 0, "maximum": MAX_GUIDANCE}},
             "guidance_interval": {
                 "integer": {"minimum": 0, "maximum": last},
                 "array": {"minItems": 2, "maxItems": 2},
             },
-            "guidance_rescale": {"number": {"minimum": 0, "maximum": 1}},
             "timestep_spacing": {"string": ref("TimestepSpacing")},
-            "deadline_s": {"number": above_0 | {"maximum": MAX_DEADLINE_S}},
-            "strength": {"number": above_0 | {"maximum": 1}},
             "t": {"integer": {"minimum": 0, "maximum": last}},
             "webhook": {"string": {"format": "uri", "maxLength": MAX_URL}},
             "webhook_events_filter": {
                 "string": {"enum": list(EVENTS)},
                 "array": {"minItems": 1, "maxItems": len(EVENTS), "uniqueItems": True},
             },
-            "every": {"integer": {"minimum": 1}},
-            "fps": {"number": above_0 | {"maximum": MAX_FPS}},
             "show": {"array": {"minItems": 1, "maxItems": 2, "uniqueItems": True}},
         }
 
@@ -266,6 +249,9 @@ class Contract:
 def closed_object(description: str, properties: dict[str, Described]) -> Described:
     """Describe a JSON object that has these members and no others."""
     return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
+
+
+KEPT = ("type", "format", "pattern", "enum", "minimum", "maximum", "exclusiveMinimum")
 
 
 def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
@@ -276,7 +262,7 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
         if name == "null" and as_text:
             continue
         narrow = bounds.get(name, {})
-        kept = {key: kind[key] for key in ("type", "format", "pattern", "enum", "minimum", "maximum") if key in kind}
+        kept = {key: kind[key] for key in KEPT if key in kind}
         if name == "array":
             kept["items"] = _field(kind["items"], bounds, as_text=as_text)
         kinds.append(narrow if "$ref" in narrow else kept | narrow)

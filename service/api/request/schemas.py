@@ -32,7 +32,6 @@ MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
-RESCALE_BOUND = "a number in 0..1"
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 _PREVIEW_BOUNDS = {
     "every": EVERY_BOUND,
@@ -99,8 +98,16 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
 Int = Annotated[int, BeforeValidator(_integer)]
-Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
+# The bounds come before the validator, or they would be missing in OpenAPI.
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integer)]
+Index = Annotated[int, Field(ge=0, le=MAX_INDEX), BeforeValidator(_integer)]
+Every = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
+Rate = Annotated[float, Field(gt=0, le=MAX_FPS), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
+Scale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE), BeforeValidator(_number)]
+Deadline = Annotated[float, Field(gt=0, le=MAX_DEADLINE_S), BeforeValidator(_number)]
 Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
 
 
@@ -144,23 +151,23 @@ class SampleRequest(RequestSchema):
     n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
     sampler: str | None = Field(None, description=f"one of {', '.join(SAMPLERS)}; default: the checkpoint's own")
-    eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
-    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
-    index: Int = Field(
+    eta: Share | None = Field(None, description="noise of ddim, 0..1; default 0")
+    seed: Seed | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    index: Index = Field(
         0, description="index of the first image: image k of a request is made alone with index=k, n=1; default 0"
     )
-    to_seed: Int | None = Field(
+    to_seed: Seed | None = Field(
         None, description="another seed, 0..2^64-1: with mix, the noise is between those of the two; default: none"
     )
-    mix: Float | None = Field(None, description="how far from seed (0) to to_seed (1); given where to_seed is")
+    mix: Share | None = Field(None, description="how far from seed (0) to to_seed (1); given where to_seed is")
     class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
-    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1, the default, is off")
+    guidance: Scale = Field(1.0, description="classifier-free guidance scale, 0..50; 1, the default, is off")
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
-    guidance_rescale: Float | None = Field(
+    guidance_rescale: Share | None = Field(
         None, description="how far guidance is brought back to the spread of the conditional output, 0..1; default 0"
     )
     timestep_spacing: str | None = Field(
@@ -176,10 +183,10 @@ class SampleRequest(RequestSchema):
     clip: Bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
     )
-    deadline_s: Float | None = Field(
+    deadline_s: Deadline | None = Field(
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
-    strength: Float | None = Field(
+    strength: PositiveShare | None = Field(
         None, description="with an image: share of the steps to run again, above 0, at most 1"
     )
     image: Picture | None = Field(
@@ -214,14 +221,8 @@ class SampleRequest(RequestSchema):
         for field, ok in (
             ("n", 1 <= self.n <= limits.max_n),
             ("steps", 1 <= steps <= model.num_timesteps),
-            ("eta", self.eta is None or 0 <= self.eta <= 1),
-            ("seed", 0 <= seed <= MAX_SEED),
-            ("to_seed", self.to_seed is None or 0 <= self.to_seed <= MAX_SEED),
-            ("mix", self.mix is None or 0 <= self.mix <= 1),
-            ("index", 0 <= self.index <= MAX_INDEX + 1 - self.n),
+            ("index", self.index <= MAX_INDEX + 1 - self.n),
             ("timestep_spacing", spacing in SPACINGS or table is not None),
-            ("deadline_s", self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S),
-            ("strength", self.strength is None or 0 < self.strength <= 1),
         ):
             if not ok:
                 raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
@@ -263,8 +264,6 @@ class SampleRequest(RequestSchema):
 
     def _table(self, model: ModelInfo, sampler: str) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
-        if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise InvalidField.of("guidance", f"a number in 0..{MAX_GUIDANCE:g}", self.guidance)
         if sampler not in TABLE_SAMPLERS:
             for name in ("nearest", "table"):
                 if getattr(self, name) is not None:
@@ -316,8 +315,6 @@ class SampleRequest(RequestSchema):
             raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
         elif None in labels:
             raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
-        if self.guidance_rescale is not None and not 0 <= self.guidance_rescale <= 1:
-            raise InvalidField.of("guidance_rescale", RESCALE_BOUND, self.guidance_rescale)
 
     def _interval(self, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
@@ -346,7 +343,7 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "class_label": class_bound(model),
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
         "guidance_interval": _interval_bound(model.num_timesteps),
-        "guidance_rescale": RESCALE_BOUND,
+        "guidance_rescale": "a number in 0..1",
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
         "nearest": "true or false",
         "table": "16 hexadecimal digits, in small letters",
@@ -425,7 +422,7 @@ class NoiseRequest(RequestSchema):
     """How far an image is to go towards noise, and with which noise; in the query or in the form."""
 
     t: Int = Field(description="the timestep, 0 (least noise) .. T-1; required")
-    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    seed: Seed | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
@@ -434,16 +431,14 @@ class NoiseRequest(RequestSchema):
         request = cls.from_parameters(parameters, bounds.__getitem__)
         if not 0 <= request.t < model.num_timesteps:
             raise InvalidField.of("t", bounds["t"], request.t)
-        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-            raise InvalidField.of("seed", bounds["seed"], request.seed)
         return request
 
 
 class PreviewRequest(RequestSchema):
     """The frames of a running job: how often, of what, and how encoded."""
 
-    every: Int | None = Field(None, ge=1, description="a frame after every so many steps")
-    fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
+    every: Every | None = Field(None, description="a frame after every so many steps")
+    fps: Rate | None = Field(None, description="or so many a second; 10 if neither is given")
     show: Show | list[Show] = Field(
         "x_t", description="x_t (the noisy image), x_0 (the network's guess), or a list of both"
     )
@@ -456,15 +451,10 @@ class PreviewRequest(RequestSchema):
     def parse(cls, parameters: Mapping[str, Any]) -> Self:
         """Check names, types and bounds. Raises UnknownField or InvalidField."""
         request = cls.from_parameters(parameters, _PREVIEW_BOUNDS.__getitem__)
-        fps, shows = request.fps, request.shows
-        for field, ok in (
-            ("fps", fps is None or 0 < fps <= MAX_FPS),
-            ("show", 0 < len(shows) == len(set(shows))),
-        ):
-            if not ok:
-                raise InvalidField.of(field, _PREVIEW_BOUNDS[field], getattr(request, field))
-        if request.every is not None and fps is not None:
-            raise InvalidField.of("fps", "absent where every is given", fps)
+        if not 0 < len(request.shows) == len({*request.shows}):
+            raise InvalidField.of("show", _PREVIEW_BOUNDS["show"], request.show)
+        if request.every is not None and request.fps is not None:
+            raise InvalidField.of("fps", "absent where every is given", request.fps)
         return request
 
     @property
@@ -487,8 +477,8 @@ class StreamRequest(PreviewRequest):
 class AnimationRequest(RequestSchema):
     """What the frames of a job show, in an animation or as JSON; beside the parameters of SampleRequest."""
 
-    every: Int = Field(
-        ge=1, description="with Accept: image/webp or application/json, a frame after every so many steps of each image"
+    every: Every = Field(
+        description="with Accept: image/webp or application/json, a frame after every so many steps of each image"
     )
     show: Show | list[Show] = Field(
         "x_t",

@@ -379,7 +379,7 @@ def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
 
     def look(new: NewJob) -> Ticket:
         freed = bool(parsed) and not any(each() for each in parsed) and not texts[-1]
-        looked.append(freed and not bodies[0]._held_bytes)
+        looked.append(freed and not bodies[0]._size_bytes)
         return enter(new)
 
     monkeypatch.setattr(SampleRequest, "parse", noted_parse)
