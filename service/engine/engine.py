@@ -150,7 +150,7 @@ class Engine:
         masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
         keeping = np.flatnonzero(self._num_registers[slots]) if self._registers is not None else NONE
         rescaled = np.flatnonzero(self._rescales[slots[list(batch.guided)]]) if num_guided else NONE
-        mixed = [self._noises.mixes(slots[each]) for each in (noisy, masked)]
+        mixed = [self._noises.mixes(slots[each]) if len(each) else NONE for each in (noisy, masked)]
         chosen = [each.tolist() for each in (noisy, masked, keeping, rescaled, *mixed)]
         parts = (batch.rows, batch.steps, batch.guided, *chosen)
         packed = send(torch.tensor([number for part in parts for number in part]), self._device)

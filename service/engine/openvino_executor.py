@@ -155,20 +155,16 @@ class OpenVINOExecutor:
         x_, temb_ = x.contiguous().numpy(), graph.act(temb)[:, : graph.temb_dim].numpy()
         out = np.empty((len(x), *graph.out_shape), np.float32)
         narrow, wide = split_wide(len(x), self._sizes, self._streams, self._wide)
-        waiting, waiting_wide = deque(narrow), deque(wide)
-        self._drain()
-        running = self._running
+        waiting, running = deque([*narrow, *wide]), self._running
+        while running:  # left by a call that raised: a busy request cannot be started
+            with contextlib.suppress(RuntimeError):
+                running.popleft()[0].wait()
 
-        def start_next() -> None:
-            if waiting:
-                begin(self._passes, waiting)
-            elif waiting_wide and not running:  # wide passes need all threads
-                begin(self._wide_passes, waiting_wide)
-
-        def begin(requests: dict[int, deque[_Pass]], passes: deque[tuple[int, int, int]]) -> None:
-            start, end, size = passes.popleft()
-            one = requests[size][0]
-            requests[size].rotate(-1)  # next time the one that finished longest ago
+        def begin() -> None:
+            passes = self._passes if len(waiting) > len(wide) else self._wide_passes
+            start, end, size = waiting.popleft()
+            one = passes[size][0]
+            passes[size].rotate(-1)  # next time the one that finished longest ago
             one.start(x_[start:end], temb_[start:end])
             running.append((one, start, end))
 
@@ -177,18 +173,13 @@ class OpenVINOExecutor:
                 one, start, end = running.popleft()
                 one.wait()
                 out[start:end] = one.out[: end - start]
-                start_next()
+                if len(waiting) > len(wide) or (waiting and not running):  # wide passes need all threads
+                    begin()
             return torch.from_numpy(out)
 
-        for _ in range(self._streams):
-            start_next()
+        for _ in range(min(self._streams, len(narrow)) or 1):
+            begin()
         return finish
-
-    def _drain(self) -> None:
-        """Wait for passes left running by a call that raised: a busy request cannot be started."""
-        while self._running:
-            with contextlib.suppress(RuntimeError):
-                self._running.popleft()[0].wait()
 
 
 def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
@@ -256,7 +247,7 @@ class _Pass:
     """A request whose memory is written and read in place, at a third of the cost of handing over tensors."""
 
     def __init__(self, request: Any) -> None:
-        self._request = request
+        self._request, self.wait = request, request.wait  # until `out` holds the result
         self._x, self._temb = request.get_input_tensor(0).data, request.get_input_tensor(1).data
         self.out: Floats = request.get_output_tensor(0).data
 
@@ -264,10 +255,6 @@ class _Pass:
         """Begin. Entries past a short batch are left from an earlier pass; their outputs are dropped."""
         self._x[: len(x)], self._temb[: len(temb)] = x, temb
         self._request.start_async()
-
-    def wait(self) -> None:
-        """Wait until `out` holds the result."""
-        self._request.wait()
 
 
 class _Body(nn.Module):

@@ -89,7 +89,7 @@ class LatentPictures(PixelPictures):
         self._factor = autoencoder.config.factor
         self._turn = threading.Lock()  # one image at a time: what runs beside the ticks is bounded
         self._colours = fit_colours(autoencoder).to(device)
-        decode, encode = _Decode(autoencoder), _Encode(autoencoder)
+        decode, encode = _Part(autoencoder, autoencoder.decode), _Part(autoencoder, autoencoder.encode)
         if device.type == "cpu" and openvino_executor.available():
             # In one thread, so that the ticks keep the other cores.
             self._decode_pass: Pass = openvino_executor.one_thread(decode, (1, *checkpoint.row_shape))
@@ -195,19 +195,12 @@ def _fastest(act: Callable[[], object]) -> float:
     return min(seconds)
 
 
-class _Decode(nn.Module):
-    def __init__(self, autoencoder: Autoencoder) -> None:
+class _Part(nn.Module):
+    """The encoder or the decoder as a module, which is what can be converted."""
+
+    def __init__(self, autoencoder: Autoencoder, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self._run = autoencoder, run
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents)
-
-
-class _Encode(nn.Module):
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.autoencoder.encode(images)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
