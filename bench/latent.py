@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.streams import show
 from tminus.service.engine.loading import Loaded, load_engine
-from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission

@@ -64,3 +64,59 @@ def why(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, ServiceError):
         return error.code, error.status >= 500
     return type(error).__name__, isinstance(error, Exception)
+
+
+class JobSpan:
+    """The span of a job: how long it waited, was denoised and decoded, and in how many ticks.
+
+    Its parts are added when it ends, since only then are their ends known: a tick adds up three numbers, and no more.
+    Moments are seconds after the job was accepted.
+    """
+
+    def __init__(self, tracer: Tracer, accepted_ns: int, attributes: Attributes) -> None:
+        """Begin it, as a part of what asked for the job. accepted_ns: Unix time."""
+        self.span = tracer.start_span("job", attributes=attributes, start_time=accepted_ns)
+        self._tracer, self._accepted_ns = tracer, accepted_ns
+        self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # of the ticks that had rows of the job
+
+    def add_tick(self, seconds: float, places: int) -> None:
+        """Count a tick that had rows of the job. places: those of other jobs too."""
+        self._ticks += 1
+        self._ticks_s += seconds
+        self._places += places
+
+    def end(
+        self,
+        started_s: float | None,
+        first_step_s: float,
+        denoised_s: float | None,
+        ended_s: float | None,
+        *,
+        decoded: int = 0,
+        error: BaseException | None = None,
+    ) -> None:
+        """End it. decoded: how many images were decoded. What has not happened is None; what goes on ends now."""
+        self._begin_part("queue", 0.0).end(self._ns(started_s))
+        if started_s is not None:
+            denoise = self._begin_part("denoise", started_s)
+            if self._ticks:
+                denoise.set_attribute("tminus.ticks", self._ticks)
+                denoise.set_attribute("tminus.ticks_s", round(self._ticks_s, 6))
+                denoise.set_attribute("tminus.places_per_tick", round(self._places / self._ticks, 3))
+            denoise.add_event("first step", timestamp=self._ns(first_step_s))
+            denoise.end(self._ns(denoised_s))
+        if denoised_s is not None and decoded:
+            decode = self._begin_part("decode", denoised_s)
+            decode.set_attribute("tminus.images", decoded)
+            decode.end(self._ns(ended_s))
+        code, by_server = ("done", False) if error is None else why(error)
+        self.span.set_attribute("tminus.outcome", code)
+        if error is not None:
+            fail(self.span, code, by_server=by_server)
+        self.span.end(self._ns(ended_s))
+
+    def _begin_part(self, name: str, began_s: float) -> Span:
+        return self._tracer.start_span(name, trace.set_span_in_context(self.span), start_time=self._ns(began_s))
+
+    def _ns(self, moment_s: float | None) -> int | None:
+        return None if moment_s is None else self._accepted_ns + round(moment_s * 1e9)

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from tminus.__main__ import main
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.settings import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"

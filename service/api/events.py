@@ -28,8 +28,7 @@ from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
 from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.jobs.views import JobView, held_view
-from tminus.service.preview import Frame, Watch
-from tminus.service.worker.mailbox import Mailbox
+from tminus.service.preview import Frame, Mailbox, Watch
 
 POLL_S = 1.0  # how often a job without frames is looked at
 RECONNECT_MS = 2000

@@ -30,11 +30,10 @@ from tminus.service.errors import (
     Unauthorized,
 )
 from tminus.service.images.encoder import PNG
-from tminus.service.preview import Watch
+from tminus.service.preview import Mailbox, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import SampleSpec
 from tminus.service.work import JobResult
-from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)

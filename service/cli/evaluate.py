@@ -12,7 +12,7 @@ from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, comma_separated
 from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.cli.train import DATA_DIR, load_training_data
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from click.core import ParameterSource
 
 from tminus.service.cli.options import FOLDER_TYPE
 from tminus.service.cli.output import fail, failing_in_one_line
-from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
     from tminus.service.client import Client, Sampled
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
-    from tminus.service.engine.local import Record
+    from tminus.service.engine.protocol import Record
     from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Images, Inputs, SampleSpec
 
@@ -117,7 +117,7 @@ class LocalJob:
         """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
         from tqdm import tqdm
 
-        from tminus.service.engine.local import sample_locally
+        from tminus.service.engine.protocol import sample_locally
 
         engine, spec, batch = self.loaded.engine, self.spec, self.loaded.max_batch
         with (

@@ -21,7 +21,7 @@ from tminus.service.cli.images import (
 )
 from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE
 from tminus.service.cli.output import check_png, fail, say, write_file
-from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
     import numpy as np

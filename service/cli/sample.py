@@ -21,7 +21,7 @@ from tminus.service.cli.images import (
 )
 from tminus.service.cli.options import FILE_TYPE
 from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
-from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

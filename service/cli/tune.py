@@ -8,7 +8,7 @@ import click
 
 from tminus.service.cli.options import DEVICE, FOLDER_TYPE, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
 WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ knows the bounds

@@ -24,7 +24,7 @@ from tminus.service.engine.autotune_cache import ChoiceCache, default_cache
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
-from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 from tminus.service.engine.selftest import ROUNDS, measure_ticks, same_alone_and_together
 from tminus.service.model_info import ModelInfo
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tminus.service.jobs.store.records import JobRecord
-from tminus.service.preview import Watch
-from tminus.service.worker.mailbox import Mailbox
+from tminus.service.preview import Mailbox, Watch
 
 
 class HeldState(Enum):

@@ -17,9 +17,8 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, Outcome, Place
 from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.delivery_store import Delivery
-from tminus.service.preview import Watch
+from tminus.service.preview import Mailbox, Watch
 from tminus.service.spec import Images
-from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)

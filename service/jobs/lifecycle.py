@@ -33,13 +33,12 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, LeaseLost, Outcome
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.preview import Pace, Watch
+from tminus.service.preview import Mailbox, Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Ticket, check_table, work_of
 from tminus.service.worker.loop import LOST
-from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 

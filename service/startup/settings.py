@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from tminus.service.access.access import Access
 from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import Doors
-from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.webhook import Allowed
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Speed

@@ -4,7 +4,6 @@ A plain object: the worker calls it in its thread, a test in its own. Decide, th
 and the engine steps it. What came of it is a list of events, which the worker acts on.
 """
 
-import heapq
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,7 +29,6 @@ from tminus.service.scheduling.scheduler import Turns
 from tminus.service.spec import Images
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coding import Coded, Coding
-from tminus.service.worker.job_span import begin_coding
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import RunningJob
 
@@ -100,10 +98,9 @@ class Loop:
         self._being_coded: dict[str, RunningJob] = {}
         self.coding = Coding(tell, partial(note, "codes"))
         self.coding_hangs = False  # when it was closed
-        # When each deadline passes, in a heap. Entries of jobs that have ended are dropped when they come up, or when
-        # they are most.
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: dict[str, float] = {}  # when that of each job passes which has one
         self._current: Sequence[RunningJob] = ()  # of the last tick, or accepted last: possible causes of a crash
+        self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
         self._idle: set[int] = set()  # models that had nothing to step before what they have now
@@ -121,7 +118,7 @@ class Loop:
     @property
     def current_jobs(self) -> frozenset[str]:
         """The jobs of the last tick, or what was accepted since: the possible causes of a crash."""
-        return frozenset(job.id for job in self._current)
+        return frozenset(job.id for job in (*self._ahead_of, *self._current))
 
     # --- between ticks ---
 
@@ -142,18 +139,11 @@ class Loop:
                 self.events.append(Ended(job))
                 return
             if job.new.deadline_s is not None:
-                self._note_deadline(job.submitted_s + job.new.deadline_s, job.id)
+                self._deadlines[job.id] = job.submitted_s + job.new.deadline_s
             if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
                 self._code(job, "encode", [job.model.engine.encoder(job.new.inputs)])
             else:
                 self._begin(job)
-
-    def _note_deadline(self, when_s: float, job_id: str) -> None:
-        ids = self._ids
-        if len(self._deadlines) > 2 * len(ids):
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in ids]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (when_s, job_id))
 
     def _at(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
         """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
@@ -208,7 +198,8 @@ class Loop:
 
     def _code(self, job: RunningJob, kind: str, tasks: Sequence[Callable[[], object]]) -> None:
         self._being_coded[job.id] = job
-        begin_coding(job, kind)
+        if job.span is not None:
+            job.span.span.add_event(f"{kind} begins")
         self.coding.put(job, kind, tasks)
 
     def coded(self, coded: Coded) -> None:
@@ -272,7 +263,7 @@ class Loop:
         """Forget a model, and give up the jobs that it still has."""
         for job in [*self._jobs.values(), *self._being_coded.values()]:
             if job.model.number == number:
-                self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
+                self._give_up(job, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
         self._turns.remove(self._models.pop(number))
 
     # --- the end ---
@@ -282,17 +273,18 @@ class Loop:
         for model in self._models.values():
             self._take_snapshots(model)
         for job in [*self._durable.values(), *(job for job in self._being_coded.values() if job.new.durable)]:
-            self.give_up(job.id, Draining(), SUSPENDED)
+            self._give_up(job, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
         """End every job that is left."""
-        for job_id in list(self._ids):
-            self.give_up(job_id, error, error.code)
+        for job in [*self._jobs.values(), *self._being_coded.values()]:
+            self._give_up(job, error, error.code)
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         for jobs in (self._jobs, self._durable, self._being_coded):
             jobs.clear()
+        self._deadlines.clear()
 
     def close(self) -> None:
         """End the coding thread, when all jobs have their answers: it waits for the image that is being made."""
@@ -302,11 +294,14 @@ class Loop:
 
     def end_overdue(self) -> None:
         """Give up the jobs whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= self._clock():
-            _, job_id = heapq.heappop(self._deadlines)
-            if (job := self._find(job_id)) is not None:
-                assert job.new.deadline_s is not None
-                self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
+        if not self._deadlines:
+            return
+        now_s = self._clock()
+        for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
+            job = self._find(job_id)
+            assert job is not None
+            assert job.new.deadline_s is not None
+            self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
         """Step the next batch, and do what follows from it; False if there is none."""
@@ -314,6 +309,7 @@ class Loop:
         batch = model.scheduler.next_batch() if model is not None else None
         if model is None or batch is None:
             self._now_at([])
+            self._ahead_of = ()
             return False
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         with self._at(jobs):
@@ -330,6 +326,7 @@ class Loop:
         except Exception as error:
             self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
             return
+        self._ahead_of = jobs if engine.runs_ahead else ()
         now_s = self._clock()
         seconds = now_s - started_s
         self._turns.stepped(model, seconds)
@@ -414,10 +411,6 @@ class Loop:
 
     # --- for all of these ---
 
-    @property
-    def _ids(self) -> Collection[str]:
-        return {*self._jobs, *self._being_coded}
-
     def _find(self, job_id: str) -> RunningJob | None:
         return self._jobs.get(job_id) or self._being_coded.get(job_id)
 
@@ -429,6 +422,7 @@ class Loop:
         reason: str | None = None,
     ) -> None:
         """Forget a job that has no rows."""
+        self._deadlines.pop(job.id, None)
         self._forget(job)
         if job.new.alone and job.model is not self._models[job.model.number]:
             self._turns.remove(job.model)

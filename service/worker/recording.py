@@ -41,14 +41,12 @@ class Recorder(ABC, Generic[Kept]):
     def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
         """Read and keep those that are due of a job's rows, each by the steps it has taken and its index."""
         due = [each for each in taken if self.due(each[0])]
-        if due:
-            self.put(due, self.read(engine, [rows[index] for _, index in due]))
-
-    def put(self, taken: Sequence[tuple[int, int]], read: Callable[[], Kept]) -> None:
-        """Keep rows, each by the steps it has taken and its index in the job, in the order that `read` has them."""
-        for step in {step for step, _ in taken}:
-            positions = [position for position, (its_step, _) in enumerate(taken) if its_step == step]
-            indices = [taken[position][1] for position in positions]
+        if not due:
+            return
+        read = self.read(engine, [rows[index] for _, index in due])
+        for step in {step for step, _ in due}:
+            positions = [position for position, (its_step, _) in enumerate(due) if its_step == step]
+            indices = [due[position][1] for position in positions]
             self._parts.setdefault(step, []).append((indices, positions, read))
 
 

@@ -14,9 +14,8 @@ from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.tracing import ids_of
+from tminus.service.tracing import TRACER, JobSpan, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
-from tminus.service.worker.job_span import JobSpan, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recorder
 
@@ -70,25 +69,54 @@ class RunningJob:
     # worker's thread, and a status is asked for in other threads.
     steps_taken: int = field(init=False)
     steps_kept: int = field(init=False)  # what steps_taken was at the last snapshot
-    span: JobSpan | None = field(init=False)  # None while traces are off
+    span: JobSpan | None = None  # while traces are on
 
     def __post_init__(self) -> None:
         self.id, self.spec, self.work = self.new.id, self.new.spec, self.new.work
         self.watches = [self.new.watch] if self.new.watch is not None else []
         self.steps_taken = self.steps_kept = sum(self.first_steps)
-        self.span = begin_span(self)
+        if (tracer := TRACER.get()) is not None:
+            self.span = JobSpan(tracer, self.created_us * 1000, self._span_attributes)
+
+    @property
+    def _span_attributes(self) -> dict[str, str | bool | int | float]:
+        spec, new = self.spec, self.new
+        return {
+            "tminus.job.id": self.id,
+            "tminus.job.durable": new.durable,
+            "tminus.job.resumed": new.snapshot is not None,
+            "tminus.request.id": self.request_id,
+            "tminus.model": self.model.info.name,
+            "tminus.images": spec.n,
+            "tminus.passes": spec.num_passes,
+            "tminus.sampler": spec.sampler,
+            "tminus.guidance": spec.guidance,
+            **({"tminus.key": new.owner} if new.owner else {}),
+        }
 
     def fail(self, error: Exception) -> None:
         """End it with an error, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
-            end_failed(self, error)
+            self._end_span(error)
 
     def finish(self, result: JobResult) -> None:
         """End it with its images, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_result(result)
-            end_done(self, result)
+            self._end_span(None, result.decode_s)
+
+    def _end_span(self, error: Exception | None, decode_s: float = 0.0) -> None:
+        if self.span is None:
+            return
+        decoded = self.spec.n if self.model.info.latent is not None else 0
+        started_s, denoised_s = (
+            None if moment_s is None else moment_s - self.submitted_s for moment_s in (self.started_s, self.denoised_s)
+        )
+        ended_s = None
+        if error is None and denoised_s is not None:
+            ended_s = denoised_s + (decode_s if decoded else 0.0)
+        self.span.end(started_s, self.first_step_s, denoised_s, ended_s, decoded=decoded, error=error)
 
     def start(self, started_s: float, now_s: float) -> None:
         """Note when its first step began, and that it is over."""
@@ -118,14 +146,11 @@ class RunningJob:
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
         """What clients are told of it."""
-        return self._status(outlook.position, outlook.eta_s, now_s)
-
-    def _status(self, position: int, eta_s: float, now_s: float) -> JobStatus:
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
-            position=position,
-            eta_s=eta_s,
+            position=outlook.position,
+            eta_s=outlook.eta_s,
             step=self.step,
             spec=self.spec,
             durable=self.new.durable,
@@ -138,12 +163,10 @@ class RunningJob:
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
         """Tell its status by an earlier forecast; a job that came since has what it was told on acceptance."""
-        known = forecast.get(self.id)
-        if known is not None:
-            eta_s = known.eta_s - (now_s - self.submitted_s - known.age_s)
-            return self._status(known.position, max(0.0, eta_s), now_s)
-        assert self.outlook is not None
-        return self._status(self.outlook.position, max(0.0, self.outlook.eta_s - (now_s - self.submitted_s)), now_s)
+        told: JobStatus | Outlook | None = forecast.get(self.id, self.outlook)
+        assert told is not None
+        since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
+        return self.status(Outlook(told.position, max(0.0, told.eta_s - since_s)), now_s)
 
     def show(self, now_s: float) -> None:
         """Give its viewers a frame where one is due. Viewers of the same images share it."""

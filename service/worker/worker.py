@@ -53,9 +53,9 @@ class Worker:
         self.jobs = AcceptedJobs(admission, clock)
         self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
         self._loop = Loop(clock=clock, tell=self._coded, note=note)
-        self._crashed = False
+        self.crashed = False  # whether the thread ended by an error of its own
+        self.jobs_of_the_crash = frozenset[str]()  # those that were being worked on then
         self._turn_began_s: float | None = None  # None while the thread waits for work; only the thread sets it
-        self._jobs_of_the_crash = frozenset[str]()
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
 
@@ -74,16 +74,6 @@ class Worker:
     def draining(self) -> bool:
         """Whether new jobs are refused because the worker is ending."""
         return self._draining.is_set()
-
-    @property
-    def crashed(self) -> bool:
-        """Whether the thread ended by an error of its own."""
-        return self._crashed
-
-    @property
-    def jobs_of_the_crash(self) -> frozenset[str]:
-        """The jobs that were being worked on when it crashed."""
-        return self._jobs_of_the_crash
 
     @property
     def alive(self) -> bool:
@@ -147,17 +137,15 @@ class Worker:
 
     def unload(self, number: int) -> "Future[None]":
         """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …"""
-        future: Future[None] = Future()
 
         def forget() -> None:
             self._loop.unload(number)
             self._act_on_events()  # whoever waits for the future has admission forget the model, which must be empty
 
+        self.check_open()
         with self._gate:
-            self.check_open()
             self._models.pop(number, None)  # a job that came behind this would be given to no model
-            self._commands.put(lambda: self._act(forget, future))
-        return future
+        return self._post(forget)
 
     def _model(self, number: int) -> LoadedModel:
         with self._gate:
@@ -180,7 +168,7 @@ class Worker:
 
     def check_open(self) -> None:
         """Raise what a job would be refused with now: NotReady, Draining, Stalled or EngineFailed."""
-        if self._crashed:
+        if self.crashed:
             raise EngineFailed(CRASHED)
         if self._draining.is_set() or self._closed.is_set():
             raise Draining
@@ -258,16 +246,16 @@ class Worker:
             failure: ServiceError = Draining()
         except BaseException:  # also SystemExit, which would end the thread and nothing else
             log.exception("the worker stopped")
-            self._jobs_of_the_crash = self._loop.current_jobs
+            self.jobs_of_the_crash |= self._loop.current_jobs
             failure = EngineFailed(CRASHED)
         with self._gate:
-            self._crashed = isinstance(failure, EngineFailed)
-            drained = not self._crashed and not self._closed.is_set()
+            self.crashed = isinstance(failure, EngineFailed)
+            drained = not self.crashed and not self._closed.is_set()
             self._closed.set()
         try:
             self._act_on_events()  # some jobs may have had their last step before a crash
         finally:
-            if self._crashed:  # the engine is not to be trusted any more, but every job gets an answer
+            if self.crashed:  # the engine is not to be trusted any more, but every job gets an answer
                 self._loop.abandon()
                 self._answer_all(failure)
         self.take_commands(wait=False)
@@ -309,13 +297,13 @@ class Worker:
         return ticked
 
     def _accept(self, job: RunningJob) -> None:
-        if not self._crashed:  # or else the job has its answer
+        if not self.crashed:  # or else the job has its answer
             self._loop.accept(job)
 
     def _act(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         if not future.set_running_or_notify_cancel():
             return
-        if self._crashed:
+        if self.crashed:
             future.set_exception(EngineFailed(CRASHED))
             return
         self._loop.run(act, future)
@@ -370,10 +358,10 @@ class Worker:
         self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
         log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
-        job.finish(replace(result, read=partial(self._read, result.read, job.model.engine)))
+        job.finish(replace(result, read=partial(self._read, result.read, job)))
 
-    def _read(self, read: Callable[[], Images], engine: RowEngine) -> Images:
-        """Read images in another thread, and end the worker where the device is lost.
+    def _read(self, read: Callable[[], Images], job: RunningJob) -> Images:
+        """Read a job's images in another thread, and end the worker where the device is lost.
 
         A GPU tells of an error when it is waited for, which may be here first. What was to be read is then as
         unfinished as if the server had ended before.
@@ -383,13 +371,14 @@ class Worker:
         except ServiceError:
             raise
         except Exception as error:
-            if not engine.is_lost():
+            if not job.model.engine.is_lost():
                 raise
             log.exception("what was made could not be read")
-            self._commands.put(self._end_for_lost_device)
+            self._commands.put(lambda: self._end_for_lost_device(job.id))
             raise Draining from error
 
-    def _end_for_lost_device(self) -> None:
+    def _end_for_lost_device(self, job_id: str) -> None:
+        self.jobs_of_the_crash |= {job_id}  # its last step may have been the cause
         if not self._closed.is_set():  # several may have read; what waits behind their commands gets an answer too
             raise RuntimeError("the device is lost")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.pixels import to_uint8
 from tminus.model.samplers import sample
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 
 STEPS = 20
 CLIP = {"thresholding": True, "sample_max_value": 1.0}  # how classes without clip_sample say it

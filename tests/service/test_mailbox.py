@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from tests.service.fakes import PATIENCE_S
-from tminus.service.preview import Frame
-from tminus.service.worker.mailbox import Mailbox
+from tminus.service.preview import Frame, Mailbox
 
 
 def frame(step: int) -> Frame:

@@ -6,7 +6,7 @@ from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
 from tminus.model.formats.conversion import Given
 from tminus.model.formats.describe import describe
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 
 
 def test_folder_is_told_with_all_that_is_known() -> None:

@@ -8,7 +8,7 @@ from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
 from tests.model.formats.ho import Ho
 from tminus.service.cli.main import main
-from tminus.service.engine.options import BUNDLED
+from tminus.service.engine.protocol import BUNDLED
 
 HO = ["--image-size", "16", "--timesteps", "20", "--beta-schedule", "linear", "--prediction", "epsilon"]
 

@@ -30,7 +30,7 @@ from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading
 from tminus.service.engine.autotune import Choice
-from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.worker.recording import Path as Recorded

@@ -9,7 +9,7 @@ import numpy as np
 from tests.service.engine.engines import make_engine, spec_of
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.local import sample_locally
+from tminus.service.engine.protocol import sample_locally
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.work import work_of

@@ -18,7 +18,7 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.local import sample_locally
+from tminus.service.engine.protocol import sample_locally
 from tminus.service.spec import Images, Inputs, SampleSpec
 
 

@@ -23,8 +23,7 @@ from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint, smallest_batch_at
-from tminus.service.engine.local import sample_locally
-from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.protocol import LoadOptions, sample_locally
 from tminus.service.images.encoder import PNG, etag
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import trial_spec
@@ -100,7 +99,7 @@ def test_a_start_imports_nothing_that_takes_longer_than_loading(options: LoadOpt
         import sys
         from pathlib import Path
         from tminus.service.engine.loading import load_engine
-        from tminus.service.engine.options import LoadOptions
+        from tminus.service.engine.protocol import LoadOptions
         load_engine(LoadOptions(Path({str(options.checkpoint)!r}), device="cpu", executor="openvino", threads=1))
         print(*{{"sympy", "torch._dynamo", "torch.distributed.tensor"}} & sys.modules.keys())
     """

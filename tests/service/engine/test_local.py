@@ -19,7 +19,7 @@ from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.timesteps import SPACINGS
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.local import sample_locally
+from tminus.service.engine.protocol import sample_locally
 from tminus.service.spec import SampleSpec
 from tminus.service.work import work_of
 

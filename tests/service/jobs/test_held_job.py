@@ -5,8 +5,7 @@ import pytest
 from tests.service.fakes import make_spec
 from tminus.service.jobs.held_job import LAST_STATES, TRANSITIONS, HeldJob, HeldState
 from tminus.service.jobs.store.records import JobRecord
-from tminus.service.preview import Pace, Watch
-from tminus.service.worker.mailbox import Mailbox
+from tminus.service.preview import Mailbox, Pace, Watch
 
 
 def test_from_every_state_a_job_comes_to_an_end_and_from_the_last_ones_to_nothing_else() -> None:

@@ -14,7 +14,7 @@ from tests.service.fakes import INFO, LIMITS, make_spec, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.local import sample_locally
+from tminus.service.engine.protocol import sample_locally
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.spec import SampleSpec

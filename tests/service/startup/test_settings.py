@@ -21,7 +21,7 @@ from tests.service.keys import key_line
 from tminus.service.cli import main as cli
 from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded
-from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import open_objects as really_open_objects
 from tminus.service.jobs.store.postgres_store import open_postgres as really_open_postgres

@@ -287,14 +287,6 @@ def test_a_job_done_in_the_tick_in_which_its_deadline_passes_is_delivered(make_b
     images(future)
 
 
-def test_deadlines_of_jobs_that_have_ended_take_no_memory(make_bench: MakeBench) -> None:
-    bench = make_bench()
-    for number in range(20):
-        bench.accept(f"{number}", steps=1, deadline_s=1e6)
-        bench.finish()
-    assert len(bench.loop._deadlines) <= 2
-
-
 # --- metrics ---
 
 
@@ -514,6 +506,24 @@ def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped
             bench.tick()
     assert bench.admission.tick_time_ratio == 1.0
     bench.finish()
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_where_the_host_runs_ahead_the_tick_before_may_be_the_cause_of_a_crash(
+    make_bench: MakeBench, runs_ahead: bool
+) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))
+    bench.engine.runs_ahead = runs_ahead
+    last, seen = bench.accept("last", n=2, steps=1), list[frozenset[str]]()
+    next_one = bench.accept("next", n=2, steps=2)
+    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current_jobs)
+    bench.finish()
+    assert seen[0] == {"last"}
+    assert seen[1] == ({"last", "next"} if runs_ahead else {"next"})
+    assert bench.loop.current_jobs == {"next"}
+    bench.tick()
+    assert bench.loop.current_jobs == set()
+    images(last), images(next_one)
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])

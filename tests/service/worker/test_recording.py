@@ -7,23 +7,27 @@ import pytest
 from tests.service.fakes import FakeEngine, make_spec
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import Overloaded
-from tminus.service.spec import Point
+from tminus.service.preview import Show
+from tminus.service.spec import Images, Point
 from tminus.service.worker.recording import Path, Recording, RecordingRoom, frame_count
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])
 def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, steps: int) -> None:
-    n, rng = 3, random.Random(every * 31 + steps)
+    n, engine, rng = 3, FakeEngine(), random.Random(every * 31 + steps)
     recording = Recording(every, ("x_t",), n, steps)
     taken = [0] * n
+
+    def preview(rows: Sequence[int], _show: object) -> Callable[[], dict[Show, Images]]:
+        pixels = np.array([10 * row + taken[row] for row in rows], np.uint8).reshape(-1, 1, 1, 1)
+        return lambda: {"x_t": pixels}
+
+    engine.preview = preview  # type: ignore[method-assign, assignment]
     while min(taken) < steps:  # ticks of any rows
         rows = [row for row in range(n) if taken[row] < steps and rng.random() < 0.6]
         for row in rows:
             taken[row] += 1
-        due = [(taken[row], row) for row in rows if recording.due(taken[row])]
-        if due:
-            pixels = np.array([10 * row + step for step, row in due], np.uint8).reshape(-1, 1, 1, 1)
-            recording.put(due, lambda pixels=pixels: {"x_t": pixels})  # type: ignore[misc]
+        recording.record(engine, range(n), [(taken[row], row) for row in rows])
     frames = recording.frames()
     assert len(frames) == frame_count(every, steps) - 1, "the last is the result"
     assert list(frames) == [number * every for number in range(1, len(frames) + 1)]

@@ -195,6 +195,7 @@ def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wa
     bench.engine.gate.open()
     assert isinstance(failure(running), EngineFailed)
     assert isinstance(asked.exception(PATIENCE_S), EngineFailed)
+    assert {"a", "running"} <= bench.worker.jobs_of_the_crash, "the last step of one that is read may be the cause"
 
 
 def test_who_is_given_up_at_the_end_does_not_wait_for_an_image_that_is_decoded(make_bench: MakeBench) -> None:
