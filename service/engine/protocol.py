@@ -1,13 +1,35 @@
-"""The engine as the worker and the tests before serving see it. No torch: numpy arrays in and out."""
+"""The engine as those see it who import no torch: what it does, how it is loaded, and one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Show
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
-from tminus.service.work import Batch
+from tminus.service.work import Batch, work_of
+
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # comes with tminus, installed or not
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a model; None and auto leave a choice to what is found on this machine."""
+
+    checkpoint: Path
+    device: str = "auto"
+    executor: str = "auto"
+    precision: str = "auto"
+    exact: bool | None = None
+    threads: int | None = None
+    max_batch: int | None = None
+    short_batch: int | None = None
+    max_rows: int | None = None
+    max_jobs: int = 1
+    cache_dir: Path | None = None
 
 
 class RowEngine(Protocol):
@@ -66,3 +88,37 @@ class RowEngine(Protocol):
 
     def memory_bytes(self) -> int | None:
         """Memory taken on the device; None where that is the process's own memory."""
+
+
+# Is given the engine, the job's rows, and those that have stepped, by the steps they have taken and their index.
+Record = Callable[[RowEngine, Sequence[int], Sequence[tuple[int, int]]], object]
+
+
+def sample_locally(
+    engine: RowEngine,
+    spec: SampleSpec,
+    max_batch: int,
+    on_rows: Callable[[int], object],
+    inputs: Inputs | None = None,
+    record: Record | None = None,
+) -> Images:
+    """Run one job to its end; on_rows is called after each tick with the number of rows in it.
+
+    record: is called before the first tick with all rows, and after each with those in it. Raises ValueError as
+    Engine.add does, and NotFinite.
+    """
+    scheduler = Scheduler(Sharing.of(max_batch))
+    rows = engine.add(spec, inputs=inputs)
+    scheduler.add("local", rows, work_of(spec, engine.info))
+    if record is not None:
+        record(engine, rows, [(0, index) for index in range(spec.n)])
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        engine.wait()
+        if record is not None:
+            record(engine, rows, [(step + 1 - spec.start, index) for step, index in batch.jobs[0].steps])
+        scheduler.advance(batch)
+        on_rows(len(batch.rows))
+    images = engine.images(rows)()
+    engine.remove(rows)
+    return images
