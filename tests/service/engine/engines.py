@@ -19,12 +19,13 @@ from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.plan_store import PlanCompiler
 from tminus.service.engine.protocol import sample_locally
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import SampleSpec
+from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import work_of
 
 CPU = torch.device("cpu")
 Floats = npt.NDArray[np.float32]
 OnGpu = Callable[[], tuple[Checkpoint, torch.device]]
+Job = tuple[SampleSpec, Inputs | None]
 
 
 def make_engine(
@@ -85,7 +86,7 @@ def read_images(engine: Engine, rows: Sequence[int]) -> Floats:
 
 def together(
     engine: Engine,
-    specs: Sequence[SampleSpec],
+    jobs: Sequence[SampleSpec | Job],
     *,
     max_batch: int,
     seed: int = 0,
@@ -93,23 +94,25 @@ def together(
 ) -> list[Floats]:
     """The images of jobs that arrive at random ticks and share the engine and its batches."""
     rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
-    order = list(range(len(specs)))
+    order = list(range(len(jobs)))
     rng.shuffle(order)
     rows: dict[str, tuple[int, ...]] = {}
     images: dict[str, Floats] = {}
-    while len(images) < len(specs):
+    while len(images) < len(jobs):
         if order and (not scheduler.has_work or rng.random() < 0.3):
             k = order.pop()
-            rows[str(k)] = engine.add(specs[k])
-            scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))
+            job = jobs[k]
+            spec, inputs = (job, None) if isinstance(job, SampleSpec) else job
+            rows[str(k)] = engine.add(spec, inputs=inputs)
+            scheduler.add(str(k), rows[str(k)], work_of(spec, engine.info))
         batch = scheduler.next_batch()
         if batch is None:
             continue
         engine.step(batch)
-        for job in scheduler.advance(batch).finished:
-            images[job] = read(engine, rows[job])
-            engine.remove(rows[job])
-    return [images[str(k)] for k in range(len(specs))]
+        for name in scheduler.advance(batch).finished:
+            images[name] = read(engine, rows[name])
+            engine.remove(rows[name])
+    return [images[str(k)] for k in range(len(jobs))]
 
 
 def noise_of(spec: SampleSpec, draw: int, shape: Sequence[int]) -> Tensor:

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.service.conftest import TABLES_OF_50, MakeCheckpoint
-from tests.service.engine.edits import Job, edit, edited_alone, half_mask, in_company, picture
+from tests.service.engine.edits import edit, edited_alone, half_mask, picture
 from tests.service.engine.engines import (
     CPU,
     MIXED,
     Floats,
+    Job,
     OnGpu,
     Poisoned,
     alone,
     independent,
     make_engine,
     noise_of,
+    read_images,
     spec_of,
     together,
 )
@@ -41,7 +43,7 @@ from tminus.service.engine.plan_store import FIRST_LINES
 from tminus.service.engine.protocol import sample_locally
 from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, noisy_passes, work_of
 from tminus.service.worker.recording import Path
 
@@ -396,41 +398,13 @@ def test_an_engine_on_a_gpu_tells_its_memory_and_name(on_gpu: OnGpu) -> None:
     assert engine.info.device == torch.cuda.get_device_name(device)
 
 
-# --- snapshots ---
+# --- snapshots and edits ---
 
 
-@pytest.mark.parametrize(
-    "spec", [spec for spec in MIXED if spec.steps > 2], ids=lambda spec: f"{spec.sampler}-{spec.seed}"
-)
-def test_a_job_that_goes_on_from_a_snapshot_elsewhere_has_the_bits_of_one_that_was_not_disturbed(
-    tiny: Checkpoint, spec: SampleSpec
-) -> None:
-    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
-    (undisturbed,) = together(make_engine(tiny, executor=executor), [spec], max_batch=16, read=Engine.latents)
-    for taken in {1, spec.num_passes // 2, spec.num_passes - 1}:
-        first, second = make_engine(tiny, executor=executor), make_engine(tiny, executor=executor)
-        scheduler, rows = Scheduler(Sharing.of(3)), first.add(spec)
-        scheduler.add("a", rows, work_of(spec, first.info))
-        while (batch := scheduler.next_batch()) is not None and min(scheduler.steps("a")) < taken:
-            first.step(batch)
-            scheduler.advance(batch)
-        snapshot = first.snapshot(rows, scheduler.steps("a"))()
-        first.remove(rows)
-        first.add(spec_of(n=spec.n, seed=99))  # whose slots have others now
-        second.add(spec_of(n=2, seed=98))  # and it stands elsewhere
-        again, rows = Scheduler(Sharing.of(8)), second.add(spec, snapshot)
-        again.add("a", rows, work_of(spec, second.info), snapshot.steps)
-        while (batch := again.next_batch()) is not None:
-            second.step(batch)
-            again.advance(batch)
-        assert second.latents(rows).tobytes() == undisturbed.tobytes()
-
-
-# --- edits ---
-
-
-def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
-    """The images of a job that went on in another engine after so many ticks of three places."""
+def interrupted(
+    checkpoint: Checkpoint, job: Job, after: int, read: Callable[[Engine, Sequence[int]], Floats]
+) -> Floats:
+    """What is read of a job that went on in another engine after so many ticks of three places."""
     spec, inputs = job
     first, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(3))
     rows = first.add(spec, inputs=inputs)
@@ -442,8 +416,10 @@ def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
         first.step(batch)
         scheduler.advance(batch)
         if not scheduler.has_work:
-            return first.images(rows)()
+            return read(first, rows)
     snapshot = first.snapshot(rows, scheduler.steps("a"))()
+    first.remove(rows)
+    first.add(spec_of(n=spec.n, seed=99))  # whose slots have others now
     second, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(4))
     second.add(spec_of(n=3))  # so that the rows have other slots
     rows = second.add(spec, snapshot, inputs)
@@ -451,7 +427,19 @@ def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
     while (batch := scheduler.next_batch()) is not None:
         second.step(batch)
         scheduler.advance(batch)
-    return second.images(rows)()
+    return read(second, rows)
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in MIXED if spec.steps > 2], ids=lambda spec: f"{spec.sampler}-{spec.seed}"
+)
+def test_a_job_that_goes_on_from_a_snapshot_elsewhere_has_the_bits_of_one_that_was_not_disturbed(
+    tiny: Checkpoint, spec: SampleSpec
+) -> None:
+    (undisturbed,) = together(make_engine(tiny), [spec], max_batch=16, read=Engine.latents)
+    ticks = work_of(spec, make_engine(tiny).info).places // 3
+    for after in {1, ticks // 2, ticks - 1}:
+        assert interrupted(tiny, (spec, None), after, Engine.latents).tobytes() == undisturbed.tobytes()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -479,10 +467,10 @@ def test_an_edit_is_the_same_alone_in_company_interrupted_and_by_index(tiny: Che
         np.testing.assert_array_equal(images[:, ~mask], np.repeat(inputs.image[~mask][None], n, 0), "known, and exact")
     short = [spec for spec in MIXED if spec.steps <= 10][:4]
     others = [(spec, None) for spec in short] + [edit(Inputs(picture(77), half_mask(77)), n=2, steps=9, seed=5)]
-    together = in_company(make_engine(tiny), [job, *others], data.draw(st.integers(0, 99)))
-    np.testing.assert_array_equal(together[0], images)
+    shared = together(make_engine(tiny), [job, *others], max_batch=7, seed=data.draw(st.integers(0, 99)))
+    np.testing.assert_array_equal(shared[0], images)
     ticks = data.draw(st.integers(0, n * job[0].num_passes), "interrupted after")
-    np.testing.assert_array_equal(interrupted(tiny, job, ticks), images)
+    np.testing.assert_array_equal(interrupted(tiny, job, ticks, read_images), images)
     k = data.draw(st.integers(0, n - 1), "k")
     one = replace(job[0], n=1, index=job[0].index + k, class_labels=(job[0].class_labels or ())[k : k + 1])
     np.testing.assert_array_equal(edited_alone(tiny, (one, inputs))[0], images[k])

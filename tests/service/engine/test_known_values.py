@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.service.conftest import Around, MakeCheckpoint
-from tests.service.engine.edits import Job, edit, edited_alone, half_mask, in_company, picture, states
-from tests.service.engine.engines import CPU, MIXED, OnGpu, make_engine, spec_of
+from tests.service.engine.edits import edit, edited_alone, half_mask, picture, states
+from tests.service.engine.engines import CPU, MIXED, Job, OnGpu, make_engine, spec_of, together
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
 from tminus.service.engine.executors import EagerExecutor
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_plain_rows_beside_masked_ones_have_the_bytes_they_had(tiny: Checkpoint) -> None:
     plain: list[Job] = [(spec, None) for spec in MIXED]
     masked = [edit(Inputs(picture(k), half_mask(k)), n=2, steps=8 + k, seed=k, guidance=1.0 + k) for k in range(3)]
-    found = in_company(make_engine(tiny), [*plain, *masked])
+    found = together(make_engine(tiny), [*plain, *masked], max_batch=7)
     for job, images in zip([*plain, *masked], found, strict=True):
         np.testing.assert_array_equal(images, edited_alone(tiny, job))
 
@@ -76,7 +76,7 @@ def test_a_slots_former_mask_leaves_no_trace(tiny: Checkpoint) -> None:
         (spec_of(n=2), None),
         edit(Inputs(picture(1), half_mask(3)), n=2),
     ]:
-        np.testing.assert_array_equal(in_company(engine, [job])[0], edited_alone(tiny, job))
+        np.testing.assert_array_equal(together(engine, [job], max_batch=7)[0], edited_alone(tiny, job))
 
 
 def test_a_row_that_turns_nan_under_its_mask_breaks_its_own_job_only(tiny: Checkpoint) -> None:
@@ -105,7 +105,7 @@ def test_edits_on_a_gpu_are_those_of_the_cpu_and_a_tick_does_not_wait(
     jobs = [
         edit(Inputs(picture(k), half_mask(k)), n=2, steps=8 + k, seed=k, strength=s) for k, s in enumerate((None, 0.5))
     ]
-    for job, images in zip(jobs, in_company(make_engine(checkpoint, device=device), jobs), strict=True):
+    for job, images in zip(jobs, together(make_engine(checkpoint, device=device), jobs, max_batch=7), strict=True):
         np.testing.assert_allclose(images.astype(int), edited_alone(tiny, job).astype(int), atol=1)
     engine = make_engine(checkpoint, device=device)
     (spec, inputs), warm = jobs[0], 2

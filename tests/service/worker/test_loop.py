@@ -116,13 +116,6 @@ def test_a_job_given_up_frees_its_rows_before_the_next_tick(make_bench: MakeBenc
     assert [len(batch.rows) for batch in bench.engine.batches] == [3, 3, 1, 1, 1, 1]
 
 
-def test_a_job_whose_future_was_cancelled_before_it_is_accepted_is_forgotten(make_bench: MakeBench) -> None:
-    bench = make_bench()
-    assert bench.submit("dropped").cancel()
-    bench.do_commands()
-    assert (len(bench.worker.jobs), bench.loop.has_work) == (0, False)
-
-
 # --- failures ---
 
 
@@ -329,19 +322,6 @@ def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeB
     assert [set(taken) for taken in bench.keeper.rounds] == [{"durable"}] * 2 + [{"waiting"}] * 4, "none at the end"
 
 
-def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
-    bench = make_bench()
-
-    def fail(_rows: Sequence[int]) -> None:
-        raise RuntimeError("no room")
-
-    bench.engine.on_snapshot = fail
-    future = bench.accept_spec("a", make_spec(steps=5), durable=True)
-    bench.finish()
-    assert images(future).shape == (1, 4, 6, 1)
-    assert bench.keeper.rounds == []
-
-
 def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.a_tick_is_known_to_take_a_second()
@@ -403,19 +383,20 @@ def test_viewers_may_come_and_go(make_bench: MakeBench) -> None:
     assert frames == {"one": [1, 2, 3], "two": [2, 3, 4, 5]}
 
 
-@pytest.mark.parametrize("broken", ["preview", "put"])
-def test_a_frame_that_fails_costs_no_job(make_bench: MakeBench, broken: str) -> None:
+@pytest.mark.parametrize("broken", ["preview", "put", "snapshot"])
+def test_a_frame_or_snapshot_that_fails_costs_no_job(make_bench: MakeBench, broken: str) -> None:
     bench = make_bench()
 
     def fail(_argument: object) -> None:
-        raise RuntimeError("no frame")
+        raise RuntimeError("no room")
 
-    if broken == "preview":
-        bench.engine.on_preview = fail
+    if broken != "put":
+        setattr(bench.engine, f"on_{broken}", fail)
     watch = Watch(Pace(every=1), ("x_t",), fail if broken == "put" else lambda frame: None)
-    future = bench.accept_spec("a", make_spec(steps=4), watch=watch)
+    future = bench.accept_spec("a", make_spec(steps=4), watch=watch, durable=True)
     bench.finish()
     images(future)
+    assert len(bench.keeper.rounds) == (0 if broken == "snapshot" else 3)
 
 
 def test_recordings_have_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
@@ -550,14 +531,19 @@ def picture() -> Inputs:
 
 def test_images_are_decoded_one_by_one_while_others_step(make_bench: MakeBench) -> None:
     bench, decoded = make_bench(info=LATENT), list[int]()
+    bench.measured([(1, 1.0), (8, 1.0)], 0.5)
     bench.engine.on_decode = lambda spec: decoded.append(spec.seed)
     a, b = bench.accept("a", n=3, steps=1, seed=1), bench.accept("b", n=1, steps=3, seed=2)
     bench.tick()
     assert not a.done()
     assert [spec.seed for spec, _ in bench.engine.jobs.values()] == [2], "the slots of the first are free"
     bench.tick()
+    backlogs = []
     for _ in range(3):
+        assert not a.done()
+        backlogs.append(bench.admission.backlog_s)
         bench.next_command()
+    assert np.diff(backlogs).tolist() == [-0.5, -0.5], "they leave the ledger one by one"
     assert decoded == [1, 1, 1]
     assert bench.metric("autoencoder_duration_seconds_count", direction="decode") == 3
     np.testing.assert_array_equal(images(a), fake_pixels(make_spec(n=3, steps=1, seed=1), 1, LATENT))
@@ -681,20 +667,6 @@ def test_a_job_whose_picture_cannot_be_encoded_never_begins(make_bench: MakeBenc
     bench.next_command()
     assert isinstance(failure(future), EngineFailed)
     assert bench.engine.inputs == []
-
-
-def test_images_that_are_decoded_leave_the_ledger_one_by_one(make_bench: MakeBench) -> None:
-    bench = make_bench(info=LATENT)
-    bench.measured([(1, 1.0), (8, 1.0)], 0.5)
-    future = bench.accept("a", n=3, steps=1)
-    bench.tick()
-    assert bench.admission.backlog_s == 1.5
-    bench.next_command()
-    assert bench.admission.backlog_s == 1.0
-    bench.next_command()
-    assert (bench.admission.backlog_s, future.done()) == (0.5, False)
-    bench.next_command()
-    assert future.done()
 
 
 def test_a_job_that_goes_on_from_a_snapshot_is_encoded_only_for_its_mask(make_bench: MakeBench) -> None:

@@ -96,11 +96,13 @@ def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: 
 
 def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
-
     removed: list[Sequence[int]] = []
+    queued: list[Future[JobResult]] = []
 
     def break_(rows: Sequence[int]) -> None:
         removed.append(rows)
+        queued.extend(bench.submit(name, steps=5) for name in ("queued", "given up", "also queued"))
+        assert queued[1].cancel()
         raise RuntimeError("the device is gone")
 
     bench.engine.on_remove = break_
@@ -114,6 +116,9 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         assert "the device is gone" not in error.detail
     wait_until(lambda: bench.worker.crashed)
     bench.worker.join()
+    for future in queued[::2]:
+        assert isinstance(failure(future), EngineFailed)
+    assert bench.worker.jobs.statuses() == []
     assert not bench.worker.ready
     assert len(removed) == 1, "the engine is called no more"
     with pytest.raises(EngineFailed):
@@ -152,26 +157,6 @@ def test_a_lost_device_ends_the_worker_and_tells_whose_doing_it_may_be(make_benc
     assert isinstance(failure(future), EngineFailed)
     wait_until(lambda: bench.worker.crashed)
     assert bench.worker.jobs_of_the_crash == {"job"}
-
-
-def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    queued: list[Future[JobResult]] = []
-
-    def die(_rows: Sequence[int]) -> None:
-        queued.extend(bench.submit(name, steps=5) for name in ("queued", "given up", "also queued"))
-        assert queued[1].cancel()
-        raise RuntimeError("the device is gone")
-
-    bench.engine.on_remove = die
-    running = bench.submit("running", steps=1)
-    bench.engine.gate.open()
-    assert isinstance(failure(running), EngineFailed)
-    wait_until(lambda: bench.worker.crashed)
-    bench.worker.join()
-    assert isinstance(failure(queued[0]), EngineFailed)
-    assert isinstance(failure(queued[2]), EngineFailed)
-    assert bench.worker.jobs.statuses() == []
 
 
 def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wait_get_an_answer(
@@ -216,29 +201,23 @@ def test_who_is_given_up_at_the_end_does_not_wait_for_an_image_that_is_decoded(m
 # --- what others ask of the engine ---
 
 
-def test_what_is_asked_of_the_engine_is_done_in_the_workers_thread_between_two_ticks(make_bench: MakeBench) -> None:
+def test_what_is_asked_of_the_engine_is_done_in_the_workers_thread_between_two_ticks_and_fails_no_job(
+    make_bench: MakeBench,
+) -> None:
     bench = make_bench().start(shut=True)
     job = bench.submit("job", steps=2)
     bench.engine.next_begun()
     asked = bench.worker.run(lambda engine: (engine.info, len(bench.engine.batches), threading.current_thread().name))
+    wrong = bench.worker.run(lambda engine: 1 / 0)
+    given_up = bench.worker.run(lambda engine: pytest.fail("its future is cancelled"))
+    assert given_up.cancel()
     assert not asked.done()
     bench.engine.gate.let()
     assert asked.result(PATIENCE_S) == (INFO, 1, "tminus-worker")
+    assert isinstance(failure(wrong), EngineFailed)
     bench.engine.gate.open()
     job.result(PATIENCE_S)
     assert bench.worker.run(lambda engine: 5).result(PATIENCE_S) == 5, "an idle worker wakes for it"
-
-
-def test_an_error_in_what_is_asked_fails_that_request_and_no_job(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    job = bench.submit("job", steps=2)
-    bench.engine.next_begun()
-    asked = bench.worker.run(lambda engine: 1 / 0)
-    given_up = bench.worker.run(lambda engine: pytest.fail("its future is cancelled"))
-    assert given_up.cancel()
-    bench.engine.gate.open()
-    assert isinstance(failure(asked), EngineFailed)
-    job.result(PATIENCE_S)
 
 
 def test_what_is_asked_before_the_warm_up_or_while_draining_is_refused(make_bench: MakeBench) -> None:
@@ -518,43 +497,10 @@ def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: Mak
 # --- a worker that hangs ---
 
 
-def test_a_step_that_hangs_makes_the_server_not_ready_and_is_told_to_newcomers(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    running = bench.submit("running", steps=2)
-    bench.engine.next_begun()
-    bench.now_s += STALL_S
-    assert bench.worker.ready
-    assert bench.worker.stalled_s == 0.0
-    bench.now_s += 1
-    assert not bench.worker.ready
-    assert bench.worker.stalled_s > STALL_S
-    with pytest.raises(Stalled):
-        bench.submit("late")
-    bench.engine.gate.open()
-    images(running)
-    assert bench.worker.ready, "it was only slow"
-
-
-def test_what_is_asked_of_an_engine_and_hangs_is_a_stall_too(make_bench: MakeBench) -> None:
-    bench, begun, go_on = make_bench().start(), threading.Event(), threading.Event()
-
-    def hang(_engine: object) -> None:
-        begun.set()
-        go_on.wait(PATIENCE_S)
-
-    asked = bench.worker.run(hang)
-    assert begun.wait(PATIENCE_S)
-    bench.now_s += STALL_S + 1
-    assert bench.worker.stalled_s > STALL_S
-    go_on.set()
-    asked.result(PATIENCE_S)
-    assert bench.worker.ready
-
-
 @pytest.mark.parametrize(
     "at",
-    ["engine.add", "engine.broken", "engine.images", "engine.preview", "engine.remove", "engine.snapshot",
-     "scheduler.next_batch", "scheduler.advance", "scheduler.cancel"],
+    ["engine.add", "engine.step", "engine.broken", "engine.images", "engine.preview", "engine.remove",
+     "engine.snapshot", "engine.is_lost", "scheduler.next_batch", "scheduler.advance", "scheduler.cancel"],
 )  # fmt: skip
 def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, at: str
@@ -573,19 +519,25 @@ def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
     watch = Watch(Pace(every=1), ("x_t",), lambda _frame: None)
     try:
         running = bench.submit_spec("running", make_spec(steps=2), watch=watch, durable=True).future
+        asked = bench.worker.run(lambda engine: engine.is_lost())
         if at == "scheduler.cancel":
             bench.engine.next_begun()
             bench.worker.cancel("running", "the test")
         bench.engine.gate.open()
         assert hangs.wait(PATIENCE_S)
+        bench.now_s += STALL_S - 1
         assert dead(bench.worker) is None
-        bench.now_s += STALL_S + 1
+        assert bench.worker.ready
+        bench.now_s += 3
         assert isinstance(dead(bench.worker), Stalled)
         assert not bench.worker.ready
+        with pytest.raises(Stalled):
+            bench.submit("late")
     finally:
         go_on.set()
     wait_until(running.done)
     wait_until(lambda: bench.worker.ready)
+    asked.result(PATIENCE_S)
 
 
 def test_a_worker_that_waits_for_work_does_not_hang(make_bench: MakeBench) -> None:
