@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,22 +61,13 @@ def available_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
-class NeedsMemory(Protocol):
-    """The configuration of a network that can tell what a pass takes."""
-
-    def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Roughly what one image of (height, width) takes."""
-
-
-def check_memory(
-    config: NeedsMemory, size_px: tuple[int, int], device: torch.device, what: str = "network", weights_bytes: int = 0
-) -> None:
-    """Raise ValueError for a model of which not even one row fits. weights_bytes: of weights that are not there yet."""
-    needed, free = config.pass_bytes(size_px) + weights_bytes, available_bytes(device)
-    if free is not None and needed > free:
+def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError for a model of which not even one row fits. size_px: (height, width)."""
+    free = available_bytes(device)
+    if free is not None and needed_bytes > free:
         raise ValueError(
-            f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed / GIB:.1f} GiB for one image, "
-            f"and {free / GIB:.1f} GiB are free on {device}"
+            f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed_bytes / GIB:.1f} GiB for one "
+            f"image, and {free / GIB:.1f} GiB are free on {device}"
         )
 
 

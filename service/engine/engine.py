@@ -227,17 +227,14 @@ class Engine:
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:
         """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not finite.
 
-        The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy, and for a
-        latent model it runs the decoder.
+        The rows may be removed at once. Like those below, call the function in another thread: on a GPU it waits for
+        the copy, and for a latent model it runs the decoder.
         """
         x = self._x[index_of(rows, self._device)]
         return self._pictures.read(x, [self._inputs.get(row) for row in rows])
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """What a job of a latent model needs before it is added: the function returned gives inputs with their latents.
-
-        Call it in another thread: it runs the encoder. For a pixel model there is nothing to do.
-        """
+        """Prepare inputs for `add`: the function returned gives them their latents, where the model is a latent one."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
@@ -248,8 +245,7 @@ class Engine:
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read running rows: x_t as it is, x_0 as the network last predicted it; uint8 [n, H, W, C] each.
 
-        Of a latent model the colours of both are near the true ones, and each latent is a square of one colour. As with
-        `images`, call the function returned in another thread.
+        Of a latent model the colours of both are near the true ones, and each latent is a square of one colour.
         """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
         read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
@@ -257,10 +253,7 @@ class Engine:
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read what one job's rows are made of, float32; `steps` are the steps they take next.
-
-        As with `images`, call the function returned in another thread.
-        """
+        """Read what one job's rows are made of, float32; `steps` are the steps they take next."""
         at = index_of(rows, self._device)
         x, count = self._x[at], int(self._num_registers[rows[0]])
         registers = x.new_zeros(len(rows), 0, *self._shape)
@@ -275,7 +268,7 @@ class Engine:
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read rows for a trajectory. As with `images`, call the function returned in another thread.
+        """Read rows for a trajectory.
 
         The v of a learned variance is kept from the first call on, so call it before the first pass of the rows.
         """
@@ -286,10 +279,7 @@ class Engine:
         return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of x_0 = images, both uint8 [n, H, W, C]; eps is the x_T of a job with this seed.
-
-        As with `images`, call the function returned in another thread: for a latent model it does all the work.
-        """
+        """Make x_t of x_0 = images, both uint8 [n, H, W, C]; eps is the x_T of a job with this seed."""
         return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:

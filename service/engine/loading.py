@@ -119,9 +119,11 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
         )
     checkpoint = load_checkpoint(options.checkpoint)
     weights = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) if device.type == "cuda" else 0
-    check_memory(checkpoint.net.config, checkpoint.row_shape[1:], device, weights_bytes=weights)
+    size_px = checkpoint.row_shape[1:]
+    check_memory(checkpoint.net.config.pass_bytes(size_px) + weights, "network", size_px, device)
     if checkpoint.autoencoder is not None:
-        check_memory(checkpoint.autoencoder.config, checkpoint.size_px, device, "autoencoder")
+        size_px = checkpoint.size_px
+        check_memory(checkpoint.autoencoder.config.pass_bytes(size_px), "autoencoder", size_px, device)
     return checkpoint
 
 

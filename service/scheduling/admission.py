@@ -125,15 +125,18 @@ class Admission:
             if excess is not None:
                 raise _overloaded(excess, 1)
             self._take(Pending(job_id, work, places_left, work.beside_s, owner))
-        jobs, speeds = self._read()
-        return forecast(jobs, speeds, job_id, self._had_s(jobs))[job_id]
+        server = self._now()
+        return forecast(server.jobs, server.speeds, job_id, server.had_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
-        jobs, speeds = self._read()
-        outlooks = forecast(jobs, speeds, had_s=self._had_s(jobs))
+        server = self._now()
+        outlooks = forecast(server.jobs, server.speeds, had_s=server.had_s)
         with self._admitting:
-            return {job.job_id: self._foresee(outlooks[job.job_id], job, now_s, speeds[job.work.model]) for job in jobs}
+            return {
+                job.job_id: self._foresee(outlooks[job.job_id], job, now_s, server.speeds[job.work.model])
+                for job in server.jobs
+            }
 
     @property
     def backlog_s(self) -> float:
@@ -260,14 +263,11 @@ class Admission:
         with self._lock:
             return tuple(self._jobs.values()), dict(self._speeds)
 
-    def _had_s(self, jobs: Sequence[Pending], *owners: str) -> Mapping[str, float]:
-        return self._served.of({*(job.owner for job in jobs), *owners})
-
     def _now(self, owner: str = "") -> _Moment:
         """owner: who asks."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
-        return _Moment(jobs, load, speeds, self._had_s(jobs, owner))
+        return _Moment(jobs, load, speeds, self._served.of({owner, *(job.owner for job in jobs)}))
 
 
 def _pending(

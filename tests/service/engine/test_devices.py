@@ -158,7 +158,8 @@ def test_flags_are_set_inside_on_a_gpu_and_as_before_outside(defaults: tuple[boo
             assert flags() == defaults
 
 
-def test_threads_that_want_the_same_do_not_wait_for_each_other() -> None:
+@pytest.mark.parametrize("same", [True, False])
+def test_threads_that_want_the_same_do_not_wait_for_each_other_and_others_do(same: bool) -> None:
     """One of them may be compiling, which takes a minute."""
     seen: list[tuple[bool, bool]] = []
 
@@ -167,25 +168,10 @@ def test_threads_that_want_the_same_do_not_wait_for_each_other() -> None:
             seen.append(flags())
 
     thread = threading.Thread(target=other)
-    with multiplying(CUDA, tf32=True):
+    with multiplying(CUDA, tf32=same):
         thread.start()
-        thread.join(10)
-        assert seen == [(True, True)]
-        assert flags() == (True, True), "the first still launches"
-
-
-def test_another_thread_waits_for_its_turn() -> None:
-    seen: list[tuple[bool, bool]] = []
-
-    def other() -> None:
-        with multiplying(CUDA, tf32=True):
-            seen.append(flags())
-
-    thread = threading.Thread(target=other)
-    with multiplying(CUDA, tf32=False):
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
-        assert flags() == (False, False)
+        thread.join(10 if same else 0.2)
+        assert thread.is_alive() is not same
+        assert flags() == (same, same), "the first still launches"
     thread.join(10)
     assert seen == [(True, True)]

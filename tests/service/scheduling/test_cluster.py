@@ -21,13 +21,10 @@ def work(places: int) -> Work:
     return Work(1, places, range(0))
 
 
-def test_the_backlog_is_what_each_holds_and_an_even_share_of_what_nobody_does() -> None:
+def test_what_nobody_holds_is_shared_evenly_and_takes_one_replica_as_many_times_longer_as_there_are() -> None:
+    load = ClusterLoad(2, 400.0, 6.0, 1, 800.0)
+    assert (load.backlog_s, load.waiting_s) == (6.0 + 800 / 400, 800 / 200)
     assert ClusterLoad().backlog_s == 0.0
-    assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).backlog_s == 6.0 + 800 / 400
-
-
-def test_what_nobody_holds_takes_one_replica_as_many_times_longer_as_there_are() -> None:
-    assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).waiting_s == 800 / 200
     assert ClusterLoad(0, 0.0, 0.0, 3, 900.0).waiting_s == 0.0  # nobody has told its pace yet
 
 
