@@ -4,8 +4,11 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import partial
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -101,6 +104,21 @@ def number(value: object) -> float:
     return value  # type: ignore[return-value]
 
 
+def members_of(kind: type[Any], value: object) -> dict[str, Any]:
+    """The members of a JSON object that a dataclass has fields for, each held to the type or the check of its field.
+
+    A field with a default may be missing; other members, which a newer server adds, are ignored. Raises KeyError too.
+    """
+    document, found = mapping(value), {}
+    for each in fields(kind):
+        if each.name in document or (each.default is MISSING and each.init):
+            types = get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
+            check = each.metadata.get("check") or CHECKS.get(types[0]) or partial(one_of, get_args(types[0]))
+            given = document[each.name]
+            found[each.name] = None if given is None and NoneType in types else check(given)
+    return found
+
+
 def optional(check: Callable[[object], T], value: object) -> T | None:
     """Nothing, or what a check takes."""
     return None if value is None else check(value)
@@ -119,3 +137,12 @@ def decoded(value: object) -> bytes:
         return base64.b64decode(text(value), validate=True)
     except binascii.Error:
         raise ValueError(f"no base64: {value!r:.40}") from None
+
+
+CHECKS: dict[Any, Callable[[object], Any]] = {
+    int: whole,
+    float: number,
+    str: token,
+    bool: yes_or_no,
+    Mapping[str, Any]: mapping,
+}

@@ -9,6 +9,7 @@ from .errors import UnexpectedAnswer, problem_of
 from .results import JobState
 from .sse import ServerSentEvent
 
+AS_IT_IS = {"check": lambda value: value}  # what is no JSON
 CANCEL = '{"type": "cancel"}'  # to the server
 
 
@@ -37,14 +38,14 @@ class Frame:
     show: str
     eta_s: float
     image: int | None
-    data: bytes = field(repr=False)
+    data: bytes = field(repr=False, metadata=AS_IT_IS)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """A watched job is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
 
-    images: tuple[bytes, ...] = field(repr=False)
+    images: tuple[bytes, ...] = field(repr=False, metadata=AS_IT_IS)
     queue_s: float
     first_step_s: float
     denoise_s: float
@@ -101,25 +102,13 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
     """Read a message. Raises Problem for an error that the server reports; KeyError, ValueError."""
     match members["type"]:
         case "accepted":
-            return Accepted(
-                id=checks.token(members["id"]),
-                seed=checks.whole(members["seed"]),
-                eta_s=checks.number(members["eta_s"]),
-                position=checks.whole(members["position"]),
-                fingerprint=checks.token(members["fingerprint"]),
-            )
+            return Accepted(**checks.members_of(Accepted, members))
         case "frame":
             return frame(members, pictures[0])
         case "done":
-            return Done(
-                images=pictures,
-                queue_s=checks.number(members["queue_s"]),
-                first_step_s=checks.number(members["first_step_s"]),
-                denoise_s=checks.number(members["denoise_s"]),
-                frames_dropped=checks.whole(members["frames_dropped"]),
-            )
+            return Done(**checks.members_of(Done, {**members, "images": pictures}))
         case "cancelled":
-            return Cancelled(checks.token(members["id"]))
+            return Cancelled(**checks.members_of(Cancelled, members))
         case "error":
             raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
     raise ValueError(f"a message of type {members['type']!r:.40}")
@@ -127,15 +116,7 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
     """Read a frame. Raises KeyError, ValueError."""
-    return Frame(
-        step=checks.whole(members["step"]),
-        steps=checks.whole(members["steps"]),
-        t=checks.number(members["t"]),
-        show=checks.token(members["show"]),
-        eta_s=checks.number(members["eta_s"]),
-        image=checks.optional(checks.whole, members.get("image")),
-        data=data,
-    )
+    return Frame(**checks.members_of(Frame, {"image": None, **members, "data": data}))
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
@@ -144,11 +125,9 @@ def event_of(sent: ServerSentEvent) -> Event | None:
         members = checks.mapping(checks.loads(sent.data))
         match sent.event:
             case "waiting":
-                position, eta_s = members["position"], members["eta_s"]
-                return Waiting(checks.optional(checks.whole, position), checks.optional(checks.number, eta_s))
+                return Waiting(**checks.members_of(Waiting, members))
             case "progress":
-                step, steps = (checks.whole(members[name]) for name in ("step", "steps"))
-                return Progress(step, steps, checks.number(members["t"]), checks.number(members["eta_s"]))
+                return Progress(**checks.members_of(Progress, members))
             case "frame":
                 return frame(members, checks.decoded(members["data"]))
             case "done" | "failed" | "cancelled":

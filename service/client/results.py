@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import httpx
 
@@ -18,9 +18,8 @@ MediaType = Literal[
     "image/png", "application/zip", "application/json", "image/webp", "application/vnd.tminus.trajectory"
 ]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-STATES: tuple[State, ...] = get_args(State)
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
-MODEL_STATES: tuple[Loaded, ...] = get_args(Loaded)
+NAME = {"check": checks.model_name}
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
 ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
 ZIP64_LOCATOR = b"PK\x06\x07"
@@ -117,7 +116,7 @@ class JobState:
     """A job as GET /jobs/{id} describes it; docs/jobs.md explains the members. `problem` is why it failed."""
 
     id: str
-    model: str  # its name
+    model: str = field(metadata=NAME)
     state: State
     durable: bool
     step: int | None  # null where it ended early
@@ -139,27 +138,7 @@ class JobState:
     def of(cls, document: Any) -> "JobState":
         """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         with expecting(OK):
-            members = checks.mapping(document)
-            return cls(
-                id=checks.token(members["id"]),
-                model=checks.model_name(members["model"]),
-                state=checks.one_of(STATES, members["state"]),
-                durable=checks.yes_or_no(members["durable"]),
-                step=checks.optional(checks.whole, members["step"]),
-                steps=checks.whole(members["steps"]),
-                n=checks.whole(members["n"]),
-                sampler=checks.token(members["sampler"]),
-                seed=checks.whole(members["seed"]),
-                position=checks.optional(checks.whole, members["position"]),
-                eta_s=checks.optional(checks.number, members["eta_s"]),
-                age_s=checks.number(members["age_s"]),
-                created=checks.token(members["created"]),
-                finished=checks.optional(checks.token, members["finished"]),
-                fingerprint=checks.optional(checks.token, members["fingerprint"]),
-                parameters=checks.mapping(members["parameters"]),
-                problem=checks.optional(checks.mapping, members["problem"]),
-                webhook=checks.optional(checks.mapping, members.get("webhook")),  # servers before know of none
-            )
+            return cls(**checks.members_of(cls, document))
 
     @property
     def ended(self) -> bool:
@@ -216,7 +195,7 @@ def _timings_s(header: str) -> dict[str, float]:
 class ModelState:
     """A model as GET /models describes it. `info` is what GET /model says of it, and None where it is not loaded."""
 
-    name: str
+    name: str = field(metadata=NAME)
     default: bool  # whether calls that name no model are of it
     state: Loaded
     info: Mapping[str, Any] | None
@@ -226,12 +205,7 @@ class ModelState:
         """Read a model's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         with expecting(OK):
             members = checks.mapping(document)
-            model = cls(
-                name=checks.model_name(members["name"]),
-                default=checks.yes_or_no(members["default"]),
-                state=checks.one_of(MODEL_STATES, members["state"]),
-                info=checks.optional(checks.mapping, members["model"]),
-            )
+            model = cls(**checks.members_of(cls, members | {"info": members["model"]}))
             if (model.state == "loaded") != (model.info is not None):
                 raise ValueError(f"{model.name} is {model.state}, with {'no ' * (model.info is None)}description")
         return model
