@@ -359,28 +359,14 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:
     """List the parameters that make this spec again, but for the pixels; the way back from `to_spec`."""
-    labels = list(spec.class_labels) if spec.class_labels is not None else None
-    parameters = {
-        "n": spec.n,
-        "steps": spec.steps,
-        "sampler": spec.sampler,
-        "eta": spec.eta if spec.sampler == "ddim" else None,
-        "seed": spec.seed,
-        "index": spec.index,
-        "to_seed": spec.to_seed,
-        "mix": spec.mix,
-        "class_label": labels,
-        "guidance": spec.guidance,
-        "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
-        "guidance_rescale": spec.guidance_rescale,
-        "timestep_spacing": spec.timestep_spacing if spec.table is None else None,
-        "table": spec.table,
-        "clip": spec.clip,
-        "strength": spec.strength,
-        "image_sha256": spec.image_sha256,
-        "mask_sha256": spec.mask_sha256,
-    }
-    return {name: value for name, value in parameters.items() if value is not None}
+    parameters = spec.to_json()
+    parameters["class_label"] = parameters.pop("class_labels")
+    if spec.sampler != "ddim":
+        del parameters["eta"]
+    if spec.table is not None:
+        del parameters["timestep_spacing"]
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
+    return {name: value for name, value in as_json.items() if value is not None}
 
 
 def choose_table(
