@@ -77,23 +77,16 @@ async def text_to_image(services: Services, request: Request) -> Response:
     media_type = negotiate(request, MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
-    parameters, names = await _read(services, request)
-    try:
-        new = await understand(services, caller_of(request), parameters, request)
-        return await respond(services, request, new, still(media_type, new.spec, services.model))
-    except (InvalidField, InvalidImage) as error:
-        raise _in_their_words(error, names) from None
-
-
-async def _read(services: Services, request: Request) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read the body, and return the parameters of POST /sample, and what the body calls them."""
     try:
         body = await unless_gone(read_json(request, services.limits.max_body_bytes))
     except MalformedBody as error:  # their client sends a picture that comes alone as it is
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     names = _names_in(body)
     try:
-        return parameters_of(body, services.model), names
+        parameters = parameters_of(body, services.model)
+        del body  # it may have a picture
+        new = await understand(services, caller_of(request), parameters, request)
+        return await respond(services, request, new, still(media_type, new.spec, services.model))
     except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None
 

@@ -94,9 +94,8 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 
     It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
     """
-    size = model.width_px, model.height_px
     with _loaded(data, field) as mask:
-        return fit_picture(mask, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
+        return _mask(mask, model)
 
 
 def decode_transparent(
@@ -114,9 +113,12 @@ def decode_transparent(
         alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
         raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
-    white = Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
+    return _mask(Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8)), model)
+
+
+def _mask(image: Image.Image, model: ModelInfo) -> npt.NDArray[np.bool_]:
     size = model.width_px, model.height_px
-    return fit_picture(white, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
+    return fit_picture(image, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
 
 
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
