@@ -115,7 +115,12 @@ class NewJobs:
         self._entering[new.id] = new.owner  # before anybody else can count
         try:
             if webhook is not None:
-                await _check_owed(lifecycle, new.owner, webhook.receiver)
+                receiver = webhook.receiver  # what others are owed is theirs
+                if await lifecycle.store.call(JobStore.number_owed, new.owner, receiver, MOST_OWED) >= MOST_OWED:
+                    raise Overloaded(
+                        f"{MOST_OWED} events wait for the receiver {receiver} to take them",
+                        retry_after_s=OWED_S, field="webhook", value=receiver, bound="a receiver that answers",
+                    )  # fmt: skip
             outlook = await self._let_in(lifecycle, record, new, key)
         finally:
             del self._entering[new.id]
@@ -169,12 +174,3 @@ class NewJobs:
                 )  # fmt: skip
             return await self._jobs.view(record, lifecycle)
         return None
-
-
-async def _check_owed(lifecycle: Lifecycle, owner: str, receiver: str) -> None:
-    """Raise Overloaded where a receiver is owed too much of an owner's jobs: what others are owed is theirs."""
-    if await lifecycle.store.call(JobStore.number_owed, owner, receiver, MOST_OWED) >= MOST_OWED:
-        raise Overloaded(
-            f"{MOST_OWED} events wait for the receiver {receiver} to take them",
-            retry_after_s=OWED_S, field="webhook", value=receiver, bound="a receiver that answers",
-        )  # fmt: skip

@@ -85,7 +85,7 @@ class Prepared:
 
 @dataclass(slots=True)
 class _OneModel:
-    """What a model has for itself."""
+    """The parts of one model, for as long as something of it is there."""
 
     services: Services
     engine: RowEngine | None  # None once it has left
@@ -95,7 +95,12 @@ class _OneModel:
 
 
 class ServedModels:
-    """Owns what all models share, and the models that are served, that are leaving, or whose jobs are still kept."""
+    """Owns what all models share, and the models that are served, that are leaving, or whose jobs are still kept.
+
+    A model joins when its store is taken and the worker has run a tick of it; from then on requests find it. It leaves
+    when its last request and its last job have ended: then its memory is freed. It is forgotten, and its store given
+    back, when clients can ask for nothing any more that it has made.
+    """
 
     def __init__(
         self,
@@ -184,7 +189,7 @@ class ServedModels:
             rows_active=lambda: worker.rows_active,
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
-            device_memory_bytes=lambda: max((engine.memory_bytes() or 0 for engine in self._engines()), default=0),
+            device_memory_bytes=self._device_memory_bytes,
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,
             streams_open=lambda: self.streams.open,
@@ -317,8 +322,9 @@ class ServedModels:
         await one.lifecycle.close()
         await self._stores.release(weights_hash)
 
-    def _engines(self) -> list[RowEngine]:
-        return [one.engine for one in list(self._by_number.values()) if one.engine is not None]
+    def _device_memory_bytes(self) -> int:
+        engines = [one.engine for one in list(self._by_number.values()) if one.engine is not None]
+        return max((engine.memory_bytes() or 0 for engine in engines), default=0)
 
     def _unserved(self) -> list[_OneModel]:
         served = {services.number for services in self.models}

@@ -321,7 +321,10 @@ class JobStore(DeliveryStore, ABC):
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
             if isinstance(images, StoredObject):
-                self._keep_object(run, images)
+                pending = [tables.objects.c.key == images.key, tables.objects.c.state == PENDING]
+                kept_as = {"state": KEPT, "bytes": images.bytes, "sha256": images.sha256}
+                if not run(sa.update(tables.objects).where(*pending).values(**kept_as)).rowcount:
+                    raise ObjectGone(images.key)  # it is being deleted, or was
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
@@ -354,13 +357,6 @@ class JobStore(DeliveryStore, ABC):
                 if run(sa.select(objects.c.key).where(objects.c.key == key)).first() is not None:
                     raise ObjectGone(key)
                 run(sa.insert(objects).values(**new))
-
-    def _keep_object(self, run: Run, stored: StoredObject) -> None:
-        """Let a job refer to an object. Raises ObjectGone where it is being deleted, or was."""
-        objects = self._tables.objects
-        kept = sa.update(objects).where(objects.c.key == stored.key, objects.c.state == PENDING)
-        if not run(kept.values(state=KEPT, bytes=stored.bytes, sha256=stored.sha256)).rowcount:
-            raise ObjectGone(stored.key)
 
     def give_up_object(self, key: str) -> None:
         """Note that no job will refer to an object."""
@@ -439,9 +435,8 @@ class JobStore(DeliveryStore, ABC):
 
     def _delete(self, run: Run, job_ids: Sequence[str]) -> int:
         tables = self._tables
-        for table in (tables.snapshots, tables.inputs, tables.images):
+        for table in (tables.snapshots, tables.inputs, tables.images, tables.deliveries):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
-        self._delete_deliveries(run, job_ids)
         let_go = sa.update(tables.objects).where(tables.objects.c.job_id.in_(job_ids), tables.objects.c.state == KEPT)
         run(let_go.values(state=UNNEEDED, since_us=0))
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)

@@ -101,12 +101,8 @@ def open_objects(url: str, folder: str) -> S3Objects:
     """Open an object store in which objects can be written, read and deleted. Raises ValueError where they cannot."""
     objects = S3Objects(url, folder)
 
-    async def try_it() -> None:
-        async with asyncio.timeout(START_S):
-            await objects.check()
-
     try:
-        asyncio.run(try_it())
+        asyncio.run(asyncio.wait_for(objects.check(), START_S))
     except TimeoutError:
         raise ValueError(f"it has not answered for {START_S:g} s") from None
     except StorageFailed as error:

@@ -95,20 +95,15 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             finally:
-                if not had_wal:
-                    with suppress(OSError, sqlite3.Error):
-                        _remove_empty(wal, connection)
+                if not had_wal:  # it has made one; while it reads no server can open the file, and make its own
+                    with suppress(OSError, sqlite3.Error):  # the latter where a server has the file
+                        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+                        if mode == "wal" and not wal.stat().st_size:
+                            wal.unlink()
     finally:
         if not was_there:
             with suppress(OSError):  # a read-only folder, in which it was not created either
                 index.unlink(missing_ok=True)
-
-
-def _remove_empty(wal: Path, connection: sqlite3.Connection) -> None:
-    """Remove the WAL that the connection has made; while it reads no server can open the file, and make its own."""
-    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()  # fails where a server has the file
-    if mode == "wal" and not wal.stat().st_size:
-        wal.unlink()
 
 
 def unended(file: Path) -> list[str]:

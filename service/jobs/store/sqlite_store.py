@@ -82,8 +82,9 @@ class SqliteStore(JobStore):
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
             self._unended()  # what the server reads first: if this fails it must not start
-            with self._transaction() as run:
-                self._let_go_deliveries(run)
+            attempted = self._deliveries.c.held_until_us.is_not(None)
+            with self._transaction() as run:  # no attempt goes on: there was one process, and it has ended
+                run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             made = os.stat(file) if file is not None else None
             self._identity = (made.st_dev, made.st_ino) if made is not None else None
@@ -258,7 +259,9 @@ def state_folder(state_dir: str) -> Path | None:
     if state_dir == IN_MEMORY:
         return None
     try:
-        folder = Path(state_dir) if state_dir else _home_state_dir()
+        # The XDG base directory specification. Path.home raises RuntimeError for a user without a home.
+        state_home = os.environ.get("XDG_STATE_HOME")
+        folder = Path(state_dir or Path(state_home or Path.home() / ".local" / "state") / "tminus")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except (OSError, RuntimeError) as error:
         raise ValueError(
@@ -295,8 +298,3 @@ class LateStore:
             return getattr(self._store, name)(*args, **kwargs)
 
         return call
-
-
-def _home_state_dir() -> Path:
-    """Follow the XDG base directory specification. Raises RuntimeError for a user without a home."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tminus"

@@ -179,15 +179,6 @@ class DeliveryStore:
                 to_whom = {"receiver": webhook.receiver, "state": "pending", "attempts": 0}
                 run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
 
-    def _delete_deliveries(self, run: Run, job_ids: Sequence[str]) -> None:
-        """Owe nothing more of jobs that are deleted."""
-        run(sa.delete(self._deliveries).where(self._deliveries.c.job_id.in_(job_ids)))
-
-    def _let_go_deliveries(self, run: Run) -> None:
-        """End all attempts: there was one process, and it has ended."""
-        held = self._deliveries.c.held_until_us.is_not(None)
-        run(sa.update(self._deliveries).where(held).values(held_until_us=None))
-
     def _is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
         """Say whether something of a job is still to be delivered that happened since then."""
         table, jobs = self._deliveries, self._jobs

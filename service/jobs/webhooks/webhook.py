@@ -141,14 +141,12 @@ class Receiver:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == WELL_KNOWN_PORTS[self.scheme] else f"{host}:{self.port}"
 
-    def may_connect(self, address: Address, allowed: Allowed) -> bool:
-        """Whether this address, to which its host resolved just now, may be connected to."""
-        return is_public(address) or self.host in allowed.hosts or allowed.has(address)
-
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: Allowed) -> list[str]:
-    """Return the addresses that may be connected to."""
-    return [each for each in addresses if receiver.may_connect(ip_address(each.partition("%")[0]), allowed)]
+    """Return those of the addresses to which its host resolved just now that may be connected to."""
+    by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
+    listed = receiver.host in allowed.hosts
+    return [each for each, address in by_number.items() if listed or is_public(address) or allowed.has(address)]
 
 
 def is_public(address: Address) -> bool:

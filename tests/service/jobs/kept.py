@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from tests.service.fakes import make_spec
-from tminus.service.jobs.store.records import JobRecord, Outcome
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import Claimed, JobRecord, Outcome
+from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import SampleSpec, Snapshot
 
 PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)
@@ -16,6 +18,14 @@ SPECS = [
     ),
     make_spec(class_labels=None, sampler="ddim", eta=0.1 + 0.2, clip=False),
 ]
+
+
+MANY = 1e9  # places
+
+
+def claim(store: JobStore, build: str = "build") -> Claimed:
+    """Hold all that may be held."""
+    return store.claim(build, Intake(MANY), MANY, 64)
 
 
 def job(name: str, spec: SampleSpec = SPECS[0], created_us: int = 1) -> JobRecord:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.service.fakes import PATIENCE_S, make_spec
+from tests.service.fakes import PATIENCE_S
 from tests.service.jobs.conftest import DatabaseShelf
+from tests.service.jobs.kept import job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import async_store
 from tminus.service.jobs.store.async_store import AsyncStore
@@ -46,10 +47,6 @@ def disk() -> Iterator[Disk]:
     made = Disk()
     yield made
     made.thaw.set()
-
-
-def job(name: str) -> JobRecord:
-    return JobRecord(name, make_spec(), 1)
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tests import postgres as postgres_server
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
-from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
+from tests.service.jobs.kept import MANY, PIXELS, SPECS, claim, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store import postgres_database, postgres_store
@@ -30,7 +30,6 @@ from tminus.service.spec import Inputs, SampleSpec
 pytestmark = pytest.mark.slow
 
 LEASE_S = 1.0
-MANY = 1e9
 ROWS = 64
 PACE = Pace(places_per_s=100.0, backlog_s=2.0)
 TABLE = "ab" * 8
@@ -56,11 +55,6 @@ def soon(database: DatabaseShelf) -> DatabaseShelf:
     return database
 
 
-def expire(shelf: DatabaseShelf) -> None:
-    """Let every lease end, as time does."""
-    shelf.change("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
-
-
 # --- leases ---
 
 
@@ -84,7 +78,7 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
     monkeypatch.setattr(postgres_database, "STATEMENT_S", 1.0)
     gone, other = database.open(), database.open()
     gone.add(job("a"))
-    expire(database)
+    database.expire()
     with suppress(StorageFailed), gone._transaction() as run:  # whose connection is closed
         run(sa.update(gone._tables.jobs).values(bytes=1))
         assert taken(other) == [], "it is locked"
@@ -96,20 +90,20 @@ def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShel
     for name in ("a", "b"):
         gone.add(job(name))
     gone.release("a")
-    (released,) = left.claim("build", Intake(MANY), MANY, ROWS).jobs
+    (released,) = claim(left).jobs
     assert (released.id, released.left_behind) == ("a", False)
-    expire(soon)
-    left_behind = {each.id for each in last.claim("build", Intake(MANY), MANY, ROWS).jobs if each.left_behind}
+    soon.expire()
+    left_behind = {each.id for each in claim(last).jobs if each.left_behind}
     assert left_behind == {"a", "b"}
     last.close()
-    assert not any(each.left_behind for each in left.claim("build", Intake(MANY), MANY, ROWS).jobs)
+    assert not any(each.left_behind for each in claim(left).jobs)
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     """As one that was asleep past its lease: its fence is an old one."""
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
-    expire(database)
+    database.expire()
     assert taken(awake) == ["a"]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
@@ -126,10 +120,10 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
 def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     one.add(job("a"))
-    expire(database)
+    database.expire()
     assert renew(one, "build", PACE) == {"a"}, "nobody took it"
     for store in (other, one):
-        expire(database)
+        database.expire()
         assert taken(store) == ["a"]
     with pytest.raises(LeaseLost):
         other.finish(ended(job("a")))
@@ -222,7 +216,7 @@ def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf
     for name in ("known", "lost"):
         first.add(job(name))
     first.close()
-    assert len(one.claim("build", Intake(MANY), MANY, ROWS).jobs) == 2
+    assert len(claim(one).jobs) == 2
     assert one.renew("build", PACE, ["known"]) == {"known"}
     assert taken(other) == ["lost"]
     assert one.renew("build", PACE, ["known"]) == {"known"}
@@ -258,7 +252,7 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(database: Dat
     assert [store.load().least_s for store in (one, other)] == pytest.approx([80.0, 40.0], abs=10.0), "of the others"
     assert taken(other, Intake(1.0)) == ["a"]
     assert _but_least(one.load()) == ClusterLoad(2, 400.0, 60.0, 1, places / 2)
-    expire(database)
+    database.expire()
     database.change("UPDATE replicas SET lease_until = now() - interval '1 second'")
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
 
@@ -288,10 +282,10 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     begun.save({"a": snapshot()}, "build")
     renew(same_build, "build", PACE)
     renew(another, "another build", PACE)
-    expire(soon)
+    soon.expire()
     assert taken(another, build="another build") == ["not begun"]
     assert taken(same_build) == ["a"]
-    expire(soon)
+    soon.expire()
     same_build.close()
     time.sleep(LEASE_S)
     assert taken(another, build="another build") == ["a"], "it starts over"
@@ -308,7 +302,7 @@ def test_a_job_of_a_table_is_left_to_servers_that_have_it_for_as_long_as_one_may
     renew(lacks, "without", PACE)
     assert taken(lacks, build="without", tables=["another"]) == ["plain"]
     assert taken(has, build="with the table", tables=["another", TABLE]) == ["tuned"]
-    expire(soon)
+    soon.expire()
     assert taken(lacks, build="without", tables=["another"]) == [], "nor one that was begun"
     has.close()
     assert taken(lacks, build="without") == [], "it may be starting again"
@@ -652,5 +646,5 @@ def test_the_holder_is_found_by_its_address_while_it_lives(soon: DatabaseShelf) 
     renew(holder, "build", PACE)
     assert asked.holder("a") == "http://10.0.0.5:8000"
     assert asked.holder("never was") is None
-    expire(soon)
+    soon.expire()
     assert asked.holder("a") is None

@@ -13,7 +13,7 @@ from tests.service.conftest import MakeSite, problem
 from tests.service.durable import SPEC, post, wait_for
 from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.conftest import Bucket, DatabaseShelf
-from tests.service.jobs.kept import PIXELS, ended, job
+from tests.service.jobs.kept import PIXELS, claim, ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import job_store
 from tminus.service.jobs.store.async_store import AsyncStore
@@ -21,11 +21,9 @@ from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.records import LeaseLost, Pace
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.scheduling.cluster import Intake
 
 pytestmark = pytest.mark.slow
 
-MANY, ROWS = 1e9, 64
 Q = TypeVar("Q")
 
 
@@ -103,11 +101,6 @@ def replica(database: DatabaseShelf, bucket: Bucket) -> Iterator[MakeReplica]:
         each.store.close()
 
 
-def expire(database: DatabaseShelf) -> None:
-    """Let every lease end, as time does."""
-    database.change("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
-
-
 def an_hour_later(database: DatabaseShelf) -> None:
     database.change(f"UPDATE objects SET since_us = since_us - {job_store.ORPHAN_US + 10**6}")
 
@@ -167,8 +160,8 @@ def test_a_result_is_read_by_every_replica_and_two_never_write_one_object(
     lost: list[bool] = []
     finishing.start()
     wait_until(lambda: states(database) == ["pending"])
-    expire(database)
-    assert awake.below.claim("build", Intake(MANY), MANY, ROWS).jobs == [job("a")]
+    database.expire()
+    assert claim(awake.below).jobs == [job("a")]
     awake.finish(at_us=3)
     asleep.objects.gate.set()
     finishing.join(PATIENCE_S)
@@ -247,8 +240,8 @@ def test_one_that_dies_as_it_keeps_a_result_leaves_a_job_that_goes_on_or_one_tha
         dies_after(dying, last, monkeypatch)
     with pytest.raises(Died):
         dying.finish()
-    expire(database)
-    found = other.below.claim("build", Intake(MANY), MANY, ROWS).jobs
+    database.expire()
+    found = claim(other.below).jobs
     assert found == ([] if last == "finish" else [job("a")])
     if found:
         other.finish()

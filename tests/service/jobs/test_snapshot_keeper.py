@@ -6,25 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.service.fakes import PATIENCE_S, make_spec, wait_until
+from tests.service.fakes import PATIENCE_S, wait_until
+from tests.service.jobs.kept import job, same, snapshot
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.snapshot_keeper import LEAST_S, SHARE, SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.metrics import Metrics
 from tminus.service.spec import Snapshot
 
-SNAPSHOT = Snapshot(
-    (2,),
-    np.zeros((1, 1, 4, 6), np.float32),
-    np.ones((1, 1, 4, 6), np.float32),
-    np.full((1, 2, 1, 4, 6), 2, np.float32),
-)
+SNAPSHOT = snapshot(1)
 BURNT_S = 0.05
 
 
@@ -41,7 +35,7 @@ class Kept:
         self.file, self.metrics = file, Metrics()
         self.store = AsyncStore(SqliteStore(file))
         self.keeper = SnapshotKeeper(self.store, "build", self.metrics)
-        asyncio.run(self.store.add(JobRecord("a", make_spec(), 1), None, None))
+        asyncio.run(self.store.add(job("a"), None, None))
 
     def keep(self, read: Callable[[], Snapshot] = lambda: SNAPSHOT, cost_s: float = 0.0) -> None:
         self.keeper.keep({"a": read}, 100.0, cost_s)
@@ -74,8 +68,7 @@ def test_a_call_of_the_store_does_not_wait_for_a_copy_from_a_gpu(kept: Kept) -> 
     copied.set()
     kept.wait_for_the_end_of_the_round()
     found = asyncio.run(kept.store.call(JobStore.snapshot, "a", "build"))
-    assert found is not None
-    assert (found.steps, found.x0_previous.tolist()) == (SNAPSHOT.steps, SNAPSHOT.x0_previous.tolist())
+    assert same(found, SNAPSHOT)
 
 
 def test_what_was_taken_is_kept_before_the_store_is_closed(tmp_path: Path) -> None:

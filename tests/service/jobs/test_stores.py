@@ -11,17 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.service.jobs.conftest import Shelf
-from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
+from tests.service.jobs.kept import PIXELS, SPECS, claim, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
-from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow
-
-MANY = 1e9  # places
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def store(shelf: Shelf) -> JobStore:
 def claimed(shelf: Shelf, store: JobStore) -> list[JobRecord]:
     """What the next process takes on when this one has ended."""
     store.close()
-    return shelf.open().claim("build", Intake(MANY), MANY, 64).jobs
+    return claim(shelf.open()).jobs
 
 
 # --- what is kept ---
@@ -128,7 +125,7 @@ def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: JobSt
     store.add(job("b"))
     store.close()
     store = shelf.open()
-    found, _ = store.claim("build", Intake(MANY), MANY, 64).jobs
+    found, _ = claim(store).jobs
     assert found.spec == spec
     kept = store.inputs("a")
     assert kept is not None
@@ -242,7 +239,7 @@ def test_one_that_cannot_be_read_and_is_ended_elsewhere_keeps_no_other_from_goin
     assert shelf.change("UPDATE jobs SET spec = 'damaged' WHERE id = 'b'") == 1
     store = shelf.open()
     monkeypatch.setattr(store, "_held", lambda _ids: [sa.false()])
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == ["a", "c"]
+    assert [record.id for record in claim(store).jobs] == ["a", "c"]
 
 
 @pytest.mark.parametrize("spec", ['{"n":1}', "[]"])
@@ -254,7 +251,7 @@ def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
     store.close()
     assert shelf.change("UPDATE jobs SET spec = :spec WHERE id = 'b'", spec=spec) == 1
     store = shelf.open()
-    claimed = store.claim("build", Intake(MANY), MANY, 64)
+    claimed = claim(store)
     assert ([record.id for record in claimed.jobs], claimed.damaged) == (["a", "c"], 1)
     assert "the record of job b cannot be read" in caplog.text
     store.close()

@@ -8,16 +8,15 @@ import pytest
 
 from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
+from tests.service.jobs.kept import claim as claim_jobs
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.delivery_store import DELIVERY_BYTES, Delivery, Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
-from tminus.service.scheduling.cluster import Intake
 
 pytestmark = pytest.mark.slow
 
 URL = "https://hooks.example/path?token=s3cret"
-MANY = 1e9
 HELD_S = 60.0
 
 
@@ -62,9 +61,7 @@ def test_a_webhook_comes_back_as_it_was(shelf: Shelf, store: JobStore) -> None:
     store.close()
     store = shelf.open()
     assert [store.get(name) for name in "abc"] == records
-    assert [record.webhook for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == [
-        each.webhook for each in records
-    ]
+    assert [record.webhook for record in claim_jobs(store).jobs] == [each.webhook for each in records]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +249,7 @@ def test_of_a_damaged_webhook_nothing_is_told_and_of_a_damaged_job_that_it_faile
     assert shelf.change("UPDATE jobs SET webhook = '{' WHERE id = 'a'") == 1
     assert shelf.change("UPDATE jobs SET spec = '{' WHERE id = 'c'") == 1
     store = shelf.open()
-    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64).jobs] == ["b"]
+    assert [record.id for record in claim_jobs(store).jobs] == ["b"]
     assert (states(store, "a"), states(store, "c")) == ({}, {"completed": "pending"})
 
 
