@@ -20,7 +20,7 @@ LEAST_S = 2.0  # between two rounds
 
 
 class SnapshotKeeper:
-    """The worker's Keeper. A thread of its own waits for copies from a GPU, so that the store's calls do not.
+    """The worker's Keeper. A thread of its own waits for copies from a GPU and for the store.
 
     The cost of a round is the worker's share, in wall time, and the CPU time of the two other threads, whose waiting
     for a GPU or a disk takes nothing from a tick.
@@ -28,9 +28,9 @@ class SnapshotKeeper:
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
         self._store, self._fingerprint, self._metrics = store, fingerprint, metrics
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="tminus-snapshots")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tminus-snapshots")
         self._next_s = 0.0
-        self._busy = False  # while a round is under way; whichever thread ends it says so
+        self._busy = False  # while a round is under way
 
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""
@@ -39,32 +39,26 @@ class SnapshotKeeper:
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
         """Keep a round of snapshots, by job id; cost_s: what it has cost the worker's thread already."""
         self._busy = True
-        self._reading.submit(self._read, snapshots, began_s, cost_s)
+        self._thread.submit(self._keep, snapshots, began_s, cost_s)
 
     def close(self) -> None:
-        """Hand what was taken to the store. Blocks until then; call it before the store is closed."""
-        self._reading.shutdown()
+        """Keep what was taken. Blocks until then; call it before the store is closed."""
+        self._thread.shutdown()
 
-    def _read(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
+    def _keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
         started_s = time.thread_time()
         try:
             read_snapshots = {job_id: read() for job_id, read in snapshots.items()}
         except Exception:
             log.exception("snapshots could not be read")
-            self._end(began_s, cost_s + time.thread_time() - started_s)
-            return
-        cost_s += time.thread_time() - started_s
-
-        def saved(error: Exception | None, save_s: float) -> None:
+        else:
+            # After an error, a crash costs the steps since the last snapshot that was kept.
+            error, save_s = self._store.save(read_snapshots, self._fingerprint)
+            cost_s += save_s
             if error is None:
                 self._metrics.snapshotted(len(read_snapshots))
             elif not isinstance(error, StorageFailed):  # which the store has logged
                 log.error("snapshots could not be kept", exc_info=error)
-            # After an error, a crash costs the steps since the last snapshot that was kept.
-            self._end(began_s, cost_s + save_s)
-
-        self._store.save(read_snapshots, self._fingerprint, saved)
-
-    def _end(self, began_s: float, cost_s: float) -> None:
+        cost_s += time.thread_time() - started_s
         self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
         self._busy = False  # last: from here on the worker's thread reads the time

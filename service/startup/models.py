@@ -173,7 +173,7 @@ class ServedModels:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
         for one in self._by_number.values():
-            one.keeper.close()
+            await asyncio.to_thread(one.keeper.close)
         await asyncio.gather(*(one.lifecycle.close() for one in self._by_number.values()))
         self._stores.close()
         await self._other_replicas.close()

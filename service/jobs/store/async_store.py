@@ -147,15 +147,13 @@ class AsyncStore:
         """Delete some of the jobs that ended long ago, or of which there are too many."""
         return await self.call(JobStore.sweep, before_us, max_bytes, owed_after_us)
 
-    def save(
-        self, snapshots: Mapping[str, Snapshot], fingerprint: str, saved: Callable[[Exception | None, float], None]
-    ) -> None:
-        """Replace the jobs' snapshots by these. For callers outside the event loop.
+    def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> tuple[Exception | None, float]:
+        """Replace the jobs' snapshots by these, and wait for it: for callers outside the event loop.
 
-        saved: is called in the store's thread with the error, if there was one, and the CPU time in seconds.
+        Returns the error, if there was one, and the CPU time in seconds.
         """
 
-        def save() -> None:
+        def save() -> tuple[Exception | None, float]:
             started_s, error = time.thread_time(), None
             try:
                 self._store.save(snapshots, fingerprint)
@@ -163,9 +161,9 @@ class AsyncStore:
                 error = raised
             if error is None or isinstance(error, StorageFailed):
                 self._failure = error
-            saved(error, time.thread_time() - started_s)
+            return error, time.thread_time() - started_s
 
-        self._pool.submit(save)
+        return self._pool.submit(save).result()
 
     def close(self) -> None:
         """Finish the calls that have been made, and close the store. Blocks until then."""

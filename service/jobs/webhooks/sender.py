@@ -238,29 +238,28 @@ class Names:
         self._asked[name] = answer
         self._sharers[name] = sharer
 
-        def end(addresses: list[str], error: OSError | None) -> None:
+        def end(found: list[str] | OSError) -> None:
             del self._asked[name], self._sharers[name]
-            if error is None:
-                answer.set_result(addresses)
-            else:
-                answer.set_exception(error)
+            if isinstance(found, OSError):
+                answer.set_exception(found)
                 answer.exception()  # nobody may be left who waits
+            else:
+                answer.set_result(found)
 
         def run() -> None:
-            addresses: list[str] = []
-            failure: OSError | None = None
+            found: list[str] | OSError
             try:
-                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-                addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+                addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                found = list(dict.fromkeys(str(address[0]) for *_, address in addresses))
             except OSError as error:
-                failure = error
+                found = error
             except UnicodeError:  # the codec for names of other languages
-                failure = OSError("it is no name")
+                found = OSError("it is no name")
             with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(end, addresses, failure)
+                loop.call_soon_threadsafe(end, found)
 
         try:
             threading.Thread(target=run, name="tminus-webhook-name", daemon=True).start()
         except RuntimeError:  # the system has no thread left
-            end([], OSError("no thread can be started"))
+            end(OSError("no thread can be started"))
             raise NamesBusy from None
