@@ -68,8 +68,7 @@ class Lifecycle:
     ) -> None:
         """model: its number. store: of the jobs of its weights."""
         self.store, self.model, self.model_name = store, model, info.name
-        self._worker, self._info, self._fingerprint = worker, info, info.fingerprint
-        self._weights = info.weights_hash[:16]
+        self._worker, self._info = worker, info
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self.metrics = limits, metrics
@@ -270,11 +269,11 @@ class Lifecycle:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
-            await self._end(job, "done", images, fingerprint=self._fingerprint)
+            await self._end(job, "done", images, fingerprint=self._info.fingerprint)
         except JobCancelled:
             await self._end(job, "cancelled")
         except (Draining, ModelUnloaded):
-            log.info("job %s waits for a start with the weights %s", job.record.id, self._weights)
+            log.info("job %s waits for a start with the weights %s", job.record.id, self._info.weights_hash[:16])
             await self._leave(job)
         except ServiceError as error:
             await self._fail(job, error)
@@ -324,7 +323,7 @@ class Lifecycle:
         until_s = math.inf if self.store.shared else time.monotonic() + FILE_AWAY_S
         while True:
             try:
-                snapshot = await self.store.call(JobStore.snapshot, record.id, self._fingerprint)
+                snapshot = await self.store.call(JobStore.snapshot, record.id, self._info.fingerprint)
                 return snapshot, await self.store.call(JobStore.inputs, record.id) if record.spec.image_sha256 else None
             except StorageFailed as error:
                 if error.damaged or time.monotonic() > until_s:

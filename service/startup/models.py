@@ -172,8 +172,7 @@ class ServedModels:
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
-        for one in self._by_number.values():
-            await asyncio.to_thread(one.keeper.close)
+        await asyncio.gather(*(asyncio.to_thread(one.keeper.close) for one in self._by_number.values()))
         await asyncio.gather(*(one.lifecycle.close() for one in self._by_number.values()))
         self._stores.close()
         await self._other_replicas.close()

@@ -170,7 +170,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     """
     known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
     if unknown := sorted(name for name in os.environ if name.startswith("TMINUS_") and name not in known):
-        log.warning("there is no setting of these names, and nothing follows from them: %s", ", ".join(unknown))
+        log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
     access = settings.access(address[0])
     models = read_models(settings)
     open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)

@@ -380,7 +380,7 @@ def test_variables_that_are_no_settings_are_named_in_the_log(
     assert module.serve(Settings())
     assert served["limits"].max_n == 5
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "there is no setting of these names, and nothing follows from them: TMINUS_MAX_BITCH"
+        "variables that are no settings are ignored: TMINUS_MAX_BITCH"
     ]
 
 
