@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -79,9 +80,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
 
-    def general(contract: Contract) -> list[APIRouter]:
-        return _general_routes(served, changes, contract, with_metrics=with_metrics)
-
+    general = partial(_general_routes, served, changes, with_metrics=with_metrics)
     contract = Contract(models.default.model, limits)
     absent = [name for name, answered in (("docs", with_docs), ("metrics", with_metrics)) if not answered]
     of_a_model = _model_routes(models, contract, absent)

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tminus.service.access.access import Access
@@ -260,18 +260,14 @@ class Settings(BaseSettings):
         Allowed.parse(value)
         return value
 
-    @field_validator("allowed_hosts")
+    @field_validator("allowed_hosts", "allowed_origins")
     @classmethod
-    def _are_hosts(cls, value: str) -> str:
-        if value != "*" and not all(HOST.fullmatch(host.strip()) for host in value.split(",") if host.strip()):
-            raise ValueError("must be names such as diffusion.example, by commas, or *")
-        return value
-
-    @field_validator("allowed_origins")
-    @classmethod
-    def _are_origins(cls, value: str) -> str:
-        if value != "*" and not all(ORIGIN.fullmatch(origin.strip()) for origin in value.split(",") if origin.strip()):
-            raise ValueError("must be origins such as https://studio.example, by commas, or *")
+    def _are_hosts_or_origins(cls, value: str, info: ValidationInfo) -> str:
+        form, what = HOST, "names such as diffusion.example"
+        if info.field_name == "allowed_origins":
+            form, what = ORIGIN, "origins such as https://studio.example"
+        if value != "*" and not all(form.fullmatch(each.strip()) for each in value.split(",") if each.strip()):
+            raise ValueError(f"must be {what}, by commas, or *")
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path]]:
