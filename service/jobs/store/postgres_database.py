@@ -84,7 +84,9 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tminus {namespace}"))))
             if not sa.inspect(connection).has_schema(namespace):
                 connection.execute(sa.schema.CreateSchema(namespace))
-            connection.execute(sa.text(f"SET LOCAL search_path TO {namespace}"))
+            connection.execute(
+                sa.select(sa.func.set_config("search_path", f'"{namespace}"', True))
+            )  # in this transaction
             if not sa.inspect(connection).has_table("alembic_version", schema=namespace):
                 made = "version_num VARCHAR(32) CONSTRAINT alembic_version_pkc PRIMARY KEY"
                 connection.execute(sa.text(f"CREATE TABLE alembic_version ({made})"))
