@@ -20,7 +20,7 @@ class Changes(Protocol):
     """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
 
     def unloaded(self) -> Awaitable[Mapping[str, str]]:
-        """The models that can be loaded and are not, and what is going on with each."""
+        """Return the models that can be loaded and are not, and what is going on with each."""
 
     def load(self, name: str) -> Awaitable[Services]:
         """Serve a model that is not loaded."""

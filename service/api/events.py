@@ -52,24 +52,19 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
     async def get_events(request: Request, job_id: Annotated[str, own_id]) -> Response:
-        return await events(models, request, job_id)
+        preview = PreviewRequest.parse(read_query(request))
+        last_id = request.headers.get("last-event-id", "")
+        services = models.default  # of which only what all models share is used
+        view = await services.jobs.find_durable(job_id, caller_of(request).sees)
+        if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
+            return Response(status_code=204)
+        with ExitStack() as stack:
+            stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
+            follower = _Follower(models, request, preview, view, last_id)
+            stack.callback(follower.close)
+            return EventStream(follower.events(), stack.pop_all().close)
 
     return router
-
-
-async def events(models: Models, request: Request, job_id: str) -> Response:
-    """Follow a job until it has ended."""
-    preview = PreviewRequest.parse(read_query(request))
-    last_id = request.headers.get("last-event-id", "")
-    services = models.default  # of which only what all models share is used
-    view = await services.jobs.find_durable(job_id, caller_of(request).sees)
-    if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
-        return Response(status_code=204)
-    with ExitStack() as stack:
-        stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
-        follower = _Follower(models, request, preview, view, last_id)
-        stack.callback(follower.close)
-        return EventStream(follower.events(), stack.pop_all().close)
 
 
 class _Follower:
@@ -146,7 +141,7 @@ class _Follower:
         return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 
     async def _holder(self) -> str | None:
-        """The address of the other replica that the events are asked of."""
+        """Return the address of the other replica that the events are asked of."""
         with suppress(StorageFailed):
             return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
         return None
@@ -239,7 +234,7 @@ class _Viewer:
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
-    """The members of a `waiting` event; the time is rounded, so that not every second brings an event."""
+    """Return the members of a `waiting` event; the time is rounded, so that not every second brings an event."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 

@@ -66,7 +66,7 @@ class Models:
 
     @property
     def default(self) -> Services:
-        """The model of a request that names none."""
+        """Return the model of a request that names none."""
         return next(iter(self._served.values()))
 
     def __iter__(self) -> Iterator[Services]:
@@ -85,12 +85,12 @@ class Models:
         return services
 
     def of(self, request: HTTPConnection) -> Services:
-        """The model that a request is for. Raises ModelNotFound."""
+        """Return the model that a request is for. Raises ModelNotFound."""
         name = request.path_params.get("model")
         return self.default if name is None else self.named(name)
 
     def used(self, request: HTTPConnection) -> AbstractContextManager[Services]:
-        """The model that a request is for; it is not unloaded meanwhile. Raises ModelNotFound."""
+        """Return the model that a request is for; it is not unloaded meanwhile. Raises ModelNotFound."""
         return self.using(self.of(request))
 
     @contextmanager

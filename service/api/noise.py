@@ -122,6 +122,6 @@ async def _noised(services: Services, image: Images, t: int, seed: int) -> Calla
 
 
 def _etag(recipe: dict[str, object], image: Images) -> str:
-    """The name of the answer's bytes: they are a function of the recipe and the pixels."""
+    """Return the name of the answer's bytes: they are a function of the recipe and the pixels."""
     name = hashlib.sha256(json.dumps([PNG, recipe, image.shape], sort_keys=True).encode() + image.tobytes())
     return f'"{name.hexdigest()[:32]}"'

@@ -279,7 +279,7 @@ def _gone() -> Iterator[None]:
 
 
 def key_of(message: dict[str, Any]) -> str:
-    """The key in a message of type key. Raises MalformedMessage."""
+    """Return the key in a message of type key. Raises MalformedMessage."""
     secret = message.get("key")
     if message.keys() != {"type", "key"} or not isinstance(secret, str):
         raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")

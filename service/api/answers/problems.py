@@ -52,12 +52,12 @@ FORMS: Mapping[str, Form] = {"v1": as_openai, "v2": as_error_text}
 
 
 def render(error: ServiceError, scope: Scope | None = None) -> Response:
-    """The response for an error of ours. scope: of the request, whose API may have a form of its own."""
+    """Return the response for an error of ours. scope: of the request, whose API may have a form of its own."""
     return respond(error.problem(), error.headers, scope)
 
 
 def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
-    """The response for a problem document, in the form that the clients of a request's API read."""
+    """Return the response for a problem document, in the form that the clients of a request's API read."""
     status, body, media_type = problem["status"], problem, PROBLEM_JSON
     if scope is not None and (form := form_of(scope["method"], scope["path"])) is not None:
         (status, body), media_type = form(problem), JSON

@@ -107,7 +107,7 @@ class Streams:
 
 
 def counted_address(host: str) -> str:
-    """The unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has.
+    """Return the unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has.
 
     A socket of both kinds tells an IPv4 address as ::ffff:a.b.c.d.
     """

@@ -1,12 +1,47 @@
-"""Calls an app by messages of ASGI, for clients that do what no HTTP library does."""
+"""Calls an app by messages of ASGI, or serves it for sockets: for clients that do what no HTTP library does."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
+import uvicorn
 from fastapi import FastAPI
 
-from tests.service.fakes import PATIENCE_S
+from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.edge.http_protocol import HttpProtocol, http_protocol
+from tminus.service.api.edge.websocket_protocol import StreamProtocol, stream_protocol
+
+
+class Served:
+    """An app on a real uvicorn with our protocols, in a thread."""
+
+    def __init__(
+        self, app: Any, http: type[HttpProtocol] | None = None, ws: type[StreamProtocol] | None = None, **options: Any
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            port=0,
+            http=http or http_protocol(1000, 100),
+            ws=ws or stream_protocol(),
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            **options,
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        self.address = self.server.servers[0].sockets[0].getsockname()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
 
 
 def scope_of(path: str = "/sample", query: bytes = b"", headers: Sequence[tuple[bytes, bytes]] = ()) -> dict[str, Any]:

@@ -15,19 +15,17 @@ from http.client import HTTPResponse
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tests.service.api.asgi import Served
 from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge import http_protocol, middleware
 from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES
 from tminus.service.api.edge.middleware import PIECE_BYTES, MemoryLimit, RequestContext
-from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import ServiceError
-from tminus.service.startup.server import bind
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -38,27 +36,14 @@ HANDSHAKE = (
 )
 
 
-class Running:
-    """A server in a thread; /wait answers when its client has gone or the test says so."""
+class Running(Served):
+    """A server; /wait answers when its client has gone or the test says so."""
 
     def __init__(self, max_per_address: int = 100, max_connections: int = 1000) -> None:
         self.began, self.gone, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
-        self.listener = bind("127.0.0.1", 0)
-        self.listener.listen()
         app = MemoryLimit(self.app, 10**6, {}, ByteBudget(), lambda _: None)
-        config = uvicorn.Config(
-            RequestContext(app, lambda *_: None),
-            http=http_protocol.http_protocol(max_connections, max_per_address),
-            ws=stream_protocol(),
-            loop="asyncio",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
-        self.thread.start()
-        wait_until(lambda: self.server.started)
+        http = http_protocol.http_protocol(max_connections, max_per_address)
+        super().__init__(RequestContext(app, lambda *_: None), http)
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -115,7 +100,7 @@ class Running:
         client.settimeout(PATIENCE_S)
         if receive_bytes is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        client.connect(self.listener.getsockname())
+        client.connect(self.address)
         return client
 
     def ask(self, data: bytes) -> bytes:
@@ -124,14 +109,9 @@ class Running:
             client.sendall(data)
             return read_all(client)
 
-    def __enter__(self) -> "Running":
-        return self
-
     def __exit__(self, *_error: object) -> None:
         self.go.set()
-        self.server.should_exit = True
-        self.thread.join(PATIENCE_S)
-        self.listener.close()
+        super().__exit__()
 
 
 def ok(client: socket.socket, data: bytes = GET) -> None:

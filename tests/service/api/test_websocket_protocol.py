@@ -17,8 +17,8 @@ from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from tests.service.api.asgi import Served
 from tests.service.fakes import PATIENCE_S, wait_until
-from tminus.service.api.edge.http_protocol import http_protocol
 from tminus.service.api.edge.websocket_protocol import StreamProtocol, stream_protocol
 from tminus.service.byte_budget import ByteBudget
 
@@ -39,37 +39,12 @@ async def echo_sizes(scope: Any, receive: Any, send: Any) -> None:
             await send({"type": "websocket.send", "text": str(len(message["text"]))})
 
 
-@contextmanager
-def served_by(protocol: Protocol, app: Any = echo_sizes, **options: Any) -> Iterator[tuple[str, int]]:
-    """The address of a server whose connections are of this class."""
-    config = uvicorn.Config(
-        app,
-        port=0,
-        http=http_protocol(100, 100),
-        loop="asyncio",
-        lifespan="off",
-        ws=protocol,
-        log_config=None,
-        ws_max_size=10**6,
-        ws_per_message_deflate=False,
-        **options,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield server.servers[0].sockets[0].getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE_S)
-
-
 @pytest.fixture
 def served() -> Iterator[tuple[str, Protocol]]:
     """An address, and the protocol class there, which holds at most 200,000 bytes."""
     protocol = stream_protocol(200_000)
-    with served_by(protocol) as (host, port):
+    with Served(echo_sizes, ws=protocol, ws_max_size=10**6, ws_per_message_deflate=False) as running:
+        host, port = running.address
         yield f"ws://{host}:{port}", protocol
     assert protocol.budget.held_bytes == 0
 
@@ -183,10 +158,7 @@ def test_sending_a_message_lasts_until_it_has_left() -> None:
         await send({"type": "websocket.send", "bytes": bytes(4_000_000)})
         sent.put(1)
 
-    with (
-        served_by(stream_protocol(), app=send_much) as address,
-        socket.create_connection(address, PATIENCE_S) as client,
-    ):
+    with Served(send_much) as running, socket.create_connection(running.address, PATIENCE_S) as client:
         client.sendall(UPGRADE)
         with pytest.raises(queue.Empty):  # the kernel holds some of it
             sent.get(timeout=0.3)
@@ -252,8 +224,8 @@ def test_uvicorn_calls_each_method_that_is_extended() -> None:
             return super().__getattribute__(name)
 
     with (
-        served_by(Spy, ws_ping_interval=0.05, ws_ping_timeout=0.05) as address,
-        socket.create_connection(address, PATIENCE_S) as client,
+        Served(echo_sizes, ws=Spy, ws_ping_interval=0.05, ws_ping_timeout=0.05) as running,
+        socket.create_connection(running.address, PATIENCE_S) as client,
         suppress(ConnectionResetError),
     ):
         client.sendall(UPGRADE)
