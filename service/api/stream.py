@@ -1,11 +1,10 @@
 """WS /sample/stream: a spec in, previews out while the job runs, the image at the end."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
-KEY_BYTES = 1024  # of a message with a key
+KEY_CHARACTERS = 1024  # of a message with a key
 SEND_S = 60.0  # for a message to leave: a client that reads nothing is disconnected
 NORMAL = 1000
 
@@ -82,7 +81,7 @@ class _Stream:
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
-        with contextlib.suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
+        with suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
             try:
                 if not self._known:
                     await self._introduce()
@@ -111,10 +110,9 @@ class _Stream:
         """Take the key in the first message, and nothing else. Raises Unauthorized."""
         try:
             async with asyncio.timeout(FIRST_MESSAGE_S):
-                text = await self._receive_text()
+                message = await self._receive(KEY_CHARACTERS)
         except TimeoutError:
             raise Silence(f"no key came in {FIRST_MESSAGE_S:g} s") from None
-        message = await self._parse(text) if len(text) <= KEY_BYTES else {}
         if message.get("type") != "key":
             raise Unauthorized('the first message must be {"type": "key", "key": "…"}')
         self._secret = key_of(message)
@@ -151,20 +149,17 @@ class _Stream:
             raise Silence(f"no job was asked for in {patience_s:g} s") from None
         return message
 
-    async def _receive(self) -> dict[str, Any]:
-        return await self._parse(await self._receive_text())
-
-    async def _receive_text(self) -> str:
+    async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
+        """Wait for a message. One of more characters than these is not parsed, as if it said nothing."""
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
-        text = message.get("text")
+        text: str | None = message.get("text")
         if text is None or not text.strip():
             what = "an empty" if text is not None else "a binary"
             raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
-        return str(text)
-
-    async def _parse(self, text: str) -> dict[str, Any]:
+        if most_characters is not None and len(text) > most_characters:
+            return {}
         try:
             return await off_loop(len(text), from_body, text.encode(), self._services.limits.max_body_bytes)
         except BodyTooLarge:
@@ -259,21 +254,20 @@ class _Stream:
             await self._send(picture)
 
     async def _send(self, message: dict[str, Any] | bytes) -> None:
-        async with asyncio.timeout(SEND_S):
-            with _gone():
-                await (self._ws.send_bytes(message) if isinstance(message, bytes) else self._ws.send_json(message))
+        async with _in_time():
+            await (self._ws.send_bytes(message) if isinstance(message, bytes) else self._ws.send_json(message))
 
     async def _close(self, code: int, reason: str = "") -> None:
-        async with asyncio.timeout(SEND_S):
-            with _gone():
-                await self._ws.close(code, reason)
+        async with _in_time():
+            await self._ws.close(code, reason)
 
 
-@contextmanager
-def _gone() -> Iterator[None]:
-    """Turn the error of a connection that uvicorn has closed (a message too big, no pong) into WebSocketDisconnect."""
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """Bound the time of a send. A connection that uvicorn has closed (a message too big, no pong) is a disconnect."""
     try:
-        yield
+        async with asyncio.timeout(SEND_S):
+            yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
 
