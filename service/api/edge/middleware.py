@@ -6,7 +6,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
 from urllib.parse import quote, unquote_plus
 
 from opentelemetry.trace import SpanKind, Tracer
@@ -228,7 +227,7 @@ class MemoryLimit:
                 return
             try:
                 if content := message.get("body"):
-                    answer.add_shared(cast(bytes, content.obj) if isinstance(content, memoryview) else content)
+                    answer.add_shared(content)
                 elif of_socket := message.get("bytes") or message.get("text"):
                     answer.add(len(of_socket))
             except TooManyBytes as error:

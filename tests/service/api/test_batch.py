@@ -1,8 +1,6 @@
 """GET /batch, through the app on a fake engine: who is told what of the jobs that run."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -86,21 +84,14 @@ def test_many_who_look_at_once_cost_one_look(site: Site, monkeypatch: pytest.Mon
         site.engine.gate.open()
 
 
-@contextmanager
-def one_more_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three jobs that stand still, of which two are told of."""
+def test_the_jobs_and_how_many_more_there_are_come_of_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "MOST_JOBS", 2)
     site.engine.gate.shut()
     with ThreadPoolExecutor(3) as pool:
         for seed in range(3):
             pool.submit(site.post, json={"steps": 20, "seed": seed})
         wait_until(lambda: look(site)["more"] == 1)
-        yield
-        site.engine.gate.open()
-
-
-def test_the_jobs_and_how_many_more_there_are_come_of_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    with one_more_than_fit(site, monkeypatch):
         monkeypatch.setattr(batch_module, "FRESH_S", 3600.0)
+        site.engine.gate.open()
     wait_until(lambda: site.client.get("/jobs").json()["jobs"] == [])
     assert (len(look(site)["jobs"]), look(site)["more"]) == (2, 1)

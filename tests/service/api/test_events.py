@@ -119,37 +119,28 @@ def test_event_streams_end_when_the_server_stops(restarts: Restarts) -> None:
     assert not {"done", "failed", "cancelled"} & {name for name, _, _ in events(text)}, "it has not ended"
 
 
-SEND_S = 1.0
+async def receive() -> Message:
+    await asyncio.sleep(60)
+    return {"type": "http.disconnect"}
 
 
-def stream_to_a_reader_that_takes(monkeypatch: pytest.MonkeyPatch, piece_s: float, num_pieces: int) -> tuple[int, int]:
-    """How many bytes of one event arrive, and how often the stream was closed."""
-    monkeypatch.setattr(progress, "SEND_S", SEND_S)
-    closed, arrived = [], 0
+@pytest.mark.parametrize(("piece_s", "arrives"), [(0.25, 6 * PIECE_BYTES), (60.0, 0)])
+def test_a_large_event_may_take_a_reader_as_long_as_its_pieces_may_and_who_reads_nothing_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch, piece_s: float, arrives: int
+) -> None:
+    monkeypatch.setattr(progress, "SEND_S", 1.0)
+    closed, arrived = [], []
 
     async def events() -> AsyncGenerator[bytes]:
-        yield bytes(num_pieces * PIECE_BYTES)
+        yield bytes(6 * PIECE_BYTES)
 
     async def send(message: Message) -> None:
-        nonlocal arrived
         if body := message.get("body", b""):
             await asyncio.sleep(piece_s * len(body) / PIECE_BYTES)
-            arrived += len(body)
-
-    async def receive() -> Message:
-        await asyncio.sleep(60)
-        return {"type": "http.disconnect"}
+            arrived.append(len(body))
 
     asyncio.run(EventStream(events(), lambda: closed.append(1))(scope_of(), receive, send))
-    return arrived, len(closed)
-
-
-def test_a_large_event_may_take_a_slow_reader_longer_than_a_piece_of_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_to_a_reader_that_takes(monkeypatch, 0.25, 6) == (6 * PIECE_BYTES, 1)
-
-
-def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_to_a_reader_that_takes(monkeypatch, 60.0, 6) == (0, 1)
+    assert (sum(arrived), len(closed)) == (arrives, 1)
 
 
 def test_who_reads_nothing_leaves_no_events_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +157,6 @@ def test_who_reads_nothing_leaves_no_events_that_wait(monkeypatch: pytest.Monkey
 
     async def send(message: Message) -> None:
         await asyncio.sleep(60 if message.get("body", b"").startswith(b":") else 0)  # a comment is not read
-
-    async def receive() -> Message:
-        await asyncio.sleep(60)
-        return {"type": "http.disconnect"}
 
     async def answer() -> None:
         await EventStream(events(), lambda: ends.append("answer"))(scope_of(), receive, send)
