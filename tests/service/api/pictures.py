@@ -16,9 +16,9 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encode(picture: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+def encode(picture: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, kind, **options)
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(out, kind, **options)
     return out.getvalue()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.service.api.asgi import call
 from tests.service.api.pictures import CAT, EDIT, MASK, PICTURE, b64, encode, got, noise, same
@@ -24,7 +23,7 @@ from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api.answers import progress
 from tminus.service.api.sample import MAX_FRAME_BYTES, MAX_TRAJECTORY_BYTES
 from tminus.service.api.submission import warning_of
-from tminus.service.images.encoder import contact_sheet
+from tminus.service.images.encoder import FRAME_MS, LAST_MS, contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of
@@ -254,16 +253,25 @@ def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None
                 told[document["step"]] = document["t"]
     assert told
     assert {frame["step"]: frame["t"] for frame in way["frames"]}.items() >= told.items()
-    animation = site.post(json=SPEC | {"every": 2}, headers=WEBP)
-    for frame, expected in zip(way["frames"][1:], frames_of(animation.content)[0], strict=False):
-        with Image.open(io.BytesIO(base64.b64decode(frame["x_t"]))) as picture:
-            np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
-        assert frame["x_0"]
+    for frame in way["frames"]:
+        shown = contact_sheet(fake_pixels(make_spec(n=2, seed=4), frame["step"]))[:, :, 0]
+        np.testing.assert_array_equal(pixels(base64.b64decode(frame["x_t"])), shown)
+        np.testing.assert_array_equal(pixels(base64.b64decode(frame["x_0"])), 255 - shown)
     other = site.post(json=SPEC | {"every": 2, "show": "x_t"}, headers=AS_JSON)
     assert "x_0" not in other.json()["frames"][0]
     assert other.headers["etag"] != answer.headers["etag"]
     known = site.post(json=asked, headers=AS_JSON | {"If-None-Match": answer.headers["etag"]})
     assert known.status_code == 304
+
+
+@pytest.mark.parametrize("show", ["x_t", "x_0"])
+def test_an_animation_shows_every_so_many_steps_and_the_result(site: Site, show: str) -> None:
+    response = site.post(json=SPEC | {"every": 3, "show": show}, headers=WEBP)
+    frames, durations = frames_of(response.content)
+    assert durations == [FRAME_MS] * 3 + [LAST_MS]
+    for frame, step in zip(frames, (3, 6, 9, 10), strict=True):
+        shown = contact_sheet(fake_pixels(make_spec(n=2, seed=4), step))[:, :, 0]
+        np.testing.assert_array_equal(frame, shown if show == "x_t" or step == 10 else 255 - shown)
 
 
 @pytest.mark.parametrize("until", [0, 4])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
+from tests.service.api.pictures import encode, noise
 from tests.service.fakes import INFO
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import InvalidImage, TooManyBytes, TooManyImages
@@ -31,16 +32,6 @@ pytestmark = pytest.mark.slow
 
 GREY = replace(INFO, height_px=8, width_px=12, channels=1)
 COLOUR = replace(GREY, channels=3)
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def refused(data: bytes) -> InvalidImage:
@@ -71,11 +62,9 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: t
 def test_an_image_of_the_models_size_is_taken_bit_for_bit(seed: int, level: int, kind: str) -> None:
     options = {"compress_level": level} if kind == "PNG" else {"lossless": True}
     colour, grey = noise(8, 12, 3, seed=seed), noise(8, 12, seed=seed)
-    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(colour), kind, **options), COLOUR), colour)
-    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(grey), kind, **options), GREY)[:, :, 0], grey)
-    np.testing.assert_array_equal(
-        decode_image(encode(Image.fromarray(grey), kind, **options), COLOUR), np.dstack([grey] * 3)
-    )
+    np.testing.assert_array_equal(decode_image(encode(colour, kind, **options), COLOUR), colour)
+    np.testing.assert_array_equal(decode_image(encode(grey, kind, **options), GREY)[:, :, 0], grey)
+    np.testing.assert_array_equal(decode_image(encode(grey, kind, **options), COLOUR), np.dstack([grey] * 3))
 
 
 @pytest.mark.parametrize(("rgb", "luma"), [((255, 0, 0), 76), ((0, 0, 255), 29)])
@@ -98,14 +87,14 @@ def test_any_size_and_mode_comes_out_in_the_models_shape(width: int, height: int
 
 def test_a_larger_image_is_cropped_about_its_centre_and_resampled() -> None:
     picture = noise(400, 80, 3)  # 80 wide at 12:8 is 53 high; Lanczos looks 20 further
-    out = decode_image(encode(Image.fromarray(picture)), COLOUR)
+    out = decode_image(encode(picture), COLOUR)
     assert out.shape == (8, 12, 3)
     np.testing.assert_array_equal(
         out, np.asarray(ImageOps.fit(Image.fromarray(picture), (12, 8), Image.Resampling.LANCZOS))
     )
     blank = picture.copy()
     blank[:150], blank[250:] = 0, 0
-    np.testing.assert_array_equal(out, decode_image(encode(Image.fromarray(blank)), COLOUR), "the rest has no say")
+    np.testing.assert_array_equal(out, decode_image(encode(blank), COLOUR), "the rest has no say")
 
 
 # --- depths and modes ---
@@ -114,7 +103,7 @@ def test_a_larger_image_is_cropped_about_its_centre_and_resampled() -> None:
 def test_sixteen_bit_grey_is_scaled_to_nearest_for_each_value() -> None:
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     model = replace(INFO, height_px=256, width_px=256, channels=1)
-    out = decode_image(encode(Image.fromarray(values)), model)[:, :, 0]
+    out = decode_image(encode(values), model)[:, :, 0]
     np.testing.assert_array_equal(out, np.rint(values / 257))
 
 
@@ -129,7 +118,7 @@ def test_transparent_pixels_of_sixteen_bits_become_black() -> None:
 @given(seed=st.integers(0, 2**32))
 def test_transparent_pixels_are_laid_over_black(seed: int) -> None:
     rgba = noise(8, 12, 4, seed=seed)
-    out = decode_image(encode(Image.fromarray(rgba)), COLOUR)
+    out = decode_image(encode(rgba), COLOUR)
     exact = rgba[:, :, :3].astype(float) * rgba[:, :, 3:] / 255
     assert np.abs(out - exact).max() <= 0.51
     la = decode_image(encode(Image.fromarray(rgba[:, :, 2:], "LA")), GREY)[:, :, 0]
@@ -209,7 +198,7 @@ def test_other_formats_are_recognised_by_their_content_and_refused(data: bytes, 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("share", [0.02, 0.6])
 def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
-    data = encode(Image.fromarray(noise(64, 64, 3)), kind)
+    data = encode(noise(64, 64, 3), kind)
     assert "image must be a PNG, JPEG or WebP image, got" in refused(data[: int(share * len(data))]).detail
 
 
@@ -217,7 +206,7 @@ def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObject, kind: str) -> None:
-    whole = bytearray(encode(Image.fromarray(noise(16, 16, 3)), kind))
+    whole = bytearray(encode(noise(16, 16, 3), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -290,7 +279,7 @@ def test_a_long_text_and_a_large_profile_are_ignored() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 500_000, zip=True)
     picture = noise(8, 12, 3)
-    data = encode(Image.fromarray(picture), pnginfo=info, icc_profile=bytes(200_000))
+    data = encode(picture, pnginfo=info, icc_profile=bytes(200_000))
     np.testing.assert_array_equal(decode_image(data, COLOUR), picture)
 
 
@@ -314,7 +303,7 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
     decoder, picture = Decoder(), noise(8, 12, 3)
 
     async def all_at_once() -> list[Images]:
-        return await asyncio.gather(*[decoder.decode(encode(Image.fromarray(picture)), COLOUR) for _ in range(20)])
+        return await asyncio.gather(*[decoder.decode(encode(picture), COLOUR) for _ in range(20)])
 
     for out in asyncio.run(all_at_once()):
         np.testing.assert_array_equal(out, picture)
@@ -325,9 +314,7 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
 
 def jpeg_of_scans(scans: int, size_px: int = 64) -> bytes:
     """A progressive JPEG whose last scan is repeated."""
-    out = io.BytesIO()
-    Image.fromarray(noise(size_px, size_px, 3)).save(out, "JPEG", progressive=True)
-    data = out.getvalue()
+    data = encode(noise(size_px, size_px, 3), "JPEG", progressive=True)
     last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:last] + data[last:end] * (scans - data.count(b"\xff\xda") + 1) + data[end:]
 
@@ -346,7 +333,7 @@ class Blocked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.decoded = threading.Event(), list[bytes]()
         self.decoder = Decoder()
-        self.png_bytes = encode(Image.fromarray(noise(8, 12, 3)))
+        self.png_bytes = encode(noise(8, 12, 3))
 
         def slow(data: bytes, model: Any, field: str) -> Images:
             self.go.wait(10)
@@ -434,7 +421,7 @@ def with_alpha(alpha: np.ndarray, mode: str = "RGBA") -> Image.Image:
 def test_what_is_wholly_transparent_is_made_new_whatever_its_colour(mode: str, kind: str) -> None:
     data = encode(with_alpha(np.where(LEFT, 0, 255), mode), kind, **({"lossless": True} if kind == "WEBP" else {}))
     np.testing.assert_array_equal(decode_transparent(data, COLOUR), LEFT)
-    inputs = decode_inputs(encode(Image.fromarray(noise(8, 12, 3))), data, COLOUR, transparent=True)
+    inputs = decode_inputs(encode(noise(8, 12, 3)), data, COLOUR, transparent=True)
     assert inputs.mask is not None
     np.testing.assert_array_equal(inputs.mask, LEFT)
 
@@ -445,7 +432,7 @@ def test_a_transparent_mask_is_turned_upright_as_a_white_one_is(orientation: int
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"exif": exif} | ({"lossless": True} if kind == "WEBP" else {})
-    white = encode(Image.fromarray(np.where(new, 255, 0).astype(np.uint8)), kind, **options)
+    white = encode(np.where(new, 255, 0).astype(np.uint8), kind, **options)
     clear = encode(with_alpha(np.where(new, 0, 255)), kind, **options)
     np.testing.assert_array_equal(decode_transparent(clear, COLOUR), decode_mask(white, COLOUR))
     palette = Image.fromarray(np.where(new, 3, 7).astype(np.uint8)).convert("P")
