@@ -114,7 +114,7 @@ class Replica:
         """End the tick; the jobs that ended with it."""
         batch = self.running
         assert batch is not None
-        self.admission.stepped(0, {job.job_id: job.places for job in batch.jobs}, batch.places, self.tick_s)
+        self.admission.stepped(0, batch.jobs, batch.places, self.tick_s)
         for rows in batch.jobs:
             for step, index in rows.steps:
                 self.jobs[rows.job_id].steps[index] = step + 1

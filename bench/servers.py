@@ -1,5 +1,7 @@
 """Start and stop the contenders, and read what they have done. One at a time has the machine."""
 
+import argparse
+import asyncio
 import importlib.util
 import json
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -18,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from bench.records import Ask, Counters
 from bench.tally import read_tally
@@ -29,6 +31,7 @@ STOP_S = 5.0
 HOST = "127.0.0.1"
 PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
 READY_ASK = Ask(n=2, steps=2)
+CHECKPOINT = ROOT / "checkpoints" / "fashion-mnist-32"
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -60,6 +63,19 @@ class Running:
         """How many rows tminus takes in a tick; it may choose anew at each start."""
         found: int | None = self.model.get("limits", {}).get("max_batch")
         return found
+
+    async def count(self, http: httpx.AsyncClient, seconds: float) -> tuple[Counters, float]:
+        """What it does from now on in about so many seconds, and in how many exactly."""
+        before, before_s = await self.read_at(http)
+        await asyncio.sleep(seconds)
+        after, after_s = await self.read_at(http)
+        return after.since(before), after_s - before_s
+
+    async def read_at(self, http: httpx.AsyncClient) -> tuple[Counters, float]:
+        """What it has done so far, and the middle of the time in which that was read."""
+        asked_s = time.perf_counter()
+        counters = await self.read(http)
+        return counters, (asked_s + time.perf_counter()) / 2
 
     async def read(self, http: httpx.AsyncClient) -> Counters:
         """What it has done so far."""
@@ -200,6 +216,14 @@ class Server:
         return self._process.wait(READY_S)
 
 
+def options_of(text: str | None, **defaults: Any) -> argparse.Namespace:
+    """Read the command line of a program: an option for each default, of its type."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
+    return parser.parse_args()
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,11 +253,12 @@ def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str,
 
 def sum_metrics(exposition: str) -> dict[str, float]:
     """Prometheus text to sums over the labels, by sample name."""
-    sums: dict[str, float] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-    return sums
+    sums: defaultdict[str, float] = defaultdict(float)
+    for line in exposition.splitlines():
+        if line and not line.startswith("#"):
+            sample, _, value = line.rpartition(" ")
+            sums[sample.partition("{")[0]] += float(value)
+    return dict(sums)
 
 
 def cpu_seconds(pid: int) -> float | None:

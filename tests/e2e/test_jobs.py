@@ -26,7 +26,7 @@ def restarting(own_server: Start, tmp_path: Path) -> Restarting:
 def test_after_kill_9_at_any_moment_every_accepted_job_ends_once_and_in_the_same_bytes(restarting: Restarting) -> None:
     rng, specs = random.Random(2), make_specs(8)
     ids = {key: restarting.post(spec, str(key)) for key, spec in enumerate(specs)}
-    for _ in range(2):  # `python -m tests.trials.crash` does it fifty times
+    for _ in range(2):  # tests/trials/replicas.py does it fifty times
         time.sleep(rng.uniform(0.1, 1.0))  # past the first snapshots, or not
         restarting.kill()
         restarting.start()

@@ -9,7 +9,7 @@
     .venv/bin/python -m tests.trials.faults
     .venv/bin/python -m tests.trials.rolling
     .venv/bin/python -m tests.trials.replicas
-    .venv/bin/python -m tests.trials.crash --kills 50
+    .venv/bin/python -m tests.trials.replicas --replicas 1
     .venv/bin/python -m tests.trials.churn --connections 1000
     .venv/bin/python -m tests.trials.flood
 

@@ -1,6 +1,5 @@
 """Folders damaged at random or made in malice: each is refused, or still a checkpoint, and nothing else happens."""
 
-import argparse
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from bench.servers import options_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 
@@ -77,48 +77,35 @@ def weights_of(folder: Path) -> Path:
     return next(path for path in files_of(folder) if path.suffix in (".safetensors", ".bin"))
 
 
-def flip(folder: Path, draw: random.Random) -> str:
+def damage(folder: Path, draw: random.Random) -> str:
+    """Flip bits of a file, cut it, or put bytes into it; its head is where that matters."""
     file = draw.choice(files_of(folder))
     data = bytearray(file.read_bytes())
-    end = draw.choice((64, 2048, len(data)))  # heads are where it matters
-    for _ in range(draw.choice((1, 1, 8, 200))):
-        data[draw.randrange(min(end, len(data)))] ^= 1 << draw.randrange(8)
+    kind = draw.choice(("flipped bits of", "cut", "put bytes into"))
+    if kind == "cut":
+        del data[draw.choice((0, 1, 7, 8, draw.randrange(len(data)), len(data) - 1)) :]
+    elif kind == "put bytes into":
+        at = draw.choice((0, 8, len(data)))
+        data[at:at] = draw.randbytes(draw.choice((1, 8, 4096)))
+    else:
+        end = min(draw.choice((64, 2048, len(data))), len(data))
+        for _ in range(draw.choice((1, 1, 8, 200))):
+            data[draw.randrange(end)] ^= 1 << draw.randrange(8)
     file.write_bytes(data)
-    return f"flipped bits of {file.name}"
-
-
-def cut(folder: Path, draw: random.Random) -> str:
-    file = draw.choice(files_of(folder))
-    data = file.read_bytes()
-    file.write_bytes(data[: draw.choice((0, 1, 7, 8, draw.randrange(len(data)), len(data) - 1))])
-    return f"cut {file.name}"
-
-
-def grow(folder: Path, draw: random.Random) -> str:
-    file = draw.choice(files_of(folder))
-    data = file.read_bytes()
-    at = draw.choice((0, 8, len(data)))
-    file.write_bytes(data[:at] + draw.randbytes(draw.choice((1, 8, 4096))) + data[at:])
-    return f"put bytes into {file.name}"
-
-
-def remove(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(sorted(folder.rglob("*")))
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return f"removed {path.name}"
+    return f"{kind} {file.name}"
 
 
 def replace_by(folder: Path, draw: random.Random) -> str:
-    """A folder, a pipe that nobody writes to, an endless device, a link to itself or to nothing, in a file's place."""
+    """Nothing, a folder, a pipe that nobody writes to, an endless device, or a link to itself or to nowhere."""
     file = draw.choice(files_of(folder))
+    kind = draw.choice(("nothing", "folder", "pipe", "endless", "loop", "nowhere"))
     file.unlink()
-    kind = draw.choice(("folder", "pipe", "endless", "loop", "nothing"))
     if kind == "folder":
         file.mkdir()
     elif kind == "pipe":
         os.mkfifo(file)
-    else:
-        file.symlink_to({"endless": "/dev/zero", "loop": file.name, "nothing": "nowhere"}[kind])
+    elif kind != "nothing":
+        file.symlink_to({"endless": "/dev/zero", "loop": file.name, "nowhere": "nowhere"}[kind])
     return f"{kind} in place of {file.name}"
 
 
@@ -194,24 +181,15 @@ def bomb(folder: Path, draw: random.Random) -> str:
 def other_tensors(folder: Path, draw: random.Random) -> str:
     file = weights_of(folder).with_name("diffusion_pytorch_model.bin")
     weights_of(folder).unlink()
-    bad = draw.choice(
-        (
-            {"a": torch.zeros(1)},
-            {},
-            [torch.zeros(1)],
-            torch.zeros(3),
-            {1: torch.zeros(1)},
-            {"a": "b"},
-            {"conv_in.weight": torch.zeros(1, dtype=torch.complex64)},
-            {"conv_in.weight": torch.full((8, 1, 3, 3), float("nan"))},
-        )
-    )
-    torch.save(bad, file)
+    one, name = torch.zeros(1), "conv_in.weight"
+    of_another_kind = [{"a": one}, {}, [one], one, {1: one}, {"a": "b"}]
+    of_other_values = [{name: one.to(torch.complex64)}, {name: torch.full((8, 1, 3, 3), float("nan"))}]
+    torch.save(draw.choice(of_another_kind + of_other_values), file)
     return f"other tensors in {file.name}"
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    *(flip, flip, cut, cut, grow, remove, replace_by, swap, nest, claim, claim, bomb, other_tensors),
+    *(damage, damage, damage, damage, replace_by, replace_by, swap, nest, claim, claim, bomb, other_tensors),
     *(change_document, change_document, change_document, change_document),
 )
 
@@ -294,16 +272,9 @@ def trial(folders: int, seed: int) -> Counter[str]:
     return counts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folders", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+if __name__ == "__main__":
+    asked = options_of(__doc__, folders=1000, seed=0)
     torch.set_num_threads(1)
     counts = trial(asked.folders, asked.seed)
     print(json.dumps(counts))
     sys.exit(bool(counts.keys() - {"refused", "loaded"}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Clients that hold connections and do little with them: do others get their answers, and how much later?
 
-    .venv/bin/python -m tests.trials.connections [--sockets 10000]
+    .venv/bin/python -m tests.trials.connections [--sockets 10000] [--only holding|readers|floods]
 
 One after the other on one server, each for some seconds, while somebody else asks POST /sample again and again:
 
@@ -21,28 +21,25 @@ that takes is compared with what it takes beside 16 clients who ask GET /healthz
 The clients come from many addresses of the loopback network, as a port is for one connection from one address.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import resource
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from pathlib import Path
-
-import httpx
+from functools import partial
 
 from bench import servers
+from tests.trials import clients
 from tests.trials.churn import HANDSHAKE
-from tests.trials.claims import Claim, least, most, none, report
+from tests.trials.claims import Claim, least, most, none
+from tests.trials.clients import ask, connection, metrics
 from tminus.service.api.edge.http_protocol import HEAD_S
 from tminus.service.byte_budget import MAX_HELD_BYTES
 
@@ -59,6 +56,7 @@ READERS_BYTES = (
 PACE_S = 0.05  # from an answer to the plain client's next request
 FACTOR, MARGIN_S = 2.0, 0.05  # what a plain request may take, over what it took before
 SPEC = "n=1&steps=10"
+ONE_ADDRESS = "127.0.200.1"
 FILES = 256  # beside the connections
 HEADS = (
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
@@ -80,30 +78,15 @@ Holder = Callable[[str, int, Counter[str]], Awaitable[None]]
 
 
 def source(number: int) -> str:
-    """An address of the loopback network, PER_ADDRESS connections each."""
+    """An address of the loopback network, of PER_ADDRESS connections each."""
     return f"127.0.{1 + number // PER_ADDRESS}.1"
-
-
-async def connection(url: str, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, port = url.removeprefix("http://").split(":")
-    return await asyncio.open_connection(host, int(port), local_addr=(address, 0), limit=2**17)
 
 
 # --- clients who hold a connection; each goes on until it is cancelled ---
 
 
-async def slow_head(url: str, number: int, seen: Counter[str]) -> None:
-    await _slow(url, number, seen, b"GET /model HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"x" * 1000)
-
-
-async def slow_body(url: str, number: int, seen: Counter[str]) -> None:
-    await _slow(
-        url, number, seen, b" " * 5000, b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"
-    )
-
-
-async def _slow(url: str, number: int, seen: Counter[str], data: bytes, first: bytes = b"") -> None:
-    """A byte at a time, until the server answers or closes."""
+async def _slow(url: str, number: int, seen: Counter[str], *, first: bytes, data: bytes) -> None:
+    """Send `data` a byte at a time, until the server answers or closes."""
     reader, writer = await connection(url, source(number))
     try:
         writer.write(first)
@@ -113,52 +96,47 @@ async def _slow(url: str, number: int, seen: Counter[str], data: bytes, first: b
             done, _ = await asyncio.wait({answer}, timeout=BYTE_S)
             if done:
                 break
-        await answer_of(await answer, seen)
+        note(await answer, seen)
     finally:
         writer.transport.abort()
+
+
+slow_head = partial(_slow, first=b"", data=b"GET /model HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"x" * 1000)
+slow_body = partial(
+    _slow, first=b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n", data=b" " * 5000
+)
 
 
 async def oversized(url: str, number: int, seen: Counter[str]) -> None:
     reader, writer = await connection(url, source(number))
     try:
         writer.write(HEADS[number % len(HEADS)])
-        await answer_of(await reader.read(1000), seen)
+        note(await reader.read(1000), seen)
     finally:
         writer.transport.abort()
 
 
-async def idle(url: str, number: int, seen: Counter[str]) -> None:
-    await _idle(url, source(number), b"", seen)
-
-
-async def idle_of_one(url: str, number: int, seen: Counter[str]) -> None:
-    await _idle(url, "127.0.200.1", b"", seen)
-
-
-async def idle_stream(url: str, number: int, seen: Counter[str]) -> None:
-    await _idle(url, source(number), HANDSHAKE.format(host="localhost").encode(), seen)
-
-
-async def unanswerable(url: str, number: int, seen: Counter[str]) -> None:
-    handshake = HANDSHAKE.format(host="localhost").replace("\r\n\r\n", "\r\nX-A: \x1b\r\n\r\n")
-    await _idle(url, "127.0.200.1", handshake.encode(), seen)
-
-
-async def _idle(url: str, address: str, first: bytes, seen: Counter[str]) -> None:
+async def _idle(url: str, number: int, seen: Counter[str], *, first: bytes, address: str | None = None) -> None:
     """Say no more, and wait for the end."""
-    reader, writer = await connection(url, address)
+    reader, writer = await connection(url, address or source(number))
     try:
         writer.write(first)
         seen["open"] += 1
         seen["most open"] = max(seen["most open"], seen["open"])
         data = await reader.read(1000)
-        await answer_of(data, seen)
+        note(data, seen)
         await reader.read()
         if b" 503 " in data:  # who is refused comes again as often as who is let in
             await asyncio.sleep(HEAD_S)
     finally:
         seen["open"] -= 1
         writer.transport.abort()
+
+
+idle = partial(_idle, first=b"")
+idle_of_one = partial(_idle, first=b"", address=ONE_ADDRESS)
+idle_stream = partial(_idle, first=UPGRADE)
+unanswerable = partial(_idle, first=UPGRADE.replace(b"\r\n\r\n", b"\r\nX-A: \x1b\r\n\r\n"), address=ONE_ADDRESS)
 
 
 def slow_reader(request: bytes) -> Holder:
@@ -173,7 +151,7 @@ def slow_reader(request: bytes) -> Holder:
         try:
             writer.write(request)
             data = await reader.read(READ_BYTES)
-            await answer_of(data, seen)
+            note(data, seen)
             while data:  # also of a refusal, so that who is refused comes again after a second
                 await asyncio.sleep(1)
                 data = await reader.read(READ_BYTES)
@@ -183,7 +161,7 @@ def slow_reader(request: bytes) -> Holder:
     return read
 
 
-async def answer_of(data: bytes, seen: Counter[str]) -> None:
+def note(data: bytes, seen: Counter[str]) -> None:
     found = re.match(rb"HTTP/1.1 (\d+)", data)
     seen[found[1].decode() if found else "closed"] += 1
 
@@ -191,21 +169,12 @@ async def answer_of(data: bytes, seen: Counter[str]) -> None:
 # --- the trial ---
 
 
-async def plain(url: str, draw: random.Random) -> float:
-    """One request as anybody sends it, on a connection of its own: seconds. Raises if it fails."""
+async def plain(url: str, method: str = "POST", target: str = "") -> float:
+    """One request as anybody sends it: seconds. Raises if it fails."""
     began_s = time.perf_counter()
-    async with asyncio.timeout(60):
-        reader, writer = await connection(url, "127.0.0.1")
-        try:
-            target = f"/sample?{SPEC}&seed={draw.getrandbits(32)}"
-            writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            answer = await reader.read(2**16)
-            while more := await reader.read(2**16):
-                answer += more
-        finally:
-            writer.close()
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise ConnectionError(answer[:200])
+    answer = await ask(url, method, target or f"/sample?{SPEC}&seed={random.getrandbits(32)}", address="127.0.0.1")
+    if answer.status != 200:
+        raise ConnectionError(f"{answer.status} {answer.body[:200]!r}")
     return time.perf_counter() - began_s
 
 
@@ -231,13 +200,13 @@ async def held(hold: Holder, url: str, count: int, seen: Counter[str]) -> AsyncI
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def waits(url: str, seconds: float, draw: random.Random) -> tuple[list[float], list[str]]:
+async def waits(url: str, seconds: float) -> tuple[list[float], list[str]]:
     """What a plain client waits for each of its requests, and what failed."""
     until_s, found, failed = time.perf_counter() + seconds, list[float](), list[str]()
     while time.perf_counter() < until_s:
         try:
-            found.append(await plain(url, draw))
-        except (OSError, TimeoutError) as error:
+            found.append(await plain(url))
+        except (OSError, asyncio.IncompleteReadError) as error:
             failed.append(repr(error))
         await asyncio.sleep(PACE_S)
     return found, failed
@@ -245,7 +214,7 @@ async def waits(url: str, seconds: float, draw: random.Random) -> tuple[list[flo
 
 async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> list[Claim]:
     """All kinds of clients who hold connections. slow: how many of the slow kinds."""
-    claims, draw = list[Claim](), random.Random(0)
+    claims = list[Claim]()
     kinds: tuple[tuple[str, Holder, int, str], ...] = (
         (f"{slow} slow heads", slow_head, slow, "408"),
         (f"{slow} slow bodies", slow_body, slow, "408"),
@@ -256,10 +225,10 @@ async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> lis
         (f"{sockets:,} handshakes with a control character", unanswerable, sockets, "400"),
     )
     for what, hold, count, expected in kinds:
-        before, failed_before = await waits(url, seconds / 2, draw)
+        before, failed_before = await waits(url, seconds / 2)
         seen: Counter[str] = Counter()
         async with held(hold, url, count, seen):
-            during, failed = await waits(url, seconds, draw)
+            during, failed = await waits(url, seconds)
         was_s, is_s = statistics.median(before), statistics.median(during)
         print(f"{what}: {dict(seen.most_common())}; a plain request {was_s:.3f} s before, {is_s:.3f} s during it, "
               f"{max(during):.3f} s at most", *(failed_before + failed)[:5])  # fmt: skip
@@ -279,15 +248,15 @@ async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> lis
 
 async def readers_trial(url: str, seconds: float, readers: int = READERS) -> list[Claim]:
     """Slow readers of large answers of three kinds at once: what the server takes for them, and what it answers."""
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=600) as http:
-        model = (await http.get("/model")).json()["name"]
-        classes = {"name": "class_label", "datatype": "INT64", "shape": [KEPT_N], "data": [0] * KEPT_N}
-        seed, steps = ({"name": name, "datatype": kind, "shape": [1], "data": [4]}
-                       for name, kind in (("seed", "UINT64"), ("steps", "INT32")))  # fmt: skip
-        document = {"id": "a", "inputs": [classes, seed, steps]}
-        job = (await http.post("/jobs", json={"n": KEPT_N, "steps": 4, "class_label": 0})).json()["id"]
-        assert "event: done" in (await http.get(f"/jobs/{job}/events")).text
-        (await http.post(f"/v2/models/{model}/infer", json=document)).raise_for_status()  # from here on it is kept
+    model = json.loads((await ask(url, "GET", "/model")).body)["name"]
+    classes = {"name": "class_label", "datatype": "INT64", "shape": [KEPT_N], "data": [0] * KEPT_N}
+    seed, steps = ({"name": name, "datatype": kind, "shape": [1], "data": [4]}
+                   for name, kind in (("seed", "UINT64"), ("steps", "INT32")))  # fmt: skip
+    document = {"id": "a", "inputs": [classes, seed, steps]}
+    job = await submitted(url, n=KEPT_N, steps=4, class_label=0)
+    assert b"event: done" in (await ask(url, "GET", f"/jobs/{job}/events")).body
+    kept = await ask(url, "POST", f"/v2/models/{model}/infer", json.dumps(document).encode())  # from here on it is
+    assert kept.status == 200, kept
     trajectory = {"n": MADE_N, "steps": 2, "sampler": "ddpm", "class_label": 0, "guidance": 1}
     kinds = (
         ("one kept answer, each with an id", "POST", f"/v2/models/{model}/infer", "*/*", document),
@@ -318,27 +287,20 @@ async def readers_trial(url: str, seconds: float, readers: int = READERS) -> lis
     ]
 
 
+async def submitted(url: str, **spec: object) -> str:
+    """The id of a durable job."""
+    return str(json.loads((await ask(url, "POST", "/jobs", json.dumps(spec).encode())).body)["id"])
+
+
 async def resident_bytes(url: str) -> float:
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
-        return servers.sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)[
-            "process_resident_memory_bytes"
-        ]
+    return (await metrics(url))["process_resident_memory_bytes"]
 
 
 async def healthz_s(url: str, seconds: float) -> float:
     """Return the median time of GET /healthz on a connection of its own, asked again and again."""
     until_s, found = time.perf_counter() + seconds, list[float]()
     while time.perf_counter() < until_s or not found:
-        began_s = time.perf_counter()
-        reader, writer = await connection(url, "127.0.0.1")
-        try:
-            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            answer = await reader.read()
-        finally:
-            writer.close()
-        if not answer.startswith(b"HTTP/1.1 200"):
-            raise ConnectionError(answer[:200])
-        found.append(time.perf_counter() - began_s)
+        found.append(await plain(url, "GET", "/healthz"))
         await asyncio.sleep(PACE_S)
     return statistics.median(found)
 
@@ -378,34 +340,31 @@ def flooded(url: str, what: str) -> Iterator[None]:
 async def floods(url: str, seconds: float) -> list[Claim]:
     """Each kind of flood, on a server that has nothing else to do and on one that runs a long job."""
     claims = list[Claim]()
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
-        for load in ("idle", "busy"):
-            job = (await http.post("/jobs?n=8&steps=1000&sampler=ddim")).json()["id"] if load == "busy" else None
-            took_s = {}
-            for what in FLOOD:
-                with flooded(url, what):
-                    await asyncio.sleep(seconds / 4)
-                    took_s[what] = await healthz_s(url, seconds)
-                if what == PLAIN:
-                    print(f"{load}: GET /healthz beside {FLOODS} clients who send {what}: {took_s[what]:.4f} s")
-                    continue
-                claims.append(most(f"{load}: GET /healthz beside {FLOODS} clients who send {what}", took_s[what],
-                                   FLOOD_FACTOR * took_s[PLAIN], " s"))  # fmt: skip
-            if job is not None:
-                await http.delete(f"/jobs/{job}")
+    for load in ("idle", "busy"):
+        job = await submitted(url, n=8, steps=1000, sampler="ddim") if load == "busy" else None
+        took_s = {}
+        for what in FLOOD:
+            with flooded(url, what):
+                await asyncio.sleep(seconds / 4)
+                took_s[what] = await healthz_s(url, seconds)
+            if what == PLAIN:
+                print(f"{load}: GET /healthz beside {FLOODS} clients who send {what}: {took_s[what]:.4f} s")
+                continue
+            claims.append(most(f"{load}: GET /healthz beside {FLOODS} clients who send {what}", took_s[what],
+                               FLOOD_FACTOR * took_s[PLAIN], " s"))  # fmt: skip
+        if job is not None:
+            await ask(url, "DELETE", f"/jobs/{job}")
     await gone(url)
     return claims
 
 
 async def gone(url: str) -> None:
     """Wait until the server has noticed that all have left."""
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
-        for _ in range(300):
-            with suppress(httpx.HTTPError):
-                sums = servers.sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
-                if sums["process_open_fds"] < FILES:
-                    return
-            await asyncio.sleep(0.1)
+    for _ in range(300):
+        with suppress(OSError, asyncio.IncompleteReadError):
+            if (await metrics(url))["process_open_fds"] < FILES:
+                return
+        await asyncio.sleep(0.1)
     raise AssertionError("the server still holds the connections of clients that are gone")
 
 
@@ -423,25 +382,19 @@ def flags_for(sockets: int) -> tuple[str, ...]:
     return *connections, *streams, "--max-n", str(KEPT_N), "--result-cache-mb", "64"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--sockets", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kind")
-    parser.add_argument("--only", choices=("holding", "readers", "floods"))
-    asked = parser.parse_args()
-    allow_files(asked.sockets + asked.sockets // 2 + 2 * FILES)
-    tminus = servers.contenders(1, flags_for(asked.sockets))["tminus"]
-    with servers.running(tminus, asked.checkpoint, None) as server:
-        os.nice(10)  # the clients are not the server's cost, and share its cores here only
-        parts = {
-            "holding": lambda: trial(server.url, asked.sockets, asked.seconds),
-            "readers": lambda: readers_trial(server.url, asked.seconds),
-            "floods": lambda: floods(server.url, asked.seconds / 2),
-        }
-        found = [asyncio.run(run()) for name, run in parts.items() if asked.only in (None, name)]
-        sys.exit(report([claim for claims in found for claim in claims]))
+PARTS: dict[str, Callable[[str, int, float], Awaitable[list[Claim]]]] = {
+    "holding": trial,
+    "readers": lambda url, _, seconds: readers_trial(url, seconds),
+    "floods": lambda url, _, seconds: floods(url, seconds / 2),
+}
+
+
+async def parts(url: str, sockets: int, seconds: float, only: str) -> list[Claim]:
+    """All parts of the trial, or the one that is named."""
+    return [claim for name in ([only] if only else PARTS) for claim in await PARTS[name](url, sockets, seconds)]
 
 
 if __name__ == "__main__":
-    main()
+    options = servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, sockets=10_000, seconds=SECONDS, only="")
+    allow_files(options.sockets + options.sockets // 2 + 2 * FILES)
+    clients.run_on_server(parts, flags_for(options.sockets), options)

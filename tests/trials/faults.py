@@ -1,15 +1,15 @@
 """What breaks under a server, one fault after the other: what comes of it, and is anything lost that was accepted?
 
-    .venv/bin/python -m tests.trials.faults [--only kill,clock]
+    .venv/bin/python -m tests.trials.faults [--only disk,clock]
 
-Each fault has an outcome that is stated here, and is brought about on a real process: signals, a file system of 8 MiB
-that is full, a clock that is set an hour on and an hour back (libfaketime, for the server's process alone), a limit
-on its memory, weights that are NaN or overflow, and errors of the calls that would raise them (injected.py). Accepted
+Each fault has an outcome that is stated here, and is brought about on a real process: a file system of 8 MiB that is
+full, a clock that is set an hour on and an hour back (libfaketime, for the server's process alone), a limit on its
+memory, and errors of the calls that would raise them (injected.py). Signals, and weights that are NaN or overflow, are
+in tests/e2e. Accepted
 means that POST /jobs answered 202. Not lost means that in the end, over restarts, each such job is done, in the bytes
 of an undisturbed run, or has failed with a reason that the outcome names.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -27,17 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from bench import servers
 from bench.servers import Server
-from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
+from tests.e2e.conftest import RunningServer, start_server, stop_server
 from tests.e2e.restarting import Deadly, ForkedServer, Restarting, make_specs
 from tests.tools import find
 from tests.trials.claims import Claim, report
-from tests.trials.crash import all_jobs
 from tests.trials.injected import Fault, inject
-from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tests.trials.replicas import jobs_of
 
 FAKETIME = find("libfaketime")
 FLAGS = ("--max-backlog-s", "100000")  # what is accepted here is what is asked
@@ -128,34 +126,6 @@ def beside(server: Restarting) -> bool:
     return not all(job["durable"] for job in jobs)
 
 
-# --- signals ---
-
-
-def kill(bench: Bench) -> str:
-    server = bench.serve()
-    bench.post(server, 4)
-    server.server.wait_until(lambda: server.server.metric("tminus_snapshots_total") >= 1)
-    server.kill()
-    server.start()
-    return bench.settle(server)
-
-
-def terminate(bench: Bench) -> str:
-    server = bench.serve()
-    bench.post(server, 4)
-    running = bench.ask(server.server, {"n": 2, "steps": 100, "seed": 1})
-    server.server.wait_until(lambda: running.done() or beside(server))
-    server.server.process.terminate()
-    code = server.server.process.wait(60)
-    must(
-        running.result().status_code == 200,
-        f"what ran without being durable was answered {running.result().status_code}",
-    )
-    must(code == 0, f"exit code {code}")
-    server.start()
-    return f"exit code 0, the running request answered 200; after a restart {bench.settle(server)}"
-
-
 # --- the disk ---
 
 
@@ -243,7 +213,9 @@ def clock(bench: Bench) -> str:
         created = list[str]()
         for offset_s in (HOUR_S, -HOUR_S, 0):
             # They still run when the clock is set, a second later, and an hour passes their deadlines.
-            ids = [submit(http, bench, {"n": 1, "steps": 500, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
+            specs = [{"n": 1, "steps": 500, "seed": seed, "deadline_s": 3000} for seed in range(2)]
+            ids = [http.post("/jobs", json=spec).raise_for_status().json()["id"] for spec in specs]
+            bench.accepted |= dict(zip(ids, specs, strict=True))
             running = bench._pool.submit(http.post, "/sample", json={"n": 2, "steps": 100, "deadline_s": 3000})
             while not any(http.get(f"/jobs/{job_id}").json()["step"] for job_id in ids):
                 time.sleep(0.02)
@@ -254,7 +226,8 @@ def clock(bench: Bench) -> str:
             answer = running.result()
             must(answer.status_code == 200, f"POST /sample was answered {answer.status_code} {answer.text[:200]}")
             for job_id in ids:
-                job = wait(http, job_id)
+                http.get(f"/jobs/{job_id}/events").raise_for_status()  # which end with the job
+                job = http.get(f"/jobs/{job_id}").json()
                 must(
                     job["state"] == "done",
                     f"with the clock at {offset_s:+d} s a job {job['state']}: {job.get('problem')}",
@@ -263,11 +236,11 @@ def clock(bench: Bench) -> str:
             refused = http.post("/sample", json={"n": 64, "steps": 1000, "deadline_s": 0.5})
             must(refused.status_code in (422, 429), f"a deadline that cannot be met was answered {refused.status_code}")
         must(len({stamp[:13] for stamp in created}) >= 3, f"the clock was not set: {created}")  # to the hour
-        before = {job["id"] for job in all_jobs(server)}
+        before = {job["id"] for job in jobs_of(server)}
         must(server.terminate() == 0, "it did not end with 0")
         of_it.set(HOUR_S)
         server.start()
-        after = {job["id"] for job in all_jobs(server)}
+        after = {job["id"] for job in jobs_of(server)}
         must(after == before, f"{len(before - after)} of {len(before)} ended jobs are gone")
         metrics = http.get("/metrics").text
         late = re.search(r'tminus_cancelled_total\{reason="deadline"\} (\S+)', metrics)
@@ -278,24 +251,6 @@ def clock(bench: Bench) -> str:
 def date_of(http: httpx.Client) -> float:
     """What the server takes for now, in Unix time."""
     return parsedate_to_datetime(http.get("/healthz").headers["date"]).timestamp()
-
-
-def submit(http: httpx.Client, bench: Bench, spec: dict[str, Any]) -> str:
-    answer = http.post("/jobs", json=spec)
-    must(answer.status_code == 202, f"POST /jobs was answered {answer.status_code} {answer.text[:200]}")
-    job_id = str(answer.json()["id"])
-    bench.accepted[job_id] = spec
-    return job_id
-
-
-def wait(http: httpx.Client, job_id: str) -> dict[str, Any]:
-    until_s = time.monotonic() + PATIENCE_S
-    while True:
-        job: dict[str, Any] = http.get(f"/jobs/{job_id}").json()
-        if job["state"] not in ("waiting", "running"):
-            return job
-        must(time.monotonic() < until_s, f"job {job_id} does not end")
-        time.sleep(0.05)
 
 
 # --- errors of calls ---
@@ -347,10 +302,6 @@ def step(bench: Bench, fault: Fault = "step") -> str:
     return f"the server goes on; {bench.settle(server, 'engine_failed')}"
 
 
-def memory_of_a_step(bench: Bench) -> str:
-    return step(bench, "memory of a step")
-
-
 def memory_of_a_job(bench: Bench) -> str:
     server = bench.serve(fault="memory of a job")
     bench.post(server, 3)
@@ -386,50 +337,7 @@ def memory_limit(bench: Bench) -> str:
     return f"answers meanwhile: {seen}; with memory again 200; {bench.settle(server, 'engine_failed', 'internal')}"
 
 
-# --- NaN ---
-
-
-def with_state(bench: Bench, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """The checkpoint with other weights."""
-    found = load_checkpoint(bench.checkpoint)
-    state = {name: value.clone() for name, value in found.net.state_dict().items()}
-    change(state)
-    folder = bench.folder / "changed"
-    save_checkpoint(folder, state, found.net.config, found.noise, found.labels, {})  # type: ignore[arg-type]
-    return folder
-
-
-def nan_weights(bench: Bench) -> str:
-    def spoil(state: dict[str, torch.Tensor]) -> None:
-        next(iter(state.values())).view(-1)[0] = float("nan")
-
-    result = run_cli("serve", "--checkpoint", str(with_state(bench, spoil)), "--port", "0")
-    lines = result.stderr.splitlines()
-    must(result.returncode == 1 and len(lines) == 1, f"exit code {result.returncode}: {result.stderr[-300:]}")
-    return "exit code 1 and one line"
-
-
-def nan_in_a_step(bench: Bench) -> str:
-    def overflow(state: dict[str, torch.Tensor]) -> None:
-        state["class_embedding.weight"][7] = 3e38  # finite, as a checkpoint must be, until something is added to it
-
-    bench.checkpoint = with_state(bench, overflow)
-    server = bench.serve()
-    bench.post(server, 9)  # of all classes, of which number 7 overflows
-    answer = server.server.post(json={"steps": 5, "class_label": 7})
-    must_be(answer, 500, "not_finite")
-    seen = bench.settle(server, "not_finite")
-    must("8 of 9" in seen, seen)
-    return f"500 not_finite for what overflows; {seen}"
-
-
 FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
-    "kill": ("kill -9 in the middle of jobs", kill, "after a restart all jobs are done"),
-    "terminate": (
-        "SIGTERM in the middle of jobs",
-        terminate,
-        "exit code 0; what runs is answered; after a restart all jobs are done",
-    ),
     "disk": (f"the disk is full ({DISK})", disk, "new jobs 507, sampling goes on; with room again all jobs are done"),
     "clock": ("the clock jumps an hour on, two back, and one on", clock, "no job, deadline or ended job is touched"),
     "worker": (
@@ -443,7 +351,11 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
         "after two deaths it fails as engine_failed; all others are done",
     ),
     "step": ("an error in a step", step, "the jobs of that step fail as engine_failed; all others are done"),
-    "memory-step": ("the device has no memory for a step", memory_of_a_step, "the same"),
+    "memory-step": (
+        "the device has no memory for a step",
+        partial(step, fault="memory of a step"),
+        "the same",
+    ),
     "memory-job": (
         "the device has no memory for a job",
         memory_of_a_job,
@@ -453,12 +365,6 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
         "the process gets no more memory",
         memory_limit,
         "it lives, what ends meanwhile is done or says why not, and with memory again it serves",
-    ),
-    "nan-weights": ("a weight is NaN", nan_weights, "the start is refused in one line"),
-    "nan-step": (
-        "a network overflows for one class",
-        nan_in_a_step,
-        "its jobs fail as not_finite; all others are done",
     ),
 }
 
@@ -479,14 +385,6 @@ def trial(checkpoint: Path, names: Sequence[str], flags: Sequence[str] = ()) -> 
     return claims
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--only", help=f"some of {', '.join(FAULTS)}, by commas")
-    asked = parser.parse_args()
-    names = asked.only.split(",") if asked.only else list(FAULTS)
-    sys.exit(report(trial(asked.checkpoint, names)))
-
-
 if __name__ == "__main__":
-    main()
+    asked = servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, only=",".join(FAULTS))
+    sys.exit(report(trial(asked.checkpoint, asked.only.split(","))))

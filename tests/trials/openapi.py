@@ -4,8 +4,6 @@ The app runs on a fake engine, so that it is the edge that is tried, at thousand
 a key of the role admin; a check of schemathesis looks that without it nothing is answered.
 """
 
-import argparse
-import json
 import os
 import re
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from bench.servers import options_of
 from tests.service.api import fuzz_checks
 from tests.service.client.conftest import Served
 from tests.service.conftest import INSTANT
@@ -79,20 +78,11 @@ def trial(examples: int, seed: int = 1) -> Fuzzed:
     return Fuzzed(done.returncode == 0, done.stdout + done.stderr, operations, int(cases[1]) if cases else 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
-    asked = parser.parse_args()
-    cases, seed, passed, operations = 0, asked.seed, True, 0
-    while cases < asked.cases and passed:
-        found = trial(EXAMPLES, seed)
-        cases, seed, passed, operations = cases + found.cases, seed + 1, found.passed, found.operations
-        if not passed:
-            print(found.output)
-    print(json.dumps({"passed": passed, "operations": operations, "cases": cases}))
-    sys.exit(not passed)
-
-
 if __name__ == "__main__":
-    main()
+    asked = options_of(__doc__, cases=10_000, seed=1)
+    cases, seed, found = 0, asked.seed, trial(EXAMPLES, asked.seed)
+    while (cases := cases + found.cases) < asked.cases and found.passed:
+        seed += 1
+        found = trial(EXAMPLES, seed)
+    print(found.output if not found.passed else f"{cases} requests to {found.operations} operations")
+    sys.exit(not found.passed)

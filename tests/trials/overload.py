@@ -12,24 +12,20 @@ to come. Room is not kept for them, but a time that did not count them would be 
 as a herd. A time is told in whole seconds, and none is told beyond five minutes.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import sys
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import NamedTuple
-
-import httpx
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from bench import servers
-from tests.trials.claims import Claim, least, most, none, report
+from tests.trials import clients
+from tests.trials.claims import Claim, least, most, none
+from tests.trials.clients import BACKLOG, ROW_STEPS, Answer, backlog_below, metrics, saturated
 
 SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
 PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
@@ -40,7 +36,6 @@ CLIENTS = 16  # that keep every place filled
 LOAD = 5.0
 HERD, CROWD = 300, 100
 PROBE_S = 0.1
-READ = ("tminus_backlog_seconds", "tminus_row_steps_total")
 NEAR_S = 0.3  # what the probe read so shortly before or after a refusal counts for it
 SLACK = 0.95  # of the limit: between a refusal and the probe's look at it, some work is done
 FACTOR = 1.5
@@ -48,14 +43,6 @@ UNIT_S = 1.0  # of Retry-After
 LONGEST_S = 300.0  # that is told
 RECOVERY_S = 5.0
 NEWCOMERS_S = 0.2  # between one newcomer and the next, once the flood is over
-
-
-class Answer(NamedTuple):
-    """What one request got."""
-
-    status: int
-    wait_s: int  # the Retry-After of a refusal; 0 where there is none
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,58 +137,53 @@ def under_the_limit(refusals: Sequence[Refusal], looks: Sequence[Look], job_s: f
 # --- clients ---
 
 
-async def ask(http: httpx.AsyncClient) -> Answer:
-    """One request on a connection of its own.
-
-    Without httpx, whose own work would take from the server's cores what the figure is about.
-    """
-    reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
-    try:
-        target = f"/sample?seed={random.getrandbits(32)}&" + "&".join(f"{name}={value}" for name, value in SPEC.items())
-        writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").lower()
-        body = await reader.read()
-    finally:
-        writer.close()
-    wait_s = int(head.partition("\nretry-after: ")[2].split()[0] if "\nretry-after: " in head else 0)
-    return Answer(int(head.split()[1]), wait_s, body)
+async def ask(url: str) -> Answer:
+    """Ask for one job of SPEC."""
+    target = f"/sample?seed={random.getrandbits(32)}&" + "&".join(f"{name}={value}" for name, value in SPEC.items())
+    return await clients.ask(url, "POST", target)
 
 
-async def metric(http: httpx.AsyncClient, name: str) -> float:
-    """The sum over labels of one metric."""
-    lines = (await http.get("/metrics")).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+async def peak_beside_the_probe(url: str, seconds: float) -> float:
+    """Row-steps a second at most, beside the probe of the floods, which takes from the same cores."""
 
+    async def client() -> None:
+        answer = await ask(url)
+        assert answer.status in (200, 429), answer  # on a slow machine the clients of the peak are too many
+        await asyncio.sleep(answer.wait_s)
 
-async def rate(http: httpx.AsyncClient, seconds: float) -> float:
-    """Row-steps a second from now on, after a warm-up."""
-    await asyncio.sleep(WARM_UP_S)
-    before, began = await metric(http, "tminus_row_steps_total"), time.perf_counter()
-    await asyncio.sleep(seconds - WARM_UP_S)
-    return (await metric(http, "tminus_row_steps_total") - before) / (time.perf_counter() - began)
-
-
-async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
-    """The peak: each client asks again as soon as it has its answer."""
-
-    async def keep_asking() -> None:
-        while True:
-            answer = await ask(http)
-            assert answer.status == 200, answer
-
-    clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
-    peak = await rate(http, seconds)
-    for client in clients:
-        client.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
-    await backlog_below(http, 0.0)
+    async with probing(url, []):
+        peak = await saturated(url, [client] * CLIENTS, seconds - WARM_UP_S, WARM_UP_S)
+    await backlog_below(url, 0.0)
     return peak
+
+
+@asynccontextmanager
+async def probing(url: str, looks: list[Look]) -> AsyncIterator[None]:
+    """Look again and again."""
+
+    async def probe() -> None:
+        while True:
+            looks.append(await look(url))
+            await asyncio.sleep(PROBE_S)
+
+    task = asyncio.create_task(probe())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def look(url: str) -> Look:
+    asked_s = time.perf_counter()
+    counted = await metrics(url)
+    return Look((asked_s + time.perf_counter()) / 2, counted[BACKLOG], counted[ROW_STEPS])
 
 
 # --- the flood ---
 
 
-async def flood(http: httpx.AsyncClient, per_s: float, seconds: float, *, returning: bool, seed: int) -> Flood:
+async def flood(url: str, per_s: float, seconds: float, *, returning: bool, seed: int) -> Flood:
     """New clients at random moments, each of whom asks once, or comes back as told while the flood lasts."""
     found, draw, clock = Flood(), random.Random(seed), time.perf_counter
     ends_s = clock() + seconds
@@ -210,7 +192,7 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float, *, return
         while True:
             sent_s = clock()
             try:
-                answer = await ask(http)
+                answer = await ask(url)
             except (OSError, asyncio.IncompleteReadError) as error:
                 found.other.append(repr(error))
                 return
@@ -230,41 +212,34 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float, *, return
                 return
             await asyncio.sleep(refusal.wait_s)
 
-    async def arrive() -> list[asyncio.Task[None]]:
-        tasks, due_s = list[asyncio.Task[None]](), clock()
+    async with probing(url, found.looks), asyncio.TaskGroup() as group:
+        due_s = clock()
         while (due_s := due_s + draw.expovariate(per_s)) < ends_s:
             await asyncio.sleep(max(0.0, due_s - clock()))
-            tasks.append(asyncio.create_task(client()))
+            group.create_task(client())
         await asyncio.sleep(max(0.0, ends_s - clock()))
-        return tasks
-
-    probing = asyncio.create_task(probe(http, found.looks))
-    tasks = await arrive()
-    found.looks.append(await look(http))
-    first, last = found.looks[len(found.looks) // 10], found.looks[-1]  # the first jobs need a moment to fill the ticks
-    found.row_steps_per_s = (last.row_steps - first.row_steps) / (last.at_s - first.at_s)
-    while True:
-        came_s = clock()
-        if (await ask(http)).status == 200:  # a refusal comes at once, so that this one was let in when it came
-            break
-        await asyncio.sleep(NEWCOMERS_S)
-    found.let_in_s = came_s - ends_s
-    await asyncio.gather(*tasks)
-    while (await look(http)).backlog_s > 0:  # noqa: ASYNC110  it is another process's
-        await asyncio.sleep(PROBE_S)
-    found.idle_s = clock() - ends_s
-    probing.cancel()
-    await asyncio.gather(probing, return_exceptions=True)
+        found.looks.append(await look(url))
+        # The first jobs need a moment to fill the ticks.
+        first, last = found.looks[len(found.looks) // 10], found.looks[-1]
+        found.row_steps_per_s = (last.row_steps - first.row_steps) / (last.at_s - first.at_s)
+        while True:
+            came_s = clock()
+            if (await ask(url)).status == 200:  # a refusal comes at once, so that this one was let in when it came
+                break
+            await asyncio.sleep(NEWCOMERS_S)
+        found.let_in_s = came_s - ends_s
+        await backlog_below(url, 0.0)
+        found.idle_s = clock() - ends_s
     return found
 
 
-async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]]:
+async def stampede(url: str, herd: int) -> tuple[float, list[int]]:
     """All at one moment, each again when it was told to: seconds until the last has its answer, and tries of each."""
 
     async def persist() -> int:
         tries = 1
         while True:
-            answer = await ask(http)
+            answer = await ask(url)
             if answer.status != 429:
                 break
             await asyncio.sleep(answer.wait_s)
@@ -277,44 +252,14 @@ async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]
     return time.perf_counter() - began, tries
 
 
-async def newcomer(http: httpx.AsyncClient) -> int:
+async def newcomer(url: str) -> int:
     """The status of a client who comes when the backlog has room, after a crowd that does not come back."""
-    crowd = [asyncio.create_task(ask(http)) for _ in range(CROWD)]
+    crowd = [asyncio.create_task(ask(url)) for _ in range(CROWD)]
     await asyncio.sleep(1.0)
-    await backlog_below(http, 0.9 * BACKLOG_S)
-    answer = await ask(http)
+    await backlog_below(url, 0.9 * BACKLOG_S)
+    answer = await ask(url)
     await asyncio.gather(*crowd)
     return answer.status
-
-
-async def backlog_below(http: httpx.AsyncClient, seconds: float) -> None:
-    """Wait until no more than so much is left to do."""
-    while await metric(http, "tminus_backlog_seconds") > seconds:  # noqa: ASYNC110  it is another process's
-        await asyncio.sleep(0.05)
-
-
-async def look(http: httpx.AsyncClient) -> Look:
-    asked_s = time.perf_counter()
-    lines = (await http.get("/metrics")).text.splitlines()
-    at_s = (asked_s + time.perf_counter()) / 2
-    values = {name: sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)) for name in READ}
-    return Look(at_s, *values.values())
-
-
-async def probe(http: httpx.AsyncClient, looks: list[Look]) -> None:
-    while True:
-        looks.append(await look(http))
-        await asyncio.sleep(PROBE_S)
-
-
-async def watched_peak(http: httpx.AsyncClient, seconds: float) -> float:
-    """The peak beside the same probe as the floods, which is not a part of the load and takes from the same cores."""
-    probing = asyncio.create_task(probe(http, []))
-    try:
-        return await saturate(http, seconds)
-    finally:
-        probing.cancel()
-        await asyncio.gather(probing, return_exceptions=True)
 
 
 def judge(found: Flood, peak: float, who: str) -> list[Claim]:
@@ -349,35 +294,27 @@ async def trial(
 ) -> list[Claim]:
     """Both floods, the herd and the newcomer; what was found."""
     claims: list[Claim] = []
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
-        peak = await watched_peak(http, peak_s)
-        for returning, who in ((False, "none returns"), (True, "all return")):
-            found = await flood(http, load * peak / PLACES, seconds, returning=returning, seed=seed)
-            after = await watched_peak(http, peak_s)  # the machine may be faster or slower by now
-            claims += judge(found, (peak + after) / 2, who)
-            peak = after
-        took_s, tries = await stampede(http, herd)
-        claims += [
-            most(f"a herd of {herd} that does as told: seconds / ideal", took_s * peak / (herd * PLACES), 1.3),
-            most("its tries, median", statistics.median(tries), 3),
-        ]
-        claims.append(none("a client who comes when the backlog allows is refused", int(await newcomer(http) != 200)))
-        assert await metric(http, "tminus_rows_active") == 0
+    peak = await peak_beside_the_probe(url, peak_s)
+    for returning, who in ((False, "none returns"), (True, "all return")):
+        found = await flood(url, load * peak / PLACES, seconds, returning=returning, seed=seed)
+        after = await peak_beside_the_probe(url, peak_s)  # the machine may be faster or slower by now
+        claims += judge(found, (peak + after) / 2, who)
+        peak = after
+    took_s, tries = await stampede(url, herd)
+    claims += [
+        most(f"a herd of {herd} that does as told: seconds / ideal", took_s * peak / (herd * PLACES), 1.3),
+        most("its tries, median", statistics.median(tries), 3),
+        none("a client who comes when the backlog allows is refused", int(await newcomer(url) != 200)),
+    ]
+    assert (await metrics(url))["tminus_rows_active"] == 0
     return claims
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each flood")
-    parser.add_argument("--load", type=float, default=LOAD, help="times the peak")
-    parser.add_argument("--seed", type=int, default=1)
-    asked = parser.parse_args()
-    tminus = replace(servers.contenders(servers.cores(), FLAGS)["tminus"], env={})  # with the default of jobs
-    with servers.running(tminus, asked.checkpoint, None) as server:
-        os.nice(10)  # the clients are not the server's cost, and share its cores here only
-        sys.exit(report(asyncio.run(trial(server.url, asked.seconds, asked.load, asked.seed))))
-
-
 if __name__ == "__main__":
-    main()
+    # Without variables of the bench: with the default of jobs.
+    clients.run_on_server(
+        trial,
+        FLAGS,
+        servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, seconds=120.0, load=LOAD, seed=1),
+        env={},
+    )

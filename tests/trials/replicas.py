@@ -1,14 +1,16 @@
 """Three servers on one PostgreSQL: they are killed, put to sleep and cut off, and the database is restarted.
 
     .venv/bin/python -m tests.trials.replicas [--kills 50] [--sleeps 5] [--cuts 5] [--restarts 5] [--jobs 20]
+    .venv/bin/python -m tests.trials.replicas --replicas 1
 
 Each round brings the jobs in flight to --jobs, posted to any server that lives with an Idempotency-Key each, and does
-one thing to one server, or to the database, at a random moment. In the end every job is done, once, and has the bytes
-that POST /sample gives for the same parameters. Between each server and the database is a forwarder that can be cut:
-what is sent then waits, as on a broken line.
+one thing to one server, or to the database, at a random moment; a server is also killed while they are being posted. In
+the end every job is done, once, and has the bytes that POST /sample gives for the same parameters. Between each server
+and the database is a forwarder that can be cut: what is sent then waits, as on a broken line.
+
+One server alone has its jobs in SQLite, and is killed only.
 """
 
-import argparse
 import asyncio
 import contextlib
 import random
@@ -28,10 +30,9 @@ from bench import servers
 from bench.servers import Server
 from tests import postgres
 from tests.trials.claims import Claim, least, most, none, report
-from tests.trials.crash import make_spec
+from tminus.model.catalogue import SAMPLERS
 
 LEASE_S = 3.0
-OPEN = ("waiting", "running")
 PATIENCE_S = 600.0
 MOMENT_S = 3.0  # the latest after the jobs were posted
 TAKEN_S = 2.0  # after the lease of a server that is gone, until another steps its jobs
@@ -93,38 +94,30 @@ class Line:
 class Cluster:
     """The database, the servers, and the jobs that they were asked for."""
 
-    def __init__(self, database: postgres.Postgres, checkpoint: Path, folder: Path, count: int) -> None:
+    def __init__(self, database: postgres.Postgres | None, checkpoint: Path, folder: Path, count: int) -> None:
+        """database: None: one server, which has its jobs in SQLite."""
         self.database = database
-        self.lines = [Line(database.port) for _ in range(count)]
+        self.lines = [Line(database.port) for _ in range(count)] if database is not None else []
+        stores = [{"TMINUS_JOB_STORE": f"postgresql://tminus@127.0.0.1:{line.port}/postgres"} for line in self.lines]
+        flags = ("--job-lease-s", str(LEASE_S)) if stores else ()
         self.servers = [
-            Server(checkpoint, folder / str(number), ("--job-lease-s", str(LEASE_S)), self._environment(line))
-            for number, line in enumerate(self.lines)
+            Server(checkpoint, folder / str(number), flags, store) for number, store in enumerate(stores or [{}])
         ]
         self.specs: dict[str, dict[str, Any]] = {}
         self.ids: dict[str, str] = {}
         self.changed = 0  # answers with another id than before
         self.taken_s: list[float] = []
 
-    @staticmethod
-    def _environment(line: Line) -> dict[str, str]:
-        return {"TMINUS_JOB_STORE": f"postgresql://tminus@127.0.0.1:{line.port}/postgres"}
-
-    def ask(self, server: Server, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(f"{server.url}{path}", trust_env=False, timeout=60, **kwargs)
+    def ask(self, server: Server, path: str) -> httpx.Response:
+        return httpx.get(f"{server.url}{path}", trust_env=False, timeout=60)
 
     def open_ids(self, server: Server) -> set[str]:
         """The jobs that have not ended, as one server tells it."""
-        found, query = set[str](), "state=waiting,running&limit=100"
-        page: dict[str, Any] = {"next": ""}
-        while page["next"] is not None:
-            before = f"&before={page['next']}" if page["next"] else ""
-            page = self.ask(server, f"/jobs?{query}{before}").raise_for_status().json()
-            found |= {job["id"] for job in page["jobs"]}
-        return found
+        return {job["id"] for job in jobs_of(server, "waiting,running")}
 
-    def post(self, draw: random.Random, living: list[Server]) -> None:
-        """Post every job whose answer is not known, each to a server that lives."""
-        for key in [key for key in self.specs if key not in self.ids]:
+    def post(self, draw: random.Random, living: list[Server], *, again: bool = False) -> None:
+        """Post every job whose answer is not known, or every one again, each to a server that lives."""
+        for key in [key for key in self.specs if again or key not in self.ids]:
             server = draw.choice(living)
             with contextlib.suppress(httpx.HTTPError):
                 answer = httpx.post(
@@ -136,16 +129,14 @@ class Cluster:
                 else:
                     assert answer.status_code in (503, 507), answer.text
 
-    def fill(self, draw: random.Random, jobs: int) -> None:
-        """Bring the jobs in flight to so many."""
+    def add_specs(self, draw: random.Random, jobs: int) -> None:
+        """Have as many jobs to post as bring those in flight to so many."""
         for _ in range(jobs - len(self.open_ids(self.servers[0]))):
             self.specs[f"job {len(self.specs)}"] = make_spec(draw, len(self.specs))
-        self.post(draw, self.servers)
 
     def held_by(self, server: Server) -> set[str]:
         """Jobs that a server has in its worker: it alone knows when they will be done."""
-        jobs = self.ask(server, "/jobs?state=waiting,running&limit=100").json()["jobs"]
-        return {job["id"] for job in jobs if job["eta_s"] is not None}
+        return {job["id"] for job in jobs_of(server, "waiting,running") if job["eta_s"] is not None}
 
     def close(self) -> None:
         for line in self.lines:
@@ -157,31 +148,69 @@ class Cluster:
             line.close()
 
 
+def make_spec(rng: random.Random, seed: int) -> dict[str, Any]:
+    """A job of a second or so, of any kind."""
+    return {
+        "n": rng.randint(1, 4),
+        "steps": rng.choice([20, 50, 100, 200]),
+        "sampler": rng.choice(SAMPLERS),
+        "seed": seed,
+        "class_label": rng.randrange(10),
+        "guidance": rng.choice([1, 2]),
+    }
+
+
+def jobs_of(server: Server, state: str | None = None) -> list[dict[str, Any]]:
+    """Every job that a server knows, or those in a state."""
+    found: list[dict[str, Any]] = []
+    query: dict[str, Any] = {"limit": 100} | ({} if state is None else {"state": state})
+    while True:
+        page = httpx.get(f"{server.url}/jobs", params=query, timeout=60, trust_env=False).raise_for_status().json()
+        found += page["jobs"]
+        if page["next"] is None:
+            return found
+        query["before"] = page["next"]
+
+
 # --- what is done to them ---
 
 
 def kill(cluster: Cluster, draw: random.Random) -> None:
-    """SIGKILL; when the others have its jobs, it is started again."""
-    victim = draw.choice(cluster.servers)
+    """SIGKILL, perhaps while jobs are being posted; when the others have its jobs, it is started again."""
+    victim, held = draw.choice(cluster.servers), set[str]()
     others = [server for server in cluster.servers if server is not victim]
-    time.sleep(draw.uniform(0.02, MOMENT_S))
-    held = cluster.held_by(victim)
-    victim.kill()
+
+    def strike() -> None:
+        if others:
+            held.update(cluster.held_by(victim))
+        victim.kill()
+
+    timer = threading.Timer(draw.uniform(0.02, MOMENT_S), strike)
+    timer.start()
+    cluster.post(draw, cluster.servers)
+    timer.join()
     began_s = time.monotonic()
-    cluster.post(draw, others)
-    while left := held & cluster.open_ids(others[0]):
+    if others:
+        cluster.post(draw, others)
+    while others and (left := held & cluster.open_ids(others[0])):
         if left <= set().union(*(cluster.held_by(server) for server in others)):
             cluster.taken_s.append(time.monotonic() - began_s)
             break
         assert time.monotonic() - began_s < PATIENCE_S
         time.sleep(0.05)
     victim.start()
+    cluster.post(draw, cluster.servers)
+
+
+def post_and_wait(cluster: Cluster, draw: random.Random) -> None:
+    cluster.post(draw, cluster.servers)
+    time.sleep(draw.uniform(0.02, MOMENT_S))
 
 
 def sleep(cluster: Cluster, draw: random.Random) -> None:
     """SIGSTOP past the lease, then SIGCONT."""
     victim = draw.choice(cluster.servers)
-    time.sleep(draw.uniform(0.02, MOMENT_S))
+    post_and_wait(cluster, draw)
     assert victim._process is not None
     victim._process.send_signal(signal.SIGSTOP)
     time.sleep(LEASE_S + TAKEN_S)
@@ -191,7 +220,7 @@ def sleep(cluster: Cluster, draw: random.Random) -> None:
 def cut(cluster: Cluster, draw: random.Random) -> None:
     """The line between a server and the database, for longer than a lease."""
     line = draw.choice(cluster.lines)
-    time.sleep(draw.uniform(0.02, MOMENT_S))
+    post_and_wait(cluster, draw)
     line.cut()
     time.sleep(LEASE_S + TAKEN_S)
     line.heal()
@@ -199,7 +228,8 @@ def cut(cluster: Cluster, draw: random.Random) -> None:
 
 def restart(cluster: Cluster, draw: random.Random) -> None:
     """The database crashes, and is there again after more than a lease."""
-    time.sleep(draw.uniform(0.02, MOMENT_S))
+    assert cluster.database is not None
+    post_and_wait(cluster, draw)
     cluster.database.stop("KILL")
     time.sleep(draw.uniform(0.0, LEASE_S + TAKEN_S))
     cluster.database.start()
@@ -213,7 +243,8 @@ FAULTS = {"kill -9": kill, "asleep past the lease": sleep, "cut off": cut, "the 
 
 @contextlib.contextmanager
 def running(checkpoint: Path, count: int) -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory() as folder, postgres.running() as database:
+    alone = contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, postgres.running() if count > 1 else alone as database:
         cluster = Cluster(database, checkpoint, Path(folder), count)
         try:
             for server in cluster.servers:
@@ -233,12 +264,12 @@ def trial(checkpoint: Path, times: dict[str, int], jobs: int, seed: int = 0, cou
         with contextlib.suppress(KeyboardInterrupt):  # then what was done so far is judged
             for name in rounds:
                 settle(cluster)
-                cluster.fill(draw, jobs)
+                cluster.add_specs(draw, jobs)
                 FAULTS[name](cluster, draw)
                 done += 1
                 print(f"{done} of {len(rounds)}, {name}: {len(cluster.ids)} jobs accepted", flush=True)
         settle(cluster)
-        cluster.post(draw, cluster.servers)
+        cluster.post(draw, cluster.servers, again=True)
         until_s = time.monotonic() + PATIENCE_S
         while cluster.open_ids(cluster.servers[0]):
             assert time.monotonic() < until_s, "jobs do not end"
@@ -259,28 +290,28 @@ def settle(cluster: Cluster) -> None:
 
 
 def judge(cluster: Cluster, faults: int) -> list[Claim]:
-    first, *others = cluster.servers
+    first, last = cluster.servers[0], cluster.servers[-1]
     lost, other = [], []
     for key, job_id in cluster.ids.items():
         if cluster.ask(first, f"/jobs/{job_id}").json().get("state") != "done":
             lost.append(key)
             continue
         images = {cluster.ask(server, f"/jobs/{job_id}/image").content for server in cluster.servers}
-        undisturbed = httpx.post(f"{others[0].url}/sample", json=cluster.specs[key], trust_env=False, timeout=300)
+        undisturbed = httpx.post(f"{last.url}/sample", json=cluster.specs[key], trust_env=False, timeout=300)
         if images != {undisturbed.content}:
             other.append(key)
-    engine = sa.create_engine(cluster.database.url().replace("postgresql", "postgresql+psycopg"))
-    with engine.begin() as connection:
-        kept = connection.execute(sa.text("SELECT count(*) FROM tminus.jobs")).scalar_one()
-        moved = connection.execute(sa.text("SELECT count(*) FROM tminus.jobs WHERE fence > 1")).scalar_one()
-    engine.dispose()
     total = len(cluster.ids)
     claims = [
         none("accepted jobs that were lost", len(lost), total),
-        none("jobs kept twice, or under another id", abs(kept - total) + cluster.changed, total),
+        none("jobs kept twice, or under another id", abs(len(jobs_of(first)) - total) + cluster.changed, total),
         none("jobs whose bytes at any server are not those of an undisturbed run", len(other), total),
-        least("jobs that another server took over", moved, min(1, faults), form=",d"),
     ]
+    if cluster.database is not None:
+        engine = sa.create_engine(cluster.database.url().replace("postgresql", "postgresql+psycopg"))
+        with engine.begin() as connection:
+            moved = connection.execute(sa.text("SELECT count(*) FROM tminus.jobs WHERE fence > 1")).scalar_one()
+        engine.dispose()
+        claims.append(least("jobs that another server took over", moved, min(1, faults), form=",d"))
     if cluster.taken_s:
         print(f"\n{len(cluster.taken_s)} times others took over what a killed server held.")
         limit_s = LEASE_S + TAKEN_S
@@ -288,18 +319,11 @@ def judge(cluster: Cluster, faults: int) -> list[Claim]:
     return claims
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    for name, often in (("kills", 50), ("sleeps", 5), ("cuts", 5), ("restarts", 5)):
-        parser.add_argument(f"--{name}", type=int, default=often)
-    parser.add_argument("--jobs", type=int, default=20, help="in flight")
-    parser.add_argument("--replicas", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    times = dict(zip(FAULTS, (asked.kills, asked.sleeps, asked.cuts, asked.restarts), strict=True))
-    sys.exit(report(trial(asked.checkpoint, times, asked.jobs, asked.seed, asked.replicas)))
-
-
 if __name__ == "__main__":
-    main()
+    asked = servers.options_of(
+        __doc__, checkpoint=servers.CHECKPOINT, kills=50, sleeps=5, cuts=5, restarts=5, jobs=20, replicas=3, seed=0
+    )
+    times = dict(zip(FAULTS, (asked.kills, asked.sleeps, asked.cuts, asked.restarts), strict=True))
+    if asked.replicas == 1:
+        times = {"kill -9": asked.kills}
+    sys.exit(report(trial(asked.checkpoint, times, asked.jobs, asked.seed, asked.replicas)))

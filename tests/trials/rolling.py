@@ -7,7 +7,6 @@ time: POST and GET /sample, GET /model, WebSockets with previews, and durable jo
 instance A gets SIGTERM, ends, and is started again; then B.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -195,14 +194,6 @@ def trial(checkpoint: Path, rounds: int, seed: int = 0, flags: Sequence[str] = (
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    sys.exit(report(trial(asked.checkpoint, asked.rounds, asked.seed)))
-
-
 if __name__ == "__main__":
-    main()
+    asked = servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, rounds=3, seed=0)
+    sys.exit(report(trial(asked.checkpoint, asked.rounds, asked.seed)))

@@ -10,36 +10,34 @@ resident set as /metrics tells it, every two seconds; its median in the second p
 the last.
 """
 
-import argparse
 import asyncio
 import json
 import math
-import os
 import random
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from bench import servers
 from bench.figures import quantile
-from tests.trials.claims import Claim, least, most, none, report
+from tests.trials import clients
+from tests.trials.claims import Claim, least, most, none
+from tests.trials.clients import ROW_STEPS, ask, backlog_below, connection, metrics, saturated
 
 PARTS = 6
 LOAD, SHORT = 0.9, 0.1
 CLIENTS = 24  # that keep every place filled, though some of them read slowly
 PEAK_S, WARM_UP_S = 60.0, 5.0
 READ_S = 2.0  # between two looks at memory
-PATIENCE_S = 120.0
+PATIENCE_S = 120.0  # of a stream
 FLAGS = ("--max-streams-per-address", "4096", "--result-cache-mb", "1", "--keep-jobs-s", "30")
 MEDIA = ("image/png", "image/png", "application/zip", "application/json")
 BAD: tuple[tuple[str, str, bytes], ...] = (
@@ -68,12 +66,6 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)  # of samples: when due, seconds to the last byte
 
-    def status(self, kind: str, status: int, expected: Sequence[int], body: bytes = b"") -> None:
-        """Note the status of an answer; one that is not expected is wrong."""
-        self.statuses[status] += 1
-        if status not in expected:
-            self.wrong.append(f"{kind}: {status} {body[:200]!r}")
-
 
 Client = Callable[["Mix", random.Random], Awaitable[None]]
 
@@ -83,49 +75,37 @@ class Mix:
 
     def __init__(self, url: str, seen: Seen) -> None:
         self.url, self.seen = url, seen
-        self._host, port = url.removeprefix("http://").split(":")
-        self._port = int(port)
 
-    async def exchange(self, method: str, target: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
-        """One request on a connection of its own: status and body. httpx would take more of the server's cores."""
-        reader, writer = await asyncio.open_connection(self._host, self._port)
-        try:
-            lines = [
-                f"{method} {target} HTTP/1.1",
-                "Host: localhost",
-                "Connection: close",
-                f"Content-Length: {len(body)}",
-            ]
-            lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-            async with asyncio.timeout(PATIENCE_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                return int(head.split()[1]), await reader.read()
-        finally:
-            writer.close()
+    async def exchange(
+        self, kind: str, method: str, target: str, expected: Sequence[int], body: bytes = b"", **headers: str
+    ) -> bytes:
+        """One request; an answer of another status than expected is noted as wrong. Returns the answer's body."""
+        answer = await ask(self.url, method, target, body, **headers)
+        self.seen.statuses[answer.status] += 1
+        if answer.status not in expected:
+            self.seen.wrong.append(f"{kind}: {answer.status} {answer.body[:200]!r}")
+        return answer.body
 
     async def sample(self, draw: random.Random) -> None:
-        spec = spec_of(draw)
-        status, body = await self.exchange("POST", "/sample", json.dumps(spec).encode(), Accept=draw.choice(MEDIA))
-        self.seen.status("sample", status, (200,), body)
+        body = json.dumps(spec_of(draw)).encode()
+        await self.exchange("sample", "POST", "/sample", (200,), body, Accept=draw.choice(MEDIA))
 
     async def get(self, draw: random.Random) -> None:
         target = f"/sample?n=1&steps={draw.choice((5, 20))}&seed={draw.getrandbits(32)}"
-        status, body = await self.exchange("GET", target)
-        self.seen.status("get", status, (200,), body)
+        await self.exchange("get", "GET", target, (200,))
 
     async def hang_up(self, draw: random.Random) -> None:
         """Ask for much, and leave before it is there, in the middle of the request or after it."""
         body = json.dumps(spec_of(draw) | {"n": 4, "steps": 200}).encode()
         data = b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        _, writer = await asyncio.open_connection(self._host, self._port)
+        _, writer = await connection(self.url)
         try:
             writer.write(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
             await asyncio.sleep(draw.uniform(0, 0.4))
         finally:
             writer.transport.abort()
 
-    async def _stream(self, draw: random.Random, every: int, pause_s: float, cancel: bool) -> str:
+    async def _stream(self, draw: random.Random, every: int, pause_s: float = 0.0, *, cancel: bool = False) -> str:
         spec = spec_of(draw) | {
             "n": 2,
             "steps": draw.choice((20, 50)),
@@ -147,58 +127,50 @@ class Mix:
                 self.seen.statuses[500] += 1
         return last
 
+    async def _stream_until(self, kind: str, draw: random.Random, ends: Sequence[str], **how: Any) -> None:
+        if (last := await self._stream(draw, **how)) not in ends:
+            self.seen.wrong.append(f"{kind}: {last}")
+
     async def stream(self, draw: random.Random) -> None:
-        if (last := await self._stream(draw, every=5, pause_s=0, cancel=False)) != "done":
-            self.seen.wrong.append(f"stream: {last}")
+        await self._stream_until("stream", draw, ("done",), every=5)
 
     async def slow_reader(self, draw: random.Random) -> None:
-        if (last := await self._stream(draw, every=1, pause_s=draw.uniform(0.05, 0.3), cancel=False)) != "done":
-            self.seen.wrong.append(f"slow reader: {last}")
+        await self._stream_until("slow reader", draw, ("done",), every=1, pause_s=draw.uniform(0.05, 0.3))
 
     async def cancel(self, draw: random.Random) -> None:
-        if (last := await self._stream(draw, every=5, pause_s=0, cancel=True)) not in ("cancelled", "done", "error"):
-            self.seen.wrong.append(f"cancel: {last}")
+        await self._stream_until("cancel", draw, ("cancelled", "done", "error"), every=5, cancel=True)
 
     async def durable(self, draw: random.Random) -> None:
         """A job, its events to the end, its image; half of them are deleted."""
         key, body = draw.randbytes(16).hex(), json.dumps(spec_of(draw)).encode()
-        status, answer = await self.exchange("POST", "/jobs", body, Idempotency_Key=key)
-        self.seen.status("durable", status, (202,), answer)
-        if status != 202:
-            return
-        path = f"/jobs/{json.loads(answer)['id']}"
-        status, events = await self.exchange("GET", f"{path}/events?every=5")
-        self.seen.status("events", status, (200, 204), events)
-        status, answer = await self.exchange("GET", f"{path}/image")
-        self.seen.status("image", status, (200,), answer)
+        path = await self._submitted("durable", body, Idempotency_Key=key)
+        await self.exchange("events", "GET", f"{path}/events?every=5", (200, 204))
+        await self.exchange("image", "GET", f"{path}/image", (200,))
         if draw.random() < 0.5:
-            status, answer = await self.exchange("DELETE", path)
-            self.seen.status("delete", status, (204,), answer)
+            await self.exchange("delete", "DELETE", path, (204,))
 
     async def deleted(self, draw: random.Random) -> None:
         """A long job that is cancelled on its way."""
-        status, answer = await self.exchange("POST", "/jobs", json.dumps(spec_of(draw) | {"steps": 1000}).encode())
-        self.seen.status("deleted", status, (202,), answer)
-        if status != 202:
-            return
-        path = f"/jobs/{json.loads(answer)['id']}"
+        path = await self._submitted("deleted", json.dumps(spec_of(draw) | {"steps": 1000}).encode())
         await asyncio.sleep(draw.uniform(0, 0.5))
-        status, answer = await self.exchange("POST", f"{path}/cancel")
-        self.seen.status("cancel of a job", status, (200,), answer)
-        status, answer = await self.exchange("DELETE", path)
-        self.seen.status("delete", status, (204,), answer)
+        await self.exchange("cancel of a job", "POST", f"{path}/cancel", (200,))
+        await self.exchange("delete", "DELETE", path, (204,))
+
+    async def _submitted(self, kind: str, body: bytes, **headers: str) -> str:
+        """The path of a durable job that was accepted."""
+        job = json.loads(await self.exchange(kind, "POST", "/jobs", (202,), body, **headers))
+        return f"/jobs/{job['id']}"
 
     async def bad(self, draw: random.Random) -> None:
         method, target, body = draw.choice(BAD)
-        status, answer = await self.exchange(method, target, body)
-        self.seen.status("bad", status, range(400, 500), answer)
+        await self.exchange("bad", method, target, range(400, 500), body)
 
     async def come(self, kind: str, draw: random.Random) -> None:
         """One client; what it raises is wrong, and noted."""
         self.seen.counts[kind] += 1
         try:
             await KINDS[kind][1](self, draw)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, WebSocketException, ValueError) as error:
+        except (OSError, asyncio.IncompleteReadError, WebSocketException, ValueError, KeyError) as error:
             self.seen.wrong.append(f"{kind}: {error!r}")
 
 
@@ -227,30 +199,18 @@ def kind_of(draw: random.Random) -> str:
 # --- the trial ---
 
 
-async def read(http: httpx.AsyncClient) -> dict[str, float]:
-    return servers.sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
-
-
-async def peak(http: httpx.AsyncClient, url: str, seconds: float, seed: int) -> tuple[float, float, Seen]:
+async def peak(url: str, seconds: float, seed: int) -> tuple[float, float, Seen]:
     """Clients and row-steps a second, with every place filled."""
-    mix = Mix(url, Seen())
+    mix, came, began_s = Mix(url, Seen()), list[float](), time.perf_counter()
 
-    async def keep_coming(number: int) -> None:
-        draw = random.Random(f"{seed} peak {number}")
-        while True:
-            await mix.come(kind_of(draw), draw)
+    async def client(draw: random.Random) -> None:
+        came.append(time.perf_counter() - began_s)
+        await mix.come(kind_of(draw), draw)
 
-    tasks = [asyncio.create_task(keep_coming(number)) for number in range(CLIENTS)]
-    await asyncio.sleep(WARM_UP_S)
-    before, count, began_s = await read(http), mix.seen.counts.total(), time.perf_counter()
-    await asyncio.sleep(seconds)
-    after, took_s = await read(http), time.perf_counter() - began_s
-    count = mix.seen.counts.total() - count
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    row_steps = after["tminus_row_steps_total"] - before["tminus_row_steps_total"]
-    return count / took_s, row_steps / took_s, mix.seen
+    comers = [partial(client, random.Random(f"{seed} peak {number}")) for number in range(CLIENTS)]
+    row_steps_per_s = await saturated(url, comers, seconds, WARM_UP_S)
+    counted = sum(WARM_UP_S <= at_s < WARM_UP_S + seconds for at_s in came)
+    return counted / seconds, row_steps_per_s, mix.seen
 
 
 def part_of(per_s: float, seconds: float, seed: int) -> list[tuple[float, str, int]]:
@@ -281,31 +241,28 @@ async def drive(mix: Mix, part: Sequence[tuple[float, str, int]], seconds: float
     await asyncio.gather(*tasks)
 
 
-async def trial(url: str, minutes: float, load: float, seed: int, peak_s: float = PEAK_S) -> list[Claim]:
-    """Run it; what was found."""
+async def trial(url: str, minutes: float, load: float, seed: int, peak_s: float | None = None) -> list[Claim]:
+    """Run it; what was found. peak_s: how long the peak is measured for, a sixth of the time unless it is given."""
     part_s = 60 * minutes / PARTS
     memory: list[tuple[float, float]] = []
-    limits = httpx.Limits(max_connections=4)
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as http:
-        clients_per_s, row_steps_per_s, at_peak = await peak(http, url, peak_s, seed)
-        print(f"peak of this mix: {clients_per_s:.1f} clients/s, {row_steps_per_s:,.0f} row-steps/s", flush=True)
-        while (await read(http))["tminus_backlog_seconds"] > 0:  # noqa: ASYNC110  it is another process's
-            await asyncio.sleep(0.1)
-        mix = Mix(url, Seen())
-        began_s, before = time.perf_counter(), await read(http)
+    clients_per_s, row_steps_per_s, at_peak = await peak(url, peak_s or min(PEAK_S, part_s), seed)
+    print(f"peak of this mix: {clients_per_s:.1f} clients/s, {row_steps_per_s:,.0f} row-steps/s", flush=True)
+    await backlog_below(url, 0.0)
+    mix = Mix(url, Seen())
+    began_s, before = time.perf_counter(), await metrics(url)
 
-        async def watch() -> None:
-            while True:
-                memory.append((time.perf_counter() - began_s, (await read(http))["process_resident_memory_bytes"]))
-                await asyncio.sleep(min(READ_S, part_s / 5))
+    async def watch() -> None:
+        while True:
+            memory.append((time.perf_counter() - began_s, (await metrics(url))["process_resident_memory_bytes"]))
+            await asyncio.sleep(min(READ_S, part_s / 5))
 
-        watching = asyncio.create_task(watch())
-        await drive(mix, part_of(load * clients_per_s, part_s, seed), part_s)
-        took_s, after = time.perf_counter() - began_s, await read(http)
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+    watching = asyncio.create_task(watch())
+    await drive(mix, part_of(load * clients_per_s, part_s, seed), part_s)
+    took_s, after = time.perf_counter() - began_s, await metrics(url)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
     seen = mix.seen
-    reached_load = (after["tminus_row_steps_total"] - before["tminus_row_steps_total"]) / took_s / row_steps_per_s
+    reached_load = (after[ROW_STEPS] - before[ROW_STEPS]) / took_s / row_steps_per_s
     print(", ".join(f"{count:,} {kind}" for kind, count in seen.counts.most_common()))
     print(*(at_peak.wrong + seen.wrong)[:20], sep="\n")
 
@@ -339,18 +296,7 @@ async def trial(url: str, minutes: float, load: float, seed: int, peak_s: float 
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--load", type=float, default=LOAD, help="of the peak")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    with servers.running(servers.contenders(servers.cores(), FLAGS)["tminus"], asked.checkpoint, None) as server:
-        os.nice(10)  # the clients are not the server's cost, and share its cores here only
-        peak_s = min(PEAK_S, 60 * asked.minutes / 6)
-        sys.exit(report(asyncio.run(trial(server.url, asked.minutes, asked.load, asked.seed, peak_s))))
-
-
 if __name__ == "__main__":
-    main()
+    clients.run_on_server(
+        trial, FLAGS, servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, minutes=30.0, load=LOAD, seed=0)
+    )
