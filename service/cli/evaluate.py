@@ -2,8 +2,9 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -27,13 +28,6 @@ NAMES = comma_separated(str, "a name", bool)
 STEPS = comma_separated(int, "a whole number, 1 or more", lambda steps: bool(steps >= 1))
 SCALES = comma_separated(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: bool(0 <= scale <= MAX_GUIDANCE))
 SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
-
-
-class Ways(NamedTuple):
-    """How samples are made, and what they are drawn beside."""
-
-    points: "tuple[Point, ...]"
-    references: "tuple[Point, ...]"
 
 
 @click.command()
@@ -102,7 +96,7 @@ def evaluate(
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.evaluation.page import check_installed
+    from tminus.model.evaluation.page import check_installed, report_files
 
     if approve and options["precision"] == "float32":
         fail("--approve: needs a --precision below float32 to approve")
@@ -111,27 +105,31 @@ def evaluate(
             check_installed()
             make_folder(f"--report {report_folder}", report_folder)
         loaded = load_checkpoint(checkpoint)
-        ways = choose_ways(loaded, options)
-        single = len(ways.points) == 1 and not ways.references
+        points, references = choose_points(loaded, options)
+        single = len(points) == 1 and not references
         if approve and not (single and len(options["seeds"]) == 1):
             fail("--approve: compares one sampler, number of steps, guidance and seed, and several were given")
         compared = load_compared(checkpoint, loaded, classifier, options)
-        reference = None
-        if approve:
-            reference = measure(checkpoint, compared, ways, options | {"precision": "float32"}, report_folder)
-        report = measure(checkpoint, compared, ways, options, report_folder)
+        measured = partial(measure, checkpoint, compared, report_folder, points, references)
+        reference = measured(options | {"precision": "float32"}) if approve else None
+        report = measured(options)
         say(report.to_markdown())
         if json_file is not None:
             figures = report.to_flat_dict() if single else report.to_dict()
             write_file(f"--json {json_file}", json_file, (json.dumps(figures, indent=2) + "\n").encode())
         if report_folder is not None:
-            write_report(report_folder, report, command_line(click.get_current_context()))
+            for name, content in report_files(report, command_line(click.get_current_context())).items():
+                write_file(f"--report {report_folder}", report_folder / name, content)
+            say(f"{report_folder / 'report.html'}: written")
         if reference is not None:  # last: it writes into the checkpoint, and that may fail
             judge_precision(checkpoint, reference, report)
 
 
-def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
-    """Every combination of samplers, steps and guidance. Raises ValueError for a sampler that is none."""
+def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple[Point, ...], tuple[Point, ...]]":
+    """Every combination of samplers, steps and guidance, and those they are drawn beside.
+
+    Raises ValueError for a sampler that is none.
+    """
     from tminus.model.evaluation.samples import make_points
 
     references: tuple[Point, ...] = ()
@@ -140,7 +138,7 @@ def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
         if not steps.isdecimal() or int(steps) < 1:
             fail(f"--reference: must be a sampler and a number of steps, as ddpm:1000, got {wanted!r:.100}")
         references = make_points(loaded, [name], [int(steps)], options["guidance"])
-    return Ways(make_points(loaded, options["sampler"], options["steps"], options["guidance"]), references)
+    return make_points(loaded, options["sampler"], options["steps"], options["guidance"]), references
 
 
 def load_compared(
@@ -170,9 +168,10 @@ def load_compared(
 def measure(
     checkpoint: Path,
     compared: "tuple[ImageSet, ImageSet, Classifier | None]",
-    ways: Ways,
-    options: dict[str, Any],
     report_folder: Path | None,
+    points: "tuple[Point, ...]",
+    references: "tuple[Point, ...]",
+    options: dict[str, Any],
 ) -> "Report":
     """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
     import torch
@@ -205,8 +204,8 @@ def measure(
             device=device,
             forward=executor,
             draw_threads=draw_threads,
-            points=ways.points,
-            references=ways.references,
+            points=points,
+            references=references,
             seeds=options["seeds"],
             cache=ResultCache(report_folder / "kept" if report_folder is not None else None),
         )
@@ -214,15 +213,6 @@ def measure(
         if report_folder is None:
             raise
         fail(f"--report {report_folder}: {error}")
-
-
-def write_report(folder: Path, report: "Report", command: str) -> None:
-    """Write the files of a report, and say where it is."""
-    from tminus.model.evaluation.page import report_files
-
-    for name, content in report_files(report, command).items():
-        write_file(f"--report {folder}", folder / name, content)
-    say(f"{folder / 'report.html'}: written")
 
 
 def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> None:

@@ -8,7 +8,6 @@ from pydantic import Field, ValidationInfo, field_validator
 from tminus.service.startup.settings import Settings
 
 MOST_PORT = 65_535
-ONE_EACH = "is not for Ray: each replica has one of its own, which its log tells"
 
 
 class RaySettings(Settings):
@@ -64,18 +63,13 @@ class RaySettings(Settings):
         "from FROM-TO, as 9200-9215; as many as replicas may run there, with those that drain; default: any free port",
     )
 
-    @field_validator("metrics_port")
+    @field_validator("metrics_port", "job_address")
     @classmethod
-    def _has_no_port(cls, value: int | None) -> int | None:
+    def _has_one_each(cls, value: object) -> object:
         if value is not None:
-            raise ValueError(f"{ONE_EACH}, and answers /metrics there")
-        return value
-
-    @field_validator("job_address")
-    @classmethod
-    def _has_no_address(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError(ONE_EACH)
+            raise ValueError(
+                "is not for Ray: each replica has one of its own, where it also answers /metrics; its log tells it"
+            )
         return value
 
     @field_validator("replica_ports")

@@ -1,20 +1,15 @@
 from pathlib import Path
 
-import click.testing
 import pytest
 from PIL import Image
 
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
 from tests.model.formats.ho import Ho
-from tminus.service.cli.main import main
+from tests.service.cli.running import run
 from tminus.service.engine.protocol import BUNDLED
 
 HO = ["--image-size", "16", "--timesteps", "20", "--beta-schedule", "linear", "--prediction", "epsilon"]
-
-
-def run(*arguments: object) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_converted_file_is_sampled_like_any_checkpoint(tmp_path: Path) -> None:
@@ -38,18 +33,8 @@ def test_converted_file_is_sampled_like_any_checkpoint(tmp_path: Path) -> None:
 
 def test_network_that_diffusers_has_not_is_told(tmp_path: Path) -> None:
     file = save(randomised(Guided(mult=(1, 2), attends=(0, 1), heads=4)), tmp_path / "ema.pt")
-    own = [
-        "--variance",
-        "fixed_large",
-        "--heads",
-        4,
-        "--attention-order",
-        "legacy",
-        "--timesteps",
-        200,
-        "--rescale-timesteps",
-        "no",
-    ]
+    own = ["--variance", "fixed_large", "--heads", 4, "--attention-order", "legacy", "--timesteps", 200]
+    own += ["--rescale-timesteps", "no"]
     result = run("convert", file, tmp_path / "out", *HO, *own)
     assert result.exit_code == 0, result.output
     assert "diffusers has no such network: the folder is for tminus alone" in result.output
@@ -72,12 +57,8 @@ def test_failure_is_one_clear_line_and_leaves_no_folder(arguments: list[str], li
     assert not (tmp_path / "out").exists()
 
 
-def inspect(*arguments: object) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, ["inspect", *map(str, arguments)])
-
-
 def test_folder_is_told_with_what_it_costs_here() -> None:
-    result = inspect(BUNDLED)
+    result = run("inspect", BUNDLED)
     assert result.exit_code == 0, result.output
     lines = dict(line.strip().split("  ", 1) for line in result.output.splitlines())
     assert lines["parameters"] == "2.59 M"
@@ -88,7 +69,7 @@ def test_folder_is_told_with_what_it_costs_here() -> None:
 
 def test_file_is_told_with_what_is_missing(tmp_path: Path) -> None:
     file = save(randomised(Ho()), tmp_path / "model.ckpt")
-    result = inspect(file)
+    result = run("inspect", file)
     assert result.exit_code == 0, result.output
     assert "missing  --variance (fixed_small or fixed_large, of ancestral sampling)" in result.output
     assert " a pass of one row" not in result.output

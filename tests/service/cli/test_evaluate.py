@@ -4,18 +4,21 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click.testing
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from tests.model.evaluation.toys import toy_checkpoint
-from tests.service.cli.refusals import line_of
+from tests.service.cli.running import line_of, run
 from tminus.model.checkpoint import save_checkpoint
 from tminus.model.evaluation import evaluate as measure
-from tminus.service.cli.main import main
+from tminus.service.cli.evaluate import command_line
+from tminus.service.cli.options import comma_separated
 from tminus.service.engine import autotune
 
 pytestmark = pytest.mark.slow
@@ -47,10 +50,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(threads)
 
 
-def evaluate(folders: list[str], *arguments: str | Path) -> click.testing.Result:
+def evaluate(folders: list[str], *arguments: str | Path) -> Result:
     small = ["--num-samples", "6", "--bound-images", "4", "--bound-timesteps", "3", "--executor", "eager"]
-    command = ["evaluate", *folders, *small, "--device", "cpu", *map(str, arguments)]
-    return click.testing.CliRunner().invoke(main, command)
+    return run("evaluate", *folders, *small, "--device", "cpu", *arguments)
 
 
 def refusal(folders: list[str], *arguments: str | Path) -> str:
@@ -80,7 +82,7 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
     assert words[:2] == ["tminus", "evaluate"]
 
     monkeypatch.setattr(measure, "draw_samples", None)
-    again = click.testing.CliRunner().invoke(main, words[1:])
+    again = run(*words[1:])
     assert again.exit_code == 0, (again.output, again.exception)
     assert again.stdout == result.stdout
     assert written["report.html"].read_text() == page
@@ -100,20 +102,13 @@ def test_what_cannot_be_measured_is_one_clear_line(folders: list[str], arguments
     assert says in refusal(folders, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("option", "text", "bound"),
-    [
-        ("--steps", "5,0", "a whole number, 1 or more, got '0'"),
+def test_a_bad_value_of_a_list_is_named_with_its_bound(folders: list[str]) -> None:
+    for option, text, bound in (
         ("--guidance", "1,51", "a number, 0..50, got '51'"),
         ("--seeds", str(2**64), "a whole number, 0..2^64-1, got"),
-        ("--sampler", "", "a name, got ''"),
-    ],
-)
-def test_a_bad_value_of_a_list_is_named_with_its_bound(folders: list[str], option: str, text: str, bound: str) -> None:
-    result = evaluate(folders, option, text)
-    assert result.exit_code == 2
-    assert option in result.output
-    assert bound in result.output
+    ):
+        result = evaluate(folders, option, text)
+        assert (result.exit_code, option in result.output, bound in result.output) == (2, True, True)
 
 
 def test_figures_are_not_lost_where_the_checkpoint_cannot_be_written(
@@ -141,3 +136,47 @@ def test_a_full_disk_and_a_full_gpu_are_one_clear_line(
 
     monkeypatch.setattr("tminus.model.evaluation.evaluate.evaluate", evaluated)
     assert refusal(folders, "--steps", "2") == f"tminus: {error}"
+
+
+# --- options of several values ---
+
+SMALL = comma_separated(int, "a whole number, 1..9", lambda number: bool(1 <= number <= 9))
+
+
+@click.command("measure")
+@click.option("-n", "--numbers", "--number", "numbers", callback=SMALL, default="3")
+@click.option("--name", default="a")
+@click.option("--pair", type=int, nargs=2)
+@click.option("--fast", is_flag=True)
+def measured(**options: Any) -> None:
+    click.echo(repr(options["numbers"]))
+    click.echo(command_line(click.get_current_context()))
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(measured, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("5", (5,)), ("1,2,9", (1, 2, 9)), (" 2 , 1 ", (2, 1)), ("4,4,1,4", (4, 1))],
+)
+def test_a_list_is_read_in_its_order_each_value_once(text: str, values: tuple[int, ...]) -> None:
+    assert invoke("--numbers", text).output.splitlines()[0] == repr(values)
+    assert invoke("--number", text).output.splitlines()[0] == repr(values)
+
+
+def test_the_command_line_gives_the_command_again_by_the_longest_name_of_an_option() -> None:
+    for arguments in (("--numbers", "1,2", "--name", "it's a <name>", "--pair", "3", "4", "--fast"), ()):
+        assert shlex.split(invoke(*arguments).output.splitlines()[1]) == ["tminus", "measure", *arguments]
+    assert invoke("-n", "4,4,5").output.splitlines()[1] == "tminus measure --numbers 4,5"
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"), [("", ""), ("1,", ""), ("1,0", "0"), ("1;2", "1;2"), ("1,x", "x"), ("10", "10")]
+)
+def test_a_bad_value_is_named_with_its_option_and_bound(text: str, bad: str) -> None:
+    result = invoke("--numbers", text)
+    assert result.exit_code == 2
+    assert "--numbers" in result.output
+    assert f"each must be a whole number, 1..9, got {bad!r}" in result.output

@@ -3,18 +3,16 @@
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import click.testing
 import pytest
 
+from tests.service.cli import running
 from tests.service.keys import access_of
 from tminus.service.access.keys import KeyLimits, KeyRing
-from tminus.service.cli.main import main
 
-
-def run(*arguments: str | Path) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, ["key", *map(str, arguments)])
+run = partial(running.run, "key")
 
 
 def test_a_secret_and_its_line_are_printed() -> None:

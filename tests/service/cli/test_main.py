@@ -1,14 +1,22 @@
-"""How Ctrl-C ends the commands; tests/e2e/test_train.py has `train`, which saves before."""
+"""How commands end: Ctrl-C, failures in a line; tests/e2e/test_train.py has `train`, which saves before Ctrl-C."""
 
+import io
+import json
+import logging
 import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
-from click.testing import CliRunner
+from PIL import Image
 
+from tests.service.cli.running import refusal, run
 from tminus.model import checkpoint
-from tminus.service.cli.main import main
+from tminus.service.cli.output import fail, say
 from tminus.service.engine import loading
+from tminus.service.request_id import REQUEST_ID
+from tminus.service.startup.logs import MAX_LINE, printable, set_up_log
 
 
 @pytest.mark.parametrize(
@@ -29,5 +37,70 @@ def test_ctrl_c_ends_a_command_with_130_and_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint, "load_checkpoint", load)
     monkeypatch.setattr(loading, "read_checkpoint", load)
-    result = CliRunner().invoke(main, command)
+    result = run(*command)
     assert (result.exit_code, result.stderr) == (130, f"tminus: {says}\n")
+
+
+@pytest.mark.parametrize("command", [["train", "--head-dim", "4"], ["train-autoencoder"]])
+def test_a_run_that_cannot_be_written_is_one_clear_line(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        Image.fromarray(np.full((8, 8, 3), k, np.uint8)).save(tmp_path / "images" / f"{k}.png")
+    (tmp_path / "file").touch()
+    small = ["--size", "8", "--widths", "8,8", "--groups", "4", "--steps", "1", "--batch-size", "2", "--device", "cpu"]
+    data = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "file" / "run"), "--precision", "fp32"]
+    assert "Not a directory" in refusal(*command, *data, *small)
+
+
+# --- what is written ---
+
+
+def test_what_could_drive_a_terminal_is_escaped_in_lines_and_text_of_any_script_is_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert printable("\x1b[2J\x07\r\n\x9b31m\u202e\ud800\x7f") == "\\x1b[2J\\x07\\r\\n\\x9b31m\\u202e\\ud800\\x7f"
+    assert printable("Schönes Bild, 画像, ok") == "Schönes Bild, 画像, ok"
+    assert len(printable("x" * 10**6)) == MAX_LINE + 1
+    with pytest.raises(SystemExit):
+        fail("a\nb\x1b[2J")
+    assert capsys.readouterr().err == "tminus: a\\nb\\x1b[2J\n"
+    say("one\ntwo\x1b[2J")
+    assert capsys.readouterr().out == "one\ntwo\\x1b[2J\n"
+
+
+def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged of a checkpoint has its name, which is from a file."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    assert "needs a --precision" in run("evaluate", "--approve").output  # it has ended at once
+    (handler,) = root.handlers
+    record = logging.LogRecord("x", logging.INFO, "", 0, "serving %s\nand", ("\x1b[2J",), None)
+    assert handler.format(record) == "serving \\x1b[2J\nand"
+
+
+def test_a_log_of_json_has_an_object_a_line_with_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, text = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr("sys.stderr", text)
+    set_up_log("INFO", "%(message)s", "json")
+    log = logging.getLogger("tminus.x")
+    log.info("a\n%s", "b\x1b[2J", extra={"job_id": "j", "status": 200, "unknown": 1})
+    token = REQUEST_ID.set("r")
+    try:
+        raise RuntimeError("oh")
+    except RuntimeError:
+        log.exception("it failed")
+    finally:
+        REQUEST_ID.reset(token)
+    first, second = map(json.loads, text.getvalue().splitlines())
+    assert first == first | {
+        "level": "info",
+        "logger": "tminus.x",
+        "message": "a\nb\x1b[2J",
+        "job_id": "j",
+        "status": 200,
+    }
+    assert first.keys() == {"time", "level", "logger", "message", "job_id", "status"}
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+    assert (second["request_id"], second["level"]) == ("r", "error")
+    assert "RuntimeError: oh" in second["traceback"]

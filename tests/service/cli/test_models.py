@@ -2,22 +2,22 @@
 
 from pathlib import Path
 
-import click.testing
 import numpy as np
+from click.testing import Result
 
-from tests.service.cli.refusals import line_of
+from tests.service.cli import running
+from tests.service.cli.running import line_of
 from tests.service.client.conftest import ADMIN_KEY, Served, several  # noqa: F401
 from tests.service.conftest import pixels
 from tests.service.fakes import INFO, make_spec
-from tminus.service.cli.main import main
 from tminus.service.images.encoder import encode_png, recipe
 
 LOADED = {"width_px": 32, "height_px": 16, "channels": 3, "class_names": ["a"], "device": "cpu", "fingerprint": "f"}
 MODEL = {"name": "x", "default": False, "state": "loaded", "model": LOADED}
 
 
-def run(*arguments: str | Path, key: str | None = ADMIN_KEY) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, [*map(str, arguments)], env={"TMINUS_KEY": key})
+def run(*arguments: str | Path, key: str | None = ADMIN_KEY) -> Result:
+    return running.run(*arguments, TMINUS_KEY=key)
 
 
 def refusal(*arguments: str | Path, key: str | None = ADMIN_KEY) -> str:

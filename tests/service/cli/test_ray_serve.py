@@ -4,16 +4,14 @@ import builtins
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import click.testing
 import pytest
 
-from tests.service.cli import refusals
+from tests.service.cli import running
+from tests.service.cli.running import refusal
 from tminus.service.cli import ray_serve
-from tminus.service.cli.main import main
 from tminus.service.cli.ray_serve import QUIET_AND_WHOLE
 from tminus.service.ray_serve.replica import ending_s
 from tminus.service.ray_serve.settings import RaySettings
@@ -31,15 +29,17 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(signum, handler)
 
 
-refusal = partial(refusals.refusal, "ray", "serve")
+RAY_SERVE = ("ray", "serve")
 
 
 def test_settings_that_cannot_be_served_are_refused_by_name(tmp_path: Any) -> None:
-    line = refusal("--max-replicas", "2")
+    line = refusal(*RAY_SERVE, "--max-replicas", "2")
     assert "--max-replicas (TMINUS_MAX_REPLICAS)" in line
     assert "--job-store (TMINUS_JOB_STORE)" in line
-    assert "--host (TMINUS_HOST)" in refusal("--host", "0.0.0.0"), "other machines are not let in without keys"
-    assert "--models (TMINUS_MODELS)" in refusal("--models", str(tmp_path))
+    assert "--host (TMINUS_HOST)" in refusal(*RAY_SERVE, "--host", "0.0.0.0"), (
+        "other machines are not let in without keys"
+    )
+    assert "--models (TMINUS_MODELS)" in refusal(*RAY_SERVE, "--models", str(tmp_path))
 
 
 def test_without_the_extra_the_command_says_which_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_without_the_extra_the_command_says_which_it_needs(monkeypatch: pytest.M
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_ray)
-    assert "pip install 'tminus[ray]'" in refusal()
+    assert "pip install 'tminus[ray]'" in refusal(*RAY_SERVE)
 
 
 def test_a_cluster_that_is_not_there_ends_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_a_cluster_that_is_not_there_ends_in_a_line(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("nobody answers")
 
     monkeypatch.setattr("ray.init", init)
-    line = refusal("--ray-address", "10.0.0.5:6379")
+    line = refusal(*RAY_SERVE, "--ray-address", "10.0.0.5:6379")
     assert "--ray-address" in line
     assert "nobody answers" in line
 
@@ -133,7 +133,7 @@ def test_a_drain_may_take_longer_than_serve_itself_waits_and_the_address_is_serv
     stop_once_it_runs(fake, monkeypatch)
     monkeypatch.setattr(ray_serve, "set_up_log", lambda *_given: None)
     caplog.set_level("INFO", "tminus")
-    result = click.testing.CliRunner().invoke(main, ["ray", "serve", "--grace-s", "120", "--port", "8000"])
+    result = running.run(*RAY_SERVE, "--grace-s", "120", "--port", "8000")
     assert result.exit_code == 0, (result.output, result.exception)
     assert fake.deleted == [("tminus", False)]
     assert fake.now_s >= 100
@@ -145,7 +145,7 @@ def test_replicas_that_do_not_end_are_told_of(
 ) -> None:
     fake = fake_serve(1e9)
     stop_once_it_runs(fake, monkeypatch)
-    assert "have not ended within" in refusal("--grace-s", "5")
+    assert "have not ended within" in refusal(*RAY_SERVE, "--grace-s", "5")
     assert fake.now_s >= ending_s(5)
 
 
@@ -163,8 +163,8 @@ def test_replicas_that_have_begun_to_start_are_ended_where_they_cannot_go_on(
 
     monkeypatch.setattr("ray.serve.run", run)
     if happens == "an error":
-        assert "the replicas cannot start: no room" in refusal()
+        assert "the replicas cannot start: no room" in refusal(*RAY_SERVE)
     else:
-        result = click.testing.CliRunner().invoke(main, ["ray", "serve"])
+        result = running.run(*RAY_SERVE)
         assert result.exit_code == 0, "to stop when asked is no failure"
     assert fake.deleted == [("tminus", False)]

@@ -8,24 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from click.testing import Result
 from PIL import Image, PngImagePlugin
 
-from tests.service.cli.refusals import line_of
+from tests.service.cli import running
+from tests.service.cli.running import line_of
 from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
 from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.cli import images
-from tminus.service.cli import reproduce as trajectory
 from tminus.service.cli.images import LocalJob
-from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading
@@ -37,7 +36,7 @@ from tminus.service.worker.recording import Path as Recorded
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., click.testing.Result]
+Run = Callable[..., Result]
 SPECS: dict[str, dict[str, Any]] = {
     "ddpm": {"n": 2, "steps": 5, "seed": 2**64 - 1, "index": 7, "class_label": ["dog", None]},
     "guided ddim": {"n": 1, "steps": 4, "sampler": "ddim", "eta": 0.5, "class_label": 1, "guidance": 3, "seed": 3},
@@ -72,13 +71,9 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     load_quickly(monkeypatch, folder)
     threads = torch.get_num_threads()
 
-    def invoke(
-        *arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str = "eager"
-    ) -> click.testing.Result:
+    def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str = "eager") -> Result:
         where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", executor)
-        return click.testing.CliRunner().invoke(
-            main, [*map(str, arguments), *(where if "--url" not in arguments else ())]
-        )
+        return running.run(*arguments, *(where if "--url" not in arguments else ()))
 
     yield invoke
     torch.set_num_threads(threads)
@@ -93,12 +88,12 @@ def drawn(run: Run, tmp_path: Path) -> Path:
         *("--guidance", 2.5, "--guidance-interval", 5, 40, "--guidance-rescale", 0.7),
         *("--timestep-spacing", "trailing", "--index", 7, "--no-clip"),
     )
-    result = run("sample", *map(str, (*what, *how)), "--out", out)
+    result = run("sample", *what, *how, "--out", out)
     assert result.exit_code == 0, result.output
     return out
 
 
-def one_line(result: click.testing.Result, *says: str) -> str:
+def one_line(result: Result, *says: str) -> str:
     """The failure in one clear line."""
     line = line_of(result)
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -204,15 +199,10 @@ NOISE = encode_png(np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8
 
 NO_RECIPES: dict[str, tuple[bytes, str]] = {
     "no text": (with_text(None), "no 'tminus' text"),
-    "cut in the pixels": (NOISE[:-60], "not a PNG"),
     "a byte of the pixels flipped": (NOISE[:-60] + bytes([NOISE[-60] ^ 255]) + NOISE[-59:], "not a PNG"),
-    "not json": (with_text("spec"), "no recipe"),
     "a list": (with_text("[]"), "no recipe"),
-    "spec empty": (with_text('{"spec": {}}'), "no recipe"),
     "unknown field": (with_text(hostile(__class__="os.system")), "no recipe"),
-    "interval of another kind": (with_text(hostile(guidance_interval=5)), "no recipe"),
     "n of 10^9": (with_text(hostile(n=10**9)), "no recipe"),
-    "n true": (with_text(hostile(n=True)), "no recipe"),
     "n a fraction": (with_text(hostile(n=1.5)), "no recipe"),
     "NaN": (with_text(hostile(guidance=float("nan"))), "NaN is no number"),
     "a number beyond floats": (with_text(hostile(guidance=1).replace('"guidance": 1', '"guidance": 1e999')), "1e999"),
@@ -238,9 +228,6 @@ def test_a_file_without_a_recipe_ends_in_one_clear_line(run: Run, tmp_path: Path
     ("fields", "says"),
     [
         ({"steps": 10**9}, "steps must be an integer in 1..50"),
-        ({"sampler": "rk45"}, "sampler must be"),
-        ({"class_labels": [77]}, "class_label must be"),
-        ({"guidance": 2.0, "guidance_interval": [9, 1]}, "guidance_interval must be"),
         ({"timestep_spacing": "x" * 100_000}, "timestep_spacing must be"),
     ],
     ids=lambda value: str(value)[:40],
@@ -301,7 +288,6 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
             "429 too much",
         ),
         (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
-        (httpx.Response(200, content=b"no image", headers=OURS), "no image/png"),
     ],
 )
 def test_a_server_that_gives_something_else_ends_in_one_clear_line(
@@ -311,12 +297,10 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
     one_line(run("reproduce", kept, "--url", "http://server:1"), says)
 
 
-@pytest.mark.parametrize("command", ["sample", "reproduce"])
-@pytest.mark.parametrize("name", ["checkpoint", "device", "executor", "precision"])
-def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path, command: str, name: str) -> None:
-    what = [kept] if command == "reproduce" else []
-    result = run(command, *what, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
-    one_line(result, f"--{name} is for a model that is loaded here, and --url names a server")
+def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path) -> None:
+    for command, name in ((["sample"], "checkpoint"), (["reproduce", kept], "precision")):
+        result = run(*command, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
+        one_line(result, f"--{name} is for a model that is loaded here, and --url names a server")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -334,12 +318,10 @@ def test_an_escape_in_the_text_of_a_png_does_not_reach_the_terminal(
 @pytest.mark.parametrize(
     "spec",
     [
-        make_spec(),
         make_spec(n=3, class_labels=(0, None, 2), sampler="ddim", eta=0.3, index=2**32 - 3, seed=2**64 - 1),
         make_spec(guidance=2.5, guidance_interval=(0, 999), class_labels=(1,), timestep_spacing="trailing", clip=False),
-        make_spec(sampler="dpmpp_2m"),
     ],
-    ids=["plain", "ddim", "guided", "dpmpp_2m"],
+    ids=["ddim", "guided"],
 )
 def test_the_recipe_read_from_a_png_makes_its_spec_again(spec: Any) -> None:
     found = read_recipe(encode_png(np.zeros((4, 6, 1), np.uint8), recipe(spec, INFO)))
@@ -403,15 +385,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def check(run: Run, tmp_path: Path) -> Callable[..., click.testing.Result]:
-    def invoke(data: bytes, *options: str | Path, **kwargs: Any) -> click.testing.Result:
+def check(run: Run, tmp_path: Path) -> Callable[..., Result]:
+    def invoke(data: bytes, *options: str | Path, **kwargs: Any) -> Result:
         (tmp_path / "walk.safetensors").write_bytes(data)
         return run("trajectory", "check", tmp_path / "walk.safetensors", *options, **kwargs)
 
     return invoke
 
 
-Check = Callable[..., click.testing.Result]
+Check = Callable[..., Result]
 
 
 def altered_trajectory(
@@ -544,7 +526,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     ):
         file = tmp_path / "walk.safetensors"
         file.write_bytes(altered_trajectory(files["ddpm"], **document))
-        click.testing.CliRunner().invoke(trajectory.trajectory, ["check", str(file), *options])
+        running.run("trajectory", "check", file, *options)
         assert asked == expected
         asked.clear()
 

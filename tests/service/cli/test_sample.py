@@ -6,17 +6,17 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.service.cli.refusals import line_of
+from tests.service.cli import running
+from tests.service.cli.running import line_of
 from tests.service.client.hostile import ACCEPTED, DONE, FRAME, IMAGE_HEAD, answering, endless, streaming
-from tminus.service.cli.main import main
 from tminus.service.images.encoder import encode_png
 
 PNG = encode_png(np.zeros((4, 6, 1), np.uint8))
@@ -24,8 +24,7 @@ ZIP_HEAD = IMAGE_HEAD.replace("image/png", "application/zip")
 PROBLEM_HEAD = "Content-Type: application/problem+json\r\n"
 
 
-def sample(*arguments: str | Path) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, ["sample", *map(str, arguments)])
+sample = partial(running.run, "sample")
 
 
 def refusal(*arguments: str | Path) -> str:
@@ -38,7 +37,7 @@ def refusal(*arguments: str | Path) -> str:
 # --- names ---
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.zip", "a.gif", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["a.JPEG", "a.tar.gz"])
 def test_a_name_of_another_format_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
     assert "PNG, so give a name that ends in .png, or a folder's name" in refusal("--out", tmp_path / name)
     assert list(tmp_path.iterdir()) == []

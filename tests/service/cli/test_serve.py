@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.service.cli import refusals
+from tests.service.cli import running
 from tests.service.fakes import INFO
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
@@ -28,7 +28,7 @@ def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterato
     signal.signal(signal.SIGTERM, before)
 
 
-refusal = partial(refusals.refusal, "serve", "--port", "0")
+refusal = partial(running.refusal, "serve", "--port", "0")
 
 
 # --- the state folder ---

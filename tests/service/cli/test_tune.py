@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
+from tests.service.cli.running import run
 from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
-from tminus.service.cli.main import main
 
 pytestmark = pytest.mark.slow
 QUICK = ["--rows", "8", "--held-out", "4", "--teacher", "dpmpp_2m:12", "--iterations", "1", "--executor", "eager"]
@@ -22,20 +21,20 @@ def folder(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> Path:
     return tmp_path / "net"
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(main, ["tune", *arguments])
+def tune(*arguments: str) -> tuple[int, str]:
+    result = run("tune", *arguments)
     return result.exit_code, result.output
 
 
 def test_tables_are_written_beside_the_weights_and_the_command_says_so(folder: Path) -> None:
-    code, said = run("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
+    code, said = tune("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
     assert code == 0, said
     assert "4 tables written" in said
     loaded = load_checkpoint(folder)
     assert {(table.steps, table.guidance) for table in loaded.tables} == {(1, 1), (2, 1), (1, 2), (2, 2)}
     value = json.loads((folder / "samplers" / "tuned-2.json").read_text())
     assert value["about"]["teacher"] == "dpmpp_2m:12"
-    code, said = run("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
+    code, said = tune("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
     assert (code, said.count("tuned already")) == (0, 4)
 
 
@@ -50,6 +49,6 @@ def test_tables_are_written_beside_the_weights_and_the_command_says_so(folder: P
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(folder: Path, arguments: list[str], code: int, words: str) -> None:
-    got, said = run("--checkpoint", str(folder), *arguments)
+    got, said = tune("--checkpoint", str(folder), *arguments)
     assert (got, words in said) == (code, True), said
     assert "Traceback" not in said
