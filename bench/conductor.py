@@ -15,7 +15,7 @@ import httpx
 
 from bench import figures, servers
 from bench.loads import QUICK, SATURATION_OF_16, SATURATION_OF_DPMPP, Lengths, Turn
-from bench.records import Answer, Bare, Crowd, Etas, Identity, Loaded, Memory, Pace, Run
+from bench.records import Answer, Bare, Identity, Loaded, Pace, Run
 
 EVERY_ROUND = ("idle", "saturation", "saturation-16")
 EVERY_ROUND_OF_OURS = ("saturation-dpmpp_2m",)  # of tminus as it is and as it was: the peers have ddpm alone
@@ -37,17 +37,9 @@ class Conductor:
         self._args = args
         lengths = QUICK if args.quick else Lengths()
         self._lengths = dataclasses.replace(lengths, rounds=args.rounds) if args.rounds else lengths
-        self._loads: list[Loaded] = []
-        self._bare: list[Bare] = []
-        self._left_out: list[str] = []
-        self._machine = servers.describe()
-        self._model: dict[str, Any] = {}
-        self._capacity: float | None = None
-        self._identity: Identity | None = None
-        self._etas: Etas | None = None
-        self._crowds: tuple[Crowd, ...] = ()
-        self._memory: tuple[Memory, ...] = ()
-        self._tunings = tunings(servers.cores())
+        command = " ".join(["python -m bench", *sys.argv[1:]])
+        machine, load_average = servers.describe(), os.getloadavg()[0]
+        self._run = Run(command, args.checkpoint.name, args.quick, commit(), machine, load_average)
         self._contenders: dict[str, servers.Contender] = {}
         for key, contender in servers.contenders(servers.cores(), args.tminus_flags, args.before).items():
             if key in args.contenders:
@@ -55,10 +47,12 @@ class Conductor:
                     self._leave_out(why)
                 else:
                     self._contenders[key] = contender
+        texts = tunings(servers.cores())
+        self._run.tunings = {key: text for key, text in texts.items() if key in self._contenders}
 
     def run(self) -> Run:
         """Run all rounds."""
-        started_s, load_average = time.monotonic(), os.getloadavg()[0]
+        started_s = time.monotonic()
         if "tminus" in self._contenders:
             self._try("tminus", self._meet)
         for number in range(1, self._lengths.rounds + 1):
@@ -71,26 +65,9 @@ class Conductor:
         for load, call in (("identity", self._run_identity), ("memory", self._run_memory)):
             if load in self._args.only and "tminus" in self._contenders:
                 self._try(load, call)
-        return Run(
-            command=" ".join(["python -m bench", *sys.argv[1:]]),
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            commit=commit(),
-            load_average=load_average,
-            seconds=time.monotonic() - started_s,
-            checkpoint=self._args.checkpoint.name,
-            quick=self._args.quick,
-            machine=self._machine,
-            model=self._model,
-            tunings={key: text for key, text in self._tunings.items() if key in self._contenders},
-            left_out=tuple(self._left_out),
-            capacity=self._capacity,
-            loads=tuple(self._loads),
-            bare=tuple(self._bare),
-            identity=self._identity,
-            etas=self._etas,
-            crowds=self._crowds,
-            memory=self._memory,
-        )
+        self._run.date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        self._run.seconds = time.monotonic() - started_s
+        return self._run
 
     def _meet(self) -> None:
         """Start tminus once: it finds its executor, if it has not yet, and says what it is."""
@@ -100,10 +77,10 @@ class Conductor:
     def _learn(self, server: servers.Running) -> None:
         if server.contender.is_peer or server.contender.key == "before":
             return
-        if not self._model:
-            self._model = server.model
-        elif server.places != self._places:
-            self._leave_out(f"tminus chose {self._places} places a tick at one start, {server.places} at another.")
+        if not self._run.model:
+            self._run.model = server.model
+        elif server.places != self._run.places:
+            self._leave_out(f"tminus chose {self._run.places} places a tick at one start, {server.places} at another.")
 
     def _take_turn(self, key: str, number: int) -> None:
         if key == "bare":
@@ -117,7 +94,7 @@ class Conductor:
         if first and key in ("tminus", "fcfs"):
             wanted += OF_TMINUS if key == "tminus" else ("policy",)
         todo = [load for load in wanted if load in self._args.only]
-        if key == "tminus" and self._capacity is None and SCALED & set(self._args.only):
+        if key == "tminus" and self._run.capacity is None and SCALED & set(self._args.only):
             todo = ["saturation", *(load for load in todo if load != "saturation")]
         self._try(contender.title, lambda: self._run_loads(contender, number, todo))
 
@@ -138,12 +115,12 @@ class Conductor:
 
     def _run_load(self, turn: Turn, load: str) -> None:
         if load == "eta":
-            self._etas = asyncio.run(turn.etas())
-            if not self._etas.samples:
+            self._run.etas = asyncio.run(turn.etas())
+            if not self._run.etas.samples:
                 self._leave_out("The ETA is left out: GET /jobs told of no running job.")
             return
         if load == "crowd":
-            self._crowds = asyncio.run(turn.crowds())
+            self._run.crowds = asyncio.run(turn.crowds())
             return
         calls: dict[str, Callable[[], Coroutine[Any, Any, Loaded]]] = {
             "idle": turn.idle,
@@ -159,59 +136,54 @@ class Conductor:
         }
         loaded = asyncio.run(calls[load]())
         if load in self._args.only:
-            self._loads.append(loaded)
-        if load == "saturation" and turn.server.contender.key == "tminus" and self._capacity is None:
-            self._capacity = figures.row_steps_per_s(loaded)
+            self._run.loads.append(loaded)
+        if load == "saturation" and turn.server.contender.key == "tminus" and self._run.capacity is None:
+            self._run.capacity = figures.row_steps_per_s(loaded)
 
     def _run_bare(self, number: int) -> None:
         say(f"round {number}/{self._lengths.rounds}: bare executor loop")
-        executor, precision = self._model.get("executor", "eager"), self._model.get("precision", "float32")
-        batches = sorted({*BARE_BATCHES, self._places})
+        executor, precision = self._run.model.get("executor", "eager"), self._run.model.get("precision", "float32")
+        batches = sorted({*BARE_BATCHES, self._run.places})
         seconds = self._lengths.bare_s
         arguments = ["--checkpoint", str(self._args.checkpoint.resolve()), "--seconds", str(seconds)]
         arguments += ["--executor", executor, "--precision", precision, "--batches", *map(str, batches)]
         if self._args.threads is not None:
             arguments += ["--threads", str(self._args.threads)]
         found = servers.run_json("bench.bare", arguments, servers.READY_S + 4 * seconds * (len(batches) + 3))
-        self._machine |= {name: found[name] for name in ("capability", "threads")}
-        if (details := self._model.get("executor_details")) not in (None, found["details"]):
+        self._run.machine |= {name: found[name] for name in ("capability", "threads")}
+        if (details := self._run.model.get("executor_details")) not in (None, found["details"]):
             self._leave_out(f"The bare loop's executor was {found['details']}, the server's {details}.")
         paces = {int(batch): Pace(**pace) for batch, pace in found["bare"].items()}
         flops = (found["matmul_flops"], found["matmul_bfloat16_flops"], found["conv_flops"])
-        self._bare.append(Bare(number, executor, precision, found["flops_per_row"], *flops, paces))
+        self._run.bare.append(Bare(number, executor, precision, found["flops_per_row"], *flops, paces))
 
     def _run_identity(self) -> None:
         """Under load, then after a restart one at a time."""
-        samplers = tuple(self._model["samplers"])
-        classes = len(self._model["class_names"]) if self._model["null_class"] is not None else 0
+        samplers = tuple(self._run.model["samplers"])
+        classes = len(self._run.model["class_names"]) if self._run.model["null_class"] is not None else 0
         found: list[Loaded] = []
         for loaded in (True, False):
             say(f"byte-identical images: {'under load' if loaded else 'alone'}")
             with self._tminus() as server:
                 self._learn(server)
                 turn = self._turn(server, 1)
-                found.append(asyncio.run(turn.identity_asked(self._model, classes, loaded=loaded)))
+                found.append(asyncio.run(turn.identity_asked(self._run.model, classes, loaded=loaded)))
         under_load, alone = found
         pairs = same_places(under_load.answers, alone.answers)
         same = sum(one == other for one, other in pairs)
-        self._identity = Identity(len(pairs), same, samplers, figures.rows_per_tick(under_load))
-        self._loads.append(under_load)
+        self._run.identity = Identity(len(pairs), same, samplers, figures.rows_per_tick(under_load))
+        self._run.loads.append(under_load)
 
     def _run_memory(self) -> None:
         say(f"memory after {self._lengths.requests} requests")
         with self._tminus() as server:
-            self._memory = asyncio.run(self._turn(server, 1).memory())
+            self._run.memory = asyncio.run(self._turn(server, 1).memory())
 
     def _tminus(self) -> Any:
         return servers.running(self._contenders["tminus"], self._args.checkpoint, self._args.threads)
 
     def _turn(self, server: servers.Running, number: int) -> Turn:
-        return Turn(server, number, self._lengths, self._capacity or GUESS)
-
-    @property
-    def _places(self) -> int:
-        """How many rows tminus takes in a tick."""
-        return int(self._model.get("limits", {}).get("max_batch", 16))
+        return Turn(server, number, self._lengths, self._run.capacity or GUESS)
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
         """Half an hour of results is not thrown away for one contender."""
@@ -231,8 +203,8 @@ class Conductor:
 
     def _leave_out(self, sentence: str) -> None:
         say(sentence)
-        if sentence not in self._left_out:
-            self._left_out.append(sentence)
+        if sentence not in self._run.left_out:
+            self._run.left_out.append(sentence)
 
 
 def same_places(some: Sequence[Answer], others: Sequence[Answer]) -> list[tuple[str, str]]:

@@ -5,10 +5,7 @@
 Durable jobs are snapshotted while they run; row-steps per second with that, over without, in one run.
 """
 
-import argparse
 import asyncio
-import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,11 +19,7 @@ JOBS, ROWS = 20, 8
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.durable", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=10.0, help="seconds")
-    args = parser.parse_args()
+    args = servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, rounds=5, window=10.0)
     tminus = servers.contenders(1)["tminus"]
     with servers.running(tminus, args.checkpoint, None) as server:
         asyncio.run(measure(server, args.rounds, args.window))
@@ -62,11 +55,9 @@ async def window(
         tasks = [asyncio.ensure_future(ask_again(http, k, Ask(n=ROWS, steps=1000))) for k in range(JOBS)]
     try:
         await asyncio.sleep(WARM_UP_S)
-        before, began_s = await server.read(http), time.perf_counter()
-        snapshots = await metric(http, "tminus_snapshots_total")
-        await asyncio.sleep(window_s)
-        after, took_s = await server.read(http), time.perf_counter() - began_s
-        snapshots = await metric(http, "tminus_snapshots_total") - snapshots
+        before = await snapshots_of(http)
+        counted, took_s = await server.count(http, window_s)
+        snapshots = await snapshots_of(http) - before
     finally:
         for task in tasks:
             task.cancel()
@@ -75,13 +66,12 @@ async def window(
             await http.delete(f"/jobs/{job_id}")
     while (await http.get("/jobs?state=waiting,running")).json()["jobs"]:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
-    return after.since(before).row_steps / took_s, snapshots
+    return counted.row_steps / took_s, snapshots
 
 
-async def metric(http: httpx.AsyncClient, name: str) -> float:
-    """One metric without labels."""
-    lines = (await http.get("/metrics")).text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+async def snapshots_of(http: httpx.AsyncClient) -> float:
+    """How many the server has made."""
+    return servers.sum_metrics((await http.get("/metrics")).text)["tminus_snapshots_total"]
 
 
 if __name__ == "__main__":

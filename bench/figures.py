@@ -115,7 +115,6 @@ def bare_rate(bare: Bare, places: int) -> float:
 def figures(run: Run) -> list[Figure]:
     """Compute all figures that can be had from what was run."""
     found: list[Figure] = []
-    places = int(run.model.get("limits", {}).get("max_batch", 16))
 
     def ratio(name: str, top: Sequence[float], bottom: Sequence[float]) -> None:
         if top and bottom:
@@ -148,7 +147,7 @@ def figures(run: Run) -> list[Figure]:
     for load, what in (("saturation", "1 image"), ("saturation-16", "16 images")):
         name = f"saturated row-steps/s, requests of {what}"
         compare(name, load, row_steps_per_s, of_tminus=True)
-        bare = [bare_rate(one, places) for one in run.bare]
+        bare = [bare_rate(one, run.places) for one in run.bare]
         ratio(f"{name}: tminus / bare executor loop", values(load, "tminus", places_per_s), bare)
     compare("saturated row-steps/s, dpmpp_2m", "saturation-dpmpp_2m", row_steps_per_s, of_tminus=True)
     compare("mixed load, median wait of 20-step requests", "mixed", short_wait(0.5), of_tminus=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.bare import flops_per_row
+from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.rng import image_noise
 from tminus.model.samplers import compile_plan, sample
@@ -32,12 +33,7 @@ WARM_UP_TICKS = 10
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/fashion-mnist-32"))
-    parser.add_argument("--max-batch", type=int, default=LARGEST_BATCH["cuda"])
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
-    args = parser.parse_args()
+    args = options_of(__doc__, checkpoint=CHECKPOINT, max_batch=LARGEST_BATCH["cuda"], seconds=10.0, precision="auto")
     if not torch.cuda.is_available():
         sys.exit("python -m bench.gpu: torch sees no CUDA device")
     device = torch.device("cuda")

@@ -1,22 +1,22 @@
 """What decoding costs a latent model: row-steps per second with the decoding of every job, over without, in turns.
 
-    python -m bench.latent --checkpoint FOLDER [--steps 50] [--rounds 5] [--window 10]
+    python -m bench.latent [--checkpoint FOLDER] [--steps 50] [--rounds 5] [--window 10]
 
 In this process, on the engine and the worker that serve. Without means that finished latents are thrown away. Beside
 the ratio stands how much longer the slowest tick was than the median one.
 """
 
-import argparse
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.servers import ROOT, options_of
 from bench.streams import show
 from tminus.service.engine.loading import Loaded, load_engine
 from tminus.service.engine.protocol import LoadOptions
@@ -37,17 +37,11 @@ WARM_UP_S = 2.0
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.latent", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=10.0, help="seconds")
-    args = parser.parse_args()
+    checkpoint = ROOT / "checkpoints" / "avatars-64"
+    args = options_of(__doc__, checkpoint=checkpoint, sampler="dpmpp_2m", steps=50, guidance=1.0, rounds=5, window=10.0)
     loaded = load_engine(LoadOptions(checkpoint=args.checkpoint))
     if loaded.engine.info.latent is None:
-        parser.error(f"{args.checkpoint} is no latent model")
+        sys.exit(f"{args.checkpoint} is no latent model")
     bench = Bench(loaded, args.sampler, args.steps, args.guidance)
     with_, without, slowest = [], [], []
     try:

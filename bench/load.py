@@ -7,7 +7,6 @@ network that has no values before. tminus reads the same, and checks shapes, val
 of its own, in turns; memory is the peak above what was there before.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.servers import options_of
 from bench.streams import show
 
 LEVELS = 6
@@ -24,13 +24,10 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 def main() -> None:
     """Measure and print; with --one, load once."""
-    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(load(args.one[0], Path(args.one[1]))))
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(load(sys.argv[2], Path(sys.argv[3]))))
         return
+    args = options_of(__doc__, rounds=5)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "large"
         save(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from bench import arrivals
-from bench.client import drive, open_client, poll_etas
+from bench.client import MOST_OUTSTANDING, drive, open_client, poll_etas
 from bench.records import Answer, Arrival, Ask, Counters, Crowd, Etas, Loaded, Memory
 from bench.servers import Running
 
@@ -61,29 +61,10 @@ class Lengths:
 
 
 QUICK = Lengths(
-    rounds=1,
-    idle_requests=2,
-    warm_up_s=0.5,
-    window_s=1.5,
-    bare_s=0.4,
-    mixed_s=2.0,
-    mixed_long_at_s=(0.0,),
-    shorts_per_s=2.0,
-    burst=5,
-    steps_s=2.0,
-    policy_s=2.0,
-    hang_ups_s=2.0,
-    first_steps=5,
-    first_steps_s=1.0,
-    identical=8,
-    eta_jobs=4,
-    crowd=40,
-    crowd_s=1.0,
-    requests=60,
-    requests_before=20,
-    most_steps=60,
-    drain_s=8.0,
-)
+    rounds=1, idle_requests=2, warm_up_s=0.5, window_s=1.5, bare_s=0.4, mixed_s=2.0, mixed_long_at_s=(0.0,),
+    shorts_per_s=2.0, burst=5, steps_s=2.0, policy_s=2.0, hang_ups_s=2.0, first_steps=5, first_steps_s=1.0, identical=8,
+    eta_jobs=4, crowd=40, crowd_s=1.0, requests=60, requests_before=20, most_steps=60, drain_s=8.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +85,7 @@ class Turn:
         """One request after the other."""
         answers: list[Answer] = []
         async with open_client(self.server.url) as http:
-            before, before_s = await self._read(http)
+            before, before_s = await self.server.read_at(http)
             for number in range(self.lengths.idle_requests):
                 answers += await drive(http, [Arrival(0.0, IDLE, number)], drain_s=self.lengths.drain_s)
             return await self._loaded(http, "idle", before, before_s, answers)
@@ -115,19 +96,28 @@ class Turn:
         seconds = lengths.warm_up_s + lengths.window_s + 1
         comers = arrivals.saturating(ask, OUTSTANDING, 3 * self.capacity, seconds)
         async with open_client(self.server.url) as http:
-            start, _ = await self._read(http)
-            load = asyncio.create_task(drive(http, comers, drain_s=lengths.drain_s, most_outstanding=OUTSTANDING))
-            try:
-                await asyncio.sleep(lengths.warm_up_s)
-                before, before_s = await self._read(http)
-                await asyncio.sleep(lengths.window_s)
-                after, after_s = await self._read(http)
-            finally:
-                load.cancel()
-                await asyncio.gather(load, return_exceptions=True)
-        window = after.since(before)
-        took = after.row_steps - start.row_steps
-        return Loaded(name, self.server.contender.key, self.round, after_s - before_s, window, took, ())
+            start = await self.server.read(http)
+            window, took_s = await self._count_beside(http, comers, lengths.warm_up_s, lengths.window_s, OUTSTANDING)
+            took = (await self.server.read(http)).row_steps - start.row_steps
+        return Loaded(name, self.server.contender.key, self.round, took_s, window, took, ())
+
+    async def _count_beside(
+        self,
+        http: httpx.AsyncClient,
+        comers: Sequence[Arrival],
+        warm_up_s: float,
+        window_s: float,
+        most_outstanding: int = MOST_OUTSTANDING,
+    ) -> tuple[Counters, float]:
+        """Count in a window of a load that is given up after it."""
+        drain_s = self.lengths.drain_s
+        load = asyncio.create_task(drive(http, comers, drain_s=drain_s, most_outstanding=most_outstanding))
+        try:
+            await asyncio.sleep(warm_up_s)
+            return await self.server.count(http, window_s)
+        finally:
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
 
     async def mixed(self) -> Loaded:
         """Long jobs, and short requests at random."""
@@ -166,7 +156,7 @@ class Turn:
         async with open_client(self.server.url) as http:
             beside = asyncio.create_task(self._one_after_the_other(http, Ask(max(1, self.places // 2), 1000)))
             await asyncio.sleep(LEAD_S)
-            before, before_s = await self._read(http)
+            before, before_s = await self.server.read_at(http)
             answers = await drive(http, small, drain_s=lengths.drain_s)
             loaded = await self._loaded(http, "first-step", before, before_s, answers)
             beside.cancel()
@@ -188,7 +178,7 @@ class Turn:
             return await self._open_loop("identity", comers)
         answers: list[Answer] = []
         async with open_client(self.server.url) as http:
-            before, before_s = await self._read(http)
+            before, before_s = await self.server.read_at(http)
             for comer in comers:
                 answers += await drive(http, [comer], drain_s=lengths.drain_s)
             return await self._loaded(http, "identity alone", before, before_s, answers)
@@ -218,7 +208,7 @@ class Turn:
             for upto in (lengths.requests_before, lengths.requests):
                 await self._ask_many(http, range(done, upto))
                 done = upto
-                counters, _ = await self._read(http)
+                counters, _ = await self.server.read_at(http)
                 found.append(Memory(done, counters.rss_bytes or math.nan))
         return tuple(found)
 
@@ -229,7 +219,7 @@ class Turn:
 
     async def _open_loop(self, name: str, comers: Sequence[Arrival], drain_s: float | None = None) -> Loaded:
         async with open_client(self.server.url) as http:
-            before, before_s = await self._read(http)
+            before, before_s = await self.server.read_at(http)
             drain_s = self.lengths.drain_s if drain_s is None else drain_s
             answers = await drive(http, comers, drain_s=drain_s)
             return await self._loaded(http, name, before, before_s, answers)
@@ -237,11 +227,11 @@ class Turn:
     async def _loaded(
         self, http: httpx.AsyncClient, name: str, before: Counters, before_s: float, answers: Sequence[Answer]
     ) -> Loaded:
-        after, after_s = await self._read(http)
+        after, after_s = await self.server.read_at(http)
         # What was left behind is still worked on, or is it?
         if any(answer.outcome in ("left", "unanswered") for answer in answers):
             await self._settle(http, min(SETTLE_S, self.lengths.drain_s))
-        end, _ = await self._read(http)
+        end, _ = await self.server.read_at(http)
         return Loaded(
             name,
             self.server.contender.key,
@@ -253,23 +243,13 @@ class Turn:
         )
 
     async def _crowd(self, waiting: int) -> Crowd:
-        ask = Ask(1, 1000)
         async with open_client(self.server.url) as http:
-            comers = arrivals.at_once([ask] * (self.places + waiting))
-            load = asyncio.create_task(drive(http, comers, drain_s=self.lengths.drain_s))
-            try:
-                # Until all have been let in.
-                await asyncio.sleep(1 + waiting / 150)
-                before, before_s = await self._read(http)
-                await asyncio.sleep(self.lengths.crowd_s)
-                after, after_s = await self._read(http)
-            finally:
-                load.cancel()
-                await asyncio.gather(load, return_exceptions=True)
+            comers = arrivals.at_once([Ask(1, 1000)] * (self.places + waiting))
+            until_all_are_in_s = 1 + waiting / 150
+            window, took_s = await self._count_beside(http, comers, until_all_are_in_s, self.lengths.crowd_s)
             await self._settle(http, self.lengths.drain_s)
-        window = after.since(before)
         ticks = max(1.0, window.ticks)
-        return Crowd(waiting, (window.ticks_s or math.nan) / ticks, (after_s - before_s) / ticks, window.places / ticks)
+        return Crowd(waiting, (window.ticks_s or math.nan) / ticks, took_s / ticks, window.places / ticks)
 
     async def _ask_many(self, http: httpx.AsyncClient, numbers: range) -> None:
         """Keep a batch of them under way; every one must be answered."""
@@ -288,18 +268,11 @@ class Turn:
     async def _settle(self, http: httpx.AsyncClient, limit_s: float) -> bool:
         clock = asyncio.get_running_loop().time
         end_s = clock() + limit_s
-        last, _ = await self._read(http)
+        last, _ = await self.server.read_at(http)
         while clock() < end_s:
             await asyncio.sleep(STILL_S)
-            now, _ = await self._read(http)
+            now, _ = await self.server.read_at(http)
             if now.row_steps == last.row_steps:
                 return True
             last = now
         return False
-
-    async def _read(self, http: httpx.AsyncClient) -> tuple[Counters, float]:
-        """Counters, and the middle of the time in which they were read."""
-        clock = asyncio.get_running_loop().time
-        asked_s = clock()
-        counters = await self.server.read(http)
-        return counters, (asked_s + clock()) / 2

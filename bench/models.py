@@ -7,7 +7,6 @@ clients ask without pause while a model's folder is replaced and read again; how
 long they take otherwise, what fails, and the memory after each reload.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -42,12 +41,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         serve(Path(sys.argv[2]), sys.argv[3:])
         return
-    parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=Path, default=CHECKPOINTS / "fashion-mnist-32")
-    parser.add_argument("--second", type=Path, default=CHECKPOINTS / "pixel-art-32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--reloads", type=int, default=6)
-    args = parser.parse_args()
+    first, second = CHECKPOINTS / "fashion-mnist-32", CHECKPOINTS / "pixel-art-32"
+    args = servers.options_of(__doc__, first=first, second=second, rounds=5, reloads=6)
     with tempfile.TemporaryDirectory() as folder:
         ticks = Path(folder) / "ticks"
         models = Path(folder) / "models"
@@ -65,13 +60,13 @@ def main() -> None:
 def serve(ticks: Path, arguments: Sequence[str]) -> None:
     """Run `tminus serve`, with a line in a file for each tick: when it ended, and how long it took."""
     from tminus.service.cli.main import main as tminus
-    from tminus.service.worker.loaded_models import LoadedModels
+    from tminus.service.scheduling.admission import Admission
 
-    stepped, lines = LoadedModels.stepped, list[str]()
+    stepped, lines = Admission.stepped, list[str]()
 
-    def noted(self: LoadedModels, model: Any, seconds: float) -> None:
+    def noted(self: Admission, model: int, jobs: Any, places: int, seconds: float) -> None:
         lines.append(f"{time.time()} {seconds}\n")
-        stepped(self, model, seconds)
+        stepped(self, model, jobs, places, seconds)
 
     def write() -> None:
         with ticks.open("a") as file:
@@ -82,7 +77,7 @@ def serve(ticks: Path, arguments: Sequence[str]) -> None:
                 file.flush()
                 del lines[:count]
 
-    LoadedModels.stepped = noted  # type: ignore[method-assign]
+    Admission.stepped = noted  # type: ignore[method-assign]
     threading.Thread(target=write, daemon=True).start()
     # Of the checkpoint that the runner names, the same weights are in the folder of models.
     at = arguments.index("--checkpoint")

@@ -1,6 +1,6 @@
-"""What crosses the benchmark's files: what is asked, what became of it, what a server counted. Frozen values."""
+"""What crosses the benchmark's files: what is asked, what became of it, what a server counted; and the run of all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Outcome = Literal["ok", "refused", "failed", "left", "unanswered", "unsent"]
@@ -164,28 +164,33 @@ class Memory:
     rss_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """A whole run, and what it was made with."""
+    """A whole run, and what it was made with. The conductor owns it until it has ended."""
 
     command: str
-    date: str
-    commit: str
-    load_average: float  # of the last minute, before the first contender
-    seconds: float
     checkpoint: str
     quick: bool
+    commit: str
     machine: dict[str, str | int]
-    model: dict[str, Any]  # what tminus said of itself
-    tunings: dict[str, str]  # contender -> how it was set up
-    left_out: tuple[str, ...]  # sentences
-    capacity: float | None  # row-steps/s of tminus, which scaled the loads
-    loads: tuple[Loaded, ...]
-    bare: tuple[Bare, ...]
+    load_average: float  # of the last minute, before the first contender
+    date: str = ""
+    seconds: float = 0.0
+    model: dict[str, Any] = field(default_factory=dict)  # what tminus said of itself
+    tunings: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
+    left_out: list[str] = field(default_factory=list)  # sentences
+    capacity: float | None = None  # row-steps/s of tminus, which scaled the loads
+    loads: list[Loaded] = field(default_factory=list)
+    bare: list[Bare] = field(default_factory=list)
     identity: Identity | None = None
     etas: Etas | None = None
     crowds: tuple[Crowd, ...] = ()
     memory: tuple[Memory, ...] = ()
+
+    @property
+    def places(self) -> int:
+        """How many rows tminus takes in a tick."""
+        return int(self.model.get("limits", {}).get("max_batch", 16))
 
 
 def _minus(after: float | None, before: float | None) -> float | None:

@@ -6,7 +6,6 @@ Prints, by load, how long short and long jobs take in the mix of the design (80 
 with the reserve for the oldest job and without it, by how much an ETA was overtaken, and how good a forecast is.
 """
 
-import argparse
 import heapq
 import random
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 
+from bench.servers import options_of
 from bench.traffic import MEAN_PLACES, ROWS, at_rate
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
@@ -108,9 +108,7 @@ def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
 
 def main() -> None:
     """Simulate and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=1800.0)
-    args = parser.parse_args()
+    args = options_of(__doc__, seconds=1800.0)
     print(
         "| load | reserve | 20 steps: median, 99 % | 1000 steps: median, 99 % | took / told, 1000 steps: median, 95 % |"
     )

@@ -5,15 +5,14 @@
 Prints a table. Each window is of jobs that never end (1000 steps, begun anew), more than the server has places for.
 """
 
-import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,11 +47,7 @@ class Window:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--window", type=float, default=8.0, help="seconds")
-    args = parser.parse_args()
+    args = servers.options_of(__doc__, checkpoint=servers.CHECKPOINT, rounds=3, window=8.0)
     tminus = servers.contenders(1, ("--max-streams-per-address", "4096"))["tminus"]
     with servers.running(tminus, args.checkpoint, None) as server:
         asyncio.run(measure(server, args.rounds, args.window))
@@ -92,19 +87,22 @@ async def first_frames(server: servers.Running) -> list[float]:
     took = []
     async with open_stream(server) as ws:
         for seed in range(IDLE_REQUESTS):
-            body = Ask(n=1, steps=20).to_body(seed) | {"every": 1, "keep_open": True}
             began_s = time.perf_counter()
-            await ws.send(json.dumps(body))
-            seen_s = None
-            async for message in ws:
-                if isinstance(message, bytes):
-                    seen_s = seen_s or time.perf_counter() - began_s
-                elif json.loads(message)["type"] == "done":
-                    await ws.recv()
-                    break
-            assert seen_s is not None
-            took.append(seen_s)
+            frames = pictures(ws, Ask(n=1, steps=20).to_body(seed) | {"every": 1, "keep_open": True})
+            first_s, *_ = [at_s async for at_s in frames]
+            took.append(first_s - began_s)
     return took
+
+
+async def pictures(ws: ClientConnection, body: dict[str, Any]) -> AsyncIterator[float]:
+    """Run a job; gives the time at which each of its frames came."""
+    await ws.send(json.dumps(body))
+    async for message in ws:
+        if isinstance(message, bytes):
+            yield time.perf_counter()
+        elif json.loads(message)["type"] == "done":
+            await ws.recv()
+            return
 
 
 async def run(server: servers.Running, window_s: float, jobs: int, viewers: int, fps: float, deaf: int) -> Window:
@@ -119,9 +117,7 @@ async def run(server: servers.Running, window_s: float, jobs: int, viewers: int,
             for each in seen:
                 each.gaps_s.clear()
                 each.frames = 0
-            before, began_s = await server.read(http), time.perf_counter()
-            await asyncio.sleep(window_s)
-            after, took_s = await server.read(http), time.perf_counter() - began_s
+            counted, took_s = await server.count(http, window_s)
         finally:
             for task in tasks:
                 task.cancel()
@@ -130,8 +126,8 @@ async def run(server: servers.Running, window_s: float, jobs: int, viewers: int,
         while (await http.get("/jobs")).json()["jobs"]:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return Window(
-        row_steps_per_s=after.since(before).row_steps / took_s,
-        rss_bytes=after.rss_bytes or 0.0,
+        row_steps_per_s=counted.row_steps / took_s,
+        rss_bytes=counted.rss_bytes or 0.0,
         late_s=max((gap for each in seen for gap in each.gaps_s), default=0.0) - 1 / fps,
         frames_per_s=sum(each.frames for each in seen) / took_s,
     )
@@ -139,26 +135,20 @@ async def run(server: servers.Running, window_s: float, jobs: int, viewers: int,
 
 async def ask_again(http: httpx.AsyncClient, number: int, job: Ask = JOB) -> None:
     """A client that only waits, for one job after the other."""
-    for seed in range(1_000_000):
+    for seed in itertools.count():
         (await http.post("/sample", json=job.to_body(1000 * number + seed))).raise_for_status()
 
 
 async def watch(server: servers.Running, fps: float, seen: Seen) -> None:
     """A viewer of one job after the other."""
     async with open_stream(server) as ws:
-        for seed in range(1_000_000):
-            await ws.send(json.dumps(body_of(fps, seed)))
+        for seed in itertools.count():
             last_s = None
-            async for message in ws:
-                now_s = time.perf_counter()
-                if isinstance(message, bytes):
-                    seen.frames += 1
-                    if last_s is not None:
-                        seen.gaps_s.append(now_s - last_s)
-                    last_s = now_s
-                elif json.loads(message)["type"] == "done":
-                    await ws.recv()
-                    break
+            async for now_s in pictures(ws, body_of(fps, seed)):
+                seen.frames += 1
+                if last_s is not None:
+                    seen.gaps_s.append(now_s - last_s)
+                last_s = now_s
 
 
 async def connect_and_sleep(server: servers.Running, fps: float) -> None:

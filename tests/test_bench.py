@@ -59,8 +59,8 @@ def a_run(loads: Sequence[Loaded] = (), **changes: object) -> Run:
     model = {"executor": "eager", "precision": "float32", "limits": {"max_batch": 8}}
     bare_run = Bare(1, "eager", "float32", 10_000_000, 1e9, 3e9, 2e9, {1: Pace(50, 0.01), 8: Pace(200, 0.01)})
     run = Run(
-        "python -m bench", "today", "abc", 0.1, 60.0, "toy", False, machine, model, {"lock": "one thread."}, (), 100.0,
-        tuple(loads), (bare_run,),
+        "python -m bench", "toy", False, "abc", machine, 0.1, "today", 60.0, model, {"lock": "one thread."}, [], 100.0,
+        [*loads], [bare_run],
     )  # fmt: skip
     return replace(run, **changes)
 
@@ -108,7 +108,7 @@ def test_an_eta_is_judged_by_what_was_left_as_a_share_of_the_whole_time() -> Non
 
 def test_a_run_survives_json_and_becomes_a_page(tmp_path: Path) -> None:
     answers = [answer(20), answer(1000, 40.0, outcome="unanswered")]
-    run = a_run([loaded("mixed", key, answers=answers) for key in ("tminus", "lock")], left_out=("mosec is left out.",))
+    run = a_run([loaded("mixed", key, answers=answers) for key in ("tminus", "lock")], left_out=["mosec is left out."])
     report.write(run, tmp_path / "results")
     assert report.from_json((tmp_path / "results" / "latest.json").read_bytes()) == run
     page = (tmp_path / "results" / "latest.md").read_text()

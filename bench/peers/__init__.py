@@ -1,1 +1,15 @@
 """What tminus is measured against, each a process of its own: what a careful user of that project would write."""
+
+import argparse
+from pathlib import Path
+
+
+def arguments(text: str | None) -> argparse.Namespace:
+    """Read the command line that every peer is given; a peer leaves what is its library's alone."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--tally", type=Path, required=True)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    return parser.parse_known_args()[0]

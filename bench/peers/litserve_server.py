@@ -1,12 +1,12 @@
 """The peer: LitServe with request-level batching, each batch grouped by step count. A process of its own."""
 
-import argparse
 from pathlib import Path
 
 import litserve  # type: ignore[import-untyped]
 import torch
 from fastapi import Response
 
+from bench.peers import arguments
 from bench.peers.denoiser import Denoiser, Wanted
 from bench.tally import Tally
 
@@ -16,13 +16,7 @@ BATCH_TIMEOUT_S = 0.005
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.litserve_server", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--tally", type=Path, required=True)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     api = Sampler(args.checkpoint, args.tally, args.threads)
     server = litserve.LitServer(api, accelerator="cpu", timeout=False, workers_per_device=args.workers)
     # Quiet, as are the others: a line a request on stdout is no part of what is measured.

@@ -4,7 +4,6 @@ DDPMPipeline passes no labels, so it gets an unconditional twin of the checkpoin
 embedding, which costs no FLOPs worth counting. The pipeline is diffusers' own, with the progress bar off.
 """
 
-import argparse
 import asyncio
 import dataclasses
 import math
@@ -20,6 +19,7 @@ from fastapi import FastAPI, Response
 from PIL import Image
 from pydantic import BaseModel, Field
 
+from bench.peers import arguments
 from bench.peers.denoiser import faster_layout
 from bench.peers.picture import encode, now_s
 from bench.tally import Tally
@@ -37,12 +37,7 @@ class Body(BaseModel):
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.lock_server", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--tally", type=Path, required=True)
-    parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     # One thread for loading and for all passes: a second OpenMP team, of another thread, would slow it by half.

@@ -4,7 +4,6 @@ mosec reads --port, --address and --timeout from the same command line. Its work
 nothing but the environment.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import mosec
 import torch
 
+from bench.peers import arguments
 from bench.peers.denoiser import Denoiser, Wanted
 from bench.tally import Tally
 
@@ -43,12 +43,7 @@ class Sampler(mosec.Worker):
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.mosec_server", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tally", type=Path, required=True)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--workers", type=int, default=1)
-    args, _ = parser.parse_known_args()
+    args = arguments(__doc__)
     environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally)}
     if args.threads is not None:
         environment[THREADS] = str(args.threads)
