@@ -50,16 +50,14 @@ def table(models: "Sequence[ModelState]") -> str:
 
 def _cells(model: "ModelState") -> tuple[str, ...]:
     """One row. Raises ClientError where the description is not that of a model."""
-    from tminus.service.client import ClientError, checks
+    from tminus.service.client import ClientError
 
     state, info = model.state + ", default" * model.default, model.info
     if info is None:
         return (model.name, state, *[""] * (len(HEAD) - 2))
     try:
-        width_px, height_px, channels = (checks.whole(info[each]) for each in ("width_px", "height_px", "channels"))
-        classes = len(checks.items(info["class_names"]))
-        device, fingerprint = checks.token(info["device"]), checks.token(info["fingerprint"])
-    except (KeyError, ValueError) as error:
+        colours = COLOURS.get(info["channels"], f"{info['channels']} channels")
+        images, classes = f"{info['width_px']}x{info['height_px']}, {colours}", len(info["class_names"])
+        return (model.name, state, images, str(classes), str(info["device"]), str(info["fingerprint"]))
+    except (KeyError, TypeError) as error:
         raise ClientError(f"the description of {model.name} is not that of a model ({error})") from None
-    images = f"{width_px}x{height_px}, {COLOURS.get(channels, f'{channels} channels')}"
-    return (model.name, state, images, str(classes), device, fingerprint)

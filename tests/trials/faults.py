@@ -43,23 +43,17 @@ DISK = "8m"
 HOUR_S = 3600
 FULL = 507
 PATIENCE_S = 120.0
-Start = Callable[..., RunningServer]
+FAULTS: "dict[str, tuple[str, Callable[[Bench], str], str]]" = {}  # what happens, how, and what comes of it
 
 
-class Wrong(AssertionError):
-    """An outcome is not as stated."""
+def fault(name: str, what: str, outcome: str) -> "Callable[[Callable[[Bench], str]], Callable[[Bench], str]]":
+    """Name a fault that a function brings about; the function says what was seen."""
 
+    def put(bring_about: "Callable[[Bench], str]") -> "Callable[[Bench], str]":
+        FAULTS[name] = what, bring_about, outcome
+        return bring_about
 
-def must(holds: bool, what: str) -> None:
-    if not holds:
-        raise Wrong(what)
-
-
-def must_be(answer: httpx.Response, status: int, code: str) -> None:
-    """Whether an answer is this problem."""
-    is_problem = answer.headers["content-type"] == "application/problem+json"
-    got = answer.json()["code"] if is_problem else f"{len(answer.content)} bytes"
-    must((answer.status_code, got) == (status, code), f"answered {answer.status_code} {got}, not {status} {code}")
+    return put
 
 
 class Bench:
@@ -102,14 +96,16 @@ class Bench:
             if job["state"] == "failed" and job["problem"]["code"] in reasons:
                 failed.append(job["problem"]["code"])
                 continue
-            must(job["state"] == "done", f"job {job_id} is {job['state']}: {job.get('problem')}")
+            assert job["state"] == "done", f"job {job_id} is {job['state']}: {job.get('problem')}"
             image = server.get(f"/jobs/{job_id}/image")
             undisturbed = server.server.post(json=spec)
-            must(image.status_code == undisturbed.status_code == 200, f"{image.status_code}, {undisturbed.status_code}")
-            must(image.content == undisturbed.content, f"job {job_id} has other bytes than an undisturbed run")
+            assert image.status_code == undisturbed.status_code == 200, (
+                f"{image.status_code}, {undisturbed.status_code}"
+            )
+            assert image.content == undisturbed.content, f"job {job_id} has other bytes than an undisturbed run"
             done += 1
         listed = server.get("/jobs", params={"limit": 200}).json()["jobs"]
-        must({job["id"] for job in listed} >= self.accepted.keys(), "a job is not listed")
+        assert {job["id"] for job in listed} >= self.accepted.keys(), "a job is not listed"
         return f"{done} of {len(self.accepted)} jobs done, in the same bytes" + (
             f"; {len(failed)} failed: {', '.join(sorted(set(failed)))}" if failed else ""
         )
@@ -141,9 +137,9 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@fault("disk", f"the disk is full ({DISK})", "new jobs 507, sampling goes on; with room again all jobs are done")
 def disk(bench: Bench) -> str:
-    if os.geteuid() != 0:
-        raise Wrong("not tried: to mount a small file system needs root")
+    assert os.geteuid() == 0, "not tried: to mount a small file system needs root"
     with small_disk(bench.folder) as place:
         server = bench.serve(state=place / "state")
         bench.post(server, 4)
@@ -153,15 +149,15 @@ def disk(bench: Bench) -> str:
                 file.write(bytes(4096))
         statuses = set[int]()
         server.server.wait_until(lambda: statuses.add(refused(server)) or FULL in statuses)  # type: ignore[func-returns-value]
-        must(statuses <= {202, FULL}, f"POST /jobs was answered {sorted(statuses)}")
-        must(server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered")
+        assert statuses <= {202, FULL}, f"POST /jobs was answered {sorted(statuses)}"
+        assert server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered"
         server.server.wait_until(lambda: server.get("/readyz").status_code == FULL)
         server.server.speed_up()
         server.server.wait_until(
             lambda: server.server.metric("tminus_rows_active") == 0
         )  # they have ended, all but on disk
         states = {server.get(f"/jobs/{job_id}").json()["state"] for job_id in bench.accepted}
-        must("failed" not in states, "a job failed because the disk was full")
+        assert "failed" not in states, "a job failed because the disk was full"
         filler.unlink()
         server.server.wait_until(lambda: server.get("/readyz").status_code == 200)
         seen = f"507 for new jobs and /readyz, 200 for POST /sample; with room again {bench.settle(server)}"
@@ -202,9 +198,9 @@ class Clock:
         return {"LD_PRELOAD": str(FAKETIME)} | {f"FAKETIME_{name}": value for name, value in options.items()}
 
 
+@fault("clock", "the clock jumps an hour on, two back, and one on", "no job, deadline or ended job is touched")
 def clock(bench: Bench) -> str:
-    if FAKETIME is None:
-        raise Wrong("not tried: it needs libfaketime (apt install libfaketime)")
+    assert FAKETIME is not None, "not tried: it needs libfaketime (apt install libfaketime)"
     of_it = Clock(bench.folder)
     server = Server(bench.checkpoint, bench.folder / "state", bench.flags, of_it.environment)
     with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
@@ -224,27 +220,28 @@ def clock(bench: Bench) -> str:
                 time.sleep(0.05)
             created.append(http.post("/jobs", json={"steps": 1}).json()["created"])
             answer = running.result()
-            must(answer.status_code == 200, f"POST /sample was answered {answer.status_code} {answer.text[:200]}")
+            assert answer.status_code == 200, f"POST /sample was answered {answer.status_code} {answer.text[:200]}"
             for job_id in ids:
                 http.get(f"/jobs/{job_id}/events").raise_for_status()  # which end with the job
                 job = http.get(f"/jobs/{job_id}").json()
-                must(
-                    job["state"] == "done",
-                    f"with the clock at {offset_s:+d} s a job {job['state']}: {job.get('problem')}",
+                assert job["state"] == "done", (
+                    f"with the clock at {offset_s:+d} s a job {job['state']}: {job.get('problem')}"
                 )
-                must(job["age_s"] >= 0, f"age {job['age_s']}")
+                assert job["age_s"] >= 0, f"age {job['age_s']}"
             refused = http.post("/sample", json={"n": 64, "steps": 1000, "deadline_s": 0.5})
-            must(refused.status_code in (422, 429), f"a deadline that cannot be met was answered {refused.status_code}")
-        must(len({stamp[:13] for stamp in created}) >= 3, f"the clock was not set: {created}")  # to the hour
+            assert refused.status_code in (422, 429), (
+                f"a deadline that cannot be met was answered {refused.status_code}"
+            )
+        assert len({stamp[:13] for stamp in created}) >= 3, f"the clock was not set: {created}"  # to the hour
         before = {job["id"] for job in jobs_of(server)}
-        must(server.terminate() == 0, "it did not end with 0")
+        assert server.terminate() == 0, "it did not end with 0"
         of_it.set(HOUR_S)
         server.start()
         after = {job["id"] for job in jobs_of(server)}
-        must(after == before, f"{len(before - after)} of {len(before)} ended jobs are gone")
+        assert after == before, f"{len(before - after)} of {len(before)} ended jobs are gone"
         metrics = http.get("/metrics").text
         late = re.search(r'tminus_cancelled_total\{reason="deadline"\} (\S+)', metrics)
-        must(late is None or float(late[1]) == 0, "a deadline passed")
+        assert late is None or float(late[1]) == 0, "a deadline passed"
     return f"{len(bench.accepted)} jobs done, all {len(before)} kept, no deadline passed"
 
 
@@ -256,6 +253,7 @@ def date_of(http: httpx.Client) -> float:
 # --- errors of calls ---
 
 
+@fault("worker", "an error in the worker", "exit code 1; what runs is answered; after a restart all jobs are done")
 def worker(bench: Bench) -> str:
     server = bench.serve(fault="worker")
     bench.post(server, 4)
@@ -263,13 +261,14 @@ def worker(bench: Bench) -> str:
     server.server.wait_until(lambda: running.done() or beside(server))
     bench.trigger.touch()
     code = server.server.process.wait(60)
-    must(code == 1, f"exit code {code}")
+    assert code == 1, f"exit code {code}"
     status = running.result().status_code
-    must(status in (200, 500), f"what ran was answered {status}")
+    assert status in (200, 500), f"what ran was answered {status}"
     server.start()
     return f"exit code 1, the running request answered {status}; after a restart {bench.settle(server)}"
 
 
+@fault("death", "a job that ends the process by SIGSEGV", "after two deaths it fails as engine_failed; others are done")
 def death(bench: Bench) -> str:
     specs = make_specs(4)
     servers = [ForkedServer(bench.checkpoint, bench.folder / "state", bench.flags)]
@@ -282,33 +281,45 @@ def death(bench: Bench) -> str:
         f"{deadly.deaths} deaths in {time.monotonic() - began_s:.0f} s; the job that ends the process is {states[0]}, "
         f"{states[1:].count('done')} of {len(others)} others are done"
     )
-    must(states == ["failed"] + ["done"] * len(others) and deadly.deaths == 2, seen)
+    assert (states, deadly.deaths) == (["failed"] + ["done"] * len(others), 2), seen
     problem = deadly.job(killer)["problem"]["code"]
-    must(problem == "engine_failed", problem)
+    assert problem == "engine_failed", problem
     for job_id, spec in zip(others, specs, strict=True):
         image, undisturbed = deadly.image(job_id, spec)
-        must(image == undisturbed, f"job {job_id} has other bytes than an undisturbed run")
+        assert image == undisturbed, f"job {job_id} has other bytes than an undisturbed run"
     return f"{seen}, in the same bytes"
 
 
-def step(bench: Bench, fault: Fault = "step") -> str:
-    server = bench.serve(fault=fault)
+@fault("step", "an error in a step", "the jobs of that step fail as engine_failed; all others are done")
+def step(bench: Bench) -> str:
+    return failing_step(bench, "step")
+
+
+@fault("memory-step", "the device has no memory for a step", "the same")
+def memory_of_a_step(bench: Bench) -> str:
+    return failing_step(bench, "memory of a step")
+
+
+def failing_step(bench: Bench, kind: Fault) -> str:
+    server = bench.serve(fault=kind)
     bench.post(server, 4)
     bench.trigger.touch()
     server.server.wait_until(lambda: not bench.trigger.exists())
     bench.post(server, 2)
-    must(httpx.get(f"{server.server.url}/readyz").status_code == 200, "it is not ready")
-    must(server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered")
+    assert httpx.get(f"{server.server.url}/readyz").status_code == 200, "it is not ready"
+    assert server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered"
     return f"the server goes on; {bench.settle(server, 'engine_failed')}"
 
 
+@fault("memory-job", "the device has no memory for a job", "that job is answered 500; all others are done")
 def memory_of_a_job(bench: Bench) -> str:
     server = bench.serve(fault="memory of a job")
     bench.post(server, 3)
     server.server.wait_until(lambda: server.server.log.count(" accepted: ") >= 3)  # the engine holds their rows
     bench.trigger.touch()
-    must_be(server.server.post(json={"n": 2, "steps": 3}), 500, "engine_failed")
-    must(server.server.post(json={"n": 2, "steps": 3}).status_code == 200, "the next job is not answered")
+    answer = server.server.post(json={"n": 2, "steps": 3})
+    assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed"), answer.text[:200]
+    assert server.server.post(json={"n": 2, "steps": 3}).status_code == 200, "the next job is not answered"
     return f"that job is answered 500 engine_failed, the next one 200; {bench.settle(server)}"
 
 
@@ -320,6 +331,11 @@ def status_of(answer: "Future[httpx.Response]") -> str:
         return "none, the connection ended"
 
 
+@fault(
+    "memory-limit",
+    "the process gets no more memory",
+    "it lives, what ends meanwhile is done or says why not, and with memory again it serves",
+)
 def memory_limit(bench: Bench) -> str:
     """A real limit on the address space of the process, for a while: the allocator itself refuses."""
     server = bench.serve("--max-n", "1024", "--max-body-bytes", "200000000")
@@ -331,42 +347,10 @@ def memory_limit(bench: Bench) -> str:
     statuses = [bench.ask(server.server, {"n": n, "steps": 1, "seed": n}) for n in (1024, 1, 512, 1, 1024)]
     codes = sorted({status_of(each) for each in statuses})
     resource.prlimit(pid, resource.RLIMIT_AS, before)
-    must(server.server.process.poll() is None, "the process has ended")
-    must(server.server.post(json={"n": 1024, "steps": 1}).status_code == 200, "with memory again it does not serve")
+    assert server.server.process.poll() is None, "the process has ended"
+    assert server.server.post(json={"n": 1024, "steps": 1}).status_code == 200, "with memory again it does not serve"
     seen = ", ".join(codes)
     return f"answers meanwhile: {seen}; with memory again 200; {bench.settle(server, 'engine_failed', 'internal')}"
-
-
-FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
-    "disk": (f"the disk is full ({DISK})", disk, "new jobs 507, sampling goes on; with room again all jobs are done"),
-    "clock": ("the clock jumps an hour on, two back, and one on", clock, "no job, deadline or ended job is touched"),
-    "worker": (
-        "an error in the worker",
-        worker,
-        "exit code 1; what runs is answered; after a restart all jobs are done",
-    ),
-    "death": (
-        "a job that ends the process by SIGSEGV",
-        death,
-        "after two deaths it fails as engine_failed; all others are done",
-    ),
-    "step": ("an error in a step", step, "the jobs of that step fail as engine_failed; all others are done"),
-    "memory-step": (
-        "the device has no memory for a step",
-        partial(step, fault="memory of a step"),
-        "the same",
-    ),
-    "memory-job": (
-        "the device has no memory for a job",
-        memory_of_a_job,
-        "that job is answered 500; all others are done",
-    ),
-    "memory-limit": (
-        "the process gets no more memory",
-        memory_limit,
-        "it lives, what ends meanwhile is done or says why not, and with memory again it serves",
-    ),
-}
 
 
 def trial(checkpoint: Path, names: Sequence[str], flags: Sequence[str] = ()) -> list[Claim]:

@@ -12,9 +12,6 @@ from tests.service.conftest import pixels
 from tests.service.fakes import INFO, make_spec
 from tminus.service.images.encoder import encode_png, recipe
 
-LOADED = {"width_px": 32, "height_px": 16, "channels": 3, "class_names": ["a"], "device": "cpu", "fingerprint": "f"}
-MODEL = {"name": "x", "default": False, "state": "loaded", "model": LOADED}
-
 
 def run(*arguments: str | Path, key: str | None = ADMIN_KEY) -> Result:
     return running.run(*arguments, TMINUS_KEY=key)

@@ -224,20 +224,12 @@ def test_a_file_without_a_recipe_ends_in_one_clear_line(run: Run, tmp_path: Path
     one_line(run("reproduce", file), str(file), says)
 
 
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"steps": 10**9}, "steps must be an integer in 1..50"),
-        ({"timestep_spacing": "x" * 100_000}, "timestep_spacing must be"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_recipe_out_of_bounds_is_refused_as_a_request_would_be(
-    run: Run, tmp_path: Path, fields: dict[str, object], says: str
-) -> None:
+def test_a_recipe_out_of_bounds_is_refused_as_a_request_would_be(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "hostile.png"
-    file.write_bytes(with_text(hostile(**fields)))
-    one_line(run("reproduce", file), says)
+    file.write_bytes(with_text(hostile(steps=10**9)))
+    one_line(run("reproduce", file), "steps must be an integer in 1..50")
+    file.write_bytes(with_text(hostile(timestep_spacing="x" * 100_000)))
+    one_line(run("reproduce", file), "timestep_spacing must be")
 
 
 # --- a server ---
@@ -279,37 +271,26 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    ("response", "says"),
-    [
-        (httpx.Response(200, text="hello"), "not from a tminus server"),
-        (
-            httpx.Response(429, headers={"Content-Type": "application/problem+json"}, json={"detail": "too much"}),
-            "429 too much",
-        ),
-        (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
-    ],
-)
 def test_a_server_that_gives_something_else_ends_in_one_clear_line(
-    run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch, response: httpx.Response, says: str
+    run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(monkeypatch, lambda request: response)
-    one_line(run("reproduce", kept, "--url", "http://server:1"), says)
+    problem = {"Content-Type": "application/problem+json"}
+    for response, says in (
+        (httpx.Response(200, text="hello"), "not from a tminus server"),
+        (httpx.Response(429, headers=problem, json={"detail": "too much"}), "429 too much"),
+        (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
+    ):
+        stand_in(monkeypatch, lambda request, response=response: response)  # type: ignore[misc]
+        one_line(run("reproduce", kept, "--url", "http://server:1"), says)
+    stand_in(monkeypatch, lambda request: httpx.Response(200, content=NOISE, headers=OURS))
+    kept.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
+    one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
 
 
 def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path) -> None:
     for command, name in ((["sample"], "checkpoint"), (["reproduce", kept], "precision")):
         result = run(*command, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
         one_line(result, f"--{name} is for a model that is loaded here, and --url names a server")
-
-
-@pytest.mark.usefixtures("no_model")
-def test_an_escape_in_the_text_of_a_png_does_not_reach_the_terminal(
-    run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(monkeypatch, lambda request: httpx.Response(200, content=NOISE, headers=OURS))
-    kept.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
-    one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
 
 
 # --- the parts ---
