@@ -22,7 +22,7 @@ def on_gpu(make_checkpoint: MakeCheckpoint) -> Iterator[OnGpu]:
     """A checkpoint of its own, as an engine moves the net; and the exact float32 that the comparison needs."""
     allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield lambda: (make_checkpoint(), torch.device("cuda"))
+    yield lambda **fields: (make_checkpoint(**fields), torch.device("cuda"))
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 

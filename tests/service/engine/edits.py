@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.service.engine.engines import Job, make_engine, spec_of
+from tests.service.engine.engines import Job, make_engine, spec_of, ticks
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.protocol import sample_locally
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
@@ -41,8 +41,4 @@ def states(checkpoint: Checkpoint, job: Job) -> list[np.ndarray]:
     rows = engine.add(spec, inputs=inputs)
     scheduler.add("a", rows, work_of(spec, engine.info))
     found = [engine.latents(rows)]
-    while (batch := scheduler.next_batch()) is not None:
-        engine.step(batch)
-        scheduler.advance(batch)
-        found.append(engine.latents(rows))
-    return found
+    return found + [engine.latents(rows) for _ in ticks(engine, scheduler)]

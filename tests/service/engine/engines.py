@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,13 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.plan_store import PlanCompiler
 from tminus.service.engine.protocol import sample_locally
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Advance, Scheduler, Sharing
 from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import work_of
+from tminus.service.work import Batch, work_of
 
 CPU = torch.device("cpu")
 Floats = npt.NDArray[np.float32]
-OnGpu = Callable[[], tuple[Checkpoint, torch.device]]
+OnGpu = Callable[..., tuple[Checkpoint, torch.device]]
 Job = tuple[SampleSpec, Inputs | None]
 
 
@@ -78,6 +78,13 @@ MIXED = (
 def alone(checkpoint: Checkpoint, spec: SampleSpec, device: torch.device = CPU) -> Floats:
     """The images of a job that has the engine for itself."""
     return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None)
+
+
+def ticks(engine: Engine, scheduler: Scheduler) -> Iterator[tuple[Batch, Advance]]:
+    """Step the engine until the scheduler has nothing to do."""
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        yield batch, scheduler.advance(batch)
 
 
 def read_images(engine: Engine, rows: Sequence[int]) -> Floats:

@@ -1,10 +1,10 @@
 """The engine: rows that differ in everything share batches, slots go round, previews, snapshots, edits."""
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from tests.service.engine.engines import (
     noise_of,
     read_images,
     spec_of,
+    ticks,
     together,
 )
 from tminus.model.catalogue import SAMPLERS
@@ -146,12 +147,11 @@ def walked(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int) -> li
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))
         paths[k].record(engine, rows[k], [(0, index) for index in range(spec.n)])
-    while (batch := scheduler.next_batch()) is not None:
-        engine.step(batch)
+    for batch, advance in ticks(engine, scheduler):
         for job in batch.jobs:
             k = int(job.job_id)
             paths[k].record(engine, rows[k], [(step + 1, index) for step, index in job.steps])
-        for name in scheduler.advance(batch).finished:
+        for name in advance.finished:
             engine.remove(rows[int(name)])
     return [path.trajectory() for path in paths]
 
@@ -311,7 +311,7 @@ def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckp
 
 def failing(operation: str, at: int) -> Callable[..., object]:
     """An operation of tensors that raises at its so-manieth call."""
-    whole, calls = getattr(Tensor, operation), itertools.count(1)
+    whole, calls = getattr(Tensor, operation), count(1)
 
     def call(*args: object, **kwargs: object) -> object:
         if next(calls) == at:
@@ -410,11 +410,7 @@ def interrupted(
     rows = first.add(spec, inputs=inputs)
     work = work_of(spec, first.info)
     scheduler.add("a", rows, work)
-    for _ in range(after):
-        batch = scheduler.next_batch()
-        assert batch is not None
-        first.step(batch)
-        scheduler.advance(batch)
+    for _ in islice(ticks(first, scheduler), after):
         if not scheduler.has_work:
             return read(first, rows)
     snapshot = first.snapshot(rows, scheduler.steps("a"))()
@@ -424,9 +420,8 @@ def interrupted(
     second.add(spec_of(n=3))  # so that the rows have other slots
     rows = second.add(spec, snapshot, inputs)
     scheduler.add("a", rows, work, snapshot.steps)
-    while (batch := scheduler.next_batch()) is not None:
-        second.step(batch)
-        scheduler.advance(batch)
+    for _ in ticks(second, scheduler):
+        pass
     return read(second, rows)
 
 

@@ -1,7 +1,7 @@
 """How a batch is cut into passes, and what eager and compiled executors give."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.conftest import MakeCheckpoint
+from tests.service.engine.engines import OnGpu
 from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.autotune import example_inputs
@@ -162,25 +163,14 @@ def test_compiled_on_a_cpu_gives_what_the_network_gives_and_is_exact(
 
 # --- on a GPU ---
 
-MakeOnGpu = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def on_gpu(make_checkpoint: MakeCheckpoint) -> Iterator[MakeOnGpu]:
-    """Checkpoints of one's own, as an executor moves the net; and the exact float32 that the comparison needs."""
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield make_checkpoint
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
-
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [{}, {"classes": False}, {"in_channels": 3, "out_channels": 6}])
 @pytest.mark.parametrize("sizes", [(4,), (1, 2, 8)])
 def test_cuda_graphs_give_what_the_network_gives(
-    on_gpu: MakeOnGpu, fields: dict[str, object], sizes: tuple[int, ...]
+    on_gpu: OnGpu, fields: dict[str, object], sizes: tuple[int, ...]
 ) -> None:
-    checkpoint, device = on_gpu(**fields), torch.device("cuda")
+    checkpoint, device = on_gpu(**fields)
     inputs = example_inputs(checkpoint, CPU, 21)
     expected = bare(checkpoint, inputs)
     shape = checkpoint.row_shape
@@ -195,8 +185,8 @@ def test_cuda_graphs_give_what_the_network_gives(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["eager", "compile"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_on_a_gpu_passes_of_one_size_are_exact(on_gpu: MakeOnGpu, kind: str, precision: str) -> None:
-    checkpoint, device = on_gpu(), torch.device("cuda")
+def test_on_a_gpu_passes_of_one_size_are_exact(on_gpu: OnGpu, kind: str, precision: str) -> None:
+    checkpoint, device = on_gpu()
     executor: Executor
     if kind == "eager":
         executor = EagerExecutor(checkpoint.net, device, precision=precision, sizes=(8,))
@@ -213,8 +203,8 @@ def test_on_a_gpu_passes_of_one_size_are_exact(on_gpu: MakeOnGpu, kind: str, pre
 
 
 @pytest.mark.gpu
-def test_a_replay_does_not_write_over_the_last_answer(on_gpu: MakeOnGpu) -> None:
-    checkpoint, device = on_gpu(), torch.device("cuda")
+def test_a_replay_does_not_write_over_the_last_answer(on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
     executor = CompiledExecutor(checkpoint.net, device, (1, 8, 8), sizes=(4,))
     x, t, labels = example_inputs(checkpoint, device, 4)
     first = executor(x, t, labels)
