@@ -63,14 +63,16 @@ class SampleSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, without those that are None by default: a plain spec reads as it always did."""
-        values, optional = asdict(self), {each.name for each in fields(self) if each.default is None}
-        return {name: value for name, value in values.items() if name not in optional or value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in NONE_BY_DEFAULT}
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "SampleSpec":
         """Make a spec of its fields as JSON has them. Raises TypeError where they are not its fields."""
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in members.items()}
         return cls(**values)
+
+
+NONE_BY_DEFAULT = frozenset(each.name for each in fields(SampleSpec) if each.default is None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
