@@ -107,10 +107,8 @@ def test_a_parameter_that_there_is_not_is_refused_by_name_and_so_is_a_body_that_
     refused(site.client.post("/?steps=4", json={"inputs": "dog"}), 400, "unknown_field", "steps")
     for body, code in (
         (b"", "invalid_field"),
-        (b'["dog"]', "malformed_body"),
         (b'{"inputs": "dog", "inputs": "cat"}', "conflicting_field"),
         (b'{"inputs": "dog", "parameters": null}', "invalid_field"),
-        (b'{"inputs": "dog", "parameters": {"guidance_scale": NaN}}', "malformed_body"),
         (b'{"inputs": ' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed_body"),
     ):
         answer = site.client.post("/", content=body)
@@ -121,9 +119,6 @@ def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
     refused(ask(site, "dog", num_inference_steps=4), 400, "conflicting_field", "num_inference_steps")
     text = refused(ask(site, "dog", scheduler="ddim", sampler="ddim"), 400, "conflicting_field", "sampler")
     assert text == "sampler is given as scheduler too"
-    body = {"inputs": "dog", "parameters": {"num_inference_steps": 5, "steps": 6}}
-    text = refused(site.client.post("/", json=body), 400, "conflicting_field", "steps")
-    assert text == "steps is given as num_inference_steps too"
 
 
 @pytest.mark.parametrize("parameters", [{}, {"parameters": {"seed": 7}}])

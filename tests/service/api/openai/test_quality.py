@@ -71,18 +71,6 @@ def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
     assert settings(replace(ADVISED, null_class=None), "medium") == ("ddim", 20, 1)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"sampler": "tuned"}, ("tuned", 8, 1)),
-        ({"steps": 5}, ("tuned", 5, 1)),
-        ({"steps": 8, "guidance": 1.0, "sampler": "tuned", "clip": True, "seed": 3}, ("tuned", 8, 1)),
-    ],
-)
-def test_whoever_names_what_a_table_has_gets_it(given: dict[str, object], expected: tuple[object, ...]) -> None:
-    assert settings(TUNED, "low", **given) == expected
-
-
 def test_a_table_is_chosen_by_its_hash() -> None:
     quality: Quality = "high"
     few = TUNED.tables[0]
@@ -94,42 +82,40 @@ def test_a_table_is_chosen_by_its_hash() -> None:
     assert settings(both, quality, table=STUDENT.tables[0].hash) == ("consistency", 1, 1)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"steps": 7}, {"guidance": 3}, {"sampler": "ddim"}, {"eta": 0.5}],
-)  # fmt: skip
-def test_whoever_names_other_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
-    made = settings(TUNED, "low", **given)
-    assert made == ("ddim", given.get("steps", 10), given.get("guidance", 1.5))
+SHORT = replace(INFO, num_timesteps=30)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("model", "quality", "given", "expected"),
     [
-        ({"steps": 10}, ("dpmpp_2m", 10, 1)),
-        ({"guidance": 3.0}, ("dpmpp_2m", 20, 3)),
-        ({"steps": 7, "sampler": "tuned"}, ("tuned", 7, None)),
-        ({"table": "0" * 16}, ("tuned", None, None)),
+        # Whoever names what a table has gets it, and with other settings the recommended sampler.
+        (TUNED, "low", {"sampler": "tuned"}, ("tuned", 8, 1)),
+        (TUNED, "low", {"steps": 5}, ("tuned", 5, 1)),
+        (TUNED, "low", {"steps": 8, "guidance": 1.0, "sampler": "tuned", "clip": True, "seed": 3}, ("tuned", 8, 1)),
+        (TUNED, "low", {"steps": 7}, ("ddim", 7, 1.5)),
+        (TUNED, "low", {"guidance": 3}, ("ddim", 10, 3)),
+        (TUNED, "low", {"sampler": "ddim"}, ("ddim", 10, 1.5)),
+        (TUNED, "low", {"eta": 0.5}, ("ddim", 10, 1.5)),
+        # Where a table is recommended, other settings are by a sampler that takes any.
+        (FITTED, "medium", {"steps": 10}, ("dpmpp_2m", 10, 1)),
+        (FITTED, "medium", {"guidance": 3.0}, ("dpmpp_2m", 20, 3)),
+        (FITTED, "medium", {"steps": 7, "sampler": "tuned"}, ("tuned", 7, None)),
+        (FITTED, "medium", {"table": "0" * 16}, ("tuned", None, None)),
+        # Another sampler has its own number of steps; what there is no table for is refused, or the nearest taken.
+        (ADVISED, "medium", {"sampler": "ddpm"}, ("ddpm", 100, 1.5)),
+        (ADVISED, "high", {"sampler": "heun"}, ("heun", 50, 1.5)),
+        (TUNED, "high", {"sampler": "tuned"}, ("tuned", 8, 1)),
+        (TUNED, "medium", {"sampler": "tuned", "steps": 5}, ("tuned", 5, 1)),
+        (TUNED, "medium", {"sampler": "tuned", "steps": 6}, ("tuned", 6, None)),
+        # Steps stay below the most that there are.
+        (SHORT, "high", {}, ("dpmpp_2m", 30, 1)),
+        (SHORT, "high", {"sampler": "heun"}, ("heun", 15, 1)),
     ],
 )
-def test_where_a_table_is_recommended_other_settings_are_by_a_sampler_that_takes_any(
-    given: dict[str, object], expected: tuple[object, ...]
+def test_what_a_request_gives_decides_the_rest(
+    model: ModelInfo, quality: Quality, given: dict[str, object], expected: tuple[object, ...]
 ) -> None:
-    assert settings(FITTED, "medium", **given) == expected
-
-
-def test_another_sampler_has_its_own_number_of_steps() -> None:
-    assert settings(ADVISED, "medium", sampler="ddpm") == ("ddpm", 100, 1.5)
-    assert settings(ADVISED, "high", sampler="heun") == ("heun", 50, 1.5)
-    assert settings(TUNED, "high", sampler="tuned") == ("tuned", 8, 1)
-    assert settings(TUNED, "medium", sampler="tuned", steps=5) == ("tuned", 5, 1)
-    assert settings(TUNED, "medium", sampler="tuned", steps=6) == ("tuned", 6, None), "which is refused, or the nearest"
-
-
-def test_steps_stay_below_the_most_that_there_are() -> None:
-    short = replace(INFO, num_timesteps=30)
-    assert settings(short, "high") == ("dpmpp_2m", 30, 1)
-    assert settings(short, "high", sampler="heun")[1] == 15
+    assert settings(model, quality, **given) == expected
 
 
 def test_what_is_wrong_is_left_to_be_refused() -> None:
