@@ -70,10 +70,15 @@ def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    write_atomically(file, lambda path: _dump(path, text))
+
+
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    write_atomically(file, lambda path: _dump(path, value))
+    write_text(file, json.dumps(value, indent=2) + "\n")
 
 
-def _dump(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+def _dump(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8", errors="replace")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.files import write_atomically
+from tminus.model.files import write_atomically, write_json
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet
 from tminus.model.weights import hash_weights
@@ -189,9 +189,8 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
         "test_accuracy": repr(classifier.test_accuracy),
         "trained_on": json.dumps(dict(classifier.trained_on)),
     }
-    config = json.dumps(dataclasses.asdict(classifier.config), indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, lambda path: _write_text(path, config))
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(classifier.config))
     tensors = _state(classifier.net)
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
 
@@ -248,7 +247,3 @@ def _state(net: ClassifierNet) -> dict[str, Tensor]:
     # clone: contiguous() keeps channels_last strides where there is one channel, and those round differently.
     plain = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")

@@ -4,7 +4,6 @@ As in model/training/train.py all that is random in step k is seeded by (seed, k
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,8 @@ from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
 from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.training.data import ImageSet, evenly
-from tminus.model.training.run import Ema, Run, RunConfig, TrainError, faster_of, interruptible, step_seed
+from tminus.model.training.run import Run, RunConfig, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices
-
-log = logging.getLogger(__name__)
 
 COMMITMENT = 0.25  # of the encoder to its codes (van den Oord et al. 2017, eq. 3)
 SCALE_IMAGES = 512  # of the training data, whose latents say by how much latents are scaled
@@ -61,13 +58,9 @@ def train_autoencoder(
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     identity: dict[str, Any] = {f"autoencoder {key}": value for key, value in model.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images"}
-    config = run.begin(net, optimizer, config, identity, device)
     images = data.images.to(device)
-    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
-        few = to_model_range(images[: config.batch_size])
-        config = config.with_precision(faster_of(net, lambda: net.decode_codes(net.moments(few)[0]), device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
+    few = to_model_range(images[: config.batch_size])
+    config = run.begin(net, optimizer, config, identity, device, lambda: net.decode_codes(net.moments(few)[0]))
     compiled: Callable[..., Tensor] = torch.compile(reconstruction_loss) if config.compile else reconstruction_loss
 
     def loss_of(step: int) -> Tensor:
@@ -75,13 +68,13 @@ def train_autoencoder(
         x = to_model_range(images[picked]).to(memory_format=torch.channels_last)
         if step == 0 and net.quantize is not None:
             _begin_codes(net, x)
-        with autocast:
+        with run.autocast:
             return compiled(net, x, config.kl_weight)
 
     def save() -> None:
-        averaged = averaged_autoencoder(model, run.ema)
+        average = averaged(lambda: Autoencoder(model), run.ema)
         some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # a folder's come class by class
-        spread = float(latents_of(averaged, some, device).std()) / model.scaling_factor
+        spread = float(latents_of(average, some, device).std()) / model.scaling_factor
         if not spread > 0:
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
         scale = 1 / spread
@@ -91,10 +84,9 @@ def train_autoencoder(
 
     def look() -> None:
         if on_sheet is not None:
-            on_sheet(averaged_autoencoder(model, run.ema), run.step)
+            on_sheet(averaged(lambda: Autoencoder(model), run.ema), run.step)
 
-    with interruptible(config, run) as interrupted:
-        return run.descend(config, loss_of, save, look, interrupted)
+    return run.descend(config, loss_of, save, look)
 
 
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
@@ -113,14 +105,6 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
         held = kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     return F.l1_loss(net.decode_codes(z).float(), x) + held
-
-
-def averaged_autoencoder(model: AutoencoderConfig, ema: Ema) -> Autoencoder:
-    """The autoencoder with the averaged weights, which it shares, in eval mode."""
-    with torch.device("meta"):
-        net = Autoencoder(model)
-    net.load_state_dict(ema.shadow, assign=True)
-    return net.requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from tminus.model.sampler_tables import Table, write_table
 from tminus.model.samplers import Plan, alpha_bar_at, table_plan
 from tminus.model.training.data import ImageSet
 from tminus.model.training.network_features import FrechetLoss
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, faster_precision, interruptible, step_seed
+from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import product_of
 from tminus.model.training.teacher import REFERENCE, Teacher, Trajectories
 from tminus.model.weights import hash_weights
@@ -171,17 +171,13 @@ def distill(
     identity: dict[str, Any] = {"teacher": of_teacher.weights_hash}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images" if data is not None else None}
-    config = run.begin(net, optimizer, config, identity, device, remembered=frechet)
-    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
-        shape = (config.batch_size, *of_teacher.row_shape)
-        config = config.with_precision(faster_precision(net, shape, device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    forwards = example_pass(net, (config.batch_size, *of_teacher.row_shape), device)
+    config = run.begin(net, optimizer, config, identity, device, forwards, remembered=frechet)
     forward: Forward = torch.compile(net) if config.compile else net
-    teacher.prepare(device, autocast, rows_at_once=config.batch_size, compile_net=config.compile)
-    log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
+    teacher.prepare(device, run.autocast, rows_at_once=config.batch_size, compile_net=config.compile)
 
     def predict(k: Tensor, x_t: Tensor, classes: Tensor | None) -> Tensor:
-        with autocast:
+        with run.autocast:
             out = forward(x_t.contiguous(memory_format=torch.channels_last), plan.timesteps.to(x_t)[k], classes)
         return predict_x0(plan, k, x_t, out)
 
@@ -204,17 +200,25 @@ def distill(
 
     def look() -> None:
         if on_sheet is not None:
-            on_sheet(averaged(unet, run.ema), plan, run.step)
+            on_sheet(averaged(lambda: build(unet), run.ema), plan, run.step)
 
     num_first, num_other = config.num_first, config.batch_size - config.num_first
     trajectories: Trajectories | None = None
 
     def loss_of(step: int) -> Tensor | None:
+        if step == 0 and config.frechet_weight:
+            log.info("%s: reading %s", folder, data.name if data is not None else "the teacher's images")
+            seed = step_seed(config.seed, REFERENCE)
+            reference = teacher.reference(data, seed, config.class_dropout, run.interrupted)
+            if reference is None:
+                return None
+            frechet.set_reference(reference)
+
         # The teacher solves trajectories from time to time.
         nonlocal trajectories
         if trajectories is None or step % config.round_steps == 0:
             seed = step_seed(config.seed, REFERENCE - 1 - step // config.round_steps)
-            trajectories = teacher.solve(seed, config.trajectories, config.class_dropout, points, interrupted)
+            trajectories = teacher.solve(seed, config.trajectories, config.class_dropout, points, run.interrupted)
             if trajectories is None:
                 return None
 
@@ -245,11 +249,4 @@ def distill(
             loss = loss + config.frechet_weight * frechet(numbers, kind).mean()
         return loss
 
-    with interruptible(config, run) as interrupted:
-        if run.step == 0 and config.frechet_weight:  # also of a run that was saved before it had one
-            log.info("%s: reading %s", folder, data.name if data is not None else "the teacher's images")
-            seed = step_seed(config.seed, REFERENCE)
-            reference = teacher.reference(data, seed, config.class_dropout, interrupted)
-            if reference is not None:
-                frechet.set_reference(reference)
-        return run.descend(config, loss_of, save, look, interrupted)
+    return run.descend(config, loss_of, save, look)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tminus.model.files import write_atomically
+from tminus.model.files import write_text
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import l_simple, training_target
@@ -105,27 +105,12 @@ def mean_loss(
 def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
     """Add a line to the run's losses.csv; `of` says which images were held out, which may change within a run.
 
-    Lines of this and later steps go: a run that was killed left them. So do those that are none of ours, as a
-    spreadsheet leaves them that has saved the file in another form.
+    Lines of this and later steps go: a run that was killed left them.
     """
     file = folder / LOSSES_FILE
     known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
-    earlier = [line for line in known if (of_line := _step_of(line)) is not None and of_line < step]
+    numbered = [(line.partition(",")[0], line) for line in known]
+    earlier = [line for number, line in numbered if number.isdecimal() and int(number) < step]
     last = io.StringIO()
     csv.writer(last, lineterminator="\n").writerow([step, f"{training:.6f}", f"{held_out:.6f}", " ".join(of.split())])
-    text = "\n".join([HEAD, *earlier, last.getvalue()])
-
-    def write(path: Path) -> None:
-        path.write_text(text, "utf-8", errors="replace")
-
-    write_atomically(file, write)
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a line of losses.csv; None for what is no such line."""
-    try:
-        step, training, held_out, *_ = line.split(",")
-        float(training), float(held_out)
-        return int(step)
-    except ValueError:
-        return None
+    write_text(file, "\n".join([HEAD, *earlier, last.getvalue()]))

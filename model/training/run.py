@@ -9,12 +9,10 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,10 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.denoiser import Denoiser, NetConfig
+from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically
 from tminus.model.machine import free_cores
-from tminus.model.networks import build
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +33,7 @@ LOSS_SMOOTHING = 0.99
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 Config = TypeVar("Config", bound="RunConfig")
+Net = TypeVar("Net", bound=nn.Module)
 FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
 
 
@@ -148,10 +146,6 @@ class RunConfig:
         left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
         return self.learning_rate * min(warm, left, 1.0)
 
-    def with_precision(self, precision: str) -> Self:
-        """Return these settings with a precision that was chosen."""
-        return dataclasses.replace(self, precision=precision)
-
 
 class Run:
     """What changes as a run goes on: weights, their average, the optimiser's moments, the step; and its folder."""
@@ -162,6 +156,7 @@ class Run:
     def __init__(self, folder: Path, command: str, origin: str | None) -> None:
         """command: begins the run, and alone goes on with it. origin: the checkpoint that a new run begins from."""
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
+        self._received: list[int] = []  # signals
         self.begun = (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()  # was a run saved here?
 
     def begin(
@@ -171,13 +166,14 @@ class Run:
         config: Config,
         identity: Mapping[str, Any],
         device: torch.device,
+        forward: Callable[[], Tensor],
         remembered: nn.Module | None = None,
     ) -> Config:
         """Begin with this network and optimiser, or go on from what was saved, and make the network ready to train.
 
-        identity: what must be the same when the run goes on, beside the config. remembered: what the loss knows
-        besides, of the steps before, or a teacher. Returns the config with what the run chose when it began: the
-        threads, and the precision. Raises TrainError.
+        identity: what must be the same when the run goes on, beside the config. forward: a pass of a batch, by which
+        the precisions are timed. remembered: what the loss knows besides, of the steps before, or a teacher. Returns
+        the config with what the run chose when it began: the threads, and the precision. Raises TrainError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
@@ -185,7 +181,16 @@ class Run:
         if self.begun:
             config = self._resume(config)
         net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        return take_threads(config, device)
+        config = take_threads(config, device)
+        if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
+            config = dataclasses.replace(config, precision=faster_of(net, forward, device))
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        log.info("%s: step %d of %d, %s, %s", self.folder, self.step, config.steps, device, config.precision)
+        return config
+
+    def interrupted(self) -> bool:
+        """Whether SIGINT or SIGTERM has come."""
+        return bool(self._received)
 
     def descend(
         self,
@@ -193,33 +198,50 @@ class Run:
         loss_of: Callable[[int], Tensor | None],
         save: Callable[[], None],
         look: Callable[[], None],
-        interrupted: Callable[[], bool],
     ) -> bool:
         """Take the steps that are left; True when all are done, False when it was interrupted.
 
         What is random in a step is seeded by (seed, step). loss_of: the loss of a step, or None where it was
-        interrupted. save: writes the checkpoint of the average. look: shows and measures the average.
+        interrupted. save: writes the checkpoint of the average. look: shows and measures the average. SIGTERM finishes
+        the step and saves; so does SIGINT, which then raises KeyboardInterrupt if steps are left, so that a script
+        stops too.
         """
+
+        def note(signum: int, _frame: object) -> None:
+            self._received.append(signum)
+
+        previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         began_at = self.step
-        with Progress(config, self.step) as progress:
-            while self.step < config.steps and not interrupted():
-                started = time.perf_counter()
-                torch.manual_seed(step_seed(config.seed, self.step))
-                loss = loss_of(self.step)
-                if loss is None:
-                    break
-                grad_norm = self._step_down(loss, config)
-                progress.show(self.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
-                if self.step % config.save_every == 0 and self.step < config.steps:
-                    save()
-                    self.save(config)
-                if self.step % config.sheet_every == 0 and self.step < config.steps:
+        try:
+            with tqdm(
+                total=config.steps, initial=began_at, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
+            ) as bar:
+                progress = Progress(config, bar)
+                while self.step < config.steps and not self.interrupted():
+                    started = time.perf_counter()
+                    torch.manual_seed(step_seed(config.seed, self.step))
+                    loss = loss_of(self.step)
+                    if loss is None:
+                        break
+                    grad_norm = self._step_down(loss, config)
+                    seconds = time.perf_counter() - started
+                    progress.show(self.step, loss, grad_norm, seconds, last=self.interrupted())
+                    if self.step % config.save_every == 0 and self.step < config.steps:
+                        save()
+                        self.save(config)
+                    if self.step % config.sheet_every == 0 and self.step < config.steps:
+                        look()
+                save()
+                self.save(config)
+                if began_at < self.step == config.steps:  # after the save: what fails here costs no steps
                     look()
-            save()
-            self.save(config)
-            if began_at < self.step == config.steps:  # after the save: what fails here costs no steps
-                look()
-        return self.step >= config.steps
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+        done = self.step >= config.steps
+        if signal.SIGINT in self._received and not done:
+            raise KeyboardInterrupt("interrupted and saved; the same command goes on")
+        return done
 
     def _step_down(self, loss: Tensor, config: RunConfig) -> Tensor:
         """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
@@ -265,7 +287,7 @@ class Run:
                 )
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
-                config = config.with_precision(was["precision"])
+                config = dataclasses.replace(config, precision=was["precision"])
             if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
                 config = dataclasses.replace(config, threads=was.get("threads", 0))
             # Tuples are lists in the file.
@@ -292,18 +314,9 @@ class Run:
 class Progress:
     """Show progress to people: a bar on a terminal, lines in the log elsewhere."""
 
-    def __init__(self, config: RunConfig, step: int) -> None:
-        self._config = config
-        self._bar = tqdm(
-            total=config.steps, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
-        )
+    def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]") -> None:
+        self._config, self._bar = config, bar
         self._loss_mean: Tensor | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._bar.close()
 
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
         """Tell of step `step`, which took `seconds`; the losses are looked at every ten steps, where saved and at last.
@@ -347,12 +360,12 @@ def step_seed(seed: int, step: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def faster_precision(net: Denoiser, batch_shape: tuple[int, ...], device: torch.device) -> str:
-    """Time forward and backward of a denoiser in fp32 and in bf16 autocast, and name the faster."""
-    x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
-    x = x.to(memory_format=torch.channels_last)
+def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
+    """A pass of a denoiser over x [B, C, H, W] of this shape, whose gradient goes to x too."""
+    x, t = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
     classes = t if net.class_embedding is not None else None
-    return faster_of(net, lambda: net(x, t, classes), device)
+    return lambda: net(x, t, classes)
 
 
 def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
@@ -376,31 +389,9 @@ def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.devic
     return min(seconds, key=lambda name: seconds[name])
 
 
-def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
+def averaged(make: Callable[[], Net], ema: Ema) -> Net:
     """The network with the averaged weights, which it shares, in eval mode."""
     with torch.device("meta"):
-        net = build(unet)
+        net = make()
     net.load_state_dict(ema.shadow, assign=True)
     return net.requires_grad_(False).eval()
-
-
-@contextmanager
-def interruptible(config: RunConfig, run: Run) -> Iterator[Callable[[], bool]]:
-    """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come.
-
-    Save the run before leaving. On leaving, it raises KeyboardInterrupt if SIGINT came and steps are left, so that a
-    script stops too.
-    """
-    received: list[int] = []
-
-    def note(signum: int, _frame: object) -> None:
-        received.append(signum)
-
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    if signal.SIGINT in received and run.step < config.steps:
-        raise KeyboardInterrupt("interrupted and saved; the same command goes on")

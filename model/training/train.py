@@ -4,7 +4,6 @@ All that is random in step k is seeded by (seed, k), so a run that is stopped an
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +25,7 @@ from tminus.model.tminus_file import read_folded_guidance, read_recommended
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, faster_precision, interruptible, step_seed
+from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import (
     Batch,
     GuidedTarget,
@@ -39,8 +38,6 @@ from tminus.model.training.targets import (
 )
 from tminus.model.unet import UNet2D, UNetConfig
 from tminus.model.weights import misfit
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,9 @@ def train(
     identity |= {"data": f"{data.name}, {len(data)} images"}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
-    config = run.begin(net, optimizer, config, identity, device, remembered=teacher)
+    assert unet.size_px is not None
+    forwards = example_pass(net, (config.batch_size, unet.in_channels, *unet.size_px), device)
+    config = run.begin(net, optimizer, config, identity, device, forwards, remembered=teacher)
     if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
         was = f"init_from={run.origin!r}, got {str(init_from)!r}"
         raise TrainError(f"{folder}: this run was begun with {was}; leave --init-from out to go on")
@@ -118,13 +117,8 @@ def train(
     # The data, and how the network runs.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
     examples = Examples.of(data, autoencoder, device)
-    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
-        shape = (config.batch_size, *examples.x_0.shape[1:])
-        config = config.with_precision(faster_precision(net, shape, device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     # Not dynamic, or what is compiled second would be made for batches of any size, as the first has another.
     forward: Forward = torch.compile(net, dynamic=False) if config.compile else net
-    log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
 
     # The modes: which t are drawn, how the errors at each count, what is to be predicted, what is measured beside.
     share = lognormal_timesteps(noise.schedule()).to(device) if config.timestep_sampling == "lognormal" else None
@@ -136,7 +130,7 @@ def train(
         target_of = StableTarget(examples, schedule, noise.prediction_type)
     if teacher is not None:
         guide: Forward = torch.compile(teacher, dynamic=False) if config.compile else teacher
-        target_of = GuidedTarget(guide, null_class, config.guidance, autocast)
+        target_of = GuidedTarget(guide, null_class, config.guidance, run.autocast)
     measured = None
     if held_out is not None and run.step < config.steps:
         measured = HeldOutLoss(examples, held_out, autoencoder, schedule, noise.prediction_type, weights)
@@ -163,7 +157,7 @@ def train(
         """Algorithm 1 of Ho et al. 2020, but for the descent, which `Run.descend` takes."""
         batch = draw(step)
         target = target_of(batch)
-        with autocast:
+        with run.autocast:
             out = forward(batch.x_t, batch.t, batch.class_labels)
         return l_simple(out, target, weights[batch.t] if weights is not None else None)
 
@@ -182,14 +176,13 @@ def train(
         )
 
     def look() -> None:
-        average = averaged(unet, run.ema)
+        average: Denoiser = averaged(lambda: UNet2D(unet), run.ema)
         if measured is not None:
             measured.note(folder, run.step, average, config.batch_size)
         if on_sheet is not None:
             on_sheet(average, run.step)
 
-    with interruptible(config, run) as interrupted:
-        return run.descend(config, loss_of, save, look, interrupted)
+    return run.descend(config, loss_of, save, look)
 
 
 def _check(

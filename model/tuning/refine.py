@@ -18,7 +18,6 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guided
 from tminus.model.samplers import alpha_bar_at, x0_coefficients
 from tminus.model.training.network_features import NetworkFeatures
-from tminus.model.training.run import faster_of
 from tminus.model.tuning.fit import Rows
 
 FEATURE_WEIGHT = 0.05  # of the distance of features, beside the mean square error
@@ -29,7 +28,6 @@ CHECK_EVERY = 25  # iterations
 PATIENCE = 3  # checks without anything better, before the rate falls
 SLOWER = (1.0, 0.25, 0.0625)  # shares of the learning rate, one after the other; after the last it ends
 JUDGED_TOGETHER = 64
-FEW = 4  # images, by which the precisions are timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +145,6 @@ class Refiner:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bfloat16):
             out: Tensor = self._net(x, t, labels)
         return out.float()
-
-
-def gradient_precision(checkpoint: Checkpoint, device: torch.device) -> str:
-    """Which is faster for gradients: fp32 or bf16, in which a CPU without it takes twenty times as long."""
-    x = torch.zeros((FEW, *checkpoint.row_shape), device=device, requires_grad=True)
-    t = torch.zeros(FEW, dtype=torch.long, device=device)
-    classes = t if checkpoint.net.class_embedding is not None else None
-    return faster_of(checkpoint.net, lambda: checkpoint.net(x, t, classes), device)
 
 
 def _from_the_best(state: Refinement) -> Refinement:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.files import write_atomically
+from tminus.model.files import write_text
 from tminus.service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ChoiceCache:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, lambda path: _dump(path, fields))
+            write_text(self.file, json.dumps(fields) + "\n")
         except OSError as error:  # a read-only file system: the next start measures again
             log.info("what was measured is not kept: %s", error)
 
@@ -94,7 +94,3 @@ def _load(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
-
-
-def _dump(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields) + "\n", "utf-8")

@@ -31,7 +31,7 @@ def write_idx(path: Path, array: np.ndarray) -> Path:
 # --- IDX ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4), (0, 28, 28)])
+@pytest.mark.parametrize("shape", [(5,), (0, 28, 28)])
 def test_idx_file_is_read_as_its_header_says(tmp_path: Path, shape: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape)).reshape(shape)
     read = read_idx(write_idx(tmp_path / "a.gz", array))

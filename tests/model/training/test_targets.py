@@ -146,7 +146,7 @@ def noised(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x_0, eps, SCHEDULE.q_sample(x_0, t, eps)
 
 
-@pytest.mark.parametrize("t", [100, 500, 700, 999])
+@pytest.mark.parametrize("t", [100, 999])
 @pytest.mark.parametrize("latents", [False, True])
 def test_mean_is_that_of_the_images_of_its_class_by_their_densities_in_float64(t: int, latents: bool) -> None:
     images, labels = pixels(40), torch.arange(40) % 3

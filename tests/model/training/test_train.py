@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
 
-from tests.tiny import TINY
+from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
@@ -31,6 +32,7 @@ from tminus.model.training.data import ImageSet
 from tminus.model.training.run import (
     FORMER_FILE,
     STATE_FILE,
+    Ema,
     TrainError,
     read_state,
     write_state,
@@ -114,6 +116,7 @@ def test_a_log_gets_plain_lines_and_no_bar(
     with caplog.at_level("INFO"):
         run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
     told = [record.getMessage() for record in caplog.records if record.name == "tminus.model.training.run"]
+    assert re.fullmatch(r".*: step 0 of 12, cpu, fp32", told.pop(0))
     assert [line.split(",")[0] for line in told] == ["step 10 of 12", "step 12 of 12"]
     assert all(re.fullmatch(r"step .*, loss=\d\.\d{1,4}, images_s=\d+", line) for line in told)
     assert "it/s" not in capsys.readouterr().err
@@ -130,7 +133,7 @@ def interrupt_at(step: int) -> Callable[[UNet2D, int], None]:
     return on_sheet
 
 
-@pytest.mark.parametrize("step", [1, 5, 7])
+@pytest.mark.parametrize("step", [1, 5])
 def test_interrupted_and_resumed_run_is_the_run_never_interrupted(straight: Path, tmp_path: Path, step: int) -> None:
     config = dataclasses.replace(RUN, sheet_every=1)
     with pytest.raises(KeyboardInterrupt, match="saved"):
@@ -282,9 +285,9 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = dataclasses.replace(RUN, precision="auto", steps=2)
-    monkeypatch.setattr("tminus.model.training.train.faster_precision", lambda *_: "bf16")
+    monkeypatch.setattr("tminus.model.training.run.faster_of", lambda *_: "bf16")
     run(tmp_path, auto)
-    monkeypatch.setattr("tminus.model.training.train.faster_precision", lambda *_: pytest.fail("it measured again"))
+    monkeypatch.setattr("tminus.model.training.run.faster_of", lambda *_: pytest.fail("it measured again"))
     run(tmp_path, dataclasses.replace(auto, steps=3))
     assert provenance_in(tmp_path)["config"]["precision"] == "bf16"
 
@@ -478,20 +481,17 @@ def test_loss_falls_on_a_toy_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert last < 0.5 * first
 
 
-@pytest.mark.parametrize("save_every", [3, 500])
-def test_training_that_diverges_stops_and_keeps_the_last_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
-) -> None:
+def test_training_that_diverges_stops_and_keeps_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=2))
     monkeypatch.setattr(train_module, "l_simple", lambda out, *_: (out * torch.nan).mean())
     with pytest.raises(TrainError, match="not finite"):
-        run(tmp_path, dataclasses.replace(RUN, save_every=save_every))
+        run(tmp_path)
     assert state_of(tmp_path)["step"] == 2
     load_checkpoint(tmp_path)
     assert provenance_in(tmp_path)["step"] == 2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_null_class_replaces_labels_as_often_as_asked_and_timesteps_are_uniform_over_the_whole_chain(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropout: float
 ) -> None:
@@ -508,18 +508,29 @@ def test_null_class_replaces_labels_as_often_as_asked_and_timesteps_are_uniform_
     timesteps, labels = (torch.cat(each) for each in zip(*seen, strict=True))
     share = (labels == 2).double().mean().item()
     assert share == pytest.approx(dropout, abs=4 * (dropout * (1 - dropout) / labels.numel()) ** 0.5)
-    if dropout < 1:
-        assert set(labels.unique().tolist()) == ({0, 1, 2} if dropout else {0, 1})
+    assert set(labels.unique().tolist()) == ({0, 1, 2} if dropout else {0, 1})
     counts = timesteps.bincount(minlength=50).double()
     assert len(counts) == 50
     chi_square = ((counts - 40) ** 2 / 40).sum().item()
     assert 20 < chi_square < 90  # 49 degrees of freedom: p of either side below 0.001
 
 
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (90, 0.91), (10**6, 0.999)])
+def test_decay_of_the_average_warms_up_as_one_plus_step_over_ten_plus_step(step: int, decay: float) -> None:
+    net = torch.nn.Linear(3, 2)
+    ema = Ema(net, 0.999)
+    before = copy.deepcopy(ema.shadow)
+    randomize(net, seed=1)
+    ema.update(net, step)
+    for key, value in net.state_dict().items():
+        expected = decay * before[key].double() + (1 - decay) * value.double()
+        torch.testing.assert_close(ema.shadow[key].double(), expected, rtol=1e-5, atol=1e-7)
+
+
 # --- the order of images, the seeds, the learning rate ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_images", "batch_size"), [(12, 4), (11, 4), (5, 12), (7, 7)])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(11, 4), (5, 12)])
 def test_every_epoch_covers_each_image_once(num_images: int, batch_size: int) -> None:
     epochs = 4
     steps = -(-epochs * num_images // batch_size)

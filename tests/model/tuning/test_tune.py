@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def measured(patch: pytest.MonkeyPatch) -> None:
     """Which precision is faster is no matter of chance here."""
-    patch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+    patch.setattr("tminus.model.tuning.tune.faster_of", lambda *_: "fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return table_of(folder)
 
 
-@pytest.mark.parametrize("stop_at", ["timesteps, round 1", "timesteps, round 3", "coefficients, iteration 3"])
+@pytest.mark.parametrize("stop_at", ["timesteps, round 1", "coefficients, iteration 3"])
 def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     folder: Path, undisturbed: dict[str, Any], stop_at: str
 ) -> None:
@@ -77,18 +77,12 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     assert not state_file(folder, 3, 1.0).exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "field", "value"),
-    [("scheduler/scheduler_config.json", "beta_end", 0.05), ("unet/config.json", "flip_sin_to_cos", False)],
-)
-def test_a_run_that_was_killed_does_not_go_on_with_a_model_that_was_changed(
-    folder: Path, file: str, field: str, value: object
-) -> None:
+def test_a_run_that_was_killed_does_not_go_on_with_a_model_that_was_changed(folder: Path) -> None:
     """The weights are the same, and what they mean is not."""
     with pytest.raises(KeyboardInterrupt):
         run(folder, stop_at="coefficients, iteration")
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**config, field: value}))
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "flip_sin_to_cos": False}))
     assert not any("goes on" in line for line in run(folder))
 
 
@@ -152,11 +146,11 @@ def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
             return super().images(*args)
 
     monkeypatch.setattr("tminus.model.tuning.tune.Refiner", Watched)
-    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "bf16")
+    monkeypatch.setattr("tminus.model.tuning.tune.faster_of", lambda *_: "bf16")
     before = torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
         run(folder, stop_at="iteration", threads=3)
-    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+    monkeypatch.setattr("tminus.model.tuning.tune.faster_of", lambda *_: "fp32")
     run(folder, threads=3)
     assert (threads, torch.get_num_threads()) == ({3}, before)
     assert precisions == ["bf16", "bf16"], "a run goes on as it was begun"
