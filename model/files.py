@@ -37,22 +37,6 @@ def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return value
 
 
-def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config of diffusers that count: not those of its own (`_…`), nor those to be left at defaults.
-
-    Raises ValueError where `_use_default_values` is no list of names.
-    """
-    defaulted = config.get("_use_default_values", [])
-    if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):
-        raise ValueError(f"_use_default_values must be a list of names, got {defaulted!r:.100}")
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
-
-
-def is_off(value: object) -> bool:
-    """Whether this is how a field of a newer version says that it is not used; 0 is not."""
-    return value is None or value is False
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, shortened for a message of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

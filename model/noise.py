@@ -9,13 +9,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.files import given_fields, is_off
+from tminus.model.config import Checked, given_fields, is_off
 from tminus.model.scheduler_kinds import FIELDS_OF_ANY, KIND_OF_SAMPLER, scheduler_kind
 
 log = logging.getLogger(__name__)
@@ -128,11 +128,13 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseConfig:
+class NoiseConfig(Checked):
     """A checkpoint's scheduler_config.json: the noise schedule it was trained on and how it is sampled.
 
     Field names and defaults are those of diffusers' DDPMScheduler. Raises ValueError naming the field and the value.
     """
+
+    KIND: ClassVar[str] = "scheduler config: "
 
     num_train_timesteps: int = 1000
     beta_start: float = 1e-4
@@ -157,27 +159,13 @@ class NoiseConfig:
     """For requests that name no sampler: that of the scheduler's class, see scheduler_kinds.py."""
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, bound: str) -> None:
-            if not ok:
-                raise ValueError(f"scheduler config: {field} must be {bound}, got {getattr(self, field)!r:.100}")
-
-        def among(field: str, *names: str) -> None:
-            require(
-                isinstance(getattr(self, field), str) and getattr(self, field) in names,
-                field,
-                f"among {', '.join(names)}",
-            )
-
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        for field in ("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"):
-            require(isinstance(getattr(self, field), bool), field, "true or false")
-        for field in ("beta_start", "beta_end", "clip_sample_range", "sigma_min", "sigma_max", "sigma_data", "rho"):
-            require(number(getattr(self, field)), field, "a number")
-        for field in ("num_train_timesteps", "steps_offset"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and not isinstance(value, bool), field, "an integer")
+        require, among = self.require, self.require_among
+        self.require_flags("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr")
+        self.require_numbers("beta_start", "beta_end", "sigma_min", "sigma_max")
+        self.require_numbers("clip_sample_range", "sigma_data", "rho", above=0)
+        self.require_counts("num_train_timesteps")
+        offset = self.steps_offset
+        require(isinstance(offset, int) and not isinstance(offset, bool), "steps_offset", "an integer")
         betas = () if self.trained_betas is None else self.trained_betas
         numbers = isinstance(betas, tuple) and all(isinstance(beta, (int, float)) for beta in betas)
         require(numbers, "trained_betas", "a list of numbers or null")
@@ -194,10 +182,7 @@ class NoiseConfig:
         require(ramp, "prediction_type", "consistency for a consistency model, and for no other")
         require(steps >= 2 or not self.is_consistency, "num_train_timesteps", "2 or more for a consistency model")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min", f"above 0 and below sigma_max {self.sigma_max}")
-        require(self.sigma_data > 0, "sigma_data", "positive")
-        require(self.rho > 0, "rho", "positive")
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
-        require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
         require(0 < self.beta_start <= self.beta_end, "beta_start", f"above 0, at most beta_end {self.beta_end}")
         require(self.beta_end < 1, "beta_end", "below 1")
@@ -242,12 +227,12 @@ class NoiseConfig:
         for key, value in given.items():
             key = kind.other_names.get(key, key)
             if key in known:
-                values[key] = tuple(value) if isinstance(value, list) else value
+                values[key] = value
             elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
-        return cls(**values, default_sampler=kind.sampler)
+        return cls.from_json(values, default_sampler=kind.sampler)
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""

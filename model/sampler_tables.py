@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS
+from tminus.model.config import is_number
 from tminus.model.files import CheckpointError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -133,10 +134,6 @@ def _require(ok: bool, file: Path, bound: str, got: object) -> None:
         raise CheckpointError(f"{file}: must be {bound}, got {got!r:.100}")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
 def _read(
     file: Path, weights_hash: str, noise: Mapping[str, Any], num_timesteps: int, null_class: bool, fractional: bool
 ) -> Table:
@@ -155,12 +152,12 @@ def _read(
     steps: Any = value.get("steps")
     guidance: Any = value.get("guidance")
     require(type(steps) is int and 1 <= steps <= num_timesteps, "steps", f"an integer in 1..{num_timesteps}")
-    require(_number(guidance) and 0 <= guidance <= MAX_GUIDANCE, "guidance", f"a number in 0..{MAX_GUIDANCE:g}")
+    require(is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE, "guidance", f"a number in 0..{MAX_GUIDANCE:g}")
     require(guidance == 1 or null_class, "guidance", "1 (off) for a checkpoint without a null class")
     t, lines = value.get("timesteps"), value.get("lines")
     kind = "numbers" if fractional else "whole numbers"
     bound = f"{steps} falling {kind} in 0..{num_timesteps - 1}"
-    require(isinstance(t, list) and len(t) == steps and all(map(_number, t)), "timesteps", bound)
+    require(isinstance(t, list) and len(t) == steps and all(map(is_number, t)), "timesteps", bound)
     assert isinstance(t, list)
     fits = t[-1] >= 0 and t[0] <= num_timesteps - 1 and all(now > then for now, then in pairwise(t))
     require(fits and (fractional or all(each == int(each) for each in t)), "timesteps", bound)
@@ -184,7 +181,7 @@ def _line(line: object) -> bool:
     return (
         isinstance(line, list)
         and len(line) == len(LINE)
-        and all(_number(c) and abs(c) <= MAX_COEFFICIENT for c in line)
+        and all(is_number(c) and abs(c) <= MAX_COEFFICIENT for c in line)
     )
 
 

@@ -2,18 +2,17 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.denoiser import Denoiser
-from tminus.model.files import given_fields, is_off
+from tminus.model.config import given_fields, is_count, is_off
+from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
@@ -28,9 +27,8 @@ log = logging.getLogger(__name__)
 
 CLASS_NAME = "UNet2DModel"
 OWN_CLASS_NAME = "TminusUNet2DModel"  # of networks with OWN_FIELDS, which diffusers would run wrongly
-MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
+MAX_LAYERS = 64  # far above any known net, far below one that takes minutes to build
 MAPS_PER_LAYER = 3  # of a layer's width that are alive at once: its input, its output, and one between
-MAX_NUMBER = 2**31 - 1  # of anything: what a 32-bit integer holds
 # Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
 OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
@@ -42,15 +40,14 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 
 @dataclass(frozen=True, slots=True)
-class UNetConfig:
+class UNetConfig(NetConfig):
     """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use, and OWN_FIELDS.
 
     Raises ValueError, naming the field and its value, for a network that cannot be built.
     """
 
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 3
-    out_channels: int = 3
+    KIND: ClassVar[str] = "unet config: "
+
     center_input_sample: bool = False
     time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
@@ -74,7 +71,6 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     class_embed_type: str | None = None
-    num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     num_heads: int | None = None
     """The heads of every attention, whatever its width; goes before attention_head_dim."""
@@ -84,44 +80,31 @@ class UNetConfig:
     """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, bound: str) -> None:
-            if not ok:
-                raise ValueError(f"unet config: {field} must be {bound}, got {getattr(self, field)!r}")
-
-        def positive(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NUMBER
-
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            require(positive(getattr(self, field)), field, "a positive integer")
-        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
-        for field in (*optional, "num_heads", "time_proj_dim"):
-            value = getattr(self, field)
-            require(value is None or positive(value), field, "a positive integer or null")
-        require(number(self.timestep_scale) and self.timestep_scale > 0, "timestep_scale", "a positive number")
-        widths, groups = self.block_out_channels, self.norm_num_groups
+        NetConfig.__post_init__(self)
+        self.require_counts("layers_per_block", "norm_num_groups")
+        self.require_optional_counts("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
+        self.require_optional_counts("num_heads", "time_proj_dim")
+        self.require_lists("block_out_channels")
+        self.require_numbers("timestep_scale", "norm_eps", "mid_block_scale_factor", above=0)
+        self.require_numbers("dropout", "freq_shift")
+        require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
-        require(len(widths) <= MAX_BLOCKS, "block_out_channels", f"at most {MAX_BLOCKS} widths")
-        require(len(widths) >= 1 and all(map(positive, widths)), "block_out_channels", "a list of positive integers")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
-            require(all(name in known for name in getattr(self, field)), field, f"among {', '.join(known)}")
+            self.require_among(field, *known)
         require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
-        require(self.time_embedding_type in ("positional", "learned"), "time_embedding_type", "positional or learned")
+        self.require_among("time_embedding_type", "positional", "learned")
         if self.time_embedding_type == "learned":
-            require(positive(self.num_train_timesteps), "num_train_timesteps", "a positive integer")
-        for field in ("downsample_type", "upsample_type"):
-            require(getattr(self, field) in ("conv", "resnet"), field, "conv or resnet")
+            self.require_counts("num_train_timesteps")
+        self.require_among("downsample_type", "conv", "resnet")
+        self.require_among("upsample_type", "conv", "resnet")
         require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
-        require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
-        shift_kinds = ("default", "scale_shift")
-        require(self.resnet_time_scale_shift in shift_kinds, "resnet_time_scale_shift", "default or scale_shift")
+        self.require_among("act_fn", *ACTIVATIONS)
+        self.require_among("resnet_time_scale_shift", "default", "scale_shift")
         require(self.class_embed_type is None, "class_embed_type", "null (labels come from num_class_embeds)")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
-        sized = self.sample_size is None or (len(sizes) == 2 and all(map(positive, sizes)))
+        sized = self.sample_size is None or (len(sizes) == 2 and all(map(is_count, sizes)))
         require(sized, "sample_size", "a positive integer, two of them (height, width) or null")
         narrowest = min(self._attending_widths, default=None)
         if self.attention_head_dim is not None and narrowest is not None:
@@ -131,17 +114,9 @@ class UNetConfig:
             require(all(width % self.num_heads == 0 for width in self._attending_widths), "num_heads", divisor)
         if self.attn_norm_num_groups is not None:
             require(widths[-1] % self.attn_norm_num_groups == 0, "attn_norm_num_groups", f"a divisor of {widths[-1]}")
-        require(number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        require(number(self.norm_eps) and self.norm_eps > 0, "norm_eps", "a positive number")
-        scale = self.mid_block_scale_factor
-        require(number(scale) and scale > 0, "mid_block_scale_factor", "a positive number")
+        require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         half = self.time_width // 2
-        require(number(self.freq_shift) and self.freq_shift < half, "freq_shift", f"a number below {half}")
-
-    @property
-    def size_px(self) -> tuple[int, int] | None:
-        """(height, width), or None where the config does not say."""
-        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+        require(self.freq_shift < half, "freq_shift", f"below {half}")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -206,11 +181,8 @@ class UNetConfig:
                 continue
             if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):
                 value = [str(name).removeprefix("UNetRes") for name in value]
-            values[key] = tuple(value) if isinstance(value, list) else value
-        try:
-            return cls(**values)
-        except TypeError as error:  # a value of a type that the checks do not expect
-            raise ValueError(f"unet config: {error}") from error
+            values[key] = value
+        return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of diffusers' UNet2DModel, or of a network that is not one."""
@@ -414,13 +386,6 @@ class UNet2D(Denoiser):
         return partial(_embed_time, self.config, self.time_proj, self.time_embedding)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        h, skips = self.encode(x, act_temb)
-        for block in self.up_blocks:
-            h = block(h, skips, act_temb)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return out
-
-    def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.config.center_input_sample:
             x = 2 * x - 1
         h: Tensor = self.conv_in(x)
@@ -430,7 +395,10 @@ class UNet2D(Denoiser):
             skips += block_skips
         if self.mid_block is not None:
             h = self.mid_block(h, act_temb)
-        return h, skips
+        for block in self.up_blocks:
+            h = block(h, skips, act_temb)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return out
 
     @property
     def blocks(self) -> list[nn.Module]:

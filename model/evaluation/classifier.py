@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import safetensors
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tminus.model.config import Checked
 from tminus.model.files import write_atomically, write_json
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet
@@ -28,6 +29,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
 GRID = 4  # the last feature map is pooled to GRID x GRID, the size it has for 32x32 images
 READ_BATCH = 500
+MAX_SIZE = 2**16  # of a layer, of images, and of their classes
 MIN_SIDE = 8  # in pixels, of which three poolings by two leave one
 
 
@@ -36,8 +38,10 @@ class ClassifierError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ClassifierConfig:
+class ClassifierConfig(Checked):
     """The architecture. Raises ValueError, naming the field, for one that cannot be built."""
+
+    KIND: ClassVar[str] = "classifier config: "
 
     channels: int
     size_px: tuple[int, int]
@@ -46,17 +50,14 @@ class ClassifierConfig:
     feature_dim: int = 96
 
     def __post_init__(self) -> None:
-        positive = (*self.widths, self.feature_dim, self.num_classes, *self.size_px)
-        if not all(type(value) is int and 1 <= value <= 2**16 for value in positive):
-            raise ValueError(f"classifier config: widths, sizes and counts must be 1..{2**16}, got {positive}")
-        if self.channels not in (1, 3):
-            raise ValueError(f"classifier config: channels must be 1 or 3, got {self.channels!r}")
-        if len(self.size_px) != 2 or any(side < MIN_SIDE for side in self.size_px):
-            raise ValueError(
-                f"classifier config: size_px must be two sides of {MIN_SIDE} or more, got {self.size_px!r}"
-            )
-        if len(self.widths) != 3:
-            raise ValueError(f"classifier config: widths must be three numbers, got {self.widths!r}")
+        self.require(self.channels in (1, 3), "channels", "1 or 3")
+        self.require_counts("num_classes", "feature_dim")
+        self.require_lists("widths", "size_px")
+        self.require(len(self.widths) == 3, "widths", "three numbers")
+        sides = len(self.size_px) == 2 and min(self.size_px) >= MIN_SIDE
+        self.require(sides, "size_px", f"two sides of {MIN_SIDE} or more")
+        small = max(*self.widths, self.feature_dim, self.num_classes, *self.size_px) <= MAX_SIZE
+        self.require(small, "widths", f"at most {MAX_SIZE}, as all sizes and counts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +202,8 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
     try:
         with config_file.open("rb") as file:
             fields = json.loads(file.read(MAX_CONFIG_BYTES))
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        config = ClassifierConfig(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = ClassifierConfig.from_json(fields)
+    except (OSError, ValueError, AttributeError) as error:
         raise ClassifierError(f"{config_file}: {error}") from error
     try:
         with safetensors.safe_open(weights_file, framework="pt") as opened:

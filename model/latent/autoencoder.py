@@ -6,21 +6,20 @@ Their configuration is here too. Images [B, C, H, W] in [-1, 1], latents [B, c, 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.files import given_fields, is_off
+from tminus.model.config import Checked, given_fields, is_count, is_off
 from tminus.model.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
 
 VQ, KL = "VQModel", "AutoencoderKL"
 USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stable Diffusion's latents
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-MAX_LAYERS, MAX_BLOCKS, MAX_CHANNELS = 64, 16, 2**31 - 1
-LARGEST = 1e30  # of a number that is not counted
+MAX_LAYERS = 64
 MAPS_PER_LAYER = 3  # of a layer's width that are alive at once
 # Fields that change nothing of what is served: how others save memory, and a look-up that decoding never makes.
 OF_OTHERS = frozenset(("force_upcast", "lookup_from_codebook"))
@@ -29,11 +28,13 @@ LOGVAR = (-30.0, 20.0)  # as diffusers clamps it
 
 
 @dataclass(frozen=True, slots=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Checked):
     """The fields and defaults of both classes; those of one alone are left at their defaults in the other.
 
     Raises ValueError, naming the field and its value, for an autoencoder that cannot be built.
     """
+
+    KIND: ClassVar[str] = "autoencoder config: "
 
     kind: str = KL
     in_channels: int = 3
@@ -57,39 +58,26 @@ class AutoencoderConfig:
     vq_embed_dim: int | None = None
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, bound: str) -> None:
-            if not ok:
-                raise ValueError(f"autoencoder config: {field} must be {bound}, got {getattr(self, field)!r}")
-
-        def positive(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_CHANNELS
-
-        require(self.kind in (VQ, KL), "kind", f"{VQ} or {KL}")
-        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "latent_channels"):
-            require(positive(getattr(self, field)), field, "a positive integer")
-        require(positive(self.num_vq_embeddings), "num_vq_embeddings", "a positive integer")
-        require(self.vq_embed_dim is None or positive(self.vq_embed_dim), "vq_embed_dim", "a positive integer or null")
+        require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups
+        self.require_among("kind", VQ, KL)
+        self.require_counts("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "latent_channels")
+        self.require_counts("num_vq_embeddings")
+        self.require_optional_counts("vq_embed_dim")
         require(self.in_channels == self.out_channels, "out_channels", f"in_channels ({self.in_channels})")
         require(self.in_channels in (1, 3), "in_channels", "1 or 3, as images are PNGs")
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        for field in ("block_out_channels", "down_block_types", "up_block_types"):
-            require(isinstance(getattr(self, field), tuple), field, "a list")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
-        require(all(map(positive, sizes)), "sample_size", "a positive integer or two")
+        require(all(map(is_count, sizes)), "sample_size", "a positive integer or two")
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
-        require(1 <= len(widths) <= MAX_BLOCKS, "block_out_channels", f"1..{MAX_BLOCKS} widths")
-        require(all(map(positive, widths)), "block_out_channels", "a list of positive integers")
+        self.require_lists("block_out_channels")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            require(isinstance(getattr(self, field), tuple), field, "a list")
             require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
-            require(all(name in known for name in getattr(self, field)), field, f"among {', '.join(known)}")
-        require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
-        for field in ("scaling_factor", "shift_factor"):
-            value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
-            require(number and (value > 0 or field == "shift_factor"), field, "a finite number, a scale above 0")
-        for field in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
-            require(isinstance(getattr(self, field), bool), field, "true or false")
+            self.require_among(field, *known)
+        self.require_among("act_fn", *ACTIVATIONS)
+        self.require_numbers("scaling_factor", above=0)
+        self.require_numbers("shift_factor")
+        self.require_flags("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
 
     @property
     def factor(self) -> int:
@@ -138,13 +126,10 @@ class AutoencoderConfig:
             if key == "shift_factor" and is_off(value):
                 continue
             if key in known:
-                values[key] = tuple(value) if isinstance(value, list) else value
+                values[key] = value
             elif not is_off(value) and key not in OF_OTHERS and (key, value) != ("norm_type", "group"):
                 raise ValueError(f"autoencoder config: {key}={value!r:.100} is not served")
-        try:
-            return cls(kind=kind, **values)
-        except TypeError as error:  # a value of a type that the checks do not expect
-            raise ValueError(f"autoencoder config: {error}") from error
+        return cls.from_json(values, kind=kind)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of diffusers' class."""

@@ -12,8 +12,8 @@ from tminus.model.networks.lucidrains import LucidrainsConfig, LucidrainsUnet
 from tminus.model.unet import CLASS_NAME, UNet2D, UNetConfig
 
 OTHERS: Mapping[str, type[Dome272Config | LucidrainsConfig]] = {
-    Dome272Config.class_name: Dome272Config,
-    LucidrainsConfig.class_name: LucidrainsConfig,
+    Dome272Config.CLASS_NAME: Dome272Config,
+    LucidrainsConfig.CLASS_NAME: LucidrainsConfig,
 }
 
 

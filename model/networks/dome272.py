@@ -10,24 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.denoiser import Denoiser, OtherConfig
+from tminus.model.denoiser import Denoiser, NetConfig
 
 WIDTHS = (64, 128, 256, 256)
 HEADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dome272Config(OtherConfig):
+class Dome272Config(NetConfig):
     """The channels are fixed, but for the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
 
-    class_name: ClassVar[str] = "Dome272UNet"
+    CLASS_NAME: ClassVar[str] = "Dome272UNet"
+    KIND: ClassVar[str] = "Dome272UNet config: "
 
     time_dim: int = 256
     middle: tuple[int, ...] = (512, 512, 256)
 
     def __post_init__(self) -> None:
-        OtherConfig.__post_init__(self)
-        self.require_numbers("time_dim")
+        NetConfig.__post_init__(self)
+        self.require_counts("sample_size", "time_dim")
         self.require_lists("middle")
         self.require(self.time_dim % 2 == 0, "time_dim", "even")
         fits = len(self.middle) <= 3 and self.middle[-1] == WIDTHS[-1]
@@ -164,17 +165,13 @@ class Dome272UNet(Denoiser):
         """Sines and cosines, without an MLP."""
         return partial(_sines_and_cosines, self.config.time_dim)
 
-    def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         x1 = self.inc(x)
         x2 = self.sa1(self.down1(x1, act_temb))
         x3 = self.sa2(self.down2(x2, act_temb))
         h: Tensor = self.sa3(self.down3(x3, act_temb))
         for name in self.bots:
             h = self.get_submodule(name)(h)
-        return h, [x1, x2, x3]
-
-    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        h, (x1, x2, x3) = self.encode(x, act_temb)
         h = self.sa4(self.up1(h, x3, act_temb))
         h = self.sa5(self.up2(h, x2, act_temb))
         h = self.sa6(self.up3(h, x1, act_temb))

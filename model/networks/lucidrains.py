@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.denoiser import Denoiser, OtherConfig
+from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.layers import sinusoidal_embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LucidrainsConfig(OtherConfig):
+class LucidrainsConfig(NetConfig):
     """The arguments of the network; each that belongs to a level is spelt out for all levels."""
 
-    class_name: ClassVar[str] = "LucidrainsUnet"
+    CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
+    KIND: ClassVar[str] = "LucidrainsUnet config: "
 
     dim: int
     init_dim: int
@@ -30,8 +31,8 @@ class LucidrainsConfig(OtherConfig):
     num_mem_kv: int = 4
 
     def __post_init__(self) -> None:
-        OtherConfig.__post_init__(self)
-        self.require_numbers("dim", "init_dim", "num_mem_kv")
+        NetConfig.__post_init__(self)
+        self.require_counts("sample_size", "dim", "init_dim", "num_mem_kv")
         self.require_lists("level_widths", "attn_heads", "attn_dim_head")
         self.require(self.num_class_embeds is None, "num_class_embeds", "null: it knows no classes")
         self.require(self.dim >= 4 and self.dim % 2 == 0, "dim", "even and 4 or more")
@@ -181,7 +182,7 @@ class LucidrainsUnet(Denoiser):
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
         return partial(_embed_time, self.config.dim, self.time_mlp)
 
-    def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         h: Tensor = self.init_conv(x)
         skips = [h]
         for level in self.downs:
@@ -194,10 +195,7 @@ class LucidrainsUnet(Denoiser):
             h = down(h)
         h = self.mid_block1(h, act_temb)
         h = self.mid_attn(h) + h
-        return self.mid_block2(h, act_temb), skips
-
-    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        h, skips = self.encode(x, act_temb)
+        h = self.mid_block2(h, act_temb)
         for level in self.ups:
             block1, block2, attn, up = level.children()
             h = block1(torch.cat([h, skips.pop()], dim=1), act_temb)

@@ -104,12 +104,10 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        for field in ("class_dropout", "first_share"):
-            self.require_share(field)
+        self.require_shares("class_dropout", "first_share")
         self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
         self.require(0 <= self.frechet_weight < math.inf, "frechet_weight", "0 or more")
-        for field in ("teacher_steps", "trajectories", "uses"):
-            self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require_counts("teacher_steps", "trajectories", "uses")
         steps = self.student_steps
         bound = f"different numbers in 1..{MAX_STEPS}"
         self.require(

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically
 from tminus.model.machine import free_cores
@@ -103,7 +104,7 @@ class TrainError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class RunConfig:
+class RunConfig(Checked):
     """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
 
     steps: int
@@ -120,25 +121,19 @@ class RunConfig:
     save_every: int = 500
     sheet_every: int = 1000
 
-    def require(self, ok: bool, field: str, bound: str) -> None:
-        """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
-        if not ok:
-            raise ValueError(f"{field} must be {bound}, got {getattr(self, field)!r}")
-
-    def require_share(self, field: str) -> None:
-        """Raise ValueError, as `require` does, unless the field is a share of one."""
-        self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
+    def require_shares(self, *fields: str) -> None:
+        """Each of these fields must be a share of one."""
+        for field in fields:
+            self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "save_every", "sheet_every"):
-            self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require_counts("steps", "batch_size", "save_every", "sheet_every")
         self.require(0 <= self.learning_rate < math.inf, "learning_rate", "0 or more")
         self.require(self.grad_clip > 0, "grad_clip", "above 0")
-        for field in ("decay_fraction", "ema_decay"):
-            self.require_share(field)
+        self.require_shares("decay_fraction", "ema_decay")
         for field in ("warmup_steps", "threads"):
             self.require(getattr(self, field) >= 0, field, "0 or more")
-        self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
+        self.require_among("precision", "auto", "fp32", "bf16")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to zero."""

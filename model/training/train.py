@@ -54,10 +54,10 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        self.require_share("class_dropout")
-        self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
-        self.require(self.timestep_sampling in ("uniform", "lognormal"), "timestep_sampling", "uniform or lognormal")
-        self.require(self.optimizer in ("adam", "muon"), "optimizer", "adam or muon")
+        self.require_shares("class_dropout")
+        self.require_among("weighting", "simple", "velocity")
+        self.require_among("timestep_sampling", "uniform", "lognormal")
+        self.require_among("optimizer", "adam", "muon")
         self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
 
 

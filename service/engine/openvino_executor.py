@@ -64,7 +64,7 @@ class Graph:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
             # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 has no 999.
-            time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
+            time_table = net.time_embedder()(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
             # Torch computes the elements after the last whole vector differently; padding leaves none.

@@ -22,7 +22,7 @@ WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_i
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
-    *(f"tminus.model{name}" for name in ("", ".catalogue", ".files", ".pixels", ".sampler_tables")),
+    *(f"tminus.model{name}" for name in ("", ".catalogue", ".config", ".files", ".pixels", ".sampler_tables")),
     *("tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
     *("tminus.model.formats", "tminus.model.formats.flags"),
 }

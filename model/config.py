@@ -1,0 +1,93 @@
+"""What configurations share: checks that name the field, its bound and its value, and fields read from JSON."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+MAX_COUNT = 2**31 - 1  # what a 32-bit integer holds
+LARGEST = 1e30  # of a number that is not counted
+
+
+class Checked:
+    """A frozen dataclass that checks its fields when it is made. Raises ValueError."""
+
+    __slots__ = ()
+
+    KIND: ClassVar[str] = ""
+    """What its messages begin with."""
+
+    def require(self, ok: bool, field: str, bound: str) -> None:
+        """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
+        if not ok:
+            raise ValueError(f"{self.KIND}{field} must be {bound}, got {getattr(self, field)!r:.100}")
+
+    def require_counts(self, *fields: str) -> None:
+        """Each of these fields must be a positive integer."""
+        for field in fields:
+            self.require(is_count(getattr(self, field)), field, "a positive integer")
+
+    def require_optional_counts(self, *fields: str) -> None:
+        """Each of these fields must be a positive integer or null."""
+        for field in fields:
+            value = getattr(self, field)
+            self.require(value is None or is_count(value), field, "a positive integer or null")
+
+    def require_lists(self, *fields: str, most: int = 16) -> None:
+        """Each of these fields must be a list of positive integers, of which there is one or more."""
+        for field in fields:
+            value = getattr(self, field)
+            ok = isinstance(value, tuple) and 1 <= len(value) <= most and all(map(is_count, value))
+            self.require(ok, field, f"a list of 1 to {most} positive integers")
+
+    def require_numbers(self, *fields: str, above: float = -math.inf) -> None:
+        """Each of these fields must be a finite number."""
+        bound = "a number" if above == -math.inf else f"a number above {above:g}"
+        for field in fields:
+            value = getattr(self, field)
+            self.require(is_number(value) and value > above, field, bound)
+
+    def require_flags(self, *fields: str) -> None:
+        """Each of these fields must be true or false."""
+        for field in fields:
+            self.require(isinstance(getattr(self, field), bool), field, "true or false")
+
+    def require_among(self, field: str, *names: str) -> None:
+        """The field, or each of a list, must be one of these names."""
+        value = getattr(self, field)
+        given = value if isinstance(value, tuple) else (value,)
+        ok = all(isinstance(name, str) and name in names for name in given)
+        self.require(ok, field, f"among {', '.join(names)}")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], **more: Any) -> Self:
+        """Make one of values as JSON has them. Raises ValueError also where one is missing, or of no type that fits."""
+        try:
+            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **more)
+        except TypeError as error:
+            raise ValueError(f"{cls.KIND}{error}") from error
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer. True is none."""
+    return type(value) is int and 1 <= value <= MAX_COUNT
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number. True is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config of diffusers that count: not those of its own (`_…`), nor those to be left at defaults.
+
+    Raises ValueError where `_use_default_values` is no list of names.
+    """
+    defaulted = config.get("_use_default_values", [])
+    if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):
+        raise ValueError(f"_use_default_values must be a list of names, got {defaulted!r:.100}")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
+
+
+def is_off(value: object) -> bool:
+    """Whether this is how a field of a newer version says that it is not used; 0 is not."""
+    return value is None or value is False
