@@ -125,19 +125,12 @@ class Measured:
     choice: Choice
     lone_s: float
     row_s: float
+    bits: bytes = b""  # of its outputs, where sizes are kept together by them
 
     @property
     def score(self) -> float:
         """Both times count: the least geometric mean is the best."""
         return self.lone_s * self.row_s
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    size: int | None
-    lone_s: float
-    row_s: float
-    bits: bytes  # empty where they are not compared
 
 
 class Builder:
@@ -292,29 +285,24 @@ def _with_sizes(
     """Complete a candidate with pass sizes, unless it is far slower than the best so far."""
     hopeless = HOPELESS * best.score if best is not None else math.inf
 
-    def tried(sizes: tuple[int, ...] | None) -> _Trial:
-        choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
-        return _try(builder, wish, choice, hopeless)
+    def tried(sizes: tuple[int, ...] | None) -> Measured:
+        return _try(builder, wish, replace(candidate, sizes=sizes), hopeless)
 
-    if builder.device.type == "cuda":
-        trial_sizes = (wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch)
-        sizes = None if candidate.executor == "eager" and not wish.exact else trial_sizes
-        trial = tried(sizes)
-        return Measured(Choice(candidate.executor, candidate.precision, True, sizes), trial.lone_s, trial.row_s)
     if candidate.executor == "eager" and not wish.exact:
-        trial = tried(None)
-        return Measured(Choice("eager", candidate.precision, candidate.channels_last), trial.lone_s, trial.row_s)
+        return tried(None)
+    if builder.device.type == "cuda":
+        return tried((wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch))
 
-    trials: list[_Trial] = []
+    trials: list[Measured] = []
     for size in CPU_SIZES:
         if size > wish.max_batch or (trials and trials[-1].row_s * size > SLOW_PASS_S):
             break
         if trials and time.monotonic() > until_s:
             break
         trials.append(tried((size,)))
-        if trials[0].lone_s * trials[0].row_s > hopeless:
+        if trials[0].score > hopeless:
             break
-    groups: dict[bytes, list[_Trial]] = {}
+    groups: dict[bytes, list[Measured]] = {}
     for trial in trials:
         groups.setdefault(trial.bits if wish.exact else b"", []).append(trial)
 
@@ -324,9 +312,8 @@ def _with_sizes(
         for trial in group[1:]:
             if trial.row_s < WORTH * kept[-1].row_s:
                 kept.append(trial)
-        sizes = tuple(trial.size for trial in kept if trial.size is not None)
-        choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
-        found.append(Measured(choice, group[0].lone_s, kept[-1].row_s))
+        sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
+        found.append(Measured(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
     fastest = min(found, key=attrgetter("score"))
     if candidate.executor != "openvino" or fastest.score > hopeless:
         return fastest
@@ -361,24 +348,19 @@ def _graph_sizes(max_batch: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
 
 
-def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> _Trial:
+def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> Measured:
     """Time a candidate. Passes of one place whose score cannot be below `hopeless` are not timed with a full batch."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
     full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
     lone_s = builder.time(lambda: executor(*_rows(full, 0, 1)))
-    at_best_s = lone_s / wish.threads  # a row of a full batch, with a pass on every thread
-    if size == 1 and lone_s * at_best_s > hopeless:
-        return _Trial(size, lone_s, at_best_s, b"")
+    at_best = Measured(choice, lone_s, lone_s / wish.threads)  # a row of a full batch, with a pass on every thread
+    if size == 1 and at_best.score > hopeless:
+        return at_best
     bits = b""
     if wish.exact and device.type == "cpu":  # the only place where sizes are kept together by their bits
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
-    return _Trial(
-        size,
-        lone_s=lone_s,
-        row_s=builder.time(lambda: executor(*full)) / len(full[0]),
-        bits=bits,
-    )
+    return Measured(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
 
 
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:

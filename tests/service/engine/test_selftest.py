@@ -52,9 +52,7 @@ OTHERS: tuple[dict[str, object], ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    ("fields", "max_batch"), [*((PLAIN, places) for places in (2, 7)), *zip(OTHERS, (4, 7, 64, 16), strict=True)]
-)
+@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 2), *zip(OTHERS, (4, 7, 64, 16), strict=True)])
 def test_a_good_engine_passes_and_is_left_empty(
     make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int
 ) -> None:
@@ -65,13 +63,12 @@ def test_a_good_engine_passes_and_is_left_empty(
 
 
 @pytest.mark.parametrize("kind", [Mixing, ByPosition])
-@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 4), *zip(OTHERS[:2], (16, 4), strict=True)])
 def test_an_executor_whose_output_depends_on_its_neighbours_fails(
-    make_checkpoint: MakeCheckpoint, kind: type[Around], fields: dict[str, object], max_batch: int
+    make_checkpoint: MakeCheckpoint, kind: type[Around]
 ) -> None:
-    checkpoint = make_checkpoint(**fields)
+    checkpoint = make_checkpoint()
     executor = kind(EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
-    assert not same_alone_and_together(make_engine(checkpoint, executor), max_batch)
+    assert not same_alone_and_together(make_engine(checkpoint, executor), 4)
 
 
 class Clock:
@@ -93,11 +90,7 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("max_batch", "places"),
-    [
-        (1, [1]),
-        (4, [1, 2, 4]),
-        (23, [1, 2, 4, 8, 16, 23]),
-    ],
+    [(1, [1]), (23, [1, 2, 4, 8, 16, 23])],
 )
 def test_powers_of_two_and_the_largest_batch_are_measured(max_batch: int, places: list[int]) -> None:
     engine = FakeEngine()
@@ -131,7 +124,7 @@ def test_no_further_round_begins_when_much_time_has_passed() -> None:
     assert len(engine.batches) == 3 * TICKS
 
 
-@pytest.mark.parametrize(("num_timesteps", "expected"), [(1, 0.9), (2, 0.1), (3, 0.5)])
+@pytest.mark.parametrize(("num_timesteps", "expected"), [(2, 0.1), (3, 0.5)])
 def test_where_there_are_two_ticks_at_most_the_faster_counts(num_timesteps: int, expected: float) -> None:
     engine = FakeEngine(replace(INFO, num_timesteps=num_timesteps))
 
