@@ -18,8 +18,7 @@ from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.rng import image_noise
 from tminus.model.samplers import compile_plan, sample
-from tminus.service.engine.autotune import Wish, choose_executor, example_inputs
-from tminus.service.engine.autotune_cache import default_cache
+from tminus.service.engine.autotune import Wish, choose_executor, default_cache, example_inputs
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.loading import LARGEST_BATCH
 from tminus.service.scheduling.scheduler import Scheduler, Sharing

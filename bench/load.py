@@ -52,9 +52,8 @@ def save(folder: Path) -> None:
     """The network of Ho et al. for 256x256, of random weights."""
     import torch
 
-    from tminus.model.checkpoint import save_checkpoint
+    from tminus.model.checkpoint import Labels, save_checkpoint
     from tminus.model.noise import NoiseConfig
-    from tminus.model.tminus_file import Labels
     from tminus.model.unet import UNet2D, UNetConfig
 
     down = tuple("AttnDownBlock2D" if level == 4 else "DownBlock2D" for level in range(LEVELS))

@@ -9,7 +9,7 @@ A flat folder (config.json and weights in the root, as google/ddpm-*) is read to
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS, Recommended
+from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
@@ -36,23 +37,14 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
-from tminus.model.tminus_file import (
-    TMINUS_FILE,
-    folded_guidance_of,
-    null_last,
-    read_approved,
-    read_labels,
-    read_size,
-    read_student,
-    recommended_of,
-)
-from tminus.model.tminus_file import Labels as Labels
 from tminus.model.unet import CLASS_NAME, UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
+TMINUS_FILE = "tminus.json"
+CLASS_TABLE = "class_embedding.weight"
 LATENT_PIPELINE = "LDMPipeline"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", LATENT_PIPELINE)
 LAYOUTS = (
@@ -66,6 +58,105 @@ PIPELINE_OF = {
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
 }
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The classes in tminus.json. null_class is the label that means 'no class' (the e_u of guidance)."""
+
+    class_names: tuple[str, ...] = ()
+    null_class: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, without the null class."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a checkpoint's tminus.json says. Each method reads one of its members, and raises CheckpointError."""
+
+    file: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Told":
+        """Read the file; without one nothing is said."""
+        file = folder / TMINUS_FILE
+        return cls(file, read_json(file)) if file.is_file() else cls(file)
+
+    def require(self, ok: bool, name: str, bound: str) -> None:
+        """Raise CheckpointError, which names the file, the member, its bound and its value, unless it is ok."""
+        if not ok:
+            raise CheckpointError(f"{self.file}: {name} must be {bound}, got {self.values.get(name)!r:.500}")
+
+    def labels(self, unet: NetConfig) -> Labels:
+        """The classes; without names they are numbered. The null class comes last, see `null_last`."""
+        embeds = unet.num_class_embeds
+        if embeds is None:
+            return Labels()
+        names, null = self.values.get("class_names"), self.values.get("null_class")
+        self.require(null is None or (type(null) is int and 0 <= null < embeds), "null_class", f"0..{embeds - 1}")
+        count = embeds - (null is not None)
+        if names is None:
+            names = [str(i) for i in range(count)]
+        differ = isinstance(names, list) and len({str(name).casefold() for name in names}) == len(names) == count
+        self.require(differ, "class_names", f"{count} names that differ by more than case")
+        return Labels(tuple(map(str, names)), embeds - 1 if null is not None else None)
+
+    def null_last(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with the null class, whichever label it was trained as, last; the others keep their order."""
+        null, table = self.values.get("null_class"), state.get(CLASS_TABLE)
+        if null is None or table is None:
+            return dict(state)
+        return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
+
+    def approved(self, weights_hash: str) -> tuple[tuple[str, str], ...]:
+        """The (executor, precision) approved for these very weights."""
+        checks = self.values.get("approved", [])
+        listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
+        self.require(listed, "approved", "a list of checks")
+        fitting = [check for check in checks if check.get("weights_hash") == weights_hash]
+        return tuple((str(check.get("executor")), str(check.get("precision"))) for check in fitting)
+
+    def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
+        """What is recommended; None for nothing."""
+        if (value := self.values.get("recommended")) is None:
+            return None
+        has_null_class, num_timesteps = labels.null_class is not None, noise.num_train_timesteps
+        try:
+            return Recommended.from_json(
+                value,
+                samplers=(*SAMPLERS, *TABLE_SAMPLERS),
+                num_timesteps=num_timesteps,
+                has_null_class=has_null_class,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.file}: {error}") from error
+
+    def student(self) -> Mapping[str, Any] | None:
+        """What a student is made from; None for other networks."""
+        student = self.values.get("student")
+        self.require(student is None or isinstance(student, dict), "student", "an object")
+        return student
+
+    def folded_guidance(self) -> float:
+        """The guidance that the weights have in them, as `train` and `distill` fold it; 1 is none.
+
+        Students of earlier versions tell it as their `guidance` alone.
+        """
+        folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
+        self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
+        return float(folded)
+
+    def side_px(self) -> int:
+        """The side of images, where config.json has no sample_size."""
+        size: Any = self.values.get("size_px")
+        if not is_count(size):
+            folder = self.file.parent
+            raise CheckpointError(f"{folder}: config.json has no sample_size; give size_px in {TMINUS_FILE}")
+        return int(size)
 
 
 def check_layout(folder: Path) -> str | None:
@@ -236,13 +327,13 @@ def _load(folder: Path) -> Checkpoint:
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
-    labels = read_labels(folder / TMINUS_FILE, meta, unet)
+    told = Told.read(folder)
+    labels = told.labels(unet)
     if isinstance(unet, UNetConfig) and unet.sample_size is None:
-        unet = replace(unet, sample_size=read_size(folder, meta))
+        unet = replace(unet, sample_size=told.side_px())
     state = load_state_dict(unet_folder)
     check_shapes(unet_folder, state, unet)
-    state = null_last(to_float32(unet_folder, state), meta)
+    state = told.null_last(to_float32(unet_folder, state))
     with torch.device("meta"):
         net = build(unet)
     net.load_state_dict(state, assign=True)
@@ -257,8 +348,8 @@ def _load(folder: Path) -> Checkpoint:
         size_px = (size_px[0] * autoencoder.config.factor, size_px[1] * autoencoder.config.factor)
     weights_hash = with_autoencoder(hash_weights(state), autoencoder)
     check_channels(folder, unet, noise, autoencoder.config.channels if autoencoder is not None else None)
-    name = str(meta.get("name") or folder.resolve().name)
-    approved = read_approved(folder / TMINUS_FILE, meta, weights_hash)
+    name = str(told.values.get("name") or folder.resolve().name)
+    approved = told.approved(weights_hash)
     tables, refused = read_tables(
         folder,
         weights_hash,
@@ -267,15 +358,14 @@ def _load(folder: Path) -> Checkpoint:
         null_class=labels.null_class is not None,
         fractional=net.fractional,
     )
-    student = read_student(folder / TMINUS_FILE, meta)
-    folded_guidance = folded_guidance_of(folder / TMINUS_FILE, meta)
+    student, folded_guidance = told.student(), told.folded_guidance()
     if noise.is_consistency:
         tables = consistency_tables(noise)
         student = {"kind": "consistency model", "guidance": 1.0, "steps": [table.steps for table in tables]}
     if student is not None and not tables:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
-    recommended = recommended_of(folder / TMINUS_FILE, meta, noise, labels)
+    recommended = told.recommended(noise, labels)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         keys = {(table.sampler, table.steps, table.guidance) for table in tables}
         if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
@@ -379,7 +469,7 @@ def save_checkpoint(
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
     """Add an approval to tminus.json: the executor, precision and weights_hash it holds for, and the figures."""
-    meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
+    told = Told.read(folder)
     same = ("executor", "precision", "weights_hash")
-    others = [old for old in meta.get("approved", []) if any(old.get(key) != check[key] for key in same)]
-    write_json(folder / TMINUS_FILE, {**meta, "approved": [*others, dict(check)]})
+    others = [old for old in told.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]
+    write_json(told.file, {**told.values, "approved": [*others, dict(check)]})

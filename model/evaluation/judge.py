@@ -29,8 +29,7 @@ from tminus.model.evaluation.samples import (
     random_picks,
     sample_classes,
 )
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.latents import images_of, latents_of
+from tminus.model.latent.autoencoder import Autoencoder, images_of, latents_of
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.training.data import ImageSet
 

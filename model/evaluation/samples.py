@@ -20,7 +20,7 @@ from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.figures import LeftOut
 from tminus.model.evaluation.result_cache import BatchCache
 from tminus.model.guidance import Forward
-from tminus.model.latent.latents import images_of
+from tminus.model.latent.autoencoder import images_of
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, sample

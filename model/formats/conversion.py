@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tminus.model.checkpoint import Labels
 from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError
 from tminus.model.formats.flags import FACTS, flag
 from tminus.model.noise import NoiseConfig
-from tminus.model.tminus_file import Labels
 
 HO_TIMESTEPS = 1000  # for which the linear schedule's betas were made; some projects scale them for other T
 HO_BETAS = (1e-4, 0.02)

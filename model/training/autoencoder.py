@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tminus.model.checkpoint import TMINUS_FILE
 from tminus.model.files import write_json
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of
 from tminus.model.latent.folder import save_autoencoder
-from tminus.model.latent.latents import latents_of
 from tminus.model.pixels import to_model_range
-from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.training.data import ImageSet, evenly
 from tminus.model.training.run import Run, RunConfig, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices

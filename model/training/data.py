@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.latents import latents_of
+from tminus.model.latent.autoencoder import Autoencoder, latents_of
 from tminus.model.pixels import BLACK, Colour, fit_picture, to_model_range
 
 log = logging.getLogger(__name__)

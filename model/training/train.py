@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS, Recommended
-from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Checkpoint, Labels, Told, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.folder import check_place, hash_autoencoder
 from tminus.model.loss import draw_timesteps, l_simple, lognormal_timesteps, velocity_weights
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.tminus_file import read_folded_guidance, read_recommended
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
@@ -236,9 +235,10 @@ def _to_tell(
     """
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
     if run.begun:
-        recommended = read_recommended(run.folder, noise, labels)
-        if (so_far := read_folded_guidance(run.folder)) is not None:
-            folded_guidance = so_far
+        told = Told.read(run.folder)
+        recommended = told.recommended(noise, labels)
+        if "folded_guidance" in told.values:
+            folded_guidance = told.folded_guidance()
     elif origin is not None:
         if (own := origin.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own

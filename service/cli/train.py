@@ -317,7 +317,7 @@ def sheet_writer(
     """
     import torch
 
-    from tminus.model.latent.latents import images_of
+    from tminus.model.latent.autoencoder import images_of
     from tminus.model.rng import image_noise
     from tminus.model.samplers import sample
 
@@ -341,7 +341,7 @@ def reconstruction_writer(
     """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
     import torch
 
-    from tminus.model.latent.latents import images_of, latents_of
+    from tminus.model.latent.autoencoder import images_of, latents_of
     from tminus.model.pixels import to_model_range
 
     images = data.images[:: max(1, len(data) // RECONSTRUCTIONS)][:RECONSTRUCTIONS]

@@ -2,9 +2,12 @@
 
 An exact candidate is tried at several pass sizes, and keeps those whose outputs agree to the bit."""
 
+import hashlib
+import json
 import logging
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +21,15 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.files import write_text
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.autotune_cache import NOISE_KEY, ChoiceCache
 from tminus.service.engine.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
+GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
+NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
 CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
@@ -187,6 +192,81 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         return EagerExecutor(net, device, precision=precision, channels_last=choice.channels_last, sizes=choice.sizes)
+
+
+def default_cache() -> Path | None:
+    """The cache folder of the user; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
+    except RuntimeError:
+        return None
+
+
+class ChoiceCache:
+    """One file. Its content is not trusted, and a file that cannot be read or written is no error."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        wish: Mapping[str, Any],
+        candidates: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Name the file by a hash of all arguments; with folder None nothing is kept."""
+        self.file: Path | None = None  # where an answer of this machine is kept
+        self.found: Path | None = None  # where the last one that was read lay
+        if folder is not None:
+            parts = {
+                # No host name: a container has a new one each time.
+                "machine": (platform.machine(), _cpu_name(), os.cpu_count()),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "openvino": openvino_executor.version(),
+                "unet": checkpoint.net.config.to_dict(),
+                "size_px": checkpoint.row_shape[1:],
+                "wish": wish,
+                "candidates": candidates,
+            }
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+            self.file = folder / f"choice-{key}.json"
+
+    def read(self) -> Mapping[str, Any] | None:
+        """Read the answer of an earlier start if there is one, else one that is given, which holds on any machine."""
+        if self.file is None:
+            return None
+        self.found = self.file
+        if (own := _load(self.found)) is not None:
+            return own
+        self.found = self.file.parent / GIVEN / self.file.name
+        given = _load(self.found)
+        return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Keep an answer for the next start."""
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.file, json.dumps(fields) + "\n")
+        except OSError as error:  # a read-only file system: the next start measures again
+            log.info("what was measured is not kept: %s", error)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _load(file: Path) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:

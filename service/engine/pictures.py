@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.latents import colours_of, fit_colours
+from tminus.model.latent.autoencoder import Autoencoder, colours_of, fit_colours
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
 from tminus.service.engine import openvino_executor

@@ -25,8 +25,7 @@ from tests.e2e.forked import Forked
 from tests.tiny import randomize
 from tests.tools import needs
 from tminus.model.catalogue import Recommended
-from tminus.model.checkpoint import load_checkpoint, save_checkpoint
-from tminus.model.tminus_file import Labels
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.unet import UNet2D
 from tminus.service.client import Client
 

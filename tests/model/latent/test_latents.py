@@ -3,8 +3,7 @@
 import torch
 
 from tests.model.latent.folders import make_autoencoder
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
-from tminus.model.latent.latents import colours_of, fit_colours
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, colours_of, fit_colours
 
 
 def autoencoder() -> Autoencoder:

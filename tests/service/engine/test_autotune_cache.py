@@ -13,8 +13,15 @@ import torch
 from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
-from tminus.service.engine.autotune import Choice, Wish, choose_executor, example_inputs
-from tminus.service.engine.autotune_cache import GIVEN, NOISE_KEY, default_cache
+from tminus.service.engine.autotune import (
+    GIVEN,
+    NOISE_KEY,
+    Choice,
+    Wish,
+    choose_executor,
+    default_cache,
+    example_inputs,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.engine.selftest import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks, same_alone_and_together
+from tminus.service.engine.loading import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks, same_alone_and_together
 from tminus.service.spec import Floats
 from tminus.service.work import Batch
 
