@@ -1,6 +1,5 @@
 """What configurations share: checks that name the field, its bound and its value, and fields read from JSON."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -39,12 +38,16 @@ class Checked:
             ok = isinstance(value, tuple) and 1 <= len(value) <= most and all(map(is_count, value))
             self.require(ok, field, f"a list of 1 to {most} positive integers")
 
-    def require_numbers(self, *fields: str, above: float = -math.inf) -> None:
+    def require_numbers(self, *fields: str) -> None:
         """Each of these fields must be a finite number."""
-        bound = "a number" if above == -math.inf else f"a number above {above:g}"
+        for field in fields:
+            self.require(is_number(getattr(self, field)), field, "a number")
+
+    def require_positive_numbers(self, *fields: str) -> None:
+        """Each of these fields must be a finite number above 0."""
         for field in fields:
             value = getattr(self, field)
-            self.require(is_number(value) and value > above, field, bound)
+            self.require(is_number(value) and value > 0, field, "a positive number")
 
     def require_flags(self, *fields: str) -> None:
         """Each of these fields must be true or false."""

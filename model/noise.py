@@ -162,7 +162,7 @@ class NoiseConfig(Checked):
         require, among = self.require, self.require_among
         self.require_flags("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr")
         self.require_numbers("beta_start", "beta_end", "sigma_min", "sigma_max")
-        self.require_numbers("clip_sample_range", "sigma_data", "rho", above=0)
+        self.require_positive_numbers("clip_sample_range", "sigma_data", "rho")
         self.require_counts("num_train_timesteps")
         offset = self.steps_offset
         require(isinstance(offset, int) and not isinstance(offset, bool), "steps_offset", "an integer")

@@ -85,7 +85,7 @@ class UNetConfig(NetConfig):
         self.require_optional_counts("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
         self.require_optional_counts("num_heads", "time_proj_dim")
         self.require_lists("block_out_channels")
-        self.require_numbers("timestep_scale", "norm_eps", "mid_block_scale_factor", above=0)
+        self.require_positive_numbers("timestep_scale", "norm_eps", "mid_block_scale_factor")
         self.require_numbers("dropout", "freq_shift")
         require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")

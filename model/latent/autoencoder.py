@@ -82,7 +82,7 @@ class AutoencoderConfig(Checked):
             require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
             self.require_among(field, *known)
         self.require_among("act_fn", *ACTIVATIONS)
-        self.require_numbers("scaling_factor", above=0)
+        self.require_positive_numbers("scaling_factor")
         self.require_numbers("shift_factor")
         self.require_flags("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
 

@@ -20,9 +20,7 @@ def read(value: object, *, has_null_class: bool = True) -> Recommended:
         (GOOD | {"eta": 0}, r"each member of recommended must be one of sampler, steps, guidance, got 'eta'"),
         (GOOD | {"sampler": "rk45"}, r"recommended sampler must be one of ddpm, ddim, dpmpp_2m, .*, got 'rk45'"),
         (GOOD | {"steps": 0}, r"recommended steps must be an integer in 1\.\.1000, got 0"),
-        (GOOD | {"steps": 1001}, r"recommended steps must be an integer in 1\.\.1000, got 1001"),
         (GOOD | {"guidance": 50.1}, r"recommended guidance must be a number in 0\.\.50, got 50\.1"),
-        (GOOD | {"guidance": float("nan")}, r"recommended guidance must be a number in 0\.\.50, got nan"),
         (GOOD | {"sampler": "x" * 1000}, r"got 'x{99}$"),
     ],
 )

@@ -28,7 +28,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, Co
     return load_checkpoint(tmp_path), pipeline
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, 8])
 @torch.no_grad()
 def test_full_loop_equals_diffusers(pair: tuple[Checkpoint, ConsistencyModelPipeline], steps: int) -> None:
     ours, pipeline = pair
@@ -64,8 +64,8 @@ def test_it_is_sampled_by_its_own_tables_alone(pair: tuple[Checkpoint, Consisten
     ("change", "message"),
     [
         ({"sigma_min": 90.0}, "sigma_min must be above 0 and below sigma_max 80"),
-        ({"sigma_data": 0}, "sigma_data must be positive"),
-        ({"rho": "7"}, "rho must be a number"),
+        ({"sigma_data": 0}, "sigma_data must be a positive number"),
+        ({"rho": "7"}, "rho must be a positive number"),
         ({"num_train_timesteps": 1}, "num_train_timesteps must be 2 or more"),
         ({"s_noise": 1.1}, "s_noise must be 1.0 for consistency, got 1.1"),
         ({"beta_start": 0.1, "clip_denoised": 3}, "clip_sample must be true or false"),

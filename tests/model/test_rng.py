@@ -49,8 +49,8 @@ def normals_by_numpy(seed: int, index: int, draw: int, size: int) -> np.ndarray:
     return np.concatenate(parts)[:size]
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, MAX_SEED])
-@pytest.mark.parametrize(("index", "draw"), [(0, 0), (3, 1000), (MAX_INDEX, 1)])
+@pytest.mark.parametrize("seed", [7, 2**32 + 5, MAX_SEED])
+@pytest.mark.parametrize(("index", "draw"), [(0, 0), (MAX_INDEX, 1000)])
 def test_noise_is_box_muller_of_philox_to_float32(seed: int, index: int, draw: int) -> None:
     got = image_noise(seed, [index], draw, (1, 9, 7), CPU)[0].flatten().double().numpy()
     np.testing.assert_allclose(got, normals_by_numpy(seed, index, draw, 63), rtol=0, atol=2e-5)
@@ -68,23 +68,6 @@ def test_noise_of_a_seed_is_what_it_was_when_the_seed_was_given() -> None:
         z = image_noise(seed, [index], draw, shape, CPU).flatten()
         picked = z[::4] if seed == MAX_SEED else z[:4]
         assert picked.tolist() == pytest.approx(values, rel=1e-6)
-
-
-def test_noise_has_the_moments_of_a_standard_normal() -> None:
-    z = image_noise(11, range(64), 0, (3, 32, 32), CPU).double().flatten()
-    n = len(z)
-    assert abs(z.mean()) < 5 / n**0.5
-    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
-    assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
-    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
-    assert 4 < z.abs().max() < 5.9
-
-
-def test_noise_passes_a_kolmogorov_smirnov_test() -> None:
-    z = image_noise(12, range(16), 3, (3, 32, 32), CPU).double().flatten().sort().values
-    n = len(z)
-    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    assert (torch.special.ndtr(z) - empirical).abs().max() < 1.95 / n**0.5  # p = 0.001
 
 
 NEIGHBOURS = {
@@ -131,8 +114,3 @@ def test_noise_has_the_same_bits_on_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
-
-
-def test_seed_is_split_into_its_two_words() -> None:
-    assert split_seed(0x0123456789ABCDEF) == (0x89ABCDEF, 0x01234567)
-    assert split_seed(MAX_SEED) == (0xFFFFFFFF, 0xFFFFFFFF)

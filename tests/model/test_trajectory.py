@@ -60,7 +60,7 @@ def assert_passes(
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-@pytest.mark.parametrize("steps", [2, 7, 50])
+@pytest.mark.parametrize("steps", [2, 50])
 def test_ddpm_draws_from_the_posterior(steps: int, variance_type: str) -> None:
     """Ho et al. 2020, eq. 6 and 7, and Nichol & Dhariwal 2021, eq. 15, for a respaced chain, in plain floats."""
     noise = NoiseConfig(variance_type=variance_type)
@@ -178,10 +178,10 @@ def test_log_p_is_that_of_the_noise_and_of_the_files_own_mean_within_1e_5_a_valu
         assert (exact(found.log_p[at]) - of_file).abs().max() < 1e-5 * NUM_VALUES
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("dpmpp_2m", 0.0), ("unipc", 0.0), ("ddpm", 0.0)])
-def test_a_pass_without_noise_has_no_density(sampler: str, eta: float) -> None:
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "ddpm"])
+def test_a_pass_without_noise_has_no_density(sampler: str) -> None:
     noise = NoiseConfig()
-    plan = compile_plan(noise, noise.schedule(), sampler, 1 if sampler == "ddpm" else 5, eta=eta)
+    plan = compile_plan(noise, noise.schedule(), sampler, 1 if sampler == "ddpm" else 5)
     found = transitions(drawn(plan))
     assert len(found.passes) == len(found.mean) == len(found.s) == len(found.log_p) == 0
     assert found.mean.shape[1:] == SHAPE

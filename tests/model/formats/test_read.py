@@ -101,14 +101,8 @@ FILES: dict[str, Any] = {
 }
 NOISE = {"timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"}
 ALL: dict[str, Any] = {
-    "openai": {
-        "heads": 1,
-        "timesteps": 1000,
-        "beta_schedule": "linear",
-        "prediction": "epsilon",
-        "variance": "fixed_small",
-    },
-    "ddpm": {"timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"},
+    "openai": NOISE | {"heads": 1},
+    "ddpm": NOISE,
     "dome272": {"timesteps": 1000, "beta_schedule": "linear"},
     "lucidrains": {},
 }

@@ -83,23 +83,6 @@ def test_the_weights_and_the_scale_of_the_autoencoder_count(tmp_path: Path) -> N
     assert len(set(hashes)) == 3
 
 
-def test_attention_names_of_old_are_read(tmp_path: Path) -> None:
-    autoencoder = make_autoencoder("kl")
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {}
-    for name, value in autoencoder.state_dict().items():
-        for new, before in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        state[name] = value
-    assert any("attentions.0.query" in name for name in state)
-    autoencoder.save_pretrained(tmp_path, safe_serialization=False)  # type: ignore[operator]
-    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
-    images = torch.rand(1, 3, 16, 16)
-    with torch.no_grad():
-        wanted = autoencoder.encode(images).latent_dist.mean * autoencoder.config.scaling_factor  # type: ignore[operator, union-attr]
-        torch.testing.assert_close(load_autoencoder(tmp_path).encode(images), wanted, rtol=1e-5, atol=1e-5)
-
-
 def edit(file: Path, **fields: object) -> None:
     """Set fields of a JSON file; None takes one out."""
     values = json.loads(file.read_text()) | fields
@@ -110,23 +93,16 @@ def config(**fields: object) -> Damage:
     return lambda folder: edit(folder / "vqvae/config.json", **fields)
 
 
-WEIGHTS = "vqvae/diffusion_pytorch_model.safetensors"
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "no autoencoder": (lambda f: shutil.rmtree(f / "vqvae"), "LDMPipeline without its autoencoder"),
-    "half the weights": (
-        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:2000]),
-        "truncated or not a weights file",
-    ),
     "another network": (config(_class_name="AutoencoderTiny"), "_class_name must be VQModel or AutoencoderKL"),
     "other widths": (config(block_out_channels=[8, 32]), "wrong shape of"),
     "one width": (config(block_out_channels=16), "block_out_channels must be a list"),
     "a scale of 400 digits": (config(scaling_factor=10**400), "scaling_factor must be"),
     "groups that do not divide": (config(norm_num_groups=3), r"multiples of norm_num_groups \(3\)"),
     "blocks of another kind": (config(down_block_types=["DownBlock2D"] * 2), "down_block_types must be among"),
-    "channels that are no image": (config(in_channels=2, out_channels=2), "in_channels must be 1 or 3"),
     "spatial norms": (config(norm_type="spatial"), "norm_type='spatial' is not served"),
     "a field nobody knows": (config(wavelets=True), "wavelets=True is not served"),
-    "a scale that is text": (config(scaling_factor="1"), "scaling_factor must be"),
     "a U-Net of other channels": (
         lambda f: edit(f / "vqvae/config.json", vq_embed_dim=5),
         "wrong shape of|only 5 channels in",
