@@ -18,6 +18,7 @@ from tminus.model.machine import GIB, free_memory_bytes
 WEIGHTS_NAME = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 SAFETENSORS_DTYPES = {  # those that are no weights too, so that they are refused by torch's name
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -77,8 +78,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
             if key == "__metadata__":
                 continue
             if entry["dtype"] not in SAFETENSORS_DTYPES:
-                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-                raise CheckpointError(f"{file}: {key} must be of {names}, got {entry['dtype']}")
+                raise CheckpointError(f"{file}: {key} must be of {DTYPE_NAMES}, got {entry['dtype']}")
             tensor = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
             begin, end = entry["data_offsets"]
             values = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -94,8 +94,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{where}: the weights hold no tensors")
     for key, value in state.items():
         if value.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise CheckpointError(f"{where}: {key} must be of {names}, got {value.dtype}")
+            raise CheckpointError(f"{where}: {key} must be of {DTYPE_NAMES}, got {value.dtype}")
         if value.layout != torch.strided or value.device.type != "cpu":
             kind = value.layout if value.layout != torch.strided else value.device
             raise CheckpointError(f"{where}: {key} must hold plain values, got {kind}")

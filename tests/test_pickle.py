@@ -29,7 +29,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, Run, read_state
-from tminus.model.tuning.tune import _State
+from tminus.model.tuning.tune import _known
 from tminus.model.unet import UNet2D
 from tminus.service.access.keys import KeyRing
 from tminus.service.cli.configuration import read_file
@@ -185,7 +185,7 @@ def of_a_table(folder: Path, data: bytes) -> None:
 
 def of_a_table_that_is_being_tuned(folder: Path, data: bytes) -> None:
     (folder / "state").write_bytes(data)
-    assert _State(folder / "state", {}).known is None
+    assert _known(folder / "state", {}) is None
 
 
 def of_an_evaluation(folder: Path, data: bytes) -> None:

@@ -4,8 +4,7 @@ The pixels' mean square error prefers soft images to sharp ones that differ a li
 which images look alike (Zhang et al. 2018); those of a denoising network too, and no other network is needed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -47,31 +46,23 @@ class NetworkFeatures:
         return torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
 
     def _read(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> list[Tensor]:
+        """Run the network, and return what each block gives."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
+            outputs.append((output if isinstance(output, Tensor) else output[0]).float())
+
         t = torch.full((len(images),), self._t, device=images.device)
-        with _outputs_of_blocks(self._net) as outputs:
+        with ExitStack() as hooks:
+            for block in self._net.blocks:
+                hooks.enter_context(block.register_forward_hook(keep))
             self._forward(self._signal * images + self._sigma * eps, t, labels)
-        return [each.float() for each in outputs]
+        return outputs
 
 
 def _unit(features: Tensor) -> Tensor:
     """Features [B, C, H, W] of length 1 at each place."""
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
-
-
-@contextmanager
-def _outputs_of_blocks(net: Denoiser) -> Iterator[list[Tensor]]:
-    """Collect what each block gives while the network runs."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-
-    handles = [block.register_forward_hook(keep) for block in net.blocks]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class FrechetLoss(nn.Module):

@@ -6,7 +6,7 @@ What a table is fitted to is a function of the settings, so a run that was kille
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,30 +117,28 @@ def tune(
     threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
+    settings = dataclasses.asdict(config)
+    tables = [table for table in checkpoint.tables if table.sampler == SAMPLER]
+    done = {(table.steps, table.guidance) for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
-    precision = None  # of the gradients
+    precision = None if config.iterations else "fp32"  # of the gradients
     for guidance in guidances:
-        wanted = [count for count in sorted(set(steps)) if not _is_done(checkpoint, count, guidance, config)]
-        for count in sorted(set(steps) - set(wanted)):
+        for count in sorted(count for count in set(steps) if (count, guidance) in done):
             say(f"{count} steps at guidance {guidance:g}: tuned already")
+        wanted = sorted(count for count in set(steps) if (count, guidance) not in done)
         if not wanted:
             continue
-        fitter = Fitter(
-            checkpoint,
-            forward,
-            make_rows(checkpoint, config, guidance, device),
-            guidance,
-            held_out=config.held_out,
-            batch_size=config.batch_size,
-        )
-        images = config.rows + config.held_out
-        say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {images} images")
+        rows, held_out = make_rows(checkpoint, config, guidance, device), config.held_out
+        fitter = Fitter(checkpoint, forward, rows, guidance, held_out=held_out, batch_size=config.batch_size)
+        say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {config.rows + held_out} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
         if precision is None:
-            precision = _precision(checkpoint, device, say, threads) if config.iterations else "fp32"
-        files += [
-            _tune_one(folder, checkpoint, fitter, each, guidance, config, say, threads, precision) for each in wanted
-        ]
+            with torch_threads(threads):  # in bf16 a CPU without it takes twenty times as long
+                few = example_pass(checkpoint.net, (FEW, *checkpoint.row_shape), device)
+                precision = faster_of(checkpoint.net, few, device)
+            say(f"gradients in {precision}, which is faster here")
+        one = _Tuning(folder, checkpoint, fitter, guidance, config, say, threads)
+        files += [one.tune(count, precision) for count in wanted]
     return files
 
 
@@ -160,93 +158,126 @@ def make_rows(checkpoint: Checkpoint, config: TuneConfig, guidance: float, devic
     return Rows(image_noise(config.seed, range(count), 0, shape, device), labels)
 
 
-def _precision(checkpoint: Checkpoint, device: torch.device, say: Callable[[str], None], threads: int | None) -> str:
-    """Which is faster for gradients: fp32 or bf16, in which a CPU without it takes twenty times as long."""
-    with torch_threads(threads):
-        forward = example_pass(checkpoint.net, (FEW, *checkpoint.row_shape), device)
-        precision = faster_of(checkpoint.net, forward, device)
-    say(f"gradients in {precision}, which is faster here")
-    return precision
+@dataclass(frozen=True, slots=True)
+class _Tuning:
+    """Tables of one guidance, which are fitted to one solution of the teacher."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    fitter: Fitter
+    guidance: float
+    config: TuneConfig
+    say: Callable[[str], None]
+    threads: int | None
+
+    def tune(self, steps: int, precision: str) -> Path:
+        """Fit the table of one number of steps, or go on with it, and write it. precision: of a new one's gradients."""
+        name, began_s = f"{steps} steps at guidance {self.guidance:g}", time.monotonic()
+        file, identity = state_file(self.folder, steps, self.guidance), self._identity(steps)
+        known = _known(file, identity)
+        if known is not None:
+            began_s -= float(known.get("seconds", 0))  # as if never interrupted
+            precision = known.get("precision") or precision
+
+        def save(search: Search, **refined: Any) -> None:
+            found = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
+            found |= {"tried": search.evaluations, "precision": precision, "seconds": time.monotonic() - began_s}
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, identity | found | refined)
+
+        # The timesteps.
+        def on_round(search: Search) -> None:
+            save(search)
+            error = f"error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})"
+            self.say(f"{name}: timesteps, round {search.round}, {error}")
+
+        if known is not None:
+            fit = self.fitter.fit(tuple(known["timesteps"]))
+            search = Search(fit, known["round"], known["move"], known["tried"])
+            self.say(f"{name}: goes on after round {search.round}")
+        else:
+            search = Search(self._best_start(steps))
+        search = search_timesteps(self.fitter, search, self._settle, self.fitter.schedule.log_sigmas, on_round)
+        # Without its passes: memory for the gradients.
+        search = dataclasses.replace(search, best=dataclasses.replace(search.best, passes=()))
+
+        # The coefficients.
+        def on_check(refinement: Refinement) -> None:
+            save(search, refinement=dataclasses.asdict(refinement))
+            self.say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
+
+        begun = known["refinement"] if known is not None and {"refinement", "precision"} <= known.keys() else None
+        if begun is not None and begun.keys() != {each.name for each in dataclasses.fields(Refinement)}:
+            begun = None  # of another version
+        with torch_threads(self.threads):
+            rows, images = self.fitter.rows, self.fitter.images
+            held_out, batch_size = self.config.held_out, self.config.batch_size // 2 or 1
+            refiner = Refiner(
+                self.checkpoint, search.best.timesteps, self.guidance, rows, images,
+                held_out=held_out, precision=precision,
+            )  # fmt: skip
+            refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
+            refinement = refiner.run(refinement, self.config.iterations, batch_size, on_check)
+
+        # The file.
+        noise, lines = self.checkpoint.noise, tuple((*line, 0.0) for line in refinement.best)
+        table = Table(SAMPLER, steps, self.guidance, search.best.timesteps, lines)
+        errors = {"tuned": self.fitter.error(table_plan(noise, self.fitter.schedule, table, clip=None))}
+        for sampler, spacing in RIVALS:
+            errors[f"{sampler}, {spacing}"] = self.fitter.error(self.checkpoint.plan(sampler, steps, spacing=spacing))
+        about = {
+            "teacher": self.config.teacher,
+            "settings": dataclasses.asdict(self.config),
+            "held_out_error": errors,
+            "distance": {"fitted": refinement.fitted, "refined": refinement.distance},
+            "timesteps_tried": search.evaluations,
+            "iterations": refinement.iteration,
+            "precision": precision,
+            "seconds": round(time.monotonic() - began_s),
+        }
+        table = dataclasses.replace(table, about=about)
+        written = write_table(self.folder, table, self.checkpoint.weights_hash, noise.to_dict())
+        file.unlink(missing_ok=True)
+        untuned = min((value, key) for key, value in errors.items() if key != "tuned")
+        self.say(f"{name}: error {errors['tuned']:.6f}; that of {untuned[1]} is {untuned[0]:.6f}; {written}")
+        return written
+
+    def _identity(self, steps: int) -> dict[str, Any]:
+        """What a table that was interrupted goes on with only if it is the same."""
+        identity = {
+            "weights_hash": self.checkpoint.weights_hash,
+            "net": self.checkpoint.net.config.to_dict(),
+            "noise": self.checkpoint.noise.to_dict(),
+            "steps": steps,
+            "guidance": self.guidance,
+            "settings": dataclasses.asdict(self.config),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists in the file
+        return plain
+
+    def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
+        """Make timesteps what the network takes."""
+        return tuple(timesteps) if self.checkpoint.fractional else _whole(timesteps)
+
+    def _best_start(self, steps: int) -> Fit:
+        log_sigmas, fractional = self.fitter.schedule.log_sigmas, self.checkpoint.fractional
+
+        def fit(spacing: str) -> Fit:
+            sampler = "euler" if spacing == "karras" else "dpmpp_2m"
+            t = make_timesteps(sampler, spacing, steps, len(log_sigmas), 0, log_sigmas, fractional=fractional)
+            return self.fitter.fit(self._settle(t))
+
+        return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes
 
 
-def _tune_one(
-    folder: Path,
-    checkpoint: Checkpoint,
-    fitter: Fitter,
-    steps: int,
-    guidance: float,
-    config: TuneConfig,
-    say: Callable[[str], None],
-    threads: int | None,
-    precision: str,
-) -> Path:
-    name = f"{steps} steps at guidance {guidance:g}"
-    state = _State(state_file(folder, steps, guidance), _identity(checkpoint, steps, guidance, config))
-
-    known = state.known
-    precision = (known or {}).get("precision") or precision
-
-    # The timesteps.
-    def settle(timesteps: Sequence[float]) -> tuple[float, ...]:
-        return tuple(timesteps) if checkpoint.fractional else _whole(timesteps)
-
-    def on_round(search: Search) -> None:
-        state.save(search, precision)
-        error = f"error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})"
-        say(f"{name}: timesteps, round {search.round}, {error}")
-
-    if known is not None:
-        fit = fitter.fit(tuple(known["timesteps"]))
-        search = Search(fit, known["round"], known["move"], known["tried"])
-        say(f"{name}: goes on after round {search.round}")
-    else:
-        search = Search(_best_start(fitter, checkpoint, steps, settle))
-    search = search_timesteps(fitter, search, settle, fitter.schedule.log_sigmas, on_round)
-    search = dataclasses.replace(search, best=dataclasses.replace(search.best, passes=()))  # memory for the gradients
-
-    # The coefficients.
-    def on_check(refinement: Refinement) -> None:
-        state.save(search, precision, refinement=dataclasses.asdict(refinement))
-        say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
-
-    begun = known["refinement"] if known is not None and {"refinement", "precision"} <= known.keys() else None
-    if begun is not None and begun.keys() != {each.name for each in dataclasses.fields(Refinement)}:
-        begun = None  # of another version
-    with torch_threads(threads):
-        refiner = Refiner(
-            checkpoint,
-            search.best.timesteps,
-            guidance,
-            fitter.rows,
-            fitter.images,
-            held_out=config.held_out,
-            precision=precision,
-        )
-        refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
-        refinement = refiner.run(refinement, config.iterations, config.batch_size // 2 or 1, on_check)
-
-    # The file.
-    lines = tuple((*line, 0.0) for line in refinement.best)
-    table = Table(SAMPLER, steps, guidance, search.best.timesteps, lines)
-    plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
-    errors = {"tuned": fitter.error(plan), **_rivals(fitter, checkpoint, steps)}
-    about = {
-        "teacher": config.teacher,
-        "settings": dataclasses.asdict(config),
-        "held_out_error": errors,
-        "distance": {"fitted": refinement.fitted, "refined": refinement.distance},
-        "timesteps_tried": search.evaluations,
-        "iterations": refinement.iteration,
-        "precision": precision,
-        "seconds": round(time.monotonic() - state.began_s),
-    }
-    file = write_table(
-        folder, dataclasses.replace(table, about=about), checkpoint.weights_hash, checkpoint.noise.to_dict()
-    )
-    state.clear()
-    untuned = min((value, key) for key, value in errors.items() if key != "tuned")
-    say(f"{name}: error {errors['tuned']:.6f}; that of {untuned[1]} is {untuned[0]:.6f}; {file}")
-    return file
+def _known(file: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was saved of this very table; None for nothing, or another's."""
+    try:
+        known = read_json(file)
+    except CheckpointError:
+        return None
+    same = all(known.get(key) == value for key, value in identity.items())
+    return known if same and {"timesteps", "round", "move", "tried"} <= known.keys() else None
 
 
 def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
@@ -255,72 +286,3 @@ def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
     for k, t in enumerate(timesteps):
         whole.append(max(min(round(t), whole[-1] - 1) if whole else round(t), len(timesteps) - 1 - k))
     return tuple(whole)
-
-
-def _best_start(
-    fitter: Fitter, checkpoint: Checkpoint, steps: int, settle: Callable[[Sequence[float]], tuple[float, ...]]
-) -> Fit:
-    log_sigmas = fitter.schedule.log_sigmas
-
-    def fit(spacing: str) -> Fit:
-        sampler = "euler" if spacing == "karras" else "dpmpp_2m"
-        t = make_timesteps(sampler, spacing, steps, len(log_sigmas), 0, log_sigmas, fractional=checkpoint.fractional)
-        return fitter.fit(settle(t))
-
-    return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes
-
-
-def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
-    """The held-out error of solvers with as many steps."""
-    plans = {f"{sampler}, {spacing}": checkpoint.plan(sampler, steps, spacing=spacing) for sampler, spacing in RIVALS}
-    return {name: fitter.error(plan) for name, plan in plans.items()}
-
-
-def _identity(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneConfig) -> dict[str, Any]:
-    return {
-        "weights_hash": checkpoint.weights_hash,
-        "net": checkpoint.net.config.to_dict(),
-        "noise": checkpoint.noise.to_dict(),
-        "steps": steps,
-        "guidance": guidance,
-        "settings": dataclasses.asdict(config),
-    }
-
-
-class _State:
-    """What an interrupted run leaves of the table it was at."""
-
-    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
-        self._file = file
-        self._identity = json.loads(json.dumps(identity))  # tuples are lists in the file
-        self.began_s = time.monotonic() - float((self.known or {}).get("seconds", 0))  # as if never interrupted
-
-    @property
-    def known(self) -> dict[str, Any] | None:
-        """What was saved of this very table; None for nothing, or another's."""
-        try:
-            known = read_json(self._file)
-        except CheckpointError:
-            return None
-        same = all(known.get(key) == value for key, value in self._identity.items())
-        return known if same and {"timesteps", "round", "move", "tried"} <= known.keys() else None
-
-    def save(self, search: Search, precision: str, **refined: Any) -> None:
-        """Save, whole or not at all."""
-        found = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
-        found |= {"tried": search.evaluations, "precision": precision, "seconds": time.monotonic() - self.began_s}
-        self._file.parent.mkdir(exist_ok=True)
-        write_json(self._file, self._identity | found | refined)
-
-    def clear(self) -> None:
-        """Remove the file: the table is done."""
-        self._file.unlink(missing_ok=True)
-
-
-def _is_done(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneConfig) -> bool:
-    settings = dataclasses.asdict(config)
-    return any(
-        (table.sampler, table.steps, table.guidance) == (SAMPLER, steps, guidance)
-        and table.about.get("settings") == settings
-        for table in checkpoint.tables
-    )
