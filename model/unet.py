@@ -140,6 +140,11 @@ class UNetConfig(NetConfig):
         return self.time_proj_dim or self.block_out_channels[0]
 
     @property
+    def temb_dim(self) -> int:
+        """The width of what timestep and class are embedded to."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
     def class_name(self) -> str:
         """UNet2DModel for a network that diffusers can run too."""
         own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
@@ -192,48 +197,38 @@ class UNetConfig(NetConfig):
         return {"_class_name": self.class_name, **fields}
 
 
-@dataclass(frozen=True, slots=True)
-class _BlockArgs:
-    """The arguments that all blocks of one net share."""
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        config.temb_dim,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        act=config.act_fn,
+        dropout=config.dropout,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        **kwargs,
+    )
 
-    temb_dim: int
-    groups: int
-    eps: float
-    act: str
-    dropout: float
-    scale_shift: bool
-    head_width: Callable[[int], int]
 
-    def resnet(self, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock:
-        return ResnetBlock(
-            in_channels,
-            out_channels,
-            self.temb_dim,
-            groups=self.groups,
-            eps=self.eps,
-            act=self.act,
-            dropout=self.dropout,
-            scale_shift=self.scale_shift,
-            **kwargs,
-        )
-
-    def attention(self, channels: int) -> Attention:
-        return Attention(channels, self.head_width(channels), groups=self.groups, eps=self.eps)
+def _attentions(config: UNetConfig, channels: int, count: int) -> nn.ModuleList:
+    width, groups, eps = config.head_width(channels), config.norm_num_groups, config.norm_eps
+    return nn.ModuleList(Attention(channels, width, groups=groups, eps=eps) for _ in range(count))
 
 
 class DownBlock(nn.Module):
     """Resnets (each followed by attention in an Attn block), then a downsampler unless this is the last block."""
 
-    def __init__(self, kind: str, config: UNetConfig, args: _BlockArgs, in_channels: int, out: int, last: bool) -> None:
+    def __init__(self, kind: str, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
         layers = config.layers_per_block
-        self.resnets = nn.ModuleList(args.resnet(in_channels if i == 0 else out, out) for i in range(layers))
+        self.resnets = nn.ModuleList(_resnet(config, in_channels if i == 0 else out, out) for i in range(layers))
         attends = kind == "AttnDownBlock2D"
-        self.attentions = nn.ModuleList(args.attention(out) for _ in range(layers)) if attends else None
+        self.attentions = _attentions(config, out, layers) if attends else None
         by_resnet = kind == "ResnetDownsampleBlock2D" or (attends and config.downsample_type == "resnet")
         self.downsamplers: nn.ModuleList | None = None
         if not last:
-            down = args.resnet(out, out, down=True) if by_resnet else Downsample(out, config.downsample_padding)
+            down = _resnet(config, out, out, down=True) if by_resnet else Downsample(out, config.downsample_padding)
             self.downsamplers = nn.ModuleList([down])
 
     def forward(self, h: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -252,18 +247,17 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """Resnet, attention, resnet at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig, args: _BlockArgs) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         channels, scale = config.block_out_channels[-1], float(config.mid_block_scale_factor)
         groups = config.attn_norm_num_groups
-        if groups is None and not args.scale_shift:
-            groups = args.groups
-        self.resnets = nn.ModuleList(args.resnet(channels, channels, output_scale_factor=scale) for _ in range(2))
+        if groups is None and config.resnet_time_scale_shift != "scale_shift":
+            groups = config.norm_num_groups
+        self.resnets = nn.ModuleList(_resnet(config, channels, channels, output_scale_factor=scale) for _ in range(2))
         self.attentions: nn.ModuleList | None = None
         if config.add_attention:
-            attention = Attention(
-                channels, args.head_width(channels), groups=groups, eps=args.eps, output_scale_factor=scale
-            )
+            width, eps = config.head_width(channels), config.norm_eps
+            attention = Attention(channels, width, groups=groups, eps=eps, output_scale_factor=scale)
             self.attentions = nn.ModuleList([attention])
 
     def forward(self, h: Tensor, act_temb: Tensor) -> Tensor:
@@ -277,21 +271,19 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One resnet more than the down block, each with a skip connection, then an upsampler unless this is the last."""
 
-    def __init__(
-        self, kind: str, config: UNetConfig, args: _BlockArgs, prev: int, skip_last: int, out: int, last: bool
-    ) -> None:
+    def __init__(self, kind: str, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
         layers = config.layers_per_block + 1
         self.resnets = nn.ModuleList()
         for i in range(layers):
             h_channels, skip_channels = (prev if i == 0 else out), (skip_last if i == layers - 1 else out)
-            self.resnets.append(args.resnet(h_channels + skip_channels, out))
+            self.resnets.append(_resnet(config, h_channels + skip_channels, out))
         attends = kind == "AttnUpBlock2D"
-        self.attentions = nn.ModuleList(args.attention(out) for _ in range(layers)) if attends else None
+        self.attentions = _attentions(config, out, layers) if attends else None
         by_resnet = kind == "ResnetUpsampleBlock2D" or (attends and config.upsample_type == "resnet")
         self.upsamplers: nn.ModuleList | None = None
         if not last:
-            self.upsamplers = nn.ModuleList([args.resnet(out, out, up=True) if by_resnet else Upsample(out)])
+            self.upsamplers = nn.ModuleList([_resnet(config, out, out, up=True) if by_resnet else Upsample(out)])
 
     def forward(self, h: Tensor, skips: list[Tensor], act_temb: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
@@ -343,35 +335,25 @@ class UNet2D(Denoiser):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        temb_dim = config.time_embedding_dim or widths[0] * 4
-        args = _BlockArgs(
-            temb_dim=temb_dim,
-            groups=config.norm_num_groups,
-            eps=config.norm_eps,
-            act=config.act_fn,
-            dropout=config.dropout,
-            scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            head_width=config.head_width,
-        )
         self.act = ACTIVATIONS[config.act_fn]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj: nn.Embedding | None = None
         if config.time_embedding_type == "learned":
             self.time_proj = _embedding(config.num_train_timesteps or 0, config.time_width)
-        self.time_embedding = TimestepEmbedding(config.time_width, temb_dim)
+        self.time_embedding = TimestepEmbedding(config.time_width, config.temb_dim)
         self.class_embedding: nn.Embedding | None = None
         if config.num_class_embeds is not None:
-            self.class_embedding = _embedding(config.num_class_embeds, temb_dim)
+            self.class_embedding = _embedding(config.num_class_embeds, config.temb_dim)
 
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
-            DownBlock(kind, config, args, widths[max(i - 1, 0)], widths[i], last=i == last)
+            DownBlock(kind, config, widths[max(i - 1, 0)], widths[i], last=i == last)
             for i, kind in enumerate(config.down_block_types)
         )
-        self.mid_block = MidBlock(config, args) if config.mid_block_type is not None else None
+        self.mid_block = MidBlock(config) if config.mid_block_type is not None else None
         up = widths[::-1]
         self.up_blocks = nn.ModuleList(
-            UpBlock(kind, config, args, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], last=i == last)
+            UpBlock(kind, config, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], last=i == last)
             for i, kind in enumerate(config.up_block_types)
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
