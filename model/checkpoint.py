@@ -127,10 +127,7 @@ class Told:
         has_null_class, num_timesteps = labels.null_class is not None, noise.num_train_timesteps
         try:
             return Recommended.from_json(
-                value,
-                samplers=(*SAMPLERS, *TABLE_SAMPLERS),
-                num_timesteps=num_timesteps,
-                has_null_class=has_null_class,
+                value, samplers=(*SAMPLERS, *TABLE_SAMPLERS), num_timesteps=num_timesteps, has_null_class=has_null_class
             )
         except ValueError as error:
             raise CheckpointError(f"{self.file}: {error}") from error

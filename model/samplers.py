@@ -19,19 +19,7 @@ from tminus.model.consistency import consistency_coefficients, consistency_input
 from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
 from tminus.model.sampler_tables import Table
-from tminus.model.solvers import (
-    H1,
-    LINEAR_SOLVERS,
-    NEED_SIGNAL,
-    X0,
-    X0_PREVIOUS,
-    Levels,
-    X,
-    Z,
-    ddim,
-    ddpm,
-    matrices,
-)
+from tminus.model.solvers import H1, LINEAR_SOLVERS, NEED_SIGNAL, X0, X0_PREVIOUS, Levels, X, Z, ddim, ddpm, matrices
 from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
 from tminus.model.trajectory import PlanNumbers
 
@@ -302,13 +290,5 @@ def solve(
         return net(x, t, labels)
 
     zero = torch.zeros_like(x_T)
-    x_0 = sample(
-        seen,
-        plan,
-        x_T,
-        lambda _k: zero,
-        class_labels=class_labels,
-        null_class=null_class,
-        guidance=guidance,
-    )
+    x_0 = sample(seen, plan, x_T, lambda _k: zero, class_labels=class_labels, null_class=null_class, guidance=guidance)
     return torch.stack([*points, x_0])

@@ -49,13 +49,7 @@ class SchedulerKind:
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),
     SchedulerKind("DDIMScheduler", "ddim"),
-    SchedulerKind(
-        "DPMSolverMultistepScheduler",
-        "dpmpp_2m",
-        _DPM_SOLVER,
-        _LINSPACE,
-        clips_by_threshold=True,
-    ),
+    SchedulerKind("DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
         "dpmpp_3m",

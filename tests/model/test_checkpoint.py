@@ -331,10 +331,7 @@ def scheduler_config(**changes: Any) -> Callable[[Path], None]:
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
-    "no scheduler": (
-        lambda f: shutil.rmtree(f / "scheduler"),
-        r"a U-Net without a scheduler_config\.json.* folder of",
-    ),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), r"a U-Net without a scheduler_config\.json.* folder of"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),
     "latent diffusion without its autoencoder": (
         model_index(_class_name="LDMPipeline"),
@@ -359,10 +356,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "config.json: 'DiTTransformer2DModel' is a transformer, and U-Nets are what is run here",
     ),
-    "another network": (
-        unet_config(_class_name="UNet2DConditionModel"),
-        "_class_name must be UNet2DModel, got",
-    ),
+    "another network": (unet_config(_class_name="UNet2DConditionModel"), "_class_name must be UNet2DModel, got"),
     "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
     "a scheduler that is not served": (
         lambda f: model_index(scheduler=["diffusers", "ScoreSdeVeScheduler"])(f),
@@ -402,10 +396,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_weights(f, lambda s: s.update({"conv_in.weight": torch.ones(8, 3, 3, 3)})),
         r"wrong shape of conv_in\.weight: config\.json asks for \(8, 1, 3, 3\), got \(8, 3, 3, 3\)",
     ),
-    "config of a net that would fill the memory": (
-        unet_config(block_out_channels=[2**20, 2**21]),
-        "wrong shape of",
-    ),
+    "config of a net that would fill the memory": (unet_config(block_out_channels=[2**20, 2**21]), "wrong shape of"),
     "shard outside": (
         lambda f: with_index(f, {"weight_map": {"conv_in.weight": "../stolen.safetensors"}}),
         r"weight_map must map keys to file names in the same folder",

@@ -22,13 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.model.catalogue import SAMPLERS
-from tminus.model.noise import (
-    BETA_SCHEDULES,
-    NoiseConfig,
-    NoiseSchedule,
-    make_betas,
-    posterior_between,
-)
+from tminus.model.noise import BETA_SCHEDULES, NoiseConfig, NoiseSchedule, make_betas, posterior_between
 from tminus.model.samplers import compile_plan
 from tminus.model.scheduler_kinds import KIND_OF_SAMPLER
 
@@ -176,11 +170,7 @@ DEFAULTS: list[tuple[Any, dict[str, Any], NoiseConfig]] = [
     (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, of_solver("dpmpp_2m_sde")),
     (UniPCMultistepScheduler, {}, of_solver("unipc")),
     (DEISMultistepScheduler, {}, of_solver("deis")),
-    (
-        PNDMScheduler,
-        {"skip_prk_steps": True},
-        of_solver("plms", timestep_spacing="leading", set_alpha_to_one=False),
-    ),
+    (PNDMScheduler, {"skip_prk_steps": True}, of_solver("plms", timestep_spacing="leading", set_alpha_to_one=False)),
     (EulerDiscreteScheduler, {}, of_solver("euler")),
     (HeunDiscreteScheduler, {}, of_solver("heun", beta_start=0.00085, beta_end=0.012, clip_sample=False)),
 ]
@@ -234,13 +224,7 @@ def test_dpm_solver_config_clips_unless_it_says_otherwise(config: dict[str, Any]
     assert (noise.clip_sample, noise.clip_sample_range, noise.thresholding) == (clip, 1.0, False)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_karras_sigmas", True),
-        ("lambda_min_clipped", -5.1),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), [("use_karras_sigmas", True), ("lambda_min_clipped", -5.1)])
 def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"scheduler config: {field} must be .* for dpmpp_2m, got") as refusal:
         NoiseConfig.from_dict(DPM_SOLVER | {field: value})

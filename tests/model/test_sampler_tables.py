@@ -62,10 +62,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "newer": ({"format": FORMAT + 1}, r"format must be 1 \(it is of a newer version of tminus\), got 2"),
     "unknown sampler": ({"sampler": "ddpm"}, "sampler must be one of tuned, consistency, got 'ddpm'"),
-    "other weights": (
-        {"weights_hash": "cd" * 32},
-        "weights_hash must be abab.* weights, got 'cdcd",
-    ),
+    "other weights": ({"weights_hash": "cd" * 32}, "weights_hash must be abab.* weights, got 'cdcd"),
     "other schedule": ({"noise": {}}, "noise must be the checkpoint's own noise schedule, got {}"),
     "no steps": ({"steps": 0}, r"steps must be an integer in 1\.\.1000, got 0"),
     "guidance": ({"guidance": 51}, r"guidance must be a number in 0\.\.50, got 51"),

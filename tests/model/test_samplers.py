@@ -21,14 +21,7 @@ from torch import Tensor
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.samplers import (
-    Plan,
-    alpha_bar_at,
-    combine,
-    compile_plan,
-    denoise,
-    sample,
-)
+from tminus.model.samplers import Plan, alpha_bar_at, combine, compile_plan, denoise, sample
 from tminus.model.timesteps import SPACINGS
 from tminus.model.unet import UNet2D, UNetConfig
 

@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig
-from tminus.model.timesteps import (
-    RHO,
-    SIGMA_MAX,
-    SIGMA_MIN,
-    log_sigma_at,
-    make_timesteps,
-    timesteps_of_passes,
-)
+from tminus.model.timesteps import RHO, SIGMA_MAX, SIGMA_MIN, log_sigma_at, make_timesteps, timesteps_of_passes
 
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
 LINEAR = NoiseConfig().schedule().log_sigmas

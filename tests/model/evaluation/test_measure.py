@@ -188,11 +188,7 @@ def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
 
 
 def test_other_settings_images_and_checkpoints_are_measured_afresh(
-    run: Run,
-    toy_classifier: Classifier,
-    drawn: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, toy_classifier: Classifier, drawn: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = 1
     run(POINTS[:1], (5,), folder=tmp_path)

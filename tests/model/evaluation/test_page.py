@@ -15,10 +15,7 @@ from PIL import Image
 from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
-from tminus.model.evaluation.figures import (
-    Bound,
-    Term,
-)
+from tminus.model.evaluation.figures import Bound, Term
 from tminus.model.evaluation.page import MAX_STRIPS, check_installed, plot_terms, report_files
 from tminus.model.evaluation.report import Report
 from tminus.model.evaluation.samples import EvaluateError, Point, draw_samples, strip_length

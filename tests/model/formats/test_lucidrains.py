@@ -22,7 +22,7 @@ SIZE = Given(image_size=16)
 NETS: dict[str, dict[str, Any]] = {
     "its defaults, in small": {"dim": 16, "dim_mults": (1, 2, 4)},
     "other heads, full attention twice": {
-        **{"dim": 16, "dim_mults": (1, 2), "attn_heads": (2, 4), "attn_dim_head": (8, 16), "full_attn": (True, True)},
+        **{"dim": 16, "dim_mults": (1, 2), "attn_heads": (2, 4), "attn_dim_head": (8, 16), "full_attn": (True, True)}
     },
     "grey, another first width": {"dim": 16, "init_dim": 24, "dim_mults": (1, 3), "channels": 1},
     "one level": {"dim": 16, "dim_mults": (2,)},

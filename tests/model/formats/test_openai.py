@@ -42,10 +42,7 @@ NETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "one head": ({"heads": 1, "attends": ()}, FIXED | {"heads": 1}),
     "one head at two widths": ({"mult": (1, 2), "heads": 1, "attends": (0, 1)}, FIXED | {"heads": 1}),
-    "one level": (
-        {"mult": (1,), "attends": (0,), "heads": 2},
-        FIXED | {"heads": 2, "attention_order": "legacy"},
-    ),
+    "one level": ({"mult": (1,), "attends": (0,), "heads": 2}, FIXED | {"heads": 2, "attention_order": "legacy"}),
     "heads of one width at every level": (
         {"mult": (1, 1), "attends": (0, 1), "heads": 2, "order": "new"},
         FIXED | {"heads": 2, "attention_order": "new"},

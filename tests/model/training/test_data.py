@@ -9,13 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tminus.model.training.data import (
-    FASHION_MNIST_CLASSES,
-    DataError,
-    load_fashion_mnist,
-    load_image_folder,
-    read_idx,
-)
+from tminus.model.training.data import FASHION_MNIST_CLASSES, DataError, load_fashion_mnist, load_image_folder, read_idx
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

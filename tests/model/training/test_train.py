@@ -29,14 +29,7 @@ from tminus.model.training import run as run_file
 from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
-from tminus.model.training.run import (
-    FORMER_FILE,
-    STATE_FILE,
-    Ema,
-    TrainError,
-    read_state,
-    write_state,
-)
+from tminus.model.training.run import FORMER_FILE, STATE_FILE, Ema, TrainError, read_state, write_state
 from tminus.model.training.train import TrainConfig, batch_indices, train
 from tminus.model.unet import UNet2D, UNetConfig
 

@@ -88,10 +88,7 @@ class Clock:
         return self.now_s
 
 
-@pytest.mark.parametrize(
-    ("max_batch", "places"),
-    [(1, [1]), (23, [1, 2, 4, 8, 16, 23])],
-)
+@pytest.mark.parametrize(("max_batch", "places"), [(1, [1]), (23, [1, 2, 4, 8, 16, 23])])
 def test_powers_of_two_and_the_largest_batch_are_measured(max_batch: int, places: list[int]) -> None:
     engine = FakeEngine()
     points = measure_ticks(engine, max_batch, Clock(engine))
