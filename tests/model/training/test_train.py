@@ -266,9 +266,9 @@ def test_run_of_another_kind_resumes_to_the_bit_and_differs_from_a_plain_one(
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     for change, says in (
-        ({"weighting": "snr"}, "weighting must be simple or velocity, got 'snr'"),
-        ({"optimizer": "sgd"}, "optimizer must be adam or muon, got 'sgd'"),
-        ({"timestep_sampling": "cosine"}, "timestep_sampling must be uniform or lognormal, got 'cosine'"),
+        ({"weighting": "snr"}, "weighting must be among simple, velocity, got 'snr'"),
+        ({"optimizer": "sgd"}, "optimizer must be among adam, muon, got 'sgd'"),
+        ({"timestep_sampling": "cosine"}, "timestep_sampling must be among uniform, lognormal, got 'cosine'"),
     ):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(RUN, **change)  # type: ignore[arg-type]
