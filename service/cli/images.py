@@ -4,10 +4,11 @@ import base64
 import io
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -64,10 +65,8 @@ def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
     parameters = {}
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
-            try:
+            with failing_in_one_line(f"--{name} {file}"):
                 parameters[name] = base64.b64encode(file.read_bytes()).decode("ascii")
-            except OSError as error:
-                fail(f"--{name} {file}: {error}")
     return parameters
 
 
@@ -144,47 +143,32 @@ def make_images(
         return {name: archive.read(name) for name in archive.namelist()}, spec.seed
 
 
-def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
-    """Ask a server; one clear line and exit code 1 where it does not answer with images."""
-    from tminus.service.client import ClientError
+@contextmanager
+def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
+    """A client of what --url and --model name, with the key in TMINUS_KEY; what goes wrong ends in one clear line."""
+    from tminus.service.client import Client, ClientError, Problem, Unreachable
 
     try:
-        with client_of(url, model) as tminus:
-            return tminus.sample(accept=media_type, **parameters)
-    except (ClientError, ValueError, RecursionError) as error:  # the last two: parameters that JSON cannot hold
-        fail_at(url, error)
-
-
-def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
-    """The n PNG files of a server's answer; one clear line and exit code 1 where it has others."""
-    from tminus.service.client import ClientError
-
-    try:
-        files = sampled.files
+        with Client(url, model=model, key=os.environ.get(KEY) or None) as client:
+            yield client
     except ClientError as error:
-        fail_at(url, error)
-    if len(files) != n:
-        fail(f"{url}: {len(files)} images came, where {n} were asked for")
-    return files
-
-
-def fail_at(url: str, error: Exception) -> NoReturn:
-    """Print what a server answered, or that none did, and what to do about it; exit with 1."""
-    from tminus.service.client import Problem, Unreachable
-
-    advice = ""
-    if isinstance(error, Problem) and error.status == 401:
-        advice = f"; commands send the key in the variable {KEY}{'' if os.environ.get(KEY) else ', which is not set'}"
-    elif isinstance(error, Unreachable) and not error.reached:
-        advice = "; is a server running there? tminus serve starts one"
-    fail(f"{url}: {error}{advice}")
-
-
-def client_of(url: str, model: str | None = None) -> "Client":
-    """A client of what --url and --model name, with the key in TMINUS_KEY; one clear line where they name nothing."""
-    from tminus.service.client import Client
-
-    try:
-        return Client(url, model=model, key=os.environ.get(KEY) or None)
-    except ValueError as error:
+        advice = ""
+        if isinstance(error, Problem) and error.status == 401:
+            unset = "" if os.environ.get(KEY) else ", which is not set"
+            advice = f"; commands send the key in the variable {KEY}{unset}"
+        elif isinstance(error, Unreachable) and not error.reached:
+            advice = "; is a server running there? tminus serve starts one"
+        fail(f"{url}: {error}{advice}")
+    except (ValueError, RecursionError) as error:  # what cannot be an address, a model, a key, or JSON
         fail(str(error))
+
+
+def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
+    """Ask a server; one clear line and exit code 1 where it does not answer with images, or with fewer or more."""
+    from tminus.service.client import ClientError
+
+    with server_at(url, model) as tminus:
+        sampled = tminus.sample(accept=media_type, **parameters)
+        if media_type == "application/zip" and len(sampled.files) != parameters["n"]:
+            raise ClientError(f"{len(sampled.files)} images came, where {parameters['n']} were asked for")
+        return sampled

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tminus.service.cli.images import client_of, fail_at
-from tminus.service.cli.output import fail, say
+from tminus.service.cli.images import server_at
+from tminus.service.cli.output import say
 
 if TYPE_CHECKING:
     from tminus.service.client import ModelState
@@ -24,21 +24,14 @@ def models(change: str | None, name: str | None, url: str) -> None:
 
     These three need a key of the role admin, in the variable TMINUS_KEY. Loading a model may take a minute.
     """
-    from tminus.service.client import ClientError
-
     if change is not None and name is None:
         raise click.UsageError(f"{change} needs the NAME of a model")
-    try:
-        with client_of(url) as tminus:
-            if change is None or name is None:
-                say(table(tminus.models()))
-            else:
-                {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change](name)
-                say(f"{name}: {change}ed")
-    except ClientError as error:
-        fail_at(url, error)
-    except ValueError as error:  # a name that is none, or a key
-        fail(str(error))
+    with server_at(url) as tminus:
+        if change is None or name is None:
+            say(table(tminus.models()))
+        else:
+            {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change](name)
+            say(f"{name}: {change}ed")
 
 
 def table(models: "Sequence[ModelState]") -> str:

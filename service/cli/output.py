@@ -28,17 +28,23 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
-def failing_in_one_line() -> Iterator[None]:
-    """End in one line where the block raises what a user can bring about: a bad file or value, a full disk or GPU."""
-    import torch
+def failing_in_one_line(where: str = "") -> Iterator[None]:
+    """End in one line where the block raises what a user can bring about: a bad file or value, a full disk or GPU.
 
-    from tminus.model.files import CheckpointError
-    from tminus.service.errors import ServiceError
-
+    where: what stands before the message, as the flag or the file that it is about.
+    """
     try:
         yield
-    except (CheckpointError, ServiceError, ValueError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error))
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)):
+            import torch
+
+            from tminus.model.files import CheckpointError
+            from tminus.service.errors import ServiceError
+
+            if not isinstance(error, (CheckpointError, ServiceError, torch.OutOfMemoryError)):
+                raise
+        fail(f"{where}: {error}" if where else str(error))
 
 
 def check_png(option: str, file: Path, otherwise: str = "") -> None:
@@ -49,15 +55,11 @@ def check_png(option: str, file: Path, otherwise: str = "") -> None:
 
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder and its parents; `option` names the flag in the line of a failure."""
-    try:
+    with failing_in_one_line(option):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{option}: {error}")
 
 
 def write_file(option: str, file: Path, data: bytes) -> None:
     """Write a file; `option` names the flag in the line of a failure."""
-    try:
+    with failing_in_one_line(option):
         file.write_bytes(data)
-    except OSError as error:
-        fail(f"{option}: {error}")

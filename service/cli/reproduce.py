@@ -20,7 +20,7 @@ from tminus.service.cli.images import (
     sample_from,
 )
 from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE
-from tminus.service.cli.output import check_png, fail, say, write_file
+from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
@@ -67,13 +67,9 @@ def reproduce(
     check_model(url, model)
     if out is not None:
         check_png(f"--out {out}", out)
-    try:
-        if png.stat().st_size > MAX_FILE_BYTES:
-            fail(f"{png}: larger than {MAX_FILE_BYTES} bytes")
-        original = png.read_bytes()
+    with failing_in_one_line(str(png)):
+        original = read_bounded(png)
         recipe = read_recipe(original)
-    except (OSError, ValueError) as error:
-        fail(f"{png}: {error}")
     check_pictures(png, recipe, image, mask)
     parameters = recipe.parameters | read_pictures(image, mask)  # their hashes are compared where the image is made
     if url is not None:
@@ -86,11 +82,16 @@ def reproduce(
     if again == original:
         say(f"{png}: the same {len(original)} bytes")
         return
-    try:
+    with failing_in_one_line(str(url or png)):
         found = difference(original, again, recipe)
-    except ValueError as error:
-        fail(f"{url or png}: {error}")
     fail(f"{png}: {found}")
+
+
+def read_bounded(file: Path) -> bytes:
+    """Read a file of at most MAX_FILE_BYTES. Raises ValueError for a larger one."""
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
+    return file.read_bytes()
 
 
 def check_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
@@ -203,13 +204,9 @@ def check(
     from tminus.service.work import noisy_passes
     from tminus.service.worker.recording import Path as Recorded
 
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            fail(f"{file}: larger than {MAX_FILE_BYTES} bytes")
-        found = read_trajectory(file.read_bytes())
+    with failing_in_one_line(str(file)):
+        found = read_trajectory(read_bounded(file))
         recipe = _recipe_of(found)
-    except (OSError, ValueError) as error:
-        fail(f"{file}: {error}")
     check_pictures(file, recipe, image, None)
     made_by = _made_by(found)
     exact = True if made_by.get("exact") else None

@@ -11,16 +11,14 @@ from tminus.model.catalogue import SAMPLERS
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
     check_model,
-    client_of,
-    fail_at,
-    files_of,
     local_model_options,
     make_images,
     read_pictures,
     sample_from,
+    server_at,
 )
 from tminus.service.cli.options import FILE_TYPE
-from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
+from tminus.service.cli.output import check_png, fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.engine.protocol import LoadOptions
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ def sample(
         files, seed = make_images(LoadOptions(checkpoint, device, executor, precision), parameters, sheet=sheet)
     elif watch is None:
         sampled = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
-        files = {"sheet": sampled.data} if sheet else files_of(url, sampled, given["n"])
+        files = {"sheet": sampled.data} if sheet else sampled.files
         seed = sampled.seed
     else:
         files, seed, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
@@ -130,21 +128,16 @@ def follow(
     show: str,
 ) -> tuple[dict[str, bytes], int, list["Image"]]:
     """Run a job on a server with a progress bar; returns its PNG files by name, the seed and the animation's frames."""
-    from tminus.service.client import ClientError
-
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
     every = every or max(1, _number(parameters.get("steps", 1000)) // MOST_FRAMES)
     layout = "sheet" if sheet else "images"
-    try:
-        with (
-            client_of(url, model) as tminus,
-            tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
-        ):
-            seed, shown, finals = _read(messages)
+    with (
+        server_at(url, model) as tminus,
+        tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
+    ):
+        seed, shown, finals = _read(messages)
         frames = _decode([*shown, finals])
-    except ClientError as error:
-        fail_at(url, error)
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
     return dict(zip(names, finals, strict=True)), seed, frames
@@ -154,10 +147,8 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
     """Write the frames to a file; one clear line and exit code 1 where that fails."""
     from tminus.service.images.encoder import encode_animation
 
-    try:
+    with failing_in_one_line(f"--watch {file}"):
         data = encode_animation(frames, file.suffix.lower().removeprefix("."))
-    except (OSError, ValueError) as error:
-        fail(f"--watch {file}: {error}")
     make_folder(f"--watch {file}", file.parent)
     write_file(f"--watch {file}", file, data)
     say(f"{file}: {len(frames)} frames")

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,7 @@ OURS = {"X-Seed": "1", "X-Fingerprint": "0123456789abcdef", "Content-Type": "ima
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> None:
     """Let a function answer in place of the server."""
-    monkeypatch.setattr(
-        images, "client_of", lambda url, model=None: Client(url, model=model, transport=httpx.MockTransport(answer))
-    )
+    monkeypatch.setattr("tminus.service.client.Client", partial(Client, transport=httpx.MockTransport(answer)))
 
 
 @pytest.mark.usefixtures("no_model")
