@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 
+from bench.cluster import TICKS
 from bench.servers import options_of
 from bench.traffic import MEAN_PLACES, ROWS, at_rate
 from tminus.service.errors import Overloaded
@@ -22,7 +23,6 @@ from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
-TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
