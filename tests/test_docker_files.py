@@ -78,8 +78,15 @@ def test_the_server_gets_the_signals_itself() -> None:
 # --- several servers, as compose itself reads the files ---
 
 
-def composed(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """What compose would run."""
+def composed(*names: str, **env: str) -> dict[str, Any]:
+    """The services that compose would run."""
+    done = compose(*names, POSTGRES_PASSWORD=PASSWORD, **env)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)["services"]
+    return found
+
+
+def compose(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
     files = [part for name in ("compose", *names) for part in ("--file", ROOT / "docker" / f"{name}.yaml")]
     command = [needs("docker-compose"), *files, "config", "--format", "json"]
     bare = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PORT", "KEYS")}
@@ -88,10 +95,12 @@ def composed(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    done = composed("replicas", POSTGRES_PASSWORD=PASSWORD)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)["services"]
-    return found
+    return composed("replicas")
+
+
+@pytest.fixture(scope="module")
+def proxied() -> dict[str, Any]:
+    return composed("proxy", NAME="diffusion.example", CERTIFICATES="/certificates")
 
 
 def test_two_servers_on_one_database_have_one_port_between_them(services: dict[str, Any]) -> None:
@@ -121,25 +130,19 @@ def test_the_database_asks_for_the_password_that_the_servers_have_whatever_is_in
     escaped = PASSWORD.replace("$", "$$")  # as compose prints it
     assert servers["PGPASSWORD"] == database["POSTGRES_PASSWORD"] == escaped
     assert servers["TMINUS_JOB_STORE"] == f"postgresql://{database['POSTGRES_USER']}@postgres/tminus"
-    refused = composed("replicas")
+    refused = compose("replicas")
     assert refused.returncode != 0
     assert "POSTGRES_PASSWORD" in refused.stderr
 
 
-def test_the_proxy_lives_as_long_as_the_servers_may_take_to_answer(services: dict[str, Any], tmp_path: Path) -> None:
-    done = composed("proxy", NAME="diffusion.example", CERTIFICATES=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    for found in (services, json.loads(done.stdout)["services"]):
-        assert found["proxy"]["stop_grace_period"] == found["tminus"]["stop_grace_period"]
-
-
-def test_where_every_address_is_a_proxys_nobody_comes_but_by_the_proxy(
-    services: dict[str, Any], tmp_path: Path
+def test_the_proxy_lives_as_long_as_the_servers_may_take_to_answer_and_nobody_comes_but_by_it(
+    services: dict[str, Any], proxied: dict[str, Any]
 ) -> None:
-    done = composed("proxy", NAME="diffusion.example", CERTIFICATES=str(tmp_path))
-    for found in (services, json.loads(done.stdout)["services"]):
-        assert found["tminus"]["environment"]["FORWARDED_ALLOW_IPS"] == "*"
-        assert "ports" not in found["tminus"]
+    for found in (services, proxied):
+        proxy, server = found["proxy"], found["tminus"]
+        assert proxy["stop_grace_period"] == server["stop_grace_period"]
+        assert server["environment"]["FORWARDED_ALLOW_IPS"] == "*"
+        assert "ports" not in server, "since it takes every address for a proxy's"
 
 
 def test_what_is_added_may_do_as_little_as_the_rest(services: dict[str, Any]) -> None:
@@ -159,10 +162,7 @@ def test_prometheus_asks_each_server_by_the_name_of_its_container(services: dict
 
 @pytest.mark.parametrize("files", [(), ("proxy",), ("replicas",), ("keys", "replicas")], ids="-".join)
 def test_a_server_is_known_by_the_names_by_which_prometheus_asks(files: tuple[str, ...], tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    done = composed(*files, NAME="diffusion.example", CERTIFICATES=folder, POSTGRES_PASSWORD=PASSWORD, KEYS=folder)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["services"]
+    found = composed(*files, NAME="diffusion.example", CERTIFICATES="/certificates", KEYS=str(tmp_path))
     known = Settings(allowed_hosts=found["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"]).doors()
     (config,) = [each for each in found["prometheus"]["command"] if each.startswith("--config.file=")]
     asked = re.findall(r'"([\w-]+:\d+)"', (ROOT / "docker" / "prometheus" / Path(config).name).read_text())
@@ -175,7 +175,5 @@ def test_a_server_is_known_by_the_names_by_which_prometheus_asks(files: tuple[st
 def test_what_torch_compiles_can_be_loaded_where_there_is_a_gpu() -> None:
     """Docker mounts a tmpfs noexec, and torch's caches are below the home folder."""
     assert "--home-dir /tmp " in DOCKERFILE
-    done = composed("gpu")
-    assert done.returncode == 0, done.stderr
-    (mounted,) = json.loads(done.stdout)["services"]["tminus"]["tmpfs"]
+    (mounted,) = composed("gpu")["tminus"]["tmpfs"]
     assert mounted == "/tmp:size=4g,mode=1777,exec"

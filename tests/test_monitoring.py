@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.postgres import free_port
 from tests.service.client.conftest import SPEC, Served
 from tests.service.conftest import INSTANT
 from tests.service.fakes import INFO, LIMITS, wait_until
@@ -44,13 +44,6 @@ def run(*command: str | Path) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port: int = opened.getsockname()[1]
-        return port
 
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
