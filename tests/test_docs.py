@@ -13,6 +13,7 @@ from PIL import Image
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from tests import options_page, tools
+from tests.documents import ROOT, code_blocks, shell_commands
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
@@ -25,7 +26,6 @@ from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.startup.serve import first_request
 from tminus.service.startup.settings import Settings
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [
@@ -68,13 +68,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def shell_commands(page: Path) -> list[str]:
-    """The commands of a page's shell blocks, each as one line without its comment."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := re.sub(r"(^| )# .*", "", line).strip())]
-
-
 def tables(text: str, *columns: str) -> Iterator[list[str]]:
     """The rows of every table with these columns."""
     head = re.escape(f"| {' | '.join(columns)} |\n")
@@ -110,8 +103,7 @@ def test_every_link_make_verb_command_and_option_of_a_page_is_there(page: Path) 
             assert anchor in anchors(linked), target
 
     verbs = set(re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[0].split())
-    text = page.read_text("utf-8")
-    in_code = "\n".join([*re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE), *named(prose(page))])
+    in_code = "\n".join([*code_blocks(page, "sh"), *named(prose(page))])
     assert set(re.findall(r"(?:^|or: |=\S+ )make ([a-z]+)", in_code, re.MULTILINE)) <= verbs
 
     for command in shell_commands(page):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import _cache_of_our_own, shared_folder, small, start_server, stop_server  # noqa: F401
+from tests.e2e.conftest import _cache_of_our_own, serving, shared_folder, small  # noqa: F401
 from tests.e2e.restarting import ForkedServer, make_specs
 from tests.tools import needs
 from tests.trials import checkpoints, churn, connections, faults, overload, rolling, soak, websockets
@@ -63,13 +63,9 @@ def missed(claims: list[Claim], *but: str) -> list[Claim]:
 def test_a_mix_of_all_clients_gets_what_it_should(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(soak, "WARM_UP_S", 0.5)
     monkeypatch.setattr(soak, "CLIENTS", 8)
-    server = start_server(small, *QUICK_START, "--max-streams-per-address", "4096")
-    try:
+    with serving(small, *QUICK_START, "--max-streams-per-address", "4096") as server:
         claims = asyncio.run(soak.trial(server.url, minutes=0.1, load=0.3, seed=1, peak_s=2))
-    finally:
-        assert stop_server(server) == 0, server.log
     assert missed(claims, "peak", "latency", "memory") == []
-    assert "Traceback" not in server.log
 
 
 # --- overload ---
@@ -78,11 +74,8 @@ def test_a_mix_of_all_clients_gets_what_it_should(small: Path, monkeypatch: pyte
 @pytest.mark.long
 def test_a_short_flood_is_refused_as_it_should(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr("tests.trials.overload.WARM_UP_S", 0.5)
-    server = start_server(small, *QUICK_START, *overload.FLAGS)
-    try:
+    with serving(small, *QUICK_START, *overload.FLAGS) as server:
         claims = asyncio.run(overload.trial(server.url, seconds=4, load=3, seed=1, peak_s=1, herd=20))
-    finally:
-        assert stop_server(server) == 0, server.log
     of_a_quiet_machine = ("Retry-After not within", "refusals under the limit", "goodput", "until", "newcomer", "ideal")
     assert missed(claims, *of_a_quiet_machine) == []
 
@@ -102,13 +95,10 @@ def shorten() -> None:
 def test_connections_that_are_held_keep_nobody_out(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(connections, "PER_ADDRESS", 20)
     flags = ("--max-connections-per-address", "64", *connections.flags_for(200))
-    server = start_server(small, *QUICK_START, *flags, prepare=shorten)
-    try:
+    with serving(small, *QUICK_START, *flags, prepare=shorten) as server:
         claims = asyncio.run(connections.trial(server.url, 200, 2, slow=20))
         claims += asyncio.run(connections.readers_trial(server.url, 2, readers=20))
         claims += asyncio.run(connections.floods(server.url, 0.2))
-    finally:
-        assert stop_server(server) == 0, server.log
     assert missed(claims, "median", "open at once", "GET /healthz") == []
 
 
@@ -117,12 +107,8 @@ def test_connections_that_are_held_keep_nobody_out(small: Path, monkeypatch: pyt
 
 @pytest.mark.long
 def test_connections_dropped_at_random_points_leave_no_row_task_or_file(small: Path) -> None:  # noqa: F811
-    server = start_server(small, *QUICK_START, "--max-streams-per-address", "4096")
-    try:
+    with serving(small, *QUICK_START, "--max-streams-per-address", "4096") as server:
         claims = asyncio.run(churn.trial(server.url, 40, 20))
-    finally:
-        assert stop_server(server) == 0, server.log
-    assert "Traceback" not in server.log
     assert missed(claims, churn.MEMORY) == []
 
 

@@ -5,6 +5,7 @@ shows on pictures, and the bytes of the executors that users run, is asked of th
 """
 
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -17,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tests import postgres
+from tests.documents import ROOT
 from tests.e2e import forked
+from tests.e2e.browser import OpenPage, Page
 from tests.e2e.forked import Forked
+from tests.service.keys import bearer, key_line
 from tests.tiny import randomize
 from tests.tools import needs
 from tminus.model.catalogue import Recommended
@@ -29,10 +36,26 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.unet import UNet2D
 from tminus.service.client import Client
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
 RECOMMENDED = Recommended("dpmpp_2m", 20, 1.5)  # of the small ones, which have no tables
 START_TIMEOUT_S = 240.0  # the first start measures, and the cores may be busy with other things
+# Of servers whose models are loaded and unloaded: by whom, and how one says so.
+ADMIN_KEY = "a-key-for-these-tests"
+KEYS = {"TMINUS_KEYS": key_line("ops", ADMIN_KEY, "admin"), "TMINUS_OPEN": "yes"}
+ADMIN = bearer(ADMIN_KEY)
+
+
+def pixels(picture: bytes) -> np.ndarray:
+    """The pixels of an image file."""
+    with Image.open(io.BytesIO(picture)) as image:
+        return np.asarray(image)
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    """The file of these pixels."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG")
+    return out.getvalue()
 
 
 @dataclass
@@ -174,14 +197,23 @@ def stop_server(server: RunningServer) -> int:
         raise
 
 
-def shared_server(checkpoint: Path, *more: str) -> Iterator[RunningServer]:
-    """A server for every test that does it no harm."""
-    # No memory for repeats, so that each answer is made; and nothing is too much work, however slow the machine.
-    flags = ("--max-body-bytes", "65536", "--result-cache-mb", "0", "--max-backlog-s", "6000")
-    running = start_server(checkpoint, *flags, *more)
-    yield running
-    assert stop_server(running) == 0, running.log
+@contextlib.contextmanager
+def serving(
+    checkpoint: Path, *flags: str, prepare: Callable[[], None] | None = None, **env: str
+) -> Iterator[RunningServer]:
+    """A server that ends well when its tests have."""
+    running = start_server(checkpoint, *flags, prepare=prepare, **env)
+    try:
+        yield running
+    finally:
+        status = stop_server(running)
+    assert status == 0, running.log
     assert "Traceback" not in running.log, running.log
+
+
+# For tests that do a server no harm. No memory for repeats, so that each answer is made; and nothing is too much work,
+# however slow the machine.
+SHARED = ("--max-body-bytes", "65536", "--result-cache-mb", "0", "--max-backlog-s", "6000")
 
 
 SlowDown = Callable[..., None]
@@ -214,15 +246,49 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+@pytest.fixture
+def open_page(browser: Any, server: RunningServer) -> Iterator[OpenPage]:
+    """Opens the page; at the end no tab may have complained, nor asked anybody but the server. Leaves no job behind."""
+    pages: list[Page] = []
+
+    def make(url: str = server.url, **context: Any) -> Page:
+        pages.append(Page(browser, url, **context))
+        return pages[-1]
+
+    yield make
+    for page in pages:
+        page.context.close()
+    for job in httpx.get(f"{server.url}/jobs", params={"state": "waiting,running"}).json().get("jobs", ()):
+        httpx.delete(f"{server.url}/jobs/{job['id']}")
+    for page in pages:
+        assert page.complaints == []
+        assert [url for url in page.requests if not re.match(r"(blob:)?(http|ws)://127\.0\.0\.1:", url)] == []
+
+
 @pytest.fixture(scope="session")
 def server(small: Path) -> Iterator[RunningServer]:
-    yield from shared_server(small)
+    with serving(small, *SHARED) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def bundled_server() -> Iterator[RunningServer]:
     """With two threads, so that streams and wide passes are tried too, where servers beside other tests have one."""
-    yield from shared_server(BUNDLED, "--threads", "2")
+    with serving(BUNDLED, *SHARED, "--threads", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def two(small: Path, colour: Path) -> Iterator[RunningServer]:
+    """A server of `small`, the default, and of `colour`, which has another size and other classes."""
+    with serving(small, *SHARED, "--checkpoint", f"colour={colour}", **KEYS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[postgres.Postgres]:
+    with postgres.running() as running:
+        yield running
 
 
 @pytest.fixture

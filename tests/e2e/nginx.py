@@ -4,11 +4,14 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
+from tests.service.fakes import wait_until
 from tests.tools import needs
 
 CONFIGURATIONS = Path(__file__).parents[2] / "docker" / "nginx"
@@ -20,15 +23,37 @@ IPV4, INTERNET, NAME_OF_THE_QUESTION = 1, 1, 0xC00C
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
+def filled(text: str, changes: dict[str, str]) -> str:
+    """A configuration with what a test has to change, each in its one place."""
+    for was, becomes in changes.items():
+        assert text.count(was) == 1, was
+        text = text.replace(was, becomes)
+    return text
+
+
 @contextmanager
-def nginx(folder: Path, servers: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run it with these lines of its http block. Its log is `errors` in the folder."""
+def nginx(folder: Path, servers: str, client: Callable[[], httpx.Client] | None = None) -> Iterator[None]:
+    """Run it with these lines of its http block. Its log is `errors` in the folder.
+
+    client: asks through it; it is waited for until a server answers.
+    """
     whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
     whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
     (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
     process = subprocess.Popen([needs("nginx-light"), "-c", folder / "nginx.conf", "-e", folder / "errors"])
+
+    def answers() -> bool:
+        assert process.poll() is None, (folder / "errors").read_text()
+        try:
+            with client() as http:
+                return http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
     try:
-        yield process
+        if client is not None:
+            wait_until(answers)
+        yield
     finally:
         process.terminate()
         process.wait(20)

@@ -41,8 +41,9 @@ class Restarting:
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return httpx.get(f"{self.server.url}{path}", timeout=60, **kwargs)
 
-    def post(self, spec: dict[str, Any], key: str) -> str:
-        response = httpx.post(f"{self.server.url}/jobs", json=spec, headers={"Idempotency-Key": key}, timeout=60)
+    def post(self, spec: dict[str, Any], key: str, model: str = "") -> str:
+        """Post a durable job to a model's path; return its id."""
+        response = httpx.post(f"{self.server.url}{model}/jobs", json=spec, headers={"Idempotency-Key": key}, timeout=60)
         assert response.status_code == 202, response.text
         return str(response.json()["id"])
 

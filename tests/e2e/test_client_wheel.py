@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.conftest import RunningServer
 from tests.wheel import built, copied, unpacked, with_requirements
 
@@ -41,49 +39,32 @@ asyncio.run(ask())
 """
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the client's wheel and what it needs."""
-    folder = tmp_path_factory.mktemp("client")
-    wheel = built(copied(folder / "source") / "client", folder)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True, timeout=60)
-    (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    unpacked(wheel, site)
-    names = with_requirements(site, ["tminus-client"])
-    assert {"tminus-client", "httpx", "h11"} <= names
-    assert not names & {"websockets", "numpy", "pillow", "torch"}
-    return folder / "venv"
-
-
-def site_of(environment: Path) -> Path:
-    (site,) = environment.glob("lib/python*/site-packages")
-    return site
-
-
-def ask(environment: Path, server: RunningServer, folder: Path) -> list[str]:
-    program = PROGRAM.format(spec=SPEC)
-    command = [environment / "bin" / "python", "-I", "-c", program, server.url]
+def ask(python: Path, server: RunningServer, folder: Path) -> list[str]:
+    command = [python, "-I", "-c", PROGRAM.format(spec=SPEC), server.url]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_it_is_small_with_all_that_it_needs(environment: Path) -> None:
-    site = site_of(environment)
-    subprocess.run([environment / "bin" / "python", "-m", "compileall", "-q", site], check=True, timeout=120)
+def test_it_is_small_and_samples_and_submits_without_anything_else_and_watches_with_websockets(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    wheel = built(copied(tmp_path / "source") / "client", tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    (site,), python = (tmp_path / "venv").glob("lib/python*/site-packages"), tmp_path / "venv" / "bin" / "python"
+    unpacked(wheel, site)
+    names = with_requirements(site, ["tminus-client"])
+    assert {"tminus-client", "httpx", "h11"} <= names
+    assert not names & {"websockets", "numpy", "pillow", "torch"}
+    subprocess.run([python, "-m", "compileall", "-q", site], check=True, timeout=120)
     # As `du --apparent-size` counts. In blocks of 4 KiB it is a quarter more.
     size_bytes = sum(file.stat().st_size for file in site.rglob("*") if file.is_file())
     assert 1_000_000 < size_bytes < MAX_BYTES, size_bytes
 
-
-def test_it_samples_and_submits_without_anything_else(environment: Path, server: RunningServer, tmp_path: Path) -> None:
-    said = ask(environment, server, tmp_path)
+    said = ask(python, server, tmp_path)
     assert said == ["invalid_field", "watch needs websockets: pip install 'tminus-client[watch]'"]
+    with_requirements(site, ["tminus-client"], "watch")
+    assert ask(python, server, tmp_path) == ["invalid_field"]
     wanted = server.post(json=SPEC).content
-    assert all((tmp_path / name).read_bytes() == wanted for name in ("sync.png", "async.png", "job.png"))
-
-
-def test_it_watches_with_websockets(environment: Path, server: RunningServer, tmp_path: Path) -> None:
-    with_requirements(site_of(environment), ["tminus-client"], "watch")
-    assert ask(environment, server, tmp_path) == ["invalid_field"]
-    assert (tmp_path / "watched.png").read_bytes() == server.post(json=SPEC).content
+    for name in ("sync.png", "async.png", "job.png", "watched.png"):
+        assert (tmp_path / name).read_bytes() == wanted

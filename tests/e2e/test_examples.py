@@ -1,10 +1,7 @@
 """docs/clients.md, word for word: the same six tasks by bash, by two Pythons, and in a real browser."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, RunningServer, SlowDown, start_server, stop_server
+from tests.documents import ROOT, code_blocks, run_python, run_shell
+from tests.e2e.conftest import RunningServer, SlowDown, serving
 from tests.tiny import randomize
-from tests.tools import needs
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.unet import UNet2D
 
@@ -30,14 +27,8 @@ PICTURE = "document.querySelector('body > img')"  # what an example has put on t
 STEPS = [40, 80, 120, 160]
 
 
-def examples() -> list[list[tuple[str, str]]]:
-    """The blocks of each task, each with its language."""
-    text = (ROOT / "docs" / "clients.md").read_text("utf-8")
-    sections = text.split("\n## ")[1:]
-    return [re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE) for section in sections]
-
-
-EXAMPLES = examples()
+HEADINGS = re.findall("^## (.+)$", (ROOT / "docs" / "clients.md").read_text("utf-8"), re.MULTILINE)
+EXAMPLES = [code_blocks("docs/clients.md", section=heading) for heading in HEADINGS]
 
 
 @pytest.fixture(scope="module")
@@ -54,62 +45,39 @@ def colour(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(small: Path, colour: Path) -> Iterator[RunningServer]:
     """A server of two models that soon has too much to do, and keeps nothing that it made."""
     more = ("--checkpoint", f"colour={colour}")
-    running = start_server(small, *more, "--max-backlog-s", "0.5", "--result-cache-mb", "0")
-    yield running
-    assert stop_server(running) == 0, running.log
-    assert "Traceback" not in running.log, running.log
+    with serving(small, *more, "--max-backlog-s", "0.5", "--result-cache-mb", "0") as running:
+        yield running
 
 
 def run(server: RunningServer, folder: Path, task: int, language: int) -> str:
     """Run an example in a folder, on our server; what it printed."""
-    kind, code = EXAMPLES[task][language]
-    for scheme in ("http", "ws"):
-        code = code.replace(f"{scheme}://localhost:8000", server.url.replace("http", scheme))
-    code = code.replace("localhost:8000", server.url)
-    if kind == "sh":
-        needs("curl")
-    command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "client")))}
-    done = subprocess.run([*command, code], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
-
-
-def idle(server: RunningServer) -> None:
-    """Wait until nothing is left to do: this server refuses much."""
-    server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
+    return (run_shell if language == CURL else run_python)(EXAMPLES[task][language], folder, server.url)
 
 
 @pytest.fixture(autouse=True)
-def nothing_to_do(server: RunningServer) -> None:
-    idle(server)
+def idle(server: RunningServer) -> None:
+    """Nothing is left to do: this server refuses much."""
+    server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
 
 
 @pytest.fixture
 def tab(server: RunningServer, browser: Any) -> Iterator[Any]:
-    """The server's own page, whose Content-Security-Policy holds for the examples too."""
+    """The server's own page, whose Content-Security-Policy holds for the examples too; it has had its first sample."""
     page = browser.new_page()
     page.set_default_timeout(60_000)
-    open_page(server, page)
+    page.goto(server.url)
+    opened = "document.body.dataset.opening"
+    page.wait_for_function(f"() => {opened} === 'shown' || {opened} === 'absent'")
+    server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
     yield page
     page.close()
 
 
-def open_page(server: RunningServer, tab: Any) -> None:
-    """Open it anew, and let it have its own first sample."""
-    tab.goto(server.url)
-    opened = "document.body.dataset.opening"
-    tab.wait_for_function(f"() => {opened} === 'shown' || {opened} === 'absent'")
-    idle(server)
-
-
 def in_browser(tab: Any, task: int, block: int = BROWSER) -> list[str]:
     """Run an example as a module would be; the list to which its console is written."""
-    kind, code = EXAMPLES[task][block]
-    assert kind == "js"
     said: list[str] = []
     tab.on("console", lambda message: message.type == "log" and said.append(message.text))
-    tab.evaluate(f"async () => {{ {code} }}")
+    tab.evaluate(f"async () => {{ {EXAMPLES[task][block]} }}")
     return said
 
 
@@ -144,17 +112,21 @@ def much_to_do(server: RunningServer) -> Iterator[None]:
         refusal.result()
 
 
-@pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
-def test_a_sample_becomes_a_file(server: RunningServer, tmp_path: Path, language: int) -> None:
-    run(server, tmp_path, SAMPLE, language)
-    assert (tmp_path / "sneakers.png").read_bytes() == server.post(json=SNEAKERS).content
+def in_files(server: RunningServer, folder: Path, task: int, name: str) -> Iterator[tuple[int, str, bytes]]:
+    """Run an example by bash and both Pythons: the language, what it printed, and what is in its file."""
+    for language in (CURL, CLIENT, HTTPX):
+        (folder / name).unlink(missing_ok=True)
+        said = run(server, folder, task, language)
+        yield language, said, (folder / name).read_bytes()
 
 
-def test_a_sample_is_downloaded(server: RunningServer, tab: Any) -> None:
+def test_a_sample_becomes_a_file(server: RunningServer, tmp_path: Path, tab: Any) -> None:
+    expected = server.post(json=SNEAKERS).content
+    assert {made for _, _, made in in_files(server, tmp_path, SAMPLE, "sneakers.png")} == {expected}
     with tab.expect_download() as download:
         in_browser(tab, SAMPLE)
     assert download.value.suggested_filename == "sneakers.png"
-    assert download.value.path().read_bytes() == server.post(json=SNEAKERS).content
+    assert download.value.path().read_bytes() == expected
 
 
 @pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
@@ -172,66 +144,47 @@ def test_frames_become_files(server: RunningServer, tmp_path: Path, language: in
 @pytest.mark.parametrize("block", [BROWSER, BROWSER + 1], ids=["WebSocket", "EventSource"])
 def test_frames_are_shown(server: RunningServer, tab: Any, block: int, slow_down: SlowDown) -> None:
     final = server.post(json=BAG).content
-    frames = [f"step {step}" for step in STEPS]
     slow_down(server, between_ticks_s=0.03)  # or the job goes on before its events are asked for
     said = in_browser(tab, WATCH, block)
-    until(tab, lambda: said == frames)
+    until(tab, lambda: said == [f"step {step}" for step in STEPS])
     if block == BROWSER:
         until(tab, lambda: picture(tab) == final)
-    else:
-        assert picture(tab).startswith(b"\x89PNG")
     until(tab, lambda: tab.evaluate(f"() => {PICTURE}.naturalWidth") == 32)  # it is drawn, not only there
 
 
 def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
-    made = set()
-    for language in (CURL, CLIENT, HTTPX):
-        said = run(server, tmp_path, JOB, language)
-        made.add((tmp_path / "coats.png").read_bytes())
-        (tmp_path / "coats.png").unlink()
-        assert language != CLIENT or said.startswith("done ")
+    found = [*in_files(server, tmp_path, JOB, "coats.png")]
+    assert found[1][1].startswith("done ")
     assert in_browser(tab, JOB)[0].startswith("done ")
     until(tab, lambda: tab.evaluate(f"() => {PICTURE}.naturalWidth") == 64)
-    made.add(picture(tab))
-    assert len(made) == 1
-    assert made.pop().startswith(b"\x89PNG")
+    assert {made for _, _, made in found} == {picture(tab)}
 
 
 def test_an_image_goes_forward_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
     (tmp_path / "sneakers.png").write_bytes(server.post(json=SNEAKERS).content)
-    made = set()
-    alpha_bars = []
+    found = [*in_files(server, tmp_path, NOISE, "x_500.png")]
+    alpha_bars = [*"".join(said for _, said, _ in found).split(), *in_browser(tab, NOISE)]
+    assert {made for _, _, made in found} == {picture(tab)}
+    assert (len(alpha_bars), len(set(alpha_bars))) == (3, 1)
+
+
+def test_a_refusal_is_waited_for_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
     for language in (CURL, CLIENT, HTTPX):
-        alpha_bars += run(server, tmp_path, NOISE, language).split()
-        made.add((tmp_path / "x_500.png").read_bytes())
-        (tmp_path / "x_500.png").unlink()
-    alpha_bars += in_browser(tab, NOISE)
-    made.add(picture(tab))
-    assert len(made) == 1
-    assert len(alpha_bars) == 3
-    assert len(set(alpha_bars)) == 1
-
-
-@pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
-def test_a_refusal_is_waited_for(server: RunningServer, tmp_path: Path, language: int) -> None:
-    with much_to_do(server):
-        assert run(server, tmp_path, REFUSAL, language) == ""
-    expected = server.post(json={"n": 8, "steps": 30, "seed": 7}).content
-    assert (tmp_path / "bags.png").read_bytes() == expected
-
-
-def test_a_refusal_is_waited_for_in_the_browser(server: RunningServer, tab: Any) -> None:
+        with much_to_do(server):
+            assert run(server, tmp_path, REFUSAL, language) == ""
+        server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
+        expected = server.post(json={"n": 8, "steps": 30, "seed": 7}).content
+        assert (tmp_path / "bags.png").read_bytes() == expected
+        (tmp_path / "bags.png").unlink()
     with much_to_do(server):
         in_browser(tab, REFUSAL)
-    assert picture(tab) == server.post(json={"n": 8, "steps": 30, "seed": 7}).content
+    assert picture(tab) == expected
 
 
 def test_one_of_several_models_is_asked_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
     expected = httpx.post(f"{server.url}/models/colour/sample", json={"n": 4, "steps": 20, "seed": 7}, timeout=60)
-    for language in (CURL, CLIENT, HTTPX):
-        said = run(server, tmp_path, MODELS, language)
-        assert (tmp_path / "colour.png").read_bytes() == expected.content
-        (tmp_path / "colour.png").unlink()
+    for language, said, made in in_files(server, tmp_path, MODELS, "colour.png"):
+        assert made == expected.content
         assert language == CURL or said.splitlines() == ["small loaded", "colour loaded"]
     assert json.loads((tmp_path / "models.json").read_text())["models"][1]["name"] == "colour"
     assert in_browser(tab, MODELS) == ["small loaded", "colour loaded"]

@@ -1,4 +1,4 @@
-"""Durable jobs on the real server: SIGKILL, SIGTERM, a full disk, a damaged file. Clients: httpx and curl."""
+"""Durable jobs on the real server: SIGKILL, SIGTERM, a full disk, a damaged file."""
 
 import random
 import shutil
@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from tests.e2e.conftest import RunningServer
+from tests.e2e.conftest import RunningServer, pixels, png_of
 from tests.e2e.restarting import Restarting, Start, make_specs
 from tests.e2e.test_models import new_weights
-from tests.tools import needs
 
 
 @pytest.fixture
@@ -43,19 +43,32 @@ def test_after_kill_9_at_any_moment_every_accepted_job_ends_once_and_in_the_same
     assert restarting.server.metric("tminus_rows_active") == 0
 
 
-def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
+def test_a_durable_edit_that_was_killed_ends_in_the_same_bytes(restarting: Restarting, server: RunningServer) -> None:
+    cat = server.post(json={"steps": 20, "seed": 5, "class_label": "sneaker"}).content
+    mask = np.where(np.arange(32)[:, None] < 18, 255, 0).astype(np.uint8).repeat(32, 1)
+    files = {"image": cat, "mask": png_of(mask)}
+    data = {"steps": 1000, "n": 2, "strength": 0.9, "seed": 11, "class_label": "ankle-boot", "guidance": 2}
     restarting.server.slow_down()
-    job_id = restarting.post({"n": 4, "steps": 1000, "seed": 3}, "k")
+
+    def post() -> httpx.Response:
+        headers = {"Idempotency-Key": "edit"}
+        return httpx.post(f"{restarting.server.url}/jobs", files=files, data=data, headers=headers, timeout=60)
+
+    job_id = post().json()["id"]
     restarting.server.wait_until(lambda: restarting.server.metric("tminus_snapshots_total") >= 1)
-    before = restarting.get(f"/jobs/{job_id}").json()["step"]
+    before = restarting.get(f"/jobs/{job_id}").json()
+    assert 0 < before["step"] < before["steps"] == 900
     restarting.kill()
-    server = restarting.start()
-    server.wait_until(lambda: f"job {job_id} goes on from step" in server.log)
-    step = int(server.log.partition(f"job {job_id} goes on from step ")[2].split()[0])
-    assert 0 < step <= before + 200
-    with httpx.stream("GET", f"{server.url}/jobs/{job_id}/events?every=100", timeout=60) as response:
-        events = [line.removeprefix("event: ") for line in response.iter_lines() if line.startswith("event: ")]
-    assert events[-1] == "done"
+    restarting.start()
+    ended = restarting.wait_for(job_id)
+    assert ended["state"] == "done", ended
+    step = int(restarting.server.log.partition(f"job {job_id} goes on from step ")[2].split()[0])
+    assert 0 < step <= before["step"] + 200
+    image, again = restarting.get(f"/jobs/{job_id}/image").content, post()
+    assert (again.json()["id"], again.headers["idempotent-replayed"]) == (job_id, "true")
+    assert restarting.server.post(files=files, data=data).content == image
+    for k in range(2):
+        np.testing.assert_array_equal(pixels(image)[18:, 32 * k : 32 * k + 32], pixels(cat)[18:])
 
 
 def test_a_start_on_other_weights_names_the_jobs_that_a_killed_server_left(
@@ -63,7 +76,7 @@ def test_a_start_on_other_weights_names_the_jobs_that_a_killed_server_left(
 ) -> None:
     folder, state = tmp_path / "small", tmp_path / "state"
     shutil.copytree(small, folder)
-    restarting = Restarting(partial(own_server, checkpoint=folder), state)
+    restarting = Restarting(partial(own_server, "--executor", "eager", checkpoint=folder), state)
     weights = next(state.glob("*.sqlite3")).stem.removeprefix("jobs-")
     job_id = restarting.post({"n": 4, "steps": 1000, "seed": 3}, "k")
     restarting.kill()
@@ -93,21 +106,6 @@ def test_sigterm_writes_durable_jobs_down_at_once_and_the_next_start_ends_them(r
     assert restarting.wait_for(job_id)["state"] == "done"
     assert "goes on from step 0\n" not in server.log
     assert restarting.get(f"/jobs/{job_id}/image").content == server.post(json=spec).content
-
-
-def test_curl_asks_waits_and_fetches(server: RunningServer, tmp_path: Path) -> None:
-    script = f"""
-set -euo pipefail
-location=$(curl -sS -o /dev/null -w '%header{{location}}' '{server.url}/jobs?n=2&steps=20&sampler=ddim&seed=9' -X POST)
-curl -sSN "{server.url}$location/events?every=5&show=x_0" > events.txt
-curl -sS --fail-with-body "{server.url}$location/image" -o out.png
-"""
-    needs("curl")
-    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=120)
-    text = (tmp_path / "events.txt").read_text()
-    assert "event: done" in text
-    expected = server.post(params={"n": 2, "steps": 20, "sampler": "ddim", "seed": 9}).content
-    assert (tmp_path / "out.png").read_bytes() == expected
 
 
 def test_a_damaged_job_ends_and_the_server_starts_and_finishes_the_others(restarting: Restarting) -> None:

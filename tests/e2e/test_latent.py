@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import json
-import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
-from tests.e2e.test_edits import encode, pixels
+from tests.e2e.conftest import RunningServer, pixels, png_of, run_cli, serving
+from tests.e2e.restarting import Restarting, Start
 from tests.e2e.test_train import ONE_THREAD, save_pictures
 from tests.model.latent.folders import save_latent_pipeline
 from tminus.service.images.trajectory import TRAJECTORY
@@ -31,9 +31,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[RunningServer]:
-    running = start_server(checkpoint, TMINUS_RESULT_CACHE_MB="0")
-    yield running
-    stop_server(running)
+    with serving(checkpoint, "--result-cache-mb", "0") as running:
+        yield running
 
 
 @pytest.mark.long
@@ -101,26 +100,27 @@ def test_an_image_is_varied_and_the_known_part_of_it_kept(server: RunningServer)
     mask = np.zeros((16, 16), np.uint8)
     mask[:7] = 255
     fields = {"steps": 6, "seed": 4}
-    files = {"image": encode(picture)}
+    files = {"image": png_of(picture)}
     varied = httpx.post(f"{server.url}/sample", files=files, data=fields | {"strength": 0.5}, timeout=60)
     assert varied.status_code == 200, varied.text
-    painted = httpx.post(f"{server.url}/sample", files=files | {"mask": encode(mask)}, data=fields, timeout=60)
+    painted = httpx.post(f"{server.url}/sample", files=files | {"mask": png_of(mask)}, data=fields, timeout=60)
     np.testing.assert_array_equal(pixels(painted.content)[7:], picture[7:])
     noisy = httpx.post(f"{server.url}/noise", params={"t": 500, "seed": 1}, files=files, timeout=60)
     assert pixels(noisy.content).shape == (16, 16, 3)
 
 
 @pytest.mark.long
-def test_a_durable_job_survives_a_kill(checkpoint: Path, tmp_path: Path) -> None:
-    env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_RESULT_CACHE_MB": "0"}
-    server, asked = start_server(checkpoint, **env), {"n": 2, "steps": 900, "seed": 8, "class_label": "a"}
-    alone = server.post(json=asked).content
-    server.slow_down()
-    job = httpx.post(f"{server.url}/jobs", json=asked).json()["id"]
-    server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["step"] > 20)
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait(30)
-    server = start_server(checkpoint, **env)
-    server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["state"] not in ("waiting", "running"))
-    assert httpx.get(f"{server.url}/jobs/{job}/image").content == alone
-    stop_server(server)
+def test_a_durable_job_survives_a_kill(
+    own_server: Start, server: RunningServer, checkpoint: Path, tmp_path: Path
+) -> None:
+    restarting, asked = (
+        Restarting(partial(own_server, checkpoint=checkpoint), tmp_path),
+        {"n": 2, "steps": 900, "seed": 8, "class_label": "a"},
+    )
+    restarting.server.slow_down()
+    job = restarting.post(asked, "k")
+    restarting.server.wait_until(lambda: restarting.get(f"/jobs/{job}").json()["step"] > 20)
+    restarting.kill()
+    restarting.start()
+    assert restarting.wait_for(job)["state"] == "done"
+    assert restarting.get(f"/jobs/{job}/image").content == server.post(json=asked).content

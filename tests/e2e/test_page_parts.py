@@ -13,29 +13,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import RunningServer, SlowDown
-from tests.e2e.test_page import (
-    DONE,
-    LONG,
-    OpenPage,
-    Page,
-    form_of,
-    gray,
-    job_ids,
-    open_page,  # noqa: F401
-    wait_for_picture,
-)
+from tests.e2e.browser import DONE, LONG, OpenPage, Page, job_ids
+from tests.e2e.conftest import RunningServer, SlowDown, pixels, png_of
 
 OPENING = {"n": 1, "steps": 20, "sampler": "dpmpp_2m", "seed": 7, "class_label": 7, "guidance": 1.5}
 WHOLE_KB = 150
-
-# ruff: noqa: F811
 
 
 def way(server: RunningServer, **spec: object) -> Any:
@@ -46,12 +33,12 @@ def way(server: RunningServer, **spec: object) -> Any:
 
 def frame_numbers(page: Page) -> tuple[int, int]:
     """Which frame is shown, of how many."""
-    found = re.search(r"^Frame (\d+) of (\d+):", page.tab.locator("#frame-text").text_content())
+    found = re.search(r"^Frame (\d+) of (\d+):", page.at("#frame-text").text_content())
     return int(found[1]), int(found[2])
 
 
 def time_shown(page: Page) -> float:
-    return float(re.search(r"t = ([\d.]+)$", page.tab.locator("#frame-text").text_content())[1])
+    return float(re.search(r"t = ([\d.]+)$", page.at("#frame-text").text_content())[1])
 
 
 # --- the first view ---
@@ -62,18 +49,18 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
 ) -> None:
     before = job_ids(server)
     page = open_page()
-    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
-    expect(page.tab.locator("#caption")).to_contain_text("sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
-    wait_for_picture(page, "#x_t", server.post(json=OPENING).content)
+    expect(page.at("body")).to_have_attribute("data-opening", "shown")
+    page.says("#caption", "sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
+    page.wait_for_picture("#x_t", server.post(json=OPENING).content)
     assert frame_numbers(page) == (21, 21)
-    expect(page.tab.locator("#strip button:enabled")).to_have_count(10)
+    page.has(10, "#strip button:enabled")
     assert job_ids(server) == before
-    expect(page.tab.locator("#gallery li")).to_have_count(0)
+    page.has(0, "#gallery li")
     assert page.tab.url == f"{server.url}/"
     steps = server.metric("tminus_row_steps_total")
     page.tab.reload()
     page.wait_for_the_opening()
-    expect(page.tab.locator("#x_t")).to_be_visible()
+    expect(page.at("#x_t")).to_be_visible()
     assert server.metric("tminus_row_steps_total") == steps
 
 
@@ -82,8 +69,7 @@ def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(o
     page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
     page.tab.reload()
     page.go_on_until(lambda: bool(held))
-    page.sample(steps=5, n=1, sampler="ddim", seed=3)
-    page.wait_until(DONE)
+    page.make(steps=5, n=1, sampler="ddim", seed=3)
     picture = page.picture("#x_t")
     held[0].abort()
     assert page.picture("#x_t") == picture == page.picture("#gallery img")
@@ -96,27 +82,32 @@ def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(o
 def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: RunningServer) -> None:
     page = open_page()
     frames = way(server, **OPENING)["frames"]
-    page.tab.locator("#strip button").first.click()
+    page.at("#strip button").first.click()
     assert frame_numbers(page) == (1, 21)
     page.tab.keyboard.press("ArrowRight")
     assert frame_numbers(page) == (3, 21), "ten of them are on the film"
-    expect(page.tab.locator("#strip button").nth(1)).to_be_focused()
-    expect(page.tab.locator("#strip button").nth(1)).to_have_attribute("aria-current", "true")
+    expect(page.at("#strip button").nth(1)).to_be_focused()
+    expect(page.at("#strip button").nth(1)).to_have_attribute("aria-current", "true")
     assert time_shown(page) == frames[2]["t"]
     page.tab.keyboard.press("End")
     assert frame_numbers(page) == (21, 21)
 
-    plot = page.tab.locator("#plot")
+    plot = page.at("#plot")
     plot.scroll_into_view_if_needed()
-    box = page.tab.locator("#chart").bounding_box()
+    box = page.at("#chart").bounding_box()
     page.tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
     t = 500
     shown = nearest(frames, t)
     assert frame_numbers(page) == (shown + 1, 21)
-    wait_for_picture(page, "#x_0", decoded(frames[shown]["x_0"]))
+    page.wait_for_picture("#x_0", base64.b64decode(frames[shown]["x_0"]))
     expect(plot).to_have_attribute("aria-valuenow", str(999 - t))
-    expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
-    expect(page.tab.locator("#noise-t")).to_have_value(str(t))
+    schedule = httpx.get(f"{server.url}/model/schedule").json()
+    for name in ("alpha_bar", "beta", "snr"):
+        assert len(re.findall(r"[ML](\S+) (\S+?)(?=[ML]|$)", page.at(f"#chart .{name}").get_attribute("d"))) == 1000
+    marked = re.search(rf"At t = {t}: alpha_bar ([\d.e-]+), beta", page.at("#chart-text").text_content())
+    assert float(marked[1]) == pytest.approx(schedule["alpha_bar"][t], rel=0.005)
+    assert float(page.at("#now").get_attribute("x1")) == pytest.approx(600 * (1 - t / 999), abs=0.1), "noise is left"
+    expect(page.at("#noise-t")).to_have_value(str(t))
     plot.focus()
     page.tab.keyboard.press("ArrowRight")
     expect(plot).to_have_attribute("aria-valuenow", str(999 - t + 1))
@@ -128,7 +119,7 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     expect(plot).to_have_attribute("aria-valuenow", "0")
     expect(plot).to_have_attribute("aria-valuetext", re.compile("^t = 999, alpha_bar "))
     assert frame_numbers(page) == (1, 21)
-    page.tab.locator("#noise-t").fill("0")
+    page.at("#noise-t").fill("0")
     assert frame_numbers(page) == (21, 21)
     expect(plot).to_have_attribute("aria-valuenow", "999")
 
@@ -137,46 +128,42 @@ def nearest(frames: list[dict[str, Any]], t: float) -> int:
     return min(range(len(frames)), key=lambda k: abs(frames[k]["t"] - t))
 
 
-def decoded(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
 def test_the_way_is_played_paused_and_looped(open_page: OpenPage) -> None:
     page = open_page()
     page.tab.clock.install(time=0)
     page.tab.clock.pause_at(60_000)
-    page.press_play()
+    page.at("#play").click()
     page.tab.clock.run_for(2000)
     assert 8 <= frame_numbers(page)[0] <= 13, "half of it"
     page.tab.get_by_role("button", name="Pause").click()
     paused = frame_numbers(page)
     page.tab.clock.run_for(5000)
     assert frame_numbers(page) == paused
-    page.tab.locator("#speed").select_option("2")
-    page.press_play()
+    page.at("#speed").select_option("2")
+    page.at("#play").click()
     page.tab.clock.run_for(3000)
     assert frame_numbers(page) == (21, 21)
-    expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
-    page.tab.locator("#loop").check()
-    page.press_play()
+    expect(page.at("#play")).to_have_attribute("aria-label", "Play")
+    page.at("#loop").check()
+    page.at("#play").click()
     page.tab.clock.run_for(2600 + 1000)
     assert 8 <= frame_numbers(page)[0] <= 13, "it has begun again"
 
 
 def test_whatever_else_is_moved_takes_over_from_a_player(open_page: OpenPage) -> None:
     page = open_page()
-    play, lanes_play = page.tab.locator("#play"), page.tab.locator("#compare-play")
+    play, lanes_play = page.at("#play"), page.at("#compare-play")
     page.press("Compare")
-    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
+    expect(page.at("#compare-status")).to_have_text("Done.")
     page.tab.clock.install(time=0)
     page.tab.clock.pause_at(60_000)
-    page.tab.locator("#scrub").fill("0")
+    page.at("#scrub").fill("0")
     moves: list[Callable[[], None]] = [
-        lambda: page.tab.locator("#scrub").fill("3"),
-        lambda: page.tab.locator("#strip button").nth(2).click(),
-        lambda: page.tab.locator("#plot").press("ArrowLeft"),
-        lambda: page.tab.locator("#noise-t").fill("900"),
-        lambda: page.tab.locator("#compare-t").fill("100"),
+        lambda: page.at("#scrub").fill("3"),
+        lambda: page.at("#strip button").nth(2).click(),
+        lambda: page.at("#plot").press("ArrowLeft"),
+        lambda: page.at("#noise-t").fill("900"),
+        lambda: page.at("#compare-t").fill("100"),
     ]
     for move in moves:
         play.click()
@@ -201,92 +188,79 @@ KEEP_FRAMES = """window.frames_shown = []; addEventListener('DOMContentLoaded', 
     new MutationObserver(() => window.frames_shown.push(text.textContent)).observe(text, {childList: true}); });"""
 
 
-@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-def test_it_plays_by_itself_only_for_those_who_like_motion(open_page: OpenPage, motion: str) -> None:
-    page = open_page(reduced_motion=motion)
+def test_it_plays_by_itself_for_those_who_like_motion(open_page: OpenPage) -> None:
+    page = open_page(reduced_motion="no-preference")
     page.context.add_init_script(KEEP_FRAMES)
     page.tab.reload()
     page.wait_for_the_opening()
-    expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
+    expect(page.at("#play")).to_have_attribute("aria-label", "Play")
     assert frame_numbers(page) == (21, 21)
     texts = page.tab.evaluate("() => window.frames_shown.filter((text) => text)")
     # The frames come one after the other, and the last of them stays.
     came = next(number for number, text in enumerate(texts) if text.startswith("Frame 21 of 21"))
-    assert any(text.startswith("Frame 1 of 21") for text in texts[came:]) == (motion == "no-preference")
+    assert any(text.startswith("Frame 1 of 21") for text in texts[came:])
 
 
 # --- presets, links and recipes ---
 
 
-def test_presets_fill_in_the_form(open_page: OpenPage) -> None:
-    page = open_page()
-    page.fill(n=2, seed=5, class_label="bag")
-    page.press("Every step")
-    assert form_of(page) == {
-        "class_label": "8", "sampler": "ddpm", "steps": "1000", "guidance": "1.5", "n": "1", "seed": "5",
-    }  # fmt: skip
-    page.press("Guided")
-    assert form_of(page)["guidance"] == "5"
-    page.press("Best")
-    assert {name: form_of(page)[name] for name in ("sampler", "steps", "guidance")} == {
-        "sampler": "dpmpp_2m", "steps": "20", "guidance": "1.5",
-    }  # fmt: skip
-    page.press("Fast")
-    page.press("Sample")
-    page.wait_until(DONE)
-
-
-def test_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
+def test_presets_fill_in_the_form_and_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
     open_page: OpenPage, bundled_server: RunningServer
 ) -> None:
     page = open_page(bundled_server.url)
     of_table = {"sampler": "tuned", "steps": "8", "guidance": "1"}
-    settings = lambda: {name: form_of(page)[name] for name in of_table}  # noqa: E731
+    settings = lambda: {name: page.form[name] for name in of_table}  # noqa: E731
     assert settings() == of_table
     page.press("Guided")
     assert settings() == {"sampler": "dpmpp_2m", "steps": "20", "guidance": "5"}
+    page.press("Every step")
+    assert settings() == {"sampler": "ddpm", "steps": "1000", "guidance": "5"}
     page.press("Best")
     assert settings() == of_table
-    page.tab.locator("#compare-count").select_option("4")
+    page.at("#compare-count").select_option("4")
     assert lanes_of(page) == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
-    expect(page.tab.locator("[name=guidance]")).to_be_disabled()
+    expect(page.at("[name=guidance]")).to_be_disabled()
     page.fill(sampler="ddim")
-    expect(page.tab.locator("[name=guidance]")).to_be_enabled()
+    expect(page.at("[name=guidance]")).to_be_enabled()
 
 
 def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
     open_page: OpenPage, bundled_server: RunningServer
 ) -> None:
     page = open_page(bundled_server.url)
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.fill(sampler="tuned", steps=7, seed=1, n=1)
-    page.press("Copy link")
-    expect(page.tab.get_by_role("button", name="Copied")).to_be_visible()
-    address = page.tab.evaluate("() => navigator.clipboard.readText()")
+    address = copied_by(page, page.tab.get_by_role("button", name="Copy link"))
     assert "steps=8" in address
     assert "nearest" not in address
-    assert form_of(page)["steps"] == "8"
-    page.press("Sample")
-    page.wait_until(DONE)
-    job = httpx.get(f"{bundled_server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
+    assert page.form["steps"] == "8"
+    page.make()
+    job = httpx.get(f"{bundled_server.url}/jobs/{page.job_id}").json()
     assert job["parameters"]["steps"] == 8
     assert page.picture("#gallery img") == bundled_server.post(json=job["parameters"]).content
-    steps = page.tab.locator(".lane:visible .steps").first
-    expect(page.tab.locator(".lane:visible .sampler").first).to_have_value("tuned")
+    steps = page.at(".lane:visible .steps").first
+    expect(page.at(".lane:visible .sampler").first).to_have_value("tuned")
     steps.fill("6")
     steps.blur()
     expect(steps).to_have_value("5")
 
     other = open_page(address.replace("steps=8", "steps=7&nearest=true"))  # as pages of earlier versions wrote it
     other.wait_for_the_opening()
-    assert form_of(other)["steps"] == "8"
-    expect(other.tab.locator("#caption")).to_contain_text("8 steps of tuned")
+    assert other.form["steps"] == "8"
+    other.says("#caption", "8 steps of tuned")
+
+
+def copied_by(page: Page, button: Any) -> str:
+    """What a button puts on the clipboard."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button.click()
+    expect(page.tab.get_by_role("button", name="Copied").first).to_be_visible()
+    return page.tab.evaluate("() => navigator.clipboard.readText()")
 
 
 def lanes_of(page: Page) -> list[tuple[str, ...]]:
     return [
         tuple(lane.locator(f".{name}").input_value() for name in ("sampler", "steps", "guidance"))
-        for lane in page.tab.locator(".lane:visible").all()
+        for lane in page.at(".lane:visible").all()
     ]
 
 
@@ -301,80 +275,80 @@ ALL_OF_IT = {
 def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, server: RunningServer) -> None:
     query = httpx.QueryParams(ALL_OF_IT | {"clip": "false"})
     page = open_page(f"{server.url}/#{query}")
-    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
+    expect(page.at("body")).to_have_attribute("data-opening", "shown")
     picture = server.post(json=ALL_OF_IT).content
-    wait_for_picture(page, "#x_t", picture)
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.press("Copy link")
-    expect(page.tab.get_by_role("button", name="Copied")).to_be_visible()
-    address = page.tab.evaluate("() => navigator.clipboard.readText()")
+    page.wait_for_picture("#x_t", picture)
+    address = copied_by(page, page.tab.get_by_role("button", name="Copy link"))
     assert httpx.QueryParams(address.partition("#")[2]) == query
-    page.press("Sample")
-    page.wait_until(DONE)
+    page.make()
     assert page.picture("#gallery img") == picture
-    page.tab.locator("#gallery .share").click()
-    expect(page.tab.locator("#gallery .share")).to_have_text("Copied")
-    other = open_page(page.tab.evaluate("() => navigator.clipboard.readText()"))
-    wait_for_picture(other, "#x_t", picture)
+    other = open_page(copied_by(page, page.at("#gallery .share")))
+    other.wait_for_picture("#x_t", picture)
 
 
 def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
     open_page: OpenPage, server: RunningServer
 ) -> None:
     page = open_page()
-    page.sample(steps=5, n=2, sampler="ddim", seed=3)
-    page.wait_until(DONE)
+    page.make(steps=5, n=2, sampler="ddim", seed=3)
     page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
-    wait_for_picture(page, "#x_t", server.post(json=OPENING | {"class_label": 8}).content)
+    page.wait_for_picture("#x_t", server.post(json=OPENING | {"class_label": 8}).content)
     page.wait_until("Press Sample to make your own.")
-    expect(page.tab.locator("#caption")).to_contain_text("bag, 20 steps of dpmpp_2m")
+    page.says("#caption", "bag, 20 steps of dpmpp_2m")
 
 
-def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, server: RunningServer) -> None:
+def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_said_to_be(
+    open_page: OpenPage, server: RunningServer
+) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
-    expect(page.tab.locator("#caption")).to_contain_text("Press Sample to see what they make.")
-    assert form_of(page)["steps"] == "1000"
+    page.says("#caption", "Press Sample to see what they make.")
+    assert page.form["steps"] == "1000"
+    for link in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
+        page.tab.goto(f"{server.url}/?{link}#{link}")
+        expect(page.at("body")).to_have_attribute("data-opening", "absent")
+        page.says("#caption", "A sample as in the link cannot be had: ")
     assert server.metric("tminus_row_steps_total") == steps
 
 
-def test_a_link_of_nonsense_is_said_to_be(open_page: OpenPage, server: RunningServer) -> None:
-    for hash_ in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
-        page = open_page(f"{server.url}/#{hash_}")
-        expect(page.tab.locator("body")).to_have_attribute("data-opening", "absent")
-        expect(page.tab.locator("#caption")).to_contain_text("A sample as in the link cannot be had: ")
-
-
-def test_a_png_of_tminus_restores_its_recipe_and_is_made_again(
+def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_changed(
     open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
-    page, file = open_page(), tmp_path / "made.png"
-    file.write_bytes(server.post(json=ALL_OF_IT).content)
-    page.tab.locator("#noise-file").set_input_files(file)
-    expect(page.tab.locator("#recipe-text")).to_contain_text("It is of this model, and this build.")
+    page, file, made = open_page(), tmp_path / "made.png", server.post(json=ALL_OF_IT).content
+    file.write_bytes(made)
+    page.give(file)
+    page.says("#recipe-text", "It is of this model, and this build.")
     page.press("Make it again")
-    expect(page.tab.locator("#recipe-answer")).to_have_text("The same, byte for byte. The build is the same.")
-    page.press("Sample")
-    page.wait_until(DONE)
-    assert page.picture("#gallery img") == file.read_bytes()
+    expect(page.at("#recipe-answer")).to_have_text("The same, byte for byte. The build is the same.")
+    page.make()
+    assert page.picture("#gallery img") == made
 
-
-def test_a_png_that_was_changed_is_not_the_same(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
-    page = open_page()
     with Image.open(io.BytesIO(server.post(json=OPENING).content)) as image:
         image.load()
-        recipe, pixels = image.text["tminus"], np.asarray(image).copy()  # type: ignore[attr-defined]
+        recipe, changed = image.text["tminus"], np.asarray(image).copy()  # type: ignore[attr-defined]
     for change, said in ((0, "The same pixels, in a file of other bytes."), (9, "pixels differ by up to 9 of 255.")):
-        pixels[0, 0] = pixels[0, 0] + change if pixels[0, 0] < 128 else pixels[0, 0] - change
+        changed[0, 0] = changed[0, 0] + change if changed[0, 0] < 128 else changed[0, 0] - change
         file = tmp_path / f"changed-by-{change}.png"  # of another name, or the browser sees nothing new
-        save_with(file, pixels, recipe)
-        page.tab.locator("#noise-file").set_input_files(file)
+        save_with(file, changed, recipe)
+        page.give(file)
         page.press("Make it again")
-        expect(page.tab.locator("#recipe-answer")).to_contain_text(said)
+        page.says("#recipe-answer", said)
     file = tmp_path / "other.png"
-    save_with(file, pixels, recipe.replace('"weights": "', '"weights": "0'))
-    page.tab.locator("#noise-file").set_input_files(file)
-    expect(page.tab.locator("#recipe-text")).to_contain_text("It is of another model, or other weights")
+    save_with(file, changed, recipe.replace('"weights": "', '"weights": "0'))
+    page.give(file)
+    page.says("#recipe-text", "It is of another model, or other weights")
+
+    # A file is looked at only within bounds.
+    size_and_read = """async () => { let read = false;
+        const arrayBuffer = async () => { read = true; return new ArrayBuffer(0); };
+        const { offer } = await import('./page/reproduce.js');
+        return [await offer({ size: 2 ** 26, name: 'large', arrayBuffer }, {}), read]; }"""
+    assert page.tab.evaluate(size_and_read) == [False, False]
+    file = tmp_path / "bomb.png"
+    file.write_bytes(made[:16] + (60_000).to_bytes(4, "big") * 2 + made[24:])
+    page.give(file)
+    page.press("Make it again")
+    page.says("#recipe-answer", "Not the same: the sizes differ.")
 
 
 def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp_path: Path) -> None:
@@ -383,32 +357,18 @@ def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp
     spec |= {"class_labels": [2], "table": None}
     crafted = spec | {"image": "AAAA", "mask": "AAAA", "deadline_s": 1, "webhook": "http://127.0.0.1/", "strength": 0.5}
     save_with(file, np.zeros((8, 8), np.uint8), json.dumps({"spec": crafted}))
-    page.tab.locator("#noise-file").set_input_files(file)
+    page.give(file)
     with page.tab.expect_request(lambda request: request.method == "POST" and "/sample" in request.url) as asked:
         page.press("Make it again")
     assert asked.value.post_data_json == {
         "sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "class_label": 2, "eta": 0.5, "guidance": 1,
     }  # fmt: skip
-    expect(page.tab.locator("#recipe-answer")).to_contain_text("Not the same: the sizes differ.")
+    page.says("#recipe-answer", "Not the same: the sizes differ.")
     other = tmp_path / "other.png"
     save_with(other, np.zeros((8, 8), np.uint8), json.dumps({"spec": spec | {"sampler": "<b>magic</b>"}}))
-    page.tab.locator("#noise-file").set_input_files(other)
-    expect(page.tab.locator("#recipe-text")).to_contain_text("This model has no sampler <b>magic</b>.")
-    expect(page.tab.locator("#again")).to_be_disabled()
-
-
-def test_a_file_is_looked_at_only_within_bounds(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
-    page, file = open_page(), tmp_path / "bomb.png"
-    size_and_read = """async () => { let read = false;
-        const arrayBuffer = async () => { read = true; return new ArrayBuffer(0); };
-        const { offer } = await import('./page/reproduce.js');
-        return [await offer({ size: 2 ** 26, name: 'large', arrayBuffer }, {}), read]; }"""
-    assert page.tab.evaluate(size_and_read) == [False, False]
-    made = server.post(json=OPENING).content
-    file.write_bytes(made[:16] + (60_000).to_bytes(4, "big") * 2 + made[24:])
-    page.tab.locator("#noise-file").set_input_files(file)
-    page.press("Make it again")
-    expect(page.tab.locator("#recipe-answer")).to_contain_text("Not the same: the sizes differ.")
+    page.give(other)
+    page.says("#recipe-text", "This model has no sampler <b>magic</b>.")
+    expect(page.at("#again")).to_be_disabled()
 
 
 def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
@@ -433,32 +393,38 @@ def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
     for number, text in enumerate(NO_RECIPES):
         file = tmp_path / f"grey-{number}.png"
         save_with(file, grey, text)
-        page.tab.locator("#noise-file").set_input_files(file)
-        wait_for_picture(page, "#noise-image", noised(server, file.read_bytes(), page))
-        expect(page.tab.locator("#recipe")).to_be_hidden()
+        page.give(file)
+        page.wait_for_picture("#noise-image", noised(server, file.read_bytes(), page))
+        expect(page.at("#recipe")).to_be_hidden()
     for number, broken in enumerate((made[:60], made[:8] + b"\xff\xff\xff\xffiTXt" + made[16:], made[:8])):
         file = tmp_path / f"broken-{number}.png"
         file.write_bytes(broken)
-        page.tab.locator("#noise-file").set_input_files(file)
-        expect(page.tab.locator("#noise-name")).to_have_text(file.name)
-        expect(page.tab.locator("#noise-error")).to_contain_text("image")
-        expect(page.tab.locator("#recipe")).to_be_hidden()
+        page.give(file)
+        expect(page.at("#noise-name")).to_have_text(file.name)
+        page.says("#noise-error", "image")
+        expect(page.at("#recipe")).to_be_hidden()
 
 
 def noised(server: RunningServer, picture: bytes, page: Page) -> bytes:
     """The picture at the timestep that the page shows."""
-    query = {"t": page.tab.locator("#noise-t").input_value(), "seed": 0}
+    query = {"t": page.at("#noise-t").input_value(), "seed": 0}
     return httpx.post(f"{server.url}/noise", params=query, files={"image": picture}).content
 
 
 # --- lanes ---
 
 
-def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, server: RunningServer) -> None:
+def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refused_says_why(
+    open_page: OpenPage, server: RunningServer
+) -> None:
     page, held = open_page(), []
+    page.at("#lanes").scroll_into_view_if_needed()
+    expect(page.at(".lane:nth-child(1) img.x_t")).to_be_visible()
+    expect(page.at(".lane:nth-child(2) img.x_0")).to_be_visible()
+    expect(page.at("#compare-t-text")).to_have_text("t = 0")
     page.refuse(r"deadline_s=3", 429)  # of what nobody asked for
-    page.tab.locator("#compare-count").select_option("3")
-    lanes = page.tab.locator(".lane:visible")
+    page.at("#compare-count").select_option("3")
+    lanes = page.at(".lane:visible")
     expect(lanes).to_have_count(3)
     settings = [("heun", 10, 1), ("plms", 50, 1), ("dpmpp_2m", 20, 3)]
     for lane, (sampler, steps, guidance) in zip(lanes.all(), settings, strict=True):
@@ -472,8 +438,8 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
     page.go_on_until(lambda: len(held) == 3)
     for route in held:
         route.continue_()
-    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
-    slider = page.tab.locator("#compare-t")
+    expect(page.at("#compare-status")).to_have_text("Done.")
+    slider = page.at("#compare-t")
     common = {"n": 1, "seed": 7, "class_label": 7}
     more: list[dict[str, Any]] = [{}, {"every": 2}, {"guidance": 3, "guidance_interval": [200, 999]}]
     ways = [
@@ -484,68 +450,59 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
         slider.fill(str(999 - t))
         for number, made in enumerate(ways, 1):
             for show in ("x_t", "x_0"):
-                expected = decoded(made["frames"][nearest(made["frames"], t)][show] if t else made["sheet"])
-                wait_for_picture(page, f".lane:nth-child({number}) img.{show}", expected)
-        expect(page.tab.locator("#noise-t")).to_have_value(str(t))
+                expected = base64.b64decode(made["frames"][nearest(made["frames"], t)][show] if t else made["sheet"])
+                page.wait_for_picture(f".lane:nth-child({number}) img.{show}", expected)
+        expect(page.at("#noise-t")).to_have_value(str(t))
     for number, passes in enumerate(("19 passes, ", "51 passes, ", "20 to 40 passes, ")):
         expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
-
-
-def test_lanes_show_something_at_once_and_one_that_is_refused_says_why(open_page: OpenPage) -> None:
-    page = open_page()
-    page.tab.locator("#lanes").scroll_into_view_if_needed()
-    expect(page.tab.locator(".lane:nth-child(1) img.x_t")).to_be_visible()
-    expect(page.tab.locator(".lane:nth-child(2) img.x_0")).to_be_visible()
-    expect(page.tab.locator("#compare-t-text")).to_have_text("t = 0")
-    page.tab.locator(".lane .steps").first.fill("0")
+    page.tab.unroute_all()
+    page.at(".lane .steps").first.fill("0")
     page.press("Compare")
-    expect(page.tab.locator("#compare-status")).to_have_text("1 of 2 lanes are done.")
-    expect(page.tab.locator(".lane .told").first).to_contain_text("Not done: steps must be")
-    expect(page.tab.locator(".lane:nth-child(2) img.x_t")).to_be_visible()
+    expect(page.at("#compare-status")).to_have_text("2 of 3 lanes are done.")
+    expect(page.at(".lane .told").first).to_contain_text("Not done: steps must be")
+    expect(page.at(".lane:nth-child(2) img.x_t")).to_be_visible()
 
 
 # --- one's own picture ---
 
 
 def picture_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    pixels = np.random.default_rng(5).integers(0, 256, (32, 32), dtype=np.uint8)
-    file = tmp_path / "own.png"
-    Image.fromarray(pixels).save(file)
-    return file, pixels
+    drawn, file = np.random.default_rng(5).integers(0, 256, (32, 32), dtype=np.uint8), tmp_path / "own.png"
+    file.write_bytes(png_of(drawn))
+    return file, drawn
 
 
-def png_of(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+def edited(server: RunningServer, picture: bytes, mask: np.ndarray, **fields: object) -> bytes:
+    """What the page asks for, by POST /sample."""
+    data = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8} | fields
+    return server.post(
+        files={"image": picture, "mask": png_of(np.where(mask, 255, 0).astype(np.uint8))}, data=data
+    ).content
 
 
 def test_a_masked_picture_is_denoised_where_the_mask_is(
     open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
     page = open_page()
-    file, pixels = picture_file(tmp_path)
+    file, drawn = picture_file(tmp_path)
     page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
-    page.tab.locator("#noise-file").set_input_files(file)
-    expect(page.tab.locator("#noise-name")).to_have_text("own.png")
-    page.tab.locator("#mask-preset").select_option("rectangle")
+    page.give(file)
+    expect(page.at("#noise-name")).to_have_text("own.png")
+    page.at("#mask-preset").select_option("rectangle")
     for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
-        page.tab.locator(f"#rect-{name}").fill(str(value))
+        page.at(f"#rect-{name}").fill(str(value))
     made_new = np.zeros((32, 32), bool)
     made_new[5:25, 3:13] = True
-    page.tab.locator("#strength").fill("1")
+    page.at("#strength").fill("1")
     page.press("Denoise it")
     page.wait_until(DONE)
-    final = gray(page.picture("#gallery img"))
-    np.testing.assert_array_equal(final[~made_new], pixels[~made_new])
-    assert np.abs(final[made_new] - pixels[made_new]).mean() > 10
-    fields = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8}
-    files = {"image": file.read_bytes(), "mask": png_of(np.where(made_new, 255, 0).astype(np.uint8))}
-    expected = httpx.post(f"{server.url}/sample", files=files, data=fields, timeout=60).content
-    assert page.picture("#gallery img") == expected
-    expect(page.tab.locator("#gallery .what")).to_contain_text("from a picture")
-    expect(page.tab.locator("#gallery details")).to_have_count(2)
-    expect(page.tab.locator("#gallery details").first).to_be_hidden()
+    assert page.picture("#gallery img") == edited(server, file.read_bytes(), made_new)
+    final = pixels(page.picture("#gallery img"))
+    np.testing.assert_array_equal(final[~made_new], drawn[~made_new])
+    assert (final[made_new] != drawn[made_new]).mean() > 0.5
+    page.says("#gallery .what", "from a picture")
+    page.has(2, "#gallery details")
+    expect(page.at("#gallery details").first).to_be_hidden()
     page.tab.reload()
     page.wait_until(DONE)
 
@@ -554,12 +511,12 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
     page = open_page()
     page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
     page.press("Clear")
-    expect(page.tab.locator("#noise-image")).to_be_hidden()
+    expect(page.at("#noise-image")).to_be_hidden()
     page.press("Denoise it")
-    expect(page.tab.locator("#noise-error")).to_contain_text("There is no picture yet")
-    page.tab.locator("#size").fill("4")
-    page.tab.locator("#canvas").scroll_into_view_if_needed()
-    box = page.tab.locator("#canvas").bounding_box()
+    page.says("#noise-error", "There is no picture yet")
+    page.at("#size").fill("4")
+    page.at("#canvas").scroll_into_view_if_needed()
+    box = page.at("#canvas").bounding_box()
     pixel = box["width"] / 32
 
     def draw(*points: tuple[float, float]) -> None:
@@ -570,33 +527,30 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
         page.tab.mouse.up()
 
     draw((4, 16), (28, 16))
-    expect(page.tab.locator("#noise-name")).to_have_text("Drawn here.")
-    page.tab.locator("#brush").select_option("mask")
+    expect(page.at("#noise-name")).to_have_text("Drawn here.")
+    page.at("#brush").select_option("mask")
     draw((16, 4), (16, 28))
-    page.tab.locator("#strength").fill("0.5")
+    page.at("#strength").fill("0.5")
     drawn = np.zeros((32, 32), np.uint8)
     drawn[14:18, 2:30] = 255
-    made_new = np.zeros((32, 32), np.uint8)
-    made_new[2:30, 14:18] = 255
+    made_new = np.zeros((32, 32), bool)
+    made_new[2:30, 14:18] = True
     page.press("Denoise it")
     page.wait_until(DONE)
-    fields = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8, "strength": 0.5}
-    files = {"image": png_of(drawn), "mask": png_of(made_new)}
-    expected = httpx.post(f"{server.url}/sample", files=files, data=fields, timeout=60).content
-    assert page.picture("#gallery img") == expected
-    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
-    page.tab.locator("#scrub").fill("0")
-    expect(page.tab.locator("#x_t")).to_have_attribute("alt", "x_t after step 0 of 5")
+    assert page.picture("#gallery img") == edited(server, png_of(drawn), made_new, strength=0.5)
+    expect(page.at("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
+    page.at("#scrub").fill("0")
+    expect(page.at("#x_t")).to_have_attribute("alt", "x_t after step 0 of 5")
 
 
 def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
     page = open_page()
-    expect(page.tab.locator("#noise-image")).to_be_visible()
+    expect(page.at("#noise-image")).to_be_visible()
     page.fill(n=1, steps=5, sampler="ddim")
     page.tab.evaluate("() => ['edit', 'edit', 'go'].forEach((id) => document.getElementById(id).click())")
     page.wait_until(DONE)
     assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
-    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    page.has(1, "#gallery li")
 
 
 # --- the grid ---
@@ -606,45 +560,44 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
-    page.tab.locator("#grid-class").select_option(label="sneaker")
-    page.tab.locator("#grid-rows").fill("9")  # there are three from there on
-    page.tab.locator("#grid-columns").fill("2")
+    page.at("#grid-class").select_option(label="sneaker")
+    page.at("#grid-rows").fill("9")  # there are three from there on
+    page.at("#grid-columns").fill("2")
     page.press("Make the grid")
-    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
-    expect(page.tab.locator("#cells th")).to_have_text(["sneaker", "bag", "ankle-boot"])
+    page.says("#grid-status", "Done.")
+    expect(page.at("#cells th")).to_have_text(["sneaker", "bag", "ankle-boot"])
     for row, label in enumerate((7, 8, 9), 1):
         for column in range(2):
             alone = OPENING | {"class_label": label, "index": column}
             cell = f"#cells tr:nth-child({row}) td:nth-child({column + 2}) img"
             assert page.picture(cell) == server.post(json=alone).content
-    page.tab.locator("#cells tr:nth-child(2) td:nth-child(3) button").click()
-    expect(page.tab.locator("#caption")).to_contain_text("From the grid: bag")
+    page.at("#cells tr:nth-child(2) td:nth-child(3) button").click()
+    page.says("#caption", "From the grid: bag")
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
     assert frame_numbers(page) == (21, 21)
-    assert form_of(page)["class_label"] == "8"
+    assert page.form["class_label"] == "8"
     slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
-    page.tab.locator("#cells button").first.click()
-    expect(page.tab.locator("#grid-status")).to_contain_text("There is a job at the top.")
-    page.press("Cancel")
-    page.wait_until("Cancelled.")
+    page.at("#cells button").first.click()
+    page.says("#grid-status", "There is a job at the top.")
+    page.cancel()
 
 
 def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
     open_page: OpenPage, server: RunningServer
 ) -> None:
     page, held = open_page(), []
-    page.tab.locator("#grid-rows").fill("1")
-    page.tab.locator("#grid-columns").fill("2")
-    page.tab.locator("#grid-seed").fill("007")
+    page.at("#grid-rows").fill("1")
+    page.at("#grid-columns").fill("2")
+    page.at("#grid-seed").fill("007")
     page.tab.route(re.compile(r"/sample"), lambda route: held.append(route))
     page.press("Make the grid")
     page.go_on_until(lambda: bool(held))
-    page.tab.locator("#grid-columns").fill("5")
+    page.at("#grid-columns").fill("5")
     held.pop().continue_()
-    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
-    cells = page.tab.locator("#cells button")
+    page.says("#grid-status", "Done.")
+    cells = page.at("#cells button")
     expect(cells).to_have_count(2)
     made = server.post(json=OPENING | {"class_label": 0}).content
     assert page.picture("#cells button img") == made
@@ -654,8 +607,8 @@ def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
     for route in reversed(held):
         with contextlib.suppress(PlaywrightError):  # the page no longer waits for the first
             route.continue_()
-    expect(page.tab.locator("#caption")).to_contain_text("image 1.")
-    expect(page.tab.locator("#grid-status")).to_have_text("")
+    page.says("#caption", "image 1.")
+    expect(page.at("#grid-status")).to_have_text("")
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
 
 
@@ -664,24 +617,23 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
 ) -> None:
     page = open_page()
     for field, value in {"rows": "2", "columns": "5", "seed": "7", "to": str(2**64 - 1)}.items():
-        page.tab.locator(f"#grid-{field}").fill(value)
+        page.at(f"#grid-{field}").fill(value)
     page.press("Make the grid")
-    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
+    page.says("#grid-status", "Done.")
     for row in range(2):
         begins = OPENING | {"class_label": row}
         walk = [page.picture(f"#cells tr:nth-child({row + 1}) td:nth-child({column + 2}) img") for column in range(5)]
         assert len(set(walk)) == 5
         mixes = [server.post(json=begins | {"to_seed": 2**64 - 1, "mix": k / 4}) for k in range(5)]
         assert walk == [answer.content for answer in mixes]
-        ends = (gray(server.post(json=begins | {"seed": seed}).content) for seed in (7, 2**64 - 1))
-        assert [(gray(at) == end).all() for at, end in zip((walk[0], walk[-1]), ends, strict=True)] == [True, True]
-    page.tab.locator("#cells button").nth(6).click()
-    expect(page.tab.locator("#caption")).to_contain_text(f"25 % of the way to seed {2**64 - 1} from seed 7.")
+        ends = (pixels(server.post(json=begins | {"seed": seed}).content) for seed in (7, 2**64 - 1))
+        assert [(pixels(at) == end).all() for at, end in zip((walk[0], walk[-1]), ends, strict=True)] == [True, True]
+    page.at("#cells button").nth(6).click()
+    page.says("#caption", f"25 % of the way to seed {2**64 - 1} from seed 7.")
     assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
-    form = {name: page.tab.locator(f"[name={name}]").input_value() for name in ("seed", "to_seed", "mix")}
+    form = {name: page.at(f"[name={name}]").input_value() for name in ("seed", "to_seed", "mix")}
     assert (form["seed"], form["to_seed"], form["mix"]) == ("7", str(2**64 - 1), "0.25")
-    page.press("Sample")
-    page.wait_until(DONE)
+    page.make()
     assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
 
 
@@ -691,72 +643,61 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
 def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
     page = open_page()
     assert not [url for url in page.requests if url.endswith("/batch")], "nobody sees it"
-    page.tab.locator("#batch").scroll_into_view_if_needed()
-    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+    page.refuse(r"/batch$", 401)
+    page.at("#batch").scroll_into_view_if_needed()
+    expect(page.at("#batch-text")).to_have_text("The batch cannot be looked at: it takes a key.")
+    expect(page.at("#key-dialog")).to_be_hidden()
+    page.tab.unroute_all()
+    page.says("#batch-text", "The server is idle.")
     with ThreadPoolExecutor(1) as pool:
         slow_down(server)
         asked = pool.submit(server.post, json=LONG | {"n": 3})
-        expect(page.tab.locator("#jobs li")).to_have_count(1)
-        expect(page.tab.locator("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
-        expect(page.tab.locator("#jobs .where")).to_have_text(re.compile(r"^3 rows, step \d+ of 1000, t = \d+$"))
-        expect(page.tab.locator("#jobs .dots i")).to_have_count(3)
-        first = page.tab.locator("#jobs .where").text_content()
-        expect(page.tab.locator("#jobs .where")).not_to_have_text(first)
+        page.has(1, "#jobs li")
+        expect(page.at("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
+        expect(page.at("#jobs .where")).to_have_text(re.compile(r"^3 rows, step \d+ of 1000, t = \d+$"))
+        page.has(3, "#jobs .dots i")
+        first = page.at("#jobs .where").text_content()
+        expect(page.at("#jobs .where")).not_to_have_text(first)
         (job,) = httpx.get(f"{server.url}/jobs?state=running").json()["jobs"]
         httpx.delete(f"{server.url}/jobs/{job['id']}")
         asked.result()
-    expect(page.tab.locator("#jobs li")).to_have_count(0)
+    page.has(0, "#jobs li")
     page.press("Send three different requests")
-    expect(page.tab.locator("#jobs .own")).not_to_have_count(0)
+    expect(page.at("#jobs .own")).not_to_have_count(0)
     server.speed_up()
-    expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
-    expect(page.tab.locator("#jobs li")).to_have_count(0)
-
-
-def test_a_batch_that_takes_a_key_opens_no_dialog(open_page: OpenPage) -> None:
-    page = open_page()
-    page.refuse(r"/batch$", 401)
-    page.tab.locator("#batch").scroll_into_view_if_needed()
-    expect(page.tab.locator("#batch-text")).to_have_text("The batch cannot be looked at: it takes a key.")
-    expect(page.tab.locator("#key-dialog")).to_be_hidden()
-    page.tab.unroute_all()
-    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+    expect(page.at("#load")).to_have_attribute("aria-disabled", "false")
+    page.has(0, "#jobs li")
 
 
 # --- everybody, and every screen ---
 
 
-@pytest.mark.parametrize(
-    ("width", "look"),
-    [(360, {"color_scheme": "dark"}), (1280, {"color_scheme": "light"}), (1280, {"forced_colors": "active"})],
-)
-def test_all_parts_can_be_read_and_used_by_all(
-    open_page: OpenPage, tmp_path: Path, width: int, look: dict[str, str]
-) -> None:
-    page = open_page(viewport={"width": width, "height": 800}, **look)
-    page.sample(steps=5, n=2, sampler="ddim")
-    page.wait_until(DONE)
-    page.tab.locator("#gallery summary").first.click()
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_all_parts_can_be_read_and_used_by_all(open_page: OpenPage, tmp_path: Path, width: int, scheme: str) -> None:
+    page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.make(steps=5, n=2, sampler="ddim")
+    page.at("#gallery summary").first.click()
     page.tab.evaluate("() => document.getElementById('form').noValidate = true")
     page.sample(n=65)
-    expect(page.tab.locator("#error")).not_to_be_empty()
-    page.tab.locator("#noise-file").set_input_files(picture_file(tmp_path)[0])
-    page.tab.locator("#mask-preset").select_option("rectangle")
-    page.tab.locator("#more summary").click()
-    page.tab.locator("#compare-count").select_option("4")
+    expect(page.at("#error")).not_to_be_empty()
+    page.give(picture_file(tmp_path)[0])
+    page.at("#mask-preset").select_option("rectangle")
+    page.at("#more summary").click()
+    page.at("#compare-count").select_option("4")
     page.press("Compare")
-    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
-    page.tab.locator("#grid-columns").fill("12")
+    expect(page.at("#compare-status")).to_have_text("Done.")
+    page.at("#grid-columns").fill("12")
     page.press("Make the grid")
-    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
-    found = Axe().run(page.tab).response["violations"]
-    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
-    assert page.tab.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+    page.says("#grid-status", "Done.")
+    page.check_that_all_can_use_it()
+    if scheme == "light":
+        page.tab.emulate_media(forced_colors="active")
+        page.check_that_all_can_use_it()
 
 
 def test_all_of_the_page_is_small(open_page: OpenPage) -> None:
     page = open_page()
-    expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
+    expect(page.at("#load")).to_have_attribute("aria-disabled", "false")
     sizes = page.tab.evaluate(
         """() => Object.fromEntries(['navigation', 'resource'].flatMap((kind) => performance.getEntriesByType(kind))
         .map(({name, transferSize}) => [name, transferSize]))"""

@@ -1,24 +1,27 @@
-"""The commands of README.md and of pages of docs/, as printed, against servers that mostly serve the bundled model."""
+"""The commands and programs of README.md and of pages of docs/, as printed, against servers of the bundled model.
 
+Those of docs/clients.md are in test_examples.py, of docs/webhooks.md in test_webhooks.py.
+"""
+
+import base64
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, stop_server
+from tests.documents import ROOT, code_blocks, run_python, run_shell, shell_commands
+from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown, pixels, stop_server
 from tests.service.keys import key_line
-from tests.test_docs import shell_commands
 from tests.tools import needs
 
 HOME = "~/.local/state/tminus"
-RUN = {"python": sys.executable, "tminus": f"{sys.executable} -m tminus"}
+BOOT = {"steps": 20, "guidance": 1.5, "seed": 7, "class_label": "ankle-boot"}
 
 
 @pytest.fixture(scope="module")
@@ -30,43 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(server: RunningServer, folder: Path, page: str, beginning: str) -> list[str]:
+def run_commands(server: RunningServer, folder: Path, page: str, beginning: str) -> list[str]:
     """Run the commands of a page that begin so, against our server; what each printed."""
-    printed = []
-    for command in shell_commands(ROOT / page):
-        if not command.startswith(beginning):
-            continue
-        # A thousand steps take too long here, and are steps like any other.
-        printed.append(shell(command.replace("steps=1000", "steps=10"), folder, server.url))
-    assert printed
-    return printed
-
-
-def shell(command: str, folder: Path, url: str = "") -> str:
-    """Run a command, or a block of them, against the server at this URL; what it printed."""
-    command = re.sub(r"(http://)?localhost:8000", url, command)
-    command = re.sub(r"(?<!/)\.venv/bin/(python|tminus)", lambda found: RUN[found[1]], command)
-    command = re.sub(r"^curl ", "curl -sS --fail-with-body ", command, flags=re.MULTILINE)
-    for said, package in (("curl ", "curl"), ("--data fashion-mnist", "dataset-fashion-mnist")):
-        if said in command:
-            needs(package)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-euc", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def blocks(page: str) -> list[str]:
-    """The shell blocks of a page."""
-    return re.findall(r"^```sh\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def readme_images(bundled_server: RunningServer, folder: Path) -> int:
-    """How many requests of README.md were answered; their images are in the folder."""
-    return len(run(bundled_server, folder, "README.md", "curl"))
+    commands = [command for command in shell_commands(page) if command.startswith(beginning)]
+    # A thousand steps take too long here, and are steps like any other.
+    return [run_shell(command.replace("steps=1000", "steps=10"), folder, server.url) for command in commands]
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -74,27 +45,99 @@ def size(file: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_the_requests_of_the_readme_are_answered_with_what_it_says(readme_images: int, folder: Path) -> None:
-    assert readme_images == 5
+def frames(file: Path) -> int:
+    with Image.open(file) as image:
+        return int(image.n_frames)  # type: ignore[attr-defined]
+
+
+def test_the_requests_of_the_readme_are_answered_and_an_image_is_made_again_to_the_byte(
+    bundled_server: RunningServer, folder: Path
+) -> None:
+    assert len(run_commands(bundled_server, folder, "README.md", "curl")) == 5
     assert size(folder / "out.png") == (128, 64), "eight images"
     assert size(folder / "sneaker.png") == (32, 32)
     assert size(folder / "boots.png") == (64, 64), "four images"
-    with Image.open(folder / "bags.webp") as bags:
-        assert bags.size == (64, 64)
-        assert bags.n_frames == 20  # type: ignore[attr-defined]
-
-
-@pytest.mark.usefixtures("readme_images")
-def test_an_image_of_the_readme_is_made_again_to_the_byte(bundled_server: RunningServer, folder: Path) -> None:
-    here, there = run(bundled_server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
+    assert (size(folder / "bags.webp"), frames(folder / "bags.webp")) == ((64, 64), 20)
+    here, there = run_commands(bundled_server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
     assert here
     assert there
 
 
 def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer, folder: Path) -> None:
-    run(bundled_server, folder, "docs/api.md", "curl")
+    run_commands(bundled_server, folder, "docs/api.md", "curl")
     assert (folder / "three.zip").read_bytes().startswith(b"PK")
     assert size(folder / "third.png") == (32, 32)
+
+
+def test_the_calls_of_the_page_of_edits_keep_what_they_should(bundled_server: RunningServer, folder: Path) -> None:
+    keep = ~pixels((folder / "docs" / "images" / "upper-half.png").read_bytes())
+    fillings = folder / "fillings.png"
+    for language in ("sh", "python"):
+        for code in code_blocks("docs/editing.md", language):
+            run = run_shell if language == "sh" else run_python
+            run(re.sub(r"(steps\W{1,3})50\b", r"\g<1>10", code), folder, bundled_server.url)
+        original, sheet = (pixels((folder / name).read_bytes()) for name in ("sneaker.png", "fillings.png"))
+        for corner in (sheet[:32, :32], sheet[:32, -32:], sheet[-32:, :32], sheet[-32:, -32:]):
+            np.testing.assert_array_equal(corner[keep], original[keep])
+        fillings.unlink()
+    assert {"varied.png", "way.webp"} <= {file.name for file in folder.iterdir()}
+
+
+def test_the_calls_of_the_page_of_noise_make_more_and_more_of_it(bundled_server: RunningServer, tmp_path: Path) -> None:
+    (commands,), (program,) = (code_blocks("docs/forward-process.md", language) for language in ("sh", "python"))
+    run_shell(commands, tmp_path, bundled_server.url)
+    assert len(run_python(program, tmp_path, bundled_server.url).splitlines()) == 5
+    assert (tmp_path / "the_same.png").read_bytes() == (tmp_path / "x_500.png").read_bytes()
+    pictures = [pixels((tmp_path / f"x_{t:03d}.png").read_bytes()).astype(float) for t in (0, 100, 250, 500, 999)]
+    roughness = [np.abs(np.diff(picture)).mean() for picture in pictures]
+    assert roughness == sorted(roughness)
+    assert 0.25 < np.isin(pictures[3], (0, 255)).mean() < 0.45, "as many are clipped as the docs say"
+
+
+def test_the_example_of_the_page_of_streams_keeps_each_frame(
+    server: RunningServer, tmp_path: Path, slow_down: SlowDown
+) -> None:
+    slow_down(server, between_ticks_s=0.03)  # or frames are dropped
+    (program,) = code_blocks("docs/streaming.md", "python")
+    assert len(run_python(program, tmp_path, server.url).splitlines()) == 2 + 2 * 4
+    names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (10, 20, 30, 40)}
+    assert {file.name for file in tmp_path.iterdir()} == {"out.png", *names}
+
+
+def test_other_clients_are_given_a_boot_and_make_a_sneaker_of_it(bundled_server: RunningServer, tmp_path: Path) -> None:
+    ask, edit, tensors = code_blocks("docs/other-clients.md", "python")
+    curl, numbers = code_blocks("docs/other-clients.md", "sh")
+    boot, wanted = tmp_path / "boot.png", bundled_server.post(json=BOOT).content
+    run_shell(curl, tmp_path, bundled_server.url)
+    assert boot.read_bytes() == wanted
+    run_python(ask + edit, tmp_path, bundled_server.url)
+    np.testing.assert_array_equal(pixels(boot.read_bytes()), pixels(wanted))
+    picture = base64.b64encode(boot.read_bytes()).decode()
+    sneaker = {"steps": 20, "strength": 0.6, "seed": 11, "class_label": "sneaker", "image": picture}
+    made = (tmp_path / "sneaker.png").read_bytes()
+    np.testing.assert_array_equal(pixels(made), pixels(bundled_server.post(json=sneaker).content))
+    run_python(tensors, tmp_path, bundled_server.url)
+    second = bundled_server.post(json=BOOT | {"sampler": "dpmpp_2m", "index": 1}).content
+    np.testing.assert_array_equal(pixels(boot.read_bytes()), pixels(second))
+    run_shell(numbers, tmp_path, bundled_server.url)
+    (images,) = json.loads((tmp_path / "answer.json").read_text())["outputs"]
+    assert (images["shape"], len(images["data"])) == ([2, 32, 32, 1], 2 * 32 * 32)
+
+
+def test_the_examples_of_openais_api_run(server: RunningServer, tmp_path: Path) -> None:
+    same = {"seed": 7, "sampler": "dpmpp_2m", "guidance": 1.5, "steps": 20}
+    images, stream = code_blocks("docs/openai.md", "python")
+    (edit,) = code_blocks("docs/openai.md", "sh")
+    said = run_python(images, tmp_path, server.url)
+    assert said.splitlines()[2] == "sneaker dpmpp_2m 20 1.5 7 2"
+    sneaker = server.post(json=same | {"class_label": "sneaker", "index": 2}).content
+    assert (tmp_path / "sneaker-2.png").read_bytes() == sneaker
+    said = run_python(stream, tmp_path, server.url)
+    assert said.split() == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert (tmp_path / "bag.png").read_bytes() == server.post(json=same | {"class_label": "bag"}).content
+    assert sorted(each.name for each in tmp_path.glob("bag-*.png")) == ["bag-0.png", "bag-1.png", "bag-2.png"]
+    (tmp_path / "sneaker.png").write_bytes(sneaker)
+    assert json.loads(run_shell(edit, tmp_path, server.url))["data"][0]["revised_prompt"] == "ankle-boot"
 
 
 @pytest.mark.long
@@ -105,15 +148,15 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     monkeypatch.setenv("TMINUS_OPEN", "yes")
     monkeypatch.setenv("TMINUS_KEY", "tm_of_the_page")
     server = own_server("--checkpoint", f"colour={small}", checkpoint=BUNDLED)
-    page = shell_commands(ROOT / "docs" / "command-line.md")
+    page = shell_commands("docs/command-line.md")
     sample, *samples = (command for command in page if command.startswith(".venv/bin/tminus sample"))
-    shell(sample, folder)
+    run_shell(sample, folder)
     server.slow_down(0.03)  # or few frames are seen
     for command in samples:
         # One has loaded the bundled model, which takes longer.
-        shell(command if "--url" in command else f"{command} --checkpoint {small}", folder, server.url)
+        run_shell(command if "--url" in command else f"{command} --checkpoint {small}", folder, server.url)
     server.speed_up()
-    listed, *changed = run(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
+    listed, *changed = run_commands(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
     assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "fashion-mnist-32", "colour"]
     assert changed == ["colour: unloaded\n", "colour: loaded\n", "colour: reloaded\n"]
     assert size(folder / "colour.png") == (64, 64), "four images"
@@ -121,13 +164,7 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     assert size(folder / "sneaker.png") == (32, 32)
     assert len(list((folder / "images").glob("*.png"))) == 10
     assert size(folder / "varied.png") == (32, 32)
-    with Image.open(folder / "way.webp") as way:
-        assert way.n_frames > 50  # type: ignore[attr-defined]
-
-
-def kill(server: RunningServer) -> None:
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait(30)
+    assert frames(folder / "way.webp") > 50
 
 
 def wait_for_job(server: RunningServer, job_id: str) -> bytes:
@@ -141,52 +178,52 @@ def wait_for_job(server: RunningServer, job_id: str) -> bytes:
 def test_the_tutorial_goes_through_in_order(
     own_server: Callable[..., RunningServer], folder: Path, tmp_path: Path
 ) -> None:
-    _, train, serve, sample, watch, again, job, fetch = blocks("docs/tutorial.md")
+    _, train, serve, sample, watch, again, job, fetch = code_blocks("docs/tutorial.md", "sh")
     train = re.sub(r"--(steps|save-every|sheet-every) \d+", r"--\1 2", train)
     small = train.replace("--widths 16,32,64", "--widths 8,16,32 --batch-size 8 --precision fp32")
     assert small != train
-    shell(small, folder)
+    run_shell(small, folder)
     assert size(folder / "runs" / "tutorial" / "sheets" / "0000002.png") == (160, 128), "twenty images"
     checkpoint = folder / serve.split()[-1]
     env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_EXECUTOR": "eager"}  # or each is tried for the new network
     first = own_server(checkpoint=checkpoint, **env)
-    shell(sample, folder, first.url)
+    run_shell(sample, folder, first.url)
     assert size(folder / "sneakers.png") == (64, 64), "four images"
-    shell(watch.replace("--steps 100", "--steps 20"), folder, first.url)
-    assert "same" in shell(again, folder, first.url)
+    run_shell(watch.replace("--steps 100", "--steps 20"), folder, first.url)
+    assert "same" in run_shell(again, folder, first.url)
     first.slow_down()
-    shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
+    run_shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
     assert stop_server(first) == 0
     second = own_server(checkpoint=checkpoint, **env)
     second.wait_until(lambda: "goes on from step" in second.log)
     wait_for_job(second, json.loads((folder / "job.json").read_text())["id"])
-    shell(fetch, folder, second.url)
+    run_shell(fetch, folder, second.url)
     assert size(folder / "eight.png") == (128, 64), "eight images"
 
 
 def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_bytes(
     own_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
-    section = page.partition("\n## Back up\n")[2].partition("\n## ")[0]
-    copy, restore = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    copy, restore = code_blocks("docs/operations.md", "sh", section="Back up")
     state = tmp_path / "state"
     server = own_server(TMINUS_STATE_DIR=str(state))
-    spec = {"n": 6, "steps": 1000, "seed": 7}
     server.slow_down()
     with server.client() as client:
-        job_id = client.post("/jobs", json=spec).json()["id"]
+        job_id = client.post("/jobs", json={"n": 6, "steps": 1000, "seed": 7}).json()["id"]
         server.wait_until(lambda: server.metric("tminus_snapshots_total") > 0)
         (file,) = state.glob("*.sqlite3")
         backup = [needs("sqlite3"), file, ".backup copy"]
         refused = subprocess.run(backup, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "database is locked" in refused.stderr
-        shell(copy.replace("$(pgrep -f 'tminus serve')", str(server.process.pid)).replace(HOME, str(state)), tmp_path)
+        run_shell(
+            copy.replace("$(pgrep -f 'tminus serve')", str(server.process.pid)).replace(HOME, str(state)), tmp_path
+        )
         assert client.get(f"/jobs/{job_id}").json()["state"] == "running", "it goes on"
     server.speed_up()
     expected = wait_for_job(server, job_id)
-    kill(server)
-    shell(restore.replace(HOME, str(state)), tmp_path)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait(30)
+    run_shell(restore.replace(HOME, str(state)), tmp_path)
     restored = own_server(TMINUS_STATE_DIR=str(state))
     restored.wait_until(lambda: f"job {job_id} goes on from step" in restored.log)
     assert wait_for_job(restored, job_id) == expected

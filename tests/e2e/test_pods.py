@@ -12,7 +12,6 @@ from tests.docker.test_kubernetes import KUBERNETES, container, environment, pod
 from tests.e2e.conftest import RunningServer, start_server, stop_server
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
-from tests.test_monitoring import free_port
 
 pytestmark = pytest.mark.long
 
@@ -21,28 +20,29 @@ LONG = {"n": 3, "steps": 1000, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def pods(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
+def pods(
+    small: Path, database: postgres.Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[RunningServer]]:
     """They differ in their addresses alone; and each has, beside its own, what no two can have on one machine."""
     objects = render(KUBERNETES / "example")
     folder = tmp_path_factory.mktemp("pods")
     (folder / "keys").write_text(key_line("studio", KEY))
     started: list[RunningServer] = []
-    with postgres.running() as database:
-        for number in range(2):
-            port = free_port()
-            found = environment(objects) | {
-                "TMINUS_JOB_STORE": database.url(),
-                "TMINUS_KEYS_FILE": str(folder / "keys"),
-                "TMINUS_JOB_ADDRESS": f"http://127.0.0.1:{port}",
-                "TMINUS_CACHE_DIR": str(folder / "cache"),
-                "TMINUS_STATE_DIR": str(folder / f"state-{number}"),
-                "TMINUS_METRICS_PORT": str(free_port()),
-            }
-            started.append(start_server(small, "--port", str(port), **found))
-            started[number].url = f"http://127.0.0.1:{port}"
-        yield started
-        for server in started:
-            stop_server(server)
+    for number in range(2):
+        port = postgres.free_port()
+        found = environment(objects) | {
+            "TMINUS_JOB_STORE": database.url(),
+            "TMINUS_KEYS_FILE": str(folder / "keys"),
+            "TMINUS_JOB_ADDRESS": f"http://127.0.0.1:{port}",
+            "TMINUS_CACHE_DIR": str(folder / "cache"),
+            "TMINUS_STATE_DIR": str(folder / f"state-{number}"),
+            "TMINUS_METRICS_PORT": str(postgres.free_port()),
+        }
+        started.append(start_server(small, "--port", str(port), **found))
+        started[number].url = f"http://127.0.0.1:{port}"
+    yield started
+    for server in started:
+        stop_server(server)
 
 
 def test_a_pod_ends_in_its_time_and_leaves_its_jobs_to_the_other(

@@ -3,7 +3,6 @@
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,14 +17,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli, start_server, stop_server
+from tests.documents import ROOT
+from tests.e2e.conftest import RunningServer, run_cli, serving, start_server
 from tminus.service.worker.loop import Loop
 
 Start = Callable[..., RunningServer]
-WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
+FEW_THREADS = ("--executor", "eager", "--threads", "1", "--max-batch", "16")
 
 
 @pytest.mark.alone
@@ -47,6 +46,10 @@ def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -
     assert server.metric("tminus_rejected_total") >= 1
 
 
+def wait_until_it_drains(server: RunningServer) -> None:
+    server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+
+
 @pytest.mark.alone
 def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
     server = own_server()
@@ -54,8 +57,8 @@ def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: server.post(params={"n": 8, "steps": 400}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        server.process.terminate()
+        wait_until_it_drains(server)
         refused = server.post(params={"steps": 1})
         assert (refused.status_code, refused.json()["code"]) == (503, "draining")
         assert running.result(60).status_code == 200
@@ -64,41 +67,33 @@ def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
         httpx.get(f"{server.url}/readyz")
 
 
-@pytest.mark.alone
-def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start) -> None:
-    server = own_server("--grace-s", "1")
+@pytest.mark.parametrize("grace_s", [1, 100])
+def test_work_past_the_grace_period_or_a_second_sigterm_is_given_up_with_an_answer(
+    own_server: Start, grace_s: int
+) -> None:
+    server = own_server("--grace-s", str(grace_s))
     server.slow_down()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
-        server.process.send_signal(signal.SIGTERM)
-        answer = running.result(30)
-    assert (answer.status_code, answer.json()["code"]) == (503, "draining")
-    assert server.process.wait(30) == 0, server.log
-
-
-def test_a_second_sigterm_gives_up_what_runs_with_an_answer_and_no_traceback(own_server: Start) -> None:
-    server = own_server()
-    server.slow_down()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
-        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.terminate()
+        if grace_s > 1:
+            wait_until_it_drains(server)
+            server.process.terminate()
         answer = running.result(30)
     assert (answer.status_code, answer.json()["code"]) == (503, "draining")
     assert server.process.wait(30) == 0, server.log
     assert "Traceback" not in server.log
 
 
-def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Path) -> None:
+@pytest.mark.parametrize("said", ["loading", "ready. Try"])
+def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Path, said: str) -> None:
     """A process of its own, as the end of the interpreter is looked at, which gives up handlers of signals."""
     command = [sys.executable, "-m", "tminus", "serve", "--port", "0", "--checkpoint", str(small)]
-    env = os.environ | {"TMINUS_STATE_DIR": ":memory:"}
+    env = os.environ | {"TMINUS_STATE_DIR": ":memory:", "TMINUS_LOG_LEVEL": "debug"}
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        while "ready. Try" not in (line := process.stderr.readline()):
+        while said not in (line := process.stderr.readline()):
             assert line, "it has ended"
         while process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -127,59 +122,17 @@ def test_a_crash_of_the_worker_ends_the_process_once_its_jobs_have_their_answers
     assert "RuntimeError: injected" in server.log
 
 
-def test_sigterm_while_loading_ends_at_once() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tminus",
-        "serve",
-        "--port",
-        "0",
-        "--checkpoint",
-        str(BUNDLED),
-        "--log-level",
-        "debug",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    with process.stderr:
-        assert "loading" in process.stderr.readline()
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-        assert process.wait(30) == 0, said
-        assert "ready" not in said
-
-
-class Payload:
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
-        return Path.touch, (Path("/tmp/tminus-pickle-ran"),)  # type: ignore[return-value]
-
-
-def break_pickle(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    torch.save({"conv_in.weight": Payload()}, folder / "unet" / "diffusion_pytorch_model.bin")
-
-
-def test_a_bad_checkpoint_ends_in_one_clear_line(tmp_path: Path) -> None:
-    """One for all, as a process; the other ways to break one are in tests/service/cli/test_serve.py."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(BUNDLED, folder)
-    break_pickle(folder)
-    result = run_cli("serve", "--checkpoint", str(folder), "--port", "0")
-    assert result.returncode == 1
-    assert "never run" in result.stderr
-    assert str(tmp_path) in result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert not Path("/tmp/tminus-pickle-ran").exists()
-
-
-def test_an_address_in_use_ends_in_a_clear_line(server: RunningServer, small: Path) -> None:
+def test_what_cannot_be_served_ends_in_one_clear_line(server: RunningServer, small: Path, tmp_path: Path) -> None:
+    """As a process; the other reasons are in tests/service/cli/test_serve.py."""
     port = server.url.rpartition(":")[2]
-    result = run_cli("serve", "--checkpoint", str(small), "--port", port)
-    assert result.returncode == 1
-    assert f":{port}" in result.stderr
-    assert "in use" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    for checkpoint, flag, value, says in (
+        (tmp_path, "--port", "0", str(tmp_path)),
+        (small, "--port", port, f":{port}"),
+        (small, "--device", "cuda:99", "cuda:99"),
+    ):
+        result = run_cli("serve", "--checkpoint", str(checkpoint), flag, value)
+        assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+        assert says in result.stderr
 
 
 def few_files(count: int) -> Callable[[], None]:
@@ -187,11 +140,10 @@ def few_files(count: int) -> Callable[[], None]:
 
 
 def test_where_few_files_may_be_open_there_are_fewer_connections_and_each_is_answered(small: Path) -> None:
-    server = start_server(small, "--executor", "eager", "--threads", "1", "--max-batch", "16", prepare=few_files(440))
-    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-    assert server.log.count("at most 56 connections instead of 4096") == 1
     head, clients = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", list[socket.socket]()
-    try:
+    with serving(small, *FEW_THREADS, prepare=few_files(440)) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        assert server.log.count("at most 56 connections instead of 4096") == 1
         for _ in range(500):  # none has its answer before all are there
             clients.append(socket.create_connection(address, 60))
             with suppress(OSError):
@@ -206,9 +158,6 @@ def test_where_few_files_may_be_open_there_are_fewer_connections_and_each_is_ans
         for client in clients:
             client.close()
         server.wait_until(lambda: is_well(server))
-    finally:
-        assert stop_server(server) == 0, server.log
-    assert "Traceback" not in server.log, server.log
 
 
 def answer_of(client: socket.socket) -> bytes:
@@ -227,14 +176,7 @@ def is_well(server: RunningServer) -> bool:
 
 def test_where_hardly_any_file_may_be_open_there_is_one_clear_line(small: Path) -> None:
     with pytest.raises(AssertionError, match=r"open files \(ulimit -Hn\) must be at least 392, got 300"):
-        start_server(small, "--executor", "eager", "--threads", "1", "--max-batch", "16", prepare=few_files(300))
-
-
-def test_a_device_that_is_not_there_ends_in_a_clear_line() -> None:
-    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--device", "cuda:99")
-    assert result.returncode == 1
-    assert "cuda:99" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+        start_server(small, *FEW_THREADS, prepare=few_files(300))
 
 
 def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer, small: Path, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.nginx import CONFIGURATIONS, Names, name_server, nginx
+from tests.e2e.conftest import RunningServer, SlowDown, serving
+from tests.e2e.nginx import CONFIGURATIONS, Names, filled, name_server, nginx
+from tests.postgres import free_port
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
-from tests.test_monitoring import free_port
 from tests.tools import needs
 
 TEMPLATE = CONFIGURATIONS / "tminus.conf.template"
@@ -48,70 +48,33 @@ class Proxied:
 def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
     folder, port = tmp_path_factory.mktemp("nginx"), free_port()
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
-    request = [
-        needs("openssl"),
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    request += ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
+    request = [needs("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    request += ["-days", "2", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
     subprocess.run([*request, "-out", str(certificate)], check=True, capture_output=True, timeout=60)
-    server = start_server(
-        small, "--allowed-hosts", NAME, TMINUS_KEYS=key_line("studio", KEY), FORWARDED_ALLOW_IPS="127.0.0.1"
-    )
+    env = {"TMINUS_KEYS": key_line("studio", KEY), "FORWARDED_ALLOW_IPS": "127.0.0.1"}
     text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("8443", f"127.0.0.1:{port}")
     text = text.replace("/certificates", str(folder))
-
-    with name_server() as names:
-        for was, becomes in {
-            "127.0.0.11": f"127.0.0.1:{names.port}",
-            "tminus:8000": f"tminus:{server.url.rpartition(':')[2]}",
-        }.items():
-            assert text.count(was) == 1
-            text = text.replace(was, becomes)
+    with serving(small, "--allowed-hosts", NAME, **env) as server, name_server() as names:
+        of_server = f"tminus:{server.url.rpartition(':')[2]}"
+        text = filled(text, {"127.0.0.11": f"127.0.0.1:{names.port}", "tminus:8000": of_server})
         names.addresses["tminus"] = [ADDRESS]
         found = Proxied(server, port, certificate, names)
-        with nginx(folder, text) as process:
-            wait_until(lambda: _listens(found, process, folder))
+        with nginx(folder, text, found.client):
             yield found
-    assert stop_server(server) == 0, server.log
 
 
-def _listens(proxied: Proxied, process: "subprocess.Popen[bytes]", folder: Path) -> bool:
-    assert process.poll() is None, (folder / "errors").read_text()
-    try:
-        with proxied.client() as client:
-            return client.get("/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def test_a_sample_is_the_same_with_and_without_it(proxied: Proxied) -> None:
+def test_requests_arrive_as_they_were_sent_and_answers_come_back_as_they_are(proxied: Proxied) -> None:
     with proxied.client(**bearer(KEY)) as client:
         through = client.post("/sample", json=SPEC)
-    assert through.status_code == 200
-    assert through.headers["strict-transport-security"]
-    assert through.content == httpx.post(f"{proxied.server.url}/sample", json=SPEC, headers=bearer(KEY)).content
-
-
-def test_a_stranger_and_another_name_are_refused(proxied: Proxied) -> None:
+        assert through.headers["strict-transport-security"]
+        assert through.content == proxied.server.post(json=SPEC, headers=bearer(KEY)).content
+        for path, code in (("/jobs/a%20b", "job_not_found"), ("/jobs/a%2Fb", "not_found"), ("/jobs?limit=%35", None)):
+            through = client.get(path)
+            assert through.content == httpx.get(f"{proxied.server.url}{path}", headers=bearer(KEY)).content
+            assert through.json().get("code") == code
     with proxied.client() as client:
         assert client.get("/model").status_code == 401
         assert client.get("/model", headers={"Host": "evil.example"}).json()["code"] == "foreign_host"
-
-
-def test_the_path_and_the_query_arrive_as_they_were_sent(proxied: Proxied) -> None:
-    for path, code in (("/jobs/a%20b", "job_not_found"), ("/jobs/a%2Fb", "not_found"), ("/jobs?limit=%35", None)):
-        with proxied.client(**bearer(KEY)) as client:
-            through = client.get(path)
-        assert through.content == httpx.get(f"{proxied.server.url}{path}", headers=bearer(KEY)).content
-        assert through.json().get("code") == code
 
 
 def test_a_server_is_found_again_at_another_address(proxied: Proxied) -> None:

@@ -19,9 +19,9 @@ from websockets.sync.client import connect
 
 from tests import postgres
 from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
-from tests.e2e.nginx import CONFIGURATIONS, Names, name_server, nginx
+from tests.e2e.nginx import CONFIGURATIONS, Names, filled, name_server, nginx
+from tests.postgres import free_port
 from tests.service.fakes import wait_until
-from tests.test_monitoring import free_port
 
 pytestmark = pytest.mark.long
 
@@ -81,51 +81,34 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
+def url(database: postgres.Postgres) -> str:
     """The URL of a database that asks for a password, without it, as compose writes it."""
-    with postgres.running() as server:
-        rules = server.folder / "data" / "pg_hba.conf"
-        rules.write_text(f"host all app all scram-sha-256\n{rules.read_text()}")
-        quoted = PASSWORD.replace("'", "''")
-        server.sql(f"CREATE ROLE app LOGIN PASSWORD '{quoted}'")
-        server.sql("CREATE DATABASE app OWNER app")
-        server.sql("SELECT pg_reload_conf()")
-        yield server.url("app", "app")
+    rules = database.folder / "data" / "pg_hba.conf"
+    rules.write_text(f"host all app all scram-sha-256\n{rules.read_text()}")
+    quoted = PASSWORD.replace("'", "''")
+    database.sql(f"CREATE ROLE app LOGIN PASSWORD '{quoted}'")
+    database.sql("CREATE DATABASE app OWNER app")
+    database.sql("SELECT pg_reload_conf()")
+    return database.url("app", "app")
 
 
 @pytest.fixture(scope="module")
-def cluster(small: Path, database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(small: Path, url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("nginx")
     environment = {name: str(value) for name, value in COMPOSE["tminus"]["environment"].items()}
-    environment |= {"TMINUS_JOB_STORE": database, "PGPASSWORD": PASSWORD, "TMINUS_RESULT_CACHE_MB": "0"}
+    environment |= {"TMINUS_JOB_STORE": url, "PGPASSWORD": PASSWORD, "TMINUS_RESULT_CACHE_MB": "0"}
     environment |= {"TMINUS_JOB_LEASE_S": "1", "TMINUS_JOB_NAMESPACE": f"test_{time.monotonic_ns()}"}
-    text = (CONFIGURATIONS / "replicas.conf").read_text()
     port, of_proxy = free_port(), free_port()
     with name_server() as names:
-        for was, becomes in {
-            "listen 8080": f"listen 127.0.0.1:{of_proxy}",
-            "127.0.0.11": f"127.0.0.1:{names.port}",
-            "tminus:8000": f"tminus:{port}",
-        }.items():
-            assert text.count(was) == 1
-            text = text.replace(was, becomes)
-        with nginx(folder, text) as process:
-            running = Cluster(small, environment, port, f"http://127.0.0.1:{of_proxy}", names, {})
-            for address in ADDRESSES:
-                running.start(address)
-
-            def answers() -> bool:
-                assert process.poll() is None, (folder / "errors").read_text()
-                try:
-                    with running.client() as http:
-                        return http.get("/readyz").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            wait_until(answers)
+        own = {"listen 8080": f"listen 127.0.0.1:{of_proxy}", "127.0.0.11": f"127.0.0.1:{names.port}"}
+        text = filled((CONFIGURATIONS / "replicas.conf").read_text(), own | {"tminus:8000": f"tminus:{port}"})
+        running = Cluster(small, environment, port, f"http://127.0.0.1:{of_proxy}", names, {})
+        for address in ADDRESSES:
+            running.start(address)
+        with nginx(folder, text, running.client):
             yield running
-            for server in running.servers.values():
-                stop_server(server)
+        for server in running.servers.values():
+            stop_server(server)
 
 
 def test_what_is_posted_is_known_wherever_the_next_request_lands(cluster: Cluster) -> None:

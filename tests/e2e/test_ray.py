@@ -20,7 +20,8 @@ import pytest
 from websockets.sync.client import connect
 
 from tests import postgres
-from tests.e2e.conftest import ROOT, START_TIMEOUT_S, RunningServer
+from tests.documents import ROOT
+from tests.e2e.conftest import START_TIMEOUT_S, RunningServer
 
 pytestmark = pytest.mark.long
 
@@ -64,12 +65,6 @@ class OnRay:
 
     def sample(self, seed: int) -> httpx.Response:
         return post(f"{self.url}/sample", SPEC | {"seed": seed})
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[postgres.Postgres]:
-    with postgres.running() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pytest
 from bench.servers import Server
 from tests import postgres
 from tests import s3 as s3_server
-from tests.e2e.conftest import RunningServer, run_cli
+from tests.e2e.conftest import KEYS, RunningServer
 from tests.e2e.restarting import Deadly, ForkedServer, make_specs
-from tests.e2e.test_models import KEYS, change, new_weights
+from tests.e2e.test_models import change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
 from tests.tools import needs
@@ -36,12 +36,6 @@ from tminus.service.cli.main import main
 pace(SimpleNamespace(value=0.1))
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[postgres.Postgres]:
-    with postgres.running() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -323,20 +317,6 @@ def test_a_result_that_is_an_object_is_read_at_another_replica_and_goes_with_its
     assert httpx.delete(url).status_code == 204
     asked.wait_until(lambda: s3.keys("jobs") == [])
     assert s3.env["AWS_SECRET_ACCESS_KEY"] not in maker.log + asked.log
-
-
-def test_a_server_whose_object_store_cannot_be_used_ends_with_one_line(s3: s3_server.S3, small: Path) -> None:
-    done = run_cli("serve", "--checkpoint", str(small), "--port", "0", "--job-results", "s3://no-such-bucket", **s3.env)
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .endswith(
-            "--job-results (TMINUS_JOB_RESULTS): the object store cannot write: "
-            "NoSuchBucket: The specified bucket does not exist"
-        )
-    )
-    assert s3.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
 
 
 def test_a_job_that_ends_each_server_that_takes_it_fails_and_all_others_are_done(

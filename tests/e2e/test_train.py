@@ -14,7 +14,8 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 
-from tests.e2e.conftest import ROOT, run_cli
+from tests.documents import ROOT
+from tests.e2e.conftest import run_cli
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.evaluation import report as compare
 from tminus.service.cli import evaluate

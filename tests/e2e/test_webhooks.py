@@ -3,28 +3,25 @@
 import base64
 import hashlib
 import hmac
-import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests import postgres
-from tests.e2e.conftest import ROOT, RunningServer
+from tests.documents import code_blocks, run_shell
+from tests.e2e.conftest import RunningServer
 from tests.e2e.restarting import Restarting, Start
 from tests.receivers import SECRET, receiver, status
-from tests.tools import needs
 
 TELLING = {"TMINUS_WEBHOOK_SECRET": SECRET, "TMINUS_WEBHOOK_ALLOW": "127.0.0.1"}
 COMPLETED = {"steps": 5, "seed": 3, "webhook_events_filter": ["completed"]}
 CHOSEN = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
-PAGE = (ROOT / "docs" / "webhooks.md").read_text("utf-8")
 
 
 def post(server: RunningServer, url: str) -> str:
@@ -69,12 +66,6 @@ def test_kill_9_between_the_end_of_a_job_and_its_delivery_loses_nothing(own_serv
         assert server.metric("tminus_webhooks_total") == 1
 
 
-@pytest.fixture
-def database() -> Iterator[postgres.Postgres]:
-    with postgres.running() as server:
-        yield server
-
-
 @pytest.mark.long
 @pytest.mark.slow
 def test_of_two_servers_each_tells_some_once_and_one_tells_what_the_other_left_when_it_was_killed(
@@ -105,32 +96,22 @@ def test_of_two_servers_each_tells_some_once_and_one_tells_what_the_other_left_w
 # --- docs/webhooks.md, word for word ---
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-
-
 def test_the_receiver_of_the_docs_is_told_and_refuses_what_is_forged_or_old(own_server: Start, tmp_path: Path) -> None:
-    setup, ask = blocks("sh")
-    (program,) = blocks("python")
+    setup, ask = code_blocks("docs/webhooks.md", "sh")
+    (program,) = code_blocks("docs/webhooks.md", "python")
     make, flags = re.search(r"^echo.*$", setup, re.MULTILINE), re.search(r"serve (.*)$", setup, re.MULTILINE)
     assert make is not None
     assert flags is not None
-    needs("openssl")
-    needs("curl")
-    subprocess.run(["bash", "-euc", make[0]], cwd=tmp_path, check=True)
-    with postgres.socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    listening = subprocess.Popen(
-        [sys.executable, "-c", program.replace("9000", str(port))], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+    run_shell(make[0], tmp_path)
+    port = postgres.free_port()
+    command = [sys.executable, "-c", program.replace("9000", str(port))]
+    listening = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert listening.stdout is not None
     try:
         server = own_server(*flags[1].replace("webhook-secret ", f"{tmp_path}/webhook-secret ").split())
-        command = ask.replace("localhost:8000", server.url.removeprefix("http://")).replace("9000", str(port))
-        done = subprocess.run(["bash", "-euc", command], check=True, capture_output=True, text=True, env=os.environ)
-        job_id = re.search(r'"id":"(\w+)"', done.stdout)
-        assert job_id is not None, done.stdout
+        said = run_shell(ask.replace("9000", str(port)), tmp_path, server.url)
+        job_id = re.search(r'"id":"(\w+)"', said)
+        assert job_id is not None, said
         assert listening.stdout.readline() == f"completed {job_id[1]} done\n"
         secret = base64.b64decode((tmp_path / "webhook-secret").read_text().strip().removeprefix("whsec_"))
         body, url = b'{"id": "x", "state": "done"}', f"http://127.0.0.1:{port}/"
