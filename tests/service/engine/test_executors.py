@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import OnGpu
 from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
+from tests.tools import needs
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.executors import (
@@ -148,6 +149,7 @@ def test_eager_in_bfloat16_is_exact_and_near(tiny: Checkpoint, size: int) -> Non
 def test_compiled_on_a_cpu_gives_what_the_network_gives_and_is_exact(
     make_checkpoint: MakeCheckpoint,
 ) -> None:
+    needs("openssl")  # by which torch's own code names its precompiled headers
     # As few kernels as there may be: each takes a C++ compiler a second or more.
     blocks: dict[str, object] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     checkpoint = make_checkpoint(
