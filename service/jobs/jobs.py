@@ -159,12 +159,7 @@ class Jobs:
         return view
 
     async def page(
-        self,
-        before: Place | None,
-        states: Collection[str],
-        limit: int,
-        sees: str | None,
-        model_name: str | None = None,
+        self, before: Place | None, states: Collection[str], limit: int, sees: str | None, model_name: str | None = None
     ) -> list[JobView]:
         """List jobs in these states, the newest first, from the first that is older than `before`.
 

@@ -347,12 +347,7 @@ def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: 
     except OSError as error:
         log.warning(UNTOLD, error)
     served = ServedModels(
-        first,
-        opened.stores,
-        settings.doors(),
-        opened.access,
-        webhooks=opened.webhooks,
-        end_file=end_file,
+        first, opened.stores, settings.doors(), opened.access, webhooks=opened.webhooks, end_file=end_file
     )
     changes = ModelChanges(served, library, loader.load)
     app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)

@@ -85,8 +85,7 @@ class Settings(BaseSettings):
     )
     models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
     keys_file: Path | None = Field(
-        None,
-        description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second",
+        None, description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second"
     )
     keys: SecretStr | None = Field(None, description="the same lines as a text; they hold until the server ends")
     open: bool = Field(

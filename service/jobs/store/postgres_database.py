@@ -24,7 +24,7 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
         "since_us BIGINT NOT NULL, due_us BIGINT NOT NULL, held_until_us BIGINT, error TEXT, UNIQUE (job_id, event))",
         "CREATE INDEX deliveries_by_due ON deliveries (due_us) WHERE state = 'pending'",
         "CREATE INDEX deliveries_by_receiver ON deliveries (receiver) WHERE state = 'pending'",
-    ),
+    )
 }
 
 

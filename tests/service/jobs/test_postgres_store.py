@@ -627,11 +627,7 @@ def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Post
 
 @pytest.mark.parametrize(
     ("host", "address"),
-    [
-        ("10.1.2.3", "http://10.1.2.3:8000"),
-        ("0.0.0.0", "http://127.0.0.1:8000"),
-        ("::1", "http://[::1]:8000"),
-    ],
+    [("10.1.2.3", "http://10.1.2.3:8000"), ("0.0.0.0", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000")],
 )
 def test_a_replica_is_reached_by_the_address_it_listens_on_or_has_towards_the_database(host: str, address: str) -> None:
     assert own_address("postgresql://tminus@127.0.0.1/jobs", host, 8000) == address
