@@ -40,11 +40,10 @@ class Stores:
         self._users[weights_hash] += 1
         return self._stores[weights_hash]
 
-    async def take(self, weights_hash: str) -> tuple[AsyncStore, bool]:
-        """Return the store of weights as `take_first` does, and whether others use it too. Raises ValueError."""
+    async def take(self, weights_hash: str) -> AsyncStore:
+        """Return the store of weights as `take_first` does, beside the event loop. Raises ValueError."""
         async with self._turn:
-            store = await asyncio.to_thread(self.take_first, weights_hash)
-            return store, self.is_shared(weights_hash)
+            return await asyncio.to_thread(self.take_first, weights_hash)
 
     def _made(self, weights_hash: str, store: JobStore) -> AsyncStore:
         if weights_hash not in self._counted:

@@ -220,10 +220,10 @@ class ServedModels:
         """
         weights_hash = prepared.engine.info.weights_hash
         try:
-            store, shared = await self._stores.take(weights_hash)
+            store = await self._stores.take(weights_hash)
         except ValueError as error:
             raise StorageFailed(f"the store of the model's durable jobs cannot be opened: {error}") from None
-        model = self._loaded(prepared, store)
+        model, is_again = self._loaded(prepared, store), self._stores.is_shared(weights_hash)
         try:
             await asyncio.wrap_future(self.worker.load(model))
         except BaseException:
@@ -232,7 +232,7 @@ class ServedModels:
             raise
         one = self._serve(model, prepared, store)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
-        await self._start(one, take_on=not shared)
+        await self._start(one, take_on=not is_again)
         return one.services
 
     def _loaded(self, prepared: Prepared, store: AsyncStore) -> LoadedModel:

@@ -91,7 +91,7 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
     stores, end_file = start(served)
 
     async def crashes(weights: str) -> list[int]:
-        store, _ = await stores.take(weights)
+        store = await stores.take(weights)
         claimed = await store.claim_all()
         await stores.release(weights)
         return [record.crashes for record in claimed.jobs]
