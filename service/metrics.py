@@ -80,9 +80,7 @@ class Metrics:
             "jobs_resumed_total", "Durable jobs that an earlier start accepted and this one went on with"
         )
         self._durable = counter(
-            "durable_jobs_total",
-            "Durable jobs that ended: done, failed, cancelled, or lost",
-            "outcome",
+            "durable_jobs_total", "Durable jobs that ended: done, failed, cancelled, or lost", "outcome"
         )
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"

@@ -176,7 +176,7 @@ class Loop:
         try:
             job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
         except ValueError as error:
-            self._leave(job, error=InvalidField(str(error), field="sampler", value=job.spec.sampler))
+            self._leave(Ended(job, error=InvalidField(str(error), field="sampler", value=job.spec.sampler)))
             return
         except Exception as error:
             self._failed(error, [job], "this job could not be started", "job %s could not be added", job.id)
@@ -257,7 +257,7 @@ class Loop:
             job.model.engine.remove(job.rows)
         else:
             self.coding.drop(job.id)
-        self._leave(job, error=error, reason=reason)
+        self._leave(Ended(job, error=error, reason=reason))
 
     def unload(self, number: int) -> None:
         """Forget a model, and give up the jobs that it still has."""
@@ -407,26 +407,22 @@ class Loop:
         assert job.started_s is not None
         assert job.denoised_s is not None
         queue_s, denoise_s = job.started_s - job.submitted_s, job.denoised_s - job.started_s
-        self._leave(job, JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - job.denoised_s))
+        decode_s = self._clock() - job.denoised_s
+        self._leave(Ended(job, JobResult(read, queue_s, job.first_step_s, denoise_s, decode_s)))
 
     # --- for all of these ---
 
     def _find(self, job_id: str) -> RunningJob | None:
         return self._jobs.get(job_id) or self._being_coded.get(job_id)
 
-    def _leave(
-        self,
-        job: RunningJob,
-        result: JobResult | None = None,
-        error: ServiceError | None = None,
-        reason: str | None = None,
-    ) -> None:
+    def _leave(self, ended: Ended) -> None:
         """Forget a job that has no rows."""
+        job = ended.job
         self._deadlines.pop(job.id, None)
         self._forget(job)
         if job.new.alone and job.model is not self._models[job.model.number]:
             self._turns.remove(job.model)
-        self.events.append(Ended(job, result, error, reason))
+        self.events.append(ended)
 
     def _forget(self, job: RunningJob) -> None:
         for jobs in (self._jobs, self._durable, self._being_coded):
