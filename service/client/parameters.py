@@ -67,19 +67,14 @@ class Shown(Parameters, Preview, total=False):
     """The parameters of `watch`."""
 
 
-def body_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object to send. Raises OSError where a file cannot be read."""
-    body = dict(parameters)
-    for name in PICTURES:
-        value = body.get(name)
-        if isinstance(value, bytes | Path):
-            body[name] = base64.b64encode(bytes_of(value)).decode("ascii")
-    return body
-
-
 def text_of(parameters: Mapping[str, Any]) -> str:
-    """Return the parameters as text. Raises OSError for an unreadable file, and ValueError for NaN or infinity."""
-    return json.dumps(body_of(parameters), allow_nan=False)
+    """Return the parameters as JSON. Raises OSError for an unreadable file, and ValueError for NaN or infinity."""
+    pictures = {
+        name: base64.b64encode(bytes_of(value)).decode("ascii")
+        for name in PICTURES
+        if isinstance(value := parameters.get(name), bytes | Path)
+    }
+    return json.dumps({**parameters, **pictures}, allow_nan=False)
 
 
 def told(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
