@@ -39,25 +39,19 @@ def loads(data: bytes | str) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def mapping(value: object) -> dict[str, Any]:
-    """A JSON object."""
-    if not isinstance(value, dict):
-        raise ValueError(f"no object: {value!r:.40}")
-    return value
+def _of(kind: type[T], otherwise: str) -> Callable[[object], T]:
+    def check(value: object) -> T:
+        if not isinstance(value, kind):
+            raise ValueError(f"{otherwise}: {value!r:.40}")
+        return value
+
+    return check
 
 
-def items(value: object) -> list[Any]:
-    """A JSON array."""
-    if not isinstance(value, list):
-        raise ValueError(f"no array: {value!r:.40}")
-    return value
-
-
-def text(value: object) -> str:
-    """A text."""
-    if not isinstance(value, str):
-        raise ValueError(f"no text: {value!r:.40}")
-    return value
+mapping: Callable[[object], dict[str, Any]] = _of(dict, "no object")
+items: Callable[[object], list[Any]] = _of(list, "no array")
+text = _of(str, "no text")
+yes_or_no = _of(bool, "neither true nor false")
 
 
 def token(value: object) -> str:
@@ -81,13 +75,6 @@ def one_of(known: Sequence[T], value: object) -> T:
     if value not in known:
         raise ValueError(f"none of {', '.join(map(str, known))}: {value!r:.40}")
     return known[known.index(value)]
-
-
-def yes_or_no(value: object) -> bool:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"neither true nor false: {value!r:.40}")
-    return value
 
 
 def whole(value: object) -> int:
