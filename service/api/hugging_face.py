@@ -28,10 +28,10 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
 from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json, unless_gone
-from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest
+from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest, check_names
 from tminus.service.api.sample import respond, still
 from tminus.service.api.submission import understand
-from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
+from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
@@ -93,7 +93,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     """Turn a body into the parameters of POST /sample. Raises InvalidField, UnknownField, ConflictingField."""
-    _check_names(body, ("inputs", "parameters"))
+    check_names(body, ("inputs", "parameters"))
     given, inputs = body.get("parameters", {}), body.get("inputs")
     if not isinstance(given, dict):
         raise InvalidField.of("parameters", "a JSON object", given)
@@ -101,7 +101,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     field, prompt = ("prompt", given.get("prompt", "")) if is_edit else ("inputs", inputs)
     if not isinstance(prompt, str):
         raise InvalidField.of(field, "a text, the name of a class or empty", prompt)
-    _check_names(given, (*KNOWN, *OF_EDITS))
+    check_names(given, (*KNOWN, *OF_EDITS))
     parameters: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     for name, value in given.items():
@@ -169,12 +169,6 @@ def _check(name: str, value: object, model: ModelInfo) -> None:
             raise InvalidField.of(name, f"the model's own size, {size}", value)
     elif value != size[name] or isinstance(value, bool):  # to Python, True is 1
         raise InvalidField.of(name, f"{size[name]}, as all images of this model are", value)
-
-
-def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for name, value in given.items():
-        if name not in known:
-            raise UnknownField.of(name, known, value)
 
 
 def _described(contract: Contract) -> Described:

@@ -6,7 +6,7 @@ binary_tensor_data: little-endian, row by row, each element of BYTES with its le
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from tminus.service.api.request.classes import DIGITS, class_of_prompt, label_of
 from tminus.service.api.request.reading import from_body
-from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, MAX_EXACT, SampleRequest
+from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, MAX_EXACT, SampleRequest, check_names
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
 from tminus.service.images.encoder import JSON
 from tminus.service.model_info import Limits, ModelInfo
@@ -222,13 +222,6 @@ def flag_of(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise InvalidField.of(name, "true or false", value)
     return value
-
-
-def check_names(members: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for a member that there is not."""
-    for name, value in members.items():
-        if name not in known:
-            raise UnknownField.of(name, known, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from tminus.service.api.kserve.infer import (
     InferRequest,
     TensorInfo,
     Tensors,
-    check_names,
     flag_of,
     inputs_of,
     outputs_of,
@@ -42,6 +41,7 @@ from tminus.service.api.request.reading import (
     read_json,
     unless_gone,
 )
+from tminus.service.api.request.schemas import check_names
 from tminus.service.api.sample import Answer, respond
 from tminus.service.api.submission import understand
 from tminus.service.api.system import dead, unready

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest
-from tminus.service.errors import InvalidField, UnknownField, short
+from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest, check_names
+from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # as OpenAI has it, and no more than --max-n
@@ -72,11 +72,7 @@ class ImagesRequest(RequestSchema):
         """
         rest = {name: value for name, value in members.items() if value is not None}
         own = cls.own_of(rest)
-        for name, value in rest.items():
-            if name not in extensions:
-                names = ", ".join((*cls.model_fields, *extensions))
-                detail = f"there is no parameter {short(name)!r}; known: {names}"
-                raise UnknownField(detail, field=name, value=value, bound=f"one of {names}")
+        check_names(rest, (*cls.model_fields, *extensions))
         if "prompt" not in own:
             raise InvalidField.of("prompt", "given; empty for no class", None)
         return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "a text")), rest

@@ -3,7 +3,7 @@
 import binascii
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -111,6 +111,13 @@ Deadline = Annotated[float, Field(gt=0, le=MAX_DEADLINE_S), BeforeValidator(_num
 Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
 
 
+def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise UnknownField for a parameter, or a member of an object, that there is not."""
+    for name, value in given.items():
+        if name not in known:
+            raise UnknownField.of(name, known, value)
+
+
 class RequestSchema(BaseModel):
     """The parameters of one kind of request."""
 
@@ -130,10 +137,8 @@ class RequestSchema(BaseModel):
         A list of more than max_items is refused before its items are looked at: pydantic would build an error for each.
         Raises UnknownField, InvalidImage, or InvalidField for the first wrong field.
         """
-        known = cls.model_fields
+        check_names(parameters, cls.model_fields)
         for name, value in parameters.items():
-            if name not in known:
-                raise UnknownField.of(name, known, value)
             if isinstance(value, list) and len(value) > max_items:
                 detail = f"{name} must be {bound_of(name)}, got a list of {len(value)}"
                 raise InvalidField(detail, field=name, value=value, bound=bound_of(name))
