@@ -27,7 +27,7 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json, unless_gone
+from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json
 from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest, check_names
 from tminus.service.api.sample import respond, still
 from tminus.service.api.submission import understand
@@ -78,7 +78,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     try:
-        body = await unless_gone(read_json(request, services.limits.max_body_bytes))
+        body = await read_json(request, services.limits.max_body_bytes)
     except MalformedBody as error:  # their client sends a picture that comes alone as it is
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     names = _names_in(body)

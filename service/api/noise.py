@@ -20,7 +20,7 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.multipart import BYTES, FORM, read_form
+from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.reading import (
     check_encoding,
     from_items,
@@ -29,8 +29,8 @@ from tminus.service.api.request.reading import (
     merge,
     negotiate,
     read_body,
+    read_form,
     read_query,
-    unless_gone,
     while_connected,
 )
 from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest
@@ -61,7 +61,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     negotiate(request, (PNG,))
     check_encoding(request)
     query = read_query(request)
-    data, fields = await unless_gone(_read_upload(request, services.limits.max_image_bytes))
+    data, fields = await _read_upload(request, services.limits.max_image_bytes)
     asked = NoiseRequest.parse(merge(query, fields), model)
     image = await while_connected(request, services.decoder.decode(data, model))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed

@@ -20,7 +20,7 @@ from tminus.service.access.keys import ROLES
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, READING, Doors
-from tminus.service.api.request.reading import check_encoding, no_parameters, read_json, unless_gone
+from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
 from tminus.service.tracing import PROBLEM, note
@@ -154,7 +154,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         check_encoding(request)
         try:
             await no_parameters(request)
-            asked = LoginRequest.parse(await unless_gone(read_json(request, max_body_bytes)))
+            asked = LoginRequest.parse(await read_json(request, max_body_bytes))
         except (
             ConflictingField,
             InvalidField,

@@ -39,7 +39,6 @@ from tminus.service.api.request.reading import (
     off_loop,
     read_body,
     read_json,
-    unless_gone,
 )
 from tminus.service.api.request.schemas import check_names
 from tminus.service.api.sample import Answer, respond
@@ -175,7 +174,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
     )  # fmt: skip
     async def get_index(request: Request) -> list[ModelInIndex]:
         check_encoding(request)
-        body = await unless_gone(read_json(request, models.default.limits.max_body_bytes))
+        body = await read_json(request, models.default.limits.max_body_bytes)
         check_names(body, ("ready",))
         only_ready = flag_of(body.get("ready", False), "ready")
         reason = unready(worker, jobs)
@@ -260,7 +259,7 @@ async def infer(services: Services, request: Request) -> Response:
 
 
 async def _read(services: Services, request: Request) -> InferRequest:
-    body, header = await unless_gone(read_body(request)), request.headers.get(HEADER_LENGTH)
+    body, header = await read_body(request), request.headers.get(HEADER_LENGTH)
     return await off_loop(len(body), InferRequest.parse, body, header, services.model, services.limits)
 
 

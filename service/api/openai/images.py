@@ -32,7 +32,7 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
-from tminus.service.api.request.multipart import FORM, read_form
+from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
     check_encoding,
     from_items,
@@ -40,8 +40,8 @@ from tminus.service.api.request.reading import (
     key_in_headers,
     no_parameters,
     off_loop,
+    read_form,
     read_json,
-    unless_gone,
     while_connected,
 )
 from tminus.service.api.request.schemas import PICTURES
@@ -136,7 +136,7 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
         detail = f"Content-Type must be {FORM}, got {short(declared)!r}"
         raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=FORM)
     names = [*PICTURES, PICTURES[0] + LIST]
-    form = await unless_gone(read_form(request, limits.max_image_bytes, names))
+    form = await read_form(request, limits.max_image_bytes, names)
     members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form")
     if {"image", "image" + LIST} <= form.files.keys():
         raise ConflictingField("image is in the form twice", field="image", value="2 files")
@@ -164,7 +164,7 @@ async def _understand(
     key_in_headers(request)  # its libraries send one with each retry, where there is no job too
     schema, extension_names = (EditsRequest, OF_EDITS) if edits else (ImagesRequest, EXTENSIONS)
     limits = models.default.limits
-    given = await (_read_edit(request, limits) if edits else unless_gone(read_json(request, limits.max_body_bytes)))
+    given = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
     uploads = {name: given.pop(name) for name in PICTURES if isinstance(given.get(name), bytes)}
     members, extensions = schema.take_from(given, extension_names)
     services = models.default if members.model is None else models.named(members.model)

@@ -1,4 +1,4 @@
-"""Read a request that brings images: one image as the body, or a form with files and text fields.
+"""Parse a form that brings images: files and text fields.
 
 Forms are parsed in memory, where the body is bounded already, on top of python-multipart's tokenizer. Ready parsers do
 not fit: starlette's writes files over 1 MiB to /tmp (small in a container), accepts a form that breaks off, does not
@@ -7,13 +7,12 @@ FormParser bounds no field of a multipart form and undoes base64. The package `m
 an alias that python-multipart installs.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
 
 from tminus.service.errors import (
     BodyTooLarge,
@@ -42,9 +41,12 @@ class Form:
     fields: tuple[tuple[str, str], ...]
 
 
-async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form that may have an image in each of these files. Raises what `read_upload` does."""
-    form = _to_form(await _read_parts(request, request.headers["content-type"]), files)
+async def parse_form(chunks: AsyncIterable[bytes], content_type: str, max_bytes: int, files: Collection[str]) -> Form:
+    """Parse a form that may have an image, of at most max_bytes, in each of these files.
+
+    Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage.
+    """
+    form = _to_form(await _read_parts(chunks, content_type), files)
     for name, data in form.files.items():
         if len(data) > max_bytes:
             raise BodyTooLarge(len(data), max_bytes, name)
@@ -103,7 +105,7 @@ class _Parts:
         self.ended = True
 
 
-async def _read_parts(request: Request, content_type: str) -> list[_Part]:
+async def _read_parts(chunks: AsyncIterable[bytes], content_type: str) -> list[_Part]:
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise MalformedForm("the form's Content-Type must name its boundary")
@@ -119,7 +121,7 @@ async def _read_parts(request: Request, content_type: str) -> list[_Part]:
     }
     try:
         parser = MultipartParser(boundary, callbacks)
-        async for chunk in request.stream():
+        async for chunk in chunks:
             parser.write(chunk)
     except FormParserError as error:
         raise MalformedForm(f"the form cannot be read: {short(str(error))}") from None

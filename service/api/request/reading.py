@@ -6,14 +6,14 @@ Names, types and bounds are checked by the schemas.
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
-from tminus.service.api.request.multipart import FORM, read_form
+from tminus.service.api.request.multipart import FORM, Form, parse_form
 from tminus.service.api.request.schemas import NUMBER, PICTURES
 from tminus.service.errors import (
     BodyTooLarge,
@@ -134,9 +134,9 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
     if "webhook" in query:  # whose secrets logs and histories would have
         raise InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query["webhook"])))
     if is_form(request):
-        form = await unless_gone(read_form(request, limits.max_image_bytes, PICTURES))
+        form = await read_form(request, limits.max_image_bytes, PICTURES)
         return merge(query, {**from_items(form.fields, "the form"), **form.files})
-    return merge(query, await unless_gone(read_json(request, limits.max_body_bytes)))
+    return merge(query, await read_json(request, limits.max_body_bytes))
 
 
 def read_query(request: Request) -> dict[str, Any]:
@@ -158,23 +158,29 @@ async def off_loop(size_bytes: int, parse: Callable[P, Body], *args: P.args, **k
     return await asyncio.to_thread(parse, *args, **kwargs)
 
 
-async def unless_gone(reading: Awaitable[Body]) -> Body:
-    """Wait for a body to be read. Raises JobCancelled if the client goes away first."""
+async def chunks_of(request: Request) -> AsyncIterator[bytes]:
+    """Yield the pieces of a body. Raises JobCancelled if the client goes away first."""
     try:
-        return await reading
+        async for chunk in request.stream():
+            yield chunk
     except ClientDisconnect:
         raise JobCancelled("the client went away") from None
 
 
+async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
+    """Read a form that may have an image in each of these files. Raises what `parse_form` does, and JobCancelled."""
+    return await parse_form(chunks_of(request), request.headers["content-type"], max_bytes, files)
+
+
 async def read_body(request: Request) -> bytes:
     """Read a body. Not by `request.body()`, which keeps it as long as the request."""
-    return b"".join([chunk async for chunk in request.stream()])
+    return b"".join([chunk async for chunk in chunks_of(request)])
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end."""
     body, costly_bytes = bytearray(), 0
-    async for chunk in request.stream():
+    async for chunk in chunks_of(request):
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
         if costly_bytes > max_bytes:
