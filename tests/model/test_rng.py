@@ -70,6 +70,23 @@ def test_noise_of_a_seed_is_what_it_was_when_the_seed_was_given() -> None:
         assert picked.tolist() == pytest.approx(values, rel=1e-6)
 
 
+def test_noise_has_the_moments_of_a_standard_normal() -> None:
+    z = image_noise(11, range(64), 0, (3, 32, 32), CPU).double().flatten()
+    n = len(z)
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
+    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    assert 4 < z.abs().max() < 5.9
+
+
+def test_noise_passes_a_kolmogorov_smirnov_test() -> None:
+    z = image_noise(12, range(16), 3, (3, 32, 32), CPU).double().flatten().sort().values
+    n = len(z)
+    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert (torch.special.ndtr(z) - empirical).abs().max() < 1.95 / n**0.5  # p = 0.001
+
+
 NEIGHBOURS = {
     "seed": ((5, 2, 9), (6, 2, 9)),
     "high word of the seed": ((5, 2, 9), (5 + 2**32, 2, 9)),
