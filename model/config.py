@@ -55,11 +55,15 @@ class Checked:
             self.require(isinstance(getattr(self, field), bool), field, "true or false")
 
     def require_among(self, field: str, *names: str) -> None:
-        """The field, or each of a list, must be one of these names."""
+        """The field must be one of these names."""
         value = getattr(self, field)
-        given = value if isinstance(value, tuple) else (value,)
-        ok = all(isinstance(name, str) and name in names for name in given)
-        self.require(ok, field, f"among {', '.join(names)}")
+        self.require(isinstance(value, str) and value in names, field, f"among {', '.join(names)}")
+
+    def require_names(self, field: str, count: int, *names: str) -> None:
+        """The field must be a list of so many names, each one of these."""
+        value = getattr(self, field)
+        ok = isinstance(value, tuple) and len(value) == count and all(name in names for name in value)
+        self.require(ok, field, f"a list of {count} names among {', '.join(names)}")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], **more: Any) -> Self:

@@ -91,8 +91,7 @@ class UNetConfig(NetConfig):
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
-            self.require_among(field, *known)
+            self.require_names(field, len(widths), *known)
         require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
         self.require_among("time_embedding_type", "positional", "learned")
         if self.time_embedding_type == "learned":

@@ -78,9 +78,7 @@ class AutoencoderConfig(Checked):
         self.require_lists("block_out_channels")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            require(isinstance(getattr(self, field), tuple), field, "a list")
-            require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
-            self.require_among(field, *known)
+            self.require_names(field, len(widths), *known)
         self.require_among("act_fn", *ACTIVATIONS)
         self.require_positive_numbers("scaling_factor")
         self.require_numbers("shift_factor")

@@ -308,6 +308,7 @@ BAD: list[tuple[str, Any]] = [
     ("beta_schedule", "laplace"),
     ("variance_type", "learned"),
     ("prediction_type", "flow"),
+    ("prediction_type", ["epsilon"]),
     ("timestep_spacing", "karras"),
     ("thresholding", True),
     ("clip_sample_range", math.nan),

@@ -100,7 +100,10 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "one width": (config(block_out_channels=16), "block_out_channels must be a list"),
     "a scale of 400 digits": (config(scaling_factor=10**400), "scaling_factor must be"),
     "groups that do not divide": (config(norm_num_groups=3), r"multiples of norm_num_groups \(3\)"),
-    "blocks of another kind": (config(down_block_types=["DownBlock2D"] * 2), "down_block_types must be among"),
+    "blocks of another kind": (
+        config(down_block_types=["DownBlock2D"] * 2),
+        "down_block_types must be a list of 2 names",
+    ),
     "spatial norms": (config(norm_type="spatial"), "norm_type='spatial' is not served"),
     "a field nobody knows": (config(wavelets=True), "wavelets=True is not served"),
     "a U-Net of other channels": (
