@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import (
     DeadlinePassed,
     Draining,
@@ -103,7 +104,7 @@ class Loop:
         self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
-        self._idle: set[int] = set()  # models that had nothing to step before what they have now
+        self._idle: set[int] = set()  # models whose next tick is launched on a device that has nothing of them to do
 
     @property
     def has_work(self) -> bool:
@@ -265,6 +266,7 @@ class Loop:
             if job.model.number == number:
                 self._give_up(job, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
         self._turns.remove(self._models.pop(number))
+        self._ahead_of = [job for job in self._ahead_of if job.model.number != number]  # or they would hold its memory
 
     # --- the end ---
 
@@ -312,21 +314,37 @@ class Loop:
             self._ahead_of = ()
             return False
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
+        if jobs[0].new.alone and self._ahead_of:
+            self._wait_for_device(model.engine)  # what fails there is of the ticks before
+            self._ahead_of = ()
         with self._at(jobs):
             self._tick(model, batch, jobs)
         return True
 
+    def _wait_for_device(self, engine: RowEngine) -> None:
+        """Wait until a GPU has done all that it was given. Raises RuntimeError where that has broken it."""
+        self._idle.update(self._models)  # the next tick is launched on a device that does nothing
+        if engine.is_lost():
+            raise RuntimeError("the device is lost")
+
     def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
         engine, started_s = model.engine, self._clock()
+        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
+        # long it took to launch.
+        tells = not (engine.runs_ahead and model.number in self._idle)
+        self._idle.discard(model.number)
         self.rows_active = len(batch.rows)
+        alone_ahead = engine.runs_ahead and jobs[0].new.alone
         try:
             engine.step(batch)
             engine.wait()
+            if alone_ahead:  # or the next job would be named with it
+                self._wait_for_device(engine)
             broken = engine.broken(batch.rows)
         except Exception as error:
             self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
             return
-        self._ahead_of = jobs if engine.runs_ahead else ()
+        self._ahead_of = jobs if engine.runs_ahead and not alone_ahead else ()
         now_s = self._clock()
         seconds = now_s - started_s
         self._turns.stepped(model, seconds)
@@ -338,10 +356,6 @@ class Loop:
         started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
         for job in started:
             job.start(started_s, now_s)
-        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
-        # long it took to launch.
-        tells = not (model.number in self._idle and engine.runs_ahead)
-        self._idle.discard(model.number)
         self.events.append(Ticked(model, batch, jobs, started, seconds, tells))
         for job in jobs if broken else ():
             if not set(job.rows).isdisjoint(broken):

@@ -1,6 +1,8 @@
 """What the worker does between two ticks and in one: the test is its thread."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -505,6 +507,46 @@ def test_where_the_host_runs_ahead_the_tick_before_may_be_the_cause_of_a_crash(
     bench.tick()
     assert bench.loop.current_jobs == set()
     images(last), images(next_one)
+
+
+def test_where_the_host_runs_ahead_a_job_that_is_to_be_alone_is_waited_for_and_so_are_those_before(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+    bench.engine.runs_ahead = True
+    for name in "ab":
+        bench.accept(name, n=2, steps=6)
+    bench.accept_spec("s", make_spec(n=2, steps=6), alone=True, durable=True)
+    seen, waits = list[frozenset[str]](), list[frozenset[str]]()
+    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current_jobs)
+
+    def is_lost() -> bool:
+        waits.append(bench.loop.current_jobs)
+        return seen.count(frozenset("s")) == 3  # by the third tick of this job, which the host is told of as it waits
+
+    bench.engine.is_lost = is_lost  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="lost"):
+        bench.finish()
+    assert set(seen) == {frozenset("ab"), frozenset("s")}, "nobody is named with it"
+    assert bench.loop.current_jobs == {"s"}
+    assert frozenset("ab") in waits, "what they have broken is not named with it"
+
+
+def test_a_model_that_goes_is_held_by_no_tick_of_which_the_end_is_not_known(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    ahead = FakeEngine()
+    ahead.runs_ahead = True
+    bench.admission.put(1, Speed(Sharing.of(8), LIMITS.max_rows))
+    bench.worker.load(LoadedModel(1, ahead, Scheduler(Sharing.of(8))))
+    bench.do_commands()
+    bench.accept_spec("job", make_spec(steps=4), model=1)
+    bench.tick()
+    bench.worker.unload(1)
+    bench.do_commands()
+    engine = weakref.ref(ahead)
+    del ahead
+    gc.collect()
+    assert engine() is None
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
