@@ -74,14 +74,14 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a checkpoint's tminus.json says. Each method reads one of its members, and raises CheckpointError."""
+class TminusJson:
+    """The members of a checkpoint's tminus.json. Each method reads one of its members, and raises CheckpointError."""
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "Told":
+    def read(cls, folder: Path) -> "TminusJson":
         """Read the file; without one nothing is said."""
         file = folder / TMINUS_FILE
         return cls(file, read_json(file)) if file.is_file() else cls(file)
@@ -324,13 +324,13 @@ def _load(folder: Path) -> Checkpoint:
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    told = Told.read(folder)
-    labels = told.labels(unet)
+    tminus_json = TminusJson.read(folder)
+    labels = tminus_json.labels(unet)
     if isinstance(unet, UNetConfig) and unet.sample_size is None:
-        unet = replace(unet, sample_size=told.side_px())
+        unet = replace(unet, sample_size=tminus_json.side_px())
     state = load_state_dict(unet_folder)
     check_shapes(unet_folder, state, unet)
-    state = told.null_last(to_float32(unet_folder, state))
+    state = tminus_json.null_last(to_float32(unet_folder, state))
     with torch.device("meta"):
         net = build(unet)
     net.load_state_dict(state, assign=True)
@@ -345,8 +345,8 @@ def _load(folder: Path) -> Checkpoint:
         size_px = (size_px[0] * autoencoder.config.factor, size_px[1] * autoencoder.config.factor)
     weights_hash = with_autoencoder(hash_weights(state), autoencoder)
     check_channels(folder, unet, noise, autoencoder.config.channels if autoencoder is not None else None)
-    name = str(told.values.get("name") or folder.resolve().name)
-    approved = told.approved(weights_hash)
+    name = str(tminus_json.values.get("name") or folder.resolve().name)
+    approved = tminus_json.approved(weights_hash)
     tables, refused = read_tables(
         folder,
         weights_hash,
@@ -355,14 +355,14 @@ def _load(folder: Path) -> Checkpoint:
         null_class=labels.null_class is not None,
         fractional=net.fractional,
     )
-    student, folded_guidance = told.student(), told.folded_guidance()
+    student, folded_guidance = tminus_json.student(), tminus_json.folded_guidance()
     if noise.is_consistency:
         tables = consistency_tables(noise)
         student = {"kind": "consistency model", "guidance": 1.0, "steps": [table.steps for table in tables]}
     if student is not None and not tables:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
-    recommended = told.recommended(noise, labels)
+    recommended = tminus_json.recommended(noise, labels)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         keys = {(table.sampler, table.steps, table.guidance) for table in tables}
         if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
@@ -466,7 +466,7 @@ def save_checkpoint(
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
     """Add an approval to tminus.json: the executor, precision and weights_hash it holds for, and the figures."""
-    told = Told.read(folder)
+    tminus_json = TminusJson.read(folder)
     same = ("executor", "precision", "weights_hash")
-    others = [old for old in told.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]
-    write_json(told.file, {**told.values, "approved": [*others, dict(check)]})
+    others = [old for old in tminus_json.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]
+    write_json(tminus_json.file, {**tminus_json.values, "approved": [*others, dict(check)]})

@@ -163,7 +163,7 @@ def test_prometheus_asks_each_server_by_the_name_of_its_container(services: dict
 @pytest.mark.parametrize("files", [(), ("proxy",), ("replicas",), ("keys", "replicas")], ids="-".join)
 def test_a_server_is_known_by_the_names_by_which_prometheus_asks(files: tuple[str, ...], tmp_path: Path) -> None:
     found = composed(*files, NAME="diffusion.example", CERTIFICATES="/certificates", KEYS=str(tmp_path))
-    known = Settings(allowed_hosts=found["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"]).doors()
+    known = Settings(allowed_hosts=found["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"]).allowed_sites()
     (config,) = [each for each in found["prometheus"]["command"] if each.startswith("--config.file=")]
     asked = re.findall(r'"([\w-]+:\d+)"', (ROOT / "docker" / "prometheus" / Path(config).name).read_text())
     assert asked

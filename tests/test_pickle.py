@@ -21,7 +21,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.evaluation.classifier import ClassifierError, load_classifier
 from tminus.model.evaluation.result_cache import ResultCache
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import Given
+from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import read_foreign
 from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
@@ -49,7 +49,7 @@ MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "joblib", "dill"
 CALLS = {"torch.save", "torch.jit.load", "torch.package", "np.save", "np.savez", "yaml.load", "copyreg"}
 CALLS |= {"PickleType", "ProcessPoolExecutor", "read_pickle", "to_pickle"}
 FIRST = NoiseConfig(num_train_timesteps=20, beta_end=0.3)
-GIVEN = Given(image_size=8, timesteps=20, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
+GIVEN = GivenFacts(image_size=8, timesteps=20, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 KL = AutoencoderConfig(
     kind="AutoencoderKL",
     down_block_types=("DownEncoderBlock2D",),

@@ -35,7 +35,7 @@ class FactsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenFacts:
     """Facts that a person gave, None where not: those of FACTS. Raises FactsError for a value out of bounds."""
 
     image_size: int | None = None

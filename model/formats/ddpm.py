@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import Converted, Given, numbered
+from tminus.model.formats.conversion import Converted, GivenFacts, numbered
 from tminus.model.unet import UNetConfig
 
 FORMAT = "the PyTorch port of Ho et al.'s DDPM"
@@ -38,7 +38,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "temb.dense.0.weight" in state and "down.0.block.0.norm1.weight" in state
 
 
-def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
     given.check(f"a file of {FORMAT}", ["image_size", *given.needed_for_noise()], given.taken_for_noise())
     levels = len({key.split(".")[1] for key in state if key.startswith("down.")})

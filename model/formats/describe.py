@@ -8,7 +8,7 @@ from pathlib import Path
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.formats.conversion import Given, MissingFacts
+from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.flags import flag
 from tminus.model.formats.read import is_bare, read_foreign
 from tminus.model.networks import build
@@ -17,7 +17,7 @@ from tminus.model.unet import CLASS_NAME, UNetConfig
 from tminus.model.weights import to_float32
 
 # In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.
-ASSUMED = Given(
+ASSUMED = GivenFacts(
     image_size=1 << 8,
     timesteps=1000,
     beta_schedule="linear",
@@ -42,7 +42,7 @@ class Description:
     """Height and width of what the network sees."""
 
 
-def describe(path: Path, given: Given) -> Description:
+def describe(path: Path, given: GivenFacts) -> Description:
     """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that its format does not have."""
     if path.is_file() or is_bare(path):
         return _of_foreign(path, given)
@@ -79,7 +79,7 @@ def _settings(noise: NoiseConfig) -> Recommended:
     return Recommended(noise.default_sampler, min(facts.good_steps, facts.max_steps(noise.num_train_timesteps)))
 
 
-def _of_foreign(file: Path, given: Given) -> Description:
+def _of_foreign(file: Path, given: GivenFacts) -> Description:
     missing: tuple[str, ...] = ()
     try:
         converted = read_foreign(file, given)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tminus.model.formats.conversion import Converted, Given, numbered
+from tminus.model.formats.conversion import Converted, GivenFacts, numbered
 from tminus.model.networks.dome272 import Dome272Config
 
 FORMAT = "dome272/Diffusion-Models-pytorch"
@@ -16,7 +16,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "inc.double_conv.0.weight" in state and "sa1.mha.in_proj_weight" in state
 
 
-def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     """Read a state dict. Raises MissingFacts, and FactsError.
 
     Its loop samples with the variance beta and does not clip x_0. Without a label the network adds nothing to the

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import CLIPS, HO_BETAS, HO_TIMESTEPS, Converted, FactsError, Given, numbered
+from tminus.model.formats.conversion import CLIPS, HO_BETAS, HO_TIMESTEPS, Converted, FactsError, GivenFacts, numbered
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
@@ -31,7 +31,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "model.init_conv.weight" in state and "betas" in state
 
 
-def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
     net = {key.removeprefix(NET): value for key, value in state.items() if key.startswith(NET)}
     _refuse_others(net)

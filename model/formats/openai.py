@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import CLIPS, HO_TIMESTEPS, Converted, FactsError, Given, numbered
+from tminus.model.formats.conversion import CLIPS, HO_TIMESTEPS, Converted, FactsError, GivenFacts, numbered
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNetConfig
 
@@ -47,7 +47,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
 
 
-def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
     _refuse_others(state)
     modules = _modules(state)
@@ -159,7 +159,7 @@ def _shifts(resnet: Mapping[str, Tensor]) -> bool:
     return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
 
 
-def _heads(given: Given, attending: list[int]) -> dict[int, int]:
+def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
     """The number of heads by width; empty where a person has not said. Raises FactsError."""
     heads = {}
     for width in attending if given.heads is not None or given.head_width is not None else ():

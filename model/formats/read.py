@@ -14,7 +14,7 @@ from tminus.model.checkpoint import (
 )
 from tminus.model.files import CheckpointError, first_line, read_json
 from tminus.model.formats import ddpm, dome272, lucidrains, openai
-from tminus.model.formats.conversion import Converted, FactsError, Given, MissingFacts, numbered
+from tminus.model.formats.conversion import Converted, FactsError, GivenFacts, MissingFacts, numbered
 from tminus.model.latent.folder import find_autoencoder
 from tminus.model.networks import read_net_config
 from tminus.model.unet import UNetConfig
@@ -29,7 +29,7 @@ def is_bare(folder: Path) -> bool:
     return (_network(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
 
 
-def read_bare(folder: Path, given: Given) -> Converted:
+def read_bare(folder: Path, given: GivenFacts) -> Converted:
     """Read a U-Net of diffusers without a scheduler: of `save_pretrained`, or a repository of which only unet/ came.
 
     Raises CheckpointError, MissingFacts, and FactsError."""
@@ -55,7 +55,7 @@ def _network(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def read_foreign(path: Path, given: Given) -> Converted:
+def read_foreign(path: Path, given: GivenFacts) -> Converted:
     """Read a checkpoint that is one file, or a folder without a scheduler.
 
     Raises CheckpointError, MissingFacts, and FactsError for what was given.
@@ -68,7 +68,7 @@ def read_foreign(path: Path, given: Given) -> Converted:
     return converted
 
 
-def _read_file(file: Path, given: Given) -> Converted:
+def _read_file(file: Path, given: GivenFacts) -> Converted:
     state = read_file(file, part_of=lucidrains.weights_of)
     if all(key.startswith("module.") for key in state):  # as DistributedDataParallel writes it
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -94,7 +94,7 @@ def _read_file(file: Path, given: Given) -> Converted:
     return converted
 
 
-def convert(source: Path, folder: Path, given: Given) -> Converted:
+def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
     """Write a foreign checkpoint as a folder of ours, which must be new or empty. Raises as `read_foreign` does."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; name a new folder")

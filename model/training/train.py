@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS, Recommended
-from tminus.model.checkpoint import Checkpoint, Labels, Told, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
@@ -235,10 +235,10 @@ def _to_tell(
     """
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
     if run.begun:
-        told = Told.read(run.folder)
-        recommended = told.recommended(noise, labels)
-        if "folded_guidance" in told.values:
-            folded_guidance = told.folded_guidance()
+        tminus_json = TminusJson.read(run.folder)
+        recommended = tminus_json.recommended(noise, labels)
+        if "folded_guidance" in tminus_json.values:
+            folded_guidance = tminus_json.folded_guidance()
     elif origin is not None:
         if (own := origin.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own

@@ -54,8 +54,8 @@ class BatchAnswer(BaseModel):
     more: int = Field(description="how many jobs are not told of")
 
 
-class Batch:
-    """Owns the last look at the worker's jobs. In the event loop's thread only."""
+class RunningJobs:
+    """Owns the last look at the jobs that the worker has. In the event loop's thread only."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -117,7 +117,7 @@ class Batch:
 
 def batch_routes(models: Models) -> APIRouter:
     """Make the route."""
-    router, batch = APIRouter(tags=["jobs"]), Batch(models)
+    router, batch = APIRouter(tags=["jobs"]), RunningJobs(models)
 
     @router.get(
         "/batch",

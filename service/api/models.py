@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection
 from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
@@ -20,7 +20,7 @@ from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.views import JobStatuses
-from tminus.service.jobs.webhooks.webhook import Allowed
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.worker.recording import RecordingRoom
@@ -34,7 +34,7 @@ class Services:
     number: int  # of the model in this process; it is never given again
     model: ModelInfo
     limits: Limits  # of its requests
-    doors: Doors
+    allowed_sites: AllowedSites
     access: Access
     metrics: Metrics
     worker: Worker
@@ -47,7 +47,7 @@ class Services:
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom
-    webhooks: Allowed | None  # who may be told of jobs beside public receivers; None: nobody
+    webhooks: AllowedReceivers | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time
 

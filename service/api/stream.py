@@ -12,7 +12,7 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.problems import noted, render
+from tminus.service.api.answers.problems import note_error, render
 from tminus.service.api.answers.progress import Progress, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
@@ -53,7 +53,7 @@ def stream_routes(models: Models) -> APIRouter:
         log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), sender_of(ws.scope), target_of(ws.scope))
         began_s, status, services = time.perf_counter(), 101, models.default
         try:
-            services.doors.check(ws.scope)
+            services.allowed_sites.check(ws.scope)
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
             services = models.of(ws) if known else services  # whoever has yet to say who it is learns no names
@@ -62,7 +62,7 @@ def stream_routes(models: Models) -> APIRouter:
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()
         except ServiceError as refusal:  # before it was accepted
-            noted(refusal, services.metrics)
+            note_error(refusal, services.metrics)
             status = refusal.status
             await ws.send_denial_response(render(refusal))
         finally:
@@ -130,7 +130,7 @@ class _Stream:
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError("something went wrong on the server; its log has the details")
-        noted(error, self._services.metrics)
+        note_error(error, self._services.metrics)
         with self._services.streams.busy():
             message = error.problem() | {"type": "error"}  # not that of the problem: a message has one of its own
             if "Retry-After" in error.headers:

@@ -64,7 +64,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
         responses=failures(500, 503, 507),
     )
     async def readyz() -> StatusAnswer | Response:
-        reason = unready(worker, jobs)
+        reason = why_unready(worker, jobs)
         return StatusAnswer(status="ready") if reason is None else problems.render(reason)
 
     if metrics is not None:
@@ -82,11 +82,11 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 
 def alive(worker: Worker) -> StatusAnswer | Response:
     """What /healthz answers. Any thread may ask."""
-    reason = dead(worker)
+    reason = fatal_error(worker)
     return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
-def dead(worker: Worker) -> ServiceError | None:
+def fatal_error(worker: Worker) -> ServiceError | None:
     """Why only a restart helps; None where it goes on. Any thread may ask."""
     if worker.crashed:
         return EngineFailed(CRASHED)
@@ -94,9 +94,9 @@ def dead(worker: Worker) -> ServiceError | None:
     return Stalled(stalled_s) if stalled_s else None
 
 
-def unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
+def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
     """Why no work is taken now; None where it is."""
-    if (reason := dead(worker)) is not None:
+    if (reason := fatal_error(worker)) is not None:
         return reason
     if worker.draining:
         return Draining()

@@ -15,7 +15,7 @@ from tminus.service.cli.options import FOLDER_TYPE
 from tminus.service.cli.output import failing_in_one_line, say
 
 if TYPE_CHECKING:
-    from tminus.model.formats.conversion import Given
+    from tminus.model.formats.conversion import GivenFacts
     from tminus.model.formats.describe import Description
 
 MIB = 2**20
@@ -29,11 +29,11 @@ def fact_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def given_facts(options: dict[str, Any]) -> "Given":
+def given_facts(options: dict[str, Any]) -> "GivenFacts":
     """The facts that were given. Raises FactsError for a value out of bounds."""
-    from tminus.model.formats.conversion import Given
+    from tminus.model.formats.conversion import GivenFacts
 
-    return Given(**{name: options.pop(name) for name in FACTS})
+    return GivenFacts(**{name: options.pop(name) for name in FACTS})
 
 
 @click.command()

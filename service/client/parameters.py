@@ -77,7 +77,7 @@ def text_of(parameters: Mapping[str, Any]) -> str:
     return json.dumps({**parameters, **pictures}, allow_nan=False)
 
 
-def told(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
+def webhook_members(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
     """The parameters of a webhook."""
     given = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
     return {name: value for name, value in given.items() if value is not None}

@@ -124,7 +124,7 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TimedChoice:
     """A choice, and the seconds of a lone row and of a row in a full batch."""
 
     choice: Choice
@@ -332,7 +332,7 @@ def _is_idle() -> bool:
 
 
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
-    best: Measured | None = None
+    best: TimedChoice | None = None
     until_s = time.monotonic() + BUDGET_S
     for number, candidate in enumerate(candidates):
         if best is not None and time.monotonic() > until_s:
@@ -360,12 +360,12 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
 
 
 def _with_sizes(
-    builder: Builder, wish: Wish, candidate: Choice, best: Measured | None = None, until_s: float = math.inf
-) -> Measured:
+    builder: Builder, wish: Wish, candidate: Choice, best: TimedChoice | None = None, until_s: float = math.inf
+) -> TimedChoice:
     """Complete a candidate with pass sizes, unless it is far slower than the best so far."""
     hopeless = HOPELESS * best.score if best is not None else math.inf
 
-    def tried(sizes: tuple[int, ...] | None) -> Measured:
+    def tried(sizes: tuple[int, ...] | None) -> TimedChoice:
         return _try(builder, wish, replace(candidate, sizes=sizes), hopeless)
 
     if candidate.executor == "eager" and not wish.exact:
@@ -373,7 +373,7 @@ def _with_sizes(
     if builder.device.type == "cuda":
         return tried((wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch))
 
-    trials: list[Measured] = []
+    trials: list[TimedChoice] = []
     for size in CPU_SIZES:
         if size > wish.max_batch or (trials and trials[-1].row_s * size > SLOW_PASS_S):
             break
@@ -382,25 +382,25 @@ def _with_sizes(
         trials.append(tried((size,)))
         if trials[0].score > hopeless:
             break
-    groups: dict[bytes, list[Measured]] = {}
+    groups: dict[bytes, list[TimedChoice]] = {}
     for trial in trials:
         groups.setdefault(trial.bits if wish.exact else b"", []).append(trial)
 
-    found: list[Measured] = []
+    found: list[TimedChoice] = []
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
             if trial.row_s < WORTH * kept[-1].row_s:
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
-        found.append(Measured(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
+        found.append(TimedChoice(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
     fastest = min(found, key=attrgetter("score"))
     if candidate.executor != "openvino" or fastest.score > hopeless:
         return fastest
     return _with_wide(builder, wish, fastest)
 
 
-def _with_wide(builder: Builder, wish: Wish, measured: Measured) -> Measured:
+def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
     """Raise `wide` for as long as wide passes are faster, and give the same bits."""
     choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
@@ -418,7 +418,7 @@ def _with_wide(builder: Builder, wish: Wish, measured: Measured) -> Measured:
             break
         choice, lone_s = wider, seconds if places == 1 else lone_s
         places *= 2
-    return Measured(choice, lone_s, measured.row_s)
+    return TimedChoice(choice, lone_s, measured.row_s)
 
 
 def _graph_sizes(max_batch: int) -> tuple[int, ...]:
@@ -428,19 +428,19 @@ def _graph_sizes(max_batch: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
 
 
-def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> Measured:
+def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> TimedChoice:
     """Time a candidate. Passes of one place whose score cannot be below `hopeless` are not timed with a full batch."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
     full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
     lone_s = builder.time(lambda: executor(*_rows(full, 0, 1)))
-    at_best = Measured(choice, lone_s, lone_s / wish.threads)  # a row of a full batch, with a pass on every thread
+    at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)  # a row of a full batch, with a pass on every thread
     if size == 1 and at_best.score > hopeless:
         return at_best
     bits = b""
     if wish.exact and device.type == "cpu":  # the only place where sizes are kept together by their bits
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
-    return Measured(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
+    return TimedChoice(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
 
 
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:

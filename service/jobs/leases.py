@@ -15,7 +15,7 @@ from tminus.service.errors import Overloaded, StorageFailed
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -69,7 +69,7 @@ class Leases:
         """Hold what is held for one more lease, and return what is not held any more. Raises StorageFailed."""
         async with self._store.turn:
             had = list(self._held.values())
-            pace = Pace(self._admission.places_per_s(self._model), self._admission.backlog_s)
+            pace = ReplicaPace(self._admission.places_per_s(self._model), self._admission.backlog_s)
             held = await self._store.renew(self._info.fingerprint, pace)
         return [job for job in had if job.record.id not in held and job.ending is None]
 

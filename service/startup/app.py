@@ -15,7 +15,7 @@ from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.batch import batch_routes
-from tminus.service.api.edge.authentication import Entrance, authentication_routes, is_open
+from tminus.service.api.edge.authentication import AccessControl, authentication_routes, is_open
 from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
 from tminus.service.api.edge.origin import EXPOSED_HEADERS
 from tminus.service.api.events import event_routes
@@ -97,7 +97,7 @@ def create_app(
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request/reading.py.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
-    app.add_middleware(Entrance, doors=served.doors, access=access, refused=metrics.rejected)
+    app.add_middleware(AccessControl, allowed_sites=served.allowed_sites, access=access, refused=metrics.rejected)
     app.add_middleware(
         MemoryLimit,
         max_bytes=limits.max_body_bytes,
@@ -105,10 +105,10 @@ def create_app(
         answers=served.answers,
         refused=metrics.rejected,
     )
-    if served.doors.origins:
+    if served.allowed_sites.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=sorted(served.doors.origins),
+            allow_origins=sorted(served.allowed_sites.origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),

@@ -22,7 +22,7 @@ from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.answers.documents import document
 from tminus.service.api.edge.connections import Streams
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.byte_budget import ByteBudget
@@ -106,20 +106,20 @@ class ServedModels:
         self,
         first: list[Prepared],
         stores: Stores,
-        doors: Doors,
+        allowed_sites: AllowedSites,
         access: Access,
         webhooks: Rules | None = None,
         end_file: EndFile | None = None,
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
-        The default one's limits are those of the whole server. stores: of durable jobs, closed with this. doors: by
-        what names, and for which pages. access: who may ask. webhooks: how they are sent, if they are. end_file:
+        The default one's limits are those of the whole server. stores: of durable jobs, closed with this. access: who
+        may ask; allowed_sites: by what names, and for which pages. webhooks: how they are sent, if they are. end_file:
         outlives the process where that ends by itself; it is closed with this.
         """
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
-        self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
+        self.metrics, self.models, self.allowed_sites, self.access = Metrics(), Models(), allowed_sites, access
         self._numbers, self._arrivals, self._served = count(), count(), Served()
         self._stores = stores
         self._by_number: dict[int, _OneModel] = {}
@@ -137,7 +137,7 @@ class ServedModels:
         self.jobs = Jobs(self.worker, statuses)
         self._services = partial(  # what all models share; the rest is of one
             Services,
-            doors=doors,
+            allowed_sites=allowed_sites,
             access=access,
             metrics=self.metrics,
             worker=self.worker,

@@ -83,7 +83,7 @@ def serve(settings: Settings) -> bool:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: server.end())
     if metrics_listener is not None:
-        serve_metrics(metrics_listener, opening, settings.doors())
+        serve_metrics(metrics_listener, opening, settings.allowed_sites())
     listener.listen(BACKLOG)  # from here on a client waits instead of being refused
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -347,7 +347,7 @@ def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: 
     except OSError as error:
         log.warning(UNTOLD, error)
     served = ServedModels(
-        first, opened.stores, settings.doors(), opened.access, webhooks=opened.webhooks, end_file=end_file
+        first, opened.stores, settings.allowed_sites(), opened.access, webhooks=opened.webhooks, end_file=end_file
     )
     changes = ModelChanges(served, library, loader.load)
     app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)

@@ -29,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tminus.service.api.answers.documents import StatusAnswer
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
-from tminus.service.api.edge.origin import READING, Doors
+from tminus.service.api.edge.origin import READING, AllowedSites
 from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.api.page import HEADERS
 from tminus.service.api.system import alive
@@ -224,7 +224,7 @@ async def is_ready(worker: Worker) -> bool:
     return worker.ready
 
 
-def serve_metrics(listener: socket.socket, opening: Opening, doors: Doors) -> None:
+def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: AllowedSites) -> None:
     """Answer /metrics and /healthz on a port of their own, in a thread, until the process ends.
 
     Clients do not come here, so that a supervisor gets an answer also when they hold all connections of the server.
@@ -233,7 +233,7 @@ def serve_metrics(listener: socket.socket, opening: Opening, doors: Doors) -> No
 
     async def get_metrics(request: Request) -> Response:
         try:
-            doors.check_host(request.headers.get("host", ""))
+            allowed_sites.check_host(request.headers.get("host", ""))
         except ForeignHost as refusal:
             return render(refusal)
         if (application := opening.application) is None:

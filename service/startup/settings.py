@@ -17,9 +17,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tminus.service.access.access import Access
 from tminus.service.access.keys import KeyRing
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
-from tminus.service.jobs.webhooks.webhook import Allowed
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
@@ -256,7 +256,7 @@ class Settings(BaseSettings):
     @field_validator("webhook_allow")
     @classmethod
     def _are_receivers(cls, value: str) -> str:
-        Allowed.parse(value)
+        AllowedReceivers.parse(value)
         return value
 
     @field_validator("allowed_hosts", "allowed_origins")
@@ -347,10 +347,10 @@ class Settings(BaseSettings):
             raise ValueError(f"{asked_by('keys' if self.keys is not None else 'keys_file')}: {error}") from None
         return Access(ring, is_open=self.open or not ring.keys)
 
-    def doors(self) -> Doors:
+    def allowed_sites(self) -> AllowedSites:
         """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in given.split(",") if each.strip())
             for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
         )
-        return Doors(hosts, origins)
+        return AllowedSites(hosts, origins)

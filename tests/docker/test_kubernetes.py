@@ -169,7 +169,7 @@ def test_every_variable_is_a_setting_and_its_value_one_that_is_taken(
     assert settings.access(settings.host).has_keys, "it starts, and asks for keys"
     assert settings.job_store is not None
     assert settings.job_address == f"http://10.1.2.3:{settings.port}"
-    assert settings.doors().hosts >= {"tminus", "tminus.tminus.svc"}
+    assert settings.allowed_sites().hosts >= {"tminus", "tminus.tminus.svc"}
     assert str(settings.threads) == container(objects)["resources"]["limits"]["cpu"]
 
 

@@ -22,7 +22,7 @@ from tminus.model.sampler_tables import Table
 from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
 from tminus.service.access.access import Access
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.store.job_store import JobStore
@@ -121,7 +121,7 @@ def prepare(
 def create_app(
     first: Sequence[Prepared],
     open_store: Callable[[str], JobStore],
-    doors: Doors | None = None,
+    allowed_sites: AllowedSites | None = None,
     *,
     access: Access | None = None,
     webhooks: Rules | None = None,
@@ -132,7 +132,7 @@ def create_app(
 ) -> Application:
     """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
     served = ServedModels(
-        list(first), Stores(open_store, results), doors or Doors(), access or Access(), webhooks=webhooks
+        list(first), Stores(open_store, results), allowed_sites or AllowedSites(), access or Access(), webhooks=webhooks
     )
     changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
     return Application(startup_app.create_app(served, changes, **more), served)
@@ -150,7 +150,7 @@ class Site:
         limits: Limits,
         tick_times: Sequence[tuple[int, float]],
         policy: Policy = "srpt",
-        doors: Doors | None = None,
+        allowed_sites: AllowedSites | None = None,
         state_file: Path | dict[str, Path] | Callable[[str], JobStore] | None = None,
         **more: Any,
     ) -> None:
@@ -164,7 +164,7 @@ class Site:
                 return state_file(weights_hash)
             return SqliteStore(state_file.get(weights_hash) if isinstance(state_file, dict) else state_file)
 
-        application = create_app(first, open_store, doors or Doors(TEST_HOSTS), **more)
+        application = create_app(first, open_store, allowed_sites or AllowedSites(TEST_HOSTS), **more)
         self.application, self.app, served = application, application.app, application.served
         self.worker, self.streams, self.answers = served.worker, served.streams, served.answers
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)

@@ -71,7 +71,7 @@ def form_of(method: str, path: str) -> Form | None:
     return FORMS.get(path.removeprefix("/").partition("/")[0])
 
 
-def noted(error: ServiceError, metrics: Metrics) -> None:
+def note_error(error: ServiceError, metrics: Metrics) -> None:
     """Note in trace, metrics and log that a request ends by an error."""
     note({PROBLEM: error.code})
     if error.refusal:
@@ -84,7 +84,7 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
-        noted(error, metrics)
+        note_error(error, metrics)
         return render(error, request.scope)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:

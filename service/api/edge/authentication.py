@@ -1,4 +1,4 @@
-"""Who is let in: by the doors, and by `Authorization: Bearer KEY` or the cookie that POST /login sets for the page.
+"""Who is let in: by Host, by Origin, and by `Authorization: Bearer KEY` or the cookie that POST /login sets for a page.
 
 A cookie goes with pictures, event streams and WebSockets too, to which a page can add no header. It is SameSite=Strict
 and HttpOnly: no other site's page can make a browser send it, and no script can read it.
@@ -19,7 +19,7 @@ from tminus.service.access.access import WINDOW_S, Access, Caller
 from tminus.service.access.keys import ROLES
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.problems import render
-from tminus.service.api.edge.origin import OF_A_MODEL, READING, Doors
+from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
@@ -69,22 +69,24 @@ def is_open(path: str, method: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
 
 
-class Entrance:
-    """Answers 403 and 401 to whom doors and keys keep out, and puts the caller of others into `request.state`.
+class AccessControl:
+    """Answers 403 and 401 to whom Host, Origin or key keep out, and puts the caller of others into `request.state`.
 
     Counts a request as a connection of its caller, until its answer has ended, and tells what is left of a quota. The
-    route of a WebSocket asks doors and keys itself.
+    route of a WebSocket checks both itself.
     """
 
-    def __init__(self, app: ASGIApp, doors: Doors, access: Access, refused: Callable[[str], None]) -> None:
-        self._app, self._doors, self._access, self._refused = app, doors, access, refused
+    def __init__(
+        self, app: ASGIApp, allowed_sites: AllowedSites, access: Access, refused: Callable[[str], None]
+    ) -> None:
+        self._app, self._allowed_sites, self._access, self._refused = app, allowed_sites, access, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
-            self._doors.check(scope)
+            self._allowed_sites.check(scope)
             if is_open(scope["path"], scope["method"]):
                 await self._app(scope, receive, send)
                 return

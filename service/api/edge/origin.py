@@ -39,10 +39,10 @@ EXPOSED_HEADERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
-    """The names of this server beside localhost and addresses, and the origins whose pages may use it beside its own.
+class AllowedSites:
+    """The names of this server, beside localhost and addresses, and the origins of other pages that may use it.
 
-    Both in lower case; "*" is any.
+    Both are in lower case; "*" is any.
     """
 
     hosts: frozenset[str] = frozenset()

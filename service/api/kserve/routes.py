@@ -43,7 +43,7 @@ from tminus.service.api.request.reading import (
 from tminus.service.api.request.schemas import check_names
 from tminus.service.api.sample import Answer, respond
 from tminus.service.api.submission import understand
-from tminus.service.api.system import dead, unready
+from tminus.service.api.system import fatal_error, why_unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
@@ -158,13 +158,13 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
     @router.head("/v2/health/live", include_in_schema=False, response_model=None)
     @router.get("/v2/health/live", summary="Liveness", response_model=LiveAnswer, responses=failures(500, 503))
     async def get_live(request: Request) -> LiveAnswer | Response:
-        reason = dead(worker)
+        reason = fatal_error(worker)
         return LiveAnswer(live=True) if reason is None else problems.render(reason, request.scope)
 
     @router.head("/v2/health/ready", include_in_schema=False, response_model=None)
     @router.get("/v2/health/ready", summary="Readiness", response_model=ReadyAnswer, responses=failures(500, 503, 507))
     async def get_ready(request: Request) -> ReadyAnswer | Response:
-        reason = unready(worker, jobs)
+        reason = why_unready(worker, jobs)
         return ReadyAnswer(live=True, ready=True) if reason is None else problems.render(reason, request.scope)
 
     @router.post(
@@ -177,7 +177,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
         body = await read_json(request, models.default.limits.max_body_bytes)
         check_names(body, ("ready",))
         only_ready = flag_of(body.get("ready", False), "ready")
-        reason = unready(worker, jobs)
+        reason = why_unready(worker, jobs)
         state, why = ("READY", "") if reason is None else ("UNAVAILABLE", reason.detail)
         found = [
             ModelInIndex(name=each.model.name, version=version_of(each.model), state=state, reason=why)
@@ -209,7 +209,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
         )
 
     async def get_model_ready(request: Request) -> ModelReady | Response:
-        name, reason = _of_version(models.of(request), request).model.name, unready(worker, jobs)
+        name, reason = _of_version(models.of(request), request).model.name, why_unready(worker, jobs)
         return ModelReady(name=name, ready=True) if reason is None else problems.render(reason, request.scope)
 
     for path in (MODEL, MODEL + VERSION):

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.openapi import path_parameter
-from tminus.service.api.answers.problems import as_openai, noted, respond
+from tminus.service.api.answers.problems import as_openai, note_error, respond
 from tminus.service.api.answers.progress import EventStream, finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
@@ -285,7 +285,7 @@ async def _events(
             yield _event(CompletedImage, f"{wanted.name}.completed", picture, **members.about(model), **more)
     except Exception as error:
         if isinstance(error, ServiceError):
-            noted(error, services.metrics)
+            note_error(error, services.metrics)
         else:
             log.exception("the events of job %s ended by an error", wanted.new.id)
             error = ServiceError("something went wrong on the server; its log has the details")

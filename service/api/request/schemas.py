@@ -14,7 +14,7 @@ from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
-from tminus.service.jobs.webhooks.webhook import EVENTS, Allowed, Receiver, Webhook, refused
+from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
 from tminus.service.spec import Inputs, SampleSpec
@@ -519,7 +519,7 @@ class WebhookRequest(RequestSchema):
     )
 
     @classmethod
-    def take_from(cls, parameters: dict[str, Any], allowed: Allowed | None) -> Webhook | None:
+    def take_from(cls, parameters: dict[str, Any], allowed: AllowedReceivers | None) -> Webhook | None:
         """Take and check the parameters of a webhook; None where there are none. Raises InvalidField.
 
         allowed: who may be told beside public receivers; None: nobody may.

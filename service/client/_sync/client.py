@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 import httpx
 
 from .. import checks
-from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
+from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, webhook_members
 from ..patience import Patience
 from ..reading import IMAGE_BYTES, Asked
 from ..results import PNG, JobState, MediaType, ModelState, Noised, Sampled, models_of, object_of, page_of
@@ -102,7 +102,7 @@ class Client:
         else:
             headers["Idempotency-Key"] = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         patience = Patience(self._connection.patience_s, durable=True)
-        body = text_of(parameters | told(webhook, webhook_events))
+        body = text_of(parameters | webhook_members(webhook, webhook_events))
         response = self._connection.request(method, path, patience, content=body, headers=headers)
         state = JobState.of(object_of(response))
         return Job(self._connection, state.id, state)

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, StoredObject
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, StoredObject
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
@@ -115,7 +115,7 @@ class AsyncStore:
         """Hold every job that has not ended, of a store that no other process shares."""
         return await self.call(JobStore.claim, "", Intake(math.inf), math.inf, sys.maxsize)
 
-    async def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
+    async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
         """Hold the jobs of all `holders` for one more lease, and those that are being added."""
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(JobStore.renew, fingerprint, pace, known)

@@ -19,8 +19,8 @@ from tminus.service.jobs.store.records import (
     LeaseLost,
     ObjectGone,
     Outcome,
-    Pace,
     Place,
+    ReplicaPace,
     StoredObject,
 )
 from tminus.service.jobs.store.tables import Tables
@@ -120,7 +120,7 @@ class JobStore(DeliveryStore, ABC):
         """The address of the replica that holds a job, if it lives and has one."""
         return None
 
-    def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
+    def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
         """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it.
 
         known: the jobs that are worked on; what is held beside them, since an answer was lost, is left to others.

@@ -21,7 +21,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.postgres_database import connect, prepare_schema
-from tminus.service.jobs.store.records import Claimed, JobRecord, Key, Pace, now_us
+from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, now_us
 from tminus.service.jobs.store.tables import make_postgres_tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run, kept_bytes, webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
@@ -149,7 +149,7 @@ class PostgresStore(JobStore):
             address: str | None = run(query.limit(1)).scalar_one_or_none()
         return address
 
-    def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
+    def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)

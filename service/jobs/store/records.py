@@ -66,7 +66,7 @@ def now_us() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ReplicaPace:
     """What the replicas that share a store tell each other of themselves."""
 
     places_per_s: float

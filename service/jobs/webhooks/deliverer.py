@@ -28,7 +28,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, Room, Whose
 from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NamesBusy, NotDelivered, Sender
-from tminus.service.jobs.webhooks.webhook import Allowed
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ class Rules:
     """Who may be told, and how long it is tried."""
 
     sender: Sender
-    allowed: Allowed
+    allowed: AllowedReceivers
     retry_s: float  # from the event to the last attempt
 
     @classmethod
     def of(cls, secrets: tuple[bytes, ...], allow: str, retry_s: float) -> "Rules":
         """Trust certificates as httpx does: those of SSL_CERT_FILE, else of the package certifi. Raises OSError."""
-        allowed = Allowed.parse(allow)
+        allowed = AllowedReceivers.parse(allow)
         return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed, retry_s)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpcore
 
-from tminus.service.jobs.webhooks.webhook import Allowed, Receiver, permitted
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers, Receiver, permitted
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Sender:
     """Makes a connection for each attempt. In the event loop's thread only."""
 
     def __init__(
-        self, secrets: tuple[bytes, ...], allowed: Allowed, tls: ssl.SSLContext, look_up: LookUp | None = None
+        self, secrets: tuple[bytes, ...], allowed: AllowedReceivers, tls: ssl.SSLContext, look_up: LookUp | None = None
     ) -> None:
         """tls: whose certificates are trusted. look_up: in place of the system's own."""
         self._secrets, self._allowed, self._tls = secrets, allowed, tls
@@ -169,7 +169,9 @@ def _why(error: BaseException) -> str:
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Connects to addresses that may be connected to, whatever a name server says from one moment to the next."""
 
-    def __init__(self, receiver: Receiver, allowed: Allowed, look_up: Callable[[str], Awaitable[list[str]]]) -> None:
+    def __init__(
+        self, receiver: Receiver, allowed: AllowedReceivers, look_up: Callable[[str], Awaitable[list[str]]]
+    ) -> None:
         self._receiver, self._allowed, self._look_up = receiver, allowed, look_up
         self._backend = httpcore.AnyIOBackend()
 

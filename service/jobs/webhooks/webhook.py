@@ -71,14 +71,14 @@ class Webhook:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class AllowedReceivers:
     """Receivers that may be private, speak plain HTTP, and listen on any port."""
 
     hosts: frozenset[str] = frozenset()
     networks: tuple[Network, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> "Allowed":
+    def parse(cls, text: str) -> "AllowedReceivers":
         """Read names, addresses and networks, joined by commas. Raises ValueError for what is none of them."""
         hosts, networks = set(), list[Network]()
         for entry in filter(None, (each.strip() for each in text.split(","))):
@@ -110,7 +110,7 @@ class Receiver:
     target: str  # path and query
 
     @classmethod
-    def parse(cls, url: str, allowed: Allowed) -> "Receiver":
+    def parse(cls, url: str, allowed: AllowedReceivers) -> "Receiver":
         """Read a webhook's URL. Raises InvalidField, which has no more of it than its origin."""
         if len(url) > MAX_URL:
             raise refused(f"a URL of at most {MAX_URL} characters", url)
@@ -142,7 +142,7 @@ class Receiver:
         return host if self.port == WELL_KNOWN_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
-def permitted(receiver: Receiver, addresses: Iterable[str], allowed: Allowed) -> list[str]:
+def permitted(receiver: Receiver, addresses: Iterable[str], allowed: AllowedReceivers) -> list[str]:
     """Return those of the addresses to which its host resolved just now that may be connected to."""
     by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
     listed = receiver.host in allowed.hosts

@@ -10,10 +10,10 @@ from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.ho import Ho
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import Given, MissingFacts
+from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
-CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
+CIFAR = GivenFacts(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,10 @@ def test_converted_network_equals_the_oracle_here_and_in_diffusers(
 def test_what_the_file_does_not_say_is_asked_for_and_what_it_has_not_is_refused(tmp_path: Path) -> None:
     file = save(randomised(Ho()), tmp_path / "model.ckpt")
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(file, Given(image_size=32))
+        read_foreign(file, GivenFacts(image_size=32))
     assert missing.value.names == ("timesteps", "beta_schedule", "prediction", "variance")
     with pytest.raises(ValueError, match="--heads says nothing about a file of the PyTorch port"):
-        read_foreign(file, Given(heads=4))
+        read_foreign(file, GivenFacts(heads=4))
 
 
 def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ import pytest
 
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
-from tminus.model.formats.conversion import Given
+from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.describe import describe
 from tminus.service.engine.protocol import BUNDLED
 
 
 def test_folder_is_told_with_all_that_is_known() -> None:
-    found = describe(BUNDLED, Given())
+    found = describe(BUNDLED, GivenFacts())
     lines = dict(found.lines)
     assert lines["format"] == "a folder of diffusers"
     assert lines["network"] == "UNet2DModel: widths 32, 64*, 128 (* with attention); 1 layer a level"
@@ -26,12 +26,12 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert f"{found.settings.sampler} in {found.settings.steps} steps" in lines["recommended"]
     assert lines["default"] == "ddpm, for requests that name no sampler"
     with pytest.raises(ValueError, match="--heads says nothing about a checkpoint folder"):
-        describe(BUNDLED, Given(heads=2))
+        describe(BUNDLED, GivenFacts(heads=2))
 
 
 def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path: Path) -> None:
     file = save(randomised(Guided(mult=(1, 2, 3), attends=(1, 2), heads=4, classes=7)), tmp_path / "ema.pt")
-    lines = describe(file, Given(image_size=32)).lines
+    lines = describe(file, GivenFacts(image_size=32)).lines
     assert ("network", "U-Net: widths 32, 64*, 96* (* with attention); 2 layers a level") in lines
     assert ("details", "the timestep is added, resampled by convolutions") in lines
     assert ("images", "32x32, 3 channels") in lines

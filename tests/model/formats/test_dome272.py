@@ -9,12 +9,12 @@ import torch
 from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.dome import Dome
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.formats.conversion import Given, MissingFacts
+from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 from tminus.model.guidance import guide
 from tminus.model.samplers import denoise
 
-GIVEN = Given(image_size=16, timesteps=1000, beta_schedule="linear")
+GIVEN = GivenFacts(image_size=16, timesteps=1000, beta_schedule="linear")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_step_of_the_chain_is_its_own_with_the_variance_beta_and_no_clip(tmp_p
 def test_what_the_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
     file = save(randomised(Dome()), tmp_path / "ckpt.pt")
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(file, Given())
+        read_foreign(file, GivenFacts())
     assert missing.value.names == ("image_size", "timesteps", "beta_schedule")
     with pytest.raises(ValueError, match="--variance says nothing about a file of dome272"):
-        read_foreign(file, Given(image_size=16, timesteps=10, beta_schedule="linear", variance="fixed_small"))
+        read_foreign(file, GivenFacts(image_size=16, timesteps=10, beta_schedule="linear", variance="fixed_small"))

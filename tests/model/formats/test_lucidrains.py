@@ -12,13 +12,13 @@ from PIL import Image
 from tests.model.formats.conftest import close_to_scale, randomised
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import Given, MissingFacts
+from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
 with warnings.catch_warnings(action="ignore"):
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
-SIZE = Given(image_size=16)
+SIZE = GivenFacts(image_size=16)
 NETS: dict[str, dict[str, Any]] = {
     "its defaults, in small": {"dim": 16, "dim_mults": (1, 2, 4)},
     "other heads, full attention twice": {
@@ -125,17 +125,17 @@ def test_average_of_a_trainer_s_file_is_what_is_converted(
 def test_all_that_is_asked_for_is_the_size_unless_the_loss_tells_nothing(tmp_path: Path) -> None:
     theirs = diffusion_of(NETS["one level"])
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(saved(theirs, tmp_path / "diffusion.pt"), Given())
+        read_foreign(saved(theirs, tmp_path / "diffusion.pt"), GivenFacts())
     assert missing.value.names == ("image_size",)
     with pytest.raises(ValueError, match="--timesteps says nothing about a file of lucidrains"):
-        read_foreign(tmp_path / "diffusion.pt", Given(image_size=16, timesteps=100))
+        read_foreign(tmp_path / "diffusion.pt", GivenFacts(image_size=16, timesteps=100))
     state = theirs.state_dict()
     for other in ({}, {"loss_weight": torch.rand(100)}):
         torch.save({**{key: value for key, value in state.items() if key != "loss_weight"}, **other}, tmp_path / "o.pt")
         with pytest.raises(MissingFacts) as missing:
             read_foreign(tmp_path / "o.pt", SIZE)
         assert missing.value.names == ("prediction",)
-    noise = read_foreign(tmp_path / "o.pt", Given(image_size=16, prediction="sample")).noise
+    noise = read_foreign(tmp_path / "o.pt", GivenFacts(image_size=16, prediction="sample")).noise
     assert noise.prediction_type == "sample"
 
 

@@ -10,7 +10,7 @@ from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.guided import Guided
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import FactsError, Given, MissingFacts
+from tminus.model.formats.conversion import FactsError, GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
 HO = {"image_size": 16, "timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon"}
@@ -65,7 +65,7 @@ def test_converted_network_equals_the_oracle(
     settings: dict[str, Any], facts: dict[str, Any], batch: dict[str, Any], tmp_path: Path
 ) -> None:
     theirs = net_of(**settings)
-    convert(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    convert(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", GivenFacts(**facts))
     ours = load_checkpoint(tmp_path / "out")
     x, t = batch["x"][:, : settings.get("channels", 3)], batch["t"]
     labels = torch.tensor([0, 6, 3, 2]) if "classes" in settings else None
@@ -89,14 +89,14 @@ def test_consistency_model_has_q_k_and_v_before_heads_without_being_asked(
     assert sum(value.ndim == 4 for key, value in two_d.items() if "qkv" in key) > 0
     torch.save(two_d, tmp_path / "cd.pt")
     facts = {"image_size": 16, "timesteps": 40, "prediction": "consistency", "heads": 4}
-    convert(tmp_path / "cd.pt", tmp_path / "out", Given(**facts))  # type: ignore[arg-type]
+    convert(tmp_path / "cd.pt", tmp_path / "out", GivenFacts(**facts))  # type: ignore[arg-type]
     ours = load_checkpoint(tmp_path / "out")
     with torch.no_grad():
         close_to_scale(ours.net(batch["x"], batch["t"]), theirs(batch["x"], batch["t"]))
-    named = read_foreign(tmp_path / "cd.pt", Given(**facts, attention_order="new"))  # type: ignore[arg-type]
+    named = read_foreign(tmp_path / "cd.pt", GivenFacts(**facts, attention_order="new"))  # type: ignore[arg-type]
     assert all(torch.equal(value, named.state[key]) for key, value in ours.net.state_dict().items())
     with pytest.raises(FactsError, match="--attention-order must be new, or left out, for --prediction consistency"):
-        read_foreign(tmp_path / "cd.pt", Given(**facts, attention_order="legacy"))  # type: ignore[arg-type]
+        read_foreign(tmp_path / "cd.pt", GivenFacts(**facts, attention_order="legacy"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rescale", ["yes", "no"])
@@ -105,8 +105,8 @@ def test_long_chain_is_given_the_timesteps_it_was_trained_with(
 ) -> None:
     theirs = net_of(heads=4)
     facts = FIXED | {"heads": 4, "attention_order": "legacy", "timesteps": 4000, "rescale_timesteps": rescale}
-    ours = read_foreign(save(theirs, tmp_path / "ema.pt"), Given(**facts))
-    convert(tmp_path / "ema.pt", tmp_path / "out", Given(**facts))
+    ours = read_foreign(save(theirs, tmp_path / "ema.pt"), GivenFacts(**facts))
+    convert(tmp_path / "ema.pt", tmp_path / "out", GivenFacts(**facts))
     net, t = load_checkpoint(tmp_path / "out").net, torch.tensor([0, 5, 2000, 3999])
     with torch.no_grad():
         close_to_scale(net(batch["x"], t), theirs(batch["x"], t * 0.25 if rescale == "yes" else t))
@@ -117,22 +117,22 @@ def test_long_chain_is_given_the_timesteps_it_was_trained_with(
 def test_all_that_the_file_does_not_say_is_asked_for_at_once(tmp_path: Path) -> None:
     file = save(net_of(heads=4), tmp_path / "ema.pt")
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(file, Given())
+        read_foreign(file, GivenFacts())
     assert missing.value.names == (
         *("image_size", "timesteps", "beta_schedule", "prediction", "variance", "heads", "attention_order"),
         "rescale_timesteps",
     )
     assert "--attention-order (legacy (heads before q, k, v) or new)" in str(missing.value)
     with pytest.raises(MissingFacts, match="--rescale-timesteps"):
-        read_foreign(file, Given(**FIXED | {"heads": 4, "attention_order": "new", "timesteps": 4000}))
+        read_foreign(file, GivenFacts(**FIXED | {"heads": 4, "attention_order": "new", "timesteps": 4000}))
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(save(net_of(heads=1, out_channels=6), tmp_path / "learned.pt"), Given(heads=1))
+        read_foreign(save(net_of(heads=1, out_channels=6), tmp_path / "learned.pt"), GivenFacts(heads=1))
     assert missing.value.names == ("image_size", "timesteps", "beta_schedule", "prediction", "rescale_timesteps")
     with pytest.raises(MissingFacts) as missing:
-        read_foreign(tmp_path / "learned.pt", Given(heads=1, prediction="consistency"))
+        read_foreign(tmp_path / "learned.pt", GivenFacts(heads=1, prediction="consistency"))
     assert missing.value.names == ("image_size", "timesteps")
     with pytest.raises(ValueError, match="--rescale-timesteps says nothing about"):
-        read_foreign(tmp_path / "learned.pt", Given(heads=1, prediction="consistency", rescale_timesteps="yes"))
+        read_foreign(tmp_path / "learned.pt", GivenFacts(heads=1, prediction="consistency", rescale_timesteps="yes"))
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_all_that_the_file_does_not_say_is_asked_for_at_once(tmp_path: Path) -> 
 def test_heads_that_do_not_fit_are_refused(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = save(net_of(heads=4), tmp_path / "ema.pt")
     with pytest.raises(ValueError, match=message):
-        read_foreign(file, Given(**FIXED | facts, attention_order="new"))
+        read_foreign(file, GivenFacts(**FIXED | facts, attention_order="new"))
 
 
 def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> None:
     state = net_of(heads=4).state_dict()
-    given = Given(**FIXED, heads=4, attention_order="legacy")
+    given = GivenFacts(**FIXED, heads=4, attention_order="legacy")
 
     def refusal(changed: dict[str, Any]) -> str:
         torch.save(changed, tmp_path / "other.pt")

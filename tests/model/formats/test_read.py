@@ -15,15 +15,15 @@ from tests.model.formats.ho import Ho
 from tests.tiny import TINY
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import FactsError, Given
+from tminus.model.formats.conversion import FactsError, GivenFacts
 from tminus.model.formats.read import convert, read_foreign
 
 with warnings.catch_warnings(action="ignore"):
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
+CIFAR = GivenFacts(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 FACTS: dict[str, Any] = {"timesteps": 40, "beta_schedule": "linear", "prediction": "v_prediction"}
-FIXED = Given(**FACTS, variance="fixed_small")
+FIXED = GivenFacts(**FACTS, variance="fixed_small")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ ALL: dict[str, Any] = {
 @pytest.mark.parametrize("name", FILES)
 def test_any_damage_to_a_file_is_one_clear_line_that_names_it(name: str, tmp_path: Path) -> None:
     whole, rng, file = FILES[name](), random.Random(0), tmp_path / "damaged.pt"
-    given = Given(image_size=16, **ALL[name])
+    given = GivenFacts(image_size=16, **ALL[name])
     keys = sorted(whole)
 
     def damaged() -> dict[str, Any]:

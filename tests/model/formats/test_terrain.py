@@ -10,11 +10,11 @@ from diffusers import ConsistencyModelPipeline
 from tests.model.formats import terrain
 from tests.model.formats.conftest import close_to_scale
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.formats.conversion import Given
+from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import convert
 from tminus.model.samplers import sample
 
-GIVEN = Given(image_size=128, timesteps=40, prediction="consistency", head_width=32, attention_order="new")
+GIVEN = GivenFacts(image_size=128, timesteps=40, prediction="consistency", head_width=32, attention_order="new")
 LABELS = [0, 49, 99]
 
 

@@ -13,7 +13,7 @@ from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
 from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import Given
+from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import read_foreign
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
@@ -127,6 +127,6 @@ def test_a_damaged_one_is_refused_in_one_line(tmp_path: Path, damage: str) -> No
 def test_a_latent_model_without_its_scheduler_is_not_made_one_of_pixels(tmp_path: Path) -> None:
     save_latent_pipeline(tmp_path)
     shutil.rmtree(tmp_path / "scheduler")
-    given = Given(timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_small")
+    given = GivenFacts(timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_small")
     with pytest.raises(CheckpointError, match="a latent model without its scheduler"):
         read_foreign(tmp_path, given)

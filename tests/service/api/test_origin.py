@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 
 SPEC = {"steps": 1, "seed": 1}
 CROSS = {"Sec-Fetch-Site": "cross-site"}
@@ -64,7 +64,7 @@ def test_programs_pages_of_our_own_links_and_probes_are_answered(site: Site) -> 
 
 
 def test_a_name_that_is_listed_is_ours() -> None:
-    site = Site(INFO, LIMITS, INSTANT, doors=Doors(hosts=frozenset({"diffusion.example"})))
+    site = Site(INFO, LIMITS, INSTANT, allowed_sites=AllowedSites(hosts=frozenset({"diffusion.example"})))
     with site.client:
         site.wait_until_ready()
         for host, status in (("Diffusion.Example:8000", 200), ("other.example", 403)):
@@ -72,7 +72,7 @@ def test_a_name_that_is_listed_is_ours() -> None:
 
 
 def test_pages_of_origins_that_are_allowed_are_answered_and_may_read_the_answer() -> None:
-    site = Site(INFO, LIMITS, INSTANT, doors=Doors(origins=frozenset({"https://studio.example"})))
+    site = Site(INFO, LIMITS, INSTANT, allowed_sites=AllowedSites(origins=frozenset({"https://studio.example"})))
     with site.client:
         site.wait_until_ready()
         origin = {"Origin": "https://studio.example", **CROSS}

@@ -16,7 +16,7 @@ from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b6
 from tests.service.conftest import INSTANT, TEST_HOSTS, MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api import stream as routes_stream
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.images.encoder import contact_sheet, encode_result
 
 SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
@@ -362,7 +362,8 @@ def test_pages_of_other_origins_are_refused_unless_they_are_allowed(site: Site) 
         problem = caught.value.json()
         assert (problem["code"], problem["field"]) == ("foreign_origin", "Origin")
         assert len(problem["detail"]) < 300
-    allowing = Site(INFO, LIMITS, INSTANT, doors=Doors(TEST_HOSTS, frozenset({"https://studio.example"})))
+    sites = AllowedSites(TEST_HOSTS, frozenset({"https://studio.example"}))
+    allowing = Site(INFO, LIMITS, INSTANT, allowed_sites=sites)
     with allowing.client:
         allowing.wait_until_ready()
         accepted(allowing, "https://Studio.example")

@@ -14,7 +14,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
 from tminus.service.engine.autotune import (
     Choice,
-    Measured,
+    TimedChoice,
     Wish,
     choose_executor,
     example_inputs,
@@ -68,9 +68,9 @@ def test_openvino_that_is_not_installed_is_refused_with_the_way_to_get_it(
 def test_the_faster_precision_is_chosen_only_if_it_is_approved(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[tuple[str, str], ...], precision: str
 ) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> TimedChoice:
         seconds = 1.0 if candidate.precision == "bfloat16" else 2.0
-        return Measured(replace(candidate, sizes=(1,)), seconds, seconds)
+        return TimedChoice(replace(candidate, sizes=(1,)), seconds, seconds)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(replace(checkpoint, approved=approved), CPU, Wish(), None)
@@ -78,10 +78,10 @@ def test_the_faster_precision_is_chosen_only_if_it_is_approved(
 
 
 def test_a_candidate_that_does_not_run_is_passed_over(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> TimedChoice:
         if candidate.executor == "openvino" or not candidate.channels_last:
             raise RuntimeError("not here")
-        return Measured(replace(candidate, sizes=(2,)), 1.0, 1.0)
+        return TimedChoice(replace(candidate, sizes=(2,)), 1.0, 1.0)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(checkpoint, CPU, Wish(), None)
@@ -89,9 +89,9 @@ def test_a_candidate_that_does_not_run_is_passed_over(checkpoint: Checkpoint, mo
 
 
 def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> TimedChoice:
         lone_s, row_s = (4.0, 1.0) if candidate.channels_last else (1.0, 3.0)
-        return Measured(replace(candidate, sizes=(1,)), lone_s, row_s)
+        return TimedChoice(replace(candidate, sizes=(1,)), lone_s, row_s)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(checkpoint, CPU, EAGER, None)
@@ -107,10 +107,10 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 ) -> None:
     times = {1: 0.008, 2: 0.006, 4: 0.004}  # a row
 
-    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> Measured:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
         (size,) = choice.sizes
-        return Measured(choice, 0.008, times[size], b"one" if size == 1 else b"other")
+        return TimedChoice(choice, 0.008, times[size], b"one" if size == 1 else b"other")
 
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
@@ -122,9 +122,9 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1: 0.0080, 2: 0.0079, 4: 0.006}
 
-    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> Measured:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
-        return Measured(choice, 0.008, times[choice.sizes[0]], b"the same")
+        return TimedChoice(choice, 0.008, times[choice.sizes[0]], b"the same")
 
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
@@ -138,11 +138,11 @@ def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> Measured:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
         seen.append((choice.executor, choice.sizes[0]))
         seconds = {"openvino": 0.001, "eager": 0.004}[choice.executor] / choice.sizes[0]
-        return Measured(choice, seconds, seconds, b"the same")
+        return TimedChoice(choice, seconds, seconds, b"the same")
 
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
@@ -168,7 +168,7 @@ def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
             return 0.01
 
     Timed.checkpoint, Timed.passes = checkpoint, []
-    best = autotune.Measured(Choice("openvino", "float32"), best_s, best_s)
+    best = autotune.TimedChoice(Choice("openvino", "float32"), best_s, best_s)
     measured = autotune._with_sizes(Timed(), Wish(threads=2), Choice("eager", "float32"), best)  # type: ignore[arg-type]
     assert (max(Timed.passes) == 1) == hopeless
     assert (measured.score > autotune.HOPELESS * best.score) == hopeless
@@ -177,9 +177,9 @@ def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
 def test_on_a_machine_too_busy_to_measure_on_the_first_candidate_is_taken_as_it_is(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> Measured:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
-        return Measured(choice, 1.0, 1.0, b"the same")
+        return TimedChoice(choice, 1.0, 1.0, b"the same")
 
     monkeypatch.setattr(autotune, "_try", tried)
     monkeypatch.setattr(autotune, "BUDGET_S", -1.0)
@@ -230,8 +230,8 @@ def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
     builder = Widening(checkpoint, seconds, other_bits)
     wish = Wish(threads=threads, exact=exact)
     narrow = Choice("openvino", "float32", sizes=(1, 2))
-    measured = autotune._with_wide(builder, wish, Measured(narrow, 1.0, 0.5))  # type: ignore[arg-type]
-    assert measured == Measured(replace(narrow, wide=expected), seconds[1] if expected else 1.0, 0.5)
+    measured = autotune._with_wide(builder, wish, TimedChoice(narrow, 1.0, 0.5))  # type: ignore[arg-type]
+    assert measured == TimedChoice(replace(narrow, wide=expected), seconds[1] if expected else 1.0, 0.5)
 
 
 @pytest.mark.parametrize("max_batch", [1, 17, 4096])

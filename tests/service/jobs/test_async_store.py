@@ -16,7 +16,7 @@ from tminus.service.jobs.store import async_store
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.records import JobRecord, Key, Outcome, Pace
+from tminus.service.jobs.store.records import JobRecord, Key, Outcome, ReplicaPace
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs
@@ -109,7 +109,7 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         await asyncio.sleep(0)
         store.holders.append(lambda: ["a"])
         async with asyncio.timeout(PATIENCE_S / 2):
-            assert await store.renew("build", Pace(1.0, 1.0)) == {"a"}
+            assert await store.renew("build", ReplicaPace(1.0, 1.0)) == {"a"}
             await store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
         assert not any(each.done() for each in asked), "each waits for the first"
         goes_on.set()

@@ -26,7 +26,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.records import Claimed, Pace
+from tminus.service.jobs.store.records import Claimed, ReplicaPace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
@@ -224,7 +224,7 @@ def test_who_is_asleep_past_its_lease_loses_its_jobs_and_the_other_ends_them(
     asleep, awake = pair
     renew, slept = PostgresStore.renew, []
 
-    def sleepy(store: PostgresStore, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
+    def sleepy(store: PostgresStore, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
         if store._replica == sleeper and len(slept) < 1:
             return frozenset(store._fences)
         return renew(store, fingerprint, pace, known)

@@ -21,7 +21,7 @@ from tminus.service.jobs.store import postgres_database, postgres_store
 from tminus.service.jobs.store.job_store import RECORD_BYTES
 from tminus.service.jobs.store.postgres_database import connect, own_address
 from tminus.service.jobs.store.postgres_store import FORMAT, GONE, PostgresStore, format_of, open_postgres
-from tminus.service.jobs.store.records import Key, LeaseLost, Pace, StoredObject
+from tminus.service.jobs.store.records import Key, LeaseLost, ReplicaPace, StoredObject
 from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.slow
 
 LEASE_S = 1.0
 ROWS = 64
-PACE = Pace(places_per_s=100.0, backlog_s=2.0)
+PACE = ReplicaPace(places_per_s=100.0, backlog_s=2.0)
 TABLE = "ab" * 8
 SPEC_OF_TABLE = replace(SPECS[0], sampler="tuned", table=TABLE)
 
 
-def renew(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
+def renew(store: PostgresStore, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
     """Of all that it holds."""
     return store.renew(fingerprint, pace, tuple(store._fences))
 
@@ -241,9 +241,9 @@ def _but_least(load: ClusterLoad) -> ClusterLoad:
 def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     assert one.load() == ClusterLoad()
-    renew(one, "build", Pace(100.0, 40.0))
-    renew(other, "build", Pace(300.0, 80.0))
-    renew(other, "another build", Pace(200.0, 80.0))
+    renew(one, "build", ReplicaPace(100.0, 40.0))
+    renew(other, "build", ReplicaPace(300.0, 80.0))
+    renew(other, "another build", ReplicaPace(200.0, 80.0))
     one.add(job("held"))
     for name in ("a", "b"):
         assert one.add(job(name, SPECS[1]), held=False)

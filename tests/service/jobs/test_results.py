@@ -18,7 +18,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import job_store
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.objects import S3Objects
-from tminus.service.jobs.store.records import LeaseLost, Pace
+from tminus.service.jobs.store.records import LeaseLost, ReplicaPace
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
@@ -191,7 +191,7 @@ def test_while_an_upload_hangs_leases_are_renewed(replica: MakeReplica) -> None:
         finishing = asyncio.create_task(one.store.finish(ended(job("a")), PIXELS))
         held = frozenset[str]()
         for _ in range(3):
-            held = await asyncio.wait_for(one.store.renew("build", Pace(1.0, 1.0)), PATIENCE_S)
+            held = await asyncio.wait_for(one.store.renew("build", ReplicaPace(1.0, 1.0)), PATIENCE_S)
         assert not finishing.done()
         one.objects.gate.set()
         await finishing

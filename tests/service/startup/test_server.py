@@ -26,7 +26,7 @@ from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tminus.model.catalogue import Recommended
 from tminus.model.sampler_tables import Table
 from tminus.service.api.edge.connections import Streams
-from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.metrics import Metrics
 from tminus.service.startup.app import Application
 from tminus.service.startup.serve import _run, first_request
@@ -299,14 +299,14 @@ def test_a_kept_connection_on_which_nothing_comes_holds_the_end_up_for_a_moment_
 # --- /metrics and /healthz on a port of their own ---
 
 
-def start(metrics: Metrics | None, worker: Any = None, doors: Doors | None = None) -> str:
+def start(metrics: Metrics | None, worker: Any = None, allowed_sites: AllowedSites | None = None) -> str:
     """metrics: None while the model is measured."""
     opening: Any = SimpleNamespace(application=None)
     if metrics is not None:
         opening.application = SimpleNamespace(served=SimpleNamespace(metrics=metrics, worker=worker))
     listener = bind("127.0.0.1", 0)
     listener.listen()
-    serve_metrics(listener, opening, doors or Doors())
+    serve_metrics(listener, opening, allowed_sites or AllowedSites())
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -347,7 +347,7 @@ def test_what_is_wrong_is_told_and_nothing_else_is_asked_for() -> None:
 
 def test_metrics_are_told_by_the_names_of_the_server_alone() -> None:
     """By DNS rebinding the page of another site is of this origin, as browsers see it, and here no key is asked for."""
-    url = start(Metrics(), FakeWorker(), Doors(hosts=frozenset({"tminus"})))
+    url = start(Metrics(), FakeWorker(), AllowedSites(hosts=frozenset({"tminus"})))
     port = url.rpartition(":")[2]
     for host in ("evil.example", f"evil.example:{port}", "tminus.evil.example", "["):
         answer = httpx.get(f"{url}/metrics", headers={"Host": host})

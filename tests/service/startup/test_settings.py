@@ -27,7 +27,7 @@ from tminus.service.jobs.store.objects import open_objects as really_open_object
 from tminus.service.jobs.store.postgres_store import open_postgres as really_open_postgres
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.stores import Stores
-from tminus.service.jobs.webhooks.webhook import Allowed
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.startup import serve as module
@@ -232,7 +232,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return SimpleNamespace(getsockname=lambda: (seen["address"], port), close=lambda: None, listen=lambda _: None)
 
     def serve_models(
-        first: list[Prepared], stores: Stores, doors: object, access: object, **more: object,
+        first: list[Prepared], stores: Stores, allowed_sites: object, access: object, **more: object,
     ) -> SimpleNamespace:  # fmt: skip
         if len(first) > 1:
             gc.collect()
@@ -240,7 +240,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         assert {stores.take_first(each.engine.info.weights_hash)._store for each in first} == {store}
         seen.update(results=stores._results)
         names = [each.engine.info.name for each in first]
-        seen.update(limits=first[0].limits, speed=first[0].speed, doors=doors, access=access, names=names, **more)
+        seen.update(limits=first[0].limits, speed=first[0].speed)
+        seen.update(allowed_sites=allowed_sites, access=access, names=names, **more)
         return SimpleNamespace(worker=SimpleNamespace(hangs=False, crashed=False))
 
     def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
@@ -278,7 +279,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         "create_app": lambda _served, _changes, **values: seen.update(values),
         "open_store": open_store,
         "look_at_ends": lambda _settings, _folder: (None, []),
-        "serve_metrics": lambda _listener, _opening, doors: seen.update(metrics_hosts=doors.hosts),
+        "serve_metrics": lambda _listener, _opening, allowed_sites: seen.update(metrics_hosts=allowed_sites.hosts),
         "start_traces": lambda _version: "what sends spans",
         "_run": listen_and_serve,
     }.items():
@@ -333,9 +334,9 @@ def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
     assert (served["results"].objects, served["results"].above_bytes) == ("s3://bucket/jobs", 5 * 1024)
     webhooks = served["webhooks"]
     assert webhooks.sender._secrets == (b64decode(SECRET.removeprefix("whsec_")),)
-    assert (webhooks.allowed, webhooks.retry_s) == (Allowed.parse("hooks.internal,10.0.0.0/8"), 5.0)
-    assert served["doors"].hosts == {"a.example", "b", "0.0.0.0", "::1"}, "the names to listen on are of them"
-    assert served["doors"].origins == {"https://a.example", "https://b.example:8080"}
+    assert (webhooks.allowed, webhooks.retry_s) == (AllowedReceivers.parse("hooks.internal,10.0.0.0/8"), 5.0)
+    assert served["allowed_sites"].hosts == {"a.example", "b", "0.0.0.0", "::1"}, "the names to listen on are of them"
+    assert served["allowed_sites"].origins == {"https://a.example", "https://b.example:8080"}
     assert (served["listened"], served["with_metrics"], served["with_docs"]) == ([("0.0.0.0", 0)], False, False)
     config = served["server"].config
     assert (config.log_level, config.ws_max_size) == ("debug", limits.max_edit_bytes)
@@ -352,10 +353,11 @@ def test_keys_and_secrets_may_be_texts_and_no_request_is_larger_than_the_rows_he
 
 
 def test_origins_and_hosts_are_compared_as_browsers_write_them() -> None:
-    doors = Settings(allowed_origins=" https://A.example , HTTP://b.example:8080,", host="Studio.local").doors()
-    assert doors.origins == {"https://a.example", "http://b.example:8080"}
-    assert doors.hosts == {"studio.local"}
-    assert Settings(allowed_hosts="Diffusion.example, b").doors().hosts == {"diffusion.example", "b", "127.0.0.1"}
+    settings = Settings(allowed_origins=" https://A.example , HTTP://b.example:8080,", host="Studio.local")
+    assert settings.allowed_sites().origins == {"https://a.example", "http://b.example:8080"}
+    assert settings.allowed_sites().hosts == {"studio.local"}
+    settings = Settings(allowed_hosts="Diffusion.example, b")
+    assert settings.allowed_sites().hosts == {"diffusion.example", "b", "127.0.0.1"}
 
 
 def test_metrics_on_a_port_of_their_own_are_not_on_the_other(served: Served) -> None:

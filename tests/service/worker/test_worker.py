@@ -11,7 +11,7 @@ import pytest
 
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 from tests.service.worker.bench import LATENT, MakeBench, failure, images
-from tminus.service.api.system import dead
+from tminus.service.api.system import fatal_error
 from tminus.service.errors import (
     DeadlinePassed,
     Draining,
@@ -526,10 +526,10 @@ def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
         bench.engine.gate.open()
         assert hangs.wait(PATIENCE_S)
         bench.now_s += STALL_S - 1
-        assert dead(bench.worker) is None
+        assert fatal_error(bench.worker) is None
         assert bench.worker.ready
         bench.now_s += 3
-        assert isinstance(dead(bench.worker), Stalled)
+        assert isinstance(fatal_error(bench.worker), Stalled)
         assert not bench.worker.ready
         with pytest.raises(Stalled):
             bench.submit("late")

@@ -32,7 +32,7 @@ from tminus.service.jobs.webhooks.deliverer import (
 )
 from tminus.service.jobs.webhooks.delivery_store import AT_ONCE_EACH, Delivery, Room
 from tminus.service.jobs.webhooks.sender import Names, NotDelivered, Sender, read_secrets
-from tminus.service.jobs.webhooks.webhook import Allowed, Webhook
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers, Webhook
 from tminus.service.metrics import Metrics
 
 Send = Callable[[str, str, bytes, str], Awaitable[None]]
@@ -51,7 +51,7 @@ class Running:
         self.metrics = Metrics()
         self.gone: set[str] = set()
         sender: Any = type("FakeSender", (), {"send": staticmethod(send)})
-        rules = Rules(sender, Allowed(), retry_s)
+        rules = Rules(sender, AllowedReceivers(), retry_s)
         self.deliverer = Deliverer(self.store, rules, self.view, lambda view: {"id": view.record.id}, self.metrics)
 
     async def view(self, job_id: str) -> JobView:
@@ -177,7 +177,7 @@ def test_an_attempt_that_cannot_be_made_is_one_line_of_the_log(url: str, caplog:
         raise UnicodeError(f"label of {name} too long")
 
     async def run() -> None:
-        sender = Sender(read_secrets(SECRET), Allowed(), ssl.create_default_context(), look_up)
+        sender = Sender(read_secrets(SECRET), AllowedReceivers(), ssl.create_default_context(), look_up)
         running = Running(sender.send, retry_s=0.0)
         await running.end(told("a", url))
         await running.until("a", "given_up")

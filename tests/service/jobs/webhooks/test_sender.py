@@ -30,7 +30,7 @@ from tminus.service.jobs.webhooks.sender import (
     read_secrets_of,
     signed_headers,
 )
-from tminus.service.jobs.webhooks.webhook import Allowed
+from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 
 LOOPBACK = "127.0.0.1"
 EXAMPLE = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -47,7 +47,7 @@ def send(
     async def look_up(name: str, _owner: str) -> list[str]:
         return addresses(name)
 
-    made = Sender(read_secrets(SECRET), Allowed.parse(allow), tls or ssl.create_default_context(), look_up)
+    made = Sender(read_secrets(SECRET), AllowedReceivers.parse(allow), tls or ssl.create_default_context(), look_up)
     asyncio.run(made.send(url, "completed_1", b'{"state": "done"}'))
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.service.errors import InvalidField
-from tminus.service.jobs.webhooks.webhook import MAX_URL, Allowed, Receiver, is_public, permitted
+from tminus.service.jobs.webhooks.webhook import MAX_URL, AllowedReceivers, Receiver, is_public, permitted
 
-NOBODY = Allowed()
+NOBODY = AllowedReceivers()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_character_that_is_a_letter_of_ascii_in_another_case_is_none_here() ->
             with pytest.raises(InvalidField):
                 Receiver.parse(url.format(each), NOBODY)
         with pytest.raises(ValueError, match="is no name, address or network"):
-            Allowed.parse(f"hooks.example,ho{each}t")
+            AllowedReceivers.parse(f"hooks.example,ho{each}t")
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_a_character_that_is_a_letter_of_ascii_in_another_case_is_none_here() ->
     ],
 )
 def test_what_is_listed_may_be_private_and_plain_and_on_any_port(allow: str, url: str) -> None:
-    Receiver.parse(url, Allowed.parse(allow))
+    Receiver.parse(url, AllowedReceivers.parse(allow))
     with pytest.raises(InvalidField):
         Receiver.parse(url, NOBODY)
     with pytest.raises(InvalidField):
-        Receiver.parse(url, Allowed.parse("10.99.0.0/16,other.internal"))
+        Receiver.parse(url, AllowedReceivers.parse("10.99.0.0/16,other.internal"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_is_listed_may_be_private_and_plain_and_on_any_port(allow: str, url
 )
 def test_a_list_with_a_mistake_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no name, address or network"):
-        Allowed.parse(f"hooks.internal,{text}")
+        AllowedReceivers.parse(f"hooks.internal,{text}")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,6 @@ def test_of_a_names_addresses_those_are_taken_that_may_be_connected_to() -> None
     found = ["127.0.0.1", "1.1.1.1", "10.1.2.3", "fe80::1%eth0", "2606:4700::1111"]
     named = Receiver.parse("https://hooks.example/", NOBODY)
     assert permitted(named, found, NOBODY) == ["1.1.1.1", "2606:4700::1111"]
-    assert permitted(named, found, Allowed.parse("10.0.0.0/8")) == ["1.1.1.1", "10.1.2.3", "2606:4700::1111"]
-    assert permitted(named, found, Allowed.parse("hooks.example")) == found
+    assert permitted(named, found, AllowedReceivers.parse("10.0.0.0/8")) == ["1.1.1.1", "10.1.2.3", "2606:4700::1111"]
+    assert permitted(named, found, AllowedReceivers.parse("hooks.example")) == found
     assert permitted(named, ["127.0.0.1"], NOBODY) == []
