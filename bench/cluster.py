@@ -89,7 +89,7 @@ class Replica:
         self.restart()
 
     def restart(self) -> None:
-        """As a new process."""
+        """Begin with nothing, as a new process does."""
         sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, self._times)
         self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
         self.admission.put(0, Speed(sharing, self._limits.max_rows))
@@ -143,7 +143,7 @@ class Waiting:
         self.places += job.work.places
 
     def offer(self, intake: Intake) -> list[Job]:
-        """What is taken, the shortest first, and then the oldest; as in PostgresStore.claim."""
+        """Take jobs, the shortest first, and then the oldest; as in PostgresStore.claim."""
         shortest: list[tuple[int, int]] = []
         while self._by_length and len(shortest) < CLAIM_JOBS:
             if (each := heapq.heappop(self._by_length))[1] in self._jobs:

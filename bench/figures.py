@@ -31,7 +31,7 @@ class Figure:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """Linear between the order statistics."""
+    """Interpolate linearly between the order statistics."""
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     low = int(at)

@@ -35,14 +35,14 @@ def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int 
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Over all but the first dimension, [B, ...] -> [B], summed by halves: torch's own sums differ with the batch."""
+    """Variances over all but the first dimension, [B, ...] -> [B]; the sums of torch itself differ with the batch."""
     flat = x.flatten(1)
     mean = _sum(flat) / flat.shape[1]
     return _sum((flat - mean[:, None]).square()) / flat.shape[1]
 
 
 def _sum(x: Tensor) -> Tensor:
-    """The sum of each row, [B, N] -> [B]."""
+    """Sum each row by halves, [B, N] -> [B]."""
     while x.shape[1] > 1:
         if x.shape[1] % 2:
             x = F.pad(x, (0, 1))

@@ -77,7 +77,7 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """T, the number of timesteps."""
         return len(self.betas)
 
     @property

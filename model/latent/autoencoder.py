@@ -208,7 +208,7 @@ class Quantizer(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """[K, width]."""
+        """The codebook [K, width]."""
         weight: Tensor = self.embedding.weight
         return weight
 

@@ -135,7 +135,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, schedule, noise.prediction_type, weights)
 
     def draw(step: int) -> Batch:
-        """Images in turn, t uniform or by its share, eps normal, all a function of (seed, step)."""
+        """Draw a batch: images in turn, t uniform or by its share, eps normal, all a function of (seed, step)."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -153,7 +153,7 @@ def train(
         return Batch(x_0, t, eps, schedule.q_sample(x_0, t, eps), class_labels, of_batch)
 
     def loss_of(step: int) -> Tensor:
-        """Algorithm 1 of Ho et al. 2020, but for the descent, which `Run.descend` takes."""
+        """Compute the loss in algorithm 1 of Ho et al. 2020; `Run.descend` takes the step."""
         batch = draw(step)
         target = target_of(batch)
         with run.autocast:

@@ -15,7 +15,7 @@ WINDOW_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """How much of row_steps_per_minute is there at a time."""
+    """What is left of a quota, row_steps_per_minute, at one moment."""
 
     quota: int
     left: int

@@ -66,7 +66,7 @@ class RunningJobs:
         self._looked_s = float("-inf")  # by the event loop's clock
 
     def seen_by(self, caller: Caller) -> BatchAnswer:
-        """What a caller is told."""
+        """Return what a caller is told."""
         self._look()
         services = self._models.default
         return BatchAnswer(

@@ -73,13 +73,13 @@ class Models:
         return iter(self._served.values())
 
     def named(self, name: str) -> Services:
-        """A model. Raises ModelNotFound."""
+        """Return the model that is served under a name. Raises ModelNotFound."""
         if (services := self._served.get(name)) is None:
             raise ModelNotFound.of(name, self._served)
         return services
 
     def numbered(self, number: int) -> Services:
-        """A model that is loaded, or of which there still are jobs. Raises ModelUnloaded for one forgotten since."""
+        """Return a model that is loaded, or still has jobs. Raises ModelUnloaded for one that was forgotten since."""
         if (services := self._by_number.get(number)) is None:
             raise ModelUnloaded
         return services

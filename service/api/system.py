@@ -81,13 +81,13 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 
 
 def alive(worker: Worker) -> StatusAnswer | Response:
-    """What /healthz answers. Any thread may ask."""
+    """Make the answer of /healthz. Any thread may ask."""
     reason = fatal_error(worker)
     return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Why only a restart helps; None where it goes on. Any thread may ask."""
+    """Return the error after which only a restart helps; None while there is none. Any thread may ask."""
     if worker.crashed:
         return EngineFailed(CRASHED)
     stalled_s = worker.stalled_s
@@ -95,7 +95,7 @@ def fatal_error(worker: Worker) -> ServiceError | None:
 
 
 def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
-    """Why no work is taken now; None where it is."""
+    """Return the error by which work is refused now; None while it is taken."""
     if (reason := fatal_error(worker)) is not None:
         return reason
     if worker.draining:

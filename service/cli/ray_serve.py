@@ -21,7 +21,7 @@ from tminus.service.startup.logs import SERVER_FORM, set_up_log
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0  # how often it is looked whether the replicas are still there
-GONE_S = 0.2  # the same while they end
+GONE_S = 0.2  # how often that is looked at while they end
 SLACK_S = 15.0  # for Serve to see that they have ended, and to kill those that have not
 # No usage statistics, and no deduplication of log lines.
 QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}

@@ -45,7 +45,7 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 RETRY_S, ROOM_S = 5.0, 0.2  # until a store that failed, or a worker without slots, is asked again
-READ_RETRY_S = 1.0  # the same, of a store that is away when a job that goes on is read from it
+READ_RETRY_S = 1.0  # until a store that is away is asked again for a job that goes on
 FILE_AWAY_S = 60.0  # that a file may be away: the other jobs of an earlier process wait behind this one
 SWEEP_S = 10.0
 LATE_S = 60.0  # for the last attempt to deliver a webhook to end
@@ -75,7 +75,7 @@ class Lifecycle:
         self._held: dict[str, HeldJob] = {}  # changed here only
         self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
-        self._beside = set[asyncio.Task[None]]()  # those of them that are given up when the process ends
+        self._beside = set[asyncio.Task[None]]()  # those of the tasks that are given up when the process ends
         self._renewing: asyncio.Task[None] | None = None
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
         self._closing = asyncio.Event()

@@ -56,7 +56,7 @@ class EndFile:
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        """Raises OSError where no file can be made."""
+        """Make the file. Raises OSError where that fails."""
         self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)

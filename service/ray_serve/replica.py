@@ -132,7 +132,7 @@ class Replica:
         await self._stack.aclose()
 
     async def is_there(self) -> None:
-        """Answer."""
+        """Answer: the first call of a handle makes its router."""
 
     async def _follow(self) -> None:
         """Have a router of this deployment in this process too: it is told which replicas there are, and tells us.

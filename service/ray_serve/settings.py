@@ -11,7 +11,7 @@ MOST_PORT = 65_535
 
 
 class RaySettings(Settings):
-    """Also the arguments of an application in a Serve config file."""
+    """The settings of replicas on Ray, which are the arguments of an application in a Serve config file too."""
 
     ray_address: str | None = Field(
         None,

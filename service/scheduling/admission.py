@@ -264,7 +264,7 @@ class Admission:
             return tuple(self._jobs.values()), dict(self._speeds)
 
     def _now(self, owner: str = "") -> _Moment:
-        """owner: who asks."""
+        """Look at the accepted jobs as they are now. owner: who asks."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
         return _Moment(jobs, load, speeds, self._served.of({owner, *(job.owner for job in jobs)}))

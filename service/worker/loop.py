@@ -36,12 +36,14 @@ from tminus.service.worker.running_job import RunningJob
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Part = Literal["steps", "codes"]  # of the server: the worker's thread, and the one that encodes and decodes latents
+Part = Literal[
+    "steps", "codes"
+]  # a part of the server: the worker's thread, or the one that encodes and decodes latents
 Note = Callable[[Part, Collection[str]], None]
 
 
 def note_nothing(_part: Part, _jobs: Collection[str]) -> None:
-    """Where nobody wants to know after the end of the process what it worked on."""
+    """Note nothing: after the end of the process nobody wants to know what it worked on."""
 
 
 SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
@@ -56,7 +58,7 @@ class Ticked(NamedTuple):
     jobs: Sequence[RunningJob]  # of the batch, in its order
     started: Sequence[RunningJob]  # those of which it was the first step
     seconds: float
-    tells: bool  # whether that is how long such a batch takes
+    tells: bool  # whether the seconds are how long such a batch takes
 
 
 class ImageDecoded(NamedTuple):
@@ -100,7 +102,7 @@ class Loop:
         self.coding = Coding(tell, partial(note, "codes"))
         self.coding_hangs = False  # when it was closed
         self._deadlines: dict[str, float] = {}  # when that of each job passes which has one
-        self._current: Sequence[RunningJob] = ()  # of the last tick, or accepted last: possible causes of a crash
+        self._current: Sequence[RunningJob] = ()  # those of the last tick, or accepted last: possible causes of a crash
         self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick

@@ -70,7 +70,7 @@ class Recording(Recorder[Mapping[Show, Images]]):
         self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Not after the last step: that is the job's own result."""
+        """Whether a row is kept after so many steps: not after the last, which gives the job's own result."""
         wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
         return wanted and step % self._every == 0
 
@@ -102,7 +102,7 @@ class Path(Recorder[Point]):
         self._plan: PlanNumbers | None = None  # None until its first rows are read
 
     def due(self, step: int) -> bool:  # noqa: ARG002
-        """Always."""
+        """Say that a row is kept, whatever its step."""
         return True
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:

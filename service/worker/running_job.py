@@ -183,7 +183,7 @@ class RunningJob:
 
 
 class AcceptedJobs:
-    """Owns the list. The loop owns the jobs of which an engine holds rows; here are also those that are queued.
+    """Owns the list of accepted jobs: those in the worker's queue, and those that the loop has.
 
     Any thread may call. `gate` is held by whoever adds a job, so that others can add or refuse under it.
     """

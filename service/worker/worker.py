@@ -309,7 +309,7 @@ class Worker:
         self._loop.run(act, future)
 
     def _coded(self, coded: Coded) -> None:
-        """Called in the coding thread."""
+        """Note that a task of the coding thread is done. Called in that thread."""
         self._metrics.coded(coded.kind, coded.seconds)
         if coded.job is not None:
             self._commands.put(lambda: self._loop.coded(coded))

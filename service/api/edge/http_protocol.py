@@ -67,7 +67,7 @@ class _Parser(h11.Connection):
     """h11's parser, which refuses a body of very many chunks with little in them."""
 
     refused_as_too_fine = False  # the body of this request
-    _chunks, _body_bytes = 0, 0  # of it
+    _chunks, _body_bytes = 0, 0  # of this body, so far
 
     def next_event(self) -> Any:
         """Return the next event. Raises RemoteProtocolError."""
@@ -98,10 +98,10 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
     _send_timer: TimerHandle | None = None  # while bytes of an answer are left
-    _written = 0
-    _sent = 0  # of it, when the timer began
+    _written = 0  # bytes of answers, in all
+    _sent = 0  # how many of these had left when the timer began
     _to_discard = LINGER_BYTES
-    _ends = False  # with the server
+    _ends = False  # whether it ends with the server
     _next = b""  # came while an answer was being sent
     _has_chunks = False  # the body of this request
 

@@ -455,7 +455,7 @@ class PreviewRequest(RequestSchema):
 
     @property
     def pace(self) -> Pace:
-        """How often."""
+        """How often frames are due."""
         return Pace(every=self.every) if self.every is not None else Pace(fps=self.fps or DEFAULT_FPS)
 
 

@@ -107,7 +107,7 @@ class AsyncClient:
         return AsyncJob(self._connection, state.id, state)
 
     def job(self, job_id: str) -> AsyncJob:
-        """A job by its id, whichever model it is of. Sends nothing yet."""
+        """Make the handle of a job by its id, whichever model it is of. Sends nothing yet."""
         return AsyncJob(self._connection, job_id)
 
     async def jobs(self, *, state: str | Sequence[str] | None = None) -> AsyncIterator[JobState]:
@@ -137,7 +137,7 @@ class AsyncClient:
         return Noised.of(await self._connection.request("POST", "/noise", **options))
 
     async def model(self) -> dict[str, Any]:
-        """What is loaded, and the limits, as GET /model says."""
+        """Read what is loaded, and the limits, as GET /model says."""
         return object_of(await self._connection.request("GET", "/model"))
 
     # --- the models of the server, whichever this client is of ---

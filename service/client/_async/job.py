@@ -72,13 +72,13 @@ class AsyncJob:
                 await asyncio.sleep(patience.pause_s(error))
 
     async def image(self, accept: MediaType = "image/png") -> Sampled:
-        """The images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
+        """Read the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
         limit = Asked.of(self._known()).answer_bytes(accept)
         options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
         return Sampled.of(await self._connection.request("GET", f"{self._path}/image", **options), accept)
 
     async def cancel(self) -> JobState:
-        """Cancel it if it has not ended; the job as it ended."""
+        """Cancel it if it has not ended; returns the job as it ended."""
         return JobState.of(object_of(await self._connection.request("POST", f"{self._path}/cancel")))
 
     async def delete(self) -> None:

@@ -108,7 +108,7 @@ class Client:
         return Job(self._connection, state.id, state)
 
     def job(self, job_id: str) -> Job:
-        """A job by its id, whichever model it is of. Sends nothing yet."""
+        """Make the handle of a job by its id, whichever model it is of. Sends nothing yet."""
         return Job(self._connection, job_id)
 
     def jobs(self, *, state: str | Sequence[str] | None = None) -> Iterator[JobState]:
@@ -138,7 +138,7 @@ class Client:
         return Noised.of(self._connection.request("POST", "/noise", **options))
 
     def model(self) -> dict[str, Any]:
-        """What is loaded, and the limits, as GET /model says."""
+        """Read what is loaded, and the limits, as GET /model says."""
         return object_of(self._connection.request("GET", "/model"))
 
     # --- the models of the server, whichever this client is of ---

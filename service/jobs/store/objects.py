@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CALL_S = 60.0  # a call that takes longer is given up, with the wait for its turn
 BYTES_PER_S = 1e6  # what a line must do: for the bytes of an object a call has this much longer
-START_S = 15.0  # the same at the start
+START_S = 15.0  # a call at the start that takes longer is given up
 CONNECT_S = 5.0
 RETRIES, RETRY_S = 3, 20.0  # after which time no request is tried again
 AT_ONCE = 4  # downloads: each is in memory as a whole

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 SWEEP_PAGES = 512  # that one call gives back to the disk
 SPARE_PAGES = 256  # free pages that stay in the file, to be used again
 WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun in its place
-SPARE_BYTES = 8 * 2**20  # the same, where file and WAL have more room that nothing needs
+SPARE_BYTES = 8 * 2**20  # a WAL is copied too where it and the file have more room than this that nothing needs
 
 
 class SqliteStore(JobStore):

@@ -223,7 +223,10 @@ class Deliverer:
     def _failed(
         self, delivery: Delivery, reason: str, took_s: float, *, is_final: bool = False, counts: bool = True
     ) -> tuple[Delivery, float, bool]:
-        """counts: whether it was an attempt. Else its receiver has not failed, and its waits do not grow."""
+        """Return what `_ended` does, for what did not succeed.
+
+        counts: whether it was an attempt. Else its receiver has not failed, and its waits do not grow.
+        """
         if counts:
             self._metrics.webhook_attempted("failed", took_s)
         again_in_s, age_s = wait_s(delivery.attempts), (self._store.now_us() - delivery.since_us) / 1e6
