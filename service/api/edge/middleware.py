@@ -198,7 +198,7 @@ class MemoryLimit:
         answers: ByteBudget,
         refused: Callable[[str], None],
     ) -> None:
-        """max_bytes_by_path: the bounds of some paths, also below /models/NAME. refused: is told the codes of refusals."""
+        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: is told the codes of refusals."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values())), answers
         self._refused = refused
