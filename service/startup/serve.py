@@ -7,6 +7,7 @@ measures; probes are answered meanwhile, and all else is told to come back. Then
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OF_COMMANDS = ("config", "key")  # which the commands read by themselves
+# What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
+LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
@@ -168,8 +172,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
 
     address: where the server listens.
     """
-    known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
-    if unknown := sorted(name for name in os.environ if name.startswith("TMINUS_") and name not in known):
+    if unknown := unknown_variables(settings):
         log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
     access = settings.access(address[0])
     models = read_models(settings)
@@ -189,6 +192,18 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
                 "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
             )
     return Opened(settings, access, models, stores, webhooks, end_place)
+
+
+def unknown_variables(settings: Settings) -> list[str]:
+    """Return the names of variables that begin as those of settings do, and are none, as where one is misspelt."""
+    known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith("TMINUS_")
+        and name not in known
+        and not (LINK.fullmatch(name) or LINK_VALUE.fullmatch(value))
+    )
 
 
 @contextmanager

@@ -379,6 +379,13 @@ def test_variables_that_are_no_settings_are_named_in_the_log(
 ) -> None:
     for name in ("TMINUS_MAX_BITCH", "TMINUS_MAX_N", "TMINUS_KEY", "TMINUS_CONFIG"):
         monkeypatch.setenv(name, "5")
+    for name, value in (  # as Kubernetes sets them for a Service tminus-page
+        ("TMINUS_PAGE_SERVICE_HOST", "10.0.0.1"),
+        ("TMINUS_PAGE_SERVICE_PORT_HTTP", "8000"),
+        ("TMINUS_PAGE_PORT", "tcp://10.0.0.1:8000"),
+        ("TMINUS_PAGE_PORT_8000_TCP_ADDR", "10.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
     assert module.serve(Settings())
     assert served["limits"].max_n == 5
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
