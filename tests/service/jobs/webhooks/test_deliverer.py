@@ -30,7 +30,7 @@ from tminus.service.jobs.webhooks.deliverer import (
     Slots,
     wait_s,
 )
-from tminus.service.jobs.webhooks.delivery_store import AT_ONCE_EACH, Delivery, Room
+from tminus.service.jobs.webhooks.delivery_store import AT_ONCE_EACH, Delivery, Room, Whose
 from tminus.service.jobs.webhooks.sender import Names, NotDelivered, Sender, read_secrets
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers, Webhook
 from tminus.service.metrics import Metrics
@@ -260,7 +260,7 @@ def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again
     monkeypatch.setattr(module, "AT_ONCE", 2)
     monkeypatch.setattr(module, "LOOK_S", 0.1)
     hanging = looks = 0
-    room = Slots.room
+    room, failing = Slots.room, set[Whose]()
 
     async def send(url: str, *_: Any) -> None:
         nonlocal hanging
@@ -272,7 +272,9 @@ def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again
     def counted(slots: Slots) -> Room | None:
         nonlocal looks
         looks += 1
-        return room(slots)
+        found = room(slots)
+        failing.update(found.failing if found is not None else ())
+        return found
 
     async def run() -> None:
         nonlocal looks
@@ -291,6 +293,7 @@ def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again
 
     asyncio.run(run())
     assert looks < 20
+    assert failing == {("c", "https://bad.example")}, "who failed has fewer slots"
 
 
 def one(name: str, owner: str, error: str | None = None) -> Delivery:
