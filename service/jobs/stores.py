@@ -65,5 +65,5 @@ class Stores:
 
     def close(self) -> None:
         """Close all, when nobody uses them any more. Blocks."""
-        for store in self._stores.values():
+        for store in list(self._stores.values()):  # one that a thread is opening may be put in meanwhile
             store.close()

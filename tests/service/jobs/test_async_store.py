@@ -18,6 +18,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import JobRecord, Key, Outcome, ReplicaPace
 from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.stores import Stores
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs
 
@@ -143,3 +144,19 @@ def test_whether_jobs_can_be_kept_is_known_from_the_last_attempt_to_write(disk: 
         store.close()
 
     asyncio.run(ask())
+
+
+def test_a_store_that_a_load_opens_as_all_are_closed_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server ends: the load's thread goes on."""
+    stores, closed = Stores(lambda _weights: SqliteStore(None)), list[AsyncStore]()
+    first, second = stores.take_first("aa"), stores.take_first("bb")
+    close = AsyncStore.close
+
+    def opening(store: AsyncStore) -> None:
+        stores.take_first(f"of {len(closed)}")
+        closed.append(store)
+        close(store)
+
+    monkeypatch.setattr(AsyncStore, "close", opening)
+    stores.close()
+    assert closed == [first, second]
