@@ -13,7 +13,7 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecast
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
@@ -38,12 +38,12 @@ class Admission:
     The jobs are of all models, and so are the limits of jobs and backlog; each model has slots for rows of its own.
     """
 
-    def __init__(self, limits: Limits, served: Served | None = None, *, shared: bool = False) -> None:
-        """limits: of which max_jobs and max_backlog_s hold here. served: that of the schedulers.
+    def __init__(self, limits: Limits, owner_times: OwnerTimes | None = None, *, shared: bool = False) -> None:
+        """limits: of which max_jobs and max_backlog_s hold here. owner_times: those of the schedulers.
 
         shared: several owners may come.
         """
-        self._limits, self._served, self._shared = limits, served or Served(), shared
+        self._limits, self._owner_times, self._shared = limits, owner_times or OwnerTimes(), shared
         # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
         # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread, and only
@@ -267,7 +267,7 @@ class Admission:
         """Look at the accepted jobs as they are now. owner: who asks."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
-        return _Moment(jobs, load, speeds, self._served.of({owner, *(job.owner for job in jobs)}))
+        return _Moment(jobs, load, speeds, self._owner_times.of({owner, *(job.owner for job in jobs)}))
 
 
 def _pending(

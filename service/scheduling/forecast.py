@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from statistics import median
 
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -106,19 +106,19 @@ class Ahead:
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], had_s: Mapping[str, float] | None = None
     ) -> None:
         """jobs: in order of arrival, each of one of the models in speeds. had_s: what each owner has had."""
-        self._speeds, self._served, self._turns = speeds, Served(), Turns[int]()
+        self._speeds, self._owner_times, self._turns = speeds, OwnerTimes(), Turns[int]()
         self._schedulers: dict[int, Scheduler] = {}
         self._works = {job.job_id: job.work for job in jobs}
         self.now_s, arrivals = 0.0, count()
         for job in jobs:
             model = job.work.model
             if model not in self._schedulers:
-                self._schedulers[model] = Scheduler(speeds[model].sharing, arrivals, self._served)
+                self._schedulers[model] = Scheduler(speeds[model].sharing, arrivals, self._owner_times)
                 self._turns.put(model, self._schedulers[model], speeds[model].longest_tick_s)
             if job.places_left > 0:
                 self._schedulers[model].add(job.job_id, range(job.work.rows), job.work, job.steps, job.owner)
         if had_s is not None:
-            self._served.stepped({job.owner: had_s[job.owner] for job in jobs if job.places_left > 0})
+            self._owner_times.stepped({job.owner: had_s[job.owner] for job in jobs if job.places_left > 0})
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
@@ -160,7 +160,7 @@ class Ahead:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._served.one_alone:  # else others take turns with the batch
+        if busy == 1 and self._owner_times.one_alone:  # else others take turns with the batch
             ticks = max(ticks, alike[0] if whole else alike[0] // FINE)
         return max(1, ticks), last
 
@@ -180,7 +180,7 @@ def forecast(
     """Predict each job's outlook, by its id, if no other job comes.
 
     jobs: in order of arrival. until: a job; only it and those that end before it are predicted. had_s: what each owner
-    has had, as `Served` tells it.
+    has had, as `OwnerTimes` tells it.
     """
     ahead = Ahead(jobs, speeds, had_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 BURST_S = 10.0  # how far an owner may be behind the one that has had most
 
 
-class Served:
-    """Owns how much each owner has had, of those that have jobs. All schedulers of a server have the same one.
+class OwnerTimes:
+    """Owns how much time of the machine each owner of jobs has had. All schedulers of a server have the same one.
 
     The worker's thread changes it; any thread may read.
     """

@@ -18,7 +18,7 @@ from itertools import count, islice, pairwise
 from operator import itemgetter
 from typing import Generic, Literal, TypeVar
 
-from tminus.service.scheduling.owners import BURST_S, Served, allot
+from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
@@ -341,18 +341,20 @@ class Scheduler:
     looks at each of these.
     """
 
-    def __init__(self, sharing: Sharing, arrivals: Iterator[int] | None = None, served: Served | None = None) -> None:
-        """arrivals: numbers the jobs in order of arrival, over all the schedulers that have the same one; so served."""
+    def __init__(
+        self, sharing: Sharing, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
+    ) -> None:
+        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
         self._sharing = sharing
         self._jobs: dict[str, QueuedJob] = {}
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
         self._arrivals = count() if arrivals is None else arrivals
-        self._served = Served() if served is None else served
+        self._owner_times = OwnerTimes() if owner_times is None else owner_times
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
 
     def beside(self) -> "Scheduler":
         """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
-        return Scheduler(self._sharing, self._arrivals, self._served)
+        return Scheduler(self._sharing, self._arrivals, self._owner_times)
 
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
@@ -372,7 +374,7 @@ class Scheduler:
         if owner not in self._owners:
             self._owners[owner] = OwnerQueue(self._sharing)
         self._owners[owner].add(job)
-        self._served.join(owner)
+        self._owner_times.join(owner)
 
     def cancel(self, job_id: str) -> None:
         """Remove a job at once. Nothing happens if it is not here (any more)."""
@@ -397,7 +399,7 @@ class Scheduler:
         """Give each of several owners its places."""
         sharing = self._sharing
         owners = self._in_turn()[: sharing.max_batch + 1]  # each wants a place at least: none is left for others
-        had_s = {owner: self._served.had_s(owner) for owner in owners}
+        had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
         if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
             self._leader = owners[0]
@@ -415,7 +417,8 @@ class Scheduler:
             self._owners[owner].fill(pick, pick.free)
 
     def _in_turn(self) -> list[str]:
-        return sorted(self._owners, key=lambda owner: (self._served.had_s(owner), self._owners[owner].oldest.arrival))
+        owners = self._owners
+        return sorted(owners, key=lambda owner: (self._owner_times.had_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
         """Record that the batch which was chosen last has stepped.
@@ -442,8 +445,8 @@ class Scheduler:
                 finished.append(job.id)
         for owner in places:
             self._owners[owner].ticks += 1
-        paid_s = self._sharing.paid_s(places, self._leader, alone=self._served.one_alone)
-        self._served.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
+        paid_s = self._sharing.paid_s(places, self._leader, alone=self._owner_times.one_alone)
+        self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
             self._forget(self._jobs[job_id])
         return Advance(tuple(started), tuple(finished), taken)
@@ -454,7 +457,7 @@ class Scheduler:
         self._owners[job.owner].forget(job)
         if not self._owners[job.owner]:
             del self._owners[job.owner]
-        self._served.leave(job.owner)
+        self._owner_times.leave(job.owner)
 
     def steps(self, job_id: str) -> tuple[int, ...]:
         """The step that each row of a job takes next."""
@@ -480,7 +483,7 @@ class Scheduler:
         owner = self.owners[0]
         job = self._owners[owner].next
         left_s = job.places_left * self._sharing.place_s if self._sharing.policy == "srpt" else 0.0
-        return self._served.had_s(owner), left_s, job.arrival
+        return self._owner_times.had_s(owner), left_s, job.arrival
 
     @property
     def oldest(self) -> int:

@@ -54,7 +54,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.startup.settings import Library
 from tminus.service.worker.loaded_models import LoadedModel
@@ -120,12 +120,12 @@ class ServedModels:
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
         self.metrics, self.models, self.allowed_sites, self.access = Metrics(), Models(), allowed_sites, access
-        self._numbers, self._arrivals, self._served = count(), count(), Served()
+        self._numbers, self._arrivals, self._owner_times = count(), count(), OwnerTimes()
         self._stores = stores
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
-        self.admission = Admission(limits, self._served, shared=access.has_keys)
+        self.admission = Admission(limits, self._owner_times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
@@ -239,7 +239,7 @@ class ServedModels:
         number = next(self._numbers)
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
-        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._served)
+        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._owner_times)
         return LoadedModel(number, prepared.engine, scheduler, keeper)
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from tminus.service.errors import Draining, EngineFailed, ServiceError
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Coding:
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
-        self._served = Served()
+        self._owner_times = OwnerTimes()
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -117,7 +117,7 @@ class Coding:
             if self._closed:
                 return False
             self._waiting[tasks.name] = tasks
-            self._served.join(tasks.owner)
+            self._owner_times.join(tasks.owner)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
                 self._thread.start()
@@ -161,7 +161,7 @@ class Coding:
             took_s = time.perf_counter() - began_s
             over = error is not None or not tasks.tasks
             with self._changed:
-                self._served.stepped({tasks.owner: took_s})
+                self._owner_times.stepped({tasks.owner: took_s})
                 wanted = self._waiting.get(tasks.name) is tasks
                 if over and wanted:
                     self._forget(tasks.name)
@@ -175,7 +175,7 @@ class Coding:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            owner = min(self._waiting.values(), key=lambda tasks: self._served.had_s(tasks.owner)).owner
+            owner = min(self._waiting.values(), key=lambda tasks: self._owner_times.had_s(tasks.owner)).owner
             of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
             picked = of_owner[0]  # the oldest
             if self._tasks_begun[owner] % OLDEST_EVERY:
@@ -185,7 +185,7 @@ class Coding:
 
     def _forget(self, name: str) -> None:
         if (tasks := self._waiting.pop(name, None)) is not None:
-            self._served.leave(tasks.owner)
+            self._owner_times.leave(tasks.owner)
             if not self._waiting:
                 self._tasks_begun.clear()
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from itertools import count
 
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes, Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -31,9 +31,9 @@ class Machine:
 
     def __init__(self, *speeds: Speed) -> None:
         self.speeds: Mapping[int, Speed] = dict(enumerate(speeds))
-        arrivals, self.served = count(), Served()
+        arrivals, self.owner_times = count(), OwnerTimes()
         self.schedulers = {
-            model: Scheduler(speed.sharing, arrivals, self.served) for model, speed in self.speeds.items()
+            model: Scheduler(speed.sharing, arrivals, self.owner_times) for model, speed in self.speeds.items()
         }
         self.turns = Turns[int]()
         for model, scheduler in self.schedulers.items():
@@ -47,7 +47,7 @@ class Machine:
 
     @property
     def had_s(self) -> dict[str, float]:
-        return self.served.of({job_id[0] for job_id, left in self.left.items() if left})
+        return self.owner_times.of({job_id[0] for job_id, left in self.left.items() if left})
 
     def add(self, job_id: str, work: Work) -> None:
         self.works[job_id], self.left[job_id] = work, work.places

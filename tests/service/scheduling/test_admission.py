@@ -11,7 +11,7 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
 from tminus.service.work import JobRows, Outlook, Work
 
@@ -25,12 +25,12 @@ def make_admission(
     policy: Policy = "srpt",
     decode_s: float = 0.0,
     encode_s: float = 0.0,
-    served: Served | None = None,
+    owner_times: OwnerTimes | None = None,
     shared: bool = False,
     **limits: float,
 ) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held, served, shared=shared)
+    admission = Admission(held, owner_times, shared=shared)
     times = TickTimes(tuple(points))
     sharing = Sharing.of(held.max_batch, policy, 4, times)
     admission.put(0, Speed(sharing, held.max_rows, decode_s, encode_s))
@@ -364,15 +364,15 @@ def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
 
 
 def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline() -> None:
-    served = Served()
-    served.join("flood")
-    admission = make_admission(RATE, served=served, shared=True, max_backlog_s=1e6)
+    owner_times = OwnerTimes()
+    owner_times.join("flood")
+    admission = make_admission(RATE, owner_times=owner_times, shared=True, max_backlog_s=1e6)
     admission.enter("f0", plain(64, 1000), "flood", now_s=0.0)
     for number in range(1, 8):
         admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
     for _ in range(200):
         admission.stepped(0, [JobRows("f0", (), 8)], 8, 1 / 8)
-    served.stepped({"flood": 25.0})
+    owner_times.stepped({"flood": 25.0})
     outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
     assert outlook.eta_s == pytest.approx(10.0, rel=0.1)
 

@@ -98,7 +98,7 @@ def machines(draw: st.DrawFn) -> Machine:
         rows = draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 2 * max_batch))
         model = draw(st.sampled_from([*machine.speeds]))
         machine.add(f"{draw(st.sampled_from(owners))}{number}", Work(rows, steps, on, model=model))
-    machine.served.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in machine.had_s})
+    machine.owner_times.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in machine.had_s})
     for _ in range(draw(st.sampled_from([0, 0, 3, 40]))):
         machine.step()
     return machine

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
-from tminus.service.scheduling.owners import BURST_S, Served, allot
+from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.scheduling.scheduler import Policy, TickTimes
 from tminus.service.work import Work
 
@@ -19,33 +19,33 @@ FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longe
 
 
 def test_who_comes_later_is_behind_by_no_more_than_a_burst_and_who_returns_soon_is_where_it_was() -> None:
-    served = Served()
-    served.join("flood")
-    assert served.of(["flood"]) == {"flood": 0.0}
-    served.stepped({"flood": 100.0})
-    assert served.of(["b"]) == {"b": 100.0 - BURST_S}
-    served.join("b")
-    served.stepped({"flood": 1.0, "b": 3.0})
-    served.leave("b")
-    served.join("b")
-    assert served.had_s("b") == 100.0 - BURST_S + 3.0
+    owner_times = OwnerTimes()
+    owner_times.join("flood")
+    assert owner_times.of(["flood"]) == {"flood": 0.0}
+    owner_times.stepped({"flood": 100.0})
+    assert owner_times.of(["b"]) == {"b": 100.0 - BURST_S}
+    owner_times.join("b")
+    owner_times.stepped({"flood": 1.0, "b": 3.0})
+    owner_times.leave("b")
+    owner_times.join("b")
+    assert owner_times.had_s("b") == 100.0 - BURST_S + 3.0
     for owner in ("flood", "b"):
-        served.leave(owner)
-    served.join("c")
-    assert served.of(["c", "flood"]) == {"c": 0.0, "flood": 0.0}, "when all have left nothing is kept of them"
+        owner_times.leave(owner)
+    owner_times.join("c")
+    assert owner_times.of(["c", "flood"]) == {"c": 0.0, "flood": 0.0}, "when all have left nothing is kept of them"
 
 
 def test_nobody_saves_up_or_owes_more_than_a_burst() -> None:
-    served = Served()
-    served.join("flood")
-    served.join("b")
+    owner_times = OwnerTimes()
+    owner_times.join("flood")
+    owner_times.join("b")
     for _ in range(100):
-        served.stepped({"flood": 0.9, "b": 0.1})
-    assert served.had_s("flood") - served.had_s("b") == pytest.approx(BURST_S)
-    served.leave("flood")
-    served.stepped({"flood": 5000.0})
-    served.join("flood")
-    assert served.had_s("flood") - served.had_s("b") == pytest.approx(BURST_S)
+        owner_times.stepped({"flood": 0.9, "b": 0.1})
+    assert owner_times.had_s("flood") - owner_times.had_s("b") == pytest.approx(BURST_S)
+    owner_times.leave("flood")
+    owner_times.stepped({"flood": 5000.0})
+    owner_times.join("flood")
+    assert owner_times.had_s("flood") - owner_times.had_s("b") == pytest.approx(BURST_S)
 
 
 @given(st.integers(0, 64), st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 40), st.floats(0, 9))))
