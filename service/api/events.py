@@ -151,8 +151,8 @@ class _Follower:
 
         One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
         """
-        told = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
-        async with aclosing(patient(told, POLL_S)) as parts:
+        sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
+        async with aclosing(patient(sent, POLL_S)) as parts:
             async for part in parts:
                 if part is not None:
                     events, self._last_id = part

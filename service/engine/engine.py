@@ -216,12 +216,12 @@ class Engine:
         """Return the rows whose latent is no longer finite; on a GPU, after the tick that `wait` last saw end."""
         slots = list(rows)
         if self._ticks is None:
-            kept = self._finite.numpy()[slots]
+            finite = self._finite.numpy()[slots]
         elif self._ticks.finite is None:
             return ()
         else:  # the flag of a slot may be older than the row that holds the slot now
-            kept = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
-        return () if kept.all() else tuple(row for row, fine in zip(rows, kept, strict=True) if not fine)
+            finite = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
+        return () if finite.all() else tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:

@@ -254,9 +254,9 @@ def _build(
     )
 
 
-def _measure(engine: Engine, way: Mapping[str, Any], largest: int, kept: ChoiceCache) -> Measured:
+def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
     """How long ticks take, and what batch sizes follow from that; those of an earlier start are kept."""
-    sizes = _kept_sizes(kept, largest)
+    sizes = _kept_sizes(cache, largest)
     # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
     tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
     if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
@@ -264,7 +264,7 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, kept: ChoiceC
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times)
-        kept.write(sizes)
+        cache.write(sizes)
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
 
 
@@ -292,9 +292,9 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) 
     return min(places for places, seconds in points if places / seconds >= share * best)
 
 
-def _kept_sizes(kept: ChoiceCache, largest: int) -> Mapping[str, int] | None:
+def _kept_sizes(cache: ChoiceCache, largest: int) -> Mapping[str, int] | None:
     """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
-    sizes = kept.read() or {}
+    sizes = cache.read() or {}
     possible = all(type(size) is int and MIN_BATCH <= size <= max(MIN_BATCH, largest) for size in sizes.values())
     return sizes if possible and sizes.keys() == {"max_batch", "short_batch"} else None
 

@@ -158,10 +158,10 @@ def _end_of(data: bytes) -> End:
         thread, *jobs = text_at(place).split("\n")
         worked_on[thread] = frozenset(jobs)
     every_job = frozenset[str]().union(*worked_on.values())
-    told = data[SIGNAL_AT:].decode(errors="replace")
-    if found := re.search(r"Fatal Python error: (.+)", told):
+    of_signal = data[SIGNAL_AT:].decode(errors="replace")
+    if found := re.search(r"Fatal Python error: (.+)", of_signal):
         # Without a current thread it was one of a library's, which works for either part.
-        by = re.search(r"^Current thread 0x0*([0-9a-f]+).*\n((?: .*\n)*)", told, re.MULTILINE)
+        by = re.search(r"^Current thread 0x0*([0-9a-f]+).*\n((?: .*\n)*)", of_signal, re.MULTILINE)
         return End(found[1], worked_on.get(by[1], frozenset()) if by else every_job, by[2] if by else "")
     began, now = json.loads(text_at(MACHINE_AT)), _machine()
     if began["boot"] == now["boot"] and began["oom_kills"] < now["oom_kills"]:

@@ -92,7 +92,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
     max_connections: ClassVar[int]
-    kept: ClassVar[dict["HttpProtocol", None]]  # for a next request, the longest idle first
+    idle: ClassVar[dict["HttpProtocol", None]]  # those that wait for a next request, the longest idle first
     conn: _Parser
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
@@ -128,10 +128,10 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
         """Close the connection that has been idle for longest of those that fit. False: there is none."""
-        for idle in self.kept:
-            if fits(idle):
-                idle._unset_keepalive_if_required()
-                idle.timeout_keep_alive_handler()
+        for each in self.idle:
+            if fits(each):
+                each._unset_keepalive_if_required()
+                each.timeout_keep_alive_handler()
                 return True
         return False
 
@@ -191,7 +191,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         super().on_response_complete()
         is_read = not self.transport.get_write_buffer_size()
         if self.timeout_keep_alive_task is not None and is_read and not self.lingers:
-            self.kept[self] = None
+            self.idle[self] = None
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
             self._unset_keepalive_if_required()
             self._expect_head()
@@ -200,7 +200,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     def _unset_keepalive_if_required(self) -> None:
         """Keep the connection for a next request no more: one has come, or it ends."""
-        self.kept.pop(self, None)
+        self.idle.pop(self, None)
         super()._unset_keepalive_if_required()
 
     def close(self) -> None:
@@ -384,7 +384,7 @@ def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtoc
 
     class BoundedHttpProtocol(HttpProtocol):
         open_by_address: ClassVar[Counter[str]] = Counter()
-        kept: ClassVar[dict[HttpProtocol, None]] = {}
+        idle: ClassVar[dict[HttpProtocol, None]] = {}
         max_connections = most
         max_per_address = most_of_one
 

@@ -77,8 +77,8 @@ class PostgresStore(JobStore):
         with self._transaction() as run:
             self._know_time(run(sa.select(_EPOCH)).scalar_one(), asked_us)
 
-    def _know_time(self, told: Any, asked_us: int) -> None:
-        self._ahead_us = round(float(told) * 1e6) - (asked_us + _steady_us()) // 2
+    def _know_time(self, database_s: Any, asked_us: int) -> None:
+        self._ahead_us = round(float(database_s) * 1e6) - (asked_us + _steady_us()) // 2
 
     def now_us(self) -> int:
         """The time of the database, as far as the clocks were apart at the last renewal."""
@@ -164,10 +164,10 @@ class PostgresStore(JobStore):
         with self._transaction() as run:
             if self._unsure:
                 self._delete(run, run(sa.select(jobs.c.id).where(*unsure)).scalars().all())
-            told = run(alive.returning(_EPOCH)).scalar_one()
+            database_s = run(alive.returning(_EPOCH)).scalar_one()
             held = {row.id: row.fence for row in run(longer.returning(jobs.c.id, jobs.c.fence)).all()}
             run(others)
-        self._know_time(told, asked_us)
+        self._know_time(database_s, asked_us)
         self._unsure.clear()
         self._fences = {job_id: fence for job_id, fence in self._fences.items() if held.get(job_id) == fence}
         return frozenset(self._fences)
