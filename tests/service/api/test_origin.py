@@ -78,6 +78,12 @@ def test_pages_of_origins_that_are_allowed_are_answered_and_may_read_the_answer(
         origin = {"Origin": "https://studio.example", **CROSS}
         asked = site.client.options("/jobs", headers=origin | {"Access-Control-Request-Method": "POST"})
         assert asked.headers["access-control-allow-origin"] == "https://studio.example"
+        unknown = origin | {"Host": "evil.example"}
+        asked = site.client.options("/jobs", headers=unknown | {"Access-Control-Request-Method": "POST"})
+        assert (asked.status_code, asked.text) == (200, "OK"), "it asks what is allowed, and reads nothing"
+        refused = site.client.post("/jobs", json=SPEC, headers=unknown)
+        assert (refused.status_code, code(refused)) == (403, "foreign_host")
+        assert refused.headers["access-control-allow-origin"] == "https://studio.example", "it may read why"
         answer = site.client.post("/sample", json=SPEC, headers=origin)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://studio.example"
