@@ -331,7 +331,7 @@ def version_of(model: ModelInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An answer with the pixels of the images, and their seed."""
+    """An answer with the pixels of the images, and their seed. What it begins with is each request's own."""
 
     spec: SampleSpec
     model: ModelInfo
@@ -358,7 +358,7 @@ class Tensors:
         return (self.spec.n, self.model.height_px, self.model.width_px, self.model.channels)
 
     def body(self, images: Images) -> bytes:
-        """Make the body of the pixels [n, H, W, C]."""
+        """Make the body of the pixels [n, H, W, C], but for the brace or the id that it begins with."""
         seed = np.array([self.spec.seed], NUMBERS["UINT64"])
         outputs, behind = [], []
         for name, binary in self.outputs.items():
@@ -373,5 +373,5 @@ class Tensors:
                 outputs.append(b"".join([json.dumps(described).encode()[:-1], b', "data": [', data, b"]}"]))
         document: dict[str, Any] = {"model_name": self.model.name, "model_version": version_of(self.model)}
         document |= {"parameters": {"fingerprint": self.model.fingerprint}}
-        head = json.dumps(document).encode()[:-1]
+        head = json.dumps(document).encode()[1:-1]
         return b"".join([head, b', "outputs": [', b", ".join(outputs), b"]}", *behind])

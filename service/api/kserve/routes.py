@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from tminus.service.api.admin import Changes
 from tminus.service.api.answers import problems
@@ -247,15 +248,28 @@ async def infer(services: Services, request: Request) -> Response:
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes
-    if asked.id is not None:
-        if (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
-            response.headers["ETag"] = f"W/{etag}"
-        if response.status_code == 200:
-            response.body = b'{"id": ' + json.dumps(asked.id).encode() + b", " + response.body[1:]
-            response.headers["Content-Length"] = str(len(response.body))
+    if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
+        response.headers["ETag"] = f"W/{etag}"
+    if response.status_code == 200:
+        named = "" if asked.id is None else f'"id": {json.dumps(asked.id)}, '
+        response = _Whole(f"{{{named}".encode(), response)
     if made.binary_bytes and response.status_code == 200:
         response.headers[HEADER_LENGTH] = str(int(response.headers["Content-Length"]) - made.binary_bytes)
     return response
+
+
+class _Whole(Response):
+    """An answer with its beginning. The rest may be kept, and is sent to all without a copy, so that it counts once."""
+
+    def __init__(self, beginning: bytes, rest: Response) -> None:
+        self.status_code, self.background, self.raw_headers = rest.status_code, None, rest.raw_headers
+        self.beginning, self.body = beginning, rest.body
+        self.headers["Content-Length"] = str(len(beginning) + len(rest.body))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.beginning, "more_body": True})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 async def _read(services: Services, request: Request) -> InferRequest:

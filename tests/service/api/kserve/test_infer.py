@@ -137,7 +137,7 @@ def test_an_answer_has_the_very_pixels_and_the_seed(outputs: dict[str, bool]) ->
     spec = make_spec(n=3, seed=2**64 - 1)
     images = fake_pixels(spec, 3) + np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
     made = Tensors(spec, INFO, outputs)
-    body = made.body(images)
+    body = b"{" + made.body(images)
     head_bytes = len(body) - made.binary_bytes
     document, behind = json.loads(body[:head_bytes]), body[head_bytes:]
     assert document["model_name"] == "fake"
