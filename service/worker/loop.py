@@ -317,17 +317,23 @@ class Loop:
             return False
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         if jobs[0].new.alone and self._ahead_of:
-            self._wait_for_device(model.engine)  # what fails there is of the ticks before
+            try:
+                self._wait_for_device(model.engine, jobs[0])
+            except Exception:  # it is of the ticks before
+                if model.engine.is_lost():
+                    raise
             self._ahead_of = ()
         with self._at(jobs):
             self._tick(model, batch, jobs)
         return True
 
-    def _wait_for_device(self, engine: RowEngine) -> None:
-        """Wait until a GPU has done all that it was given. Raises RuntimeError where that has broken it."""
+    def _wait_for_device(self, engine: RowEngine, job: RunningJob) -> None:
+        """Wait until a GPU has done all ticks that it was given, by reading a job's rows. Raises what they have broken.
+
+        The device as a whole may not be waited for: another thread may be recording a CUDA graph.
+        """
         self._idle.update(self._models)  # the next tick is launched on a device that does nothing
-        if engine.is_lost():
-            raise RuntimeError("the device is lost")
+        engine.latents(job.rows)
 
     def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
         engine, started_s = model.engine, self._clock()
@@ -341,7 +347,7 @@ class Loop:
             engine.step(batch)
             engine.wait()
             if alone_ahead:  # or the next job would be named with it
-                self._wait_for_device(engine)
+                self._wait_for_device(engine, jobs[0])
             broken = engine.broken(batch.rows)
         except Exception as error:
             self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
