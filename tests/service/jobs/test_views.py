@@ -106,7 +106,9 @@ def test_a_job_that_ended_after_the_forecast_is_not_told(bench: Bench) -> None:
     assert bench.ask(bench.statuses.all()) == []
 
 
-def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_costs_none(bench: Bench) -> None:
+def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_costs_none(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert bench.ask(bench.statuses.of("nobody")) is None
     assert bench.forecasts == 0
     bench.enter("a", steps=5)
@@ -117,6 +119,9 @@ def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_cost
 
     assert {status and status.eta_s for status in bench.ask(ask_often())} == {5.0}
     assert bench.forecasts == 1
+    monkeypatch.setattr(views_module, "FORECAST_S", -1.0)
+    assert bench.of("a").eta_s == 5.0
+    assert bench.forecasts == 2, "one that is old is made anew"
 
 
 @pytest.mark.parametrize(("outcome", "step"), [("done", 20), ("cancelled", None)])
