@@ -615,6 +615,14 @@ def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: D
     assert database.read("SELECT version_num FROM alembic_version") == [("2",)]
 
 
+def test_a_namespace_may_be_a_word_of_sql(postgres: postgres_server.Postgres) -> None:
+    for namespace in ("user", "select"):
+        store = open_postgres(postgres.url(), namespace, 15.0)(WEIGHTS)
+        assert store.add(job(namespace))
+        assert store.get(namespace) == job(namespace)
+        store.close()
+
+
 def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Postgres) -> None:
     shelf = DatabaseShelf(postgres.url())
     with ThreadPoolExecutor(6) as pool:
