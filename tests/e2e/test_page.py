@@ -557,6 +557,7 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: OpenPage, 
         assert page.tab.evaluate("() => scrollY") == 0
     page.tab.evaluate(
         """() => { document.getElementById('status').textContent = 'Waiting: 12 jobs ahead, done in about 1.3 min.';
+        document.getElementById('noise-text').innerHTML = 'x<sub>t</sub>'; // as before the opening
         return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))); }"""
     )
     moved = page.tab.evaluate("() => places.filter((place) => place.lowest - place.highest >= 1)")
