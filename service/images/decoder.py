@@ -4,7 +4,6 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -18,6 +17,7 @@ from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, Inputs
+from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 
 MAX_PIXELS = 4096 * 4096
@@ -41,7 +41,7 @@ class Decoder:
     def __init__(self) -> None:
         # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
+        self._pool = started_pool(1, "tminus-decode")
         self._ahead = 0  # the work of those that wait or are being decoded, in pixels
         self._rate = FIRST_RATE
 

@@ -9,7 +9,6 @@ import math
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from tminus.service.images.trajectory import pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
+from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 from tminus.service.work import JobResult
 
@@ -49,9 +49,9 @@ class Encoder:
 
     def __init__(self, observe: Callable[[str, float], None]) -> None:
         self._observe = observe
-        self._pool = ThreadPoolExecutor(RESULT_THREADS, thread_name_prefix="tminus-encode")
-        self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # one may take seconds
-        self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that results wait for no preview
+        self._pool = started_pool(RESULT_THREADS, "tminus-encode")
+        self._animations = started_pool(1, "tminus-animate")  # one may take seconds
+        self._frames = started_pool(1, "tminus-frames")  # so that results wait for no preview
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
         self._recent: TTLCache[tuple[Frame, str, str, int | None], list[Picture]] = TTLCache(

@@ -6,11 +6,11 @@ A round at most every 2 s, and for at most 0.5 % of a core.
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.metrics import Metrics
+from tminus.service.threads import started_pool
 from tminus.service.worker.loaded_models import ReadSnapshot
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class SnapshotKeeper:
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
         self._store, self._fingerprint, self._metrics = store, fingerprint, metrics
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tminus-snapshots")
+        self._thread = started_pool(1, "tminus-snapshots")
         self._next_s = 0.0
         self._busy = False  # while a round is under way
 

@@ -49,6 +49,7 @@ from tminus.service.startup.server import (
 )
 from tminus.service.startup.settings import Library, Settings, asked_by, name_of
 from tminus.service.startup.traces import start_traces
+from tminus.service.threads import started_pool
 from tminus.service.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ async def _run(
 
     Raises what building raises.
     """
+    asyncio.get_running_loop().set_default_executor(started_pool(min(32, (os.cpu_count() or 1) + 4), "asyncio"))
     serving = asyncio.create_task(server.serve([listener]))
     building = asyncio.create_task(in_daemon_thread(build, LOADING))
     await asyncio.wait((serving, building), return_when=asyncio.FIRST_COMPLETED)

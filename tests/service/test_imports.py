@@ -18,7 +18,18 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
 # stand at the top of service/, the words that everybody uses.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "startup", "ray_serve", "cli")
-WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "tracing", "work"}
+WORDS = {
+    "byte_budget",
+    "errors",
+    "metrics",
+    "model_info",
+    "preview",
+    "request_id",
+    "spec",
+    "threads",
+    "tracing",
+    "work",
+}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
@@ -16,6 +16,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, StoredObject
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 
 CALL_S = 30.0  # a call that takes longer is not waited for
@@ -47,8 +48,8 @@ class AsyncStore:
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="tminus-store-reads") if store.shared else self._pool
+        self._pool = started_pool(1, "tminus-store")
+        self._reads = started_pool(1, "tminus-store-reads") if store.shared else self._pool
         self.shared, self.lease_s = store.shared, store.lease_s
         self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
