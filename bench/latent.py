@@ -27,7 +27,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Images, Inputs, trial_spec
 from tminus.service.work import Batch, JobResult, work_of
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 

@@ -11,7 +11,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.metrics import Metrics
 from tminus.service.threads import started_pool
-from tminus.service.worker.loaded_models import ReadSnapshot
+from tminus.service.worker.loaded_model import ReadSnapshot
 
 log = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.startup.settings import Library
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker

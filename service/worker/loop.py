@@ -30,7 +30,7 @@ from tminus.service.scheduling.scheduler import Turns
 from tminus.service.spec import Images
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coding import Coded, Coding
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.tracing import TRACER, JobSpan, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Recorder
 
 log = logging.getLogger(__name__)

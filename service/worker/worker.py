@@ -22,7 +22,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images
 from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import Coded
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import LOST, SUSPENDED, Ended, ImageDecoded, Loop, Note, Ticked, note_nothing
 from tminus.service.worker.running_job import AcceptedJobs, NewJob, RunningJob
 

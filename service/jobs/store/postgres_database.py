@@ -77,7 +77,7 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
     namespace: a schema of the database, so that several clusters can share it. Raises ValueError where the database
     cannot be reached or used, or is of a newer version.
     """
-    # By this name Alembic has kept the version, which made the tables before.
+    # Alembic made the tables of earlier releases and kept their version in this table.
     versions = sa.table("alembic_version", sa.column("version_num"), schema=namespace)
     try:
         with engine.begin() as connection:

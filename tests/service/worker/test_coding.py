@@ -11,7 +11,7 @@ from tminus.service.errors import Draining
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.work import work_of
 from tminus.service.worker.coding import Coded, Coding
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import NewJob, RunningJob
 
 

@@ -19,7 +19,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.recording import Path, Recording
 

@@ -28,7 +28,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import Batch, JobResult, Outlook
-from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Path
 from tminus.service.worker.worker import STALL_S
 
