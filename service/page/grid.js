@@ -17,8 +17,10 @@ export function setUp(model, page) {
   element("grid-class-field").hidden = !model.conditional;
   fill(element("grid-class"), classOptions(model), "0");
   const rows = model.conditional ? Math.min(MOST_ROWS, model.class_names.length) : 1;
-  Object.assign(element("grid-rows"), { max: rows, value: Math.min(4, rows) });
-  Object.assign(element("grid-columns"), { max: columns, value: Math.min(6, columns) });
+  for (const [id, max] of [["grid-rows", rows], ["grid-columns", columns]]) {
+    const input = Object.assign(element(id), { max });
+    input.value = within(input); // which somebody may have changed already
+  }
   element("grid-go").addEventListener("click", () => make(model, page));
   element("grid-go").ariaDisabled = "false";
   // What is shown, or about to be, stays until there is more.

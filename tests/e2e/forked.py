@@ -4,6 +4,7 @@ From `main` on they are what the command is, with arguments, environment and out
 itself starts is tested where it is given in a shell: the pages, the refusals of a start, the bench.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -61,7 +62,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, which is told a moment later
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
