@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request, Response
 from starlette.requests import HTTPConnection
@@ -113,6 +113,14 @@ class Models:
         return with_services
 
     # --- when models change ---
+
+    def change(self, services: Services, info: ModelInfo) -> Services:
+        """Tell something else of a model from now on, whether it is served or only has jobs; returns what tells it."""
+        changed = replace(services, model=info)
+        if self._served.get(info.name) is services:
+            self._served[info.name] = changed
+        self._by_number[services.number] = changed
+        return changed
 
     def put(self, services: Services) -> None:
         """Serve a model, in place of another of its name."""

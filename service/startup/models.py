@@ -9,11 +9,11 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import OwnerTimes
@@ -81,6 +81,7 @@ class Prepared:
     limits: Limits  # of its requests
     speed: Speed
     release: Callable[[], object] = gc.collect  # called when nobody has the engine any more
+    spare_work: Iterator[None] | None = None  # done while no job runs; it may change the engine's `info`
 
 
 @dataclass(slots=True)
@@ -240,7 +241,22 @@ class ServedModels:
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
         scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._owner_times)
-        return LoadedModel(number, prepared.engine, scheduler, keeper)
+        spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
+        return LoadedModel(number, prepared.engine, scheduler, keeper, spare_work)
+
+    def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
+        """What a model does while no job runs, in the worker's thread. What it finds out is told to clients."""
+        assert prepared.spare_work is not None
+        info = prepared.engine.info
+        for _ in chain(prepared.spare_work, (None,)):
+            if prepared.engine.info is not info and self._loop is not None:
+                info = prepared.engine.info
+                self._loop.call_soon_threadsafe(self._tell_info, number, info)
+            yield
+
+    def _tell_info(self, number: int, info: ModelInfo) -> None:
+        if (one := self._by_number.get(number)) is not None:
+            one.services = self.models.change(one.services, info)
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:
         info = model.info

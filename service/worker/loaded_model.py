@@ -1,6 +1,6 @@
 """A model that the worker's thread steps, with its engine and its scheduler."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class LoadedModel:
     engine: RowEngine
     scheduler: Scheduler
     keeper: Keeper | None = None  # takes the snapshots of its durable jobs
+    spare_work: Iterator[None] | None = None
+    """Done a portion at a time, of about one pass each, while the worker has nothing else to do."""
 
     @property
     def info(self) -> ModelInfo:

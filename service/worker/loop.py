@@ -106,6 +106,7 @@ class Loop:
         self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
         self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
+        self._spare_work: dict[int, Iterator[None]] = {}  # of each model that has any
         self._idle: set[int] = set()  # models whose next tick is launched on a device that has nothing of them to do
 
     @property
@@ -133,6 +134,25 @@ class Loop:
         self._models[model.number] = model
         self._ever_latent |= model.info.latent is not None
         self._turns.put(model, model.scheduler)
+        if model.spare_work is not None:
+            self._spare_work[model.number] = model.spare_work
+
+    @property
+    def has_spare_work(self) -> bool:
+        """Whether there is something to do that no job waits for, and no job to do it before."""
+        return bool(self._spare_work) and not self.has_work
+
+    def do_spare_work(self) -> None:
+        """Do one portion of what a model has to do while no job runs."""
+        number, work = next(iter(self._spare_work.items()))
+        self._now_at([])
+        try:
+            next(work)
+        except StopIteration:
+            del self._spare_work[number]
+        except Exception:
+            log.exception("%s: what was begun while no job ran has failed", self._models[number].info.name)
+            del self._spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
@@ -268,6 +288,7 @@ class Loop:
             if job.model.number == number:
                 self._give_up(job, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
         self._turns.remove(self._models.pop(number))
+        self._spare_work.pop(number, None)
         self._ahead_of = [job for job in self._ahead_of if job.model.number != number]  # or they would hold its memory
 
     # --- the end ---

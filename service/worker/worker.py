@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 STALL_S, STALL_TICKS = 60.0, 20.0  # a turn that takes longer than both has stalled: the server is not ready
+SPARE_S = 1.0  # without a job or a command, until models do what no job waits for
 CLOSE_S = 10.0  # for the tick that runs to end, when the worker is closed
 CRASHED = "the worker has stopped; the server's log says why"
 
@@ -276,13 +278,24 @@ class Worker:
     def take_commands(self, *, wait: bool) -> None:
         """Do what other threads asked for. wait: whether to sleep until there is something."""
         while wait or not self._commands.empty():
-            if wait:
-                self._turn_began_s = None
-            command = self._commands.get()
+            command = self._wait_for_command() if wait else self._commands.get()
             self._turn_began_s = self._clock()
             command()
             self._act_on_events()
             wait = False
+
+    def _wait_for_command(self) -> Callable[[], None]:
+        """Sleep until there is something to do; models that have spare work do it meanwhile, a portion at a time."""
+        patience_s = SPARE_S
+        while self._loop.has_spare_work:
+            self._turn_began_s = None
+            with suppress(queue.Empty):
+                return self._commands.get(timeout=patience_s)
+            self._turn_began_s = self._clock()
+            self._loop.do_spare_work()
+            patience_s = 0.0
+        self._turn_began_s = None
+        return self._commands.get()
 
     def step(self) -> bool:
         """Do a tick, and what is due before it; False if there was none to do."""

@@ -80,9 +80,7 @@ def test_what_was_taken_is_kept_before_the_store_is_closed(tmp_path: Path) -> No
     store.close()
 
 
-def test_a_cheap_round_makes_the_next_due_after_the_least_interval(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cheap_round_makes_the_next_due_after_the_least_interval(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tminus.service.jobs.snapshot_keeper.SHARE", 1.0)  # cheap on the slowest machine
     assert kept.keeper.due(100.0)
     kept.keep()

@@ -1,6 +1,6 @@
 """A worker on a fake engine whose ticks take a second, with what a test needs to look at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -26,7 +26,14 @@ LATENT = replace(INFO, latent=LatentInfo("AutoencoderKL", 4, 2, 3, 0.18))
 class Bench:
     """The test is the worker's thread, unless it starts one."""
 
-    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS, *, cold: bool = False) -> None:
+    def __init__(
+        self,
+        info: ModelInfo = INFO,
+        limits: Limits = LIMITS,
+        *,
+        cold: bool = False,
+        spare_work: Iterator[None] | None = None,
+    ) -> None:
         """cold: whether it is not ready yet."""
         self.engine, self.keeper, self.limits = FakeEngine(info), FakeKeeper(), limits
         self.admission, self.metrics = Admission(limits), Metrics()
@@ -35,7 +42,7 @@ class Bench:
         self.on_clock: Callable[[], None] = lambda: None
         self.notes: list[tuple[str, set[str]]] = []
         self.engine.on_step = self.tick_takes_a_second
-        self.model = LoadedModel(0, self.engine, Scheduler(Sharing.of(limits.max_batch)), self.keeper)
+        self.model = LoadedModel(0, self.engine, Scheduler(Sharing.of(limits.max_batch)), self.keeper, spare_work)
         self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock, note=self.note)
         self.loop = self.worker._loop
         if not cold:

@@ -1,8 +1,10 @@
 """The worker with its thread: how it begins and ends, hangs and crashes, and what other threads ask of it."""
 
+import itertools
+import queue
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -233,6 +235,48 @@ def test_what_is_asked_before_the_warm_up_or_while_draining_is_refused(make_benc
     bench.engine.gate.open()
     assert asked.result(PATIENCE_S) == 1, "what was taken is done"
     job.result(PATIENCE_S)
+
+
+# --- what is done while nobody asks ---
+
+
+def test_spare_work_is_done_while_no_job_runs_and_a_job_waits_for_one_portion_of_it(make_bench: MakeBench) -> None:
+    begun, gate, events = queue.SimpleQueue[None](), threading.Semaphore(0), list[str]()
+
+    def work() -> Iterator[None]:
+        for _ in range(3):
+            begun.put(None)
+            assert gate.acquire(timeout=PATIENCE_S)
+            events.append(threading.current_thread().name)
+            yield
+
+    bench = make_bench(spare_work=work())
+    bench.engine.on_step = lambda _: events.append("step")
+    bench.start()
+    begun.get(timeout=PATIENCE_S)
+    job = bench.submit("a", steps=2)
+    gate.release()
+    job.result(PATIENCE_S)
+    gate.release(2)
+    wait_until(lambda: not bench.loop.has_spare_work)
+    assert events == ["tminus-worker", "step", "step", "tminus-worker", "tminus-worker"]
+
+
+def test_a_worker_with_endless_spare_work_ends_when_it_is_asked_to(make_bench: MakeBench) -> None:
+    bench = make_bench(spare_work=itertools.repeat(None)).start()
+    bench.worker.drain()
+    bench.worker._thread.join(PATIENCE_S)
+    assert not bench.worker.alive
+
+
+def test_spare_work_that_fails_is_told_in_the_log_and_jobs_go_on(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.worker.worker.SPARE_S", 0.0)
+    bench = make_bench(spare_work=(1 / number for number in [1, 0, 1])).start()  # type: ignore[arg-type]
+    wait_until(lambda: not bench.loop.has_spare_work)
+    assert "while no job ran has failed" in caplog.text
+    assert images(bench.submit("a")).shape == (1, 4, 6, 1)
 
 
 # --- what clients are told ---
