@@ -7,7 +7,7 @@ Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previo
 of the output channels of a network with learned variance; for others exp(r v) is 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -229,7 +229,6 @@ def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
     return total
 
 
-@torch.inference_mode()
 def sample(
     net: Forward,
     plan: Plan,
@@ -243,9 +242,42 @@ def sample(
     guidance_rescale: float = 0.0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x_0. z_of(k) gives the noise of step k.
+    """Run a plan on one batch, see `sample_passes`; on_step is called after each pass with its number."""
+    x_0 = x_T
+    passes = sample_passes(
+        net,
+        plan,
+        x_T,
+        z_of,
+        class_labels=class_labels,
+        null_class=null_class,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+    )
+    for k, x in enumerate(passes):
+        x_0 = x
+        if on_step is not None:
+            on_step(k)
+    return x_0
 
-    For training sheets and evaluation; the server's engine has a loop of its own.
+
+@torch.inference_mode()
+def sample_passes(
+    net: Forward,
+    plan: Plan,
+    x_T: Tensor,
+    z_of: Callable[[int], Tensor],
+    *,
+    class_labels: Tensor | None = None,
+    null_class: int | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[int, int] | None = None,
+    guidance_rescale: float = 0.0,
+) -> Iterator[Tensor]:
+    """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x after each pass, the last one x_0.
+
+    z_of(k) gives the noise of step k. For training sheets and evaluation; the server's engine has a loop of its own.
 
     Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them. It
     may be rescaled, see `rescale`.
@@ -266,9 +298,7 @@ def sample(
             at = matrices[k : k + 1].expand(len(x), -1, -1)
             new, *registers = combine(at, (x, x0, x0_previous, z, *registers)).unbind(1)
         x = new
-        if on_step is not None:
-            on_step(k)
-    return x
+        yield x
 
 
 def solve(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tminus.service.cli.approve import approve
 from tminus.service.cli.configuration import config
 from tminus.service.cli.convert import convert, inspect
 from tminus.service.cli.evaluate import evaluate
@@ -42,7 +43,7 @@ def main() -> None:
 
 COMMANDS = (
     *(serve, ray, config, key, models, sample, reproduce, trajectory),
-    *(train, train_autoencoder, tune, distill, evaluate, inspect, convert),
+    *(train, train_autoencoder, tune, distill, evaluate, approve, inspect, convert),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -17,6 +17,7 @@ import torch
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.service.engine.approval import with_kept_approvals
 from tminus.service.engine.autotune import (
     AGREE_ROWS,
     ChoiceCache,
@@ -133,7 +134,8 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
         raise ValueError(
             f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
         )
-    checkpoint = load_checkpoint(options.checkpoint)
+    cache = options.cache_dir or default_cache()
+    checkpoint = with_kept_approvals(load_checkpoint(options.checkpoint), device, cache)
     weights = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) if device.type == "cuda" else 0
     size_px = checkpoint.row_shape[1:]
     check_memory(checkpoint.net.config.pass_bytes(size_px) + weights, "network", size_px, device)
@@ -160,7 +162,7 @@ def prepare_engine(
             f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
             f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
         )
-    wish = _wish(options, device)
+    wish = wish_of(options, device)
     largest, exact, threads = wish.max_batch, wish.exact, wish.threads
     cache = options.cache_dir or default_cache()
     executor = choose_executor(checkpoint, device, wish, cache)
@@ -201,7 +203,7 @@ def _load_unmeasured(
 ) -> Loaded | None:
     """Build an engine without measuring what runs fastest; None where that pays, or another fingerprint is wanted."""
     device = choose_device(options.device)
-    wish, max_rows = _wish(options, device), options.max_rows or default_max_rows(checkpoint)
+    wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     plain = plain_executor(checkpoint, device, wish)
     engine = _build(checkpoint, plain, device, options, wish)
     if fingerprint is None and places_of(engine.info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
@@ -228,7 +230,8 @@ def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) ->
     return clock() - started_s
 
 
-def _wish(options: LoadOptions, device: torch.device) -> Wish:
+def wish_of(options: LoadOptions, device: torch.device) -> Wish:
+    """Return what these options ask for on this device."""
     threads = options.threads or CORES
     largest = options.max_batch or LARGEST_BATCH[device.type]
     if device.type == "cpu" and options.max_batch is None:

@@ -1,0 +1,162 @@
+"""Whether a lower precision does a network harm, told without data: its images are compared with those of float32.
+
+Both make the same images from the same noise. The yardstick is the error that a sampler makes anyway because its steps
+are few, its truncation: how far its images lie from the solution that steps twice as fine give, again from the same
+noise. Whoever takes such a sampler accepts that error, so one that is much smaller does no harm.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tminus.model.catalogue import Recommended
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.evaluation.samples import Point, sample_classes
+from tminus.model.guidance import Forward
+from tminus.model.rng import image_noise
+from tminus.model.samplers import sample_passes
+
+REFERENCE = Point("dpmpp_2m", 40)  # whose images are taken for the solution
+PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
+WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # other draws would hide the truncation of these
+MAX_STEPS = 50  # of what is recommended: more take long, and differ no more
+SHARE = 0.5  # of the truncation, the most that all images together may differ by
+DRIFT, SPREADS = 1.0, 3.0  # levels, and standard errors: a mean shift above both goes one way in every image
+LEVELS = 127.5  # of a unit of x: 255 from -1 to 1
+MIN_IMAGES, MAX_IMAGES = 4, 16
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """By how much the images of one sampler differ, in levels of 255: root mean squares, and the worst image's.
+
+    drift: the largest mean shift of a channel over all images, and its standard error.
+    """
+
+    point: Point
+    rms: float
+    worst: float
+    truncation_rms: float
+    truncation_worst: float
+    drift: float
+    drift_error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is harmless. What is not finite is not."""
+        steady = abs(self.drift) <= max(DRIFT, SPREADS * self.drift_error)
+        return self.rms <= SHARE * self.truncation_rms and self.worst <= self.truncation_worst and steady
+
+    def __str__(self) -> str:
+        return (
+            f"{self.point}: differs by {self.rms:.2f} levels of 255 (worst image {self.worst:.2f}), its truncation is "
+            f"{self.truncation_rms:.2f} (worst {self.truncation_worst:.2f}), brightness shifts by {self.drift:+.2f}"
+        )
+
+
+def measure_difference(point: Point, exact: Tensor, lower: Tensor, solution: Tensor) -> Difference:
+    """Compare images [N, C, H, W] of two precisions, and those of the first with the solution, all in levels."""
+    shifts = (lower - exact).flatten(2).mean(2)  # [N, C]
+    mean, error = shifts.mean(0), shifts.std(0) / len(shifts) ** 0.5
+    channel = int((mean.abs() - (SPREADS * error).clamp(min=DRIFT)).argmax())
+    return Difference(
+        point,
+        *_rms_and_worst(lower - exact),
+        *_rms_and_worst(exact - solution),
+        float(mean[channel]),
+        float(error[channel]),
+    )
+
+
+def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
+    of_images = difference.flatten(1).square().mean(1)
+    return float(of_images.mean().sqrt()), float(of_images.max().sqrt())
+
+
+def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
+    """What is sampled: 20 steps of dpmpp_2m, and what is recommended, or else 50 steps of ddim.
+
+    dpmpp_2m has little truncation, so it is the strictest. What is recommended is taken without its noise.
+    """
+    if recommended is None:
+        return PRECISE, COMMON
+    sampler = WITHOUT_NOISE.get(recommended.sampler, recommended.sampler)
+    own = Point(sampler, min(recommended.steps, MAX_STEPS), recommended.guidance)
+    return tuple(dict.fromkeys((replace(PRECISE, guidance=own.guidance), own)))
+
+
+class Comparison:
+    """A comparison of two precisions that goes on pass by pass.
+
+    Raises ValueError for a network whose truncation cannot be measured.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.student is not None:
+            raise ValueError(
+                f"{checkpoint.name}: a student is sampled by its own tables alone, whose truncation cannot be "
+                "measured; tminus evaluate --approve judges it by data"
+            )
+        self.points = compared_points(checkpoint.recommended)
+        self.differences: list[Difference] = []
+        self.places = 1 if self.points[0].guidance == 1.0 else 2  # that an image takes in each pass
+        self._reference = replace(REFERENCE, guidance=self.points[0].guidance)
+        self._checkpoint = checkpoint
+        self._plans = {
+            point: checkpoint.plan(point.sampler, point.steps, guidance=point.guidance)
+            for point in (self._reference, *self.points)
+        }
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """How many passes an image takes in float32 and in the lower precision."""
+        lower = sum(len(self._plans[point]) for point in self.points)
+        return len(self._plans[self._reference]) + lower, lower
+
+    @property
+    def ok(self) -> bool:
+        """Whether every sampler's difference is harmless."""
+        return all(difference.ok for difference in self.differences)
+
+    def run(
+        self, exact: Forward, lower: Forward, device: torch.device, num_images: int, batch_size: int
+    ) -> Iterator[None]:
+        """Make all images, and measure `differences`. Yields after each pass of a batch."""
+
+        def draw(point: Point, forward: Forward) -> Generator[None, None, Tensor]:
+            images = []
+            for start in range(0, num_images, batch_size):
+                indices = range(start, min(start + batch_size, num_images))
+                images.append((yield from self._draw(point, forward, device, indices)))
+            return torch.cat(images)
+
+        solution = yield from draw(self._reference, exact)
+        for point in self.points:
+            of_exact = yield from draw(point, exact)
+            of_lower = yield from draw(point, lower)
+            self.differences.append(measure_difference(point, of_exact, of_lower, solution))
+
+    def _draw(
+        self, point: Point, forward: Forward, device: torch.device, indices: range
+    ) -> Generator[None, None, Tensor]:
+        """Make the images of these indices, in levels."""
+        checkpoint = self._checkpoint
+        classes = sample_classes(checkpoint, indices.stop)
+        passes = sample_passes(
+            forward,
+            self._plans[point],
+            image_noise(SEED, indices, 0, checkpoint.row_shape, device),
+            lambda k: image_noise(SEED, indices, k + 1, checkpoint.row_shape, device),
+            class_labels=classes[indices.start :].to(device) if classes is not None else None,
+            null_class=checkpoint.labels.null_class,
+            guidance=point.guidance,
+        )
+        x_0 = torch.zeros(0)
+        for x in passes:
+            x_0 = x
+            yield
+        bound = 1.0 if checkpoint.autoencoder is None else torch.inf  # pixels are shown clipped
+        return LEVELS * x_0.clamp(-bound, bound).cpu()

@@ -1,0 +1,51 @@
+"""`tminus approve`: bfloat16 is approved for a checkpoint, or refused, by comparing images."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from tminus.service.cli.options import DEVICE, FOLDER_TYPE
+from tminus.service.cli.output import failing_in_one_line
+from tminus.service.engine.protocol import LoadOptions
+from tminus.service.startup.logs import set_up_log
+
+
+@click.command()
+@click.argument("checkpoint", type=FOLDER_TYPE)
+@click.option(
+    "--images",
+    type=click.IntRange(4, 1000),
+    help="images, of each sampler  [default: as many as ten minutes allow, 4 to 16]",
+)
+@click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
+@click.option("--cache-dir", type=FOLDER_TYPE, help="as of tminus serve  [default: ~/.cache/tminus]")
+@DEVICE
+def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:
+    """Let `tminus serve` run CHECKPOINT in bfloat16, if its images show that it does no harm.
+
+    The same images are made in float32 and in bfloat16. They may differ by half of what the sampler's few steps cost
+    anyway; docs/checkpoints.md has the criterion. Exit code 1 if they differ by more.
+    """
+    set_up_log("INFO", "%(message)s")
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.service.engine.approval import approve_portions, check_able
+    from tminus.service.engine.autotune import choose_executor, default_cache
+    from tminus.service.engine.devices import choose_device
+    from tminus.service.engine.loading import wish_of
+
+    with failing_in_one_line():
+        chosen, cache = choose_device(device), cache_dir or default_cache()
+        loaded = replace(load_checkpoint(checkpoint), approved=())  # so that what is chosen runs in float32
+        wish = wish_of(LoadOptions(checkpoint, device, executor), chosen)
+        if executor != "auto":
+            check_able(loaded, chosen, executor)
+        exact = choose_executor(loaded, chosen, wish, cache)
+        check_able(loaded, chosen, exact.name)
+        portions = approve_portions(checkpoint, exact, chosen, wish.threads, cache, num_images=images)
+        try:
+            while True:
+                next(portions)
+        except StopIteration as end:
+            sys.exit(0 if end.value else 1)

@@ -1,0 +1,140 @@
+"""Approve bfloat16 for a checkpoint by comparing its images with those of float32, and keep the verdict.
+
+model/evaluation/precision.py has the criterion. An approval goes into the checkpoint's tminus.json. Where that cannot
+be written, or bfloat16 was refused, the verdict is kept in the cache folder, for these weights on this machine.
+"""
+
+import logging
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from tminus.model.checkpoint import Checkpoint, approve, load_checkpoint
+from tminus.model.evaluation.precision import MAX_IMAGES, MIN_IMAGES, Comparison
+from tminus.service.engine.autotune import (
+    EXECUTORS,
+    Builder,
+    Choice,
+    ChoiceCache,
+    Wish,
+    example_inputs,
+    find_candidates,
+)
+from tminus.service.engine.executors import Executor
+
+log = logging.getLogger(__name__)
+
+LOWER = "bfloat16"
+BUDGET_S = 600.0  # for all passes: within it, as many images are made as are of use
+POLL_S = 0.05  # how long a portion waits for the executor that is being built
+REPORTS, REPORTED_S = 10, 60.0  # how often the log tells how far it is, where it takes at least this long
+
+
+def approve_portions(
+    folder: Path,
+    exact: Executor,
+    device: torch.device,
+    threads: int,
+    cache: Path | None,
+    *,
+    num_images: int | None = None,
+    batch_size: int = MAX_IMAGES,
+) -> Generator[None, None, bool]:
+    """Approve bfloat16 for the executor that `exact` is, or refuse it; returns which. A portion is a pass at most.
+
+    folder: the checkpoint, which is read once more, as an executor takes its network over. num_images None: as many as
+    BUDGET_S allows. Raises ValueError where the processor lacks bfloat16, and for a checkpoint that this cannot judge;
+    OSError where the verdict cannot be kept.
+    """
+
+    def build() -> tuple[Checkpoint, Executor]:
+        checkpoint = load_checkpoint(folder)
+        sizes = (1,) if device.type == "cpu" else (batch_size,)
+        return checkpoint, Builder(checkpoint, device, threads).build(Choice(exact.name, LOWER, sizes=sizes))
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="approve")
+    building = thread.submit(build)
+    thread.shutdown(wait=False)
+    while not building.done():
+        wait([building], POLL_S)
+        yield
+    checkpoint, lower = building.result()
+    comparison = Comparison(checkpoint)
+    place_s = []
+    for forward in (exact, lower):
+        rows = min(batch_size, threads)
+        inputs = example_inputs(checkpoint, device, rows)
+        for _ in range(2):  # the first warms up
+            began_s = time.perf_counter()
+            forward(*inputs).cpu()
+            yield
+        place_s.append((time.perf_counter() - began_s) / rows)
+    passes = comparison.passes
+    image_s = comparison.places * (passes[0] * place_s[0] + passes[1] * place_s[1])
+    num_images = num_images or min(max(int(BUDGET_S / image_s), MIN_IMAGES), MAX_IMAGES)
+    samples = f"{num_images} images by {' and by '.join(map(str, comparison.points))}"
+    log.info(
+        "comparing %s in %s with float32: %s, %d passes, %s",
+        exact.name, LOWER, samples, num_images * sum(passes), _duration(num_images * image_s),
+    )  # fmt: skip
+    total, told = -(-num_images // batch_size) * sum(passes), 0
+    for done, _ in enumerate(comparison.run(exact, lower, device, num_images, batch_size), 1):
+        yield
+        if done * REPORTS // total > told and num_images * image_s > REPORTED_S:
+            told = done * REPORTS // total
+            left_s = num_images * image_s * (total - done) / total
+            log.info("%d %% of the passes are done, %s are left", 100 * done // total, _duration(left_s))
+    for difference in comparison.differences:
+        log.info("%s", difference)
+    check = {
+        "executor": exact.name,
+        "precision": LOWER,
+        "weights_hash": checkpoint.weights_hash,
+        "samples": samples,
+        "criterion": "truncation",
+        "differences": [asdict(difference) for difference in comparison.differences],
+    }
+    kept = kept_verdict(checkpoint, device, exact.name, cache)
+    if not comparison.ok:
+        log.info("%s is not approved: its images differ by more than the truncation of a sampler excuses", LOWER)
+        kept.write({"approved": False} | check)
+        return False
+    try:
+        approve(folder, check)
+        log.info("%s is approved for %s, in %s: a server that starts now may use it", LOWER, exact.name, folder)
+    except OSError as error:
+        if kept.file is None:
+            raise
+        kept.write({"approved": True} | check)
+        log.info(
+            "%s is approved for %s, by servers with this cache folder, in %s, as the checkpoint cannot be written: %s",
+            LOWER, exact.name, kept.file, error,
+        )  # fmt: skip
+    return True
+
+
+def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> None:
+    """Raise ValueError where this executor cannot compute in bfloat16 here."""
+    find_candidates(checkpoint, device, Wish(executor, LOWER))
+
+
+def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, cache: Path | None) -> ChoiceCache:
+    """Return where the verdict on an executor in bfloat16 is kept on this machine, for these very weights."""
+    about = {"approve": LOWER, "executor": executor, "weights_hash": checkpoint.weights_hash}
+    return ChoiceCache(cache, checkpoint, device, about, ())
+
+
+def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> Checkpoint:
+    """Add to what the checkpoint's folder approves what is kept as approved in the cache folder."""
+    verdicts = {name: kept_verdict(checkpoint, device, name, cache).read() or {} for name in EXECUTORS}
+    kept = tuple((name, LOWER) for name, verdict in verdicts.items() if verdict.get("approved") is True)
+    return replace(checkpoint, approved=(*checkpoint.approved, *kept))
+
+
+def _duration(seconds: float) -> str:
+    """Say about how long something takes."""
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {max(1, round(seconds))} seconds"

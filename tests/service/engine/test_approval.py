@@ -1,0 +1,147 @@
+"""bfloat16 is approved where it does no harm, and refused where it does; the verdict is kept where it can be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.service.engine.exact import CPU, needs_bfloat16
+from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+from tminus.service.engine import approval
+from tminus.service.engine.approval import approve_portions, with_kept_approvals
+from tminus.service.engine.autotune import Builder, Choice
+from tminus.service.engine.protocol import BUNDLED, LoadOptions
+
+pytestmark = pytest.mark.slow
+
+
+def save(folder: Path, net: UNet2D, like: Checkpoint | None = None) -> Path:
+    noise, labels = (like.noise, like.labels) if like is not None else (NoiseConfig(), Labels())
+    recommended = like.recommended if like is not None else None
+    save_checkpoint(folder, net.state_dict(), net.config, noise, labels, {}, recommended)
+    return folder
+
+
+@pytest.fixture
+def net() -> UNet2D:
+    net = UNet2D(TINY)
+    randomize(net)
+    return net.requires_grad_(False).eval()
+
+
+def harm(net: torch.nn.Module) -> None:
+    """Add 1000 to what the norm after it takes away: the same function in float32, and nothing else in bfloat16."""
+    convolutions = [module for name, module in net.named_modules() if name.endswith(".conv1")]
+    assert convolutions
+    with torch.no_grad():
+        for convolution in convolutions:
+            assert isinstance(convolution, torch.nn.Conv2d)
+            assert convolution.bias is not None
+            convolution.bias.add_(1000)
+
+
+def judge(folder: Path, cache: Path | None, executor: str = "eager") -> bool:
+    exact = Builder(load_checkpoint(folder), CPU, 1).build(Choice(executor, "float32", sizes=(1,)))
+    portions = approve_portions(folder, exact, CPU, 1, cache, num_images=4, batch_size=4)
+    while True:
+        try:
+            next(portions)
+        except StopIteration as end:
+            verdict = end.value
+            assert isinstance(verdict, bool)
+            return verdict
+
+
+def approved(folder: Path, cache: Path | None) -> tuple[tuple[str, str], ...]:
+    return with_kept_approvals(load_checkpoint(folder), CPU, cache).approved
+
+
+def test_a_network_that_bfloat16_leaves_alone_is_approved_in_its_folder(
+    net: UNet2D, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path / "model", net)
+    with caplog.at_level("INFO"):
+        assert judge(folder, tmp_path / "cache")
+    assert load_checkpoint(folder).approved == (("eager", "bfloat16"),)
+    (check,) = json.loads((folder / "tminus.json").read_text())["approved"]
+    assert (check["criterion"], check["samples"]) == (
+        "truncation",
+        "4 images by dpmpp_2m, 20 steps and by ddim, 50 steps",
+    )
+    assert [each["point"]["sampler"] for each in check["differences"]] == ["dpmpp_2m", "ddim"]
+    assert "4 images by dpmpp_2m, 20 steps and by ddim, 50 steps, 720 passes, about" in caplog.text
+
+
+def test_the_same_network_written_so_that_bfloat16_harms_it_is_refused_and_the_verdict_is_kept(
+    net: UNet2D, tmp_path: Path
+) -> None:
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([5.0, 900.0])
+    before = net(x, t, None)
+    harm(net)
+    assert net(x, t, None).allclose(before, atol=1e-3), "in float32 it is the same network"
+    folder = save(tmp_path / "model", net)
+    files = (folder / "tminus.json").read_bytes()
+    assert not judge(folder, tmp_path / "cache")
+    assert (folder / "tminus.json").read_bytes() == files
+    assert approved(folder, tmp_path / "cache") == ()
+    kept = approval.kept_verdict(load_checkpoint(folder), CPU, "eager", tmp_path / "cache").read()
+    assert kept is not None
+    assert kept["approved"] is False
+
+
+def test_of_a_folder_that_cannot_be_written_the_approval_is_kept_in_the_cache_folder_for_its_weights(
+    net: UNet2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system", "tminus.json")
+
+    monkeypatch.setattr(approval, "approve", fail)
+    folder, cache = save(tmp_path / "model", net), tmp_path / "cache"
+    assert judge(folder, cache)
+    assert load_checkpoint(folder).approved == ()
+    assert approved(folder, cache) == (("eager", "bfloat16"),)
+    assert approved(folder, None) == ()
+    randomize(net, seed=1)
+    assert approved(save(tmp_path / "model", net), cache) == (), "other weights, of the same config"
+    with pytest.raises(OSError, match="Read-only"):
+        judge(folder, None)
+
+
+def test_a_server_finds_what_is_kept_in_its_cache_folder(net: UNet2D, tmp_path: Path) -> None:
+    from tminus.service.engine.loading import read_checkpoint
+
+    folder = save(tmp_path / "model", net)
+    approval.kept_verdict(load_checkpoint(folder), CPU, "openvino", tmp_path).write({"approved": True})
+    options = LoadOptions(folder, device="cpu", cache_dir=tmp_path)
+    assert read_checkpoint(options).approved == (("openvino", "bfloat16"),)
+
+
+def test_as_many_images_are_made_as_there_is_time_for(
+    net: UNet2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path / "model", net)
+    exact = Builder(load_checkpoint(folder), CPU, 1).build(Choice("eager", "float32", sizes=(1,)))
+    for budget_s, num_images in ((0.0, approval.MIN_IMAGES), (1e9, approval.MAX_IMAGES)):
+        monkeypatch.setattr(approval, "BUDGET_S", budget_s)
+        portions = approve_portions(folder, exact, CPU, 1, None)
+        with caplog.at_level("INFO"):
+            while f"{num_images} images by" not in caplog.text:
+                next(portions)
+
+
+@pytest.mark.long
+@needs_bfloat16
+@pytest.mark.parametrize("harmed", [False, True], ids=["as it is", "harmed"])
+def test_the_bundled_network_is_approved_as_its_classifier_has_it_and_refused_when_it_is_harmed(
+    tmp_path: Path, harmed: bool
+) -> None:
+    bundled = load_checkpoint(BUNDLED)
+    assert isinstance(bundled.net, UNet2D)
+    assert ("openvino", "bfloat16") in bundled.approved
+    if harmed:
+        harm(bundled.net)
+    assert judge(save(tmp_path / "model", bundled.net, bundled), None, "openvino") is not harmed
