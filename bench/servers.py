@@ -26,7 +26,7 @@ from bench.records import Ask, Counters
 from bench.tally import read_tally
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_S = 240.0  # torch.compile may be tried
+READY_S = 600.0  # torch.compile may be tried, or the network be large
 STOP_S = 5.0
 HOST = "127.0.0.1"
 PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
@@ -136,7 +136,7 @@ def why_not(contender: Contender) -> str | None:
 
 
 @contextmanager
-def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iterator[Running]:
+def running(contender: Contender, checkpoint: Path, threads: int | None, ready_s: float = READY_S) -> Iterator[Running]:
     """Start a contender and stop it, with all the processes that it started."""
     port = free_port()
     command = list(contender.command)
@@ -156,7 +156,7 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
         )
         try:
             url = f"http://{HOST}:{port}"
-            _wait_until_ready(process, url, log)
+            _wait_until_ready(process, url, log, ready_s)
             model = {} if contender.is_peer else httpx.get(f"{url}/model", trust_env=False).json()
             yield Running(contender, url, process.pid, Path(folder), model)
             if process.poll() is not None:
@@ -175,14 +175,16 @@ class Server:
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
+        tree: Path = ROOT,
     ) -> None:
-        """log: a file for what it logs; else it goes where ours goes."""
+        """log: a file for what it logs; else it goes where ours goes. tree: the checkout whose code it runs."""
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
-        self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
+        self._command = [sys.executable, "-m", entry(tree) or "tminus", "serve"]
+        self._command += ["--checkpoint", str(checkpoint.resolve())]
         self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
         self._environment = environment() | dict(env or {})
-        self._log = log
+        self._log, self._tree = log, tree
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -201,7 +203,13 @@ class Server:
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            return subprocess.Popen(self._command, cwd=ROOT, env=self._environment, stderr=log)
+            return subprocess.Popen(self._command, cwd=self._tree, env=self._environment, stderr=log)
+
+    @property
+    def memory_bytes(self) -> tuple[int, int] | None:
+        """Its peak and its resident memory."""
+        assert self._process is not None
+        return memory_bytes(self._process.pid)
 
     def kill(self) -> None:
         """SIGKILL: nothing of it runs any more when this returns."""
@@ -279,6 +287,16 @@ def cpu_seconds(pid: int) -> float | None:
     return ticks / CLOCK_TICKS_PER_S
 
 
+def memory_bytes(pid: int) -> tuple[int, int] | None:
+    """Peak and resident memory of a process; None where there is no /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+    return 1024 * kib["VmHWM"], 1024 * kib["VmRSS"]
+
+
 def environment() -> dict[str, str]:
     """Settings from outside would make the contenders differ, and nothing here needs the network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TMINUS_", "MOSEC_"))}
@@ -294,13 +312,13 @@ def _stat(path: Path) -> tuple[int, int]:
     return int(fields[1]), int(fields[11]) + int(fields[12])
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str]) -> None:
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str], ready_s: float) -> None:
     """Wait until a request is answered: that is the one sign that all contenders give alike.
 
     What a student refuses, since it has a sampler of its own, is asked again by its defaults.
     """
-    end, body = time.monotonic() + READY_S, READY_ASK.to_body(seed=0)
-    with httpx.Client(trust_env=False, timeout=READY_S, headers={"Accept": "image/png"}) as client:
+    end, body = time.monotonic() + ready_s, READY_ASK.to_body(seed=0)
+    with httpx.Client(trust_env=False, timeout=max(1.0, ready_s), headers={"Accept": "image/png"}) as client:
         while time.monotonic() < end:
             if process.poll() is not None:
                 raise RuntimeError(f"a server did not start: {_tail(log)}")
@@ -313,7 +331,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str]
             if status == 422:
                 body = {"n": 1, "seed": 0}
             time.sleep(0.1)
-    raise RuntimeError(f"a server was not ready after {READY_S:g} s: {_tail(log)}")
+    raise RuntimeError(f"a server was not ready after {ready_s:.0f} s: {_tail(log)}")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

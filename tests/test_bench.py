@@ -2,27 +2,31 @@
 
 import asyncio
 import io
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, client, cluster, figures, report, servers, traffic
+from bench import arrivals, client, cluster, figures, networks, report, servers, traffic
 from bench.loads import QUICK
+from bench.measures import Findings, Measure, table
 from bench.peers.picture import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Etas, EtaSample, Loaded, Pace, Run
 from bench.servers import ROOT, contenders
 from bench.tally import Tally, read_tally
 from tests.tiny import TINY
-from tminus.model.checkpoint import Labels, save_checkpoint
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 
@@ -294,3 +298,75 @@ def test_recorded_traffic_is_what_came_to_a_server(folder: Path, tmp_path: Path)
     assert [work.places for _, work in traffic.read(file)] == [3, 2 * 4 * 2, 3 * 9]
     outcome = cluster.Cluster(1).run(traffic.read(file))
     assert len(outcome.waits()) == 3
+
+
+# --- large networks ---
+
+
+@pytest.mark.parametrize(("name", "millions"), [("cifar", 35.7), ("celebahq", 113.7), ("ldm", 274.1)])
+def test_the_published_networks_have_as_many_parameters_as_published(name: str, millions: float) -> None:
+    network = networks.PUBLISHED[name]
+    with torch.device("meta"):
+        parts = [UNet2D(network.unet)]
+        assert round(sum(each.numel() for each in parts[0].parameters()) / 1e6, 1) == millions
+        if network.autoencoder is not None:
+            decoder = Autoencoder(network.autoencoder)
+            assert round(sum(each.numel() for each in decoder.parameters()) / 1e6, 1) == 55.3
+
+
+def test_a_network_is_written_once_and_loads_here_and_in_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = networks.write("tiny-ldm", tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    assert networks.write("tiny-ldm", tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")} == files
+    checkpoint = load_checkpoint(folder)
+    assert (checkpoint.size_px, checkpoint.row_shape) == ((16, 16), (3, 8, 8))
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([5])
+    theirs = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")
+    codes = diffusers.VQModel.from_pretrained(folder, subfolder="vqvae")
+    with torch.inference_mode():
+        assert torch.allclose(theirs.eval()(x, t)[0], checkpoint.net(x, t.float(), None), atol=1e-5)
+        assert checkpoint.autoencoder is not None
+        assert torch.allclose(codes.eval().decode(x)[0], checkpoint.autoencoder.decode(x), atol=1e-5)
+
+
+def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is ended, with those that it has started; what it has half printed is dropped."""
+    whole = Measure("passes", "tminus", 7.0, rows=2)
+    (tmp_path / "slow_part.py").write_text(
+        "import subprocess, sys, time\n"
+        f"print({json.dumps(asdict(whole))!r}, {json.dumps({'left_out': 'nothing else'})!r}, '{{', sep='\\n', end='')\n"
+        "sys.stdout.flush()\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "open(sys.argv[1].partition('=')[2], 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    findings, started = Findings(), tmp_path / "started"
+    findings.gather("cifar", "a part", "slow_part", {"started": started}, 4.0)
+    assert findings.measures == [replace(whole, network="cifar")]
+    assert [each.partition(": a part: ")[2] for each in findings.left_out] == [
+        "nothing else",
+        "what is not in the table had no time in 4 s",
+    ]
+    child = int(started.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_part_that_fails_is_left_out_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_part.py").write_text("raise ValueError('no such network')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    findings = Findings()
+    findings.gather("cifar", "a part", "failing_part", {}, 60.0)
+    assert findings.left_out == ["cifar: a part ended with 1: ValueError: no such network"]
+
+
+def test_a_table_has_a_column_for_each_number_of_rows() -> None:
+    some = [Measure("passes", "tminus", 1234.56, "row-steps/s", "float32", rows) for rows in (1, 64)]
+    lines = table([*some, replace(some[0], contender="diffusers", value=0.5)]).splitlines()
+    assert lines[0] == "| what | of | precision | unit | 1 row | 64 rows |"
+    assert lines[2:] == [
+        "| passes | tminus | float32 | row-steps/s | 1235 | 1235 |",
+        "| passes | diffusers | float32 | row-steps/s | 0.5 |  |",
+    ]
