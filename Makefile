@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
+DEVICE ?= cuda
 
-.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client train evaluate bench clean
+.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client train evaluate bench gpu clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -71,6 +72,12 @@ evaluate: $(VENV)/.installed
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
 
+# On a machine with a card, ten minutes and what the installation takes. DEVICE=cpu tries the bench without one.
+gpu: $(VENV)/.installed-gpu
+	$(BIN)/python -m bench.gpu --device $(DEVICE) --check
+	$(BIN)/pytest -m gpu tests/service/engine
+	$(BIN)/python -m bench.gpu --device $(DEVICE)
+
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
@@ -87,6 +94,10 @@ $(VENV)/.installed-test: pyproject.toml client/pyproject.toml | $(BIN)/pip
 $(VENV)/.installed-bench: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[bench]' --editable ./client
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-gpu: pyproject.toml client/pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[gpu]' --editable ./client
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-bench
 
 clean:
 	rm -rf $(VENV) build client/build *.egg-info client/*.egg-info

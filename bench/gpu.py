@@ -1,132 +1,158 @@
-"""What a tick costs on a GPU: against the serial eager loop, the bf16 matmul peak, and a bare pass of the executor.
+"""What large networks do on a GPU, beside what others do on the same card, in ten minutes: `make gpu`.
 
-    python -m bench.gpu [--checkpoint FOLDER] [--max-batch 256] [--seconds 10] [--precision bfloat16]
+    python -m bench.gpu [--device cuda] [--networks cifar,celebahq,ldm] [--seconds 600] [--out bench/results]
 
-Ticks run with synchronising calls forbidden: one in a tick ends the run with an error. Prints a table. Needs CUDA.
+Networks are those of bench/networks.py, with random weights, or folders of checkpoints. For each: passes of tminus'
+eager and compiled executor beside diffusers' U-Net run the same way, the memory that they take, an LDM's decoder, ticks
+of the engine with --exact and without, and how long a tick takes beside its pass; for the first, servers under a full
+load. A part that has no time left is left out, and named. Prints tables and writes gpu-CARD.json.
+
+`--device cpu` tries the same with tiny networks, to see that it works; `--check` only says which card there is.
 """
 
 import argparse
+import asyncio
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.bare import flops_per_row
-from bench.servers import CHECKPOINT, options_of
-from tminus.model.checkpoint import load_checkpoint
-from tminus.model.rng import image_noise
-from tminus.model.samplers import compile_plan, sample
-from tminus.service.engine.autotune import Wish, choose_executor, default_cache, example_inputs
-from tminus.service.engine.engine import Engine
-from tminus.service.engine.loading import LARGEST_BATCH
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import trial_spec
-from tminus.service.work import work_of
+from bench import figures, networks, servers
+from bench.conductor import say
+from bench.loads import QUICK, Turn
+from bench.measures import RESULTS, Findings, Measure
 
-MATMUL_SIZE = 8192
-SERIAL_STEPS = 50
-WARM_UP_TICKS = 10
+LEAST_S = 5.0  # which a process needs to begin
+SERVED = ("tminus", "lock", "litserve", "mosec")
+# github.com/vllm-project/vllm-omni, issue 5512: `cudnn.deterministic` in a diffusion pipeline on an MI300X.
+ANCHOR = "deterministic convolutions cost vllm-omni 61 % more time (a ratio of 0.62), and are not the same over batches"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured on a device, and for how long."""
+
+    networks: str
+    seconds: float
+    rows: str
+    precisions: tuple[str, ...]
+    compiled_rows: tuple[int, ...]  # of passes that are compiled too, each in a process: it takes a minute
+    call_s: float  # for each comparison of passes
+    window_s: float  # of each server
+    row_steps_per_s: float  # a guess that no server is above by three times
+
+
+PLANS = {
+    "cuda": Plan("cifar,celebahq,ldm", 600.0, "1,8,64,256", ("float32", "tf32", "bfloat16"), (1, 64), 1.5, 8.0, 1000.0),
+    "cpu": Plan("tiny,tiny-ldm", 90.0, "1,4", ("float32",), (), 0.2, 1.0, 100.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One process, or the servers where it has no module."""
+
+    network: str
+    name: str
+    weight: float  # of the time
+    module: str | None = None
+    options: dict[str, Any] | None = None
 
 
 def main() -> None:
-    """Measure and print."""
-    args = options_of(__doc__, checkpoint=CHECKPOINT, max_batch=LARGEST_BATCH["cuda"], seconds=10.0, precision="auto")
+    """Measure, print, write."""
+    args = parse_args()
+    card = card_of(args.device)
+    if args.check:
+        print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+        return
+    plan = PLANS[args.device]
+    folders = networks.folders(args.networks or plan.networks)
+    findings, until_s = Findings(), time.monotonic() + (args.seconds or plan.seconds)
+    if not plan.compiled_rows:
+        findings.leave_out("what is compiled is not tried on a CPU")
+    parts = parts_of(folders, args.device, plan)
+    for number, part in enumerate(parts):
+        left_s = until_s - time.monotonic()
+        limit_s = left_s * part.weight / sum(each.weight for each in parts[number:])
+        if limit_s < LEAST_S:
+            findings.leave_out(f"{part.network}: {part.name}: no time was left")
+        elif part.module is None:
+            serve(findings, part.network, folders[part.network], args.device, plan, limit_s)
+        else:
+            findings.gather(part.network, part.name, part.module, part.options or {}, limit_s)
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    findings.write(args.out / f"gpu-{name}.json", "bench.gpu", card=card, cuda=torch.version.cuda, anchor=ANCHOR)
+    print(f"Beside exact / not exact: {ANCHOR}.")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=tuple(PLANS), default="cuda", help="[cuda]")
+    parser.add_argument("--networks", help=f"of {','.join(networks.NETWORKS)}, or folders of checkpoints")
+    parser.add_argument("--seconds", type=float, help="for all of it, but for what is begun [600; 90 on a CPU]")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
+    parser.add_argument("--check", action="store_true", help="say which card there is, and measure nothing")
+    return parser.parse_args()
+
+
+def card_of(device: str) -> str:
+    """The name of the card. Raises SystemExit where there is none."""
+    if device == "cpu":
+        return "cpu"
     if not torch.cuda.is_available():
-        sys.exit("python -m bench.gpu: torch sees no CUDA device")
-    device = torch.device("cuda")
-    flops = flops_per_row(load_checkpoint(args.checkpoint))
-    peak = matmul_peak(device, args.seconds / 4)
-    serial = serial_eager(args.checkpoint, device, args.seconds)
-    ticks, bare, name = engine_and_bare(args.checkpoint, device, args)
-    rows = [
-        ("card", torch.cuda.get_device_name(device)),
-        ("versions", f"torch {torch.__version__}, CUDA {torch.version.cuda}"),
-        ("executor", name),
-        ("bf16 matmul peak", f"{peak / 1e12:.1f} TFLOP/s"),
-        ("serial eager loop, float32, one row", f"{serial:.0f} row-steps/s"),
-        (f"engine, {args.max_batch} rows a tick", f"{ticks:.0f} row-steps/s"),
-        ("engine / serial eager loop", f"{ticks / serial:.1f}"),
-        ("share of the matmul peak", f"{100 * ticks * flops / peak:.1f} %"),
-        ("tick / bare pass of the executor", f"{bare / ticks:.3f}"),
-        ("synchronising calls in a tick", "0"),
-    ]
-    print("| what | |\n|---|---|")
-    for what, value in rows:
-        print(f"| {what} | {value} |")
+        sys.exit(f"no GPU: torch {torch.__version__} sees no CUDA device; DEVICE=cpu (--device cpu) tries it without")
+    return torch.cuda.get_device_name()
 
 
-def matmul_peak(device: torch.device, seconds: float) -> float:
-    """FLOP/s of a large bfloat16 matmul."""
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16)
-    return 2 * MATMUL_SIZE**3 * _calls_per_s(lambda: torch.mm(a, b), seconds)
+def parts_of(folders: dict[str, Path], device: str, plan: Plan) -> Sequence[Part]:
+    """Everything to measure, what says most first: what is compiled takes the longest and comes last."""
+    eager, compiled = [], []
+    for name, folder in folders.items():
+        options = {"checkpoint": folder, "device": device, "seconds": plan.call_s, "rows": plan.rows}
+        for precision in plan.precisions:
+            of = options | {"executor": "eager", "precision": precision}
+            eager.append(Part(name, f"eager passes in {precision}", 1.0, "bench.passes", of))
+        eager.append(Part(name, f"ticks in {precision}", 1.0, "bench.ticks", of))
+    for rows in plan.compiled_rows:
+        for name, folder in folders.items():
+            of = {"checkpoint": folder, "device": device, "seconds": plan.call_s, "rows": rows}
+            of |= {"executor": "compile", "precision": plan.precisions[-1]}
+            compiled.append(Part(name, f"compiled passes of {rows} rows in {of['precision']}", 1.5, "bench.passes", of))
+    return [*eager, Part(next(iter(folders)), "servers", 3.0), *compiled]
 
 
-def serial_eager(checkpoint: Path, device: torch.device, seconds: float) -> float:
-    """Row-steps/s of one row at a time, as a plain loop in PyTorch does it."""
-    loaded = load_checkpoint(checkpoint)
-    net = loaded.net.to(device)
-    shape = (net.config.in_channels, *loaded.size_px)
-    plan = compile_plan(loaded.noise, loaded.noise.schedule(), "ddpm", SERIAL_STEPS)
-    labels = torch.zeros(1, dtype=torch.int64, device=device) if net.class_embedding is not None else None
-
-    def run() -> None:
-        x_T = image_noise(0, [0], 0, shape, device)
-        sample(net, plan, x_T, lambda k: image_noise(0, [0], k + 1, shape, device), class_labels=labels)
-
-    return SERIAL_STEPS * _calls_per_s(run, seconds)
-
-
-def engine_and_bare(checkpoint: Path, device: torch.device, args: argparse.Namespace) -> tuple[float, float, str]:
-    """Row-steps/s of full ticks of the engine, rows/s of bare passes of its executor, and the executor's name."""
-    loaded = load_checkpoint(checkpoint)
-    wish = Wish("auto", args.precision, exact=False, max_batch=args.max_batch, threads=torch.get_num_threads())
-    executor = choose_executor(loaded, device, wish, default_cache())
-    engine = Engine(loaded, executor, device, max_rows=args.max_batch, max_jobs=1, exact=False)
-    spec = trial_spec(engine.info, args.max_batch, loaded.noise.num_train_timesteps)
-    scheduler, rows = Scheduler(Sharing.of(args.max_batch)), engine.add(spec)
-    scheduler.add("bench", rows, work_of(spec, engine.info))
-
-    def tick() -> None:
-        batch = scheduler.next_batch()
-        assert batch is not None, "the job ended: give fewer --seconds"
-        engine.step(batch)
-        engine.wait()
-        engine.broken(batch.rows)
-        scheduler.advance(batch)
-
-    for _ in range(WARM_UP_TICKS):
-        tick()
-    torch.cuda.set_sync_debug_mode("error")
-    ticks, started = 0, time.perf_counter()
-    while time.perf_counter() < started + args.seconds and ticks < spec.steps - 2 * WARM_UP_TICKS:
-        tick()
-        ticks += 1
-    torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    ticks_per_s = ticks / (time.perf_counter() - started)
-
-    inputs = example_inputs(loaded, device, args.max_batch)
-    bare_per_s = _calls_per_s(lambda: executor(*inputs), args.seconds)
-    name = f"{executor.name} {executor.precision}, {executor.details}"
-    return args.max_batch * ticks_per_s, args.max_batch * bare_per_s, name
-
-
-def _calls_per_s(call: Callable[[], object], seconds: float) -> float:
-    """How often a call that only launches work can be made, over a time."""
-    with torch.inference_mode():
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-        calls, started = 0, time.perf_counter()
-        while time.perf_counter() < started + seconds:
-            call()
-            calls += 1
-            if calls % 16 == 0:  # or the queue of launches grows without bound
-                torch.cuda.synchronize()
-        torch.cuda.synchronize()
-        return calls / (time.perf_counter() - started)
+def serve(findings: Findings, network: str, folder: Path, device: str, plan: Plan, limit_s: float) -> None:
+    """Put each server under more than it can do, of requests of one image. All run eagerly, in float32."""
+    until_s = time.monotonic() + limit_s
+    lengths = replace(QUICK, warm_up_s=plan.window_s / 2, window_s=plan.window_s)
+    flags = ("--executor", "eager", "--precision", "float32")
+    known = servers.contenders(1, flags)
+    for number, key in enumerate(SERVED):
+        contender = replace(known[key], command=(*known[key].command, "--device", device))
+        ready_s = max(LEAST_S, (until_s - time.monotonic()) / (len(SERVED) - number) - 1.5 * plan.window_s)
+        if why := servers.why_not(contender):
+            findings.leave_out(why.removesuffix("."))
+            continue
+        say(f"{network}: {contender.title}")
+        try:
+            with servers.running(contender, folder, None, ready_s) as server:
+                loaded = asyncio.run(Turn(server, 1, lengths, plan.row_steps_per_s).saturation())
+        except (RuntimeError, OSError) as error:
+            findings.leave_out(f"{contender.title}: {str(error).strip().splitlines()[-1]:.300}")
+            continue
+        rate = figures.row_steps_per_s(loaded)
+        findings.add(
+            network, [Measure("served, saturated by requests of 1 image", contender.title, rate, "row-steps/s")]
+        )
 
 
 if __name__ == "__main__":

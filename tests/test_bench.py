@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, client, cluster, figures, networks, report, servers, traffic
+from bench import arrivals, client, cluster, figures, gpu, networks, report, servers, traffic
 from bench.loads import QUICK
 from bench.measures import Findings, Measure, table
 from bench.peers.picture import encode
@@ -300,7 +301,7 @@ def test_recorded_traffic_is_what_came_to_a_server(folder: Path, tmp_path: Path)
     assert len(outcome.waits()) == 3
 
 
-# --- large networks ---
+# --- large networks, and a GPU ---
 
 
 @pytest.mark.parametrize(("name", "millions"), [("cifar", 35.7), ("celebahq", 113.7), ("ldm", 274.1)])
@@ -370,3 +371,41 @@ def test_a_table_has_a_column_for_each_number_of_rows() -> None:
         "| passes | tminus | float32 | row-steps/s | 1235 | 1235 |",
         "| passes | diffusers | float32 | row-steps/s | 0.5 |  |",
     ]
+
+
+def test_without_a_card_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--check"])
+    with pytest.raises(SystemExit, match=r"^no GPU: torch \S+ sees no CUDA device; DEVICE=cpu"):
+        gpu.main()
+
+
+@pytest.mark.long
+def test_the_bench_of_a_gpu_runs_on_a_cpu_from_start_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--seconds", "600", "--out", str(tmp_path)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu-cpu.json").read_bytes())
+    assert [each for each in found["left_out"] if "not installed" not in each] == [
+        "what is compiled is not tried on a CPU"
+    ]
+    measures = [Measure(**each) for each in found["measures"]]
+    assert all(each.value > 0 for each in measures if "not exact" not in each.contender)
+    for name in ("tiny", "tiny-ldm"):
+        of = {(each.what, each.rows) for each in measures if each.network == name}
+        whats = (
+            "passes",
+            "passes, ratio",
+            "share of the faster peak",
+            "ticks",
+            "ticks, ratio",
+            "a tick without its pass",
+        )
+        assert {(what, rows) for what in whats for rows in (1, 4)} <= of
+    assert any(each.what == "decoding" for each in measures)
+    assert any(each.what.startswith("served") and each.contender == "tminus" for each in measures)
+    same = [each.value for each in measures if "same bits" in each.what and each.contender == "tminus eager, exact"]
+    assert same == [100] * 4, "alone and repeated, of both networks"
+    assert "### tiny-ldm" in done.stdout

@@ -11,5 +11,6 @@ def arguments(text: str | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tally", type=Path, required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_known_args()[0]

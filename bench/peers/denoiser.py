@@ -64,9 +64,9 @@ class Row:
 class Denoiser:
     """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
 
-    def __init__(self, checkpoint: Path, tally: Tally) -> None:
+    def __init__(self, checkpoint: Path, tally: Tally, device: str = "cpu") -> None:
         net: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet")  # type: ignore[no-untyped-call]
-        self._net = net.eval()
+        self._net, self._device = net.eval().to(device), device
         config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._schedulers = {name: kind.from_config(config) for name, kind in SCHEDULERS.items()}
         labels = checkpoint / "tminus.json"
@@ -103,8 +103,8 @@ class Denoiser:
         scheduler: Any = self._schedulers[sampler]
         scheduler.set_timesteps(steps)
         generators = [row.generator for row in rows]
-        labels = torch.tensor([row.label for row in rows]) if self._conditional else None
-        x = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in generators])
+        labels = torch.tensor([row.label for row in rows], device=self._device) if self._conditional else None
+        x = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in generators]).to(self._device)
         first_step_at_s = math.inf
         for t in scheduler.timesteps:
             out = self._forward(x.contiguous(memory_format=self._layout), t, labels)
@@ -115,7 +115,7 @@ class Denoiser:
 
     def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         if self._conditional and labels is None:
-            labels = torch.zeros(len(x), dtype=torch.int64)
+            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         out: Tensor = self._net(x, t, class_labels=labels, return_dict=False)[0]
         return out
 
@@ -126,13 +126,16 @@ def faster_layout(
 ) -> torch.memory_format:
     """Try both memory layouts and leave the network in the faster one; warms it too."""
     best_s: dict[torch.memory_format, float] = {}
+    device = next(net.parameters()).device
     for layout in (torch.contiguous_format, torch.channels_last):
         net.to(memory_format=layout)  # type: ignore[call-overload]
-        x = torch.randn(MAX_ROWS // 2, *shape).contiguous(memory_format=layout)
+        x = torch.randn(MAX_ROWS // 2, *shape, device=device).contiguous(memory_format=layout)
         seconds = []
         for _ in range(TUNING_PASSES + 1):
             started = time.perf_counter()
-            forward(x, torch.tensor(1), None)
+            forward(x, torch.tensor(1, device=device), None)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
         best_s[layout] = min(seconds[1:])
     best = min(best_s, key=lambda layout: best_s[layout])
@@ -148,5 +151,5 @@ def even_parts(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
 
 def to_images(x: Tensor) -> list[Image.Image]:
     """x [B, C, H, W] in -1..1 -> images."""
-    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]

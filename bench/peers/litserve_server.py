@@ -18,7 +18,7 @@ def main() -> None:
     """Serve until killed."""
     args = arguments(__doc__)
     api = Sampler(args.checkpoint, args.tally, args.threads)
-    server = litserve.LitServer(api, accelerator="cpu", timeout=False, workers_per_device=args.workers)
+    server = litserve.LitServer(api, accelerator=args.device, devices=1, timeout=False, workers_per_device=args.workers)
     # Quiet, as are the others: a line a request on stdout is no part of what is measured.
     server.run(
         host="127.0.0.1",
@@ -39,10 +39,9 @@ class Sampler(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Load the model."""
-        assert device == "cpu"
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        self._denoiser = Denoiser(self._checkpoint, Tally(self._tally))
+        self._denoiser = Denoiser(self._checkpoint, Tally(self._tally), device)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe would check the body by a type here
         """JSON to request."""

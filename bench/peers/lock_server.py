@@ -42,17 +42,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     # One thread for loading and for all passes: a second OpenMP team, of another thread, would slow it by half.
     thread = ThreadPoolExecutor(1)
-    pipeline = thread.submit(load_pipeline, args.checkpoint).result()
+    pipeline = thread.submit(load_pipeline, args.checkpoint, args.device).result()
     thread.submit(pipeline, batch_size=4, num_inference_steps=3).result()  # warm before it says it is ready
     app = create_app(pipeline, thread, Tally(args.tally))
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning", access_log=False)
 
 
-def load_pipeline(checkpoint_folder: Path) -> Any:
+def load_pipeline(checkpoint_folder: Path, device: str = "cpu") -> Any:
     """Load the twin as diffusers' own pipeline, in the faster of the two memory layouts."""
     with tempfile.TemporaryDirectory() as folder:
         save_twin(checkpoint_folder, Path(folder))
         pipeline: Any = DDPMPipeline.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     config, net = pipeline.unet.config, pipeline.unet
     shape = (config.in_channels, config.sample_size, config.sample_size)

@@ -18,7 +18,7 @@ from bench.tally import Tally
 MAX_BATCH_SIZE = 16
 MAX_WAIT_MS = 5
 FORWARD_S = 3600.0
-CHECKPOINT, TALLY, THREADS = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_THREADS"
+CHECKPOINT, TALLY, DEVICE, THREADS = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_DEVICE", "BENCH_THREADS"
 
 
 class Sampler(mosec.Worker):
@@ -30,7 +30,7 @@ class Sampler(mosec.Worker):
         super().__init__()  # type: ignore[no-untyped-call]
         if threads := os.environ.get(THREADS):
             torch.set_num_threads(int(threads))
-        self._denoiser = Denoiser(Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY])))
+        self._denoiser = Denoiser(Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY])), os.environ[DEVICE])
 
     def forward(self, data: list[dict[str, Any]]) -> list[bytes]:
         """Run a batch."""
@@ -44,7 +44,7 @@ class Sampler(mosec.Worker):
 def main() -> None:
     """Serve until killed."""
     args = arguments(__doc__)
-    environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally)}
+    environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally), DEVICE: args.device}
     if args.threads is not None:
         environment[THREADS] = str(args.threads)
     server: Any = mosec.Server()  # type: ignore[no-untyped-call]
