@@ -48,8 +48,8 @@ class Plan:
 
 
 PLANS = {
-    "cuda": Plan("cifar,celebahq,ldm", 600.0, "1,8,64,256", ("float32", "tf32", "bfloat16"), (1, 64), 1.5, 8.0, 1000.0),
-    "cpu": Plan("tiny,tiny-ldm", 90.0, "1,4", ("float32",), (), 0.2, 1.0, 100.0),
+    "cuda": Plan("cifar,celebahq,ldm", 600.0, "1,8,64,256", ("float32", "tf32", "bfloat16"), (1, 64), 1.5, 8.0, 5000.0),
+    "cpu": Plan("tiny,tiny-ldm", 180.0, "1,4", ("float32",), (), 0.2, 1.0, 100.0),
 }
 
 
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=tuple(PLANS), default="cuda", help="[cuda]")
     parser.add_argument("--networks", help=f"of {','.join(networks.NETWORKS)}, or folders of checkpoints")
-    parser.add_argument("--seconds", type=float, help="for all of it, but for what is begun [600; 90 on a CPU]")
+    parser.add_argument("--seconds", type=float, help="for all of it, but for what is begun [600; 180 on a CPU]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
     parser.add_argument("--check", action="store_true", help="say which card there is, and measure nothing")
     return parser.parse_args()

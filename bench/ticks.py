@@ -47,9 +47,7 @@ def main() -> None:
     executors: dict[str, Executor] = {name: build(exact=name == "exact") for name in ("not exact", "exact")}
     for name, executor in executors.items():
         for what, same in same_bits(executor, checkpoint, device, most).items():
-            tell(
-                Measure(f"rows of the same bits {what}", f"{of}, {name}", 100 * same / most, "%", args.precision, most)
-            )
+            tell(Measure(f"rows of the same bits {what}", f"{of}, {name}", 100 * same, "%", args.precision, most))
     executors["instant"] = Instant(checkpoint, device, most)
     engines = {
         name: Engine(checkpoint, executor, device, max_rows=most, max_jobs=1, exact=name == "exact")
