@@ -113,7 +113,7 @@ def conv_peak(seconds: float) -> float:
 def _inputs(checkpoint: Checkpoint, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [B, C, H, W] channels last, t [B], labels [B]: rows at mixed timesteps and classes, as in the server."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, checkpoint.net.config.in_channels, *checkpoint.size_px, generator=generator)
+    x = torch.randn(batch, *checkpoint.row_shape, generator=generator)
     t = torch.randint(checkpoint.noise.num_train_timesteps, (batch,), generator=generator)
     embeds = checkpoint.net.config.num_class_embeds
     labels = torch.randint(embeds, (batch,), generator=generator) if embeds is not None else None

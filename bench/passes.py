@@ -30,7 +30,6 @@ from tminus.service.engine.pictures import LatentPictures
 PEAK = "peak"
 PEAK_SIZES = {"cpu": (2048, 256, 32, 4), "cuda": (8192, 512, 64, 64)}  # of the matmul; channels, side, batch
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 Pass = Callable[[Inputs], object]
 Contender = tuple[str, str]  # its name and precision
@@ -99,7 +98,7 @@ def peers(checkpoint: Path, device: torch.device, precision: str, *, compiled: b
     if compiled:
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         return {("diffusers compile", precision): partial(run, torch.compile(loaded, mode=mode))}
-    nets = {name: copy.deepcopy(loaded).to(memory_format=layout) for name, layout in LAYOUTS.items()}
+    nets = {"contiguous": loaded, "channels last": copy.deepcopy(loaded).to(memory_format=torch.channels_last)}
     return {(f"diffusers eager, {name}", precision): partial(run, net) for name, net in nets.items()}
 
 

@@ -17,8 +17,11 @@ import pytest
 import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import arrivals, client, cluster, figures, gpu, networks, report, servers, traffic
+from bench.bare import flops_per_row
 from bench.loads import QUICK
 from bench.measures import Findings, Measure, table
 from bench.peers.picture import encode
@@ -330,6 +333,18 @@ def test_a_network_is_written_once_and_loads_here_and_in_diffusers(tmp_path: Pat
         assert torch.allclose(theirs.eval()(x, t)[0], checkpoint.net(x, t.float(), None), atol=1e-5)
         assert checkpoint.autoencoder is not None
         assert torch.allclose(codes.eval().decode(x)[0], checkpoint.autoencoder.decode(x), atol=1e-5)
+
+
+def test_a_pass_of_a_row_is_counted_as_published(tmp_path: Path) -> None:
+    """Fang et al. 2023 (Diff-Pruning) have 6.1 G multiply-adds without the products of the attention, 0.17 G.
+
+    Those of a latent model are of its latents.
+    """
+    assert flops_per_row(load_checkpoint(networks.write("cifar", tmp_path))) / 2e9 == pytest.approx(6.27, abs=0.1)
+    latent = load_checkpoint(networks.write("tiny-ldm", tmp_path))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        latent.net(torch.zeros(1, 3, 8, 8), torch.zeros(1), None)
+    assert flops_per_row(latent) == counter.get_total_flops()
 
 
 def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
