@@ -7,8 +7,6 @@ row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
-import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,16 +20,12 @@ from torch import Tensor, nn
 
 from tminus.model.denoiser import Denoiser
 from tminus.service.engine.executors import split_wide
+from tminus.service.engine.openvino_graph import convert
 
-# openvino reports over the network that it was imported and what it converts, unless this package is missing.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
-    import openvino
-    import openvino.opset14 as ops
+    import openvino  # after openvino_graph, which keeps it from reporting over the network
 except ImportError:  # an extra
     openvino = None
-else:
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 Floats = npt.NDArray[np.float32]
 Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads
@@ -78,8 +72,7 @@ class Graph:
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
         example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
-        self.model = _convert(_Body(net).eval(), example, inputs)
-        _norm_by_group(self.model)
+        self.model = convert(_Body(net).eval(), example, inputs)
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
@@ -190,8 +183,7 @@ def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int
 
 def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:
     """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once."""
-    model = _convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
-    _norm_by_group(model)
+    model = convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
     request = openvino.Core().compile_model(model, "CPU", _config("float32", 1, 1)).create_infer_request()
 
     def run(x: Floats) -> Floats:
@@ -202,19 +194,6 @@ def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Fl
     return run
 
 
-def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module. torch would keep what was traced, weights and all, for as long as the process lives."""
-    with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
-        # torch would trace a second time to compare, which takes as long as all else here
-        traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
-        model = openvino.convert_model(traced, input=list(inputs))
-    with contextlib.suppress(AttributeError):  # names of torch's own
-        torch._C._jit_clear_class_registry()
-        torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
-        torch.jit._state._clear_class_state()
-    return model
-
-
 def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
@@ -223,24 +202,6 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
         # The web server and the encoders share these cores; a pinned stream would wait behind them.
         "ENABLE_CPU_PINNING": False,
     }
-
-
-def _norm_by_group(model: Any) -> None:
-    """Rewrite each group normalisation over [B, groups, rest], which a single thread computes group by group.
-
-    OpenVINO's own sums a group in as many parts as there are threads, so its bits depend on the number of threads.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "GroupNormalization":
-            continue
-        x, weight, bias = (node.input_value(k) for k in range(3))
-        attributes, shape = node.get_attributes(), [size.get_length() for size in list(x.get_partial_shape())[1:]]
-        h = ops.reshape(x, np.array([0, attributes["num_groups"], -1]), special_zero=True)
-        h = ops.mvn(h, np.array([2]), True, attributes["epsilon"], "inside_sqrt")
-        h = ops.reshape(h, np.array([0, *shape]), special_zero=True)
-        weight, bias = (ops.reshape(each, np.array([1, -1, 1, 1]), special_zero=False) for each in (weight, bias))
-        node.output(0).replace(ops.add(ops.multiply(h, weight), bias).output(0))
-    model.validate_nodes_and_infer_types()
 
 
 class _Pass:

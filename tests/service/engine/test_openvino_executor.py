@@ -29,7 +29,8 @@ from tminus.model.networks.dome272 import Dome272Config
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.service.engine.autotune import agree_rows, example_inputs
 from tminus.service.engine.devices import release_memory
-from tminus.service.engine.openvino_executor import Compiled, Graph, OpenVINOExecutor, _convert
+from tminus.service.engine.openvino_executor import Compiled, Graph, OpenVINOExecutor
+from tminus.service.engine.openvino_graph import convert
 
 pytestmark = pytest.mark.slow
 
@@ -304,13 +305,13 @@ def test_a_network_that_was_converted_is_not_kept() -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def convert() -> None:
+    def convert_one() -> None:
         net = nn.Linear(2048, 1024)  # 8 MiB
-        _convert(net, torch.zeros(1, 2048), [pytest.importorskip("openvino").PartialShape([1, 2048])])
+        convert(net, torch.zeros(1, 2048), [pytest.importorskip("openvino").PartialShape([1, 2048])])
         release_memory()
 
-    convert()
+    convert_one()
     before = resident_bytes()
     for _ in range(10):
-        convert()
+        convert_one()
     assert resident_bytes() - before < 5 * 8 * 2**20

@@ -1,0 +1,124 @@
+"""Convert a network to OpenVINO's graph: threads change no bit, and large feature maps keep one layout of memory.
+
+A convolution on a CPU has the channels last. What needs them first costs a change of layout before and after it, which
+is most of what a large group norm takes. Rewriting for speed rounds otherwise, so what a small feature map goes through
+stays as it is: it would gain little, and images keep their bytes.
+"""
+
+import contextlib
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# openvino reports over the network that it was imported and what it converts, unless this package is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+try:
+    import openvino
+    import openvino.opset14 as ops
+except ImportError:  # an extra
+    openvino = None
+else:
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+LARGE = 2**18  # numbers in a row's feature map: 1 MiB, as much as the cache of a core
+WINDOW = 16  # pixels on a side, at most, whose mean is taken in one go
+
+
+def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
+    """Convert a module. torch would keep what was traced, weights and all, for as long as the process lives."""
+    with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
+        # torch would trace a second time to compare, which takes as long as all else here
+        traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+        model = openvino.convert_model(traced, input=list(inputs))
+    with contextlib.suppress(AttributeError):  # names of torch's own
+        torch._C._jit_clear_class_registry()
+        torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+        torch.jit._state._clear_class_state()
+    _rewrite(model)
+    return model
+
+
+def _rewrite(model: Any) -> None:
+    """Rewrite the group norms."""
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind == "GroupNormalization":
+            large = math.gcd(WINDOW, *_sizes(node)[1:]) > 1 and math.prod(_sizes(node)) >= LARGE
+            new = _norm_by_windows(node) if large else _norm_by_group(node)
+            node.output(0).replace(new.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _sizes(node: Any) -> list[int]:
+    """Channels, height and width of what a node gives."""
+    return [size.get_length() for size in list(node.output(0).get_partial_shape())[1:]]
+
+
+def _norm_by_group(node: Any) -> Any:
+    """Write a group norm over [B, groups, rest], which a single thread computes group by group.
+
+    OpenVINO's own sums a group in as many parts as there are threads, so its bits depend on the number of threads.
+    """
+    x, weight, bias = (node.input_value(k) for k in range(3))
+    attributes = node.get_attributes()
+    h = ops.reshape(x, np.array([0, attributes["num_groups"], -1]), special_zero=True)
+    h = ops.mvn(h, np.array([2]), True, attributes["epsilon"], "inside_sqrt")
+    h = ops.reshape(h, np.array([0, *_sizes(node)]), special_zero=True)
+    return ops.add(ops.multiply(h, _by_channel(weight)), _by_channel(bias))
+
+
+def _norm_by_windows(node: Any) -> Any:
+    """Write a group norm of means of windows, and means of these by group: all of it with the channels last.
+
+    In bfloat16 whatever goes from node to node is rounded. Rounded statistics would move whole channels, so each is the
+    sum of two: what is rounded, and the mean of what that leaves.
+    """
+    x, weight, bias = (node.input_value(k) for k in range(3))
+    attributes, (channels, height, width) = node.get_attributes(), _sizes(node)
+    groups, window = attributes["num_groups"], math.gcd(WINDOW, height, width)
+    x, shift = _split_shift(x)
+
+    def windows(values: Any) -> Any:
+        return ops.avg_pool(values, [window] * 2, [0, 0], [0, 0], [window] * 2, exclude_pad=True)
+
+    def mean(values: Any) -> tuple[Any, Any]:
+        by_group = ops.reshape(values, np.array([0, groups, -1]), special_zero=True)
+        rounded = ops.reduce_mean(by_group, np.array([2]), keep_dims=True)
+        rest = ops.reduce_mean(ops.subtract(by_group, rounded), np.array([2]), keep_dims=True)
+        return each(rounded), each(rest)
+
+    def each(by_group: Any) -> Any:
+        return _by_channel(ops.tile(by_group, np.array([1, 1, channels // groups])), rows=0)
+
+    def shifted(values: Any) -> Any:
+        return values if shift is None else ops.add(values, shift)
+
+    rounded, rest = mean(shifted(windows(x)))
+    # Two differences and not one for both uses, which would be written to memory and read again.
+    centred = ops.subtract(shifted(x), rounded)
+    variance = ops.add(*mean(windows(ops.multiply(centred, centred))))
+    deviation = ops.sqrt(ops.add(variance, np.float32(attributes["epsilon"])))
+    h = ops.divide(shifted(ops.subtract(ops.subtract(x, rest), rounded)), deviation)
+    return ops.add(ops.multiply(h, _by_channel(weight)), _by_channel(bias))
+
+
+def _split_shift(x: Any) -> tuple[Any, Any]:
+    """Split what is added to whole channels, such as the timestep, from a sum: it need not be added in memory."""
+    node = x.get_node()
+    if node.get_type_name() == "Add":
+        for values, shift in ((0, 1), (1, 0)):
+            values, shift = node.input_value(values), node.input_value(shift)
+            if list(shift.get_partial_shape())[2:] == [1, 1] and shift.get_node().get_type_name() != "Constant":
+                return values, shift
+    return x, None
+
+
+def _by_channel(values: Any, rows: int = 1) -> Any:
+    """Give numbers the shape [rows, channels, 1, 1]; rows 0 for as many as there are."""
+    return ops.reshape(values, np.array([rows, -1, 1, 1]), special_zero=True)

@@ -1,0 +1,127 @@
+"""The graph that OpenVINO runs computes what the network does, however large its feature maps are."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.service.conftest import MakeCheckpoint
+from tests.service.engine.exact import CPU, MODELS, assert_exact, bare, needs_bfloat16, needs_openvino
+from tests.tiny import randomize
+from tminus.model.layers import ResnetBlock
+from tminus.service.engine import openvino_graph
+from tminus.service.engine.autotune import example_inputs
+from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, OpenVINOExecutor
+from tminus.service.engine.openvino_graph import convert
+
+pytestmark = [pytest.mark.slow, needs_openvino]
+
+
+@pytest.fixture
+def _all_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every feature map counts as large."""
+    monkeypatch.setattr(openvino_graph, "LARGE", 1)
+
+
+def ops_of(model: Any) -> Counter[str]:
+    return Counter(node.get_type_name() for node in model.get_ops())
+
+
+def run(
+    module: nn.Module, *inputs: Tensor, precision: str = "float32", threads: int = 1
+) -> tuple[Tensor, Counter[str]]:
+    """What the converted module gives, and the kinds of operations that it was converted to."""
+    openvino = pytest.importorskip("openvino")
+    randomize(module)
+    model = convert(module.eval(), inputs, [openvino.PartialShape(list(each.shape)) for each in inputs])
+    config = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "INFERENCE_NUM_THREADS": threads}
+    out = openvino.Core().compile_model(model, "CPU", config)([each.numpy() for each in inputs])[0]
+    return torch.from_numpy(out.copy()), ops_of(model)
+
+
+@pytest.mark.usefixtures("_all_large")
+@pytest.mark.parametrize("size", [(16, 16), (48, 20), (6, 4)])
+@pytest.mark.parametrize("temb_dim", [None, 24])
+def test_a_large_resnet_block_is_what_torch_computes(size: tuple[int, int], temb_dim: int | None) -> None:
+    block = ResnetBlock(16, 32, temb_dim, groups=4, eps=1e-5, act="silu")
+    inputs = (3 + torch.randn(2, 16, *size), *([torch.randn(2, temb_dim)] if temb_dim is not None else []))
+    out, kinds = run(block, *inputs)
+    assert kinds["AvgPool"] == 4
+    assert kinds["MVN"] == kinds["GroupNormalization"] == 0
+    torch.testing.assert_close(out, block(*inputs), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_all_large")
+def test_a_height_without_windows_is_normalised_the_other_way() -> None:
+    norm, x = nn.GroupNorm(4, 16), torch.randn(1, 16, 15, 16)
+    out, kinds = run(norm, x)
+    assert (kinds["AvgPool"], kinds["MVN"]) == (0, 1)
+    torch.testing.assert_close(out, norm(x), atol=1e-5, rtol=1e-4)
+
+
+class Channel(nn.Module):
+    """A group norm between two convolutions, as which bfloat16 runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm, self.after = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.after(self.norm(self.before(x)))
+        return out
+
+
+@needs_bfloat16
+def test_large_group_norms_in_bfloat16_are_as_near_as_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above all the mean of a channel, which rounded statistics would move."""
+    x, off = 2 + torch.randn(1, 8, 64, 64), {}
+    for large in (1, 2**30):
+        monkeypatch.setattr(openvino_graph, "LARGE", large)
+        module = Channel()
+        out, _ = run(module, x, precision="bfloat16")
+        error = (out - module(x)).detach()
+        off[large] = (error.square().mean().sqrt(), error.mean((2, 3)).square().mean().sqrt())
+    assert off[1][0] <= 1.1 * off[2**30][0]
+    assert off[1][1] <= 1.5 * off[2**30][1]
+
+
+@pytest.mark.usefixtures("_all_large")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        MODELS["colour"],
+        {"resnet_time_scale_shift": "scale_shift", "sample_size": 16},
+        {"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")},
+    ],
+    ids=["colour", "scale_shift", "resnets that double"],
+)
+def test_a_network_of_large_maps_is_exact_and_what_torch_computes(
+    make_checkpoint: MakeCheckpoint, fields: dict[str, object]
+) -> None:
+    checkpoint = make_checkpoint(**fields)
+    graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
+    kinds = ops_of(graph.model)
+    assert kinds["MVN"] == 0
+    executor = OpenVINOExecutor(graph, sizes=(1, 2), streams=2, wide=1)
+    inputs = example_inputs(checkpoint, CPU, 10)
+    torch.testing.assert_close(executor(*inputs), bare(checkpoint, inputs), atol=1e-5, rtol=1e-4)
+    assert_exact(executor, checkpoint)
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+def test_threads_change_no_bit_of_a_large_map(precision: str) -> None:
+    """In a block of as many channels and pixels as those that are large by themselves."""
+    block, x = ResnetBlock(64, 64, None, groups=32, eps=1e-6, act="silu"), 1 + torch.randn(1, 64, 64, 64)
+    one, kinds = run(block, x, precision=precision)
+    assert kinds["AvgPool"] == 4
+    for threads in (2, 3):
+        assert run(block, x, precision=precision, threads=threads)[0].equal(one), threads
+
+
+def test_small_maps_stay_as_they_are(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint()
+    kinds = ops_of(Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps).model)
+    assert kinds["AvgPool"] == 0
+    assert kinds["MVN"] > 0
