@@ -28,6 +28,8 @@ else:
 
 LARGE = 2**18  # numbers in a row's feature map: 1 MiB, as much as the cache of a core
 WINDOW = 16  # pixels on a side, at most, whose mean is taken in one go
+# Row m: which rows of a 3x3 kernel meet row m of the 4x4 kernel that takes the smaller map.
+SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
@@ -45,13 +47,17 @@ def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
 
 
 def _rewrite(model: Any) -> None:
-    """Rewrite the group norms."""
+    """Rewrite the group norms, and the convolutions of what was doubled in size."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         if kind == "GroupNormalization":
             large = math.gcd(WINDOW, *_sizes(node)[1:]) > 1 and math.prod(_sizes(node)) >= LARGE
             new = _norm_by_windows(node) if large else _norm_by_group(node)
-            node.output(0).replace(new.output(0))
+        elif kind == "Convolution" and math.prod(_sizes(node)) >= LARGE and _doubles(node):
+            new = _transposed(node)
+        else:
+            continue
+        node.output(0).replace(new.output(0))
     model.validate_nodes_and_infer_types()
 
 
@@ -122,3 +128,25 @@ def _split_shift(x: Any) -> tuple[Any, Any]:
 def _by_channel(values: Any, rows: int = 1) -> Any:
     """Give numbers the shape [rows, channels, 1, 1]; rows 0 for as many as there are."""
     return ops.reshape(values, np.array([rows, -1, 1, 1]), special_zero=True)
+
+
+def _doubles(node: Any) -> bool:
+    """Whether a node is a 3x3 convolution of a map that was doubled by nearest neighbours."""
+    before, attributes = node.input_value(0).get_node(), node.get_attributes()
+    if before.get_type_name() != "Interpolate" or before.get_attributes()["mode"] != "nearest":
+        return False
+    plain = all(list(attributes[name]) == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
+    kernel = list(node.input_value(1).get_shape())[2:]
+    sizes = [size.get_length() for size in list(before.input_value(0).get_partial_shape())[2:]]
+    return plain and kernel == [3, 3] and [2 * size for size in sizes] == _sizes(node)[1:]
+
+
+def _transposed(node: Any) -> Any:
+    """Write the convolution of a doubled map as a transposed one of the map before: four of nine multiplications.
+
+    Each pixel of the smaller map meets several weights of the 3x3 kernel at once; they are added up beforehand.
+    """
+    weight = node.input_value(1).get_node().get_data().astype(np.float64)
+    spread = np.einsum("mk,nl,oikl->iomn", SPREAD, SPREAD, weight).astype(np.float32)
+    before = node.input_value(0).get_node().input_value(0)
+    return ops.convolution_backprop_data(before, ops.constant(spread), [2, 2], pads_begin=[1, 1], pads_end=[1, 1])

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.exact import CPU, MODELS, assert_exact, bare, needs_bfloat16, needs_openvino
 from tests.tiny import randomize
-from tminus.model.layers import ResnetBlock
+from tminus.model.layers import ResnetBlock, Upsample
 from tminus.service.engine import openvino_graph
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, OpenVINOExecutor
@@ -88,6 +89,37 @@ def test_large_group_norms_in_bfloat16_are_as_near_as_small_ones(monkeypatch: py
 
 
 @pytest.mark.usefixtures("_all_large")
+def test_the_convolution_of_a_doubled_map_is_what_torch_computes() -> None:
+    up, x = Upsample(6), torch.randn(2, 6, 5, 7)
+    out, kinds = run(up, x)
+    assert (kinds["ConvolutionBackpropData"], kinds["Interpolate"], kinds["Convolution"]) == (1, 0, 0)
+    torch.testing.assert_close(out, up(x), atol=1e-5, rtol=1e-4)
+
+
+class Resized(nn.Module):
+    """A convolution of a map that was made larger."""
+
+    def __init__(self, kernel: int, scale: float, mode: str) -> None:
+        super().__init__()
+        self.conv, self.scale, self.mode = nn.Conv2d(4, 4, kernel, padding=kernel // 2), scale, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=self.scale, mode=self.mode))
+        return out
+
+
+@pytest.mark.usefixtures("_all_large")
+@pytest.mark.parametrize(
+    ("kernel", "scale", "mode"), [(5, 2.0, "nearest"), (1, 2.0, "nearest"), (3, 3.0, "nearest"), (3, 2.0, "bilinear")]
+)
+def test_other_convolutions_of_larger_maps_stay(kernel: int, scale: float, mode: str) -> None:
+    module, x = Resized(kernel, scale, mode), torch.randn(1, 4, 6, 6)
+    out, kinds = run(module, x)
+    assert (kinds["ConvolutionBackpropData"], kinds["Convolution"]) == (0, 1)
+    torch.testing.assert_close(out, module(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_all_large")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -103,7 +135,7 @@ def test_a_network_of_large_maps_is_exact_and_what_torch_computes(
     checkpoint = make_checkpoint(**fields)
     graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
     kinds = ops_of(graph.model)
-    assert kinds["MVN"] == 0
+    assert (kinds["MVN"], kinds["ConvolutionBackpropData"]) == (0, 1)
     executor = OpenVINOExecutor(graph, sizes=(1, 2), streams=2, wide=1)
     inputs = example_inputs(checkpoint, CPU, 10)
     torch.testing.assert_close(executor(*inputs), bare(checkpoint, inputs), atol=1e-5, rtol=1e-4)
@@ -123,5 +155,5 @@ def test_threads_change_no_bit_of_a_large_map(precision: str) -> None:
 def test_small_maps_stay_as_they_are(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
     kinds = ops_of(Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps).model)
-    assert kinds["AvgPool"] == 0
+    assert kinds["AvgPool"] == kinds["ConvolutionBackpropData"] == 0
     assert kinds["MVN"] > 0
