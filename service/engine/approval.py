@@ -6,8 +6,9 @@ be written, or bfloat16 was refused, the verdict is kept in the cache folder, fo
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from tminus.model.checkpoint import Checkpoint, approve, load_checkpoint
 from tminus.model.evaluation.precision import MAX_IMAGES, MIN_IMAGES, Comparison
+from tminus.service.engine import openvino_executor
 from tminus.service.engine.autotune import (
     EXECUTORS,
     Builder,
@@ -25,12 +27,14 @@ from tminus.service.engine.autotune import (
     find_candidates,
 )
 from tminus.service.engine.executors import Executor
+from tminus.service.engine.protocol import LoadOptions
 
 log = logging.getLogger(__name__)
 
 LOWER = "bfloat16"
 BUDGET_S = 600.0  # for all passes: within it, as many images are made as are of use
 POLL_S = 0.05  # how long a portion waits for the executor that is being built
+WORTH = 1.2  # times as fast as in float32, from which on it is spoken of
 REPORTS, REPORTED_S = 10, 60.0  # how often the log tells how far it is, where it takes at least this long
 
 
@@ -84,7 +88,7 @@ def approve_portions(
     total, told = -(-num_images // batch_size) * sum(passes), 0
     for done, _ in enumerate(comparison.run(exact, lower, device, num_images, batch_size), 1):
         yield
-        if done * REPORTS // total > told and num_images * image_s > REPORTED_S:
+        if told < done * REPORTS // total < REPORTS and num_images * image_s > REPORTED_S:
             told = done * REPORTS // total
             left_s = num_images * image_s * (total - done) / total
             log.info("%d %% of the passes are done, %s are left", 100 * done // total, _duration(left_s))
@@ -115,6 +119,36 @@ def approve_portions(
             LOWER, exact.name, kept.file, error,
         )  # fmt: skip
     return True
+
+
+def approve_later(
+    checkpoint: Checkpoint,
+    executor: Executor,
+    device: torch.device,
+    wish: Wish,
+    options: LoadOptions,
+    cache: Path | None,
+) -> Iterator[None]:
+    """Return what approves bfloat16 for a model while no job runs, if the options ask for that and it is not known yet.
+
+    Otherwise there is nothing to do, and the log tells what bfloat16 may gain and how it is approved.
+    """
+    known = (executor.name, LOWER) in checkpoint.approved or checkpoint.student is not None
+    if known or wish.precision != "auto" or executor.precision != "float32":
+        return iter(())
+    if kept_verdict(checkpoint, device, executor.name, cache).read() is not None:
+        return iter(())
+    with suppress(ValueError):
+        check_able(checkpoint, device, executor.name)
+        if options.approve_when_idle:
+            return approve_portions(options.checkpoint, executor, device, wish.threads, cache, batch_size=1)
+        told = executor.name == "openvino" and log.isEnabledFor(logging.INFO)
+        if told and (gain := openvino_executor.bfloat16_gain()) > WORTH:
+            log.info(
+                "%s would be about %.1f times as fast, and is not approved for these weights: `tminus approve %s`, or "
+                "--approve-when-idle, finds out whether it does harm", LOWER, gain, options.checkpoint,
+            )  # fmt: skip
+    return iter(())
 
 
 def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> None:

@@ -5,7 +5,7 @@ The test is the same bits alone and beside other jobs; what is measured is how l
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.service.engine.approval import with_kept_approvals
+from tminus.service.engine.approval import approve_later, with_kept_approvals
 from tminus.service.engine.autotune import (
     AGREE_ROWS,
     ChoiceCache,
@@ -83,6 +83,7 @@ class Loaded:
     tick_times: tuple[tuple[int, float], ...]
     coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
     measured: Measured | None = None
+    spare_work: Iterator[None] | None = None  # what is left to do while no job runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,8 @@ def prepare_engine(
     coding_s = engine.coding_seconds()
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
-    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again)
+    spare_work = approve_later(checkpoint, executor, device, wish, options, cache)
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again, spare_work)
 
 
 def _load_unmeasured(

@@ -30,6 +30,7 @@ class LoadOptions:
     max_rows: int | None = None
     max_jobs: int = 1
     cache_dir: Path | None = None
+    approve_when_idle: bool = False
 
 
 class RowEngine(Protocol):

@@ -340,7 +340,8 @@ class Loader:
             info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
         )  # fmt: skip
         limits = self._settings.limits(loaded)
-        return Prepared(loaded.engine, limits, self._settings.speed(loaded, limits.max_rows), release_memory)
+        speed = self._settings.speed(loaded, limits.max_rows)
+        return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work)
 
 
 def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: bool) -> Application:

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
         pattern="^(auto|float32|tf32|bfloat16)$",
         description="auto (bfloat16 only where the checkpoint says it was checked), float32, tf32 (CUDA) or bfloat16",
     )
+    approve_when_idle: bool = Field(
+        False,
+        description="find out while no job runs whether bfloat16 harms the images, as `tminus approve` does; if not, "
+        "it is used from the next start on",
+    )
     exact: bool | None = Field(
         None, description="the same bytes whatever else runs; default: yes on a CPU, no on a GPU, where it costs speed"
     )
@@ -304,6 +309,7 @@ class Settings(BaseSettings):
             max_rows=self.max_rows,
             max_jobs=self.max_jobs,
             cache_dir=self.cache_dir,
+            approve_when_idle=self.approve_when_idle,
         )
 
     def limits(self, loaded: "Loaded") -> Limits:

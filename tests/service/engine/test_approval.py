@@ -2,21 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.service.engine.exact import CPU, needs_bfloat16
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
-from tminus.service.engine import approval
-from tminus.service.engine.approval import approve_portions, with_kept_approvals
-from tminus.service.engine.autotune import Builder, Choice
+from tminus.service.engine import approval, openvino_executor
+from tminus.service.engine.approval import approve_later, approve_portions, with_kept_approvals
+from tminus.service.engine.autotune import Builder, Choice, Wish
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.loading import load_engine, read_checkpoint
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_threads_as_before: object) -> None:
+    torch.set_num_threads(1)  # nets this small gain nothing from a second, and wait long for one on a busy machine
 
 
 def save(folder: Path, net: UNet2D, like: Checkpoint | None = None) -> Path:
@@ -112,8 +121,6 @@ def test_of_a_folder_that_cannot_be_written_the_approval_is_kept_in_the_cache_fo
 
 
 def test_a_server_finds_what_is_kept_in_its_cache_folder(net: UNet2D, tmp_path: Path) -> None:
-    from tminus.service.engine.loading import read_checkpoint
-
     folder = save(tmp_path / "model", net)
     approval.kept_verdict(load_checkpoint(folder), CPU, "openvino", tmp_path).write({"approved": True})
     options = LoadOptions(folder, device="cpu", cache_dir=tmp_path)
@@ -131,6 +138,85 @@ def test_as_many_images_are_made_as_there_is_time_for(
         with caplog.at_level("INFO"):
             while f"{num_images} images by" not in caplog.text:
                 next(portions)
+
+
+# --- at the start of a server ---
+
+
+def later(folder: Path, cache: Path, **fields: Any) -> list[None]:
+    """Do what a server would do while no job runs."""
+    checkpoint = with_kept_approvals(load_checkpoint(folder), CPU, cache)
+    options = LoadOptions(folder, **{"executor": "eager", "approve_when_idle": True, **fields})
+    executor = Builder(load_checkpoint(folder), CPU, 1).build(Choice(options.executor, "float32", sizes=(1,)))
+    return list(approve_later(checkpoint, executor, CPU, Wish(precision=options.precision), options, cache))
+
+
+def test_while_no_job_runs_bfloat16_is_approved_once_and_no_portion_is_more_than_a_pass(
+    net: UNet2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approval, "BUDGET_S", 0.0)
+    passes = []
+    run = EagerExecutor.__call__
+
+    def counted(executor: EagerExecutor, *inputs: Any) -> Tensor:
+        passes.append(len(inputs[0]))
+        return run(executor, *inputs)
+
+    monkeypatch.setattr(EagerExecutor, "__call__", counted)
+    folder = save(tmp_path / "model", net)
+    portions = later(folder, tmp_path / "cache")
+    assert set(passes) == {1}
+    assert 0 <= len(portions) - len(passes) < 10 / approval.POLL_S, "beside waiting for the second executor"
+    assert load_checkpoint(folder).approved == (("eager", "bfloat16"),)
+    assert later(folder, tmp_path / "cache") == []
+
+
+def test_while_no_job_runs_nothing_is_done_that_was_not_asked_for_or_is_known(net: UNet2D, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", net)
+    assert later(folder, tmp_path / "cache", precision="float32") == []
+    assert later(folder, tmp_path / "cache", approve_when_idle=False) == []
+    approval.kept_verdict(load_checkpoint(folder), CPU, "eager", tmp_path / "cache").write({"approved": False})
+    assert later(folder, tmp_path / "cache") == [], "it was refused"
+    assert load_checkpoint(folder).approved == ()
+
+
+def test_an_engine_comes_with_what_approves_bfloat16_for_its_next_start(
+    net: UNet2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approval, "BUDGET_S", 0.0)
+    folder = save(tmp_path / "model", net)
+    options = LoadOptions(folder, "cpu", "eager", threads=1, cache_dir=tmp_path / "cache", approve_when_idle=True)
+    loaded = load_engine(options)
+    assert loaded.spare_work is not None
+    assert "float32" in str(loaded.measured)
+    for _ in loaded.spare_work:
+        pass
+    assert ("eager", "bfloat16") in read_checkpoint(options).approved
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("gain", "told"), [(2.0, True), (1.1, False)])
+def test_the_log_tells_what_bfloat16_may_gain_and_how_it_is_approved(
+    net: UNet2D,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gain: float,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(openvino_executor, "bfloat16_gain", lambda: gain)
+    folder = save(tmp_path / "model", net)
+    with caplog.at_level("INFO"):
+        later(folder, tmp_path, executor="openvino", approve_when_idle=False)
+    line = (
+        f"bfloat16 would be about 2.0 times as fast, and is not approved for these weights: `tminus approve {folder}`"
+    )
+    assert (line in caplog.text) is told
+
+
+@needs_bfloat16
+def test_the_gain_of_bfloat16_is_measured_in_a_moment() -> None:
+    assert 0.5 < openvino_executor.bfloat16_gain() < 20
 
 
 @pytest.mark.long

@@ -34,7 +34,7 @@ from tminus.service.startup import serve as module
 from tminus.service.startup.models import Prepared
 from tminus.service.startup.settings import NAME, NO_FLAG, Library, Settings, name_of
 
-TWO_SIDED = ("exact", "open", "metrics", "docs")
+TWO_SIDED = ("approve_when_idle", "exact", "open", "metrics", "docs")
 SECRETS = ("keys", "job_store", "webhook_secret")
 DATABASE = "postgresql://tminus:a-secret@host/jobs"
 WEBHOOK_SECRETS = Path(__file__).with_name("webhook_secrets_of_the_tests.txt")
@@ -55,6 +55,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "threads": ("3", 3),
     "executor": ("openvino", "openvino"),
     "precision": ("bfloat16", "bfloat16"),
+    "approve_when_idle": ("true", True),
     "exact": ("false", False),
     "policy": ("fcfs", "fcfs"),
     "cache_dir": ("some/cache", Path("some/cache")),
@@ -523,7 +524,7 @@ def test_the_settings_page_says_what_each_setting_is_called_may_be_and_is_by_def
     assert rows.keys() == {f"`{variable(name)}`" for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         sides, _, values, default, what = rows[f"`{variable(name)}`"]
-        flags = f"`{flag(name)}`, `--no-{name}`" if name in TWO_SIDED else f"`{flag(name)}`"
+        flags = f"`{flag(name)}`, `--no-{flag(name)[2:]}`" if name in TWO_SIDED else f"`{flag(name)}`"
         assert sides == (flags if name not in NO_FLAG else "none"), name
         assert values == values_of(field), name
         if name == "checkpoint":
