@@ -206,10 +206,10 @@ class Server:
             return subprocess.Popen(self._command, cwd=self._tree, env=self._environment, stderr=log)
 
     @property
-    def memory_bytes(self) -> tuple[int, int] | None:
-        """Its peak and its resident memory."""
+    def pid(self) -> int:
+        """Its process."""
         assert self._process is not None
-        return memory_bytes(self._process.pid)
+        return self._process.pid
 
     def kill(self) -> None:
         """SIGKILL: nothing of it runs any more when this returns."""

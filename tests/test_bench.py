@@ -388,6 +388,23 @@ def test_a_table_has_a_column_for_each_number_of_rows() -> None:
     ]
 
 
+@pytest.mark.long
+def test_the_bench_of_large_networks_from_start_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    command = [sys.executable, "-m", "bench.large", "--networks", "tiny", "--seconds", "0.2", "--out", str(tmp_path)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "large.json").read_bytes())
+    measures = [Measure(**each) for each in found["measures"]]
+    ours = {each.what: each.value for each in measures if each.contender == "tminus"}
+    assert ours["first start to readiness"] > 0
+    assert ours["peak memory after the second start"] >= ours["resident memory after the second start"] > 100
+    ratios = {(each.precision, each.rows) for each in measures if each.what == "passes, ratio" and each.value > 0}
+    assert {("float32", 1), ("float32", 4)} <= ratios
+    assert found["left_out"] == []
+
+
 def test_without_a_card_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "--check"])
