@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tminus.model.evaluation import precision
 from tminus.model.evaluation.precision import Comparison, Difference, compared_points, measure_difference
 from tminus.model.evaluation.samples import Point
 from tminus.model.guidance import Forward
+from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.rng import image_noise
 
@@ -184,6 +187,18 @@ def test_recommended_guidance_takes_two_places_and_changes_the_images() -> None:
 
     assert run(checkpoint, forward, forward, num_images=4).places == 2
     assert rows == {4}
+
+
+def test_latents_are_compared_as_they_are_and_pixels_clipped(checkpoint: Checkpoint) -> None:
+    def far(x: Tensor, _t: Tensor, _labels: Tensor | None) -> Tensor:
+        return torch.full_like(x, -1000.0)
+
+    def further(x: Tensor, _t: Tensor, _labels: Tensor | None) -> Tensor:
+        return torch.full_like(x, -2000.0)
+
+    assert run(checkpoint, far, further).differences[0].rms == 0, "both are white"
+    latent = replace(checkpoint, autoencoder=cast(Autoencoder, SimpleNamespace(config=SimpleNamespace(factor=1))))
+    assert run(latent, far, further).differences[0].rms > 1000
 
 
 def test_a_student_is_refused_with_the_command_that_can_judge_it(checkpoint: Checkpoint) -> None:
