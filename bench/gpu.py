@@ -13,6 +13,7 @@ load. A part that has no time left is left out, and named. Prints tables and wri
 import argparse
 import asyncio
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ class Part:
 
 def main() -> None:
     """Measure, print, write."""
+    # Being asked to stop must still stop what was started: `finally` runs only on an exception.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args = parse_args()
     card = card_of(args.device)
     if args.check:

@@ -7,6 +7,8 @@ server with an empty cache folder, and again with what the first has left there;
 Passes take turns in one process. Prints tables and writes large.json.
 """
 
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from bench import networks
 from bench.conductor import say
 from bench.measures import RESULTS, Findings, Measure
 from bench.peers.picture import now_s
-from bench.servers import ROOT, Server, cpu_seconds, memory_bytes, options_of, run_json
+from bench.servers import ROOT, Server, cpu_seconds, entry, memory_bytes, options_of, run_json
 
 SETTLE_S = 5.0  # after it is ready, until its memory is read
 LIMIT_S = 900.0  # of a process that measures passes
@@ -25,7 +27,11 @@ MIB = 2**20
 
 def main() -> None:
     """Measure, print, write."""
+    # Being asked to stop must still stop what was started: `finally` runs only on an exception.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args = options_of(__doc__, networks="cifar,celebahq", before=ROOT, rows="1,4", seconds=10.0, out=RESULTS)
+    if entry(args.before) is None:
+        sys.exit(f"--before {args.before}: no checkout of tminus is there")
     trees = {"tminus": ROOT} | ({"tminus before": args.before.resolve()} if args.before != ROOT else {})
     findings = Findings()
     for name, folder in networks.folders(args.networks).items():
