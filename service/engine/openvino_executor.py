@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tminus.model.denoiser import Denoiser
 from tminus.service.engine.executors import split_wide
-from tminus.service.engine.openvino_graph import convert
+from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 try:
     import openvino  # after openvino_graph, which keeps it from reporting over the network
@@ -109,10 +109,12 @@ class Graph:
             self._embed_between[t] = F.pad(temb, (0, self.time_table.shape[1] - self.temb_dim))
         return self._embed_between[t]
 
-    def of_size(self, size: int) -> Any:
+    def of_size(self, size: int, precision: str) -> Any:
         """The graph for passes of one size: fixed shapes are a third faster than dynamic."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
+        if precision == "float32":
+            transpose_narrow(sized)
         return sized
 
 
@@ -197,13 +199,14 @@ class OpenVINOExecutor:
 
 def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
     """Passes of one size, one for each stream; the streams share the threads."""
-    model = graph.core.compile_model(graph.of_size(size), "CPU", _config(precision, streams, threads))
+    model = graph.core.compile_model(graph.of_size(size, precision), "CPU", _config(precision, streams, threads))
     return deque(_Pass(model.create_infer_request()) for _ in range(streams))
 
 
 def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:
     """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once."""
     model = convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
+    transpose_narrow(model)
     request = openvino.Core().compile_model(model, "CPU", _config("float32", 1, 1)).create_infer_request()
 
     def run(x: Floats) -> Floats:

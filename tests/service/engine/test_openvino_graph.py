@@ -15,7 +15,7 @@ from tminus.model.layers import ResnetBlock, Upsample
 from tminus.service.engine import openvino_graph
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, OpenVINOExecutor
-from tminus.service.engine.openvino_graph import convert
+from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 pytestmark = [pytest.mark.slow, needs_openvino]
 
@@ -157,3 +157,44 @@ def test_small_maps_stay_as_they_are(make_checkpoint: MakeCheckpoint) -> None:
     kinds = ops_of(Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps).model)
     assert kinds["AvgPool"] == kinds["ConvolutionBackpropData"] == 0
     assert kinds["MVN"] > 0
+
+
+class Narrow(nn.Module):
+    """Group norms of few channels: of what a convolution gives, and of that with a shift of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.block = nn.Conv2d(3, 32, 3, padding=1), ResnetBlock(32, 16, 8, groups=4, eps=1e-5, act="silu")
+
+    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        out: Tensor = self.block(self.conv(x), act_temb)
+        return out
+
+
+def test_layouts_that_are_transposed_change_no_bit() -> None:
+    openvino = pytest.importorskip("openvino")
+    module, inputs = Narrow().eval(), (torch.randn(1, 3, 32, 32), torch.randn(1, 8))
+    randomize(module)
+    model = convert(module, inputs, [openvino.PartialShape(list(each.shape)) for each in inputs])
+    outs = []
+    for transposed in (False, True):
+        if transposed:
+            transpose_narrow(model)
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        outs.append(torch.from_numpy(compiled([each.numpy() for each in inputs])[0].copy()))
+    assert ops_of(model)["Transpose"] == 4, "two before each norm"
+    assert outs[1].equal(outs[0])
+
+
+def test_layouts_are_transposed_in_float32_alone_and_where_it_pays(make_checkpoint: MakeCheckpoint) -> None:
+    """The shift of the timestep is added after the transposition, which then starts at the convolution."""
+    checkpoint = make_checkpoint(block_out_channels=(16, 24), sample_size=32, norm_num_groups=8)
+    graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
+    plain, float32, bfloat16 = (
+        ops_of(model)["Transpose"] for model in (graph.model, graph.of_size(1, "float32"), graph.of_size(1, "bfloat16"))
+    )
+    assert plain == bfloat16
+    assert float32 > plain
+    small = make_checkpoint()
+    graph = Graph(small.net, small.row_shape, small.noise.num_train_timesteps)
+    assert ops_of(graph.of_size(1, "float32")) == ops_of(graph.model)
