@@ -54,7 +54,8 @@ def main() -> None:
         for name, executor in executors.items()
     }
     for count in rows:
-        ticks = {name: Ticks(engine, count, checkpoint.noise.num_train_timesteps) for name, engine in engines.items()}
+        steps = checkpoint.noise.num_train_timesteps
+        ticks = {name: Ticks(engine, count, steps, watched=device.type == "cuda") for name, engine in engines.items()}
         calls: dict[str, Callable[[], object]] = {name: each.tick for name, each in ticks.items()}
         calls["bare pass"] = partial(executors["not exact"], *example_inputs(checkpoint, device, count))
         rates = rates_in_turns(calls, device, args.seconds)
@@ -112,11 +113,12 @@ class Instant:
 class Ticks:
     """The ticks of an engine that always has one job of so many rows. With its scheduler, and nothing else."""
 
-    def __init__(self, engine: Engine, rows: int, num_timesteps: int) -> None:
+    def __init__(self, engine: Engine, rows: int, steps: int, *, watched: bool) -> None:
+        """watched: whether a call that waits for the GPU is an error."""
         self._engine = engine
-        self._spec = trial_spec(engine.info, rows, num_timesteps, sampler="ddpm")
+        self._spec = trial_spec(engine.info, rows, steps, sampler="ddpm")
         self._scheduler = Scheduler(Sharing.of(max(2, rows)))
-        self._watched = engine.info.device.startswith("cuda")
+        self._watched = watched
         self._rows: tuple[int, ...] = ()
 
     def end(self) -> None:
@@ -126,21 +128,23 @@ class Ticks:
 
     def tick(self) -> None:
         """Take one tick, of a new job where the last one has ended."""
+        watched = self._watched
         if (batch := self._scheduler.next_batch()) is None:
+            watched = False  # what a first tick makes is made once
             if self._rows:
                 self.end()
             self._rows = self._engine.add(self._spec)
             self._scheduler.add("bench", self._rows, work_of(self._spec, self._engine.info))
             batch = self._scheduler.next_batch()
             assert batch is not None
-        if self._watched:
+        if watched:
             torch.cuda.set_sync_debug_mode("error")
         try:
             self._engine.step(batch)
             self._engine.wait()
             self._engine.broken(batch.rows)
         finally:
-            if self._watched:
+            if watched:
                 torch.cuda.set_sync_debug_mode("default")
         self._scheduler.advance(batch)
 
