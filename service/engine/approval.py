@@ -57,8 +57,9 @@ def approve_portions(
 
     def build() -> tuple[Checkpoint, Executor]:
         checkpoint = load_checkpoint(folder)
-        sizes = (1,) if device.type == "cpu" else (batch_size,)
-        return checkpoint, Builder(checkpoint, device, threads).build(Choice(exact.name, LOWER, sizes=sizes))
+        sizes, streams = (1,) if device.type == "cpu" else (batch_size,), 1 if batch_size == 1 else None
+        builder = Builder(checkpoint, device, threads, cache)
+        return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=sizes, streams=streams))
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="approve")
     building = thread.submit(build)

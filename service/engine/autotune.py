@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tminus.model import networks
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import write_text
-from tminus.service.engine import openvino_executor
+from tminus.service.engine import openvino_executor, openvino_graph
 from tminus.service.engine.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
 
+CPU_LINES = ("model name", "flags")  # of /proc/cpuinfo
 EXECUTORS = ("eager", "compile", "openvino")
 GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
 NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
@@ -34,9 +36,13 @@ CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
+LONG_S = 0.5  # a call that takes this long is measured once
 NOISY = 1.5  # a choice that was made on a machine with more noise is made again when it is idle
 IDLE_LOAD = 0.3  # of the load average by cores
-BUDGET_S = 30.0  # after this no further candidate or size is tried: on a busy machine all of them take minutes
+BUDGET_S = 30.0  # after this no further size is tried: on a busy machine all of them take minutes
+LARGE_BYTES = 64 * 2**20  # of weights: passes of one more size hold as much again, which has to be worth it
+WORTH_LARGE = 0.85  # of such a network: what WORTH is of others
+FEW_THREADS = 4  # which passes of a large network keep busy as well together as each by itself
 HOPELESS = 8.0  # passes of one place this many times slower than the best (two times multiplied) are not looked into
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # that two ways of running a pass are compared on
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
@@ -51,6 +57,7 @@ class Choice:
     channels_last: bool = True
     sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
     wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
+    streams: int | None = None  # openvino: None is one for each thread; 1 is one for all threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,8 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
     if wish.executor == "auto":
-        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for.
+        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for. Eager
+        # was never the fastest either; it is there for a network that OpenVINO cannot run, see `_fastest`.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
         if device.type == "cpu" and not openvino_executor.available():
             log.warning(
@@ -119,8 +127,10 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
     if not all(type(size) is int and 1 <= size <= wish.max_batch for size in numbers):
         return None
     ascending = list(numbers) == sorted(set(numbers)) and len(numbers) <= MAX_GRAPHS
-    possible = type(choice.wide) is int and 0 <= choice.wide < wish.threads
-    return choice if ascending and possible and replace(choice, sizes=None, wide=0) in candidates else None
+    possible = type(choice.wide) is int and 0 <= choice.wide < wish.threads and choice.streams in (None, 1)
+    return (
+        choice if ascending and possible and replace(choice, sizes=None, wide=0, streams=None) in candidates else None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +151,18 @@ class TimedChoice:
 class Builder:
     """Builds executors of one checkpoint, whose network they take over. OpenVINO's graph is converted once for all."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, threads: int) -> None:
-        self.checkpoint, self.device, self._threads = checkpoint, device, threads
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        threads: int,
+        cache: Path | None = None,
+        tell: Callable[[float], None] = lambda _pass_s: None,
+    ) -> None:
+        """cache: the folder where the converted graph is kept. tell: is told how long a pass of one row takes."""
+        self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
+        self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
+        self.worth = WORTH_LARGE if self.is_large else WORTH
         self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
@@ -154,7 +174,10 @@ class Builder:
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
-        """The least time of some calls, since other programs may run too; the first warms up and does not count."""
+        """The least time of some calls, since other programs may run too; the first warms up and does not count.
+
+        A call that takes long is made but once more.
+        """
 
         def timed() -> float:
             started = time.perf_counter()
@@ -164,7 +187,8 @@ class Builder:
             return time.perf_counter() - started
 
         times: list[float] = []
-        timed()
+        if timed() > LONG_S:
+            return timed()
         while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
             times.append(timed())
         self._spreads.append(median(times) / max(min(times), 1e-9))
@@ -179,12 +203,13 @@ class Builder:
             torch.set_num_threads(1)
             if self._graph is None:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
-                self._graph = openvino_executor.Graph(net, self._shape, num_timesteps)
+                self._graph = openvino_executor.Graph(net, self._shape, num_timesteps, self._kept_graph())
             return openvino_executor.OpenVINOExecutor(
                 self._graph,
                 precision=precision,
                 sizes=sizes,
-                streams=self._threads,
+                threads=self._threads,
+                streams=choice.streams,
                 wide=choice.wide,
                 compiled=self._compiled,
             )
@@ -192,6 +217,34 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         return EagerExecutor(net, device, precision=precision, channels_last=choice.channels_last, sizes=choice.sizes)
+
+    def forget_compiled(self) -> None:
+        """Free what was tried and is not part of an executor that somebody has; it would be made again."""
+        self._compiled.clear()
+
+    def _kept_graph(self) -> openvino_executor.KeptGraph | None:
+        if self._cache is None:
+            return None
+        parts = {
+            "weights": self.checkpoint.weights_hash,
+            "unet": self.checkpoint.net.config.to_dict(),
+            "shape": self._shape,
+            "torch": torch.__version__,
+            "openvino": openvino_executor.version(),
+            "code": _code_hash(),
+        }
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return openvino_executor.KeptGraph(self._cache, key)
+
+
+@cache
+def _code_hash() -> str:
+    """A hash of the code that a graph is converted by: that of the networks, and what rewrites the graph."""
+    digest = hashlib.sha256()
+    converts = [Path(openvino_executor.__file__), Path(openvino_graph.__file__)]
+    for file in sorted([*Path(networks.__file__).parents[1].rglob("*.py"), *converts]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def default_cache() -> Path | None:
@@ -219,7 +272,7 @@ class ChoiceCache:
         if folder is not None:
             parts = {
                 # No host name: a container has a new one each time.
-                "machine": (platform.machine(), _cpu_name(), os.cpu_count()),
+                "machine": (platform.machine(), *_cpu(), os.cpu_count()),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
                 "openvino": openvino_executor.version(),
@@ -253,12 +306,17 @@ class ChoiceCache:
             log.info("what was measured is not kept: %s", error)
 
 
-def _cpu_name() -> str:
+def _cpu() -> tuple[str, str]:
+    """The processor's name, and what it can do: virtual machines give the same name to different ones."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return platform.processor(), ""
+    found = (
+        next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "") for name in CPU_LINES
+    )
+    name, flags = found
+    return name, hashlib.sha256(flags.encode()).hexdigest()[:16]
 
 
 def _load(file: Path) -> dict[str, Any] | None:
@@ -269,17 +327,24 @@ def _load(file: Path) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
+def choose_executor(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    wish: Wish,
+    cache: Path | None,
+    tell: Callable[[float], None] = lambda _pass_s: None,
+) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError where none can run.
 
-    `cache` is the folder where the answer is kept, by machine, model and versions; None keeps none.
+    cache: the folder where the answer is kept, by machine, model and versions, and the converted graph; None: nowhere.
+    tell: is told how long a pass of one row takes, as soon as that is known.
     """
     candidates = find_candidates(checkpoint, device, wish)
     kept = _cache_of(checkpoint, device, wish, cache, candidates)
     fields = dict(kept.read() or {})
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
-    builder = Builder(checkpoint, device, wish.threads)
+    builder = Builder(checkpoint, device, wish.threads, cache, tell)
     if choice is not None and noisy and _is_idle():
         log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
         choice = None
@@ -303,7 +368,7 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
     fields = dict(_cache_of(checkpoint, device, wish, cache, candidates).read() or {})
     fields.pop(NOISE_KEY, None)
     choice = valid_choice(fields, candidates, wish)
-    return Builder(checkpoint, device, wish.threads).build(choice) if choice is not None else None
+    return Builder(checkpoint, device, wish.threads, cache).build(choice) if choice is not None else None
 
 
 def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> Executor:
@@ -334,9 +399,8 @@ def _is_idle() -> bool:
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
     best: TimedChoice | None = None
     until_s = time.monotonic() + BUDGET_S
-    for number, candidate in enumerate(candidates):
-        if best is not None and time.monotonic() > until_s:
-            log.warning("%d executors were not tried: measuring took over %g s", len(candidates) - number, BUDGET_S)
+    for candidate in candidates:
+        if best is not None and best.choice.executor == "openvino" != candidate.executor:
             break
         try:
             measured = _with_sizes(builder, wish, candidate, best, until_s)
@@ -372,6 +436,10 @@ def _with_sizes(
         return tried(None)
     if builder.device.type == "cuda":
         return tried((wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch))
+    if candidate.executor == "openvino" and builder.is_large:
+        in_one_stream = _in_one_stream(builder, wish, candidate)
+        if in_one_stream is not None:
+            return in_one_stream
 
     trials: list[TimedChoice] = []
     for size in CPU_SIZES:
@@ -390,7 +458,7 @@ def _with_sizes(
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
-            if trial.row_s < WORTH * kept[-1].row_s:
+            if trial.row_s < builder.worth * kept[-1].row_s:
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
         found.append(TimedChoice(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
@@ -398,6 +466,32 @@ def _with_sizes(
     if candidate.executor != "openvino" or fastest.score > hopeless:
         return fastest
     return _with_wide(builder, wish, fastest)
+
+
+def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
+    """Passes of one row on all threads, so that the weights are held once.
+
+    None where there are many threads, and streams of one thread each are so much faster that it is worth holding the
+    weights of wide passes too.
+    """
+    rows = wish.threads
+    inputs = example_inputs(builder.checkpoint, builder.device, rows)
+    alone = replace(candidate, sizes=(1,), streams=1)
+    alone_s = builder.time(partial(builder.build(alone), *rows_of(inputs, 0, 1)))
+    builder.tell(alone_s)
+    found = TimedChoice(alone, alone_s, alone_s)
+    if wish.threads <= FEW_THREADS:
+        return found
+    builder.forget_compiled()
+    row_s = builder.time(partial(builder.build(replace(candidate, sizes=(1,))), *inputs)) / rows
+    log.info(
+        "executor %s %s: a row takes %.2f ms on all threads, %.2f ms in streams of one thread",
+        candidate.executor, candidate.precision, 1e3 * alone_s, 1e3 * row_s,
+    )  # fmt: skip
+    if row_s < builder.worth * alone_s:
+        return None
+    builder.forget_compiled()
+    return found
 
 
 def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
@@ -410,11 +504,11 @@ def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoi
     while places < wish.threads:
         wider = replace(choice, wide=places)
         executor = builder.build(wider)
-        parts = [_rows(inputs, start, start + places) for start in range(0, rows - places + 1, places)]
+        parts = [rows_of(inputs, start, start + places) for start in range(0, rows - places + 1, places)]
         outs = torch.cat([executor(*part) for part in parts])
         seconds = builder.time(partial(executor, *parts[0]))
         narrow_s = builder.time(partial(narrow, *parts[0]))
-        if seconds > WORTH * narrow_s or (wish.exact and not outs.equal(expected[: len(outs)])):
+        if seconds > builder.worth * narrow_s or (wish.exact and not outs.equal(expected[: len(outs)])):
             break
         choice, lone_s = wider, seconds if places == 1 else lone_s
         places *= 2
@@ -433,7 +527,10 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
     full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
-    lone_s = builder.time(lambda: executor(*_rows(full, 0, 1)))
+    lone_s = builder.time(lambda: executor(*rows_of(full, 0, 1)))
+    builder.tell(lone_s)
+    if lone_s > LONG_S:
+        full = rows_of(full, 0, wish.threads * (size or 1))
     at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)  # a row of a full batch, with a pass on every thread
     if size == 1 and at_best.score > hopeless:
         return at_best
@@ -468,6 +565,7 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
     return x.to(device), t.to(device), labels
 
 
-def _rows(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def rows_of(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Some of the rows."""
     x, t, labels = inputs
     return x[start:end], t[start:end], labels[start:end] if labels is not None else None

@@ -71,6 +71,13 @@ def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device:
         )
 
 
+def row_slots(max_rows: int, *shape: int, device: torch.device, dtype: type[np.generic] = np.float32) -> Tensor:
+    """Make zeros [max_rows, *shape]. On a CPU a slot takes memory from its first use on: most are never used."""
+    if device.type == "cuda":
+        return torch.from_numpy(np.zeros(0, dtype)).to(device).new_zeros(max_rows, *shape)
+    return torch.from_numpy(np.zeros((max_rows, *shape), dtype))
+
+
 def release_memory() -> None:
     """Give back to the system what a model took that nobody has any more. Takes some 0.1 s."""
     gc.collect()

@@ -13,7 +13,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
 from tminus.model.samplers import denoise
 from tminus.model.trajectory import PlanNumbers
-from tminus.service.engine.devices import LaunchedTicks, copy_out, index_of, is_lost, send, to_device
+from tminus.service.engine.devices import LaunchedTicks, copy_out, index_of, is_lost, row_slots, send, to_device
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.pictures import LatentPictures, PixelPictures
@@ -43,8 +43,9 @@ class Engine:
     ) -> None:
         """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
         self._pictures = (PixelPictures if checkpoint.autoencoder is None else LatentPictures)(checkpoint, device)
+        self.autoencoder_bits = self._pictures.bits
         self.info = make_model_info(
-            checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self._pictures.bits
+            checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self.autoencoder_bits
         )
         self._device, self._max_jobs = device, max_jobs
         self._torch_threads = torch.get_num_threads()  # as the executor has set it
@@ -58,8 +59,8 @@ class Engine:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # One slot per row.
-        self._x = zeros(max_rows, *self._shape, dtype=torch.float32)
-        self._x0 = zeros(max_rows, *self._shape, dtype=torch.float32)
+        self._x = row_slots(max_rows, *self._shape, device=device)
+        self._x0 = row_slots(max_rows, *self._shape, device=device)
         self._v: Tensor | None = None  # of a learned variance, made when the first trajectory comes
         self._noises = RowNoises(max_rows, self._shape, device)
         self._label = zeros(max_rows)
@@ -293,11 +294,6 @@ class Engine:
         self._free_rows.extend(reversed(rows))
         for row in rows if self._inputs else ():
             self._inputs.pop(row, None)
-
-    def free_registers(self) -> None:
-        """Give back what registers take, until a row comes that has some. No row may be there."""
-        assert not self._plan_of
-        self._registers = self._plans.matrices = None
 
     @property
     def runs_ahead(self) -> bool:

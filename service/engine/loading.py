@@ -4,16 +4,20 @@ The test is the same bits alone and beside other jobs; what is measured is how l
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
@@ -32,6 +36,7 @@ from tminus.service.engine.autotune import (
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
+from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
@@ -50,16 +55,20 @@ SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much lon
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
 PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
-FEW_JOBS = 3  # on which bits are tested where the same network runs in the same way already
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
-# The test before serving: jobs of every sampler, of STEPS steps; so many samplers run guided too.
+TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
+TEST_S = 5.0  # for which the network's bits are tested before a model serves; the rest is done while no job runs
+BUSY_TEST_S = 0.5  # the same while other models serve
+# The test of the samplers: jobs of every sampler, of STEPS steps; so many samplers run guided too.
 STEPS, ROWS, GUIDED = 4, 2, 3
 ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
 TICKS = 6  # of one size in a round
 WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host runs ahead, so the second is too short
 BUDGET_S = 2.0  # after this no further round begins
 SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
+SLOW_TICKS_S = 0.5  # after ticks of one size that take this long together the first that counts is the last
+LONG_TICK_S = 0.05  # ticks of one row that take this long are not measured again at a later start
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,16 @@ class ReadModel:
     name: str
     folder: Path
     checkpoint: Checkpoint
+
+
+class Progress(Protocol):
+    """Told what a start is doing, and roughly how many seconds it has still to go; None where that is not known."""
+
+    def __call__(self, what: str, left_s: float | None, /) -> None: ...
+
+
+def no_progress(_what: str, _left_s: float | None, /) -> None:
+    """Tell nobody."""
 
 
 def load_engine(
@@ -147,13 +166,18 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
 
 
 def prepare_engine(
-    checkpoint: Checkpoint, options: LoadOptions, known: Measured | None = None, *, busy: bool = False
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    known: Measured | None = None,
+    *,
+    busy: bool = False,
+    progress: Progress = no_progress,
 ) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
     busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of a
-    model that is running; if this is the same network, run in the same way, it is not measured again, and its bits are
-    tested on fewer jobs. So loading takes little from that model's ticks.
+    model that is running; if this is the same network, run in the same way, it is not measured again. progress: is told
+    what is being done, and roughly how many seconds are left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -166,27 +190,31 @@ def prepare_engine(
     wish = wish_of(options, device)
     largest, exact, threads = wish.max_batch, wish.exact, wish.threads
     cache = options.cache_dir or default_cache()
-    executor = choose_executor(checkpoint, device, wish, cache)
-    engine = _build(checkpoint, executor, device, options, wish)
+    progress("reading how the network runs fastest here, or measuring it", None)
+    executor = choose_executor(
+        checkpoint, device, wish, cache, lambda pass_s: progress("measuring how it runs fastest", TRIAL_PASSES * pass_s)
+    )
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,
         "exact": exact,
     }  # fmt: skip
+    proof = _Proof(checkpoint, device, executor, how, cache) if exact else None
+    engine = _build(checkpoint, executor, device, options, wish, proof.bits if proof is not None else None)
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
     again = known if known is not None and known.way == way else None
-    if exact and not same_alone_and_together(engine, largest, most=None if again is None else FEW_JOBS):
-        raise ValueError(
-            f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
-            "among others here; --no-exact serves without that promise"
-        )
-    engine.free_registers()  # those of the test: they are made for all rows, and most servers are never asked for any
     if again is None:
+        progress("measuring how long ticks take", None)
         again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
     tick_times = again.tick_times
     max_batch = options.max_batch or again.max_batch
     short_batch = min(options.short_batch or again.short_batch, max_batch)
+    spare_work: Iterator[None] = iter(())
+    if proof is not None:
+        progress("testing that a row has the same bits alone and among others", TEST_S)
+        inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
+        spare_work = proof.test(engine, max_batch, inexact, BUSY_TEST_S if busy else TEST_S)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     log.info(
@@ -196,7 +224,7 @@ def prepare_engine(
     coding_s = engine.coding_seconds()
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
-    spare_work = approve_later(checkpoint, executor, device, wish, options, cache)
+    spare_work = chain(spare_work, approve_later(checkpoint, executor, device, wish, options, cache))
     return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again, spare_work)
 
 
@@ -207,14 +235,14 @@ def _load_unmeasured(
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     plain = plain_executor(checkpoint, device, wish)
-    engine = _build(checkpoint, plain, device, options, wish)
+    engine = _build(checkpoint, plain, device, options, wish, _bits(checkpoint, plain, device, wish))
     if fingerprint is None and places_of(engine.info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
         return None
     plain_will_do = wish.executor in ("auto", "eager")
     if not plain_will_do or engine.info.fingerprint != fingerprint:
         kept = kept_executor(checkpoint, device, wish, options.cache_dir or default_cache())
         if kept is not None:  # it has taken the network over: the plain one must not run again
-            engine = _build(checkpoint, kept, device, options, wish)
+            engine = _build(checkpoint, kept, device, options, wish, _bits(checkpoint, kept, device, wish))
         elif not plain_will_do:
             return None
     if fingerprint in (None, engine.info.fingerprint):
@@ -243,11 +271,13 @@ def wish_of(options: LoadOptions, device: torch.device) -> Wish:
 
 
 def _build(
-    checkpoint: Checkpoint, executor: Executor, device: torch.device, options: LoadOptions, wish: Wish
+    checkpoint: Checkpoint,
+    executor: Executor,
+    device: torch.device,
+    options: LoadOptions,
+    wish: Wish,
+    bits: str | None,
 ) -> Engine:
-    bits = None
-    if wish.exact:
-        bits = probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
     return Engine(
         checkpoint,
         executor,
@@ -259,17 +289,30 @@ def _build(
     )
 
 
+def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish: Wish) -> str | None:
+    """What the fingerprint says of how an exact executor runs passes."""
+    if not wish.exact:
+        return None
+    return probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
+
+
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
-    """How long ticks take, and what batch sizes follow from that; those of an earlier start are kept."""
-    sizes = _kept_sizes(cache, largest)
-    # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
+    """How long ticks take, and what batch sizes follow from that; those of an earlier start are kept.
+
+    Long ticks are kept too: admission corrects the times by what ticks really take.
+    """
+    kept = cache.read() or {}
+    sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
+    if sizes is not None and tick_times is not None:
+        return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
+    # Where the sizes are known one round is enough.
     tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
     if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
         # A tick that was slow, by chance or not, has ended the round before the size that will be used.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times)
-        cache.write(sizes)
+        cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
 
 
@@ -297,19 +340,171 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) 
     return min(places for places, seconds in points if places / seconds >= share * best)
 
 
-def _kept_sizes(cache: ChoiceCache, largest: int) -> Mapping[str, int] | None:
+def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, int] | None:
     """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
-    sizes = cache.read() or {}
+    sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     possible = all(type(size) is int and MIN_BATCH <= size <= max(MIN_BATCH, largest) for size in sizes.values())
-    return sizes if possible and sizes.keys() == {"max_batch", "short_batch"} else None
+    return sizes if possible else None
 
 
-def same_alone_and_together(engine: RowEngine, max_batch: int, most: int | None = None) -> bool:
-    """Run a job of every sampler, each alone and then all in shared ticks; True if every latent agrees to the bit.
+def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float], ...] | None:
+    """How long ticks took at an earlier start; None where that is not known."""
+    try:
+        times = tuple((int(places), float(seconds)) for places, seconds in kept["tick_times"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    sizes = [places for places, _ in times]
+    ascending = bool(times) and sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] <= largest
+    return times if ascending and all(0 < seconds < math.inf for _, seconds in times) else None
 
-    most: run no more than so many jobs.
+
+# --- the self-test -------------------------------------------------------------------------------------------------
+#
+# An image has the same bits alone and under load if two things hold. The network computes a row's output the same way
+# whatever else is in the pass, wherever it stands there. And the engine's update of a row, whichever its sampler is,
+# reads nothing of another row. The first is tested on the network, and takes passes; the second needs no network.
+
+
+class _Proof:
+    """What is known of an exact executor's bits on this machine, and what is kept of that for later starts.
+
+    It is kept by the weights, the machine and the versions. If the executor's output on a row is what it was, all that
+    was found out then is taken to hold; so a file of the cache that was changed, or is of another machine, is noticed.
     """
-    specs = _possible(engine, _specs(engine.info))[:most]
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        executor: Executor,
+        how: Mapping[str, Any],
+        cache: Path | None,
+    ) -> None:
+        self._checkpoint, self._device, self._executor = checkpoint, device, executor
+        how_it_runs = f"executor {executor.name} {executor.precision} ({executor.details})"
+        self._finding = f"{how_it_runs} does not give the same bits alone and among others here"
+        what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
+        self._cache = ChoiceCache(cache, checkpoint, device, what, ())
+        row = probe_bits(executor, example_inputs(checkpoint, device, 1))
+        kept = self._cache.read() or {}
+        bits = kept.get("bits")
+        if kept.get("row") != row or not isinstance(bits, str):
+            kept, bits = {}, None
+        if bits is None:
+            probe_rows = _probe_rows(checkpoint, executor.precision)
+            bits = probe_bits(executor, example_inputs(checkpoint, device, probe_rows))
+        self.bits: str = bits
+        self._begun = "exact" in kept  # whether an earlier start has tested some, and found nothing wrong
+        self._kept = {"row": row, "bits": bits, "exact": kept.get("exact")}
+
+    def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
+        """Test for so many seconds; returns what is left to test. Raises ValueError where bits differ.
+
+        inexact: what the engine tells from then on, should a test fail that is done later.
+        """
+        if self._kept["exact"] is True:
+            log.info("the bits were tested at an earlier start")
+            return iter(())
+        if self._kept["exact"] is False:
+            raise self._failed()
+        tests = network_keeps_rows_apart(self._executor, self._checkpoint, self._device, max_batch)
+        if self._begun:
+            log.info("some bits were tested at an earlier start, the rest are while no job runs")
+            return self._later(tests, engine, inexact)
+        if not samplers_keep_rows_apart(self._checkpoint, self._device, max_batch):
+            raise self._failed()
+        until_s = time.monotonic() + seconds
+        count = 0
+        for same in tests:
+            count += 1
+            if not same:
+                self._keep(exact=False)
+                raise self._failed()
+            if time.monotonic() > until_s:
+                break
+        else:
+            self._keep(exact=True)
+            log.info("a row has the same bits alone and among others: %d batches tested", count)
+            return iter(())
+        self._keep(exact=None)
+        log.info("a row has the same bits alone and among others: %d batches tested, the rest while no job runs", count)
+        return self._later(tests, engine, inexact)
+
+    def _later(self, tests: Iterator[bool], engine: Engine, inexact: ModelInfo) -> Iterator[None]:
+        for same in tests:
+            if not same:
+                self._keep(exact=False)
+                engine.info = replace(inexact, name=engine.info.name)
+                log.error("%s: from now on it serves without that promise", self._finding)
+                return
+            yield
+        self._keep(exact=True)
+        log.info("a row has the same bits alone and among others: all batches tested")
+
+    def _keep(self, *, exact: bool | None) -> None:
+        self._cache.write(self._kept | {"exact": exact})
+
+    def _failed(self) -> ValueError:
+        return ValueError(f"{self._finding}; --no-exact serves without that promise")
+
+
+def network_keeps_rows_apart(
+    executor: Executor, checkpoint: Checkpoint, device: torch.device, max_batch: int
+) -> Iterator[bool]:
+    """Run batches of 2 to max_batch rows; yields of each whether its rows have the bits that they have alone.
+
+    The first batches are small ones and the largest, so that little time shows most.
+    """
+    rows = max(agree_rows(checkpoint, executor.precision), max_batch)
+    x, t, labels = example_inputs(checkpoint, device, rows)
+    if checkpoint.fractional:
+        t[1::4] += 0.5
+    alone: dict[int, bytes] = {}
+
+    def run(index: Sequence[int]) -> list[bytes]:
+        picked = list(index)
+        out = executor(x[picked], t[picked], labels[picked] if labels is not None else None)
+        return [each.numpy().tobytes() for each in out.cpu()]
+
+    first = 0
+    for places in dict.fromkeys([2, 3, max_batch, *range(4, max_batch)]):
+        index = [(first + place) % rows for place in range(places)]
+        first += places - 1  # so that a row stands at another place, beside others, next time
+        for row in index:
+            if row not in alone:
+                (alone[row],) = run([row])
+        yield run(index) == [alone[row] for row in index]
+
+
+class _Standin:
+    """A function of a row, its timestep and its class, in place of a network: what it makes of a row is exact."""
+
+    name, precision, details = "stand-in", "float32", ""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._repeats = checkpoint.net.config.out_channels // checkpoint.net.config.in_channels
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        numbers = t.tolist(), class_labels.tolist() if class_labels is not None else [0] * len(t)
+        factors = [math.sin(1 + 0.01 * when + label) for when, label in zip(*numbers, strict=True)]
+        out = x * torch.tensor(factors, dtype=torch.float32).to(x.device)[:, None, None, None]
+        return out.repeat(1, self._repeats, 1, 1)
+
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        out = self(x, t, class_labels)
+        return lambda: out
+
+
+def samplers_keep_rows_apart(checkpoint: Checkpoint, device: torch.device, max_batch: int) -> bool:
+    """Run a job of every sampler on a stand-in for the network; True if all bits agree alone and together."""
+    pixels = replace(checkpoint, autoencoder=None, size_px=checkpoint.row_shape[1:])
+    engine = Engine(pixels, _Standin(checkpoint), device, max_rows=SPARE_ROWS, max_jobs=SPARE_JOBS)
+    return same_alone_and_together(engine, max_batch)
+
+
+def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
+    """Run a job of every sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
+    specs = _possible(engine, _specs(engine.info))
     alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
     together = _run(engine, specs, max_batch)
     return all(a.tobytes() == b.tobytes() for a, b in zip(alone, together, strict=True))
@@ -386,7 +581,7 @@ def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> li
         if spec.steps <= WARM_UP:
             engine.latents(rows)  # waits for the device, since no later tick will tell
         seconds.append(clock() - started_s)
-        if seconds[-1] > SLOW_TICK_S:
+        if seconds[-1] > SLOW_TICK_S or (step >= WARM_UP and sum(seconds) > SLOW_TICKS_S):
             break
     engine.latents(rows)  # waits for the device
     engine.remove(rows)

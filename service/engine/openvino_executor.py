@@ -7,9 +7,15 @@ row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
+import copy
+import ctypes
+import hashlib
+import logging
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +26,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from tminus.model.denoiser import Denoiser
+from tminus.model.files import first_line, write_text
 from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
@@ -32,6 +39,10 @@ except ImportError:  # an extra
 Floats = npt.NDArray[np.float32]
 Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads
 
+log = logging.getLogger(__name__)
+
+MADV_DONTNEED = 4
+MOST_KEPT_BYTES = 4 * 2**30  # of converted graphs in the folder of the cache
 MAX_TIMES_BETWEEN = 4096  # whose embeddings are kept
 VECTOR = 64  # floats: at least what torch computes in one go on any processor
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
@@ -72,9 +83,15 @@ def bfloat16_gain() -> float:
 
 
 class Graph:
-    """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32."""
+    """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32.
 
-    def __init__(self, net: Denoiser, shape: Sequence[int], num_timesteps: int) -> None:
+    With a file the graph is kept for later starts, and the network gives its weights up: they are mapped from the file,
+    and leave memory once passes are compiled, which hold them in an order of their own.
+    """
+
+    def __init__(
+        self, net: Denoiser, shape: Sequence[int], num_timesteps: int, file: "KeptGraph | None" = None
+    ) -> None:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
             # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 has no 999.
@@ -84,15 +101,34 @@ class Graph:
             # Torch computes the elements after the last whole vector differently; padding leaves none.
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
-            self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
+            self.class_table = F.pad(weight, (0, spare)).clone() if weight is not None else None  # [classes, temb]
         self._embed_between = LRUCache[float, Tensor](MAX_TIMES_BETWEEN)
-        self._embed_one = net.time_embedder()
+        self._embed_one = copy.deepcopy(net.time_embedder())
         self.core = openvino.Core()
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
-        example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
-        inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
-        self.model = convert(_Body(net).eval(), example, inputs)
+        self._file = file
+        kept = file.read(self.core) if file is not None else None
+        self.model = kept if kept is not None else self._convert_and_keep(net)
+        if self._file is not None:
+            net.to("meta")
+
+    def _convert_and_keep(self, net: Denoiser) -> Any:
+        example = (torch.zeros(1, *self.shape), torch.zeros(1, self.temb_dim))
+        inputs = [openvino.PartialShape([-1, *self.shape]), openvino.PartialShape([-1, self.temb_dim])]
+        model = convert(_Body(net).eval(), example, inputs)
+        if self._file is not None and (kept := self._file.write(model, self.core)) is not None:
+            return kept
+        self._file = None  # it cannot be written: the weights stay in memory
+        return model
+
+    def compile(self, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
+        """Make passes of one size, one for each stream; the streams share the threads."""
+        compiled = self.core.compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
+        passes = deque(_Pass(compiled.create_infer_request()) for _ in range(streams))
+        if self._file is not None:
+            self._file.release()
+        return passes
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
@@ -118,8 +154,79 @@ class Graph:
         return sized
 
 
+class KeptGraph:
+    """A converted graph in the folder of the cache: three files, of which the last says what the others must hash to.
+
+    What is wrong with them, or cannot be written, is no error: the network is converted again.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """key: names all that the graph is made from."""
+        self._folder = folder
+        self._xml, self._weights, self._sums = (folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
+
+    def read(self, core: Any) -> Any:
+        """Map the graph; None where there is none, or it is not what was written."""
+        try:
+            if self._sums.read_text("utf-8") != self._hash():
+                log.warning("%s is not what was written: the network is converted again", self._weights)
+                return None
+            self._sums.touch()  # so that those that are used longest ago go first
+            return core.read_model(self._xml, self._weights)
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+    def write(self, model: Any, core: Any) -> Any:
+        """Write the graph, and map it; None where that is not possible, as on a disk that is full or only read."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="graph-", dir=self._folder) as name:
+                xml, weights = Path(name) / "new.xml", Path(name) / "new.bin"
+                openvino.save_model(model, xml, compress_to_fp16=False)
+                core.read_model(xml, weights)  # a file that came out short is found here
+                self._sums.unlink(missing_ok=True)
+                weights.replace(self._weights)
+                xml.replace(self._xml)
+            write_text(self._sums, self._hash())
+            self._forget_oldest()
+            return core.read_model(self._xml, self._weights)
+        except (OSError, RuntimeError) as error:
+            log.info(
+                "the converted network is not kept, so its weights stay in memory once more: %s", first_line(error)
+            )
+            return None
+
+    def release(self) -> None:
+        """Have the system take the mapped weights out of memory; what is still read of them comes from the file."""
+        libc = ctypes.CDLL(None)
+        with contextlib.suppress(OSError, AttributeError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
+            for line in maps:
+                if line.rstrip().endswith(self._weights.name) and " r--" in line:
+                    start, end = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
+                    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(self._xml.read_bytes())
+        with self._weights.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _forget_oldest(self) -> None:
+        """Delete the graphs used longest ago, beyond so many bytes, but not this one."""
+        used = 0
+        for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
+            files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
+            used += sum(file.stat().st_size for file in files if file.exists())
+            if used > MOST_KEPT_BYTES and sums != self._sums:
+                for file in files:
+                    file.unlink(missing_ok=True)
+
+
 class OpenVINOExecutor:
-    """Runs a Graph in one-thread streams, and places beyond even shares on all threads."""
+    """Runs a Graph in streams of one thread each, and places beyond even shares on all threads.
+
+    Or in one stream of all threads: the weights are then in memory once.
+    """
 
     name = "openvino"
 
@@ -129,27 +236,30 @@ class OpenVINOExecutor:
         *,
         precision: str = "float32",
         sizes: Sequence[int] = (1,),
-        streams: int,
+        threads: int,
+        streams: int | None = None,
         wide: int = 0,
         compiled: Compiled | None = None,
     ) -> None:
-        """sizes of a pass, ascending; streams of one thread each; wide: at most so many places run in wide passes.
+        """sizes of a pass, ascending; streams: as many as threads, or 1; wide: so many places may run in wide passes.
 
         compiled: passes of this graph that other executors have had made, and that get those made here. Executors that
         share passes must not run at the same time.
         """
         self.precision = precision
         passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
-        self.details = f"openvino {openvino.__version__}, {streams} streams, {passes}"
+        streams = threads if streams is None else streams
+        how = f"{streams} streams" if streams == threads else f"one stream of {threads} threads"
+        self.details = f"openvino {openvino.__version__}, {how}, {passes}"
         self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
         self._running: deque[tuple[_Pass, int, int]] = deque()
         wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
         made: Compiled = {} if compiled is None else compiled
 
         def get(size: int, count: int) -> deque[_Pass]:
-            key = (precision, size, count, streams)
+            key = (precision, size, count, threads)
             if key not in made:
-                made[key] = _compile(graph, *key)
+                made[key] = graph.compile(*key)
             return made[key]
 
         self._passes = {size: get(size, streams) for size in sizes}
@@ -195,12 +305,6 @@ class OpenVINOExecutor:
         for _ in range(min(self._streams, len(narrow)) or 1):
             begin()
         return finish
-
-
-def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
-    """Passes of one size, one for each stream; the streams share the threads."""
-    model = graph.core.compile_model(graph.of_size(size, precision), "CPU", _config(precision, streams, threads))
-    return deque(_Pass(model.create_infer_request()) for _ in range(streams))
 
 
 def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:

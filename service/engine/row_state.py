@@ -12,6 +12,7 @@ from torch import Tensor
 from tminus.model.pixels import to_model_range
 from tminus.model.rng import arc_weights, image_noise, row_noise, split_seed
 from tminus.model.samplers import Plan, combine, keep_known
+from tminus.service.engine.devices import row_slots
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
@@ -119,9 +120,9 @@ class KnownValues:
         channels, height, width = shape
         self._latent = latent
         # Pixels are stored as bytes: a quarter of the latents' size, returned bit for bit.
-        dtype = torch.float32 if latent else torch.uint8
-        self._x_0 = torch.zeros((max_rows, channels, height, width), dtype=dtype, device=device)
-        self._new = torch.zeros((max_rows, 1, height, width), dtype=torch.bool, device=device)
+        dtype: type[np.generic] = np.float32 if latent else np.uint8
+        self._x_0 = row_slots(max_rows, channels, height, width, device=device, dtype=dtype)
+        self._new = row_slots(max_rows, 1, height, width, device=device, dtype=np.bool_)
 
     def put(self, rows: Tensor, x_0: Tensor, mask: Tensor) -> None:
         """Store one job's x_0 [C, H, W], pixels as uint8, and its mask. A latent is new if any of its pixels is."""
@@ -147,8 +148,9 @@ class Registers:
         """Set the registers of one job's rows: values [n, R, C, H, W]."""
         missing = values.shape[1] - self._values.shape[1]
         if missing > 0:
-            old = self._values
-            self._values = torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1)
+            old, count = self._values, self._values.shape[1]
+            self._values = row_slots(len(old), count + missing, *old.shape[2:], device=old.device)
+            self._values[:, :count] = old
         self._values[rows] = 0  # of a row before: 0 times infinity is not 0
         self._values[rows, : values.shape[1]] = values
 

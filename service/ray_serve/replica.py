@@ -22,7 +22,16 @@ from tminus.service.startup.app import VERSION, Application
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.models import LOADING, in_daemon_thread
 from tminus.service.startup.serve import measure_and_build, open_all
-from tminus.service.startup.server import ANSWER_S, BACKLOG, SWITCH_S, allow_connections, bind, config_of, is_ready
+from tminus.service.startup.server import (
+    ANSWER_S,
+    BACKLOG,
+    SWITCH_S,
+    Opening,
+    allow_connections,
+    bind,
+    config_of,
+    is_ready,
+)
 from tminus.service.startup.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
 
@@ -186,7 +195,7 @@ class Replica:
 
 def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
     traces = start_traces(VERSION)
-    return measure_and_build(open_all(settings, address), traces, with_metrics=settings.metrics)
+    return measure_and_build(open_all(settings, address), traces, Opening(), with_metrics=settings.metrics)
 
 
 # --- the port of its own, for the other replicas and for Prometheus ---

@@ -94,7 +94,9 @@ def serve(settings: Settings) -> bool:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening on %s", url)
 
-    build = partial(measure_and_build, opened, traces, with_metrics=settings.metrics and metrics_listener is None)
+    build = partial(
+        measure_and_build, opened, traces, opening, with_metrics=settings.metrics and metrics_listener is None
+    )
     asyncio.run(_run(server, opening, listener, build, url))
     for signum in (signal.SIGTERM, signal.SIGINT):  # a handler is given up as the interpreter ends, and a signal kills
         signal.signal(signum, signal.SIG_IGN)
@@ -320,14 +322,16 @@ class Loader:
         options = self._settings.load_options(folder)
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
-    def measure(self, model: "ReadModel", *, busy: bool = False) -> Prepared:
-        """Measure a model, and give it its name. busy: whether others are served meanwhile."""
+    def measure(
+        self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] | None = None
+    ) -> Prepared:
+        """Measure a model, and give it its name. busy: whether others are served meanwhile. progress: see loading."""
         from tminus.service.engine.devices import release_memory
-        from tminus.service.engine.loading import prepare_engine
+        from tminus.service.engine.loading import no_progress, prepare_engine
 
         try:
-            options = self._settings.load_options(model.folder)
-            loaded = prepare_engine(model.checkpoint, options, self._measured.get(model.name), busy=busy)
+            options, known = self._settings.load_options(model.folder), self._measured.get(model.name)
+            loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress or no_progress)
         except Exception as error:
             del model
             traceback.clear_frames(error.__traceback__)  # whose variables hold it too
@@ -340,21 +344,24 @@ class Loader:
             info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
         )  # fmt: skip
         limits = self._settings.limits(loaded)
+        del model
+        release_memory()  # the network, where the executor has it in an order of its own
         speed = self._settings.speed(loaded, limits.max_rows)
         return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work)
 
 
-def measure_and_build(opened: Opened, traces: "Traces | None", *, with_metrics: bool) -> Application:
+def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening, *, with_metrics: bool) -> Application:
     """Measure the models, and build the app around them. with_metrics: whether it answers /metrics.
 
-    The app closes the stores. Raises what measuring raises.
+    The app closes the stores. opening: tells those who ask meanwhile what is being done. Raises what measuring raises.
     """
     settings, loader = opened.settings, Loader(opened.settings)
     library = Library({model.name: model.folder for model in opened.models}, settings.models)
     first = []
     try:
         while opened.models:  # which must not keep what is unloaded later
-            first.append(loader.measure(opened.models.pop(0)))
+            name = opened.models[0].name
+            first.append(loader.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
     except Exception:
         opened.stores.close()
         raise

@@ -55,12 +55,9 @@ MOST_FOR_METRICS = 16  # connections at once: a Prometheus and a supervisor have
 REFRESH_S = 2
 ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
 A_PAGE = re.compile(r"/(models/[^/]+/)?")
-DETAIL = (
-    "the model is being measured, to find the fastest way of running it on this machine; a first start takes up to a "
-    "minute, later ones seconds"
-)
+DETAIL = "the model is being measured, to find the fastest way of running it on this machine"
 PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
-<title>tminus is starting</title></head><body><h1>tminus is starting</h1><p>{html.escape(DETAIL.capitalize())}.</p>
+<title>tminus is starting</title></head><body><h1>tminus is starting</h1><p>%s.</p>
 <p>This page opens by itself.</p></body></html>"""
 
 
@@ -72,22 +69,31 @@ class Opening:
     """
 
     application: Application | None = None  # None while the model is measured
+    detail = DETAIL  # what is being done until then
+
+    def tell(self, model: str, what: str, left_s: float | None) -> None:
+        """Tell those who ask, and the log, what is being done, and roughly how long it takes. Any thread may call."""
+        left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
+        log.info("%s: %s%s", model, what, left)
+        self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.application is not None:
             await self.application.app(scope, receive, send)
         elif scope["type"] == "websocket":
-            await WebSocket(scope, receive, send).send_denial_response(render(NotReady(DETAIL)))
+            await WebSocket(scope, receive, send).send_denial_response(render(NotReady(self.detail)))
         else:
-            await _early_answer(scope)(scope, receive, send)
+            await _early_answer(scope, self.detail)(scope, receive, send)
 
 
-def _early_answer(scope: Scope) -> Response:
+def _early_answer(scope: Scope, detail: str) -> Response:
     if scope["path"] in ALIVE:
         return JSONResponse(ALIVE[scope["path"]])
     if scope["method"] in READING and A_PAGE.fullmatch(scope["path"]):
-        return HTMLResponse(PAGE, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
-    return render(NotReady(DETAIL), scope)
+        return HTMLResponse(
+            PAGE % html.escape(detail.capitalize()), 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)}
+        )
+    return render(NotReady(detail), scope)
 
 
 class Server(uvicorn.Server):

@@ -136,19 +136,38 @@ def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkey
 def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[bool, int]] = []
 
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
-        seen.append((choice.executor, choice.sizes[0]))
-        seconds = {"openvino": 0.001, "eager": 0.004}[choice.executor] / choice.sizes[0]
+        seen.append((choice.channels_last, choice.sizes[0]))
+        seconds = (0.001 if choice.channels_last else 0.004) / choice.sizes[0]
         return TimedChoice(choice, seconds, seconds, b"the same")
 
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
+    best = autotune._fastest(builder, Wish(), [Choice("eager", "float32", last) for last in (True, False)])
+    assert best.channels_last
+    assert seen == [(True, 1), (True, 2), (True, 4), (False, 1)]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_on_a_cpu_eager_is_tried_only_where_openvino_cannot_run_the_network(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    tried: list[str] = []
+
+    def with_sizes(_builder: object, _wish: Wish, choice: Choice, *_: object) -> TimedChoice:
+        tried.append(choice.executor)
+        if choice.executor == "openvino" and not runs:
+            raise RuntimeError("no such operation")
+        return TimedChoice(choice, 0.001, 0.001)
+
+    monkeypatch.setattr(autotune, "_with_sizes", with_sizes)
+    builder = autotune.Builder(checkpoint, CPU, 1)
     best = autotune._fastest(builder, Wish(), [Choice("openvino", "float32"), Choice("eager", "float32")])
-    assert best.executor == "openvino"
-    assert seen == [("openvino", 1), ("openvino", 2), ("openvino", 4), ("eager", 1)]
+    assert best.executor == tried[-1]
+    assert tried == (["openvino"] if runs else ["openvino", "eager"])
 
 
 @pytest.mark.parametrize(("best_s", "hopeless"), [(0.001, True), (1.0, False)])
@@ -156,7 +175,7 @@ def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
     checkpoint: Checkpoint, best_s: float, hopeless: bool
 ) -> None:
     class Timed:
-        device = CPU
+        device, is_large, worth = CPU, False, autotune.WORTH
         checkpoint: Checkpoint
         passes: ClassVar[list[int]] = []
 
@@ -167,6 +186,9 @@ def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
             call()
             return 0.01
 
+        def tell(self, pass_s: float) -> None:
+            assert pass_s == 0.01
+
     Timed.checkpoint, Timed.passes = checkpoint, []
     best = autotune.TimedChoice(Choice("openvino", "float32"), best_s, best_s)
     measured = autotune._with_sizes(Timed(), Wish(threads=2), Choice("eager", "float32"), best)  # type: ignore[arg-type]
@@ -174,26 +196,29 @@ def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
     assert (measured.score > autotune.HOPELESS * best.score) == hopeless
 
 
-def test_on_a_machine_too_busy_to_measure_on_the_first_candidate_is_taken_as_it_is(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_on_a_machine_too_busy_to_measure_on_one_size_is_tried_of_each_candidate(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The one tried last may be the faster."""
+
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
-        return TimedChoice(choice, 1.0, 1.0, b"the same")
+        seconds = 1.0 if choice.precision == "bfloat16" else 0.5
+        return TimedChoice(choice, seconds, seconds, b"the same")
 
     monkeypatch.setattr(autotune, "_try", tried)
     monkeypatch.setattr(autotune, "BUDGET_S", -1.0)
     builder = autotune.Builder(checkpoint, CPU, 1)
-    best = autotune._fastest(builder, Wish(), [Choice("openvino", "float32"), Choice("eager", "float32")])
-    assert (best.executor, best.sizes) == ("openvino", (1,))
-    assert "1 executors were not tried" in caplog.text
+    candidates = [Choice("openvino", precision) for precision in ("bfloat16", "float32")]
+    best = autotune._fastest(builder, Wish(), candidates)
+    assert (best.precision, best.sizes) == ("float32", (1,))
 
 
 class Widening:
     """Builds executors whose times and bits depend on how many places go in wide passes."""
 
     def __init__(self, checkpoint: Checkpoint, seconds: dict[int, float], other_bits: int | None = None) -> None:
-        self.checkpoint, self.device = checkpoint, CPU
+        self.checkpoint, self.device, self.worth = checkpoint, CPU, autotune.WORTH
         self.seconds, self.other_bits = seconds, other_bits
         self.wide = 0
 
@@ -234,6 +259,41 @@ def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
     assert measured == TimedChoice(replace(narrow, wide=expected), seconds[1] if expected else 1.0, 0.5)
 
 
+class OneStream:
+    """Builds executors of a large network that take a second for a pass on all threads, and so much in streams."""
+
+    device, is_large, worth = CPU, True, autotune.WORTH_LARGE
+
+    def __init__(self, checkpoint: Checkpoint, row_s: float) -> None:
+        self.checkpoint, self.row_s, self.forgotten, self.built = checkpoint, row_s, 0, list[Choice]()
+        self.told: list[float] = []
+        self.tell = self.told.append
+
+    def build(self, choice: Choice) -> Callable[..., Tensor]:
+        self.built.append(choice)
+        return lambda x, _t, _labels: x
+
+    def time(self, call: Callable[[], Tensor]) -> float:
+        return self.row_s * len(call()) if self.built[-1].streams is None else 1.0
+
+    def forget_compiled(self) -> None:
+        self.forgotten += 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "row_s", "alone"), [(1, 0.1, True), (4, 0.1, True), (8, 0.9, True), (8, 0.8, False)]
+)
+def test_a_large_network_runs_on_all_threads_unless_streams_are_worth_holding_its_weights_twice(
+    checkpoint: Checkpoint, threads: int, row_s: float, alone: bool
+) -> None:
+    builder, candidate = OneStream(checkpoint, row_s), Choice("openvino", "float32")
+    found = autotune._in_one_stream(builder, Wish(threads=threads), candidate)  # type: ignore[arg-type]
+    assert found == (TimedChoice(replace(candidate, sizes=(1,), streams=1), 1.0, 1.0) if alone else None)
+    assert builder.told == [1.0]
+    if found is not None and len(builder.built) > 1:
+        assert builder.forgotten == 2, "neither is held while the other is measured, nor after"
+
+
 @pytest.mark.parametrize("max_batch", [1, 17, 4096])
 def test_graphs_are_few_and_reach_from_one_row_to_the_largest_batch(max_batch: int) -> None:
     sizes = autotune._graph_sizes(max_batch)
@@ -246,10 +306,13 @@ def test_graphs_are_few_and_reach_from_one_row_to_the_largest_batch(max_batch: i
 # --- which kept answers are taken ---
 
 
-@pytest.mark.parametrize(("wide", "sound"), [(0, True), (1, True), (2, False), (1.0, False)])
-def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, sound: bool) -> None:
+@pytest.mark.parametrize(
+    ("wide", "streams", "sound"),
+    [(0, None, True), (1, None, True), (2, None, False), (1.0, None, False), (0, 1, True), (0, 2, False)],
+)
+def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, streams: object, sound: bool) -> None:
     candidate = Choice("openvino", "float32")
-    fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
+    fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide, "streams": streams}
     found = valid_choice(fields, [candidate], Wish(max_batch=16, threads=2))
     assert (found is not None) == sound
 

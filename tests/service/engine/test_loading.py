@@ -3,7 +3,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
 def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = ((1, 0.1), (4, 0.4), (8, 0.5), (16, 0.6))
+    whole = ((1, 0.01), (4, 0.04), (8, 0.05), (16, 0.06))
     curves, rounds_measured = iter([whole, whole[:3], whole, ((1, 2.5),), whole, whole]), []
 
     def measure(_engine: object, _max_batch: int, *, rounds: int) -> tuple[tuple[int, float], ...]:
@@ -195,6 +195,118 @@ def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
         load_engine(options)
     assert "--no-exact" in str(caught.value), "as the flag is spelled"
     assert not load_engine(replace(options, exact=False)).engine.info.exact
+
+
+# --- what is tested at a start, and what is not ---
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the next starts test, and the batches of it."""
+    seen: list[str] = []
+    network, samplers = loading.network_keeps_rows_apart, loading.samplers_keep_rows_apart
+
+    def network_keeps_rows_apart(*args: object) -> Iterator[bool]:
+        for number, same in enumerate(network(*args)):  # type: ignore[arg-type]
+            seen.append(f"batch {number}")
+            yield same
+
+    def samplers_keep_rows_apart(*args: object) -> bool:
+        seen.append("samplers")
+        return samplers(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loading, "network_keeps_rows_apart", network_keeps_rows_apart)
+    monkeypatch.setattr(loading, "samplers_keep_rows_apart", samplers_keep_rows_apart)
+    return seen
+
+
+def proof_of(options: LoadOptions) -> Path:
+    assert options.cache_dir is not None
+    (file,) = [file for file in options.cache_dir.glob("choice-*.json") if "bits" in json.loads(file.read_bytes())]
+    return file
+
+
+def test_what_was_tested_is_not_tested_again_unless_a_row_comes_out_otherwise(
+    unmeasured: LoadOptions, tested: list[str]
+) -> None:
+    first = load_engine(unmeasured)
+    assert list(first.spare_work or ()) == []
+    assert tested == ["samplers", "batch 0", "batch 1", "batch 2"]
+    tested.clear()
+    assert load_engine(unmeasured).engine.info == first.engine.info
+    assert tested == []
+    kept = json.loads(proof_of(unmeasured).read_bytes())
+    for damaged in (kept | {"row": "0" * 16, "bits": "1" * 16}, kept | {"bits": 3}, []):
+        proof_of(unmeasured).write_text(json.dumps(damaged)) if damaged else proof_of(unmeasured).write_text("[]")
+        assert load_engine(unmeasured).engine.info == first.engine.info, "the fingerprint is that of what runs here"
+        assert len(tested) == 4
+        tested.clear()
+
+
+def test_a_start_tests_for_some_seconds_and_the_rest_is_left_for_when_no_job_runs(
+    unmeasured: LoadOptions, tested: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "TEST_S", 0.0)
+    first = load_engine(unmeasured)
+    assert tested == ["samplers", "batch 0"]
+    assert first.engine.info.exact
+    tested.clear()
+    second = load_engine(unmeasured)
+    assert tested == [], "a start that found nothing wrong is enough to serve"
+    assert second.spare_work is not None
+    assert list(second.spare_work) == [None] * 3
+    assert json.loads(proof_of(unmeasured).read_bytes())["exact"] is True
+    assert list(load_engine(unmeasured).spare_work or ()) == []
+
+
+def test_bits_that_differ_after_the_start_end_the_promise_and_the_next_start_is_refused(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "TEST_S", 0.0)
+    monkeypatch.setattr(loading, "network_keeps_rows_apart", lambda *_: iter([True, True, False]))
+    loaded = load_engine(unmeasured)
+    loaded.engine.info = promised = replace(loaded.engine.info, name="mine")
+    assert loaded.spare_work is not None
+    assert list(loaded.spare_work) == [None]
+    told = loaded.engine.info
+    assert (told.name, told.exact) == ("mine", False)
+    assert told.fingerprint != promised.fingerprint, "or what is made now would be taken for what was promised"
+    assert "does not give the same bits" in caplog.text
+    with pytest.raises(ValueError, match="same bits alone and"):
+        load_engine(unmeasured)
+    assert not load_engine(replace(unmeasured, exact=False)).engine.info.exact
+
+
+def test_a_start_tells_what_it_does_and_for_how_long(unmeasured: LoadOptions) -> None:
+    told: list[tuple[str, float | None]] = []
+    loading.prepare_engine(
+        read_checkpoint(unmeasured), unmeasured, progress=lambda what, left_s: told.append((what, left_s))
+    )
+    steps = [what for what, _ in told]
+    assert [steps[0], *steps[-2:]] == [
+        "reading how the network runs fastest here, or measuring it",
+        "measuring how long ticks take",
+        "testing that a row has the same bits alone and among others",
+    ]
+    assert all(left_s is not None and left_s > 0 for what, left_s in told if what == "measuring how it runs fastest")
+
+
+def test_long_ticks_are_not_measured_again_at_a_later_start(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    times = ((1, 0.3), (2, 0.6), (4, 1.2))
+    monkeypatch.setattr(loading, "measure_ticks", lambda *_, rounds: measured.append(rounds) or times)
+    first, second = load_engine(unmeasured), load_engine(unmeasured)
+    assert measured == [loading.ROUNDS]
+    assert first.tick_times == second.tick_times == times
+
+
+@pytest.mark.parametrize(
+    "times", [None, 3, [], [[1, "0.3"], [1, 0.4]], [[1, float("nan")]], [[1, -1.0]], [[2, 0.5]], [[1, 0.3], [2]]]
+)
+def test_damaged_times_of_ticks_are_not_taken(times: object) -> None:
+    assert loading._kept_times({"tick_times": times}, 16) is None
 
 
 def test_a_gpu_that_is_not_the_first_is_refused_with_the_way_to_get_it(
@@ -320,19 +432,11 @@ def test_other_weights_of_a_network_that_is_known_are_not_measured(
     other = make_checkpoint(seed=5)
     save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
     monkeypatch.setattr(loading, "measure_ticks", lambda *args, **kwargs: pytest.fail("it is known"))
-    tested: list[int | None] = []
-
-    def test(*_: object, most: int | None) -> bool:
-        tested.append(most)
-        return True
-
-    monkeypatch.setattr(loading, "same_alone_and_together", test)
     options = replace(options, checkpoint=tmp_path / "other")
     again = loading.prepare_engine(read_checkpoint(options), options, first.measured)
     assert again.engine.info.weights_hash != first.engine.info.weights_hash
     assert again.tick_times == first.tick_times
     assert (again.max_batch, again.short_batch) == (first.max_batch, first.short_batch)
-    assert tested == [loading.FEW_JOBS]
 
 
 def test_another_network_or_way_is_measured(
@@ -363,7 +467,7 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
     wished: list[int] = []
     choose = loading.choose_executor
 
-    def chosen(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
+    def chosen(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object) -> Executor:
         wished.append(wish.threads)
         return choose(checkpoint, device, replace(wish, threads=1), cache)
 
@@ -437,7 +541,7 @@ def test_for_much_work_or_where_none_has_the_fingerprint_that_is_wanted_all_is_m
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    monkeypatch.setattr(loading, "measure_ticks", lambda *_, **__: measured.append(1) or ((1, 0.1), (4, 0.4)))
+    monkeypatch.setattr(loading, "measure_ticks", lambda *_, **__: measured.append(1) or ((1, 0.01), (4, 0.04)))
     load_engine(unmeasured, places(10**9))
     load_engine(unmeasured, places(1), "0" * 16)
     assert len(measured) == 2

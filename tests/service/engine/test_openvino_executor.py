@@ -1,11 +1,15 @@
 """OpenVINO gives what the network gives, exactly, and reports to nobody."""
 
+import copy
+import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +28,14 @@ from tests.service.engine.exact import (
 )
 from tests.tiny import LUCIDRAINS
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.denoiser import Denoiser
 from tminus.model.networks import build
 from tminus.model.networks.dome272 import Dome272Config
 from tminus.model.networks.lucidrains import LucidrainsConfig
+from tminus.service.engine import autotune, openvino_executor
 from tminus.service.engine.autotune import agree_rows, example_inputs
 from tminus.service.engine.devices import release_memory
-from tminus.service.engine.openvino_executor import Compiled, Graph, OpenVINOExecutor
+from tminus.service.engine.openvino_executor import Compiled, Graph, KeptGraph, OpenVINOExecutor
 from tminus.service.engine.openvino_graph import convert
 
 pytestmark = pytest.mark.slow
@@ -66,7 +72,7 @@ def openvino(
     """shared: with the passes of other tests."""
     graph, passes = converted(checkpoint)
     compiled = passes if shared else None
-    return OpenVINOExecutor(graph, precision=precision, sizes=sizes, streams=streams, wide=wide, compiled=compiled)
+    return OpenVINOExecutor(graph, precision=precision, sizes=sizes, threads=streams, wide=wide, compiled=compiled)
 
 
 @pytest.fixture(params=MODELS, ids=lambda name: name)
@@ -315,3 +321,105 @@ def test_a_network_that_was_converted_is_not_kept() -> None:
     for _ in range(10):
         convert_one()
     assert resident_bytes() - before < 5 * 8 * 2**20
+
+
+# --- the graph that is kept ---
+
+
+class Kept:
+    """A folder with the graph of a network, and what is converted for it."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.checkpoint, self.converted = folder, checkpoint, 0
+
+        def counted(*args: Any) -> Any:
+            self.converted += 1
+            return convert(*args)
+
+        monkeypatch.setattr(openvino_executor, "convert", counted)
+
+    def run(self) -> tuple[bytes, Denoiser]:
+        """Bytes of a pass by a graph that is kept there, and the network that it was made of."""
+        net = copy.deepcopy(self.checkpoint.net)
+        graph = Graph(net, self.checkpoint.row_shape, 50, KeptGraph(self.folder, "key"))
+        executor = OpenVINOExecutor(graph, threads=1)
+        return executor(*example_inputs(self.checkpoint, CPU, 2)).numpy().tobytes(), net
+
+
+@pytest.fixture
+def kept(tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    return Kept(tmp_path / "cache", make_checkpoint(), monkeypatch)
+
+
+def test_a_graph_that_is_kept_gives_the_same_bits_without_being_converted_and_frees_the_network(kept: Kept) -> None:
+    plain = Graph(kept.checkpoint.net, kept.checkpoint.row_shape, 50)
+    expected = OpenVINOExecutor(plain, threads=1)(*example_inputs(kept.checkpoint, CPU, 2)).numpy().tobytes()
+    for _ in range(2):
+        out, net = kept.run()
+        assert out == expected
+        assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+    assert kept.converted == 2, "the plain one, and the first that was kept"
+    assert sorted(file.suffix for file in kept.folder.iterdir()) == [".bin", ".sha256", ".xml"]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "xml", "sha256"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_kept_graph_that_is_damaged_is_converted_again(kept: Kept, suffix: str, damage: str) -> None:
+    expected, _ = kept.run()
+    file = kept.folder / f"graph-key.{suffix}"
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "cut" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    for _ in range(2):
+        assert kept.run()[0] == expected
+    assert kept.converted == 2
+
+
+def test_a_graph_that_cannot_be_kept_holds_the_weights_itself(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a folder that is only read, or on a disk that is full, where files may come out short without an error."""
+    caplog.set_level(logging.INFO)
+    save = openvino_executor.openvino.save_model
+
+    def save_short(model: Any, xml: Path, **how: Any) -> None:
+        save(model, xml, **how)
+        weights = xml.with_suffix(".bin")
+        weights.write_bytes(weights.read_bytes()[:100])
+
+    monkeypatch.setattr(openvino_executor.openvino, "save_model", save_short)
+    short, net = kept.run()
+    assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
+    assert "is not kept" in caplog.text
+    assert list(kept.folder.iterdir()) == []
+    kept.folder.rmdir()
+    kept.folder.write_text("not a folder")
+    assert kept.run()[0] == short
+
+
+def test_of_many_kept_graphs_those_used_longest_ago_go(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.run()
+    size = sum(file.stat().st_size for file in kept.folder.iterdir())
+    for age_s, key in ((2000, "older"), (1000, "old")):
+        for suffix in ("bin", "xml", "sha256"):
+            file = kept.folder / f"graph-{key}.{suffix}"
+            file.write_bytes((kept.folder / f"graph-key.{suffix}").read_bytes())
+            os.utime(file, (time.time() - age_s,) * 2)
+    (kept.folder / "graph-key.sha256").unlink()
+    monkeypatch.setattr(openvino_executor, "MOST_KEPT_BYTES", int(2.5 * size))
+    kept.run()
+    assert {file.stem for file in kept.folder.iterdir()} == {"graph-key", "graph-old"}
+
+
+def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(
+    checkpoint: Checkpoint,
+) -> None:
+    inputs = example_inputs(checkpoint, CPU, 3)
+    graph, passes = converted(checkpoint)
+    one = OpenVINOExecutor(graph, threads=2, streams=1, compiled=passes)
+    assert "one stream of 2 threads" in one.details
+    torch.testing.assert_close(one(*inputs), openvino(checkpoint)(*inputs), rtol=1e-5, atol=1e-5)
+    alone = torch.cat([one(*autotune.rows_of(inputs, row, row + 1)) for row in range(3)])
+    assert one(*inputs).equal(alone)

@@ -136,7 +136,7 @@ def test_a_network_of_large_maps_is_exact_and_what_torch_computes(
     graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
     kinds = ops_of(graph.model)
     assert (kinds["MVN"], kinds["ConvolutionBackpropData"]) == (0, 1)
-    executor = OpenVINOExecutor(graph, sizes=(1, 2), streams=2, wide=1)
+    executor = OpenVINOExecutor(graph, sizes=(1, 2), threads=2, wide=1)
     inputs = example_inputs(checkpoint, CPU, 10)
     torch.testing.assert_close(executor(*inputs), bare(checkpoint, inputs), atol=1e-5, rtol=1e-4)
     assert_exact(executor, checkpoint)

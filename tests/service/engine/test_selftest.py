@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,21 +10,27 @@ from torch import Tensor
 
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
-from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
+from tminus.service.engine import engine
+from tminus.service.engine.autotune import AGREE_ROWS
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.engine.loading import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks, same_alone_and_together
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.loading import (
+    BUDGET_S,
+    ROUNDS,
+    SLOW_TICK_S,
+    TICKS,
+    WARM_UP,
+    measure_ticks,
+    network_keeps_rows_apart,
+    samplers_keep_rows_apart,
+)
 from tminus.service.spec import Floats
 from tminus.service.work import Batch
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-
-
-def make_engine(checkpoint: Checkpoint, executor: Executor) -> Engine:
-    return Engine(checkpoint, executor, CPU, max_rows=64, max_jobs=16)
 
 
 class Mixing(Around):
@@ -37,7 +44,7 @@ class ByPosition(Around):
     """An executor that treats the last place of a pass otherwise, as a vector unit's tail may."""
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        out = super().__call__(x, t, class_labels)
+        out = super().__call__(x, t, class_labels).clone()
         if len(out) > 1:
             out[-1] *= 1 + 2e-7
         return out
@@ -53,22 +60,56 @@ OTHERS: tuple[dict[str, object], ...] = (
 
 
 @pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 2), *zip(OTHERS, (4, 7, 64, 16), strict=True)])
-def test_a_good_engine_passes_and_is_left_empty(
-    make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int
-) -> None:
+def test_good_rows_are_kept_apart(make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int) -> None:
     checkpoint = make_checkpoint(**fields)
-    engine = make_engine(checkpoint, EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
-    assert same_alone_and_together(engine, max_batch)
-    assert sorted(engine._free_rows) == list(range(64))
+    assert samplers_keep_rows_apart(checkpoint, CPU, max_batch)
+    executor = EagerExecutor(checkpoint.net, CPU, sizes=(1,))
+    assert set(network_keeps_rows_apart(executor, checkpoint, CPU, max_batch)) == {True}
 
 
 @pytest.mark.parametrize("kind", [Mixing, ByPosition])
-def test_an_executor_whose_output_depends_on_its_neighbours_fails(
+def test_an_executor_whose_output_depends_on_its_neighbours_fails_in_the_first_batch(
     make_checkpoint: MakeCheckpoint, kind: type[Around]
 ) -> None:
     checkpoint = make_checkpoint()
     executor = kind(EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
-    assert not same_alone_and_together(make_engine(checkpoint, executor), 4)
+    assert not next(network_keeps_rows_apart(executor, checkpoint, CPU, 4))
+
+
+def test_each_number_of_rows_is_tried_the_largest_early_and_the_first_cost_little(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint, passes = make_checkpoint(), list[int]()
+
+    class Counting(Around):
+        def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+            passes.append(len(x))
+            return super().__call__(x, t, class_labels)
+
+    tests = network_keeps_rows_apart(
+        Counting(EagerExecutor(checkpoint.net, CPU, sizes=(1,))), checkpoint, CPU, max_batch=6
+    )
+    next(tests)
+    assert passes == [1, 1, 2]
+    assert all(tests)
+    assert [rows for rows in passes if rows > 1] == [2, 3, 6, 4, 5]
+    assert passes.count(1) == AGREE_ROWS, "each row runs alone once"
+
+
+@pytest.mark.parametrize("name", ["guide", "denoise"])
+def test_an_update_that_mixes_rows_fails(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    right = getattr(engine, name)
+
+    def mixing(*args: Any, **kwargs: Any) -> Any:
+        out = right(*args, **kwargs)
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        first = first + 1e-7 * first.mean()
+        return (first, *rest) if isinstance(out, tuple) else first
+
+    monkeypatch.setattr(engine, name, mixing)
+    assert not samplers_keep_rows_apart(make_checkpoint(), CPU, 4)
 
 
 class Clock:
@@ -161,7 +202,7 @@ def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:
     points = measure_ticks(engine, 64, Slow(engine))
     assert [count for count, _ in points] == [1, 2]
     assert points[-1][1] == pytest.approx(SLOW_TICK_S * 1.4)
-    assert len(engine.batches) == TICKS + 1
+    assert len(engine.batches) == WARM_UP + 1 + 1
     assert engine.jobs == {}
 
 

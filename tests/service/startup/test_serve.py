@@ -16,6 +16,7 @@ from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.jobs.stores import Stores
 from tminus.service.startup import serve
+from tminus.service.startup.server import Opening
 from tminus.service.startup.settings import Settings
 
 
@@ -47,7 +48,7 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     monkeypatch.setattr(devices, "release_memory", release_memory)
     opened = serve.open_all(Settings(state_dir=str(tmp_path / "state")), ("127.0.0.1", 8000))
     with pytest.raises(ValueError, match="the same bits"):
-        serve.measure_and_build(opened, None, with_metrics=False)
+        serve.measure_and_build(opened, None, Opening(), with_metrics=False)
     assert freed == [True, True]
 
 

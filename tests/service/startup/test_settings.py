@@ -20,7 +20,7 @@ from tests.service.fakes import INFO, FakeEngine
 from tests.service.keys import key_line
 from tminus.service.cli import main as cli
 from tminus.service.cli.configuration import shown
-from tminus.service.engine.loading import Loaded
+from tminus.service.engine.loading import Loaded, Progress
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import open_objects as really_open_objects
@@ -220,8 +220,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         read_once.append(weakref.ref(checkpoint))
         return checkpoint
 
-    def prepare_engine(checkpoint: FakeCheckpoint, options: LoadOptions, known: None, *, busy: bool) -> Loaded:
+    def prepare_engine(
+        checkpoint: FakeCheckpoint, options: LoadOptions, known: None, *, busy: bool, progress: Progress
+    ) -> Loaded:
         assert not busy
+        progress("measuring how it runs fastest", 2.4)
         places = options.max_batch or 16, options.short_batch or 8
         return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
