@@ -1,7 +1,14 @@
-"""Pools of threads that are there before they are needed."""
+"""Pools of threads that are there before they are needed, and threads that the process does not wait for."""
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+LOADING = "tminus-load"  # the name of threads that load or measure models
 
 
 def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
@@ -17,3 +24,18 @@ def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
         pool.submit(all_run.wait)
     all_run.wait()
     return pool
+
+
+def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Result]:
+    """Begin a function that takes long; the future gets what it returns or raises, and cannot be cancelled."""
+    done = Future[Result]()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(act())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done

@@ -7,7 +7,7 @@ be written, or bfloat16 was refused, the verdict is kept in the cache folder, fo
 import logging
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from tminus.service.engine.autotune import (
 )
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import LoadOptions
+from tminus.service.threads import LOADING, begin_in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,7 @@ def approve_portions(
         builder = Builder(checkpoint, device, threads, cache)
         return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=sizes, streams=streams))
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="approve")
-    building = thread.submit(build)
-    thread.shutdown(wait=False)
+    building = begin_in_daemon_thread(build, LOADING)
     while not building.done():
         wait([building], POLL_S)
         yield

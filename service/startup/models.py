@@ -6,11 +6,9 @@ In the event loop's thread only.
 import asyncio
 import gc
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -57,6 +55,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.startup.settings import Library
+from tminus.service.threads import LOADING, begin_in_daemon_thread
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
@@ -70,7 +69,6 @@ KEPT_S = 10.0  # and whether jobs of a model that left are still kept
 RETRY_S = 1.0  # until a worker that hangs is asked again
 MOST_KEPT = 8  # models that have left whose jobs can still be asked for; those of earlier ones stay on the disk
 END_LOOK_S = 0.2  # how often a change that is waited for looks whether the server ends
-LOADING = "tminus-load"  # the name of threads that measure models
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,14 +481,4 @@ class ModelChanges:
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
     """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
-    done = Future[Result]()
-    done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-
-    def run() -> None:
-        try:
-            done.set_result(act())
-        except Exception as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await asyncio.wrap_future(done)
+    return await asyncio.wrap_future(begin_in_daemon_thread(act, name))

@@ -35,7 +35,7 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
-from tminus.service.startup.models import LOADING, ModelChanges, Prepared, ServedModels, in_daemon_thread
+from tminus.service.startup.models import ModelChanges, Prepared, ServedModels, in_daemon_thread
 from tminus.service.startup.server import (
     BACKLOG,
     SWITCH_S,
@@ -49,7 +49,7 @@ from tminus.service.startup.server import (
 )
 from tminus.service.startup.settings import Library, Settings, asked_by, name_of
 from tminus.service.startup.traces import start_traces
-from tminus.service.threads import started_pool
+from tminus.service.threads import LOADING, started_pool
 from tminus.service.worker.worker import Worker
 
 if TYPE_CHECKING:
