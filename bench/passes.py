@@ -52,7 +52,7 @@ def main() -> None:
     if args.executor == "compile" and device.type == "cuda":
         tell(Measure("memory to build all sizes", ours[0], (reserved_bytes(device) - before) / 2**20, "MiB", ours[1]))
     passes: dict[Contender, Pass] = {ours: lambda inputs: executor(*inputs)}
-    for precision in {args.precision, "float32"} if args.float32_too else {args.precision}:
+    for precision in dict.fromkeys([args.precision, *(["float32"] if args.float32_too else [])]):
         passes |= peers(args.checkpoint, device, precision, compiled=args.executor == "compile")
     peaks, flops_of = make_peaks(device, args.precision)
     best: dict[str, float] = {}
