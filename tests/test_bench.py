@@ -28,6 +28,7 @@ from bench.peers.picture import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Etas, EtaSample, Loaded, Pace, Run
 from bench.servers import ROOT, contenders
 from bench.tally import Tally, read_tally
+from tests.service.engine.exact import needs_openvino
 from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
@@ -345,6 +346,24 @@ def test_a_pass_of_a_row_is_counted_as_published(tmp_path: Path) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         latent.net(torch.zeros(1, 3, 8, 8), torch.zeros(1), None)
     assert flops_per_row(latent) == counter.get_total_flops()
+
+
+@needs_openvino
+def test_the_layers_of_a_pass_have_its_multiplications(folder: Path) -> None:
+    """But for those of the timestep's embedding, which is made once for all passes."""
+    from bench.layers import compile_network, layers_of, table
+
+    checkpoint = load_checkpoint(folder)
+    layers = layers_of(compile_network(checkpoint, "float32", 1))
+    embedding = sum(2 * weight.numel() for name, weight in checkpoint.net.named_parameters() if is_of_embedding(name))
+    assert sum(flops for _, flops in layers.values()) == flops_per_row(checkpoint) - embedding
+    printed = table(dict.fromkeys(layers, 1.0), layers, 1e9)
+    for kind in ("3x3 convolutions", "1x1 convolutions", "linear layers", "attention", "changes of layout"):
+        assert f"| {kind} |" in printed
+
+
+def is_of_embedding(name: str) -> bool:
+    return name.startswith("time_embedding") and name.endswith("weight")
 
 
 def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
