@@ -23,7 +23,7 @@ from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
-from tminus.model.latent.autoencoder import KL, VQ, Autoencoder
+from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import (
     FOLDERS,
     check_place,
@@ -304,6 +304,57 @@ class Checkpoint:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a checkpoint takes in memory, by its configuration alone: bytes in float32, which is what is served."""
+
+    num_parameters: int
+    row_px: tuple[int, int]
+    """(height, width) of what the network sees."""
+    size_px: tuple[int, int]
+    """(height, width) of the images."""
+    pass_bytes: int
+    """One row in a forward pass."""
+    coding_bytes: int = 0
+    """One image in the autoencoder of a latent model."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights once."""
+        return 4 * self.num_parameters
+
+    @property
+    def loading_bytes(self) -> int:
+        """Roughly the most while it is loaded: the weights are there twice while the network is converted."""
+        return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
+
+    @property
+    def serving_bytes(self) -> int:
+        """Roughly what it takes while it is served, with the weights once."""
+        return self.weights_bytes + self.pass_bytes + self.coding_bytes
+
+
+def needs_of(folder: Path) -> Needs:
+    """Find out what a checkpoint folder takes, before its weights are read. Raises CheckpointError."""
+    try:
+        unet, _, _, autoencoder = _read_configs(folder)
+        with torch.device("meta"):
+            net = build(unet)
+            num_parameters = sum(parameter.numel() for parameter in net.parameters())
+            if autoencoder is not None:
+                num_parameters += sum(parameter.numel() for parameter in Autoencoder(autoencoder).parameters())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {first_line(error)}") from error
+    row_px = unet.size_px
+    assert row_px is not None
+    if autoencoder is None:
+        return Needs(num_parameters, row_px, row_px, unet.pass_bytes(row_px))
+    size_px = (row_px[0] * autoencoder.factor, row_px[1] * autoencoder.factor)
+    return Needs(num_parameters, row_px, size_px, unet.pass_bytes(row_px), autoencoder.pass_bytes(size_px))
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a checkpoint folder. Raises CheckpointError with one clear line where it cannot be served."""
     try:
@@ -312,22 +363,36 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _load(folder: Path) -> Checkpoint:
+def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, AutoencoderConfig | None]:
+    """Read all but the weights."""
     scheduler_class = check_layout(folder)
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     autoencoder_folder = find_autoencoder(folder)
+    tminus_json = TminusJson.read(folder)
     try:
-        unet = read_net_config(read_json(unet_folder / "config.json"))
+        unet = read_net_config(read_json(unet_folder_of(folder) / "config.json"))
         scheduler = read_json(find_scheduler(folder))
         if autoencoder_folder is not None:  # latents have no bounds: they are clipped only where that is said
             scheduler.setdefault("clip_sample", False)
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
+        if isinstance(unet, UNetConfig) and unet.sample_size is None:
+            unet = replace(unet, sample_size=tminus_json.side_px())
+        autoencoder = None
+        if autoencoder_folder is not None:
+            autoencoder = AutoencoderConfig.from_dict(read_json(autoencoder_folder / "config.json"))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    tminus_json = TminusJson.read(folder)
+    return unet, noise, tminus_json, autoencoder
+
+
+def unet_folder_of(folder: Path) -> Path:
+    """Where a checkpoint's network is: in unet/, or in the folder itself."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def _load(folder: Path) -> Checkpoint:
+    unet, noise, tminus_json, _ = _read_configs(folder)
+    unet_folder, autoencoder_folder = unet_folder_of(folder), find_autoencoder(folder)
     labels = tminus_json.labels(unet)
-    if isinstance(unet, UNetConfig) and unet.sample_size is None:
-        unet = replace(unet, sample_size=tminus_json.side_px())
     state = load_state_dict(unet_folder)
     check_shapes(unet_folder, state, unet)
     state = tminus_json.null_last(to_float32(unet_folder, state))

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.checkpoint import Checkpoint, load_checkpoint, needs_of
+from tminus.model.files import CheckpointError
+from tminus.model.machine import GIB, free_memory_bytes
 from tminus.service.engine.approval import approve_later, with_kept_approvals
 from tminus.service.engine.autotune import (
     AGREE_ROWS,
@@ -154,15 +156,18 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
         raise ValueError(
             f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
         )
+    needs = needs_of(options.checkpoint)
+    weights = needs.weights_bytes if device.type == "cuda" else 0
+    check_memory(needs.pass_bytes + weights, "network", needs.row_px, device)
+    check_memory(needs.coding_bytes, "autoencoder", needs.size_px, device)
+    free = free_memory_bytes()
+    if free is not None and needs.loading_bytes > free:
+        raise CheckpointError(
+            f"{options.checkpoint}: a network of {needs.num_parameters / 1e6:.1f} M parameters takes about "
+            f"{needs.loading_bytes / GIB:.1f} GiB to load, and {free / GIB:.1f} GiB of memory are free"
+        )
     cache = options.cache_dir or default_cache()
-    checkpoint = with_kept_approvals(load_checkpoint(options.checkpoint), device, cache)
-    weights = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) if device.type == "cuda" else 0
-    size_px = checkpoint.row_shape[1:]
-    check_memory(checkpoint.net.config.pass_bytes(size_px) + weights, "network", size_px, device)
-    if checkpoint.autoencoder is not None:
-        size_px = checkpoint.size_px
-        check_memory(checkpoint.autoencoder.config.pass_bytes(size_px), "autoencoder", size_px, device)
-    return checkpoint
+    return with_kept_approvals(load_checkpoint(options.checkpoint), device, cache)
 
 
 def prepare_engine(

@@ -80,6 +80,7 @@ class Prepared:
     speed: Speed
     release: Callable[[], object] = gc.collect  # called when nobody has the engine any more
     spare_work: Iterator[None] | None = None  # done while no job runs; it may change the engine's `info`
+    memory_bytes: int = 0  # that the model takes, roughly
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ class _OneModel:
     lifecycle: Lifecycle
     keeper: SnapshotKeeper
     release: Callable[[], object]
+    memory_bytes: int
 
 
 class ServedModels:
@@ -262,7 +264,7 @@ class ServedModels:
         services = self._services(number=model.number, model=info, limits=prepared.limits, loaded_s=int(time.time()))
         assert isinstance(model.keeper, SnapshotKeeper)
         one = self._by_number[model.number] = _OneModel(
-            services, model.engine, lifecycle, model.keeper, prepared.release
+            services, model.engine, lifecycle, model.keeper, prepared.release, prepared.memory_bytes
         )
         self.jobs.put(lifecycle)
         self.metrics.model_loaded(info)
@@ -335,6 +337,11 @@ class ServedModels:
         await one.lifecycle.close()
         await self._stores.release(weights_hash)
 
+    @property
+    def memory_bytes(self) -> int:
+        """What all models take together, roughly; also those that still finish their jobs."""
+        return sum(one.memory_bytes for one in self._by_number.values() if one.engine is not None)
+
     def _device_memory_bytes(self) -> int:
         engines = [one.engine for one in list(self._by_number.values()) if one.engine is not None]
         return max((engine.memory_bytes() or 0 for engine in engines), default=0)
@@ -359,9 +366,18 @@ class ServedModels:
 class ModelChanges:
     """Loads, reloads and unloads models while the server runs, one at a time. Owns what is being loaded."""
 
-    def __init__(self, served: ServedModels, library: Library, prepare: Callable[[str, Path], Prepared]) -> None:
-        """prepare: reads a folder and measures the model, under a name."""
-        self._served, self._library, self._prepare = served, library, prepare
+    def __init__(
+        self,
+        served: ServedModels,
+        library: Library,
+        prepare: Callable[[str, Path], Prepared],
+        check_room: Callable[[str, Path, int], None] = lambda *_: None,
+    ) -> None:
+        """prepare: reads a folder and measures the model, under a name.
+
+        check_room: raises CheckpointRefused for one that is too large beside models that take so many bytes.
+        """
+        self._served, self._library, self._prepare, self._check_room = served, library, prepare, check_room
         self._loading: str | None = None
         self._tasks: set[asyncio.Task[Services]] = set()  # asyncio holds tasks weakly
 
@@ -437,7 +453,13 @@ class ModelChanges:
 
     async def _read_and_join(self, name: str, folder: Path) -> Services:
         try:
-            prepared = await in_daemon_thread(lambda: self._prepare(name, folder), LOADING)
+            used_bytes = self._served.memory_bytes
+
+            def prepare() -> Prepared:
+                self._check_room(name, folder, used_bytes)
+                return self._prepare(name, folder)
+
+            prepared = await in_daemon_thread(prepare, LOADING)
         except ServiceError:
             raise
         except Exception as error:  # torch and OpenVINO raise RuntimeError, for want of memory too

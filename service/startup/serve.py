@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
-from tminus.service.errors import StorageFailed
+from tminus.service.errors import CheckpointRefused, StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
@@ -62,6 +62,7 @@ OF_COMMANDS = ("config", "key")  # which the commands read by themselves
 # What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
+GIB = 2**30
 UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
@@ -228,9 +229,17 @@ def read_models(settings: Settings) -> "list[ReadModel]":
     from tminus.service.engine.loading import ReadModel, read_checkpoint
 
     models: dict[str, ReadModel] = {}
-    for given, folder in settings.checkpoints():
+    used_bytes = 0
+    for number, (given, folder) in enumerate(settings.checkpoints()):
         log.debug("loading %s", folder)
         try:
+            need_bytes = needed_bytes(settings, folder)
+            if lacks := room_lacking(settings, need_bytes, used_bytes):
+                if models and number >= len(settings.checkpoint):  # one of those in the folder of models
+                    log.warning("%s is not loaded: it %s", given, lacks)
+                    continue
+                raise CheckpointError(f"{folder}: it {lacks}")
+            used_bytes += need_bytes
             checkpoint = read_checkpoint(settings.load_options(folder))
         except CheckpointError as error:
             raise ValueError(str(error)) from None
@@ -242,6 +251,24 @@ def read_models(settings: Settings) -> "list[ReadModel]":
                 raise ValueError(f"{name} has the weights of {other.name}; serve one of them")
         models[name] = ReadModel(name, folder, checkpoint)
     return list(models.values())
+
+
+def needed_bytes(settings: Settings, folder: Path) -> int:
+    """Roughly what a model takes while it is served; 0 where there is no bound. Raises CheckpointError."""
+    from tminus.model.checkpoint import needs_of
+
+    return needs_of(folder).serving_bytes if settings.models_memory_gb is not None else 0
+
+
+def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | None:
+    """Say why a model is too large beside those that take so many bytes already; None where it is not."""
+    if settings.models_memory_gb is None or need_bytes + used_bytes <= settings.models_memory_gb * GIB:
+        return None
+    left = settings.models_memory_gb - used_bytes / GIB
+    return (
+        f"takes about {need_bytes / GIB:.2f} GiB, and {max(0.0, left):.2f} of the {settings.models_memory_gb:g} GiB of "
+        f"{asked_by('models_memory_gb')} are left"
+    )
 
 
 def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
@@ -322,6 +349,12 @@ class Loader:
         options = self._settings.load_options(folder)
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
+    def check_room(self, name: str, folder: Path, used_bytes: int) -> None:
+        """Raise CheckpointRefused for a model that is too large beside those that take so many bytes already."""
+        if lacks := room_lacking(self._settings, needed_bytes(self._settings, folder), used_bytes):
+            detail = f"{name} cannot be loaded: it {lacks}; unload another model first"
+            raise CheckpointRefused(detail, field="model", value=name)
+
     def measure(
         self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] | None = None
     ) -> Prepared:
@@ -329,6 +362,7 @@ class Loader:
         from tminus.service.engine.devices import release_memory
         from tminus.service.engine.loading import no_progress, prepare_engine
 
+        memory_bytes = needed_bytes(self._settings, model.folder)
         try:
             options, known = self._settings.load_options(model.folder), self._measured.get(model.name)
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress or no_progress)
@@ -347,7 +381,7 @@ class Loader:
         del model
         release_memory()  # the network, where the executor has it in an order of its own
         speed = self._settings.speed(loaded, limits.max_rows)
-        return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work)
+        return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
 
 
 def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening, *, with_metrics: bool) -> Application:
@@ -374,6 +408,6 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
     served = ServedModels(
         first, opened.stores, settings.allowed_sites(), opened.access, webhooks=opened.webhooks, end_file=end_file
     )
-    changes = ModelChanges(served, library, loader.load)
+    changes = ModelChanges(served, library, loader.load, loader.check_room)
     app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
     return Application(app, served)

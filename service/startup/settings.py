@@ -84,6 +84,13 @@ class Settings(BaseSettings):
         "variable by commas; the first is the default model; default: the one that comes with tminus",
     )
     models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
+    models_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB that all models may take together, by their configurations; of --models, those beyond it are "
+        "not loaded at the start; default: what is free",
+    )
     keys_file: Path | None = Field(
         None, description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second"
     )

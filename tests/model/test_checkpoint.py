@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
-from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, needs_of, save_checkpoint
 from tminus.model.files import CheckpointError, write_atomically
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
@@ -437,6 +437,23 @@ def test_weights_larger_than_memory_are_refused_before_they_are_read(
     monkeypatch.setattr("tminus.model.weights._read_tensors", lambda _file: pytest.fail("it was read"))
     with pytest.raises(CheckpointError, match=r"unet: 0\.0 GiB of weights, and 0\.0 GiB of memory are free"):
         load_checkpoint(folder)
+
+
+def test_what_a_folder_takes_is_known_by_its_configuration_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (folder, Path(__file__).parents[2] / "checkpoints" / "avatars-64"):
+        loaded = load_checkpoint(each)
+        modules = [loaded.net, *([loaded.autoencoder] if loaded.autoencoder is not None else [])]
+        weights_bytes = sum(value.numel() * value.element_size() for net in modules for value in net.parameters())
+        with monkeypatch.context() as blind:
+            blind.setattr("tminus.model.weights._read_tensors", lambda _file: pytest.fail("it was read"))
+            needs = needs_of(each)
+        assert needs.weights_bytes == weights_bytes
+        assert (needs.size_px, needs.row_px) == (loaded.size_px, loaded.row_shape[1:])
+        assert needs.loading_bytes > needs.serving_bytes > weights_bytes
+        assert (needs.coding_bytes > 0) == (loaded.autoencoder is not None)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        needs_of(folder)
 
 
 def test_pickle_with_code_named_by_a_weight_map_is_never_run(folder: Path, tmp_path: Path) -> None:

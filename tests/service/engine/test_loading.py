@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tminus.model.files import CheckpointError
 from tminus.service.engine import autotune, devices, loading
 from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
@@ -397,6 +398,17 @@ def test_a_model_of_which_no_row_fits_the_memory_is_refused_before_it_takes_any(
 ) -> None:
     monkeypatch.setattr(devices, "available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"sample_size 8x8 of this network takes about .* GiB for one image"):
+        loading.read_checkpoint(options)
+
+
+def test_a_network_that_is_larger_than_memory_is_refused_before_its_weights_are_read(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr(loading, "load_checkpoint", lambda _folder: pytest.fail("it was read"))
+    with pytest.raises(
+        CheckpointError, match=r"tiny: a network of 0\.0 M parameters takes about 0\.0 GiB to load, and 0\.0"
+    ):
         loading.read_checkpoint(options)
 
 

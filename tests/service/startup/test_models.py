@@ -1,7 +1,10 @@
 """Models that are loaded, reloaded and unloaded while the server runs."""
 
 import gc
+import threading
+import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -10,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import MakeSite, pixels, problem
-from tests.service.fakes import INFO, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
+from tests.service.conftest import INSTANT, MakeSite, pixels, prepare, problem
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 from tests.service.several import COLOUR, QUICK, Several, make_several, version_of
 from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining, Stalled, StorageFailed
@@ -35,6 +38,31 @@ def fingerprint(several: Several, path: str) -> str:
     response = several.post(f"{path}/sample", json=QUICK)
     assert response.status_code == 200, response.text
     return str(response.headers["x-fingerprint"])
+
+
+# --- what is found out while no job runs ---
+
+
+def test_a_promise_that_is_found_not_to_hold_is_told_to_clients_from_then_on(make_site: MakeSite) -> None:
+    engine, begin = FakeEngine(COLOUR), threading.Event()
+
+    def spare_work() -> Iterator[None]:
+        while not begin.is_set():
+            time.sleep(0.01)
+            yield
+        engine.info = replace(engine.info, exact=False, fingerprint="f" * 16)
+
+    site = make_site(app={"others": [replace(prepare(engine, LIMITS, INSTANT), spare_work=spare_work())]})
+    path = f"/models/{COLOUR.name}"
+    before = site.client.post(f"{path}/sample", json=QUICK | {"seed": 1})
+    assert before.headers["x-fingerprint"] == COLOUR.fingerprint
+    assert "etag" in before.headers
+    begin.set()
+    wait_until(lambda: not site.client.get(f"{path}/model").json()["exact"])
+    after = site.client.post(f"{path}/sample", json=QUICK | {"seed": 1})
+    assert after.headers["x-fingerprint"] == "f" * 16
+    assert "etag" not in after.headers
+    assert site.client.get("/model").json()["exact"], "the other model is as it was"
 
 
 # --- reload ---

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
+from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading
+from tminus.service.errors import CheckpointRefused
 from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.jobs.stores import Stores
@@ -50,6 +54,35 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     with pytest.raises(ValueError, match="the same bits"):
         serve.measure_and_build(opened, None, Opening(), with_metrics=False)
     assert freed == [True, True]
+
+
+@pytest.fixture
+def three(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A folder of three models, of which each takes as much."""
+    for seed, name in enumerate("abc"):
+        made = make_checkpoint(seed=seed)
+        save_checkpoint(tmp_path / name, made.net.state_dict(), made.net.config, made.noise, made.labels, {})
+    return tmp_path
+
+
+def test_of_a_folder_of_models_those_beyond_the_memory_that_is_given_are_left_for_later(
+    three: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_gb = needs_of(three / "a").serving_bytes / 2**30
+    settings = Settings(models=three, models_memory_gb=2.5 * one_gb)
+    assert [model.name for model in serve.read_models(settings)] == ["a", "b"]
+    assert re.search(
+        r"c is not loaded: it takes about .* GiB, and .* GiB of --models-memory-gb .* are left", caplog.text
+    )
+    for given in ({"models": three}, {"checkpoint": (str(three / "a"),)}):
+        with pytest.raises(ValueError, match=r"a: it takes about .* GiB, and .* are left"):
+            serve.read_models(Settings(models_memory_gb=0.5 * one_gb, **given))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="b: it takes"):
+        serve.read_models(Settings(models_memory_gb=1.5 * one_gb, checkpoint=(str(three / "a"), str(three / "b"))))
+    loader = serve.Loader(settings)
+    loader.check_room("c", three / "c", int(1.5 * one_gb * 2**30))
+    with pytest.raises(CheckpointRefused, match=r"c cannot be loaded: it takes about .*; unload another model first"):
+        loader.check_room("c", three / "c", int(1.6 * one_gb * 2**30))
 
 
 DIES = """
