@@ -135,6 +135,11 @@ def load_engine(
     return _in_thread(prepare)
 
 
+def serving_bytes(folder: Path) -> int:
+    """Roughly what a model takes while it is served, by its configuration alone. Raises CheckpointError."""
+    return needs_of(folder).serving_bytes
+
+
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
     """The first, quick half of it: whatever is wrong with the folder or the device is found out here."""
     return _in_thread(lambda: _read_checkpoint(options))

@@ -255,9 +255,9 @@ def read_models(settings: Settings) -> "list[ReadModel]":
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
     """Roughly what a model takes while it is served; 0 where there is no bound. Raises CheckpointError."""
-    from tminus.model.checkpoint import needs_of
+    from tminus.service.engine.loading import serving_bytes
 
-    return needs_of(folder).serving_bytes if settings.models_memory_gb is not None else 0
+    return serving_bytes(folder) if settings.models_memory_gb is not None else 0
 
 
 def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | None:
