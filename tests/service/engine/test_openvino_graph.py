@@ -198,3 +198,26 @@ def test_layouts_are_transposed_in_float32_alone_and_where_it_pays(make_checkpoi
     small = make_checkpoint()
     graph = Graph(small.net, small.row_shape, small.noise.num_train_timesteps)
     assert ops_of(graph.of_size(1, "float32")) == ops_of(graph.model)
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+def test_what_is_done_once_for_all_blocks_changes_no_bit(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The projections of the timestep, and the transposition before q, k and v."""
+    checkpoint = make_checkpoint(block_out_channels=(16, 32), sample_size=16)
+    inputs = example_inputs(checkpoint, CPU, 5)
+
+    def run_graph() -> tuple[Tensor, Counter[str]]:
+        graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
+        executor = OpenVINOExecutor(graph, precision=precision, sizes=(1, 2), streams=2, threads=2)
+        return executor(*inputs), ops_of(graph.model)
+
+    out, kinds = run_graph()
+    for name in ("_transpose_once", "_project_once"):
+        monkeypatch.setattr(openvino_graph, name, lambda _model: None)
+    plain, plain_kinds = run_graph()
+    blocks = sum(name.endswith("time_emb_proj.weight") for name, _ in checkpoint.net.named_parameters())
+    assert plain_kinds["MatMul"] - kinds["MatMul"] == blocks - 1
+    assert kinds["Transpose"] > plain_kinds["Transpose"], "once for each attention, where products transposed before"
+    assert out.equal(plain)
