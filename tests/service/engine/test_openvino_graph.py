@@ -1,6 +1,7 @@
 """The graph that OpenVINO runs computes what the network does, however large its feature maps are."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,11 +32,15 @@ def ops_of(model: Any) -> Counter[str]:
 
 
 def run(
-    module: nn.Module, *inputs: Tensor, precision: str = "float32", threads: int = 1
+    module: nn.Module,
+    *inputs: Tensor,
+    precision: str = "float32",
+    threads: int = 1,
+    prepare: Callable[[nn.Module], object] = randomize,
 ) -> tuple[Tensor, Counter[str]]:
     """What the converted module gives, and the kinds of operations that it was converted to."""
     openvino = pytest.importorskip("openvino")
-    randomize(module)
+    prepare(module)
     model = convert(module.eval(), inputs, [openvino.PartialShape(list(each.shape)) for each in inputs])
     config = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "INFERENCE_NUM_THREADS": threads}
     out = openvino.Core().compile_model(model, "CPU", config)([each.numpy() for each in inputs])[0]
@@ -62,12 +67,13 @@ def test_a_height_without_windows_is_normalised_the_other_way() -> None:
     torch.testing.assert_close(out, norm(x), atol=1e-5, rtol=1e-4)
 
 
-class Channel(nn.Module):
-    """A group norm between two convolutions, as which bfloat16 runs it."""
+class Normed(nn.Module):
+    """A group norm between two convolutions that change nothing, as which bfloat16 runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.before, self.norm, self.after = nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+        self.before, self.after = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
+        self.norm = nn.GroupNorm(channels // 2, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.after(self.norm(self.before(x)))
@@ -75,17 +81,25 @@ class Channel(nn.Module):
 
 
 @needs_bfloat16
-def test_large_group_norms_in_bfloat16_are_as_near_as_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above all the mean of a channel, which rounded statistics would move."""
-    x, off = 2 + torch.randn(1, 8, 64, 64), {}
-    for large in (1, 2**30):
-        monkeypatch.setattr(openvino_graph, "LARGE", large)
-        module = Channel()
-        out, _ = run(module, x, precision="bfloat16")
-        error = (out - module(x)).detach()
-        off[large] = (error.square().mean().sqrt(), error.mean((2, 3)).square().mean().sqrt())
-    assert off[1][0] <= 1.1 * off[2**30][0]
-    assert off[1][1] <= 1.5 * off[2**30][1]
+@pytest.mark.usefixtures("_all_large")
+def test_in_bfloat16_a_large_group_norm_neither_moves_nor_scales_a_channel() -> None:
+    """As a mean and a deviation would that were rounded to eight bits."""
+    channels = 32
+    module = Normed(channels)
+    x = 2 + torch.randn(1, channels, 128, 128, generator=torch.Generator().manual_seed(0))
+
+    def neutral(_: nn.Module) -> None:
+        for conv in (module.before, module.after):
+            conv.weight.data = torch.eye(channels)[:, :, None, None]
+        module.norm.weight.data, module.norm.bias.data = torch.ones(channels), torch.zeros(channels)
+
+    out, kinds = run(module, x, precision="bfloat16", prepare=neutral)
+    assert kinds["AvgPool"] == 2
+    expected = module(x.bfloat16().float()).detach()
+    moved = (out - expected).mean((2, 3))
+    scaled = (out * expected).mean((2, 3)) / expected.square().mean((2, 3)) - 1
+    assert float(moved.abs().max()) < 2.5e-3
+    assert float(scaled.abs().max()) < 1.5e-3
 
 
 @pytest.mark.usefixtures("_all_large")
