@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model import networks
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import write_text
-from tminus.service.engine import openvino_executor, openvino_graph
+from tminus.service.engine import openvino_executor
 from tminus.service.engine.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
@@ -203,7 +202,8 @@ class Builder:
             torch.set_num_threads(1)
             if self._graph is None:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
-                self._graph = openvino_executor.Graph(net, self._shape, num_timesteps, self._kept_graph())
+                kept = openvino_executor.kept_graph(self._cache, self.checkpoint, "network")
+                self._graph = openvino_executor.Graph(net, self._shape, num_timesteps, kept)
             return openvino_executor.OpenVINOExecutor(
                 self._graph,
                 precision=precision,
@@ -221,30 +221,6 @@ class Builder:
     def forget_compiled(self) -> None:
         """Free what was tried and is not part of an executor that somebody has; it would be made again."""
         self._compiled.clear()
-
-    def _kept_graph(self) -> openvino_executor.KeptGraph | None:
-        if self._cache is None:
-            return None
-        parts = {
-            "weights": self.checkpoint.weights_hash,
-            "unet": self.checkpoint.net.config.to_dict(),
-            "shape": self._shape,
-            "torch": torch.__version__,
-            "openvino": openvino_executor.version(),
-            "code": _code_hash(),
-        }
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        return openvino_executor.KeptGraph(self._cache, key)
-
-
-@cache
-def _code_hash() -> str:
-    """A hash of the code that a graph is converted by: that of the networks, and what rewrites the graph."""
-    digest = hashlib.sha256()
-    converts = [Path(openvino_executor.__file__), Path(openvino_graph.__file__)]
-    for file in sorted([*Path(networks.__file__).parents[1].rglob("*.py"), *converts]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def default_cache() -> Path | None:

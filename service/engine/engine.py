@@ -4,6 +4,7 @@ Specs and row ids come in, numpy arrays go out, no tensor leaves. Which rows ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,9 +41,14 @@ class Engine:
         max_jobs: int,
         exact: bool = True,
         bits: str | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
-        self._pictures = (PixelPictures if checkpoint.autoencoder is None else LatentPictures)(checkpoint, device)
+        """Make room for so many rows and jobs.
+
+        bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder where converted graphs are kept.
+        """
+        kind = PixelPictures if checkpoint.autoencoder is None else LatentPictures
+        self._pictures = kind(checkpoint, device, cache)
         self.autoencoder_bits = self._pictures.bits
         self.info = make_model_info(
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self.autoencoder_bits

@@ -296,6 +296,7 @@ def _build(
         max_jobs=max(options.max_jobs, SPARE_JOBS),
         exact=wish.exact,
         bits=bits,
+        cache=options.cache_dir or default_cache(),
     )
 
 

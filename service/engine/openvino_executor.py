@@ -10,11 +10,13 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import json
 import logging
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ import torch.nn.functional as F
 from cachetools import LRUCache
 from torch import Tensor, nn
 
+from tminus import model
+from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import first_line, write_text
+from tminus.service.engine import openvino_graph
 from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
@@ -222,6 +227,32 @@ class KeptGraph:
                     file.unlink(missing_ok=True)
 
 
+def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGraph | None:
+    """Say where the graph of a part of a checkpoint is kept, or would be; None without a folder."""
+    if folder is None:
+        return None
+    parts = {
+        "part": part,
+        "weights": checkpoint.weights_hash,
+        "network": checkpoint.net.config.to_dict(),
+        "shape": checkpoint.row_shape,
+        "torch": torch.__version__,
+        "openvino": version(),
+        "code": _code_hash(),
+    }
+    return KeptGraph(folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16])
+
+
+@cache
+def _code_hash() -> str:
+    """A hash of the code that a graph is converted by: that of the networks, and what rewrites the graph."""
+    digest = hashlib.sha256()
+    converts = [Path(__file__), Path(openvino_graph.__file__)]
+    for file in sorted([*Path(model.__file__).parent.rglob("*.py"), *converts]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 class OpenVINOExecutor:
     """Runs a Graph in streams of one thread each, and places beyond even shares on all threads.
 
@@ -307,11 +338,20 @@ class OpenVINOExecutor:
         return finish
 
 
-def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:
-    """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once."""
-    model = convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
-    transpose_narrow(model)
-    request = openvino.Core().compile_model(model, "CPU", _config("float32", 1, 1)).create_infer_request()
+def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None = None) -> Callable[[Floats], Floats]:
+    """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once.
+
+    file: where the graph is kept.
+    """
+    core = openvino.Core()
+    graph = file.read(core) if file is not None else None
+    if graph is None:
+        converted = convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
+        transpose_narrow(converted)
+        graph = (file.write(converted, core) if file is not None else None) or converted
+    request = core.compile_model(graph, "CPU", _config("float32", 1, 1)).create_infer_request()
+    if file is not None:
+        file.release()
 
     def run(x: Floats) -> Floats:
         request.infer([x])

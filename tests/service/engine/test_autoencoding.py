@@ -28,7 +28,7 @@ def converted() -> Iterator[dict[object, Any]]:
     made: dict[object, Any] = {}
     one_thread = openvino_executor.one_thread
 
-    def once(module: Any, shape: Sequence[int]) -> Any:
+    def once(module: Any, shape: Sequence[int], _file: object) -> Any:
         key = (type(module), id(module.autoencoder), shape)
         if key not in made:
             made[key] = (one_thread(module, shape), module)  # which keeps its id
