@@ -70,7 +70,7 @@ WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host
 BUDGET_S = 2.0  # after this no further round begins
 SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
 SLOW_TICKS_S = 0.5  # after ticks of one size that take this long together the first that counts is the last
-LONG_TICK_S = 0.05  # ticks of one row that take this long are not measured again at a later start
+LONG_TICK_S = 0.01  # ticks of one row that take this long are not measured again at a later start
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,8 @@ def prepare_engine(
     short_batch = min(options.short_batch or again.short_batch, max_batch)
     spare_work: Iterator[None] = iter(())
     if proof is not None:
-        progress("testing that a row has the same bits alone and among others", TEST_S)
+        if not proof.begun:
+            progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
         spare_work = proof.test(engine, max_batch, inexact, BUSY_TEST_S if busy else TEST_S)
     for places, seconds in tick_times:
@@ -405,7 +406,7 @@ class _Proof:
             probe_rows = _probe_rows(checkpoint, executor.precision)
             bits = probe_bits(executor, example_inputs(checkpoint, device, probe_rows))
         self.bits: str = bits
-        self._begun = "exact" in kept  # whether an earlier start has tested some, and found nothing wrong
+        self.begun = "exact" in kept  # whether an earlier start has tested at least some
         self._kept = {"row": row, "bits": bits, "exact": kept.get("exact")}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
@@ -419,7 +420,7 @@ class _Proof:
         if self._kept["exact"] is False:
             raise self._failed()
         tests = network_keeps_rows_apart(self._executor, self._checkpoint, self._device, max_batch)
-        if self._begun:
+        if self.begun:
             log.info("some bits were tested at an earlier start, the rest are while no job runs")
             return self._later(tests, engine, inexact)
         if not samplers_keep_rows_apart(self._checkpoint, self._device, max_batch):

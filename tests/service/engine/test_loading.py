@@ -135,7 +135,7 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
 def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = ((1, 0.01), (4, 0.04), (8, 0.05), (16, 0.06))
+    whole = ((1, 0.001), (4, 0.004), (8, 0.005), (16, 0.006))
     curves, rounds_measured = iter([whole, whole[:3], whole, ((1, 2.5),), whole, whole]), []
 
     def measure(_engine: object, _max_batch: int, *, rounds: int) -> tuple[tuple[int, float], ...]:
@@ -553,7 +553,7 @@ def test_for_much_work_or_where_none_has_the_fingerprint_that_is_wanted_all_is_m
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    monkeypatch.setattr(loading, "measure_ticks", lambda *_, **__: measured.append(1) or ((1, 0.01), (4, 0.04)))
+    monkeypatch.setattr(loading, "measure_ticks", lambda *_, **__: measured.append(1) or ((1, 0.001), (4, 0.004)))
     load_engine(unmeasured, places(10**9))
     load_engine(unmeasured, places(1), "0" * 16)
     assert len(measured) == 2
