@@ -190,6 +190,7 @@ class KeptGraph:
                 openvino.save_model(model, xml, compress_to_fp16=False)
                 core.read_model(xml, weights)  # a file that came out short is found here
                 self._sums.unlink(missing_ok=True)
+                weights.chmod(0o400)  # it will be mapped: whoever wrote over it would end a server
                 weights.replace(self._weights)
                 xml.replace(self._xml)
             write_text(self._sums, self._hash())

@@ -360,6 +360,7 @@ def test_a_graph_that_is_kept_gives_the_same_bits_without_being_converted_and_fr
         assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
     assert kept.converted == 2, "the plain one, and the first that was kept"
     assert sorted(file.suffix for file in kept.folder.iterdir()) == [".bin", ".sha256", ".xml"]
+    assert (kept.folder / "graph-key.bin").stat().st_mode & 0o777 == 0o400, "what is mapped is not written over"
 
 
 @pytest.mark.parametrize("suffix", ["bin", "xml", "sha256"])
@@ -367,6 +368,7 @@ def test_a_graph_that_is_kept_gives_the_same_bits_without_being_converted_and_fr
 def test_a_kept_graph_that_is_damaged_is_converted_again(kept: Kept, suffix: str, damage: str) -> None:
     expected, _ = kept.run()
     file = kept.folder / f"graph-key.{suffix}"
+    file.chmod(0o600)
     content = file.read_bytes()
     if damage == "gone":
         file.unlink()
