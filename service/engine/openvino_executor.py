@@ -50,6 +50,7 @@ MADV_DONTNEED = 4
 MOST_KEPT_BYTES = 4 * 2**30  # of converted graphs in the folder of the cache
 MAX_TIMES_BETWEEN = 4096  # whose embeddings are kept
 VECTOR = 64  # floats: at least what torch computes in one go on any processor
+DIVIDES = "nonconvertable_divide_0"  # a mark that no file keeps; without it OpenVINO multiplies by a constant's inverse
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -121,7 +122,7 @@ class Graph:
     def _convert_and_keep(self, net: Denoiser) -> Any:
         example = (torch.zeros(1, *self.shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *self.shape]), openvino.PartialShape([-1, self.temb_dim])]
-        model = convert(_Body(net).eval(), example, inputs)
+        model = _convert(_Body(net), example, inputs)
         if self._file is not None and (kept := self._file.write(model, self.core)) is not None:
             return kept
         self._file = None  # it cannot be written: the weights stay in memory
@@ -347,7 +348,7 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
     core = openvino.Core()
     graph = file.read(core) if file is not None else None
     if graph is None:
-        converted = convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
+        converted = _convert(module, torch.zeros(*shape), [openvino.PartialShape(list(shape))])
         transpose_narrow(converted)
         graph = (file.write(converted, core) if file is not None else None) or converted
     request = core.compile_model(graph, "CPU", _config("float32", 1, 1)).create_infer_request()
@@ -360,6 +361,15 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
         return out
 
     return run
+
+
+def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
+    """Convert a module to a graph that computes the same bits as when it comes from a file."""
+    model = convert(module.eval(), example, inputs)
+    for node in model.get_ordered_ops():
+        if DIVIDES in (marks := node.get_rt_info()):
+            del marks[DIVIDES]
+    return model
 
 
 def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.exact import (
@@ -413,6 +415,18 @@ def test_of_many_kept_graphs_those_used_longest_ago_go(kept: Kept, monkeypatch: 
     monkeypatch.setattr(openvino_executor, "MOST_KEPT_BYTES", int(2.5 * size))
     kept.run()
     assert {file.stem for file in kept.folder.iterdir()} == {"graph-key", "graph-old"}
+
+
+def test_a_module_that_divides_gives_the_same_bits_whether_or_not_its_graph_is_kept(tmp_path: Path) -> None:
+    """A network must not give other images where the folder of the cache cannot be written."""
+
+    class Dividing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x / 0.8)
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    outs = [openvino_executor.one_thread(Dividing(), (4, 64), file)(x) for file in (None, KeptGraph(tmp_path, "key"))]
+    np.testing.assert_array_equal(*outs)
 
 
 def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(
