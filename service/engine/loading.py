@@ -129,8 +129,11 @@ def load_engine(
     checkpoint = read_checkpoint(options)
 
     def prepare() -> Loaded:
-        unmeasured = _load_unmeasured(checkpoint, options, places_of, fingerprint) if places_of is not None else None
-        return unmeasured or prepare_engine(checkpoint, options)
+        if places_of is None:
+            return prepare_engine(checkpoint, options)
+        unmeasured = _load_unmeasured(checkpoint, options, places_of, fingerprint)
+        # Read once more: an executor that was tried may have taken the network over.
+        return unmeasured or prepare_engine(_read_checkpoint(options), options)
 
     return _in_thread(prepare)
 

@@ -97,8 +97,6 @@ class LatentPictures(PixelPictures):
             files = [openvino_executor.kept_graph(cache, checkpoint, part) for part in ("decoder", "encoder")]
             self._decode_pass: Pass = openvino_executor.one_thread(decode, (1, *checkpoint.row_shape), files[0])
             self._encode_pass: Pass = openvino_executor.one_thread(encode, (1, *checkpoint.image_shape), files[1])
-            if cache is not None:
-                autoencoder.to("meta")  # OpenVINO has the weights
         else:
             autoencoder.to(device)
             if device.type == "cuda":

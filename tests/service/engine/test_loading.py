@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.model.latent.folders import save_latent_pipeline
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.service.engine import autotune, devices, loading
+from tminus.service.engine import autotune, devices, loading, openvino_executor
 from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
@@ -557,6 +558,30 @@ def test_for_much_work_or_where_none_has_the_fingerprint_that_is_wanted_all_is_m
     load_engine(unmeasured, places(10**9))
     load_engine(unmeasured, places(1), "0" * 16)
     assert len(measured) == 2
+
+
+def test_where_neither_has_the_fingerprint_that_is_wanted_the_weights_that_openvino_took_over_are_read_again(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(unmeasured, executor="auto")
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1, 2)))
+    expected = load_engine(options).engine.info
+    assert load_engine(options, places(1), "0" * 16).engine.info == expected
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["kept", "not kept"])
+def test_a_latent_model_is_loaded_for_little_work_after_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Two engines are built of one checkpoint: the second one needs the autoencoder's weights too."""
+    save_latent_pipeline(tmp_path / "latent", "kl")
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1,)))
+    options = LoadOptions(tmp_path / "latent", device="cpu", threads=1, max_batch=4, cache_dir=tmp_path / "cache")
+    expected = load_engine(options).engine.info
+    if not cached:
+        monkeypatch.setattr(openvino_executor.KeptGraph, "read", lambda *_: None)
+        monkeypatch.setattr(openvino_executor.KeptGraph, "write", lambda *_: None)
+    assert load_engine(options, places(1)).engine.info == expected
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
