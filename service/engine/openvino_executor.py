@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from tminus import model
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.files import first_line, write_text
+from tminus.model.files import first_line
 from tminus.service.engine import openvino_graph
 from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
 MOST_KEPT_BYTES = 4 * 2**30  # of converted graphs in the folder of the cache
+UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0  # a folder in it where one is written, and how long that takes at most
 MAX_TIMES_BETWEEN = 4096  # whose embeddings are kept
 VECTOR = 64  # floats: at least what torch computes in one go on any processor
 DIVIDES = "nonconvertable_divide_0"  # a mark that no file keeps; without it OpenVINO multiplies by a constant's inverse
@@ -169,54 +171,62 @@ class KeptGraph:
     def __init__(self, folder: Path, key: str) -> None:
         """key: names all that the graph is made from."""
         self._folder = folder
-        self._xml, self._weights, self._sums = (folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
+        self._files = tuple(folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
+        self._xml, self._weights, self._sums = self._files
 
     def read(self, core: Any) -> Any:
         """Map the graph; None where there is none, or it is not what was written."""
         try:
-            if self._sums.read_text("utf-8") != self._hash():
+            if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
                 log.warning("%s is not what was written: the network is converted again", self._weights)
                 return None
-            self._sums.touch()  # so that those that are used longest ago go first
+            with contextlib.suppress(OSError):  # as of a folder that is only read
+                self._sums.touch()  # so that those that are used longest ago go first
             return core.read_model(self._xml, self._weights)
         except (OSError, ValueError, RuntimeError):
             return None
 
     def write(self, model: Any, core: Any) -> Any:
-        """Write the graph, and map it; None where that is not possible, as on a disk that is full or only read."""
+        """Write the graph, and map it; None where that is not possible, as on a disk that is full or only read.
+
+        Another server may write the same graph at the same time: each maps what it has written itself.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="graph-", dir=self._folder) as name:
-                xml, weights = Path(name) / "new.xml", Path(name) / "new.bin"
+            self._forget_unfinished()
+            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self._folder) as name:
+                xml, weights, sums = new = [Path(name) / file.name for file in self._files]
                 openvino.save_model(model, xml, compress_to_fp16=False)
-                core.read_model(xml, weights)  # a file that came out short is found here
-                self._sums.unlink(missing_ok=True)
-                weights.chmod(0o400)  # it will be mapped: whoever wrote over it would end a server
-                weights.replace(self._weights)
-                xml.replace(self._xml)
-            write_text(self._sums, self._hash())
-            self._forget_oldest()
-            return core.read_model(self._xml, self._weights)
+                kept = core.read_model(xml, weights)  # a file that came out short is found here
+                sums.write_text(_hash_of(xml, weights), "utf-8")
+                weights.chmod(0o400)  # it is mapped: whoever wrote over it would end a server
+                self._sums.unlink(missing_ok=True)  # first out and last in
+                for file, place in zip(new, self._files, strict=True):
+                    file.replace(place)
         except (OSError, RuntimeError) as error:
             log.info(
                 "the converted network is not kept, so its weights stay in memory once more: %s", first_line(error)
             )
             return None
+        with contextlib.suppress(OSError):  # another server may delete them too
+            self._forget_oldest()
+        return kept
 
     def release(self) -> None:
         """Have the system take the mapped weights out of memory; what is still read of them comes from the file."""
         libc = ctypes.CDLL(None)
         with contextlib.suppress(OSError, AttributeError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
             for line in maps:
-                if line.rstrip().endswith(self._weights.name) and " r--" in line:
+                if self._weights.name in line and " r--" in line:
                     start, end = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
                     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
-    def _hash(self) -> str:
-        digest = hashlib.sha256(self._xml.read_bytes())
-        with self._weights.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+    def _forget_unfinished(self) -> None:
+        """Delete what servers have left that were killed while they wrote."""
+        for folder in self._folder.glob(f"{UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > UNFINISHED_S:
+                    shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
         """Delete the graphs used longest ago, beyond so many bytes, but not this one."""
@@ -227,6 +237,13 @@ class KeptGraph:
             if used > MOST_KEPT_BYTES and sums != self._sums:
                 for file in files:
                     file.unlink(missing_ok=True)
+
+
+def _hash_of(xml: Path, weights: Path) -> str:
+    digest = hashlib.sha256(xml.read_bytes())
+    with weights.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGraph | None:

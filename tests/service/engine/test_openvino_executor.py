@@ -429,6 +429,62 @@ def test_a_module_that_divides_gives_the_same_bits_whether_or_not_its_graph_is_k
     np.testing.assert_array_equal(*outs)
 
 
+def test_a_graph_in_a_folder_that_is_only_read_is_used(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = kept.run()
+
+    def refuse(*_args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert kept.run()[0] == expected
+    assert kept.converted == 1
+
+
+def test_what_a_killed_server_was_writing_is_deleted_when_it_is_old_and_nothing_else(kept: Kept) -> None:
+    names = ("graph-new-old", "graph-new-young", "graph-mine")
+    for name in names:
+        (kept.folder / name).mkdir(parents=True)
+        (kept.folder / name / "graph-key.bin").write_bytes(b"part")
+    for name in ("graph-new-old", "graph-mine"):
+        os.utime(kept.folder / name, (time.time() - 2 * openvino_executor.UNFINISHED_S,) * 2)
+    kept.run()
+    assert {file.name for file in kept.folder.iterdir() if file.is_dir()} == {"graph-new-young", "graph-mine"}
+
+
+def test_two_servers_may_keep_the_same_graph_at_once_and_what_is_mixed_is_not_read(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's file comes just before this one's hash, and is not what this one has mapped."""
+    replace_file = Path.replace
+
+    def replaced(new: Path, place: Path) -> Path:
+        if place.suffix == ".sha256":
+            (other := place.with_suffix(".other")).write_bytes(b"another's weights")
+            replace_file(other, place.with_suffix(".bin"))
+        return replace_file(new, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replaced)
+        expected, _ = kept.run()
+    assert kept.run()[0] == expected
+    assert kept.converted == 2
+
+
+@pytest.mark.parametrize("suffix", ["bin", "xml", "sha256"])
+def test_a_link_in_the_place_of_a_file_is_replaced_and_a_folder_is_left_alone(kept: Kept, suffix: str) -> None:
+    kept.folder.mkdir()
+    place, linked = kept.folder / f"graph-key.{suffix}", kept.folder / "linked"
+    linked.write_text("somebody's")
+    place.symlink_to(linked)
+    expected, net = kept.run()
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+    assert linked.read_text() == "somebody's"
+    place.unlink()
+    (place / "within").mkdir(parents=True)
+    assert kept.run()[0] == expected
+    assert (place / "within").is_dir()
+
+
 def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(
     checkpoint: Checkpoint,
 ) -> None:
