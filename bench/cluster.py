@@ -215,8 +215,8 @@ class Cluster:
             first_s = self._draw.uniform(0, CLAIM_S)
             self._at(0.0, lambda now_s, number=number: self._renew(number, now_s))  # type: ignore[misc]
             self._at(first_s, lambda now_s, replica=replica: self._claim(replica, now_s))  # type: ignore[misc]
-        for (at_s, work), number in zip(requests, to or repeat(None), strict=to is not None):
-            self._at(at_s, lambda now_s, work=work, number=number: self._arrive(work, now_s, number))  # type: ignore[misc]
+        for (at_s, work), which in zip(requests, to or repeat(None), strict=to is not None):
+            self._at(at_s, lambda now_s, work=work, which=which: self._arrive(work, now_s, which))  # type: ignore[misc]
         for at_s, number in deaths:
             self._at(at_s, lambda now_s, number=number: self._die(number, now_s))  # type: ignore[misc]
         last_s = requests[-1][0]

@@ -71,7 +71,7 @@ def compile_network(checkpoint: Checkpoint, precision: str, threads: int, *, dec
 
 def fastest_s(call: Callable[[], object]) -> float:
     """Seconds of the fastest of many calls."""
-    seconds = []
+    seconds: list[float] = []
     until_s = time.perf_counter() + PEAK_S
     while not seconds or time.perf_counter() < until_s:
         began_s = time.perf_counter()

@@ -181,7 +181,7 @@ def decode(checkpoint: Checkpoint, folder: Path, device: torch.device, seconds: 
             return vqvae.decode(latents, return_dict=False)[0]
 
     rates = rates_in_turns({"diffusers eager": theirs}, device, seconds)
-    rates["tminus"] = 1 / LatentPictures(checkpoint, device).seconds_per_image()[0]
+    rates["tminus"] = 1 / LatentPictures(checkpoint, device, None).seconds_per_image()[0]
     tell(*(Measure("decoding", name, rate, "images/s", "float32", 1) for name, rate in rates.items()))
 
 

@@ -106,7 +106,7 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     env = {"TMINUS_MAX_JOBS": "4096"}
     workers = ("--workers", str(cores), "--threads", "1")
     timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
-    every = (
+    every: tuple[Contender, ...] = (
         Contender("tminus", "tminus", serve, is_peer=False, env=env),
         Contender("fcfs", "tminus, first come first served", serve, is_peer=False, env=env | {"TMINUS_POLICY": "fcfs"}),
         Contender("lock", "lock around DDPMPipeline", ("bench.peers.lock_server",), "diffusers"),

@@ -93,8 +93,8 @@ def serve(
                 outcome.entered[number], outcome.told[number] = now_s, outlook.eta_s
                 scheduler.add(str(number), range(row, row + work.rows), work)
                 row += work.rows
-        if running is None and (batch := scheduler.next_batch()) is not None:
-            running = (batch, now_s + times.seconds(batch.places))
+        if running is None and (following := scheduler.next_batch()) is not None:
+            running = (following, now_s + times.seconds(following.places))
     assert (len(admission.outlooks(now_s)), admission.rows, admission.backlog_s) == (0, 0, 0)
     outcome.ended_s = now_s
     return outcome

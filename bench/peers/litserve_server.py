@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import litserve  # type: ignore[import-untyped]
+import litserve
 import torch
 from fastapi import Response
 
