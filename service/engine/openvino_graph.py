@@ -94,7 +94,10 @@ def _transpose_once(model: Any) -> None:
             products[node.input_value(0).get_node().get_friendly_name()].append(node)
     for nodes in products.values():
         flat = nodes[0].input_value(0).get_node()
-        if len(nodes) < 2 or flat.get_type_name() != "Reshape" or len(flat.input_value(0).get_partial_shape()) != 4:
+        if len(nodes) < 2 or flat.get_type_name() != "Reshape":
+            continue
+        before, after = (list(each.get_partial_shape()) for each in (flat.input_value(0), flat.output(0)))
+        if len(before) != 4 or len(after) != 3 or before[1] != after[1]:  # [B, C, H, W] to [B, C, H W]
             continue
         last = ops.transpose(flat.input_value(0), [0, 2, 3, 1])
         pixels = ops.reshape(last, np.array([0, -1, _sizes(flat)[0]]), special_zero=True)

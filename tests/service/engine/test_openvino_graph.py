@@ -214,6 +214,24 @@ def test_layouts_are_transposed_in_float32_alone_and_where_it_pays(make_checkpoi
     assert ops_of(graph.of_size(1, "float32")) == ops_of(graph.model)
 
 
+class Heads(nn.Module):
+    """Attention whose channels are split into heads before they are projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = (nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.reshape(len(x), 2, 4, -1).transpose(2, 3)
+        out: Tensor = self.to_q(pixels) @ self.to_k(pixels).transpose(2, 3)
+        return out
+
+
+def test_pixels_that_are_split_into_heads_are_transposed_as_they_were() -> None:
+    module, x = Heads(), torch.randn(2, 8, 3, 5)
+    torch.testing.assert_close(run(module, x)[0], module(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 def test_what_is_done_once_for_all_blocks_changes_no_bit(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, precision: str
