@@ -29,6 +29,7 @@ from bench.records import Answer, Arrival, Ask, Bare, Counters, Etas, EtaSample,
 from bench.servers import ROOT, contenders
 from bench.tally import Tally, read_tally
 from tests.service.engine.exact import needs_openvino
+from tests.service.fakes import wait_until
 from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
@@ -385,8 +386,15 @@ def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, mon
         "nothing else",
         "what is not in the table had no time in 4 s",
     ]
-    child = int(started.read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: has_ended(int(started.read_text())))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether nothing of a process runs any more; somebody else may have to read its exit code."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_part_that_fails_is_left_out_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
