@@ -96,6 +96,9 @@ def test_images_are_as_good_where_all_and_the_worst_differ_by_less_than_truncati
         (Recommended("tuned", 8, 1.5), [("dpmpp_2m", 20, 1.5), ("tuned", 8, 1.5)]),
         (Recommended("dpmpp_2m", 20, 2.0), [("dpmpp_2m", 20, 2.0)]),
         (Recommended("ddpm", 1000), [("dpmpp_2m", 20, 1.0), ("ddim", 50, 1.0)]),
+        (Recommended("dpmpp_2m_sde", 40), [("dpmpp_2m", 20, 1.0)]),
+        (Recommended("unipc", 40), [("dpmpp_2m", 20, 1.0), ("unipc", 20, 1.0)]),
+        (Recommended("tuned", 60), [("dpmpp_2m", 20, 1.0), ("tuned", 60, 1.0)]),
     ],
 )
 def test_what_is_recommended_is_compared_without_its_noise_beside_the_sampler_of_little_truncation(
