@@ -35,7 +35,7 @@ SEED = 0
 class Difference:
     """By how much the images of one sampler differ, in levels of 255: root mean squares, and the worst image's.
 
-    drift: the largest mean shift of a channel over all images, and its standard error.
+    drift: the mean shift over all images of the channel that is nearest to its bound, and its standard error.
     """
 
     point: Point
@@ -92,18 +92,22 @@ def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
     return tuple(dict.fromkeys((replace(PRECISE, guidance=own.guidance), own)))
 
 
-class Comparison:
-    """A comparison of two precisions that goes on pass by pass.
+def check_comparable(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for a network whose truncation cannot be measured."""
+    why, num_timesteps = None, checkpoint.noise.num_train_timesteps
+    if checkpoint.student is not None:
+        why = "a student is sampled by its own tables alone, whose truncation cannot be measured"
+    elif num_timesteps < COMMON.steps:
+        why = f"truncation is measured with {COMMON.steps} steps, and there are {num_timesteps} timesteps"
+    if why is not None:
+        raise ValueError(f"{checkpoint.name}: {why}; tminus evaluate --approve judges it by data")
 
-    Raises ValueError for a network whose truncation cannot be measured.
-    """
+
+class Comparison:
+    """A comparison of two precisions that goes on pass by pass. Raises ValueError where `check_comparable` does."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.student is not None:
-            raise ValueError(
-                f"{checkpoint.name}: a student is sampled by its own tables alone, whose truncation cannot be "
-                "measured; tminus evaluate --approve judges it by data"
-            )
+        check_comparable(checkpoint)
         self.points = compared_points(checkpoint.recommended)
         self.differences: list[Difference] = []
         self.places = 1 if self.points[0].guidance == 1.0 else 2  # that an image takes in each pass

@@ -30,6 +30,7 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.evaluation.precision import check_comparable
     from tminus.service.engine.approval import approve_portions, check_able
     from tminus.service.engine.autotune import choose_executor, default_cache
     from tminus.service.engine.devices import choose_device
@@ -38,6 +39,7 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     with failing_in_one_line():
         chosen, cache = choose_device(device), cache_dir or default_cache()
         loaded = replace(load_checkpoint(checkpoint), approved=())  # so that what is chosen runs in float32
+        check_comparable(loaded)
         wish = wish_of(LoadOptions(checkpoint, device, executor), chosen)
         if executor != "auto":
             check_able(loaded, chosen, executor)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tminus.model.checkpoint import Checkpoint, approve, load_checkpoint
-from tminus.model.evaluation.precision import MAX_IMAGES, MIN_IMAGES, Comparison
+from tminus.model.evaluation.precision import MAX_IMAGES, MIN_IMAGES, Comparison, check_comparable
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.autotune import (
     EXECUTORS,
@@ -135,12 +135,13 @@ def approve_later(
 
     Otherwise there is nothing to do, and the log tells what bfloat16 may gain and how it is approved.
     """
-    known = (executor.name, LOWER) in checkpoint.approved or checkpoint.student is not None
+    known = (executor.name, LOWER) in checkpoint.approved
     if known or wish.precision != "auto" or executor.precision != "float32":
         return iter(())
     if kept_verdict(checkpoint, device, executor.name, cache).read() is not None:
         return iter(())
     with suppress(ValueError):
+        check_comparable(checkpoint)
         check_able(checkpoint, device, executor.name)
         if options.approve_when_idle:
             return approve_portions(options.checkpoint, executor, device, wish.threads, cache, batch_size=1)

@@ -204,8 +204,10 @@ def test_latents_are_compared_as_they_are_and_pixels_clipped(checkpoint: Checkpo
     assert run(latent, far, further).differences[0].rms > 1000
 
 
-def test_a_student_is_refused_with_the_command_that_can_judge_it(checkpoint: Checkpoint) -> None:
-    with pytest.raises(
-        ValueError, match="tables alone, whose truncation cannot be measured; tminus evaluate --approve"
-    ):
+def test_what_has_no_truncation_is_refused_with_the_command_that_can_judge_it(checkpoint: Checkpoint) -> None:
+    judged = "; tminus evaluate --approve judges it by data"
+    with pytest.raises(ValueError, match=f"tables alone, whose truncation cannot be measured{judged}"):
         Comparison(replace(checkpoint, student={"kind": "student"}))
+    with pytest.raises(ValueError, match=f"measured with 50 steps, and there are 49 timesteps{judged}"):
+        Comparison(replace(checkpoint, noise=NoiseConfig(num_train_timesteps=49)))
+    assert Comparison(replace(checkpoint, noise=NoiseConfig(num_train_timesteps=50))).passes == (110, 70)

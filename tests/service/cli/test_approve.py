@@ -13,6 +13,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 from tminus.service.engine import openvino_executor
+from tminus.service.engine.protocol import BUNDLED
 
 pytestmark = pytest.mark.slow
 
@@ -57,3 +58,10 @@ def test_a_processor_without_bfloat16_and_a_bad_folder_are_one_clear_line(
     result = CliRunner().invoke(main, ["approve", str(tmp_path / "nowhere")])
     assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
     assert "nowhere: no such folder" in result.output
+
+
+def test_a_student_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    student = BUNDLED.parent / "fashion-mnist-32-student"
+    result = CliRunner().invoke(main, ["approve", str(student), "--cache-dir", str(tmp_path)])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert "a student is sampled by its own tables alone" in result.output
