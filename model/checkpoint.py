@@ -232,7 +232,7 @@ class Checkpoint:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     approved: tuple[tuple[str, str], ...] = ()
-    """(executor, precision) whose images `tminus evaluate --approve` found no worse, for these very weights."""
+    """(executor, precision) whose images a check found as good as those of float32, for these very weights."""
     recommended: Recommended | None = None
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
