@@ -58,9 +58,10 @@ def approve_portions(
 
     def build() -> tuple[Checkpoint, Executor]:
         checkpoint = load_checkpoint(folder)
-        sizes, streams = (1,) if device.type == "cpu" else (batch_size,), 1 if batch_size == 1 else None
+        size = 1 if device.type == "cpu" else batch_size
+        streams = 1 if batch_size == 1 else None  # one of all threads, for rows that come alone
         builder = Builder(checkpoint, device, threads, cache)
-        return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=sizes, streams=streams))
+        return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=(size,), streams=streams))
 
     building = begin_in_daemon_thread(build, LOADING)
     while not building.done():
@@ -113,9 +114,9 @@ def approve_portions(
         approve(folder, check)
         log.info("%s is approved for %s, in %s: a server that starts now may use it", LOWER, exact.name, folder)
     except OSError as error:
-        if kept.file is None:
-            raise
         kept.write({"approved": True} | check)
+        if (kept.read() or {}).get("approved") is not True:
+            raise
         log.info(
             "%s is approved for %s, by servers with this cache folder, in %s, as the checkpoint cannot be written: %s",
             LOWER, exact.name, kept.file, error,

@@ -120,8 +120,11 @@ def test_of_a_folder_that_cannot_be_written_the_approval_is_kept_in_the_cache_fo
     assert approved(folder, None) == ()
     randomize(net, seed=1)
     assert approved(save(tmp_path / "model", net), cache) == (), "other weights, of the same config"
-    with pytest.raises(OSError, match="Read-only"):
-        judge(folder, None)
+    cache_file = tmp_path / "file"  # in which nothing can be kept
+    cache_file.touch()
+    for nowhere in (None, cache_file):
+        with pytest.raises(OSError, match="Read-only"):
+            judge(folder, nowhere)
 
 
 def test_a_server_finds_what_is_kept_in_its_cache_folder(net: UNet2D, tmp_path: Path) -> None:
