@@ -1,6 +1,6 @@
-"""Make an engine that is ready to serve of a checkpoint: choose the executor, test its bits, measure ticks.
+"""Make an engine of a checkpoint that is ready to serve: choose the executor, measure ticks, have its bits tested.
 
-The test is the same bits alone and beside other jobs; what is measured is how long ticks of each size take.
+What is measured is how long ticks of each size take. The test of the bits is in `selftest.py`.
 """
 
 import logging
@@ -8,16 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, needs_of
@@ -25,10 +22,8 @@ from tminus.model.files import CheckpointError
 from tminus.model.machine import GIB, free_memory_bytes
 from tminus.service.engine.approval import approve_later, with_kept_approvals
 from tminus.service.engine.autotune import (
-    AGREE_ROWS,
     ChoiceCache,
     Wish,
-    agree_rows,
     choose_executor,
     default_cache,
     example_inputs,
@@ -40,10 +35,10 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
+from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import Floats, SampleSpec, trial_spec
-from tminus.service.work import Batch, work_of
+from tminus.service.spec import trial_spec
+from tminus.service.work import Batch
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +50,11 @@ PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
-PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
-SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
 TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
 TEST_S = 5.0  # for which the network's bits are tested before a model serves; the rest is done while no job runs
 BUSY_TEST_S = 0.5  # the same while other models serve
-# The test of the samplers: jobs of every sampler, of STEPS steps; so many samplers run guided too.
-STEPS, ROWS, GUIDED = 4, 2, 3
 ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
 TICKS = 6  # of one size in a round
 WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host runs ahead, so the second is too short
@@ -212,7 +203,7 @@ def prepare_engine(
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,
         "exact": exact,
     }  # fmt: skip
-    proof = _Proof(checkpoint, device, executor, how, cache) if exact else None
+    proof = Proof(checkpoint, device, executor, how, cache) if exact else None
     engine = _build(checkpoint, executor, device, options, wish, proof.bits if proof is not None else None)
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
@@ -308,7 +299,7 @@ def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish
     """What the fingerprint says of how an exact executor runs passes."""
     if not wish.exact:
         return None
-    return probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
+    return probe_bits(executor, example_inputs(checkpoint, device, probe_rows(checkpoint, executor.precision)))
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
@@ -329,16 +320,6 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         sizes = _batch_sizes(tick_times)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
-
-
-def _probe_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """How many rows the fingerprint hashes: 2, or as many as autotune compares where those are more than usual.
-
-    Below float32 two builds with other bits may agree on two rows of a small network by chance, see `agree_rows`.
-    For larger networks two rows are enough, and more would give every build another fingerprint.
-    """
-    rows = agree_rows(checkpoint, precision)
-    return rows if rows > AGREE_ROWS else PROBE_ROWS
 
 
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, int]:
@@ -371,197 +352,6 @@ def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float
     sizes = [places for places, _ in times]
     ascending = bool(times) and sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] <= largest
     return times if ascending and all(0 < seconds < math.inf for _, seconds in times) else None
-
-
-# --- the self-test -------------------------------------------------------------------------------------------------
-#
-# An image has the same bits alone and under load if two things hold. The network computes a row's output the same way
-# whatever else is in the pass, wherever it stands there. And the engine's update of a row, whichever its sampler is,
-# reads nothing of another row. The first is tested on the network, and takes passes; the second needs no network.
-
-
-class _Proof:
-    """What is known of an exact executor's bits on this machine, and what is kept of that for later starts.
-
-    It is kept by the weights, the machine and the versions. If the executor's output on a row is what it was, all that
-    was found out then is taken to hold; so a file of the cache that was changed, or is of another machine, is noticed.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        executor: Executor,
-        how: Mapping[str, Any],
-        cache: Path | None,
-    ) -> None:
-        self._checkpoint, self._device, self._executor = checkpoint, device, executor
-        how_it_runs = f"executor {executor.name} {executor.precision} ({executor.details})"
-        self._finding = f"{how_it_runs} does not give the same bits alone and among others here"
-        what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
-        self._cache = ChoiceCache(cache, checkpoint, device, what, ())
-        row = probe_bits(executor, example_inputs(checkpoint, device, 1))
-        kept = self._cache.read() or {}
-        bits = kept.get("bits")
-        if kept.get("row") != row or not isinstance(bits, str):
-            kept, bits = {}, None
-        if bits is None:
-            probe_rows = _probe_rows(checkpoint, executor.precision)
-            bits = probe_bits(executor, example_inputs(checkpoint, device, probe_rows))
-        self.bits: str = bits
-        self.begun = "exact" in kept  # whether an earlier start has tested at least some
-        self._kept = {"row": row, "bits": bits, "exact": kept.get("exact")}
-
-    def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
-        """Test for so many seconds; returns what is left to test. Raises ValueError where bits differ.
-
-        inexact: what the engine tells from then on, should a test fail that is done later.
-        """
-        if self._kept["exact"] is True:
-            log.info("the bits were tested at an earlier start")
-            return iter(())
-        if self._kept["exact"] is False:
-            raise self._failed()
-        tests = network_keeps_rows_apart(self._executor, self._checkpoint, self._device, max_batch)
-        if self.begun:
-            log.info("some bits were tested at an earlier start, the rest are while no job runs")
-            return self._later(tests, engine, inexact)
-        if not samplers_keep_rows_apart(self._checkpoint, self._device, max_batch):
-            raise self._failed()
-        until_s = time.monotonic() + seconds
-        count = 0
-        for same in tests:
-            count += 1
-            if not same:
-                self._keep(exact=False)
-                raise self._failed()
-            if time.monotonic() > until_s:
-                break
-        else:
-            self._keep(exact=True)
-            log.info("a row has the same bits alone and among others: %d batches tested", count)
-            return iter(())
-        self._keep(exact=None)
-        log.info("a row has the same bits alone and among others: %d batches tested, the rest while no job runs", count)
-        return self._later(tests, engine, inexact)
-
-    def _later(self, tests: Iterator[bool], engine: Engine, inexact: ModelInfo) -> Iterator[None]:
-        for same in tests:
-            if not same:
-                self._keep(exact=False)
-                engine.info = replace(inexact, name=engine.info.name)
-                log.error("%s: from now on it serves without that promise", self._finding)
-                return
-            yield
-        self._keep(exact=True)
-        log.info("a row has the same bits alone and among others: all batches tested")
-
-    def _keep(self, *, exact: bool | None) -> None:
-        self._cache.write(self._kept | {"exact": exact})
-
-    def _failed(self) -> ValueError:
-        return ValueError(f"{self._finding}; --no-exact serves without that promise")
-
-
-def network_keeps_rows_apart(
-    executor: Executor, checkpoint: Checkpoint, device: torch.device, max_batch: int
-) -> Iterator[bool]:
-    """Run batches of 2 to max_batch rows; yields of each whether its rows have the bits that they have alone.
-
-    The first batches are small ones and the largest, so that little time shows most.
-    """
-    rows = max(agree_rows(checkpoint, executor.precision), max_batch)
-    x, t, labels = example_inputs(checkpoint, device, rows)
-    if checkpoint.fractional:
-        t[1::4] += 0.5
-    alone: dict[int, bytes] = {}
-
-    def run(index: Sequence[int]) -> list[bytes]:
-        picked = list(index)
-        out = executor(x[picked], t[picked], labels[picked] if labels is not None else None)
-        return [each.numpy().tobytes() for each in out.cpu()]
-
-    first = 0
-    for places in dict.fromkeys([2, 3, max_batch, *range(4, max_batch)]):
-        index = [(first + place) % rows for place in range(places)]
-        first += places - 1  # so that a row stands at another place, beside others, next time
-        for row in index:
-            if row not in alone:
-                (alone[row],) = run([row])
-        yield run(index) == [alone[row] for row in index]
-
-
-class _Standin:
-    """A function of a row, its timestep and its class, in place of a network: what it makes of a row is exact."""
-
-    name, precision, details = "stand-in", "float32", ""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._repeats = checkpoint.net.config.out_channels // checkpoint.net.config.in_channels
-
-    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        numbers = t.tolist(), class_labels.tolist() if class_labels is not None else [0] * len(t)
-        factors = [math.sin(1 + 0.01 * when + label) for when, label in zip(*numbers, strict=True)]
-        out = x * torch.tensor(factors, dtype=torch.float32).to(x.device)[:, None, None, None]
-        return out.repeat(1, self._repeats, 1, 1)
-
-    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        out = self(x, t, class_labels)
-        return lambda: out
-
-
-def samplers_keep_rows_apart(checkpoint: Checkpoint, device: torch.device, max_batch: int) -> bool:
-    """Run a job of every sampler on a stand-in for the network; True if all bits agree alone and together."""
-    pixels = replace(checkpoint, autoencoder=None, size_px=checkpoint.row_shape[1:])
-    engine = Engine(pixels, _Standin(checkpoint), device, max_rows=SPARE_ROWS, max_jobs=SPARE_JOBS)
-    return same_alone_and_together(engine, max_batch)
-
-
-def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
-    """Run a job of every sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
-    specs = _possible(engine, _specs(engine.info))
-    alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
-    together = _run(engine, specs, max_batch)
-    return all(a.tobytes() == b.tobytes() for a, b in zip(alone, together, strict=True))
-
-
-def _specs(model: ModelInfo) -> list[SampleSpec]:
-    """Jobs of every sampler with different step counts, the first ones of several rows, and guided where that is so."""
-    specs = []
-    for k, sampler in enumerate(model.samplers):
-        steps = min(STEPS, SAMPLER_FACTS[sampler].max_steps(model.num_timesteps))
-        first = k < GUIDED
-        specs.append(
-            trial_spec(model, n=ROWS + k if first else 1, steps=max(1, steps - k % 3), sampler=sampler, seed=k)
-        )
-        if first and model.null_class is not None:
-            specs.append(trial_spec(model, n=1 + k, steps=steps, sampler=sampler, seed=k + 100, guidance=2.0))
-    return specs
-
-
-def _possible(engine: RowEngine, specs: Sequence[SampleSpec]) -> list[SampleSpec]:
-    """Keep the jobs that the model's schedule allows: some samplers cannot start where there is no signal."""
-    possible = []
-    for spec in specs:
-        with suppress(ValueError):
-            engine.plan(spec)
-            possible.append(spec)
-    return possible
-
-
-def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Floats]:
-    scheduler = Scheduler(Sharing.of(max(2, max_batch)))
-    rows = [engine.add(spec) for spec in specs]
-    for k, spec in enumerate(specs):
-        scheduler.add(str(k), rows[k], work_of(spec, engine.info))
-    while (batch := scheduler.next_batch()) is not None:
-        engine.step(batch)
-        engine.wait()
-        scheduler.advance(batch)
-    latents = [engine.latents(each) for each in rows]
-    for each in rows:
-        engine.remove(each)
-    return latents
 
 
 def measure_ticks(

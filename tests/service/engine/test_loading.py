@@ -20,7 +20,7 @@ from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.service.engine import autotune, devices, loading, openvino_executor
+from tminus.service.engine import autotune, devices, loading, openvino_executor, selftest
 from tminus.service.engine.autotune import AGREE_ROWS, Choice, Wish, agree_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
@@ -38,18 +38,18 @@ pytestmark = pytest.mark.slow
 def _quick_and_as_before(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
     monkeypatch.setattr(loading, "ROUNDS", 2)
-    monkeypatch.setattr(loading, "same_alone_and_together", lambda *_, **__: True)
+    monkeypatch.setattr(selftest, "same_alone_and_together", lambda *_, **__: True)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-SELFTEST = loading.same_alone_and_together
+SELFTEST = selftest.same_alone_and_together
 
 
 @pytest.fixture
-def selftest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "same_alone_and_together", SELFTEST)
+def real_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "same_alone_and_together", SELFTEST)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def unmeasured(options: LoadOptions, tmp_path: Path) -> LoadOptions:
     return replace(options, cache_dir=tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("selftest")
+@pytest.mark.usefixtures("real_selftest")
 def test_what_is_loaded_serves(options: LoadOptions) -> None:
     loaded = load_engine(options)
     info = loaded.engine.info
@@ -86,7 +86,7 @@ def test_what_is_loaded_serves(options: LoadOptions) -> None:
     assert images.shape == (3, 8, 8, 1)
 
 
-@pytest.mark.usefixtures("selftest")
+@pytest.mark.usefixtures("real_selftest")
 def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(options: LoadOptions) -> None:
     one, other = load_engine(options), load_engine(options)
     assert one.engine.info == other.engine.info
@@ -158,8 +158,8 @@ def test_in_bfloat16_the_fingerprint_of_a_small_network_hashes_as_many_rows_as_a
 ) -> None:
     small, large = make_checkpoint(), make_checkpoint(sample_size=128, block_out_channels=(32, 32))
     assert agree_rows(small, "bfloat16") > AGREE_ROWS
-    assert loading._probe_rows(small, "bfloat16") == agree_rows(small, "bfloat16")
-    assert loading._probe_rows(small, "float32") == loading._probe_rows(large, "bfloat16") == loading.PROBE_ROWS
+    assert selftest.probe_rows(small, "bfloat16") == agree_rows(small, "bfloat16")
+    assert selftest.probe_rows(small, "float32") == selftest.probe_rows(large, "bfloat16") == selftest.PROBE_ROWS
 
 
 @pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])
@@ -171,7 +171,7 @@ def test_a_short_tick_is_as_asked_or_measured_but_never_longer_than_any(
     assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
 
 
-@pytest.mark.usefixtures("selftest")
+@pytest.mark.usefixtures("real_selftest")
 def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:
     loaded = load_engine(replace(options, max_rows=100, max_jobs=20))
     assert loaded.max_rows == 100
@@ -185,7 +185,7 @@ class Mixing(Around):
         return super().__call__(x, t, class_labels) + 1e-6 * x.mean()
 
 
-@pytest.mark.usefixtures("selftest")
+@pytest.mark.usefixtures("real_selftest")
 def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +206,7 @@ def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
 def tested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the next starts test, and the batches of it."""
     seen: list[str] = []
-    network, samplers = loading.network_keeps_rows_apart, loading.samplers_keep_rows_apart
+    network, samplers = selftest.network_keeps_rows_apart, selftest.samplers_keep_rows_apart
 
     def network_keeps_rows_apart(*args: object) -> Iterator[bool]:
         for number, same in enumerate(network(*args)):  # type: ignore[arg-type]
@@ -217,8 +217,8 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("samplers")
         return samplers(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loading, "network_keeps_rows_apart", network_keeps_rows_apart)
-    monkeypatch.setattr(loading, "samplers_keep_rows_apart", samplers_keep_rows_apart)
+    monkeypatch.setattr(selftest, "network_keeps_rows_apart", network_keeps_rows_apart)
+    monkeypatch.setattr(selftest, "samplers_keep_rows_apart", samplers_keep_rows_apart)
     return seen
 
 
@@ -265,7 +265,7 @@ def test_bits_that_differ_after_the_start_end_the_promise_and_the_next_start_is_
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loading, "TEST_S", 0.0)
-    monkeypatch.setattr(loading, "network_keeps_rows_apart", lambda *_: iter([True, True, False]))
+    monkeypatch.setattr(selftest, "network_keeps_rows_apart", lambda *_: iter([True, True, False]))
     loaded = load_engine(unmeasured)
     loaded.engine.info = promised = replace(loaded.engine.info, name="mine")
     assert loaded.spare_work is not None
@@ -380,7 +380,7 @@ def test_the_loading_thread_is_gone_and_what_was_found_is_in_the_log(
     assert "executor eager float32" in caplog.text
 
 
-@pytest.mark.usefixtures("selftest")
+@pytest.mark.usefixtures("real_selftest")
 def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
     options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -496,7 +496,7 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
 
 @pytest.fixture
 def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((autotune, "_fastest"), (loading, "measure_ticks"), (loading, "same_alone_and_together")):
+    for module, name in ((autotune, "_fastest"), (loading, "measure_ticks"), (selftest, "same_alone_and_together")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
 

@@ -22,9 +22,8 @@ from tminus.service.engine.loading import (
     TICKS,
     WARM_UP,
     measure_ticks,
-    network_keeps_rows_apart,
-    samplers_keep_rows_apart,
 )
+from tminus.service.engine.selftest import network_keeps_rows_apart, samplers_keep_rows_apart
 from tminus.service.spec import Floats
 from tminus.service.work import Batch
 
