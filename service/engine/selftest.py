@@ -40,7 +40,7 @@ STEPS, ROWS, GUIDED = 4, 2, 3
 class Proof:
     """What is known of an exact executor's bits on this machine, and what is kept of that for later starts.
 
-    It is kept by the weights, the machine and the versions. If the executor's output on a row is what it was, all that
+    It is kept by the weights, the machine and the versions. If the executor's output is what it was, all that
     was found out then is taken to hold; so a file of the cache that was changed, or is of another machine, is noticed.
     """
 
@@ -57,27 +57,29 @@ class Proof:
         self._finding = f"{how_it_runs} does not give the same bits alone and among others here"
         what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
         self._cache = ChoiceCache(cache, checkpoint, device, what, ())
-        row = probe_bits(executor, example_inputs(checkpoint, device, 1))
+        rows = probe_rows(checkpoint, executor.precision)
+        # Where other bits may agree on a few rows by chance, all are compared: such a network is small.
+        row = probe_bits(executor, example_inputs(checkpoint, device, 1 if rows == PROBE_ROWS else rows))
         kept = self._cache.read() or {}
         bits = kept.get("bits")
         if kept.get("row") != row or not isinstance(bits, str):
-            kept, bits = {}, None
-        if bits is None:
-            bits = probe_bits(executor, example_inputs(checkpoint, device, probe_rows(checkpoint, executor.precision)))
+            kept, bits = {}, probe_bits(executor, example_inputs(checkpoint, device, rows))
         self.bits: str = bits
         self.begun = "exact" in kept  # whether an earlier start has tested at least some
-        self._kept = {"row": row, "bits": bits, "exact": kept.get("exact")}
+        self._earlier, self._max_batch = kept.get("exact"), kept.get("max_batch")
+        self._kept = {"row": row, "bits": bits}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
         """Test for so many seconds; returns what is left to test. Raises ValueError where bits differ.
 
         inexact: what the engine tells from then on, should a test fail that is done later.
         """
-        if self._kept["exact"] is True:
+        if self._earlier is False:
+            raise ValueError(f"{self._failed()}; found before, and tested again without {self._cache.found}")
+        if self._earlier is True and type(self._max_batch) is int and self._max_batch >= max_batch:
             log.info("the bits were tested at an earlier start")
             return iter(())
-        if self._kept["exact"] is False:
-            raise self._failed()
+        self._max_batch = max_batch
         tests = network_keeps_rows_apart(self._executor, self._checkpoint, self._device, max_batch)
         if self.begun:
             log.info("some bits were tested at an earlier start, the rest are while no job runs")
@@ -87,6 +89,8 @@ class Proof:
         until_s = time.monotonic() + seconds
         count = 0
         for same in tests:
+            if same is None:
+                continue
             count += 1
             if not same:
                 self._keep(exact=False)
@@ -101,9 +105,9 @@ class Proof:
         log.info("a row has the same bits alone and among others: %d batches tested, the rest while no job runs", count)
         return self._later(tests, engine, inexact)
 
-    def _later(self, tests: Iterator[bool], engine: Engine, inexact: ModelInfo) -> Iterator[None]:
+    def _later(self, tests: Iterator[bool | None], engine: Engine, inexact: ModelInfo) -> Iterator[None]:
         for same in tests:
-            if not same:
+            if same is False:
                 self._keep(exact=False)
                 engine.info = replace(inexact, name=engine.info.name)
                 log.error("%s: from now on it serves without that promise", self._finding)
@@ -113,7 +117,7 @@ class Proof:
         log.info("a row has the same bits alone and among others: all batches tested")
 
     def _keep(self, *, exact: bool | None) -> None:
-        self._cache.write(self._kept | {"exact": exact})
+        self._cache.write(self._kept | {"exact": exact, "max_batch": self._max_batch})
 
     def _failed(self) -> ValueError:
         return ValueError(f"{self._finding}; --no-exact serves without that promise")
@@ -121,10 +125,11 @@ class Proof:
 
 def network_keeps_rows_apart(
     executor: Executor, checkpoint: Checkpoint, device: torch.device, max_batch: int
-) -> Iterator[bool]:
+) -> Iterator[bool | None]:
     """Run batches of 2 to max_batch rows; yields of each whether its rows have the bits that they have alone.
 
-    The first batches are small ones and the largest, so that little time shows most.
+    The first batches are small ones and the largest, so that little time shows most. After a row alone it yields None,
+    so that a job that has come meanwhile waits for one batch at most.
     """
     rows = max(agree_rows(checkpoint, executor.precision), max_batch)
     x, t, labels = example_inputs(checkpoint, device, rows)
@@ -144,6 +149,7 @@ def network_keeps_rows_apart(
         for row in index:
             if row not in alone:
                 (alone[row],) = run([row])
+                yield None
         yield run(index) == [alone[row] for row in index]
 
 

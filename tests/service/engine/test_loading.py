@@ -208,9 +208,12 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     network, samplers = selftest.network_keeps_rows_apart, selftest.samplers_keep_rows_apart
 
-    def network_keeps_rows_apart(*args: object) -> Iterator[bool]:
-        for number, same in enumerate(network(*args)):  # type: ignore[arg-type]
-            seen.append(f"batch {number}")
+    def network_keeps_rows_apart(*args: object) -> Iterator[bool | None]:
+        number = 0
+        for same in network(*args):  # type: ignore[arg-type]
+            if same is not None:
+                seen.append(f"batch {number}")
+                number += 1
             yield same
 
     def samplers_keep_rows_apart(*args: object) -> bool:
@@ -256,9 +259,26 @@ def test_a_start_tests_for_some_seconds_and_the_rest_is_left_for_when_no_job_run
     second = load_engine(unmeasured)
     assert tested == [], "a start that found nothing wrong is enough to serve"
     assert second.spare_work is not None
-    assert list(second.spare_work) == [None] * 3
+    assert list(second.spare_work)
+    assert tested == ["batch 0", "batch 1", "batch 2"]
     assert json.loads(proof_of(unmeasured).read_bytes())["exact"] is True
     assert list(load_engine(unmeasured).spare_work or ()) == []
+
+
+def test_batches_that_are_larger_than_what_was_tested_are_tested_while_no_job_runs(
+    unmeasured: LoadOptions, tested: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch sizes are measured again where they are not kept, and may come out otherwise."""
+    sizes = iter([2, 4, 3])
+    monkeypatch.setattr(
+        loading, "_measure", lambda *_: loading.Measured({}, size := next(sizes), size, ((1, 0.001), (4, 0.004)))
+    )
+    options = replace(unmeasured, max_batch=None)
+    load_engine(options)
+    tested.clear()
+    assert list(load_engine(options).spare_work or ())
+    assert tested == ["batch 0", "batch 1", "batch 2"]
+    assert list(load_engine(options).spare_work or ()) == []
 
 
 def test_bits_that_differ_after_the_start_end_the_promise_and_the_next_start_is_refused(
@@ -274,8 +294,9 @@ def test_bits_that_differ_after_the_start_end_the_promise_and_the_next_start_is_
     assert (told.name, told.exact) == ("mine", False)
     assert told.fingerprint != promised.fingerprint, "or what is made now would be taken for what was promised"
     assert "does not give the same bits" in caplog.text
-    with pytest.raises(ValueError, match="same bits alone and"):
+    with pytest.raises(ValueError, match="same bits alone and") as caught:
         load_engine(unmeasured)
+    assert str(proof_of(unmeasured)) in str(caught.value), "or nobody could have it tested again"
     assert not load_engine(replace(unmeasured, exact=False)).engine.info.exact
 
 
