@@ -90,9 +90,8 @@ def _early_answer(scope: Scope, detail: str) -> Response:
     if scope["path"] in ALIVE:
         return JSONResponse(ALIVE[scope["path"]])
     if scope["method"] in READING and A_PAGE.fullmatch(scope["path"]):
-        return HTMLResponse(
-            PAGE % html.escape(detail.capitalize()), 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)}
-        )
+        sentence = html.escape(detail[0].upper() + detail[1:])
+        return HTMLResponse(PAGE % sentence, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
     return render(NotReady(detail), scope)
 
 

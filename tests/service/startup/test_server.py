@@ -142,7 +142,8 @@ def kept(running: Working) -> Iterator[socket.socket]:
 
 
 def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does() -> None:
-    client = TestClient(Opening(), base_url="http://localhost")
+    opening = Opening()
+    client = TestClient(opening, base_url="http://localhost")
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/v2/health/live").json() == {"live": True}
     ready = client.get("/readyz")
@@ -159,6 +160,12 @@ def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does() -
     assert page.status_code == 503
     assert "being measured" in page.text
     assert 'http-equiv="refresh"' in page.text
+    told = Opening()
+    told.tell("MNIST", "trying <all>", 3.2)
+    assert (
+        "Now: trying &lt;all&gt; (MNIST); about 3 s to go"
+        in TestClient(told, base_url="http://localhost").get("/").text
+    )
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
     assert client.get("/models/any/").text == page.text
