@@ -68,7 +68,8 @@ class Lifecycle:
     ) -> None:
         """model: its number. store: of the jobs of its weights."""
         self.store, self.model, self.model_name = store, model, info.name
-        self._worker, self._info = worker, info
+        self._worker = worker
+        self._info = info  # what is told of the model, which may change while no job runs
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self.metrics = limits, metrics
@@ -82,6 +83,10 @@ class Lifecycle:
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
         self._store_fails = False  # the last attempt to keep an end failed
+
+    def change(self, info: ModelInfo) -> None:
+        """Note something else of the model from now on: its fingerprint is that of the jobs that end."""
+        self._info = info
 
     async def start(self, *, take_on: bool = True) -> None:
         """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.

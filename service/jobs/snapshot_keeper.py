@@ -32,6 +32,10 @@ class SnapshotKeeper:
         self._next_s = 0.0
         self._busy = False  # while a round is under way
 
+    def change(self, fingerprint: str) -> None:
+        """Keep snapshots under another fingerprint from now on."""
+        self._fingerprint = fingerprint
+
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""
         return not self._busy and now_s >= self._next_s

@@ -257,6 +257,10 @@ class ServedModels:
     def _tell_info(self, number: int, info: ModelInfo) -> None:
         if (one := self._by_number.get(number)) is not None:
             one.services = self.models.change(one.services, info)
+            one.lifecycle.change(info)
+            one.keeper.change(info.fingerprint)
+            if not one.lifecycle.retired:
+                self.metrics.model_loaded(info)
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:
         info = model.info

@@ -62,6 +62,10 @@ def test_a_promise_that_is_found_not_to_hold_is_told_to_clients_from_then_on(mak
     after = site.client.post(f"{path}/sample", json=QUICK | {"seed": 1})
     assert after.headers["x-fingerprint"] == "f" * 16
     assert "etag" not in after.headers
+    job = site.client.post(f"{path}/jobs", json=QUICK).json()["id"]
+    wait_until(lambda: site.client.get(f"{path}/jobs/{job}").json()["state"] == "done")
+    assert site.client.get(f"{path}/jobs/{job}").json()["fingerprint"] == "f" * 16, "of a durable job too"
+    assert f'fingerprint="{"f" * 16}"' in site.client.get("/metrics").text
     assert site.client.get("/model").json()["exact"], "the other model is as it was"
 
 
