@@ -53,6 +53,7 @@ CORES = torch.get_num_threads()  # before any executor was built, which sets thi
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
 TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
+LONG_TRIAL_S = 5.0  # for passes that take less together, compiling takes longer: it is not known how long
 TEST_S = 5.0  # for which the network's bits are tested before a model serves; the rest is done while no job runs
 BUSY_TEST_S = 0.5  # the same while other models serve
 ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
@@ -195,9 +196,12 @@ def prepare_engine(
     largest, exact, threads = wish.max_batch, wish.exact, wish.threads
     cache = options.cache_dir or default_cache()
     progress("reading how the network runs fastest here, or measuring it", None)
-    executor = choose_executor(
-        checkpoint, device, wish, cache, lambda pass_s: progress("measuring how it runs fastest", TRIAL_PASSES * pass_s)
-    )
+
+    def tell(pass_s: float) -> None:
+        left_s = TRIAL_PASSES * pass_s
+        progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
+
+    executor = choose_executor(checkpoint, device, wish, cache, tell)
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,

@@ -73,9 +73,11 @@ class Opening:
 
     def tell(self, model: str, what: str, left_s: float | None) -> None:
         """Tell those who ask, and the log, what is being done, and roughly how long it takes. Any thread may call."""
+        before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
-        log.info("%s: %s%s", model, what, left)
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
+        if self.detail != before:
+            log.info("%s: %s%s", model, what, left)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.application is not None:

@@ -300,7 +300,11 @@ def test_bits_that_differ_after_the_start_end_the_promise_and_the_next_start_is_
     assert not load_engine(replace(unmeasured, exact=False)).engine.info.exact
 
 
-def test_a_start_tells_what_it_does_and_for_how_long(unmeasured: LoadOptions) -> None:
+@pytest.mark.parametrize("long_s", [0.0, 1e9])
+def test_a_start_tells_what_it_does_and_for_how_long_where_that_is_known(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, long_s: float
+) -> None:
+    monkeypatch.setattr(loading, "LONG_TRIAL_S", long_s)
     told: list[tuple[str, float | None]] = []
     loading.prepare_engine(
         read_checkpoint(unmeasured), unmeasured, progress=lambda what, left_s: told.append((what, left_s))
@@ -311,7 +315,9 @@ def test_a_start_tells_what_it_does_and_for_how_long(unmeasured: LoadOptions) ->
         "measuring how long ticks take",
         "testing that a row has the same bits alone and among others",
     ]
-    assert all(left_s is not None and left_s > 0 for what, left_s in told if what == "measuring how it runs fastest")
+    left = [left_s for what, left_s in told if what == "measuring how it runs fastest"]
+    assert left
+    assert all((left_s is None) == (long_s > 0) for left_s in left)
 
 
 def test_long_ticks_are_not_measured_again_at_a_later_start(

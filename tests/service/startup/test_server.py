@@ -5,6 +5,7 @@ uvicorn does not document the methods that service/startup/server.py extends.
 
 import asyncio
 import inspect
+import logging
 import signal
 import socket
 import threading
@@ -141,7 +142,8 @@ def kept(running: Working) -> Iterator[socket.socket]:
 # --- while the model is measured ---
 
 
-def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does() -> None:
+def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tminus.service.startup.server")
     opening = Opening()
     client = TestClient(opening, base_url="http://localhost")
     assert client.get("/healthz").json() == {"status": "alive"}
@@ -161,7 +163,9 @@ def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does() -
     assert "being measured" in page.text
     assert 'http-equiv="refresh"' in page.text
     told = Opening()
-    told.tell("MNIST", "trying <all>", 3.2)
+    for _ in range(2):
+        told.tell("MNIST", "trying <all>", 3.2)
+    assert [record.getMessage() for record in caplog.records] == ["MNIST: trying <all>; about 3 s to go"], "said once"
     assert (
         "Now: trying &lt;all&gt; (MNIST); about 3 s to go"
         in TestClient(told, base_url="http://localhost").get("/").text
