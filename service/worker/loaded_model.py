@@ -35,7 +35,7 @@ class LoadedModel:
     scheduler: Scheduler
     keeper: Keeper | None = None  # takes the snapshots of its durable jobs
     spare_work: Iterator[None] | None = None
-    """Done a portion at a time, of about one pass each, while the worker has nothing else to do."""
+    """Done a portion at a time, of one batch at most, while the worker has nothing else to do."""
 
     @property
     def info(self) -> ModelInfo:
