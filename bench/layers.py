@@ -35,7 +35,8 @@ class Decoder(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        assert checkpoint.autoencoder is not None, "--decoder 1 needs a latent model"
+        if checkpoint.autoencoder is None:
+            raise SystemExit(f"--decoder 1: {checkpoint.name} has no autoencoder")
         self.autoencoder = checkpoint.autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:

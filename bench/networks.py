@@ -105,12 +105,18 @@ def main() -> None:
 
 
 def folders(text: str) -> dict[str, Path]:
-    """Read a list of networks, by name or as folders of checkpoints. Raises SystemExit for what is neither."""
-    found = {}
+    """Read a list of networks, by name or as folders of checkpoints.
+
+    Raises SystemExit for others, and for two of one name.
+    """
+    found: dict[str, Path] = {}
     for name in text.split(","):
         if name not in NETWORKS and not Path(name).is_dir():
             raise SystemExit(f"networks must be of {','.join(NETWORKS)}, or folders of checkpoints, got {name!r}")
-        found[Path(name).name] = write(name) if name in NETWORKS else Path(name).resolve()
+        folder = write(name) if name in NETWORKS else Path(name).resolve()
+        if folder.name in found:
+            raise SystemExit(f"networks must have names of their own, got {folder.name!r} twice")
+        found[folder.name] = folder
     return found
 
 

@@ -337,6 +337,17 @@ def test_a_network_is_written_once_and_loads_here_and_in_diffusers(tmp_path: Pat
         assert torch.allclose(codes.eval().decode(x)[0], checkpoint.autoencoder.decode(x), atol=1e-5)
 
 
+def test_networks_that_are_nowhere_or_of_one_name_are_one_clear_line(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    one, other = tmp_path / "a" / "model", tmp_path / "b" / "model"
+    assert networks.folders(f"{one}/,{tmp_path}/b/model/..") == {"model": one, "b": tmp_path / "b"}
+    with pytest.raises(SystemExit, match="names of their own, got 'model' twice"):
+        networks.folders(f"{one},{other}")
+    with pytest.raises(SystemExit, match="or folders of checkpoints, got 'nowhere'"):
+        networks.folders("nowhere")
+
+
 def test_a_pass_of_a_row_is_counted_as_published(tmp_path: Path) -> None:
     """Fang et al. 2023 (Diff-Pruning) have 6.1 G multiply-adds without the products of the attention, 0.17 G.
 
