@@ -12,7 +12,7 @@ from tminus.__main__ import main
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
-from tminus.service.engine import openvino_executor
+from tminus.service.engine import loading, openvino_executor
 from tminus.service.engine.protocol import BUNDLED
 
 pytestmark = pytest.mark.slow
@@ -58,6 +58,15 @@ def test_a_processor_without_bfloat16_and_a_bad_folder_are_one_clear_line(
     result = CliRunner().invoke(main, ["approve", str(tmp_path / "nowhere")])
     assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
     assert "nowhere: no such folder" in result.output
+
+
+def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_read(
+    tmp_path: Path, net: UNet2D, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda: 2**10)
+    result = approve(tmp_path / "model", net)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert "GiB of memory are free" in result.output
 
 
 def test_a_student_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
