@@ -18,6 +18,12 @@ from tminus.service.engine.protocol import BUNDLED
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in test_approval.py: nets this small wait long for a second thread on a busy machine."""
+    monkeypatch.setattr(loading, "CORES", 1)
+
+
 @pytest.fixture
 def net() -> UNet2D:
     net = UNet2D(TINY)
