@@ -52,7 +52,9 @@ class Proof:
         how: Mapping[str, Any],
         cache: Path | None,
     ) -> None:
-        self._checkpoint, self._device, self._executor = checkpoint, device, executor
+        # Without the autoencoder, which would be held until all is tested.
+        self._checkpoint = replace(checkpoint, autoencoder=None, size_px=checkpoint.row_shape[1:])
+        self._device, self._executor = device, executor
         how_it_runs = f"executor {executor.name} {executor.precision} ({executor.details})"
         self._finding = f"{how_it_runs} does not give the same bits alone and among others here"
         what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
@@ -174,8 +176,7 @@ class _Standin:
 
 def samplers_keep_rows_apart(checkpoint: Checkpoint, device: torch.device, max_batch: int) -> bool:
     """Run a job of every sampler on a stand-in for the network; True if all bits agree alone and together."""
-    pixels = replace(checkpoint, autoencoder=None, size_px=checkpoint.row_shape[1:])
-    engine = Engine(pixels, _Standin(checkpoint), device, max_rows=SPARE_ROWS, max_jobs=SPARE_JOBS)
+    engine = Engine(checkpoint, _Standin(checkpoint), device, max_rows=SPARE_ROWS, max_jobs=SPARE_JOBS)
     return same_alone_and_together(engine, max_batch)
 
 

@@ -1,8 +1,10 @@
+import gc
 import json
 import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -609,6 +611,23 @@ def test_a_latent_model_is_loaded_for_little_work_after_another_start(
         monkeypatch.setattr(openvino_executor.KeptGraph, "read", lambda *_: None)
         monkeypatch.setattr(openvino_executor.KeptGraph, "write", lambda *_: None)
     assert load_engine(options, places(1)).engine.info == expected
+
+
+def test_an_autoencoder_s_weights_are_freed_once_openvino_has_them_though_bits_are_left_to_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_latent_pipeline(tmp_path / "latent", "kl")
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1,)))
+    monkeypatch.setattr(loading, "TEST_S", 0.0)
+    options = LoadOptions(tmp_path / "latent", device="cpu", threads=1, max_batch=4, cache_dir=tmp_path / "cache")
+    checkpoint = read_checkpoint(options)
+    assert checkpoint.autoencoder is not None
+    weights = weakref.ref(next(checkpoint.autoencoder.parameters()))
+    loaded = loading.prepare_engine(checkpoint, options)
+    del checkpoint
+    gc.collect()
+    assert weights() is None
+    assert list(loaded.spare_work or ())
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
