@@ -8,6 +8,7 @@ Passes take turns in one process. Prints tables and writes large.json.
 """
 
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,10 +36,13 @@ def main() -> None:
     trees = {"tminus": ROOT} | ({"tminus before": args.before.resolve()} if args.before != ROOT else {})
     findings = Findings()
     for name, folder in networks.folders(args.networks).items():
-        theirs = [*first_pass_of_diffusers(folder)]
-        with tempfile.TemporaryDirectory() as parent:
+        try:
+            theirs = [*first_pass_of_diffusers(folder)]
             findings.add(name, theirs)
-            findings.add(name, starts(folder, trees, Path(parent), theirs[0].value))
+            with tempfile.TemporaryDirectory() as parent:
+                findings.add(name, starts(folder, trees, Path(parent), theirs[0].value))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            findings.leave_out(f"{name}: starts: {str(error).strip().splitlines()[-1]:.300}")
         for precision in ("float32", "bfloat16"):
             options = {"checkpoint": folder, "precision": precision, "rows": args.rows, "seconds": args.seconds}
             options |= {"float32-too": 1}

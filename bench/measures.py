@@ -58,8 +58,9 @@ class Findings:
         self.left_out.append(sentence)
 
     def add(self, network: str, found: Iterable[Measure]) -> None:
-        """Keep measurements of a network."""
-        self.measures += [replace(each, network=network) for each in found]
+        """Keep measurements of a network, also those before an error."""
+        for each in found:
+            self.measures.append(replace(each, network=network))
 
     def gather(self, network: str, part: str, module: str, options: Mapping[str, Any], limit_s: float) -> None:
         """Run a part, a module of ours, in a process of its own. After the limit it is ended."""

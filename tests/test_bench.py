@@ -4,10 +4,11 @@ import asyncio
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, networks, report, servers, traffic
+from bench import arrivals, client, cluster, figures, gpu, large, networks, report, servers, traffic
 from bench.bare import flops_per_row
 from bench.loads import QUICK
 from bench.measures import Findings, Measure, table
@@ -424,6 +425,23 @@ def test_a_table_has_a_column_for_each_number_of_rows() -> None:
         "| passes | tminus | float32 | row-steps/s | 1235 | 1235 |",
         "| passes | diffusers | float32 | row-steps/s | 0.5 |  |",
     ]
+
+
+def test_what_was_measured_before_a_start_fails_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starts(*_: object) -> Iterator[Measure]:
+        yield Measure("first start to readiness", "tminus", 5.0, "s")
+        raise RuntimeError("the server did not become ready")
+
+    theirs = Measure("from_pretrained and a pass of one row", "diffusers", 2.0, "s")
+    monkeypatch.setattr(large, "first_pass_of_diffusers", lambda _folder: iter([theirs]))
+    monkeypatch.setattr(large, "starts", starts)
+    monkeypatch.setattr(Findings, "gather", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["bench.large", "--networks", str(tmp_path), "--out", str(tmp_path)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    large.main()
+    found = json.loads((tmp_path / "large.json").read_bytes())
+    assert [each["value"] for each in found["measures"]] == [2.0, 5.0]
+    assert found["left_out"] == [f"{tmp_path.name}: starts: the server did not become ready"]
 
 
 @pytest.mark.long
