@@ -28,7 +28,7 @@ from tminus.service.cli import images
 from tminus.service.cli.images import LocalJob
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
-from tminus.service.engine import autotune, loading
+from tminus.service.engine import autotune, loading, selftest
 from tminus.service.engine.autotune import Choice
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.images.encoder import encode_png, recipe
@@ -63,7 +63,7 @@ def load_quickly(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr(autotune, "TRIAL_S", 0.005)
     patch.setattr(loading, "_measure", measured)
-    patch.setattr(loading, "same_alone_and_together", lambda *_, **__: True)
+    patch.setattr(selftest, "same_alone_and_together", lambda *_, **__: True)
 
 
 @pytest.fixture
