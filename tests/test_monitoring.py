@@ -47,9 +47,10 @@ def run(*command: str | Path) -> str:
 
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
+    promtool = needs("prometheus").with_name("promtool")
     for name in ("prometheus", "replicas"):
-        run(needs("prometheus"), "check", "config", PROMETHEUS / f"{name}.yml")
-    run(needs("prometheus"), "test", "rules", PROMETHEUS / "alerts_test.yml")
+        run(promtool, "check", "config", PROMETHEUS / f"{name}.yml")
+    run(promtool, "test", "rules", PROMETHEUS / "alerts_test.yml")
 
 
 def test_every_alert_is_tried_when_it_fires_and_when_it_does_not() -> None:
@@ -118,9 +119,9 @@ def prometheus(served: Served, folder: Path) -> Iterator[str]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     url = f"http://127.0.0.1:{free_port()}"
-    needs("prometheus")
-    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    command += [f"--web.listen-address={url.removeprefix('http://')}", "--log.level=error"]
+    command = [needs("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={url.removeprefix('http://')}"]
+    command += ["--log.level=error"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         yield url

@@ -20,7 +20,7 @@ PLACES = {
     "npm": ("npm",),  # and with it node
     "openssl": ("openssl",),
     "postgresql": ("initdb", "/usr/lib/postgresql/*/bin/initdb"),
-    "prometheus": ("promtool",),
+    "prometheus": ("prometheus",),  # and with it promtool
     "sqlite3": ("sqlite3",),
 }
 MISSING = " is missing: apt-get install "

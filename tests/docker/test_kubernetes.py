@@ -393,7 +393,7 @@ def test_prometheus_adds_up_what_all_hold_and_what_waits_once(
     test = {"rule_files": ["rules.yml"], "evaluation_interval": "10s"}
     test |= {"tests": [{"interval": "30s", "input_series": series, "promql_expr_test": asked}]}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    command = [needs("prometheus"), "test", "rules", tmp_path / "test.yml"]
+    command = [needs("prometheus").with_name("promtool"), "test", "rules", tmp_path / "test.yml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
