@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bench.passes import make_peaks
 from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph
+from tminus.model.files import CheckpointError
+from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, precisions
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 PEAK_S = 2.0
@@ -46,10 +47,14 @@ class Decoder(nn.Module):
 def main() -> None:
     """Measure, and print a table."""
     args = options_of(__doc__, checkpoint=CHECKPOINT, precision="float32", threads=1, decoder=0, passes=8)
+    if args.precision not in precisions():
+        raise SystemExit(f"--precision must be of {', '.join(precisions())} on this processor, got {args.precision!r}")
     torch.set_num_threads(args.threads)
-    compiled = compile_network(
-        load_checkpoint(args.checkpoint), args.precision, args.threads, decoder=bool(args.decoder)
-    )
+    try:
+        checkpoint = load_checkpoint(args.checkpoint)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error
+    compiled = compile_network(checkpoint, args.precision, args.threads, decoder=bool(args.decoder))
     calls, flops = make_peaks(torch.device("cpu"), args.precision)
     peak = max(flops[name] / fastest_s(call) for name, call in calls.items())
     print(table(fastest(compiled, args.passes), layers_of(compiled), peak))
