@@ -8,20 +8,19 @@ convolution, by torch on as many threads.
 """
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.passes import make_peaks
+from bench.bare import find_peaks
 from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, precisions
+from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, core, precisions
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 PEAK_S = 2.0
@@ -55,8 +54,7 @@ def main() -> None:
     except CheckpointError as error:
         raise SystemExit(str(error)) from error
     compiled = compile_network(checkpoint, args.precision, args.threads, decoder=bool(args.decoder))
-    calls, flops = make_peaks(torch.device("cpu"), args.precision)
-    peak = max(flops[name] / fastest_s(call) for name, call in calls.items())
+    peak = max(find_peaks(args.precision, PEAK_S).values())
     print(table(fastest(compiled, args.passes), layers_of(compiled), peak))
 
 
@@ -72,22 +70,11 @@ def compile_network(checkpoint: Checkpoint, precision: str, threads: int, *, dec
         graph = Graph(checkpoint.net, checkpoint.row_shape, checkpoint.noise.num_train_timesteps)
         model = graph.of_size(1, precision)
     config = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "INFERENCE_NUM_THREADS": threads}
-    return openvino.Core().compile_model(model, "CPU", config | {"NUM_STREAMS": 1, "PERF_COUNT": True})
-
-
-def fastest_s(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of many calls."""
-    seconds: list[float] = []
-    until_s = time.perf_counter() + PEAK_S
-    while not seconds or time.perf_counter() < until_s:
-        began_s = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began_s)
-    return min(seconds)
+    return core().compile_model(model, "CPU", config | {"NUM_STREAMS": 1, "PERF_COUNT": True})
 
 
 def fastest(compiled: Any, passes: int) -> dict[str, float]:
-    """Milliseconds of each layer."""
+    """Return the milliseconds that each layer takes at best."""
     request = compiled.create_infer_request()
     generator = np.random.default_rng(0)
     for given in compiled.inputs:
@@ -101,7 +88,7 @@ def fastest(compiled: Any, passes: int) -> dict[str, float]:
 
 
 def layers_of(compiled: Any) -> dict[str, tuple[str, float]]:
-    """Of each layer its kind and its FLOPs, 0 where it multiplies no matrices."""
+    """Tell each layer's kind and its FLOPs, 0 where it multiplies no matrices."""
     return {layer.get_friendly_name(): kind_of(layer) for layer in compiled.get_runtime_model().get_ordered_ops()}
 
 

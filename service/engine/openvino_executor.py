@@ -66,9 +66,19 @@ def version() -> str | None:
     return openvino.__version__ if openvino is not None else None
 
 
+@cache
+def core() -> Any:
+    """Return OpenVINO's entry to the processor, one for as long as the process lives.
+
+    Each gives the thread that makes it another stack for its signals, and frees that stack when it goes. Those that go
+    in another order than they came leave the thread one that is freed, and the next signal ends the process.
+    """
+    return openvino.Core()
+
+
 def precisions() -> tuple[str, ...]:
     """The precisions of this processor; bfloat16 only where it has the instructions."""
-    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
 
@@ -76,10 +86,10 @@ def bfloat16_gain() -> float:
     """Return how much faster bfloat16 is than float32 on this processor, in a convolution as networks have many of."""
     x = ops.parameter([1, 128, 32, 32], np.float32)
     layer = ops.convolution(x, np.ones((128, 128, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
-    model, core = openvino.Model([ops.result(layer)], [x]), openvino.Core()
+    model = openvino.Model([ops.result(layer)], [x])
     seconds: dict[str, list[float]] = {precision: [] for precision in PRECISION_HINTS}
     requests = {
-        precision: core.compile_model(model, "CPU", _config(precision, 1, 1)).create_infer_request()
+        precision: core().compile_model(model, "CPU", _config(precision, 1, 1)).create_infer_request()
         for precision in PRECISION_HINTS
     }
     for _ in range(8):  # in turn, since other programs may run too
@@ -112,11 +122,10 @@ class Graph:
             self.class_table = F.pad(weight, (0, spare)).clone() if weight is not None else None  # [classes, temb]
         self._embed_between = LRUCache[float, Tensor](MAX_TIMES_BETWEEN)
         self._embed_one = copy.deepcopy(net.time_embedder())
-        self.core = openvino.Core()
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
         self._file = file
-        kept = file.read(self.core) if file is not None else None
+        kept = file.read() if file is not None else None
         self.model = kept if kept is not None else self._convert_and_keep(net)
         if self._file is not None:
             net.to("meta")
@@ -125,14 +134,14 @@ class Graph:
         example = (torch.zeros(1, *self.shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *self.shape]), openvino.PartialShape([-1, self.temb_dim])]
         model = _convert(_Body(net), example, inputs)
-        if self._file is not None and (kept := self._file.write(model, self.core)) is not None:
+        if self._file is not None and (kept := self._file.write(model)) is not None:
             return kept
         self._file = None  # it cannot be written: the weights stay in memory
         return model
 
     def compile(self, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
         """Make passes of one size, one for each stream; the streams share the threads."""
-        compiled = self.core.compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
+        compiled = core().compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
         passes = deque(_Pass(compiled.create_infer_request()) for _ in range(streams))
         if self._file is not None:
             self._file.release()
@@ -174,7 +183,7 @@ class KeptGraph:
         self._files = tuple(folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
         self._xml, self._weights, self._sums = self._files
 
-    def read(self, core: Any) -> Any:
+    def read(self) -> Any:
         """Map the graph; None where there is none, or it is not what was written."""
         try:
             if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
@@ -182,11 +191,11 @@ class KeptGraph:
                 return None
             with contextlib.suppress(OSError):  # as of a folder that is only read
                 self._sums.touch()  # so that those that are used longest ago go first
-            return core.read_model(self._xml, self._weights)
+            return core().read_model(self._xml, self._weights)
         except (OSError, ValueError, RuntimeError):
             return None
 
-    def write(self, model: Any, core: Any) -> Any:
+    def write(self, model: Any) -> Any:
         """Write the graph, and map it; None where that is not possible, as on a disk that is full or only read.
 
         Another server may write the same graph at the same time: each maps what it has written itself.
@@ -197,7 +206,7 @@ class KeptGraph:
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self._folder) as name:
                 xml, weights, sums = new = [Path(name) / file.name for file in self._files]
                 openvino.save_model(model, xml, compress_to_fp16=False)
-                kept = core.read_model(xml, weights)  # a file that came out short is found here
+                kept = core().read_model(xml, weights)  # a file that came out short is found here
                 sums.write_text(_hash_of(xml, weights), "utf-8")
                 weights.chmod(0o400)  # it is mapped: whoever wrote over it would end a server
                 self._sums.unlink(missing_ok=True)  # first out and last in
@@ -362,13 +371,12 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
 
     file: where the graph is kept.
     """
-    core = openvino.Core()
-    graph = file.read(core) if file is not None else None
+    graph = file.read() if file is not None else None
     if graph is None:
         converted = _convert(module, torch.zeros(*shape), [openvino.PartialShape(list(shape))])
         transpose_narrow(converted)
-        graph = (file.write(converted, core) if file is not None else None) or converted
-    request = core.compile_model(graph, "CPU", _config("float32", 1, 1)).create_infer_request()
+        graph = (file.write(converted) if file is not None else None) or converted
+    request = core().compile_model(graph, "CPU", _config("float32", 1, 1)).create_infer_request()
     if file is not None:
         file.release()
 

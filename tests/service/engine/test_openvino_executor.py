@@ -270,6 +270,27 @@ def test_nothing_is_told_to_the_makers_of_openvino(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+SIGNAL = """
+import gc, signal, torch
+from tminus.service.engine.openvino_executor import one_thread
+passes = [one_thread(torch.nn.Conv2d(1, 1, 3), (1, 1, 8, 8)) for _ in range(3)]
+while passes:
+    del passes[0]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@needs_openvino
+def test_a_signal_is_handled_after_networks_have_gone_in_the_order_in_which_they_came() -> None:
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", SIGNAL], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 @needs_openvino
 @pytest.mark.parametrize(
     "config",

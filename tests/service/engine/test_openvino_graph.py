@@ -15,7 +15,7 @@ from tests.tiny import randomize
 from tminus.model.layers import ResnetBlock, Upsample
 from tminus.service.engine import openvino_graph
 from tminus.service.engine.autotune import example_inputs
-from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, OpenVINOExecutor
+from tminus.service.engine.openvino_executor import PRECISION_HINTS, Graph, OpenVINOExecutor, core
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 pytestmark = [pytest.mark.slow, needs_openvino]
@@ -43,7 +43,7 @@ def run(
     prepare(module)
     model = convert(module.eval(), inputs, [openvino.PartialShape(list(each.shape)) for each in inputs])
     config = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "INFERENCE_NUM_THREADS": threads}
-    out = openvino.Core().compile_model(model, "CPU", config)([each.numpy() for each in inputs])[0]
+    out = core().compile_model(model, "CPU", config)([each.numpy() for each in inputs])[0]
     return torch.from_numpy(out.copy()), ops_of(model)
 
 
@@ -194,7 +194,7 @@ def test_layouts_that_are_transposed_change_no_bit() -> None:
     for transposed in (False, True):
         if transposed:
             transpose_narrow(model)
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         outs.append(torch.from_numpy(compiled([each.numpy() for each in inputs])[0].copy()))
     assert ops_of(model)["Transpose"] == 4, "two before each norm"
     assert outs[1].equal(outs[0])
