@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.records import Pace
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+from tminus.service.engine.devices import multiplying
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.loading import LARGEST_BATCH
 
-MATMUL_SIZE = 2048
-CONV_CHANNELS, CONV_SIZE, CONV_BATCH = 256, 32, 4
+CPU = torch.device("cpu")
+PEAK_SIZES = {"cpu": (2048, 256, 32, 4), "cuda": (8192, 512, 64, 64)}  # of the matmul; channels, side, batch
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
@@ -41,14 +43,15 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     peak_s = min(2.0, args.seconds)
+    peaks = find_peaks("float32", peak_s)
     with torch.inference_mode():
         result = {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "flops_per_row": flops_per_row(load_checkpoint(args.checkpoint)),
-            "matmul_flops": matmul_peak(peak_s, torch.float32),
-            "matmul_bfloat16_flops": matmul_peak(peak_s, torch.bfloat16),
-            "conv_flops": conv_peak(peak_s),
+            "matmul_flops": peaks["a matmul"],
+            "matmul_bfloat16_flops": find_peaks("bfloat16", peak_s)["a matmul"],
+            "conv_flops": peaks["a convolution"],
         }
     paces = {
         batch: run_bare(args.checkpoint, args.executor, args.precision, batch, args.seconds) for batch in args.batches
@@ -90,24 +93,35 @@ def flops_per_row(checkpoint: Checkpoint) -> int:
     return int(counter.get_total_flops())
 
 
-def matmul_peak(seconds: float, dtype: torch.dtype) -> float:
-    """FLOP/s of the best square matmul seen."""
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype)
-    out = torch.empty_like(a)
-    best_s = min(_timed(lambda: torch.mm(a, b, out=out), seconds))
-    return 2 * MATMUL_SIZE**3 / best_s
-
-
-def conv_peak(seconds: float) -> float:
-    """FLOP/s of the best wide 3x3 float32 convolution seen, channels last.
+def make_peaks(device: torch.device, precision: str) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """Make a large matmul and a wide 3x3 convolution, channels last; returns them, and the FLOPs of each.
 
     Another library does convolutions than does matmuls, and on some processors it is the faster by far.
     """
-    c, size, batch = CONV_CHANNELS, CONV_SIZE, CONV_BATCH
-    x = torch.randn(batch, c, size, size).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(c, c, 3, 3).contiguous(memory_format=torch.channels_last)
-    best_s = min(_timed(lambda: F.conv2d(x, weight, padding=1), seconds))
-    return 2 * 9 * c * c * size * size * batch / best_s
+    dtype, (size, channels, side, batch) = DTYPES[precision], PEAK_SIZES[device.type]
+
+    def limited(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.inference_mode(), multiplying(device, tf32=precision == "tf32"):
+                return call()
+
+        return run
+
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    calls = {
+        "a matmul": limited(lambda: torch.mm(a, b, out=out)),
+        "a convolution": limited(lambda: F.conv2d(x, weight, padding=1)),
+    }
+    return calls, {"a matmul": 2 * size**3, "a convolution": 2 * 9 * channels**2 * side**2 * batch}
+
+
+def find_peaks(precision: str, seconds: float) -> dict[str, float]:
+    """Measure FLOP/s of the best large matmul and of the best wide convolution seen, for so many seconds each."""
+    calls, flops = make_peaks(CPU, precision)
+    return {name: flops[name] / min(_timed(call, seconds)) for name, call in calls.items()}
 
 
 def _inputs(checkpoint: Checkpoint, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:

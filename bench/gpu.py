@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def card_of(device: str) -> str:
-    """The name of the card. Raises SystemExit where there is none."""
+    """Return the name of the card. Raises SystemExit where there is none."""
     if device == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
@@ -117,7 +117,7 @@ def card_of(device: str) -> str:
 
 
 def parts_of(folders: dict[str, Path], device: str, plan: Plan) -> Sequence[Part]:
-    """Everything to measure, what says most first: what is compiled takes the longest and comes last."""
+    """List all there is to measure, what says most first: what is compiled takes the longest and comes last."""
     eager, compiled = [], []
     for name, folder in folders.items():
         options = {"checkpoint": folder, "device": device, "seconds": plan.call_s, "rows": plan.rows}

@@ -82,7 +82,7 @@ def starts(folder: Path, trees: dict[str, Path], parent: Path, diffusers_s: floa
 
 
 def memory(when: str, of: str, peak_and_resident: Sequence[int] | None) -> Iterator[Measure]:
-    """What the system tells; nothing where it does not."""
+    """Give peak and resident memory, where the system tells them."""
     for name, taken in zip(("peak", "resident"), peak_and_resident or (), strict=False):
         yield Measure(f"{name} memory {when}", of, taken / MIB, "MiB")
 

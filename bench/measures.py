@@ -128,7 +128,7 @@ def end(process: "subprocess.Popen[bytes] | subprocess.Popen[str]") -> None:
 
 
 def whole_lines(file: IO[str]) -> Iterable[str]:
-    """The lines of a file but for a last one that was cut off."""
+    """Return the lines of a file, without a last one that was cut off."""
     file.seek(0)
     return [line for line in file if line.endswith("\n")]
 
@@ -140,7 +140,7 @@ def tell(*found: Measure | str) -> None:
 
 
 def table(measures: Sequence[Measure]) -> str:
-    """A column for each number of rows, a line for all else."""
+    """Make a table with a column for each number of rows, and a line for each other thing that differs."""
     rows = sorted({each.rows or 0 for each in measures})
     lines: dict[tuple[str, str, str, str], dict[int, float]] = {}
     for each in measures:
@@ -155,7 +155,7 @@ def table(measures: Sequence[Measure]) -> str:
 
 
 def rates_in_turns(calls: Mapping[Key, Callable[[], object]], device: torch.device, seconds: float) -> dict[Key, float]:
-    """Calls a second of each, which take turns in this process; the best turn counts, since other programs may run."""
+    """Measure how often a second each can be called; the best of their turns counts, as other programs may run."""
     best = dict.fromkeys(calls, 0.0)
     for call in calls.values():
         call()  # warms up

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DModel, VQModel
 from torch import Tensor
 
-from bench.bare import flops_per_row
+from bench.bare import DTYPES, flops_per_row, make_peaks
 from bench.measures import Measure, rates_in_turns, tell
 from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
@@ -28,8 +27,6 @@ from tminus.service.engine.loading import LARGEST_BATCH
 from tminus.service.engine.pictures import LatentPictures
 
 PEAK = "peak"
-PEAK_SIZES = {"cpu": (2048, 256, 32, 4), "cuda": (8192, 512, 64, 64)}  # of the matmul; channels, side, batch
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 Pass = Callable[[Inputs], object]
 Contender = tuple[str, str]  # its name and precision
@@ -85,7 +82,7 @@ def build(checkpoint: Checkpoint, device: torch.device, name: str, precision: st
 
 
 def peers(checkpoint: Path, device: torch.device, precision: str, *, compiled: bool) -> Mapping[Contender, Pass]:
-    """diffusers' passes in a precision. Only the eager ones differ by layout: a compiler chooses its own."""
+    """Make diffusers' passes in a precision. Only the eager ones differ by layout: a compiler chooses its own."""
     dtype = DTYPES[precision]
     loaded: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet", torch_dtype=dtype)  # type: ignore[no-untyped-call]
     loaded = loaded.eval().to(device)
@@ -132,7 +129,7 @@ def tell_rates(rates: Mapping[Contender, float], ours: Contender, rows: int) -> 
 
 
 def pass_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """What a pass takes on a GPU beside what lies there; nobody tells that on a CPU."""
+    """Return what a pass takes on a GPU beside what lies there; None on a CPU, where nobody tells that."""
     if device.type != "cuda":
         return None
     call()
@@ -144,29 +141,8 @@ def pass_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """What torch has taken of a GPU."""
+    """Return how much of a GPU's memory torch has taken."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-
-
-def make_peaks(device: torch.device, precision: str) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Make a large matmul and a wide 3x3 convolution, which another library may do; and their FLOPs."""
-    dtype, (size, channels, side, batch) = DTYPES[precision], PEAK_SIZES[device.type]
-
-    def limited(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            with torch.inference_mode(), multiplying(device, tf32=precision == "tf32"):
-                return call()
-
-        return run
-
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-    calls = {
-        "a matmul": limited(lambda: torch.mm(a, b)),
-        "a convolution": limited(lambda: F.conv2d(x, weight, padding=1)),
-    }
-    return calls, {"a matmul": 2 * size**3, "a convolution": 2 * 9 * channels**2 * side**2 * batch}
 
 
 def decode(checkpoint: Checkpoint, folder: Path, device: torch.device, seconds: float) -> None:

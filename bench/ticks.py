@@ -83,7 +83,7 @@ def fitting(checkpoint: Checkpoint, device: torch.device, precision: str, rows: 
 
 
 def same_bits(executor: Executor, checkpoint: Checkpoint, device: torch.device, rows: int) -> dict[str, float]:
-    """The share of rows that have the bits of a pass of all rows in one of their own, and in that pass repeated."""
+    """Compare a pass of all rows with passes of one row, and with itself: which share of rows has the same bits."""
     x, t, labels = example_inputs(checkpoint, device, rows)
     together, again = (executor(x, t, labels).clone() for _ in range(2))
     some = range(min(rows, ALONE))

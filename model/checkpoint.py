@@ -306,7 +306,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a checkpoint takes in memory, by its configuration alone: bytes in float32, which is what is served."""
+    """How many bytes a checkpoint takes in memory, in float32, as its configuration alone tells."""
 
     num_parameters: int
     row_px: tuple[int, int]
@@ -314,13 +314,13 @@ class Needs:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     pass_bytes: int
-    """One row in a forward pass."""
+    """What one row takes in a forward pass."""
     coding_bytes: int = 0
-    """One image in the autoencoder of a latent model."""
+    """What one image takes in the autoencoder of a latent model."""
 
     @property
     def weights_bytes(self) -> int:
-        """All weights once."""
+        """What all weights take once."""
         return 4 * self.num_parameters
 
     @property

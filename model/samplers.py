@@ -240,11 +240,10 @@ def sample(
     guidance: float = 1.0,
     guidance_interval: tuple[int, int] | None = None,
     guidance_rescale: float = 0.0,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run a plan on one batch, see `sample_passes`; on_step is called after each pass with its number."""
+    """Run a plan on one batch from x_T to x_0, see `sample_passes`."""
     x_0 = x_T
-    passes = sample_passes(
+    for x in sample_passes(
         net,
         plan,
         x_T,
@@ -254,11 +253,8 @@ def sample(
         guidance=guidance,
         guidance_interval=guidance_interval,
         guidance_rescale=guidance_rescale,
-    )
-    for k, x in enumerate(passes):
+    ):
         x_0 = x
-        if on_step is not None:
-            on_step(k)
     return x_0
 
 

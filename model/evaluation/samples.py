@@ -23,7 +23,7 @@ from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import images_of
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Plan, sample
+from tminus.model.samplers import Plan, sample_passes
 from tminus.model.timesteps import SPACINGS
 from tminus.model.training.data import ImageSet
 
@@ -189,10 +189,6 @@ def draw_samples(
     images = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
     with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
-
-        def on_step(_: int) -> None:
-            progress.update()
-
         for start in starts:
             indices = range(start, min(start + options.batch_size, options.num_samples))
             if (batch := cache.read(indices)) is not None:
@@ -204,7 +200,8 @@ def draw_samples(
             def z_of(k: int, indices: range = indices) -> Tensor:
                 return image_noise(options.seed, indices, k + 1, shape, device)
 
-            x_0 = sample(
+            x_0 = torch.zeros(0)
+            for x in sample_passes(
                 forward or net,
                 plan,
                 image_noise(options.seed, indices, 0, shape, device),
@@ -214,8 +211,9 @@ def draw_samples(
                 guidance=options.guidance,
                 guidance_interval=options.guidance_interval,
                 guidance_rescale=options.guidance_rescale,
-                on_step=on_step,
-            )
+            ):
+                x_0 = x
+                progress.update()
             if not bool(torch.isfinite(x_0).all()):
                 raise EvaluateError(f"{checkpoint.name}: samples {indices.start}..{indices.stop - 1} are not finite")
             if checkpoint.autoencoder is not None:

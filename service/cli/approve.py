@@ -17,10 +17,10 @@ from tminus.service.startup.logs import set_up_log
 @click.option(
     "--images",
     type=click.IntRange(4, 1000),
-    help="images, of each sampler  [default: as many as ten minutes allow, 4 to 16]",
+    help="images to make with each sampler  [default: as many as ten minutes allow, 4 to 16]",
 )
 @click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
-@click.option("--cache-dir", type=FOLDER_TYPE, help="as of tminus serve  [default: ~/.cache/tminus]")
+@click.option("--cache-dir", type=FOLDER_TYPE, help="where measurements are kept  [default: ~/.cache/tminus]")
 @DEVICE
 def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:
     """Let `tminus serve` run CHECKPOINT in bfloat16, if its images show that it does no harm.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ from tminus.service.work import Batch
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+# Is told what a start is doing, and roughly for how many seconds more; None where that is not known.
+Progress = Callable[[str, float | None], None]
 
 # No batch is larger unless --max-batch asks for it: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
@@ -96,16 +98,6 @@ class ReadModel:
     name: str
     folder: Path
     checkpoint: Checkpoint
-
-
-class Progress(Protocol):
-    """Told what a start is doing, and roughly how many seconds it has still to go; None where that is not known."""
-
-    def __call__(self, what: str, left_s: float | None, /) -> None: ...
-
-
-def no_progress(_what: str, _left_s: float | None, /) -> None:
-    """Tell nobody."""
 
 
 def load_engine(
@@ -176,7 +168,7 @@ def prepare_engine(
     known: Measured | None = None,
     *,
     busy: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = lambda *_: None,
 ) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
@@ -307,7 +299,7 @@ def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
-    """How long ticks take, and what batch sizes follow from that; those of an earlier start are kept.
+    """Measure how long ticks take, and find the batch sizes that follow from that; those of an earlier start are kept.
 
     Long ticks are kept too: admission corrects the times by what ticks really take.
     """

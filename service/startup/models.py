@@ -343,7 +343,7 @@ class ServedModels:
 
     @property
     def memory_bytes(self) -> int:
-        """What all models take together, roughly; also those that still finish their jobs."""
+        """Tell roughly what all models take together, with those that only finish their jobs."""
         return sum(one.memory_bytes for one in self._by_number.values() if one.engine is not None)
 
     def _device_memory_bytes(self) -> int:

@@ -356,16 +356,19 @@ class Loader:
             raise CheckpointRefused(detail, field="model", value=name)
 
     def measure(
-        self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] | None = None
+        self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] = lambda *_: None
     ) -> Prepared:
-        """Measure a model, and give it its name. busy: whether others are served meanwhile. progress: see loading."""
+        """Measure a model, and give it its name. busy: whether others are served meanwhile.
+
+        progress: is told what is being done, and roughly how many seconds are left.
+        """
         from tminus.service.engine.devices import release_memory
-        from tminus.service.engine.loading import no_progress, prepare_engine
+        from tminus.service.engine.loading import prepare_engine
 
         memory_bytes = needed_bytes(self._settings, model.folder)
         try:
             options, known = self._settings.load_options(model.folder), self._measured.get(model.name)
-            loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress or no_progress)
+            loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
             traceback.clear_frames(error.__traceback__)  # whose variables hold it too

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +131,16 @@ def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
 ) -> None:
     batched = dataclasses.replace(PLAIN, batch_size=3)
     whole = run(POINTS[:1], (5,), options=batched)
-    sampled, made = samples.sample, []
+    sampled, made = samples.sample_passes, []
 
-    def counted(*arguments: Any, **others: Any) -> Tensor:
+    def counted(*arguments: Any, **others: Any) -> Iterator[Tensor]:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(len(arguments[2]))
         return sampled(*arguments, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "sample", counted)
+        patch.setattr(samples, "sample_passes", counted)
         with pytest.raises(KeyboardInterrupt):
             run(POINTS[:1], (5,), options=batched, folder=tmp_path)
     kept = sorted(tmp_path.glob("*.safetensors"))
@@ -149,11 +149,11 @@ def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
 
     rest: list[int] = []
 
-    def rest_of(*arguments: Any, **others: Any) -> Tensor:
+    def rest_of(*arguments: Any, **others: Any) -> Iterator[Tensor]:
         rest.append(len(arguments[2]))
         return sampled(*arguments, **others)
 
-    monkeypatch.setattr(samples, "sample", rest_of)
+    monkeypatch.setattr(samples, "sample_passes", rest_of)
     again = run(POINTS[:1], (5,), options=batched, folder=tmp_path)
     assert again == whole
     assert again.points[0].sheet == whole.points[0].sheet
@@ -177,11 +177,11 @@ def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
 
     made: list[int] = []
 
-    def not_finite(*arguments: Any, **others: Any) -> Tensor:
+    def not_finite(*arguments: Any, **others: Any) -> Iterator[Tensor]:
         made.append(1)
-        return torch.full_like(arguments[2], torch.nan if len(made) == 2 else 0)
+        yield torch.full_like(arguments[2], torch.nan if len(made) == 2 else 0)
 
-    monkeypatch.setattr(samples, "sample", not_finite)
+    monkeypatch.setattr(samples, "sample_passes", not_finite)
     with pytest.raises(EvaluateError):
         run(POINTS[:1], (6,), folder=tmp_path, options=dataclasses.replace(PLAIN, batch_size=3))
     assert list(tmp_path.glob("*.safetensors")) == []
