@@ -51,7 +51,7 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
     page = open_page()
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
     page.says("#caption", "sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
-    page.wait_for_picture("#x_t", server.post(json=OPENING).content)
+    page.wait_for_picture("#x_t img", server.post(json=OPENING).content)
     assert frame_numbers(page) == (21, 21)
     page.has(10, "#strip button:enabled")
     assert job_ids(server) == before
@@ -70,9 +70,9 @@ def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(o
     page.tab.reload()
     page.go_on_until(lambda: bool(held))
     page.make(steps=5, n=1, sampler="ddim", seed=3)
-    picture = page.picture("#x_t")
+    picture = page.picture("#x_t img")
     held[0].abort()
-    assert page.picture("#x_t") == picture == page.picture("#gallery img")
+    assert page.picture("#x_t img") == picture == page.picture("#gallery img")
     page.lost = "net::ERR_FAILED"
 
 
@@ -99,7 +99,7 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     t = 500
     shown = nearest(frames, t)
     assert frame_numbers(page) == (shown + 1, 21)
-    page.wait_for_picture("#x_0", base64.b64decode(frames[shown]["x_0"]))
+    page.wait_for_picture("#x_0 img", base64.b64decode(frames[shown]["x_0"]))
     expect(plot).to_have_attribute("aria-valuenow", str(999 - t))
     schedule = httpx.get(f"{server.url}/model/schedule").json()
     for name in ("alpha_bar", "beta", "snr"):
@@ -277,13 +277,13 @@ def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, serv
     page = open_page(f"{server.url}/#{query}")
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
     picture = server.post(json=ALL_OF_IT).content
-    page.wait_for_picture("#x_t", picture)
+    page.wait_for_picture("#x_t img", picture)
     address = copied_by(page, page.tab.get_by_role("button", name="Copy link"))
     assert httpx.QueryParams(address.partition("#")[2]) == query
     page.make()
     assert page.picture("#gallery img") == picture
     other = open_page(copied_by(page, page.at("#gallery .share")))
-    other.wait_for_picture("#x_t", picture)
+    other.wait_for_picture("#x_t img", picture)
 
 
 def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
@@ -292,7 +292,7 @@ def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
     page = open_page()
     page.make(steps=5, n=2, sampler="ddim", seed=3)
     page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
-    page.wait_for_picture("#x_t", server.post(json=OPENING | {"class_label": 8}).content)
+    page.wait_for_picture("#x_t img", server.post(json=OPENING | {"class_label": 8}).content)
     page.wait_until("Press Sample to make your own.")
     page.says("#caption", "bag, 20 steps of dpmpp_2m")
 
@@ -573,7 +573,7 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
             assert page.picture(cell) == server.post(json=alone).content
     page.at("#cells tr:nth-child(2) td:nth-child(3) button").click()
     page.says("#caption", "From the grid: bag")
-    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
+    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
     assert frame_numbers(page) == (21, 21)
     assert page.form["class_label"] == "8"
     slow_down(server)
@@ -609,7 +609,7 @@ def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
             route.continue_()
     page.says("#caption", "image 1.")
     expect(page.at("#grid-status")).to_have_text("")
-    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
+    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
 
 
 def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
@@ -630,11 +630,11 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
         assert [(pixels(at) == end).all() for at, end in zip((walk[0], walk[-1]), ends, strict=True)] == [True, True]
     page.at("#cells button").nth(6).click()
     page.says("#caption", f"25 % of the way to seed {2**64 - 1} from seed 7.")
-    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+    assert page.picture("#x_t img") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
     form = {name: page.at(f"[name={name}]").input_value() for name in ("seed", "to_seed", "mix")}
     assert (form["seed"], form["to_seed"], form["mix"]) == ("7", str(2**64 - 1), "0.25")
     page.make()
-    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+    assert page.picture("#x_t img") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
 
 
 # --- the batch ---
