@@ -169,7 +169,10 @@ function choose() {
 
 function drawStrip() {
   chosen = frames.length ? choose() : [];
-  while (strip.children.length > chosen.length) strip.lastChild.remove();
+  while (strip.children.length > chosen.length) {
+    for (const image of strip.lastChild.querySelectorAll("img")) image.removeAttribute("src"); // its picture may be let go
+    strip.lastChild.remove();
+  }
   while (strip.children.length < chosen.length) strip.append(makeCell(strip.children.length));
   chosen.forEach((number, k) => {
     const cell = strip.children[k], { step, steps, t, ...pictures } = frames[number];

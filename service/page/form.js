@@ -184,14 +184,14 @@ const nameOf = (label) => (/^\d*$/.test(model.class_names[label] ?? "") ? `class
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Parameters in a few words. */
-export function describe({ n, class_label: label, steps, sampler, seed, to_seed: other, mix, guidance }) {
+export function describe({ n, class_label: label, steps, sampler, seed, to_seed: other, mix, guidance, index }) {
   const labels = new Set([label ?? null].flat());
   const [first] = labels;
   const name = labels.size > 1 ? "several classes" : first === null ? "no class" : nameOf(first);
   const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
   const walk = other === undefined || mix === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
-  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}`;
+  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}${index ? `, index ${index}` : ""}`;
 }
 
 const FIELDS = { guidance_interval: "guidance_from" }; // where the name is another

@@ -98,14 +98,12 @@ async function askImages(cells, parameters, model, page) {
   images.forEach((image, k) => addImage(cells[k], image, parameters, model, page));
 }
 
-const inWords = (alone) => `${describe(alone)}${alone.to_seed === undefined ? `, image ${alone.index}` : ""}`;
-
 function addImage(cell, { png, index }, parameters, model, page) {
   const url = URL.createObjectURL(toBlob(png));
   urls.push(url);
   const alone = { ...parameters, n: 1, index };
   const button = document.createElement("button");
-  Object.assign(button, { type: "button", ariaLabel: `Watch ${inWords(alone)}` });
+  Object.assign(button, { type: "button", ariaLabel: `Watch ${describe(alone)}` });
   button.append(Object.assign(new Image(), { src: url, alt: "" }));
   button.addEventListener("click", () => watch(alone, model, page));
   cell.replaceChildren(button);
