@@ -117,8 +117,8 @@ export function callsOf(parameters, model) {
   return { curl, python };
 }
 
-// The parameters without those that the server would fill in alike.
-function shortest(parameters, model) {
+/** The parameters without those that the server would fill in alike. */
+export function shortest(parameters, model) {
   const spec = { ...parameters };
   const labels = [spec.class_label].flat();
   if (new Set(labels).size === 1) spec.class_label = labels[0] ?? undefined;

@@ -3,7 +3,7 @@
 
 import { copyLink, element, reason, toBase64 } from "./api.js";
 import { describe, numberOfImages } from "./form.js";
-import { callsOf, toHash } from "./recipe.js";
+import { callsOf, shortest, toHash } from "./recipe.js";
 
 const SHOWS = ["x_t", "x_0"];
 const SMOOTH_PX = 128; // from this size on, pixels are not to be seen
@@ -186,7 +186,7 @@ export async function shownPicture() {
 }
 
 element("all").addEventListener("click", () => choose(null));
-element("share").addEventListener("click", ({ target }) => copyLink(target, toHash(shownParameters())));
+element("share").addEventListener("click", ({ target }) => copyLink(target, toHash(shortest(shownParameters(), model))));
 element("another").addEventListener("click", () => {
   const { seed: _, index: __, ...parameters } = shownParameters();
   page.run({ ...parameters, n: count });

@@ -176,9 +176,9 @@ function setUpEdit(run, opened) {
   element("mask-preset").addEventListener("change", applyPreset);
   for (const input of RECTANGLE) input.addEventListener("input", applyPreset);
   element("blank").addEventListener("click", clearPicture);
-  element("take").addEventListener("click", takeShown);
+  element("take").addEventListener("click", () => takeShown());
   element("edit").addEventListener("click", () => denoise(run));
-  opened.then((shown) => shown && !hasPicture() && takeShown());
+  opened.then((shown) => shown && takeShown(hasPicture));
 }
 
 function showValues() {
@@ -231,9 +231,10 @@ function finish() {
   else element("mask-preset").value = "";
 }
 
-async function takeShown() {
+// unwanted: whether, by the time the picture is had, somebody has another.
+async function takeShown(unwanted = () => false) {
   const picture = await shownPicture();
-  if (picture) takeFile(new File([picture], "The image above", { type: picture.type }));
+  if (picture && !unwanted()) takeFile(new File([picture], "The image above", { type: picture.type }));
 }
 
 async function denoise(run) {

@@ -76,6 +76,105 @@ def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(o
     page.lost = "net::ERR_FAILED"
 
 
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (360, 740), (1280, 800)])
+def test_the_first_view_has_a_large_picture_and_the_button(open_page: OpenPage, width: int, height: int) -> None:
+    page = open_page(viewport={"width": width, "height": height})
+    expect(page.at("body")).to_have_attribute("data-opening", "shown")
+    expect(page.at("#x_t")).to_be_in_viewport(ratio=1)
+    expect(page.at("#go")).to_be_in_viewport(ratio=1)
+    expect(page.at("[name=steps]")).to_be_hidden()
+
+
+# --- what was made ---
+
+
+def test_each_image_opens_large_with_its_own_png_link_and_calls(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    asked = {"n": 3, "steps": 6, "sampler": "ddim", "seed": 5, "class_label": "bag", "guidance": 1}
+    page.make(**asked)
+    spec = asked | {"class_label": 8}
+    assert downloaded(page) == server.post(json=spec).content
+    expect(page.at("#vary")).to_be_hidden()
+    page.press("Image 2 of 3")
+    page.has(1, "#x_t .tile:visible")
+    alone = spec | {"n": 1, "index": 1}
+    expect(page.at("#png")).to_have_attribute("download", "tminus-5-2.png")
+    assert downloaded(page) == server.post(json=alone).content
+    page.says("#caption", "bag, 6 steps of ddim, seed 5, index 1.")
+    page.says("#curl", '"index":1')
+    np.testing.assert_array_equal(shown_pixels(page), pixels(server.post(json=alone).content))
+    link = httpx.QueryParams(copied_by(page, page.at("#share")).partition("#")[2])
+    assert link == httpx.QueryParams(alone)
+    page.at("#scrub").fill("3")  # on its way it is large too, and there is nothing to take
+    page.has(1, "#x_0 .tile:visible")
+    expect(page.at("#made")).to_be_hidden()
+    page.at("#scrub").press("End")
+    page.press("All 3")
+    page.has(3, "#x_t .tile:visible")
+    assert downloaded(page) == server.post(json=spec).content
+
+
+def downloaded(page: Page) -> bytes:
+    """What the link beside the image gives."""
+    expect(page.at("#png[href]")).to_be_visible()
+    with page.tab.expect_download() as download:
+        page.at("#png").click()
+    return download.value.path().read_bytes()
+
+
+def shown_pixels(page: Page) -> Any:
+    """The image of the tile that is to be seen, by what its place in the sheet is."""
+    place = page.at("#x_t .tile:visible").evaluate(
+        """(tile) => { const image = tile.querySelector("img"), [box, frame] = [image, tile.querySelector(".crop")].map(
+        (each) => each.getBoundingClientRect()); const scale = image.naturalWidth / box.width;
+        return [(frame.left - box.left) * scale, (frame.top - box.top) * scale, frame.width * scale]; }"""
+    )
+    left, top, width = map(round, place)
+    return pixels(page.picture("#x_t img"))[top : top + width, left : left + width]
+
+
+def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    page.make(n=2, steps=8, sampler="ddim", seed=5, class_label="bag", guidance=1)
+    page.press("Another seed")
+    page.has(2, "#gallery li")
+    page.wait_until(DONE)
+    parameters = httpx.get(f"{server.url}/jobs/{page.job_id}").json()["parameters"]
+    assert (parameters["n"], parameters["steps"], parameters["class_label"]) == (2, 8, [8, 8])
+    assert parameters["seed"] != 5
+    page.press("Image 2 of 2")
+    chosen = shown_pixels(page)
+    page.press("Edit this")
+    expect(page.at("#noise-name")).to_have_text("The image above")
+    expect(page.at("#canvas")).to_be_in_viewport()
+    page.at("#noise-t").fill("0")
+    page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
+    page.press("Variation")
+    page.has(3, "#gallery li")
+    page.wait_until(DONE)
+    job = httpx.get(f"{server.url}/jobs/{page.job_id}").json()
+    assert (job["parameters"]["strength"], job["parameters"]["n"], job["parameters"]["class_label"]) == (0.6, 2, [8, 8])
+    page.says("#caption", "from a picture")
+
+
+def test_a_result_of_the_session_is_shown_again_by_its_place_in_the_strip(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page = open_page()
+    for seed in (1, 2):
+        page.make(n=1, steps=5, sampler="ddim", seed=seed)
+        page.has(seed, "#gallery li")
+    page.at("#batch").scroll_into_view_if_needed()
+    expect(page.at("#gallery button").last).to_be_in_viewport()
+    page.at("#gallery button").last.click()
+    page.says("#caption", "seed 1.")
+    page.wait_until(DONE)
+    expect(page.at("#gallery button").last).to_have_attribute("aria-current", "true")
+    page.has(1, "#gallery [aria-current]")
+    assert page.picture("#x_t img") == page.picture("#gallery li:last-child img")
+    assert page.form["seed"] == "1"
+
+
 # --- film, plot and player ---
 
 
@@ -122,6 +221,31 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     page.at("#noise-t").fill("0")
     assert frame_numbers(page) == (21, 21)
     expect(plot).to_have_attribute("aria-valuenow", "999")
+
+
+def test_the_film_is_scrubbed_by_dragging_and_by_the_wheel(open_page: OpenPage) -> None:
+    page = open_page()
+    strip = page.at("#strip")
+    strip.scroll_into_view_if_needed()
+    box = strip.bounding_box()
+    middle = box["y"] + box["height"] / 3
+    page.tab.mouse.move(box["x"] + box["width"] - 5, middle)
+    page.tab.mouse.down()
+    for share, number in ((0.5, 11), (0.0, 1), (0.75, 16)):
+        page.tab.mouse.move(box["x"] + 3 + share * (box["width"] - 6), middle, steps=4)
+        assert abs(frame_numbers(page)[0] - number) <= 1
+    page.tab.mouse.up()
+    dragged = frame_numbers(page)[0]
+    page.tab.mouse.move(box["x"] + 20, middle)
+    assert frame_numbers(page)[0] == dragged, "it was let go"
+    for turn, number in ((-80, dragged - 2), (40, dragged - 1)):
+        page.tab.mouse.wheel(0, turn)
+        page.says("#frame-text", f"Frame {number} of 21:")
+    scrolled = page.tab.evaluate("() => scrollY")
+    page.tab.mouse.wheel(0, -10_000)
+    page.says("#frame-text", "Frame 1 of 21:")
+    assert page.tab.evaluate("() => scrollY") == scrolled
+    expect(page.at("#x_0 img[src]")).to_have_count(0)  # before the first step there is no guess
 
 
 def nearest(frames: list[dict[str, Any]], t: float) -> int:
@@ -654,7 +778,9 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
         asked = pool.submit(server.post, json=LONG | {"n": 3})
         page.has(1, "#jobs li")
         expect(page.at("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
-        expect(page.at("#jobs .where")).to_have_text(re.compile(r"^3 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$"))
+        expect(page.at("#jobs .where")).to_have_text(
+            re.compile(r"^3 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$")
+        )
         page.has(3, "#jobs .dots i")
         first = page.at("#jobs .where").text_content()
         expect(page.at("#jobs .where")).not_to_have_text(first)
