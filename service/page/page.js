@@ -1,6 +1,6 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
-import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toBlob, toJson } from "./api.js";
+import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toJson } from "./api.js";
 import { clearFrames, film, setGrowing, showPath } from "./film.js";
 import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
 import { addResult, markResult, restore } from "./history.js";
@@ -112,12 +112,8 @@ function showSample({ frames, image }, { nearest: _, ...made }) {
   lay(made.n);
   showPath(frames);
   markResult(null);
-  finish({ parameters: made, picture: image, images: () => askImages(made) });
-}
-
-async function askImages(given) {
-  const response = await post("sample", requestOf(given, model), "application/json");
-  return parse(await response.text()).images.map(({ png }) => toBlob(png));
+  const one = async (_, alone) => (await post("sample", requestOf(alone, model), "image/png")).blob();
+  finish({ parameters: made, picture: image, image: one });
 }
 
 /** Show a path, as one of the grid's. Returns whether it is shown: not while a job is. */
@@ -218,12 +214,13 @@ function show(job, { image, mask } = {}) {
 }
 
 function done(job, picture) {
-  const images = async () => {
-    const response = await ask(`jobs/${job.id}/image`, { headers: { Accept: "application/json" } });
-    return parse(await response.text()).images.map(({ png }) => toBlob(png));
-  };
-  const zip = async () => (await ask(`jobs/${job.id}/image`, { headers: { Accept: "application/zip" } })).blob();
-  finish({ parameters: job.parameters, picture, images, zip });
+  const images = async (query, accept) => (await ask(`jobs/${job.id}/image${query}`, { headers: { Accept: accept } })).blob();
+  finish({
+    parameters: job.parameters,
+    picture,
+    image: (number) => images(`?index=${number}`, "image/png"),
+    zip: () => images("", "application/zip"),
+  });
   addResult(job, picture, model);
   markResult(job.id);
 }

@@ -95,8 +95,8 @@ export function showPictures(frame) {
 
 /**
  * Say what was made.
- * @param {{parameters: object, picture: Blob, images: () => Promise<Blob[]>, zip?: () => Promise<Blob>}} result
- *   picture: the PNG of all images; images: asks for the PNG of each; zip: for all of them in a file
+ * @param {{parameters: object, picture: Blob, image: (number: number, parameters: object) => Promise<Blob>, zip?: () => Promise<Blob>}} result
+ *   picture: the PNG of all images; image: asks for the PNG of one, which these parameters make; zip: for all of them in a file
  */
 export function finish(result) {
   forget();
@@ -163,9 +163,9 @@ function linkPng(single, { seed }) {
 
 async function askForAlone(result, number) {
   try {
-    const images = await result.images();
+    const image = await result.image(number, shownParameters());
     if (made !== result || chosen !== number || alone) return;
-    alone = URL.createObjectURL(images[number]);
+    alone = URL.createObjectURL(image);
     element("png").href = alone;
   } catch (error) {
     if (made === result) complain(`The PNG of this image could not be had: ${reason(error)}.`);
