@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tminus.model.catalogue import MAX_GUIDANCE, PLAIN_SOLVERS
+from tminus.model.catalogue import MAX_GUIDANCE, PLAIN_SOLVERS, usual_settings
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
@@ -92,11 +92,11 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """What the checkpoint recommends, where that can teach; else `TEACHER`, in T steps where those are fewer."""
-    own, (sampler, _, steps) = checkpoint.recommended, TEACHER.partition(":")
-    if own is not None and own.sampler in PLAIN_SOLVERS:
-        return f"{own.sampler}:{own.steps}"
-    return f"{sampler}:{min(int(steps), checkpoint.noise.num_train_timesteps)}"
+    """Name the checkpoint's own settings, where those can teach, or else the usual ones."""
+    own = checkpoint.settings
+    if own.sampler not in PLAIN_SOLVERS:
+        own = usual_settings(checkpoint.noise.num_train_timesteps)
+    return f"{own.sampler}:{own.steps}"
 
 
 def tune(
