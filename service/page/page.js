@@ -160,7 +160,6 @@ async function run(body) {
   busy(true);
   leaveOpening();
   clear();
-  lay(parse(body).n ?? 1);
   say("Asking…");
   toTop();
   try {
