@@ -1,11 +1,13 @@
-"""What is installed from the wheels: each one name, and all that it needs."""
+"""What is installed from the wheels: each one name, what it needs and nothing else; and what an index shows of it."""
 
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -53,15 +55,62 @@ def test_each_takes_one_name(installed: Installed, name: str) -> None:
     assert f"{name}/py.typed" in installed.files[name]
 
 
-@pytest.mark.parametrize(
-    ("part", "there"), [("service", "tminus/service"), ("model", "tminus/model"), ("service/client", "tminus_client")]
-)
-def test_every_module_is_in_it(installed: Installed, part: str, there: str) -> None:
-    ours, theirs = (
-        {file.relative_to(folder) for file in folder.glob("**/*.py")}
-        for folder in (ROOT / part, installed.site / there)
-    )
-    assert theirs == ours
+# What each is made of, from the root of the repository; tminus/ and client/ have links.
+NEEDED = {
+    "tminus": (
+        *("tminus/*.py", "tminus/py.typed", "tminus/model/**/*.py", "tminus/service/**/*.py"),
+        *("tminus/service/client/py.typed", "tminus/service/page/*"),
+        *("tminus/checkpoints/archives.json", "tminus/checkpoints/fashion-mnist-32/**/*"),
+    ),
+    "tminus_client": ("client/tminus_client/**/*.py", "client/tminus_client/py.typed"),
+}
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_each_has_the_files_that_it_needs_and_no_others(installed: Installed, name: str) -> None:
+    ours = {file for pattern in NEEDED[name] for file in ROOT.glob(pattern) if file.is_file()}
+    theirs = {file for file in installed.files[name] if ".dist-info/" not in file}
+    assert theirs == {file.relative_to(ROOT / WHEELS[name]).as_posix() for file in ours}
+
+
+# --- what an index shows ---
+
+
+def project(name: str) -> dict[str, Any]:
+    """What pyproject.toml says of a distribution."""
+    found: dict[str, Any] = tomllib.loads((ROOT / WHEELS[name] / "pyproject.toml").read_text("utf-8"))["project"]
+    return found
+
+
+def description(installed: Installed, name: str) -> str:
+    """The text that an index shows of a distribution."""
+    (found,) = importlib.metadata.distributions(name=name, path=[str(installed.site)])
+    assert found.metadata["Description-Content-Type"] == "text/markdown"
+    return str(found.metadata.json["description"])
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_an_index_shows_the_readme_with_links_and_pictures_that_hold_anywhere(installed: Installed, name: str) -> None:
+    """Where the README has relative links, they are to the tag of this version."""
+    text, source = description(installed, name), project("tminus")["urls"]["Source"]
+    for picture, link in re.findall(r"(!\[[^\]]*)?\]\(([^)\s]+)\)", text):
+        assert link.startswith("https://")
+        if link.startswith(f"{source}/"):
+            kind, _, file = link.removeprefix(f"{source}/").split("/", 2)
+            assert kind == ("raw" if picture else "blob")
+            assert (ROOT / file.partition("#")[0]).is_file(), link
+    relative = re.sub(rf"\({source}/(raw|blob)/v{project(name)['version']}/", "(", text)
+    assert relative.strip() == (ROOT / WHEELS[name] / "README.md").read_text("utf-8").strip()
+
+
+def test_the_project_has_one_address() -> None:
+    urls = project("tminus")["urls"]
+    assert {*urls} == {"Homepage", "Documentation", "Source", "Changelog", "Issues"}
+    shared = ("Homepage", "Source", "Changelog", "Issues")
+    assert {name: project("tminus_client")["urls"][name] for name in shared} == {name: urls[name] for name in shared}
+    for name in ("pyproject.toml", "client/pyproject.toml", "client/README.md", "SECURITY.md", "Dockerfile"):
+        named = re.findall(r"https://[\w.]+/tminus/[\w-]+", (ROOT / name).read_text("utf-8"))
+        assert {*named} == {urls["Source"]}, name
 
 
 def test_a_copy_of_the_client_alone_is_not_built_empty(tmp_path: Path) -> None:
@@ -86,9 +135,7 @@ def test_both_can_be_installed_together(installed: Installed) -> None:
 
 
 def test_both_are_of_one_version_and_need_the_same_of_what_both_need() -> None:
-    server, client = (
-        tomllib.loads((ROOT / part / "pyproject.toml").read_text("utf-8"))["project"] for part in WHEELS.values()
-    )
+    server, client = map(project, WHEELS)
     assert client["version"] == server["version"]
     assert client["requires-python"] == server["requires-python"]
     assert {*client["dependencies"], *client["optional-dependencies"]["watch"]} <= {*server["dependencies"]}
