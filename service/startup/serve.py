@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OF_COMMANDS = ("config", "key")  # which the commands read by themselves
+OF_COMMANDS = ("config", "key", "pull_from")  # which the commands read by themselves
 # What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
