@@ -1,29 +1,25 @@
 """What is installed from the wheels: each one name, what it needs and nothing else; and what an index shows of it."""
 
 import importlib.metadata
+import io
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
+from PIL import Image
 
 from tests.wheel import ROOT, built, copied, unpacked
+from tminus.model.archives import release
 
-PROGRAM = """
-from pathlib import Path
-import tminus
-from tminus.model.checkpoint import load_checkpoint
-from tminus.service.api.page import FOLDER
-from tminus.service.startup.settings import Settings
-assert Path(tminus.__file__).parents[1] == Path.cwd(), tminus.__file__
-((_, checkpoint),) = Settings().checkpoints()
-assert checkpoint.is_relative_to(Path.cwd()), checkpoint
-print(load_checkpoint(checkpoint).name, (FOLDER / "index.html").is_file())
-"""
 BOTH = """
 import tminus.service.client, tminus_client
 print(tminus_client.Client.__module__, tminus.service.client.Client.__module__)
@@ -38,14 +34,15 @@ class Installed(NamedTuple):
 
     site: Path
     files: dict[str, list[str]]
+    wheels: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheels")
     source, site = copied(folder / "source"), folder / "site"
-    files = {name: unpacked(built(source / part, folder / name), site) for name, part in WHEELS.items()}
-    return Installed(site, files)
+    wheels = {name: built(source / part, folder / name) for name, part in WHEELS.items()}
+    return Installed(site, {name: unpacked(wheel, site) for name, wheel in wheels.items()}, wheels)
 
 
 @pytest.mark.parametrize("name", WHEELS)
@@ -119,11 +116,45 @@ def test_a_copy_of_the_client_alone_is_not_built_empty(tmp_path: Path) -> None:
         built(tmp_path / "client", tmp_path)
 
 
-def test_it_has_something_to_serve(installed: Installed) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=installed.site, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stdout == "fashion-mnist-32 True\n", done.stderr
+# --- as a newcomer has it ---
+
+
+@pytest.mark.long
+def test_what_pip_installs_serves_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
+    """What tminus needs is taken from where the tests run, so that nothing is fetched."""
+    venv, here = tmp_path / "venv", tmp_path / "here"
+    here.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (site,), python = venv.glob("lib/python*/site-packages"), venv / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps", "--no-index"]
+    subprocess.run([*pip, installed.wheels["tminus"]], check=True, timeout=60)
+    (site / "needed.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files are not read
+
+    env = {"HOME": str(tmp_path / "home"), "PATH": os.defpath}
+    run = partial(subprocess.run, cwd=here, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert run([python, "-c", "import tminus; print(tminus.__file__)"]).stdout == f"{site}/tminus/__init__.py\n"
+    listed = run([venv / "bin" / "tminus", "pull"]).stdout
+    assert all(name in listed for name in release().archives)
+
+    serve = [venv / "bin" / "tminus", "serve", "--port", "0"]
+    with subprocess.Popen(serve, cwd=here, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while not (ready := re.search(r" ready: open (\S+) in a browser", line := process.stderr.readline())):
+                assert line, "it has ended"
+            with httpx.Client(base_url=ready[1], timeout=120) as client:
+                page = client.get("/")
+                assert "<title>tminus" in page.text
+                for file in re.findall(r' (?:src|href)="([^"#:]+)"', page.text):
+                    assert client.get(file).status_code == 200, file
+                image = client.get("/sample?n=1")
+                assert image.headers["content-type"] == "image/png", image.text
+                with Image.open(io.BytesIO(image.content)) as picture:
+                    assert picture.size == (32, 32)
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_both_can_be_installed_together(installed: Installed) -> None:
