@@ -161,8 +161,10 @@ def cut(request: Request) -> None:
 
 def half_and_then_a_byte_now_and_then(request: Request, files: Files) -> None:
     sends(DATA[: len(DATA) // 2], Content_Length=str(len(DATA)))(request)
-    while not files.ended.wait(0.01):
-        request.wfile.write(b"0")
+    for _ in range(500):
+        if not files.ended.wait(0.01):
+            request.wfile.write(b"0")
+    request.close_connection = True
 
 
 def half_and_then_nothing(request: Request, files: Files) -> None:
