@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -259,6 +260,7 @@ def test_ctrl_c_leaves_nothing_half_written(files: Files, here: Path) -> None:
     with subprocess.Popen(command("--from", files.url), stderr=subprocess.PIPE, text=True, env=env) as process:
         while not [file for file in here.rglob("*.tar") if file.stat().st_size]:
             assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "tminus: interrupted\n")
