@@ -15,6 +15,7 @@ from tminus.service.cli.convert import convert, inspect
 from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.key import key
 from tminus.service.cli.models import models
+from tminus.service.cli.pull import pull
 from tminus.service.cli.ray_serve import ray
 from tminus.service.cli.reproduce import reproduce, trajectory
 from tminus.service.cli.sample import sample
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(serve, ray, config, key, models, sample, reproduce, trajectory),
+    *(serve, pull, ray, config, key, models, sample, reproduce, trajectory),
     *(train, train_autoencoder, tune, distill, evaluate, approve, inspect, convert),
 )
 for command in COMMANDS:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tminus.service.cli.images import server_at
-from tminus.service.cli.output import say
+from tminus.service.cli.output import aligned, say
 
 if TYPE_CHECKING:
     from tminus.service.client import ModelState
@@ -36,9 +36,7 @@ def models(change: str | None, name: str | None, url: str) -> None:
 
 def table(models: "Sequence[ModelState]") -> str:
     """Lay models out as the lines of a table. Raises ClientError."""
-    rows = [HEAD, *map(_cells, models)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
+    return aligned([HEAD, *map(_cells, models)])
 
 
 def _cells(model: "ModelState") -> tuple[str, ...]:

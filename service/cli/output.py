@@ -4,7 +4,7 @@ What a server or a file says is shown with its control characters escaped, so th
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +19,12 @@ NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tif
 def say(text: str) -> None:
     """Print lines to stdout."""
     click.echo("\n".join(map(printable, text.split("\n"))))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out as the lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
 
 
 def fail(message: str) -> NoReturn:
