@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import FOLDER_TYPE
+from tminus.service.cli.options import DEVICE_NAMES, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import fail, failing_in_one_line
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -33,11 +33,22 @@ LOCAL_MODEL = (
     click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
     click.option(
         "--device",
+        shell_complete=DEVICE_NAMES,
         default="auto",
         help="auto, cpu or cuda; auto takes a GPU if there is one, which CUDA_VISIBLE_DEVICES names; not with --url",
     ),
-    click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
-    click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),
+    click.option(
+        "--executor",
+        shell_complete=EXECUTOR_NAMES,
+        default="auto",
+        help="auto, eager, compile or openvino; not with --url",
+    ),
+    click.option(
+        "--precision",
+        shell_complete=PRECISION_NAMES,
+        default="auto",
+        help="auto, float32, tf32 (CUDA) or bfloat16; not with --url",
+    ),
 )
 LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
 MAX_LOCAL_IMAGE_BYTES = 2**30
@@ -146,15 +157,28 @@ def make_images(
 @contextmanager
 def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
     """A client of what --url and --model name, with the key in TMINUS_KEY; what goes wrong ends in one clear line."""
-    from tminus.service.client import Client, ClientError, Problem, Unreachable
+    from tminus.service.client import Client
+
+    with one_line_of_server(url), Client(url, model=model, key=key_of_server()) as client:
+        yield client
+
+
+def key_of_server() -> str | None:
+    """The key that commands send to a server."""
+    return os.environ.get(KEY) or None
+
+
+@contextmanager
+def one_line_of_server(url: str) -> Iterator[None]:
+    """End in one clear line, with advice, where the client in the block raises."""
+    from tminus.service.client import ClientError, Problem, Unreachable
 
     try:
-        with Client(url, model=model, key=os.environ.get(KEY) or None) as client:
-            yield client
+        yield
     except ClientError as error:
         advice = ""
         if isinstance(error, Problem) and error.status == 401:
-            unset = "" if os.environ.get(KEY) else ", which is not set"
+            unset = "" if key_of_server() else ", which is not set"
             advice = f"; commands send the key in the variable {KEY}{unset}"
         elif isinstance(error, Unreachable) and not error.reached:
             advice = "; is a server running there? tminus serve starts one"

@@ -19,7 +19,7 @@ from tminus.service.cli.images import (
     read_pictures,
     sample_from,
 )
-from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE
+from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FILE_TYPE, FOLDER_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -45,7 +45,7 @@ class Recipe:
     fingerprint: str
 
 
-@click.command()
+@click.command(short_help="Make a PNG again from what it says, and compare.")
 @click.argument("png", type=FILE_TYPE)
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
 @click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
@@ -179,7 +179,7 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
     return "; ".join([found, *reasons])
 
 
-@click.group()
+@click.group(short_help="Make a trajectory again from its file, and compare.")
 def trajectory() -> None:
     """Look after files of trajectories, which servers make for reinforcement learning."""
 
@@ -188,9 +188,15 @@ def trajectory() -> None:
 @click.argument("file", type=FILE_TYPE)
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint that it was made by")
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
-@click.option("--executor", help="auto, eager, compile or openvino  [default: auto, or the one that the file names]")
 @click.option(
-    "--precision", help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]"
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    help="auto, eager, compile or openvino  [default: auto, or the one that the file names]",
+)
+@click.option(
+    "--precision",
+    shell_complete=PRECISION_NAMES,
+    help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]",
 )
 @DEVICE
 def check(

@@ -17,7 +17,7 @@ from tminus.service.cli.images import (
     sample_from,
     server_at,
 )
-from tminus.service.cli.options import FILE_TYPE
+from tminus.service.cli.options import FILE_TYPE, SAMPLER_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.engine.protocol import LoadOptions
 
@@ -42,7 +42,11 @@ MAX_PIXELS = 2**26  # of all frames of a job
 )
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
 @click.option("--steps", metavar="INTEGER", help="denoising steps  [default: T]")
-@click.option("--sampler", help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: the checkpoint's]")
+@click.option(
+    "--sampler",
+    shell_complete=SAMPLER_NAMES,
+    help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: the checkpoint's]",
+)
 @click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
 @click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
 @click.option("--to-seed", metavar="INTEGER", help="with --mix: noise between those of two seeds")

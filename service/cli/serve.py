@@ -13,7 +13,7 @@ from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.settings import Settings
 
 
-@click.command()
+@click.command(short_help="Serve a model over HTTP, with a web page.")
 @settings_options(Settings)
 def serve(config: Path | None, **flags: Any) -> None:
     """Load one or more checkpoints and serve them over HTTP."""

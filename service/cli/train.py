@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
+from tminus.service.cli.options import BACKGROUND, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
 
@@ -30,7 +30,12 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 
 
 @click.command()
-@click.option("--data", default="fashion-mnist", help="fashion-mnist, or a folder of images (a subfolder a class)")
+@click.option(
+    "--data",
+    shell_complete=DATA_FOLDERS,
+    default="fashion-mnist",
+    help="fashion-mnist, or a folder of images (a subfolder a class)",
+)
 @DATA_DIR
 @click.option(
     "--test-data",
@@ -88,7 +93,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--prediction", default="epsilon", help="epsilon, sample or v_prediction")
 @DEVICE
 def train(**options: Any) -> None:
-    """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
+    """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.latent.folder import load_autoencoder
@@ -164,8 +169,8 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     return config
 
 
-@click.command(name="train-autoencoder")
-@click.option("--data", required=True, help="fashion-mnist, or a folder of images")
+@click.command(name="train-autoencoder", short_help="Train an autoencoder, for latent models.")
+@click.option("--data", shell_complete=DATA_FOLDERS, required=True, help="fashion-mnist, or a folder of images")
 @DATA_DIR
 @click.option("--size", "size_px", default=64, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
@@ -232,7 +237,11 @@ def train_autoencoder(**options: Any) -> None:
 @click.command()
 @click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
 @OUT
-@click.option("--data", help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]")
+@click.option(
+    "--data",
+    shell_complete=DATA_FOLDERS,
+    help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]",
+)
 @DATA_DIR
 @BACKGROUND
 @click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
@@ -259,7 +268,7 @@ def train_autoencoder(**options: Any) -> None:
 @click.option("--sheet-every", default=1000, help="steps between sample sheets")
 @DEVICE
 def distill(**options: Any) -> None:
-    """Train a student of 1 to 4 steps from a checkpoint, or resume. Ctrl-C saves; the same command resumes exactly."""
+    """Train a student of 1 to 4 steps, or resume. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.checkpoint import load_checkpoint
