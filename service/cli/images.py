@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from tminus.service.cli.output import fail, failing_in_one_line
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tminus.service.client import Client, Sampled
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_N = 4096  # images made without a server in one command
+MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # of a PNG that is read or written
+MAX_SCALE = 64
+SCALE = "scale"  # in a recipe: by what the PNG was enlarged
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
@@ -135,6 +141,51 @@ class LocalJob:
             tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress,
         ):
             return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
+
+
+def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
+    """Decode a PNG: its pixels [H, W, C], and the text in it that says how it was made. Raises ValueError."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from tminus.service.images.encoder import PNG_TEXT_KEY
+    from tminus.service.images.image_header import read_header
+
+    try:
+        header = read_header(png)
+    except ValueError as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
+    if header is None or header.format != "PNG":
+        raise ValueError(f"not a PNG{f' but a {header.format}' if header else ''}; only PNGs say how they were made")
+    if header.pixels > MAX_PIXELS:
+        raise ValueError(f"{header.width_px}x{header.height_px} pixels, over {MAX_PIXELS}")
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            pixels = np.asarray(opened)
+            return pixels[:, :, None] if pixels.ndim == 2 else pixels, opened.info.get(PNG_TEXT_KEY)
+    except UnidentifiedImageError:  # which would name the object that holds the bytes
+        raise ValueError("not a PNG that can be read") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
+
+
+def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
+    """Enlarge a PNG of n images that tminus made; its recipe says so, for `tminus reproduce`. Raises ValueError.
+
+    scale: None for as large as a person sees it.
+    """
+    from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
+
+    if scale == 1:
+        return png
+    pixels, text = decode_png(png)
+    scale = scale or viewing_scale(n, *pixels.shape[:2])
+    if scale == 1:
+        return png
+    if pixels.size * scale**2 > MAX_PIXELS * pixels.shape[2]:
+        raise ValueError(f"--scale {scale}: a PNG may have {MAX_PIXELS} pixels, got {pixels.size * scale**2}")
+    recipe = json.loads(text) | {SCALE: scale} if text is not None else None
+    return encode_png(enlarge(pixels, scale), recipe)
 
 
 def make_images(

@@ -10,7 +10,9 @@ import click
 from tminus.model.catalogue import SAMPLERS
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
+    MAX_SCALE,
     check_model,
+    enlarge_png,
     local_model_options,
     make_images,
     read_pictures,
@@ -30,6 +32,7 @@ MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
 MAX_FRAME_BYTES = 2**28  # of all frames of a job, as they come
 MAX_PIXELS = 2**26  # of all frames of a job
+ANIMATION_PX = 512  # of its longer side, at most
 
 
 @click.command()
@@ -41,6 +44,11 @@ MAX_PIXELS = 2**26  # of all frames of a job
     help="NAME.png: a PNG, a sheet if -n is above 1; else a folder",
 )
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
+@click.option(
+    "--scale",
+    type=click.IntRange(1, MAX_SCALE),
+    help="enlarge each pixel to so many squared  [default: sheets and animations as a person sees them, else 1]",
+)
 @click.option("--steps", metavar="INTEGER", help="denoising steps  [default: T]")
 @click.option(
     "--sampler",
@@ -77,6 +85,7 @@ def sample(
     executor: str,
     precision: str,
     out: Path,
+    scale: int | None,
     watch: Path | None,
     every: int | None,
     show: str | None,
@@ -84,7 +93,10 @@ def sample(
     mask: Path | None,
     **given: Any,
 ) -> None:
-    """Sample images to PNG files, offline or from a server."""
+    """Sample images to PNG files, offline or from a server.
+
+    A sheet is enlarged, so that a person sees it; with --scale 1 it is the bytes that a server answers.
+    """
     check_model(url, model)
     parameters = request_parameters(given) | read_pictures(image, mask)
     if watch is not None and url is None:
@@ -102,14 +114,17 @@ def sample(
         seed = sampled.seed
     else:
         files, seed, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
+    n = given["n"]
     for name, data in files.items():
-        write_file(f"--out {out}", out if sheet else out / name, data)
+        with failing_in_one_line(f"--out {out}"):
+            shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
+        write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
-        written = "a PNG" if given["n"] == 1 else f"a PNG, a sheet of {given['n']} images"
+        written = "a PNG" if n == 1 else f"a PNG, a sheet of {n} images"
     say(f"{out}: {written}, seed {seed}")
     if watch is not None:
-        write_animation(watch, frames)
+        write_animation(watch, enlarge_frames(frames, n, scale))
 
 
 def request_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +160,20 @@ def follow(
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
     return dict(zip(names, finals, strict=True)), seed, frames
+
+
+def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Image"]:
+    """Enlarge the frames of an animation of n images, but not beyond MAX_PIXELS in all.
+
+    scale: None for as large as a person sees them.
+    """
+    from tminus.service.images.encoder import viewing_scale
+
+    width, height = frames[0].size
+    scale = scale or viewing_scale(n, height, width, ANIMATION_PX)
+    while scale > 1 and len(frames) * width * height * scale**2 > MAX_PIXELS:
+        scale -= 1
+    return [frame.resize((width * scale, height * scale), 0) for frame in frames]  # 0: the nearest pixel
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:

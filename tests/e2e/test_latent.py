@@ -55,7 +55,8 @@ def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp
 
     told = run_cli("inspect", str(run))
     assert "4x8x8, by AutoencoderKL" in told.stdout, told.stderr
-    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "2", "--steps", "5", "--out", str(tmp_path / "a.png"))
+    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "2", "--steps", "5", "--out", str(tmp_path / "a.png"),
+                    "--scale", "1")  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     assert pixels((tmp_path / "a.png").read_bytes()).shape == (16, 32, 3)
     judged = run_cli(

@@ -68,7 +68,7 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
                     "--steps", "5", "--out", str(tmp_path / "sheet.png"))  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert (sheet.size, sheet.mode) == ((48, 16), "RGB")
+        assert (sheet.size, sheet.mode) == ((16 * 48, 16 * 16), "RGB")
 
     measure = ("evaluate", "--checkpoint", str(run), "--data", str(pictures), "--num-samples", "8", "--steps", "5",
                "--bound-images", "4", "--bound-timesteps", "5", "--batch-size", "8",
