@@ -32,6 +32,7 @@ STATE_FILE = "training-state.safetensors"
 FORMER_FILE = "training-state.pt"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
+USUAL_BATCH = 64
 FIRST_LOOK = 50  # step of the first sheet; the next ones come at twice, four times as many, until they are regular
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
@@ -110,7 +111,7 @@ class RunConfig(Checked):
     """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
 
     steps: int
-    batch_size: int = 64
+    batch_size: int = USUAL_BATCH
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
@@ -349,7 +350,7 @@ class Progress:
         if not bar.disable:
             drawn = f" {sparkline(self._curve.points)}" if not bar.ascii else ""
             bar.set_postfix_str(f"loss {mean:.4g}{drawn}, {rate} images/s", refresh=False)
-        elif step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps):
+        elif step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps) or config.looks_at(step):
             passed = time.perf_counter() - self._began_s
             left = tqdm.format_interval((config.steps - step) * passed / (step - self._began_at))
             log.info("step %d of %d, loss=%.4g, images_s=%s, left=%s", step, config.steps, mean, rate, left)

@@ -25,7 +25,7 @@ from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
+from tminus.model.training.run import USUAL_BATCH, Run, RunConfig, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import (
     Batch,
     GuidedTarget,
@@ -62,6 +62,11 @@ class TrainConfig(RunConfig):
         self.require_among("timestep_sampling", "uniform", "lognormal")
         self.require_among("optimizer", "adam", "muon")
         self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
+
+
+def usual_batch(num_images: int) -> int:
+    """Images of a step to begin with: no more than half of them, since all of them at once teach little more."""
+    return max(1, min(USUAL_BATCH, num_images // 2))
 
 
 def usual_steps(num_images: int) -> int:

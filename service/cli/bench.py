@@ -59,17 +59,20 @@ class Outcome:
     last_s: float = 0.0  # when the last answer came, after the start
 
     def report(self, load: Load) -> dict[str, Any]:
-        """The figures, as --json prints them. The latencies are None where nothing was answered."""
-        ordered, total = sorted(self.latencies_s), sum(self.latencies_s)
-        images = len(ordered) * load.parameters.get("n", 1)
+        """The figures, as --json prints them. A latency is None where it is that of a request which was given up."""
+        answered, total = len(self.latencies_s), sum(self.latencies_s)
+        # Without those, the longest waits would be left out of the percentiles.
+        ordered = sorted([*self.latencies_s, *[math.inf] * self.unanswered])
+        found = {f"p{q}": percentile(ordered, q) if ordered else math.inf for q in PERCENTILES}
+        images = answered * load.parameters.get("n", 1)
         late = self.late_s / total if total else 0.0
         return {
             "requests": len(load.at_s),
-            "answered": len(ordered),
+            "answered": answered,
             "refused": dict(sorted(self.refused.items())),
             "unanswered": self.unanswered,
             "unsent": self.unsent,
-            "latency_s": {f"p{q}": round(percentile(ordered, q), 4) if ordered else None for q in PERCENTILES},
+            "latency_s": {name: round(value, 4) if value < math.inf else None for name, value in found.items()},
             "images_per_s": round(images / self.last_s, 3) if self.last_s else 0.0,
             "late_share": round(late, 4),
             "kept_up": self.unsent == 0 and late <= MOST_LATE,
@@ -147,7 +150,7 @@ def text_of(report: Mapping[str, Any]) -> str:
         "refused": ", ".join(f"{count} {code}" for code, count in report["refused"].items()),
         "unanswered": f"{report['unanswered']}, given up" if report["unanswered"] else "",
         "unsent": f"{report['unsent']}, with {MOST_OUTSTANDING} others waiting" if report["unsent"] else "",
-        **{name: f"{value:.3f} s" if value is not None else "" for name, value in report["latency_s"].items()},
+        **{name: f"{value:.3f} s" if value is not None else "none" for name, value in report["latency_s"].items()},
         "images/s": f"{report['images_per_s']:g}",
         "sent late": f"{report['late_share']:.1%} of the latency",
     }

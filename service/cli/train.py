@@ -55,7 +55,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", type=int, help="optimiser steps in all  [default: 500 to 15000, by the number of images]")
-@click.option("--batch-size", default=64, help="images of an optimiser step")
+@click.option("--batch-size", type=int, help="images of an optimiser step  [default: 64, or half of fewer than 128]")
 @click.option("--optimizer", default="adam", help="adam, or muon, which learns more in a step")
 @click.option("--learning-rate", default=1e-3, help="of the optimiser, at its highest")
 @click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
@@ -106,7 +106,7 @@ def train(**options: Any) -> None:
     from tminus.model.noise import NoiseConfig
     from tminus.model.samplers import compile_plan
     from tminus.model.training.data import listed
-    from tminus.model.training.train import TrainConfig, usual_steps
+    from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
@@ -115,7 +115,8 @@ def train(**options: Any) -> None:
         device = choose_device(options["device"])
         like = options["size_px"], options["channels"], options["background"]
         data = load_training_data(options["data"], "train", data_dir, *like)
-        options["steps"] = usual_steps(len(data)) if options["steps"] is None else options["steps"]
+        for name, usual in (("steps", usual_steps), ("batch_size", usual_batch)):
+            options[name] = usual(len(data)) if options[name] is None else options[name]
         like = options["size_px"], data.images.shape[1], options["background"]
         held_out = None
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
@@ -130,7 +131,9 @@ def train(**options: Any) -> None:
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{told(data)}, {classes}")
-        say(f"{out}: {options['steps']} steps; samples.png and loss.svg there show how it goes")
+        say(
+            f"{out}: {options['steps']} steps of {options['batch_size']} images; samples.png and loss.svg there show how it goes"
+        )
         write = sheet_writer(out, unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), SHEET_SAMPLER, min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(

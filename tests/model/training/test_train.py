@@ -31,7 +31,7 @@ from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, Ema, TrainError, read_state, write_state
-from tminus.model.training.train import TrainConfig, batch_indices, train, usual_steps
+from tminus.model.training.train import TrainConfig, batch_indices, train, usual_batch, usual_steps
 from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -198,6 +198,7 @@ def test_the_first_sheets_come_early_and_at_growing_distances() -> None:
 
 def test_fewer_images_take_fewer_steps_and_no_set_less_than_a_good_start() -> None:
     found = {count: usual_steps(count) for count in (1, 60, 600, 6_000, 60_000, 10**7)}
+    assert [usual_batch(count) for count in (1, 2, 60, 127, 128, 60_000)] == [1, 1, 30, 63, 64, 64]
     assert found == {1: 500, 60: 500, 600: 1500, 6_000: 4700, 60_000: 15_000, 10**7: 15_000}
 
 

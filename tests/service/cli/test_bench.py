@@ -109,6 +109,7 @@ def test_every_request_has_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     report = driven(load, ask).report(load)
     assert report["refused"] == {"Unreachable": 1, "overloaded (429)": 1}
     assert (report["answered"], report["unanswered"], report["unsent"]) == (1, 3, 1)
+    assert report["latency_s"] == {"p50": None, "p95": None, "p99": None}, "three of four were given up"
     assert not report["kept_up"]
 
 
