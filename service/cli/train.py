@@ -131,9 +131,7 @@ def train(**options: Any) -> None:
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{told(data)}, {classes}")
-        say(
-            f"{out}: {options['steps']} steps of {options['batch_size']} images; samples.png and loss.svg there show how it goes"
-        )
+        say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")
         write = sheet_writer(out, unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), SHEET_SAMPLER, min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
