@@ -308,7 +308,8 @@ class Run:
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
-                    raise TrainError(f"{folder}: this run was begun with {field}={begun!r}, got {now[field]!r}; another folder begins anew")
+                    differs = f"this run was begun with {field}={begun!r}, got {now[field]!r}"
+                    raise TrainError(f"{folder}: {differs}; another folder begins anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
