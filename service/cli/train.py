@@ -333,6 +333,8 @@ def load_training_data(
 
     if data == "fashion-mnist":
         return load_fashion_mnist(split, idx_folder or FASHION_MNIST_DIR)
+    if not Path(data).is_dir():
+        raise ValueError(f"{data}: neither fashion-mnist nor a folder of images")
     return load_image_folder(Path(data), size_px, None if channels is None else int(channels), colour(background))
 
 
