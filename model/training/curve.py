@@ -116,9 +116,9 @@ def _log(value: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two logarithms; where there are few, numbers of two digits."""
+    """Powers of ten between two logarithms; where there are few, 1, 2 and 5 times those; then more between."""
     powers = range(math.floor(low), math.ceil(high) + 1)
-    for digits in ((10,), (10, 20, 50), range(10, 100)):
+    for digits in ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100)):
         values = [digit * 10.0 ** (power - 1) for power in powers for digit in digits]
         ticks = [value for value in values if low <= _log(value) <= high]
         if len(ticks) >= 3:
