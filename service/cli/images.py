@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -174,6 +173,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
 
     scale: None for as large as a person sees it.
     """
+    from tminus.service.client import checks
     from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
 
     if scale == 1:
@@ -184,7 +184,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
         return png
     if pixels.size * scale**2 > MAX_PIXELS * pixels.shape[2]:
         raise ValueError(f"--scale {scale}: a PNG may have {MAX_PIXELS} pixels, got {pixels.size * scale**2}")
-    recipe = json.loads(text) | {SCALE: scale} if text is not None else None
+    recipe = checks.mapping(checks.loads(text)) | {SCALE: scale} if text is not None else None
     return encode_png(enlarge(pixels, scale), recipe)
 
 
