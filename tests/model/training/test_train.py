@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
+from tqdm import tqdm
 
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
@@ -127,6 +128,7 @@ def test_a_terminal_gets_one_line_with_a_curve_and_what_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # or a thread of it would outlast the test
     with caplog.at_level("INFO"):
         run(tmp_path / "run", dataclasses.replace(RUN, steps=30, save_every=100))
     last = terminal.getvalue().rstrip("\n").rpartition("\r")[2]
