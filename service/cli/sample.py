@@ -95,6 +95,11 @@ def sample(
 ) -> None:
     """Sample images to PNG files, offline or from a server.
 
+    \b
+      tminus sample -n 8
+      tminus sample -n 8 --checkpoint runs/digits --class-label 3 --out threes.png
+      tminus sample -n 8 --url http://localhost:8000
+
     A sheet is enlarged, so that a person sees it; with --scale 1 it is the bytes that a server answers.
     """
     check_model(url, model)

@@ -99,7 +99,15 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--prediction", default="v_prediction", help="epsilon, sample or v_prediction")
 @DEVICE
 def train(**options: Any) -> None:
-    """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly."""
+    """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly.
+
+    \b
+      tminus train --data digits/ --out runs/digits
+      tminus serve --checkpoint runs/digits
+
+    The images of digits/ lie in it, or in a subfolder for each class. All else has defaults that suit their number. In
+    runs/digits, samples.png and loss.svg show how it goes.
+    """
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.latent.folder import load_autoencoder

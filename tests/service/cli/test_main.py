@@ -77,6 +77,7 @@ def test_each_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert result.output.startswith("Usage: ")
+    assert max(map(len, result.output.partition("\nOptions:")[0].splitlines())) <= 80
 
 
 # --- what is written ---
