@@ -19,7 +19,7 @@ Point = tuple[int, float]
 
 
 class LossCurve:
-    """Means of the loss over strides of steps. The last, unfinished stride is kept too, so that resuming is exact."""
+    """Keeps means of the loss over strides of steps, and the last, unfinished stride, so that resuming is exact."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []  # the last step of a stride, and the mean over it
@@ -40,7 +40,7 @@ class LossCurve:
             self.points = [(step, (one + other) / 2) for (_, one), (step, other) in pairs]
 
     def recent(self) -> float:
-        """The mean over the last SHOWN_STEPS or so; NaN before the first. Makes the host wait for the device."""
+        """Return the mean over the last SHOWN_STEPS or so; NaN before the first. Makes the host wait for the device."""
         total, count = float(self._sum), self._count
         for _, mean in reversed(self.points):
             if count >= SHOWN_STEPS:
@@ -49,7 +49,7 @@ class LossCurve:
         return total / count if count else math.nan
 
     def state(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """Return all of it, as JSON can hold it."""
         rest = {"stride": self._stride, "sum": float(self._sum), "count": self._count}
         return {"points": [list(point) for point in self.points], **rest}
 
@@ -61,7 +61,7 @@ class LossCurve:
 
 
 def sparkline(points: Sequence[Point], width: int = 16) -> str:
-    """The points as a line of blocks, higher where the logarithm of the loss is."""
+    """Draw the points as a line of blocks, higher where the logarithm of the loss is."""
     values = [_log(mean) for _, mean in points]
     if len(values) < 2:
         return ""
@@ -74,7 +74,7 @@ def sparkline(points: Sequence[Point], width: int = 16) -> str:
 
 
 def loss_svg(points: Sequence[Point], name: str) -> str:
-    """The points over the steps, on a logarithmic scale, and a smooth line of them. Needs a point."""
+    """Plot the points over the steps, on a logarithmic scale, and a smooth line through them. Needs a point."""
     last = points[-1][0]
     logs = [_log(mean) for _, mean in points]
     low, high = min(logs), max(logs)
@@ -116,7 +116,7 @@ def _log(value: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two logarithms; where there are few, 1, 2 and 5 times those; then more between."""
+    """Choose powers of ten between two logarithms; where there are few, 1, 2 and 5 times those; then more."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for digits in ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100)):
         values = [digit * 10.0 ** (power - 1) for power in powers for digit in digits]
@@ -127,7 +127,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(last: int) -> list[int]:
-    """Four to ten round numbers up to the last step."""
+    """Choose round numbers up to the last step, some eight at most."""
     size = 10 ** max(0, len(str(last)) - 1)
     stride = next(each for each in (size // 10, size // 5, size // 2, size, 2 * size) if each and last // each <= 8)
     return list(range(0, last + 1, stride))

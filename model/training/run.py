@@ -139,7 +139,7 @@ class RunConfig(Checked):
         self.require_among("precision", "auto", "fp32", "bf16")
 
     def looks_at(self, step: int) -> bool:
-        """Whether there is a sheet of this step, before the end: each `sheet_every`, and some early ones."""
+        """Say whether a sheet is drawn after this step: each `sheet_every`, and some early ones."""
         early, rest = divmod(step, FIRST_LOOK)
         return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
 

@@ -65,12 +65,12 @@ class TrainConfig(RunConfig):
 
 
 def usual_batch(num_images: int) -> int:
-    """Images of a step to begin with: no more than half of them, since all of them at once teach little more."""
+    """Choose how many images a step takes: half of them at most, since all at once teach little more."""
     return max(1, min(USUAL_BATCH, num_images // 2))
 
 
 def usual_steps(num_images: int) -> int:
-    """A number of steps to begin with: LARGE_STEPS for LARGE_SET images, less by the square root for fewer."""
+    """Choose a number of steps: LARGE_STEPS for LARGE_SET images, less by the square root for fewer."""
     steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
     return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))
 

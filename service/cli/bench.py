@@ -30,7 +30,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked for, and when: seconds after the start, rising."""
+    """Says what is asked for, and when: seconds after the start, rising."""
 
     at_s: tuple[float, ...]
     parameters: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Load:
 
     @classmethod
     def poisson(cls, rate: float, seconds: float, seed: int, parameters: Mapping[str, Any], give_up_s: float) -> "Load":
-        """A Poisson process of which the number of arrivals is given, so that the load is no luck of the seed.
+        """Draw a Poisson process of a given number of arrivals, so that the load is no luck of the seed.
 
         Then each arrival is at a time of its own, independent and uniform.
         """
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of the requests of a load, as they end."""
+    """Counts what becomes of the requests of a load, as they end."""
 
     latencies_s: list[float] = field(default_factory=list)  # of those answered with images
     late_s: float = 0.0  # by how much all that were answered were sent after their time
@@ -59,7 +59,7 @@ class Outcome:
     last_s: float = 0.0  # when the last answer came, after the start
 
     def report(self, load: Load) -> dict[str, Any]:
-        """The figures, as --json prints them. A latency is None where it is that of a request which was given up."""
+        """Return the figures, as --json prints them. A latency is None where it is that of a request which was given up."""
         answered, total = len(self.latencies_s), sum(self.latencies_s)
         # Without those, the longest waits would be left out of the percentiles.
         ordered = sorted([*self.latencies_s, *[math.inf] * self.unanswered])
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def percentile(ordered: Sequence[float], q: int) -> float:
-    """The least of the values, in rising order, that q percent of them do not exceed."""
+    """Return the least of the values, in rising order, that q percent of them do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
@@ -126,7 +126,15 @@ def bench(
     load = Load.poisson(rate, seconds, seed, parameters, give_up_s)
     with one_line_of_server(url):
         outcome, example = asyncio.run(_bench(url, model, load, warm_up))
-    report = {"url": url, "model": model, **given, **_taken(example), "rate": rate, "seconds": seconds, "seed": seed}
+    report = {
+        "url": url,
+        "model": model,
+        **given,
+        **_settings_of(example),
+        "rate": rate,
+        "seconds": seconds,
+        "seed": seed,
+    }
     report |= outcome.report(load)
     if as_json:
         say_json(report)
@@ -141,7 +149,7 @@ def bench(
 
 
 def text_of(report: Mapping[str, Any]) -> str:
-    """The figures as lines."""
+    """Lay the figures out as lines."""
     images = f"{report['n']} image{'s' * (report['n'] > 1)}"
     how = f", {report['sampler']} in {report['steps']} steps" if report["sampler"] else ""
     told = {
@@ -213,8 +221,8 @@ async def drive(load: Load, ask: Callable[[], Awaitable[None]]) -> Outcome:
     return outcome
 
 
-def _taken(example: "Sampled | None") -> dict[str, Any]:
-    """The sampler and steps by which the server made an answer, as its PNG says; nothing where it does not."""
+def _settings_of(example: "Sampled | None") -> dict[str, Any]:
+    """Read from the PNG of an answer by which sampler and steps it was made; nothing where it does not say so."""
     from tminus.service.cli.reproduce import read_recipe
 
     try:

@@ -105,7 +105,7 @@ def values_of(field: "FieldInfo") -> str | None:
 
 
 def completion_of(field: "FieldInfo") -> Complete | None:
-    """How a shell completes a flag's value: by its choices, or files and folders."""
+    """Say how a shell completes a flag's value: by its choices, or by files and folders."""
     if get_origin(field.annotation) is Literal:
         return completing(*map(str, get_args(field.annotation)))
     if get_origin(field.annotation) is tuple:  # checkpoints
@@ -176,14 +176,16 @@ def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> N
     settings, sources = read_settings(Settings, config, flags)
     told = {name: source for name, source in sources.items() if not (source.kind == "default" and changed)}
     if as_json:
-        say_json({"settings": {name: entry(getattr(settings, name), source) for name, source in told.items()}})
+        say_json(
+            {"settings": {name: setting_document(getattr(settings, name), source) for name, source in told.items()}}
+        )
         return
     for name, source in told.items():
         say(f"{toml_line(name, getattr(settings, name))}  # {f'{source.kind} {source.name}'.strip()}")
 
 
-def entry(value: Any, source: Source) -> dict[str, Any]:
-    """One setting as --json has it: its value, None where it is not set or secret, and where that comes from."""
+def setting_document(value: Any, source: Source) -> dict[str, Any]:
+    """Describe one setting as --json has it: its value, None where it is not set or secret, and where that comes from."""
     secret = isinstance(value, SecretStr)
     if isinstance(value, tuple):
         value = list(map(str, value))

@@ -82,7 +82,7 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
 
 
 def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
-    """A description as --json prints it: the model as GET /model tells of it, but for what a server decides."""
+    """Return a description as --json prints it: the model as GET /model tells of it, but for what a server decides."""
     import torch
 
     from tminus.service.api.answers.documents import ModelAnswer
@@ -99,7 +99,7 @@ def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _costs(found: "Description") -> dict[str, Any]:
-    """Memory and time of one image, by running the network as it is, on the CPU in float32; nothing without one."""
+    """Measure memory and time of one image: the network as it is, on the CPU in float32; nothing without one."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS
@@ -126,7 +126,7 @@ def _costs(found: "Description") -> dict[str, Any]:
 
 
 def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
-    """What an image costs, in lines."""
+    """Say in lines what an image costs."""
     if not costs or (own := found.settings) is None:
         return []
     weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB

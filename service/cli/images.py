@@ -215,7 +215,7 @@ def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
 
 
 def key_of_server() -> str | None:
-    """The key that commands send to a server."""
+    """Return the key that commands send to a server; None: none."""
     return os.environ.get(KEY) or None
 
 

@@ -34,13 +34,13 @@ def models(change: str | None, name: str | None, url: str, as_json: bool) -> Non
             {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change](name)
         found = tminus.models() if change is None or as_json else []
         if as_json:
-            say_json({"models": [document(each) for each in found if name in (None, each.name)]})
+            say_json({"models": [model_document(each) for each in found if name in (None, each.name)]})
         else:
             say(table(found) if change is None else f"{name}: {change}ed")
 
 
-def document(model: "ModelState") -> dict[str, Any]:
-    """A model as GET /models tells of it."""
+def model_document(model: "ModelState") -> dict[str, Any]:
+    """Describe a model as GET /models does."""
     return {"name": model.name, "default": model.default, "state": model.state, "url": model.url, "model": model.info}
 
 

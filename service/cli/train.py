@@ -138,7 +138,7 @@ def train(**options: Any) -> None:
             clip_sample=autoencoder is None,  # latents have no bounds
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
-        say(f"{told(data)}, {classes}")
+        say(f"{kind_of(data)}, {classes}")
         say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")
         write = sheet_writer(out, unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), SHEET_SAMPLER, min(SHEET_STEPS, noise.num_train_timesteps))
@@ -248,7 +248,7 @@ def train_autoencoder(**options: Any) -> None:
         )
         if data.images.shape[-1] % model.factor:
             raise ValueError(f"the side of the images must divide by {model.factor}, got {data.images.shape[-1]}")
-        say(told(data))
+        say(kind_of(data))
         done = run(out, data, model, config, device=device, on_sheet=reconstruction_writer(out, data, device))
     say_how_it_ended(out, done, served=False)
 
@@ -321,8 +321,8 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 # --- what they share: the images they learn from, and the sheets of samples that a run draws ---
 
 
-def told(data: "ImageSet") -> str:
-    """How many images there are, and of which kind, for people."""
+def kind_of(data: "ImageSet") -> str:
+    """Say how many images there are, and of which kind, for people."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {'grey' if channels == 1 else 'colour'}"
 

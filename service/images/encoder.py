@@ -278,7 +278,7 @@ def sheet_columns(n: int) -> int:
 
 
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
-    """By what a sheet of n images, of this size, is enlarged for people: up to TILE_PX an image, and most_px in all."""
+    """Return by what a sheet of n images is enlarged for people: up to TILE_PX an image, and most_px in all."""
     columns = sheet_columns(n)
     tile = max(height // math.ceil(n / columns), width // columns)
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
