@@ -59,7 +59,7 @@ class Outcome:
     last_s: float = 0.0  # when the last answer came, after the start
 
     def report(self, load: Load) -> dict[str, Any]:
-        """Return the figures, as --json prints them. A latency is None where it is that of a request which was given up."""
+        """Return the figures, as --json prints them. A latency is None where that request was given up."""
         answered, total = len(self.latencies_s), sum(self.latencies_s)
         # Without those, the longest waits would be left out of the percentiles.
         ordered = sorted([*self.latencies_s, *[math.inf] * self.unanswered])

@@ -185,7 +185,7 @@ def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> N
 
 
 def setting_document(value: Any, source: Source) -> dict[str, Any]:
-    """Describe one setting as --json has it: its value, None where it is not set or secret, and where that comes from."""
+    """Describe one setting as --json has it: its value, None where not set or secret, and where it comes from."""
     secret = isinstance(value, SecretStr)
     if isinstance(value, tuple):
         value = list(map(str, value))
