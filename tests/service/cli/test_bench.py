@@ -150,6 +150,20 @@ def test_what_a_server_refuses_is_counted_by_code_and_the_figures_are_the_same_a
     assert figures["latency_s"] == {"p50": None, "p95": None, "p99": None}
 
 
+def test_a_line_warns_where_the_client_could_not_keep_up(
+    make_served: MakeServed,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "MOST_OUTSTANDING", 2)
+    served: Served = make_served()
+    served.engine.gate.shut()
+    result = run("bench", served.url, "--rate", "5", "--seconds", "1", "--give-up", "0", "--no-warm-up")
+    assert "unsent  3, with 2 others waiting" in result.stdout
+    warning, _ = result.stderr.splitlines()
+    assert warning.startswith("tminus: the client could not keep up: ")
+    assert warning.endswith(", and 3 were not sent; take a lower --rate")
+
+
 def test_figures_of_answers_without_a_recipe_are_told_without_a_sampler() -> None:
     png = encode_png(np.zeros((4, 6, 1), np.uint8))
     with answering(IMAGE_HEAD, lambda: [png]) as server:
