@@ -3,11 +3,12 @@
 What a server or a file says is shown with its control characters escaped, so that none of them reaches the terminal.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -25,6 +26,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Lay rows out as the lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
+
+
+def say_json(document: dict[str, Any]) -> None:
+    """Print a document for programs, on one line, in printable ASCII alone. Raises ValueError for NaN and infinity."""
+    click.echo(json.dumps(document, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def fail(message: str) -> NoReturn:

@@ -207,4 +207,4 @@ def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer,
     sheet = run_cli("sample", "--url", server.url, *what, "--out", str(tmp_path / "sheet.png"))
     assert sheet.returncode == 0
     with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (64, 32)
+        assert image.size == (8 * 64, 8 * 32), "as a person sees it"
