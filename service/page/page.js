@@ -1,49 +1,43 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, nameInAddress, parse, reason, Refusal, requestOf, root, toJson } from "./api.js";
-import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
-import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf } from "./form.js";
-import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
-import { addResult, restore } from "./gallery.js";
-import { cancel, clear, follow, jobInAddress } from "./job.js";
+import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toJson } from "./api.js";
+import { clearFrames, film, setGrowing, showPath } from "./film.js";
+import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
+import { addResult, markResult, restore } from "./history.js";
+import { addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, jobInAddress, say, underWay } from "./job.js";
 import { showWho } from "./key.js";
-import { copyLink } from "./link.js";
 import { openPageOf, showMenu } from "./models.js";
-import { leaveOpening, open, usualOpening } from "./opening.js";
-import { player } from "./player.js";
-import { showPresets } from "./presets.js";
+import { askPath } from "./path.js";
 import { fromHash, toHash } from "./recipe.js";
 import { drawSchedule } from "./schedule.js";
-import { say } from "./standing.js";
+import { finish, lay, setUpStage } from "./stage.js";
 
 // Below the first view, so they may come after it.
-const LATER = ["picture", "noise", "edit", "compare", "grid", "batch"];
+const LATER = ["studio", "compare", "grid", "batch"];
 const MOST_PASSES = 2000; // of all images together, that a link alone may ask the server for
+const DEADLINE_S = 3; // of a first sample, which a busy server refuses at once and without work
 
 let model = null;
 let running = true; // or about to
-
-const player1 = player(element("play"), {
-  show: (share) => frameCount() && goTo(Math.round(share * (frameCount() - 1))),
-  share: () => (frameCount() > 1 ? Number(element("scrub").value) / (frameCount() - 1) : 0),
-});
+let opening = null; // what aborts asking for a first sample
 
 async function start() {
   const later = Promise.all(LATER.map((name) => import(`./${name}.js`)));
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
   const unwanted = addAnswered(model);
+  const runBody = (body) => !running && run(toJson(requestOf(body, model)));
+  setUpStage(model, { run: runBody, edit: async (picture) => (await later)[0].edit(picture) });
   fillForm(model);
   form.elements.class_label.value = usualOpening(model).class_label ?? "";
   form.inert = false; // before, this would have written over what somebody chose
-  showPresets(model);
   drawSchedule(schedule);
   element("model").textContent =
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
   const opened = openingShown();
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;
-  for (const part of parts) part.setUp(model, { run: (body) => run(toJson(requestOf(body, model))), watch, fillFrom, opened });
+  for (const part of parts) part.setUp(model, { run: runBody, watch, fillFrom, opened });
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
@@ -52,8 +46,10 @@ async function start() {
   } else {
     await findAgain(unwanted);
   }
-  await Promise.all([restore(model), opened]); // last, since all else can be used meanwhile
+  await Promise.all([restore(model, showResult), opened]); // last, since all else can be used meanwhile
 }
+
+// --- a first sample, the same one for everybody, so that a server has it ready after the first time ---
 
 // A page with a recipe in its address opens with that one; one with a job is about to show it. Returns whether it is shown.
 async function openingShown() {
@@ -70,20 +66,71 @@ async function openingShown() {
     element("caption").textContent = "The form has the settings of the link. Press Sample to see what they make.";
     return false;
   }
-  const shown = await open(linked ?? usualOpening(model), model, describe);
-  if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) player1.play();
+  const shown = await open(linked ?? usualOpening(model));
+  if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) film.play();
   return shown;
 }
 
-/** Show a path that is had whole, as one of the grid's. Returns whether it is shown: not while a job is. */
-function watch(frames, text) {
+/** Show the way of a sample, if the server has time for it, or say why nothing is shown. Returns whether it is shown. */
+async function open(given) {
+  leaveOpening();
+  const mine = (opening = new AbortController());
+  document.body.dataset.opening = "asked";
+  element("caption").textContent = "A first sample is on its way.";
+  try {
+    const path = await askPath({ ...given, deadline_s: DEADLINE_S }, model, mine.signal);
+    if (mine !== opening) return false;
+    showSample(path, given);
+    document.body.dataset.opening = "shown";
+    return true;
+  } catch (error) {
+    if (mine !== opening) return false;
+    clearFrames();
+    element("caption").textContent = whyNot(error);
+    document.body.dataset.opening = "absent";
+    return false;
+  }
+}
+
+function whyNot(error) {
+  if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
+  if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
+  if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
+  return "The server has no time for a first sample just now. You can still ask for yours.";
+}
+
+/** Something else takes its place. */
+function leaveOpening() {
+  opening?.abort();
+  opening = null;
+  element("caption").textContent = "What you ask for, as it is made.";
+  document.body.dataset.opening = "left";
+}
+
+/** Show a path that is had whole, with what made it. */
+function showSample({ frames, image }, { nearest: _, ...made }) {
+  lay(made.n);
+  showPath(frames);
+  markResult(null);
+  const one = async (_, alone) => (await post("sample", requestOf(alone, model), "image/png")).blob();
+  finish({ parameters: made, picture: image, image: one });
+}
+
+/** Show a path, as one of the grid's. Returns whether it is shown: not while a job is. */
+function watch(path, made) {
   if (running) return false;
   leaveOpening();
   rest();
-  showPath(frames);
-  element("caption").textContent = text;
+  showSample(path, made);
   toTop();
   return true;
+}
+
+// --- jobs ---
+
+function showResult(id) {
+  if (jobInAddress() === id) findAgain();
+  else location.hash = `#job=${id}`;
 }
 
 // Whose address names a job, as after a reload, shows it.
@@ -141,7 +188,7 @@ function rest() {
 
 // Scroll to what is being made, unless one sees it.
 function toTop() {
-  const pictures = document.querySelector("#watch .pair").getBoundingClientRect();
+  const pictures = element("x_t").getBoundingClientRect();
   if (pictures.top < 0 || pictures.top > innerHeight / 2) element("watch").scrollIntoView({ block: "start" });
 }
 
@@ -156,19 +203,37 @@ function giveUp() {
 
 // image, mask: those that an edit was asked for with, where the page still has them.
 function show(job, { image, mask } = {}) {
-  player1.pause();
-  element("caption").textContent = `Yours: ${describe(job.parameters)}.`;
+  film.pause();
+  element("caption").textContent = `${describe(job.parameters)}.`;
   busy(true);
-  const tell = { done: (ended, picture) => addResult(ended, picture, model), over: () => busy(false), complain };
+  const tell = { done, over: () => busy(false), complain };
   follow(job, model, tell, { ...(image && { image }), ...(mask && { mask }) });
+  lay(job.n);
+  markResult(job.id);
+}
+
+function done(job, picture) {
+  const images = async (query, accept) => (await ask(`jobs/${job.id}/image${query}`, { headers: { Accept: accept } })).blob();
+  finish({
+    parameters: job.parameters,
+    picture,
+    image: (number) => images(`?index=${number}`, "image/png"),
+    zip: () => images("", "application/zip"),
+  });
+  addResult(job, picture, model);
+  markResult(job.id);
 }
 
 function busy(yes) {
   running = yes;
   setGrowing(yes);
   // Not disabled: disabling a pressed button would lose the focus.
-  for (const id of ["go", "edit"]) element(id).ariaDisabled = String(yes);
+  for (const id of ["go", "edit", "another", "vary"]) {
+    element(id).ariaDisabled = String(yes);
+    element(id).title = yes ? "A job is running" : "";
+  }
   element("cancel").ariaDisabled = String(!yes);
+  element("cancel").title = yes ? "" : "Nothing is running";
 }
 
 const isUnloaded = (error) => error.code === "model_not_found";
