@@ -142,11 +142,11 @@ function showBeside() {
 function tell() {
   if (!made) return;
   const one = chosen !== null, parameters = shownParameters(), edited = parameters.image_sha256 !== undefined;
-  const size = one ? `${model.width_px} × ${model.height_px}` : "all in one";
+  const size = one ? `, ${model.width_px} × ${model.height_px}` : " of all";
   element("caption").textContent = `${describe(parameters)}${edited ? ", from a picture" : ""}.`;
   element("made-name").textContent = !one ? `${count} images` : count === 1 ? "One image" : `Image ${chosen + 1} of ${count}`;
   element("made-hint").textContent = !one ? "Choose one to see it large." : edited ? "A link or a call would need your picture." : "";
-  element("png").textContent = `PNG, ${size}`;
+  element("png").textContent = `PNG${size}`;
   for (const id of ["vary", "edit-this"]) element(id).hidden = !one;
   for (const id of ["another", "share", "code"]) element(id).hidden = edited;
   element("zip").hidden = one || !made.zip;
