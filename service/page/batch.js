@@ -89,9 +89,10 @@ async function load(model) {
     { ...begins, n: 1 },
   ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
   asked = specs.map(({ seed }) => seed);
+  element("load-error").textContent = "";
   setTimeout(look);
   const answers = await Promise.allSettled(specs.map(async (spec) => (await post("sample", requestOf(spec, model), "image/png")).blob()));
   const failed = answers.find(({ status }) => status === "rejected");
-  if (failed) element("batch-text").textContent = `Not all were done: ${reason(failed.reason)}.`;
+  if (failed) element("load-error").textContent = `Not all were done: ${reason(failed.reason)}.`;
   button.ariaDisabled = "false";
 }

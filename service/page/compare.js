@@ -1,9 +1,10 @@
 // Two to four settings from the same noise, asked for at the same time, and shown at the same t.
 
 import { element, reason } from "./api.js";
-import { frameAt, onTime, player, setTime, SHOWS } from "./film.js";
+import { frameAt, onTime, player, setTime } from "./film.js";
 import { classOptions, fill, grey, guidable, isSame, suitableSteps, takeTable, unguided } from "./form.js";
 import { askPath, passesOf } from "./path.js";
+import { SHOWS } from "./stage.js";
 
 const FIRST_DEADLINE_S = 3;
 

@@ -2,9 +2,8 @@
 // slider, players. A frame is {step, steps, t, x_t, x_0}, a picture being {url, bytes}.
 
 import { element } from "./api.js";
-import { showPictures } from "./stage.js";
+import { showPictures, SHOWS } from "./stage.js";
 
-export const SHOWS = ["x_t", "x_0"]; // what is shown of each step
 export const MOST_BYTES = 100e6; // that the frames may take
 const CELLS = 10; // of the strip
 const DRAG_PX = 4; // that a pointer moves before it drags
@@ -137,7 +136,7 @@ function showFrame(at, from) {
 }
 
 /** Show a frame by its number, as somebody who looks back does. */
-export function goTo(at) {
+function goTo(at) {
   following = at === frames.length - 1;
   showFrame(at, "frames");
 }
@@ -180,8 +179,8 @@ function drawStrip() {
     cell.style.setProperty("--place", place);
     [...cell.querySelectorAll("img")].forEach((image, at) => {
       const url = pictures[SHOWS[at]]?.url;
-      image.hidden = !url;
-      if (url && image.src !== url) image.src = url;
+      if (!url) image.removeAttribute("src");
+      else if (image.src !== url) image.src = url;
     });
     cell.lastElementChild.textContent = step === 0 ? "noise" : step === steps ? "image" : Math.round(t);
     cell.ariaLabel = `t = ${Math.round(t)}, after step ${step}`;
@@ -190,7 +189,7 @@ function drawStrip() {
 
 function makeCell(k) {
   const cell = Object.assign(document.createElement("button"), { type: "button", tabIndex: -1 });
-  cell.append(...SHOWS.map(() => Object.assign(new Image(), { alt: "", hidden: true, draggable: false })), document.createElement("span"));
+  cell.append(...SHOWS.map(() => Object.assign(new Image(), { alt: "", draggable: false })), document.createElement("span"));
   cell.addEventListener("click", () => goTo(chosen[k]));
   return cell;
 }

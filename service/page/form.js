@@ -98,7 +98,7 @@ export function grey(input, why = "") {
 /** Why a sampler is not guided; undefined where it can be. */
 export function unguided(sampler) {
   const tables = tablesOf(sampler);
-  return tables.length && tables.every((table) => table.guidance === 1) ? `${sampler} goes without` : undefined;
+  return tables.length && tables.every((table) => table.guidance === 1) ? `${sampler} has none` : undefined;
 }
 
 function suitGuidance() {
@@ -112,7 +112,7 @@ export const tablesOf = (sampler) => model.tables.filter((table) => table.sample
 
 /**
  * Of a sampler of tables, let inputs say what a table is for: of those that are guided, or not, as asked, the one of the
- * nearest steps, by ratio, then of the nearest guidance; of equals the larger.
+ * nearest steps, by ratio, then of the nearest guidance; of equals the larger. Returns what was changed, in words.
  */
 export function takeTable(sampler, steps, guidance) {
   const asked = guidance.disabled ? 1 : Number(guidance.value || 1);
@@ -121,18 +121,22 @@ export function takeTable(sampler, steps, guidance) {
   const [table] = tablesOf(sampler)
     .filter((each) => (each.guidance === 1) === (asked === 1))
     .sort((a, b) => apart(a) - apart(b) || off(a) - off(b) || b.steps - a.steps || b.guidance - a.guidance);
-  if (!table || !steps.value) return;
+  if (!table || !steps.value) return "";
+  const other = Number(steps.value) !== table.steps || (!guidance.disabled && Number(guidance.value) !== table.guidance);
   steps.value = table.steps;
   if (!guidance.disabled) guidance.value = table.guidance;
+  return other ? `The nearest table has ${table.steps} steps${table.guidance === 1 ? "" : `, guidance ${table.guidance}`}.` : "";
 }
 
-const suitTable = () => takeTable(field("sampler").value, field("steps"), field("guidance"));
+function suitTable() {
+  const other = takeTable(field("sampler").value, field("steps"), field("guidance"));
+  element("when").textContent = other || model.sampler_details[field("sampler").value]?.when || "";
+}
 
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
   grey(field("eta"), sampler === "ddim" ? "" : "only ddim has it");
-  grey(field("timestep_spacing"), tablesOf(sampler).length ? "its table has it" : "");
-  element("when").textContent = details?.when ?? "";
+  grey(field("timestep_spacing"), tablesOf(sampler).length ? "fixed by its table" : "");
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();

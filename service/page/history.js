@@ -1,4 +1,5 @@
-// The results of this session, as a strip that stays in view. The session remembers their jobs.
+// The jobs of this session, as a strip that stays in view: their images, or that they are on their way. The session
+// remembers them.
 
 import { ask, element, getJson, isGone, keep, reason, recall } from "./api.js";
 import { describe } from "./form.js";
@@ -8,7 +9,7 @@ const REMEMBERED = 30;
 const remembered = (model) => recall(model, "results") ?? [];
 let open = () => {}; // shows a job by its id
 
-// Show what this session had before it was loaded again, the newest first; what the server has forgotten is gone.
+/** Show what this session had before it was loaded again; what the server has forgotten is gone. openJob: shows a job. */
 export async function restore(model, openJob) {
   open = openJob;
   const problems = [];
@@ -16,10 +17,12 @@ export async function restore(model, openJob) {
     if (element(`result-${id}`)) continue; // the job in the address
     try {
       const job = await getJson(`jobs/${id}`);
-      const images = await (await ask(`jobs/${id}/image`)).blob();
-      if (remembered(model).includes(id)) show(job, images, model); // else newer ones have taken its place meanwhile
+      const picture = job.state === "done" && (await (await ask(`jobs/${id}/image`)).blob());
+      if (["failed", "cancelled"].includes(job.state)) dropJob(id, model);
+      else if (remembered(model).includes(id)) place(job, model); // else newer ones have taken its place meanwhile
+      if (picture) addPicture(job, picture);
     } catch (error) {
-      if (isGone(error)) keep(model, "results", remembered(model).filter((each) => each !== id));
+      if (isGone(error)) dropJob(id, model);
       else problems.push(reason(error));
     }
   }
@@ -30,27 +33,29 @@ export async function restore(model, openJob) {
   }
 }
 
-/** Remember a job, and show it. */
-export function addResult(job, images, model) {
+/** Remember a job, and mark it as the one that is shown. */
+export function addJob(job, model) {
   const all = remembered(model);
   if (!all.includes(job.id)) keep(model, "results", [...all, job.id].slice(-REMEMBERED));
-  show(job, images, model);
+  place(job, model);
+  markJob(job.id);
 }
 
-function show(job, images, model) {
-  if (element(`result-${job.id}`)) return;
-  const url = URL.createObjectURL(images), what = describe(job.parameters);
-  const entry = Object.assign(document.createElement("li"), { id: `result-${job.id}` });
-  const button = Object.assign(document.createElement("button"), { type: "button", title: what });
-  button.append(Object.assign(new Image(), { src: url, alt: what }));
-  button.addEventListener("click", () => open(job.id));
-  entry.append(button);
-  element("results").hidden = false;
-  place(entry, remembered(model));
+/** Show the images of a job in its place. */
+export function addPicture({ id, parameters }, picture) {
+  const button = element(`result-${id}`)?.firstElementChild;
+  if (!button || button.querySelector("img")) return;
+  button.replaceChildren(Object.assign(new Image(), { src: URL.createObjectURL(picture), alt: describe(parameters) }));
+}
+
+/** Forget a job that has no image. */
+export function dropJob(id, model) {
+  keep(model, "results", remembered(model).filter((each) => each !== id));
+  element(`result-${id}`)?.remove();
 }
 
 /** Mark the job that is shown; null for none. */
-export function markResult(id) {
+export function markJob(id) {
   for (const entry of element("gallery").children) {
     const button = entry.firstElementChild;
     if (entry.id === `result-${id}`) button.setAttribute("aria-current", "true");
@@ -58,12 +63,19 @@ export function markResult(id) {
   }
 }
 
-// The newest result comes first, whenever it was had. What is no longer remembered goes, or the tab would grow without end.
-function place(entry, ids) {
-  const age = (each) => ids.indexOf(each.id.replace("result-", ""));
+// The newest comes first, whenever it was had. What is no longer remembered goes, or the tab would grow without end.
+function place(job, model) {
+  element("results").hidden = false;
+  if (element(`result-${job.id}`)) return;
+  const entry = Object.assign(document.createElement("li"), { id: `result-${job.id}` });
+  const button = Object.assign(document.createElement("button"), { type: "button", title: describe(job.parameters), textContent: "…" });
+  button.addEventListener("click", () => open(job.id));
+  entry.append(button);
+  const ids = remembered(model), age = (each) => ids.indexOf(each.id.replace("result-", ""));
   const shown = [...element("gallery").children];
   for (const each of shown.filter((other) => age(other) < 0)) {
-    URL.revokeObjectURL(each.querySelector("img").src);
+    const image = each.querySelector("img");
+    if (image) URL.revokeObjectURL(image.src);
     each.remove();
   }
   element("gallery").insertBefore(entry, shown.find((other) => other.isConnected && age(other) < age(entry)) ?? null);

@@ -6,6 +6,7 @@ import {
 } from "./api.js";
 import { addFrame, clearFrames, fillIn, lastMissing, MOST_BYTES } from "./film.js";
 import { askBeginning } from "./path.js";
+import { SHOWS } from "./stage.js";
 
 const MOST_FRAMES = 200; // of a job
 const AGAIN_MS = 2000; // until a job is looked at again
@@ -71,7 +72,8 @@ export async function create(model, body, tryingAgain) {
     if (leaving) await sleep(LEAVING_MS); // the page that comes asks again; this goes on only if none comes
     leaving = false;
     const cancelled = remembered(model)?.cancelled;
-    history.replaceState(null, "", `#job=${job.id}`);
+    if (jobInAddress()) history.pushState(null, "", `#job=${job.id}`); // so that one can go back to the one before
+    else history.replaceState(null, "", `#job=${job.id}`);
     remember(model, { answered: job.id, cancelled }); // a reload that has begun takes the address from before
     setTimeout(forgetAnswered, LEAVING_MS, model, job.id);
     return { job, cancelled };
@@ -108,7 +110,7 @@ export function say(text) {
 }
 
 // Of a job that waits or runs.
-export function showForecast({ state, position, eta_s: eta }) {
+function showForecast({ state, position, eta_s: eta }) {
   if (state === "running") say("Running.");
   else if (eta === null || eta === undefined) say("Waiting.");
   else if (position) say(`Waiting: ${position === 1 ? "1 job" : `${position} jobs`} ahead, done in about ${seconds(eta)}.`);
@@ -116,20 +118,20 @@ export function showForecast({ state, position, eta_s: eta }) {
 }
 
 // t is not told by a GET, and eta_s may not be known.
-export function showStep({ step, steps, t, eta_s: eta }) {
+function showStep({ step, steps, t, eta_s: eta }) {
   const parts = [`Step ${step} of ${steps}`];
   if (t !== undefined) parts.push(`t = ${t}`);
   showProgress(step / steps, parts.join(", "));
   if (typeof eta === "number") element("left-text").textContent = `, ${seconds(eta)} left`;
 }
 
-export function showProgress(share, text) {
+function showProgress(share, text) {
   element("progress").value = share;
   element("step-text").textContent = text;
   forgetForecast();
 }
 
-export function forgetForecast() {
+function forgetForecast() {
   element("left-text").textContent = "";
 }
 
@@ -141,12 +143,13 @@ let filling = null; // what aborts asking for frames that were missed, of the jo
 
 export const jobInAddress = () => /^#job=([0-9a-f]{32})$/.exec(location.hash)?.[1];
 
-// Show a job until it ends. tell: what to do with its end, {done, over, complain}; `over` is called however it ends.
+// Show a job until it ends. tell: what to do with its end, {done, lost, over, complain}; `lost`
+// is called where there is no image, `over` however it ends.
 // edit: the picture and mask that it began with, where the page still has them.
 export function follow(job, model, tell, edit = {}) {
   clear();
   const every = stepsBetweenFrames(job, model), query = new URLSearchParams({ every });
-  for (const show of ["x_t", "x_0"]) query.append("show", show);
+  for (const show of SHOWS) query.append("show", show);
   const url = new URL(`jobs/${job.id}/events?${query}`, base);
   // looks: since events came; look: the number of the newest, which makes older ones void.
   current = { id: job.id, url, tell, source: null, timer: null, looks: 0, look: 0, broken: false, ended: false };
@@ -164,14 +167,14 @@ export function clear() {
 }
 
 // So many that all frames together stay below MOST_BYTES: two pictures each, which as noise hardly compress, in base64.
-export function stepsBetweenFrames({ n, steps }, { width_px: width, height_px: height, channels }) {
+function stepsBetweenFrames({ n, steps }, { width_px: width, height_px: height, channels }) {
   const frameBytes = 2 * n * width * height * channels * (4 / 3);
   const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
   return Math.max(1, Math.ceil(steps / most));
 }
 
 // Look no longer; the job goes on.
-export function leave() {
+function leave() {
   if (current) pause(current);
   current = null;
 }
@@ -248,6 +251,7 @@ async function look(job) {
   } catch (error) {
     if (stale()) return;
     if (isGone(error)) {
+      job.tell.lost();
       over(job, "The server knows nothing of this job any more.");
       job.tell.complain(`${error.message}.`);
     } else {
@@ -285,8 +289,10 @@ async function end(job, ended) {
   if (ended.state === "done") {
     await showImages(job, ended);
   } else if (ended.state === "cancelled") {
+    job.tell.lost();
     over(job, "Cancelled.");
   } else {
+    job.tell.lost();
     over(job, "Not done.");
     job.tell.complain(`${shorten(ended.problem.detail)}.`, ended.problem.field);
   }

@@ -3,7 +3,7 @@
 import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toJson } from "./api.js";
 import { clearFrames, film, setGrowing, showPath } from "./film.js";
 import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
-import { addResult, markResult, restore } from "./history.js";
+import { addJob, addPicture, dropJob, markJob, restore } from "./history.js";
 import { addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, jobInAddress, say, underWay } from "./job.js";
 import { showWho } from "./key.js";
 import { openPageOf, showMenu } from "./models.js";
@@ -15,7 +15,10 @@ import { finish, lay, setUpStage } from "./stage.js";
 // Below the first view, so they may come after it.
 const LATER = ["studio", "compare", "grid", "batch"];
 const MOST_PASSES = 2000; // of all images together, that a link alone may ask the server for
-const DEADLINE_S = 3; // of a first sample, which a busy server refuses at once and without work
+// Of a first sample, which a busy server refuses at once and without work; and of one that somebody was sent.
+const DEADLINE_S = 3, LINK_DEADLINE_S = 30;
+const BUSY = "The server has no time for a first sample just now. You can still ask for yours.";
+const OF_LINK = "The form has the settings of the link. Press Sample to see what they make.";
 
 let model = null;
 let running = true; // or about to
@@ -59,26 +62,27 @@ async function openingShown() {
   }
   let linked = fromHash(location.hash);
   if (linked) fillFrom(linked);
-  if (linked && tablesOf(linked.sampler).length) linked = parameters(); // the steps of a table, as the form has them
+  // What a link leaves out, and the steps of a table, are as the form has them.
+  if (linked && (!linked.sampler || !linked.steps || tablesOf(linked.sampler).length)) linked = parameters();
   const seeded = linked?.seed !== undefined && !(linked.n * linked.steps > MOST_PASSES);
   if (linked && !seeded) {
     leaveOpening();
-    element("caption").textContent = "The form has the settings of the link. Press Sample to see what they make.";
+    element("caption").textContent = OF_LINK;
     return false;
   }
-  const shown = await open(linked ?? usualOpening(model));
+  const shown = await (linked ? open(linked, LINK_DEADLINE_S, OF_LINK) : open(usualOpening(model), DEADLINE_S, BUSY));
   if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) film.play();
   return shown;
 }
 
 /** Show the way of a sample, if the server has time for it, or say why nothing is shown. Returns whether it is shown. */
-async function open(given) {
+async function open(given, deadline_s, busyText) {
   leaveOpening();
   const mine = (opening = new AbortController());
   document.body.dataset.opening = "asked";
   element("caption").textContent = "A first sample is on its way.";
   try {
-    const path = await askPath({ ...given, deadline_s: DEADLINE_S }, model, mine.signal);
+    const path = await askPath({ ...given, deadline_s }, model, mine.signal);
     if (mine !== opening) return false;
     showSample(path, given);
     document.body.dataset.opening = "shown";
@@ -86,17 +90,17 @@ async function open(given) {
   } catch (error) {
     if (mine !== opening) return false;
     clearFrames();
-    element("caption").textContent = whyNot(error);
+    element("caption").textContent = whyNot(error, busyText);
     document.body.dataset.opening = "absent";
     return false;
   }
 }
 
-function whyNot(error) {
+function whyNot(error, busyText) {
   if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
   if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
   if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
-  return "The server has no time for a first sample just now. You can still ask for yours.";
+  return busyText;
 }
 
 /** Something else takes its place. */
@@ -111,7 +115,7 @@ function leaveOpening() {
 function showSample({ frames, image }, { nearest: _, ...made }) {
   lay(made.n);
   showPath(frames);
-  markResult(null);
+  markJob(null);
   const one = async (_, alone) => (await post("sample", requestOf(alone, model), "image/png")).blob();
   finish({ parameters: made, picture: image, image: one });
 }
@@ -144,7 +148,6 @@ async function findAgain(unwanted = null) {
       if (await openPageOf(job.model, location.hash)) return;
       complain(`The job in the address of this page is of the model ${job.model}, which is not loaded.`);
     } else if (job.durable) {
-      leaveOpening();
       fillFrom(job.parameters);
       show(job);
       if (id === unwanted) cancel();
@@ -158,8 +161,6 @@ async function run(body) {
   if (running) return; // something else was begun while this was made ready
   complain("");
   busy(true);
-  leaveOpening();
-  clear();
   say("Asking…");
   toTop();
   try {
@@ -203,13 +204,14 @@ function giveUp() {
 
 // image, mask: those that an edit was asked for with, where the page still has them.
 function show(job, { image, mask } = {}) {
+  leaveOpening();
   film.pause();
+  lay(job.n);
   element("caption").textContent = `${describe(job.parameters)}.`;
   busy(true);
-  const tell = { done, over: () => busy(false), complain };
-  follow(job, model, tell, { ...(image && { image }), ...(mask && { mask }) });
-  lay(job.n);
-  markResult(job.id);
+  addJob(job, model);
+  const lost = () => dropJob(job.id, model);
+  follow(job, model, { done, lost, over: () => busy(false), complain }, { ...(image && { image }), ...(mask && { mask }) });
 }
 
 function done(job, picture) {
@@ -220,8 +222,7 @@ function done(job, picture) {
     image: (number) => images(`?index=${number}`, "image/png"),
     zip: () => images("", "application/zip"),
   });
-  addResult(job, picture, model);
-  markResult(job.id);
+  addPicture(job, picture);
 }
 
 function busy(yes) {
@@ -247,6 +248,7 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (model && !running) run(toJson(requestOf(parameters(), model)));
 });
+form.addEventListener("invalid", () => (element("more").open = true), { capture: true }); // or the browser could not show where
 element("cancel").addEventListener("click", () => {
   if (model && running) giveUp();
 });

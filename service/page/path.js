@@ -1,6 +1,7 @@
 // The whole way from noise to an image, asked for at once: every frame, in one answer. Nothing of it is kept by the server.
 
 import { ask, parse, post, requestOf, toBlob, toQuery } from "./api.js";
+import { SHOWS } from "./stage.js";
 
 const MOST_FRAMES = 40, MOST_BYTES = 2 ** 24; // of pixels: more the server refuses
 
@@ -28,7 +29,7 @@ export async function askBeginning(parameters, { every, until }, model, signal) 
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.floor(MOST_BYTES / frameBytes) - 1);
   const fewer = every * Math.max(1, Math.ceil(until / every / most));
-  const asked = { ...parameters, every: fewer, until, show: ["x_t", "x_0"] };
+  const asked = { ...parameters, every: fewer, until, show: SHOWS };
   const { frames, fingerprint } = parse(await (await request(asked, model, signal)).text());
   return { frames: frames.map(({ step, t, ...data }) => ({ step, t, pictures: pictures(data) })), fingerprint };
 }
@@ -42,7 +43,7 @@ export async function askPath(parameters, model, signal) {
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
   const every = Math.ceil(passesOf(parameters, model) / most) || 1;
-  const response = await request({ ...parameters, every, show: ["x_t", "x_0"] }, model, signal);
+  const response = await request({ ...parameters, every, show: SHOWS }, model, signal);
   const { frames, sheet, spec } = parse(await response.text());
   const image = toBlob(sheet);
   const steps = passesOf(spec, model);

@@ -48,7 +48,7 @@ function read(name, text) {
  * The parameters that a PNG's spec stands for; see `parameters_of` of the server. Whatever else a PNG says is not asked for,
  * nor is a picture that it was made from.
  */
-export function parametersOf(spec) {
+function parametersOf(spec) {
   const { class_labels: labels, eta } = spec;
   const parameters = Object.fromEntries(IN_PNGS.map((name) => [name, spec[name] ?? null]));
   if (labels) parameters.class_label = new Set(labels).size === 1 ? labels[0] : labels;
@@ -61,7 +61,7 @@ export function parametersOf(spec) {
  * What a PNG of tminus says of itself, {spec, weights, fingerprint}; null for any other file.
  * @param {ArrayBuffer} buffer
  */
-export function recipeIn(buffer) {
+function recipeIn(buffer) {
   const bytes = new Uint8Array(buffer), view = new DataView(buffer);
   if (!SIGNATURE.every((byte, at) => bytes[at] === byte)) return null;
   for (let at = 8; at + 12 <= bytes.length; ) {

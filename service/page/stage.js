@@ -5,7 +5,7 @@ import { copyLink, element, reason, toBase64 } from "./api.js";
 import { describe, numberOfImages } from "./form.js";
 import { callsOf, shortest, toHash } from "./recipe.js";
 
-const SHOWS = ["x_t", "x_0"];
+export const SHOWS = ["x_t", "x_0"]; // what is shown of each step: with noise, and the network's guess
 const SMOOTH_PX = 128; // from this size on, pixels are not to be seen
 const STRENGTH = 0.6; // of a variation
 
@@ -75,8 +75,10 @@ function choose(number) {
       if (tile.type === "button") tile.ariaPressed = String(k === chosen);
     });
   }
+  element("all").hidden = chosen === null || count === 1;
+  element("all").textContent = `All ${count}`;
   forgetAlone();
-  showBeside();
+  tell();
 }
 
 /** Show the pictures of a frame; null for none. A picture that a frame lacks stays as it was. */
@@ -101,7 +103,8 @@ export function showPictures(frame) {
 export function finish(result) {
   forget();
   made = { ...result, url: URL.createObjectURL(result.picture) };
-  complain("");
+  element("made-error").textContent = "";
+  tell();
   showBeside();
 }
 
@@ -116,9 +119,6 @@ function forgetAlone() {
   alone = null;
 }
 
-const isEdit = ({ image_sha256: image }) => image !== undefined;
-const inWords = (parameters) => `${describe(parameters)}${isEdit(parameters) ? ", from a picture" : ""}.`;
-
 /** What is shown: all images, or the chosen one, as parameters that make it. */
 function shownParameters() {
   const { parameters } = made;
@@ -129,21 +129,26 @@ function shownParameters() {
   return { ...rest, n: 1, index: (parameters.index ?? 0) + chosen, ...(label !== null && { class_label: label }) };
 }
 
+// On the way the guess, at the end what was made.
 function showBeside() {
   const done = atEnd && made !== null;
-  if (made) element("caption").textContent = inWords(shownParameters());
   element("guess").hidden = done;
   element("made").hidden = !done;
   element("on-the-way").hidden = atEnd;
   element("at-the-end").hidden = !atEnd;
-  if (!done) return;
-  const one = chosen !== null, parameters = shownParameters();
+}
+
+// What was made, in words, and what it leads to.
+function tell() {
+  if (!made) return;
+  const one = chosen !== null, parameters = shownParameters(), edited = parameters.image_sha256 !== undefined;
+  const size = one ? `, ${model.width_px} × ${model.height_px}` : " of all";
+  element("caption").textContent = `${describe(parameters)}${edited ? ", from a picture" : ""}.`;
   element("made-name").textContent = !one ? `${count} images` : count === 1 ? "One image" : `Image ${chosen + 1} of ${count}`;
-  element("made-hint").hidden = one;
-  element("all").hidden = !one || count === 1;
-  element("all").textContent = `All ${count}`;
+  element("made-hint").textContent = !one ? "Choose one to see it large." : edited ? "A link or a call would need your picture." : "";
+  element("png").textContent = `PNG${size}`;
   for (const id of ["vary", "edit-this"]) element(id).hidden = !one;
-  for (const id of ["another", "share", "code"]) element(id).hidden = isEdit(parameters); // they would need the picture
+  for (const id of ["another", "share", "code"]) element(id).hidden = edited;
   element("zip").hidden = one || !made.zip;
   linkPng(one && count > 1, parameters);
   const { curl, python } = callsOf(parameters, model);
@@ -168,11 +173,9 @@ async function askForAlone(result, number) {
     alone = URL.createObjectURL(image);
     element("png").href = alone;
   } catch (error) {
-    if (made === result) complain(`The PNG of this image could not be had: ${reason(error)}.`);
+    if (made === result) element("made-error").textContent = `The PNG of this image could not be had: ${reason(error)}.`;
   }
 }
-
-const complain = (text) => (element("made-error").textContent = text);
 
 /** The pixels of the chosen image, or of the first of several, as it became; null where there is none. */
 export async function shownPicture() {
@@ -185,25 +188,31 @@ export async function shownPicture() {
   return new Promise((resolve) => drawn.toBlob(resolve, "image/png"));
 }
 
+// Those of another image of the same kind.
+function without(parameters, ...names) {
+  return Object.fromEntries(Object.entries(parameters).filter(([name]) => !names.includes(name)));
+}
+
+function run(body) {
+  if (element("another").ariaDisabled === "true") return;
+  element("cancel").focus(); // or the focus would go with what is pressed
+  page.run(body);
+}
+
 element("all").addEventListener("click", () => choose(null));
+element("x_t").addEventListener("keydown", (event) => event.key === "Escape" && count > 1 && choose(null));
 element("share").addEventListener("click", ({ target }) => copyLink(target, toHash(shortest(shownParameters(), model))));
-element("another").addEventListener("click", () => {
-  const { seed: _, index: __, ...parameters } = shownParameters();
-  page.run({ ...parameters, n: count });
-});
+element("another").addEventListener("click", () => run(without(shownParameters(), "seed", "index")));
 element("vary").addEventListener("click", async () => {
-  const { seed: _, index: __, to_seed: ___, mix: ____, image_sha256: _____, mask_sha256: ______, ...parameters } = shownParameters();
   const picture = await shownPicture();
-  if (picture) page.run({ ...parameters, n: numberOfImages(), strength: STRENGTH, image: await toBase64(picture) });
+  const like = without(shownParameters(), "seed", "index", "to_seed", "mix", "image_sha256", "mask_sha256");
+  run({ ...like, n: numberOfImages(), strength: STRENGTH, image: await toBase64(picture) });
 });
-element("edit-this").addEventListener("click", async () => {
-  const picture = await shownPicture();
-  if (picture) page.edit(picture);
-});
+element("edit-this").addEventListener("click", async () => page.edit(await shownPicture()));
 element("zip").addEventListener("click", async ({ target }) => {
   if (target.ariaDisabled === "true") return;
   target.ariaDisabled = "true";
-  complain("");
+  element("made-error").textContent = "";
   try {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await made.zip());
@@ -211,7 +220,7 @@ element("zip").addEventListener("click", async ({ target }) => {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    complain(`The zip could not be had: ${reason(error)}`);
+    element("made-error").textContent = `The zip could not be had: ${reason(error)}`;
   }
   target.ariaDisabled = "false";
 });

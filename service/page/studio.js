@@ -39,7 +39,8 @@ export function setUp(loaded, { run, opened }) {
 
 /** Take a picture to edit it, and go there. */
 export function edit(picture) {
-  takeFile(new File([picture], "The image above", { type: picture.type }));
+  takePicture(picture);
+  element("noise-name").textContent = "The image above. Paint what is to be made new.";
   element("brush").value = "mask";
   element("noise").scrollIntoView({ block: "start" });
   element("brush").focus({ preventScroll: true });
@@ -234,8 +235,10 @@ function finish() {
 // unwanted: whether, by the time the picture is had, somebody has another.
 async function takeShown(unwanted = () => false) {
   const picture = await shownPicture();
-  if (picture && !unwanted()) takeFile(new File([picture], "The image above", { type: picture.type }));
+  if (picture && !unwanted()) takePicture(picture);
 }
+
+const takePicture = (picture) => takeFile(new File([picture], "The image above", { type: picture.type }));
 
 async function denoise(run) {
   if (element("edit").ariaDisabled === "true") return;

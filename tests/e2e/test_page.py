@@ -120,11 +120,11 @@ def test_a_job_is_cancelled_or_goes_on_if_that_fails_and_another_begun(
     expect(page.at("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
     page.make(steps=5, n=1, sampler="ddim", seed="")
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     seed = re.search(r"seed (\d+)\.$", page.at("#caption").text_content())
     made = page.picture("#gallery img")
     page.sample(seed="00" + seed[1])
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     assert page.picture("#gallery li:first-child img") == made, "the seed that was drawn makes it again"
 
 
@@ -143,7 +143,7 @@ def test_a_job_that_waits_says_how_many_are_ahead(
         assert {each.result().status_code for each in short} == {200}
 
 
-def test_an_error_is_shown_where_it_arose_and_nothing_of_the_job_before(open_page: OpenPage, tmp_path: Path) -> None:
+def test_an_error_is_shown_where_it_arose_and_what_was_made_stays(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     file = tmp_path / "grey.png"
     Image.new("L", (32, 32), 128).save(file)
@@ -164,12 +164,46 @@ def test_an_error_is_shown_where_it_arose_and_nothing_of_the_job_before(open_pag
         box = page.at(f"#{name}")
         expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
         assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
-    # Nothing is left of the job before.
-    assert page.at("#progress").evaluate("(bar) => bar.value") == 0
-    page.has(0, "#x_t img[src], #x_0 img[src]")
-    expect(page.at("#frame-text")).to_be_empty()
-    expect(page.at("#scrub")).to_be_disabled()
-    page.has(1, "#gallery li")
+    page.wait_until("Not begun.")
+    assert page.picture("#x_t img") == page.picture("#gallery img")
+    page.says("#frame-text", "after step 5")
+
+
+def test_a_wrong_value_in_the_folded_part_of_the_form_unfolds_it(open_page: OpenPage) -> None:
+    page = open_page()
+    page.fill(n=999)
+    page.at("#more summary").click()
+    expect(page.at("[name=n]")).to_be_hidden()
+    page.press("Sample")
+    expect(page.at("[name=n]")).to_be_focused()
+
+
+def test_a_running_job_stays_in_sight_and_the_one_before_is_a_step_back(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
+    page = open_page()
+    page.make(**QUICK)
+    slow_down(server)
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.says("#caption", "2 × sneaker, 1000 steps of ddpm")
+    page.press("Image 2 of 2")
+    page.has(1, "#x_t .tile:visible")
+    page.at("#x_t .tile:visible").press("Escape")
+    page.has(2, "#x_t .tile:visible")
+    page.has(2, "#gallery button")
+    page.at("#gallery button").last.click()
+    page.wait_until(DONE)
+    page.says("#caption", "5 steps of ddim")
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
+    page.tab.go_back()
+    page.wait_until(DONE)
+    page.says("#caption", "5 steps of ddim")
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
+    page.cancel()
+    page.has(1, "#gallery button")
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
@@ -189,12 +223,12 @@ def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
     assert form["seed"] == str(2**63 + 1)
     server.speed_up()
     page.wait_until(DONE)
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     spec = {"class_label": 7, "sampler": "ddpm", "steps": 1000, "n": 4, "seed": 2**63 + 1}
     assert page.picture("#gallery li:first-child img") == server.post(json=spec).content
     page.tab.reload()
     page.wait_until(DONE)
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     page.tab.goto(f"{server.url}/#job={'0' * 32}")
     page.says("#error", "cannot be shown: no job")
 
@@ -322,21 +356,22 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
     page = open_page()
     for seed in (1, 2):
         page.sample(**QUICK | {"seed": seed, "n": 2})
-        page.has(seed, "#gallery li")
-    for pattern in (r"/image$", r"/jobs/\w+$"):
+        page.has(seed, "#gallery img")
+    # The job in the address says itself what became of it, once it is known.
+    for pattern, which in ((r"/image$", "One earlier result"), (r"/jobs/\w+$", "2 earlier results")):
         page.refuse(pattern, 503)
         page.tab.reload()
-        page.says("#results-error", "2 earlier results could not be had: the server answered 503.")
+        page.says("#results-error", f"{which} could not be had: the server answered 503.")
         page.tab.unroute(re.compile(pattern))
     page.tab.reload()
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     expect(page.at("#results-error")).to_be_empty()
     httpx.delete(f"{server.url}/jobs/{page.job_id}")
-    page.press("Zip of single files")
+    page.press("Zip of each")
     expect(page.at("#made-error")).to_contain_text("The zip could not be had: no job")
     page.tab.reload()
     page.says("#error", "cannot be shown: no job")
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     expect(page.at("#results-error")).to_be_empty()
 
 
@@ -346,7 +381,7 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     page = open_page()
     for seed in (1, 2, 3):
         page.sample(**QUICK | {"seed": seed})
-        page.has(seed, "#gallery li")
+        page.has(seed, "#gallery img")
     held: list[Any] = []
     page.tab.route(re.compile(r"/image$"), lambda route: held.append(route), times=1)
     page.tab.evaluate(  # away from the job in the address; the page is told of that by an event
@@ -358,9 +393,9 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     page.tab.reload()
     page.go_on_until(lambda: len(held) == 1)
     page.make(**QUICK | {"seed": 4})
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     held[0].continue_()
-    page.has(4, "#gallery li")
+    page.has(4, "#gallery img")
 
     def seeds() -> list[str]:
         titles = page.at("#gallery button").evaluate_all("(buttons) => buttons.map((button) => button.title)")
@@ -368,7 +403,7 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
 
     assert seeds() == ["4", "3", "2", "1"]
     page.tab.reload()
-    page.has(4, "#gallery li")
+    page.has(4, "#gallery img")
     assert seeds() == ["4", "3", "2", "1"]
 
 
@@ -460,7 +495,7 @@ def test_frames_are_let_go_with_the_next_job_and_bounded_by_what_they_take(open_
     page.tab.evaluate(COUNT_URLS)
     for results in (1, 2):
         page.sample(steps=20, n=1, sampler="ddim", seed=results)
-        page.has(results, "#gallery li")
+        page.has(results, "#gallery img")
         frames = "(Number(document.querySelector('#scrub').max) + 1)"  # the last ones may still be on their way
         # Beside them and the results there may be one of the forward process, which follows the player.
         page.tab.wait_for_function(f"() => [0, 1].includes(window.urls.size - 2 * {frames} - {results})")

@@ -44,7 +44,7 @@ def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: OpenPage, tmp_
         assert (tmp_path / "out.png").read_bytes() == final
         (tmp_path / "out.png").unlink()
     page.tab.reload()
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     expect(page.at("#key-dialog")).to_be_hidden()
 
 
@@ -111,7 +111,7 @@ def test_who_signs_out_leaves_nothing_for_the_next(open_page: OpenPage) -> None:
     page.tab.get_by_role("button", name="Sign out").click()
     expect(page.tab.get_by_role("dialog")).to_be_visible()
     assert page.context.cookies() == []
-    page.has(0, "#gallery li")
+    page.has(0, "#gallery img")
     page.sign_in(BEN)
     page.says("#who", "Signed in as ben")
-    page.has(0, "#gallery li")
+    page.has(0, "#gallery img")

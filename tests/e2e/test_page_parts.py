@@ -55,7 +55,7 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
     assert frame_numbers(page) == (21, 21)
     page.has(10, "#strip button")
     assert job_ids(server) == before
-    page.has(0, "#gallery li")
+    page.has(0, "#gallery img")
     assert page.tab.url == f"{server.url}/"
     steps = server.metric("tminus_row_steps_total")
     page.tab.reload()
@@ -137,7 +137,7 @@ def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage
     page = open_page()
     page.make(n=2, steps=8, sampler="ddim", seed=5, class_label="bag", guidance=1)
     page.press("Another seed")
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     page.wait_until(DONE)
     parameters = httpx.get(f"{server.url}/jobs/{page.job_id}").json()["parameters"]
     assert (parameters["n"], parameters["steps"], parameters["class_label"]) == (2, 8, [8, 8])
@@ -150,7 +150,7 @@ def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage
     page.at("#noise-t").fill("0")
     page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
     page.press("Variation")
-    page.has(3, "#gallery li")
+    page.has(3, "#gallery img")
     page.wait_until(DONE)
     job = httpx.get(f"{server.url}/jobs/{page.job_id}").json()
     assert (job["parameters"]["strength"], job["parameters"]["n"], job["parameters"]["class_label"]) == (0.6, 2, [8, 8])
@@ -163,7 +163,7 @@ def test_a_result_of_the_session_is_shown_again_by_its_place_in_the_strip(
     page = open_page()
     for seed in (1, 2):
         page.make(n=1, steps=5, sampler="ddim", seed=seed)
-        page.has(seed, "#gallery li")
+        page.has(seed, "#gallery img")
     page.at("#batch").scroll_into_view_if_needed()
     expect(page.at("#gallery button").last).to_be_in_viewport()
     page.at("#gallery button").last.click()
@@ -674,7 +674,7 @@ def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPa
     page.tab.evaluate("() => ['edit', 'edit', 'go'].forEach((id) => document.getElementById(id).click())")
     page.wait_until(DONE)
     assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
 
 
 # --- the grid ---
