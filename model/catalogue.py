@@ -108,7 +108,9 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         fractional=True,
         spacing="karras",
     ),
-    "tuned": SamplerFacts("fitted to this very model: good images in the fewest steps", "tminus tune", 8, spacing=TABLE),
+    "tuned": SamplerFacts(
+        "fitted to this very model: good images in the fewest steps", "tminus tune", 8, spacing=TABLE
+    ),
     "consistency": SamplerFacts(
         "of a student: each step predicts the image and puts noise back",
         "Song et al. 2023, algorithm 1",
