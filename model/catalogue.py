@@ -127,7 +127,7 @@ SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """What to sample with; guidance 1 is off."""
+    """The settings to sample with; guidance 1 is off."""
 
     sampler: str
     steps: int
@@ -151,9 +151,24 @@ class Recommended:
             require(name in names, "each member of recommended", f"one of {', '.join(names)}", name)
         sampler, steps, guidance = (given[name] for name in names)
         require(sampler in samplers, "recommended sampler", f"one of {', '.join(samplers)}", sampler)
-        whole = type(steps) is int and 1 <= steps <= num_timesteps  # True is an int, and no number of steps
-        require(whole, "recommended steps", f"an integer in 1..{num_timesteps}", steps)
+        most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
+        whole = type(steps) is int and 1 <= steps <= most  # True is an int, and no number of steps
+        require(whole, "recommended steps", f"an integer in 1..{most}", steps)
         number = type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
         require(number, "recommended guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
         require(guidance == 1 or has_null_class, "recommended guidance", "1 (off) without a null_class", guidance)
         return cls(sampler, steps, float(guidance))
+
+    def __str__(self) -> str:
+        """Say it for people: `20 steps of dpmpp_2m, guidance 1.5`."""
+        guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
+        return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
+
+
+def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
+    """Return what a sampler is taken with where nothing else is recommended: its good number of steps, unguided.
+
+    num_timesteps: bounds the steps. Without a name it is the sampler to begin with.
+    """
+    facts = SAMPLER_FACTS[sampler]
+    return Recommended(sampler, min(facts.good_steps, facts.max_steps(num_timesteps)))

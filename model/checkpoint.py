@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS, Recommended
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
@@ -35,7 +35,7 @@ from tminus.model.latent.folder import (
 from tminus.model.networks import build, read_net_config
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import FOLDER as TABLES
-from tminus.model.sampler_tables import Table, read_tables, steps_and_guidances
+from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.unet import CLASS_NAME, UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
@@ -234,6 +234,7 @@ class Checkpoint:
     approved: tuple[tuple[str, str], ...] = ()
     """(executor, precision) whose images a check found as good as those of float32, for these very weights."""
     recommended: Recommended | None = None
+    """What its tminus.json recommends, if it does; see `settings`."""
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
     """A line for each file of samplers/ that is not used: its name and why."""
@@ -262,6 +263,25 @@ class Checkpoint:
         """What it may be sampled with: all that need no table, and those it has tables for; of a student only these."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler of its scheduler_config.json; of a student that of its tables."""
+        return self.noise.default_sampler if self.student is None else self.samplers[0]
+
+    @property
+    def settings(self) -> Recommended:
+        """The sampler, steps and guidance to sample it with: what its tminus.json recommends, or else the usual ones.
+
+        Of a student these are those of its own table that is nearest to the usual number of steps.
+        """
+        if self.recommended is not None:
+            return self.recommended
+        if self.student is None:
+            return usual_settings(self.noise.num_train_timesteps)
+        own = [table for table in self.tables if table.sampler == self.default_sampler]
+        table = nearest(own, SAMPLER_FACTS[self.default_sampler].good_steps, 1.0)
+        return Recommended(table.sampler, table.steps, table.guidance)
 
     @property
     def fractional(self) -> bool:
@@ -428,7 +448,7 @@ def _load(folder: Path) -> Checkpoint:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
     recommended = tminus_json.recommended(noise, labels)
-    if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
+    if recommended is not None and (recommended.sampler in TABLE_SAMPLERS or student is not None):
         keys = {(table.sampler, table.steps, table.guidance) for table in tables}
         if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
             log.warning("%s recommends %s, for which it has no table", folder, recommended)

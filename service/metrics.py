@@ -54,6 +54,13 @@ class Metrics:
         self._step = histogram("step_duration_seconds", "One tick: forward pass and update", TICK_BUCKETS, "model")
         self._batch = histogram("batch_rows", "Places in a tick; a guided row takes two", BATCH_BUCKETS, "model")
         self._row_steps = counter("row_steps_total", "Steps taken, of one row each", "model", "sampler")
+        self._asked = counter(
+            "sample_requests_total",
+            "Requests for images that passed the checks, by the sampler they get and the settings they name",
+            "model",
+            "sampler",
+            "named",
+        )
         self._request = histogram(
             "request_duration_seconds",
             "From the request's head to the response's end",
@@ -219,6 +226,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Record that a request was refused with this problem code."""
         self._rejected.labels(reason).inc()
+
+    def asked_for(self, model: str, sampler: str, named: str) -> None:
+        """Record a request for images of a model that passed the checks; named: see `named_by` in defaults.py."""
+        self._asked.labels(model, sampler, named).inc()
 
     def charged(self, key: str, row_steps: int) -> None:
         """Record that a job of so many row-steps was accepted from a key; an empty name is whoever has none."""

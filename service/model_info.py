@@ -47,7 +47,7 @@ class ModelInfo:
     student: Mapping[str, Any] | None  # of a network made for few steps: its teacher, and the guidance folded in
     folded_guidance: float  # that the weights have in them; 1 is none
     default_sampler: str
-    recommended: Recommended | None
+    recommended: Recommended  # what a request gets that names neither sampler nor steps
     conditional: bool
     class_names: tuple[str, ...]
     null_class: int | None

@@ -14,11 +14,11 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from tests import options_page, tools
 from tests.documents import ROOT, code_blocks, shell_commands
-from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
+from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
-from tminus.model.checkpoint import load_checkpoint
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
 from tminus.service.api.sample import WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
@@ -131,9 +131,7 @@ def test_every_page_of_docs_is_in_its_index_to_which_the_readme_leads() -> None:
 def test_the_readme_begins_with_the_request_that_a_server_prints_when_it_is_ready() -> None:
     url = f"localhost:{Settings.model_fields['port'].default}"
     curls = [command for command in shell_commands(README) if command.startswith("curl ")]
-    bundled = load_checkpoint(ROOT / "checkpoints" / "fashion-mnist-32")
-    model = replace(INFO, recommended=bundled.recommended, tables=bundled.tables)
-    assert f"Try: {curls[0]}" == first_request(url, model)
+    assert f"Try: {curls[0]}" == first_request(url, INFO)
 
 
 def test_every_file_that_architecture_names_exists() -> None:
@@ -249,9 +247,39 @@ def test_the_choices_of_a_parameter_are_those_of_the_docs(site: Site) -> None:
     assert named(PARAMETERS["clip"][0]) == ["true", "false"]
 
 
+def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
+    table = replace(TABLES_OF_50[0], steps=5, guidance=2.0)
+    own = Recommended("ddim", 30, 1.5)
+    samplers = (*INFO.samplers, table.sampler)
+    site = make_site(info=replace(INFO, recommended=own, samplers=samplers, tables=(table,)))
+    requests: dict[str, dict[str, Any]] = {
+        "none of these": {},
+        "`sampler`, the recommended one": {"sampler": "ddim"},
+        "`sampler`, another": {"sampler": "heun"},
+        "`steps`": {"steps": 7},
+        "`sampler` and `steps`": {"sampler": "ddim", "steps": 7},
+        "`table`": {"table": table.hash},
+    }
+    rows = {row[0]: row[1:] for row in tables(API, "named", "sampler", "steps", "guidance")}
+    assert rows.keys() == requests.keys()
+    for named_by_it, asked in requests.items():
+        spec = accepted(site, class_label=0, **asked)
+        for name, cell in zip(SETTINGS, rows[named_by_it], strict=True):
+            meanings = {
+                "as recommended": getattr(own, name),
+                "(that|those) of the table": getattr(table, name),
+                "`default_sampler` in .*": INFO.default_sampler,
+                "its `good_steps` in .*": SAMPLER_FACTS["heun"].good_steps,
+                "that one|those": asked.get(name),
+                "1": 1,
+            }
+            (meant,) = [value for words, value in meanings.items() if re.fullmatch(words, cell)]
+            assert spec[name] == meant, (named_by_it, name)
+
+
 def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
     given = accepted(site) | {"eta": accepted(site, sampler="ddim")["eta"]}
-    of_checkpoint = {"sampler": INFO.default_sampler, "clip": INFO.clip, "timestep_spacing": "leading"}
+    of_checkpoint = {"clip": INFO.clip, "timestep_spacing": INFO.timestep_spacings[INFO.recommended.sampler]}
     for name in SampleRequest.model_fields:
         match PARAMETERS[name][1]:
             case "the checkpoint's":
@@ -262,12 +290,10 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
                 assert given[name] != accepted(site)[name]
             case "`false`":
                 assert given.get(name) is None
-            case "the most":
-                most = {sampler: accepted(site, sampler=sampler)[name] for sampler in ("ddpm", "heun", "plms")}
-                assert most == {"ddpm": 1000, "heun": 500, "plms": 999}
+            case "[below](#what-a-request-gets-that-leaves-settings-out)":
+                assert name in SETTINGS
             case default:
                 assert given[name] == number(default)
-    assert accepted(site, sampler="dpmpp_2m")["timestep_spacing"] == "karras"
     for name in SAMPLERS:
         assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms") else "karras")
 

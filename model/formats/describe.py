@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tminus.model.catalogue import SAMPLER_FACTS, Recommended
+from tminus.model.catalogue import Recommended, usual_settings
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.formats.conversion import GivenFacts, MissingFacts
@@ -64,19 +64,11 @@ def describe(path: Path, given: GivenFacts) -> Description:
         lines.append(("guidance", f"{checkpoint.folded_guidance:g} in the weights{further}"))
     lines += noise_lines(noise)
     lines.append(("samplers", ", ".join(checkpoint.samplers)))
-    own = _settings(noise) if checkpoint.student is None else Recommended("consistency", checkpoint.tables[0].steps)
-    lines.append(("default", f"{own.sampler}, for requests that name no sampler"))
-    if checkpoint.recommended is not None:
-        own = checkpoint.recommended
-        lines.append(("recommended", f"{own.sampler} in {own.steps} steps, guidance {own.guidance:g}"))
+    usual = " (the usual: its tminus.json recommends nothing)" if checkpoint.recommended is None else ""
+    lines.append(("recommended", f"{checkpoint.settings}{usual}"))
+    lines.append(("scheduler", f"{checkpoint.default_sampler}, for requests that name steps and no sampler"))
     lines += [("refused table", refused) for refused in checkpoint.refused_tables]
-    return Description(tuple(lines), checkpoint.net, own, checkpoint.row_shape[1:])
-
-
-def _settings(noise: NoiseConfig) -> Recommended:
-    """The default sampler, in a good number of steps."""
-    facts = SAMPLER_FACTS[noise.default_sampler]
-    return Recommended(noise.default_sampler, min(facts.good_steps, facts.max_steps(noise.num_train_timesteps)))
+    return Description(tuple(lines), checkpoint.net, checkpoint.settings, checkpoint.row_shape[1:])
 
 
 def _of_foreign(file: Path, given: GivenFacts) -> Description:
@@ -104,7 +96,9 @@ def _of_foreign(file: Path, given: GivenFacts) -> Description:
     net = build(converted.unet)
     net.load_state_dict(to_float32(file, converted.state))
     assert size is not None
-    return Description(tuple(lines), net.requires_grad_(False).eval(), _settings(converted.noise), size)
+    noise, own = converted.noise, ("consistency",) if converted.noise.is_consistency else ()
+    settings = usual_settings(noise.num_train_timesteps, *own)
+    return Description(tuple(lines), net.requires_grad_(False).eval(), settings, size)
 
 
 def images(count: int, size_px: tuple[int, int] | None) -> str:

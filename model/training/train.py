@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import MAX_GUIDANCE, TABLE_SAMPLERS, Recommended, usual_settings
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
@@ -244,7 +244,8 @@ def _to_tell(
         if "folded_guidance" in tminus_json.values:
             folded_guidance = tminus_json.folded_guidance()
     elif origin is not None:
-        if (own := origin.recommended) is not None and own.steps <= noise.num_train_timesteps:
+        own, T = origin.recommended, noise.num_train_timesteps
+        if own is not None and own.steps <= SAMPLER_FACTS[own.sampler].max_steps(T):
             recommended = own
         if config.guidance != 1:
             folded_guidance = product_of(config.guidance, origin)

@@ -35,7 +35,7 @@ from tminus.service.api.request.schemas import (
     SampleRequest,
     WebhookRequest,
 )
-from tminus.service.api.submission import accept, advice_headers
+from tminus.service.api.submission import accept, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 from tminus.service.jobs.store.records import Place
@@ -230,11 +230,10 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
     tag = etag(media_type, spec, made_by)
     headers = {
         "X-Job-ID": job_id,
-        "X-Seed": str(spec.seed),
         "X-Fingerprint": made_by.fingerprint,
         "Vary": "Accept",
     }
-    headers |= cache_headers(tag) | advice_headers(spec, services.model)
+    headers |= cache_headers(tag) | spec_headers(spec, services.model)
     if matches(request, tag):
         return Response(status_code=304, headers=headers)
     content = await while_connected(request, services.encoder.encode(media_type, spec, lambda: images, made_by))

@@ -30,7 +30,7 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
 from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
-from tminus.service.api.submission import accept, advice_headers, submit, understand
+from tminus.service.api.submission import accept, spec_headers, submit, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import (
     JSON,
@@ -124,8 +124,8 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
     model, metrics = services.model, services.metrics
     tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact else None
-    headers = {"X-Seed": str(new.spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
-    headers |= cache_headers(tag) | advice_headers(new.spec, model)
+    headers = {"X-Fingerprint": model.fingerprint, "Vary": "Accept"}
+    headers |= cache_headers(tag) | spec_headers(new.spec, model)
     directives = cache_directives(request)
     if tag is not None:
         if matches(request, tag):

@@ -15,6 +15,7 @@ from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
+from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
 from tminus.service.errors import InvalidField, Overloaded
@@ -58,6 +59,7 @@ async def _to_job(
     services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
 ) -> NewJob:
     spec, inputs = asked.to_spec(services.model, services.limits), None
+    services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
     if asked.image is not None:
         decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
         inputs = await (decoding if request is None else while_connected(request, decoding))
@@ -146,6 +148,8 @@ def _key(
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
     given = asked.model_dump(exclude_defaults=True)
+    if "steps" in given and given.get("guidance") == 1:  # as without it; a key may be of when that was so without steps
+        del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
@@ -169,20 +173,25 @@ async def accept(
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,
-        "X-Seed": str(view.record.spec.seed),
         "Cache-Control": "no-store",
     }
-    headers |= advice_headers(view.record.spec, services.model)
+    headers |= spec_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
     status = 200 if again and chosen is not None else 202
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=status, headers=headers)
 
 
-def advice_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
-    """Make the header X-Warning, where there is a reason for one."""
+def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
+    """Make the headers that tell what a request got which left it out, and X-Warning where there is a reason for it."""
+    headers = {
+        "X-Seed": str(spec.seed),
+        "X-Sampler": spec.sampler,
+        "X-Steps": str(spec.steps),
+        "X-Guidance": str(float(spec.guidance)),
+    }
     warning = warning_of(spec, model)
-    return {} if warning is None else {"X-Warning": warning}
+    return headers if warning is None else headers | {"X-Warning": warning}
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:

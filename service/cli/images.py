@@ -128,8 +128,8 @@ class LocalJob:
 
 def make_images(
     options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
-) -> tuple[dict[str, bytes], int]:
-    """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed.
+) -> "tuple[dict[str, bytes], SampleSpec]":
+    """Sample in this process: PNG files by name (one, "sheet", or one per image), and what was made.
 
     fingerprint: that of the engine that is to make the images again.
     """
@@ -138,9 +138,9 @@ def make_images(
     job = LocalJob.of(options, parameters, fingerprint)
     images, spec, info = job.run(), job.spec, job.loaded.engine.info
     if sheet:
-        return {"sheet": encode_result(PNG, spec, images, info)}, spec.seed
+        return {"sheet": encode_result(PNG, spec, images, info)}, spec
     with zipfile.ZipFile(io.BytesIO(encode_result(ZIP, spec, images, info))) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}, spec.seed
+        return {name: archive.read(name) for name in archive.namelist()}, spec
 
 
 @contextmanager

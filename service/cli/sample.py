@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.model.catalogue import SAMPLERS
+from tminus.model.catalogue import SAMPLERS, Recommended
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
     check_model,
@@ -24,7 +24,10 @@ from tminus.service.engine.protocol import LoadOptions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tminus.service.client import Accepted
     from tminus.service.client.messages import Message
+    from tminus.service.client.results import Sampled
+    from tminus.service.spec import SampleSpec
 
 MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
@@ -41,15 +44,24 @@ MAX_PIXELS = 2**26  # of all frames of a job
     help="NAME.png: a PNG, a sheet if -n is above 1; else a folder",
 )
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
-@click.option("--steps", metavar="INTEGER", help="denoising steps  [default: T]")
-@click.option("--sampler", help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: the checkpoint's]")
+@click.option(
+    "--steps", metavar="INTEGER", help="denoising steps  [default: as recommended, or the sampler's good number]"
+)
+@click.option(
+    "--sampler",
+    help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: as recommended; with --steps the scheduler's own]",
+)
 @click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
 @click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
 @click.option("--to-seed", metavar="INTEGER", help="with --mix: noise between those of two seeds")
 @click.option("--mix", metavar="FLOAT", help="how far from --seed (0) to --to-seed (1)")
 @click.option("--index", metavar="INTEGER", help="index of the first image")
 @click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
-@click.option("--guidance", metavar="FLOAT", help="classifier-free guidance scale; 1 is off")
+@click.option(
+    "--guidance",
+    metavar="FLOAT",
+    help="classifier-free guidance scale  [default: 1, off; without --steps as recommended]",
+)
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
@@ -61,7 +73,9 @@ MAX_PIXELS = 2**26  # of all frames of a job
 @click.option(
     "--watch", type=click.Path(path_type=Path), help="with --url: write the frames as an animation, .webp or .gif"
 )
-@click.option("--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of them]")
+@click.option(
+    "--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of --steps, or 1]"
+)
 @click.option(
     "--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's estimate of x_0  [default: x_t]"
 )
@@ -89,21 +103,23 @@ def sample(
         fail("--every and --show need --watch: a file for the frames")
     check_png(f"--out {out}", out, ", or a folder's name for one file an image")
     sheet = out.suffix.lower() == ".png"
+    made: Sampled | SampleSpec | Accepted
     make_folder(f"--out {out}", out.parent if sheet else out)
     if url is None:
-        files, seed = make_images(LoadOptions(checkpoint, device, executor, precision), parameters, sheet=sheet)
+        files, made = make_images(LoadOptions(checkpoint, device, executor, precision), parameters, sheet=sheet)
     elif watch is None:
-        sampled = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
-        files = {"sheet": sampled.data} if sheet else sampled.files
-        seed = sampled.seed
+        made = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
+        files = {"sheet": made.data} if sheet else made.files
     else:
-        files, seed, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
+        files, made, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
     for name, data in files.items():
         write_file(f"--out {out}", out if sheet else out / name, data)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
         written = "a PNG" if given["n"] == 1 else f"a PNG, a sheet of {given['n']} images"
-    say(f"{out}: {written}, seed {seed}")
+    if made.sampler is not None and made.steps is not None:  # a server of an earlier version does not say
+        written += f", {Recommended(made.sampler, made.steps, 1.0 if made.guidance is None else made.guidance)}"
+    say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
         write_animation(watch, frames)
 
@@ -126,21 +142,21 @@ def follow(
     animation: Path,
     every: int | None,
     show: str,
-) -> tuple[dict[str, bytes], int, list["Image"]]:
-    """Run a job on a server with a progress bar; returns its PNG files by name, the seed and the animation's frames."""
+) -> tuple[dict[str, bytes], "Accepted", list["Image"]]:
+    """Run a job on a server with a progress bar; returns its PNG files by name, what it is, and its frames."""
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
-    every = every or max(1, _number(parameters.get("steps", 1000)) // MOST_FRAMES)
+    every = every or max(1, _number(parameters.get("steps", 0)) // MOST_FRAMES)
     layout = "sheet" if sheet else "images"
     with (
         server_at(url, model) as tminus,
         tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
     ):
-        seed, shown, finals = _read(messages)
+        accepted, shown, finals = _read(messages)
         frames = _decode([*shown, finals])
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
-    return dict(zip(names, finals, strict=True)), seed, frames
+    return dict(zip(names, finals, strict=True)), accepted, frames
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
@@ -162,18 +178,18 @@ def _number(given: Any) -> int:
         return 0
 
 
-def _read(messages: "Iterable[Message]") -> tuple[int, list[list[bytes]], Sequence[bytes]]:
-    """Read a job's messages to its end: the seed, the pictures of each step that was shown, and the PNGs."""
+def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]], Sequence[bytes]]:
+    """Read a job's messages to its end: what was accepted, the pictures of each step that was shown, and the PNGs."""
     from tqdm import tqdm
 
     from tminus.service.client import Accepted, ClientError, Done, Frame
 
-    seed, shown, num_bytes = 0, dict[int, list[bytes]](), 0
+    accepted, shown, num_bytes = None, dict[int, list[bytes]](), 0
     with tqdm(total=None, unit="step", dynamic_ncols=True, disable=None) as progress:
         for message in messages:
             match message:
                 case Accepted():
-                    seed = message.seed
+                    accepted = message
                     if message.position:
                         progress.set_description(f"{message.position} jobs ahead, {message.eta_s:.0f} s")
                 case Frame():
@@ -184,9 +200,9 @@ def _read(messages: "Iterable[Message]") -> tuple[int, list[list[bytes]], Sequen
                     progress.total = message.steps
                     progress.set_description(f"t={message.t:g}, {message.eta_s:.1f} s left")
                     progress.update(message.step - progress.n)
-                case Done():
+                case Done() if accepted is not None:
                     progress.update((progress.total or progress.n) - progress.n)
-                    return seed, [*shown.values()], message.images
+                    return accepted, [*shown.values()], message.images
     raise ClientError("the job was cancelled")
 
 

@@ -15,13 +15,19 @@ CANCEL = '{"type": "cancel"}'  # to the server
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A watched job was accepted. position: how many are ahead; eta_s: seconds until it should be done."""
+    """A watched job was accepted. position: how many are ahead; eta_s: seconds until it should be done.
+
+    sampler, steps, guidance: what is taken; None where a server of an earlier version does not say.
+    """
 
     id: str
     seed: int
     eta_s: float
     position: int
     fingerprint: str
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ class Sampled:
     """The images of a job: `data` is one sheet, a zip, a JSON document or a trajectory, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer from the server's cache. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
+    an answer from the server's cache. `sampler`, `steps` and `guidance` are what was taken; None where a server of an
+    earlier version does not say. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
     `encode` in seconds; it is empty for an answer from the cache and for the image of a durable job.
     """
 
@@ -42,6 +43,9 @@ class Sampled:
     fingerprint: str
     job_id: str | None
     timings_s: Mapping[str, float]
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
     @classmethod
     def of(cls, response: httpx.Response, accept: str) -> "Sampled":
@@ -57,6 +61,9 @@ class Sampled:
                 fingerprint=checks.token(headers["x-fingerprint"]),
                 job_id=checks.optional(checks.token, headers.get("x-job-id")),
                 timings_s=_timings_s(headers.get("server-timing", "")),
+                sampler=checks.optional(checks.token, headers.get("x-sampler")),
+                steps=checks.whole(int(headers["x-steps"])) if "x-steps" in headers else None,
+                guidance=checks.number(float(headers["x-guidance"])) if "x-guidance" in headers else None,
             )
 
     @property

@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
+from tminus.service.api.request.classes import label_of
 from tminus.service.errors import CheckpointRefused, StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
@@ -147,14 +148,10 @@ async def _tell_when_ready(worker: Worker, hint: str) -> None:
 
 
 def first_request(url: str, model: ModelInfo) -> str:
-    """A first command, with settings that this model takes; by the table that it recommends, if it has one unguided."""
-    sampler, steps, own = "dpmpp_2m", min(20, model.num_timesteps), model.recommended
-    unguided = {(table.sampler, table.steps) for table in model.tables if table.guidance == 1}
-    if own is not None and (own.sampler, own.steps) in unguided:
-        sampler, steps = own.sampler, own.steps
-    elif sampler not in model.samplers:  # of a student, which has its own alone
-        sampler, steps = model.samplers[0], model.tables[0].steps
-    return f"Try: curl -X POST '{url}/sample?n=8&steps={steps}&sampler={sampler}' -o out.png"
+    """A first command, which this model takes."""
+    # Without a null class each image needs a class.
+    label = f"&class_label={label_of(0, model.class_names)}" if model.conditional and model.null_class is None else ""
+    return f"Try: curl -X POST '{url}/sample?n=8{label}' -o out.png"
 
 
 # --- what can be found out before anything is measured ---

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.errors import NotFinite
 from tminus.service.model_info import Limits, ModelInfo
@@ -41,7 +41,7 @@ INFO = ModelInfo(
     student=None,
     folded_guidance=1.0,
     default_sampler="ddpm",
-    recommended=None,
+    recommended=Recommended("dpmpp_2m", 20),
     conditional=True,
     class_names=("cat", "dog", "3d-print"),
     null_class=3,

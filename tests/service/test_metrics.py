@@ -65,6 +65,7 @@ def moved() -> dict[str, Metric]:
     metrics.frame_dropped()
     metrics.rejected("overloaded")
     metrics.charged("studio", 1)
+    metrics.asked_for("fake", "ddpm", "steps")
     metrics.answered_without_work("cache_hit")
     metrics.encoded("png", 1.0)
     metrics.coded("decode", 1.0)

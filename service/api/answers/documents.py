@@ -149,7 +149,7 @@ class LimitsAnswer(BaseModel):
 
 
 class RecommendedAnswer(BaseModel):
-    """What the checkpoint recommends to sample with. A request that leaves these out gets the defaults, not these."""
+    """What the checkpoint recommends to sample with, or else the usual settings."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -238,7 +238,7 @@ class ModelAnswer(BaseModel):
         description="guidance in the weights, a student's too; a request's own multiplies it, and 1 is none"
     )
     default_sampler: str
-    recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
+    recommended: RecommendedAnswer = Field(description="what a request gets that names neither sampler nor steps")
     conditional: bool
     class_names: list[str]
     null_class: int | None

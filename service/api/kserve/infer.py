@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tminus.service.api.request.classes import DIGITS, class_of_prompt, label_of
+from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.request.reading import from_body
 from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, MAX_EXACT, SampleRequest, check_names
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
@@ -372,6 +373,7 @@ class Tensors:
                 data = AS_JSON[images].tobytes()[:-1] if name == IMAGES else str(self.spec.seed).encode()
                 outputs.append(b"".join([json.dumps(described).encode()[:-1], b', "data": [', data, b"]}"]))
         document: dict[str, Any] = {"model_name": self.model.name, "model_version": version_of(self.model)}
-        document |= {"parameters": {"fingerprint": self.model.fingerprint}}
+        settings = {name: getattr(self.spec, name) for name in SETTINGS}
+        document |= {"parameters": {"fingerprint": self.model.fingerprint, **settings}}
         head = json.dumps(document).encode()[1:-1]
         return b"".join([head, b', "outputs": [', b", ".join(outputs), b"]}", *behind])

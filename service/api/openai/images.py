@@ -45,7 +45,7 @@ from tminus.service.api.request.reading import (
     while_connected,
 )
 from tminus.service.api.request.schemas import PICTURES
-from tminus.service.api.submission import advice_headers, create, submit, understand
+from tminus.service.api.submission import create, spec_headers, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
 from tminus.service.images.encoder import JSON, Encoder, encode_frame
 from tminus.service.jobs.views import JobView
@@ -183,8 +183,7 @@ async def _understand(
 
 
 def _headers(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) -> dict[str, str]:
-    headers = {"X-Job-ID": job_id, "X-Seed": str(spec.seed), "X-Fingerprint": fingerprint}
-    return headers | NO_STORE | advice_headers(spec, model)
+    return {"X-Job-ID": job_id, "X-Fingerprint": fingerprint} | NO_STORE | spec_headers(spec, model)
 
 
 async def _with_images(services: Services, request: Request, wanted: Wanted) -> Response:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from tminus.service.api.openai.quality import Quality, settings_of
+from tminus.service.api.openai.quality import Quality, settings_of_quality
 from tminus.service.api.request.classes import class_of_prompt, label_of
 from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest, check_names
 from tminus.service.errors import InvalidField
@@ -46,7 +46,7 @@ class ImagesRequest(RequestSchema):
     n: Int = Field(1, description=f"how many images, 1..{MAX_N}; default 1")
     size: str = Field("auto", description="auto, or the model's own size, such as 32x32")
     quality: Literal["auto", "low", "medium", "high"] = Field(
-        "auto", description="how many steps: medium, the default, is what the checkpoint recommends"
+        "auto", description="how many steps: medium, the default, is what POST /sample takes by default"
     )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="b64_json (default), or url: the images of a durable job"
@@ -104,8 +104,9 @@ class ImagesRequest(RequestSchema):
             if not ok:
                 raise InvalidField.of(name, bound, getattr(self, name))
         label = label_of(class_of_prompt(self.prompt, model), model.class_names)
-        given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_unset=True)
-        filled = settings_of(self.budget, given, model, has_class=label is not None)
+        given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
+        can_guide = label is not None and model.null_class is not None
+        filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
         return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
 
     def about(self, model: ModelInfo) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema
 
-from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
+from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
 from tminus.service.model_info import Limits, ModelInfo
@@ -154,8 +155,14 @@ class SampleRequest(RequestSchema):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
 
     n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
-    steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
-    sampler: str | None = Field(None, description=f"one of {', '.join(SAMPLERS)}; default: the checkpoint's own")
+    steps: Int | None = Field(
+        None, description="denoising steps, 1..T; default: those recommended, or a good number for the sampler"
+    )
+    sampler: str | None = Field(
+        None,
+        description=f"one of {', '.join(SAMPLERS)}, or of the checkpoint's tables; default: the one recommended, or "
+        "with steps that of the checkpoint's scheduler",
+    )
     eta: Share | None = Field(None, description="noise of ddim, 0..1; default 0")
     seed: Seed | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
     index: Index = Field(
@@ -168,7 +175,10 @@ class SampleRequest(RequestSchema):
     class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
-    guidance: Scale = Field(1.0, description="classifier-free guidance scale, 0..50; 1, the default, is off")
+    guidance: Scale | None = Field(
+        None,
+        description="classifier-free guidance scale, 0..50; 1 is off; default: 1, or without steps the one recommended",
+    )
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
@@ -215,41 +225,41 @@ class SampleRequest(RequestSchema):
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
-        sampler = model.default_sampler if self.sampler is None else self.sampler
-        if sampler not in model.samplers:
-            raise InvalidField.of("sampler", _bounds(model, limits)["sampler"], sampler)
-        most = SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)
-        table = self._table(model, sampler)
-        steps = table.steps if table is not None else most if self.steps is None else self.steps
-        seed = draw(SEED_BITS) if self.seed is None else self.seed
-        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
         for field, ok in (
+            ("sampler", self.sampler in (None, *model.samplers)),
             ("n", 1 <= self.n <= limits.max_n),
-            ("steps", 1 <= steps <= model.num_timesteps),
+            ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
             ("index", self.index <= MAX_INDEX + 1 - self.n),
-            ("timestep_spacing", spacing in SPACINGS or table is not None),
         ):
             if not ok:
                 raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
-        if steps > most:
+        labels = class_numbers(self.class_label, self.n, model)
+        can_guide = model.null_class is not None and labels is not None and None not in labels
+        settings = settings_of(self.decisive(), model, can_guide=can_guide)
+        sampler, steps = settings.sampler, settings.steps
+        table = self._table(model, settings)
+        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
+        if table is None and spacing not in SPACINGS:
+            raise InvalidField.of("timestep_spacing", _bounds(model, limits)["timestep_spacing"], spacing)
+        if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
             raise InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps)
         if self.eta is not None and sampler != "ddim":
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
+        seed = draw(SEED_BITS) if self.seed is None else self.seed
         self._check_walk(seed)
         self._check_edit(limits.max_image_bytes)
-        labels = class_numbers(self.class_label, self.n, model)
-        self._check_guidance(model, labels)
+        self._check_guidance(settings.guidance, model, labels)
         if self.clip and model.latent is not None and not model.clip:
             raise InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip)
         return SampleSpec(
             n=self.n,
-            steps=steps,
+            steps=steps if table is None else table.steps,
             sampler=sampler,
             eta=self.eta or 0.0,
             seed=seed,
             index=self.index,
             class_labels=labels,
-            guidance=table.guidance if table is not None else self.guidance,
+            guidance=settings.guidance if table is None else table.guidance,
             guidance_interval=self._interval(model.num_timesteps),
             guidance_rescale=self.guidance_rescale,
             timestep_spacing=spacing,
@@ -260,6 +270,10 @@ class SampleRequest(RequestSchema):
             mix=self.mix,
         )
 
+    def decisive(self) -> dict[str, Any]:
+        """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
+        return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
+
     def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
@@ -267,8 +281,9 @@ class SampleRequest(RequestSchema):
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
             raise InvalidField.of("to_seed", "another than seed", self.to_seed)
 
-    def _table(self, model: ModelInfo, sampler: str) -> Table | None:
+    def _table(self, model: ModelInfo, settings: Recommended) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
+        sampler = settings.sampler
         if sampler not in TABLE_SAMPLERS:
             for name in ("nearest", "table"):
                 if getattr(self, name) is not None:
@@ -279,11 +294,7 @@ class SampleRequest(RequestSchema):
         if self.timestep_spacing is not None:
             bound = f"absent for sampler {sampler}: its table has the timesteps"
             raise InvalidField.of("timestep_spacing", bound, self.timestep_spacing)
-        if self.steps is not None and not 1 <= self.steps <= model.num_timesteps:
-            raise InvalidField.of("steps", f"an integer in 1..{model.num_timesteps}", self.steps)
-        return choose_table(
-            model, sampler, self.steps, self.guidance, take_nearest=bool(self.nearest), table_hash=self.table
-        )
+        return choose_table(model, settings, take_nearest=bool(self.nearest), table_hash=self.table)
 
     def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
         """Add the hashes of the inputs to the spec. Raises InvalidField where the request names other hashes."""
@@ -310,16 +321,16 @@ class SampleRequest(RequestSchema):
             if data is not None and len(data) > max_image_bytes:
                 raise BodyTooLarge(len(data), max_image_bytes, name)
 
-    def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
-        if self.guidance == 1.0:
+    def _check_guidance(self, guidance: float, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
+        if guidance == 1.0:
             for name in ("guidance_interval", "guidance_rescale"):
                 if getattr(self, name) is not None:
                     raise InvalidField.of(name, "absent where guidance is 1 (off)", getattr(self, name))
         elif labels is None or model.null_class is None:
             what = "has no classes" if labels is None else "has no null class"
-            raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
+            raise InvalidField.of("guidance", f"1 (off): this model {what}", guidance)
         elif None in labels:
-            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
+            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", guidance)
 
     def _interval(self, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
@@ -375,24 +386,16 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
 
 
 def choose_table(
-    model: ModelInfo,
-    sampler: str,
-    steps: int | None,
-    guidance: float,
-    *,
-    take_nearest: bool = False,
-    table_hash: str | None = None,
+    model: ModelInfo, settings: Recommended, *, take_nearest: bool = False, table_hash: str | None = None
 ) -> Table:
-    """Choose the table for these steps and this guidance, where 1 is off; steps None takes those recommended.
+    """Choose the table for these settings.
 
     take_nearest: of the tables that are guided, or not, as asked. Raises InvalidField, which lists what there is.
     """
+    sampler, steps, guidance = settings.sampler, settings.steps, settings.guidance
     tables = [table for table in model.tables if table.sampler == sampler]
     there = steps_and_guidances(tables)
     of_kind = [table for table in tables if (table.guidance == 1) == (guidance == 1)]
-    if steps is None:
-        own = model.recommended
-        steps = own.steps if own is not None and own.sampler == sampler else max(table.steps for table in tables)
     if not of_kind:
         raise InvalidField.of("guidance", f"one that {sampler} has a table for: {there}", guidance)
     if take_nearest:

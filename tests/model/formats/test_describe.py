@@ -23,8 +23,8 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert lines["predicts"] == "v_prediction; variance fixed_small; x_0 is clipped to ±1"
     assert found.net is not None
     assert found.settings is not None
-    assert f"{found.settings.sampler} in {found.settings.steps} steps" in lines["recommended"]
-    assert lines["default"] == "ddpm, for requests that name no sampler"
+    assert lines["recommended"] == str(found.settings) == "8 steps of tuned"
+    assert lines["scheduler"] == "ddpm, for requests that name steps and no sampler"
     with pytest.raises(ValueError, match="--heads says nothing about a checkpoint folder"):
         describe(BUNDLED, GivenFacts(heads=2))
 

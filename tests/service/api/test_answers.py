@@ -49,7 +49,7 @@ MODEL: dict[str, Any] = {
     "student": None,
     "folded_guidance": 1.0,
     "default_sampler": "ddpm",
-    "recommended": None,
+    "recommended": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.0},
     "conditional": True,
     "class_names": ["cat", "dog", "3d-print"],
     "null_class": 3,

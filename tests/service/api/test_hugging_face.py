@@ -10,6 +10,7 @@ from tests.service.api.test_tables import TUNED, table
 from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import Several, make_several
+from tminus.model.catalogue import Recommended
 
 SPEC = {"steps": 4, "seed": 7}
 
@@ -123,9 +124,11 @@ def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("parameters", [{}, {"parameters": {"seed": 7}}])
 def test_a_default_that_is_refused_has_our_name(make_site: MakeSite, parameters: dict[str, Any]) -> None:
-    """A checkpoint whose one table is for guidance refuses the guidance that is the default."""
-    site = make_site(info=replace(TUNED, tables=(table(1, 1.5),), default_sampler="tuned"))
-    refused(site.client.post("/", json={"inputs": "dog"} | parameters), 400, "invalid_field", "guidance")
+    """A student whose one table is for guidance refuses the guidance 1 of images without a class."""
+    student = {"samplers": ("tuned",), "default_sampler": "tuned", "recommended": Recommended("tuned", 1, 1.5)}
+    site = make_site(info=replace(TUNED, tables=(table(1, 1.5),), **student))
+    assert site.client.post("/", json={"inputs": "dog"} | parameters).headers["x-guidance"] == "1.5"
+    refused(site.client.post("/", json={"inputs": ""} | parameters), 400, "invalid_field", "guidance")
 
 
 def test_each_model_has_it_at_its_address_with_and_without_a_slash(make_site: MakeSite) -> None:

@@ -17,7 +17,7 @@ from tests.service.api.asgi import call
 from tests.service.api.pictures import CAT, EDIT, MASK, PICTURE, b64, encode, got, noise, same
 from tests.service.conftest import MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
-from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.model.timesteps import SPACINGS
 from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api.answers import progress
@@ -73,11 +73,14 @@ def test_accept_chooses_the_media_type_and_parameters_may_come_in_the_query(site
         np.testing.assert_array_equal(np.stack(images), expected)
 
 
-def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -> None:
-    site = make_site(info=replace(INFO, num_timesteps=10))
+def test_no_parameters_at_all_make_one_image_as_recommended_and_the_answer_says_so(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, recommended=Recommended("ddim", 10, 1.5)))
     first, second = site.post(), site.client.get("/sample")
     assert first.status_code == second.status_code == 200
     assert site.engine.batches[-1].steps == (9,)
+    told = {name: first.headers[name] for name in ("x-sampler", "x-steps", "x-guidance")}
+    assert told == {"x-sampler": "ddim", "x-steps": "10", "x-guidance": "1.0"}
+    assert site.post(json={"class_label": "cat"}).headers["x-guidance"] == "1.5"
     assert 0 <= int(first.headers["x-seed"]) < 2**53
     assert first.headers["x-seed"] != second.headers["x-seed"]
     assert first.headers["x-job-id"] != second.headers["x-job-id"]
@@ -381,7 +384,8 @@ def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(mak
     whole = site.post(json={"n": most, "steps": 100}, headers=AS_TRAJECTORY)
     assert most * image_bytes < len(whole.content) < most * image_bytes + 20_000, "the bound counts what is sent"
     large = make_site(info=replace(INFO, height_px=512, width_px=512))
-    assert problem(large.post(headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
+    asked = {"sampler": "ddpm", "steps": 1000}
+    assert problem(large.post(json=asked, headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
 
 
 def test_trajectories_over_the_room_are_refused_and_those_that_end_leave_room(make_site: MakeSite) -> None:

@@ -54,15 +54,15 @@ def test_left_out_parameters_take_their_defaults() -> None:
     spec = spec_of({}, draw=lambda bits: 5)
     assert spec == SampleSpec(
         n=1,
-        steps=INFO.num_timesteps,
-        sampler="ddpm",
+        steps=20,
+        sampler="dpmpp_2m",
         eta=0.0,
         seed=5,
         index=0,
         class_labels=(None,),
         guidance=1.0,
         guidance_interval=None,
-        timestep_spacing="leading",
+        timestep_spacing="karras",
         clip=True,
     )
 

@@ -92,12 +92,7 @@ def test_guided_tables_are_not_taken_for_unguided_requests_nor_the_other_way() -
     with pytest.raises(
         InvalidField, match=r"guidance must be one that tuned has a table for: 6 steps at guidance 1\.5"
     ):
-        choose_table(only_guided, "tuned", 6, 1.0, take_nearest=True)
-
-
-def test_steps_that_are_left_out_are_those_recommended() -> None:
-    recommends = replace(TUNED, recommended=Recommended("tuned", 5))
-    assert choose_table(recommends, "tuned", None, 1.0).steps == 5
+        choose_table(only_guided, Recommended("tuned", 6), take_nearest=True)
 
 
 def test_tables_and_what_is_not_used_are_told(tuned: Site) -> None:

@@ -88,7 +88,7 @@ def test_every_field_of_the_noise_config_is_in_the_fingerprint(tiny: Checkpoint)
 def test_what_is_recommended_is_told_and_moves_no_bit(tiny: Checkpoint) -> None:
     other = replace(tiny, recommended=Recommended("dpmpp_2m", 20, 1.5))
     executor = EagerExecutor(tiny.net, CPU)
-    assert make_model_info(tiny, CPU, executor, exact=True).recommended is None
+    assert make_model_info(tiny, CPU, executor, exact=True).recommended == Recommended("dpmpp_2m", 20)
     assert make_model_info(other, CPU, executor, exact=True).recommended == other.recommended
     assert fingerprint_of(tiny) == fingerprint_of(other)
 

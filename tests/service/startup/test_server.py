@@ -24,8 +24,6 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from tests.service.client.conftest import SPEC, MakeServed, Served, make_served, served  # noqa: F401
 from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
-from tminus.model.catalogue import Recommended
-from tminus.model.sampler_tables import Table
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.metrics import Metrics
@@ -274,16 +272,10 @@ def test_a_server_waits_for_streams_that_have_a_job_and_answers_meanwhile(runnin
     assert running.has_ended()
 
 
-def test_the_first_command_that_is_shown_has_settings_that_the_model_takes() -> None:
-    assert "steps=20&sampler=dpmpp_2m'" in first_request("http://here", INFO)
-    assert "steps=7&sampler=dpmpp_2m'" in first_request("http://here", replace(INFO, num_timesteps=7))
-    table = Table("consistency", 2, 1.0, (49.0, 20.0), ((0, 1, 0, 0, 0.1), (0, 1, 0, 0, 0)))
-    student = replace(INFO, samplers=("consistency",), tables=(table,), student={"guidance": 1.0})
-    assert "steps=2&sampler=consistency'" in first_request("http://here", student)
-    tuned = replace(INFO, tables=(replace(table, sampler="tuned"),), recommended=Recommended("tuned", 2, 1.5))
-    assert "steps=2&sampler=tuned'" in first_request("http://here", tuned)
-    guided = replace(tuned, tables=(replace(table, sampler="tuned", guidance=1.5),))
-    assert "steps=20&sampler=dpmpp_2m'" in first_request("http://here", guided)
+def test_the_first_command_that_is_shown_is_one_that_the_model_takes() -> None:
+    assert first_request("http://here", INFO) == "Try: curl -X POST 'http://here/sample?n=8' -o out.png"
+    classes_only = replace(INFO, null_class=None, class_names=("1", "0"))
+    assert "/sample?n=8&class_label=number:0'" in first_request("http://here", classes_only)
 
 
 def test_a_request_on_a_kept_connection_that_comes_just_after_the_end_of_the_work_is_answered(

@@ -142,7 +142,8 @@ def test_an_answer_has_the_very_pixels_and_the_seed(outputs: dict[str, bool]) ->
     document, behind = json.loads(body[:head_bytes]), body[head_bytes:]
     assert document["model_name"] == "fake"
     assert document["model_version"] == version_of(INFO) == INFO.weights_hash[:16]
-    assert document["parameters"] == {"fingerprint": INFO.fingerprint}
+    settings = {"sampler": spec.sampler, "steps": spec.steps, "guidance": spec.guidance}
+    assert document["parameters"] == {"fingerprint": INFO.fingerprint, **settings}
     assert [each["name"] for each in document["outputs"]] == list(outputs)
     for each in document["outputs"]:
         kind = {"UINT8": "<u1", "UINT64": "<u8"}[each["datatype"]]

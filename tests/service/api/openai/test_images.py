@@ -95,9 +95,9 @@ def test_an_answer_has_openais_members_and_says_what_each_image_was_made_with(si
 
 def test_no_prompt_is_no_class_and_a_null_is_as_if_left_out(site: Site) -> None:
     nothing = dict.fromkeys(("model", "n", "size", "quality", "seed", "steps", "stream", "user", "guidance"))
-    (entry,) = generate(site, **nothing | {"prompt": "", "steps": 2}).json()["data"]
+    (entry,) = generate(site, **nothing | {"prompt": ""}).json()["data"]
     assert (entry["revised_prompt"], entry["class_label"], entry["guidance"]) == ("", None, 1)
-    assert entry["sampler"] == "dpmpp_2m"
+    assert (entry["sampler"], entry["steps"]) == ("dpmpp_2m", 20)
 
 
 @pytest.mark.parametrize(("kind", "pillows"), [("jpeg", "JPEG"), ("webp", "WEBP")])
@@ -127,8 +127,9 @@ def test_few_steps_are_a_table_unless_a_setting_contradicts_it(make_site: MakeSi
         return [entry[name] for name in ("sampler", "steps", "guidance")]
 
     # A number may be text, as in a form.
-    for agreeing in ({}, {"guidance": 1}, {"steps": "8"}, {"guidance": "1.0", "sampler": "tuned"}):
+    for agreeing in ({}, {"guidance": 1}, {"guidance": "1.0", "sampler": "tuned"}):
         assert made(quality="low", **agreeing) == ["tuned", 8, 1], agreeing
+    assert made(quality="low", steps="8") == ["ddpm", 8, 1], "steps alone are those of the checkpoint's scheduler"
     assert made(quality="low", guidance=2) == ["ddim", 10, 2]
     assert made(table=table.hash) == ["tuned", 8, 1]
     wrong = error_of(generate(site, prompt="cat", table="0" * 16), 400, "invalid_field")

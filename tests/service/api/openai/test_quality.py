@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.sampler_tables import Table
-from tminus.service.api.openai.quality import Quality, settings_of
+from tminus.service.api.openai.quality import Quality, settings_of_quality
+from tminus.service.api.request.defaults import settings_of
 from tminus.service.model_info import ModelInfo
 
 ROOT = Path(__file__).parents[4]
@@ -35,9 +37,11 @@ FITTED = replace(TUNED, recommended=Recommended("tuned", 8))
 QUALITIES: tuple[Quality, ...] = ("low", "medium", "high")
 
 
-def settings(model: ModelInfo, quality: Quality, *, has_class: bool = True, **given: object) -> tuple[object, ...]:
-    made = settings_of(quality, given, model, has_class=has_class) | given
-    return made["sampler"], made.get("steps"), made.get("guidance")
+def settings(model: ModelInfo, quality: Quality, *, has_class: bool = True, **given: Any) -> tuple[object, ...]:
+    can_guide = has_class and model.null_class is not None
+    made = given | settings_of_quality(quality, given, model, can_guide=can_guide)
+    own = settings_of(made, model, can_guide=can_guide)
+    return own.sampler, own.steps, own.guidance
 
 
 @pytest.mark.parametrize(
@@ -71,15 +75,10 @@ def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
     assert settings(replace(ADVISED, null_class=None), "medium") == ("ddim", 20, 1)
 
 
-def test_a_table_is_chosen_by_its_hash() -> None:
-    quality: Quality = "high"
-    few = TUNED.tables[0]
-    assert settings(TUNED, quality, table=few.hash) == ("tuned", 5, 1)
-    assert settings(TUNED, quality, table=few.hash, steps=8) == ("tuned", 8, None), "which is refused"
-    assert settings(TUNED, quality, table="0" * 16) == ("tuned", None, None)
-    assert settings(ADVISED, quality, table="0" * 16)[0] == "ddim"
-    both = replace(TUNED, samplers=(*TUNED.samplers, *STUDENT.samplers), tables=(*TUNED.tables, *STUDENT.tables))
-    assert settings(both, quality, table=STUDENT.tables[0].hash) == ("consistency", 1, 1)
+def test_who_names_steps_or_a_table_gets_them_at_every_quality() -> None:
+    for quality in QUALITIES:
+        for named in ({"steps": 5}, {"steps": 7, "sampler": "tuned"}, {"table": TUNED.tables[0].hash}):
+            assert settings_of_quality(quality, named, TUNED, can_guide=True) == {}
 
 
 SHORT = replace(INFO, num_timesteps=30)
@@ -89,24 +88,19 @@ SHORT = replace(INFO, num_timesteps=30)
     ("model", "quality", "given", "expected"),
     [
         # Whoever names what a table has gets it, and with other settings the recommended sampler.
-        (TUNED, "low", {"sampler": "tuned"}, ("tuned", 8, 1)),
-        (TUNED, "low", {"steps": 5}, ("tuned", 5, 1)),
-        (TUNED, "low", {"steps": 8, "guidance": 1.0, "sampler": "tuned", "clip": True, "seed": 3}, ("tuned", 8, 1)),
-        (TUNED, "low", {"steps": 7}, ("ddim", 7, 1.5)),
+        (TUNED, "low", {"sampler": "tuned"}, ("tuned", 5, 1)),
+        (TUNED, "low", {"guidance": 1.0, "clip": True, "seed": 3}, ("tuned", 8, 1)),
+        (TUNED, "low", {"guidance_interval": [0, 9]}, ("ddim", 10, 1.5)),
         (TUNED, "low", {"guidance": 3}, ("ddim", 10, 3)),
         (TUNED, "low", {"sampler": "ddim"}, ("ddim", 10, 1.5)),
-        (TUNED, "low", {"eta": 0.5}, ("ddim", 10, 1.5)),
+        (TUNED, "low", {"timestep_spacing": "trailing"}, ("ddim", 10, 1.5)),
         # Where a table is recommended, other settings are by a sampler that takes any.
-        (FITTED, "medium", {"steps": 10}, ("dpmpp_2m", 10, 1)),
-        (FITTED, "medium", {"guidance": 3.0}, ("dpmpp_2m", 20, 3)),
-        (FITTED, "medium", {"steps": 7, "sampler": "tuned"}, ("tuned", 7, None)),
-        (FITTED, "medium", {"table": "0" * 16}, ("tuned", None, None)),
-        # Another sampler has its own number of steps; what there is no table for is refused, or the nearest taken.
-        (ADVISED, "medium", {"sampler": "ddpm"}, ("ddpm", 100, 1.5)),
-        (ADVISED, "high", {"sampler": "heun"}, ("heun", 50, 1.5)),
+        (FITTED, "low", {"guidance": 3.0}, ("dpmpp_2m", 10, 3)),
+        (FITTED, "high", {"timestep_spacing": "trailing"}, ("dpmpp_2m", 40, 1)),
+        # Another sampler has its own number of steps.
+        (ADVISED, "low", {"sampler": "ddpm"}, ("ddpm", 50, 1)),
+        (ADVISED, "high", {"sampler": "heun"}, ("heun", 50, 1)),
         (TUNED, "high", {"sampler": "tuned"}, ("tuned", 8, 1)),
-        (TUNED, "medium", {"sampler": "tuned", "steps": 5}, ("tuned", 5, 1)),
-        (TUNED, "medium", {"sampler": "tuned", "steps": 6}, ("tuned", 6, None)),
         # Steps stay below the most that there are.
         (SHORT, "high", {}, ("dpmpp_2m", 30, 1)),
         (SHORT, "high", {"sampler": "heun"}, ("heun", 15, 1)),
@@ -119,8 +113,9 @@ def test_what_a_request_gives_decides_the_rest(
 
 
 def test_what_is_wrong_is_left_to_be_refused() -> None:
-    assert settings_of("low", {"sampler": ["x"]}, ADVISED, has_class=True) == {}
-    assert settings_of("low", {"sampler": "tuned"}, ADVISED, has_class=True) == {}
+    for wrong in ({"sampler": "x"}, {"sampler": "tuned"}):
+        assert settings_of_quality("low", wrong, ADVISED, can_guide=True) == {}
+    assert settings_of_quality("low", {"sampler": "tuned", "guidance": 3.0}, TUNED, can_guide=True) == {}
 
 
 def test_the_table_of_the_page_is_that_of_the_bundled_checkpoint() -> None:
@@ -129,5 +124,5 @@ def test_the_table_of_the_page_is_that_of_the_bundled_checkpoint() -> None:
     found = {re.findall(r"`(\w+)`", names)[0]: (sampler, int(steps), float(g)) for names, sampler, steps, g in rows}
     bundled = load_checkpoint(ROOT / "checkpoints" / "fashion-mnist-32")
     samplers = (*INFO.samplers, "tuned")
-    model = replace(INFO, recommended=bundled.recommended, tables=bundled.tables, samplers=samplers)
+    model = replace(INFO, recommended=bundled.settings, tables=bundled.tables, samplers=samplers)
     assert found == {quality: settings(model, quality) for quality in QUALITIES}
