@@ -172,10 +172,10 @@ def _recommend(
     rows = make_rows(checkpoint, config.seed, range(first, first + config.held_out), trial.plain.guidance, device)
     recommended, why = trial.run(config.teacher, forward, rows, config.batch_size)
     if recommended is None:
-        say(f"recommended as before, {checkpoint.settings}: {why}")
+        say(f"recommended as before: {checkpoint.settings} ({why})")
         return
     recommend(folder, recommended)
-    say(f"recommended from now on, {recommended}: {why}")
+    say(f"recommended from now on: {recommended} ({why})")
 
 
 def state_file(folder: Path, steps: int, guidance: float) -> Path:

@@ -60,4 +60,5 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on after the last round") from None
-    say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")
+    served = ". A server that is started now has them: sampler=tuned" if files else ""
+    say(f"{checkpoint}: {len(files)} tables written{served}")
