@@ -156,7 +156,7 @@ class NoiseConfig(Checked):
     rho: float = 7.0
     """These four are of consistency models, whose noise levels are no betas but a ramp of sigmas."""
     default_sampler: str = "ddpm"
-    """For requests that name no sampler: that of the scheduler's class, see scheduler_kinds.py."""
+    """For requests that name steps and no sampler: that of the scheduler's class, see scheduler_kinds.py."""
 
     def __post_init__(self) -> None:
         require, among = self.require, self.require_among

@@ -97,6 +97,6 @@ def _costs(found: "Description") -> list[tuple[str, str]]:
             seconds.append(time.perf_counter() - started)
     a_pass = min(seconds[1:])
     passes = SAMPLER_FACTS[own.sampler].num_passes(own.steps) * (2 if own.guidance != 1 else 1)
-    an_image = f"{a_pass * passes:.2g} s an image of {own.steps} steps of {own.sampler}, guidance {own.guidance:g}"
+    an_image = f"{a_pass * passes:.2g} s an image of {own}"
     here = f"PyTorch, float32, this CPU; {passes} passes"
     return [*lines, ("time", f"{1e3 * a_pass:.3g} ms a pass of one row, {an_image} ({here})")]

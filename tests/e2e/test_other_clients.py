@@ -114,9 +114,9 @@ def test_openais_library_for_javascript_and_a_client_that_leaves_its_stream(
 def test_the_example_in_javascript_runs(server: RunningServer, tmp_path: Path) -> None:
     (example,) = code_blocks("docs/openai.md", "js")
     (tmp_path / "example.mjs").write_text(example.replace("http://localhost:8000", server.url))
-    assert node("example.mjs", tmp_path).splitlines() == ["ankle-boot 10"] * 2
+    assert node("example.mjs", tmp_path).splitlines() == ["ankle-boot 20"] * 2
     made = [(tmp_path / f"boot-{k}.png").read_bytes() for k in range(2)]
-    assert made == [alone(server, class_label="ankle-boot", index=k) for k in range(2)]
+    assert made == [alone(server, class_label="ankle-boot", steps=20, index=k) for k in range(2)]
 
 
 LITELLM = """
@@ -124,7 +124,7 @@ import json, sys
 import litellm
 made = litellm.image_generation(
     prompt="sneaker", n=2, size="32x32", model="openai/small", api_base=sys.argv[1], api_key="none",
-    extra_body={"seed": 7, "steps": 10},
+    extra_body={"seed": 7, "steps": 10, "sampler": "dpmpp_2m", "guidance": 1.5},
 )
 try:
     litellm.image_generation(prompt="a red shoe", model="openai/small", api_base=sys.argv[1], api_key="none")

@@ -88,12 +88,22 @@ def _header(name: str, schema: Described, description: str) -> Described:
     return {"name": name, "in": "header", "schema": schema, "description": description}
 
 
-IMAGES = answer("The images", *MEDIA_TYPES)
-IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, TRAJECTORY, WEBP)
+# What a job's answer says that the request may have left out.
+WHAT_WAS_TAKEN: Described = {
+    "headers": {
+        "X-Seed": {"schema": {"type": "integer"}, "description": "the seed, given or drawn"},
+        "X-Sampler": {"schema": {"type": "string"}, "description": "the sampler that was taken"},
+        "X-Steps": {"schema": {"type": "integer"}, "description": "how many steps were taken"},
+        "X-Guidance": {"schema": {"type": "number"}, "description": "the guidance that was taken; 1.0 is off"},
+    }
+}
+IMAGES = answer("The images", *MEDIA_TYPES) | WHAT_WAS_TAKEN
+IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
 NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
 ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",
     "content": {JSON: {"schema": ref("JobAnswer")}},
+    **WHAT_WAS_TAKEN,
 }
 ALREADY_HERE: Described = {
     "description": "The job that this request has made before, as it stands",

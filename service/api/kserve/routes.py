@@ -15,6 +15,7 @@ from tminus.service.api.answers.openapi import (
     NOT_MODIFIED,
     OF_BODY,
     OF_WORK,
+    WHAT_WAS_TAKEN,
     Described,
     failures,
     path_parameter,
@@ -342,4 +343,5 @@ INDEX_BODY: Described = {
 ANSWER: Described = {
     "description": "The images, and the seed",
     "content": {JSON: {"schema": {"type": "object"}}, BINARY: {"schema": FILE}},
+    **WHAT_WAS_TAKEN,
 }

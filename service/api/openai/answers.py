@@ -8,7 +8,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
-from tminus.service.api.answers.openapi import FAILURES, FILE, IDEMPOTENCY_KEY, Contract, Described, closed_object, ref
+from tminus.service.api.answers.openapi import (
+    FAILURES,
+    FILE,
+    IDEMPOTENCY_KEY,
+    WHAT_WAS_TAKEN,
+    Contract,
+    Described,
+    closed_object,
+    ref,
+)
 from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.schemas import PICTURES, SampleRequest
@@ -165,6 +174,7 @@ def openai_failures(*statuses: int) -> dict[int | str, Described]:
 IMAGES: Described = {
     "description": "The images; with `stream` server-sent events, each a PartialImage or a CompletedImage",
     "content": {JSON: {"schema": ref("ImagesAnswer")}, EVENTS: {"schema": {"type": "string"}}},
+    **WHAT_WAS_TAKEN,
 }
 GENERATIONS: Described = {
     "requestBody": {"required": True, "content": {JSON: {"schema": ref("ImageGenerationRequest")}}},

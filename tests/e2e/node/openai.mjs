@@ -4,7 +4,7 @@ import OpenAI from "openai";
 
 const [baseURL, image, mask] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
-const sneaker = { prompt: "Sneaker", seed: 7, steps: 10 };
+const sneaker = { prompt: "Sneaker", seed: 7, steps: 10, sampler: "dpmpp_2m", guidance: 1.5 };
 const said = {};
 
 const answer = await client.images.generate({ ...sneaker, n: 2 });

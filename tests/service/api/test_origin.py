@@ -88,7 +88,7 @@ def test_pages_of_origins_that_are_allowed_are_answered_and_may_read_the_answer(
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://studio.example"
         exposed = answer.headers["access-control-expose-headers"].split(", ")
-        assert {"X-Seed", "Inference-Header-Content-Length"} <= {*exposed}
+        assert {"X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "Inference-Header-Content-Length"} <= {*exposed}
         image = CROSS | {"Referer": "https://studio.example/gallery"}
         assert site.client.get("/sample?steps=1", headers=image).status_code == 200
         assert code(site.client.post("/sample", json=SPEC, headers=FOREIGN)) == "foreign_origin"

@@ -3,11 +3,15 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from tests.service.conftest import MakeSite, Site, problem
+from tests.service.conftest import MakeSite, Restarts, Site, problem
 from tests.service.durable import SPEC, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
+from tminus.model.catalogue import Recommended
 from tminus.service.spec import Images
+
+SHORTEST: dict[str, Any] = {"seed": 5, "class_label": "cat"}
 
 # --- one job ---
 
@@ -145,6 +149,30 @@ def test_the_same_key_is_the_same_job_while_it_runs_and_after(held: Site) -> Non
     assert post(held, **{"Idempotency-Key": "another"}).json()["id"] != first.json()["id"]
     drawn = [post(held, {"steps": 3}, **{"Idempotency-Key": key}).headers["x-seed"] for key in ("d", "d", "e")]
     assert (drawn[0] == drawn[1], drawn[0] == drawn[2]) == (True, False), "so is a seed that is drawn"
+
+
+def test_a_key_knows_guidance_1_from_none_only_where_another_may_be_recommended(site: Site) -> None:
+    def ids(key: str, **settings: int) -> list[Any]:
+        requests = [SHORTEST | settings, SHORTEST | settings | {"guidance": 1}]
+        answers = [site.client.post("/jobs", json=each, headers={"Idempotency-Key": key}) for each in requests]
+        return [each.json().get("id") or each.json()["code"] for each in answers]
+
+    with_steps, without = ids("a", steps=3), ids("b")
+    assert with_steps[0] == with_steps[1]
+    assert without[1] == "idempotency_key_reused"
+
+
+def test_a_key_finds_its_job_where_another_is_recommended_by_now(restarts: Restarts) -> None:
+    own = {"recommended": Recommended("ddim", 4)}
+    site = restarts.start(info=own)
+    first = site.client.post("/jobs", json=SHORTEST, headers={"Idempotency-Key": "k"}).json()
+    wait_for(site, first["id"])
+    restarts.stop()
+    site = restarts.start()
+    again = site.client.post("/jobs", json=SHORTEST, headers={"Idempotency-Key": "k"})
+    assert (again.json()["id"], again.headers["x-sampler"], again.headers["x-steps"]) == (first["id"], "ddim", "4")
+    new = site.client.post("/jobs", json=SHORTEST)
+    assert (new.headers["x-sampler"], new.headers["x-steps"]) == ("dpmpp_2m", "20")
 
 
 def test_a_malformed_key_is_refused(site: Site) -> None:
