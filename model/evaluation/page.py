@@ -39,6 +39,7 @@ h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
+thead th { overflow-wrap: normal; }
 tbody th { font-weight: normal; }
 img { max-width: 100%; height: auto; }
 .strips { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem; align-items: center; }
