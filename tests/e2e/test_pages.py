@@ -113,8 +113,7 @@ def test_other_clients_are_given_a_boot_and_make_a_sneaker_of_it(bundled_server:
     run_python(ask + edit, tmp_path, bundled_server.url)
     np.testing.assert_array_equal(pixels(boot.read_bytes()), pixels(wanted))
     picture = base64.b64encode(boot.read_bytes()).decode()
-    usual = {"sampler": "dpmpp_2m", "steps": 20}  # a table is not for a part of its steps
-    sneaker = usual | {"strength": 0.6, "seed": 11, "class_label": "sneaker", "image": picture}
+    sneaker = BOOT | {"strength": 0.6, "seed": 11, "class_label": "sneaker", "image": picture}
     made = (tmp_path / "sneaker.png").read_bytes()
     np.testing.assert_array_equal(pixels(made), pixels(bundled_server.post(json=sneaker).content))
     run_python(tensors, tmp_path, bundled_server.url)
