@@ -60,7 +60,8 @@ COPY docker/sbom /opt/sbom/docker/
 FROM python:3.11-slim@sha256:90744cff8f32887f075c47d747a173ff333e9e98801667af93c357fa9f5e28ff AS base
 LABEL org.opencontainers.image.title="tminus" \
       org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="https://github.com/tminus/tminus"
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tminus \
     && install --directory --owner=tminus --group=tminus /cache \
     && install --directory --owner=tminus --group=tminus --mode=700 /state

@@ -6,7 +6,7 @@ CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 DEVICE ?= cuda
 
-.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client train evaluate bench gpu clean
+.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client release train evaluate bench gpu clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -62,6 +62,10 @@ format: $(VENV)/.installed-test
 
 client:
 	$(PYTHON) tests/unasync.py
+
+# Both wheels and the archives of checkpoints, into dist/.
+release: $(VENV)/.installed-test
+	$(BIN)/python -m tests.release
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32

@@ -109,7 +109,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "tuned": SamplerFacts(
-        "the fewest passes: steps and coefficients fitted to this very checkpoint", "tminus tune", 8, spacing=TABLE
+        "fitted to this very model: good images in the fewest steps", "tminus tune", 8, spacing=TABLE
     ),
     "consistency": SamplerFacts(
         "of a student: each step predicts the image and puts noise back",

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tminus.model.archives import release
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
@@ -162,7 +163,8 @@ def check_layout(folder: Path) -> str | None:
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        advice = f"; tminus pull {folder.name} fetches one of that name" if folder.name in release().archives else ""
+        raise CheckpointError(f"{folder}: no such folder{advice}")
     names = sorted(file.name for file in folder.iterdir())
     if not names:
         raise CheckpointError(f"{folder}: the folder is empty")

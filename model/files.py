@@ -54,15 +54,20 @@ def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write bytes, whole or not at all."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    write_atomically(file, write)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text, whole or not at all."""
-    write_atomically(file, lambda path: _dump(path, text))
+    write_bytes(file, text.encode("utf-8", errors="replace"))
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
     write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def _dump(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8", errors="replace")

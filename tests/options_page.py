@@ -74,7 +74,7 @@ def values(option: click.Option) -> str:
     match option.type:
         case click.Choice(choices=choices):
             return ", ".join(f"`{choice}`" for choice in choices)
-        case click.IntRange(min=low, max=high):
+        case click.IntRange(min=low, max=high) | click.FloatRange(min=low, max=high):
             return f"{low}..{high}" if high is not None else f"{low} or more"
         case click.Path():
             return {"directory": "folder"}.get(option.type.name, option.type.name)

@@ -28,12 +28,13 @@ def test_every_tminus_variable_is_a_setting() -> None:
     assert used <= known
 
 
-def test_the_image_serves_the_bundled_checkpoint_and_no_other_goes_to_the_builder() -> None:
+def test_the_image_serves_the_bundled_checkpoint_and_of_others_only_what_is_known_goes_to_the_builder() -> None:
     ((_, bundled),) = Settings().checkpoints()
-    default = f"checkpoints/{bundled.name}"
     assert "TMINUS_CHECKPOINT" not in DOCKERFILE, "it comes with the package"
     rules = (ROOT / ".dockerignore").read_text().split()
-    assert [rule for rule in rules if rule.startswith("!checkpoints")] == [f"!{default}"]
+    assert [rule for rule in rules if rule.startswith("!checkpoints")] == [
+        *("!checkpoints/archives.json", f"!checkpoints/{bundled.name}")
+    ]
 
 
 def test_the_builder_gets_nothing_that_is_not_named() -> None:

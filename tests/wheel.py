@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tminus", "service", "model", "checkpoints", "client", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("tminus", "service", "model", "checkpoints", "client", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def copied(folder: Path) -> Path:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tminus.model.catalogue import Recommended, usual_settings
-from tminus.model.checkpoint import load_checkpoint
-from tminus.model.denoiser import Denoiser, NetConfig
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.denoiser import NetConfig
 from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.flags import flag
 from tminus.model.formats.read import is_bare, read_foreign
 from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import CLASS_NAME, UNetConfig
-from tminus.model.weights import to_float32
+from tminus.model.weights import hash_weights, to_float32
 
 # In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.
 ASSUMED = GivenFacts(
@@ -33,13 +33,16 @@ ASSUMED = GivenFacts(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What was found, and the network with the settings that it is sampled with; None where something is missing."""
+    """What was found, and the model with the settings that it is sampled with; None where something is missing."""
 
+    format: str
     lines: tuple[tuple[str, str], ...]
-    net: Denoiser | None = None
+    checkpoint: Checkpoint | None = None
     settings: Recommended | None = None
-    size: tuple[int, int] = (0, 0)
-    """Height and width of what the network sees."""
+    missing: tuple[str, ...] = ()
+    """The flags by which `tminus convert` is to be given what a file does not say."""
+    notes: tuple[str, ...] = ()
+    """What the format is taken to be where a file does not say, for people to check."""
 
 
 def describe(path: Path, given: GivenFacts) -> Description:
@@ -49,7 +52,8 @@ def describe(path: Path, given: GivenFacts) -> Description:
     given.check("a checkpoint folder", ())
     checkpoint = load_checkpoint(path)
     unet, noise, labels = checkpoint.net.config, checkpoint.noise, checkpoint.labels
-    lines = [("format", "a folder of diffusers" + ("" if unet.class_name == CLASS_NAME else ", for tminus alone"))]
+    kind = "a folder of diffusers" + ("" if unet.class_name == CLASS_NAME else ", for tminus alone")
+    lines = [("format", kind)]
     lines += network_lines(unet, sum(value.numel() for value in checkpoint.net.parameters()))
     lines.append(("images", images(checkpoint.image_shape[0], checkpoint.size_px)))
     if (autoencoder := checkpoint.autoencoder) is not None:
@@ -68,7 +72,7 @@ def describe(path: Path, given: GivenFacts) -> Description:
     lines.append(("recommended", f"{checkpoint.settings}{usual}"))
     lines.append(("scheduler", f"{checkpoint.default_sampler}, for requests that name steps and no sampler"))
     lines += [("refused table", refused) for refused in checkpoint.refused_tables]
-    return Description(tuple(lines), checkpoint.net, checkpoint.settings, checkpoint.row_shape[1:])
+    return Description(kind, tuple(lines), checkpoint, checkpoint.settings)
 
 
 def _of_foreign(file: Path, given: GivenFacts) -> Description:
@@ -89,16 +93,18 @@ def _of_foreign(file: Path, given: GivenFacts) -> Description:
     if missing:
         lines += [("missing", line) for line in MissingFacts("", missing).asked]
         lines.append(("then", f"tminus convert {file} FOLDER {' '.join(f'{flag(name)} …' for name in missing)}"))
-        return Description(tuple(lines))
+        return Description(converted.format, tuple(lines), missing=tuple(map(flag, missing)), notes=converted.notes)
     lines += noise_lines(converted.noise)
     lines += [("taken", note) for note in converted.notes]
     lines.append(("then", f"tminus convert {file} FOLDER, with the same flags"))
     net = build(converted.unet)
     net.load_state_dict(to_float32(file, converted.state))
     assert size is not None
+    net.requires_grad_(False).eval()
     noise, own = converted.noise, ("consistency",) if converted.noise.is_consistency else ()
     settings = usual_settings(noise.num_train_timesteps, *own)
-    return Description(tuple(lines), net.requires_grad_(False).eval(), settings, size)
+    checkpoint = Checkpoint(net, noise, converted.labels, hash_weights(net.state_dict()), file.stem, size)
+    return Description(converted.format, tuple(lines), checkpoint, settings, notes=converted.notes)
 
 
 def images(count: int, size_px: tuple[int, int] | None) -> str:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +121,11 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
     return ImageSet(F.pad(images, (2, 2, 2, 2)), labels, FASHION_MNIST_CLASSES, f"fashion-mnist {split}")
 
 
-def load_image_folder(folder: Path, size_px: int, channels: int, background: Colour = BLACK) -> ImageSet:
+def load_image_folder(folder: Path, size_px: int, channels: int | None, background: Colour = BLACK) -> ImageSet:
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
+
+    channels: 1 for grey, 3 for colour, None for grey where no pixel of any has a colour. Classes are in the order of
+    their names; of their numbers, where all names are numbers, so that 0 to 11 are the classes number 0 to 11.
 
     All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
     folder gives the same set. Further folders inside those of classes are warned of. What is transparent is laid over
@@ -135,7 +138,7 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
     nested = {len(p) > 1 for p in parts}
     if nested == {True, False}:
         raise DataError(f"{folder}: some images lie in class subfolders and some do not")
-    class_names = tuple(sorted({p[0] for p in parts})) if nested == {True} else ()
+    class_names = _in_order({p[0] for p in parts}) if nested == {True} else ()
     if len({name.casefold() for name in class_names}) < len(class_names):
         raise DataError(f"{folder}: two subfolders differ by case alone, and classes are named without regard to it")
     if further := sorted({"/".join(p[:2]) for p in parts if len(p) > 2}):
@@ -149,7 +152,7 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
     def load(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return fit_picture(image, (size_px, size_px), channels, background)
+                return fit_picture(image, (size_px, size_px), channels or 3, background)
         except MemoryError:
             raise
         except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError and others
@@ -157,6 +160,8 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stacked = np.stack(list(pool.map(load, files)))
+    if channels is None and (stacked == stacked[..., :1]).all():
+        stacked = stacked[..., :1]
     name = folder.name if background == BLACK else f"{folder.name} over #{bytes(background).hex()}"
     return ImageSet(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), labels, class_names, name)
 
@@ -164,6 +169,12 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
 def listed(names: Sequence[str]) -> str:
     """Join names by commas, and leave out most of very many."""
     return ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if names[MOST_LISTED:] else "")
+
+
+def _in_order(names: Collection[str]) -> tuple[str, ...]:
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

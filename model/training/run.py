@@ -22,15 +22,18 @@ from tqdm import tqdm
 
 from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
-from tminus.model.files import write_atomically
+from tminus.model.files import write_atomically, write_text
 from tminus.model.machine import free_cores
+from tminus.model.training.curve import LossCurve, loss_svg, sparkline
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training-state.safetensors"
 FORMER_FILE = "training-state.pt"
 PARTS = ("net", "ema", "remembered")
-LOSS_SMOOTHING = 0.99
+LOSS_FILE = "loss.svg"
+USUAL_BATCH = 64
+FIRST_LOOK = 50  # step of the first sheet; the next ones come at twice, four times as many, until they are regular
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 Config = TypeVar("Config", bound="RunConfig")
@@ -108,9 +111,9 @@ class RunConfig(Checked):
     """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
 
     steps: int
-    batch_size: int = 64
+    batch_size: int = USUAL_BATCH
     learning_rate: float = 1e-3
-    warmup_steps: int = 500
+    warmup_steps: int = 100
     decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
     ema_decay: float = 0.999
     grad_clip: float = 1.0
@@ -118,7 +121,7 @@ class RunConfig(Checked):
     precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
     compile: bool = False
     threads: int = 0  # of torch on a CPU, which move bits; 0: as many as there are free cores when the run begins
-    save_every: int = 500
+    save_every: int = 200
     sheet_every: int = 1000
 
     def require_shares(self, *fields: str) -> None:
@@ -134,6 +137,11 @@ class RunConfig(Checked):
         for field in ("warmup_steps", "threads"):
             self.require(getattr(self, field) >= 0, field, "0 or more")
         self.require_among("precision", "auto", "fp32", "bf16")
+
+    def looks_at(self, step: int) -> bool:
+        """Say whether a sheet is drawn after this step: each `sheet_every`, and some early ones."""
+        early, rest = divmod(step, FIRST_LOOK)
+        return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to zero."""
@@ -151,6 +159,7 @@ class Run:
     def __init__(self, folder: Path, command: str, origin: str | None) -> None:
         """command: begins the run, and alone goes on with it. origin: the checkpoint that a new run begins from."""
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
+        self.curve = LossCurve()
         self._received: list[int] = []  # signals
         self.begun = (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()  # was a run saved here?
 
@@ -197,9 +206,9 @@ class Run:
         """Take the steps that are left; True when all are done, False when it was interrupted.
 
         What is random in a step is seeded by (seed, step). loss_of: the loss of a step, or None where it was
-        interrupted. save: writes the checkpoint of the average. look: shows and measures the average. SIGTERM finishes
-        the step and saves; so does SIGINT, which then raises KeyboardInterrupt if steps are left, so that a script
-        stops too.
+        interrupted. save: writes the checkpoint of the average. look: shows and measures the average. The plot of the
+        losses is drawn anew with each. SIGTERM finishes the step and saves; so does SIGINT, which then raises
+        KeyboardInterrupt if steps are left, so that a script stops too.
         """
 
         def note(signum: int, _frame: object) -> None:
@@ -211,7 +220,7 @@ class Run:
             with tqdm(
                 total=config.steps, initial=began_at, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
             ) as bar:
-                progress = Progress(config, bar)
+                progress = Progress(config, bar, self.curve)
                 while self.step < config.steps and not self.interrupted():
                     started = time.perf_counter()
                     torch.manual_seed(step_seed(config.seed, self.step))
@@ -224,7 +233,8 @@ class Run:
                     if self.step % config.save_every == 0 and self.step < config.steps:
                         save()
                         self.save(config)
-                    if self.step % config.sheet_every == 0 and self.step < config.steps:
+                    if config.looks_at(self.step) and self.step < config.steps:
+                        self.draw_losses()
                         look()
                 save()
                 self.save(config)
@@ -267,8 +277,15 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "remembered": self.remembered.state_dict() if self.remembered is not None else {},
             "config": dataclasses.asdict(config),
+            "losses": self.curve.state(),
         }
         write_state(self.folder, state)
+        self.draw_losses()
+
+    def draw_losses(self) -> None:
+        """Draw the losses up to now, where there are enough for a line."""
+        if len(self.curve.points) > 1:
+            write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
     def _resume(self, config: Config) -> Config:
         """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
@@ -291,13 +308,16 @@ class Run:
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
-                    raise TrainError(f"{folder}: this run was begun with {field}={begun!r}, got {now[field]!r}")
+                    differs = f"this run was begun with {field}={begun!r}, got {now[field]!r}"
+                    raise TrainError(f"{folder}: {differs}; another folder begins anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.remembered is not None:
                 self.remembered.load_state_dict(state["remembered"])
             self.step, self.origin = int(state["step"]), state["init_from"]
+            if "losses" in state:  # the first state files had none
+                self.curve.load(state["losses"])
         except TrainError:
             raise
         except Exception as error:
@@ -307,29 +327,34 @@ class Run:
 
 
 class Progress:
-    """Show progress to people: a bar on a terminal, lines in the log elsewhere."""
+    """Show progress to people: a line with a curve on a terminal, lines in the log elsewhere."""
 
-    def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]") -> None:
-        self._config, self._bar = config, bar
-        self._loss_mean: Tensor | None = None
+    def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]", curve: LossCurve) -> None:
+        self._config, self._bar, self._curve = config, bar, curve
+        self._began_at, self._began_s = bar.n, time.perf_counter()
+        bar.bar_format = "step {n_fmt}/{total_fmt} {percentage:3.0f}%, {remaining} left{postfix}"
 
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
         """Tell of step `step`, which took `seconds`; the losses are looked at every ten steps, where saved and at last.
 
         Looking makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
         """
-        config, loss = self._config, loss.detach()
-        mean = loss if self._loss_mean is None else self._loss_mean.lerp(loss, 1 - LOSS_SMOOTHING)
-        self._loss_mean = mean
-        self._bar.update()
+        config, bar = self._config, self._bar
+        self._curve.add(step, loss)
+        bar.update()
         if not (last or step % 10 == 0 or step % config.save_every == 0 or step == config.steps):
             return
-        if not bool(torch.isfinite(mean + grad_norm)):
+        mean = self._curve.recent()
+        if not (math.isfinite(mean) and bool(torch.isfinite(grad_norm))):
             raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
-        figures = {"loss": f"{float(mean):.4g}", "images_s": f"{config.batch_size / seconds:.0f}"}
-        self._bar.set_postfix(figures, refresh=False)
-        if self._bar.disable and (step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps)):
-            log.info("step %d of %d, %s", step, config.steps, ", ".join(map("=".join, figures.items())))
+        rate = f"{config.batch_size / seconds:.0f}"
+        if not bar.disable:
+            drawn = f" {sparkline(self._curve.points)}" if not bar.ascii else ""
+            bar.set_postfix_str(f"loss {mean:.4g}{drawn}, {rate} images/s", refresh=False)
+        elif step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps) or config.looks_at(step):
+            passed = time.perf_counter() - self._began_s
+            left = tqdm.format_interval((config.steps - step) * passed / (step - self._began_at))
+            log.info("step %d of %d, loss=%.4g, images_s=%s, left=%s", step, config.steps, mean, rate, left)
 
 
 def take_threads(config: Config, device: torch.device) -> Config:

@@ -4,6 +4,7 @@ All that is random in step k is seeded by (seed, k), so a run that is stopped an
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
+from tminus.model.training.run import USUAL_BATCH, Run, RunConfig, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import (
     Batch,
     GuidedTarget,
@@ -39,6 +40,8 @@ from tminus.model.unet import UNet2D, UNetConfig
 from tminus.model.weights import misfit
 
 GUIDANCE = 1.5  # to begin with, of a network that has learned a null class
+LARGE_SET, LARGE_STEPS = 60_000, 15_000  # Fashion-MNIST, and what it takes
+FEWEST_STEPS = 500  # after which a few dozen images are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,17 @@ class TrainConfig(RunConfig):
         self.require_among("timestep_sampling", "uniform", "lognormal")
         self.require_among("optimizer", "adam", "muon")
         self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
+
+
+def usual_batch(num_images: int) -> int:
+    """Choose how many images a step takes: half of them at most, since all at once teach little more."""
+    return max(1, min(USUAL_BATCH, num_images // 2))
+
+
+def usual_steps(num_images: int) -> int:
+    """Choose a number of steps: LARGE_STEPS for LARGE_SET images, less by the square root for fewer."""
+    steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
+    return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))
 
 
 def train(
@@ -178,7 +192,7 @@ def train(
 
     def look() -> None:
         average: Denoiser = averaged(lambda: UNet2D(unet), run.ema)
-        if measured is not None:
+        if measured is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
             measured.note(folder, run.step, average, config.batch_size)
         if on_sheet is not None:
             on_sheet(average, run.step)
@@ -211,6 +225,10 @@ def _check(
             raise TrainError("class_dropout must be above 0 with guidance, or the null class is not learned; got 0")
         if config.stable_target:
             raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
+    if run.begun:
+        begun = tuple(TminusJson.read(run.folder).values.get("class_names", data.class_names))
+        if begun != data.class_names:
+            raise TrainError(f"{run.folder}: this run was begun with class_names={begun!r}, got {data.class_names!r}")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
     check_place(run.folder, autoencoder)  # now, and not at the first save

@@ -38,6 +38,8 @@ class BatchJob(BaseModel):
     model: str
     state: str = Field(json_schema_extra={"enum": ["waiting", "running"]})
     n: int = Field(description="how many rows: one for each image")
+    position: int = Field(description="how many jobs go before it; 0 where it runs")
+    eta_s: float = Field(description="seconds until it should be done")
     step: int = Field(description="how many steps they have taken, on average")
     steps: int
     t: float = Field(description="the timestep of their next step")
@@ -65,9 +67,9 @@ class RunningJobs:
         self._more = 0
         self._looked_s = float("-inf")  # by the event loop's clock
 
-    def seen_by(self, caller: Caller) -> BatchAnswer:
+    async def seen_by(self, caller: Caller) -> BatchAnswer:
         """Return what a caller is told."""
-        self._look()
+        await self._look()
         services = self._models.default
         return BatchAnswer(
             max_batch=services.limits.max_batch,
@@ -76,12 +78,12 @@ class RunningJobs:
             more=self._more,
         )
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._looked_s < FRESH_S:
             return
-        # Without a forecast, which would cost more; nothing here tells of it.
-        statuses, self._looked_s = self._models.default.worker.jobs.quick_statuses({}), now_s
+        self._looked_s = now_s
+        statuses = await self._models.default.statuses.all()  # of all models: they have one worker
         known, self._known = self._known, {}
         for status in statuses[:MOST_JOBS]:
             entry = known.get(status.id) or self._first_seen(status)
@@ -107,6 +109,8 @@ class RunningJobs:
             model=status.model_name,
             state=status.state,
             n=status.spec.n,
+            position=status.position,
+            eta_s=round(max(0.0, status.eta_s), 3),
             step=status.step,
             steps=status.spec.num_passes,
             t=round(known.timesteps[min(status.step, len(known.timesteps) - 1)], 3),
@@ -126,6 +130,6 @@ def batch_routes(models: Models) -> APIRouter:
         responses=failures(422),
     )
     async def get_batch(request: Request) -> BatchAnswer:
-        return batch.seen_by(caller_of(request))
+        return await batch.seen_by(caller_of(request))
 
     return router

@@ -6,20 +6,25 @@ from pathlib import Path
 
 import click
 
-from tminus.service.cli.options import DEVICE, FOLDER_TYPE
+from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FOLDER_TYPE
 from tminus.service.cli.output import failing_in_one_line
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.startup.logs import set_up_log
 
 
-@click.command()
+@click.command(short_help="Let a server run a checkpoint in bfloat16.")
 @click.argument("checkpoint", type=FOLDER_TYPE)
 @click.option(
     "--images",
     type=click.IntRange(4, 1000),
     help="images to make with each sampler  [default: as many as ten minutes allow, 4 to 16]",
 )
-@click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
+@click.option(
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    default="auto",
+    help="what runs the network: auto, eager, compile or openvino",
+)
 @click.option("--cache-dir", type=FOLDER_TYPE, help="where measurements are kept  [default: ~/.cache/tminus]")
 @DEVICE
 def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:

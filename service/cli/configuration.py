@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic import SecretStr, ValidationError
 
-from tminus.service.cli.output import fail, say
+from tminus.service.cli.options import JSON, Complete, completing
+from tminus.service.cli.output import fail, say, say_json
 from tminus.service.startup.settings import NO_FLAG, Settings, asked_by
 
 if TYPE_CHECKING:
@@ -51,7 +52,14 @@ def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
             text = f"{field.description} {default} [env: {variable(name)}]"
             several = field.default == ()
             option = click.option(
-                flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
+                flag,
+                name,
+                default=None,
+                help=text,
+                show_default=False,
+                metavar=values_of(field),
+                multiple=several,
+                shell_complete=completion_of(field),
             )
             command = option(command)
         text = "file of settings, in TOML; a flag or a variable wins over what it says"
@@ -94,6 +102,15 @@ def values_of(field: "FieldInfo") -> str | None:
     if "ge" in bound:
         return f"{TYPES[kind]} {bound['ge']}..{bound.get('le', '')}"
     return TYPES[kind]
+
+
+def completion_of(field: "FieldInfo") -> Complete | None:
+    """Say how a shell completes a flag's value: by its choices, or by files and folders."""
+    if get_origin(field.annotation) is Literal:
+        return completing(*map(str, get_args(field.annotation)))
+    if get_origin(field.annotation) is tuple:  # checkpoints
+        return completing(files="dir")
+    return completing(files="file") if Path in (field.annotation, *get_args(field.annotation)) else None
 
 
 def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
@@ -146,19 +163,34 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
     return values
 
 
-@click.command()
+@click.command(short_help="Print the settings that a server would have.")
 @settings_options(Settings)
 @click.option("--changed", is_flag=True, help="only those that are not the default")
-def config(config: Path | None, changed: bool, **flags: Any) -> None:
+@JSON
+def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> None:
     """Print the settings that `tminus serve` would have, given the same flags, variables and file.
 
     What is printed can be read again by --config. A setting that is left to the machine, and what is secret, are
     comments.
     """
     settings, sources = read_settings(Settings, config, flags)
-    for name, source in sources.items():
-        if not (source.kind == "default" and changed):
-            say(f"{toml_line(name, getattr(settings, name))}  # {f'{source.kind} {source.name}'.strip()}")
+    told = {name: source for name, source in sources.items() if not (source.kind == "default" and changed)}
+    if as_json:
+        say_json(
+            {"settings": {name: setting_document(getattr(settings, name), source) for name, source in told.items()}}
+        )
+        return
+    for name, source in told.items():
+        say(f"{toml_line(name, getattr(settings, name))}  # {f'{source.kind} {source.name}'.strip()}")
+
+
+def setting_document(value: Any, source: Source) -> dict[str, Any]:
+    """Describe one setting as --json has it: its value, None where not set or secret, and where it comes from."""
+    secret = isinstance(value, SecretStr)
+    if isinstance(value, tuple):
+        value = list(map(str, value))
+    value = None if secret else str(value) if isinstance(value, Path) else value
+    return {"value": value, "secret": secret, "source": source.kind, "given_by": source.name or None}
 
 
 def toml_line(name: str, value: Any) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tminus.model.formats.flags import FACTS, flag
-from tminus.service.cli.options import FOLDER_TYPE
-from tminus.service.cli.output import failing_in_one_line, say
+from tminus.service.cli.options import FOLDER_TYPE, JSON
+from tminus.service.cli.output import failing_in_one_line, say, say_json
+from tminus.service.model_info import Limits
 
 if TYPE_CHECKING:
     from tminus.model.formats.conversion import GivenFacts
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 TIMED_PASSES = 3
+NO_LIMITS = Limits(max_n=1, max_batch=1, max_rows=1, max_jobs=1, max_backlog_s=0, max_body_bytes=0)
+# What the checkpoint alone does not decide.
+OF_A_SERVER = {"limits", "device", "executor", "precision", "executor_details", "exact", "fingerprint"}
 
 
 def fact_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +40,7 @@ def given_facts(options: dict[str, Any]) -> "GivenFacts":
     return GivenFacts(**{name: options.pop(name) for name in FACTS})
 
 
-@click.command()
+@click.command(short_help="Write a file of another project as a checkpoint.")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("folder", type=FOLDER_TYPE)
 @fact_options
@@ -58,36 +62,59 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     say(f"Try: tminus serve --checkpoint {folder}")
 
 
-@click.command()
+@click.command(short_help="Say what a checkpoint is, or a file of another project.")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @fact_options
-def inspect(path: Path, **options: Any) -> None:
+@JSON
+def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Say what PATH is: a checkpoint folder, or a file of another project, which `tminus convert` makes a folder of."""
     from tminus.model.formats.describe import describe
 
     with failing_in_one_line():
         found = describe(path, given_facts(options))
-        lines = [*found.lines, *_costs(found)]
+        costs = _costs(found)
+        if as_json:
+            say_json(_document(found, costs))
+            return
+        lines = [*found.lines, *_lines(found, costs)]
     for name, text in lines:
         say(f"{name:>14}  {text}")
 
 
-def _costs(found: "Description") -> list[tuple[str, str]]:
-    """Memory and time of one image, by running the network as it is, on the CPU in float32; nothing without one."""
+def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
+    """Return a description as --json prints it: the model as GET /model tells of it, but for what a server decides."""
+    import torch
+
+    from tminus.service.api.answers.documents import ModelAnswer
+    from tminus.service.engine.executors import EagerExecutor
+    from tminus.service.engine.fingerprint import make_model_info
+
+    model = None
+    if (checkpoint := found.checkpoint) is not None:
+        cpu = torch.device("cpu")
+        info = make_model_info(checkpoint, cpu, EagerExecutor(checkpoint.net, cpu), exact=False)
+        model = ModelAnswer.of(info, NO_LIMITS).model_dump(exclude=OF_A_SERVER)
+    told = {"format": found.format, "missing": found.missing, "taken": found.notes, "model": model}
+    return told | {"costs": costs or None}
+
+
+def _costs(found: "Description") -> dict[str, Any]:
+    """Measure memory and time of one image: the network as it is, on the CPU in float32; nothing without one."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS
     from tminus.service.engine.devices import available_bytes
 
-    net, own = found.net, found.settings
-    if net is None or own is None:
-        return []
+    if found.checkpoint is None or (own := found.settings) is None:
+        return {}
+    net, size = found.checkpoint.net, found.checkpoint.row_shape[1:]
     weights = sum(4 * value.numel() for value in net.parameters())
-    row, free = net.config.pass_bytes(found.size), available_bytes(torch.device("cpu"))
-    lines = [("memory", f"{weights / MIB:.0f} MiB of weights, about {row / MIB:.0f} MiB for a row in a forward pass")]
+    passes = SAMPLER_FACTS[own.sampler].num_passes(own.steps) * (2 if own.guidance != 1 else 1)
+    row, free = net.config.pass_bytes(size), available_bytes(torch.device("cpu"))
+    costs = {"weights_bytes": weights, "row_bytes": row, "free_bytes": free, "passes": passes, "pass_s": None}
     if free is not None and row > free:
-        return [*lines, ("time", f"not measured: {free / MIB:.0f} MiB are free")]
-    x, t = torch.zeros(1, net.config.in_channels, *found.size), torch.zeros(1)
+        return costs
+    x, t = torch.zeros(1, net.config.in_channels, *size), torch.zeros(1)
     labels = torch.zeros(1, dtype=torch.long) if net.class_embedding is not None else None
     seconds = []
     with torch.inference_mode():
@@ -95,8 +122,18 @@ def _costs(found: "Description") -> list[tuple[str, str]]:
             started = time.perf_counter()
             net(x, t, labels)
             seconds.append(time.perf_counter() - started)
-    a_pass = min(seconds[1:])
-    passes = SAMPLER_FACTS[own.sampler].num_passes(own.steps) * (2 if own.guidance != 1 else 1)
-    an_image = f"{a_pass * passes:.2g} s an image of {own}"
-    here = f"PyTorch, float32, this CPU; {passes} passes"
+    return costs | {"pass_s": min(seconds[1:])}
+
+
+def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say in lines what an image costs."""
+    if not costs or (own := found.settings) is None:
+        return []
+    weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB
+    lines = [("memory", f"{weights:.0f} MiB of weights, about {row:.0f} MiB for a row in a forward pass")]
+    if (a_pass := costs["pass_s"]) is None:
+        return [*lines, ("time", f"not measured: {costs['free_bytes'] / MIB:.0f} MiB are free")]
+    image_s = a_pass * costs["passes"]
+    an_image = f"{image_s:.2g} s an image of {own}"
+    here = f"PyTorch, float32, this CPU; {costs['passes']} passes"
     return [*lines, ("time", f"{1e3 * a_pass:.3g} ms a pass of one row, {an_image} ({here})")]

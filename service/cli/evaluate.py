@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, comma_separated
+from tminus.service.cli.options import BACKGROUND, DATA_FOLDERS, DEVICE, EXECUTOR_NAMES, FOLDER_TYPE, comma_separated
 from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.cli.train import DATA_DIR, load_training_data
 from tminus.service.engine.protocol import BUNDLED
@@ -30,9 +30,14 @@ SCALES = comma_separated(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: 
 SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
 
 
-@click.command()
+@click.command(short_help="Measure a checkpoint, compare samplers.")
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint")
-@click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
+@click.option(
+    "--data",
+    shell_complete=DATA_FOLDERS,
+    default="fashion-mnist",
+    help="fashion-mnist, or the folder of images it was trained on",
+)
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
 @DATA_DIR
 @BACKGROUND
@@ -58,7 +63,10 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 @click.option("--reference", metavar="SAMPLER:STEPS", help="sample by this too, as what the others are compared with")
 @click.option("--batch-size", default=96, help="samples denoised together")
 @click.option(
-    "--executor", default="auto", help="what runs the network for the samples: auto, eager, compile or openvino"
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    default="auto",
+    help="what runs the network for the samples: auto, eager, compile or openvino",
 )
 @click.option(
     "--precision",

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import FOLDER_TYPE
+from tminus.service.cli.options import DEVICE_NAMES, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import fail, failing_in_one_line
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tminus.service.client import Client, Sampled
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
@@ -27,17 +29,31 @@ if TYPE_CHECKING:
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_N = 4096  # images made without a server in one command
+MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # of a PNG that is read or written
+MAX_SCALE = 64
+SCALE = "scale"  # in a recipe: by what the PNG was enlarged
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
     click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
     click.option(
         "--device",
+        shell_complete=DEVICE_NAMES,
         default="auto",
         help="auto, cpu or cuda; auto takes a GPU if there is one, which CUDA_VISIBLE_DEVICES names; not with --url",
     ),
-    click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
-    click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),
+    click.option(
+        "--executor",
+        shell_complete=EXECUTOR_NAMES,
+        default="auto",
+        help="auto, eager, compile or openvino; not with --url",
+    ),
+    click.option(
+        "--precision",
+        shell_complete=PRECISION_NAMES,
+        default="auto",
+        help="auto, float32, tf32 (CUDA) or bfloat16; not with --url",
+    ),
 )
 LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
 MAX_LOCAL_IMAGE_BYTES = 2**30
@@ -126,6 +142,52 @@ class LocalJob:
             return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
 
 
+def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
+    """Decode a PNG: its pixels [H, W, C], and the text in it that says how it was made. Raises ValueError."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from tminus.service.images.encoder import PNG_TEXT_KEY
+    from tminus.service.images.image_header import read_header
+
+    try:
+        header = read_header(png)
+    except ValueError as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
+    if header is None or header.format != "PNG":
+        raise ValueError(f"not a PNG{f' but a {header.format}' if header else ''}; only PNGs say how they were made")
+    if header.pixels > MAX_PIXELS:
+        raise ValueError(f"{header.width_px}x{header.height_px} pixels, over {MAX_PIXELS}")
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            pixels = np.asarray(opened)
+            return pixels[:, :, None] if pixels.ndim == 2 else pixels, opened.info.get(PNG_TEXT_KEY)
+    except UnidentifiedImageError:  # which would name the object that holds the bytes
+        raise ValueError("not a PNG that can be read") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
+
+
+def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
+    """Enlarge a PNG of n images that tminus made; its recipe says so, for `tminus reproduce`. Raises ValueError.
+
+    scale: None for as large as a person sees it.
+    """
+    from tminus.service.client import checks
+    from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
+
+    if scale == 1:
+        return png
+    pixels, text = decode_png(png)
+    scale = scale or viewing_scale(n, *pixels.shape[:2])
+    if scale == 1:
+        return png
+    if pixels.size * scale**2 > MAX_PIXELS * pixels.shape[2]:
+        raise ValueError(f"--scale {scale}: a PNG may have {MAX_PIXELS} pixels, got {pixels.size * scale**2}")
+    recipe = checks.mapping(checks.loads(text)) | {SCALE: scale} if text is not None else None
+    return encode_png(enlarge(pixels, scale), recipe)
+
+
 def make_images(
     options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
 ) -> "tuple[dict[str, bytes], SampleSpec]":
@@ -146,15 +208,28 @@ def make_images(
 @contextmanager
 def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
     """A client of what --url and --model name, with the key in TMINUS_KEY; what goes wrong ends in one clear line."""
-    from tminus.service.client import Client, ClientError, Problem, Unreachable
+    from tminus.service.client import Client
+
+    with one_line_of_server(url), Client(url, model=model, key=key_of_server()) as client:
+        yield client
+
+
+def key_of_server() -> str | None:
+    """Return the key that commands send to a server; None: none."""
+    return os.environ.get(KEY) or None
+
+
+@contextmanager
+def one_line_of_server(url: str) -> Iterator[None]:
+    """End in one clear line, with advice, where the client in the block raises."""
+    from tminus.service.client import ClientError, Problem, Unreachable
 
     try:
-        with Client(url, model=model, key=os.environ.get(KEY) or None) as client:
-            yield client
+        yield
     except ClientError as error:
         advice = ""
         if isinstance(error, Problem) and error.status == 401:
-            unset = "" if os.environ.get(KEY) else ", which is not set"
+            unset = "" if key_of_server() else ", which is not set"
             advice = f"; commands send the key in the variable {KEY}{unset}"
         elif isinstance(error, Unreachable) and not error.reached:
             advice = "; is a server running there? tminus serve starts one"

@@ -14,7 +14,7 @@ from tminus.service.cli.output import fail, say
 LIMIT = click.IntRange(1, MOST)
 
 
-@click.command()
+@click.command(short_help="Make an API key.")
 @click.argument("name")
 @click.option("--role", type=click.Choice(ROLES), show_default="sample", help="admin may also load and unload models")
 @click.option("--row-steps-per-minute", type=LIMIT, show_default="no limit", help="a guided step counts twice")

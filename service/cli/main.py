@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from tminus.service.cli.approve import approve
+from tminus.service.cli.bench import bench
 from tminus.service.cli.configuration import config
 from tminus.service.cli.convert import convert, inspect
 from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.key import key
 from tminus.service.cli.models import models
+from tminus.service.cli.pull import pull
 from tminus.service.cli.ray_serve import ray
 from tminus.service.cli.reproduce import reproduce, trajectory
 from tminus.service.cli.sample import sample
@@ -22,9 +24,18 @@ from tminus.service.cli.serve import serve
 from tminus.service.cli.train import distill, train, train_autoencoder
 from tminus.service.cli.tune import tune
 
+# What a newcomer needs comes first, here and in the help. A new command goes into one of these.
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Begin": (serve, sample, train),
+    "Models": (pull, inspect, tune, distill, evaluate, approve, convert, train_autoencoder),
+    "Server": (models, bench, config, key, ray),
+    "Reproduce": (reproduce, trajectory),
+}
+WIDEST_HELP = 200  # characters of a command in the list, which is wrapped and not cut
+
 
 class Commands(click.Group):
-    """A group whose commands end with 130 on Ctrl-C, as a shell has it, and not with 1, which is a failure."""
+    """A group whose help lists SECTIONS, and whose commands end with 130 on Ctrl-C, as a shell has it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was named."""
@@ -34,16 +45,33 @@ class Commands(click.Group):
             click.echo(f"tminus: {str(stop) or 'interrupted'}", err=True)
             sys.exit(128 + signal.SIGINT)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click hands it)
+        """Return the names of the commands in the order in which they were added."""
+        return list(self.commands)
 
-@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 120})
-@click.version_option(package_name="tminus")
-def main() -> None:
-    """Serve, sample, train, distill, evaluate and convert denoising diffusion U-Nets."""
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by section, with their texts below each other, and then the options."""
+        widest = max(map(len, self.commands))
+        for heading, commands in SECTIONS.items():
+            lines = [(f"{each.name:<{widest}}", each.get_short_help_str(WIDEST_HELP)) for each in commands]
+            with formatter.section(heading):
+                formatter.write_dl(lines)
+        click.Command.format_options(self, ctx, formatter)
 
 
-COMMANDS = (
-    *(serve, ray, config, key, models, sample, reproduce, trajectory),
-    *(train, train_autoencoder, tune, distill, evaluate, approve, inspect, convert),
+@click.group(
+    cls=Commands, invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120}
 )
-for command in COMMANDS:
+@click.version_option(package_name="tminus")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Serve, sample and train denoising diffusion U-Nets.
+
+    `tminus serve` serves the bundled model, with a web page. Each command has --help.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+for command in (each for commands in SECTIONS.values() for each in commands):
     main.add_command(command)

@@ -1,12 +1,13 @@
 """`tminus models`: the models of a server as a table; load, reload and unload one of them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tminus.service.cli.images import server_at
-from tminus.service.cli.output import say
+from tminus.service.cli.options import JSON
+from tminus.service.cli.output import aligned, say, say_json
 
 if TYPE_CHECKING:
     from tminus.service.client import ModelState
@@ -15,30 +16,37 @@ HEAD = ("NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT")
 COLOURS = {1: "grey", 3: "colour"}  # by channels
 
 
-@click.command()
+@click.command(short_help="List a server's models; load, reload or unload one.")
 @click.argument("change", type=click.Choice(["load", "reload", "unload"]), required=False)
 @click.argument("name", required=False)
 @click.option("--url", default="http://localhost:8000", help="the server")
-def models(change: str | None, name: str | None, url: str) -> None:
+@JSON
+def models(change: str | None, name: str | None, url: str, as_json: bool) -> None:
     """List the models of a server; or load, reload or unload the model NAME.
 
-    These three need a key of the role admin, in the variable TMINUS_KEY. Loading a model may take a minute.
+    These three need a key of the role admin, in the variable TMINUS_KEY. Loading a model may take a minute. With --json
+    they print the model as it then is.
     """
     if change is not None and name is None:
         raise click.UsageError(f"{change} needs the NAME of a model")
     with server_at(url) as tminus:
-        if change is None or name is None:
-            say(table(tminus.models()))
-        else:
+        if change is not None and name is not None:
             {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change](name)
-            say(f"{name}: {change}ed")
+        found = tminus.models() if change is None or as_json else []
+        if as_json:
+            say_json({"models": [model_document(each) for each in found if name in (None, each.name)]})
+        else:
+            say(table(found) if change is None else f"{name}: {change}ed")
+
+
+def model_document(model: "ModelState") -> dict[str, Any]:
+    """Describe a model as GET /models does."""
+    return {"name": model.name, "default": model.default, "state": model.state, "url": model.url, "model": model.info}
 
 
 def table(models: "Sequence[ModelState]") -> str:
     """Lay models out as the lines of a table. Raises ClientError."""
-    rows = [HEAD, *map(_cells, models)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
+    return aligned([HEAD, *map(_cells, models)])
 
 
 def _cells(model: "ModelState") -> tuple[str, ...]:

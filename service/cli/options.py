@@ -5,18 +5,43 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def completing(*words: str, files: str | None = None) -> Complete:
+    """Make the function by which a shell completes the value of an option: words, and `file`s or folders (`dir`)."""
+
+    def complete(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
+        return found if found or files is None else [CompletionItem(incomplete, type=files)]
+
+    return complete
+
+
+# Values that are checked where those of requests and files are, so that they are no click.Choice.
+DEVICE_NAMES = completing("auto", "cpu", "cuda")
+EXECUTOR_NAMES = completing("auto", "eager", "compile", "openvino")
+PRECISION_NAMES = completing("auto", "float32", "tf32", "bfloat16")
+SAMPLER_NAMES = completing(*SAMPLERS, *TABLE_SAMPLERS)
+DATA_FOLDERS = completing("fashion-mnist", files="dir")
 FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 BACKGROUND = click.option(
     "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
 )
-DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
+DEVICE = click.option(
+    "--device", shell_complete=DEVICE_NAMES, default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one"
+)
 THREADS = click.option(
     "--threads",
     default=0,
     help="of torch on a CPU; 0: one for each core that is free when the run begins",
 )
+JSON = click.option("--json", "as_json", is_flag=True, help="print one JSON object, and nothing else, for programs")
 Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]
 
 

@@ -3,11 +3,12 @@
 What a server or a file says is shown with its control characters escaped, so that none of them reaches the terminal.
 """
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -19,6 +20,17 @@ NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tif
 def say(text: str) -> None:
     """Print lines to stdout."""
     click.echo("\n".join(map(printable, text.split("\n"))))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out as the lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
+
+
+def say_json(document: dict[str, Any]) -> None:
+    """Print a document for programs, on one line, in printable ASCII alone. Raises ValueError for NaN and infinity."""
+    click.echo(json.dumps(document, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def fail(message: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """`tminus reproduce image.png` and `tminus trajectory check`: make again what a file's recipe says, and compare."""
 
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -12,14 +11,18 @@ import click
 
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
+    MAX_SCALE,
+    SCALE,
     LocalJob,
     check_model,
+    decode_png,
+    enlarge_png,
     local_model_options,
     make_images,
     read_pictures,
     sample_from,
 )
-from tminus.service.cli.options import DEVICE, FILE_TYPE, FOLDER_TYPE
+from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FILE_TYPE, FOLDER_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
 
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
-MAX_PIXELS = MAX_LOCAL_N * 128 * 128
 MAX_FILE_BYTES = 256 * 2**20
 BY_STEP = {"x_t": 0, "x_0": 1}  # the arrays that are compared to the bit, and the number of the step in their first
 # How near others have to be, relative and absolute: they follow from those, and another NumPy may round another way.
@@ -43,9 +45,10 @@ class Recipe:
     parameters: dict[str, Any]
     weights: str
     fingerprint: str
+    scale: int = 1  # by which the PNG was enlarged
 
 
-@click.command()
+@click.command(short_help="Make a PNG again from what it says, and compare.")
 @click.argument("png", type=FILE_TYPE)
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
 @click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
@@ -77,6 +80,8 @@ def reproduce(
     else:
         here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
+    with failing_in_one_line(str(url or png)):
+        again = enlarge_png(again, parameters["n"], recipe.scale)
     if out is not None:
         write_file(f"--out {out}", out, again)
     if again == original:
@@ -106,27 +111,9 @@ def check_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | N
 
 def read_recipe(png: bytes) -> Recipe:
     """Read the recipe in a PNG. Raises ValueError where there is none, or none that can be read."""
-    from PIL import Image, UnidentifiedImageError
-
     from tminus.service.images.encoder import PNG_TEXT_KEY
-    from tminus.service.images.image_header import read_header
 
-    try:
-        header = read_header(png)
-    except ValueError as error:
-        raise ValueError(f"not a PNG that can be read ({error})") from None
-    if header is None or header.format != "PNG":
-        raise ValueError(f"not a PNG{f' but a {header.format}' if header else ''}; only PNGs say how they were made")
-    if header.pixels > MAX_PIXELS:
-        raise ValueError(f"{header.width_px}x{header.height_px} pixels, over {MAX_PIXELS}")
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
-            opened.load()  # damaged pixels are found here, not when they are compared
-            text = opened.info.get(PNG_TEXT_KEY)
-    except UnidentifiedImageError:  # which would name the object that holds the bytes
-        raise ValueError("not a PNG that can be read") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"not a PNG that can be read ({error})") from None
+    _, text = decode_png(png)  # damaged pixels are found here, not when they are compared
     if text is None:
         raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
     try:
@@ -147,7 +134,10 @@ def recipe_of(document: Any) -> Recipe:
         raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
     if labels := parameters.pop("class_label", None):  # a recipe does not say whether some class has such a name
         parameters["class_label"] = [None if label is None else f"{NUMBER}{label}" for label in labels]
-    return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
+    scale = document.get(SCALE, 1)
+    if type(scale) is not int or not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"{SCALE} must be 1..{MAX_SCALE}")
+    return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]), scale)
 
 
 def _finite(text: str) -> float:
@@ -161,7 +151,6 @@ def _finite(text: str) -> float:
 def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
     """Say how two PNGs differ, and why they may: other weights, another build, or altered pixels."""
     import numpy as np
-    from PIL import Image
 
     mine = read_recipe(again)
     reasons = []
@@ -169,8 +158,7 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
         reasons.append(f"made by other weights ({recipe.weights[:12]}, here {mine.weights[:12]})")
     if mine.fingerprint != recipe.fingerprint:
         reasons.append(f"made by another build ({recipe.fingerprint}, here {mine.fingerprint})")
-    with Image.open(io.BytesIO(original)) as first, Image.open(io.BytesIO(again)) as second:
-        a, b = np.asarray(first), np.asarray(second)
+    (a, _), (b, _) = decode_png(original), decode_png(again)
     if a.shape != b.shape:
         found = f"another size, {a.shape} and {b.shape}"
     else:
@@ -179,7 +167,7 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
     return "; ".join([found, *reasons])
 
 
-@click.group()
+@click.group(short_help="Make a trajectory again from its file, and compare.")
 def trajectory() -> None:
     """Look after files of trajectories, which servers make for reinforcement learning."""
 
@@ -188,9 +176,15 @@ def trajectory() -> None:
 @click.argument("file", type=FILE_TYPE)
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint that it was made by")
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
-@click.option("--executor", help="auto, eager, compile or openvino  [default: auto, or the one that the file names]")
 @click.option(
-    "--precision", help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]"
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    help="auto, eager, compile or openvino  [default: auto, or the one that the file names]",
+)
+@click.option(
+    "--precision",
+    shell_complete=PRECISION_NAMES,
+    help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]",
 )
 @DEVICE
 def check(

@@ -10,14 +10,16 @@ import click
 from tminus.model.catalogue import SAMPLERS, Recommended
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
+    MAX_SCALE,
     check_model,
+    enlarge_png,
     local_model_options,
     make_images,
     read_pictures,
     sample_from,
     server_at,
 )
-from tminus.service.cli.options import FILE_TYPE
+from tminus.service.cli.options import FILE_TYPE, SAMPLER_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.engine.protocol import LoadOptions
 
@@ -33,6 +35,7 @@ MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
 MAX_FRAME_BYTES = 2**28  # of all frames of a job, as they come
 MAX_PIXELS = 2**26  # of all frames of a job
+ANIMATION_PX = 512  # of its longer side, at most
 
 
 @click.command()
@@ -45,10 +48,16 @@ MAX_PIXELS = 2**26  # of all frames of a job
 )
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
 @click.option(
+    "--scale",
+    type=click.IntRange(1, MAX_SCALE),
+    help="enlarge each pixel to so many squared  [default: sheets and animations as a person sees them, else 1]",
+)
+@click.option(
     "--steps", metavar="INTEGER", help="denoising steps  [default: as recommended, or the sampler's good number]"
 )
 @click.option(
     "--sampler",
+    shell_complete=SAMPLER_NAMES,
     help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: as recommended; with --steps the scheduler's own]",
 )
 @click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
@@ -87,6 +96,7 @@ def sample(
     executor: str,
     precision: str,
     out: Path,
+    scale: int | None,
     watch: Path | None,
     every: int | None,
     show: str | None,
@@ -94,7 +104,15 @@ def sample(
     mask: Path | None,
     **given: Any,
 ) -> None:
-    """Sample images to PNG files, offline or from a server."""
+    """Sample images to PNG files, offline or from a server.
+
+    \b
+      tminus sample -n 8
+      tminus sample -n 8 --checkpoint runs/digits --class-label 3 --out threes.png
+      tminus sample -n 8 --url http://localhost:8000
+
+    A sheet is enlarged, so that a person sees it; with --scale 1 it is the bytes that a server answers.
+    """
     check_model(url, model)
     parameters = request_parameters(given) | read_pictures(image, mask)
     if watch is not None and url is None:
@@ -112,16 +130,19 @@ def sample(
         files = {"sheet": made.data} if sheet else made.files
     else:
         files, made, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
+    n = given["n"]
     for name, data in files.items():
-        write_file(f"--out {out}", out if sheet else out / name, data)
+        with failing_in_one_line(f"--out {out}"):
+            shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
+        write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
-        written = "a PNG" if given["n"] == 1 else f"a PNG, a sheet of {given['n']} images"
+        written = "a PNG" if n == 1 else f"a PNG, a sheet of {n} images"
     if made.sampler is not None and made.steps is not None:  # a server of an earlier version does not say
         written += f", {Recommended(made.sampler, made.steps, 1.0 if made.guidance is None else made.guidance)}"
     say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
-        write_animation(watch, frames)
+        write_animation(watch, enlarge_frames(frames, n, scale))
 
 
 def request_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +178,20 @@ def follow(
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
     return dict(zip(names, finals, strict=True)), accepted, frames
+
+
+def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Image"]:
+    """Enlarge the frames of an animation of n images, but not beyond MAX_PIXELS in all.
+
+    scale: None for as large as a person sees them.
+    """
+    from tminus.service.images.encoder import viewing_scale
+
+    width, height = frames[0].size
+    scale = scale or viewing_scale(n, height, width, ANIMATION_PX)
+    while scale > 1 and len(frames) * width * height * scale**2 > MAX_PIXELS:
+        scale -= 1
+    return [frame.resize((width * scale, height * scale), 0) for frame in frames]  # 0: the nearest pixel
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:

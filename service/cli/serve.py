@@ -13,10 +13,17 @@ from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.settings import Settings
 
 
-@click.command()
+@click.command(short_help="Serve a model over HTTP, with a web page.")
 @settings_options(Settings)
 def serve(config: Path | None, **flags: Any) -> None:
-    """Load one or more checkpoints and serve them over HTTP."""
+    """Load one or more checkpoints and serve them over HTTP, with a web page.
+
+    \b
+      tminus serve                             # the bundled model
+      tminus serve --checkpoint runs/digits    # one of your own
+
+    The page is at http://localhost:8000, unless --port or --host says otherwise.
+    """
     settings, _ = read_settings(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An
     # exception is no way out: raised in the middle of a library's start, it can abort the process.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
+from tminus.service.cli.options import BACKGROUND, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
 
@@ -19,18 +19,29 @@ if TYPE_CHECKING:
     from tminus.model.training.data import ImageSet
     from tminus.model.unet import UNetConfig
 
-SHEET_STEPS = 50
+SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
+MOST_ON_SHEET = 64  # samples
 ROWS_PER_CLASS = 2  # of a sheet of samples
 IMAGES_WITHOUT_CLASSES = 16
 RECONSTRUCTIONS = 8  # a row of the sheet
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
 )
+CHANNELS = click.option(
+    "--channels",
+    type=click.Choice(["1", "3"]),
+    help="of the images of a folder  [default: 1 if all of them are grey, else 3]",
+)
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 
 
 @click.command()
-@click.option("--data", default="fashion-mnist", help="fashion-mnist, or a folder of images (a subfolder a class)")
+@click.option(
+    "--data",
+    shell_complete=DATA_FOLDERS,
+    default="fashion-mnist",
+    help="fashion-mnist, or a folder of images (a subfolder a class)",
+)
 @DATA_DIR
 @click.option(
     "--test-data",
@@ -38,16 +49,16 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
     help="folder of held-out images, of which losses.csv then tells; fashion-mnist has its own",
 )
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
-@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
+@CHANNELS
 @BACKGROUND
 @OUT
 @click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
-@click.option("--steps", default=15_000, help="optimiser steps in all")
-@click.option("--batch-size", default=64, help="images of an optimiser step")
+@click.option("--steps", type=int, help="optimiser steps in all  [default: 500 to 15000, by the number of images]")
+@click.option("--batch-size", type=int, help="images of an optimiser step  [default: 64, or half of fewer than 128]")
 @click.option("--optimizer", default="adam", help="adam, or muon, which learns more in a step")
 @click.option("--learning-rate", default=1e-3, help="of the optimiser, at its highest")
-@click.option("--warmup-steps", default=500, help="over which the rate rises from zero")
+@click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
 @click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
 @click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
 @click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, for guidance")
@@ -73,7 +84,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the network")
 @THREADS
-@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--save-every", default=200, help="steps between saves")
 @click.option(
     "--sheet-every", default=1000, help="steps between sample sheets, and between measurements of held-out images"
 )
@@ -85,25 +96,36 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--dropout", default=0.0, help="probability, inside the residual blocks")
 @click.option("--beta-schedule", default="linear", help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid")
 @click.option("--timesteps", default=1000, help="T")
-@click.option("--prediction", default="epsilon", help="epsilon, sample or v_prediction")
+@click.option("--prediction", default="v_prediction", help="epsilon, sample or v_prediction")
 @DEVICE
 def train(**options: Any) -> None:
-    """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
+    """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly.
+
+    \b
+      tminus train --data digits/ --out runs/digits
+      tminus serve --checkpoint runs/digits
+
+    The images of digits/ lie in it, or in a subfolder for each class. All else has defaults that suit their number. In
+    runs/digits, samples.png and loss.svg show how it goes.
+    """
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.latent.folder import load_autoencoder
     from tminus.model.noise import NoiseConfig
     from tminus.model.samplers import compile_plan
     from tminus.model.training.data import listed
-    from tminus.model.training.train import TrainConfig
+    from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
     out, data_dir = options["out"], options["data_dir"]
     with failing_in_one_line():
         device = choose_device(options["device"])
-        like = options["size_px"], int(options["channels"]), options["background"]
+        like = options["size_px"], options["channels"], options["background"]
         data = load_training_data(options["data"], "train", data_dir, *like)
+        for name, usual in (("steps", usual_steps), ("batch_size", usual_batch)):
+            options[name] = usual(len(data)) if options[name] is None else options[name]
+        like = options["size_px"], data.images.shape[1], options["background"]
         held_out = None
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
             held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
@@ -116,9 +138,10 @@ def train(**options: Any) -> None:
             clip_sample=autoencoder is None,  # latents have no bounds
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
-        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {classes}")
+        say(f"{kind_of(data)}, {classes}")
+        say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")
         write = sheet_writer(out, unet, device, autoencoder)
-        plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
+        plan = compile_plan(noise, noise.schedule(), SHEET_SAMPLER, min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
             out,
             data,
@@ -131,7 +154,7 @@ def train(**options: Any) -> None:
             held_out=held_out,
             on_sheet=lambda net, step: write(net, plan, step),
         )
-    say_how_it_ended(out, done)
+    say_how_it_ended(out, done, more="More --steps go on from here. ")
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
@@ -160,15 +183,16 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     )
     if size_px % config.size_multiple:
         what = "images" if latent is None else "latents"
-        raise ValueError(f"the side of the {what} must divide by {config.size_multiple}, got {size_px}")
+        why = f"each of --widths but the last halves it: got {size_px}, and {len(widths)} widths"
+        raise ValueError(f"--size: the side of the {what} must divide by {config.size_multiple}, as {why}")
     return config
 
 
-@click.command(name="train-autoencoder")
-@click.option("--data", required=True, help="fashion-mnist, or a folder of images")
+@click.command(name="train-autoencoder", short_help="Train an autoencoder, for latent models.")
+@click.option("--data", shell_complete=DATA_FOLDERS, required=True, help="fashion-mnist, or a folder of images")
 @DATA_DIR
 @click.option("--size", "size_px", default=64, help="side of the square images of a folder, in pixels")
-@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
+@CHANNELS
 @BACKGROUND
 @OUT
 @click.option("--kind", type=click.Choice(["kl", "vq"]), default="kl", help="AutoencoderKL or VQModel")
@@ -189,7 +213,7 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the autoencoder")
 @THREADS
-@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--save-every", default=200, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sheets of images and what is decoded of them")
 @DEVICE
 def train_autoencoder(**options: Any) -> None:
@@ -205,7 +229,7 @@ def train_autoencoder(**options: Any) -> None:
     with failing_in_one_line():
         device = choose_device(options["device"])
         config = AutoencoderTrainConfig(**{name: options[name] for name in AutoencoderTrainConfig.__dataclass_fields__})
-        like = options["size_px"], int(options["channels"]), options["background"]
+        like = options["size_px"], options["channels"], options["background"]
         data = load_training_data(options["data"], "train", options["data_dir"], *like)
         widths = integers("--widths", options["widths"])
         model = AutoencoderConfig(
@@ -224,15 +248,19 @@ def train_autoencoder(**options: Any) -> None:
         )
         if data.images.shape[-1] % model.factor:
             raise ValueError(f"the side of the images must divide by {model.factor}, got {data.images.shape[-1]}")
-        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}")
+        say(kind_of(data))
         done = run(out, data, model, config, device=device, on_sheet=reconstruction_writer(out, data, device))
-    say_how_it_ended(out, done)
+    say_how_it_ended(out, done, served=False)
 
 
 @click.command()
 @click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
 @OUT
-@click.option("--data", help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]")
+@click.option(
+    "--data",
+    shell_complete=DATA_FOLDERS,
+    help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]",
+)
 @DATA_DIR
 @BACKGROUND
 @click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
@@ -255,11 +283,11 @@ def train_autoencoder(**options: Any) -> None:
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the networks")
 @THREADS
-@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--save-every", default=200, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sample sheets")
 @DEVICE
 def distill(**options: Any) -> None:
-    """Train a student of 1 to 4 steps from a checkpoint, or resume. Ctrl-C saves; the same command resumes exactly."""
+    """Train a student of 1 to 4 steps, or resume. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.checkpoint import load_checkpoint
@@ -283,29 +311,39 @@ def distill(**options: Any) -> None:
     say_how_it_ended(out, done)
 
 
-def say_how_it_ended(out: Path, done: bool) -> None:
+def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = "") -> None:
     """Say whether a run has come to its end, or was interrupted and can be resumed."""
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+    if done and served:
+        say(f"{more}Try: tminus serve --checkpoint {out}")
 
 
 # --- what they share: the images they learn from, and the sheets of samples that a run draws ---
 
 
+def kind_of(data: "ImageSet") -> str:
+    """Say how many images there are, and of which kind, for people."""
+    _, channels, height, width = data.images.shape
+    return f"{data.name}: {len(data)} images, {width}x{height}, {'grey' if channels == 1 else 'colour'}"
+
+
 def load_training_data(
-    data: str, split: str, idx_folder: Path | None, size_px: int, channels: int, background: str
+    data: str, split: str, idx_folder: Path | None, size_px: int, channels: int | str | None, background: str
 ) -> "ImageSet":
     """Load a split (train, test) of Fashion-MNIST, or all of the folder that `data` names.
 
-    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px, channels and background, the colour
-    that transparent pixels are laid over, are those of a folder's images. Raises DataError, and ValueError for a
-    background that is no colour.
+    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px, channels (None: by what they are)
+    and background, the colour that transparent pixels are laid over, are those of a folder's images. Raises DataError,
+    and ValueError for a background that is no colour.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
 
     if data == "fashion-mnist":
         return load_fashion_mnist(split, idx_folder or FASHION_MNIST_DIR)
-    return load_image_folder(Path(data), size_px, channels, colour(background))
+    if not Path(data).is_dir():
+        raise ValueError(f"{data}: neither fashion-mnist nor a folder of images")
+    return load_image_folder(Path(data), size_px, None if channels is None else int(channels), colour(background))
 
 
 def sheet_writer(
@@ -322,7 +360,7 @@ def sheet_writer(
     from tminus.model.samplers import sample
 
     num_classes = (unet.num_class_embeds or 1) - 1
-    n = num_classes * ROWS_PER_CLASS or IMAGES_WITHOUT_CLASSES
+    n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
     assert unet.size_px is not None  # which every network that is trained, or loaded, has
     shape = (unet.in_channels, *unet.size_px)
@@ -354,11 +392,14 @@ def reconstruction_writer(
 
 
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
-    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step."""
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the one that shows the run as it is now."""
+    from tminus.model.files import write_bytes
     from tminus.model.pixels import to_uint8
-    from tminus.service.images.encoder import contact_sheet, encode_png
+    from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale
 
-    pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    sheet = contact_sheet(to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    png = encode_png(enlarge(sheet, viewing_scale(len(x), *sheet.shape[:2])))
     sheets = folder / "sheets"
     sheets.mkdir(exist_ok=True)
-    (sheets / f"{step:07d}.png").write_bytes(encode_png(contact_sheet(pixels)))
+    (sheets / f"{step:07d}.png").write_bytes(png)
+    write_bytes(folder / "samples.png", png)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import DEVICE, FOLDER_TYPE, comma_separated
+from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
@@ -15,7 +15,7 @@ WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ know
 NUMBERS = comma_separated(float, "a number", math.isfinite)
 
 
-@click.command()
+@click.command(short_help="Fit samplers of few steps to a checkpoint.")
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
 @click.option("--steps", default="4,5,6,8,10,12,16", callback=WHOLE, help="numbers of steps, a table each, by commas")
 @click.option(
@@ -31,8 +31,15 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 @click.option("--seed", default=1_000_000, help="of the images' noise")
 @click.option("--iterations", default=200, help="of refining the coefficients by their gradient, at most")
 @click.option("--batch-size", default=64, help="images that go through the network together")
-@click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
-@click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16")
+@click.option(
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    default="auto",
+    help="what runs the network: auto, eager, compile or openvino",
+)
+@click.option(
+    "--precision", shell_complete=PRECISION_NAMES, default="auto", help="auto, float32, tf32 (CUDA) or bfloat16"
+)
 @DEVICE
 def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] | None, **options: Any) -> None:
     """Fit samplers of few steps to a checkpoint, and recommend one. Ctrl-C stops; the same command goes on."""

@@ -206,6 +206,7 @@ class ModelState:
     default: bool  # whether calls that name no model are of it
     state: Loaded
     info: Mapping[str, Any] | None
+    url: str | None = None  # the path below which its page and its whole API are; None where it is not loaded
 
     @classmethod
     def of(cls, document: Any) -> "ModelState":

@@ -41,6 +41,7 @@ Read = TypeVar("Read")
 Made = TypeVar("Made")
 WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
+TILE_PX, SHEET_PX = 256, 1024  # what an image on a sheet for people has at most, and the sheet
 Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
@@ -274,6 +275,18 @@ def sheet_columns(n: int) -> int:
     square = math.isqrt(n - 1) + 1
     exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
     return exact if exact <= 2 * square else square
+
+
+def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
+    """Return by what a sheet of n images is enlarged for people: up to TILE_PX an image, and most_px in all."""
+    columns = sheet_columns(n)
+    tile = max(height // math.ceil(n / columns), width // columns)
+    return max(1, min(TILE_PX // tile, most_px // max(height, width)))
+
+
+def enlarge(pixels: Images, scale: int) -> Images:
+    """Make a square of scale x scale pixels of each pixel of [H, W, C], so that no colour is new."""
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

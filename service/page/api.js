@@ -1,8 +1,9 @@
-// What the page asks the server, and how it says that something went wrong.
+// What the page asks the server, how it says that something went wrong, and what it keeps and copies.
 
 import { signIn } from "./key.js";
 
 const LONGEST_WORD = 70; // that is shown whole: a hash is
+const TOLD_MS = 2000;
 
 export const base = new URL(".", document.baseURI);
 // The page of a model is at models/NAME/ below the server's root; that at the root is the default model's.
@@ -20,6 +21,15 @@ export function toJson(spec) {
   return JSON.stringify(spec).replace(/("(?:to_)?seed":)"(\d+)"/g, "$1$2");
 }
 
+/** The parameters as a query; a list repeats its name. */
+export function toQuery(parameters) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) {
+    for (const each of [value].flat()) query.append(name, each);
+  }
+  return query;
+}
+
 /**
  * Parameters as the server takes them. The page has classes by number; where a class has a number for a name, each gets
  * `number:` before it.
@@ -32,6 +42,15 @@ export function requestOf(parameters, { class_names: names }) {
 
 /** A seed as JSON has it: 007 is no number there. */
 export const plainSeed = (text) => text.replace(/^0+(?=\d)/, "");
+
+/** The bytes that base64 stands for, as an image. */
+export const toBlob = (data, type = "image/png") =>
+  new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
+
+export async function toBase64(blob) {
+  const bytes = new Uint8Array(await blob.arrayBuffer());
+  return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""));
+}
 
 // What a problem says has the value that was refused in it, which may be long: only that is cut.
 export const shorten = (text) =>
@@ -75,6 +94,31 @@ export async function getJson(path) {
   return parse(await (await ask(path)).text());
 }
 
+/** Ask for something by JSON parameters. accept: the media type of the answer. */
+export function post(path, parameters, accept, signal) {
+  const headers = { Accept: accept, "Content-Type": "application/json" };
+  return ask(path, { method: "POST", headers, body: toJson(parameters), signal });
+}
+
 export function seconds(value) {
   return value < 90 ? `${value.toFixed(value < 10 ? 1 : 0)} s` : `${Math.round(value / 60)} min`;
+}
+
+// This tab keeps some things of each model until it is closed. Other weights under the same name are another model.
+const key = ({ name, weights_hash: weights }, what) => `tminus ${root.pathname} ${name} ${weights} ${what}`;
+
+export const recall = (model, what) => JSON.parse(sessionStorage.getItem(key(model, what)));
+export const keep = (model, what, value) => sessionStorage.setItem(key(model, what), JSON.stringify(value));
+
+/** Copy the address of this page with another hash; a page that is not secure has no clipboard, and shows it instead. */
+export async function copyLink(button, hash) {
+  const address = new URL(hash, location.href).href;
+  const text = button.textContent;
+  try {
+    await navigator.clipboard.writeText(address);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = text), TOLD_MS);
+  } catch {
+    prompt("The link:", address);
+  }
 }

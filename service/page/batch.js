@@ -1,7 +1,7 @@
 // The batch of the server as it is now: each job a line, its rows at their own timestep.
 
-import { ask, askQuietly, element, parse, reason, requestOf, root, toJson } from "./api.js";
-import { usualOpening } from "./opening.js";
+import { askQuietly, element, parse, post, reason, requestOf, root, seconds } from "./api.js";
+import { usualOpening } from "./form.js";
 
 const LOOK_MS = 250, REST_MS = 2000; // between looks: while something runs, while nothing does
 const MOST_DOTS = 24; // rows that are drawn of a job
@@ -43,7 +43,7 @@ function draw({ rows_active: active, max_batch: most, jobs, more }) {
   const others = more ? ` ${more} more jobs are not shown.` : "";
   const last = `${active} rows were in the last forward pass, which has room for ${most}.`;
   element("batch-text").textContent = jobs.length
-    ? `${last} ${rows} rows of ${jobs.length} jobs are on their way.${others}`
+    ? `${last} ${rows} rows of ${jobs.length === 1 ? "1 job" : `${jobs.length} jobs`} are on their way.${others}`
     : `The server is idle. Its next forward pass has room for ${most} rows.`;
   const lines = new Map([...element("jobs").children].map((line) => [line.id, line]));
   const now = jobs.map((job) => {
@@ -64,15 +64,16 @@ function addLine(job) {
   return line;
 }
 
-function update(line, { number, yours, n, step, steps, t, num_timesteps: most, state, seed }) {
+function update(line, { number, yours, n, step, steps, t, num_timesteps: most, state, seed, position, eta_s: eta }) {
   const part = (name) => line.querySelector(`.${name}`);
   const own = seed !== null && asked.includes(String(seed));
   line.classList.toggle("own", own);
   line.classList.toggle("waits", state === "waiting");
   part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;
   part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, most - 1))));
-  const where = state === "waiting" ? "waiting" : `step ${step} of ${steps}, t = ${Math.round(t)}`;
-  part("where").textContent = `${n === 1 ? "1 row" : `${n} rows`}, ${where}`;
+  const ahead = position === 0 ? "next" : position === 1 ? "1 job ahead" : `${position} jobs ahead`;
+  const where = state === "waiting" ? ahead : `step ${step} of ${steps}, t = ${Math.round(t)}`;
+  part("where").textContent = `${n === 1 ? "1 row" : `${n} rows`}, ${where}, ${seconds(eta)} left`;
 }
 
 // Three requests that have nothing in common. They leave nothing behind.
@@ -88,14 +89,10 @@ async function load(model) {
     { ...begins, n: 1 },
   ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
   asked = specs.map(({ seed }) => seed);
+  element("load-error").textContent = "";
   setTimeout(look);
-  const answers = await Promise.allSettled(specs.map((spec) => post(requestOf(spec, model))));
+  const answers = await Promise.allSettled(specs.map(async (spec) => (await post("sample", requestOf(spec, model), "image/png")).blob()));
   const failed = answers.find(({ status }) => status === "rejected");
-  if (failed) element("batch-text").textContent = `Not all were done: ${reason(failed.reason)}.`;
+  if (failed) element("load-error").textContent = `Not all were done: ${reason(failed.reason)}.`;
   button.ariaDisabled = "false";
-}
-
-async function post(spec) {
-  const headers = { Accept: "image/png", "Content-Type": "application/json" };
-  await (await ask("sample", { method: "POST", headers, body: toJson(spec) })).blob();
 }

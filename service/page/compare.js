@@ -1,11 +1,10 @@
 // Two to four settings from the same noise, asked for at the same time, and shown at the same t.
 
 import { element, reason } from "./api.js";
-import { classOptions, fill, guidable, isSame } from "./form.js";
-import { lane } from "./lane.js";
-import { askPath } from "./path.js";
-import { player } from "./player.js";
-import { onTime, setTime } from "./time.js";
+import { frameAt, onTime, player, setTime } from "./film.js";
+import { classOptions, fill, grey, guidable, isSame, suitableSteps, takeTable, unguided } from "./form.js";
+import { askPath, passesOf } from "./path.js";
+import { SHOWS } from "./stage.js";
 
 const FIRST_DEADLINE_S = 3;
 
@@ -42,7 +41,7 @@ export function setUp(model) {
 }
 
 function beginnings(model) {
-  const best = model.recommended ?? { sampler: model.default_sampler, steps: 50, guidance: 1 };
+  const best = model.recommended;
   const table = model.tables.find((each) => !isSame(each, best));
   const quarter = { ...best, steps: Math.max(1, Math.round(best.steps / 4)) };
   const few = table ?? (model.tables.length ? guidable(best) : quarter);
@@ -109,4 +108,87 @@ async function ask(each, common, model, signal) {
     each.clear(common.deadline_s ? "" : `Not done: ${reason(error)}.`);
     return false;
   }
+}
+
+// --- one lane: its settings, and the path that they made ---
+
+/**
+ * Make a lane.
+ * @param {{sampler: string, steps: number, guidance: number}} begins
+ */
+function lane(number, model, begins) {
+  const node = element("lane").content.firstElementChild.cloneNode(true);
+  const part = (name) => node.querySelector(`.${name}`);
+  const guided = model.conditional && model.null_class !== null;
+  let frames = []; // of the path that is shown: {step, steps, t, x_t, x_0}, a picture being a URL
+  let caption = "";
+
+  node.querySelector("legend").textContent = "ABCD"[number];
+  fill(part("sampler"), model.samplers.map((name) => [name, name]), begins.sampler);
+  part("steps").value = begins.steps;
+  part("guidance").value = begins.guidance;
+  for (const name of ["from", "to"]) part(name).max = model.num_timesteps - 1;
+  part("to").placeholder = model.num_timesteps - 1;
+  part("guidance").closest("label").hidden = !guided;
+  part("sampler").addEventListener("change", () => {
+    part("steps").value = suitableSteps(part("sampler").value);
+    suit();
+  });
+  for (const name of ["steps", "guidance"]) part(name).addEventListener("change", suitTable);
+  suit();
+
+  function suitTable() {
+    takeTable(part("sampler").value, part("steps"), part("guidance"));
+  }
+
+  function suit() {
+    const why = unguided(part("sampler").value);
+    grey(part("guidance"), why);
+    for (const name of ["from", "to"]) part(name).closest("label").hidden = !guided || Boolean(why);
+    part("steps").max = model.sampler_details[part("sampler").value].max_steps;
+    suitTable();
+  }
+
+  /** What it asks for, beside what all lanes have in common. */
+  function settings() {
+    suitTable();
+    const given = { sampler: part("sampler").value, steps: Number(part("steps").value) };
+    const guidance = Number(part("guidance").value || 1);
+    if (guided && !part("guidance").disabled && guidance !== 1) {
+      given.guidance = guidance;
+      const [from, to] = ["from", "to"].map((name) => part(name).value);
+      if (from || to) given.guidance_interval = [Number(from || 0), Number(to || model.num_timesteps - 1)];
+    }
+    return given;
+  }
+
+  function clear(text = "") {
+    for (const frame of frames) SHOWS.forEach((show) => URL.revokeObjectURL(frame[show]));
+    frames = [];
+    for (const show of SHOWS) part(show).removeAttribute("src");
+    part("told").textContent = text;
+  }
+
+  function take({ frames: path, spec, milliseconds }) {
+    clear();
+    const url = (blob) => URL.createObjectURL(blob);
+    frames = path.map(({ pictures, ...frame }) => ({ ...frame, x_t: url(pictures.x_t), x_0: url(pictures.x_0) }));
+    const once = passesOf(spec, model), some = spec.guidance_interval ? `${once} to ${2 * once}` : 2 * once;
+    const passes = spec.guidance === 1 ? once : some; // guided twice; the server knows for which timesteps
+    const took = milliseconds === null ? "kept from before" : `${Math.round(milliseconds)} ms`;
+    caption = `${passes} passes, ${took}`;
+  }
+
+  /** Show it as it was at a timestep. */
+  function showAt(t) {
+    if (!frames.length) return;
+    const frame = frames[frameAt(frames, t)];
+    for (const show of SHOWS) {
+      if (part(show).src !== frame[show]) part(show).src = frame[show];
+      part(show).alt = `Lane ${"ABCD"[number]}, ${show} after step ${frame.step} of ${frame.steps}`;
+    }
+    part("told").textContent = `Step ${frame.step} of ${frame.steps}. ${caption}.`;
+  }
+
+  return { node, settings, clear, take, showAt };
 }

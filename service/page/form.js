@@ -1,9 +1,9 @@
-// The form: its fields from the parameters of a request, and back.
+// The form: its fields from the parameters of a request, and back; its presets; parameters in words.
 
 import { element, plainSeed } from "./api.js";
 
-// The guidance, where the checkpoint recommends nothing.
-const GUIDANCE = 2;
+const SEED = "7", CLASS = 7; // of what a page without a recipe opens with
+const STRONG = 5, FEW = 8; // guidance and steps of presets
 const EXTRAS = ["to_seed", "mix", "eta", "index", "guidance_rescale", "timestep_spacing", "clip", "guidance_from", "guidance_to"];
 
 export const form = element("form");
@@ -21,10 +21,9 @@ export const classOptions = ({ class_names: names }) => names.map((name, number)
 /** Set the form up for a model, with what it recommends. */
 export function fillForm(loaded) {
   model = loaded;
-  const sampler = model.recommended?.sampler ?? model.default_sampler;
-  fill(field("sampler"), model.samplers.map((name) => [name, name]), sampler);
+  fill(field("sampler"), model.samplers.map((name) => [name, name]), model.recommended.sampler);
   suitSteps();
-  field("guidance").value = model.recommended?.guidance ?? GUIDANCE;
+  field("guidance").value = model.recommended.guidance;
   field("n").max = model.limits.max_n;
   for (const name of ["guidance_from", "guidance_to"]) field(name).max = model.num_timesteps - 1;
   field("guidance_to").placeholder = model.num_timesteps - 1;
@@ -32,14 +31,25 @@ export function fillForm(loaded) {
     element("class-field").hidden = false;
     fill(field("class_label"), [...classOptions(model), ...noClass()], "0");
   }
-  const guided = model.conditional && model.null_class !== null;
-  for (const part of [element("guidance-field"), ...document.querySelectorAll("#more .guides")]) part.hidden = !guided;
+  element("guidance-field").hidden = !(model.conditional && model.null_class !== null);
   field("class_label").addEventListener("change", suitGuidance);
   field("sampler").addEventListener("change", suitSteps);
   field("steps").addEventListener("input", () => (stepsChosen = true));
   for (const name of ["steps", "guidance"]) field(name).addEventListener("change", suitTable);
   suitGuidance();
+  showPresets();
 }
+
+/** The sample that a page without a recipe opens with. */
+export function usualOpening({ recommended, conditional, class_names: names, tables }) {
+  const { sampler, steps, guidance } = recommended, parameters = { n: 1, steps, sampler, seed: SEED };
+  if (conditional) Object.assign(parameters, { class_label: Math.min(CLASS, names.length - 1), guidance });
+  if (tables.some((table) => table.sampler === sampler)) parameters.nearest = true;
+  return parameters;
+}
+
+/** How many images the form asks for. */
+export const numberOfImages = () => Number(field("n").value) || 1;
 
 const noClass = () => (model.null_class === null ? [] : [["", "no class"]]);
 
@@ -77,19 +87,32 @@ function chooseClass(labels) {
   select.value = value;
 }
 
+/** Let a field be used, or say at it why it cannot be. */
+export function grey(input, why = "") {
+  input.disabled = Boolean(why);
+  const note = input.closest("label").querySelector(".why");
+  note.dataset.usual ??= note.textContent;
+  note.textContent = why ? `(${why})` : note.dataset.usual;
+}
+
+/** Why a sampler is not guided; undefined where it can be. */
+export function unguided(sampler) {
+  const tables = tablesOf(sampler);
+  return tables.length && tables.every((table) => table.guidance === 1) ? `${sampler} has none` : undefined;
+}
+
 function suitGuidance() {
-  const tables = tablesOf(field("sampler").value);
-  const never = tables.length > 0 && tables.every((table) => table.guidance === 1); // such a sampler is not guided
   const some = field("class_label").value.split(",").every((label) => label !== "");
-  const off = element("guidance-field").hidden || never || !some;
-  for (const name of ["guidance", "guidance_from", "guidance_to", "guidance_rescale"]) field(name).disabled = off;
+  const why = unguided(field("sampler").value) ?? (some ? undefined : "it needs a class");
+  grey(field("guidance"), why);
+  for (const label of document.querySelectorAll("#more .guides")) label.hidden = element("guidance-field").hidden || Boolean(why);
 }
 
 export const tablesOf = (sampler) => model.tables.filter((table) => table.sampler === sampler);
 
 /**
  * Of a sampler of tables, let inputs say what a table is for: of those that are guided, or not, as asked, the one of the
- * nearest steps, by ratio, then of the nearest guidance; of equals the larger.
+ * nearest steps, by ratio, then of the nearest guidance; of equals the larger. Returns what was changed, in words.
  */
 export function takeTable(sampler, steps, guidance) {
   const asked = guidance.disabled ? 1 : Number(guidance.value || 1);
@@ -98,18 +121,22 @@ export function takeTable(sampler, steps, guidance) {
   const [table] = tablesOf(sampler)
     .filter((each) => (each.guidance === 1) === (asked === 1))
     .sort((a, b) => apart(a) - apart(b) || off(a) - off(b) || b.steps - a.steps || b.guidance - a.guidance);
-  if (!table || !steps.value) return;
+  if (!table || !steps.value) return "";
+  const other = Number(steps.value) !== table.steps || (!guidance.disabled && Number(guidance.value) !== table.guidance);
   steps.value = table.steps;
   if (!guidance.disabled) guidance.value = table.guidance;
+  return other ? `The nearest table has ${table.steps} steps${table.guidance === 1 ? "" : `, guidance ${table.guidance}`}.` : "";
 }
 
-const suitTable = () => takeTable(field("sampler").value, field("steps"), field("guidance"));
+function suitTable() {
+  const other = takeTable(field("sampler").value, field("steps"), field("guidance"));
+  element("when").textContent = other || model.sampler_details[field("sampler").value]?.when || "";
+}
 
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
-  field("eta").disabled = sampler !== "ddim";
-  field("timestep_spacing").disabled = tablesOf(sampler).length > 0;
-  element("when").textContent = details?.when ?? "";
+  grey(field("eta"), sampler === "ddim" ? "" : "only ddim has it");
+  grey(field("timestep_spacing"), tablesOf(sampler).length ? "fixed by its table" : "");
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();
@@ -118,7 +145,7 @@ function suitSteps() {
 
 export function suitableSteps(sampler) {
   const { recommended } = model;
-  return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
+  return recommended.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
 }
 
 /** Whether two settings are the same sampler, steps and guidance. */
@@ -141,7 +168,7 @@ export function parameters() {
   if (given.seed) spec.seed = plainSeed(given.seed);
   if (given.class_label?.includes(",")) spec.class_label = given.class_label.split(",").map(toLabel);
   else if (given.class_label) spec.class_label = Number(given.class_label);
-  if (given.guidance !== undefined && model.conditional) {
+  if (given.guidance !== undefined && !element("guidance-field").hidden) {
     spec.guidance = Number(given.guidance);
     if (given.guidance_rescale) spec.guidance_rescale = Number(given.guidance_rescale);
     if (given.guidance_from || given.guidance_to) {
@@ -156,17 +183,19 @@ export function parameters() {
   return spec;
 }
 
+const nameOf = (label) => (/^\d*$/.test(model.class_names[label] ?? "") ? `class ${model.class_names[label] ?? label}` : model.class_names[label]);
+
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Parameters in a few words. */
-export function describe({ n, class_label: label, steps, sampler, seed, to_seed: other, mix, guidance }) {
+export function describe({ n, class_label: label, steps, sampler, seed, to_seed: other, mix, guidance, index }) {
   const labels = new Set([label ?? null].flat());
   const [first] = labels;
-  const name = labels.size > 1 ? "several classes" : first === null ? "no class" : model.class_names[first] ?? first;
+  const name = labels.size > 1 ? "several classes" : first === null ? "no class" : nameOf(first);
   const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
   const walk = other === undefined || mix === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
-  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}`;
+  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}${index ? `, index ${index}` : ""}`;
 }
 
 const FIELDS = { guidance_interval: "guidance_from" }; // where the name is another
@@ -184,4 +213,39 @@ export function complain(text, name) {
   input.setAttribute("aria-invalid", "true");
   input.setAttribute("aria-describedby", "error");
   input.focus();
+}
+
+// --- presets: a few settings to begin with, each a button that fills in the form ---
+
+/** @returns {Object<string, [string, object]>} by name: what it is for, and parameters */
+function presetsOf() {
+  const best = model.recommended;
+  const table = model.tables.filter(({ guidance }) => guidance === 1).sort((a, b) => a.steps - b.steps)[0] ?? model.tables[0];
+  const fewest = table
+    ? { sampler: table.sampler, steps: table.steps, guidance: table.guidance }
+    : { sampler: model.samplers.includes("unipc") ? "unipc" : model.default_sampler, steps: FEW };
+  const presets = { Best: ["What is recommended for this model", best] };
+  if (!isSame(fewest, best)) presets.Fast = ["As few steps as still give good images", fewest];
+  if (model.samplers.includes("ddpm")) {
+    const all = { sampler: "ddpm", steps: model.num_timesteps, n: 1 };
+    presets["Every step"] = ["DDPM as it was published: all steps, to watch", all];
+  }
+  if (model.conditional && model.null_class !== null) {
+    presets.Guided = ["Pushed hard towards the class", { ...guidable(best), guidance: STRONG }];
+  }
+  return presets;
+}
+
+function showPresets() {
+  element("presets").replaceChildren(
+    ...Object.entries(presetsOf()).map(([name, [title, given]]) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: name, title });
+      button.className = "chip";
+      button.addEventListener("click", () => {
+        const { class_label, seed, n, guidance } = parameters();
+        fillFrom({ class_label, seed, n, guidance, ...given });
+      });
+      return button;
+    }),
+  );
 }

@@ -1,9 +1,8 @@
 // A grid: a row for each class, a column for each noise. Each row is one request, or for a walk one a column.
 
-import { ask, element, parse, plainSeed, reason, requestOf, toJson } from "./api.js";
-import { classOptions, describe, fill } from "./form.js";
+import { element, parse, plainSeed, post, reason, requestOf, toBlob } from "./api.js";
+import { classOptions, describe, fill, usualOpening } from "./form.js";
 import { askPath } from "./path.js";
-import { usualOpening } from "./opening.js";
 
 const MOST_ROWS = 10, MOST_COLUMNS = 12;
 const AT_ONCE = 4; // requests, so that there are connections left for the rest of the page
@@ -94,21 +93,17 @@ async function askAll(requests, model, page) {
 }
 
 async function askImages(cells, parameters, model, page) {
-  const headers = { Accept: "application/json", "Content-Type": "application/json" };
-  const response = await ask("sample", { method: "POST", headers, body: toJson(requestOf(parameters, model)) });
+  const response = await post("sample", requestOf(parameters, model), "application/json");
   const { images } = parse(await response.text());
   images.forEach((image, k) => addImage(cells[k], image, parameters, model, page));
 }
 
-const inWords = (alone) => `${describe(alone)}${alone.to_seed === undefined ? `, image ${alone.index}` : ""}`;
-
 function addImage(cell, { png, index }, parameters, model, page) {
-  const bytes = Uint8Array.from(atob(png), (character) => character.charCodeAt(0));
-  const url = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+  const url = URL.createObjectURL(toBlob(png));
   urls.push(url);
   const alone = { ...parameters, n: 1, index };
   const button = document.createElement("button");
-  Object.assign(button, { type: "button", ariaLabel: `Watch ${inWords(alone)}` });
+  Object.assign(button, { type: "button", ariaLabel: `Watch ${describe(alone)}` });
   button.append(Object.assign(new Image(), { src: url, alt: "" }));
   button.addEventListener("click", () => watch(alone, model, page));
   cell.replaceChildren(button);
@@ -119,9 +114,9 @@ async function watch(alone, model, page) {
   const { signal } = (watching = new AbortController());
   element("grid-status").textContent = "Asking for its way…";
   try {
-    const { frames } = await askPath(alone, model, signal);
+    const path = await askPath(alone, model, signal);
     if (signal.aborted) return;
-    const shown = page.watch(frames, `From the grid: ${inWords(alone)}.`);
+    const shown = page.watch(path, alone);
     if (shown) page.fillFrom(alone);
     element("grid-status").textContent = shown ? "" : "There is a job at the top. This can be watched when it has ended.";
   } catch (error) {

@@ -1,7 +1,6 @@
 // The menu of the models that are loaded. Each has a page of its own, which choosing it opens.
 
-import { element, getJson, nameInAddress, root } from "./api.js";
-import { keep, recall } from "./kept.js";
+import { element, getJson, keep, nameInAddress, recall, root } from "./api.js";
 
 const menu = element("models");
 let models = []; // that were loaded when the server was last asked

@@ -1,49 +1,46 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, nameInAddress, parse, reason, Refusal, requestOf, root, toJson } from "./api.js";
-import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
-import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf } from "./form.js";
-import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
-import { addResult, restore } from "./gallery.js";
-import { cancel, clear, follow, jobInAddress } from "./job.js";
+import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toJson } from "./api.js";
+import { clearFrames, film, setGrowing, showPath } from "./film.js";
+import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
+import { addJob, addPicture, dropJob, markJob, restore } from "./history.js";
+import { addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, jobInAddress, say, underWay } from "./job.js";
 import { showWho } from "./key.js";
-import { copyLink } from "./link.js";
 import { openPageOf, showMenu } from "./models.js";
-import { leaveOpening, open, usualOpening } from "./opening.js";
-import { player } from "./player.js";
-import { showPresets } from "./presets.js";
+import { askPath } from "./path.js";
 import { fromHash, toHash } from "./recipe.js";
 import { drawSchedule } from "./schedule.js";
-import { say } from "./standing.js";
+import { finish, lay, setUpStage } from "./stage.js";
 
 // Below the first view, so they may come after it.
-const LATER = ["picture", "noise", "edit", "compare", "grid", "batch"];
+const LATER = ["studio", "compare", "grid", "batch"];
 const MOST_PASSES = 2000; // of all images together, that a link alone may ask the server for
+// Of a first sample, which a busy server refuses at once and without work; and of one that somebody was sent.
+const DEADLINE_S = 3, LINK_DEADLINE_S = 30;
+const BUSY = "The server has no time for a first sample just now. You can still ask for yours.";
+const OF_LINK = "The form has the settings of the link. Press Sample to see what they make.";
 
 let model = null;
 let running = true; // or about to
-
-const player1 = player(element("play"), {
-  show: (share) => frameCount() && goTo(Math.round(share * (frameCount() - 1))),
-  share: () => (frameCount() > 1 ? Number(element("scrub").value) / (frameCount() - 1) : 0),
-});
+let opening = null; // what aborts asking for a first sample
 
 async function start() {
   const later = Promise.all(LATER.map((name) => import(`./${name}.js`)));
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
   const unwanted = addAnswered(model);
+  const runBody = (body) => !running && run(toJson(requestOf(body, model)));
+  setUpStage(model, { run: runBody, edit: async (picture) => (await later)[0].edit(picture) });
   fillForm(model);
   form.elements.class_label.value = usualOpening(model).class_label ?? "";
   form.inert = false; // before, this would have written over what somebody chose
-  showPresets(model);
   drawSchedule(schedule);
   element("model").textContent =
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
   const opened = openingShown();
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;
-  for (const part of parts) part.setUp(model, { run: (body) => run(toJson(requestOf(body, model))), watch, fillFrom, opened });
+  for (const part of parts) part.setUp(model, { run: runBody, watch, fillFrom, opened });
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
@@ -52,8 +49,10 @@ async function start() {
   } else {
     await findAgain(unwanted);
   }
-  await Promise.all([restore(model), opened]); // last, since all else can be used meanwhile
+  await Promise.all([restore(model, showResult), opened]); // last, since all else can be used meanwhile
 }
+
+// --- a first sample, the same one for everybody, so that a server has it ready after the first time ---
 
 // A page with a recipe in its address opens with that one; one with a job is about to show it. Returns whether it is shown.
 async function openingShown() {
@@ -63,27 +62,79 @@ async function openingShown() {
   }
   let linked = fromHash(location.hash);
   if (linked) fillFrom(linked);
-  if (linked && tablesOf(linked.sampler).length) linked = parameters(); // the steps of a table, as the form has them
+  // What a link leaves out, and the steps of a table, are as the form has them.
+  if (linked && (!linked.sampler || !linked.steps || tablesOf(linked.sampler).length)) linked = parameters();
   const seeded = linked?.seed !== undefined && !(linked.n * linked.steps > MOST_PASSES);
   if (linked && !seeded) {
     leaveOpening();
-    element("caption").textContent = "The form has the settings of the link. Press Sample to see what they make.";
+    element("caption").textContent = OF_LINK;
     return false;
   }
-  const shown = await open(linked ?? usualOpening(model), model, describe);
-  if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) player1.play();
+  const shown = await (linked ? open(linked, LINK_DEADLINE_S, OF_LINK) : open(usualOpening(model), DEADLINE_S, BUSY));
+  if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) film.play();
   return shown;
 }
 
-/** Show a path that is had whole, as one of the grid's. Returns whether it is shown: not while a job is. */
-function watch(frames, text) {
+/** Show the way of a sample, if the server has time for it, or say why nothing is shown. Returns whether it is shown. */
+async function open(given, deadline_s, busyText) {
+  leaveOpening();
+  const mine = (opening = new AbortController());
+  document.body.dataset.opening = "asked";
+  element("caption").textContent = "A first sample is on its way.";
+  try {
+    const path = await askPath({ ...given, deadline_s }, model, mine.signal);
+    if (mine !== opening) return false;
+    showSample(path, given);
+    document.body.dataset.opening = "shown";
+    return true;
+  } catch (error) {
+    if (mine !== opening) return false;
+    clearFrames();
+    element("caption").textContent = whyNot(error, busyText);
+    document.body.dataset.opening = "absent";
+    return false;
+  }
+}
+
+function whyNot(error, busyText) {
+  if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
+  if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
+  if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
+  return busyText;
+}
+
+/** Something else takes its place. */
+function leaveOpening() {
+  opening?.abort();
+  opening = null;
+  element("caption").textContent = "What you ask for, as it is made.";
+  document.body.dataset.opening = "left";
+}
+
+/** Show a path that is had whole, with what made it. */
+function showSample({ frames, image }, { nearest: _, ...made }) {
+  lay(made.n);
+  showPath(frames);
+  markJob(null);
+  const one = async (_, alone) => (await post("sample", requestOf(alone, model), "image/png")).blob();
+  finish({ parameters: made, picture: image, image: one });
+}
+
+/** Show a path, as one of the grid's. Returns whether it is shown: not while a job is. */
+function watch(path, made) {
   if (running) return false;
   leaveOpening();
   rest();
-  showPath(frames);
-  element("caption").textContent = text;
+  showSample(path, made);
   toTop();
   return true;
+}
+
+// --- jobs ---
+
+function showResult(id) {
+  if (jobInAddress() === id) findAgain();
+  else location.hash = `#job=${id}`;
 }
 
 // Whose address names a job, as after a reload, shows it.
@@ -97,7 +148,6 @@ async function findAgain(unwanted = null) {
       if (await openPageOf(job.model, location.hash)) return;
       complain(`The job in the address of this page is of the model ${job.model}, which is not loaded.`);
     } else if (job.durable) {
-      leaveOpening();
       fillFrom(job.parameters);
       show(job);
       if (id === unwanted) cancel();
@@ -111,8 +161,6 @@ async function run(body) {
   if (running) return; // something else was begun while this was made ready
   complain("");
   busy(true);
-  leaveOpening();
-  clear();
   say("Asking…");
   toTop();
   try {
@@ -141,7 +189,7 @@ function rest() {
 
 // Scroll to what is being made, unless one sees it.
 function toTop() {
-  const pictures = document.querySelector("#watch .pair").getBoundingClientRect();
+  const pictures = element("x_t").getBoundingClientRect();
   if (pictures.top < 0 || pictures.top > innerHeight / 2) element("watch").scrollIntoView({ block: "start" });
 }
 
@@ -156,19 +204,37 @@ function giveUp() {
 
 // image, mask: those that an edit was asked for with, where the page still has them.
 function show(job, { image, mask } = {}) {
-  player1.pause();
-  element("caption").textContent = `Yours: ${describe(job.parameters)}.`;
+  leaveOpening();
+  film.pause();
+  lay(job.n);
+  element("caption").textContent = `${describe(job.parameters)}.`;
   busy(true);
-  const tell = { done: (ended, picture) => addResult(ended, picture, model), over: () => busy(false), complain };
-  follow(job, model, tell, { ...(image && { image }), ...(mask && { mask }) });
+  addJob(job, model);
+  const lost = () => dropJob(job.id, model);
+  follow(job, model, { done, lost, over: () => busy(false), complain }, { ...(image && { image }), ...(mask && { mask }) });
+}
+
+function done(job, picture) {
+  const images = async (query, accept) => (await ask(`jobs/${job.id}/image${query}`, { headers: { Accept: accept } })).blob();
+  finish({
+    parameters: job.parameters,
+    picture,
+    image: (number) => images(`?index=${number}`, "image/png"),
+    zip: () => images("", "application/zip"),
+  });
+  addPicture(job, picture);
 }
 
 function busy(yes) {
   running = yes;
   setGrowing(yes);
   // Not disabled: disabling a pressed button would lose the focus.
-  for (const id of ["go", "edit"]) element(id).ariaDisabled = String(yes);
+  for (const id of ["go", "edit", "another", "vary"]) {
+    element(id).ariaDisabled = String(yes);
+    element(id).title = yes ? "A job is running" : "";
+  }
   element("cancel").ariaDisabled = String(!yes);
+  element("cancel").title = yes ? "" : "Nothing is running";
 }
 
 const isUnloaded = (error) => error.code === "model_not_found";
@@ -182,6 +248,7 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (model && !running) run(toJson(requestOf(parameters(), model)));
 });
+form.addEventListener("invalid", () => (element("more").open = true), { capture: true }); // or the browser could not show where
 element("cancel").addEventListener("click", () => {
   if (model && running) giveUp();
 });

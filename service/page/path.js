@@ -1,20 +1,9 @@
 // The whole way from noise to an image, asked for at once: every frame, in one answer. Nothing of it is kept by the server.
 
-import { ask, parse, requestOf, toJson } from "./api.js";
+import { ask, parse, post, requestOf, toBlob, toQuery } from "./api.js";
+import { SHOWS } from "./stage.js";
 
 const MOST_FRAMES = 40, MOST_BYTES = 2 ** 24; // of pixels: more the server refuses
-
-const toBlob = (data) =>
-  new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type: "image/png" });
-
-/** The parameters as a query; a list repeats its name. */
-export function toQuery(parameters) {
-  const query = new URLSearchParams();
-  for (const [name, value] of Object.entries(parameters)) {
-    for (const each of [value].flat()) query.append(name, each);
-  }
-  return query;
-}
 
 /** How many passes through the network the images of a request take, each. */
 export function passesOf({ sampler, steps }, model) {
@@ -26,12 +15,10 @@ const pictures = ({ x_t, x_0 }) => ({ x_t: toBlob(x_t), x_0: toBlob(x_0) });
 
 function request(parameters, model, signal) {
   const asked = requestOf(parameters, model);
-  const headers = { Accept: "application/json" };
   // A query cannot say that there is no class among others, and has no room for a picture.
   const inBody = [parameters.class_label].flat().includes(null) || parameters.image;
-  return inBody
-    ? ask("sample", { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: toJson(asked), signal })
-    : ask(`sample?${toQuery(asked)}`, { headers, signal });
+  if (inBody) return post("sample", asked, "application/json", signal);
+  return ask(`sample?${toQuery(asked)}`, { headers: { Accept: "application/json" }, signal });
 }
 
 /**
@@ -42,7 +29,7 @@ export async function askBeginning(parameters, { every, until }, model, signal) 
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.floor(MOST_BYTES / frameBytes) - 1);
   const fewer = every * Math.max(1, Math.ceil(until / every / most));
-  const asked = { ...parameters, every: fewer, until, show: ["x_t", "x_0"] };
+  const asked = { ...parameters, every: fewer, until, show: SHOWS };
   const { frames, fingerprint } = parse(await (await request(asked, model, signal)).text());
   return { frames: frames.map(({ step, t, ...data }) => ({ step, t, pictures: pictures(data) })), fingerprint };
 }
@@ -56,7 +43,7 @@ export async function askPath(parameters, model, signal) {
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
   const every = Math.ceil(passesOf(parameters, model) / most) || 1;
-  const response = await request({ ...parameters, every, show: ["x_t", "x_0"] }, model, signal);
+  const response = await request({ ...parameters, every, show: SHOWS }, model, signal);
   const { frames, sheet, spec } = parse(await response.text());
   const image = toBlob(sheet);
   const steps = passesOf(spec, model);

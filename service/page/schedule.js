@@ -1,7 +1,7 @@
 // The noise schedule, drawn: alpha_bar, beta and the signal-to-noise ratio alpha_bar / (1 - alpha_bar). Also a slider of t.
 
 import { element } from "./api.js";
-import { onTime, setTime, time } from "./time.js";
+import { onTime, setTime, time } from "./film.js";
 
 const WIDTH = 600, HEIGHT = 200, QUARTERS = [0, 1, 2, 3, 4];
 const plot = element("plot"), chart = element("chart");

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
+from tminus.service.startup.browser import open_page
 from tminus.service.startup.models import ModelChanges, Prepared, ServedModels, in_daemon_thread
 from tminus.service.startup.server import (
     BACKLOG,
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OF_COMMANDS = ("config", "key")  # which the commands read by themselves
+OF_COMMANDS = ("config", "key", "pull_from")  # which the commands read by themselves
 # What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
@@ -95,11 +97,13 @@ def serve(settings: Settings) -> bool:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening on %s", url)
+    if ip_address(host).is_unspecified:  # where it listens, but for some clients no address
+        url = f"http://localhost:{port}"
 
     build = partial(
         measure_and_build, opened, traces, opening, with_metrics=settings.metrics and metrics_listener is None
     )
-    asyncio.run(_run(server, opening, listener, build, url))
+    asyncio.run(_run(server, opening, listener, build, url, open_browser=settings.open_browser))
     for signum in (signal.SIGTERM, signal.SIGINT):  # a handler is given up as the interpreter ends, and a signal kills
         signal.signal(signum, signal.SIG_IGN)
 
@@ -114,7 +118,13 @@ def serve(settings: Settings) -> bool:
 
 
 async def _run(
-    server: Server, opening: Opening, listener: socket.socket, build: Callable[[], Application], url: str
+    server: Server,
+    opening: Opening,
+    listener: socket.socket,
+    build: Callable[[], Application],
+    url: str,
+    *,
+    open_browser: bool = False,
 ) -> None:
     """Listen, build the application meanwhile, and pass requests on to it until its worker has ended.
 
@@ -134,7 +144,7 @@ async def _run(
             worker, model = application.served.worker, application.served.models.default.model
             ended = asyncio.create_task(in_daemon_thread(worker.join, "tminus-watch"))
             ended.add_done_callback(lambda _: server.end())
-            telling = asyncio.create_task(_tell_when_ready(worker, first_request(url, model)))
+            telling = asyncio.create_task(_tell_when_ready(worker, url, model, open_browser=open_browser))
             await serving
             telling.cancel()
     finally:
@@ -142,9 +152,11 @@ async def _run(
         await serving
 
 
-async def _tell_when_ready(worker: Worker, hint: str) -> None:
+async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_browser: bool) -> None:
     if await is_ready(worker):
-        log.info("ready. %s", hint)
+        log.info("ready: open %s in a browser. %s", url, first_request(url, model))
+        if open_browser:
+            threading.Thread(target=open_page, args=(url,), name="tminus-browser", daemon=True).start()
 
 
 def first_request(url: str, model: ModelInfo) -> str:

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    open_browser: bool = Field(
+        False, description="open the page in a browser when the server is ready, where there is a display"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one a core")
     executor: str = Field(
         "auto",

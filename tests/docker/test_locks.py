@@ -104,7 +104,8 @@ def join(lines: str) -> str:
 def test_no_index_is_written_in() -> None:
     files = [ROOT / "Dockerfile", ROOT / "docker" / "lock", *(ROOT / "docker").glob("*.yaml"), *LOCKS.iterdir()]
     for file in files:
-        assert not re.search(r"https?://|pypi\.org|pytorch\.org", file.read_text("utf-8")), file.name
+        text = re.sub(r'image\.source="[^"]+"', "", file.read_text("utf-8"))  # a label, of the project itself
+        assert not re.search(r"https?://|pypi\.org|pytorch\.org", text), file.name
 
 
 # --- the bill of materials ---

@@ -93,8 +93,13 @@ class Page:
             hidden,
         )
 
+    def open_more(self) -> None:
+        """Unfold the rest of the form."""
+        self.at("#more").evaluate("(more) => (more.open = true)")
+
     def fill(self, **fields: object) -> None:
         expect(self.at("form[inert]")).to_have_count(0)
+        self.open_more()
         for name, value in fields.items():
             field = self.at(f"[name={name}]")
             if name in ("sampler", "class_label"):

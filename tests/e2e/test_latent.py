@@ -51,11 +51,14 @@ def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp
         "--sheet-every", "6", **ONE_THREAD,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert pixels((run / "sheets/0000006.png").read_bytes()).shape == (32, 32, 3), "four images of 16 x 16 pixels"
+    assert pixels((run / "sheets/0000006.png").read_bytes()).shape == (512, 512, 3), (
+        "four images of 16 x 16 pixels, enlarged"
+    )
 
     told = run_cli("inspect", str(run))
     assert "4x8x8, by AutoencoderKL" in told.stdout, told.stderr
-    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "2", "--steps", "5", "--out", str(tmp_path / "a.png"))
+    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "2", "--steps", "5", "--out", str(tmp_path / "a.png"),
+                    "--scale", "1")  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     assert pixels((tmp_path / "a.png").read_bytes()).shape == (16, 32, 3)
     judged = run_cli(

@@ -29,13 +29,14 @@ def test_noise_becomes_images_before_ones_eyes(
     page.tab.evaluate(
         """() => { window.shown = {};
         for (const id of ['x_t', 'x_0']) new MutationObserver(() => (window.shown[id] ??= new Set()).add(
-            document.getElementById(id).src)).observe(document.getElementById(id), {attributes: true}); }"""
+            document.querySelector(`#${id} img`)?.src)).observe(document.getElementById(id),
+            {attributes: true, attributeFilter: ['src'], subtree: true}); }"""
     )
     page.make(class_label="sneaker", sampler="ddim", steps=60, n=2, seed=5, guidance=2)
     shown = page.tab.evaluate("() => Object.fromEntries(Object.entries(window.shown).map(([k, v]) => [k, v.size]))")
     assert min(shown["x_t"], shown["x_0"]) > 10, "it really moved"
     spec = {"class_label": 7, "sampler": "ddim", "steps": 60, "n": 2, "seed": 5, "guidance": 2}
-    final = page.picture("#x_t")
+    final = page.picture("#x_t img")
     assert final == page.picture("#gallery img") == bundled_server.post(json=spec).content
 
     def distance(selector: str) -> float:
@@ -45,13 +46,13 @@ def test_noise_becomes_images_before_ones_eyes(
     scrub = page.at("#scrub")
     scrub.fill("0")
     page.says("#frame-text", "Frame 1 of")
-    assert distance("#x_t") > 40
+    assert distance("#x_t img") > 40
     scrub.fill(str(int(scrub.get_attribute("max")) // 2))
-    assert distance("#x_0") < distance("#x_t")
+    assert distance("#x_0 img") < distance("#x_t img")
     assert page.at("#now").get_attribute("visibility") == "visible"
     scrub.focus()
     page.tab.keyboard.press("End")
-    assert page.picture("#x_t") == final, "with the keyboard alone"
+    assert page.picture("#x_t img") == final, "with the keyboard alone"
 
 
 def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_has_heard(
@@ -68,7 +69,7 @@ def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_h
         for number, frame in enumerate(answer.json()["frames"]):
             scrub.fill(str(number))
             expect(counted).to_contain_text(f"Frame {number + 1} of {steps + 1}: after step {number}, ")
-            np.testing.assert_array_equal(pixels(page.picture("#x_t")), pixels(base64.b64decode(frame["x_t"])))
+            np.testing.assert_array_equal(pixels(page.picture("#x_t img")), pixels(base64.b64decode(frame["x_t"])))
 
     for seed in range(3):  # each job may have ended before its events are asked for
         page.make(**asked, seed=seed)
@@ -87,7 +88,7 @@ def test_the_calls_of_a_result_make_it_again(open_page: OpenPage, tmp_path: Path
     final = page.picture("#gallery img")
     assert len(final) > 1000
     for run, kind in ((run_shell, "curl"), (run_python, "python")):
-        run(page.at(f"#gallery .{kind}").text_content(), tmp_path)
+        run(page.at(f"#{kind}").text_content(), tmp_path)
         assert (tmp_path / "out.png").read_bytes() == final
         (tmp_path / "out.png").unlink()
     with page.tab.expect_download() as download:
@@ -119,11 +120,11 @@ def test_a_job_is_cancelled_or_goes_on_if_that_fails_and_another_begun(
     expect(page.at("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
     page.make(steps=5, n=1, sampler="ddim", seed="")
-    page.has(1, "#gallery li")
-    seed = re.search(r"seed (\d+)$", page.at("#gallery .what").text_content())
+    page.has(1, "#gallery img")
+    seed = re.search(r"seed (\d+)\.$", page.at("#caption").text_content())
     made = page.picture("#gallery img")
     page.sample(seed="00" + seed[1])
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     assert page.picture("#gallery li:first-child img") == made, "the seed that was drawn makes it again"
 
 
@@ -142,7 +143,7 @@ def test_a_job_that_waits_says_how_many_are_ahead(
         assert {each.result().status_code for each in short} == {200}
 
 
-def test_an_error_is_shown_where_it_arose_and_nothing_of_the_job_before(open_page: OpenPage, tmp_path: Path) -> None:
+def test_an_error_is_shown_where_it_arose_and_what_was_made_stays(open_page: OpenPage, tmp_path: Path) -> None:
     page = open_page()
     file = tmp_path / "grey.png"
     Image.new("L", (32, 32), 128).save(file)
@@ -163,13 +164,46 @@ def test_an_error_is_shown_where_it_arose_and_nothing_of_the_job_before(open_pag
         box = page.at(f"#{name}")
         expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
         assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
-    # Nothing is left of the job before.
-    assert page.at("#progress").evaluate("(bar) => bar.value") == 0
-    for selector in ("#x_t", "#x_0"):
-        expect(page.at(selector)).to_be_hidden()
-    expect(page.at("#frame-text")).to_be_empty()
-    expect(page.at("#scrub")).to_be_disabled()
-    page.has(1, "#gallery li")
+    page.wait_until("Not begun.")
+    assert page.picture("#x_t img") == page.picture("#gallery img")
+    page.says("#frame-text", "after step 5")
+
+
+def test_a_wrong_value_in_the_folded_part_of_the_form_unfolds_it(open_page: OpenPage) -> None:
+    page = open_page()
+    page.fill(n=999)
+    page.at("#more summary").click()
+    expect(page.at("[name=n]")).to_be_hidden()
+    page.press("Sample")
+    expect(page.at("[name=n]")).to_be_focused()
+
+
+def test_a_running_job_stays_in_sight_and_the_one_before_is_a_step_back(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
+    page = open_page()
+    page.make(**QUICK)
+    slow_down(server)
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.says("#caption", "2 × sneaker, 1000 steps of ddpm")
+    page.press("Image 2 of 2")
+    page.has(1, "#x_t .tile:visible")
+    page.at("#x_t .tile:visible").press("Escape")
+    page.has(2, "#x_t .tile:visible")
+    page.has(2, "#gallery button")
+    page.at("#gallery button").last.click()
+    page.wait_until(DONE)
+    page.says("#caption", "5 steps of ddim")
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
+    page.tab.go_back()
+    page.wait_until(DONE)
+    page.says("#caption", "5 steps of ddim")
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
+    page.cancel()
+    page.has(1, "#gallery button")
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
@@ -189,12 +223,12 @@ def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
     assert form["seed"] == str(2**63 + 1)
     server.speed_up()
     page.wait_until(DONE)
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     spec = {"class_label": 7, "sampler": "ddpm", "steps": 1000, "n": 4, "seed": 2**63 + 1}
     assert page.picture("#gallery li:first-child img") == server.post(json=spec).content
     page.tab.reload()
     page.wait_until(DONE)
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     page.tab.goto(f"{server.url}/#job={'0' * 32}")
     page.says("#error", "cannot be shown: no job")
 
@@ -321,22 +355,23 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
 ) -> None:
     page = open_page()
     for seed in (1, 2):
-        page.sample(**QUICK | {"seed": seed})
-        page.has(seed, "#gallery li")
-    for pattern in (r"/image$", r"/jobs/\w+$"):
+        page.sample(**QUICK | {"seed": seed, "n": 2})
+        page.has(seed, "#gallery img")
+    # The job in the address says itself what became of it, once it is known.
+    for pattern, which in ((r"/image$", "One earlier result"), (r"/jobs/\w+$", "2 earlier results")):
         page.refuse(pattern, 503)
         page.tab.reload()
-        page.says("#results-error", "2 earlier results could not be had: the server answered 503.")
+        page.says("#results-error", f"{which} could not be had: the server answered 503.")
         page.tab.unroute(re.compile(pattern))
     page.tab.reload()
-    page.has(2, "#gallery li")
+    page.has(2, "#gallery img")
     expect(page.at("#results-error")).to_be_empty()
     httpx.delete(f"{server.url}/jobs/{page.job_id}")
-    page.at("#gallery li:first-child").get_by_role("button", name="Zip").click()
-    expect(page.at("#gallery .complaint").first).to_contain_text("The zip could not be had: no job")
+    page.press("Zip of each")
+    expect(page.at("#made-error")).to_contain_text("The zip could not be had: no job")
     page.tab.reload()
     page.says("#error", "cannot be shown: no job")
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     expect(page.at("#results-error")).to_be_empty()
 
 
@@ -346,7 +381,7 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     page = open_page()
     for seed in (1, 2, 3):
         page.sample(**QUICK | {"seed": seed})
-        page.has(seed, "#gallery li")
+        page.has(seed, "#gallery img")
     held: list[Any] = []
     page.tab.route(re.compile(r"/image$"), lambda route: held.append(route), times=1)
     page.tab.evaluate(  # away from the job in the address; the page is told of that by an event
@@ -358,17 +393,17 @@ def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_com
     page.tab.reload()
     page.go_on_until(lambda: len(held) == 1)
     page.make(**QUICK | {"seed": 4})
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     held[0].continue_()
-    page.has(4, "#gallery li")
+    page.has(4, "#gallery img")
 
     def seeds() -> list[str]:
-        names = page.at("#gallery .png").evaluate_all("(links) => links.map((link) => link.download)")
-        return [re.sub(r"\D", "", name) for name in names]
+        titles = page.at("#gallery button").evaluate_all("(buttons) => buttons.map((button) => button.title)")
+        return [re.search(r"seed (\d+)$", title)[1] for title in titles]
 
     assert seeds() == ["4", "3", "2", "1"]
     page.tab.reload()
-    page.has(4, "#gallery li")
+    page.has(4, "#gallery img")
     assert seeds() == ["4", "3", "2", "1"]
 
 
@@ -460,7 +495,7 @@ def test_frames_are_let_go_with_the_next_job_and_bounded_by_what_they_take(open_
     page.tab.evaluate(COUNT_URLS)
     for results in (1, 2):
         page.sample(steps=20, n=1, sampler="ddim", seed=results)
-        page.has(results, "#gallery li")
+        page.has(results, "#gallery img")
         frames = "(Number(document.querySelector('#scrub').max) + 1)"  # the last ones may still be on their way
         # Beside them and the results there may be one of the forward process, which follows the player.
         page.tab.wait_for_function(f"() => [0, 1].includes(window.urls.size - 2 * {frames} - {results})")
@@ -468,7 +503,7 @@ def test_frames_are_let_go_with_the_next_job_and_bounded_by_what_they_take(open_
         assert page.picture(f"#gallery li:nth-child({number}) img")
     # Also for somebody who looks back at the third of them.
     page.tab.evaluate(
-        """async () => { const {addFrame, clearFrames} = await import('/page/frames.js');
+        """async () => { const {addFrame, clearFrames} = await import('/page/film.js');
         const scrub = document.getElementById('scrub');
         window.most = 0;
         clearFrames();
@@ -542,7 +577,9 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: OpenPage, 
     page = open_page(viewport={"width": width, "height": 720})
     page.fill(n=n, steps=60, sampler="ddpm", seed=1)
     page.tab.evaluate(
-        """() => { const parts = [...document.querySelectorAll('main > *, #watch > *, #schedule > *, #noise > *')];
+        """() => { scrollTo(0, 0);
+        const parts = [...document.querySelectorAll(
+            'main > :not(#results), .first > *, #watch > *, #schedule > *, #noise > *')];
         window.places = parts.map((part) => ({name: part.id || part.tagName, highest: Infinity, lowest: -Infinity}));
         const look = () => { parts.forEach((part, i) => { const y = part.getBoundingClientRect().top + scrollY;
             places[i].highest = Math.min(places[i].highest, y); places[i].lowest = Math.max(places[i].lowest, y); });
@@ -557,7 +594,6 @@ def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: OpenPage, 
         assert page.tab.evaluate("() => scrollY") == 0
     page.tab.evaluate(
         """() => { document.getElementById('status').textContent = 'Waiting: 12 jobs ahead, done in about 1.3 min.';
-        document.getElementById('noise-text').innerHTML = 'x<sub>t</sub>'; // as before the opening
         return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))); }"""
     )
     moved = page.tab.evaluate("() => places.filter((place) => place.lowest - place.highest >= 1)")
@@ -624,7 +660,7 @@ def test_classes_whose_names_are_numbers_are_those_that_the_page_shows(
         label: server.post(json=spec | {"class_label": label}).content for label in ("name:2", "number:1", "number:2")
     }
     assert page.picture("#gallery img") == made["name:2"] == made["number:1"] != made["number:2"]
-    page.says("#gallery .curl", '"class_label":"number:1"')
+    page.says("#curl", '"class_label":"number:1"')
     file = tmp_path / "again.png"
     file.write_bytes(made["name:2"])
     page.give(file)

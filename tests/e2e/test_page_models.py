@@ -63,7 +63,7 @@ def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: OpenPage, serv
     assert picture == httpx.post(f"{server.url}/models/colour/sample", json=spec, timeout=60).content
     with Image.open(io.BytesIO(picture)) as image:
         assert (image.size, image.mode) == ((16, 16), "RGB")
-    page.says("#gallery .curl", f"'{server.url}/models/colour/sample'")
+    page.says("#curl", f"'{server.url}/models/colour/sample'")
     choose(page, "small")
     page.make(class_label="bag", guidance=1, **QUICK)
     assert page.picture("#gallery img") == server.post(json={"class_label": 8, **QUICK}).content
@@ -82,11 +82,11 @@ def test_a_model_keeps_its_results_and_its_job_to_itself(
     address = page.tab.url
     choose(page, "colour")
     shows_no_job(page)
-    page.has(0, "#gallery li")
+    page.has(0, "#gallery img")
     choose(page, "small")
     page.wait_for_step()
     assert page.tab.url.rpartition("#")[2] == address.rpartition("#")[2]
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
     page.cancel()
 
 
@@ -119,7 +119,7 @@ def test_a_job_of_another_model_is_shown_on_its_page_unless_that_is_unloaded(
     is_of(page, "colour")
     page.wait_until(DONE)
     assert page.tab.url == f"{server.url}/models/colour/#job={job}"
-    page.says("#gallery .what", "blue")
+    page.says("#caption", "blue")
     change(server, "unload")
     try:
         page.press("Sample")

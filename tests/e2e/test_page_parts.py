@@ -51,11 +51,11 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
     page = open_page()
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
     page.says("#caption", "sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
-    page.wait_for_picture("#x_t", server.post(json=OPENING).content)
+    page.wait_for_picture("#x_t img", server.post(json=OPENING).content)
     assert frame_numbers(page) == (21, 21)
-    page.has(10, "#strip button:enabled")
+    page.has(10, "#strip button")
     assert job_ids(server) == before
-    page.has(0, "#gallery li")
+    page.has(0, "#gallery img")
     assert page.tab.url == f"{server.url}/"
     steps = server.metric("tminus_row_steps_total")
     page.tab.reload()
@@ -70,10 +70,109 @@ def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(o
     page.tab.reload()
     page.go_on_until(lambda: bool(held))
     page.make(steps=5, n=1, sampler="ddim", seed=3)
-    picture = page.picture("#x_t")
+    picture = page.picture("#x_t img")
     held[0].abort()
-    assert page.picture("#x_t") == picture == page.picture("#gallery img")
+    assert page.picture("#x_t img") == picture == page.picture("#gallery img")
     page.lost = "net::ERR_FAILED"
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (360, 740), (1280, 800)])
+def test_the_first_view_has_a_large_picture_and_the_button(open_page: OpenPage, width: int, height: int) -> None:
+    page = open_page(viewport={"width": width, "height": height})
+    expect(page.at("body")).to_have_attribute("data-opening", "shown")
+    expect(page.at("#x_t")).to_be_in_viewport(ratio=1)
+    expect(page.at("#go")).to_be_in_viewport(ratio=1)
+    expect(page.at("[name=steps]")).to_be_hidden()
+
+
+# --- what was made ---
+
+
+def test_each_image_opens_large_with_its_own_png_link_and_calls(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    asked = {"n": 3, "steps": 6, "sampler": "ddim", "seed": 5, "class_label": "bag", "guidance": 1}
+    page.make(**asked)
+    spec = asked | {"class_label": 8}
+    assert downloaded(page) == server.post(json=spec).content
+    expect(page.at("#vary")).to_be_hidden()
+    page.press("Image 2 of 3")
+    page.has(1, "#x_t .tile:visible")
+    alone = spec | {"n": 1, "index": 1}
+    expect(page.at("#png")).to_have_attribute("download", "tminus-5-2.png")
+    assert downloaded(page) == server.post(json=alone).content
+    page.says("#caption", "bag, 6 steps of ddim, seed 5, index 1.")
+    page.says("#curl", '"index":1')
+    np.testing.assert_array_equal(shown_pixels(page), pixels(server.post(json=alone).content))
+    link = httpx.QueryParams(copied_by(page, page.at("#share")).partition("#")[2])
+    assert link == httpx.QueryParams({name: value for name, value in alone.items() if name != "guidance"})
+    page.at("#scrub").fill("3")  # on its way it is large too, and there is nothing to take
+    page.has(1, "#x_0 .tile:visible")
+    expect(page.at("#made")).to_be_hidden()
+    page.at("#scrub").press("End")
+    page.press("All 3")
+    page.has(3, "#x_t .tile:visible")
+    assert downloaded(page) == server.post(json=spec).content
+
+
+def downloaded(page: Page) -> bytes:
+    """What the link beside the image gives."""
+    expect(page.at("#png[href]")).to_be_visible()
+    with page.tab.expect_download() as download:
+        page.at("#png").click()
+    return download.value.path().read_bytes()
+
+
+def shown_pixels(page: Page) -> Any:
+    """The image of the tile that is to be seen, by what its place in the sheet is."""
+    place = page.at("#x_t .tile:visible").evaluate(
+        """(tile) => { const image = tile.querySelector("img"), [box, frame] = [image, tile.querySelector(".crop")].map(
+        (each) => each.getBoundingClientRect()); const scale = image.naturalWidth / box.width;
+        return [(frame.left - box.left) * scale, (frame.top - box.top) * scale, frame.width * scale]; }"""
+    )
+    left, top, width = map(round, place)
+    return pixels(page.picture("#x_t img"))[top : top + width, left : left + width]
+
+
+def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    page.make(n=2, steps=8, sampler="ddim", seed=5, class_label="bag", guidance=1)
+    page.press("Another seed")
+    page.has(2, "#gallery img")
+    page.wait_until(DONE)
+    parameters = httpx.get(f"{server.url}/jobs/{page.job_id}").json()["parameters"]
+    assert (parameters["n"], parameters["steps"], parameters["class_label"]) == (2, 8, [8, 8])
+    assert parameters["seed"] != 5
+    page.press("Image 2 of 2")
+    chosen = shown_pixels(page)
+    page.press("Edit this")
+    expect(page.at("#noise-name")).to_have_text("The image above")
+    expect(page.at("#canvas")).to_be_in_viewport()
+    page.at("#noise-t").fill("0")
+    page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
+    page.press("Variation")
+    page.has(3, "#gallery img")
+    page.wait_until(DONE)
+    job = httpx.get(f"{server.url}/jobs/{page.job_id}").json()
+    assert (job["parameters"]["strength"], job["parameters"]["n"], job["parameters"]["class_label"]) == (0.6, 2, [8, 8])
+    page.says("#caption", "from a picture")
+
+
+def test_a_result_of_the_session_is_shown_again_by_its_place_in_the_strip(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page = open_page()
+    for seed in (1, 2):
+        page.make(n=1, steps=5, sampler="ddim", seed=seed)
+        page.has(seed, "#gallery img")
+    page.at("#batch").scroll_into_view_if_needed()
+    expect(page.at("#gallery button").last).to_be_in_viewport()
+    page.at("#gallery button").last.click()
+    page.says("#caption", "seed 1.")
+    page.wait_until(DONE)
+    expect(page.at("#gallery button").last).to_have_attribute("aria-current", "true")
+    page.has(1, "#gallery [aria-current]")
+    assert page.picture("#x_t img") == page.picture("#gallery li:last-child img")
+    assert page.form["seed"] == "1"
 
 
 # --- film, plot and player ---
@@ -99,7 +198,7 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     t = 500
     shown = nearest(frames, t)
     assert frame_numbers(page) == (shown + 1, 21)
-    page.wait_for_picture("#x_0", base64.b64decode(frames[shown]["x_0"]))
+    page.wait_for_picture("#x_0 img", base64.b64decode(frames[shown]["x_0"]))
     expect(plot).to_have_attribute("aria-valuenow", str(999 - t))
     schedule = httpx.get(f"{server.url}/model/schedule").json()
     for name in ("alpha_bar", "beta", "snr"):
@@ -122,6 +221,31 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     page.at("#noise-t").fill("0")
     assert frame_numbers(page) == (21, 21)
     expect(plot).to_have_attribute("aria-valuenow", "999")
+
+
+def test_the_film_is_scrubbed_by_dragging_and_by_the_wheel(open_page: OpenPage) -> None:
+    page = open_page()
+    strip = page.at("#strip")
+    strip.scroll_into_view_if_needed()
+    box = strip.bounding_box()
+    middle = box["y"] + box["height"] / 3
+    page.tab.mouse.move(box["x"] + box["width"] - 5, middle)
+    page.tab.mouse.down()
+    for share, number in ((0.5, 11), (0.0, 1), (0.75, 16)):
+        page.tab.mouse.move(box["x"] + 3 + share * (box["width"] - 6), middle, steps=4)
+        assert abs(frame_numbers(page)[0] - number) <= 1
+    page.tab.mouse.up()
+    dragged = frame_numbers(page)[0]
+    page.tab.mouse.move(box["x"] + 20, middle)
+    assert frame_numbers(page)[0] == dragged, "it was let go"
+    for turn, number in ((-80, dragged - 2), (40, dragged - 1)):
+        page.tab.mouse.wheel(0, turn)
+        page.says("#frame-text", f"Frame {number} of 21:")
+    scrolled = page.tab.evaluate("() => scrollY")
+    page.tab.mouse.wheel(0, -10_000)
+    page.says("#frame-text", "Frame 1 of 21:")
+    assert page.tab.evaluate("() => scrollY") == scrolled
+    expect(page.at("#x_0 img[src]")).to_have_count(0)  # before the first step there is no guess
 
 
 def nearest(frames: list[dict[str, Any]], t: float) -> int:
@@ -210,6 +334,7 @@ def test_presets_fill_in_the_form_and_where_a_table_is_recommended_more_guidance
     page = open_page(bundled_server.url)
     of_table = {"sampler": "tuned", "steps": "8", "guidance": "1"}
     settings = lambda: {name: page.form[name] for name in of_table}  # noqa: E731
+    page.open_more()
     assert settings() == of_table
     page.press("Guided")
     assert settings() == {"sampler": "dpmpp_2m", "steps": "20", "guidance": "5"}
@@ -229,7 +354,7 @@ def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
 ) -> None:
     page = open_page(bundled_server.url)
     page.fill(sampler="tuned", steps=7, seed=1, n=1)
-    address = copied_by(page, page.tab.get_by_role("button", name="Copy link"))
+    address = copied_by(page, page.at("#link"))
     assert "steps=8" in address
     assert "nearest" not in address
     assert page.form["steps"] == "8"
@@ -277,13 +402,13 @@ def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, serv
     page = open_page(f"{server.url}/#{query}")
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
     picture = server.post(json=ALL_OF_IT).content
-    page.wait_for_picture("#x_t", picture)
-    address = copied_by(page, page.tab.get_by_role("button", name="Copy link"))
+    page.wait_for_picture("#x_t img", picture)
+    address = copied_by(page, page.at("#link"))
     assert httpx.QueryParams(address.partition("#")[2]) == query
     page.make()
     assert page.picture("#gallery img") == picture
-    other = open_page(copied_by(page, page.at("#gallery .share")))
-    other.wait_for_picture("#x_t", picture)
+    other = open_page(copied_by(page, page.at("#share")))
+    other.wait_for_picture("#x_t img", picture)
 
 
 def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
@@ -292,7 +417,7 @@ def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
     page = open_page()
     page.make(steps=5, n=2, sampler="ddim", seed=3)
     page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
-    page.wait_for_picture("#x_t", server.post(json=OPENING | {"class_label": 8}).content)
+    page.wait_for_picture("#x_t img", server.post(json=OPENING | {"class_label": 8}).content)
     page.wait_until("Press Sample to make your own.")
     page.says("#caption", "bag, 20 steps of dpmpp_2m")
 
@@ -341,7 +466,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     # A file is looked at only within bounds.
     size_and_read = """async () => { let read = false;
         const arrayBuffer = async () => { read = true; return new ArrayBuffer(0); };
-        const { offer } = await import('./page/reproduce.js');
+        const { offer } = await import('./page/recipe.js');
         return [await offer({ size: 2 ** 26, name: 'large', arrayBuffer }, {}), read]; }"""
     assert page.tab.evaluate(size_and_read) == [False, False]
     file = tmp_path / "bomb.png"
@@ -500,9 +625,8 @@ def test_a_masked_picture_is_denoised_where_the_mask_is(
     final = pixels(page.picture("#gallery img"))
     np.testing.assert_array_equal(final[~made_new], drawn[~made_new])
     assert (final[made_new] != drawn[made_new]).mean() > 0.5
-    page.says("#gallery .what", "from a picture")
-    page.has(2, "#gallery details")
-    expect(page.at("#gallery details").first).to_be_hidden()
+    page.says("#caption", "from a picture")
+    expect(page.at("#code")).to_be_hidden()
     page.tab.reload()
     page.wait_until(DONE)
 
@@ -540,7 +664,7 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
     assert page.picture("#gallery img") == edited(server, png_of(drawn), made_new, strength=0.5)
     expect(page.at("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
     page.at("#scrub").fill("0")
-    expect(page.at("#x_t")).to_have_attribute("alt", "x_t after step 0 of 5")
+    expect(page.at("#x_t img")).to_have_attribute("alt", "x_t after step 0 of 5")
 
 
 def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
@@ -550,7 +674,7 @@ def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPa
     page.tab.evaluate("() => ['edit', 'edit', 'go'].forEach((id) => document.getElementById(id).click())")
     page.wait_until(DONE)
     assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
-    page.has(1, "#gallery li")
+    page.has(1, "#gallery img")
 
 
 # --- the grid ---
@@ -572,8 +696,8 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
             cell = f"#cells tr:nth-child({row}) td:nth-child({column + 2}) img"
             assert page.picture(cell) == server.post(json=alone).content
     page.at("#cells tr:nth-child(2) td:nth-child(3) button").click()
-    page.says("#caption", "From the grid: bag")
-    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
+    page.says("#caption", "bag")
+    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
     assert frame_numbers(page) == (21, 21)
     assert page.form["class_label"] == "8"
     slow_down(server)
@@ -607,9 +731,9 @@ def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
     for route in reversed(held):
         with contextlib.suppress(PlaywrightError):  # the page no longer waits for the first
             route.continue_()
-    page.says("#caption", "image 1.")
+    page.says("#caption", "index 1.")
     expect(page.at("#grid-status")).to_have_text("")
-    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
+    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
 
 
 def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
@@ -630,11 +754,11 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
         assert [(pixels(at) == end).all() for at, end in zip((walk[0], walk[-1]), ends, strict=True)] == [True, True]
     page.at("#cells button").nth(6).click()
     page.says("#caption", f"25 % of the way to seed {2**64 - 1} from seed 7.")
-    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+    assert page.picture("#x_t img") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
     form = {name: page.at(f"[name={name}]").input_value() for name in ("seed", "to_seed", "mix")}
     assert (form["seed"], form["to_seed"], form["mix"]) == ("7", str(2**64 - 1), "0.25")
     page.make()
-    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+    assert page.picture("#x_t img") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
 
 
 # --- the batch ---
@@ -654,7 +778,9 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
         asked = pool.submit(server.post, json=LONG | {"n": 3})
         page.has(1, "#jobs li")
         expect(page.at("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
-        expect(page.at("#jobs .where")).to_have_text(re.compile(r"^3 rows, step \d+ of 1000, t = \d+$"))
+        expect(page.at("#jobs .where")).to_have_text(
+            re.compile(r"^3 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$")
+        )
         page.has(3, "#jobs .dots i")
         first = page.at("#jobs .where").text_content()
         expect(page.at("#jobs .where")).not_to_have_text(first)
@@ -676,13 +802,13 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
 def test_all_parts_can_be_read_and_used_by_all(open_page: OpenPage, tmp_path: Path, width: int, scheme: str) -> None:
     page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.make(steps=5, n=2, sampler="ddim")
-    page.at("#gallery summary").first.click()
+    page.at("#code summary").click()
     page.tab.evaluate("() => document.getElementById('form').noValidate = true")
     page.sample(n=65)
     expect(page.at("#error")).not_to_be_empty()
     page.give(picture_file(tmp_path)[0])
     page.at("#mask-preset").select_option("rectangle")
-    page.at("#more summary").click()
+    page.open_more()
     page.at("#compare-count").select_option("4")
     page.press("Compare")
     expect(page.at("#compare-status")).to_have_text("Done.")
@@ -703,6 +829,6 @@ def test_all_of_the_page_is_small(open_page: OpenPage) -> None:
         .map(({name, transferSize}) => [name, transferSize]))"""
     )
     files = {name: size for name, size in sizes.items() if not re.search(r"/(sample|noise)\?", name)}
-    assert len(files) > 25
+    assert len(files) > 15
     assert min(size for name, size in files.items() if not name.startswith("blob:")) > 0
     assert sum(files.values()) < WHOLE_KB * 1000, files

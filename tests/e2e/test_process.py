@@ -86,7 +86,7 @@ def test_work_past_the_grace_period_or_a_second_sigterm_is_given_up_with_an_answ
     assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("said", ["loading", "ready. Try"])
+@pytest.mark.parametrize("said", ["loading", "ready: open"])
 def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Path, said: str) -> None:
     """A process of its own, as the end of the interpreter is looked at, which gives up handlers of signals."""
     command = [sys.executable, "-m", "tminus", "serve", "--port", "0", "--checkpoint", str(small)]
@@ -99,6 +99,22 @@ def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Pat
             process.send_signal(signal.SIGTERM)
             time.sleep(0.01)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_page_is_opened_in_a_browser_or_the_log_says_why_not_and_the_server_serves(
+    own_server: Start, tmp_path: Path, is_there: bool
+) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$*" >{opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    screen = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "BROWSER": str(browser) if is_there else ""}
+    server = own_server("--open-browser", **screen)
+    server.wait_until(lambda: opened.exists() if is_there else "there is no display" in server.log)
+    if is_there:
+        assert opened.read_text() == f"{server.url}\n"
+    assert (f"open {server.url} yourself" in server.log) == (not is_there)
+    assert server.post(params={"steps": 1}).status_code == 200
 
 
 def crash_on_the_first_job() -> None:
@@ -191,4 +207,4 @@ def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer,
     sheet = run_cli("sample", "--url", server.url, *what, "--out", str(tmp_path / "sheet.png"))
     assert sheet.returncode == 0
     with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (64, 32)
+        assert image.size == (8 * 64, 8 * 32), "as a person sees it"

@@ -77,7 +77,7 @@ def test_the_command_line_watches_and_keeps_the_way(
 ) -> None:
     slow_down(bundled_server, between_ticks_s=0.03)
     what = ("-n", "4", "--steps", "20", "--sampler", "ddim", "--seed", "5", "--class-label", "sneaker")
-    keep = ("--watch", str(tmp_path / "way.webp"), "--every", "4", "--out", str(tmp_path / "sheet.png"))
+    keep = ("--watch", str(tmp_path / "way.webp"), "--every", "4", "--out", str(tmp_path / "sheet.png"), "--scale", "1")
     done = run_cli("sample", "--url", bundled_server.url, *what, *keep)
     assert done.returncode == 0, done.stderr
     assert "seed 5" in done.stdout

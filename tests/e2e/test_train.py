@@ -53,12 +53,15 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
     trained = run_cli("train", "--data", str(pictures), "--test-data", str(held_out), "--out", str(run),
                       "--steps", "10", *SMALL, **ONE_THREAD)  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert "train: 24 images of (3, 16, 16), 2 classes: blue, red\n" in trained.stdout
+    assert "train: 24 images, 16x16, colour, 2 classes: blue, red\n" in trained.stdout
     assert "held out" in trained.stderr
     assert [line.split(",")[0] for line in (run / "losses.csv").read_text().splitlines()] == ["step", "5", "10"]
     assert "loss=" in trained.stderr
     assert "images_s=" in trained.stderr
     assert [sheet.name for sheet in sorted((run / "sheets").iterdir())] == ["0000005.png", "0000010.png"]
+    assert (run / "samples.png").read_bytes() == (run / "sheets" / "0000010.png").read_bytes()
+    with Image.open(run / "samples.png") as sheet:
+        assert sheet.size == (16 * 32, 16 * 32), "four images of 16 pixels, as a person sees them"
     meta = json.loads((run / "tminus.json").read_text())
     assert meta["class_names"] == ["blue", "red"]
     assert meta["null_class"] == 2
@@ -68,7 +71,7 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
                     "--steps", "5", "--out", str(tmp_path / "sheet.png"))  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert (sheet.size, sheet.mode) == ((48, 16), "RGB")
+        assert (sheet.size, sheet.mode) == ((16 * 48, 16 * 16), "RGB")
 
     measure = ("evaluate", "--checkpoint", str(run), "--data", str(pictures), "--num-samples", "8", "--steps", "5",
                "--bound-images", "4", "--bound-timesteps", "5", "--batch-size", "8",

@@ -34,7 +34,7 @@ APART = {"client", "page"}  # the client imports nothing of the rest; the page i
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
     *(f"tminus.model{name}" for name in ("", ".catalogue", ".config", ".files", ".pixels", ".sampler_tables")),
-    *("tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
+    *("tminus.model.archives", "tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
     *("tminus.model.formats", "tminus.model.formats.flags"),
 }
 MAY_RENDER_HTTP = {"tminus.service.api.answers.problems"}

@@ -21,7 +21,7 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert lines["classes"].endswith("; null class 10")
     assert lines["noise"] == "T = 1000, linear 0.0001 to 0.02"
     assert lines["predicts"] == "v_prediction; variance fixed_small; x_0 is clipped to ±1"
-    assert found.net is not None
+    assert found.checkpoint is not None
     assert found.settings is not None
     assert lines["recommended"] == str(found.settings) == "8 steps of tuned"
     assert lines["scheduler"] == "ddpm, for requests that name steps and no sampler"

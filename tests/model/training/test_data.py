@@ -105,6 +105,30 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> N
     assert list(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)) == [(2, 0), (3, 0), (1, 1)]
 
 
+def test_classes_that_are_numbers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        paint(tmp_path / "all" / str(number) / "a.png", (8, 8), (number, 0, 0))
+    data = load_image_folder(tmp_path / "all", 8, 3)
+    assert data.class_names == tuple(map(str, range(12)))
+    assert data.labels is not None
+    assert {(int(image[0, 0, 0]), int(label)) for image, label in zip(data.images, data.labels, strict=True)} == {
+        (number, number) for number in range(12)
+    }
+    paint(tmp_path / "all" / "x" / "a.png", (8, 8), (99, 0, 0))
+    assert load_image_folder(tmp_path / "all", 8, 3).class_names[:4] == ("0", "1", "10", "11")
+
+
+def test_images_without_a_colour_are_grey_unless_told_otherwise(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", (8, 8), (7, 7, 7))
+    Image.new("L", (8, 8), 200).save(tmp_path / "b.png")
+    grey = load_image_folder(tmp_path, 8, None)
+    assert grey.images.shape == (2, 1, 8, 8)
+    assert torch.equal(grey.images, load_image_folder(tmp_path, 8, 1).images)
+    assert load_image_folder(tmp_path, 8, 3).images.shape == (2, 3, 8, 8)
+    paint(tmp_path / "c.png", (8, 8), (7, 7, 8))
+    assert torch.equal(load_image_folder(tmp_path, 8, None).images, load_image_folder(tmp_path, 8, 3).images)
+
+
 def test_transparent_pixels_are_laid_over_the_background_and_the_name_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "logos"
     folder.mkdir()

@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
+from tqdm import tqdm
 
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
@@ -30,7 +32,7 @@ from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, Ema, TrainError, read_state, write_state
-from tminus.model.training.train import TrainConfig, batch_indices, train
+from tminus.model.training.train import TrainConfig, batch_indices, train, usual_batch, usual_steps
 from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -111,8 +113,95 @@ def test_a_log_gets_plain_lines_and_no_bar(
     told = [record.getMessage() for record in caplog.records if record.name == "tminus.model.training.run"]
     assert re.fullmatch(r".*: step 0 of 12, cpu, fp32", told.pop(0))
     assert [line.split(",")[0] for line in told] == ["step 10 of 12", "step 12 of 12"]
-    assert all(re.fullmatch(r"step .*, loss=\d\.\d{1,4}, images_s=\d+", line) for line in told)
+    assert all(re.fullmatch(r"step .*, loss=\d\.\d{1,4}, images_s=\d+, left=\d\d:\d\d", line) for line in told)
     assert "it/s" not in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_one_line_with_a_curve_and_what_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # or a thread of it would outlast the test
+    with caplog.at_level("INFO"):
+        run(tmp_path / "run", dataclasses.replace(RUN, steps=30, save_every=100))
+    last = terminal.getvalue().rstrip("\n").rpartition("\r")[2]
+    assert re.fullmatch(r"step 30/30 100%, 00:00 left, loss 0\.\d{1,4} [▁-█]{3}, \d+ images/s *", last)
+    assert not [record for record in caplog.records if "images_s" in record.getMessage()]
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_are_those_of_the_steps_and_a_run_that_is_stopped_twice_has_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    real = train_module.l_simple
+
+    def noted(*given: Any) -> Tensor:
+        loss = real(*given)
+        seen.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(train_module, "l_simple", noted)
+    config = dataclasses.replace(RUN, steps=34, save_every=100, sheet_every=1)
+    assert run(tmp_path / "whole", config)
+    losses = state_of(tmp_path / "whole")["losses"]
+    assert [step for step, _ in losses["points"]] == [10, 20, 30]
+    assert [mean for _, mean in losses["points"]] == pytest.approx([sum(seen[k : k + 10]) / 10 for k in (0, 10, 20)])
+    assert (losses["sum"], losses["count"]) == (pytest.approx(sum(seen[30:])), 4)
+    for step in (7, 23):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", config, on_sheet=interrupt_at(step))
+    assert run(tmp_path / "stopped", config)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    plots = [(tmp_path / name / "loss.svg").read_text("utf-8") for name in ("whole", "stopped")]
+    assert plots[0].replace("whole", "stopped") == plots[1]
+
+
+def test_a_state_of_a_version_that_kept_no_losses_goes_on_without_them(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    state = state_of(tmp_path)
+    del state["losses"]
+    write_state(tmp_path, state)
+    assert run(tmp_path)
+    for part in ("net", "ema", "optimizer", "step"):
+        assert_same_bits(state_of(straight)[part], state_of(tmp_path)[part], part)
+
+
+def test_sheets_change_no_bit_of_a_run(straight: Path, tmp_path: Path) -> None:
+    from tminus.model.samplers import compile_plan
+    from tminus.service.cli.train import sheet_writer
+
+    write, plan = sheet_writer(tmp_path / "run", CONDITIONAL, CPU), compile_plan(NOISE, NOISE.schedule(), "dpmpp_2m", 5)
+    config = dataclasses.replace(RUN, sheet_every=1)
+    assert run(tmp_path / "run", config, on_sheet=lambda net, step: write(net, plan, step))
+    assert len(list((tmp_path / "run" / "sheets").iterdir())) == RUN.steps
+    for part in ("net", "ema", "optimizer", "losses"):
+        assert_same_bits(state_of(straight)[part], state_of(tmp_path / "run")[part], part)
+
+
+def test_the_first_sheets_come_early_and_at_growing_distances() -> None:
+    def looks(sheet_every: int, steps: int = 2500) -> list[int]:
+        config = dataclasses.replace(RUN, sheet_every=sheet_every)
+        return [step for step in range(1, steps) if config.looks_at(step)]
+
+    assert looks(1000) == [50, 100, 200, 400, 800, 1000, 2000]
+    assert looks(100, 350) == [50, 100, 200, 300]
+    assert looks(7, 30) == [7, 14, 21, 28]
+
+
+def test_fewer_images_take_fewer_steps_and_no_set_less_than_a_good_start() -> None:
+    found = {count: usual_steps(count) for count in (1, 60, 600, 6_000, 60_000, 10**7)}
+    assert [usual_batch(count) for count in (1, 2, 60, 127, 128, 60_000)] == [1, 1, 30, 63, 64, 64]
+    assert found == {1: 500, 60: 500, 600: 1500, 6_000: 4700, 60_000: 15_000, 10**7: 15_000}
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------

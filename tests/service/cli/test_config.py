@@ -1,9 +1,11 @@
 """`tminus config`, and --config of `tminus serve`: settings from a file."""
 
+import json
 import signal
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,25 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(file: Path) 
     assert "max_batch" in "".join(lines("--config", file))
     assert lines("--changed", TMINUS_CONFIG=str(file))[0].startswith('host = "::1"')
     assert lines("--changed") == []
+
+
+def test_settings_as_json_have_the_values_and_the_places_of_the_lines(file: Path) -> None:
+    file.write_text('max-n = 2\nstate-dir = "Ünï"\n')
+    given = ["--config", file, "--port", "11", "--checkpoint", "a=x/y", "--checkpoint", "b"]
+    secret = {"TMINUS_WEBHOOK_SECRET": "whsec_" + 32 * "C"}
+    told: dict[str, Any] = json.loads("".join(lines(*given, "--json", **secret)))["settings"]
+    printed = {}
+    for line in lines(*given, **secret):
+        setting, _, place = line.rpartition("  # ") if not line.startswith("# ") else line[2:].rpartition("  # ")
+        name = setting.split()[0]
+        value = tomllib.loads(setting)[name] if " = " in setting else None
+        kind, _, by = place.partition(" ")
+        printed[name] = {"value": value, "secret": "is secret" in setting, "source": kind, "given_by": by or None}
+    assert told == printed
+    assert told.keys() == Settings.model_fields.keys()
+    assert [name for name, each in told.items() if each["secret"]] == ["webhook_secret"]
+    changed = json.loads("".join(lines(*given, "--json", "--changed")))["settings"]
+    assert changed.keys() == {"max_n", "state_dir", "port", "checkpoint"}
 
 
 def test_what_is_printed_is_a_file_of_the_same_settings(file: Path) -> None:

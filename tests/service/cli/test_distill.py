@@ -31,7 +31,7 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
     monkeypatch.setattr("tminus.model.training.teacher.REFERENCE_ROWS", 8)
     result = distill(teacher, tmp_path / "student", "--student-steps", "1,2", "--sheet-every", "1")
     assert result.exit_code == 0, result.output
-    assert result.output.endswith("student: done\n")
+    assert result.output.endswith(f"student: done\nTry: tminus serve --checkpoint {tmp_path / 'student'}\n")
     assert load_checkpoint(tmp_path / "student").samplers == ("consistency",)
     assert sorted(file.name for file in (tmp_path / "student" / "sheets").iterdir()) == ["0000001.png", "0000002.png"]
     sample = ["sample", "--checkpoint", tmp_path / "student", "-n", "2", "--steps", "2", "--out", tmp_path / "two.png"]
@@ -42,7 +42,7 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--data", "/nowhere"], "/nowhere: not a folder"),
+        (["--data", "/nowhere"], "/nowhere: neither fashion-mnist nor a folder of images"),
         (["--guidance", "2"], "guidance must be 1 (off) for a checkpoint without a null class, got 2"),
         (["--student-steps", "two"], "--student-steps must be integers joined by commas, got 'two'"),
         (

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import signal
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 
 from tests.service.cli.running import refusal, run
 from tminus.model import checkpoint
-from tminus.service.cli.output import fail, say
+from tminus.service.cli.main import SECTIONS, main
+from tminus.service.cli.output import fail, say, say_json
 from tminus.service.engine import loading
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.startup.logs import MAX_LINE, printable, set_up_log
@@ -52,6 +54,32 @@ def test_a_run_that_cannot_be_written_is_one_clear_line(command: list[str], tmp_
     assert "Not a directory" in refusal(*command, *data, *small)
 
 
+# --- the help ---
+
+
+def test_tminus_alone_is_its_help_which_begins_with_serve_sample_and_train_and_has_each_command_once() -> None:
+    alone, asked = run(), run("--help")
+    assert (alone.exit_code, alone.output) == (0, asked.output)
+    told = re.findall(r"^  ([a-z-]+)  +\S", alone.output.partition("\nOptions:")[0], re.MULTILINE)
+    assert told[:3] == ["serve", "sample", "train"]
+    assert sorted(told) == sorted(main.commands)
+    assert sorted(told) == sorted(str(each.name) for section in SECTIONS.values() for each in section)
+
+
+def test_the_list_of_commands_fits_a_terminal_of_80_columns_and_nothing_of_it_is_cut() -> None:
+    lines = run("--help").output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines[1:] if "..." in line], "but in the usage"
+
+
+@pytest.mark.parametrize("command", [*main.commands])
+def test_each_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage: ")
+    assert max(map(len, result.output.partition("\nOptions:")[0].splitlines())) <= 80
+
+
 # --- what is written ---
 
 
@@ -66,6 +94,12 @@ def test_what_could_drive_a_terminal_is_escaped_in_lines_and_text_of_any_script_
     assert capsys.readouterr().err == "tminus: a\\nb\\x1b[2J\n"
     say("one\ntwo\x1b[2J")
     assert capsys.readouterr().out == "one\ntwo\\x1b[2J\n"
+    document = {"a": "\x1b[2J\x7f\u202e\ud800", "b": [1, None]}
+    say_json(document)
+    line = capsys.readouterr().out
+    assert line[:-1].isascii()
+    assert line[:-1].isprintable()
+    assert json.loads(line) == document
 
 
 def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:

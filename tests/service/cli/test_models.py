@@ -1,7 +1,10 @@
 """`tminus models`, and --model of the commands that ask a server."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 from click.testing import Result
 
@@ -46,6 +49,24 @@ def test_the_models_of_a_server_are_a_table(several: Served) -> None:  # noqa: F
         ["broken", "unloaded", "", "", "", ""],
         ["spare", "unloaded", "", "", "", ""],
     ]
+
+
+def test_models_as_json_are_what_the_server_lists_and_one_that_changed_is_told_alone(several: Served) -> None:  # noqa: F811
+    def listed() -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = httpx.get(f"{several.url}/models").json()["models"]
+        return models
+
+    def printed(*arguments: str) -> list[dict[str, Any]]:
+        result = run("models", *arguments, "--url", several.url, "--json")
+        assert (result.exit_code, result.stderr) == (0, "")
+        models: list[dict[str, Any]] = json.loads(result.stdout)["models"]
+        return models
+
+    assert printed() == listed()
+    assert printed("load", "spare") == [model for model in listed() if model["name"] == "spare"]
+    (spare,) = printed("unload", "spare")
+    assert spare["name"] == "spare"
+    assert spare["state"] in ("unloading", "unloaded")
 
 
 def test_a_model_is_loaded_reloaded_and_unloaded(several: Served) -> None:  # noqa: F811

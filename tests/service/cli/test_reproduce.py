@@ -131,6 +131,52 @@ def with_text(text: str | None, key: str = "tminus", *, compressed: bool = False
 # --- offline ---
 
 
+def test_a_sheet_is_enlarged_and_made_again_all_the_same(run: Run, tmp_path: Path) -> None:
+    what = ("sample", "-n", 6, "--steps", 5, "--seed", 3)
+    for name, how in {"plain": ("--scale", 1), "default": (), "five": ("--scale", 5)}.items():
+        assert run(*what, *how, "--out", tmp_path / f"{name}.png").exit_code == 0
+        result = run("reproduce", tmp_path / f"{name}.png", "--out", tmp_path / "again.png")
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+    plain, default, five = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "default", "five"))
+    assert "scale" not in json.loads(plain.text["tminus"])  # type: ignore[attr-defined]
+    assert json.loads(five.text["tminus"])["scale"] == 5  # type: ignore[attr-defined]
+    width, height = plain.size
+    assert five.size == (5 * width, 5 * height)
+    assert max(default.size) > 512
+    for enlarged in (default, five):
+        np.testing.assert_array_equal(enlarged.resize(plain.size, Image.Resampling.NEAREST), plain)
+        np.testing.assert_array_equal(plain.resize(enlarged.size, Image.Resampling.NEAREST), enlarged)
+    (tmp_path / "five.png").write_bytes(altered((tmp_path / "five.png").read_bytes(), lambda x: x.__setitem__(0, 0)))
+    one_line(run("reproduce", tmp_path / "five.png"), "values differ")
+
+
+def test_one_image_and_files_of_several_are_enlarged_only_if_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    what = ("sample", "--steps", 5, "--seed", 3)
+    for given, file in ((("--out", tmp_path / "a.png"), "a.png"), (("-n", 2, "--out", tmp_path / "b"), "b/00000.png")):
+        assert run(*what, *given).exit_code == 0
+        with Image.open(tmp_path / file) as plain:
+            size = plain.size
+        assert run(*what, *given, "--scale", 3).exit_code == 0
+        with Image.open(tmp_path / file) as enlarged:
+            assert enlarged.size == (3 * size[0], 3 * size[1])
+        assert run("reproduce", tmp_path / file).exit_code == 0
+
+
+def test_a_scale_that_no_command_writes_is_no_recipe(run: Run, tmp_path: Path) -> None:
+    document = recipe(make_spec(), INFO)
+    for scale in (0, 65, -1, 1.5, "2", True, None):
+        (tmp_path / "a.png").write_bytes(with_text(json.dumps(document | {"scale": scale})))
+        one_line(run("reproduce", tmp_path / "a.png"), "scale must be 1..64")
+
+
+def test_a_sheet_may_not_be_enlarged_beyond_what_can_be_read_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 5000)
+    one_line(run("sample", "-n", 2, "--steps", 2, "--scale", 64, "--out", tmp_path / "a.png"), "--scale 64", "5000")
+
+
 def test_an_image_is_made_again_and_what_differs_is_told(
     run: Run, drawn: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

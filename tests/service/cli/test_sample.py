@@ -99,6 +99,21 @@ def bomb(width_px: int, height_px: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+@pytest.mark.parametrize(
+    ("sheet", "says"),
+    [
+        (PNG[:40], "not a PNG that can be read"),
+        (bomb(17_000, 17_000), "17000x17000 pixels, over 67108864"),
+        (encode_png(np.zeros((4, 6, 1), np.uint8), [1]), "no object: [1]"),  # type: ignore[arg-type]
+        (encode_png(np.zeros((4, 6, 1), np.uint8), {"a": [[]] * 2**20}), "JSON of more than 1048576 values"),
+    ],
+)
+def test_a_sheet_that_no_tminus_server_sends_is_one_clear_line(sheet: bytes, says: str, tmp_path: Path) -> None:
+    with answering(IMAGE_HEAD, lambda: [sheet]) as server:
+        assert says in refusal("--url", server.url, "-n", "2", "--out", tmp_path / "out.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def frames(each: bytes, steps: int) -> Iterator[str | bytes | dict[str, Any]]:
     yield ACCEPTED
     for step in range(1, steps + 1):

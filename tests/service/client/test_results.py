@@ -131,10 +131,12 @@ def test_a_job_or_model_whose_members_have_other_types_is_unexpected() -> None:
     for job in jobs:
         with pytest.raises(UnexpectedAnswer):
             JobState.of(job_members(**job))
-    assert ModelState.of(members(size=5)) == ModelState("x", False, "loaded", {"channels": 1}), "a newer server's too"
+    told = ModelState("x", False, "loaded", {"channels": 1}, "/models/x/")
+    assert ModelState.of(members(size=5)) == told, "a newer server's too"
     for state in ("loading", "unloading", "unloaded"):
         assert ModelState.of(members(state=state, url=None, model=None)).info is None
     models: tuple[dict[str, object], ...] = (
+        {"url": 5},
         {"name": "../x"},
         {"name": "\x1b[2J"},
         {"state": "asleep"},

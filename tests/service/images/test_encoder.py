@@ -30,10 +30,12 @@ from tminus.service.images.encoder import (
     encode_frame,
     encode_png,
     encode_result,
+    enlarge,
     etag,
     one_image,
     recipe,
     sheet_columns,
+    viewing_scale,
 )
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
@@ -110,6 +112,24 @@ def test_a_sheet_has_image_k_in_reading_order_and_is_as_square_as_it_can_be_with
 
 
 # --- a response ---
+
+
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 300))
+def test_a_sheet_for_people_is_as_large_as_its_bounds_allow(n: int, height: int, width: int) -> None:
+    columns = sheet_columns(n)
+    sheet = (-(-n // columns) * height, columns * width)
+    scale = viewing_scale(n, *sheet)
+
+    def fits(scale: int) -> bool:
+        return scale * max(height, width) <= 256 and scale * max(sheet) <= 1024
+
+    assert scale == 1 or fits(scale)
+    assert not fits(scale + 1)
+
+
+def test_each_pixel_is_enlarged_to_a_square() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    np.testing.assert_array_equal(enlarge(pixels, 3), np.kron(pixels, np.ones((3, 3, 1), np.uint8)))
 
 
 def test_a_png_response_is_the_sheet_with_the_whole_recipe() -> None:

@@ -34,7 +34,7 @@ from tminus.service.startup import serve as module
 from tminus.service.startup.models import Prepared
 from tminus.service.startup.settings import NAME, NO_FLAG, Library, Settings, name_of
 
-TWO_SIDED = ("approve_when_idle", "exact", "open", "metrics", "docs")
+TWO_SIDED = ("approve_when_idle", "exact", "open", "open_browser", "metrics", "docs")
 SECRETS = ("keys", "job_store", "webhook_secret")
 DATABASE = "postgresql://tminus:a-secret@host/jobs"
 WEBHOOK_SECRETS = Path(__file__).with_name("webhook_secrets_of_the_tests.txt")
@@ -53,6 +53,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
+    "open_browser": ("true", True),
     "threads": ("3", 3),
     "executor": ("openvino", "openvino"),
     "precision": ("bfloat16", "bfloat16"),
@@ -264,8 +265,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
             return really_open_objects(url, folder)  # type: ignore[return-value]
         return url
 
-    async def listen_and_serve(server: Any, opening: Any, _listener: object, build: Any, _url: str) -> None:
-        seen.update(server=server)
+    async def listen_and_serve(
+        server: Any, opening: Any, _listener: object, build: Any, _url: str, *, open_browser: bool
+    ) -> None:
+        seen.update(server=server, open_browser=open_browser)
         opening.application = build()
 
     def run_it(main: Coroutine[Any, Any, None]) -> None:
@@ -345,6 +348,7 @@ def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
     assert (served["listened"], served["with_metrics"], served["with_docs"]) == ([("0.0.0.0", 0)], False, False)
     config = served["server"].config
     assert (config.log_level, config.ws_max_size) == ("debug", limits.max_edit_bytes)
+    assert served["open_browser"]
     assert served["server"]._give_up.interval == 0.25
 
 

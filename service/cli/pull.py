@@ -1,0 +1,138 @@
+"""`tminus pull`: fetch a checkpoint from the project's release files into a folder, by its hash."""
+
+import hashlib
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tminus.model.archives import Archive, file_name, release, unpack
+from tminus.service.cli.output import aligned, fail, failing_in_one_line, make_folder, say
+from tminus.service.engine.protocol import BUNDLED
+
+if TYPE_CHECKING:
+    import httpx
+
+FROM = "TMINUS_PULL_FROM"
+MOST_REDIRECTS = 5
+PATIENCE_S = 30.0  # without a byte; and over so long it is seen whether enough have come
+LEAST_BYTES_PER_S = 8192
+
+
+class NotFetched(Exception):
+    """A server did not give the file; the message says why not."""
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="folder to make  [default: NAME, where you are]")
+@click.option(
+    "--from",
+    "address",
+    metavar="URL",
+    envvar=FROM,
+    help="where the files of the release are, if not with the project; they must have the same hashes  "
+    f"[default: the release of this version] [env: {FROM}]",
+)
+def pull(name: str | None, out: Path | None, address: str | None) -> None:
+    """Fetch the checkpoint NAME, or list those that there are.
+
+    What comes is held to the size and the sha256 that this version knows.
+    """
+    known = release()
+    if name is None:
+        cells = [(each, f"{pinned.size_bytes / 1e6:.1f} MB", pinned.about) for each, pinned in known.archives.items()]
+        say(aligned([("NAME", "SIZE", "WHAT IT IS"), *cells]))
+        say("tminus pull NAME fetches one.")
+        return
+    if name == BUNDLED.name:
+        fail(f"{name} comes with tminus: `tminus serve` serves it")
+    if name not in known.archives:
+        fail(f"NAME must be one of {', '.join(known.archives)}, got {name!r}")
+    folder = out if out is not None else Path(name)
+    where = f"--out {folder}"
+    if folder.exists() or folder.is_symlink():
+        fail(f"{where}: is there already, and is left as it is")
+    make_folder(where, folder.parent)
+    with failing_in_one_line(where), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
+        file = Path(made) / file_name(name)
+        fetch(f"{(address or known.address).rstrip('/')}/{file.name}", known.archives[name], file)
+        unpack(file, Path(made))
+        (Path(made) / name).rename(folder)
+    say(f"{folder}: {known.archives[name].about}. Serve it: tminus serve --checkpoint {shlex.quote(str(folder))}")
+
+
+def fetch(url: str, archive: Archive, file: Path) -> None:
+    """Write what an address has to a file; one clear line and exit code 1 where it is not the archive."""
+    import httpx
+
+    shown = url
+    try:
+        shown = str(httpx.URL(url).copy_with(userinfo=b""))
+        client = httpx.Client(timeout=PATIENCE_S, headers={"Accept-Encoding": "identity"})
+        with client, following(client, url) as answer:
+            check_head(answer, archive)
+            write_body(answer, archive, file)
+    except NotFetched as error:
+        fail(f"{shown}: {error}")
+    except httpx.TimeoutException:
+        fail(f"{shown}: nothing has come for {PATIENCE_S:g} s")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        fail(f"{shown}: {error}")
+
+
+@contextmanager
+def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
+    """Ask an address, and what it leads to by https. httpx's own following would read the body of each redirect."""
+    request = client.build_request("GET", url)
+    for _ in range(MOST_REDIRECTS + 1):
+        answer = client.send(request, stream=True)
+        try:
+            if answer.next_request is None:
+                yield answer
+                return
+            request = answer.next_request
+        finally:
+            answer.close()
+        if request.url.scheme != "https":
+            raise NotFetched(f"leads to {request.url}, and only https is followed")
+    raise NotFetched(f"leads on more than {MOST_REDIRECTS} times")
+
+
+def check_head(answer: "httpx.Response", archive: Archive) -> None:
+    """Raise NotFetched where an answer cannot be the archive, before anything of its body is read."""
+    if answer.status_code != 200:
+        raise NotFetched(f"the answer is {answer.status_code} {answer.reason_phrase}".rstrip())
+    if answer.headers.get("Content-Type", "").startswith("text/html"):
+        raise NotFetched("is a web page, not an archive")
+    if (said := answer.headers.get("Content-Length", str(archive.size_bytes))) != str(archive.size_bytes):
+        raise NotFetched(f"has {said} bytes, must have {archive.size_bytes}")
+
+
+def write_body(answer: "httpx.Response", archive: Archive, file: Path) -> None:
+    """Write the body of an answer, with a progress bar. Raises NotFetched where it is not the archive, or too slow."""
+    from tqdm import tqdm
+
+    size_bytes, came_bytes, digest = archive.size_bytes, 0, hashlib.sha256()
+    since_s, before_bytes = time.monotonic(), 0
+    with file.open("wb") as written, tqdm(total=size_bytes, unit="B", unit_scale=True, disable=None) as progress:
+        for part in answer.iter_raw():
+            came_bytes += len(part)
+            if came_bytes > size_bytes:
+                raise NotFetched(f"has more than the {size_bytes} bytes that it must have")
+            written.write(part)
+            digest.update(part)
+            progress.update(len(part))
+            if (now_s := time.monotonic()) - since_s > PATIENCE_S:
+                if came_bytes - before_bytes < LEAST_BYTES_PER_S * PATIENCE_S:
+                    raise NotFetched(f"comes too slowly: {came_bytes} of {size_bytes} bytes are here")
+                since_s, before_bytes = now_s, came_bytes
+    if came_bytes < size_bytes:
+        raise NotFetched(f"ends after {came_bytes} of {size_bytes} bytes")
+    if (found := digest.hexdigest()) != archive.sha256:
+        raise NotFetched(f"has the sha256 {found}, must have {archive.sha256}")
