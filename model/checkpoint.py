@@ -551,6 +551,12 @@ def save_checkpoint(
     write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
+def recommend(folder: Path, recommended: Recommended) -> None:
+    """Note in tminus.json what to sample with. The weights, and so their hash, stay as they are."""
+    tminus_json = TminusJson.read(folder)
+    write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
+
+
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
     """Add an approval to tminus.json: the executor, precision and weights_hash it holds for, and the figures."""
     tminus_json = TminusJson.read(folder)

@@ -103,6 +103,37 @@ class FrechetDistance:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """A figure of the samples, and of as many real training images, each compared with the test split."""
+
+    samples: float
+    real: float
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFigures:
+    """What the pixels alone tell, without a network (see pixel_judge.py).
+
+    frechet_distance: of the Gaussians in the first principal components of the training images' pixels (Heusel et al.
+    2017 for the distance of Gaussians). variance_ratio: the pixels' variance within a class, by that of the test split;
+    None where no class has two images. precision and recall: Kynkäänniemi et al. 2019, in the same components.
+    """
+
+    frechet_distance: Compared
+    variance_ratio: Compared | None
+    precision: Compared
+    recall: Compared
+    num_components: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PixelFigures":
+        """Build it from JSON's values. Raises TypeError or KeyError for others."""
+        names = ("frechet_distance", "variance_ratio", "precision", "recall")
+        compared = {name: Compared(**pair) if (pair := values[name]) is not None else None for name in names}
+        return cls(**values | compared)
+
+
+@dataclass(frozen=True, slots=True)
 class NearestSummary:
     """Distances to the nearest training image: root mean square per pixel, images in [-1, 1]."""
 
@@ -138,6 +169,7 @@ class SampleFigures:
     seed: int
     class_accuracy: ClassAccuracy | None
     classifier_frechet_distance: FrechetDistance | None
+    pixels: PixelFigures
     memorisation: Memorisation
     seconds_per_image: float = dataclasses.field(compare=False)
 
@@ -157,6 +189,7 @@ class SampleFigures:
             values["seed"],
             accuracy,
             FrechetDistance(**frechet) if frechet is not None else None,
+            PixelFigures.from_dict(values["pixels"]),
             memorisation,
             values["seconds_per_image"],
         )
@@ -203,6 +236,26 @@ class PointFigures:
         return spread([f.real if (f := each.classifier_frechet_distance) else None for each in self.seeds])
 
     @property
+    def pixel_frechet(self) -> Spread | None:
+        """The Fréchet distance of the samples' pixels."""
+        return spread([each.pixels.frechet_distance.samples for each in self.seeds])
+
+    @property
+    def real_pixel_frechet(self) -> Spread | None:
+        """The Fréchet distance of the pixels of as many real images."""
+        return spread([each.pixels.frechet_distance.real for each in self.seeds])
+
+    @property
+    def variance_ratio(self) -> Spread | None:
+        """The samples' variance within a class, by that of real images."""
+        return spread([r.samples if (r := each.pixels.variance_ratio) else None for each in self.seeds])
+
+    @property
+    def real_variance_ratio(self) -> Spread | None:
+        """The same of as many real images."""
+        return spread([r.real if (r := each.pixels.variance_ratio) else None for each in self.seeds])
+
+    @property
     def accuracy(self) -> Spread | None:
         """The class accuracy of the samples."""
         return spread([a.samples if (a := each.class_accuracy) else None for each in self.seeds])
@@ -216,6 +269,11 @@ class PointFigures:
         """Plain values for JSON, with the spreads, without the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
-        for name, figure in (("classifier_frechet_distance", self.frechet), ("class_accuracy", self.accuracy)):
+        for name, figure in (
+            ("classifier_frechet_distance", self.frechet),
+            ("pixel_frechet_distance", self.pixel_frechet),
+            ("variance_ratio", self.variance_ratio),
+            ("class_accuracy", self.accuracy),
+        ):
             values[name] = figure._asdict() if figure is not None else None
         return values | {"seconds_per_image": self.seconds_per_image}

@@ -1,4 +1,4 @@
-"""The figures of samples, beside those of real images: class accuracy, a Fréchet distance, memorisation."""
+"""The figures of samples, beside those of real images: class accuracy, Fréchet distances, variance, memorisation."""
 
 import math
 from functools import cached_property
@@ -13,13 +13,23 @@ from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_di
 from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
+    Compared,
     FrechetDistance,
     LeftOut,
     Memorisation,
     NearestSummary,
     PerClass,
+    PixelFigures,
     Reconstruction,
     SampleFigures,
+)
+from tminus.model.evaluation.pixel_judge import (
+    FITTED_VALUES,
+    Components,
+    class_variance,
+    fit_components,
+    share_within,
+    variance_ratio,
 )
 from tminus.model.evaluation.samples import (
     EvaluateError,
@@ -40,6 +50,11 @@ class _Real(NamedTuple):
     frechet: float | None
     num_frechet: int
     nearest: NearestSummary
+    projected: Tensor  # of the test images [N, K], in the pixels' components
+    pixel_frechet: float
+    variance: dict[int, float]
+    precision: float
+    recall: float
 
 
 class Judge:
@@ -100,7 +115,7 @@ class Judge:
             assert real.frechet is not None
             frechet = FrechetDistance(distance, real.frechet, real.num_frechet, len(self._test))
         memorisation = Memorisation(self._nearest(samples), real.nearest, len(self._train))
-        return SampleFigures(seed, accuracy, frechet, memorisation, seconds_per_image)
+        return SampleFigures(seed, accuracy, frechet, self._pixels(samples, real), memorisation, seconds_per_image)
 
     def reconstruction(self, num_images: int, seed: int) -> Reconstruction | None:
         """How near images come to themselves through the autoencoder; None for a pixel model."""
@@ -122,8 +137,63 @@ class Judge:
             frechet = None
             if self._classifier is not None:
                 frechet = self._real_frechet(self._train.images[picked], picked)
-            self._real[num_images, seed] = _Real(frechet, len(picked), self._nearest(test_picked))
+            images, classes = self._train.images[picked], self._classes_of(self._train)[picked]
+            one, other = self._components.project(images), self._components.project(test_picked)
+            self._real[num_images, seed] = _Real(
+                frechet,
+                len(picked),
+                self._nearest(test_picked),
+                other,
+                frechet_distance(fit_gaussian(one), self._pixel_gaussian),
+                class_variance(images, classes),
+                share_within(one, other),
+                share_within(other, one),
+            )
         return self._real[num_images, seed]
+
+    def _pixels(self, samples: Tensor, real: _Real) -> PixelFigures:
+        """Judge samples by their pixels, beside real images."""
+        projected = self._components.project(samples)
+        ratio = None
+        mine = variance_ratio(class_variance(samples, self._asked(len(samples))), self._test_variance)
+        theirs = variance_ratio(real.variance, self._test_variance)
+        if mine is not None and theirs is not None:
+            ratio = Compared(mine, theirs)
+        return PixelFigures(
+            Compared(frechet_distance(fit_gaussian(projected), self._pixel_gaussian), real.pixel_frechet),
+            ratio,
+            Compared(share_within(projected, real.projected), real.precision),
+            Compared(share_within(real.projected, projected), real.recall),
+            projected.shape[1],
+        )
+
+    def _asked(self, num_samples: int) -> Tensor:
+        """The data's class that each sample is asked to be of; all of one where classes do not compare."""
+        asked, to_data = sample_classes(self._checkpoint, num_samples), self._to_data
+        return to_data[asked] if asked is not None and to_data is not None else torch.zeros(num_samples).long()
+
+    def _classes_of(self, data: ImageSet) -> Tensor:
+        """The class of each real image, as `_asked` gives those of samples."""
+        return data.labels if self._to_data is not None and data.labels is not None else torch.zeros(len(data)).long()
+
+    @cached_property
+    def _to_data(self) -> Tensor | None:
+        """The data's number of each class of the checkpoint; None where classes do not compare."""
+        split = self._train.class_names, self._test.class_names
+        return class_map(self._checkpoint, split[1]) if self._in_turn and split[0] == split[1] else None
+
+    @cached_property
+    def _components(self) -> Components:
+        many = max(2, FITTED_VALUES // self._train.images[0].numel())
+        return fit_components(self._train.images[self._picks(self._train, many, 0)])
+
+    @cached_property
+    def _pixel_gaussian(self) -> Gaussian:
+        return self._real_gaussian(self._components.project(self._test.images), self._test.labels)
+
+    @cached_property
+    def _test_variance(self) -> dict[int, float]:
+        return class_variance(self._test.images, self._classes_of(self._test))
 
     def _picks(self, data: ImageSet, num_images: int, seed: int) -> Tensor:
         """Real images to stand beside samples, of their mix as far as there are enough of each class."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.evaluation.figures import Bound, PointFigures
-from tminus.model.evaluation.report import NOT_FID, Report, Table
+from tminus.model.evaluation.report import Report, Table
 from tminus.model.evaluation.samples import EvaluateError
 
 MARKERS = "osD^v<>PX*"
@@ -39,6 +39,7 @@ h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
+thead th { overflow-wrap: normal; }
 tbody th { font-weight: normal; }
 img { max-width: 100%; height: auto; }
 .strips { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem; align-items: center; }
@@ -220,7 +221,7 @@ def _facts(report: Report) -> Table:
 
 def _quality(report: Report, plot: bytes | None) -> str:
     """The figures of the samples: of one way of sampling all of them, of several those that compare them."""
-    text = f"<p>{html.escape(NOT_FID.replace('`', ''))}</p>" if report.real_frechet is not None else ""
+    text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
         return _section("Figures", "\n<p></p>\n".join(table.to_html() for table in tables if table.rows) + text)

@@ -25,6 +25,11 @@ NOT_FID = (
     "Inception's, so it compares only with figures of the same classifier, n and test split. The real images beside it "
     "are training images, the floor for that n."
 )
+OF_PIXELS = (
+    "`pixel_frechet_distance` needs no classifier: it is the same distance in the first principal components of the "
+    "training images' pixels. The variance ratio is the pixels' variance within a class, by that of the test split: 1 "
+    "is right, and below it images of a class are too much alike."
+)
 OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # fields of the options that the points have instead
 MAX_FRECHET_RATIO = 1.02
 MAX_ACCURACY_LOSS = 0.01  # between samples drawn from the same noise, which share most of the luck
@@ -117,6 +122,11 @@ class Report:
         """The guidance scales of the points."""
         return tuple(dict.fromkeys(point.guidance for point in self.points))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the distances are, in Markdown."""
+        return (OF_PIXELS,) if self.real_frechet is None else (NOT_FID, OF_PIXELS)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with a list of the ways."""
         values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
@@ -142,8 +152,7 @@ class Report:
         if self.is_single:
             tables = [self.figures(), self.by_class(), self.over_seeds()]
         blocks = [table.to_markdown() for table in tables if table.rows]
-        if self.real_frechet is not None:
-            blocks.append(NOT_FID)
+        blocks += self.notes
         if not self.is_single and (rows := [*self.bound_rows(), *self.reconstruction_rows()]):
             blocks.append(Table(("figure of the network", "real images"), tuple(rows)).to_markdown())
         if self.left_out:
@@ -177,6 +186,15 @@ class Report:
             rows.append(("class accuracy", f"{accuracy.samples:.3f}", f"{accuracy.real:.3f}"))
         if (frechet := self.first.classifier_frechet_distance) is not None:
             rows.append(("classifier_frechet_distance", f"{frechet.samples:.3f}", f"{frechet.real:.3f}"))
+        pixels = self.first.pixels
+        for what, figure in (
+            ("pixel_frechet_distance", pixels.frechet_distance),
+            ("variance ratio of the pixels within a class", pixels.variance_ratio),
+            ("precision, of the pixels' components", pixels.precision),
+            ("recall, of the pixels' components", pixels.recall),
+        ):
+            if figure is not None:
+                rows.append((what, f"{figure.samples:.3f}", f"{figure.real:.3f}"))
         ours, real = self.first.memorisation.samples, self.first.memorisation.real
         for what, mine, theirs in (
             ("median", ours.median, real.median),
@@ -194,43 +212,49 @@ class Report:
 
     def over_seeds(self) -> Table:
         """The figures of the first way by each seed, and their spread; no rows where there is one seed."""
-        head = ("seed", "classifier_frechet_distance", "real images", "class accuracy")
+        of_distances = ("classifier_frechet_distance", "real images", "pixel_frechet_distance", "real images")
+        head = ("seed", *of_distances, "variance ratio", "class accuracy")
         point, rows = self.points[0], list[tuple[str, ...]]()
         for each in point.seeds if len(point.seeds) > 1 else ():
             f, a = each.classifier_frechet_distance, each.class_accuracy
-            figures = (f.samples, f.real) if f is not None else (None, None)
-            rows.append((str(each.seed), *map(_share, (*figures, a.samples if a is not None else None))))
+            p, r = each.pixels.frechet_distance, each.pixels.variance_ratio
+            by_classifier = (f.samples, f.real) if f is not None else (None, None)
+            shares = r.samples if r is not None else None, a.samples if a is not None else None
+            rows.append((str(each.seed), *map(_share, (*by_classifier, p.samples, p.real, *shares))))
         if rows:
-            spreads = (point.frechet, point.real_frechet, point.accuracy)
+            distances = point.frechet, point.real_frechet, point.pixel_frechet, point.real_pixel_frechet
+            spreads = *distances, point.variance_ratio, point.accuracy
             rows.append(("mean (least..greatest)", *(spread_text(each, 3) for each in spreads)))
         return Table(head, tuple(rows))
 
     def by_point(self) -> Table:
         """A row for each way of sampling, and one for real images."""
         head: tuple[str, ...] = ("sampler", "steps", "passes", "guidance")
-        head += ("classifier_frechet_distance", "class accuracy", "s an image")
+        head += ("classifier_frechet_distance", "pixel_frechet_distance", "variance ratio", "class accuracy")
+        head += ("s an image",)
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
-            figures = spread_text(point.frechet, 2), spread_text(point.accuracy, 3)
+            figures = spread_text(point.frechet, 2), *_pixels(point.pixel_frechet, point.variance_ratio)
             way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
-            rows.append((*way, *figures, f"{point.seconds_per_image:.3g}"))
-        if self.real_frechet is not None:
-            accuracies = [each.class_accuracy for each in self.points[0].seeds]
-            real = spread([accuracy.real if accuracy is not None else None for accuracy in accuracies])
-            accuracy = f"{real.mean:.3f}" if real is not None else "-"
-            rows.append(("real images", "", "", "", spread_text(self.real_frechet, 2), accuracy, ""))
+            rows.append((*way, *figures, spread_text(point.accuracy, 3), f"{point.seconds_per_image:.3g}"))
+        first = self.points[0]
+        real = spread([a.real if (a := each.class_accuracy) is not None else None for each in first.seeds])
+        figures = spread_text(first.real_frechet, 2), *_pixels(first.real_pixel_frechet, first.real_variance_ratio)
+        rows.append(("real images", "", "", "", *figures, f"{real.mean:.3f}" if real is not None else "-", ""))
         if self.guidances == (1.0,):
             head, rows = (*head[:3], *head[4:]), [(*row[:3], *row[4:]) for row in rows]
         return Table(head, tuple(rows))
 
     def by_seed(self) -> Table:
-        """The Fréchet distance of each way of sampling by seed."""
-        head = ("sampler", "steps", "guidance", *(f"seed {seed}" for seed in self.seeds))
+        """The Fréchet distances of each way of sampling by seed."""
+        head = ("sampler", "steps", "guidance", "distance", *(f"seed {seed}" for seed in self.seeds))
         rows = []
         for point in (*self.points, *self.references):
-            distances = [each.classifier_frechet_distance for each in point.seeds]
-            texts = ["-" if each is None else f"{each.samples:.3f}" for each in distances]
-            rows.append((point.sampler, str(point.steps), f"{point.guidance:g}", *texts))
+            way, distances = (point.sampler, str(point.steps), f"{point.guidance:g}"), list[tuple[str, ...]]()
+            by_classifier = [each.classifier_frechet_distance for each in point.seeds]
+            distances.append(tuple(_share(each.samples if each is not None else None) for each in by_classifier))
+            distances.append(tuple(_share(each.pixels.frechet_distance.samples) for each in point.seeds))
+            rows += [(*way, judge, *texts) for judge, texts in zip(("classifier", "pixels"), distances, strict=True)]
         return Table(head, tuple(rows))
 
     def settings(self) -> Table:
@@ -265,6 +289,7 @@ class Report:
         if frechet is not None:
             n = f"{options.num_samples} samples, {frechet.num_real} training images, {frechet.num_test} test images"
             rows.append(("classifier_frechet_distance", n))
+        rows.append(("pixels", f"{first.pixels.num_components} principal components of the training images"))
         n = f"{near.samples.num_images} samples, {near.real.num_images} test images"
         rows.append(("nearest training image", n))
         if (judge := self.classifier) is not None:
@@ -279,6 +304,10 @@ def spread_text(figure: Spread | None, digits: int) -> str:
         return "-"
     mean, least, greatest = (f"{value:.{digits}f}" for value in figure)
     return mean if figure.minimum == figure.maximum else f"{mean} ({least}..{greatest})"
+
+
+def _pixels(frechet: Spread | None, ratio: Spread | None) -> tuple[str, str]:
+    return spread_text(frechet, 3), spread_text(ratio, 3)
 
 
 def _share(value: float | None) -> str:

@@ -20,7 +20,7 @@ from tminus.model.files import CheckpointError, read_json, write_atomically, wri
 from tminus.model.samplers import Plan
 from tminus.model.training.data import ImageSet
 
-FORMAT = 2  # raise it where the same key would mean other figures
+FORMAT = 3  # raise it where the same key would mean other figures
 MAX_RESULT_BYTES = 256 * 2**20  # of a file, with a sheet of large images in it
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
@@ -39,6 +39,7 @@ from tminus.model.training.targets import (
 from tminus.model.unet import UNet2D, UNetConfig
 from tminus.model.weights import misfit
 
+GUIDANCE = 1.5  # to begin with, of a network that has learned a null class
 LARGE_SET, LARGE_STEPS = 60_000, 15_000  # Fashion-MNIST, and what it takes
 FEWEST_STEPS = 500  # after which a few dozen images are known
 
@@ -225,7 +226,7 @@ def _check(
         if config.stable_target:
             raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
     if run.begun:
-        begun = tuple(TminusJson.read(run.folder).values.get("class_names") or ())
+        begun = tuple(TminusJson.read(run.folder).values.get("class_names", data.class_names))
         if begun != data.class_names:
             raise TrainError(f"{run.folder}: this run was begun with class_names={begun!r}, got {data.class_names!r}")
     if held_out is not None and (wrong := unlike(held_out, data)):
@@ -247,10 +248,12 @@ def _origin(folder: Path, net: UNet2D) -> Checkpoint:
 
 def _to_tell(
     run: Run, config: TrainConfig, noise: NoiseConfig, labels: Labels, origin: Checkpoint | None
-) -> tuple[Recommended | None, float | None]:
+) -> tuple[Recommended, float | None]:
     """What tminus.json tells: the recommended settings, and the guidance in the weights.
 
-    They are those of the run's last save, or of the checkpoint that it begins from.
+    They are those of the run's last save, or of the checkpoint that it begins from. Where there are none, or they name
+    a table, which fits only the weights that it was made for, they are the usual ones; guided, if the network learns
+    the null class and no guidance is in the weights.
     """
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
     if run.begun:
@@ -265,8 +268,10 @@ def _to_tell(
         if config.guidance != 1:
             folded_guidance = product_of(config.guidance, origin)
             recommended = dataclasses.replace(recommended, guidance=1.0) if recommended is not None else None
-    if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
-        recommended = None  # tables fit only the weights that they were made for
+    if recommended is None or recommended.sampler in TABLE_SAMPLERS:
+        guided = labels.null_class is not None and config.class_dropout > 0 and folded_guidance in (None, 1.0)
+        usual = usual_settings(noise.num_train_timesteps)
+        recommended = dataclasses.replace(usual, guidance=GUIDANCE if guided else 1.0)
     return recommended, folded_guidance
 
 

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from tminus.model.catalogue import MAX_GUIDANCE, PLAIN_SOLVERS, usual_settings
-from tminus.model.checkpoint import Checkpoint
+from tminus.model.checkpoint import Checkpoint, recommend
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
 from tminus.model.machine import torch_threads
 from tminus.model.rng import image_noise
-from tminus.model.sampler_tables import Table, table_file, write_table
+from tminus.model.sampler_tables import Table, read_tables, table_file, write_table
 from tminus.model.samplers import Plan, table_plan
 from tminus.model.timesteps import make_timesteps
 from tminus.model.training.run import example_pass, faster_of
 from tminus.model.tuning.fit import Fit, Fitter, Rows, Search, search_timesteps
+from tminus.model.tuning.recommend import TUNED, Trial
 from tminus.model.tuning.refine import Refinement, Refiner
 
-SAMPLER = "tuned"
 FEW = 4  # images, by which the precisions of gradients are timed
-TEACHER = "dpmpp_2m:20"
+TEACHER_STEPS = 50  # at least, so that a table can be more exact than what it takes the place of
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
@@ -43,7 +43,7 @@ class TuneConfig:
 
     rows: int = 192  # images, of all classes alike
     held_out: int = 64  # further ones, that only judge
-    teacher: str = TEACHER  # sampler:steps
+    teacher: str = f"dpmpp_2m:{TEACHER_STEPS}"  # sampler:steps
     seed: int = 1_000_000  # of their noise: other than what people sample and evaluate with
     batch_size: int = 64
     iterations: int = 200  # of refining the coefficients, at most
@@ -92,11 +92,17 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """Name the checkpoint's own settings, where those can teach, or else the usual ones."""
-    own = checkpoint.settings
+    """Name the recommended sampler, where that can teach, or else the usual one, in 50 steps or more, but at most T.
+
+    Where a table is recommended it is the teacher of that table, so that the same command finds it tuned already.
+    """
+    own, T = checkpoint.settings, checkpoint.noise.num_train_timesteps
+    for table in checkpoint.tables:
+        if (table.sampler, table.steps, table.guidance) == (own.sampler, own.steps, own.guidance):
+            return str(table.about.get("teacher") or default_teacher(dataclasses.replace(checkpoint, tables=())))
     if own.sampler not in PLAIN_SOLVERS:
-        own = usual_settings(checkpoint.noise.num_train_timesteps)
-    return f"{own.sampler}:{own.steps}"
+        own = usual_settings(T)
+    return f"{own.sampler}:{min(max(own.steps, TEACHER_STEPS), T)}"
 
 
 def tune(
@@ -113,12 +119,13 @@ def tune(
 ) -> list[Path]:
     """Fit a table for each number of steps at each guidance, and write it; returns the files. Raises TuneError.
 
-    A table that is there, of these weights and settings, is left as it is. `forward` runs the checkpoint's network.
+    A table that is there, of these weights and settings, is left as it is. The smallest table that is good enough is
+    then recommended in tminus.json (see recommend.py). `forward` runs the checkpoint's network.
     threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
     settings = dataclasses.asdict(config)
-    tables = [table for table in checkpoint.tables if table.sampler == SAMPLER]
+    tables = [table for table in checkpoint.tables if table.sampler == TUNED]
     done = {(table.steps, table.guidance) for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
     precision = None if config.iterations else "fp32"  # of the gradients
@@ -128,7 +135,8 @@ def tune(
         wanted = sorted(count for count in set(steps) if (count, guidance) not in done)
         if not wanted:
             continue
-        rows, held_out = make_rows(checkpoint, config, guidance, device), config.held_out
+        held_out = config.held_out
+        rows = make_rows(checkpoint, config.seed, range(config.rows + held_out), guidance, device)
         fitter = Fitter(checkpoint, forward, rows, guidance, held_out=held_out, batch_size=config.batch_size)
         say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {config.rows + held_out} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
@@ -139,23 +147,50 @@ def tune(
             say(f"gradients in {precision}, which is faster here")
         one = _Tuning(folder, checkpoint, fitter, guidance, config, say, threads)
         files += [one.tune(count, precision) for count in wanted]
+    _recommend(folder, checkpoint, forward, config, device, say)
     return files
+
+
+def _recommend(
+    folder: Path,
+    checkpoint: Checkpoint,
+    forward: Forward,
+    config: TuneConfig,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Compare the tables that are in the folder now, and note in tminus.json which is recommended."""
+    tables, _ = read_tables(
+        folder,
+        checkpoint.weights_hash,
+        checkpoint.noise.to_dict(),
+        num_timesteps=checkpoint.noise.num_train_timesteps,
+        null_class=checkpoint.labels.null_class is not None,
+        fractional=checkpoint.fractional,
+    )
+    trial, first = Trial(checkpoint, tables), config.rows + config.held_out  # of the noise that no table was fitted to
+    rows = make_rows(checkpoint, config.seed, range(first, first + config.held_out), trial.plain.guidance, device)
+    recommended, why = trial.run(config.teacher, forward, rows, config.batch_size)
+    if recommended is None:
+        say(f"recommended as before: {checkpoint.settings} ({why})")
+        return
+    recommend(folder, recommended)
+    say(f"recommended from now on: {recommended} ({why})")
 
 
 def state_file(folder: Path, steps: int, guidance: float) -> Path:
     """Where an interrupted run keeps what it has of a table. It does not end in .json, which would be a table."""
-    file = table_file(folder, SAMPLER, steps, guidance)
+    file = table_file(folder, TUNED, steps, guidance)
     return file.with_name(f".{file.name}.state")
 
 
-def make_rows(checkpoint: Checkpoint, config: TuneConfig, guidance: float, device: torch.device) -> Rows:
+def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
     """What is sampled: classes in turn, without guidance the null class among them, and a noise of its own each."""
-    count, labels, null_class = config.rows + config.held_out, None, checkpoint.labels.null_class
+    labels, null_class = None, checkpoint.labels.null_class
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)
-        labels = torch.arange(count, device=device) % kinds  # the null class is the last label
-    shape = checkpoint.row_shape
-    return Rows(image_noise(config.seed, range(count), 0, shape, device), labels)
+        labels = torch.arange(indices.start, indices.stop, device=device) % kinds  # the null class is the last label
+    return Rows(image_noise(seed, indices, 0, checkpoint.row_shape, device), labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +256,7 @@ class _Tuning:
 
         # The file.
         noise, lines = self.checkpoint.noise, tuple((*line, 0.0) for line in refinement.best)
-        table = Table(SAMPLER, steps, self.guidance, search.best.timesteps, lines)
+        table = Table(TUNED, steps, self.guidance, search.best.timesteps, lines)
         errors = {"tuned": self.fitter.error(table_plan(noise, self.fitter.schedule, table, clip=None))}
         for sampler, spacing in RIVALS:
             errors[f"{sampler}, {spacing}"] = self.fitter.error(self.checkpoint.plan(sampler, steps, spacing=spacing))

@@ -42,7 +42,7 @@ THREADS = click.option(
     help="of torch on a CPU; 0: one for each core that is free when the run begins",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="print one JSON object, and nothing else, for programs")
-Callback = Callable[[click.Context, click.Parameter, str], tuple[Any, ...]]
+Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]
 
 
 def integers(flag: str, text: str) -> tuple[int, ...]:
@@ -54,9 +54,14 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def comma_separated(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
-    """Make a callback that reads a list, each value once. `bound` says what each must be, `allows` whether it is."""
+    """Make a callback that reads a list, each value once, and leaves None as it is.
 
-    def convert(_context: click.Context, _option: click.Parameter, text: str) -> tuple[Any, ...]:
+    `bound` says what each value must be, `allows` whether it is.
+    """
+
+    def convert(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+        if text is None:
+            return None
         found: dict[Any, None] = {}
         for part in map(str.strip, text.split(",")):
             try:

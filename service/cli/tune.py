@@ -18,11 +18,15 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 @click.command(short_help="Fit samplers of few steps to a checkpoint.")
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
 @click.option("--steps", default="4,5,6,8,10,12,16", callback=WHOLE, help="numbers of steps, a table each, by commas")
-@click.option("--guidance", default="1", callback=NUMBERS, help="guidance scales, by commas; 1 is off")
+@click.option(
+    "--guidance", callback=NUMBERS, help="guidance scales, by commas; 1 is off  [default: as recommended, or 1]"
+)
 @click.option("--rows", default=192, help="images that the tables are fitted to")
 @click.option("--held-out", default=64, help="further images, that only judge")
 @click.option(
-    "--teacher", help="SAMPLER:STEPS whose images the tables are fitted to  [default: as recommended, or dpmpp_2m:20]"
+    "--teacher",
+    help="SAMPLER:STEPS whose images the tables are fitted to  [default: the recommended sampler, or dpmpp_2m, in 50 "
+    "steps or more]",
 )
 @click.option("--seed", default=1_000_000, help="of the images' noise")
 @click.option("--iterations", default=200, help="of refining the coefficients by their gradient, at most")
@@ -37,8 +41,8 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
     "--precision", shell_complete=PRECISION_NAMES, default="auto", help="auto, float32, tf32 (CUDA) or bfloat16"
 )
 @DEVICE
-def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], **options: Any) -> None:
-    """Fit samplers of few steps to a checkpoint, for sampler=tuned. Ctrl-C stops; the same command goes on."""
+def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] | None, **options: Any) -> None:
+    """Fit samplers of few steps to a checkpoint, and recommend one. Ctrl-C stops; the same command goes on."""
     set_up_log("INFO", "%(message)s")
     import torch
 
@@ -52,6 +56,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
         with failing_in_one_line():
             device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
             options["teacher"] = options["teacher"] or default_teacher(loaded)
+            guidance = guidance or (loaded.settings.guidance,)
             config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
             check(loaded, steps, guidance, config)
             threads = torch.get_num_threads()
@@ -62,4 +67,5 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on after the last round") from None
-    say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")
+    served = ". A server that is started now has them: sampler=tuned" if files else ""
+    say(f"{checkpoint}: {len(files)} tables written{served}")

@@ -220,13 +220,14 @@ def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifi
     assert all(np.isfinite(numbers(values)))
     common = {f.name for f in dataclasses.fields(report)} - {"model", "points", "references"}
     assert values.keys() - common == {
-        *("class_accuracy", "classifier_frechet_distance", "memorisation", "passes", "seconds_per_image")
+        *("class_accuracy", "classifier_frechet_distance", "pixels", "memorisation", "passes", "seconds_per_image")
     }
     assert values["options"] == dataclasses.asdict(OPTIONS)
 
     markdown = report.to_markdown()
     for text in (
         *("variational bound", "bits/dim", "class accuracy", "classifier_frechet_distance", "is not FID", "median"),
+        *("pixel_frechet_distance", "variance ratio of the pixels", "precision", "recall"),
         *(*NAMES, "18446744073709551615", "guidance 2", "ddim, 3 steps", "toy 0", "toy 1"),
         *(report.weights_hash[:16], toy_classifier.weights_hash[:16]),
     ):

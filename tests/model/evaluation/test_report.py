@@ -7,9 +7,11 @@ import pytest
 from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
+    Compared,
     FrechetDistance,
     Memorisation,
     NearestSummary,
+    PixelFigures,
     PointFigures,
     SampleFigures,
 )
@@ -18,6 +20,7 @@ from tminus.model.evaluation.samples import EvaluateOptions
 
 HOSTILE = "<script>alert(1)</script>|\"&'\n\n# b"
 NEAREST = NearestSummary(minimum=0.1, percentile_1=0.2, median=0.3, num_images=10)
+PIXELS = PixelFigures(*(Compared(1.5, 1.0),) * 4, num_components=48)
 REFERENCE = Report(
     checkpoint="toy",
     weights_hash="abc",
@@ -41,6 +44,7 @@ def report_of(frechet: float | None, accuracy: float | None) -> Report:
         seed=0,
         class_accuracy=None if accuracy is None else ClassAccuracy(accuracy, real=0.9, num_real=10, per_class=()),
         classifier_frechet_distance=None if frechet is None else FrechetDistance(frechet, 1.0, 10, 10),
+        pixels=PIXELS,
         memorisation=Memorisation(samples=NEAREST, real=NEAREST, num_train=10),
         seconds_per_image=0.1,
     )

@@ -69,14 +69,21 @@ def test_run_with_guidance_resumes_to_the_bit_without_the_weights_it_began_with(
     assert load_checkpoint(tmp_path / "stopped").folded_guidance == 3
 
 
-def test_guidance_that_is_folded_is_recommended_no_more(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recommended", [{"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}, {"sampler": "tuned", "steps": 3}, None]
+)
+def test_guidance_that_is_folded_is_recommended_no_more(
+    straight: Path, tmp_path: Path, recommended: dict[str, object] | None
+) -> None:
     shutil.copytree(straight, tmp_path / "origin")
     meta = json.loads((straight / "tminus.json").read_text("utf-8"))
-    meta["recommended"] = {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
+    meta["recommended"] = recommended
     (tmp_path / "origin" / "tminus.json").write_text(json.dumps(meta), "utf-8")
     config = dataclasses.replace(GUIDED, steps=1, guidance=1.5)
     assert run(tmp_path / "run", config, init_from=tmp_path / "origin")
     assert load_checkpoint(tmp_path / "run").recommended == Recommended("dpmpp_2m", 20)
+    assert run(tmp_path / "run", dataclasses.replace(config, steps=2))
+    assert load_checkpoint(tmp_path / "run").recommended == Recommended("dpmpp_2m", 20), "a resumed run says so too"
 
 
 def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Pat
             train(folder, of_names, unet, noise, GUIDED, device=CPU, init_from=straight)
     shutil.copytree(straight, tmp_path / "all-classes")
     meta = json.loads((straight / "tminus.json").read_text("utf-8"))
-    all_classes = {**meta, "class_names": ["left", "right", "middle"], "null_class": None}
+    all_classes = {**meta, "class_names": ["left", "right", "middle"], "null_class": None, "recommended": None}
     (tmp_path / "all-classes" / "tminus.json").write_text(json.dumps(all_classes), "utf-8")
     with pytest.raises(TrainError, match="all-classes: has no null class, and a run with guidance needs one"):
         run(folder, GUIDED, init_from=tmp_path / "all-classes")

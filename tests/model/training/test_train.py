@@ -511,12 +511,38 @@ def test_what_is_recommended_is_kept_by_a_resumed_run_and_by_a_new_one_from_its_
     assert run(tmp_path / "third", dataclasses.replace(RUN, steps=1), init_from=origin)
     assert run(origin, dataclasses.replace(RUN, steps=10))
     for folder in (origin, tmp_path / "third"):
-        assert load_checkpoint(folder).recommended is None, "tables fit only the weights that they were made for"
+        usual = Recommended("dpmpp_2m", 20, 1.5)
+        assert load_checkpoint(folder).recommended == usual, "tables fit only the weights that they were made for"
     (origin / "tminus.json").write_text(json.dumps(meta | {"recommended": recommended}), "utf-8")
     few = dataclasses.replace(NOISE, num_train_timesteps=6)
     one = dataclasses.replace(RUN, steps=1)
     assert train(short, toy_images(), CONDITIONAL, few, one, device=CPU, init_from=origin)
-    assert load_checkpoint(short).recommended is None, "it has fewer timesteps than that"
+    assert load_checkpoint(short).recommended == Recommended("dpmpp_2m", 6, 1.5), "it has fewer timesteps than that"
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "class_dropout", "expected"),
+    [
+        (50, 0.1, Recommended("dpmpp_2m", 20, 1.5)),
+        (50, 0.0, Recommended("dpmpp_2m", 20)),  # the null class is never learned
+        (6, 0.1, Recommended("dpmpp_2m", 6, 1.5)),
+    ],
+)
+def test_a_new_run_recommends_few_steps_guided_where_it_learns_the_null_class(
+    tmp_path: Path, timesteps: int, class_dropout: float, expected: Recommended
+) -> None:
+    noise = dataclasses.replace(NOISE, num_train_timesteps=timesteps)
+    config = dataclasses.replace(RUN, steps=1, class_dropout=class_dropout)
+    assert train(tmp_path, toy_images(), CONDITIONAL, noise, config, device=CPU)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.recommended == loaded.settings == expected
+    loaded.plan(expected.sampler, expected.steps, guidance=expected.guidance)
+
+
+def test_a_run_without_classes_recommends_no_guidance(tmp_path: Path) -> None:
+    images = dataclasses.replace(toy_images(), labels=None, class_names=())
+    assert train(tmp_path, images, TINY, NOISE, dataclasses.replace(RUN, steps=1), device=CPU)
+    assert load_checkpoint(tmp_path).recommended == Recommended("dpmpp_2m", 20)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def save_net(folder: Path) -> Path:
 
 
 def fitter_of(checkpoint: Checkpoint, config: TuneConfig = CONFIG, guidance: float = 1.0) -> Fitter:
-    rows = make_rows(checkpoint, config, guidance, CPU)
+    rows = make_rows(checkpoint, config.seed, range(config.rows + config.held_out), guidance, CPU)
     fitter = Fitter(checkpoint, checkpoint.net, rows, guidance, held_out=config.held_out, batch_size=5)
     fitter.solve(checkpoint.plan("dpmpp_2m", 25, spacing="trailing"))
     return fitter

@@ -13,7 +13,7 @@ from tests.model.tuning.nets import CONFIG, CPU, save_net
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.sampler_tables import FOLDER
 from tminus.model.tuning.refine import Refiner
-from tminus.model.tuning.tune import TuneError, check, state_file, tune
+from tminus.model.tuning.tune import TuneError, check, default_teacher, state_file, tune
 
 pytestmark = pytest.mark.slow
 
@@ -93,10 +93,38 @@ def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(fo
     assert loaded.samplers[-1] == "tuned"
     assert loaded.tables[0].about["held_out_error"].keys() > {"tuned"}
     before = (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns
-    assert run(folder, steps=(2,)) == ["2 steps at guidance 1: tuned already"]
+    said, last = run(folder, steps=(2,))
+    assert said == "2 steps at guidance 1: tuned already"
+    assert last.startswith("recommended "), "the tables are compared again: the run may have been killed before"
     assert (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns == before
     run(folder, steps=(2,), guidance=2.0)
     assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(1, 1.0), (2, 1.0), (2, 2.0)]
+
+
+def test_a_table_that_is_as_exact_is_recommended_and_the_same_command_finds_all_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hash_before = load_checkpoint(folder).weights_hash
+    edit_recommended(folder, {"sampler": "euler", "steps": 4})
+    said = run(folder, steps=(2, 3))
+    loaded = load_checkpoint(folder)
+    assert loaded.recommended is not None
+    assert loaded.recommended.sampler == "tuned", said
+    assert str(loaded.recommended) in said[-1]
+    assert loaded.plan("tuned", loaded.recommended.steps)
+    assert loaded.weights_hash == hash_before
+    assert default_teacher(loaded) == CONFIG.teacher
+    assert run(folder, steps=(2, 3))[:2] == [f"{steps} steps at guidance 1: tuned already" for steps in (2, 3)]
+    # A table that is gone is recommended no more, and what would be without it is the teacher again.
+    for file in (folder / FOLDER).glob("*.json"):
+        file.unlink()
+    gone = load_checkpoint(folder)
+    assert (gone.recommended, default_teacher(gone)) == (None, "dpmpp_2m:50")
+
+
+def edit_recommended(folder: Path, recommended: dict[str, Any]) -> None:
+    file = folder / "tminus.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"recommended": recommended}))
 
 
 def same(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,0 +1,102 @@
+"""Which table a checkpoint is to recommend: the smallest that is as exact as what would be recommended otherwise.
+
+A table is fitted to its teacher, so the distance to the teacher's images tells only how well that went: the teacher
+itself has none. The exact solution judges both. It is taken from twice as many steps, and from noise that no table was
+fitted to. A table is good enough where its images are no further from it than those of the plain sampler whose place it
+would take: whoever takes that sampler accepts its error.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tminus.model.catalogue import SAMPLER_FACTS, Recommended, usual_settings
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.guidance import Forward
+from tminus.model.sampler_tables import Table
+from tminus.model.samplers import Plan, sample, table_plan
+from tminus.model.tuning.fit import Rows
+
+TUNED = "tuned"
+
+
+class Verdict(NamedTuple):
+    """The table to recommend, None to leave what is recommended as it is, and a phrase that says why."""
+
+    recommended: Recommended | None
+    why: str
+
+
+class Trial:
+    """Compares the tables of one guidance with the plain sampler whose place they would take."""
+
+    def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
+        """Of the tables only those count that have the guidance which is recommended, and fewer steps."""
+        own = checkpoint.settings
+        usual = replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
+        self.plain = usual if own.sampler == TUNED else own
+        few = [table for table in tables if (table.sampler, table.guidance) == (TUNED, own.guidance)]
+        few = [table for table in few if table.steps < self.plain.steps]
+        self.tables = sorted(few, key=lambda table: table.steps)
+        self._checkpoint = checkpoint
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why nothing can be compared; None where something can."""
+        if SAMPLER_FACTS[self.plain.sampler].noise == "always":
+            return f"{self.plain} adds fresh noise, so its images are no solution's"
+        return None if self.tables else f"no table has the guidance of {self.plain}, and fewer steps"
+
+    def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
+        """Judge the tables, from the fewest steps on, until one is good enough.
+
+        teacher: SAMPLER:STEPS, a plain solver. `forward` runs the checkpoint's network.
+        """
+        if self.hindrance is not None:
+            return Verdict(None, self.hindrance)
+        checkpoint, plain = self._checkpoint, self.plain
+        noise, (sampler, _, steps) = checkpoint.noise, teacher.partition(":")
+        finer = min(noise.num_train_timesteps, 2 * max(plain.steps, int(steps)))
+
+        def images(plan: Plan) -> Tensor:
+            return _images(checkpoint, forward, plan, rows, plain.guidance, batch_size)
+
+        solution = images(checkpoint.plan(sampler, finer, guidance=plain.guidance))
+
+        def error(plan: Plan) -> float:
+            return float((images(plan) - solution).square().mean().sqrt())
+
+        most = error(checkpoint.plan(plain.sampler, plain.steps, guidance=plain.guidance))
+        against = f"from {finer} steps of {sampler}: {most:.4f} by {plain}"
+        for table in self.tables:
+            its = error(table_plan(noise, noise.schedule(), table, clip=None))
+            against += f", {its:.4f} by {table.steps} of {TUNED}"
+            if its <= most:
+                return Verdict(Recommended(TUNED, table.steps, table.guidance), f"root mean square error {against}")
+        return Verdict(None, f"root mean square error {against}")
+
+
+def _images(
+    checkpoint: Checkpoint, forward: Forward, plan: Plan, rows: Rows, guidance: float, batch_size: int
+) -> Tensor:
+    """Make the images of these rows, as they are shown, or latents: [N, C, H, W]."""
+    parts = []
+    for start in range(0, len(rows.noise), batch_size):
+        of_batch = slice(start, start + batch_size)
+        x_T, labels = rows.noise[of_batch], rows.class_labels
+        zero = torch.zeros_like(x_T)
+        x_0 = sample(
+            forward,
+            plan,
+            x_T,
+            lambda _k, zero=zero: zero,  # type: ignore[misc]
+            class_labels=labels[of_batch] if labels is not None else None,
+            null_class=checkpoint.labels.null_class,
+            guidance=guidance,
+        )
+        parts.append(x_0)
+    bound = 1.0 if checkpoint.autoencoder is None else torch.inf
+    return torch.cat(parts).clamp(-bound, bound)
