@@ -90,7 +90,7 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 @click.option("--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="requests a second, on average")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, help="for which requests arrive")
 @click.option("-n", "--n", type=click.IntRange(1), default=1, help="images of a request")
-@click.option("--sampler", shell_complete=SAMPLER_NAMES, help="of the requests  [default: as recommended]")
+@click.option("--sampler", shell_complete=SAMPLER_NAMES, help="of the requests  [default: as recommended; with --steps the scheduler's own]")
 @click.option("--steps", metavar="INTEGER", help="of the requests  [default: as recommended]")
 @click.option("--class-label", help="number or name, of all images")
 @click.option("--seed", type=click.IntRange(0), default=0, help="of the times of arrival")

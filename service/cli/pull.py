@@ -57,7 +57,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
     folder = out if out is not None else Path(name)
     where = f"--out {folder}"
     if folder.exists() or folder.is_symlink():
-        fail(f"{where}: is there already, and is left as it is")
+        fail(f"{folder} exists already, and is left as it is; name another folder with --out")
     make_folder(where, folder.parent)
     with failing_in_one_line(where), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
         file = Path(made) / file_name(name)

@@ -69,7 +69,7 @@ ANIMATION_PX = 512  # of its longer side, at most
 @click.option(
     "--guidance",
     metavar="FLOAT",
-    help="classifier-free guidance scale  [default: 1, off; without --steps as recommended]",
+    help="classifier-free guidance scale  [default: as recommended where sampler and steps are, else 1, which is off]",
 )
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")

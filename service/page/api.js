@@ -113,7 +113,7 @@ export const keep = (model, what, value) => sessionStorage.setItem(key(model, wh
 /** Copy the address of this page with another hash; a page that is not secure has no clipboard, and shows it instead. */
 export async function copyLink(button, hash) {
   const address = new URL(hash, location.href).href;
-  const text = button.textContent;
+  const text = (button.dataset.text ??= button.textContent);
   try {
     await navigator.clipboard.writeText(address);
     button.textContent = "Copied";

@@ -40,7 +40,7 @@ async function look() {
 
 function draw({ rows_active: active, max_batch: most, jobs, more }) {
   const rows = jobs.reduce((sum, job) => sum + job.n, 0);
-  const others = more ? ` ${more} more jobs are not shown.` : "";
+  const others = more ? ` ${more === 1 ? "1 more job is" : `${more} more jobs are`} not shown.` : "";
   const last = `${active} rows were in the last forward pass, which has room for ${most}.`;
   element("batch-text").textContent = jobs.length
     ? `${last} ${rows} rows of ${jobs.length === 1 ? "1 job" : `${jobs.length} jobs`} are on their way.${others}`
@@ -64,9 +64,9 @@ function addLine(job) {
   return line;
 }
 
-function update(line, { number, yours, n, step, steps, t, num_timesteps: most, state, seed, position, eta_s: eta }) {
+function update(line, { id, number, yours, n, step, steps, t, num_timesteps: most, state, seed, position, eta_s: eta }) {
   const part = (name) => line.querySelector(`.${name}`);
-  const own = seed !== null && asked.includes(String(seed));
+  const own = (seed !== null && asked.includes(String(seed))) || (id !== null && element(`result-${id}`) !== null);
   line.classList.toggle("own", own);
   line.classList.toggle("waits", state === "waiting");
   part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;

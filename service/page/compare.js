@@ -59,7 +59,6 @@ const used = () => lanes.slice(0, Number(element("compare-count").value));
 
 function showLanes() {
   lanes.forEach(({ node }, number) => (node.hidden = number >= used().length));
-  element("lanes").dataset.count = used().length;
 }
 
 function showAll(t, last) {

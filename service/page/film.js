@@ -7,7 +7,8 @@ import { showPictures, SHOWS } from "./stage.js";
 export const MOST_BYTES = 100e6; // that the frames may take
 const CELLS = 10; // of the strip
 const DRAG_PX = 4; // that a pointer moves before it drags
-const WHEEL_PX = 40; // that a wheel turns for a frame
+const WHEEL_PX = 40, WHEEL_WHOLE_PX = 800; // that a wheel turns for a frame, and at most for all
+const SCROLLING_MS = 300; // in which turns of a wheel belong together
 const WHOLE_MS = 4000; // that a player takes, at speed 1
 const END_MS = 1200; // that the end stands before a loop begins again
 
@@ -221,8 +222,9 @@ let drag = null;
 strip.addEventListener("pointerdown", ({ clientX, button }) => {
   if (button === 0 && frames.length > 1) drag = { x: clientX, moves: false };
 });
-strip.addEventListener("pointermove", ({ clientX, pointerId }) => {
-  if (!drag) return;
+strip.addEventListener("pointermove", ({ clientX, pointerId, buttons }) => {
+  if (!(buttons & 1)) drag = null; // it was let go elsewhere
+  if (!drag || frames.length < 2) return;
   if (!drag.moves && Math.abs(clientX - drag.x) < DRAG_PX) return;
   if (!drag.moves) strip.setPointerCapture(pointerId);
   drag.moves = true;
@@ -232,21 +234,23 @@ strip.addEventListener("pointermove", ({ clientX, pointerId }) => {
 });
 for (const end of ["pointerup", "pointercancel"]) strip.addEventListener(end, () => (drag = null));
 
-// At its ends the wheel scrolls the page again.
-let turned = 0;
+// A wheel that comes scrolling from elsewhere goes on scrolling, and at the film's ends it scrolls the page again.
+let turned = 0, scrolled_ms = -SCROLLING_MS;
+addEventListener("wheel", ({ target, timeStamp }) => strip.contains(target) || (scrolled_ms = timeStamp), { passive: true });
 strip.addEventListener(
   "wheel",
   (event) => {
-    if (frames.length < 2 || event.ctrlKey) return;
     const shown = Number(element("scrub").value), by = event.deltaX || event.deltaY;
-    const blocked = by < 0 ? shown === 0 : shown === frames.length - 1;
-    if (blocked) return;
-    event.preventDefault();
-    turned = Math.sign(turned) === Math.sign(by) ? turned + by : by;
-    const count = Math.trunc(turned / WHEEL_PX);
-    if (!count) return;
-    turned -= count * WHEEL_PX;
-    goTo(Math.max(0, Math.min(frames.length - 1, shown + count)));
+    const atItsEnd = by < 0 ? shown === 0 : shown === frames.length - 1;
+    if (event.timeStamp - scrolled_ms < SCROLLING_MS) scrolled_ms = event.timeStamp;
+    else if (frames.length > 1 && !event.ctrlKey && !atItsEnd) {
+      event.preventDefault();
+      const framePx = Math.min(WHEEL_PX, WHEEL_WHOLE_PX / frames.length);
+      turned = Math.sign(turned) === Math.sign(by) ? turned + by : by;
+      const count = Math.trunc(turned / framePx);
+      turned -= count * framePx;
+      if (count) goTo(Math.max(0, Math.min(frames.length - 1, shown + count)));
+    }
   },
   { passive: false },
 );

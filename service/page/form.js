@@ -60,7 +60,8 @@ export function fillFrom(spec) {
   for (const name of ["sampler", "steps", "n"]) if (spec[name] !== undefined) field(name).value = spec[name];
   field("seed").value = spec.seed ?? "";
   const labels = [spec.class_label ?? null].flat().map(classNumber), different = new Set(labels);
-  if (!different.has(null)) field("guidance").value = spec.guidance ?? 1; // else it had none
+  const named = spec.sampler !== undefined || spec.steps !== undefined;
+  if (!different.has(null)) field("guidance").value = spec.guidance ?? (named ? 1 : model.recommended.guidance); // else it had none
   if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
   const [from = "", to = ""] = spec.guidance_interval ?? [];
   const extras = {

@@ -5,6 +5,7 @@ import { ask, element, getJson, isGone, keep, reason, recall } from "./api.js";
 import { describe } from "./form.js";
 
 const REMEMBERED = 30;
+const LOOK_MS = 2000; // between looks at jobs that run while another is shown
 
 const remembered = (model) => recall(model, "results") ?? [];
 let open = () => {}; // shows a job by its id
@@ -16,20 +17,40 @@ export async function restore(model, openJob) {
   for (const id of remembered(model).reverse()) {
     if (element(`result-${id}`)) continue; // the job in the address
     try {
-      const job = await getJson(`jobs/${id}`);
-      const picture = job.state === "done" && (await (await ask(`jobs/${id}/image`)).blob());
-      if (["failed", "cancelled"].includes(job.state)) dropJob(id, model);
-      else if (remembered(model).includes(id)) place(job, model); // else newer ones have taken its place meanwhile
-      if (picture) addPicture(job, picture);
+      await look(id, model);
     } catch (error) {
-      if (isGone(error)) dropJob(id, model);
-      else problems.push(reason(error));
+      problems.push(reason(error));
     }
   }
   if (problems.length) {
     const which = problems.length === 1 ? "One earlier result" : `${problems.length} earlier results`;
     element("results-error").textContent = `${which} could not be had: ${problems[0]}. Load this page again to try again.`;
     element("results").hidden = false;
+  }
+  setInterval(() => lookAtRunning(model), LOOK_MS);
+}
+
+/** Show a job as it is now, or forget it. Raises what `ask` does, but where the server has forgotten it too. */
+async function look(id, model) {
+  try {
+    const job = await getJson(`jobs/${id}`);
+    const picture = job.state === "done" && (await (await ask(`jobs/${id}/image`)).blob());
+    if (!remembered(model).includes(id)) return; // newer ones have taken its place meanwhile
+    if (["failed", "cancelled"].includes(job.state)) dropJob(id, model);
+    else place(job, model);
+    if (picture) addPicture(job, picture);
+  } catch (error) {
+    if (!isGone(error)) throw error;
+    dropJob(id, model);
+  }
+}
+
+// Those that run while another is shown. What cannot be had now is looked at again.
+function lookAtRunning(model) {
+  if (document.hidden) return;
+  for (const entry of element("gallery").children) {
+    if (entry.querySelector("img, [aria-current]")) continue; // that one is followed
+    look(entry.id.replace("result-", ""), model).catch(() => {});
   }
 }
 
@@ -42,16 +63,22 @@ export function addJob(job, model) {
 }
 
 /** Show the images of a job in its place. */
-export function addPicture({ id, parameters }, picture) {
+export function addPicture({ id }, picture) {
   const button = element(`result-${id}`)?.firstElementChild;
   if (!button || button.querySelector("img")) return;
-  button.replaceChildren(Object.assign(new Image(), { src: URL.createObjectURL(picture), alt: describe(parameters) }));
+  button.replaceChildren(Object.assign(new Image(), { src: URL.createObjectURL(picture), alt: "" }));
 }
 
 /** Forget a job that has no image. */
 export function dropJob(id, model) {
   keep(model, "results", remembered(model).filter((each) => each !== id));
-  element(`result-${id}`)?.remove();
+  remove(element(`result-${id}`));
+}
+
+function remove(entry) {
+  const image = entry?.querySelector("img");
+  if (image) URL.revokeObjectURL(image.src);
+  entry?.remove();
 }
 
 /** Mark the job that is shown; null for none. */
@@ -68,15 +95,12 @@ function place(job, model) {
   element("results").hidden = false;
   if (element(`result-${job.id}`)) return;
   const entry = Object.assign(document.createElement("li"), { id: `result-${job.id}` });
-  const button = Object.assign(document.createElement("button"), { type: "button", title: describe(job.parameters), textContent: "…" });
+  const what = describe(job.parameters);
+  const button = Object.assign(document.createElement("button"), { type: "button", title: what, ariaLabel: what, textContent: "…" });
   button.addEventListener("click", () => open(job.id));
   entry.append(button);
   const ids = remembered(model), age = (each) => ids.indexOf(each.id.replace("result-", ""));
   const shown = [...element("gallery").children];
-  for (const each of shown.filter((other) => age(other) < 0)) {
-    const image = each.querySelector("img");
-    if (image) URL.revokeObjectURL(image.src);
-    each.remove();
-  }
+  shown.filter((other) => age(other) < 0).forEach(remove);
   element("gallery").insertBefore(entry, shown.find((other) => other.isConnected && age(other) < age(entry)) ?? null);
 }

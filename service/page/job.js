@@ -328,7 +328,7 @@ async function fill({ model, every, edit }, { parameters, fingerprint }) {
     } catch (error) {
       if (error instanceof Refusal && ![429, 503].includes(error.status)) return; // the film stays as it is
     }
-    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    await sleep(AGAIN_MS);
   }
 }
 

@@ -183,6 +183,7 @@ async function run(body) {
 /** Nothing of the user's is shown any more. */
 function rest() {
   clear();
+  lay(1);
   complain("");
   say("Press Sample to make your own.");
 }
@@ -204,6 +205,7 @@ function giveUp() {
 
 // image, mask: those that an edit was asked for with, where the page still has them.
 function show(job, { image, mask } = {}) {
+  complain("");
   leaveOpening();
   film.pause();
   lay(job.n);

@@ -27,7 +27,7 @@ export function toHash(parameters) {
 /** The parameters in the hash of an address, or null. */
 export function fromHash(hash) {
   const query = new URLSearchParams(hash.slice(1));
-  if (!query.has("sampler") || !query.has("steps")) return null;
+  if (!NAMES.some((name) => query.has(name))) return null;
   const parameters = {};
   for (const name of NAMES.filter((each) => query.has(each))) {
     const values = query.getAll(name).map((text) => read(name, text));

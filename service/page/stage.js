@@ -52,9 +52,12 @@ function makeTile(show, number) {
   return tile;
 }
 
-// Of a sheet, which the server has laid out, a tile shows its own image.
+// The server has laid a sheet out.
+const columnsOf = (width) => Math.max(1, Math.round(width / model.width_px));
+
+// Of a sheet a tile shows its own image.
 function crop(image, number) {
-  const columns = Math.max(1, Math.round(image.naturalWidth / model.width_px));
+  const columns = columnsOf(image.naturalWidth);
   const rows = Math.max(1, Math.round(image.naturalHeight / model.height_px));
   const [across, down] = [number % columns, Math.floor(number / columns)];
   image.style.width = `${100 * columns}%`;
@@ -72,12 +75,15 @@ function choose(number) {
     element(show).style.setProperty("--rows", Math.ceil(seen / columns));
     tilesOf(show).forEach((tile, k) => {
       tile.hidden = chosen !== null && k !== chosen;
-      if (tile.type === "button") tile.ariaPressed = String(k === chosen);
+      if (tile.type !== "button") return;
+      tile.ariaPressed = String(k === chosen);
+      tile.tabIndex = k === (chosen ?? 0) ? 0 : -1;
     });
   }
   element("all").hidden = chosen === null || count === 1;
   element("all").textContent = `All ${count}`;
   forgetAlone();
+  element("made-error").textContent = "";
   tell();
 }
 
@@ -88,8 +94,10 @@ export function showPictures(frame) {
     for (const image of imagesOf(show)) {
       if (!frame || (!url && frame.step === 0)) image.removeAttribute("src");
       else if (url && image.src !== url) image.src = url;
-      image.alt = frame ? `${show} after step ${frame.step} of ${frame.steps}` : "";
+      image.alt = "";
     }
+    const [first] = imagesOf(show); // it speaks for all of them
+    if (first && frame) first.alt = `${show} after step ${frame.step} of ${frame.steps}`;
   }
   atEnd = Boolean(frame) && frame.step === frame.steps;
   showBeside();
@@ -122,7 +130,7 @@ function forgetAlone() {
 /** What is shown: all images, or the chosen one, as parameters that make it. */
 function shownParameters() {
   const { parameters } = made;
-  if (chosen === null || count === 1) return parameters;
+  if (chosen === null) return parameters;
   const labels = [parameters.class_label ?? null].flat();
   const label = labels[chosen] ?? labels[0];
   const { class_label: _, ...rest } = parameters;
@@ -132,6 +140,7 @@ function shownParameters() {
 // On the way the guess, at the end what was made.
 function showBeside() {
   const done = atEnd && made !== null;
+  if (!done && element("made").contains(document.activeElement)) element("play").focus();
   element("guess").hidden = done;
   element("made").hidden = !done;
   element("on-the-way").hidden = atEnd;
@@ -173,7 +182,7 @@ async function askForAlone(result, number) {
     alone = URL.createObjectURL(image);
     element("png").href = alone;
   } catch (error) {
-    if (made === result) element("made-error").textContent = `The PNG of this image could not be had: ${reason(error)}.`;
+    if (made === result && chosen === number) element("made-error").textContent = `The PNG of this image could not be had: ${reason(error)}.`;
   }
 }
 
@@ -182,7 +191,7 @@ export async function shownPicture() {
   const shown = imagesOf("x_t")[0]?.src, number = chosen ?? 0;
   if (!made && !shown) return null;
   const sheet = await createImageBitmap(made ? made.picture : await (await fetch(shown)).blob());
-  const [width, height] = [model.width_px, model.height_px], columns = Math.max(1, Math.round(sheet.width / width));
+  const { width_px: width, height_px: height } = model, columns = columnsOf(sheet.width);
   const drawn = Object.assign(document.createElement("canvas"), { width, height });
   drawn.getContext("2d").drawImage(sheet, -(number % columns) * width, -Math.floor(number / columns) * height);
   return new Promise((resolve) => drawn.toBlob(resolve, "image/png"));
@@ -199,28 +208,46 @@ function run(body) {
   page.run(body);
 }
 
-element("all").addEventListener("click", () => choose(null));
-element("x_t").addEventListener("keydown", (event) => event.key === "Escape" && count > 1 && choose(null));
+function showAll() {
+  const number = chosen;
+  if (number === null || count === 1) return;
+  choose(null);
+  tilesOf("x_t")[number].focus();
+}
+
+// The tiles are one stop of Tab; the arrow keys go on among them.
+element("x_t").addEventListener("keydown", (event) => {
+  const tiles = tilesOf("x_t"), from = tiles.indexOf(document.activeElement);
+  const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1, Home: -count, End: count }[event.key];
+  if (!by || from < 0 || chosen !== null) return;
+  event.preventDefault();
+  const to = Math.max(0, Math.min(count - 1, from + by));
+  tiles.forEach((tile, number) => (tile.tabIndex = number === to ? 0 : -1));
+  tiles[to].focus();
+});
+element("all").addEventListener("click", showAll);
+document.querySelector(".first").addEventListener("keydown", (event) => event.key === "Escape" && showAll());
 element("share").addEventListener("click", ({ target }) => copyLink(target, toHash(shortest(shownParameters(), model))));
 element("another").addEventListener("click", () => run(without(shownParameters(), "seed", "index")));
 element("vary").addEventListener("click", async () => {
-  const picture = await shownPicture();
   const like = without(shownParameters(), "seed", "index", "to_seed", "mix", "image_sha256", "mask_sha256");
-  run({ ...like, n: numberOfImages(), strength: STRENGTH, image: await toBase64(picture) });
+  const n = numberOfImages(), picture = await shownPicture();
+  run({ ...like, n, strength: STRENGTH, image: await toBase64(picture) });
 });
 element("edit-this").addEventListener("click", async () => page.edit(await shownPicture()));
 element("zip").addEventListener("click", async ({ target }) => {
   if (target.ariaDisabled === "true") return;
   target.ariaDisabled = "true";
   element("made-error").textContent = "";
+  const result = made;
   try {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(await made.zip());
-    link.download = `tminus-${made.parameters.seed}.zip`;
+    link.href = URL.createObjectURL(await result.zip());
+    link.download = `tminus-${result.parameters.seed}.zip`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    element("made-error").textContent = `The zip could not be had: ${reason(error)}`;
+    element("made-error").textContent = `The zip could not be had: ${reason(error)}.`;
   }
   target.ariaDisabled = "false";
 });
