@@ -17,7 +17,7 @@ class SamplerFacts:
 
     when: str  # to take it, for users
     source: str
-    good_steps: int  # what the web page and the examples begin with
+    good_steps: int  # what a request gets that names the sampler alone
     passes_per_step: int = 1
     passes_to_start: int = 0  # beyond those, where there are two steps or more
     multistep: bool = False  # of diffusers' multistep solvers, which share their timesteps

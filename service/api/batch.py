@@ -82,8 +82,8 @@ class RunningJobs:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._looked_s < FRESH_S:
             return
-        self._looked_s = now_s
         statuses = await self._models.default.statuses.all()  # of all models: they have one worker
+        self._looked_s = now_s
         known, self._known = self._known, {}
         for status in statuses[:MOST_JOBS]:
             entry = known.get(status.id) or self._first_seen(status)
@@ -109,7 +109,7 @@ class RunningJobs:
             model=status.model_name,
             state=status.state,
             n=status.spec.n,
-            position=status.position,
+            position=0 if status.state == "running" else status.position,
             eta_s=round(max(0.0, status.eta_s), 3),
             step=status.step,
             steps=status.spec.num_passes,

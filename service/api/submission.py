@@ -148,7 +148,8 @@ def _key(
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
     given = asked.model_dump(exclude_defaults=True)
-    if "steps" in given and given.get("guidance") == 1:  # as without it; a key may be of when that was so without steps
+    # An earlier version left guidance 1 out of the hash. With steps it still means the same.
+    if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tminus.service.client import Sampled
 
 MOST_REQUESTS = 20_000
+SETTINGS = ("sampler", "steps", "guidance")  # that an answer says were taken
 MOST_OUTSTANDING = 500  # connections at once: half of the 1024 open files that a process usually has
 MOST_LATE = 0.05  # share of all latency that may be the client's own lateness, before a line warns
 PERCENTILES = (50, 95, 99)
@@ -90,7 +91,11 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 @click.option("--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="requests a second, on average")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, help="for which requests arrive")
 @click.option("-n", "--n", type=click.IntRange(1), default=1, help="images of a request")
-@click.option("--sampler", shell_complete=SAMPLER_NAMES, help="of the requests  [default: as recommended; with --steps the scheduler's own]")
+@click.option(
+    "--sampler",
+    shell_complete=SAMPLER_NAMES,
+    help="of the requests  [default: as recommended; with --steps the scheduler's own]",
+)
 @click.option("--steps", metavar="INTEGER", help="of the requests  [default: as recommended]")
 @click.option("--class-label", help="number or name, of all images")
 @click.option("--seed", type=click.IntRange(0), default=0, help="of the times of arrival")
@@ -130,7 +135,7 @@ def bench(
         "url": url,
         "model": model,
         **given,
-        **_settings_of(example),
+        **{name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None},
         "rate": rate,
         "seconds": seconds,
         "seed": seed,
@@ -219,14 +224,3 @@ async def drive(load: Load, ask: Callable[[], Awaitable[None]]) -> Outcome:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     return outcome
-
-
-def _settings_of(example: "Sampled | None") -> dict[str, Any]:
-    """Read from the PNG of an answer by which sampler and steps it was made; nothing where it does not say so."""
-    from tminus.service.cli.reproduce import read_recipe
-
-    try:
-        made = read_recipe(example.data).parameters if example is not None else {}
-    except ValueError:
-        return {}
-    return {name: made[name] for name in ("sampler", "steps") if name in made}

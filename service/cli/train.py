@@ -105,8 +105,8 @@ def train(**options: Any) -> None:
       tminus train --data digits/ --out runs/digits
       tminus serve --checkpoint runs/digits
 
-    The images of digits/ lie in it, or in a subfolder for each class. The other options have defaults that suit their number. In
-    runs/digits, samples.png and loss.svg show how it goes.
+    The images of digits/ lie in it, or in a subfolder for each class. The other options have defaults that
+    suit their number. In runs/digits, samples.png and loss.svg show how it goes.
     """
     set_up_log("INFO", "%(message)s")
 

@@ -144,10 +144,7 @@ function suitSteps() {
   suitTable();
 }
 
-export function suitableSteps(sampler) {
-  const { recommended } = model;
-  return recommended.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
-}
+export const suitableSteps = (sampler) => model.sampler_details[sampler]?.good_steps;
 
 /** Whether two settings are the same sampler, steps and guidance. */
 export const isSame = (one, other) => ["sampler", "steps", "guidance"].every((name) => one[name] === other[name]);

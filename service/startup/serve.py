@@ -20,6 +20,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 
@@ -154,16 +155,17 @@ async def _run(
 
 async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_browser: bool) -> None:
     if await is_ready(worker):
-        log.info("ready: open %s in a browser. %s", url, first_request(url, model))
+        log.info("ready: open %s in a browser. By default: %s. %s", url, model.recommended, first_request(url, model))
         if open_browser:
             threading.Thread(target=open_page, args=(url,), name="tminus-browser", daemon=True).start()
 
 
 def first_request(url: str, model: ModelInfo) -> str:
-    """A first command, which this model takes."""
-    # Without a null class each image needs a class.
-    label = f"&class_label={label_of(0, model.class_names)}" if model.conditional and model.null_class is None else ""
-    return f"Try: curl -X POST '{url}/sample?n=8{label}' -o out.png"
+    """Return a first command, which this model takes."""
+    query: dict[str, object] = {"n": 8}
+    if model.conditional and model.null_class is None:  # each image needs a class
+        query["class_label"] = label_of(0, model.class_names)
+    return f"Try: curl -X POST '{url}/sample?{urlencode(query)}' -o out.png"
 
 
 # --- what can be found out before anything is measured ---

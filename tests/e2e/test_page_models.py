@@ -82,7 +82,7 @@ def test_a_model_keeps_its_results_and_its_job_to_itself(
     address = page.tab.url
     choose(page, "colour")
     shows_no_job(page)
-    page.has(0, "#gallery img")
+    page.has(0, "#gallery li")
     choose(page, "small")
     page.wait_for_step()
     assert page.tab.url.rpartition("#")[2] == address.rpartition("#")[2]

@@ -145,7 +145,7 @@ def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage
     page.press("Image 2 of 2")
     chosen = shown_pixels(page)
     page.press("Edit this")
-    expect(page.at("#noise-name")).to_have_text("The image above")
+    page.says("#noise-name", "The image above. Paint")
     expect(page.at("#canvas")).to_be_in_viewport()
     page.at("#noise-t").fill("0")
     page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
@@ -238,6 +238,16 @@ def test_the_film_is_scrubbed_by_dragging_and_by_the_wheel(open_page: OpenPage) 
     dragged = frame_numbers(page)[0]
     page.tab.mouse.move(box["x"] + 20, middle)
     assert frame_numbers(page)[0] == dragged, "it was let go"
+    page.tab.mouse.move(box["x"] + 1, middle)  # and let go elsewhere before it moved
+    page.tab.mouse.down()
+    page.tab.mouse.move(box["x"] - 3, middle)
+    page.tab.mouse.move(box["x"] - 50, middle)
+    page.tab.mouse.up()
+    page.tab.mouse.move(box["x"] + 300, middle)
+    page.tab.mouse.move(box["x"] + 320, middle)
+    dragged = frame_numbers(page)[0]
+    page.tab.mouse.move(box["x"] + 100, middle)
+    assert frame_numbers(page)[0] == dragged
     for turn, number in ((-80, dragged - 2), (40, dragged - 1)):
         page.tab.mouse.wheel(0, turn)
         page.says("#frame-text", f"Frame {number} of 21:")
@@ -245,6 +255,12 @@ def test_the_film_is_scrubbed_by_dragging_and_by_the_wheel(open_page: OpenPage) 
     page.tab.mouse.wheel(0, -10_000)
     page.says("#frame-text", "Frame 1 of 21:")
     assert page.tab.evaluate("() => scrollY") == scrolled
+    page.at("#scrub").press("End")
+    page.says("#frame-text", "Frame 21 of 21:")
+    page.tab.mouse.wheel(0, 200)
+    page.tab.wait_for_function(f"() => scrollY > {scrolled}")  # at its end the page goes on
+    page.says("#frame-text", "Frame 21 of 21:")
+    page.at("#scrub").press("Home")
     expect(page.at("#x_0 img[src]")).to_have_count(0)  # before the first step there is no guess
 
 

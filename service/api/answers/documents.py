@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.sampler_tables import nearest
+from tminus.service.api.request.defaults import settings_of
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
@@ -163,7 +163,7 @@ class SamplerAnswer(BaseModel):
 
     when: str = Field(description="to take it")
     source: str
-    good_steps: int = Field(description="a number of steps to begin with")
+    good_steps: int = Field(description="what a request gets that names this sampler alone")
     max_steps: int
     passes_per_step: int = Field(
         description="through the network: what a step costs, twice that where it is guided; the last step takes one"
@@ -175,11 +175,11 @@ class SamplerAnswer(BaseModel):
         """Say what it is."""
         facts, own = SAMPLER_FACTS[name], [table for table in model.tables if table.sampler == name]
         most = max((table.steps for table in own), default=facts.max_steps(model.num_timesteps))
-        good = nearest(own, facts.good_steps, 1.0).steps if own else facts.good_steps
+        alone = settings_of({"sampler": name}, model, can_guide=model.null_class is not None)
         return cls(
             when=facts.when,
             source=facts.source,
-            good_steps=min(good, most),
+            good_steps=alone.steps,
             max_steps=most,
             passes_per_step=facts.passes_per_step,
             passes_to_start=facts.passes_to_start,

@@ -30,13 +30,11 @@ def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Re
     if "table" in given and model.tables:  # of another hash it is refused, whichever table stands here
         named = [table for table in model.tables if table.hash == given["table"]]
         return _settings_of_table((named or model.tables)[0])
-    sampler = given.get("sampler", own.sampler)
-    if "steps" in given:
-        return Recommended(given.get("sampler", model.default_sampler), given["steps"])
-    if sampler != own.sampler:
-        if sampler not in TABLE_SAMPLERS:
-            return usual_settings(model.num_timesteps, sampler)
-        return Recommended(sampler, max(table.steps for table in model.tables if table.sampler == sampler))
+    sampler = given.get("sampler", model.default_sampler if "steps" in given else own.sampler)
+    if "steps" in given or sampler != own.sampler:
+        usual = usual_settings(model.num_timesteps, sampler)
+        settings = replace(usual, steps=given.get("steps", usual.steps))
+        return _as_a_table(settings, given, model, can_guide) if sampler in TABLE_SAMPLERS else settings
     own = replace(own, guidance=given.get("guidance", own.guidance if can_guide else 1.0))
     if sampler not in TABLE_SAMPLERS:
         return own
@@ -46,6 +44,20 @@ def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Re
     if given.keys() & {"sampler", "nearest"} or usual.sampler not in model.samplers:
         return own  # which is refused, or the nearest table is taken
     return replace(usual, guidance=own.guidance)
+
+
+def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Recommended:
+    """Return the settings with the guidance that there is a table for, and its steps where none are named."""
+    tables = [table for table in model.tables if table.sampler == settings.sampler]
+    if "steps" in given and not given.get("nearest"):
+        tables = [table for table in tables if table.steps == settings.steps]
+    fitting = [table for table in tables if table.guidance == given.get("guidance", 1.0)]
+    if not fitting and can_guide and "guidance" not in given:
+        fitting = tables
+    if not fitting:
+        return settings  # which is refused
+    table = nearest(fitting, settings.steps, settings.guidance)
+    return replace(settings, steps=given.get("steps", table.steps), guidance=table.guidance)
 
 
 def tables_for(given: Mapping[str, Any], model: ModelInfo, sampler: str, guidance: float) -> list[Table]:

@@ -177,7 +177,7 @@ class SampleRequest(RequestSchema):
     )
     guidance: Scale | None = Field(
         None,
-        description="classifier-free guidance scale, 0..50; 1 is off; default: 1, or without steps the one recommended",
+        description="guidance scale, 0..50; 1 is off; default: as recommended where sampler and steps are, else 1",
     )
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"

@@ -46,7 +46,8 @@ def test_each_job_is_told_with_its_rows_its_step_and_its_timestep(site: Site) ->
         timesteps = timesteps_of(make_spec(**asked), INFO)
         assert (job["n"], job["steps"], job["state"], job["seed"]) == (3, 20, "running", 5)
         assert (job["t"], job["num_timesteps"], job["model"]) == (timesteps[1], INFO.num_timesteps, INFO.name)
-        assert job["yours"]
+        assert (job["position"], job["yours"]) == (0, True)
+        assert job["eta_s"] >= 0
         assert now["rows_active"] == 3
         site.engine.gate.open()
         assert answer.result().status_code == 200

@@ -11,6 +11,7 @@ from tests.service.api.pictures import CAT, b64
 from tests.service.api.test_tables import table
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE, TABLE_SAMPLERS, Recommended, usual_settings
+from tminus.service.api.answers.documents import SamplerAnswer
 from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.errors import InvalidField
@@ -144,14 +145,55 @@ def test_a_sampler_alone_takes_its_good_number_of_steps_or_all_that_is_recommend
     data: st.DataObject,
 ) -> None:
     model = data.draw(models())
-    asked, sampler = data.draw(classes(model)), data.draw(st.sampled_from(SAMPLERS))
-    assume(sampler in model.samplers)
+    asked, sampler = data.draw(classes(model)), data.draw(st.sampled_from(model.samplers))
     facts, own = SAMPLER_FACTS[sampler], model.recommended
-    if sampler == own.sampler:
+    if sampler in TABLE_SAMPLERS and not guidable(model, asked):
+        assume(any(each.guidance == 1 for each in model.tables if each.sampler == sampler))
+        assume(sampler != own.sampler or own.guidance == 1)
+    if sampler == own.sampler and own_is_had(model, asked):
         assert spec_of(model, asked | {"sampler": sampler}) == spec_of(model, asked)
+    elif sampler in TABLE_SAMPLERS:
+        spec = spec_of(model, asked | {"sampler": sampler})
+        assert spec.sampler == sampler
+        assert sampler == own.sampler or guidable(model, asked) is False or spec.steps == good_steps(model, sampler)
     else:
         steps = min(facts.good_steps, facts.max_steps(model.num_timesteps))
         assert taken(model, **asked, sampler=sampler) == (sampler, steps, 1)
+        assert good_steps(model, sampler) == (own.steps if sampler == own.sampler else steps)
+
+
+def guidable(model: ModelInfo, asked: dict[str, Any]) -> bool:
+    """Whether each image has a class, and the model a null class."""
+    return model.null_class is not None and "class_label" in asked and asked["class_label"] != [0, None]
+
+
+def own_is_had(model: ModelInfo, asked: dict[str, Any]) -> bool:
+    """Whether what is recommended can be had as it is."""
+    return model.recommended.sampler not in TABLE_SAMPLERS or guidable(model, asked) or model.recommended.guidance == 1
+
+
+def good_steps(model: ModelInfo, sampler: str) -> int:
+    return SamplerAnswer.of(sampler, model).good_steps
+
+
+def test_a_sampler_of_guided_tables_alone_takes_one_of_them() -> None:
+    """As `tminus tune` leaves a model of one's own that recommends guidance, where no table was good enough."""
+    guided = replace(
+        INFO,
+        samplers=(*SAMPLERS, "tuned"),
+        tables=(table(4, 1.5), table(8, 1.5), table(16, 1.5)),
+        timestep_spacings=INFO.timestep_spacings | {"tuned": TABLE},
+        recommended=Recommended("dpmpp_2m", 20, 1.5),
+    )
+    assert taken(guided, sampler="tuned", class_label=0) == ("tuned", 8, 1.5)
+    assert taken(guided, sampler="tuned", class_label=0, steps=4) == ("tuned", 4, 1.5)
+    assert taken(guided, sampler="tuned", class_label=0, steps=15, nearest=True) == ("tuned", 16, 1.5)
+    assert good_steps(guided, "tuned") == 8
+    mixed = replace(guided, tables=(table(8), table(4, 1.5)))
+    assert taken(mixed, sampler="tuned", class_label=0) == ("tuned", 8, 1)
+    assert taken(mixed, sampler="tuned", class_label=0, guidance=1.5) == ("tuned", 4, 1.5)
+    with pytest.raises(InvalidField, match="guidance must be one that tuned has a table for"):
+        taken(guided, sampler="tuned")
 
 
 TUNED = replace(

@@ -234,7 +234,10 @@ def test_what_is_there_is_left_as_it_is_and_no_server_is_asked(files: Files, her
     (here / "file").write_text("mine")
     (here / "link").symlink_to("nowhere")
     for name in ("folder", "file", "link"):
-        assert refusal(files, "--out", name) == f"{name} exists already, and is left as it is; name another folder with --out"
+        assert (
+            refusal(files, "--out", name)
+            == f"{name} exists already, and is left as it is; name another folder with --out"
+        )
     assert (here / "file").read_text() == "mine"
     assert "File exists" in refusal(files, "--out", "file/below")
     assert files.asked == []
