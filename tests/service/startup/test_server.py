@@ -275,7 +275,7 @@ def test_a_server_waits_for_streams_that_have_a_job_and_answers_meanwhile(runnin
 def test_the_first_command_that_is_shown_is_one_that_the_model_takes() -> None:
     assert first_request("http://here", INFO) == "Try: curl -X POST 'http://here/sample?n=8' -o out.png"
     classes_only = replace(INFO, null_class=None, class_names=("1", "0"))
-    assert "/sample?n=8&class_label=number:0'" in first_request("http://here", classes_only)
+    assert "/sample?n=8&class_label=number%3A0'" in first_request("http://here", classes_only)
 
 
 def test_a_request_on_a_kept_connection_that_comes_just_after_the_end_of_the_work_is_answered(
