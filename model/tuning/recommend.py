@@ -34,7 +34,7 @@ class Trial:
     """Compares the tables of one guidance with the plain sampler whose place they would take."""
 
     def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
-        """Take those of the tables that have the guidance which is recommended, and take fewer passes."""
+        """Keep the tables that have the recommended guidance, and take fewer passes than the plain sampler."""
         own = checkpoint.settings
         usual = replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
         self.plain = usual if own.sampler == TUNED else own
@@ -49,11 +49,9 @@ class Trial:
         """Say why nothing can be compared; None where something can."""
         if SAMPLER_FACTS[self.plain.sampler].noise == "always":
             return f"{self.plain} adds fresh noise, so its images are no solution's"
-        return (
-            None
-            if self.tables
-            else f"no table has the guidance of {self.plain}, and fewer than its {self._passes} passes"
-        )
+        if not self.tables:
+            return f"no table has the guidance of {self.plain}, and fewer than its {self._passes} passes"
+        return None
 
     def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
         """Judge the tables, from the fewest steps on, until one is good enough.
