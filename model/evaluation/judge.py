@@ -138,16 +138,16 @@ class Judge:
             if self._classifier is not None:
                 frechet = self._real_frechet(self._train.images[picked], picked)
             images, classes = self._train.images[picked], self._classes_of(self._train)[picked]
-            one, other = self._components.project(images), self._components.project(test_picked)
+            train_projected, test_projected = map(self._components.project, (images, test_picked))
             self._real[num_images, seed] = _Real(
                 frechet,
                 len(picked),
                 self._nearest(test_picked),
-                other,
-                frechet_distance(fit_gaussian(one), self._pixel_gaussian),
+                test_projected,
+                frechet_distance(fit_gaussian(train_projected), self._pixel_gaussian),
                 class_variance(images, classes),
-                share_within(one, other),
-                share_within(other, one),
+                share_within(train_projected, test_projected),
+                share_within(test_projected, train_projected),
             )
         return self._real[num_images, seed]
 

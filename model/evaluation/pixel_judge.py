@@ -25,7 +25,7 @@ class Components(NamedTuple):
     directions: Tensor
 
     def project(self, images: Tensor) -> Tensor:
-        """Where images uint8 [N, C, H, W] lie along the directions: float64 [N, K], pixels counting from -1 to 1."""
+        """Say where images uint8 [N, C, H, W] lie along the directions: float64 [N, K]; pixels count from -1 to 1."""
         at_once = max(1, VALUES_AT_ONCE // len(self.mean))
         parts = [(_flat(part) - self.mean) @ self.directions for part in torch.split(images, at_once)]
         return torch.cat(parts)
@@ -36,15 +36,15 @@ def fit_components(images: Tensor) -> Components:
     flat = _flat(images)
     mean = flat.mean(0)
     flat -= mean
-    few = len(flat) < flat.shape[1]  # then the matrix of images is the smaller, and has the same eigenvalues
-    values, vectors = torch.linalg.eigh(flat @ flat.T if few else flat.T @ flat)
+    by_image = len(flat) < flat.shape[1]  # the matrix of images is then the smaller, and has the same eigenvalues
+    values, vectors = torch.linalg.eigh(flat @ flat.T if by_image else flat.T @ flat)
     kept = int((values[-COMPONENTS:] > LEAST_SHARE * values[-1]).sum())
     values, vectors = values[len(values) - kept :].flip(0), vectors[:, len(vectors) - kept :].flip(1)
-    return Components(mean, flat.T @ vectors / values.sqrt() if few else vectors)
+    return Components(mean, flat.T @ vectors / values.sqrt() if by_image else vectors)
 
 
 def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
-    """The variance of the pixels within each class, summed over pixels: uint8 [N, C, H, W], int64 [N].
+    """Compute the variance within each class, summed over pixels, of images uint8 [N, C, H, W] of classes int64 [N].
 
     Each is unbiased (N - 1), so that sets of different sizes compare. A class of one image has none.
     """
@@ -58,17 +58,17 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 
 
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
-    """The mean variance within a class, by that of real images; None where no class has both, or real ones are alike.
+    """Divide the sum of the variances within classes by that of real images, over the classes that have both.
 
-    1 is right. Below it images of a class are too much alike.
+    1 is right. Below it images of a class are too much alike. None where no class has both, or real ones do not vary.
     """
     both = variances.keys() & real.keys()
-    of_real = sum(real[each] for each in both)
-    return sum(variances[each] for each in both) / of_real if of_real > 0 else None
+    real_sum = sum(real[each] for each in both)
+    return sum(variances[each] for each in both) / real_sum if real_sum > 0 else None
 
 
 def share_within(queries: Tensor, references: Tensor) -> float:
-    """The share of the queries that lie as near to a reference as that one's third neighbour: both [N, K].
+    """Compute the share of queries [N, K] that lie as near to a reference [M, K] as that one's third neighbour.
 
     Kynkäänniemi et al. 2019, eq. 1 and 2: the precision of queries that were made, of real references; the recall, of
     real queries and references that were made.

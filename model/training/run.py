@@ -25,6 +25,7 @@ from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically, write_text
 from tminus.model.machine import free_cores
 from tminus.model.training.curve import LossCurve, loss_svg, sparkline
+from tminus.model.training.data import listed
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,19 @@ def read_state(folder: Path) -> dict[str, Any]:
         moments.setdefault(int(index), {})[key] = value
     optimizer = {"state": moments, "param_groups": state.pop("param_groups")}
     return {**state, **parts, "optimizer": optimizer}
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Return the settings that a run in this folder was saved with; none where no run is, or none that can be read."""
+    try:
+        if not (folder / STATE_FILE).is_file():
+            state = read_state(folder)
+        else:
+            with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
+                state = json.loads(opened.metadata()["state"])
+        return dict(state["config"])
+    except Exception:  # whatever a damaged file makes its reader raise; the run that resumes it says so
+        return {}
 
 
 class TrainError(ValueError):
@@ -305,10 +319,11 @@ class Run:
             # Tuples are lists in the file.
             now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
             usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
+            usual["class_names"] = now.get("class_names")  # of states that did not tell it
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
-                    differs = f"this run was begun with {field}={begun!r}, got {now[field]!r}"
+                    differs = f"this run was begun with {field}={_told(begun)}, got {_told(now[field])}"
                     raise TrainError(f"{folder}: {differs}; another folder begins anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
@@ -324,6 +339,12 @@ class Run:
             file = folder / (STATE_FILE if (folder / STATE_FILE).is_file() else FORMER_FILE)
             raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
         return config
+
+
+def _told(value: Any) -> str:
+    """Write a setting into a message, though not very many names."""
+    names = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return f"[{listed(value)}]" if names else repr(value)
 
 
 class Progress:

@@ -116,7 +116,8 @@ def train(
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    identity |= {"data": f"{data.name}, {len(data)} images"}
+    # Its classes too, as the folder of the images names them: people may rename those in tminus.json.
+    identity |= {"data": f"{data.name}, {len(data)} images", "class_names": data.class_names}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
     assert unet.size_px is not None
@@ -126,8 +127,7 @@ def train(
         was = f"init_from={run.origin!r}, got {str(init_from)!r}"
         raise TrainError(f"{folder}: this run was begun with {was}; leave --init-from out to go on")
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
-    labels = Labels(data.class_names, null_class)
-    recommended, folded_guidance = _to_tell(run, config, noise, labels, origin)
+    labels, recommended, folded_guidance = _to_tell(run, config, unet, noise, data.class_names, origin)
 
     # The data, and how the network runs.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
@@ -225,10 +225,6 @@ def _check(
             raise TrainError("class_dropout must be above 0 with guidance, or the null class is not learned; got 0")
         if config.stable_target:
             raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
-    if run.begun:
-        begun = tuple(TminusJson.read(run.folder).values.get("class_names", data.class_names))
-        if begun != data.class_names:
-            raise TrainError(f"{run.folder}: this run was begun with class_names={begun!r}, got {data.class_names!r}")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
     check_place(run.folder, autoencoder)  # now, and not at the first save
@@ -247,17 +243,26 @@ def _origin(folder: Path, net: UNet2D) -> Checkpoint:
 
 
 def _to_tell(
-    run: Run, config: TrainConfig, noise: NoiseConfig, labels: Labels, origin: Checkpoint | None
-) -> tuple[Recommended, float | None]:
-    """What tminus.json tells: the recommended settings, and the guidance in the weights.
+    run: Run,
+    config: TrainConfig,
+    unet: UNetConfig,
+    noise: NoiseConfig,
+    class_names: tuple[str, ...],
+    origin: Checkpoint | None,
+) -> tuple[Labels, Recommended, float | None]:
+    """Return what tminus.json tells: the classes, the recommended settings, and the guidance in the weights.
 
-    They are those of the run's last save, or of the checkpoint that it begins from. Where there are none, or they name
-    a table, which fits only the weights that it was made for, they are the usual ones; guided, if the network learns
-    the null class and no guidance is in the weights.
+    A run that is resumed keeps what its tminus.json tells now. A new one has the classes of the data (class_names), and
+    the settings of the checkpoint that it begins from. Where there are none, or they name a table, which fits only the
+    weights that it was made for, they are the usual ones; guided, if the network learns the null class and no guidance
+    is in the weights.
     """
+    labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
     if run.begun:
         tminus_json = TminusJson.read(run.folder)
+        if labels.null_class is not None and tminus_json.values.get("class_names") is not None:
+            labels = tminus_json.labels(unet)
         recommended = tminus_json.recommended(noise, labels)
         if "folded_guidance" in tminus_json.values:
             folded_guidance = tminus_json.folded_guidance()
@@ -272,7 +277,7 @@ def _to_tell(
         guided = labels.null_class is not None and config.class_dropout > 0 and folded_guidance in (None, 1.0)
         usual = usual_settings(noise.num_train_timesteps)
         recommended = dataclasses.replace(usual, guidance=GUIDANCE if guided else 1.0)
-    return recommended, folded_guidance
+    return labels, recommended, folded_guidance
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:

@@ -34,21 +34,24 @@ class Trial:
     """Compares the tables of one guidance with the plain sampler whose place they would take."""
 
     def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
-        """Of the tables only those count that have the guidance which is recommended, and fewer steps."""
+        """Keep the tables that have the recommended guidance, and take fewer passes than the plain sampler."""
         own = checkpoint.settings
         usual = replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
         self.plain = usual if own.sampler == TUNED else own
-        few = [table for table in tables if (table.sampler, table.guidance) == (TUNED, own.guidance)]
-        few = [table for table in few if table.steps < self.plain.steps]
-        self.tables = sorted(few, key=lambda table: table.steps)
+        self._passes = SAMPLER_FACTS[self.plain.sampler].num_passes(self.plain.steps)
+        rivals = [table for table in tables if (table.sampler, table.guidance) == (TUNED, own.guidance)]
+        rivals = [table for table in rivals if SAMPLER_FACTS[TUNED].num_passes(table.steps) < self._passes]
+        self.tables = sorted(rivals, key=lambda table: table.steps)
         self._checkpoint = checkpoint
 
     @property
     def hindrance(self) -> str | None:
-        """Why nothing can be compared; None where something can."""
+        """Say why nothing can be compared; None where something can."""
         if SAMPLER_FACTS[self.plain.sampler].noise == "always":
             return f"{self.plain} adds fresh noise, so its images are no solution's"
-        return None if self.tables else f"no table has the guidance of {self.plain}, and fewer steps"
+        if not self.tables:
+            return f"no table has the guidance of {self.plain}, and fewer than its {self._passes} passes"
+        return None
 
     def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
         """Judge the tables, from the fewest steps on, until one is good enough.
@@ -69,14 +72,14 @@ class Trial:
         def error(plan: Plan) -> float:
             return float((images(plan) - solution).square().mean().sqrt())
 
-        most = error(checkpoint.plan(plain.sampler, plain.steps, guidance=plain.guidance))
-        against = f"from {finer} steps of {sampler}: {most:.4f} by {plain}"
+        plain_error = error(checkpoint.plan(plain.sampler, plain.steps, guidance=plain.guidance))
+        figures = f"root mean square error from {finer} steps of {sampler}: {plain_error:.4f} by {plain}"
         for table in self.tables:
-            its = error(table_plan(noise, noise.schedule(), table, clip=None))
-            against += f", {its:.4f} by {table.steps} of {TUNED}"
-            if its <= most:
-                return Verdict(Recommended(TUNED, table.steps, table.guidance), f"root mean square error {against}")
-        return Verdict(None, f"root mean square error {against}")
+            table_error = error(table_plan(noise, noise.schedule(), table, clip=None))
+            figures += f", {table_error:.4f} by {table.steps} of {TUNED}"
+            if table_error <= plain_error:
+                return Verdict(Recommended(TUNED, table.steps, table.guidance), figures)
+        return Verdict(None, figures)
 
 
 def _images(

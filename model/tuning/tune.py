@@ -120,13 +120,14 @@ def tune(
     """Fit a table for each number of steps at each guidance, and write it; returns the files. Raises TuneError.
 
     A table that is there, of these weights and settings, is left as it is. The smallest table that is good enough is
-    then recommended in tminus.json (see recommend.py). `forward` runs the checkpoint's network.
+    then recommended in tminus.json (see recommend.py), unless all were there and judged before. `forward` runs the
+    checkpoint's network.
     threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
     settings = dataclasses.asdict(config)
     tables = [table for table in checkpoint.tables if table.sampler == TUNED]
-    done = {(table.steps, table.guidance) for table in tables if table.about.get("settings") == settings}
+    done = {(table.steps, table.guidance): table for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
     precision = None if config.iterations else "fp32"  # of the gradients
     for guidance in guidances:
@@ -147,7 +148,10 @@ def tune(
             say(f"gradients in {precision}, which is faster here")
         one = _Tuning(folder, checkpoint, fitter, guidance, config, say, threads)
         files += [one.tune(count, precision) for count in wanted]
-    _recommend(folder, checkpoint, forward, config, device, say)
+    if files or not all(done[count, guidance].about.get("judged") for guidance in guidances for count in steps):
+        _recommend(folder, checkpoint, forward, config, device, say)
+    else:
+        say(f"recommended as before: {checkpoint.settings} (these tables were judged already)")
     return files
 
 
@@ -159,7 +163,11 @@ def _recommend(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Compare the tables that are in the folder now, and note in tminus.json which is recommended."""
+    """Compare the tables that are in the folder now, and note in tminus.json which is recommended.
+
+    At last each table notes that it was judged. The same command does not judge it again: the sampler that it was
+    compared with may be recommended no more, and another could lead to another table.
+    """
     tables, _ = read_tables(
         folder,
         checkpoint.weights_hash,
@@ -173,9 +181,13 @@ def _recommend(
     recommended, why = trial.run(config.teacher, forward, rows, config.batch_size)
     if recommended is None:
         say(f"recommended as before: {checkpoint.settings} ({why})")
-        return
-    recommend(folder, recommended)
-    say(f"recommended from now on: {recommended} ({why})")
+    else:
+        recommend(folder, recommended)
+        say(f"recommended from now on: {recommended} ({why})")
+    for table in tables:
+        if table.about.get("settings") == dataclasses.asdict(config):
+            judged = dataclasses.replace(table, about={**table.about, "judged": True})
+            write_table(folder, judged, checkpoint.weights_hash, checkpoint.noise.to_dict())
 
 
 def state_file(folder: Path, steps: int, guidance: float) -> Path:
@@ -185,7 +197,7 @@ def state_file(folder: Path, steps: int, guidance: float) -> Path:
 
 
 def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
-    """What is sampled: classes in turn, without guidance the null class among them, and a noise of its own each."""
+    """Make the rows to sample: classes in turn, without guidance the null class too, and noise of its own for each."""
     labels, null_class = None, checkpoint.labels.null_class
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)

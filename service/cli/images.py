@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
     from tminus.service.engine.protocol import Record
+    from tminus.service.images.image_header import ImageHeader
     from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Images, Inputs, SampleSpec
 
@@ -142,12 +143,8 @@ class LocalJob:
             return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
 
 
-def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
-    """Decode a PNG: its pixels [H, W, C], and the text in it that says how it was made. Raises ValueError."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    from tminus.service.images.encoder import PNG_TEXT_KEY
+def read_png_header(png: bytes) -> "ImageHeader":
+    """Read the header of a PNG. Raises ValueError for any other bytes."""
     from tminus.service.images.image_header import read_header
 
     try:
@@ -156,6 +153,17 @@ def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
         raise ValueError(f"not a PNG that can be read ({error})") from None
     if header is None or header.format != "PNG":
         raise ValueError(f"not a PNG{f' but a {header.format}' if header else ''}; only PNGs say how they were made")
+    return header
+
+
+def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
+    """Decode a PNG: its pixels [H, W, C], and the text in it that says how it was made. Raises ValueError."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from tminus.service.images.encoder import PNG_TEXT_KEY
+
+    header = read_png_header(png)
     if header.pixels > MAX_PIXELS:
         raise ValueError(f"{header.width_px}x{header.height_px} pixels, over {MAX_PIXELS}")
     try:
@@ -168,37 +176,53 @@ def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
         raise ValueError(f"not a PNG that can be read ({error})") from None
 
 
-def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
-    """Enlarge a PNG of n images that tminus made; its recipe says so, for `tminus reproduce`. Raises ValueError.
+class TooLarge(ValueError):
+    """An enlarged PNG would have more than MAX_PIXELS pixels."""
 
-    scale: None for as large as a person sees it.
+
+def check_enlarged(height_px: int, width_px: int, scale: int) -> None:
+    """Raise TooLarge where a PNG of this size cannot be enlarged by this scale."""
+    pixels = height_px * width_px * scale**2
+    if scale > 1 and pixels > MAX_PIXELS:
+        raise TooLarge(f"the PNG would have {pixels} pixels, and may have {MAX_PIXELS}")
+
+
+def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
+    """Enlarge a PNG of n images that tminus made; its recipe says so, for `tminus reproduce`.
+
+    scale: None for as large as a person sees it. Raises TooLarge, and ValueError for what is no such PNG.
     """
     from tminus.service.client import checks
     from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
 
     if scale == 1:
         return png
-    pixels, text = decode_png(png)
-    scale = scale or viewing_scale(n, *pixels.shape[:2])
-    if scale == 1:
+    header = read_png_header(png)
+    size = header.height_px, header.width_px
+    scale = scale or viewing_scale(n, *size)
+    if scale == 1:  # also where it is too large to be decoded here
         return png
-    if pixels.size * scale**2 > MAX_PIXELS * pixels.shape[2]:
-        raise ValueError(f"--scale {scale}: a PNG may have {MAX_PIXELS} pixels, got {pixels.size * scale**2}")
+    check_enlarged(*size, scale)
+    pixels, text = decode_png(png)
     recipe = checks.mapping(checks.loads(text)) | {SCALE: scale} if text is not None else None
     return encode_png(enlarge(pixels, scale), recipe)
 
 
 def make_images(
-    options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
+    options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, scale: int = 1, fingerprint: str | None = None
 ) -> "tuple[dict[str, bytes], SampleSpec]":
     """Sample in this process: PNG files by name (one, "sheet", or one per image), and what was made.
 
-    fingerprint: that of the engine that is to make the images again.
+    scale: by what they are to be enlarged; raises TooLarge before it samples where they cannot be. fingerprint: that of
+    the engine that is to make the images again.
     """
-    from tminus.service.images.encoder import PNG, ZIP, encode_result
+    from tminus.service.images.encoder import PNG, ZIP, encode_result, sheet_grid
 
     job = LocalJob.of(options, parameters, fingerprint)
-    images, spec, info = job.run(), job.spec, job.loaded.engine.info
+    spec, info = job.spec, job.loaded.engine.info
+    rows, columns = sheet_grid(spec.n if sheet else 1)
+    check_enlarged(rows * info.height_px, columns * info.width_px, scale)
+    images = job.run()
     if sheet:
         return {"sheet": encode_result(PNG, spec, images, info)}, spec
     with zipfile.ZipFile(io.BytesIO(encode_result(ZIP, spec, images, info))) as archive:

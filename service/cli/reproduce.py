@@ -80,7 +80,7 @@ def reproduce(
     else:
         here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
-    with failing_in_one_line(str(url or png)):
+    with failing_in_one_line(f"{url or png}: scale {recipe.scale}"):
         again = enlarge_png(again, parameters["n"], recipe.scale)
     if out is not None:
         write_file(f"--out {out}", out, again)

@@ -11,6 +11,7 @@ from tminus.model.catalogue import SAMPLERS, Recommended
 from tminus.service.cli.images import (
     MAX_LOCAL_N,
     MAX_SCALE,
+    TooLarge,
     check_model,
     enlarge_png,
     local_model_options,
@@ -124,16 +125,24 @@ def sample(
     made: Sampled | SampleSpec | Accepted
     make_folder(f"--out {out}", out.parent if sheet else out)
     if url is None:
-        files, made = make_images(LoadOptions(checkpoint, device, executor, precision), parameters, sheet=sheet)
+        options = LoadOptions(checkpoint, device, executor, precision)
+        try:
+            files, made = make_images(options, parameters, sheet=sheet, scale=scale or 1)
+        except TooLarge as error:
+            fail(f"--scale {scale}: {error}")
     elif watch is None:
         made = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
         files = {"sheet": made.data} if sheet else made.files
     else:
         files, made, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
-    n = given["n"]
+    n, too_large = given["n"], None
     for name, data in files.items():
+        shown = data
         with failing_in_one_line(f"--out {out}"):
-            shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
+            try:
+                shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
+            except TooLarge as error:  # of a server's, whose size nobody knew before
+                too_large = error
         write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
@@ -143,6 +152,8 @@ def sample(
     say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
         write_animation(watch, enlarge_frames(frames, n, scale))
+    if too_large is not None:
+        fail(f"--scale {scale}: {too_large}; {out} is not enlarged")
 
 
 def request_parameters(given: Mapping[str, Any]) -> dict[str, Any]:

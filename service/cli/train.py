@@ -52,10 +52,14 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @CHANNELS
 @BACKGROUND
 @OUT
-@click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
+@click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, which sets --channels too")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
-@click.option("--steps", type=int, help="optimiser steps in all  [default: 500 to 15000, by the number of images]")
-@click.option("--batch-size", type=int, help="images of an optimiser step  [default: 64, or half of fewer than 128]")
+@click.option(
+    "--steps", type=int, help="optimiser steps in all  [default: the run's, or 500 to 15000 by the number of images]"
+)
+@click.option(
+    "--batch-size", type=int, help="images of an optimiser step  [default: the run's, or 64, or half of fewer than 128]"
+)
 @click.option("--optimizer", default="adam", help="adam, or muon, which learns more in a step")
 @click.option("--learning-rate", default=1e-3, help="of the optimiser, at its highest")
 @click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
@@ -105,8 +109,8 @@ def train(**options: Any) -> None:
       tminus train --data digits/ --out runs/digits
       tminus serve --checkpoint runs/digits
 
-    The images of digits/ lie in it, or in a subfolder for each class. The other options have defaults that
-    suit their number. In runs/digits, samples.png and loss.svg show how it goes.
+    The images of digits/ lie in it, or in a subfolder for each class. The other options have defaults that suit their
+    number. In runs/digits, samples.png and loss.svg show how it goes.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -114,6 +118,7 @@ def train(**options: Any) -> None:
     from tminus.model.noise import NoiseConfig
     from tminus.model.samplers import compile_plan
     from tminus.model.training.data import listed
+    from tminus.model.training.run import saved_config
     from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
@@ -121,15 +126,19 @@ def train(**options: Any) -> None:
     out, data_dir = options["out"], options["data_dir"]
     with failing_in_one_line():
         device = choose_device(options["device"])
+        autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
+        if options["channels"] is None and autoencoder is not None:
+            options["channels"] = autoencoder.config.in_channels
         like = options["size_px"], options["channels"], options["background"]
         data = load_training_data(options["data"], "train", data_dir, *like)
+        begun = saved_config(out)
         for name, usual in (("steps", usual_steps), ("batch_size", usual_batch)):
-            options[name] = usual(len(data)) if options[name] is None else options[name]
+            if options[name] is None:
+                options[name] = begun.get(name) or usual(len(data))
         like = options["size_px"], data.images.shape[1], options["background"]
         held_out = None
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
             held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
-        autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
         unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
         noise = NoiseConfig(
             num_train_timesteps=options["timesteps"],
@@ -164,7 +173,7 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     channels, size_px = data.images.shape[1], data.images.shape[-1]
     if latent is not None:
         if latent.in_channels != channels or size_px % latent.factor:
-            kind = f"{latent.in_channels} channels and sides that divide by {latent.factor}"
+            kind = f"{latent.in_channels} channels (--channels) and sides (--size) that divide by {latent.factor}"
             raise ValueError(f"the autoencoder takes images of {kind}, got {tuple(data.images.shape[1:])}")
         channels, size_px = latent.channels, size_px // latent.factor
     at_level = [(size_px >> level) in attends for level in range(len(widths))]

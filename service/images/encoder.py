@@ -262,12 +262,17 @@ def _to_pillow(pixels: Images) -> Image.Image:
 def contact_sheet(images: Images) -> Images:
     """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C]; spare cells black."""
     n, height, width, channels = images.shape
-    columns = sheet_columns(n)
-    rows = math.ceil(n / columns)
+    rows, columns = sheet_grid(n)
     cells = np.zeros((rows * columns, height, width, channels), np.uint8)
     cells[:n] = images
     grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     return grid.reshape(rows * height, columns * width, channels)
+
+
+def sheet_grid(n: int) -> tuple[int, int]:
+    """Return how many rows and columns a contact sheet of n images has."""
+    columns = sheet_columns(n)
+    return math.ceil(n / columns), columns
 
 
 def sheet_columns(n: int) -> int:
@@ -279,8 +284,8 @@ def sheet_columns(n: int) -> int:
 
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
     """Return by what a sheet of n images is enlarged for people: up to TILE_PX an image, and most_px in all."""
-    columns = sheet_columns(n)
-    tile = max(height // math.ceil(n / columns), width // columns)
+    rows, columns = sheet_grid(n)
+    tile = max(height // rows, width // columns)
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
 
 

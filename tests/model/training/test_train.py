@@ -295,7 +295,36 @@ def test_resuming_with_another_config_or_network_is_refused(tmp_path: Path) -> N
     ):  # no weight would show the second
         with pytest.raises(TrainError, match=f"begun with unet {field}={was}, got {got}"):
             run(tmp_path, unet=dataclasses.replace(CONDITIONAL, **{field: got}))
+    many = dataclasses.replace(toy_images(), class_names=tuple(f"name {k}" for k in range(300)))
+    with pytest.raises(TrainError, match=r"class_names=\[left, right\], got \[name 0, .* and 280 more\]") as refused:
+        train(tmp_path, many, CONDITIONAL, NOISE, RUN, device=CPU)
+    assert len(str(refused.value)) < 500
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [(["a", "b"], ("a", "b")), (None, ("left", "right"))],
+    ids=["renamed", "null, which is as if they were not there"],
+)
+def test_classes_may_be_renamed_in_tminus_json(
+    names: list[str] | None, kept: tuple[str, ...], straight: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    file = tmp_path / "tminus.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"class_names": names}), "utf-8")
+    run(tmp_path)
+    assert load_checkpoint(tmp_path).labels.class_names == kept
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_state_of_a_version_that_kept_no_class_names_goes_on(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    state = state_of(tmp_path)
+    del state["identity"]["class_names"]
+    write_state(tmp_path, state)
+    run(tmp_path)
+    assert_same_run(straight, tmp_path)
 
 
 def test_run_of_a_version_without_a_setting_goes_on_with_its_default(straight: Path, tmp_path: Path) -> None:

@@ -81,8 +81,18 @@ def test_where_no_table_is_as_exact_nothing_changes(checkpoint: Checkpoint) -> N
 @pytest.mark.parametrize(
     ("own", "guidance", "steps", "why"),
     [
-        (Recommended("ddim", 20, 2.0), 1.0, 16, "no table has the guidance of 20 steps of ddim, guidance 2, and fewer"),
-        (Recommended("ddim", 16, 2.0), 2.0, 16, "no table has the guidance of 16 steps of ddim, guidance 2, and fewer"),
+        (
+            Recommended("ddim", 20, 2.0),
+            1.0,
+            16,
+            "no table has the guidance of 20 steps of ddim, guidance 2, and fewer than its 20 passes",
+        ),
+        (
+            Recommended("ddim", 16, 2.0),
+            2.0,
+            16,
+            "no table has the guidance of 16 steps of ddim, guidance 2, and fewer than its 16 passes",
+        ),
         (Recommended("ddpm", 50, 2.0), 2.0, 16, "50 steps of ddpm, guidance 2 adds fresh noise"),
     ],
     ids=["other guidance", "as many steps", "noise"],
@@ -119,6 +129,15 @@ def test_the_teacher_is_finer_than_what_a_table_is_to_replace(
     noise = dataclasses.replace(checkpoint.noise, num_train_timesteps=9)
     few = dataclasses.replace(checkpoint, recommended=None, noise=noise)
     assert default_teacher(few) == "dpmpp_2m:9"
+
+
+def test_passes_count_and_not_steps(checkpoint: Checkpoint) -> None:
+    """Ten steps of heun are nineteen passes."""
+    trial = Trial(
+        dataclasses.replace(checkpoint, recommended=Recommended("heun", 10, 2.0)),
+        [as_table(checkpoint, steps) for steps in (20, 19, 18, 9)],
+    )
+    assert [table.steps for table in trial.tables] == [9, 18]
 
 
 def test_what_is_noted_leaves_the_rest_of_the_file_and_the_weights_as_they_are(tmp_path: Path) -> None:

@@ -93,9 +93,11 @@ def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(fo
     assert loaded.samplers[-1] == "tuned"
     assert loaded.tables[0].about["held_out_error"].keys() > {"tuned"}
     before = (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns
-    said, last = run(folder, steps=(2,))
-    assert said == "2 steps at guidance 1: tuned already"
-    assert last.startswith("recommended "), "the tables are compared again: the run may have been killed before"
+    recommended = load_checkpoint(folder).settings
+    assert run(folder, steps=(2,)) == [
+        "2 steps at guidance 1: tuned already",
+        f"recommended as before: {recommended} (these tables were judged already)",
+    ]
     assert (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns == before
     run(folder, steps=(2,), guidance=2.0)
     assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(1, 1.0), (2, 1.0), (2, 2.0)]
@@ -120,6 +122,23 @@ def test_a_table_that_is_as_exact_is_recommended_and_the_same_command_finds_all_
         file.unlink()
     gone = load_checkpoint(folder)
     assert (gone.recommended, default_teacher(gone)) == (None, "dpmpp_2m:50")
+
+
+def test_a_run_that_was_killed_before_it_judged_the_tables_judges_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tminus.model.tuning.tune.recommend", killed)
+        edit_recommended(folder, {"sampler": "euler", "steps": 4})
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, steps=(2, 3))
+    assert len(load_checkpoint(folder).tables) == 2
+    *already, last = run(folder, steps=(2, 3))
+    assert already == [f"{steps} steps at guidance 1: tuned already" for steps in (2, 3)]
+    assert last.startswith("recommended from now on: ")
 
 
 def edit_recommended(folder: Path, recommended: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from tminus.service.client import Client
 from tminus.service.engine import autotune, loading, selftest
 from tminus.service.engine.autotune import Choice
 from tminus.service.engine.protocol import LoadOptions
+from tminus.service.images import encoder
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.worker.recording import Path as Recorded
@@ -173,8 +174,43 @@ def test_a_scale_that_no_command_writes_is_no_recipe(run: Run, tmp_path: Path) -
 def test_a_sheet_may_not_be_enlarged_beyond_what_can_be_read_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    what, out = ("sample", "-n", 2, "--steps", 2, "--out"), tmp_path / "a.png"
+    assert run(*what, out, "--scale", 1).exit_code == 0
+    with Image.open(out) as plain:
+        pixels = plain.width * plain.height
+    out.unlink()
     monkeypatch.setattr(images, "MAX_PIXELS", 5000)
-    one_line(run("sample", "-n", 2, "--steps", 2, "--scale", 64, "--out", tmp_path / "a.png"), "--scale 64", "5000")
+    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("sampled, and then thrown away"))
+    too_large = f"--scale 64: the PNG would have {pixels * 64**2} pixels, and may have 5000"
+    one_line(run(*what, out, "--scale", 64), too_large)
+    one_line(run(*what, tmp_path / "folder", "--scale", 64), f"would have {pixels // 2 * 64**2} pixels")
+    assert not out.exists()
+
+
+def test_a_sheet_that_is_too_large_to_be_enlarged_is_written_as_it_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = ("sample", "-n", 2, "--steps", 2, "--seed", 3)
+    assert run(*what, "--scale", 1, "--out", tmp_path / "plain.png").exit_code == 0
+    with Image.open(tmp_path / "plain.png") as plain:
+        monkeypatch.setattr(images, "MAX_PIXELS", plain.width * plain.height - 1)
+    monkeypatch.setattr(encoder, "TILE_PX", 1)
+    result = run(*what, "--out", tmp_path / "default.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_recipe_with_a_scale_that_is_too_large_is_refused_without_an_option_of_sample(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png = tmp_path / "a.png"
+    assert run("sample", "--steps", 2, "--out", png).exit_code == 0
+    with Image.open(png) as made:
+        document = json.loads(made.text["tminus"])  # type: ignore[attr-defined]
+    png.write_bytes(with_text(json.dumps(document | {"scale": 64})))
+    monkeypatch.setattr(images, "MAX_PIXELS", 5000)
+    line = one_line(run("reproduce", png), f"{png}: scale 64: the PNG would have ", "and may have 5000")
+    assert "--scale" not in line
 
 
 def test_an_image_is_made_again_and_what_differs_is_told(

@@ -55,6 +55,16 @@ def test_what_was_written_is_said(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "v1.5").iterdir()) == ["00000.png", "00001.png"]
 
 
+def test_what_a_server_sent_is_kept_where_it_may_not_be_enlarged(tmp_path: Path) -> None:
+    large, out = encode_png(np.zeros((256, 256, 3), np.uint8)), tmp_path / "a.png"
+    with answering(IMAGE_HEAD, lambda: [large]) as server:
+        line = line_of(sample("--url", server.url, "--scale", "64", "--out", out))
+    assert line.endswith(
+        f"--scale 64: the PNG would have 268435456 pixels, and may have 67108864; {out} is not enlarged"
+    )
+    assert out.read_bytes() == large
+
+
 # --- hostile servers ---
 
 
@@ -103,7 +113,6 @@ def bomb(width_px: int, height_px: int) -> bytes:
     ("sheet", "says"),
     [
         (PNG[:40], "not a PNG that can be read"),
-        (bomb(17_000, 17_000), "17000x17000 pixels, over 67108864"),
         (encode_png(np.zeros((4, 6, 1), np.uint8), [1]), "no object: [1]"),  # type: ignore[arg-type]
         (encode_png(np.zeros((4, 6, 1), np.uint8), {"a": [[]] * 2**20}), "JSON of more than 1048576 values"),
     ],
@@ -112,6 +121,13 @@ def test_a_sheet_that_no_tminus_server_sends_is_one_clear_line(sheet: bytes, say
     with answering(IMAGE_HEAD, lambda: [sheet]) as server:
         assert says in refusal("--url", server.url, "-n", "2", "--out", tmp_path / "out.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sheet_that_is_larger_than_people_see_is_written_and_not_decoded(tmp_path: Path) -> None:
+    sheet = bomb(17_000, 17_000)
+    with answering(IMAGE_HEAD, lambda: [sheet]) as server:
+        assert sample("--url", server.url, "-n", "2", "--out", tmp_path / "out.png").exit_code == 0
+    assert (tmp_path / "out.png").read_bytes() == sheet
 
 
 def frames(each: bytes, steps: int) -> Iterator[str | bytes | dict[str, Any]]:

@@ -1,5 +1,7 @@
 """`tminus train` on a folder of a person's own, with no option but the folders."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,37 @@ def test_a_run_is_a_checkpoint_with_a_sheet_and_a_plot_beside_it(digits: Path, t
     assert (tmp_path / "run" / "loss.svg").read_text("utf-8").count("<polyline") == 2
     assert run(*command, "--steps", "21").exit_code == 0, "the same command goes on"
     (digits / "0").rename(digits / "x")
-    assert "begun with class_names=('0', '1'" in refusal(*map(str, command), "--steps", "22")
+    assert "begun with class_names=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], got [1, " in refusal(*map(str, command))
+
+
+def test_a_run_that_is_resumed_keeps_its_steps_its_batch_and_the_classes_that_a_person_renamed(
+    digits: Path, tmp_path: Path
+) -> None:
+    command = ("train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--timesteps", "40")
+    assert run(*command, "--steps", "4", "--batch-size", "7").exit_code == 0
+    names = [f"digit {k}" for k in range(10)]
+    file = tmp_path / "run" / "tminus.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"class_names": names}), "utf-8")
+    result = run(*command, "--steps", "5")
+    assert result.exit_code == 0, result.output
+    assert "5 steps of 7 images" in result.stdout
+    assert load_checkpoint(tmp_path / "run").labels.class_names == tuple(names)
+    assert "5 steps of 7 images" in run(*command).stdout, "and not 500"
+    for number in range(4):
+        shutil.copy(digits / "0" / "0.png", digits / "0" / f"more-{number}.png")
+    assert "begun with data='digits, 60 images', got 'digits, 64 images'" in refusal(*map(str, command))
+
+
+def test_on_latents_images_have_the_channels_of_the_autoencoder(digits: Path, tmp_path: Path) -> None:
+    encoder, out = tmp_path / "encoder", ("--out", tmp_path / "run")
+    small = ("--widths", "4,4", "--groups", "2", "--steps", "1", "--batch-size", "2", "--device", "cpu")
+    result = run("train-autoencoder", "--data", digits, "--channels", "3", "--size", "8", "--out", encoder, *small)
+    assert result.exit_code == 0, result.output
+    command = ("train", "--data", digits, *out, *SMALL, "--latent", encoder, "--steps", "1", "--timesteps", "40")
+    assert "3 channels (--channels) and sides (--size)" in refusal(*map(str, command), "--channels", "1")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(tmp_path / "run").image_shape == (3, 8, 8)
 
 
 def test_what_cannot_be_trained_on_is_one_clear_line(digits: Path, tmp_path: Path) -> None:
