@@ -28,7 +28,7 @@ class NotFetched(Exception):
     """A server did not give the file; the message says why not."""
 
 
-@click.command()
+@click.command(short_help="Fetch another checkpoint of this project.")
 @click.argument("name", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="folder to make  [default: NAME, where you are]")
 @click.option(
