@@ -6,19 +6,17 @@ fitted to. A table is good enough where its images are no further from it than t
 would take: whoever takes that sampler accepts its error.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import Forward
 from tminus.model.sampler_tables import Table
-from tminus.model.samplers import Plan, sample, table_plan
-from tminus.model.tuning.fit import Rows
+from tminus.model.samplers import Plan, table_plan
+from tminus.model.tuning.fit import Fitter, Rows
 
 TUNED = "tuned"
 
@@ -64,13 +62,13 @@ class Trial:
         noise, (sampler, _, steps) = checkpoint.noise, teacher.partition(":")
         finer = min(noise.num_train_timesteps, 2 * max(plain.steps, int(steps)))
 
-        def images(plan: Plan) -> Tensor:
-            return _images(checkpoint, forward, plan, rows, plain.guidance, batch_size)
-
-        solution = images(checkpoint.plan(sampler, finer, guidance=plain.guidance))
+        judge = Fitter(
+            checkpoint, forward, rows, plain.guidance, held_out=len(rows.noise), batch_size=batch_size
+        )  # it fits nothing here
+        judge.solve(checkpoint.plan(sampler, finer, guidance=plain.guidance))
 
         def error(plan: Plan) -> float:
-            return float((images(plan) - solution).square().mean().sqrt())
+            return math.sqrt(judge.error(plan))
 
         plain_error = error(checkpoint.plan(plain.sampler, plain.steps, guidance=plain.guidance))
         figures = f"root mean square error from {finer} steps of {sampler}: {plain_error:.4f} by {plain}"
@@ -80,26 +78,3 @@ class Trial:
             if table_error <= plain_error:
                 return Verdict(Recommended(TUNED, table.steps, table.guidance), figures)
         return Verdict(None, figures)
-
-
-def _images(
-    checkpoint: Checkpoint, forward: Forward, plan: Plan, rows: Rows, guidance: float, batch_size: int
-) -> Tensor:
-    """Make the images of these rows, as they are shown, or latents: [N, C, H, W]."""
-    parts = []
-    for start in range(0, len(rows.noise), batch_size):
-        of_batch = slice(start, start + batch_size)
-        x_T, labels = rows.noise[of_batch], rows.class_labels
-        zero = torch.zeros_like(x_T)
-        x_0 = sample(
-            forward,
-            plan,
-            x_T,
-            lambda _k, zero=zero: zero,  # type: ignore[misc]
-            class_labels=labels[of_batch] if labels is not None else None,
-            null_class=checkpoint.labels.null_class,
-            guidance=guidance,
-        )
-        parts.append(x_0)
-    bound = 1.0 if checkpoint.autoencoder is None else torch.inf
-    return torch.cat(parts).clamp(-bound, bound)

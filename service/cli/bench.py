@@ -156,7 +156,7 @@ def bench(
 def text_of(report: Mapping[str, Any]) -> str:
     """Lay the figures out as lines."""
     images = f"{report['n']} image{'s' * (report['n'] > 1)}"
-    how = f", {report['sampler']} in {report['steps']} steps" if report["sampler"] else ""
+    how = "".join(f", {name} {report[name]}" for name in SETTINGS if report.get(name) is not None)
     told = {
         "load": f"{report['requests']} requests of {images}{how}; {report['rate']:g} a second",
         "answered": str(report["answered"]),

@@ -5,7 +5,7 @@ import {
   ask, base, element, getJson, isGone, keep, parse, reason, recall, Refusal, seconds, shorten, toBlob,
 } from "./api.js";
 import { addFrame, clearFrames, fillIn, lastMissing, MOST_BYTES } from "./film.js";
-import { askBeginning } from "./path.js";
+import { askBeginning, frameBytes } from "./path.js";
 import { SHOWS } from "./stage.js";
 
 const MOST_FRAMES = 200; // of a job
@@ -166,10 +166,9 @@ export function clear() {
   showProgress(0, "");
 }
 
-// So many that all frames together stay below MOST_BYTES: two pictures each, which as noise hardly compress, in base64.
-function stepsBetweenFrames({ n, steps }, { width_px: width, height_px: height, channels }) {
-  const frameBytes = 2 * n * width * height * channels * (4 / 3);
-  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
+// So many that all frames together stay below MOST_BYTES: noise hardly compresses, and comes in base64.
+function stepsBetweenFrames({ n, steps }, model) {
+  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / (frameBytes({ n }, model) * (4 / 3)))));
   return Math.max(1, Math.ceil(steps / most));
 }
 

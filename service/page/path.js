@@ -11,6 +11,9 @@ export function passesOf({ sampler, steps }, model) {
   return steps < 2 ? steps : each * (steps - 1) + 1 + more;
 }
 
+/** How many bytes the pixels of a frame take: x_t and x_0 of each image. */
+export const frameBytes = ({ n }, { width_px: width, height_px: height, channels }) => 2 * n * width * height * channels;
+
 const pictures = ({ x_t, x_0 }) => ({ x_t: toBlob(x_t), x_0: toBlob(x_0) });
 
 function request(parameters, model, signal) {
@@ -26,8 +29,7 @@ function request(parameters, model, signal) {
  * every, until: the steps of the frames; fewer frames come where the server would refuse so many.
  */
 export async function askBeginning(parameters, { every, until }, model, signal) {
-  const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
-  const most = Math.max(1, Math.floor(MOST_BYTES / frameBytes) - 1);
+  const most = Math.max(1, Math.floor(MOST_BYTES / frameBytes(parameters, model)) - 1);
   const fewer = every * Math.max(1, Math.ceil(until / every / most));
   const asked = { ...parameters, every: fewer, until, show: SHOWS };
   const { frames, fingerprint } = parse(await (await request(asked, model, signal)).text());
@@ -40,8 +42,7 @@ export async function askBeginning(parameters, { every, until }, model, signal) 
  *   spec: object, milliseconds: ?number}>} milliseconds: what denoising took; null where the server knew the answer
  */
 export async function askPath(parameters, model, signal) {
-  const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
-  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
+  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes(parameters, model))));
   const every = Math.ceil(passesOf(parameters, model) / most) || 1;
   const response = await request({ ...parameters, every, show: SHOWS }, model, signal);
   const { frames, sheet, spec } = parse(await response.text());

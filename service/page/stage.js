@@ -197,7 +197,7 @@ export async function shownPicture() {
   return new Promise((resolve) => drawn.toBlob(resolve, "image/png"));
 }
 
-// Those of another image of the same kind.
+// Parameters but for those of these names.
 function without(parameters, ...names) {
   return Object.fromEntries(Object.entries(parameters).filter(([name]) => !names.includes(name)));
 }

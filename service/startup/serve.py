@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import traceback
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
-from tminus.service.startup.browser import open_page
 from tminus.service.startup.models import ModelChanges, Prepared, ServedModels, in_daemon_thread
 from tminus.service.startup.server import (
     BACKLOG,
@@ -158,6 +158,18 @@ async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_b
         log.info("ready: open %s in a browser. By default: %s. %s", url, model.recommended, first_request(url, model))
         if open_browser:
             threading.Thread(target=open_page, args=(url,), name="tminus-browser", daemon=True).start()
+
+
+def open_page(url: str) -> None:
+    """Open a page, if there is a display, or if BROWSER says what to open it with; the log says where it is not opened.
+
+    This may last as long as the browser runs.
+    """
+    # Without a display webbrowser takes browsers for terminals, and this one is the server's.
+    if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
+        log.warning("--open-browser: there is no display here; open %s yourself", url)
+    elif not webbrowser.open(url):
+        log.warning("--open-browser: no browser could be opened; open %s yourself", url)
 
 
 def first_request(url: str, model: ModelInfo) -> str:

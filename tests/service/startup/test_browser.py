@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 URL = "http://localhost:8000"
 PROGRAM = f"""
 import logging
-from tminus.service.startup.browser import open_page
+from tminus.service.startup.serve import open_page
 logging.basicConfig(format="%(message)s")
 open_page({URL!r})
 """
