@@ -22,7 +22,7 @@ from tminus.service.api.request.schemas import (
     SampleRequest,
     WebhookRequest,
 )
-from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from tminus.service.images.encoder import JSON, MEDIA_TYPES, NPY, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, MAX_URL
 from tminus.service.model_info import Limits, ModelInfo
@@ -98,7 +98,8 @@ WHAT_WAS_TAKEN: Described = {
     }
 }
 IMAGES = answer("The images", *MEDIA_TYPES) | WHAT_WAS_TAKEN
-IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
+IMAGES_OR_FLOATS = answer("The images", *MEDIA_TYPES, NPY) | WHAT_WAS_TAKEN
+IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, NPY, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
 NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
 ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",

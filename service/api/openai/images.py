@@ -47,11 +47,11 @@ from tminus.service.api.request.reading import (
 from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.submission import create, spec_headers, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
-from tminus.service.images.encoder import JSON, Encoder, encode_frame
+from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_frame
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 from tminus.service.work import JobResult
 from tminus.service.worker.running_job import NewJob
 
@@ -79,8 +79,8 @@ class Wanted:
         if quality is None:
             return await encoder.encode_pictures("images", spec, result, model)
 
-        def make(images: Images) -> list[bytes]:
-            return [encode_frame(image, kind, quality) for image in images]
+        def make(images: Pixels) -> list[bytes]:
+            return [encode_frame(image, kind, quality) for image in as_pictures(images, model)]
 
         return await encoder.make(result.read, make, kind, f"image/{kind}", spec.n)
 
