@@ -20,6 +20,7 @@ BLACK: Colour = (0, 0, 0)
 VALUE_RANGE = (-1.0, 1.0)  # what a model works in: the least and the largest value of a channel
 MAX_CHANNELS = 64  # of an image; formats of pictures hold four at most
 RGBA = 4
+MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's, by channels
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,13 +79,15 @@ def fit_picture(
     and colour profiles are ignored. A picture of another size is cropped about its centre to the shape, then resampled,
     colours by their alpha. Raises OSError and other errors of Pillow for a picture that cannot be decoded.
     """
+    if channels not in MODES:
+        raise ValueError(f"a picture must be wanted with 1, 3 or 4 channels (RGBA), got {channels}")
     turned = upright(image)
     if channels == RGBA and may_be_transparent(turned) and not turned.mode.startswith("I"):
         ready = turned.convert("RGBA")
     else:
         opaque = _opaque(turned, background)
         opaque = opaque.convert("RGB") if opaque.mode == "CMYK" else opaque
-        ready = opaque.convert({1: "L", 3: "RGB", RGBA: "RGBA"}[channels])
+        ready = opaque.convert(MODES[channels])
     if ready.size != size_px:
         ready = ImageOps.fit(ready, size_px, resampling)
     return np.array(ready).reshape(size_px[1], size_px[0], channels)

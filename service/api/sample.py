@@ -59,6 +59,7 @@ WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
 NOT_DURABLE = "absent without Prefer: respond-async: only a durable job has one"
+NOT_WITH_EVERY = f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step"
 WITH_EVERY = ", or image/webp together with the parameter `every`"
 
 
@@ -107,7 +108,7 @@ async def sample(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
     parameters = await read_parameters(request, services.limits)
     animation = AnimationRequest.take_from(parameters)
-    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), "")
+    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), NOT_WITH_EVERY)
     media_type = negotiate(request, offered, hint)
     if media_type == NPY:
         parameters.setdefault("bit_depth", 32)

@@ -208,6 +208,16 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
     return encode_png(enlarge(pixels, scale), recipe)
 
 
+def opaque_png(png: bytes) -> bytes:
+    """Lay a PNG with alpha that tminus made over white, as /v1/images does. Raises ValueError for what is no PNG."""
+    from tminus.service.client import checks
+    from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
+
+    pixels, text = decode_png(png)
+    recipe = checks.mapping(checks.loads(text)) | {BACKGROUND: "white"} if text is not None else None
+    return encode_png(over_white(pixels), recipe)
+
+
 def make_images(
     options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, scale: int = 1, fingerprint: str | None = None
 ) -> "tuple[dict[str, bytes], SampleSpec]":

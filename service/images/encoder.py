@@ -31,6 +31,7 @@ from tminus.service.work import JobResult
 PNG, ZIP, JSON, WEBP, NPY = "image/png", "application/zip", "application/json", "image/webp", "application/x-npy"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
+BACKGROUND = "background"  # in a recipe: over what an image with alpha was laid
 RESULT_THREADS = 2
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ Made = TypeVar("Made")
 WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
 TILE_PX, SHEET_PX = 256, 1024  # what an image on a sheet for people has at most, and the sheet
+FrameKey = tuple[Frame, str, str, int | None, bool]  # with format, layout, quality, and whether it is opaque
 Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
@@ -56,9 +58,7 @@ class Encoder:
         self._frames = started_pool(1, "tminus-frames")  # so that results wait for no preview
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
-        self._recent: TTLCache[tuple[Frame, str, str, int | None], list[Picture]] = TTLCache(
-            RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes
-        )
+        self._recent: TTLCache[FrameKey, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
     async def encode(
         self,
@@ -74,11 +74,11 @@ class Encoder:
         return await self.make(read, make, label_of(media_type), media_type, spec.n)
 
     async def encode_frame(
-        self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
+        self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
-        """Make the pictures of a preview. quality: of a jpeg or webp, 0..100; None: fast rather than small."""
+        """Make the pictures of a preview. quality, opaque: see the function `encode_frame`."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._frames, self._encode_frame, frame, frame_format, layout, quality
+            self._frames, self._encode_frame, (frame, frame_format, layout, quality, opaque)
         )
 
     async def encode_pictures(
@@ -129,8 +129,7 @@ class Encoder:
 
     # --- in the thread of frames ---
 
-    def _encode_frame(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
-        key = frame, frame_format, layout, quality
+    def _encode_frame(self, key: FrameKey) -> list[Picture]:
         pictures = self._recent.get(key)
         if pictures is None:
             pictures = self._make_pictures(*key)
@@ -138,15 +137,18 @@ class Encoder:
                 self._recent[key] = pictures
         return pictures
 
-    def _make_pictures(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
+    def _make_pictures(
+        self, frame: Frame, frame_format: str, layout: str, quality: int | None, opaque: bool
+    ) -> list[Picture]:
         shown = frame.read()
         started = time.perf_counter()
         pictures: list[Picture] = []
         for show, images in shown.items():
             if layout == "sheet":
-                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format, quality)))
+                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format, quality, opaque=opaque)))
             else:
-                pictures += [(show, k, encode_frame(image, frame_format, quality)) for k, image in enumerate(images)]
+                each = (encode_frame(image, frame_format, quality, opaque=opaque) for image in images)
+                pictures += [(show, k, picture) for k, picture in enumerate(each)]
         self._observe("frame", time.perf_counter() - started)
         return pictures
 
@@ -228,10 +230,11 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def encode_each(spec: SampleSpec, images: Pixels, model: ModelInfo) -> list[bytes]:
-    """Encode each image of a finished job as a PNG of its own."""
-    images = as_pictures(images, model)
-    return [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
+def encode_each(spec: SampleSpec, images: Pixels, model: ModelInfo, *, opaque: bool = False) -> list[bytes]:
+    """Encode each image of a finished job as a PNG of its own. opaque: whether RGBA is laid over white."""
+    pictures = [over_white(image) if opaque else image for image in as_pictures(images, model)]
+    more = {BACKGROUND: "white"} if opaque else {}
+    return [encode_png(picture, recipe(one_image(spec, k), model) | more) for k, picture in enumerate(pictures)]
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
@@ -267,14 +270,14 @@ def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
     return out.getvalue()
 
 
-def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None) -> bytes:
+def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None, *, opaque: bool = False) -> bytes:
     """Encode [H, W, C] as png, webp or jpeg: of quality 0..100, or fast rather than small (png and webp lossless).
 
-    A jpeg has no alpha: it shows RGBA over white.
+    opaque: whether RGBA is laid over white; a jpeg, which has no alpha, always is.
     """
     out = io.BytesIO()
     options = FRAME_OPTIONS[frame_format] if quality is None else {"quality": quality}
-    _to_pillow(over_white(pixels) if frame_format == "jpeg" else pixels).save(out, frame_format, **options)
+    _to_pillow(over_white(pixels) if opaque or frame_format == "jpeg" else pixels).save(out, frame_format, **options)
     return out.getvalue()
 
 

@@ -40,7 +40,7 @@ _PREVIEW_BOUNDS = {
     "every": EVERY_BOUND,
     "fps": f"a number above 0, at most {MAX_FPS:g}",
     "show": f"one of {', '.join(SHOWS)}, or a list of both",
-    "frame_format": "one of png, webp, jpeg",
+    "frame_format": "one of png, webp, jpeg, as a preview is a picture; a trajectory has the floats of each step",
     "layout": "one of sheet, images",
     "keep_open": "true or false",
 }
@@ -387,8 +387,7 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "nearest": "true or false",
         "table": "16 hexadecimal digits, in small letters",
         "clip": "true or false",
-        "bit_depth": f"{', '.join(map(str, _bit_depths(model)[:-1]))} or 32 for a model of "
-        f"{model.channels} channel{'s' * (model.channels > 1)}",
+        "bit_depth": "8, 16 or 32" if model.channels == 1 else f"8 or 32 for {model.channels} channels; 16 is for one",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "strength": "a number above 0, at most 1",
         "image": ENCODED_IMAGE,
