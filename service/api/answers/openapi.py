@@ -17,10 +17,12 @@ from tminus.service.api.request.schemas import (
     NUMBER,
     PICTURES,
     AnimationRequest,
+    FloatsRequest,
     NoiseRequest,
     RequestSchema,
     SampleRequest,
     WebhookRequest,
+    bit_depths,
 )
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, NPY, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
@@ -187,7 +189,7 @@ class Contract:
 
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
-        animated = (SampleRequest, AnimationRequest, WebhookRequest)
+        animated = (SampleRequest, AnimationRequest, FloatsRequest, WebhookRequest)
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
             ref_template="#/components/schemas/{model}",
@@ -242,6 +244,7 @@ class Contract:
                 "integer": {"minimum": 0, "maximum": max(0, classes - 1)},
                 "array": {"minItems": 1, "maxItems": self.limits.max_n},
             },
+            "bit_depth": {"integer": {"enum": list(bit_depths(self.model))}},
             "guidance_interval": {
                 "integer": {"minimum": 0, "maximum": last},
                 "array": {"minItems": 2, "maxItems": 2},

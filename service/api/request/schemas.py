@@ -237,7 +237,7 @@ class SampleRequest(RequestSchema):
             ("n", 1 <= self.n <= limits.max_n),
             ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
             ("index", self.index <= MAX_INDEX + 1 - self.n),
-            ("bit_depth", self.bit_depth in (None, *_bit_depths(model))),
+            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
         ):
             if not ok:
                 raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
@@ -363,7 +363,7 @@ def _interval_bound(num_timesteps: int) -> str:
     return f"two integers [lo, hi] with 0 <= lo <= hi <= {num_timesteps - 1}"
 
 
-def _bit_depths(model: ModelInfo) -> tuple[int, ...]:
+def bit_depths(model: ModelInfo) -> tuple[int, ...]:
     """List the bit depths that a model's images come in: no format of pictures but PNG, of grey, is read in 16."""
     return BIT_DEPTHS if model.channels == 1 else (8, 32)
 

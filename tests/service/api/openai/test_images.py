@@ -104,7 +104,7 @@ def test_no_prompt_is_no_class_and_a_null_is_as_if_left_out(site: Site) -> None:
 def test_other_formats_are_smaller_where_their_quality_is_less(make_site: MakeSite, kind: str, pillows: str) -> None:
     site = make_site(info=replace(INFO, channels=3, width_px=64, height_px=64))
     noisy = noise(1, 64, 64, 3)
-    site.engine.images = lambda rows: lambda: noisy  # type: ignore[method-assign,assignment]
+    site.engine.images = lambda *_: lambda: noisy  # type: ignore[method-assign,assignment]
     sizes = []
     for quality in (100, 30, None):
         answer = generate(site, **CAT, output_format=kind, output_compression=quality)
@@ -158,7 +158,7 @@ def test_a_wrong_member_is_named_with_its_bound(site: Site) -> None:
         ({"prompt": None}, "prompt", "given"),
         ({"n": 11}, "n", "1..10"),
         ({"size": "1024x1024"}, "size", f"auto or {SIZE}"),
-        ({"background": "transparent"}, "background", "no pixel of these images is transparent"),
+        ({"background": "transparent"}, "background", "this model's images have no alpha"),
         ({"output_compression": 101, "output_format": "webp"}, "output_compression", "0..100"),
         ({"response_format": "url", "stream": True}, "response_format", "b64_json with stream"),
         ({"response_format": "url", "output_format": "webp"}, "output_format", "png with response_format url"),
@@ -409,10 +409,10 @@ def test_no_image_on_the_way_is_lost_where_the_job_is_faster_than_its_stream(
 ) -> None:
     encode_frame = Encoder.encode_frame
 
-    async def late(self: Encoder, *given: Any) -> Any:
+    async def late(self: Encoder, *given: Any, **more: Any) -> Any:
         while site.engine.jobs:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(0)
-        return await encode_frame(self, *given)
+        return await encode_frame(self, *given, **more)
 
     monkeypatch.setattr(Encoder, "encode_frame", late)
     assert len(events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)) == 4
@@ -421,10 +421,10 @@ def test_no_image_on_the_way_is_lost_where_the_job_is_faster_than_its_stream(
 def test_a_frame_that_is_lost_does_not_end_the_stream(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_frame, failures = Encoder.encode_frame, iter([True])
 
-    async def fail_once(self: Encoder, *given: Any) -> Any:
+    async def fail_once(self: Encoder, *given: Any, **more: Any) -> Any:
         if next(failures, False):
             raise RuntimeError("secret")
-        return await encode_frame(self, *given)
+        return await encode_frame(self, *given, **more)
 
     monkeypatch.setattr(Encoder, "encode_frame", fail_once)
     found = events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)
