@@ -190,6 +190,7 @@ class FakeEngine:
             pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
         else:  # some of them, each as it is
             pixels = self._each(rows)
+        pixels = pixels[..., : self.info.shown_channels]
         return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
 
     def _each(self, rows: Sequence[int]) -> Images:
