@@ -21,7 +21,7 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.request.schemas import AnimationRequest, FloatsRequest, SampleRequest, WebhookRequest
 from tminus.service.api.sample import WITHOUT_EVERY
-from tminus.service.images.encoder import WEBP
+from tminus.service.images.encoder import NPY, WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.startup.serve import first_request
 from tminus.service.startup.settings import Settings
@@ -328,7 +328,10 @@ def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
 def test_the_headers_are_those_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
     site = make_site(result_cache_bytes=2**20)
     asked = {"steps": 1, "seed": 5}
-    seen = {name.lower() for answer in (site.post(json=asked), site.post(json=asked)) for name in answer.headers}
+    floats = site.post(json=asked, headers={"Accept": NPY})
+    shown = make_site(info=replace(INFO, channels=5)).post(json=asked)
+    answers = (site.post(json=asked), site.post(json=asked), floats, shown)
+    seen = {name.lower() for answer in answers for name in answer.headers}
     rows = tables(API, "response header", "meaning")
     documented = {name.lower() for header, _ in rows for name in named(header)}
     assert documented <= seen

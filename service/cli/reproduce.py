@@ -169,7 +169,8 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
         found = f"another size, {a.shape} and {b.shape}"
     else:
         most = int(abs(a.astype(np.int32) - b.astype(np.int32)).max())
-        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of 255 at most"
+        largest = np.iinfo(a.dtype).max if a.dtype.kind == "u" else 1
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of {largest} at most"
     return "; ".join([found, *reasons])
 
 

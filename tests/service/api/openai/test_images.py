@@ -504,3 +504,69 @@ def test_a_job_that_is_deleted_ends_its_stream_by_an_error(held: Site) -> None:
         held.engine.gate.open()
         ((name, data, _),) = events(reading.result(PATIENCE_S).text)
     assert (name, data["error"]["code"]) == ("error", "cancelled")
+
+
+# --- alpha ---
+
+RGBA = replace(INFO, channels=4, alpha=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("background", "output_format", "mode"),
+    [
+        ("transparent", "png", "RGBA"),
+        ("transparent", "webp", "RGBA"),
+        ("auto", "png", "RGBA"),
+        ("auto", "jpeg", "RGB"),
+        ("opaque", "png", "RGB"),
+        ("opaque", "webp", "RGB"),
+    ],
+)
+def test_the_background_is_transparent_or_white_and_the_answer_says_which(
+    make_site: MakeSite, background: str, output_format: str, mode: str, streamed: bool
+) -> None:
+    site = make_site(info=RGBA)
+    members = CAT | {"background": background, "output_format": output_format}
+    if streamed:
+        told = [data for _, data, _ in events(generate(site, **members, stream=True, partial_images=1).text)]
+        assert len(told) == 2
+    else:
+        answer = generate(site, **members).json()
+        told = [answer | answer["data"][0]]
+    value = int(fake_pixels(make_spec(n=1, steps=4, seed=5), 4, RGBA)[0, 0, 0, 0])
+    for each in told:
+        assert each["background"] == ("transparent" if mode == "RGBA" else "opaque")
+        with Image.open(io.BytesIO(image(each))) as opened:
+            assert opened.mode == mode
+            last = np.asarray(opened)
+    wanted = [value] * 4 if mode == "RGBA" else [value * value / 255 + 255 - value] * 3
+    lossy = output_format != "png"
+    np.testing.assert_allclose(last, np.broadcast_to(wanted, last.shape), atol=3 if lossy else 0.5)
+
+
+def test_a_background_that_cannot_be_had_is_refused_with_the_reason(make_site: MakeSite) -> None:
+    plain, rgba = make_site(), make_site(info=RGBA)
+    for site, members, says in (
+        (plain, {"background": "transparent"}, "this model's images have no alpha"),
+        (rgba, {"background": "transparent", "output_format": "jpeg"}, "jpeg, which has no alpha"),
+        (rgba, {"background": "opaque", "response_format": "url"}, "keep their alpha"),
+        (rgba, {"background": "white"}, "one of auto, opaque, transparent"),
+    ):
+        error = error_of(generate(site, **CAT | members), 400, "invalid_field")
+        assert error["param"] == "background"
+        assert says in error["message"]
+    assert generate(plain, **CAT, background="opaque", response_format="url").status_code == 200
+
+
+def test_an_rgba_image_is_its_own_mask_where_it_is_transparent_and_keeps_the_alpha_of_the_rest(
+    make_site: MakeSite,
+) -> None:
+    site, picture = make_site(info=RGBA), noise(4, 6, 4)
+    picture[..., 3] = np.where(MASK_PIXELS, 0, 100)
+    answer = edit(site, {"image": encode(picture)}, **CAT)
+    assert answer.status_code == 200, answer.text
+    inputs = got(site)
+    assert inputs is not None
+    np.testing.assert_array_equal(inputs.image, picture)
+    np.testing.assert_array_equal(inputs.mask, MASK_PIXELS)
