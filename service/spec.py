@@ -101,7 +101,7 @@ class Snapshot:
     steps: tuple[int, ...]  # the pass of the plan that each row is to take next
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
-    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 3
+    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 4
 
 
 @dataclass(frozen=True, slots=True)

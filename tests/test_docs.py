@@ -295,7 +295,7 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
             case default:
                 assert given[name] == number(default)
     for name in SAMPLERS:
-        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms") else "karras")
+        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms", "pndm") else "karras")
 
 
 def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:

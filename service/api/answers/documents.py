@@ -168,7 +168,8 @@ class SamplerAnswer(BaseModel):
     passes_per_step: int = Field(
         description="through the network: what a step costs, twice that where it is guided; the last step takes one"
     )
-    passes_to_start: int = Field(description="beyond those, where there are two steps or more")
+    passes_to_start: int = Field(description="beyond those, in equal shares of the first steps but the last")
+    steps_to_start: int = Field(description="how many steps share passes_to_start")
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
@@ -183,6 +184,7 @@ class SamplerAnswer(BaseModel):
             max_steps=most,
             passes_per_step=facts.passes_per_step,
             passes_to_start=facts.passes_to_start,
+            steps_to_start=facts.steps_to_start,
         )
 
 

@@ -34,7 +34,7 @@ AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
 # before it takes on what it does not know.
-FORMAT = 3
+FORMAT = 4
 _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 
@@ -374,8 +374,11 @@ class _Taken(Exception):
 def format_of(job: JobRecord) -> int:
     """The least version that can do a job.
 
-    Those before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
+    Those before the fourth do not know pndm, those before the third no noise between two seeds. The first knows no
+    webhooks, and would owe them nothing.
     """
+    if job.spec.sampler == "pndm":
+        return 4
     if job.spec.to_seed is not None:
         return 3
     return 1 if job.webhook is None else 2
