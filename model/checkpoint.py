@@ -47,7 +47,14 @@ INDEX_FILE = "model_index.json"
 TMINUS_FILE = "tminus.json"
 CLASS_TABLE = "class_embedding.weight"
 LATENT_PIPELINE = "LDMPipeline"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", LATENT_PIPELINE)
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "ConsistencyModelPipeline",
+    "ScoreSdeVePipeline",
+    LATENT_PIPELINE,
+)
 LAYOUTS = (
     "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
@@ -57,6 +64,7 @@ PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
+    "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
 }
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
 
@@ -398,6 +406,10 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
+        if noise.family == "ve" and isinstance(unet, UNetConfig):
+            # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
+            unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
+            noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
         autoencoder = None
         if autoencoder_folder is not None:
             autoencoder = AutoencoderConfig.from_dict(read_json(autoencoder_folder / "config.json"))
@@ -422,6 +434,9 @@ def _load(folder: Path) -> Checkpoint:
         net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
+    if noise.is_continuous and not net.fractional:
+        why = f"learned takes whole timesteps, and with prediction_type {noise.prediction_type} there are others"
+        raise CheckpointError(f"{folder}: config.json: time_embedding_type {why}")
     size_px = unet.size_px
     assert size_px is not None
     if any(side % unet.size_multiple for side in size_px):

@@ -40,6 +40,7 @@ class ModelInfo:
     steps_offset: int
     log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
     fractional: bool  # whether the network takes timesteps between whole ones
+    continuous: bool  # whether noise levels are a formula of t: every sampler takes such timesteps then
     clip: bool
     samplers: tuple[str, ...]
     tables: tuple[Table, ...]  # of the samplers that have some

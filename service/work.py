@@ -147,6 +147,7 @@ def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
         model.steps_offset,
         model.log_sigmas,
         fractional=model.fractional,
+        continuous=model.continuous,
     )
     return timesteps_of_passes(spec.sampler, timesteps[spec.start :])
 

@@ -45,7 +45,8 @@ def images(batch: int = 2, size: int = 8, dtype: torch.dtype = F64) -> Tensor:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> None:
-    schedule = NoiseConfig().schedule()
+    config = NoiseConfig(prediction_type=prediction_type)
+    schedule = config.schedule()
     x_0, eps, wrong = torch.randn(3, 64, 1, 4, 4, dtype=torch.float64)
     t = torch.arange(200, 584, 6)  # where no weight is at its bound
     x_t = schedule.q_sample(x_0, t, eps)
@@ -57,7 +58,7 @@ def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> 
         "v_prediction": (signal * x_t - guess) / noise,
     }[prediction_type]
     target = training_target(schedule, prediction_type, x_0, t, eps)
-    weights = velocity_weights(schedule, prediction_type)
+    weights = velocity_weights(config, schedule)
     v_error = ((signal * x_t - guess) / noise - schedule.velocity(x_0, t, eps)).square().mean()
     assert weights[t].max() < MAX_WEIGHT
     assert l_simple(out.float(), target.float(), weights[t].float()).item() == pytest.approx(v_error.item(), rel=1e-4)
