@@ -60,6 +60,8 @@ LAYOUTS = (
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = FOLDERS[0]
+# A mel says how a spectrogram is made sound: it changes no image.
+OWN_PARTS = frozenset({"unet", "scheduler", "mel", *FOLDERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
@@ -203,24 +205,46 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for other pipelines."""
+    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for what it cannot serve.
+
+    A pipeline of another class is what its parts are: where these are a U-Net and a scheduler, it is served.
+    """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
     if pipeline not in PIPELINES:
-        kinds = ", ".join(PIPELINES)
-        why = _why_not(index)
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served{why}; those that are: {kinds}")
+        if why := _why_not(index):
+            kinds = f"those that are: {', '.join(PIPELINES)}, and others of a UNet2DModel and a scheduler alone"
+            raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served: {why}; {kinds}")
+        parts = ", ".join(f"{name} {class_name}" for name, class_name in sorted(_parts(index).items()))
+        log.info(
+            "%s: %s: %s is no pipeline of diffusers that is known, and is served as its parts: %s",
+            folder,
+            INDEX_FILE,
+            pipeline,
+            parts,
+        )
     if pipeline == LATENT_PIPELINE and find_autoencoder(folder) is None:
         raise CheckpointError(f"{folder}: {INDEX_FILE}: an {pipeline} without its autoencoder, the folder vqvae/")
     return index
 
 
+def _parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of a pipeline's parts by their names, without those that are left out."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
+
+
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Why a pipeline with these parts cannot be served, where that can be said."""
-    if any(str(part).startswith(("text_encoder", "tokenizer", "prior")) for part in index):
-        return ": it makes images of text, and a class is all that is taken here"
-    if "transformer" in index:
-        return ": its denoiser is a transformer, and U-Nets are what is run here"
+    """Why a pipeline with these parts cannot be served; empty where it can."""
+    parts = _parts(index)
+    if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
+        return "it makes images of text, and a class is all that is taken here"
+    if "transformer" in parts:
+        return "its denoiser is a transformer, and U-Nets are what is run here"
+    if missing := [name for name in ("unet", "scheduler") if name not in parts]:
+        return f"it has no {missing[0]}"
+    if others := sorted(parts.keys() - OWN_PARTS):
+        return f"its {others[0]}, {parts[others[0]]:.100}, is not run here"
     return ""
 
 

@@ -21,20 +21,24 @@ LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # of ln(sigma / alpha) where timesteps are dra
 _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 
-def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """What the network learns to predict: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, eq. 10), or eps - x_0.
+def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """What the network learns to predict: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, eq. 10), or what gives x_0.
 
-    The last is flow matching's (Lipman et al. 2023).
+    The last is the out of x_0 = p x_t + q out: of flow matching eps - x_0 (Lipman et al. 2023), of EDM what Karras et
+    al. 2022 have in eq. 8. A consistency model has no such target. Raises ValueError.
     """
-    if prediction_type == "epsilon":
+    if noise.is_consistency:
+        raise ValueError("prediction_type must be another than consistency: its target is a trajectory's end")
+    if noise.prediction_type == "epsilon":
         return eps
-    if prediction_type == "sample":
+    if noise.prediction_type == "sample":
         return x_0
-    if prediction_type == "v_prediction":
+    if noise.prediction_type == "v_prediction":
         return schedule.velocity(x_0, t, eps)
-    if prediction_type == "flow":
-        return eps - x_0
-    raise ValueError(f"prediction_type must be epsilon, sample, v_prediction or flow, got {prediction_type!r}")
+    alpha_bar = schedule.alpha_bar[t]
+    at, rows = parametrize(noise, alpha_bar, t), torch.arange(len(t), device=t.device)
+    of_x_0, of_eps = (1 - at.p * alpha_bar.sqrt()) / at.q, -at.p * (1 - alpha_bar).sqrt() / at.q
+    return gather(of_x_0, rows, x_0) * x_0 + gather(of_eps, rows, x_0) * eps
 
 
 def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

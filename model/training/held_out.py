@@ -97,7 +97,7 @@ def mean_loss(
         eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
         labels = examples.class_labels[of_batch].to(device) if examples.class_labels is not None else None
         out = net(schedule.q_sample(x_0, t, eps), t, labels)
-        target = training_target(schedule, noise.prediction_type, x_0, t, eps)
+        target = training_target(noise, schedule, x_0, t, eps)
         loss = l_simple(out, target, weights[t] if weights is not None else None)
         total += loss.double() * len(index)
     return float(total / count)

@@ -138,6 +138,9 @@ def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidanc
         raise TrainError(f"{folder}: is a student itself; distill its teacher")
     if teacher.noise.variance_type == "learned_range":
         raise TrainError(f"{folder}: has variance_type learned_range, and only fixed variances are distilled")
+    if teacher.noise.is_continuous:
+        predicts = f"prediction_type {teacher.noise.prediction_type}"
+        raise TrainError(f"{folder}: has {predicts}, and only networks of epsilon, sample or v are distilled")
     if guidance != 1 and teacher.labels.null_class is None:
         raise TrainError(f"guidance must be 1 (off) for a checkpoint without a null class, got {guidance:g}")
     if sampler not in PLAIN_SOLVERS:

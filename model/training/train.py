@@ -140,9 +140,9 @@ def train(
     weights = None
     if config.weighting == "velocity":
         weights = velocity_weights(noise, noise.schedule()).to(device, torch.float32)
-    target_of: Target = PlainTarget(schedule, noise.prediction_type)
+    target_of: Target = PlainTarget(noise, schedule)
     if config.stable_target:
-        target_of = StableTarget(examples, schedule, noise.prediction_type)
+        target_of = StableTarget(examples, noise, schedule)
     if teacher is not None:
         guide = as_ours(torch.compile(teacher, dynamic=False) if config.compile else teacher, noise, schedule)
         target_of = GuidedTarget(guide, null_class, config.guidance, run.autocast)
