@@ -434,6 +434,9 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
             # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
             unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
+        elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":  # diffusers divides by its time
+            wanted = "positional or learned without a ScoreSdeVeScheduler"
+            raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
         if autoencoder_folder is not None:
             autoencoder = AutoencoderConfig.from_dict(read_json(autoencoder_folder / "config.json"))

@@ -132,7 +132,7 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give attention weights from before 2023 (query, key, value, proj_attn) and Fourier features their present names."""
+    """Give attention weights from before 2023 (query, key, value, proj_attn), and Fourier features, present names."""
     renamed = {}
     for key, value in state.items():
         if key == OLD_FOURIER:  # it was written under both names

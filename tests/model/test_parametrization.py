@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMPipeline,
+    DDPMScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -14,11 +15,14 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.model.formats.conftest import randomised
+from tests.model.test_unet import NCSNPP
 from tests.tiny import TINY
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.files import CheckpointError
 from tminus.model.samplers import Plan, sample
 
 STEPS = 12
@@ -35,17 +39,24 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow, shift": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "num_train_timesteps": 500}),
     "ve": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
     "ve, centred": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
+    "ve, fourier": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
+    "ve, ncsnpp": (ScoreSdeVeScheduler, {"correct_steps": 0}),
+}
+NETS: dict[str, dict[str, Any]] = {
+    "ve, centred": {"center_input_sample": True},
+    "ve, fourier": {"time_embedding_type": "fourier"},
+    "ve, ncsnpp": {"in_channels": 3, "out_channels": 3, "center_input_sample": True, **NCSNPP, "sample_size": 8},
 }
 
 
-def noise_of(k: int) -> Tensor:
-    return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k))
+def noise_of(k: int, channels: int = 1) -> Tensor:
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(k))
 
 
 def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
     cls, settings = CASES[name]
     fields = {key: value for key, value in TINY.to_dict().items() if key != "_class_name"}
-    net = randomised(UNet2DModel(**fields | {"center_input_sample": name == "ve, centred"}))
+    net = randomised(UNet2DModel(**fields | NETS.get(name, {})))
     scheduler = cls(**settings)
     pipeline = ScoreSdeVePipeline if cls is ScoreSdeVeScheduler else DDPMPipeline
     pipeline(net, scheduler).save_pretrained(folder)
@@ -56,7 +67,7 @@ def loop_of_diffusers(net: UNet2DModel, scheduler: Any, x: Tensor, monkeypatch: 
     """Run diffusers' loop from its own x, with the noise of step k noise_of(1 + k)."""
     draws = iter(range(1, 10_000))
     module = type(scheduler).__module__
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_a, **_k: noise_of(next(draws)), raising=False)
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_a, **_k: noise_of(next(draws), x.shape[1]), raising=False)
     scheduler.set_timesteps(STEPS)
     if isinstance(scheduler, ScoreSdeVeScheduler):
         scheduler.set_sigmas(STEPS)
@@ -84,9 +95,29 @@ def to_theirs(name: str, x: Tensor, plan: Plan) -> Tensor:
 def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, net, scheduler = saved(tmp_path, name)
     plan = checkpoint.plan(checkpoint.default_sampler, STEPS)
-    got = sample(checkpoint.net, plan, noise_of(0), lambda k: noise_of(1 + k))
-    theirs = loop_of_diffusers(net, scheduler, to_theirs(name, noise_of(0), plan), monkeypatch)
+    channels = net.config.in_channels
+    x_T = noise_of(0, channels)
+    got = sample(checkpoint.net, plan, x_T, lambda k: noise_of(1 + k, channels))
+    theirs = loop_of_diffusers(net, scheduler, to_theirs(name, x_T, plan), monkeypatch)
     if name.startswith("ve"):
         theirs = 2 * theirs - 1
-    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4 * max(1.0, theirs.abs().max().item()))
     assert got.std() > 0.05
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_fourier_features_are_refused_with_a_scheduler_of_no_score_by_field_and_value(cls: Any, tmp_path: Path) -> None:
+    fields = {key: value for key, value in TINY.to_dict().items() if key != "_class_name"}
+    DDPMPipeline(UNet2DModel(**fields | {"time_embedding_type": "fourier"}), cls()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"time_embedding_type must be positional or learned .*, got 'fourier'"):
+        load_checkpoint(tmp_path)
+
+
+def test_fourier_features_under_their_old_name_are_read(tmp_path: Path) -> None:
+    """diffusers of 2022 wrote the same weights as time_proj.W too."""
+    checkpoint, *_ = saved(tmp_path, "ve, fourier")
+    file = next(tmp_path.glob("unet/*.safetensors"))
+    state = load_file(file)
+    torch.save({**state, "time_proj.W": state["time_proj.weight"]}, file.with_suffix(".bin"))
+    file.unlink()
+    assert load_checkpoint(tmp_path).weights_hash == checkpoint.weights_hash
