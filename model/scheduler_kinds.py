@@ -47,6 +47,11 @@ _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_be
 _NO_FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
 _NO_SIGMAS = {"sigma_min": None, "sigma_max": None}
 _LINSPACE = {"timestep_spacing": "linspace"}
+_DPM_READS = {("solver_type", other): "midpoint" for other in ("logrho", "bh1", "bh2")}
+_DEIS_READS = {("algorithm_type", other): "deis" for other in ("dpmsolver", "dpmsolver++")} | {
+    ("solver_type", other): "logrho" for other in ("midpoint", "heun", "bh1", "bh2")
+}
+_UNIPC_READS = {("solver_type", other): "bh2" for other in ("midpoint", "heun", "logrho")}
 _DPM_SOLVER = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
@@ -89,6 +94,8 @@ class SchedulerKind:
     """The names that the class has for fields that DDPMScheduler has under another name."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
+    reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """The values that it takes for others: (field, value) and what it makes of it. from_config leaves such behind."""
     family: Family = "betas"
     fields: tuple[str, ...] = ()
     """The fields of NoiseConfig that it has, where they are not those of its family."""
@@ -108,13 +115,16 @@ _EDM_SOLVER = {
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),
     SchedulerKind("DDIMScheduler", "ddim"),
-    SchedulerKind("DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True),
+    SchedulerKind(
+        "DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True, reads=_DPM_READS
+    ),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
         "dpmpp_3m",
         {**_DPM_SOLVER, "solver_order": 3, "lower_order_final": True},
         {"solver_order": 2, **_LINSPACE},
         clips_by_threshold=True,
+        reads=_DPM_READS,
     ),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
@@ -122,6 +132,7 @@ KINDS = (
         {**_DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "dpmsolver++", **_LINSPACE},
         clips_by_threshold=True,
+        reads=_DPM_READS,
     ),
     SchedulerKind(
         "UniPCMultistepScheduler",
@@ -141,6 +152,7 @@ KINDS = (
         },
         _LINSPACE,
         clips_by_threshold=True,
+        reads=_UNIPC_READS,
     ),
     SchedulerKind(
         "DEISMultistepScheduler",
@@ -155,6 +167,7 @@ KINDS = (
         },
         _LINSPACE,
         clips_by_threshold=True,
+        reads=_DEIS_READS,
     ),
     SchedulerKind(
         "PNDMScheduler", "plms", {"skip_prk_steps": True}, {"skip_prk_steps": False, "set_alpha_to_one": False}
@@ -194,6 +207,7 @@ KINDS = (
             {**_EDM_SOLVER, **other},
             {**_EDM, **_EDM_SOLVER},
             clips_by_threshold=True,
+            reads=_DPM_READS,
             family="edm",
             fields=(*FIELDS["edm"], "thresholding"),
             predictions=_OF_EDM,
@@ -276,5 +290,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
     """The fields that must be as they are, up to the first that is not; null is the same as left out."""
-    values = {**kind.must, **kind.defaults, **{key: value for key, value in given.items() if value is not None}}
+    told = {key: value for key, value in given.items() if value is not None}
+    read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
+    values = {**kind.must, **kind.defaults, **told, **read}
     return list(takewhile(lambda name: values[name] == kind.must[name], kind.must))

@@ -18,12 +18,14 @@ from diffusers import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.model import loops
 from tests.model.formats.conftest import randomised
+from tests.model.loops import loop_of_diffusers, to_theirs
 from tests.model.test_unet import NCSNPP
 from tests.tiny import TINY
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.samplers import Plan, sample
+from tminus.model.samplers import sample
 
 STEPS = 12
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -50,7 +52,7 @@ NETS: dict[str, dict[str, Any]] = {
 
 
 def noise_of(k: int, channels: int = 1) -> Tensor:
-    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(k))
+    return loops.noise_of((2, channels, 8, 8), k)
 
 
 def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
@@ -63,33 +65,6 @@ def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
     return load_checkpoint(folder), net, scheduler
 
 
-def loop_of_diffusers(net: UNet2DModel, scheduler: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Run diffusers' loop from its own x, with the noise of step k noise_of(1 + k)."""
-    draws = iter(range(1, 10_000))
-    module = type(scheduler).__module__
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_a, **_k: noise_of(next(draws), x.shape[1]), raising=False)
-    scheduler.set_timesteps(STEPS)
-    if isinstance(scheduler, ScoreSdeVeScheduler):
-        scheduler.set_sigmas(STEPS)
-        for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=True):
-            out = net(x, sigma.expand(len(x))).sample
-            x, mean = scheduler.step_pred(out, t, x, return_dict=False)
-        return mean
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(net(scaled, t).sample, t, x, return_dict=False)[0]
-    return x
-
-
-def to_theirs(name: str, x: Tensor, plan: Plan) -> Tensor:
-    """The x that diffusers has where ours is x, before the first pass."""
-    alpha_bar = plan.alpha_bar[0].item()
-    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if name.startswith("flow"):
-        return x / (signal + noise)
-    return (x / signal + 1) / 2 if name.startswith("ve") else x / signal
-
-
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +73,8 @@ def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypa
     channels = net.config.in_channels
     x_T = noise_of(0, channels)
     got = sample(checkpoint.net, plan, x_T, lambda k: noise_of(1 + k, channels))
-    theirs = loop_of_diffusers(net, scheduler, to_theirs(name, x_T, plan), monkeypatch)
+    x = to_theirs(checkpoint.noise, x_T, plan)
+    theirs = loop_of_diffusers(net, scheduler, x, STEPS, monkeypatch)
     if name.startswith("ve"):
         theirs = 2 * theirs - 1
     torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4 * max(1.0, theirs.abs().max().item()))
