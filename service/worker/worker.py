@@ -355,7 +355,8 @@ class Worker:
         self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, places, row_steps)
         for job in ticked.started:
             assert job.started_s is not None
-            self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)
+            queue_s = job.started_s - job.submitted_s
+            self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)
 
     def _tell_failed(self, job: RunningJob, error: ServiceError, reason: str | None) -> None:
         if reason in (SUSPENDED, LOST):
