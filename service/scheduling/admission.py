@@ -13,7 +13,7 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecast, stretch
-from tminus.service.scheduling.owners import ClassTimes, HadTimes
+from tminus.service.scheduling.owners import ClassTimes, Past
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
@@ -31,7 +31,7 @@ class _Moment:
     jobs: Sequence[Pending]
     load: Load  # what those of one class come to
     speeds: Mapping[int, Speed]
-    had: HadTimes  # what each owner has had that has jobs
+    past: Past
 
 
 class Admission:
@@ -82,7 +82,7 @@ class Admission:
             server = self._now(owner, background=work.background)
             job = _pending(job_id, work, owner, server, deadline_s, now_s, has_picture=has_picture)
             self._check_room(job, now_s, server)
-            outlook = forecast([*server.jobs, job], server.speeds, job_id, server.had, now_s=now_s)[job_id]
+            outlook = forecast([*server.jobs, job], server.speeds, job_id, server.past, now_s=now_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
             speed = server.speeds[work.model]
@@ -130,12 +130,12 @@ class Admission:
                 raise _overloaded(excess, 1)
             self._take(Pending(job_id, work, places_left, work.beside_s, owner, now_s))
         server = self._now()
-        return forecast(server.jobs, server.speeds, job_id, server.had, now_s=now_s)[job_id]
+        return forecast(server.jobs, server.speeds, job_id, server.past, now_s=now_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
         server = self._now()
-        outlooks = forecast(server.jobs, server.speeds, had=server.had, now_s=now_s)
+        outlooks = forecast(server.jobs, server.speeds, past=server.past, now_s=now_s)
         with self._admitting:
             return {
                 job.job_id: self._foresee(outlooks[job.job_id], job, now_s, server.speeds[job.work.model])
@@ -266,7 +266,7 @@ class Admission:
         owner = job.owner if self._shared else None
         drain, made_s = self._drains.get((owner, background), (None, 0.0))
         if drain is None or now_s > made_s + RENEW_S:
-            drain = Drain(server.jobs, now_s, self._limits, server.speeds, server.had, owner, background=background)
+            drain = Drain(server.jobs, now_s, self._limits, server.speeds, server.past, owner, background=background)
             self._drains[owner, background] = drain, now_s
         room_s = max(now_s, drain.room_s(job.work, speed))
         line = self._lines[job.owner if excess.of_owner else None, background]

@@ -13,7 +13,7 @@ from itertools import accumulate, count
 from statistics import median
 
 from tminus.service.model_info import background_share
-from tminus.service.scheduling.owners import ClassTimes, HadTimes
+from tminus.service.scheduling.owners import ClassTimes, Past
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -118,15 +118,16 @@ class Ahead:
         self,
         jobs: Sequence[Pending],
         speeds: Mapping[int, Speed],
-        had: HadTimes | None = None,
+        past: Past | None = None,
         *,
         start_s: float = 0.0,
     ) -> None:
-        """jobs: in order of arrival, each of one of the models in speeds. had: what each owner has had.
+        """jobs: in order of arrival, each of one of the models in speeds.
 
-        start_s: what 0 s is by the clock of the jobs.
+        past: what has been, by the clock of the jobs. start_s: what 0 s is by that clock.
         """
-        self._speeds, self._times, self._turns = speeds, ClassTimes(), Turns[int]()
+        self._speeds, self._turns = speeds, Turns[int]()
+        self._times = ClassTimes(foreground_at_s=-math.inf if past is None else past.foreground_at_s - start_s)
         self._schedulers: dict[int, Scheduler] = {}
         self._works = {job.job_id: job.work for job in jobs}
         self.now_s, arrivals = 0.0, count()
@@ -138,9 +139,9 @@ class Ahead:
             if job.places_left > 0:
                 rows, since_s = range(job.work.rows), job.since_s - start_s
                 self._schedulers[model].add(job.job_id, rows, job.work, job.steps, job.owner, since_s)
-        self._turns.age(0.0)
-        if had is not None:
-            self._times.start_from(had)
+        self._turns.come_to(0.0)
+        if past is not None:
+            self._times.start_from(past)
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
@@ -185,8 +186,8 @@ class Ahead:
         times = self._times.background if turns.in_background else self._times.foreground
         if busy == 1 and times.one_alone:  # else others take turns with the batch
             ticks = max(ticks, alike[0] if whole else alike[0] // FINE)
-        if tick_s and turns.ages_at_s < self.now_s + ticks * tick_s:
-            ticks = math.ceil((turns.ages_at_s - self.now_s) / tick_s)
+        if tick_s and turns.changes_at_s < self.now_s + ticks * tick_s:
+            ticks = math.ceil((turns.changes_at_s - self.now_s) / tick_s)
         return max(1, ticks), last
 
 
@@ -200,16 +201,16 @@ def forecast(
     jobs: Sequence[Pending],
     speeds: Mapping[int, Speed],
     until: str | None = None,
-    had: HadTimes | None = None,
+    past: Past | None = None,
     *,
     now_s: float = 0.0,
 ) -> dict[str, Outlook]:
     """Predict each job's outlook, by its id, if no other job comes.
 
-    jobs: in order of arrival. until: a job; only it and those that end before it are predicted. had: what each owner
-    has had. now_s: by the clock by which the jobs were accepted.
+    jobs: in order of arrival. until: a job; only it and those that end before it are predicted. past: what has
+    been. now_s: the time, by the clock of both.
     """
-    ahead = Ahead(jobs, speeds, had, start_s=now_s)
+    ahead = Ahead(jobs, speeds, past, start_s=now_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
     srpt = any(speed.sharing.policy == "srpt" for speed in speeds.values())
 

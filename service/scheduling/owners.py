@@ -7,6 +7,7 @@ goes before them until it has caught up.
 """
 
 import heapq
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -83,31 +84,33 @@ class OwnerTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class HadTimes:
-    """What each owner has had at a moment, of each class."""
+class Past:
+    """What schedulers go by of what has been: what each owner has had, of each class."""
 
     foreground: Mapping[str, float] = field(default_factory=dict)
     background: Mapping[str, float] = field(default_factory=dict)
+    foreground_at_s: float = -math.inf  # when there was last a job that was none of the background
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClassTimes:
     """The times of owners, of each class by itself: background work takes what nobody else wants, and so costs nothing.
 
-    All schedulers of a server have the same one.
+    All schedulers of a server have the same one. The worker's thread changes it; any thread may read.
     """
 
     foreground: OwnerTimes = field(default_factory=OwnerTimes)
     background: OwnerTimes = field(default_factory=OwnerTimes)
+    foreground_at_s: float = -math.inf  # when there was last a job that was none of the background
 
-    def of(self, owners: Iterable[str]) -> HadTimes:
+    def of(self, owners: Iterable[str]) -> Past:
         """Return what each owner has had, or will have had once it has a job."""
         owners = tuple(owners)
-        return HadTimes(self.foreground.of(owners), self.background.of(owners))
+        return Past(self.foreground.of(owners), self.background.of(owners), self.foreground_at_s)
 
-    def start_from(self, had: HadTimes) -> None:
+    def start_from(self, past: Past) -> None:
         """Note what the owners that have jobs have had before."""
-        for times, had_s in ((self.foreground, had.foreground), (self.background, had.background)):
+        for times, had_s in ((self.foreground, past.foreground), (self.background, past.background)):
             times.stepped({owner: had_s[owner] for owner in times.owners})
 
 

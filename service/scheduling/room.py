@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Ahead, Pending, Speed, Stride
-from tminus.service.scheduling.owners import HadTimes
+from tminus.service.scheduling.owners import Past
 from tminus.service.work import Work
 
 SHARE = 0.75  # of what the other owners leave, that one owner may hold
@@ -115,17 +115,17 @@ class Drain:
         now_s: float,
         limits: Limits,
         speeds: Mapping[int, Speed],
-        had: HadTimes | None = None,
+        past: Past | None = None,
         owner: str | None = None,
         *,
         background: bool = False,
     ) -> None:
-        """jobs: of both classes. had: what each owner has had. owner: who asks, where several share the server.
+        """jobs: of both classes. past: what has been. owner: who asks, where several share the server.
 
         background: of which class the job is that was refused.
         """
         self._limits, self._speeds, self._owner = limits, speeds, owner
-        ahead = Ahead(jobs, speeds, had, start_s=now_s)
+        ahead = Ahead(jobs, speeds, past, start_s=now_s)
         jobs = [job for job in jobs if job.work.background == background]
         self._jobs = {job.job_id: job for job in jobs}
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.

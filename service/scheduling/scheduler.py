@@ -32,7 +32,9 @@ RESERVED_SHARE = 0.25  # of the places, for the oldest job
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
-BACKGROUND_RATE = 0.98  # of the throughput of full ticks, that background ticks have at least, which are shorter
+# For so long after there was another job, a background tick takes at most so many times as long as a tick of one row:
+# a job of twenty steps then waits no longer than a tenth of its time for one to end. After that, they are full.
+QUIET_S, BACKGROUND_TICKS = 60.0, 2.0
 LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
 
 Model = TypeVar("Model")
@@ -105,16 +107,16 @@ class Sharing:
     def in_background(self) -> "Sharing":
         """Return how the places of background ticks are shared out.
 
-        Whoever comes waits for the tick that runs, so they are the smallest that lose next to no throughput. Nothing is
-        reserved for the oldest job: it need not wait for longer than background jobs are held back.
+        Nothing is reserved for the oldest job: it need not wait for longer than background jobs are held back.
         """
-        most_s = self.times.seconds_per_place(self.max_batch) / BACKGROUND_RATE
-        sizes = (
-            size for size, seconds in self.times.points if 2 <= size <= self.max_batch and seconds <= size * most_s
-        )
-        size = next(sizes, self.max_batch)
-        place_s = self.times.seconds_per_place(size) or self.place_s
-        return replace(self, max_batch=size, short_batch=size, reserved=0, place_s=place_s)
+        return replace(self, short_batch=self.max_batch, reserved=0)
+
+    @property
+    def short_background(self) -> int:
+        """How many places a background tick has where other jobs come, which wait for its end."""
+        most_s = BACKGROUND_TICKS * self.times.seconds(1)
+        short = [size for size, seconds in self.times.points if size <= self.max_batch and seconds <= most_s]
+        return max(2, *short) if short else self.max_batch
 
     def leads(self, ahead_s: float) -> bool:
         """Whether the owner that has had least goes before the next one, which has had so much more.
@@ -369,6 +371,7 @@ class ClassScheduler:
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
         self._owner_times = owner_times
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
+        self.most_places = sharing.max_batch  # in a tick
 
     def add(self, job: QueuedJob) -> None:
         """Take on a job; its rows may step from the next tick on."""
@@ -391,7 +394,7 @@ class ClassScheduler:
         """Choose the rows of the next tick, or None when there is nothing to do."""
         if not self._jobs:
             return None
-        pick, self._leader = _Pick(self._sharing.max_batch), None
+        pick, self._leader = _Pick(self.most_places), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
@@ -402,14 +405,14 @@ class ClassScheduler:
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
         sharing = self._sharing
-        owners = self._in_turn()[: sharing.max_batch + 1]  # each wants a place at least: none is left for others
+        owners = self._in_turn()[: self.most_places + 1]  # each wants a place at least: none is left for others
         had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
         if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
             self._leader = owners[0]
             queue = self._owners[self._leader]
             queue.fill(pick, pick.free, queue.much_longer)
-            pick.free = min(pick.free, sharing.beside(sharing.max_batch - pick.free))
+            pick.free = min(pick.free, sharing.beside(self.most_places - pick.free))
             del wants[self._leader]
         allotted = allot(pick.free, sharing.place_s, wants, had_s)
         for owner, places in allotted.items():
@@ -529,6 +532,7 @@ class Scheduler:
         self.background = ClassScheduler(sharing.in_background(), self._times.background)
         # Until when background jobs are held back: a heap. Those of jobs that have left go when they come up.
         self._held_back: list[tuple[float, str]] = []
+        self._short_background = sharing.short_background
 
     def beside(self) -> "Scheduler":
         """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
@@ -546,7 +550,7 @@ class Scheduler:
         """Take on a job of these rows; they may step from the next tick on.
 
         steps: for a job that goes on where it was, each row's next step; at least one row has steps left. since_s: from
-        when on a background job is held back, by the clock of `age`.
+        when on a background job is held back, by the clock of `come_to`.
         """
         steps = (work.start,) * work.rows if steps is None else steps
         assert job_id not in self.foreground
@@ -561,17 +565,23 @@ class Scheduler:
             self.background.add(job)
             heapq.heappush(self._held_back, (since_s + work.held_back_s, job_id))
 
-    def age(self, now_s: float) -> None:
-        """Count background jobs that have been held back for long enough as jobs like any other from now on."""
-        while self.ages_at_s <= now_s:
+    def come_to(self, now_s: float) -> None:
+        """Take note of the time: background jobs are held back no more, or their ticks become full ones."""
+        while self._held_back and self._held_back[0][0] <= now_s:
             _, job_id = heapq.heappop(self._held_back)
             if (job := self.background.take(job_id)) is not None:
                 self.foreground.add(job)
+        if self.foreground.has_work:
+            self._times.foreground_at_s = now_s
+        is_quiet = now_s >= self._times.foreground_at_s + QUIET_S
+        self.background.most_places = self._sharing.max_batch if is_quiet else self._short_background
 
     @property
-    def ages_at_s(self) -> float:
-        """When `age` may next have something to do; infinite where nothing is held back."""
-        return self._held_back[0][0] if self._held_back else math.inf
+    def changes_at_s(self) -> float:
+        """When `come_to` may next have something to do, if only background jobs step."""
+        held_back_until_s = self._held_back[0][0] if self._held_back else math.inf
+        is_full = self.background.most_places == self._sharing.max_batch
+        return min(held_back_until_s, math.inf if is_full else self._times.foreground_at_s + QUIET_S)
 
     def cancel(self, job_id: str) -> None:
         """Remove a job at once. Nothing happens if it is not here (any more)."""
@@ -636,15 +646,15 @@ class Turns(Generic[Model]):
         """Whether a model has a next tick."""
         return self._foreground.has_work or self._background.has_work
 
-    def age(self, now_s: float) -> None:
-        """Have the schedulers count background jobs as others that have been held back for long enough."""
+    def come_to(self, now_s: float) -> None:
+        """Have all schedulers take note of the time."""
         for scheduler in self._schedulers.values():
-            scheduler.age(now_s)
+            scheduler.come_to(now_s)
 
     @property
-    def ages_at_s(self) -> float:
-        """When `age` may next have something to do."""
-        return min((scheduler.ages_at_s for scheduler in self._schedulers.values()), default=math.inf)
+    def changes_at_s(self) -> float:
+        """When `come_to` may next have something to do, if only background jobs step."""
+        return min((scheduler.changes_at_s for scheduler in self._schedulers.values()), default=math.inf)
 
     def shares(self) -> list[Model]:
         """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
@@ -662,7 +672,7 @@ class Turns(Generic[Model]):
 
     def next(self, now_s: float = 0.0) -> Model | None:
         """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
-        self.age(now_s)
+        self.come_to(now_s)
         self._stepping = self._now
         return self._stepping.next()
 

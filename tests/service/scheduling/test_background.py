@@ -12,7 +12,7 @@ from tests.service.scheduling.machine import Machine, guided, held_back, plain, 
 from tests.service.scheduling.test_admission import RATE, make_admission, wait_of
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import BACKGROUND_RATE, RESERVED_SHARE, Policy, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import QUIET_S, RESERVED_SHARE, Policy, TickTimes
 from tminus.service.work import JobRows, Work
 
 FAST, SLOW = 0, 1
@@ -144,9 +144,9 @@ def test_a_background_job_that_is_cancelled_leaves_nothing_behind() -> None:
     machine.step()
     assert scheduler.steps("a") == (1, 1)
     scheduler.cancel("a")
-    scheduler.age(2.0)
+    scheduler.come_to(2.0)
     assert not scheduler.has_work
-    assert scheduler.ages_at_s == math.inf
+    assert scheduler.changes_at_s == math.inf
     assert scheduler.next_batch() is None
 
 
@@ -154,33 +154,49 @@ def test_a_background_job_that_is_cancelled_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "max_batch", "size"),
+    ("points", "size"),
     [
-        (((1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)), 8, 2),  # as fast by twos: whoever comes waits for those only
-        (((1, 1.0), (2, 1.9), (4, 3.6), (8, 7.1)), 8, 4),
-        (((1, 1.0), (2, 1.1), (4, 1.4), (8, 2.0), (16, 3.0)), 8, 8),  # a GPU's: only full ticks are as fast
-        (((2, 1.0), (16, 8.0)), 8, 2),
-        ((), 8, 8),  # nothing was measured
+        (((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)), 2),
+        (((1, 1.0), (2, 1.5), (4, 2.0), (8, 4.5)), 4),
+        (((1, 1.0), (2, 1.1), (4, 1.3), (8, 1.5), (16, 3.0)), 8),
+        (((1, 1.0), (2, 2.5), (4, 5.0), (8, 9.0)), 2),  # a guided row takes two
+        ((), 8),  # nothing was measured
     ],
 )
-def test_background_ticks_are_the_smallest_that_lose_next_to_nothing(
-    points: tuple[tuple[int, float], ...], max_batch: int, size: int
+def test_where_other_jobs_come_a_background_tick_is_little_longer_than_that_of_one_row(
+    points: tuple[tuple[int, float], ...], size: int
 ) -> None:
-    sharing = Sharing.of(max_batch, times=TickTimes(points)).in_background()
-    assert (sharing.max_batch, sharing.short_batch, sharing.reserved) == (size, size, 0)
+    machine = Machine(speed_of(8, times=TickTimes(points)))
+    machine.add("b", held_back(plain(64, 10_000)))
+
+    def sizes(seconds: float) -> set[int]:
+        end_s, found = machine.now_s + seconds, set()
+        while machine.now_s < end_s:
+            _, batch = machine.step() or pytest.fail("there is something to do")
+            found.add(batch.places)
+            if not points:
+                machine.now_s += 1.0
+        return found
+
+    assert sizes(10.0) == {8}, "while nobody else comes they are full"
+    for _ in range(2):
+        machine.add(f"c{machine.now_s}", plain(1, 1))
+        machine.step()
+        assert sizes(QUIET_S - 5.0) == {size}
+    assert sizes(10.0) == {size, 8}
+    assert sizes(10.0) == {8}
 
 
-@given(
-    st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6),
-    st.integers(2, 64),
-)
-def test_the_rate_of_background_ticks_is_that_of_full_ticks_but_for_two_percent(
-    seconds: list[float], max_batch: int
-) -> None:
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6), st.integers(2, 64), st.sampled_from(["srpt", "fcfs"]))
+def test_alone_background_jobs_are_done_as_fast_as_others(seconds: list[float], max_batch: int, policy: Policy) -> None:
     times = TickTimes(tuple((2**k, each) for k, each in enumerate(seconds)))
-    size = Sharing.of(max_batch, times=times).in_background().max_batch
-    assert 2 <= size <= max_batch
-    assert size / times.seconds(size) >= BACKGROUND_RATE * max_batch / times.seconds(max_batch) * (1 - 1e-9)
+    ended_s = []
+    for in_background in (False, True):
+        machine = Machine(speed_of(max_batch, policy, times=times))
+        machine.add("b", held_back(plain(max_batch, 20)) if in_background else plain(max_batch, 20))
+        machine.run()
+        ended_s.append(machine.now_s)
+    assert ended_s[0] == ended_s[1]
 
 
 # --- who is refused ---

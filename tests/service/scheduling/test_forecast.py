@@ -12,7 +12,7 @@ from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
 from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed, stretch
-from tminus.service.scheduling.owners import HadTimes
+from tminus.service.scheduling.owners import Past
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.work import Outlook, Work
 
@@ -149,7 +149,7 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(owners: 
     def strides(jobs: int) -> int:
         works = [plain(1 + number % 5, 1 + 37 * number % 200) for number in range(jobs)]
         pending = [Pending(f"{n}", work, work.places, owner=f"{n % owners}") for n, work in enumerate(works)]
-        ahead = Ahead(pending, {0: speed_of()}, HadTimes({f"{n}": float(n) for n in range(owners)}))
+        ahead = Ahead(pending, {0: speed_of()}, Past({f"{n}": float(n) for n in range(owners)}))
         count = 0
         while ahead.step() is not None:
             count += 1
