@@ -243,7 +243,7 @@ def plms(levels: Levels) -> Tensor:
 def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
     """PNDM (Liu et al. 2022, algorithm 2): Runge-Kutta steps (eq. 13), then Adams-Bashforth of order 4, all in eps.
 
-    alpha_bar_middle [K]: in the middle of each of the K <= 3 Runge-Kutta steps, see `timesteps_of_passes`. h1, h2, h3
+    alpha_bar_middle [K]: in the middle of each of the K Runge-Kutta steps, three or none, see `middles`. h1, h2, h3
     hold the eps at the starts of earlier steps, the latest first. h4 holds the x that a Runge-Kutta step starts from,
     and after its third pass the end of the step without the last eps.
     """

@@ -95,9 +95,13 @@ def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]
 
 
 def middles(timesteps: Sequence[float]) -> list[float]:
-    """The whole timestep in the middle of each of pndm's Runge-Kutta steps, the cleaner one of two."""
-    first = timesteps[: SAMPLER_FACTS["pndm"].steps_to_start + 1]
-    return [after + (t - after) // 2 for t, after in pairwise(first)]
+    """The whole timestep in the middle of each of pndm's Runge-Kutta steps, the cleaner one of two.
+
+    Where one would end at the cleanest timestep there are none: an error in x_0 is divided by sigma there to be one in
+    eps, and multiplied by the sigma that the step comes from.
+    """
+    count = SAMPLER_FACTS["pndm"].steps_to_start
+    return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
 
 
 def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:

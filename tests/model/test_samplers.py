@@ -23,7 +23,7 @@ from tests.tiny import TINY, randomize
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample
-from tminus.model.timesteps import SPACINGS
+from tminus.model.timesteps import SPACINGS, make_timesteps
 from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -595,7 +595,8 @@ def test_a_plan_that_starts_later_is_the_end_of_the_whole_one_but_for_a_first_st
     whole, tail = (compile_plan(noise, noise.schedule(), sampler, 10, start=k) for k in (0, start))
     facts = SAMPLER_FACTS[sampler]
     assert len(tail) == facts.num_passes(10 - start)
-    assert tail.timesteps[0] == whole.timesteps[facts.num_passes(start + 1) - 1 if start else 0]
+    spacing, log_sigmas = noise.default_spacing(sampler), noise.schedule().log_sigmas
+    assert tail.timesteps[0] == make_timesteps(sampler, spacing, 10, 1000, log_sigmas=log_sigmas)[start]
     assert tail.timesteps[-1] == whole.timesteps[-1]
     assert torch.equal(tail.known[-1], whole.known[-1])
     if sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "deis"):
