@@ -67,6 +67,7 @@ PIPELINE_OF = {
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
     "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
+    "KarrasEDMScheduler": "KarrasEDMPipeline",  # of a pull request, as the scheduler
 }
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
 
