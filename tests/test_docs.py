@@ -19,7 +19,7 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.defaults import SETTINGS
-from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, TrajectoryRequest, WebhookRequest
 from tminus.service.api.sample import WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
@@ -154,7 +154,9 @@ def test_every_command_is_in_its_table() -> None:
 
 CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
 PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
-OF_ANIMATIONS, OF_WEBHOOKS = AnimationRequest.model_fields.keys(), WebhookRequest.model_fields.keys()
+OF_ANIMATIONS, OF_TRAJECTORIES, OF_WEBHOOKS = (
+    each.model_fields.keys() for each in (AnimationRequest, TrajectoryRequest, WebhookRequest)
+)
 
 
 @pytest.fixture
@@ -183,7 +185,7 @@ def test_every_route_of_the_app_is_documented(site: Site) -> None:
 
 
 def test_every_parameter_is_documented() -> None:
-    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS | OF_WEBHOOKS
+    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS | OF_TRAJECTORIES | OF_WEBHOOKS
 
 
 def accepted(site: Site, **parameters: Any) -> dict[str, Any]:

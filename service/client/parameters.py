@@ -34,6 +34,7 @@ class Parameters(TypedDict, total=False):
     table: str
     clip: bool
     deadline_s: float
+    background: bool
     image: Picture
     mask: Picture
     strength: float
@@ -57,10 +58,15 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`."""
+    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`.
+
+    accept="application/vnd.tminus.trajectory" gives the passes of `keep`, or all of them; `dtype`: float32 or float16.
+    """
 
     every: int
     show: str
+    keep: Sequence[int]
+    dtype: str
 
 
 class Shown(Parameters, Preview, total=False):

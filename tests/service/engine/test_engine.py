@@ -45,7 +45,7 @@ from tminus.service.engine.protocol import sample_locally
 from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import Batch, noisy_passes, work_of
+from tminus.service.work import Batch, noisy_passes, select_passes, work_of
 from tminus.service.worker.recording import Path
 
 pytestmark = pytest.mark.slow
@@ -174,9 +174,12 @@ NOISY += [spec for spec in MIXED if spec.sampler == "dpmpp_2m_sde" or spec.table
 LEARNED = NoiseConfig(num_train_timesteps=50, beta_end=0.1, variance_type="learned_range")
 
 
-def walked(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int) -> list[Trajectory]:
+def walked(
+    engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int, keep: Sequence[int] | None = None
+) -> list[Trajectory]:
     """The trajectories of jobs that share the engine and its batches."""
-    scheduler, paths = Scheduler(Sharing.of(max_batch)), [Path(spec) for spec in specs]
+    scheduler = Scheduler(Sharing.of(max_batch))
+    paths = [Path(spec, select_passes(keep, spec, engine.info)) for spec in specs]
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))
@@ -195,7 +198,7 @@ def assert_steps_are_mean_and_noise(checkpoint: Checkpoint, spec: SampleSpec, tr
     shape = checkpoint.row_shape
     np.testing.assert_array_equal(trajectory.x_t[0], noise_of(spec, 0, shape))
     found = transitions(trajectory)
-    assert len(found.passes) == noisy_passes(spec, make_engine(checkpoint).info) > 0
+    assert found.passes.tolist() == list(noisy_passes(spec, make_engine(checkpoint).info)) != []
     for at, k in enumerate(found.passes):
         z = noise_of(spec, int(k) + 1, shape).double().numpy()
         np.testing.assert_allclose(trajectory.x_t[k + 1], found.mean[at] + found.s[at] * z, rtol=1e-5, atol=2e-6)
@@ -230,6 +233,23 @@ def test_a_learned_variance_is_in_a_trajectory_by_value(make_checkpoint: MakeChe
     for spec, trajectory in zip(specs, walked(make_engine(checkpoint), specs, max_batch=3), strict=True):
         assert (trajectory.v is not None) == (spec.sampler == "ddpm")
         assert_steps_are_mean_and_noise(checkpoint, spec, trajectory)
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("noise", [NoiseConfig(num_train_timesteps=50, beta_end=0.1), LEARNED])
+def test_of_some_passes_a_trajectory_has_the_bits_of_the_whole(
+    make_checkpoint: MakeCheckpoint, noise: NoiseConfig
+) -> None:
+    checkpoint = make_checkpoint(noise=noise, out_channels=2 if noise is LEARNED else 1)
+    specs = [spec_of(n=2, steps=7, seed=1), spec_of(n=1, steps=7, seed=3, sampler="dpmpp_2m_sde")]
+    wholes = walked(make_engine(checkpoint), specs, max_batch=2)
+    for whole, part in zip(wholes, walked(make_engine(checkpoint), specs, max_batch=2, keep=[2, 5]), strict=True):
+        assert part.x_t.tobytes() == whole.x_t[[2, 3, 5, 6]].tobytes()
+        assert part.x_0.tobytes() == whole.x_0[list(part.selected.predictions)].tobytes()
+        found, slices = transitions(part), transitions(whole)
+        assert found.passes.tolist() == [2, 5]
+        for name in ("mean", "s", "log_p"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(slices, name)[[2, 5]], name)
 
 
 def test_trajectories_change_no_bit_of_a_learned_variances_images(make_checkpoint: MakeCheckpoint) -> None:
