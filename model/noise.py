@@ -309,6 +309,8 @@ class NoiseConfig(Checked):
             key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = value
+            elif key in kind.must:
+                continue  # it has the value that it must have
             elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:

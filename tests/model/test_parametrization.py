@@ -1,6 +1,8 @@
 """Models that were trained on another x than ours: EDM, flow matching, VE. diffusers' own loops are the reference."""
 
+import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import make_timesteps
 
 STEPS = 12
+EDM, EDM_SOLVER, KARRAS = "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KarrasEDMScheduler"
+FLOW, VE = "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "edm, euler": (EDMEulerScheduler, {}),
     "edm, exponential": (EDMEulerScheduler, {"sigma_schedule": "exponential", "sigma_max": 20.0, "sigma_data": 1.0}),
@@ -70,6 +74,73 @@ def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
     pipeline = ScoreSdeVePipeline if cls is ScoreSdeVeScheduler else DDPMPipeline
     pipeline(net, scheduler).save_pretrained(folder)
     return load_checkpoint(folder), net, scheduler
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (EDM, {"sigma_min": 90}, "sigma_min must be above 0 and below sigma_max 80"),
+        (EDM, {"sigma_min": 1e-12}, "sigma_min must be such that all noise levels differ in float64"),
+        (EDM, {"rho": 1e-9}, "sigma_min must be such that all noise levels differ in float64"),
+        (EDM, {"sigma_data": 0}, "sigma_data must be a positive number"),
+        (
+            "EDMEulerScheduler",
+            {"sigma_schedule": "beta"},
+            "sigma_schedule must be among karras, exponential, got 'beta'",
+        ),
+        (
+            "EDMEulerScheduler",
+            {"prediction_type": "sample"},
+            "must be among epsilon, v_prediction for EDMEulerScheduler",
+        ),
+        (
+            "EDMEulerScheduler",
+            {"num_train_timesteps": 1},
+            "num_train_timesteps must be 2 or more with prediction_type edm",
+        ),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"solver_type": "heun"},
+            "solver_type must be 'midpoint' for dpmpp_2m, got 'heun'",
+        ),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"thresholding": True, "sample_max_value": 2.0},
+            "thresholding must be false",
+        ),
+        (FLOW, {"shift": 0}, "shift must be a positive number, got 0"),
+        (FLOW, {"shift": 1e-9}, "shift must be such that all noise levels differ"),
+        (FLOW, {"shift_terminal": 0.1}, "shift_terminal must be None for euler, got 0.1"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_beta_sigmas": True},
+            "use_beta_sigmas must be False for euler, got True",
+        ),
+        (FLOW, {"invert_sigmas": True}, "invert_sigmas must be False for euler, got True"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"stochastic_sampling": True},
+            "stochastic_sampling must be False for euler",
+        ),
+        (VE, {"sampling_eps": 1.5}, "sampling_eps must be below 1, got 1.5"),
+        (VE, {"correct_steps": -1}, "correct_steps must be an integer, 0 or more, got -1"),
+        (
+            "KarrasEDMScheduler",
+            {"precondition_type": "none"},
+            "precondition_type must be among edm, cm_edm, got 'none'",
+        ),
+    ],
+)
+def test_what_would_change_images_is_refused_by_field(cls: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NoiseConfig.from_dict({"_class_name": cls, **fields})
+
+
+def test_the_corrector_of_ve_is_left_out_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        noise = NoiseConfig.from_dict({"_class_name": "ScoreSdeVeScheduler", "correct_steps": 1, "snr": 0.16})
+    assert "correct_steps=1 is not run" in caplog.text
+    assert noise.to_dict()["snr"] == 0.16
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,6 +6,7 @@ networks are narrowed to what a test can run: widths and sizes are smaller, all 
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -106,6 +107,18 @@ def karras_edm(checkpoint: Checkpoint, net: UNet2DModel, x: Tensor, labels: Tens
             end = x + (then - now) * (slope + (end - denoised(end, then)) / then) / 2
         x = end
     return x.float()
+
+
+@torch.no_grad()
+def test_a_flat_folder_is_the_nested_one(tmp_path: Path) -> None:
+    nested, flat = tmp_path / "nested", tmp_path / "flat"
+    nested.mkdir()
+    flat.mkdir()
+    write(nested, "audio-diffusion-256")
+    for file in nested.rglob("*.*"):
+        shutil.copy(file, flat / file.name)
+    one, other = load_checkpoint(nested), load_checkpoint(flat)
+    assert (one.noise, one.weights_hash, one.image_shape) == (other.noise, other.weights_hash, other.image_shape)
 
 
 @pytest.mark.parametrize("name", REFUSED)
