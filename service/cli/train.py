@@ -24,6 +24,7 @@ MOST_ON_SHEET = 64  # samples
 ROWS_PER_CLASS = 2  # of a sheet of samples
 IMAGES_WITHOUT_CLASSES = 16
 RECONSTRUCTIONS = 8  # a row of the sheet
+KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
 )
@@ -31,8 +32,8 @@ DATA_DIR = click.option(
 CONTINUOUS = ("flow", "edm")
 CHANNELS = click.option(
     "--channels",
-    type=click.Choice(["1", "3"]),
-    help="of the images of a folder  [default: 1 if all of them are grey, else 3]",
+    type=click.Choice(["1", "3", "4"]),
+    help="of the images of a folder; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
 )
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 
@@ -345,7 +346,7 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 def kind_of(data: "ImageSet") -> str:
     """Say how many images there are, and of which kind, for people."""
     _, channels, height, width = data.images.shape
-    return f"{data.name}: {len(data)} images, {width}x{height}, {'grey' if channels == 1 else 'colour'}"
+    return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
 
 def load_training_data(

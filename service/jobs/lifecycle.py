@@ -35,7 +35,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Mailbox, Pace, Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Ticket, check_table, work_of
 from tminus.service.worker.loop import LOST
@@ -364,7 +364,7 @@ class Lifecycle:
             await self.store.call(JobStore.crashed, crashed)
         return False
 
-    async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:
+    async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
         if not job.may_become(HeldState.ENDING):  # another task does this already, or it is not held any more
             return
