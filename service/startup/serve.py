@@ -26,6 +26,7 @@ from urllib.parse import urlencode
 import sqlalchemy as sa
 
 from tminus.model.files import CheckpointError
+from tminus.model.hub import HubId, checkpoint_folder
 from tminus.service.access.access import Access
 from tminus.service.api.request.classes import label_of
 from tminus.service.errors import CheckpointRefused, StorageFailed
@@ -253,9 +254,10 @@ def read_models(settings: Settings) -> "list[ReadModel]":
 
     models: dict[str, ReadModel] = {}
     used_bytes = 0
-    for number, (given, folder) in enumerate(settings.checkpoints()):
-        log.debug("loading %s", folder)
+    for number, (given, place) in enumerate(settings.checkpoints()):
+        log.debug("loading %s", place)
         try:
+            folder = checkpoint_folder(place) if isinstance(place, HubId) else place
             need_bytes = needed_bytes(settings, folder)
             if lacks := room_lacking(settings, need_bytes, used_bytes):
                 if models and number >= len(settings.checkpoint):  # one of those in the folder of models

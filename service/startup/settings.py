@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from tminus.model.hub import HubId, path_or_id
 from tminus.service.access.access import Access
 from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import AllowedSites
@@ -80,8 +81,9 @@ class Settings(BaseSettings):
 
     checkpoint: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="checkpoint folder to serve, by its own name or as NAME=FOLDER; may be given several times, in the "
-        "variable by commas; the first is the default model; default: the one that comes with tminus",
+        description="checkpoint to serve, a folder or an id of the Hugging Face hub, owner/name[@revision], by its own "
+        "name or as NAME=FOLDER; may be given several times, in the variable by commas; the first is the default "
+        "model; default: the one that comes with tminus",
     )
     models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
     models_memory_gb: float | None = Field(
@@ -284,16 +286,16 @@ class Settings(BaseSettings):
             raise ValueError(f"must be {what}, by commas, or *")
         return value
 
-    def checkpoints(self) -> list[tuple[str | None, Path]]:
-        """The folders that are served, in order, with the names that were given to them.
+    def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
+        """The checkpoints that are served, in order, with the names that were given to them.
 
         Raises ValueError for a folder of models without any, and for two models of one name.
         """
-        found: list[tuple[str | None, Path]] = []
+        found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
             name, equals, folder = each.partition("=")
             is_named = equals and NAME.fullmatch(name) and not Path(each).exists()
-            found.append((name, Path(folder)) if is_named else (None, Path(each)))
+            found.append((name, path_or_id(folder)) if is_named else (None, path_or_id(each)))
         if self.models is not None:
             if not (inside := Library(folder=self.models).folders()):
                 raise ValueError(
