@@ -112,7 +112,7 @@ async def sample(services: Services, request: Request) -> Response:
         return response
     if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
         raise refused(NOT_DURABLE, webhook.url)
-    new = await understand(services, caller_of(request), parameters, request)
+    services, new = await understand(services, caller_of(request), parameters, request)
     if animation is not None:
         answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
     else:

@@ -96,7 +96,7 @@ class _Stream:
                     ):
                         preview = StreamRequest.parse(StreamRequest.own_of(parameters))
                         # It takes the parameters: they may be megabytes, and the job take an hour.
-                        new = await understand(self._services, caller, parameters)
+                        self._services, new = await understand(self._services, caller, parameters)
                         await self._job(preview, new, caller)
                     keep_open = preview.keep_open
                     patience_s = NEXT_MESSAGE_S

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ from tminus.service.engine.autotune import (
 )
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.executors import Executor, probe_bits
+from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
@@ -99,6 +99,34 @@ class ReadModel:
     folder: Path
     checkpoint: Checkpoint
 
+    @property
+    def weights_hash(self) -> str:
+        """The hash of its weights."""
+        return self.checkpoint.weights_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """What is known of a checkpoint before an engine is made of it, with the same names as in Loaded."""
+
+    info: ModelInfo  # without executor, precision and fingerprint, which are empty
+    max_rows: int
+    max_batch: int
+    short_batch: int
+    tick_times: tuple[tuple[int, float], ...] = ()
+    coding_s: tuple[float, float] = (0.0, 0.0)
+
+
+def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
+    """Say what is known of a checkpoint before it is measured."""
+    device = choose_device(options.device)
+    wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
+    executor = EagerExecutor(checkpoint.net, device)
+    info = make_model_info(checkpoint, device, executor, exact=wish.exact)
+    info = replace(info, fingerprint="", executor="", precision="", executor_details="")
+    short_batch = min(options.short_batch or wish.max_batch, wish.max_batch)
+    return Unmeasured(info, max_rows, wish.max_batch, short_batch)
+
 
 def load_engine(
     options: LoadOptions, places_of: Callable[[ModelInfo], int] | None = None, fingerprint: str | None = None
@@ -125,6 +153,14 @@ def load_engine(
 def serving_bytes(folder: Path) -> int:
     """Roughly what a model takes while it is served, by its configuration alone. Raises CheckpointError."""
     return needs_of(folder).serving_bytes
+
+
+def memory_lacking(folder: Path) -> str | None:
+    """Say why there is not memory enough to load a model; None where there is. Raises CheckpointError."""
+    need, free = needs_of(folder).loading_bytes, free_memory_bytes()
+    if free is None or need <= free:
+        return None
+    return f"takes about {need / GIB:.2f} GiB to load, and {free / GIB:.2f} GiB of memory are free"
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
