@@ -229,7 +229,7 @@ def prepare_engine(
         left_s = TRIAL_PASSES * pass_s
         progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
 
-    executor = choose_executor(checkpoint, device, wish, cache, tell)
+    executor = choose_executor(checkpoint, device, wish, cache, tell, busy=busy)
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,

@@ -1,18 +1,20 @@
 """Models that are loaded when they are asked for and unloaded when idle: ten of them on a budget of three."""
 
-import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import BUNDLED, RECOMMENDED, RunningServer, SlowDown, run_cli, serving, stop_server
+from tests.e2e.conftest import BUNDLED, KEYS, RECOMMENDED, RunningServer, SlowDown, run_cli, serving, stop_server
 from tests.e2e.restarting import Restarting
+from tests.e2e.test_models import change, new_weights
 from tests.tiny import randomize
 from tminus.model.checkpoint import load_checkpoint, needs_of, save_checkpoint
 from tminus.model.unet import UNet2D
@@ -26,7 +28,7 @@ StartServer = Callable[..., RunningServer]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny models, of the same network with other weights."""
+    """The default model m0, and in `more` the others: tiny ones, of the same network with other weights."""
     folder, like = tmp_path_factory.mktemp("ten"), load_checkpoint(BUNDLED)
     config = replace(
         like.net.config, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,),
@@ -35,13 +37,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k in range(NUMBER):
         net = UNet2D(config)
         randomize(net, k)
-        save_checkpoint(folder / f"m{k}", net.state_dict(), config, like.noise, like.labels, {}, RECOMMENDED)
+        save_checkpoint(
+            folder / ("more" if k else "") / f"m{k}", net.state_dict(), config, like.noise, like.labels, {}, RECOMMENDED
+        )
     return folder
 
 
-def budget(models: Path, fitting: float = FITTING) -> tuple[str, str]:
-    """The flags that leave room for so many."""
-    return "--models-memory-gb", f"{(fitting + 0.5) * needs_of(models / 'm0').serving_bytes / 2**30:.9f}"
+def all_with_room_for(models: Path, fitting: float = FITTING) -> tuple[str, ...]:
+    """The flags for all ten, with room for so many."""
+    most_gb = (fitting + 0.5) * needs_of(models / "m0").serving_bytes / 2**30
+    return "--models", str(models / "more"), "--models-memory-gb", f"{most_gb:.9f}"
 
 
 # Eager, which takes no test of its bits: a load is a matter of a tenth of a second.
@@ -50,7 +55,7 @@ FLAGS = ("--executor", "eager", "--result-cache-mb", "0", "--max-backlog-s", "60
 
 @pytest.fixture(scope="module")
 def ten(models: Path) -> Iterator[RunningServer]:
-    with serving(models, *FLAGS, "--idle-unload", "1h", *budget(models)) as server:
+    with serving(models / "m0", *FLAGS, "--idle-unload", "1h", *all_with_room_for(models)) as server:
         yield server
 
 
@@ -78,8 +83,10 @@ def test_requests_in_any_order_all_get_the_bytes_of_their_model_alone(
     assert len(loaded(ten)) == FITTING
     assert ten.metric("tminus_models") == NUMBER
     assert httpx.get(f"{ten.url}/readyz").status_code == 200
-    for name in ("m4", "m9"):
-        alone = own_server(*FLAGS, checkpoint=models / name)
+    for name in ("m0", "m9"):
+        alone = own_server(*FLAGS, checkpoint=models / ("" if name == "m0" else "more") / name)
+        told, known = httpx.get(f"{alone.url}/model").json(), httpx.get(f"{ten.url}/models/{name}").json()
+        assert (told["fingerprint"], told["executor_details"]) == (known["fingerprint"], known["executor_details"])
         for seed in range(3):
             response = httpx.post(f"{alone.url}/sample", json=QUICK | {"seed": seed}, timeout=120)
             assert response.content == together[name, seed]
@@ -141,7 +148,7 @@ def test_each_way_in_loads_the_model_that_it_names(ten: RunningServer) -> None:
     assert httpx.post(f"{ten.url}/v2/models/{name}/infer", json={"inputs": []}, timeout=60).status_code == 200
     name = out()
     with ten.api(model=name) as client:
-        assert client.sample(n=1, steps=2, seed=1).images
+        assert client.sample(n=1, steps=2, seed=1).data
 
 
 def test_a_model_with_a_job_stays_and_what_comes_for_others_waits(
@@ -162,7 +169,7 @@ def test_a_model_with_a_job_stays_and_what_comes_for_others_waits(
 
 
 def test_idle_models_are_unloaded_and_come_back_with_the_same_bytes(models: Path, own_server: StartServer) -> None:
-    server = own_server(*FLAGS, "--idle-unload", "0.5s", checkpoint=models)
+    server = own_server(*FLAGS, "--idle-unload", "0.5s", *all_with_room_for(models), checkpoint=models / "m0")
     first = {name: sampled(server, name) for name in ("m0", "m1")}
     server.wait_until(lambda: not loaded(server))
     assert httpx.get(f"{server.url}/readyz").status_code == 200
@@ -172,21 +179,59 @@ def test_idle_models_are_unloaded_and_come_back_with_the_same_bytes(models: Path
     assert server.metric("tminus_model_unloads_total") >= 2
 
 
-def test_a_job_of_a_model_that_is_out_is_finished_after_a_kill(models: Path, tmp_path: Path, restarting: Restarting) -> None:
-    pass
+def test_jobs_of_a_model_that_is_out_are_finished_after_a_kill(
+    models: Path, tmp_path: Path, own_server: StartServer, ten: RunningServer
+) -> None:
+    flags = (*FLAGS, "--idle-unload", "1h", *all_with_room_for(models))
+    restarting = Restarting(partial(own_server, *flags, checkpoint=models / "m0"), tmp_path)
+    restarting.server.slow_down()
+    begun = restarting.post(LONG, "the-first-key", "/models/m5")
+    restarting.server.wait_until(lambda: restarting.get(f"/jobs/{begun}").json()["step"] > 5)
+    not_begun = restarting.post(LONG, "the-second-key", "/models/m6")  # it may still be out
+    restarting.kill()
+    restarting.start()
+    for name, job_id in (("m5", begun), ("m6", not_begun)):
+        job = restarting.wait_for(job_id)
+        assert (job["state"], job["model"]) == ("done", name)
+        assert restarting.get(f"/jobs/{job_id}/image").content == sampled(ten, name, **LONG)
+
+
+def test_a_reload_of_a_model_that_is_out_serves_the_new_weights(models: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(models / "more", more)
+    with serving(models / "m0", *FLAGS, "--idle-unload", "1h", "--models", str(more), **KEYS) as server:
+        first = sampled(server, "m1")
+        new_weights(more / "m1", 0.3)
+        new_weights(more / "m2", 0.3)
+        assert sampled(server, "m1") == first, "what is in memory does not change with its files"
+        assert change(server, "m1", "unload").status_code == 204
+        server.wait_until(lambda: "m1" not in loaded(server))
+        assert change(server, "m2", "load").json()["state"] == "loaded"
+        assert change(server, "m2", "load").json()["code"] == "model_busy"
+        # The first request for other weights than those that are known may be told to come again.
+        server.wait_until(lambda: httpx.post(f"{server.url}/models/m1/sample", json=QUICK).status_code == 200)
+        assert sampled(server, "m1") != first
+        assert change(server, "m0", "unload").status_code == 204, "the default one too"
+        server.wait_until(lambda: "m0" not in loaded(server))
+        assert httpx.post(f"{server.url}/sample", json=QUICK, timeout=60).status_code == 200
+        shutil.rmtree(more / "m3")
+        refused = httpx.post(f"{server.url}/models/m3/sample", json=QUICK)
+        assert (refused.status_code, refused.json()["code"]) == (422, "checkpoint_refused")
 
 
 @pytest.mark.parametrize("given", ["0", "0s", "-1m", "soon", "1d"])
 def test_an_idle_time_that_is_none_is_refused(given: str) -> None:
     refused = run_cli("serve", "--idle-unload", given)
     assert refused.returncode == 1
-    assert "--idle-unload (TMINUS_IDLE_UNLOAD): Value error, must be a time above 0, as 90s, 15m or 1h" in refused.stderr
+    assert (
+        "--idle-unload (TMINUS_IDLE_UNLOAD): Value error, must be a time above 0, as 90s, 15m or 1h" in refused.stderr
+    )
 
 
 def test_a_budget_below_the_smallest_model_is_refused_with_both_figures(models: Path) -> None:
-    refused = run_cli("serve", "--models", str(models), "--idle-unload", "1m", "--models-memory-gb", "0.0001")
+    refused = run_cli("serve", "--models", str(models / "more"), "--idle-unload", "1m", "--models-memory-gb", "0.0001")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == (
-        "tminus: --models-memory-gb (TMINUS_MODELS_MEMORY_GB): 0.0001 GiB, and the smallest of the models, m0, takes "
-        "about 0.00016 GiB"
+        "tminus: --models-memory-gb (TMINUS_MODELS_MEMORY_GB): 0.0001 GiB, and the smallest of the models, m1, takes "
+        "about 0.00"
     )

@@ -191,7 +191,7 @@ class Mixing(Around):
 def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mixing(checkpoint: object, device: torch.device, *_args: object) -> Executor:
+    def mixing(checkpoint: object, device: torch.device, *_args: object, **_more: object) -> Executor:
         return Mixing(EagerExecutor(checkpoint.net, device, sizes=(1,)))  # type: ignore[attr-defined]
 
     monkeypatch.setattr(loading, "choose_executor", mixing)
@@ -367,7 +367,7 @@ def test_a_start_that_finds_other_sizes_with_the_same_bits_keeps_the_fingerprint
         """Passes of one row that say they are of another size."""
 
     def of_size(size: int) -> Callable[..., Executor]:
-        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object) -> Executor:
+        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object, **_more: object) -> Executor:
             executor = Resized(EagerExecutor(checkpoint.net, device, sizes=(1,)))
             executor.details = f"passes of {size}"
             return executor
@@ -509,7 +509,9 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
     wished: list[int] = []
     choose = loading.choose_executor
 
-    def chosen(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object) -> Executor:
+    def chosen(
+        checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object, **_more: object
+    ) -> Executor:
         wished.append(wish.threads)
         return choose(checkpoint, device, replace(wish, threads=1), cache)
 
