@@ -6,7 +6,7 @@ What is measured is how long ticks of each size take. The test of the bits is in
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -201,16 +201,16 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
 def prepare_engine(
     checkpoint: Checkpoint,
     options: LoadOptions,
-    known: Measured | None = None,
+    known: Collection[Measured] = (),
     *,
     busy: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
-    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of a
-    model that is running; if this is the same network, run in the same way, it is not measured again. progress: is told
-    what is being done, and roughly how many seconds are left.
+    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of
+    models that were loaded in this process; what is the same network, run in the same way, is not measured again.
+    progress: is told what is being done, and roughly how many seconds are left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -239,7 +239,7 @@ def prepare_engine(
     engine = _build(checkpoint, executor, device, options, wish, proof.bits if proof is not None else None)
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
-    again = known if known is not None and known.way == way else None
+    again = next((each for each in known if each.way == way), None)
     if again is None:
         progress("measuring how long ticks take", None)
         again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))

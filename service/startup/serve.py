@@ -314,7 +314,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]
         need_bytes, name = smallest
         raise ValueError(
             f"{asked_by('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
-            f"{name}, takes about {need_bytes / GIB:.2f}"
+            f"{name}, takes about {need_bytes / GIB:.2g}"
         )
     return models, known
 
@@ -406,7 +406,7 @@ class Loader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._measured: dict[str, Measured | None] = {}  # by the model's name
+        self._measured: dict[str, Measured] = {}  # by the model's name
 
     def load(self, name: str, folder: Path) -> Prepared:
         """Read a folder and measure the model while others are served."""
@@ -436,14 +436,15 @@ class Loader:
 
         memory_bytes = needed_bytes(self._settings, model.folder)
         try:
-            options, known = self._settings.load_options(model.folder), self._measured.get(model.name)
+            options, known = self._settings.load_options(model.folder), list(self._measured.values())
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
             traceback.clear_frames(error.__traceback__)  # whose variables hold it too
             release_memory()
             raise
-        self._measured[model.name] = loaded.measured
+        if loaded.measured is not None:
+            self._measured[model.name] = loaded.measured
         info = loaded.engine.info = replace(loaded.engine.info, name=model.name)
         log.info(
             "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",

@@ -233,5 +233,5 @@ def test_a_budget_below_the_smallest_model_is_refused_with_both_figures(models: 
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == (
         "tminus: --models-memory-gb (TMINUS_MODELS_MEMORY_GB): 0.0001 GiB, and the smallest of the models, m1, takes "
-        "about 0.00"
+        "about 0.00016"
     )

@@ -475,7 +475,7 @@ def test_other_weights_of_a_network_that_is_known_are_not_measured(
     save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
     monkeypatch.setattr(loading, "measure_ticks", lambda *args, **kwargs: pytest.fail("it is known"))
     options = replace(options, checkpoint=tmp_path / "other")
-    again = loading.prepare_engine(read_checkpoint(options), options, first.measured)
+    again = loading.prepare_engine(read_checkpoint(options), options, [first.measured])
     assert again.engine.info.weights_hash != first.engine.info.weights_hash
     assert again.tick_times == first.tick_times
     assert (again.max_batch, again.short_batch) == (first.max_batch, first.short_batch)
@@ -495,9 +495,9 @@ def test_another_network_or_way_is_measured(
     monkeypatch.setattr(loading, "measure_ticks", counted)
     larger = make_checkpoint(sample_size=16)
     save_checkpoint(tmp_path / "larger", larger.net.state_dict(), larger.net.config, larger.noise, larger.labels, {})
-    loading.prepare_engine(read_checkpoint(replace(options, checkpoint=tmp_path / "larger")), options, first.measured)
+    loading.prepare_engine(read_checkpoint(replace(options, checkpoint=tmp_path / "larger")), options, [first.measured])
     assert measured == [4]
-    loading.prepare_engine(read_checkpoint(options), replace(options, max_batch=8), first.measured)
+    loading.prepare_engine(read_checkpoint(options), replace(options, max_batch=8), [first.measured])
     assert measured == [4, 8]
 
 

@@ -47,6 +47,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "checkpoint": ("/some/folder", ("/some/folder",)),
     "models": ("some/models", Path("some/models")),
     "models_memory_gb": ("2.5", 2.5),
+    "idle_unload": ("15m", "15m"),
     "keys_file": (str(KEYS_FILE), KEYS_FILE),
     "keys": (LINE, LINE),
     "open": ("true", True),
@@ -223,7 +224,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return checkpoint
 
     def prepare_engine(
-        checkpoint: FakeCheckpoint, options: LoadOptions, known: None, *, busy: bool, progress: Progress
+        checkpoint: FakeCheckpoint, options: LoadOptions, known: list[object], *, busy: bool, progress: Progress
     ) -> Loaded:
         assert not busy
         progress("measuring how it runs fastest", 2.4)
@@ -283,7 +284,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     for name, fake in {
         "listen": listen,
         "ServedModels": serve_models,
-        "ModelChanges": lambda _served, library, _load, _check_room: seen.update(library=library),
+        "ModelChanges": lambda _served, library, _load, _room, idle_s: seen.update(library=library, idle_s=idle_s),
         "create_app": lambda _served, _changes, **values: seen.update(values),
         "open_store": open_store,
         "look_at_ends": lambda _settings, _folder: (None, []),
@@ -326,7 +327,7 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
 
 
 def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
-    once = {"keys", "webhook_secret", "state_dir", "metrics_port", "models", "models_memory_gb", "open"}
+    once = {"keys", "webhook_secret", "state_dir", "metrics_port", "models", "models_memory_gb", "idle_unload", "open"}
     assert module.serve(given(*(GIVEN.keys() - once)))
     assert served["checkpoint"] == Path("/some/folder")
     of_loading = ("device", "threads", "executor", "precision", "exact", "max_batch", "short_batch", "max_rows")
