@@ -23,7 +23,8 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Reco
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.hub import hub_name
 from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import (
     FOLDERS,
@@ -40,7 +41,7 @@ from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.unet import CLASS_NAME, UNetConfig
-from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
 
@@ -485,7 +486,7 @@ def _load(folder: Path) -> Checkpoint:
         size_px = (size_px[0] * autoencoder.config.factor, size_px[1] * autoencoder.config.factor)
     weights_hash = with_autoencoder(hash_weights(state), autoencoder)
     check_channels(folder, unet, noise, autoencoder.config.channels if autoencoder is not None else None)
-    name = str(tminus_json.values.get("name") or folder.resolve().name)
+    name = str(tminus_json.values.get("name") or hub_name(folder.resolve()) or folder.resolve().name)
     approved = tminus_json.approved(weights_hash)
     tables, refused = read_tables(
         folder,

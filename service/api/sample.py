@@ -133,7 +133,7 @@ async def sample(services: Services, request: Request) -> Response:
         parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
     )
     clip = FloatsRequest.take_from(parameters, media_type)
-    new = await understand(services, caller_of(request), parameters, request)
+    services, new = await understand(services, caller_of(request), parameters, request)
     if animation is not None:
         answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
     elif media_type == TRAJECTORY:

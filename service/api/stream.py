@@ -97,7 +97,7 @@ class _Stream:
                     ):
                         preview = StreamRequest.parse(StreamRequest.own_of(parameters))
                         # It takes the parameters: they may be megabytes, and the job take an hour.
-                        new = await understand(self._services, caller, parameters)
+                        self._services, new = await understand(self._services, caller, parameters)
                         if new.spec.depth == 32:
                             raise InvalidField.of("bit_depth", "8 or 16 in a stream, whose images are PNGs", 32)
                         await self._job(preview, new, caller)

@@ -23,7 +23,7 @@ from tminus.service.cli.images import (
     read_pictures,
     sample_from,
 )
-from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FILE_TYPE, FOLDER_TYPE, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, FILE_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -184,7 +184,7 @@ def trajectory() -> None:
 
 @trajectory.command()
 @click.argument("file", type=FILE_TYPE)
-@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint that it was made by")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="folder or hub id of what made it")
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
 @click.option(
     "--executor",

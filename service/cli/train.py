@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
+from tminus.service.cli.options import BACKGROUND, CHECKPOINT_TYPE, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
 
@@ -56,7 +56,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @BACKGROUND
 @OUT
 @click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, which sets --channels too")
-@click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
+@click.option("--init-from", type=CHECKPOINT_TYPE, help="begin from the weights of this checkpoint (folder or hub id)")
 @click.option(
     "--steps", type=int, help="optimiser steps in all  [default: the run's, or 500 to 15000 by the number of images]"
 )
@@ -276,7 +276,7 @@ def train_autoencoder(**options: Any) -> None:
 
 
 @click.command()
-@click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, required=True, help="the teacher")
 @OUT
 @click.option(
     "--data",
