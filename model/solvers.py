@@ -76,7 +76,8 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
     """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2): M, and r of the standard deviation s exp(r v).
 
     The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
-    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
+    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is that
+    of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 47).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
@@ -86,6 +87,8 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
         s = variance.sqrt()
     elif variance_type == "fixed_large":
         s = beta.sqrt()
+    elif variance_type == "reverse_diffusion":
+        s = levels.alpha_next * (1 / levels.alpha_bar - 1 / levels.alpha_bar_next).sqrt()
     else:
         s = (beta * variance) ** 0.25
         r = (beta.log() - variance.log()) / 4

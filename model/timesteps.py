@@ -25,6 +25,7 @@ def make_timesteps(
     log_sigmas: Sequence[float] | None = None,
     *,
     fractional: bool = False,
+    continuous: bool = False,
 ) -> list[float]:
     """Choose `steps` of the T timesteps, falling. leading, trailing, linspace as in Lin et al. 2024, table 2.
 
@@ -32,7 +33,8 @@ def make_timesteps(
     alpha_bar) of t = 0..T-1, ascending. It takes no offset, which only leading has.
 
     fractional says that the network takes timesteps between whole ones; a sampler that visits those gets them unrounded
-    where the spacing is linspace or karras.
+    where the spacing is linspace or karras. continuous says that noise levels are a formula of t, as those of EDM and
+    of flow matching: every sampler gets such timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
 
     A multistep solver ends in a jump from its last timestep to no noise at all, so leading and linspace spread
     steps + 1 points and leave out the cleanest. These three give diffusers' timesteps, except that there are always
@@ -45,7 +47,7 @@ def make_timesteps(
     most = facts.max_steps(num_timesteps)
     if not 1 <= steps <= most:
         raise ValueError(f"steps must be 1..{most}{'' if most == num_timesteps else f' for {sampler}'}, got {steps}")
-    exact = fractional and facts.fractional
+    exact = continuous or (fractional and facts.fractional)
     if spacing == "karras":
         if log_sigmas is None or len(log_sigmas) != num_timesteps:
             got = None if log_sigmas is None else len(log_sigmas)
@@ -62,6 +64,8 @@ def make_timesteps(
         t = [k * (num_timesteps // points) for k in range(points)]
         room = min(offset, num_timesteps - 1 - int(t[-1]))
         t = [k + room for k in t]
+    elif spacing == "linspace" and continuous:
+        t = np.linspace(0, num_timesteps - 1, steps).tolist() if steps > 1 else [float(num_timesteps - 1)]
     elif spacing == "linspace":
         # numpy's ends at exactly T - 1, where (points - 1) * stride passes it by rounding for some step counts.
         even = np.linspace(0, num_timesteps - 1, points)

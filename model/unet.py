@@ -35,7 +35,7 @@ OF_TRAINING = frozenset(
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 # Fields that are not of UNet2DModel, and the values by which a network is one.
-OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
+OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0, "unit_input": False}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 
@@ -78,6 +78,8 @@ class UNetConfig(NetConfig):
     """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
     timestep_scale: float = 1.0
     """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
+    unit_input: bool = False
+    """Whether it was trained on images in [0, 1], so that what it is given, in [-1, 1], is (x + 1) / 2 to it."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
@@ -369,6 +371,8 @@ class UNet2D(Denoiser):
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         if self.config.center_input_sample:
             x = 2 * x - 1
+        if self.config.unit_input:
+            x = (x + 1) / 2
         h: Tensor = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:

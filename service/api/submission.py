@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -65,10 +66,13 @@ async def _to_job(
         inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()
+    work = work_of(spec, services.model, services.number)
+    if asked.background:
+        work = replace(work, held_back_s=services.limits.background_max_wait_s)
     return NewJob(
         uuid.uuid4().hex,
         asked.with_inputs(spec, inputs),
-        work_of(spec, services.model, services.number),
+        work,
         caller.name,
         asked.deadline_s,
         inputs,

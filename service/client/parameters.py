@@ -34,6 +34,7 @@ class Parameters(TypedDict, total=False):
     table: str
     clip: bool
     deadline_s: float
+    background: bool
     image: Picture
     mask: Picture
     strength: float

@@ -36,7 +36,7 @@ from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
-from tminus.service.model_info import ModelInfo
+from tminus.service.model_info import ModelInfo, background_share
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -279,12 +279,13 @@ def _build(
     wish: Wish,
     bits: str | None,
 ) -> Engine:
+    max_rows = options.max_rows or default_max_rows(checkpoint)
     return Engine(
         checkpoint,
         executor,
         device,
-        max_rows=max(options.max_rows or default_max_rows(checkpoint), SPARE_ROWS, wish.max_batch),
-        max_jobs=max(options.max_jobs, SPARE_JOBS),
+        max_rows=max(max_rows + background_share(max_rows), SPARE_ROWS, wish.max_batch),
+        max_jobs=max(options.max_jobs + background_share(options.max_jobs), SPARE_JOBS),
         exact=wish.exact,
         bits=bits,
         cache=options.cache_dir or default_cache(),

@@ -78,7 +78,8 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._beside = set[asyncio.Task[None]]()  # those of the tasks that are given up when the process ends
         self._renewing: asyncio.Task[None] | None = None
-        self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
+        # Jobs of an earlier process enter the worker in order of arrival. No other waits for slots of background jobs.
+        self._resuming = {background: asyncio.Lock() for background in (False, True)}
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
@@ -270,7 +271,7 @@ class Lifecycle:
                     log.warning("job %s waits for a start with more --max-rows than %d", job.record.id, rows)
                     await self._leave(job)
                     return
-                async with self._resuming:
+                async with self._resuming[job.record.background]:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
@@ -293,6 +294,9 @@ class Lifecycle:
         alone = record.crashes > 0 or record.left_behind
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
+        if record.background:
+            held_back_s = max(0.0, self._limits.background_max_wait_s - record.age_s)
+            work = replace(work, held_back_s=held_back_s)
         snapshot, inputs = await self._read(record)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)

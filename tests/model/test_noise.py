@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import BETA_SCHEDULES, NoiseConfig, NoiseSchedule, make_betas, posterior_between
 from tminus.model.samplers import compile_plan
-from tminus.model.scheduler_kinds import KIND_OF_SAMPLER
+from tminus.model.scheduler_kinds import KIND_OF
 
 F64 = torch.float64
 
@@ -246,7 +246,7 @@ def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, 
 def test_config_of_a_solver_that_is_none_of_ours_is_refused_by_field_and_value(
     sampler: str, changes: dict[str, Any]
 ) -> None:
-    config = {"_class_name": KIND_OF_SAMPLER[sampler].class_name, **changes}
+    config = {"_class_name": KIND_OF["betas", sampler].class_name, **changes}
     with pytest.raises(ValueError, match=rf"scheduler config: \w+ must be .* for {sampler}, got"):
         NoiseConfig.from_dict(config)
 
@@ -308,7 +308,7 @@ BAD: list[tuple[str, Any]] = [
     ("beta_schedule", "laplace"),
     ("variance_type", "learned"),
     ("prediction_type", "flow"),
-    ("prediction_type", ["epsilon"]),
+    ("prediction_type", 5),
     ("timestep_spacing", "karras"),
     ("thresholding", True),
     ("clip_sample_range", math.nan),

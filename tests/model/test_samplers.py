@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.samplers import Plan, alpha_bar_at, combine, compile_plan, denoise, sample
+from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample
 from tminus.model.timesteps import SPACINGS
 from tminus.model.unet import UNet2D, UNetConfig
 
@@ -185,7 +185,7 @@ def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int,
     if spacing == "karras" or sampler in IN_SIGMA:  # the timesteps have tests of their own
         theirs.timesteps = plan.timesteps if sampler in IN_SIGMA else plan.timesteps.long()
     assert theirs.timesteps.tolist() == plan.timesteps.tolist()
-    alpha_bar = alpha_bar_at(schedule, plan.timesteps.tolist())
+    alpha_bar = schedule.alpha_bar_at(plan.timesteps.tolist())
     sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
     if sampler == "plms":
         theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=F64) if noise.set_alpha_to_one else schedule.alpha_bar[0]

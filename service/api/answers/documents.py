@@ -52,6 +52,7 @@ class JobAnswer(BaseModel):
     model: str = Field(description="its name")
     state: str = Field(json_schema_extra={"enum": list(STATES)})
     durable: bool = Field(description="whether it is finished whatever happens to client and server")
+    background: bool = Field(default=False, description="whether it lets all others go first")
     step: int | None = Field(description="how many steps its images have taken, on average")
     steps: int = Field(description="how many steps each image takes")
     n: int = Field(description="how many images")
@@ -76,6 +77,7 @@ class JobAnswer(BaseModel):
             model=view.model_name,
             state=view.state,
             durable=view.durable,
+            background=record.background,
             step=view.step,
             steps=record.spec.num_passes,
             n=record.spec.n,
@@ -139,6 +141,9 @@ class LimitsAnswer(BaseModel):
     max_rows: int = Field(description="images held at once, waiting and running")
     max_jobs: int
     max_backlog_s: float = Field(description="seconds of work that may wait")
+    max_background_rows: int = Field(description="images of background jobs held at once, beside max_rows")
+    max_background_jobs: int = Field(description="background jobs held at once, beside max_jobs")
+    background_max_wait_s: float = Field(description="seconds for which a background job lets all others go first")
     max_body_bytes: int = Field(description="of a body, images in it apart")
     max_image_bytes: int
     result_cache_bytes: int

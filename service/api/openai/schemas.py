@@ -31,6 +31,7 @@ _BOUNDS = {
     "output_format": "one of png, jpeg, webp",
     "output_compression": "an integer in 0..100",
     "background": "auto or opaque: no pixel of these images is transparent",
+    "service_tier": "one of auto, default, flex: flex lets all other jobs go first",
     "stream": "true or false",
     "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
 }
@@ -56,6 +57,9 @@ class ImagesRequest(RequestSchema):
         None, ge=0, le=100, description="the quality of jpeg and webp, 0..100; default 100"
     )
     background: Literal["auto", "opaque"] = Field("auto", description="auto or opaque, which are the same here")
+    service_tier: Literal["auto", "default", "flex"] = Field(
+        "auto", description="flex: a background job, which lets all others go first; auto and default are none"
+    )
     stream: Bool = Field(False, description="answer by server-sent events")
     partial_images: Int = Field(
         0, ge=0, le=MAX_PARTIAL_IMAGES, description="with stream: how often the estimate of x_0 is shown on the way"
@@ -107,7 +111,10 @@ class ImagesRequest(RequestSchema):
         given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
         can_guide = label is not None and model.null_class is not None
         filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
-        return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
+        meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}
+        if self.service_tier == "flex":
+            meant["background"] = True
+        return meant | filled | dict(extensions)
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
         """Make the members of an answer that say in which form the images are."""

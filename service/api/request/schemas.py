@@ -202,6 +202,9 @@ class SampleRequest(RequestSchema):
     deadline_s: Deadline | None = Field(
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
+    background: Bool = Field(
+        False, description="let all other jobs go first, until it has waited for an hour or so; default: false"
+    )
     strength: PositiveShare | None = Field(
         None, description="with an image: share of the steps to run again, above 0, at most 1"
     )
@@ -366,6 +369,7 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "table": "16 hexadecimal digits, in small letters",
         "clip": "true or false",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "background": "true or false",
         "strength": "a number above 0, at most 1",
         "image": ENCODED_IMAGE,
         "mask": ENCODED_IMAGE,

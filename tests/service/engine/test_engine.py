@@ -93,6 +93,40 @@ def test_student_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(tiny: 
         np.testing.assert_allclose(own, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", ["edm", "flow", "score"])
+def test_a_model_trained_on_another_x_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(
+    make_checkpoint: MakeCheckpoint, prediction_type: str
+) -> None:
+    """Of random weights a score times sigma^2 is large, so images are compared by their size."""
+    sampler, sigma_max = ("ddpm", 3.0) if prediction_type == "score" else ("euler", 80.0)
+    noise = NoiseConfig(
+        50, prediction_type=prediction_type, default_sampler=sampler, sigma_max=sigma_max, clip_sample=False
+    )
+    checkpoint = make_checkpoint(noise=noise)
+    executor = EagerExecutor(checkpoint.net, CPU, sizes=(2,))
+    specs = [
+        spec_of(sampler=name, steps=steps, n=1 + k % 2, seed=k, clip=False, timestep_spacing=spacing, guidance=guidance)
+        for k, (name, steps, spacing, guidance) in enumerate(
+            [
+                ("euler", 7, "linspace", 1.0),
+                ("dpmpp_2m", 9, "linspace", 1.0),
+                ("dpmpp_2m", 5, "karras", 1.0),
+                ("ddpm", 12, "leading", 1.0),
+                ("unipc", 6, "linspace", 2.0),
+                ("dpmpp_2m_sde", 8, "trailing", 1.0),
+                ("ddim", 3, "linspace", 1.5),
+            ]
+        )
+    ]
+    mixed = together(make_engine(checkpoint, executor=executor), specs, max_batch=5, seed=1, read=Engine.latents)
+    for spec, images in zip(specs, mixed, strict=True):
+        (own,) = together(make_engine(checkpoint, executor=executor), [spec], max_batch=16, read=Engine.latents)
+        assert np.isfinite(own).all()
+        assert images.tobytes() == own.tobytes(), spec
+        expected = independent(checkpoint, spec).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(own, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())), rtol=1e-4)
+
+
 def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) -> None:
     executor = EagerExecutor(tiny.net, CPU, sizes=(2,))
 
