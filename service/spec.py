@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,10 @@ class Snapshot:
     steps: tuple[int, ...]  # the pass of the plan that each row is to take next
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
-    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 3
+    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 4
+
+
+TrajectoryType = Literal["float32", "float16"]  # of x_t and x_0 in a file
 
 
 @dataclass(frozen=True, slots=True)

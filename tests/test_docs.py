@@ -19,7 +19,13 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.defaults import SETTINGS
-from tminus.service.api.request.schemas import AnimationRequest, FloatsRequest, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import (
+    AnimationRequest,
+    FloatsRequest,
+    SampleRequest,
+    TrajectoryRequest,
+    WebhookRequest,
+)
 from tminus.service.api.sample import WITHOUT_EVERY
 from tminus.service.images.encoder import NPY, WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
@@ -154,8 +160,9 @@ def test_every_command_is_in_its_table() -> None:
 
 CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
 PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
-OF_FLOATS = FloatsRequest.model_fields.keys()
-OF_ANIMATIONS, OF_WEBHOOKS = AnimationRequest.model_fields.keys(), WebhookRequest.model_fields.keys()
+OF_ANIMATIONS, OF_FLOATS, OF_TRAJECTORIES, OF_WEBHOOKS = (
+    each.model_fields.keys() for each in (AnimationRequest, FloatsRequest, TrajectoryRequest, WebhookRequest)
+)
 
 
 @pytest.fixture
@@ -184,7 +191,8 @@ def test_every_route_of_the_app_is_documented(site: Site) -> None:
 
 
 def test_every_parameter_is_documented() -> None:
-    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS | OF_FLOATS | OF_WEBHOOKS
+    of_answers = OF_ANIMATIONS | OF_FLOATS | OF_TRAJECTORIES
+    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | of_answers | OF_WEBHOOKS
 
 
 def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
@@ -296,7 +304,7 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
             case default:
                 assert given[name] == number(default)
     for name in SAMPLERS:
-        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms") else "karras")
+        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms", "pndm") else "karras")
 
 
 def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:

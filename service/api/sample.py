@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from tminus.model.catalogue import SAMPLER_FACTS
@@ -29,7 +30,13 @@ from tminus.service.api.answers.progress import finished_or_gone, result_of, ser
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
-from tminus.service.api.request.schemas import AnimationRequest, FloatsRequest, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import (
+    AnimationRequest,
+    FloatsRequest,
+    SampleRequest,
+    TrajectoryRequest,
+    WebhookRequest,
+)
 from tminus.service.api.submission import accept, pixel_headers, spec_headers, submit, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import (
@@ -51,7 +58,7 @@ from tminus.service.jobs.webhooks.webhook import refused
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Images, Pixels, SampleSpec
-from tminus.service.work import JobResult, noisy_passes, timesteps_of
+from tminus.service.work import JobResult, noisy_passes, select_passes, timesteps_of
 from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
 from tminus.service.worker.running_job import NewJob
 
@@ -66,7 +73,10 @@ WITH_EVERY = ", or image/webp together with the parameter `every`"
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-    handler, query = models.handler(sample, "sample"), contract.query(SampleRequest, AnimationRequest, FloatsRequest)
+    handler, query = (
+        models.handler(sample, "sample"),
+        contract.query(SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest),
+    )
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
         304: NOT_MODIFIED,
@@ -119,12 +129,15 @@ async def sample(services: Services, request: Request) -> Response:
         return response
     if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
         raise refused(NOT_DURABLE, webhook.url)
+    walk = TrajectoryRequest.take_from(
+        parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
+    )
     clip = FloatsRequest.take_from(parameters, media_type)
-    new = await understand(services, caller_of(request), parameters, request)
+    services, new = await understand(services, caller_of(request), parameters, request)
     if animation is not None:
         answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
     elif media_type == TRAJECTORY:
-        answer = trajectory(new.spec, services.model)
+        answer = trajectory(new.spec, services.model, walk)
     else:
         answer = still(media_type, new.spec, services.model, clip=clip)
     return await respond(services, request, new, answer)
@@ -228,8 +241,8 @@ def _frame_bytes(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo, *,
     return frame_bytes * (count - 1 + from_noise)
 
 
-def trajectory(spec: SampleSpec, model: ModelInfo) -> Answer:
-    """Make an answer of the latents of every step, and of what the noisy ones drew from.
+def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> Answer:
+    """Make an answer of the latents of every step, or those asked for, and of what the noisy ones drew from.
 
     Raises InvalidField where they add too little noise, or are too many.
     """
@@ -243,21 +256,30 @@ def trajectory(spec: SampleSpec, model: ModelInfo) -> Answer:
     if spec.mask_sha256 is not None:
         bound = f"absent with Accept: {TRAJECTORY}: what is kept is drawn from the image, not by the model"
         raise InvalidField.of("mask", bound, spec.mask_sha256)
+    try:
+        selection = select_passes(asked.keep, spec, model)
+    except ValueError as error:
+        raise InvalidField.of("keep", str(error), asked.keep) from None
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
+    with_noise = len({*noisy}.intersection(selection.passes))
     by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s, too
-    image_bytes = 4 * latents * (2 * spec.num_passes + 1 + noisy * (2 if by_value else 1)) + pixels
+    rounded = len(selection.points) + len(selection.predictions) + with_noise
+    image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes
     if most == 0:
-        raise InvalidField.of("steps", f"fewer with Accept: {TRAJECTORY}, for images of this size", spec.steps)
+        name, value = ("steps", spec.steps) if asked.keep is None else ("keep", asked.keep)
+        raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps", spec.n)
-    path, held_bytes = Path(spec), 3 * spec.n * image_bytes  # while it is packed: arrays, their bytes, and the file
+    # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
+    path, held_bytes = Path(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()
 
-    kind, make = f"{TRAJECTORY}; {TRAJECTORY_VERSION}", partial(encode_trajectory, spec=spec, model=model)
+    kind = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
+    make = partial(encode_trajectory, spec=spec, model=model)
     return Answer(TRAJECTORY, kind, "trajectory", make, read, path, held_bytes)
 
 

@@ -97,7 +97,7 @@ class _Stream:
                     ):
                         preview = StreamRequest.parse(StreamRequest.own_of(parameters))
                         # It takes the parameters: they may be megabytes, and the job take an hour.
-                        new = await understand(self._services, caller, parameters)
+                        self._services, new = await understand(self._services, caller, parameters)
                         if new.spec.depth == 32:
                             raise InvalidField.of("bit_depth", "8 or 16 in a stream, whose images are PNGs", 32)
                         await self._job(preview, new, caller)
@@ -190,6 +190,7 @@ class _Stream:
                 "guidance": new.spec.guidance,
                 "eta_s": round(ticket.outlook.eta_s, 3),
                 "position": ticket.outlook.position,
+                "background": new.work.background,
                 "fingerprint": model.fingerprint,
             }
             warning = warning_of(new.spec, model)

@@ -1,9 +1,11 @@
 """The one way from parameters to a job, for every kind of request: they are checked, then the job is accepted."""
 
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -39,14 +41,23 @@ async def understand(
     request: Request | None = None,
     *,
     transparent: bool = False,
-) -> NewJob:
-    """Check the parameters, decode the images, and make the job that is wanted. It holds nothing else of the body.
+) -> tuple[Services, NewJob]:
+    """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
-    parameters: are taken, so that the dict is empty afterwards. request: whose client may go away meanwhile; None for a
-    message of a WebSocket. transparent: see decode_inputs. Raises what SampleRequest and Decoder.inputs do.
+    Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
+    is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
+    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
     """
     asked = await _parse(services, parameters)
-    return await _to_job(services, caller, asked, request, transparent=transparent)
+    began_s = time.monotonic()
+    if services.residence.is_out(services.number):  # what is wrong with a request is told before a model is loaded
+        asked.to_spec(services.model, services.limits)
+    coming = services.in_memory(asked.deadline_s)
+    services = await (coming if request is None else while_connected(request, coming))
+    new = await _to_job(services, caller, asked, request, transparent=transparent)
+    if new.deadline_s is not None:  # it has waited for the model
+        new = replace(new, deadline_s=max(1e-3, new.deadline_s - (time.monotonic() - began_s)))
+    return services, new
 
 
 async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
@@ -67,10 +78,13 @@ async def _to_job(
         inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()
+    work = work_of(spec, services.model, services.number)
+    if asked.background:
+        work = replace(work, held_back_s=services.limits.background_max_wait_s)
     return NewJob(
         uuid.uuid4().hex,
         asked.with_inputs(spec, inputs),
-        work_of(spec, services.model, services.number),
+        work,
         caller.name,
         asked.deadline_s,
         inputs,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import DEVICE_NAMES, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE_NAMES, EXECUTOR_NAMES, PRECISION_NAMES
 from tminus.service.cli.output import fail, failing_in_one_line
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -36,7 +36,7 @@ SCALE = "scale"  # in a recipe: by what the PNG was enlarged
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
-    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
+    click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="its folder or hub id; not with --url"),
     click.option(
         "--device",
         shell_complete=DEVICE_NAMES,

@@ -110,7 +110,14 @@ class NewJobs:
         deadline_us = None if new.deadline_s is None else created_us + round(new.deadline_s * 1e6)
         ahead_us = created_us - now_us()
         record = JobRecord(
-            new.id, new.spec, created_us, deadline_us, owner=new.owner, webhook=webhook, ahead_us=ahead_us
+            new.id,
+            new.spec,
+            created_us,
+            deadline_us,
+            owner=new.owner,
+            webhook=webhook,
+            background=new.work.background,
+            ahead_us=ahead_us,
         )
         self._entering[new.id] = new.owner  # before anybody else can count
         try:
@@ -136,6 +143,13 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
+        if lifecycle.is_out:  # it waits in the store, and brings the model in
+            self._worker.check_open()
+            outlook = lifecycle.check_room()
+            if not await lifecycle.store.add(record, key, new.inputs):
+                return None
+            lifecycle.accept_later(record)
+            return outlook
         if leases is None or leases.takes(new.work):
             try:
                 ticket = self._worker.submit(replace(new, durable=True))

@@ -213,7 +213,7 @@ class Loop:
             job.model = replace(job.model, scheduler=job.model.scheduler.beside())
             self._turns.put(job.model, job.model.scheduler)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
         if job.new.recording is not None:
             self._record(job, [(step, index) for index, step in enumerate(job.first_steps)])
         job.new = replace(job.new, snapshot=None, inputs=None)
@@ -330,7 +330,7 @@ class Loop:
 
     def tick(self) -> bool:
         """Step the next batch, and do what follows from it; False if there is none."""
-        model = self._turns.next()
+        model = self._turns.next(self._clock())
         batch = model.scheduler.next_batch() if model is not None else None
         if model is None or batch is None:
             self._now_at([])

@@ -359,8 +359,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another network": (unet_config(_class_name="UNet2DConditionModel"), "_class_name must be UNet2DModel, got"),
     "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
     "a scheduler that is not served": (
-        lambda f: model_index(scheduler=["diffusers", "ScoreSdeVeScheduler"])(f),
-        "'ScoreSdeVeScheduler' is not served; those that are: DDPMScheduler",
+        lambda f: model_index(scheduler=["diffusers", "SASolverScheduler"])(f),
+        "'SASolverScheduler' is not served; those that are: DDPMScheduler",
     ),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{'a': 1"), r"config\.json: not JSON"),
     "safetensors without tensors": (lambda f: save_file({}, f / WEIGHTS), "the weights hold no tensors"),

@@ -36,6 +36,7 @@ INFO = ModelInfo(
     steps_offset=0,
     log_sigmas=tuple(np.linspace(-4.6, 5.1, 1000).tolist()),
     fractional=True,
+    continuous=False,
     clip=True,
     samplers=SAMPLERS,
     tables=(),

@@ -21,6 +21,7 @@ from tminus.service.api.request.schemas import (
     NoiseRequest,
     RequestSchema,
     SampleRequest,
+    TrajectoryRequest,
     WebhookRequest,
     bit_depths,
 )
@@ -189,7 +190,7 @@ class Contract:
 
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
-        animated = (SampleRequest, AnimationRequest, FloatsRequest, WebhookRequest)
+        of_sample = (SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest, WebhookRequest)
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
             ref_template="#/components/schemas/{model}",
@@ -198,9 +199,9 @@ class Contract:
             **answers["$defs"],
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
-            "SampleRequest": self._body("What to sample.", *animated),
+            "SampleRequest": self._body("What to sample.", *of_sample),
             "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest),
-            "SampleForm": self._form("The same, with images as files.", PICTURES, *animated),
+            "SampleForm": self._form("The same, with images as files.", PICTURES, *of_sample),
             "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
             "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
             | {"required": ["image"]},
@@ -248,6 +249,10 @@ class Contract:
             "guidance_interval": {
                 "integer": {"minimum": 0, "maximum": last},
                 "array": {"minItems": 2, "maxItems": 2},
+            },
+            "keep": {
+                "integer": {"minimum": 0, "maximum": last},
+                "array": {"minItems": 1, "maxItems": last + 1, "uniqueItems": True},
             },
             "timestep_spacing": {"string": ref("TimestepSpacing")},
             "t": {"integer": {"minimum": 0, "maximum": last}},

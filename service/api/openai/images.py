@@ -179,7 +179,7 @@ async def _understand(
     if members.as_url:
         view, _ = await create(services, request, parameters, transparent=edits)
         return services, members, view
-    new = await understand(services, caller_of(request), parameters, request, transparent=edits)
+    services, new = await understand(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 

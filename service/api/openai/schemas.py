@@ -31,6 +31,7 @@ _BOUNDS = {
     "output_format": "one of png, jpeg, webp",
     "output_compression": "an integer in 0..100",
     "background": "one of auto, opaque, transparent",
+    "service_tier": "one of auto, default, flex: flex lets all other jobs go first",
     "stream": "true or false",
     "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
 }
@@ -59,6 +60,9 @@ class ImagesRequest(RequestSchema):
         "auto",
         description="of a model with alpha: transparent keeps it, opaque lays the images over white, and auto keeps it "
         "where output_format can; of others they are opaque",
+    )
+    service_tier: Literal["auto", "default", "flex"] = Field(
+        "auto", description="flex: a background job, which lets all others go first; auto and default are none"
     )
     stream: Bool = Field(False, description="answer by server-sent events")
     partial_images: Int = Field(
@@ -126,7 +130,10 @@ class ImagesRequest(RequestSchema):
         given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
         can_guide = label is not None and model.null_class is not None
         filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
-        return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
+        meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}
+        if self.service_tier == "flex":
+            meant["background"] = True
+        return meant | filled | dict(extensions)
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
         """Make the members of an answer that say in which form the images are."""

@@ -16,10 +16,11 @@ from tminus.service.api.request.classes import DIGITS, class_bound, class_number
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
 from tminus.service.images.encoder import NPY
+from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
-from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.spec import Inputs, SampleSpec, TrajectoryType
 
 MAX_SEED = 2**64 - 1
 SEED_BOUND = f"an integer in 0..{MAX_SEED}"
@@ -208,6 +209,9 @@ class SampleRequest(RequestSchema):
     deadline_s: Deadline | None = Field(
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
+    background: Bool = Field(
+        False, description="let all other jobs go first, until it has waited for an hour or so; default: false"
+    )
     strength: PositiveShare | None = Field(
         None, description="with an image: share of the steps to run again, above 0, at most 1"
     )
@@ -389,6 +393,7 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "clip": "true or false",
         "bit_depth": "8, 16 or 32" if model.channels == 1 else f"8 or 32 for {model.channels} channels; 16 is for one",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "background": "true or false",
         "strength": "a number above 0, at most 1",
         "image": ENCODED_IMAGE,
         "mask": ENCODED_IMAGE,
@@ -552,6 +557,33 @@ class AnimationRequest(RequestSchema):
     def shows(self) -> tuple[Show, ...]:
         """What is shown, in the order asked for."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+
+class TrajectoryRequest(RequestSchema):
+    """What of a trajectory its file has; beside the parameters of SampleRequest."""
+
+    keep: list[Int] | None = Field(
+        None,
+        description=f"with Accept: {TRAJECTORY}, the passes that the file has, in rising order, from 0; default: all",
+    )
+    dtype: TrajectoryType = Field(
+        "float32", description=f"with Accept: {TRAJECTORY}, what x_t, x_0 and mean are rounded to; default float32"
+    )
+
+    @classmethod
+    def take_from(cls, parameters: dict[str, Any], num_timesteps: int, *, is_wanted: bool) -> Self:
+        """Take and check the parameters of a trajectory. Raises InvalidField, also where none is wanted.
+
+        num_timesteps: of the model; no sampler takes more passes.
+        """
+        own = cls.own_of(parameters)
+        if own and not is_wanted:
+            name = next(iter(own))
+            raise InvalidField.of(name, f"absent without Accept: {TRAJECTORY}", own[name])
+        if isinstance(alone := own.get("keep"), str):  # of a query
+            own["keep"] = [alone]
+        bounds = {"keep": f"a list of at most {num_timesteps} numbers of passes", "dtype": "float32 or float16"}
+        return cls.from_parameters(own, bounds.__getitem__, num_timesteps)
 
 
 class WebhookRequest(RequestSchema):

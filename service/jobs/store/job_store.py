@@ -84,9 +84,11 @@ class JobStore(DeliveryStore, ABC):
 
         First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
         the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
-        oldest if it takes that. One that was begun by another build is left to a replica of that build while one
-        lives, and one with a table that is none of `tables`, hashes, to other builds while one lives or may be starting
-        again. One whose record is damaged is ended as failed.
+        oldest if it takes that. Background jobs come after all others, until they are held back no more.
+
+        One that was begun by another build is left to a replica of that build while one lives, and one with a table
+        that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is
+        damaged is ended as failed.
         """
 
     @abstractmethod

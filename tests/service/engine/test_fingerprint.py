@@ -23,7 +23,7 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert info == make_model_info(tiny, CPU, executor, exact=True)
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert info.executor_details == "channels_last, passes of 1, 2"
-    own = {"ddpm", "ddim", "plms"}
+    own = {"ddpm", "ddim", "plms", "pndm"}
     spacings = {name: "leading" if name in own else "karras" for name in SAMPLERS}
     assert info.timestep_spacings == spacings | {"tuned": "table"}
     assert info.fractional
