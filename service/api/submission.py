@@ -56,7 +56,7 @@ async def understand(
         services = await (coming if request is None else while_connected(request, coming))
         waited_s = time.monotonic() - began_s
     new = await _to_job(services, caller, asked, request, transparent=transparent)
-    if new.deadline_s is not None:
+    if waited_s and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
     return services, new
 
