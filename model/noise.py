@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS, DEFAULT_TIMESTEPS = 100_000, 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
-NO_THRESHOLDING = ("plms", "euler", "heun", "consistency")  # the samplers whose classes never threshold
+# The samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1.
+END_AT_FIRST = ("ddim", "plms", "pndm")
+NO_THRESHOLDING = ("plms", "pndm", "euler", "heun", "consistency")  # the samplers whose classes never threshold
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -308,6 +309,8 @@ class NoiseConfig(Checked):
             key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = value
+            elif key in kind.must:
+                continue  # it has the value that it must have
             elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:

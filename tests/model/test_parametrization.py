@@ -1,6 +1,8 @@
 """Models that were trained on another x than ours: EDM, flow matching, VE. diffusers' own loops are the reference."""
 
+import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMPipeline,
+    DDPMScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -16,14 +19,17 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.model import loops
 from tests.model.formats.conftest import randomised
 from tests.model.loops import loop_of_diffusers, to_theirs
+from tests.model.test_unet import NCSNPP
 from tests.tiny import TINY
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.files import CheckpointError
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
@@ -31,6 +37,8 @@ from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import make_timesteps
 
 STEPS = 12
+EDM, EDM_SOLVER, KARRAS = "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KarrasEDMScheduler"
+FLOW, VE = "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "edm, euler": (EDMEulerScheduler, {}),
     "edm, exponential": (EDMEulerScheduler, {"sigma_schedule": "exponential", "sigma_max": 20.0, "sigma_data": 1.0}),
@@ -44,21 +52,95 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow, shift": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "num_train_timesteps": 500}),
     "ve": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
     "ve, centred": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
+    "ve, fourier": (ScoreSdeVeScheduler, {"sigma_max": 3.0, "correct_steps": 0}),
+    "ve, ncsnpp": (ScoreSdeVeScheduler, {"correct_steps": 0}),
+}
+NETS: dict[str, dict[str, Any]] = {
+    "ve, centred": {"center_input_sample": True},
+    "ve, fourier": {"time_embedding_type": "fourier"},
+    "ve, ncsnpp": {"in_channels": 3, "out_channels": 3, "center_input_sample": True, **NCSNPP, "sample_size": 8},
 }
 
 
-def noise_of(k: int) -> Tensor:
-    return loops.noise_of((2, 1, 8, 8), k)
+def noise_of(k: int, channels: int = 1) -> Tensor:
+    return loops.noise_of((2, channels, 8, 8), k)
 
 
 def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
     cls, settings = CASES[name]
     fields = {key: value for key, value in TINY.to_dict().items() if key != "_class_name"}
-    net = randomised(UNet2DModel(**fields | {"center_input_sample": name == "ve, centred"}))
+    net = randomised(UNet2DModel(**fields | NETS.get(name, {})))
     scheduler = cls(**settings)
     pipeline = ScoreSdeVePipeline if cls is ScoreSdeVeScheduler else DDPMPipeline
     pipeline(net, scheduler).save_pretrained(folder)
     return load_checkpoint(folder), net, scheduler
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (EDM, {"sigma_min": 90}, "sigma_min must be above 0 and below sigma_max 80"),
+        (EDM, {"sigma_min": 1e-12}, "sigma_min must be such that all noise levels differ in float64"),
+        (EDM, {"rho": 1e-9}, "sigma_min must be such that all noise levels differ in float64"),
+        (EDM, {"sigma_data": 0}, "sigma_data must be a positive number"),
+        (
+            "EDMEulerScheduler",
+            {"sigma_schedule": "beta"},
+            "sigma_schedule must be among karras, exponential, got 'beta'",
+        ),
+        (
+            "EDMEulerScheduler",
+            {"prediction_type": "sample"},
+            "must be among epsilon, v_prediction for EDMEulerScheduler",
+        ),
+        (
+            "EDMEulerScheduler",
+            {"num_train_timesteps": 1},
+            "num_train_timesteps must be 2 or more with prediction_type edm",
+        ),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"solver_type": "heun"},
+            "solver_type must be 'midpoint' for dpmpp_2m, got 'heun'",
+        ),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"thresholding": True, "sample_max_value": 2.0},
+            "thresholding must be false",
+        ),
+        (FLOW, {"shift": 0}, "shift must be a positive number, got 0"),
+        (FLOW, {"shift": 1e-9}, "shift must be such that all noise levels differ"),
+        (FLOW, {"shift_terminal": 0.1}, "shift_terminal must be None for euler, got 0.1"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_beta_sigmas": True},
+            "use_beta_sigmas must be False for euler, got True",
+        ),
+        (FLOW, {"invert_sigmas": True}, "invert_sigmas must be False for euler, got True"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"stochastic_sampling": True},
+            "stochastic_sampling must be False for euler",
+        ),
+        (VE, {"sampling_eps": 1.5}, "sampling_eps must be below 1, got 1.5"),
+        (VE, {"correct_steps": -1}, "correct_steps must be an integer, 0 or more, got -1"),
+        (
+            "KarrasEDMScheduler",
+            {"precondition_type": "none"},
+            "precondition_type must be among edm, cm_edm, got 'none'",
+        ),
+    ],
+)
+def test_what_would_change_images_is_refused_by_field(cls: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NoiseConfig.from_dict({"_class_name": cls, **fields})
+
+
+def test_the_corrector_of_ve_is_left_out_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        noise = NoiseConfig.from_dict({"_class_name": "ScoreSdeVeScheduler", "correct_steps": 1, "snr": 0.16})
+    assert "correct_steps=1 is not run" in caplog.text
+    assert noise.to_dict()["snr"] == 0.16
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,13 +148,33 @@ def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
 def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, net, scheduler = saved(tmp_path, name)
     plan = checkpoint.plan(checkpoint.default_sampler, STEPS)
-    got = sample(checkpoint.net, plan, noise_of(0), lambda k: noise_of(1 + k))
-    x = to_theirs(checkpoint.noise, noise_of(0), plan)
+    channels = net.config.in_channels
+    x_T = noise_of(0, channels)
+    got = sample(checkpoint.net, plan, x_T, lambda k: noise_of(1 + k, channels))
+    x = to_theirs(checkpoint.noise, x_T, plan)
     theirs = loop_of_diffusers(net, scheduler, x, STEPS, monkeypatch)
     if name.startswith("ve"):
         theirs = 2 * theirs - 1
-    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4 * max(1.0, theirs.abs().max().item()))
     assert got.std() > 0.05
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_fourier_features_are_refused_with_a_scheduler_of_no_score_by_field_and_value(cls: Any, tmp_path: Path) -> None:
+    fields = {key: value for key, value in TINY.to_dict().items() if key != "_class_name"}
+    DDPMPipeline(UNet2DModel(**fields | {"time_embedding_type": "fourier"}), cls()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"time_embedding_type must be positional or learned .*, got 'fourier'"):
+        load_checkpoint(tmp_path)
+
+
+def test_fourier_features_under_their_old_name_are_read(tmp_path: Path) -> None:
+    """diffusers of 2022 wrote the same weights as time_proj.W too."""
+    checkpoint, *_ = saved(tmp_path, "ve, fourier")
+    file = next(tmp_path.glob("unet/*.safetensors"))
+    state = load_file(file)
+    torch.save({**state, "time_proj.W": state["time_proj.weight"]}, file.with_suffix(".bin"))
+    file.unlink()
+    assert load_checkpoint(tmp_path).weights_hash == checkpoint.weights_hash
 
 
 # --- exact networks of a Gaussian data set, each written in the terms of its own paper ----------------------------
