@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS, DEFAULT_TIMESTEPS = 100_000, 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
-NO_THRESHOLDING = ("plms", "euler", "heun", "consistency")  # the samplers whose classes never threshold
+# The samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1.
+END_AT_FIRST = ("ddim", "plms", "pndm")
+NO_THRESHOLDING = ("plms", "pndm", "euler", "heun", "consistency")  # the samplers whose classes never threshold
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:

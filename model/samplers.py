@@ -1,7 +1,7 @@
 """Samplers as tables: each compiles to a plan with one line of coefficients per pass; one update rule runs all.
 
 x0 = clip(p x + q out)                                    what the network predicts is in p and q alone
-(x', h1', h2', h3') = M (x, x0, x0_previous, z, h1, h2, h3)
+(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
 
 Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previous + s exp(r v) z. v is the second half
 of the output channels of a network with learned variance; for others exp(r v) is 1.
@@ -19,8 +19,21 @@ from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
 from tminus.model.parametrization import parametrize
 from tminus.model.sampler_tables import Table
-from tminus.model.solvers import H1, LINEAR_SOLVERS, NEED_SIGNAL, X0, X0_PREVIOUS, Levels, X, Z, ddim, ddpm, matrices
-from tminus.model.timesteps import make_timesteps, timesteps_of_passes
+from tminus.model.solvers import (
+    H1,
+    LINEAR_SOLVERS,
+    NEED_SIGNAL,
+    X0,
+    X0_PREVIOUS,
+    Levels,
+    X,
+    Z,
+    ddim,
+    ddpm,
+    matrices,
+    pndm,
+)
+from tminus.model.timesteps import make_timesteps, middles, timesteps_of_passes
 from tminus.model.trajectory import PlanNumbers
 
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
@@ -122,6 +135,8 @@ def compile_plan(
         M, r = ddpm(levels, noise.variance_type)
     elif sampler == "ddim":
         M = ddim(levels, eta)
+    elif sampler == "pndm":
+        M = pndm(levels, schedule.alpha_bar_at(middles(of_steps)))
     else:
         M = LINEAR_SOLVERS[sampler](levels)
     return make_plan(noise, schedule, timesteps_of_passes(sampler, of_steps), M, r=r, clip=clip)

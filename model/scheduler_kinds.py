@@ -172,6 +172,7 @@ KINDS = (
     SchedulerKind(
         "PNDMScheduler", "plms", {"skip_prk_steps": True}, {"skip_prk_steps": False, "set_alpha_to_one": False}
     ),
+    SchedulerKind("PNDMScheduler", "pndm", {"skip_prk_steps": False}, {"set_alpha_to_one": False}),
     SchedulerKind(
         "EulerDiscreteScheduler",
         "euler",

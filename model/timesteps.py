@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -76,13 +77,31 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """The timestep of each pass through the network, from those of the steps, falling: heun and plms revisit some."""
+    """The timestep of each pass through the network, from those of the steps, falling.
+
+    heun and plms revisit some. A Runge-Kutta step of pndm takes four passes: at its start, twice in its middle, and at
+    its end.
+    """
     facts = SAMPLER_FACTS[sampler]
     if len(timesteps) < 2:
         return list(timesteps)
     if facts.passes_per_step == 2:
         return [timesteps[0], *(t for t in timesteps[1:] for _ in range(2))]
+    if sampler == "pndm":
+        middle = middles(timesteps)
+        steps = zip(timesteps, middle, middle, timesteps[1:], strict=False)
+        return [*chain.from_iterable(steps), *timesteps[len(middle) :]]
     return [timesteps[0], *[timesteps[1]] * facts.passes_to_start, *timesteps[1:]]
+
+
+def middles(timesteps: Sequence[float]) -> list[float]:
+    """The whole timestep in the middle of each of pndm's Runge-Kutta steps, the cleaner one of two.
+
+    Where one would end at the cleanest timestep there are none: an error in x_0 is divided by sigma there to be one in
+    eps, and multiplied by the sigma that the step comes from.
+    """
+    count = SAMPLER_FACTS["pndm"].steps_to_start
+    return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
 
 
 def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:

@@ -143,7 +143,7 @@ def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, 
     if unet.num_heads or unet.attention_head_dim:
         heads = f"{unet.num_heads} heads" if unet.num_heads else f"heads of {unet.attention_head_dim} channels"
     timestep = "scales and shifts" if unet.resnet_time_scale_shift == "scale_shift" else "is added"
-    resample = "resnets" if unet.downsample_type == "resnet" else "convolutions"
+    resample = "resnets" if unet.downsample_type == "resnet" or unet.has_skip_blocks else "convolutions"
     yield "details", f"the timestep {timestep}, resampled by {resample}{'' if 'heads' in missing else f', {heads}'}"
 
 
