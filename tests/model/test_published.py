@@ -109,6 +109,14 @@ def karras_edm(checkpoint: Checkpoint, net: UNet2DModel, x: Tensor, labels: Tens
     return x.float()
 
 
+def test_latents_of_a_ve_model_are_refused_as_their_range_is_not_known(tmp_path: Path) -> None:
+    write(tmp_path, "ldm-celebahq-256")
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(ROWS["score-sde-ve"]["scheduler"]))
+    with pytest.raises(CheckpointError, match="ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone"):
+        load_checkpoint(tmp_path)
+
+
 @torch.no_grad()
 def test_a_flat_folder_is_the_nested_one(tmp_path: Path) -> None:
     nested, flat = tmp_path / "nested", tmp_path / "flat"
