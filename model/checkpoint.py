@@ -23,7 +23,8 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Reco
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.hub import hub_name
 from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import (
     FOLDERS,
@@ -35,11 +36,12 @@ from tminus.model.latent.folder import (
 )
 from tminus.model.networks import build, read_net_config
 from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import MAX_CHANNELS, RGBA
 from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.unet import CLASS_NAME, UNetConfig
-from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +160,13 @@ class TminusJson:
         folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
+
+    def alpha(self, channels: int) -> bool:
+        """Whether the last channel of an image is alpha: of four it is, unless the file says otherwise."""
+        alpha = self.values.get("alpha", channels == RGBA)
+        bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
+        self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
+        return bool(alpha)
 
     def side_px(self) -> int:
         """The side of images, where config.json has no sample_size."""
@@ -279,6 +288,8 @@ class Checkpoint:
     """What turns images into the latents that the network of a latent model sees, and back."""
     folded_guidance: float = 1.0
     """Guidance that the weights have in them. A request's own multiplies it; of a student there is none."""
+    alpha: bool = False
+    """Whether the fourth and last channel of an image is alpha."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -475,7 +486,7 @@ def _load(folder: Path) -> Checkpoint:
         size_px = (size_px[0] * autoencoder.config.factor, size_px[1] * autoencoder.config.factor)
     weights_hash = with_autoencoder(hash_weights(state), autoencoder)
     check_channels(folder, unet, noise, autoencoder.config.channels if autoencoder is not None else None)
-    name = str(tminus_json.values.get("name") or folder.resolve().name)
+    name = str(tminus_json.values.get("name") or hub_name(folder.resolve()) or folder.resolve().name)
     approved = tminus_json.approved(weights_hash)
     tables, refused = read_tables(
         folder,
@@ -512,17 +523,18 @@ def _load(folder: Path) -> Checkpoint:
         student,
         autoencoder,
         folded_guidance,
+        tminus_json.alpha(unet.in_channels if autoencoder is None else autoencoder.config.in_channels),
     )
 
 
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
     """Raise CheckpointError for channels that cannot be served. latent: the channels of an autoencoder's latents."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
-    possible = (1, 3) if latent is None else (latent,)
+    possible = range(1, MAX_CHANNELS + 1) if latent is None else (latent,)
     if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
         out = "twice as many out" if learned else "as many out"
-        channels_in = " or ".join(map(str, possible)) + ("" if latent is None else ", the autoencoder's,")
+        channels_in = f"1..{MAX_CHANNELS}" if latent is None else f"{latent}, the autoencoder's,"
         bound = f"only {channels_in} channels in and {out} can be served with variance_type {noise.variance_type}"
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 

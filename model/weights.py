@@ -12,10 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tminus.model.files import CheckpointError, first_line, read_json
+from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json
 from tminus.model.machine import GIB, free_memory_bytes
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -110,7 +110,15 @@ class Metrics:
         self._webhook_attempt = histogram(
             "webhook_duration_seconds", "One attempt to tell a webhook: delivered or failed", WEBHOOK_BUCKETS, "outcome"
         )
-        self._loads = counter("model_loads_total", "Models loaded while the server ran: done or refused", "outcome")
+        self._loads = counter(
+            "model_loads_total",
+            "Models loaded while the server ran: done or refused; by an admin, or on demand",
+            "outcome",
+            "reason",
+        )
+        self._unloads = counter(
+            "model_unloads_total", "Models that went out of memory and are still served: idle, room or admin", "reason"
+        )
         # What alerts wait for is there at 0: to Prometheus, a series that begins at 1 has not increased.
         for status in ERRORS:
             self._errors.labels(status)
@@ -136,9 +144,13 @@ class Metrics:
         with suppress(KeyError):
             self._model.remove(name)
 
-    def loaded_while_running(self, outcome: str) -> None:
-        """Record the outcome of loading a model while the server runs: done or refused."""
-        self._loads.labels(outcome).inc()
+    def loaded_while_running(self, outcome: str, reason: str) -> None:
+        """Record the outcome of loading a model while the server runs: done or refused; reason: admin or demand."""
+        self._loads.labels(outcome, reason).inc()
+
+    def unloaded_while_running(self, reason: str) -> None:
+        """Record that a model that is served went out of memory: it was idle, for room, or by an admin."""
+        self._unloads.labels(reason).inc()
 
     def watch(
         self,
@@ -156,11 +168,12 @@ class Metrics:
         stalled_s: Callable[[], float],
         tick_time_ratio: Callable[[], float],
         waiting_in_store: Callable[[], tuple[int, float] | None],
+        models: Callable[[], Mapping[str, int]],
     ) -> None:
         """Add the gauges whose values are read when /metrics is.
 
         waiting_in_store: the jobs of a shared store that nobody holds, and the seconds that one server would take for
-        them; None without such a store, or while it does not answer.
+        them; None without such a store, or while it does not answer. models: how many are in each state.
         """
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "tasks": ("Tasks of the event loop", tasks),
@@ -179,6 +192,7 @@ class Metrics:
         for name, (text, read) in gauges.items():
             Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
         self.registry.register(_WaitingInStore(waiting_in_store))
+        self.registry.register(_States(models))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
         """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
@@ -305,3 +319,17 @@ class _WaitingInStore(Collector):
         texts = ("Jobs of a shared store that no server holds", "Predicted seconds of those jobs on one server")
         for name, text, value in zip(("jobs_waiting", "backlog_seconds"), texts, known, strict=True):
             yield GaugeMetricFamily(f"tminus_store_{name}", text, value)
+
+
+class _States(Collector):
+    """How many models are in each state."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Count them."""
+        gauge = GaugeMetricFamily("tminus_models", "Models that are served, by state", labels=["state"])
+        for state, count in self._read().items():
+            gauge.add_metric([state], count)
+        yield gauge

@@ -10,7 +10,7 @@ from tminus.model.timesteps import make_timesteps, timesteps_of_passes
 from tminus.model.trajectory import Selection
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Batch:
 class JobResult:
     """A finished job: its images, and what its time was spent on."""
 
-    read: Callable[[], Images]  # waits for the copy from a GPU; raises NotFinite
+    read: Callable[[], Pixels]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
     first_step_s: float  # from acceptance to the end of the first step
     denoise_s: float

@@ -85,7 +85,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     try:
         parameters = parameters_of(body, services.model)
         del body  # it may have a picture
-        new = await understand(services, caller_of(request), parameters, request)
+        services, new = await understand(services, caller_of(request), parameters, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
     except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None

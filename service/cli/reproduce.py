@@ -19,10 +19,11 @@ from tminus.service.cli.images import (
     enlarge_png,
     local_model_options,
     make_images,
+    opaque_png,
     read_pictures,
     sample_from,
 )
-from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FILE_TYPE, FOLDER_TYPE, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, FILE_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -49,6 +50,7 @@ class Recipe:
     weights: str
     fingerprint: str
     scale: int = 1  # by which the PNG was enlarged
+    opaque: bool = False  # whether it was laid over white
 
 
 @click.command(short_help="Make a PNG again from what it says, and compare.")
@@ -84,6 +86,7 @@ def reproduce(
         here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
     with failing_in_one_line(f"{url or png}: scale {recipe.scale}"):
+        again = opaque_png(again) if recipe.opaque else again
         again = enlarge_png(again, parameters["n"], recipe.scale)
     if out is not None:
         write_file(f"--out {out}", out, again)
@@ -129,6 +132,7 @@ def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
     from tminus.service.api.request.classes import NUMBER
     from tminus.service.api.request.schemas import parameters_of
+    from tminus.service.images.encoder import BACKGROUND
     from tminus.service.spec import SampleSpec
 
     fields = document["spec"]
@@ -140,7 +144,9 @@ def recipe_of(document: Any) -> Recipe:
     scale = document.get(SCALE, 1)
     if type(scale) is not int or not 1 <= scale <= MAX_SCALE:
         raise ValueError(f"{SCALE} must be 1..{MAX_SCALE}")
-    return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]), scale)
+    return Recipe(
+        parameters, str(document["weights"]), str(document["fingerprint"]), scale, document.get(BACKGROUND) == "white"
+    )
 
 
 def _finite(text: str) -> float:
@@ -166,7 +172,8 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
         found = f"another size, {a.shape} and {b.shape}"
     else:
         most = int(abs(a.astype(np.int32) - b.astype(np.int32)).max())
-        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of 255 at most"
+        largest = np.iinfo(a.dtype).max if a.dtype.kind == "u" else 1
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of {largest} at most"
     return "; ".join([found, *reasons])
 
 
@@ -177,7 +184,7 @@ def trajectory() -> None:
 
 @trajectory.command()
 @click.argument("file", type=FILE_TYPE)
-@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint that it was made by")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="folder or hub id of what made it")
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
 @click.option(
     "--executor",

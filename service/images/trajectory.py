@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.model_info import ModelInfo
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 
 TRAJECTORY: Final = "application/vnd.tminus.trajectory"
 FORMAT = 2  # counts up with what the file holds
@@ -32,7 +32,7 @@ class TrajectoryFile:
 
 
 def pack_trajectory(
-    trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
+    trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
 ) -> bytes:
     """Make the file. images: those that the trajectory ends in, uint8 [n, H, W, C]; recipe: as PNGs have it."""
     made_by = {"device": model.device, "executor": model.executor, "precision": model.precision, "exact": model.exact}
@@ -43,7 +43,7 @@ def pack_trajectory(
     return safetensors.numpy.save(arrays, {METADATA_KEY: json.dumps(document)})
 
 
-def arrays_of(trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo) -> Arrays:
+def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo) -> Arrays:
     """List the arrays of a file by name."""
     plan, selected, drawn = trajectory.plan, trajectory.selected, transitions(trajectory)
     arrays: dict[str, npt.NDArray[Any]] = {

@@ -41,7 +41,8 @@ def moved() -> dict[str, Metric]:
     """Each metric after something has happened to it, so that its labels can be seen."""
     metrics = Metrics()
     metrics.model_loaded(INFO)
-    metrics.loaded_while_running("done")
+    metrics.loaded_while_running("done", "demand")
+    metrics.unloaded_while_running("idle")
     metrics.watch(
         tasks=lambda: 1,
         rows_active=lambda: 1,
@@ -56,6 +57,7 @@ def moved() -> dict[str, Metric]:
         stalled_s=lambda: 1.0,
         tick_time_ratio=lambda: 1.0,
         waiting_in_store=lambda: (1, 1.0),
+        models=lambda: {"loaded": 1},
     )
     metrics.ticked("fake", 1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0, exemplar={})

@@ -215,4 +215,4 @@ def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> Non
     cut = {**state, "out.2.bias": torch.ones(2)}
     assert "wrong shape of conv_out.bias" in refusal(cut)
     superres = {**state, "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
-    assert "only 1 or 3 channels in" in refusal(superres)
+    assert "only 1..64 channels in and as many out" in refusal(superres)

@@ -25,7 +25,7 @@ from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
 from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.cli import images
-from tminus.service.cli.images import LocalJob
+from tminus.service.cli.images import LocalJob, opaque_png
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading, selftest
@@ -164,6 +164,39 @@ def test_one_image_and_files_of_several_are_enlarged_only_if_that_is_asked_for(r
         with Image.open(tmp_path / file) as enlarged:
             assert enlarged.size == (3 * size[0], 3 * size[1])
         assert run("reproduce", tmp_path / file).exit_code == 0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(4, "RGBA"), (5, "RGB")])
+def test_images_of_other_channels_are_made_again(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path, channels: int, mode: str
+) -> None:
+    made = make_checkpoint(classes=False, in_channels=channels, out_channels=channels)
+    checkpoint, file = tmp_path / "model", tmp_path / "a.png"
+    save_checkpoint(checkpoint, made.net.state_dict(), made.net.config, made.noise, Labels(), {})
+    what = ("-n", 3, "--steps", 5, "--seed", 3, "--scale", 2, "--out", file)
+    assert run("sample", *what, checkpoint=checkpoint).exit_code == 0
+    with Image.open(file) as image:
+        assert image.mode == mode
+    assert run("reproduce", file, checkpoint=checkpoint).exit_code == 0
+    if mode == "RGBA":  # as /v1/images gives it with background=opaque
+        assert run("sample", *what, "--scale", 1, checkpoint=checkpoint).exit_code == 0
+        file.write_bytes(opaque_png(file.read_bytes()))
+        with Image.open(file) as image:
+            assert image.mode == "RGB"
+        assert "the same" in run("reproduce", file, checkpoint=checkpoint).output
+        deep = run("sample", *what, "--bit-depth", 16, checkpoint=checkpoint)
+        one_line(deep, "bit_depth must be 8 or 32 for 4 channels")
+
+
+def test_an_image_of_sixteen_bits_is_made_again(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    assert run("sample", "-n", 2, "--steps", 5, "--seed", 3, "--bit-depth", 16, "--out", file).exit_code == 0
+    with Image.open(file) as image:
+        assert np.asarray(image).dtype == np.uint16
+        assert json.loads(image.text["tminus"])["value_range"] == [-1, 1]  # type: ignore[attr-defined]
+    assert run("reproduce", file).exit_code == 0
+    file.write_bytes(altered(file.read_bytes(), lambda pixels: pixels.__setitem__((0, 0), pixels[0, 0] ^ 1)))
+    one_line(run("reproduce", file), "values differ, by 1 of 65535 at most")
 
 
 def test_a_scale_that_no_command_writes_is_no_recipe(run: Run, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert (other.height_px, other.width_px) == (4, 10)
 
 
+def test_whether_the_fourth_channel_is_alpha_is_in_the_fingerprint(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(in_channels=4, out_channels=4)
+    executor = EagerExecutor(checkpoint.net, CPU)
+    plain, alpha = (
+        make_model_info(replace(checkpoint, alpha=each), CPU, executor, exact=True) for each in (False, True)
+    )
+    assert (plain.shown_channels, alpha.shown_channels) == (3, 4)
+    assert plain.fingerprint != alpha.fingerprint
+
+
 def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
     one, other = make_checkpoint(seed=1), make_checkpoint(seed=2)
     assert one.weights_hash != other.weights_hash
