@@ -69,9 +69,10 @@ def average_down(x: Tensor) -> Tensor:
 
 
 class FirResample(nn.Module):
-    """Double or halve H and W, filtered by (1, 3, 3, 1) in both directions (Karras et al. 2019); x is 0 beyond its edge.
+    """Double or halve H and W, filtered by (1, 3, 3, 1) in both directions (Karras et al. 2019).
 
-    A depthwise convolution is several times as fast on a CPU as sums of slices, or means of neighbours three times over.
+    Beyond its edge x is 0. A depthwise convolution is several times as fast on a CPU as sums of slices, or as means of
+    neighbours three times over.
     """
 
     def __init__(self, channels: int, *, up: bool) -> None:
