@@ -69,6 +69,7 @@ WORKDIR /app
 COPY --from=dependencies /opt/tminus /opt/tminus
 COPY --from=code /code/opt/tminus /opt/tminus
 ENV PATH="/opt/tminus/bin:$PATH" \
+    HF_HOME=/cache/huggingface \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     TMINUS_CACHE_DIR=/cache \

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+WEIGHTS_NAME = "diffusion_pytorch_model"  # as diffusers calls the file of weights
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 

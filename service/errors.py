@@ -313,6 +313,20 @@ class ModelUnloaded(ServiceError):
         self.headers["Retry-After"] = "1"
 
 
+class ModelLoading(ServiceError):
+    """The model is not in memory, and cannot be before the deadline. It is being loaded; Retry-After says how long."""
+
+    status, code, title = 503, "model_loading", "The model is being loaded"
+
+    def __init__(self, name: str, waited_s: float, left_s: float) -> None:
+        retry_after_s = max(1, math.ceil(left_s))
+        super().__init__(
+            f"the model {name} is not in memory, and takes about {retry_after_s} s more to be loaded",
+            field="deadline_s", value=round(waited_s, 3), bound=f"at least {retry_after_s} more, or a later try",
+        )  # fmt: skip
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
 class ModelBusy(ServiceError):
     """Another model is being loaded, or this one cannot be in this state: it is loaded already, or is the default."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tminus.model.catalogue import Recommended
+from tminus.model.pixels import shown_channels
 from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
 
@@ -33,6 +34,7 @@ class ModelInfo:
     height_px: int
     width_px: int
     channels: int
+    alpha: bool  # whether the last of four channels is alpha
     latent: "LatentInfo | None"  # of a latent model; None where the network sees pixels
     num_timesteps: int
     beta_schedule: str
@@ -42,6 +44,7 @@ class ModelInfo:
     steps_offset: int
     log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
     fractional: bool  # whether the network takes timesteps between whole ones
+    continuous: bool  # whether noise levels are a formula of t: every sampler takes such timesteps then
     clip: bool
     samplers: tuple[str, ...]
     tables: tuple[Table, ...]  # of the samplers that have some
@@ -60,6 +63,16 @@ class ModelInfo:
     precision: str
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
+
+    @property
+    def shown_channels(self) -> int:
+        """How many of an image's first channels a picture of it shows."""
+        return shown_channels(self.channels, alpha=self.alpha)
+
+    @property
+    def fits_pictures(self) -> bool:
+        """Whether a picture shows all of an image, so that an upload can be one."""
+        return self.shown_channels == self.channels
 
     def has_table(self, table_hash: str) -> bool:
         """Whether the checkpoint has the table with this hash, still."""

@@ -1,5 +1,6 @@
 """Pools of threads that are there before they are needed, and threads that the process does not wait for."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,3 +40,8 @@ def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Resul
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return done
+
+
+async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
+    """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
+    return await asyncio.wrap_future(begin_in_daemon_thread(act, name))

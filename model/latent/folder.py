@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
-from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 FOLDERS = ("vqvae", "vae")  # in a checkpoint: LDMPipeline's name for it, whatever its class, and that of others
 

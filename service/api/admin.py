@@ -19,17 +19,20 @@ BARE = [Depends(no_parameters)]
 class Changes(Protocol):
     """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
 
-    def unloaded(self) -> Awaitable[Mapping[str, str]]:
-        """Return the models that can be loaded and are not, and what is going on with each."""
+    def unserved(self) -> Awaitable[Mapping[str, str]]:
+        """Return the models that can be loaded and are not served, and what is going on with each."""
+
+    def state(self, services: Services) -> str:
+        """Return what is going on with a model that is served."""
 
     def load(self, name: str) -> Awaitable[Services]:
-        """Serve a model that is not loaded."""
+        """Bring a model into memory, and serve it."""
 
     def reload(self, name: str) -> Awaitable[Services]:
         """Read the folder of a model again, and serve what is there now."""
 
     def unload(self, name: str) -> Awaitable[None]:
-        """Serve a model no more, and free its memory when its jobs have ended."""
+        """Free the memory of a model when its jobs have ended; one that is not loaded on demand is served no more."""
 
 
 class ModelSummary(BaseModel):
@@ -38,8 +41,8 @@ class ModelSummary(BaseModel):
     name: str
     default: bool = Field(description="whether requests that name no model are of this one")
     state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloading", "unloaded"]})
-    url: str | None = Field(description="where its page and its whole API are; null where it is not loaded")
-    model: ModelAnswer | None = Field(description="as GET /model tells of it; null where it is not loaded")
+    url: str | None = Field(description="where its page and its whole API are; null where it is not served")
+    model: ModelAnswer | None = Field(description="as GET /model tells of it; null where it is not served")
 
 
 class ModelList(BaseModel):
@@ -62,14 +65,15 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         name = services.model.name
         url = f"{request.scope.get('root_path', '')}/models/{name}/"
         answer = ModelAnswer.of(services.model, services.limits)
-        return ModelSummary(name=name, default=services is models.default, state="loaded", url=url, model=answer)
+        is_default, state = services.number == models.default.number, changes.state(services)
+        return ModelSummary(name=name, default=is_default, state=state, url=url, model=answer)
 
     @router.get("", summary="The models that there are", dependencies=BARE, responses=failures(422))
     async def get_models(request: Request) -> ModelList:
         loaded = [summary(request, services) for services in models]
         others = [
             ModelSummary(name=name, default=False, state=state, url=None, model=None)
-            for name, state in (await changes.unloaded()).items()
+            for name, state in (await changes.unserved()).items()
         ]
         return ModelList(models=loaded + others)
 

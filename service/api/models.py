@@ -1,6 +1,7 @@
 """Which models are served, by name, and what answers their requests. A request without a name is of the default one."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +24,7 @@ from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.worker.loaded_model import Residence
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
 
@@ -50,6 +52,11 @@ class Services:
     webhooks: AllowedReceivers | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time
+    residence: "Residence[Services]"  # of all models
+
+    async def in_memory(self, deadline_s: float | None = None) -> "Services":
+        """Wait until the model is in memory; returns what it is then. Raises as Residence.bring_in does."""
+        return await self.residence.bring_in(self.number, deadline_s, of_request=True)
 
 
 Handler = Callable[[Services, Request], Awaitable[Response]]
@@ -63,6 +70,7 @@ class Models:
         # By number, also those that were replaced or unloaded, for as long as their jobs are kept.
         self._by_number: dict[int, Services] = {}
         self._users: Counter[int] = Counter()
+        self._last_used_s: dict[int, float] = {}  # when the last user left, by time.monotonic
 
     @property
     def default(self) -> Services:
@@ -101,6 +109,7 @@ class Models:
             yield services
         finally:
             self._users[services.number] -= 1
+            self._last_used_s[services.number] = time.monotonic()
 
     def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
         """Make a handler of a route from one that takes the services too. name: of the operation in OpenAPI."""
@@ -114,9 +123,9 @@ class Models:
 
     # --- when models change ---
 
-    def change(self, services: Services, info: ModelInfo) -> Services:
+    def change(self, services: Services, info: ModelInfo, limits: Limits | None = None) -> Services:
         """Tell something else of a model from now on, whether it is served or only has jobs; returns what tells it."""
-        changed = replace(services, model=info)
+        changed = replace(services, model=info, limits=limits or services.limits)
         if self._served.get(info.name) is services:
             self._served[info.name] = changed
         self._by_number[services.number] = changed
@@ -132,10 +141,15 @@ class Models:
         assert self._served[name] is not self.default
         del self._served[name]
 
-    def is_used(self, number: int) -> bool:
-        """Whether a request of a model is being answered."""
-        return self._users[number] > 0
+    def users(self, number: int) -> int:
+        """How many requests of a model are being answered."""
+        return self._users[number]
+
+    def last_used_s(self, number: int) -> float:
+        """When the last of them was answered, by time.monotonic; minus infinity if none was."""
+        return self._last_used_s.get(number, float("-inf"))
 
     def forget(self, number: int) -> None:
         """Forget a model that is not served and has no jobs any more."""
         del self._by_number[number], self._users[number]
+        self._last_used_s.pop(number, None)

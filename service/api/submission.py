@@ -1,6 +1,7 @@
 """The one way from parameters to a job, for every kind of request: they are checked, then the job is accepted."""
 
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from tminus.model.pixels import VALUE_RANGE
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
@@ -20,6 +22,7 @@ from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
 from tminus.service.errors import InvalidField, Overloaded
+from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -38,14 +41,23 @@ async def understand(
     request: Request | None = None,
     *,
     transparent: bool = False,
-) -> NewJob:
-    """Check the parameters, decode the images, and make the job that is wanted. It holds nothing else of the body.
+) -> tuple[Services, NewJob]:
+    """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
-    parameters: are taken, so that the dict is empty afterwards. request: whose client may go away meanwhile; None for a
-    message of a WebSocket. transparent: see decode_inputs. Raises what SampleRequest and Decoder.inputs do.
+    Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
+    is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
+    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
     """
     asked = await _parse(services, parameters)
-    return await _to_job(services, caller, asked, request, transparent=transparent)
+    began_s = time.monotonic()
+    if services.residence.is_out(services.number):  # what is wrong with a request is told before a model is loaded
+        asked.to_spec(services.model, services.limits)
+    coming = services.in_memory(asked.deadline_s)
+    services = await (coming if request is None else while_connected(request, coming))
+    new = await _to_job(services, caller, asked, request, transparent=transparent)
+    if new.deadline_s is not None:  # it has waited for the model
+        new = replace(new, deadline_s=max(1e-3, new.deadline_s - (time.monotonic() - began_s)))
+    return services, new
 
 
 async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
@@ -197,6 +209,15 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
     }
     warning = warning_of(spec, model)
     return headers if warning is None else headers | {"X-Warning": warning}
+
+
+def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
+    """Say what the values of floats mean, and how much of an image a picture shows that does not show all of it."""
+    if media_type == NPY:
+        return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
+    if model.fits_pictures:
+        return {}
+    return {"X-Shown-Channels": f"{model.shown_channels} of {model.channels}"}
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:

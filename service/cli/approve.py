@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FOLDER_TYPE
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, FOLDER_TYPE
 from tminus.service.cli.output import failing_in_one_line
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.startup.logs import set_up_log
 
 
 @click.command(short_help="Let a server run a checkpoint in bfloat16.")
-@click.argument("checkpoint", type=FOLDER_TYPE)
+@click.argument("checkpoint", type=CHECKPOINT_TYPE)
 @click.option(
     "--images",
     type=click.IntRange(4, 1000),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tminus.model.formats.flags import FACTS, flag
-from tminus.service.cli.options import FOLDER_TYPE, JSON
+from tminus.service.cli.options import FOLDER_TYPE, JSON, CheckpointType
 from tminus.service.cli.output import failing_in_one_line, say, say_json
 from tminus.service.model_info import Limits
 
@@ -63,11 +63,11 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
 
 
 @click.command(short_help="Say what a checkpoint is, or a file of another project.")
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=CheckpointType(exists=True, path_type=Path))
 @fact_options
 @JSON
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
-    """Say what PATH is: a checkpoint folder, or a file of another project, which `tminus convert` makes a folder of."""
+    """Say what PATH is: a checkpoint, by its folder or hub id, or a file of another project, for `tminus convert`."""
     from tminus.model.formats.describe import describe
 
     with failing_in_one_line():

@@ -10,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, DATA_FOLDERS, DEVICE, EXECUTOR_NAMES, FOLDER_TYPE, comma_separated
+from tminus.service.cli.options import (
+    BACKGROUND,
+    CHECKPOINT_TYPE,
+    DATA_FOLDERS,
+    DEVICE,
+    EXECUTOR_NAMES,
+    FOLDER_TYPE,
+    comma_separated,
+)
 from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.cli.train import DATA_DIR, load_training_data
 from tminus.service.engine.protocol import BUNDLED
@@ -31,7 +39,7 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 
 
 @click.command(short_help="Measure a checkpoint, compare samplers.")
-@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="folder or hub id of the checkpoint")
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import DEVICE_NAMES, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE_NAMES, EXECUTOR_NAMES, PRECISION_NAMES
 from tminus.service.cli.output import fail, failing_in_one_line
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tminus.service.engine.protocol import Record
     from tminus.service.images.image_header import ImageHeader
     from tminus.service.model_info import ModelInfo
-    from tminus.service.spec import Images, Inputs, SampleSpec
+    from tminus.service.spec import Inputs, Pixels, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_N = 4096  # images made without a server in one command
@@ -36,7 +36,7 @@ SCALE = "scale"  # in a recipe: by what the PNG was enlarged
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
-    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
+    click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="its folder or hub id; not with --url"),
     click.option(
         "--device",
         shell_complete=DEVICE_NAMES,
@@ -129,7 +129,7 @@ class LocalJob:
             inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
             return cls(loaded, request.with_inputs(request.to_spec(info, limits), inputs), inputs)
 
-    def run(self, record: "Record | None" = None) -> "Images":
+    def run(self, record: "Record | None" = None) -> "Pixels":
         """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
         from tqdm import tqdm
 
@@ -206,6 +206,16 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
     pixels, text = decode_png(png)
     recipe = checks.mapping(checks.loads(text)) | {SCALE: scale} if text is not None else None
     return encode_png(enlarge(pixels, scale), recipe)
+
+
+def opaque_png(png: bytes) -> bytes:
+    """Lay a PNG with alpha that tminus made over white, as /v1/images does. Raises ValueError for what is no PNG."""
+    from tminus.service.client import checks
+    from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
+
+    pixels, text = decode_png(png)
+    recipe = checks.mapping(checks.loads(text)) | {BACKGROUND: "white"} if text is not None else None
+    return encode_png(over_white(pixels), recipe)
 
 
 def make_images(

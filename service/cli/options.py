@@ -8,6 +8,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+from tminus.model.hub import checkpoint_folder
+from tminus.service.cli.output import failing_in_one_line
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -30,6 +32,21 @@ SAMPLER_NAMES = completing(*SAMPLERS, *TABLE_SAMPLERS)
 DATA_FOLDERS = completing("fashion-mnist", files="dir")
 FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
+
+
+class CheckpointType(click.Path):
+    """A checkpoint: its folder, or its id on the hub, from which it is fetched if it is not there already."""
+
+    name = "checkpoint"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the folder; one clear line and exit code 1 where there is none."""
+        with failing_in_one_line():
+            folder = checkpoint_folder(value)
+        return super().convert(folder, parameter, context)
+
+
+CHECKPOINT_TYPE = CheckpointType(file_okay=False, path_type=Path)
 BACKGROUND = click.option(
     "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
 )

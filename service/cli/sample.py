@@ -73,6 +73,7 @@ ANIMATION_PX = 512  # of its longer side, at most
     help="classifier-free guidance scale  [default: as recommended where sampler and steps are, else 1, which is off]",
 )
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
+@click.option("--bit-depth", type=click.IntRange(8, 16), help="8, or 16 of a model of one channel  [default: 8]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
@@ -282,5 +283,5 @@ def _sheet(pictures: Sequence["Image"]) -> "Image":
 
     from tminus.service.images.encoder import contact_sheet
 
-    coloured = [each.convert("RGB") for each in pictures]
+    coloured = [each.convert("RGBA" if each.has_transparency_data else "RGB") for each in pictures]
     return coloured[0] if len(coloured) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, coloured)])))

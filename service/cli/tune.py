@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import DEVICE, EXECUTOR_NAMES, FOLDER_TYPE, PRECISION_NAMES, comma_separated
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, PRECISION_NAMES, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
@@ -16,7 +16,7 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 
 
 @click.command(short_help="Fit samplers of few steps to a checkpoint.")
-@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
 @click.option("--steps", default="4,5,6,8,10,12,16", callback=WHOLE, help="numbers of steps, a table each, by commas")
 @click.option(
     "--guidance", callback=NUMBERS, help="guidance scales, by commas; 1 is off  [default: as recommended, or 1]"

@@ -309,11 +309,14 @@ def choose_executor(
     wish: Wish,
     cache: Path | None,
     tell: Callable[[float], None] = lambda _pass_s: None,
+    *,
+    busy: bool = False,
 ) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError where none can run.
 
     cache: the folder where the answer is kept, by machine, model and versions, and the converted graph; None: nowhere.
-    tell: is told how long a pass of one row takes, as soon as that is known.
+    tell: is told how long a pass of one row takes, as soon as that is known. busy: whether a server runs, in which a
+    model that comes back must give the same bytes: a choice that was made on a busy machine is not made anew.
     """
     candidates = find_candidates(checkpoint, device, wish)
     kept = _cache_of(checkpoint, device, wish, cache, candidates)
@@ -321,7 +324,7 @@ def choose_executor(
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
     builder = Builder(checkpoint, device, wish.threads, cache, tell)
-    if choice is not None and noisy and _is_idle():
+    if choice is not None and noisy and not busy and _is_idle():
         log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
         choice = None
     if choice is None:

@@ -6,9 +6,9 @@ What is measured is how long ticks of each size take. The test of the bits is in
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ from tminus.service.engine.autotune import (
 )
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.executors import Executor, probe_bits
+from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
@@ -52,7 +52,7 @@ PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
-MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
+MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
 TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
 LONG_TRIAL_S = 5.0  # for passes that take less together, compiling takes longer: it is not known how long
@@ -99,6 +99,34 @@ class ReadModel:
     folder: Path
     checkpoint: Checkpoint
 
+    @property
+    def weights_hash(self) -> str:
+        """The hash of its weights."""
+        return self.checkpoint.weights_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """What is known of a checkpoint before an engine is made of it, with the same names as in Loaded."""
+
+    info: ModelInfo  # without executor, precision and fingerprint, which are empty
+    max_rows: int
+    max_batch: int
+    short_batch: int
+    tick_times: tuple[tuple[int, float], ...] = ()
+    coding_s: tuple[float, float] = (0.0, 0.0)
+
+
+def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
+    """Say what is known of a checkpoint before it is measured."""
+    device = choose_device(options.device)
+    wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
+    executor = EagerExecutor(checkpoint.net, device)
+    info = make_model_info(checkpoint, device, executor, exact=wish.exact)
+    info = replace(info, fingerprint="", executor="", precision="", executor_details="")
+    short_batch = min(options.short_batch or wish.max_batch, wish.max_batch)
+    return Unmeasured(info, max_rows, wish.max_batch, short_batch)
+
 
 def load_engine(
     options: LoadOptions, places_of: Callable[[ModelInfo], int] | None = None, fingerprint: str | None = None
@@ -125,6 +153,14 @@ def load_engine(
 def serving_bytes(folder: Path) -> int:
     """Roughly what a model takes while it is served, by its configuration alone. Raises CheckpointError."""
     return needs_of(folder).serving_bytes
+
+
+def memory_lacking(folder: Path) -> str | None:
+    """Say why there is not memory enough to load a model; None where there is. Raises CheckpointError."""
+    need, free = needs_of(folder).loading_bytes, free_memory_bytes()
+    if free is None or need <= free:
+        return None
+    return f"takes about {need / GIB:.2f} GiB to load, and {free / GIB:.2f} GiB of memory are free"
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
@@ -165,16 +201,16 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
 def prepare_engine(
     checkpoint: Checkpoint,
     options: LoadOptions,
-    known: Measured | None = None,
+    known: Collection[Measured] = (),
     *,
     busy: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
-    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of a
-    model that is running; if this is the same network, run in the same way, it is not measured again. progress: is told
-    what is being done, and roughly how many seconds are left.
+    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of
+    models that were loaded in this process; what is the same network, run in the same way, is not measured again.
+    progress: is told what is being done, and roughly how many seconds are left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -193,7 +229,7 @@ def prepare_engine(
         left_s = TRIAL_PASSES * pass_s
         progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
 
-    executor = choose_executor(checkpoint, device, wish, cache, tell)
+    executor = choose_executor(checkpoint, device, wish, cache, tell, busy=busy)
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,
@@ -203,7 +239,7 @@ def prepare_engine(
     engine = _build(checkpoint, executor, device, options, wish, proof.bits if proof is not None else None)
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
-    again = known if known is not None and known.way == way else None
+    again = next((each for each in known if each.way == way), None)
     if again is None:
         progress("measuring how long ticks take", None)
         again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))

@@ -61,6 +61,10 @@ class Leases:
         # The shortest job that the last claim left: only shorter ones go before it.
         self._least_waiting = NONE_REFUSED
 
+    def change(self, info: ModelInfo, limits: Limits) -> None:
+        """Note something else of the model from now on."""
+        self._info, self._max_rows, self._max_backlog_s = info, limits.max_rows, limits.max_backlog_s
+
     @property
     def renewed_every_s(self) -> float:
         """How often to renew."""

@@ -35,9 +35,10 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Mailbox, Pace, Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.tracing import traced
-from tminus.service.work import Ticket, check_table, work_of
+from tminus.service.work import Outlook, Ticket, check_table, work_of
+from tminus.service.worker.loaded_model import Residence
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
@@ -45,6 +46,7 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 RETRY_S, ROOM_S = 5.0, 0.2  # until a store that failed, or a worker without slots, is asked again
+LOAD_RETRY_S = 15.0  # until a model that could not be loaded is tried again
 READ_RETRY_S = 1.0  # until a store that is away is asked again for a job that goes on
 FILE_AWAY_S = 60.0  # that a file may be away: the other jobs of an earlier process wait behind this one
 SWEEP_S = 10.0
@@ -65,14 +67,15 @@ class Lifecycle:
         info: ModelInfo,
         limits: Limits,
         metrics: Metrics,
+        residence: Residence[object],
     ) -> None:
-        """model: its number. store: of the jobs of its weights."""
+        """model: its number. store: of the jobs of its weights. residence: brings the model in where it is out."""
         self.store, self.model, self.model_name = store, model, info.name
         self._worker = worker
         self._info = info  # what is told of the model, which may change while no job runs
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self.metrics = limits, metrics
+        self._limits, self.metrics, self._residence = limits, metrics, residence
         self._held: dict[str, HeldJob] = {}  # changed here only
         self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -85,9 +88,16 @@ class Lifecycle:
         self._idle.set()
         self._store_fails = False  # the last attempt to keep an end failed
 
-    def change(self, info: ModelInfo) -> None:
+    def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
         """Note something else of the model from now on: its fingerprint is that of the jobs that end."""
-        self._info = info
+        self._info, self._limits = info, limits or self._limits
+        if self.leases is not None:
+            self.leases.change(self._info, self._limits)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a job waits for the worker, or is in it."""
+        return any(job.state in (HeldState.WAITING, HeldState.IN_WORKER) for job in self._held.values())
 
     async def start(self, *, take_on: bool = True) -> None:
         """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.
@@ -162,6 +172,25 @@ class Lifecycle:
         job = self._hold(record)
         self._enter_worker(job)
         self._spawn(self._run(job, ticket))
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the model is not in memory, so that `accept_later` takes its jobs."""
+        return self._residence.is_out(self.model)
+
+    def check_room(self) -> Outlook:
+        """Return what a job is told that waits for the model to come in. Raises Overloaded where too many do."""
+        waiting, left_s = len(self._held), self._residence.expected_s(self.model)
+        if waiting >= self._limits.max_jobs:
+            raise Overloaded(
+                f"{waiting} jobs wait until the model is in memory", retry_after_s=max(1, math.ceil(left_s)),
+                field="jobs", value=waiting + 1, bound=f"at most {self._limits.max_jobs}",
+            )  # fmt: skip
+        return Outlook(waiting, left_s)
+
+    def accept_later(self, record: JobRecord) -> None:
+        """Take on a job that the store keeps, and that enters the worker when the model is in memory."""
+        self._spawn(self._run(self._hold(record), None))
 
     def _hold(self, record: JobRecord) -> HeldJob:
         job = self._held[record.id] = HeldJob(record, self.model, self.model_name)
@@ -292,6 +321,7 @@ class Lifecycle:
         record = job.record
         # What a replica left behind may have ended it: until that has started again, nobody knows.
         alone = record.crashes > 0 or record.left_behind
+        await self._until_in(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
         if record.background:
@@ -306,7 +336,7 @@ class Lifecycle:
             deadline_s = None if record.deadline_us is None else (record.deadline_us - self.store.now_us()) / 1e6
             if deadline_s is not None and deadline_s <= 0:
                 raise DeadlinePassed(
-                    "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
+                    "deadline_s passed before the job could begin", field="deadline_s", value=deadline_s
                 )
             try:
                 ticket = self._worker.resume(
@@ -317,12 +347,33 @@ class Lifecycle:
                 )  # fmt: skip
             except (NotReady, Overloaded):
                 await self.pause(ROOM_S)
+            except ModelUnloaded:
+                if self.retired:
+                    raise
+                await self._until_in(job)
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
         log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if alone else "")
         self._enter_worker(job)
         return ticket
+
+    async def _until_in(self, job: HeldJob) -> None:
+        """Wait until the model is in memory, or the job is not to be worked on any more."""
+        while self.is_out and not self.retired and job.state is HeldState.WAITING:
+            await self._bring_in()
+
+    async def _bring_in(self) -> None:
+        """Wait until the model is in memory; a checkpoint that cannot be loaded is tried again. Raises Draining."""
+        try:
+            await self._residence.bring_in(self.model)
+        except NotReady:
+            await self.pause(ROOM_S)
+        except (Draining, EngineFailed):
+            raise
+        except ServiceError as error:
+            log.warning("jobs of %s wait, and it is tried again in %g s: %s", self.model_name, LOAD_RETRY_S, error)
+            await self.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
         """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed where they cannot be read.
@@ -364,7 +415,7 @@ class Lifecycle:
             await self.store.call(JobStore.crashed, crashed)
         return False
 
-    async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:
+    async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
         if not job.may_become(HeldState.ENDING):  # another task does this already, or it is not held any more
             return

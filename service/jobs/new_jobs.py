@@ -143,6 +143,13 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
+        if lifecycle.is_out:  # it waits in the store, and brings the model in
+            self._worker.check_open()
+            outlook = lifecycle.check_room()
+            if not await lifecycle.store.add(record, key, new.inputs):
+                return None
+            lifecycle.accept_later(record)
+            return outlook
         if leases is None or leases.takes(new.work):
             try:
                 ticket = self._worker.submit(replace(new, durable=True))

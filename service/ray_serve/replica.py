@@ -20,7 +20,6 @@ from tminus.service.ray_serve.router import BACKLOG_S, WAITING_S, Standing
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.app import VERSION, Application
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
-from tminus.service.startup.models import in_daemon_thread
 from tminus.service.startup.serve import measure_and_build, open_all
 from tminus.service.startup.server import (
     ANSWER_S,
@@ -33,7 +32,7 @@ from tminus.service.startup.server import (
     is_ready,
 )
 from tminus.service.startup.traces import start_traces
-from tminus.service.threads import LOADING
+from tminus.service.threads import LOADING, in_daemon_thread
 from tminus.service.worker.worker import CLOSE_S, CRASHED
 
 log = logging.getLogger(__name__)

@@ -162,6 +162,11 @@ class Admission:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
 
+    def work_left_s(self, model: int) -> float:
+        """Return the seconds that full ticks take for what a model has to do."""
+        jobs, speeds = self._read()
+        return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
+
     def intake(
         self,
         model: int,

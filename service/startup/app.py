@@ -31,7 +31,8 @@ from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.system import model_routes, system_routes
-from tminus.service.startup.models import ModelChanges, ServedModels
+from tminus.service.startup.changes import ModelChanges
+from tminus.service.startup.models import ServedModels
 from tminus.service.tracing import TRACER
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         TRACER.set(tracer)  # for the tasks that go on with durable jobs
         await served.start()
+        changes.start()
         yield
+        await changes.close()
         await served.close()
         if traces is not None:
             await asyncio.to_thread(traces.close)

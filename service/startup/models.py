@@ -1,21 +1,18 @@
-"""The models of a server: what they share, how one joins and leaves, and how it is loaded and unloaded meanwhile.
+"""The models of a server: what they share, how one joins and leaves, comes into memory and goes out of it.
 
-In the event loop's thread only.
+In the event loop's thread only. When that happens is decided in changes.py.
 """
 
 import asyncio
 import gc
 import logging
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
-from pathlib import Path
-from typing import TypeVar
+from typing import Protocol
 
-from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.answers.documents import document
@@ -26,14 +23,10 @@ from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import (
-    CheckpointRefused,
     Draining,
     EngineFailed,
-    ModelBusy,
-    ModelNotFound,
     ServiceError,
     StorageFailed,
-    short,
 )
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -54,8 +47,6 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.startup.settings import Library
-from tminus.service.threads import LOADING, begin_in_daemon_thread
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
@@ -63,12 +54,10 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 LOOK_S = 0.05  # how often it is looked whether a model is still used
 KEPT_S = 10.0  # and whether jobs of a model that left are still kept
 RETRY_S = 1.0  # until a worker that hangs is asked again
 MOST_KEPT = 8  # models that have left whose jobs can still be asked for; those of earlier ones stay on the disk
-END_LOOK_S = 0.2  # how often a change that is waited for looks whether the server ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +72,41 @@ class Prepared:
     memory_bytes: int = 0  # that the model takes, roughly
 
 
-@dataclass(slots=True)
-class _OneModel:
-    """The parts of one model, for as long as something of it is there."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model that is served and not in memory: what is known of it before it was measured."""
 
-    services: Services
-    engine: RowEngine | None  # None once it has left
-    lifecycle: Lifecycle
+    info: ModelInfo  # without what only an engine knows: executor, precision and fingerprint are empty
+    limits: Limits
+    speed: Speed  # of which nothing is measured
+
+
+@dataclass(slots=True)
+class _InMemory:
+    """What a model has while it is in memory."""
+
+    engine: RowEngine
     keeper: SnapshotKeeper
     release: Callable[[], object]
     memory_bytes: int
 
 
+@dataclass(slots=True)
+class _OneModel:
+    """The parts of one model, for as long as something of it is there."""
+
+    services: Services
+    lifecycle: Lifecycle
+    loaded: _InMemory | None  # None while it is out of memory, and once it has left
+
+
 class ServedModels:
     """Owns what all models share, and the models that are served, that are leaving, or whose jobs are still kept.
 
-    A model joins when its store is taken and the worker has run a tick of it; from then on requests find it. It leaves
-    when its last request and its last job have ended: then its memory is freed. It is forgotten, and its store given
-    back, when clients can ask for nothing any more that it has made.
+    A model joins when its store is taken and the worker has run a tick of it; from then on requests find it. It may go
+    out of memory and come back, and is served all the while. It leaves when its last request and its last job have
+    ended: then its memory is freed. It is forgotten, and its store given back, when clients can ask for nothing any
+    more that it has made.
     """
 
     def __init__(
@@ -111,12 +117,14 @@ class ServedModels:
         access: Access,
         webhooks: Rules | None = None,
         end_file: EndFile | None = None,
+        described: Sequence[Described] = (),
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
-        The default one's limits are those of the whole server. stores: of durable jobs, closed with this. access: who
-        may ask; allowed_sites: by what names, and for which pages. webhooks: how they are sent, if they are. end_file:
-        outlives the process where that ends by itself; it is closed with this.
+        The default one's limits are those of the whole server. described: more models, out of memory. stores: of
+        durable jobs, closed with this. access: who may ask; allowed_sites: by what names, and for which pages.
+        webhooks: how they are sent, if they are. end_file: outlives the process where that ends by itself; it is closed
+        with this.
         """
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
@@ -126,12 +134,15 @@ class ServedModels:
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
+        self._brings_in: BringsIn | None = None
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
-        loaded = [self._loaded(prepared, store) for prepared, store in zip(first, taken, strict=True)]
+        loaded = [
+            self._loaded(next(self._numbers), prepared, store) for prepared, store in zip(first, taken, strict=True)
+        ]
         note = end_file.work_on if end_file is not None else note_nothing
         self.worker = Worker(loaded, self.admission, self.metrics, note=note)
         statuses = JobStatuses(self.worker)
@@ -153,9 +164,14 @@ class ServedModels:
             recordings=RecordingRoom(self.answers),
             webhooks=webhooks.allowed if webhooks is not None else None,
             noise_turn=asyncio.Lock(),
+            residence=self,
         )
         for model, prepared, store in zip(loaded, first, taken, strict=True):
-            self._serve(model, prepared, store)
+            self._serve(model.number, model.info, prepared.limits, store, _in_memory(model, prepared))
+        for one in described:
+            number = next(self._numbers)
+            self.admission.put(number, one.speed)
+            self._serve(number, one.info, one.limits, stores.take_first(one.info.weights_hash), None)
         self._watch()
 
     # --- the server ---
@@ -173,7 +189,8 @@ class ServedModels:
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
-        await asyncio.gather(*(asyncio.to_thread(one.keeper.close) for one in self._by_number.values()))
+        keepers = [one.loaded.keeper for one in self._by_number.values() if one.loaded is not None]
+        await asyncio.gather(*(asyncio.to_thread(keeper.close) for keeper in keepers))
         await asyncio.gather(*(one.lifecycle.close() for one in self._by_number.values()))
         self._stores.close()
         await self._other_replicas.close()
@@ -198,7 +215,13 @@ class ServedModels:
             stalled_s=lambda: worker.stalled_s,
             tick_time_ratio=lambda: admission.tick_time_ratio,
             waiting_in_store=self.waiting_in_store,
+            models=self._count_models,
         )
+
+    def _count_models(self) -> Mapping[str, int]:
+        """Count the models that are served, by whether they are in memory."""
+        served = [one.loaded is not None for one in self._served()]
+        return {"loaded": served.count(True), "unloaded": served.count(False)}
 
     def waiting_in_store(self) -> tuple[int, float] | None:
         """The jobs of a shared store that nobody holds, and the seconds that one server takes for them.
@@ -226,20 +249,34 @@ class ServedModels:
             store = await self._stores.take(weights_hash)
         except ValueError as error:
             raise StorageFailed(f"the store of the model's durable jobs cannot be opened: {error}") from None
-        model, is_again = self._loaded(prepared, store), self._stores.is_shared(weights_hash)
+        model, is_again = self._loaded(next(self._numbers), prepared, store), self._stores.is_shared(weights_hash)
         try:
             await asyncio.wrap_future(self.worker.load(model))
         except BaseException:
             self.admission.remove(model.number)
             await self._stores.release(weights_hash)
             raise
-        one = self._serve(model, prepared, store)
+        one = self._serve(model.number, model.info, prepared.limits, store, _in_memory(model, prepared))
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
         await self._start(one, take_on=not is_again)
         return one.services
 
-    def _loaded(self, prepared: Prepared, store: AsyncStore) -> LoadedModel:
-        number = next(self._numbers)
+    async def come_in(self, number: int, prepared: Prepared) -> Services:
+        """Bring a model that is out into memory, with the weights that it is known by.
+
+        Raises Draining and the like, and what its first tick raises.
+        """
+        one = self._by_number[number]
+        assert one.loaded is None
+        model = self._loaded(number, prepared, one.lifecycle.store)
+        await asyncio.wrap_future(self.worker.load(model))
+        one.loaded = _in_memory(model, prepared)
+        one.services = self.models.change(one.services, model.info, prepared.limits)
+        one.lifecycle.change(model.info, prepared.limits)
+        self.metrics.model_loaded(model.info)
+        return one.services
+
+    def _loaded(self, number: int, prepared: Prepared, store: AsyncStore) -> LoadedModel:
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
         scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._times)
@@ -260,20 +297,20 @@ class ServedModels:
         if (one := self._by_number.get(number)) is not None:
             one.services = self.models.change(one.services, info)
             one.lifecycle.change(info)
-            one.keeper.change(info.fingerprint)
+            if one.loaded is not None:
+                one.loaded.keeper.change(info.fingerprint)
             if not one.lifecycle.retired:
                 self.metrics.model_loaded(info)
 
-    def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _OneModel:
-        info = model.info
-        lifecycle = Lifecycle(store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics)
-        services = self._services(number=model.number, model=info, limits=prepared.limits, loaded_s=int(time.time()))
-        assert isinstance(model.keeper, SnapshotKeeper)
-        one = self._by_number[model.number] = _OneModel(
-            services, model.engine, lifecycle, model.keeper, prepared.release, prepared.memory_bytes
-        )
+    def _serve(
+        self, number: int, info: ModelInfo, limits: Limits, store: AsyncStore, loaded: _InMemory | None
+    ) -> _OneModel:
+        lifecycle = Lifecycle(store, self.worker, self.admission, number, info, limits, self.metrics, self)
+        services = self._services(number=number, model=info, limits=limits, loaded_s=int(time.time()))
+        one = self._by_number[number] = _OneModel(services, lifecycle, loaded)
         self.jobs.put(lifecycle)
-        self.metrics.model_loaded(info)
+        if loaded is not None:
+            self.metrics.model_loaded(info)
         self.models.put(services)
         return one
 
@@ -296,7 +333,7 @@ class ServedModels:
 
     def is_leaving(self, name: str) -> bool:
         """Whether a model of this name still has jobs to finish, and is served no more."""
-        return any(one.services.model.name == name and one.engine is not None for one in self._unserved())
+        return any(one.services.model.name == name and one.loaded is not None for one in self._unserved())
 
     async def _leave(self, one: _OneModel) -> None:
         try:
@@ -308,12 +345,13 @@ class ServedModels:
     async def _free(self, one: _OneModel) -> bool:
         """Wait for the end of a model's jobs, and free its memory; False if the server ends before."""
         number, info = one.services.number, one.services.model
-        while self.models.is_used(number):  # noqa: ASYNC110  requests come and go in many places
+        while self.models.users(number):  # noqa: ASYNC110  requests come and go in many places
             await asyncio.sleep(LOOK_S)
-        await one.lifecycle.idle()
+        if one.loaded is not None:  # or else what jobs it has wait for a start with its weights
+            await one.lifecycle.idle()
         if one.lifecycle.leases is not None:
             one.lifecycle.leases.end()
-        while True:
+        while one.loaded is not None:
             try:
                 await asyncio.wrap_future(self.worker.unload(number))
                 break
@@ -322,13 +360,68 @@ class ServedModels:
             except ServiceError:  # a tick hangs: if it ends after all, the model goes
                 await asyncio.sleep(RETRY_S)
         self.admission.remove(number)
-        one.engine = None
         if all(services.model.name != info.name for services in self.models):
             self.metrics.model_gone(info.name)
-        await asyncio.to_thread(one.keeper.close)
-        await asyncio.to_thread(one.release)
-        log.info("%s, fingerprint %s, is unloaded", info.name, info.fingerprint)
+        await self._release(one)
         return True
+
+    async def go_out(self, number: int) -> None:
+        """Free the memory of a model that nobody uses and that is closing, and serve it on. Raises Draining, …"""
+        one = self._by_number[number]
+        assert self.is_out(number), "no new request may come"
+        assert not self.is_busy(number)
+        await asyncio.wrap_future(self.worker.unload(number))
+        self.metrics.model_gone(one.services.model.name)
+        await self._release(one)
+
+    async def _release(self, one: _OneModel) -> None:
+        """Free what a model took that the worker has forgotten."""
+        if (loaded := one.loaded) is None:
+            return
+        one.loaded, release, keeper = None, loaded.release, loaded.keeper
+        del loaded  # it has the engine
+        await asyncio.to_thread(keeper.close)
+        await asyncio.to_thread(release)
+        log.info("%s, fingerprint %s, is unloaded", one.services.model.name, one.services.model.fingerprint)
+
+    # --- who is in memory ---
+
+    def brought_in_by(self, brings_in: "BringsIn") -> None:
+        """Have models that are out brought in when they are asked for."""
+        self._brings_in = brings_in
+
+    def is_out(self, number: int) -> bool:
+        """Whether a model is served and not in memory, or is about to leave it."""
+        if self._brings_in is None or (one := self._by_number.get(number)) is None or one.lifecycle.retired:
+            return False
+        return one.loaded is None or self._brings_in.is_closing(number)
+
+    def is_loaded(self, number: int) -> bool:
+        """Whether a model is in memory, whether it is about to go out or not."""
+        return self._by_number[number].loaded is not None
+
+    def expected_s(self, number: int) -> float:
+        """Return roughly how many seconds it takes until a model that is out is in memory."""
+        return self._brings_in.expected_s(self._by_number[number].services) if self._brings_in is not None else 0.0
+
+    async def bring_in(self, number: int, deadline_s: float | None = None, *, of_request: bool = False) -> Services:
+        """Wait until a model is in memory, and return it. Raises as Residence.bring_in does."""
+        if self._brings_in is not None and self.is_out(number):
+            services = self._by_number[number].services
+            await self._brings_in.bring_in(services, deadline_s, of_request=of_request)
+        return self.models.numbered(number)
+
+    def in_memory(self) -> list[Services]:
+        """Return the models that are served and in memory."""
+        return [one.services for one in self._served() if one.loaded is not None]
+
+    def is_busy(self, number: int) -> bool:
+        """Whether a request or a job needs a model."""
+        waiting = self._brings_in.waiting(number) if self._brings_in is not None else 0
+        return self.models.users(number) > waiting or self._by_number[number].lifecycle.needs_model
+
+    def _served(self) -> list[_OneModel]:
+        return [self._by_number[services.number] for services in self.models]
 
     async def _forget(self, one: _OneModel) -> None:
         """Forget a model that is freed, once clients can ask for nothing that it has made."""
@@ -346,11 +439,11 @@ class ServedModels:
     @property
     def memory_bytes(self) -> int:
         """Tell roughly what all models take together, with those that only finish their jobs."""
-        return sum(one.memory_bytes for one in self._by_number.values() if one.engine is not None)
+        return sum(one.loaded.memory_bytes for one in self._by_number.values() if one.loaded is not None)
 
     def _device_memory_bytes(self) -> int:
-        engines = [one.engine for one in list(self._by_number.values()) if one.engine is not None]
-        return max((engine.memory_bytes() or 0 for engine in engines), default=0)
+        loaded = [one.loaded for one in list(self._by_number.values())]
+        return max((each.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def _unserved(self) -> list[_OneModel]:
         served = {services.number for services in self.models}
@@ -358,7 +451,7 @@ class ServedModels:
 
     def _too_old(self, one: _OneModel) -> bool:
         """Whether so many later models were replaced that this one's store is not to be kept open."""
-        freed = [each for each in self._unserved() if each.engine is None]
+        freed = [each for each in self._unserved() if each.loaded is None]
         return len(freed) > MOST_KEPT and one is freed[0]
 
     @staticmethod
@@ -369,144 +462,22 @@ class ServedModels:
             return True
 
 
-class ModelChanges:
-    """Loads, reloads and unloads models while the server runs, one at a time. Owns what is being loaded."""
+class BringsIn(Protocol):
+    """Decides when models come into memory and go out."""
 
-    def __init__(
-        self,
-        served: ServedModels,
-        library: Library,
-        prepare: Callable[[str, Path], Prepared],
-        check_room: Callable[[str, Path, int], None] = lambda *_: None,
-    ) -> None:
-        """prepare: reads a folder and measures the model, under a name.
+    def is_closing(self, number: int) -> bool:
+        """Whether a model in memory takes no new requests, since it is to go out."""
 
-        check_room: raises CheckpointRefused for one that is too large beside models that take so many bytes.
-        """
-        self._served, self._library, self._prepare, self._check_room = served, library, prepare, check_room
-        self._loading: str | None = None
-        self._tasks: set[asyncio.Task[Services]] = set()  # asyncio holds tasks weakly
+    def waiting(self, number: int) -> int:
+        """How many requests wait until a model is in memory."""
 
-    async def unloaded(self) -> dict[str, str]:
-        """The models that can be loaded and are not, and what is going on with each."""
-        folders = await asyncio.to_thread(self._library.folders)
-        served = {services.model.name for services in self._served.models}
-        return {name: self._state(name) for name in sorted(folders) if name not in served}
+    def expected_s(self, services: Services) -> float:
+        """Return roughly how many seconds it takes until a model is in memory."""
 
-    def _state(self, name: str) -> str:
-        if name == self._loading:
-            return "loading"
-        return "unloading" if self._served.is_leaving(name) else "unloaded"
-
-    async def load(self, name: str) -> Services:
-        """Serve a model that is not loaded. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
-        folder = await self._folder(name)
-        if self._named(name) is not None:
-            raise ModelBusy(f"{name} is loaded already; reload reads its folder again", field="model", value=name)
-        return await self._change(name, folder)
-
-    async def reload(self, name: str) -> Services:
-        """Read a model's folder again, and serve what is there now. Its jobs end on the weights they began with.
-
-        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then what was served is served on.
-        """
-        self._served.models.named(name)
-        return await self._change(name, await self._folder(name))
-
-    async def unload(self, name: str) -> None:
-        """Serve a model no more; its memory is freed when its jobs have ended. Raises ModelBusy, ModelNotFound."""
-        services = self._served.models.named(name)
-        if services is self._served.models.default:
-            raise ModelBusy(
-                f"{name} is the default model, of requests that name none, and stays", field="model", value=name
-            )
-        self._check_alone(name)
-        self._served.worker.check_open()
-        self._served.models.remove(name)
-        self._served.leave(services)
-
-    async def _change(self, name: str, folder: Path) -> Services:
-        """Load a model in a task of its own, which goes on where the client goes away."""
-        self._check_alone(name)
-        self._served.worker.check_open()
-        self._loading = name
-        task = asyncio.get_running_loop().create_task(self._load(name, folder))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        while not task.done():
-            await asyncio.wait([task], timeout=END_LOOK_S)
-            if self._served.worker.draining and not task.done():
-                # Nobody waits for it any more; asyncio would complain about an error that is never retrieved.
-                task.add_done_callback(lambda task: task.cancelled() or task.exception())
-                raise Draining
-        return task.result()
-
-    async def _load(self, name: str, folder: Path) -> Services:
-        log.info("loading %s from %s", name, folder)
-        began_s = time.perf_counter()
-        try:
-            services = await self._read_and_join(name, folder)
-        except ServiceError as error:
-            self._served.metrics.loaded_while_running("refused")
-            log.warning("%s cannot be loaded: %s", name, error.detail)
-            raise
-        finally:
-            self._loading = None
-        self._served.metrics.loaded_while_running("done")
-        model, seconds = services.model, time.perf_counter() - began_s
-        log.info("%s, fingerprint %s, is served after %.1f s", name, model.fingerprint, seconds)
-        return services
-
-    async def _read_and_join(self, name: str, folder: Path) -> Services:
-        try:
-            used_bytes = self._served.memory_bytes
-
-            def prepare() -> Prepared:
-                self._check_room(name, folder, used_bytes)
-                return self._prepare(name, folder)
-
-            prepared = await in_daemon_thread(prepare, LOADING)
-        except ServiceError:
-            raise
-        except Exception as error:  # torch and OpenVINO raise RuntimeError, for want of memory too
-            if not isinstance(error, (CheckpointError, ValueError, OSError)):
-                log.exception("%s cannot be loaded", name)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise CheckpointRefused(f"{name} cannot be loaded: {reason}", field="model", value=name) from None
-        release, before, weights_hash = prepared.release, self._named(name), prepared.engine.info.weights_hash
-        try:
-            for other in self._served.models:
-                if other.model.name != name and other.model.weights_hash == weights_hash:  # their jobs share a store
-                    detail = f"{name} has the weights of {other.model.name}, which is loaded"
-                    raise CheckpointRefused(detail, field="model", value=name)
-            services = await self._served.join(prepared)
-        except Exception as error:
-            del prepared
-            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
-            await asyncio.to_thread(release)
-            raise
-        if before is not None:
-            self._served.leave(before)
-        return services
-
-    def _named(self, name: str) -> Services | None:
-        return next((services for services in self._served.models if services.model.name == name), None)
-
-    async def _folder(self, name: str) -> Path:
-        folders = await asyncio.to_thread(self._library.folders)
-        if name in folders:
-            return folders[name]
-        if self._named(name) is not None:
-            raise CheckpointRefused(f"the folder of {name} is gone", field="model", value=name)
-        detail = f"no model {short(name)!r} can be loaded; those that can: {', '.join(sorted(folders)) or 'none'}"
-        raise ModelNotFound(detail, field="model", value=name, bound="a model that GET /models lists")
-
-    def _check_alone(self, name: str) -> None:
-        """One change at a time. Raises ModelBusy."""
-        if self._loading is not None:
-            raise ModelBusy(f"{self._loading} is being loaded; try again when it is done", field="model", value=name)
+    async def bring_in(self, services: Services, deadline_s: float | None, *, of_request: bool) -> None:
+        """Wait until a model is in memory. Raises ModelLoading, CheckpointRefused, Draining."""
 
 
-async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
-    """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
-    return await asyncio.wrap_future(begin_in_daemon_thread(act, name))
+def _in_memory(model: LoadedModel, prepared: Prepared) -> _InMemory:
+    assert isinstance(model.keeper, SnapshotKeeper)
+    return _InMemory(model.engine, model.keeper, prepared.release, prepared.memory_bytes)

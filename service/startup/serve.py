@@ -26,9 +26,10 @@ from urllib.parse import urlencode
 import sqlalchemy as sa
 
 from tminus.model.files import CheckpointError
+from tminus.model.hub import HubId, checkpoint_folder
 from tminus.service.access.access import Access
 from tminus.service.api.request.classes import label_of
-from tminus.service.errors import CheckpointRefused, StorageFailed
+from tminus.service.errors import StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
@@ -39,7 +40,8 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
-from tminus.service.startup.models import ModelChanges, Prepared, ServedModels, in_daemon_thread
+from tminus.service.startup.changes import ModelChanges
+from tminus.service.startup.models import Described, Prepared, ServedModels
 from tminus.service.startup.server import (
     BACKLOG,
     SWITCH_S,
@@ -53,11 +55,11 @@ from tminus.service.startup.server import (
 )
 from tminus.service.startup.settings import Library, Settings, asked_by, name_of
 from tminus.service.startup.traces import start_traces
-from tminus.service.threads import LOADING, started_pool
+from tminus.service.threads import LOADING, in_daemon_thread, started_pool
 from tminus.service.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from tminus.service.engine.loading import Measured, ReadModel
+    from tminus.service.engine.loading import Measured, ReadModel, Unmeasured
     from tminus.service.startup.telemetry import Traces
 
 log = logging.getLogger(__name__)
@@ -184,12 +186,34 @@ def first_request(url: str, model: ModelInfo) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that is not in memory, with the name that it has here."""
+
+    name: str
+    folder: Path
+    unmeasured: "Unmeasured"
+
+    @property
+    def weights_hash(self) -> str:
+        """The hash of its weights."""
+        return self.unmeasured.info.weights_hash
+
+    def described(self, settings: Settings) -> Described:
+        """Return it as it is served."""
+        unmeasured = self.unmeasured
+        limits = settings.limits(unmeasured.max_rows, unmeasured.max_batch)
+        info = replace(unmeasured.info, name=self.name)
+        return Described(info, limits, settings.speed(unmeasured, limits.max_rows))
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """What is read and open before anything is measured."""
 
     settings: Settings
     access: Access  # who may ask
-    models: "list[ReadModel]"  # the default one first
+    models: "list[ReadModel]"  # in memory from the start, the default one first
+    known: "list[KnownModel]"  # those that are loaded when they are asked for
     stores: Stores
     webhooks: Rules | None  # how they are sent, if they are
     end_place: tuple[Path, str] | None  # where the file of how this process ends is made, and how its name begins
@@ -203,23 +227,22 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     if unknown := unknown_variables(settings):
         log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
     access = settings.access(address[0])
-    models = read_models(settings)
+    models, known = read_models(settings)
     open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)
     first: dict[str, JobStore] = {}
     with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
-        for model in models:
-            store = open_store(model.checkpoint.weights_hash)
-            first[model.checkpoint.weights_hash] = opened.enter_context(closing(store))
+        for weights_hash in [each.weights_hash for each in models] + [each.weights_hash for each in known]:
+            first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
         opened.pop_all()  # all are open, and stay so
     end_place, ends = look_at_ends(settings, models[0].folder)
     tell_ends(ends)
     stores = Stores(open_store, results, first, ends)
     with suppress(StorageFailed):
-        for weights, job_ids in first[models[0].checkpoint.weights_hash].left_behind(first).items():
+        for weights, job_ids in first[models[0].weights_hash].left_behind(first).items():
             log.warning(
                 "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
             )
-    return Opened(settings, access, models, stores, webhooks, end_place)
+    return Opened(settings, access, models, known, stores, webhooks, end_place)
 
 
 def unknown_variables(settings: Settings) -> list[str]:
@@ -247,33 +270,53 @@ def about(setting: str, extra: str = "") -> Iterator[None]:
         raise ValueError(f"{asked_by(setting)}: {error}") from None
 
 
-def read_models(settings: Settings) -> "list[ReadModel]":
-    """Read all checkpoints, with their names. Raises ValueError for what is wrong with one."""
-    from tminus.service.engine.loading import ReadModel, read_checkpoint
+def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]":
+    """Read all checkpoints, with their names. Raises ValueError for what is wrong with one.
 
-    models: dict[str, ReadModel] = {}
-    used_bytes = 0
-    for number, (given, folder) in enumerate(settings.checkpoints()):
-        log.debug("loading %s", folder)
+    Returns those that are in memory from the start, and what is known of those that are not: with --idle-unload all but
+    the default one.
+    """
+    from tminus.service.engine.loading import ReadModel, describe, read_checkpoint
+
+    models: list[ReadModel] = []
+    known: list[KnownModel] = []
+    taken: dict[str, str] = {}  # the hash of the weights, by name
+    used_bytes, smallest = 0, (sys.maxsize, "")
+    on_demand = settings.idle_unload is not None
+    for number, (given, place) in enumerate(settings.checkpoints()):
+        log.debug("loading %s", place)
         try:
+            folder = checkpoint_folder(place) if isinstance(place, HubId) else place
             need_bytes = needed_bytes(settings, folder)
-            if lacks := room_lacking(settings, need_bytes, used_bytes):
-                if models and number >= len(settings.checkpoint):  # one of those in the folder of models
-                    log.warning("%s is not loaded: it %s", given, lacks)
-                    continue
-                raise CheckpointError(f"{folder}: it {lacks}")
+            if lacks := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
+                if number < len(settings.checkpoint):
+                    raise CheckpointError(f"{folder}: it {lacks}")
+                log.warning("%s is not loaded: it %s", given, lacks)  # one of those in the folder of models
+                smallest = min(smallest, (need_bytes, str(given)))
+                continue
             used_bytes += need_bytes
             checkpoint = read_checkpoint(settings.load_options(folder))
         except CheckpointError as error:
             raise ValueError(str(error)) from None
-        name = given or name_of(checkpoint.name)
-        for other in models.values():
-            if other.name == name:
+        name, weights_hash = given or name_of(checkpoint.name), checkpoint.weights_hash
+        for other, hashed in taken.items():
+            if other == name:
                 raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME={folder}")
-            if other.checkpoint.weights_hash == checkpoint.weights_hash:
-                raise ValueError(f"{name} has the weights of {other.name}; serve one of them")
-        models[name] = ReadModel(name, folder, checkpoint)
-    return list(models.values())
+            if hashed == weights_hash:
+                raise ValueError(f"{name} has the weights of {other}; serve one of them")
+        taken[name] = weights_hash
+        if on_demand and models:
+            known.append(KnownModel(name, folder, describe(checkpoint, settings.load_options(folder))))
+            del checkpoint  # its weights
+        else:
+            models.append(ReadModel(name, folder, checkpoint))
+    if not models:
+        need_bytes, name = smallest
+        raise ValueError(
+            f"{asked_by('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
+            f"{name}, takes about {need_bytes / GIB:.2g}"
+        )
+    return models, known
 
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
@@ -363,7 +406,7 @@ class Loader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._measured: dict[str, Measured | None] = {}  # by the model's name
+        self._measured: dict[str, Measured] = {}  # by the model's name
 
     def load(self, name: str, folder: Path) -> Prepared:
         """Read a folder and measure the model while others are served."""
@@ -372,11 +415,14 @@ class Loader:
         options = self._settings.load_options(folder)
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
-    def check_room(self, name: str, folder: Path, used_bytes: int) -> None:
-        """Raise CheckpointRefused for a model that is too large beside those that take so many bytes already."""
-        if lacks := room_lacking(self._settings, needed_bytes(self._settings, folder), used_bytes):
-            detail = f"{name} cannot be loaded: it {lacks}; unload another model first"
-            raise CheckpointRefused(detail, field="model", value=name)
+    def room_lacking(self, folder: Path, used_bytes: int) -> str | None:
+        """Say why a model is too large beside those that take so many bytes; None where it is not.
+
+        Raises CheckpointError.
+        """
+        from tminus.service.engine.loading import memory_lacking
+
+        return room_lacking(self._settings, needed_bytes(self._settings, folder), used_bytes) or memory_lacking(folder)
 
     def measure(
         self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] = lambda *_: None
@@ -390,20 +436,21 @@ class Loader:
 
         memory_bytes = needed_bytes(self._settings, model.folder)
         try:
-            options, known = self._settings.load_options(model.folder), self._measured.get(model.name)
+            options, known = self._settings.load_options(model.folder), list(self._measured.values())
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
             traceback.clear_frames(error.__traceback__)  # whose variables hold it too
             release_memory()
             raise
-        self._measured[model.name] = loaded.measured
+        if loaded.measured is not None:
+            self._measured[model.name] = loaded.measured
         info = loaded.engine.info = replace(loaded.engine.info, name=model.name)
         log.info(
             "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
             info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
         )  # fmt: skip
-        limits = self._settings.limits(loaded)
+        limits = self._settings.limits(loaded.max_rows, loaded.max_batch)
         del model
         release_memory()  # the network, where the executor has it in an order of its own
         speed = self._settings.speed(loaded, limits.max_rows)
@@ -416,7 +463,10 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
     The app closes the stores. opening: tells those who ask meanwhile what is being done. Raises what measuring raises.
     """
     settings, loader = opened.settings, Loader(opened.settings)
-    library = Library({model.name: model.folder for model in opened.models}, settings.models)
+    named = {model.name: model.folder for model in opened.models}
+    named |= {model.name: model.folder for model in opened.known}
+    library = Library(named, settings.models)
+    described = [model.described(settings) for model in opened.known]
     first = []
     try:
         while opened.models:  # which must not keep what is unloaded later
@@ -432,8 +482,14 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
     except OSError as error:
         log.warning(UNTOLD, error)
     served = ServedModels(
-        first, opened.stores, settings.allowed_sites(), opened.access, webhooks=opened.webhooks, end_file=end_file
+        first,
+        opened.stores,
+        settings.allowed_sites(),
+        opened.access,
+        webhooks=opened.webhooks,
+        end_file=end_file,
+        described=described,
     )
-    changes = ModelChanges(served, library, loader.load, loader.check_room)
+    changes = ModelChanges(served, library, loader.load, loader.room_lacking, settings.idle_unload_s)
     app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
     return Application(app, served)

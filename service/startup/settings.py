@@ -4,6 +4,7 @@ Built once, in the entry point. The parts get values, never Settings. docs/setti
 """
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from tminus.model.hub import HubId, path_or_id
 from tminus.service.access.access import Access
 from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import AllowedSites
@@ -25,7 +27,7 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 
 if TYPE_CHECKING:
-    from tminus.service.engine.loading import Loaded
+    from tminus.service.engine.loading import Loaded, Unmeasured
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands i
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
 # Secrets, which other users of the machine might see in a flag, and what is set in trials only.
 NO_FLAG = frozenset({"keys", "webhook_secret", "policy", "short_batch", "max_jobs", "metrics_host"})
+TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
@@ -42,6 +45,12 @@ def asked_by(setting: str) -> str:
     """The flag and the variable by which a setting is given, as messages name them."""
     variable = f"TMINUS_{setting.upper()}"
     return variable if setting in NO_FLAG else f"--{setting.replace('_', '-')} ({variable})"
+
+
+def seconds_of(time: str) -> float:
+    """Read a time: a number with a unit, without one of seconds; NaN for what is none."""
+    found = TIME.fullmatch(time.strip())
+    return float(found[1]) * UNITS_S[found[2]] if found is not None else math.nan
 
 
 def name_of(text: str) -> str:
@@ -80,8 +89,9 @@ class Settings(BaseSettings):
 
     checkpoint: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="checkpoint folder to serve, by its own name or as NAME=FOLDER; may be given several times, in the "
-        "variable by commas; the first is the default model; default: the one that comes with tminus",
+        description="checkpoint to serve, a folder or an id of the Hugging Face hub, owner/name[@revision], by its own "
+        "name or as NAME=FOLDER; may be given several times, in the variable by commas; the first is the default "
+        "model; default: the one that comes with tminus",
     )
     models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
     models_memory_gb: float | None = Field(
@@ -90,6 +100,11 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="GiB that all models may take together, by their configurations; of --models, those beyond it are "
         "not loaded at the start; default: what is free",
+    )
+    idle_unload: str | None = Field(
+        None,
+        description="time without a request or a job after which a model is unloaded, as 15m (s, m, h); models "
+        "are then loaded when they are asked for, and those used last are kept within --models-memory-gb",
     )
     keys_file: Path | None = Field(
         None, description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second"
@@ -260,6 +275,13 @@ class Settings(BaseSettings):
     def _by_commas(cls, value: object) -> object:
         return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
 
+    @field_validator("idle_unload")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None and not seconds_of(value) > 0:
+            raise ValueError("must be a time above 0, as 90s, 15m or 1h")
+        return value
+
     @field_validator("job_namespace")
     @classmethod
     def _is_schema(cls, value: str) -> str:
@@ -290,16 +312,16 @@ class Settings(BaseSettings):
             raise ValueError(f"must be {what}, by commas, or *")
         return value
 
-    def checkpoints(self) -> list[tuple[str | None, Path]]:
-        """The folders that are served, in order, with the names that were given to them.
+    def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
+        """The checkpoints that are served, in order, with the names that were given to them.
 
         Raises ValueError for a folder of models without any, and for two models of one name.
         """
-        found: list[tuple[str | None, Path]] = []
+        found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
             name, equals, folder = each.partition("=")
             is_named = equals and NAME.fullmatch(name) and not Path(each).exists()
-            found.append((name, Path(folder)) if is_named else (None, Path(each)))
+            found.append((name, path_or_id(folder)) if is_named else (None, path_or_id(each)))
         if self.models is not None:
             if not (inside := Library(folder=self.models).folders()):
                 raise ValueError(
@@ -328,12 +350,17 @@ class Settings(BaseSettings):
             approve_when_idle=self.approve_when_idle,
         )
 
-    def limits(self, loaded: "Loaded") -> Limits:
+    @property
+    def idle_unload_s(self) -> float | None:
+        """The seconds after which an idle model is unloaded; None where none is."""
+        return None if self.idle_unload is None else seconds_of(self.idle_unload)
+
+    def limits(self, max_rows: int, max_batch: int) -> Limits:
         """The bounds of requests; those that were left to the machine are what loading found."""
         return Limits(
-            max_n=min(self.max_n, loaded.max_rows),
-            max_batch=loaded.max_batch,
-            max_rows=loaded.max_rows,
+            max_n=min(self.max_n, max_rows),
+            max_batch=max_batch,
+            max_rows=max_rows,
             max_jobs=self.max_jobs,
             max_backlog_s=self.max_backlog_s,
             max_body_bytes=self.max_body_bytes,
@@ -347,7 +374,7 @@ class Settings(BaseSettings):
             background_max_wait_s=self.background_max_wait_s,
         )
 
-    def speed(self, loaded: "Loaded", max_rows: int) -> Speed:
+    def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:
         """How fast a model is, and how the scheduler gives out the places of its ticks."""
         sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, TickTimes(loaded.tick_times))
         return Speed(sharing, max_rows, *loaded.coding_s)

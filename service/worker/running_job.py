@@ -14,7 +14,7 @@ from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.tracing import TRACER, JobSpan, ids_of
+from tminus.service.tracing import TRACER, JobSpan, exemplar, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Recorder
@@ -128,6 +128,11 @@ class RunningJob:
         """What a log of JSON has of it."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
+
+    @property
+    def exemplar(self) -> dict[str, str]:
+        """The labels by which metrics name its request."""
+        return exemplar(self.request_id, None if self.span is None else self.span.span)
 
     @property
     def needs_picture(self) -> bool:

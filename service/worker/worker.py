@@ -20,7 +20,7 @@ from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnl
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images
+from tminus.service.spec import Pixels
 from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_model import LoadedModel
@@ -358,7 +358,8 @@ class Worker:
             if job.work.background:  # what it waits tells nothing of how others are served
                 continue
             assert job.started_s is not None
-            self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)
+            queue_s = job.started_s - job.submitted_s
+            self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)
 
     def _tell_failed(self, job: RunningJob, error: ServiceError, reason: str | None) -> None:
         if reason in (SUSPENDED, LOST):
@@ -376,7 +377,7 @@ class Worker:
         log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
         job.finish(replace(result, read=partial(self._read, result.read, job)))
 
-    def _read(self, read: Callable[[], Images], job: RunningJob) -> Images:
+    def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
         """Read a job's images in another thread, and end the worker where the device is lost.
 
         A GPU tells of an error when it is waited for, which may be here first. What was to be read is then as

@@ -29,6 +29,7 @@ NEEDED = [
     *PROJECT["optional-dependencies"]["otel"],
     *PROJECT["optional-dependencies"]["postgres"],
     *PROJECT["optional-dependencies"]["s3"],
+    *PROJECT["optional-dependencies"]["hub"],
     *PYPROJECT["build-system"]["requires"],
 ]
 

@@ -35,7 +35,8 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
 from tminus.service.startup import app as startup_app
 from tminus.service.startup.app import Application
-from tminus.service.startup.models import ModelChanges, Prepared, ServedModels
+from tminus.service.startup.changes import ModelChanges
+from tminus.service.startup.models import Described, Prepared, ServedModels
 from tminus.service.startup.settings import Library
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
@@ -128,13 +129,21 @@ def create_app(
     results: Results | None = None,
     library: Library | None = None,
     prepare: Callable[[str, Path], Prepared] | None = None,
+    described: Sequence[Described] = (),
+    room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
+    idle_unload_s: float | None = None,
     **more: Any,
 ) -> Application:
     """An application around models. library, prepare: what can be loaded, and how. more: for the app alone."""
     served = ServedModels(
-        list(first), Stores(open_store, results), allowed_sites or AllowedSites(), access or Access(), webhooks=webhooks
+        list(first),
+        Stores(open_store, results),
+        allowed_sites or AllowedSites(),
+        access or Access(),
+        webhooks=webhooks,
+        described=described,
     )
-    changes = ModelChanges(served, library or Library(), prepare)  # type: ignore[arg-type]
+    changes = ModelChanges(served, library or Library(), prepare, room_lacking, idle_unload_s)  # type: ignore[arg-type]
     return Application(startup_app.create_app(served, changes, **more), served)
 
 

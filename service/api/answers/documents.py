@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.pixels import VALUE_RANGE
 from tminus.service.api.request.defaults import settings_of
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
@@ -173,7 +174,8 @@ class SamplerAnswer(BaseModel):
     passes_per_step: int = Field(
         description="through the network: what a step costs, twice that where it is guided; the last step takes one"
     )
-    passes_to_start: int = Field(description="beyond those, where there are two steps or more")
+    passes_to_start: int = Field(description="beyond those, where there are more steps than steps_to_start")
+    steps_to_start: int = Field(description="the first steps, which passes_to_start are for")
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
@@ -188,6 +190,7 @@ class SamplerAnswer(BaseModel):
             max_steps=most,
             passes_per_step=facts.passes_per_step,
             passes_to_start=facts.passes_to_start,
+            steps_to_start=facts.steps_to_start,
         )
 
 
@@ -224,6 +227,11 @@ class ModelAnswer(BaseModel):
     height_px: int
     width_px: int
     channels: int
+    alpha: bool = Field(description="whether the last of four channels is alpha")
+    shown_channels: int = Field(
+        description="how many of the first channels pictures show: 1 is grey, 3 RGB, 4 RGBA; application/x-npy has all"
+    )
+    value_range: tuple[float, float] = Field(description="what the least and the largest value of a channel stand for")
     latent: LatentAnswer | None = Field(description="null where the network sees pixels")
     num_timesteps: int = Field(description="T")
     beta_schedule: str
@@ -263,6 +271,7 @@ class ModelAnswer(BaseModel):
             "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
             "tables": model.tables,
             "limits": limits,
+            "value_range": VALUE_RANGE,
         }
         return cls(**{name: getattr(model, name) for name in cls.model_fields.keys() - made.keys()}, **made)
 

@@ -185,7 +185,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
             ModelInIndex(name=each.model.name, version=version_of(each.model), state=state, reason=why)
             for each in models
         ]
-        for name, going_on in (await changes.unloaded()).items():
+        for name, going_on in (await changes.unserved()).items():
             unloaded = "UNAVAILABLE" if going_on == "unloaded" else going_on.upper()
             found.append(ModelInIndex(name=name, state=unloaded, reason=going_on))
         return [each for each in found if each.state == "READY" or not only_ready]
@@ -242,7 +242,7 @@ async def infer(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     asked = await _read(services, request)
-    new = await understand(services, caller_of(request), asked.parameters, request)
+    services, new = await understand(services, caller_of(request), asked.parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)
     try:
         response = await respond(services, request, new, Answer(made.media_type, made.kind, "tensors", made.body))

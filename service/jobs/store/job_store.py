@@ -27,7 +27,7 @@ from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class JobStore(DeliveryStore, ABC):
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
-    def images(self, job_id: str) -> Images | StoredObject | None:
+    def images(self, job_id: str) -> Pixels | StoredObject | None:
         """Read the images of a job that is done, or say which object they are."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
@@ -293,7 +293,7 @@ class JobStore(DeliveryStore, ABC):
         with self._transaction() as run:
             run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
 
-    def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
+    def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
         """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
         What its webhook is to be told is owed from the same moment on.

@@ -401,10 +401,10 @@ class _Taken(Exception):
 def format_of(job: JobRecord) -> int:
     """The least version that can do a job.
 
-    Those before the fourth would let no others go before a background job, and those before the third know no noise
-    between two seeds. The first knows no webhooks, and would owe them nothing.
+    Those before the fourth do not know pndm and no bit depth, and would let no others go before a background job; those
+    before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
     """
-    if job.background:
+    if job.background or job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
         return 4
     if job.spec.to_seed is not None:
         return 3

@@ -23,6 +23,9 @@ MODEL: dict[str, Any] = {
     "height_px": 4,
     "width_px": 6,
     "channels": 1,
+    "alpha": False,
+    "shown_channels": 1,
+    "value_range": [-1.0, 1.0],
     "latent": None,
     "num_timesteps": 1000,
     "beta_schedule": "linear",
@@ -37,9 +40,10 @@ MODEL: dict[str, Any] = {
             "when": facts.when,
             "source": facts.source,
             "good_steps": facts.good_steps,
-            "max_steps": {"heun": 500, "plms": 999}.get(name, 1000),
+            "max_steps": {"heun": 500, "plms": 999, "pndm": 991}.get(name, 1000),
             "passes_per_step": 2 if name == "heun" else 1,
-            "passes_to_start": 1 if name == "plms" else 0,
+            "passes_to_start": {"plms": 1, "pndm": 9}.get(name, 0),
+            "steps_to_start": 3 if name == "pndm" else 1,
         }
         for name, facts in SAMPLER_FACTS.items()
         if name in SAMPLERS

@@ -191,7 +191,7 @@ class Mixing(Around):
 def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mixing(checkpoint: object, device: torch.device, *_args: object) -> Executor:
+    def mixing(checkpoint: object, device: torch.device, *_args: object, **_more: object) -> Executor:
         return Mixing(EagerExecutor(checkpoint.net, device, sizes=(1,)))  # type: ignore[attr-defined]
 
     monkeypatch.setattr(loading, "choose_executor", mixing)
@@ -367,7 +367,7 @@ def test_a_start_that_finds_other_sizes_with_the_same_bits_keeps_the_fingerprint
         """Passes of one row that say they are of another size."""
 
     def of_size(size: int) -> Callable[..., Executor]:
-        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object) -> Executor:
+        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object, **_more: object) -> Executor:
             executor = Resized(EagerExecutor(checkpoint.net, device, sizes=(1,)))
             executor.details = f"passes of {size}"
             return executor
@@ -475,7 +475,7 @@ def test_other_weights_of_a_network_that_is_known_are_not_measured(
     save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
     monkeypatch.setattr(loading, "measure_ticks", lambda *args, **kwargs: pytest.fail("it is known"))
     options = replace(options, checkpoint=tmp_path / "other")
-    again = loading.prepare_engine(read_checkpoint(options), options, first.measured)
+    again = loading.prepare_engine(read_checkpoint(options), options, [first.measured])
     assert again.engine.info.weights_hash != first.engine.info.weights_hash
     assert again.tick_times == first.tick_times
     assert (again.max_batch, again.short_batch) == (first.max_batch, first.short_batch)
@@ -495,9 +495,9 @@ def test_another_network_or_way_is_measured(
     monkeypatch.setattr(loading, "measure_ticks", counted)
     larger = make_checkpoint(sample_size=16)
     save_checkpoint(tmp_path / "larger", larger.net.state_dict(), larger.net.config, larger.noise, larger.labels, {})
-    loading.prepare_engine(read_checkpoint(replace(options, checkpoint=tmp_path / "larger")), options, first.measured)
+    loading.prepare_engine(read_checkpoint(replace(options, checkpoint=tmp_path / "larger")), options, [first.measured])
     assert measured == [4]
-    loading.prepare_engine(read_checkpoint(options), replace(options, max_batch=8), first.measured)
+    loading.prepare_engine(read_checkpoint(options), replace(options, max_batch=8), [first.measured])
     assert measured == [4, 8]
 
 
@@ -509,7 +509,9 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
     wished: list[int] = []
     choose = loading.choose_executor
 
-    def chosen(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object) -> Executor:
+    def chosen(
+        checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object, **_more: object
+    ) -> Executor:
         wished.append(wish.threads)
         return choose(checkpoint, device, replace(wish, threads=1), cache)
 

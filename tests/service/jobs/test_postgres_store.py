@@ -472,15 +472,17 @@ def test_a_job_is_of_the_format_that_it_needs() -> None:
     plain = job("a")
     walk = replace(plain, spec=replace(plain.spec, to_seed=9, mix=0.5))
     told = replace(plain, webhook=Webhook("https://hooks.example/x"))
+    start = replace(plain, spec=replace(plain.spec, sampler="pndm"))
     background = replace(told, background=True)
-    assert [format_of(each) for each in (plain, told, walk, background)] == [1, 2, 3, 4]
+    deep = replace(told, spec=replace(plain.spec, bit_depth=32))
+    assert [format_of(each) for each in (plain, told, walk, background, start, deep)] == [1, 2, 3, 4, 4, 4]
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
     """If this fails, FORMAT must be raised: servers of the version before would end jobs as failed."""
     fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
-    fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix"
-    samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms euler heun tuned consistency"
+    fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix bit_depth"
+    samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms pndm euler heun tuned consistency"
     assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (4, sorted(fields.split()))
     assert (FORMAT, sorted(SAMPLER_FACTS)) == (4, sorted(samplers.split()))
 

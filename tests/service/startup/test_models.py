@@ -124,7 +124,7 @@ def test_reloading_again_and_again_leaves_nothing(several: Several) -> None:
     infos = [name for name in metrics if name.startswith("tminus_model_info") and '"colour"' in name]
     assert len(infos) == 1
     assert f"{9:016x}" in infos[0]
-    assert metrics['tminus_model_loads_total{"outcome": "done"}'] == 7
+    assert metrics['tminus_model_loads_total{"outcome": "done", "reason": "admin"}'] == 7
 
     def freed() -> bool:
         gc.collect()
@@ -178,7 +178,7 @@ def test_a_bad_checkpoint_changes_nothing_and_says_why(several: Several, name: s
         assert document["detail"].endswith(said)
     assert several.states() == {"fake": "loaded", "colour": "loaded", "third": "unloaded"}
     assert fingerprint(several, "") == INFO.fingerprint
-    assert several.site.metrics()['tminus_model_loads_total{"outcome": "refused"}'] == len(errors)
+    assert several.site.metrics()['tminus_model_loads_total{"outcome": "refused", "reason": "admin"}'] == len(errors)
     several.shelf.found[name] = version_of(INFO, 5)
     assert several.change(name, what).status_code == 200, "and the next attempt is not in its way"
 

@@ -15,7 +15,6 @@ from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading
-from tminus.service.errors import CheckpointRefused
 from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.jobs.stores import Stores
@@ -43,9 +42,9 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
         gc.collect()
         freed.extend(each() is None for each in taken)
 
-    def read_models(_settings: Settings) -> list[loading.ReadModel]:
+    def read_models(_settings: Settings) -> tuple[list[loading.ReadModel], list[object]]:
         checkpoint: Any = SimpleNamespace(weights_hash="ab" * 32, net=Weights())
-        return [loading.ReadModel("a", tmp_path, checkpoint)]
+        return [loading.ReadModel("a", tmp_path, checkpoint)], []
 
     monkeypatch.setattr(serve, "read_models", read_models)
     monkeypatch.setattr(loading, "prepare_engine", prepare_engine)
@@ -70,19 +69,31 @@ def test_of_a_folder_of_models_those_beyond_the_memory_that_is_given_are_left_fo
 ) -> None:
     one_gb = needs_of(three / "a").serving_bytes / 2**30
     settings = Settings(models=three, models_memory_gb=2.5 * one_gb)
-    assert [model.name for model in serve.read_models(settings)] == ["a", "b"]
+    assert [model.name for model in serve.read_models(settings)[0]] == ["a", "b"]
     assert re.search(
         r"c is not loaded: it takes about .* GiB, and .* GiB of --models-memory-gb .* are left", caplog.text
     )
-    for given in ({"models": three}, {"checkpoint": (str(three / "a"),)}):
-        with pytest.raises(ValueError, match=r"a: it takes about .* GiB, and .* are left"):
-            serve.read_models(Settings(models_memory_gb=0.5 * one_gb, **given))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a: it takes about .* GiB, and .* are left"):
+        serve.read_models(Settings(models_memory_gb=0.5 * one_gb, checkpoint=(str(three / "a"),)))
+    for idle_unload in (None, "1m"):
+        none = Settings(models_memory_gb=0.5 * one_gb, models=three, idle_unload=idle_unload)
+        with pytest.raises(ValueError, match=r"GiB, and the smallest of the models, a, takes about .*"):
+            serve.read_models(none)
     with pytest.raises(ValueError, match="b: it takes"):
         serve.read_models(Settings(models_memory_gb=1.5 * one_gb, checkpoint=(str(three / "a"), str(three / "b"))))
     loader = serve.Loader(settings)
-    loader.check_room("c", three / "c", int(1.5 * one_gb * 2**30))
-    with pytest.raises(CheckpointRefused, match=r"c cannot be loaded: it takes about .*; unload another model first"):
-        loader.check_room("c", three / "c", int(1.6 * one_gb * 2**30))
+    assert loader.room_lacking(three / "c", int(1.5 * one_gb * 2**30)) is None
+    assert re.match("takes about .* are left", loader.room_lacking(three / "c", int(1.6 * one_gb * 2**30)) or "")
+
+
+def test_with_an_idle_time_only_the_default_model_is_in_memory_from_the_start(three: Path) -> None:
+    one_gb = needs_of(three / "a").serving_bytes / 2**30
+    models, known = serve.read_models(Settings(models=three, models_memory_gb=1.1 * one_gb, idle_unload="15m"))
+    assert [model.name for model in models] == ["a"]
+    assert [model.name for model in known] == ["b", "c"]
+    described = known[0].described(Settings())
+    assert (described.info.name, described.info.fingerprint) == ("b", "")
+    assert described.info.weights_hash != models[0].weights_hash
 
 
 DIES = """
@@ -107,9 +118,9 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
         store.close()
 
     def start(weights: str) -> tuple[Stores, EndFile]:
-        def read_models(_settings: Settings) -> list[loading.ReadModel]:
+        def read_models(_settings: Settings) -> tuple[list[loading.ReadModel], list[object]]:
             checkpoint: Any = SimpleNamespace(weights_hash=weights)
-            return [loading.ReadModel("a", tmp_path / "model", checkpoint)]
+            return [loading.ReadModel("a", tmp_path / "model", checkpoint)], []
 
         monkeypatch.setattr(serve, "read_models", read_models)
         opened = serve.open_all(Settings(state_dir=states), ("127.0.0.1", 8000))

@@ -44,9 +44,10 @@ TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
-    "checkpoint": ("some/folder", ("some/folder",)),
+    "checkpoint": ("/some/folder", ("/some/folder",)),
     "models": ("some/models", Path("some/models")),
     "models_memory_gb": ("2.5", 2.5),
+    "idle_unload": ("15m", "15m"),
     "keys_file": (str(KEYS_FILE), KEYS_FILE),
     "keys": (LINE, LINE),
     "open": ("true", True),
@@ -224,7 +225,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return checkpoint
 
     def prepare_engine(
-        checkpoint: FakeCheckpoint, options: LoadOptions, known: None, *, busy: bool, progress: Progress
+        checkpoint: FakeCheckpoint, options: LoadOptions, known: list[object], *, busy: bool, progress: Progress
     ) -> Loaded:
         assert not busy
         progress("measuring how it runs fastest", 2.4)
@@ -284,7 +285,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     for name, fake in {
         "listen": listen,
         "ServedModels": serve_models,
-        "ModelChanges": lambda _served, library, _load, _check_room: seen.update(library=library),
+        "ModelChanges": lambda _served, library, _load, _room, idle_s: seen.update(library=library, idle_s=idle_s),
         "create_app": lambda _served, _changes, **values: seen.update(values),
         "open_store": open_store,
         "look_at_ends": lambda _settings, _folder: (None, []),
@@ -327,9 +328,9 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
 
 
 def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
-    once = {"keys", "webhook_secret", "state_dir", "metrics_port", "models", "models_memory_gb", "open"}
+    once = {"keys", "webhook_secret", "state_dir", "metrics_port", "models", "models_memory_gb", "idle_unload", "open"}
     assert module.serve(given(*(GIVEN.keys() - once)))
-    assert served["checkpoint"] == Path("some/folder")
+    assert served["checkpoint"] == Path("/some/folder")
     of_loading = ("device", "threads", "executor", "precision", "exact", "max_batch", "short_batch", "max_rows")
     for name in (*of_loading, "cache_dir", "job_store", "job_namespace", "job_lease_s", "job_address"):
         assert served[name] == GIVEN[name][1], name
@@ -425,10 +426,10 @@ def test_a_bad_value_ends_the_start_with_a_line_that_names_its_setting(run: Run,
         ({"TMINUS_WEBHOOK_SECRET": SECRET, "TMINUS_WEBHOOK_SECRET_FILE": str(WEBHOOK_SECRETS)}, "exclude each other"),
         ({"TMINUS_KEYS": LINE, "TMINUS_KEYS_FILE": str(KEYS_FILE)}, "exclude each other"),
         ({"TMINUS_WEBHOOK_SECRET": SECRET, "SSL_CERT_FILE": "no/such/file"}, "SSL_CERT_FILE"),
-        ({"TMINUS_CHECKPOINT": "a=x/one,a=x/extra"}, "two models are named a"),
-        ({"TMINUS_CHECKPOINT": "x/extra,extra=x/one"}, "two models are named extra"),
-        ({"TMINUS_CHECKPOINT": "extra=x/one", "TMINUS_MODELS": "m"}, "two models are named extra"),
-        ({"TMINUS_CHECKPOINT": "a=x/one,b=x/two"}, "b has the weights of a"),
+        ({"TMINUS_CHECKPOINT": "a=/x/one,a=/x/extra"}, "two models are named a"),
+        ({"TMINUS_CHECKPOINT": "/x/extra,extra=/x/one"}, "two models are named extra"),
+        ({"TMINUS_CHECKPOINT": "extra=/x/one", "TMINUS_MODELS": "m"}, "two models are named extra"),
+        ({"TMINUS_CHECKPOINT": "a=/x/one,b=/x/two"}, "b has the weights of a"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(run: Run, variables: dict[str, str], says: str) -> None:
@@ -459,12 +460,12 @@ def test_other_machines_are_let_in_with_keys_or_by_a_flag_only(run: Run, served:
 
 
 def test_several_checkpoints_are_models_with_their_names_the_first_the_default(served: Served) -> None:
-    assert module.serve(Settings(checkpoint="first=some/folder,a=b/extra"))
+    assert module.serve(Settings(checkpoint="first=/some/folder,a=/b/extra"))
     assert served["names"] == ["first", "a"]
-    assert served["library"].named == {"first": Path("some/folder"), "a": Path("b/extra")}
-    assert module.serve(Settings(checkpoint=("some/My model (2)", "/data/a=b/extra")))
+    assert served["library"].named == {"first": Path("/some/folder"), "a": Path("/b/extra")}
+    assert module.serve(Settings(checkpoint=("some/My model (2)", "/data/a=/b/extra")))
     assert served["names"] == ["My-model-2", "extra"], "what has a slash before the = has no name"
-    assert module.serve(Settings(models="some/models", checkpoint="first=some/folder"))
+    assert module.serve(Settings(models="some/models", checkpoint="first=/some/folder"))
     assert served["names"] == ["first", "extra"], "those of a folder come after those that are named"
     assert served["library"].folder == Path("some/models")
 

@@ -1,0 +1,307 @@
+"""Checkpoints by their hub id, with the real huggingface_hub against a hub of the tests' own on the loopback."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.hub import Hub, Repository, commit_of, running_hub
+from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.files import CheckpointError
+from tminus.model.hub import HubId, checkpoint_folder, hub_name, is_whole, wanted_files
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+
+ID = "google/ddpm-cifar10-32"
+WEIGHTS = "diffusion_pytorch_model"
+# A process of its own, since huggingface_hub reads its variables when it is imported. 0.5 s without torch.
+PROGRAM = """
+import logging, sys
+from pathlib import Path
+import tminus.model.hub as hub
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+if len(sys.argv) > 2:
+    hub.PATIENCE_S = float(sys.argv[2])
+try:
+    print(hub.checkpoint_folder(sys.argv[1]))
+except hub.CheckpointError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@dataclass
+class Fetched:
+    folder: Path | None
+    told: str  # the log, and the refusal
+
+    @property
+    def refusal(self) -> str:
+        """The one line that says why not."""
+        assert self.folder is None, self.folder
+        assert "Traceback" not in self.told
+        return self.told.partition("refused: ")[2].strip()
+
+
+Fetch = Callable[..., Fetched]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def fetch(hub: Hub, tmp_path: Path) -> Fetch:
+    """Ask for a checkpoint in a process of its own, whose cache is the test's."""
+    (tmp_path / "here").mkdir()
+
+    def run(given: str, patience_s: float | None = None, **variables: str) -> Fetched:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        arguments = [sys.executable, "-c", PROGRAM, given, *([str(patience_s)] if patience_s else [])]
+        environment = inherited | own | {"PYTHONPATH": os.getcwd()} | variables
+        done = subprocess.run(
+            arguments, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        return Fetched(Path(done.stdout.strip()) if done.returncode == 0 else None, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("nested") / "pipeline"
+    net = UNet2D(TINY)
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), TINY, NoiseConfig(), Labels(), {})
+    (folder / "tminus.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flat(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As google/ddpm-cifar10-32 is, with what else lies in such a repository."""
+    folder = tmp_path_factory.mktemp("flat") / "repository"
+    shutil.copytree(nested / "unet", folder)
+    shutil.copy(nested / "scheduler" / "scheduler_config.json", folder)
+    index = (nested / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index)
+    (folder / "README.md").write_text("# DDPM")
+    (folder / "train.py").write_text("raise SystemExit")
+    (folder / "optimizer.pkl").write_bytes(pickle.dumps({}))
+    state = load_file(folder / f"{WEIGHTS}.safetensors")
+    torch.save(state, folder / f"{WEIGHTS}.bin")
+    return folder
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_flat_repository_is_fetched_once_and_only_what_is_read(hub: Hub, fetch: Fetch, flat: Path) -> None:
+    commit = hub.push(ID, flat)
+    found = fetch(ID)
+    assert found.folder is not None, found.told
+    assert names_in(found.folder) == {
+        "config.json", "model_index.json", "scheduler_config.json", f"{WEIGHTS}.safetensors"
+    }  # fmt: skip
+    assert found.folder.name == commit
+    assert commit in found.told
+    here, there = load_checkpoint(flat), load_checkpoint(found.folder)
+    assert here.weights_hash == there.weights_hash
+    assert there.name == "ddpm-cifar10-32"
+    hub.asked.clear()
+    assert fetch(ID).folder == found.folder
+    assert hub.asked == [f"GET /api/models/{ID}"], "of what is there, only the newest commit is asked for"
+
+
+def test_a_pinned_commit_that_is_there_takes_no_call_of_the_hub(hub: Hub, fetch: Fetch, nested: Path) -> None:
+    first = hub.push(ID, nested)
+    folder = fetch(f"{ID}@{first}").folder
+    assert folder is not None
+    assert names_in(folder) == names_in(nested)
+    hub.push(ID, nested, "second")
+    hub.asked.clear()
+    assert fetch(f"{ID}@{first}").folder == folder
+    assert hub.asked == []
+
+
+def test_a_branch_that_moved_is_fetched_and_a_tag_stays(hub: Hub, fetch: Fetch, nested: Path) -> None:
+    first = hub.push(ID, nested, ref="v1.0")
+    hub.push(ID, nested)
+    assert fetch(ID).folder == fetch(f"{ID}@v1.0").folder
+    (changed := nested.parent / "changed").exists() or shutil.copytree(nested, changed)
+    (changed / "tminus.json").write_text("{}")
+    second = hub.push(ID, changed, "second")
+    hub.asked.clear()
+    newer = fetch(ID).folder
+    assert newer is not None
+    assert newer.name == second
+    assert not any("/cdn/" in each for each in hub.asked), "weights that are the same are not fetched again"
+    assert (tagged := fetch(f"{ID}@v1.0").folder) is not None
+    assert tagged.name == first
+
+
+@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing"])
+def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, nested: Path, away: str) -> None:
+    commit = hub.push(ID, nested)
+    folder = fetch(ID).folder
+    variables, patience_s = {}, None
+    if away == "offline":
+        variables = {"HF_HUB_OFFLINE": "1"}
+    elif away == "refused":
+        variables = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    elif away == "silent":
+        hub.silent.set()
+        patience_s = 1.0
+    else:
+        hub.fails = True
+    again = fetch(ID, patience_s, **variables)
+    assert again.folder == folder, again.told
+    assert f"commit {commit} of the cache is taken" in again.told
+    other = fetch("google/other", patience_s, **variables)
+    assert other.refusal.startswith("google/other: no such folder, not in the hub's cache, and ")
+    assert len(other.refusal.splitlines()) == 1
+
+
+def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: Fetch, flat: Path) -> None:
+    old = flat.parent / "old"
+    shutil.copytree(flat, old)
+    (old / f"{WEIGHTS}.safetensors").unlink()
+    hub.push(ID, old)
+    folder = fetch(ID).folder
+    assert folder is not None
+    assert f"{WEIGHTS}.bin" in names_in(folder)
+    assert load_checkpoint(folder).weights_hash == load_checkpoint(flat).weights_hash
+
+
+def test_a_bin_with_code_in_it_is_never_run(hub: Hub, fetch: Fetch, flat: Path, tmp_path: Path) -> None:
+    class Touches:
+        def __reduce__(self) -> object:
+            return Path.touch, (tmp_path / "ran",)
+
+    hostile = tmp_path / "hostile"
+    shutil.copytree(flat, hostile)
+    (hostile / f"{WEIGHTS}.safetensors").unlink()
+    torch.save({"conv_in.weight": Touches()}, hostile / f"{WEIGHTS}.bin")
+    hub.push(ID, hostile)
+    folder = fetch(ID).folder
+    assert folder is not None
+    with pytest.raises(CheckpointError, match="a pickle with code is never run"):
+        load_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_was_cut_off_is_fetched_to_its_end(hub: Hub, fetch: Fetch, nested: Path) -> None:
+    commit = hub.push(ID, nested)
+    folder = fetch(ID).folder
+    assert folder is not None
+    weights = folder / "unet" / f"{WEIGHTS}.safetensors"
+    weights.resolve().unlink()
+    weights.unlink()
+    assert fetch(f"{ID}@{commit}").folder == folder
+    assert load_checkpoint(folder).name == "ddpm-cifar10-32"
+
+
+def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, nested: Path, flat: Path) -> None:
+    hub.push(ID, nested)
+    hub.push("google/private", nested)
+    hub.repositories["google/private"].token = "hf_of_the_test"
+    hub.push("google/gated", nested)
+    hub.repositories["google/gated"].gated = True
+    hub.repositories.setdefault("google/text", Repository()).push("only", {"README.md": b"#", "config.json": b"{}"})
+    assert fetch("google/nothing").refusal == (
+        f"google/nothing: no such folder, and no such model at {hub.url}; for a private one give your token by HF_TOKEN"
+    )
+    assert fetch(f"{ID}@gone").refusal == f"{ID}@gone: the model is there, but has no revision 'gone'"
+    gone = commit_of("gone")
+    assert fetch(f"{ID}@{gone}").refusal == f"{ID}@{gone}: the model is there, but has no revision {gone!r}"
+    assert "give your token by HF_TOKEN" in fetch("google/private").refusal
+    assert fetch("google/private", HF_TOKEN="hf_of_the_test").folder is not None
+    assert f"ask for access at {hub.url}/google/gated" in fetch("google/gated").refusal
+    assert "holds no diffusion_pytorch_model.safetensors or .bin" in fetch("google/text").refusal
+    hub.answers_html = True
+    assert "does not answer as a hub does" in fetch("google/page").refusal
+
+
+def test_a_hub_that_drips_is_given_up(hub: Hub, fetch: Fetch, nested: Path) -> None:
+    hub.push(ID, nested)
+    hub.drips = True
+    assert fetch(ID, 1.0).refusal == f"{ID}: the hub is too slow: in 1 s 0.0 MB came"
+
+
+def test_names_that_lead_out_of_the_cache_are_refused(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
+    files = {str(file.relative_to(nested)): file.read_bytes() for file in nested.rglob("*") if file.is_file()}
+    for k, name in enumerate(("../../../../out.json", "/etc/out.json", "unet/../../../out.json", "..\\out.json")):
+        hub.repositories.setdefault("evil/model", Repository()).push(str(k), files | {name: b"{}"})
+        assert "does not answer as a hub does" in fetch("evil/model").refusal
+    assert not list(tmp_path.rglob("out.json"))
+
+
+def test_more_than_is_free_on_the_disk_is_refused_before_it_is_fetched(hub: Hub, fetch: Fetch, nested: Path) -> None:
+    hub.push(ID, nested)
+    hub.listed_sizes[f"unet/{WEIGHTS}.safetensors"] = 10**18
+    refusal = fetch(ID).refusal
+    assert "takes 931322574.62 GiB" in refusal
+    assert not any("/resolve/" in each for each in hub.asked)
+
+
+def test_a_path_wins_over_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "google" / "ddpm").mkdir(parents=True)
+    assert checkpoint_folder("google/ddpm") == Path("google/ddpm")
+    # A misspelt path in a folder that is there asks nobody.
+    assert checkpoint_folder("google/dpm") == Path("google/dpm")
+    for path in ("/google/ddpm", "./runs/a", "runs", "a/b/c", "../a/b", "a/..", "a/b@", "a/b@../c"):
+        assert HubId.parse(path) is None, path
+
+
+def test_without_the_extra_a_line_says_how_to_get_it(fetch: Fetch, tmp_path: Path) -> None:
+    (tmp_path / "none" / "huggingface_hub").mkdir(parents=True)
+    (tmp_path / "none" / "huggingface_hub" / "__init__.py").write_text("raise ModuleNotFoundError('no')")
+    path = f"{tmp_path / 'none'}{os.pathsep}{os.getcwd()}"
+    refusal = fetch(ID, PYTHONPATH=path).refusal
+    assert refusal.startswith(f"{ID}: no such folder; ")
+    assert refusal.endswith("pip install 'tminus[hub]'")
+
+
+def test_only_the_files_of_a_checkpoint_are_wanted() -> None:
+    there = (
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        f"unet/{WEIGHTS}.safetensors", f"unet/{WEIGHTS}.fp16.safetensors", f"unet/{WEIGHTS}.bin",
+        f"vqvae/{WEIGHTS}.bin", "vqvae/config.json", "checkpoint-500/unet/config.json", "samplers/a.json",
+        "optimizer.bin", "model.ckpt", "random_states_0.pkl", "unet/code.py", "README.md",
+    )  # fmt: skip
+    assert set(wanted_files(dict.fromkeys(there, 1))) == {
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}.safetensors",
+        f"vqvae/{WEIGHTS}.bin", "vqvae/config.json", "samplers/a.json",
+    }  # fmt: skip
+    shards = [f"{WEIGHTS}-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    assert {*shards} <= set(wanted_files(dict.fromkeys([*shards, f"{WEIGHTS}.safetensors.index.json"], 1)))
+    assert wanted_files({"config.json": 1, "model.bin": 1}) == {}
+
+
+def test_a_folder_of_which_a_part_is_missing_is_not_whole(nested: Path, tmp_path: Path) -> None:
+    assert is_whole(nested)
+    for gone in ("unet", "scheduler", f"unet/{WEIGHTS}.safetensors", "unet/config.json"):
+        copy = tmp_path / gone.replace("/", "-")
+        shutil.copytree(nested, copy)
+        (shutil.rmtree if (copy / gone).is_dir() else Path.unlink)(copy / gone)
+        assert not is_whole(copy), gone
+
+
+def test_a_model_of_the_cache_is_called_what_its_repository_is() -> None:
+    assert hub_name(Path("/c/models--google--ddpm-cifar10-32/snapshots/abc")) == "ddpm-cifar10-32"
+    assert hub_name(Path("/c/google/snapshots/abc")) is None
