@@ -25,7 +25,7 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
-from tminus.service.spec import Images, Inputs, trial_spec
+from tminus.service.spec import Inputs, Pixels, trial_spec
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import NewJob
@@ -104,8 +104,8 @@ class Bench:
             ticket = self.worker.submit(NewJob(str(self._count), self._spec, work_of(self._spec, self._engine.info)))
             ticket.future.add_done_callback(lambda done: threading.Thread(target=self._submit, args=(done,)).start())
 
-    def _read_or_skip(self, x: Any, known: Sequence[Inputs | None]) -> Callable[[], Images]:
-        return self._read(x, known) if self._decodes else lambda: np.zeros((len(x), 1, 1, 1), np.uint8)
+    def _read_or_skip(self, x: Any, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:
+        return self._read(x, known, bit_depth) if self._decodes else lambda: np.zeros((len(x), 1, 1, 1), np.uint8)
 
     def _timed(self, batch: Batch) -> None:
         began_s = time.perf_counter()

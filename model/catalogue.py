@@ -19,7 +19,8 @@ class SamplerFacts:
     source: str
     good_steps: int  # what a request gets that names the sampler alone
     passes_per_step: int = 1
-    passes_to_start: int = 0  # beyond those, where there are two steps or more
+    passes_to_start: int = 0  # beyond those, for the first `steps_to_start` steps; only where more steps follow
+    steps_to_start: int = 1
     multistep: bool = False  # of diffusers' multistep solvers, which share their timesteps
     fractional: bool = False  # whether it visits timesteps between whole ones, where the network takes them
     spacing: str | None = None  # its own, where the checkpoint's config is of another kind of sampler
@@ -31,11 +32,14 @@ class SamplerFacts:
         """How often a row goes through the network, unguided. The last step of heun takes one pass."""
         if steps < 2:
             return steps
-        return self.passes_per_step * (steps - 1) + 1 + self.passes_to_start
+        return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)
 
     def max_steps(self, num_timesteps: int) -> int:
         """How many steps are at most T passes, for T timesteps."""
-        return max(1, (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1)
+        most = (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1
+        if most > self.steps_to_start:
+            return most
+        return max(1, min(self.steps_to_start, (num_timesteps - 1) // self.passes_per_step + 1))
 
 
 SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
@@ -92,6 +96,13 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         "Liu et al. 2022, PNDM without its Runge-Kutta start",
         50,
         passes_to_start=1,
+    ),
+    "pndm": SamplerFacts(
+        "plms after three Runge-Kutta steps of four passes: 50 steps, 59 passes",
+        "Liu et al. 2022, PNDM, algorithm 2",
+        50,
+        passes_to_start=9,
+        steps_to_start=3,
     ),
     "euler": SamplerFacts(
         "ddim at exact noise levels, between timesteps: 40 steps and more",

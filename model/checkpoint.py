@@ -36,6 +36,7 @@ from tminus.model.latent.folder import (
 )
 from tminus.model.networks import build, read_net_config
 from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import MAX_CHANNELS, RGBA
 from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
@@ -48,16 +49,27 @@ INDEX_FILE = "model_index.json"
 TMINUS_FILE = "tminus.json"
 CLASS_TABLE = "class_embedding.weight"
 LATENT_PIPELINE = "LDMPipeline"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", LATENT_PIPELINE)
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "ConsistencyModelPipeline",
+    "ScoreSdeVePipeline",
+    LATENT_PIPELINE,
+)
 LAYOUTS = (
     "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = FOLDERS[0]
+# A mel says how a spectrogram is made sound: it changes no image.
+OWN_PARTS = frozenset({"unet", "scheduler", "mel", *FOLDERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
+    "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
+    "KarrasEDMScheduler": "KarrasEDMPipeline",  # of a pull request, as the scheduler
 }
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
 
@@ -149,6 +161,13 @@ class TminusJson:
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
+    def alpha(self, channels: int) -> bool:
+        """Whether the last channel of an image is alpha: of four it is, unless the file says otherwise."""
+        alpha = self.values.get("alpha", channels == RGBA)
+        bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
+        self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
+        return bool(alpha)
+
     def side_px(self) -> int:
         """The side of images, where config.json has no sample_size."""
         size: Any = self.values.get("size_px")
@@ -196,24 +215,46 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for other pipelines."""
+    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for what it cannot serve.
+
+    A pipeline of another class is what its parts are: where these are a U-Net and a scheduler, it is served.
+    """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
     if pipeline not in PIPELINES:
-        kinds = ", ".join(PIPELINES)
-        why = _why_not(index)
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served{why}; those that are: {kinds}")
+        if why := _why_not(index):
+            kinds = f"those that are: {', '.join(PIPELINES)}, and others of a UNet2DModel and a scheduler alone"
+            raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served: {why}; {kinds}")
+        parts = ", ".join(f"{name} {class_name}" for name, class_name in sorted(_parts(index).items()))
+        log.info(
+            "%s: %s: %s is no pipeline of diffusers that is known, and is served as its parts: %s",
+            folder,
+            INDEX_FILE,
+            pipeline,
+            parts,
+        )
     if pipeline == LATENT_PIPELINE and find_autoencoder(folder) is None:
         raise CheckpointError(f"{folder}: {INDEX_FILE}: an {pipeline} without its autoencoder, the folder vqvae/")
     return index
 
 
+def _parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of a pipeline's parts by their names, without those that are left out."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
+
+
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Why a pipeline with these parts cannot be served, where that can be said."""
-    if any(str(part).startswith(("text_encoder", "tokenizer", "prior")) for part in index):
-        return ": it makes images of text, and a class is all that is taken here"
-    if "transformer" in index:
-        return ": its denoiser is a transformer, and U-Nets are what is run here"
+    """Why a pipeline with these parts cannot be served; empty where it can."""
+    parts = _parts(index)
+    if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
+        return "it makes images of text, and a class is all that is taken here"
+    if "transformer" in parts:
+        return "its denoiser is a transformer, and U-Nets are what is run here"
+    if missing := [name for name in ("unet", "scheduler") if name not in parts]:
+        return f"it has no {missing[0]}"
+    if others := sorted(parts.keys() - OWN_PARTS):
+        return f"its {others[0]}, {parts[others[0]]:.100}, is not run here"
     return ""
 
 
@@ -247,6 +288,8 @@ class Checkpoint:
     """What turns images into the latents that the network of a latent model sees, and back."""
     folded_guidance: float = 1.0
     """Guidance that the weights have in them. A request's own multiplies it; of a student there is none."""
+    alpha: bool = False
+    """Whether the fourth and last channel of an image is alpha."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -399,6 +442,13 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
+        if noise.family == "ve" and isinstance(unet, UNetConfig):
+            # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
+            unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
+            noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
+        elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":  # diffusers divides by its time
+            wanted = "positional or learned without a ScoreSdeVeScheduler"
+            raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
         if autoencoder_folder is not None:
             autoencoder = AutoencoderConfig.from_dict(read_json(autoencoder_folder / "config.json"))
@@ -423,6 +473,9 @@ def _load(folder: Path) -> Checkpoint:
         net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
+    if noise.is_continuous and not net.fractional:
+        why = f"learned takes whole timesteps, and with prediction_type {noise.prediction_type} there are others"
+        raise CheckpointError(f"{folder}: config.json: time_embedding_type {why}")
     size_px = unet.size_px
     assert size_px is not None
     if any(side % unet.size_multiple for side in size_px):
@@ -470,17 +523,18 @@ def _load(folder: Path) -> Checkpoint:
         student,
         autoencoder,
         folded_guidance,
+        tminus_json.alpha(unet.in_channels if autoencoder is None else autoencoder.config.in_channels),
     )
 
 
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
     """Raise CheckpointError for channels that cannot be served. latent: the channels of an autoencoder's latents."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
-    possible = (1, 3) if latent is None else (latent,)
+    possible = range(1, MAX_CHANNELS + 1) if latent is None else (latent,)
     if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
         out = "twice as many out" if learned else "as many out"
-        channels_in = " or ".join(map(str, possible)) + ("" if latent is None else ", the autoencoder's,")
+        channels_in = f"1..{MAX_CHANNELS}" if latent is None else f"{latent}, the autoencoder's,"
         bound = f"only {channels_in} channels in and {out} can be served with variance_type {noise.variance_type}"
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 

@@ -4,33 +4,12 @@ Their x has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha
 `tminus distill` are consistency models too, but of the ordinary kind of network: see training/distill.py.)
 """
 
-import torch
 from torch import Tensor
 
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 
 MAX_STEPS = 8
-TIME_SCALE = 250.0  # the network is given 250 log sigma
-
-
-def consistency_coefficients(noise: NoiseConfig, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q of x0 = p x_t + q out: c_skip and c_out of Song et al. 2023, appendix C, where x is ours.
-
-    At sigma_min the network does not count: p is 1 / sqrt(alpha_bar), q is 0.
-    """
-    sigma, data = _sigma(alpha_bar), noise.sigma_data
-    beyond = sigma - noise.sigma_min
-    c_skip = data**2 / (beyond**2 + data**2)
-    c_out = beyond * data / (sigma**2 + data**2).sqrt()
-    return c_skip / alpha_bar.sqrt(), c_out
-
-
-def consistency_inputs(noise: NoiseConfig, alpha_bar: Tensor) -> Tensor:
-    """What the network is given, [P, 2]: c_in = 1 / sqrt(sigma^2 + sigma_data^2) of their x, and 250 log sigma."""
-    sigma = _sigma(alpha_bar)
-    c_in = 1 / (sigma**2 + noise.sigma_data**2).sqrt() / alpha_bar.sqrt()
-    return torch.stack([c_in, TIME_SCALE * sigma.log()], dim=1)
 
 
 def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:

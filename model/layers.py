@@ -26,6 +26,25 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
     return F.pad(embedding, (0, dim % 2))
 
 
+class FourierFeatures(nn.Module):
+    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once.
+
+    (Song et al. 2021, appendix C.) It is finite for every t; at 0 and below it is that of the least number above.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        weight = torch.empty(count)
+        if not weight.is_meta:
+            torch.randn(count, out=weight).mul_(16)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        log_t = t.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny).log()
+        angles = log_t[:, None] * self.weight[None, :] * 2 * math.pi
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 class TimestepEmbedding(nn.Module):
     """The two-layer MLP that turns a timestep's embedding [B, dim] into temb [B, temb_dim]."""
 
@@ -39,11 +58,36 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
+def nearest_up(x: Tensor) -> Tensor:
+    """Double H and W: each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def average_down(x: Tensor) -> Tensor:
+    """Halve H and W: the mean of each four pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def fir_up(x: Tensor) -> Tensor:
+    """Double H and W, filtered by (1, 3, 3, 1) in both directions (Karras et al. 2019); beyond its edge x is 0.
+
+    The filter is (1, 1) three times over, of which nearest_up is the first.
+    """
+    return F.avg_pool2d(F.avg_pool2d(F.pad(nearest_up(x), (1, 1, 1, 1)), 2, 1), 2, 1)
+
+
+def fir_down(x: Tensor) -> Tensor:
+    """Halve H and W, filtered by (1, 3, 3, 1) in both directions, as `fir_up`."""
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2, 1), 2, 1), 2, 2)
+
+
 class ResnetBlock(nn.Module):
     """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
 
     x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'];
-    H' is H, 2H with up=True (nearest) or H/2 with down=True (average pool).
+    H' and W' are H and W, or what resample makes of them, one of the functions above.
+    groups_out: of the second norm, where it is not `groups`. always_project: x goes through a convolution on its way to
+    the sum also where it has as many channels.
     scale_shift=True lets the timestep scale and shift the second norm (Dhariwal & Nichol 2021, AdaGN).
     temb_dim=None makes a block without timesteps, as autoencoders have.
     """
@@ -55,37 +99,36 @@ class ResnetBlock(nn.Module):
         temb_dim: int | None,
         *,
         groups: int,
+        groups_out: int | None = None,
         eps: float,
         act: str,
         dropout: float = 0.0,
         scale_shift: bool = False,
         output_scale_factor: float = 1.0,
-        up: bool = False,
-        down: bool = False,
+        resample: Callable[[Tensor], Tensor] | None = None,
+        always_project: bool = False,
     ) -> None:
         super().__init__()
-        assert not (up and down)
         self.act = ACTIVATIONS[act]
         self.scale_shift = scale_shift
         self.output_scale_factor = output_scale_factor
-        self.up, self.down = up, down
+        self.resample = resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj: nn.Linear | None = None
         if temb_dim is not None:
             self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = nn.GroupNorm(groups_out or groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.up:
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return F.avg_pool2d(x, 2) if self.down else x
+        projects = always_project or in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if projects else None
 
     def forward(self, x: Tensor, act_temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(self._resample(self.act(self.norm1(x))))
+        h = self.act(self.norm1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
         if self.time_emb_proj is None:
             h = self.norm2(h)
         else:
@@ -96,7 +139,6 @@ class ResnetBlock(nn.Module):
             else:
                 h = self.norm2(h + temb)
         h = self.conv2(self.dropout(self.act(h)))
-        x = self._resample(x)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         out: Tensor = x + h
@@ -154,5 +196,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(nearest_up(x))
         return out

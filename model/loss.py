@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
+from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.rng import philox, row_noise, split_seed
-from tminus.model.samplers import x0_coefficients
 
 HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
@@ -21,15 +21,24 @@ LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # of ln(sigma / alpha) where timesteps are dra
 _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 
-def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """What the network learns to predict: eps (Ho et al. 2020), x_0, or v (Salimans & Ho 2022, eq. 10)."""
-    if prediction_type == "epsilon":
+def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """What the network learns to predict: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, eq. 10), or what gives x_0.
+
+    The last is the out of x_0 = p x_t + q out: of flow matching eps - x_0 (Lipman et al. 2023), of EDM what Karras et
+    al. 2022 have in eq. 8. A consistency model has no such target. Raises ValueError.
+    """
+    if noise.is_consistency:
+        raise ValueError("prediction_type must be another than consistency: its target is a trajectory's end")
+    if noise.prediction_type == "epsilon":
         return eps
-    if prediction_type == "sample":
+    if noise.prediction_type == "sample":
         return x_0
-    if prediction_type == "v_prediction":
+    if noise.prediction_type == "v_prediction":
         return schedule.velocity(x_0, t, eps)
-    raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
+    alpha_bar = schedule.alpha_bar[t]
+    at, rows = parametrize(noise, alpha_bar, t), torch.arange(len(t), device=t.device)
+    of_x_0, of_eps = (1 - at.p * alpha_bar.sqrt()) / at.q, -at.p * (1 - alpha_bar).sqrt() / at.q
+    return gather(of_x_0, rows, x_0) * x_0 + gather(of_eps, rows, x_0) * eps
 
 
 def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -42,15 +51,15 @@ def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tens
     return (weights * (out.to(torch.float32) - target).square().flatten(1).mean(1)).mean()
 
 
-def velocity_weights(schedule: NoiseSchedule, prediction_type: str) -> Tensor:
+def velocity_weights(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
     """Weights by which an error of the prediction counts as one of v does, float64 [T], at most MAX_WEIGHT.
 
     (Salimans & Ho 2022, sec. 4: SNR + 1 weighting.) An error of eps is 1 / alpha_bar times as large in v: near t = T,
     where L_simple has next to nothing to gain, that is where brightness and shape are decided.
     """
     alpha_bar = schedule.alpha_bar
-    of_error = {"epsilon": alpha_bar, "sample": 1 - alpha_bar, "v_prediction": torch.ones_like(alpha_bar)}
-    return (1 / of_error[prediction_type]).clamp(max=MAX_WEIGHT)
+    q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q  # of x_0; of v it is sqrt(1 - alpha_bar)
+    return (q**2 / (1 - alpha_bar)).clamp(max=MAX_WEIGHT)
 
 
 def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
@@ -128,15 +137,16 @@ def variational_bound(
     seed_words = torch.tensor(split_seed(seed), device=device).expand(len(x_0), 2)
 
     x_0_exact = x_0.to(torch.float64)
-    p, q = x0_coefficients(noise.prediction_type, schedule.alpha_bar)
+    at = parametrize(noise, schedule.alpha_bar, torch.arange(schedule.num_timesteps))
+    ours = as_ours(net, noise, schedule)
     bound = noise.clip_sample_range if noise.clip_sample else math.inf
 
     def predict_x0(t: Tensor) -> Tensor:
         eps = row_noise(seed_words, index, t, x_0.shape[1:]).to(torch.float64)
         x_t = schedule.q_sample(x_0_exact, t, eps).to(x_0.dtype)
-        out = net(x_t, t, class_labels).to(torch.float64)
+        out = ours(x_t, t, class_labels).to(torch.float64)
         x_t = x_t.to(torch.float64)
-        return (gather(p, t, x_t) * x_t + gather(q, t, x_t) * out).clamp(-bound, bound)
+        return (gather(at.p, t, x_t) * x_t + gather(at.q, t, x_t) * out).clamp(-bound, bound)
 
     coef_x0, _, posterior_variance = schedule.posterior()
 

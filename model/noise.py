@@ -7,24 +7,33 @@ cast once, at their use. (This is the *noise schedule*; the scheduler that picks
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE
 from tminus.model.config import Checked, given_fields, is_off
-from tminus.model.scheduler_kinds import FIELDS_OF_ANY, KIND_OF_SAMPLER, scheduler_kind
+from tminus.model.scheduler_kinds import (
+    FAMILY_OF,
+    FIELDS,
+    FIELDS_OF_ANY,
+    KIND_OF,
+    Family,
+    SchedulerKind,
+    scheduler_kind,
+)
+from tminus.model.timesteps import log_sigma_at
 
 log = logging.getLogger(__name__)
 
-MAX_TIMESTEPS = 100_000
+MAX_TIMESTEPS, DEFAULT_TIMESTEPS = 100_000, 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-SIGMA_FIELDS = ("sigma_min", "sigma_max", "sigma_data", "rho")  # of consistency models
-END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
-NO_THRESHOLDING = ("plms", "euler", "heun", "consistency")  # the samplers whose classes never threshold
+# The samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1.
+END_AT_FIRST = ("ddim", "plms", "pndm")
+NO_THRESHOLDING = ("plms", "pndm", "euler", "heun", "consistency")  # the samplers whose classes never threshold
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -57,12 +66,6 @@ def rescale_zero_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-def karras_sigmas(num_timesteps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """sigma_t [T] in float64, ascending (Karras et al. 2022, eq. 5)."""
-    ramp = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_timesteps, dtype=torch.float64)
-    return ramp**rho
-
-
 class NoiseSchedule:
     """The tables of the forward process: betas, alphas and alpha_bar, each [T] in float64 on the host."""
 
@@ -74,6 +77,21 @@ class NoiseSchedule:
         self.betas = betas
         self.alphas = 1 - betas
         self.alpha_bar = self.alphas.cumprod(0)  # alpha_bar_t = prod_{s<=t} alpha_s
+        self._formula: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of_formula(cls, alpha_bar_of: Callable[[Tensor], Tensor], num_timesteps: int) -> "NoiseSchedule":
+        """Make the tables of levels that are a formula of t, which holds between whole timesteps too."""
+        alpha_bar = alpha_bar_of(torch.arange(num_timesteps, dtype=torch.float64))
+        schedule = cls(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+        schedule.alpha_bar, schedule._formula = alpha_bar, alpha_bar_of
+        return schedule
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """Copy the tables to a device, so that no step of a training waits for the host."""
+        copy = NoiseSchedule(self.betas.to(device))
+        copy.alpha_bar, copy._formula = self.alpha_bar.to(device), self._formula
+        return copy
 
     @property
     def num_timesteps(self) -> int:
@@ -85,6 +103,19 @@ class NoiseSchedule:
         """log sigma_t [T], ascending, of sigma = sqrt((1 - alpha_bar) / alpha_bar); inf where alpha_bar = 0."""
         log_sigmas: list[float] = (((1 - self.alpha_bar).log() - self.alpha_bar.log()) / 2).tolist()
         return log_sigmas
+
+    def alpha_bar_at(self, timesteps: Sequence[float]) -> Tensor:
+        """alpha_bar [S] at timesteps: between whole ones by the formula, and of betas by a line in log sigma."""
+        t = torch.tensor(timesteps, dtype=torch.float64)
+        if self._formula is not None:
+            return self._formula(t)
+        whole = t.long()
+        alpha_bar = self.alpha_bar[whole]
+        if bool((whole == t).all()):
+            return alpha_bar
+        log_sigmas = self.log_sigmas
+        between = torch.tensor([log_sigma_at(each, log_sigmas) for each in timesteps], dtype=torch.float64)
+        return torch.where(whole == t, alpha_bar, torch.sigmoid(-2 * between))
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t|x_0) in closed form, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
@@ -136,7 +167,7 @@ class NoiseConfig(Checked):
 
     KIND: ClassVar[str] = "scheduler config: "
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: int = DEFAULT_TIMESTEPS
     beta_start: float = 1e-4
     beta_end: float = 0.02
     beta_schedule: str = "linear"
@@ -154,15 +185,28 @@ class NoiseConfig(Checked):
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     rho: float = 7.0
-    """These four are of consistency models, whose noise levels are no betas but a ramp of sigmas."""
+    sigma_schedule: str = "karras"
+    precondition_type: str = "edm"
+    """These six are of EDM and of consistency models, whose noise levels are no betas but a ramp of sigmas."""
+    shift: float = 1.0
+    """Of flow matching."""
+    sampling_eps: float = 1e-5
+    snr: float = 0.15
+    correct_steps: int = 1
+    """These three are of score_sde's VE models; the last two are of the corrector, which is not run."""
+    divides_by_time: bool = False
+    """Whether its output counts as divided by the time it was given, as of diffusers' U-Nets with a Fourier embedding.
+
+    load_checkpoint sets it from the network's config; no scheduler_config.json holds it."""
     default_sampler: str = "ddpm"
     """For requests that name steps and no sampler: that of the scheduler's class, see scheduler_kinds.py."""
 
     def __post_init__(self) -> None:
         require, among = self.require, self.require_among
         self.require_flags("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr")
+        self.require_flags("divides_by_time")
         self.require_numbers("beta_start", "beta_end", "sigma_min", "sigma_max")
-        self.require_positive_numbers("clip_sample_range", "sigma_data", "rho")
+        self.require_positive_numbers("clip_sample_range", "sigma_data", "rho", "shift", "sampling_eps", "snr")
         self.require_counts("num_train_timesteps")
         offset = self.steps_offset
         require(isinstance(offset, int) and not isinstance(offset, bool), "steps_offset", "an integer")
@@ -174,14 +218,29 @@ class NoiseConfig(Checked):
         among("beta_schedule", *BETA_SCHEDULES)
         # `learned` is the logarithm of the variance in OpenAI's code and the variance itself in diffusers'.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
-        require(self.variance_type in ("fixed_small", "fixed_large", "learned_range"), "variance_type", variances)
-        among("prediction_type", "epsilon", "sample", "v_prediction", "consistency")
+        of_ddpm = self.variance_type in ("fixed_small", "fixed_large", "learned_range")
+        of_ve = self.variance_type == "reverse_diffusion" and self.prediction_type == "score"
+        require(of_ddpm or of_ve, "variance_type", variances)
+        among("prediction_type", *FAMILY_OF)
         among("timestep_spacing", "leading", "trailing", "linspace")
-        among("default_sampler", *KIND_OF_SAMPLER)
+        samplers = [sampler for family, sampler in KIND_OF if family == self.family]
+        among("default_sampler", *(samplers if self.is_continuous else (sampler for _, sampler in KIND_OF)))
         ramp = (self.default_sampler == "consistency") == self.is_consistency
         require(ramp, "prediction_type", "consistency for a consistency model, and for no other")
-        require(steps >= 2 or not self.is_consistency, "num_train_timesteps", "2 or more for a consistency model")
+        among("sigma_schedule", "karras", "exponential")
+        among("precondition_type", "edm", "cm_edm")
+        count = isinstance(self.correct_steps, int) and not isinstance(self.correct_steps, bool)
+        require(count and self.correct_steps >= 0, "correct_steps", "an integer, 0 or more")
+        require(self.sampling_eps < 1, "sampling_eps", "below 1")
+        by_time = "false for a network that is given timesteps, of which the last is 0"
+        require(self.is_continuous or not self.divides_by_time, "divides_by_time", by_time)
         require(0 < self.sigma_min < self.sigma_max, "sigma_min", f"above 0 and below sigma_max {self.sigma_max}")
+        if self.is_continuous:
+            require(steps >= 2, "num_train_timesteps", f"2 or more with prediction_type {self.prediction_type}")
+            alpha_bar = self._alpha_bar_of(torch.arange(steps, dtype=torch.float64))
+            apart = bool((alpha_bar[1:] < alpha_bar[:-1]).all()) and bool(alpha_bar[0] < 1)
+            field = "shift" if self.prediction_type == "flow" else "sigma_min"
+            require(apart, field, "such that all noise levels differ in float64")
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
         require(0 < self.beta_start <= self.beta_end, "beta_start", f"above 0, at most beta_end {self.beta_end}")
@@ -193,6 +252,23 @@ class NoiseConfig(Checked):
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
             require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")
             require(all(beta < 1 for beta in self.trained_betas[:-1]), "trained_betas", "below 1, but for the last")
+
+    @property
+    def family(self) -> Family:
+        """How its noise levels are given, which follows from what the network predicts."""
+        return FAMILY_OF[self.prediction_type]
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether noise levels are a formula of t, and no betas."""
+        return self.family != "betas"
+
+    @property
+    def levels(self) -> str:
+        """The name of the noise schedule, for people: that of its betas, or of its formula."""
+        if not self.is_continuous:
+            return self.beta_schedule if self.trained_betas is None else "trained_betas"
+        return {"edm": self.sigma_schedule, "flow": "flow", "ve": "geometric"}.get(self.family, "karras")
 
     @property
     def is_consistency(self) -> bool:
@@ -217,34 +293,51 @@ class NoiseConfig(Checked):
             given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
         if given.get("variance_type", "") is None:  # of a solver: the network's variance is not learned
             del given["variance_type"]
+        fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
+        known = set(kind.fields or FIELDS[kind.family])
+        known -= {"thresholding"} if kind.sampler in NO_THRESHOLDING else set()
+        values = {key: value for key, value in kind.defaults.items() if key in fields}
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
             # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
-            given |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
-        fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
-        known = fields - set(() if kind.sampler == "consistency" else SIGMA_FIELDS)
-        known -= {"thresholding"} if kind.sampler in NO_THRESHOLDING else set()
-        values = {key: value for key, value in kind.defaults.items() if key in known}
+            given["thresholding"] = False
+            values |= {"clip_sample": True, "clip_sample_range": 1.0}
+            given = {key: value for key, value in given.items() if key not in ("clip_sample", "clip_sample_range")}
+        T = given.get("num_train_timesteps", values.get("num_train_timesteps", DEFAULT_TIMESTEPS))
+        if (repeated := given.pop("timesteps", None)) not in (None, T):  # of 2022: it may repeat T
+            raise ValueError(f"scheduler config: timesteps must be num_train_timesteps, {T}, got {repeated!r:.100}")
         for key, value in given.items():
             key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = value
+            elif key in kind.must:
+                continue  # it has the value that it must have
             elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
-        return cls.from_json(values, default_sampler=kind.sampler)
+        if "prediction_type" in known:  # elsewhere the class says it
+            told = values.get("prediction_type", "epsilon")
+            if not (isinstance(told, str) and told in kind.predictions):
+                wanted = f"among {', '.join(kind.predictions)} for {name}"
+                raise ValueError(f"scheduler config: prediction_type must be {wanted}, got {told!r:.100}")
+            values["prediction_type"] = kind.predictions[told]
+        noise = cls.from_json(values, default_sampler=kind.sampler)
+        if kind.family == "ve" and noise.correct_steps:
+            log.info(
+                "scheduler config: correct_steps=%d is not run: a step's size would depend on the rows' norms",
+                noise.correct_steps,
+            )
+        return noise
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
         fields = dataclasses.asdict(self)
         if self.trained_betas is not None:
             fields["trained_betas"] = list(self.trained_betas)  # as JSON has it
-        kind = KIND_OF_SAMPLER[fields.pop("default_sampler")]
-        if kind.sampler == "consistency":
-            own = ("num_train_timesteps", *SIGMA_FIELDS)
-            others = {theirs: fields[ours] for theirs, ours in kind.other_names.items()}
-            return {"_class_name": kind.class_name, **{name: fields[name] for name in own}, **others, **kind.must}
-        fields = {name: value for name, value in fields.items() if name not in SIGMA_FIELDS}
+        kind = KIND_OF[self.family, fields.pop("default_sampler")]
+        if self.is_continuous:
+            return {"_class_name": kind.class_name, **self._continuous_fields(kind)}
+        fields = {name: value for name, value in fields.items() if name in FIELDS["betas"]}
         if kind.sampler not in END_AT_FIRST:
             fields.pop("set_alpha_to_one")
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
@@ -256,23 +349,58 @@ class NoiseConfig(Checked):
             fields |= {"thresholding": True, "sample_max_value": 1.0}
         return {"_class_name": kind.class_name, **fields}
 
+    def _continuous_fields(self, kind: SchedulerKind) -> dict[str, Any]:
+        """The fields of to_dict where noise levels are a formula of t."""
+        theirs = {ours: name for name, ours in kind.other_names.items()}
+        fields = {theirs.get(name, name): getattr(self, name) for name in kind.fields or FIELDS[self.family]}
+        if "prediction_type" in fields:
+            fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
+        if kind.clips_by_threshold:
+            fields["thresholding"] = self.clip_sample and self.clip_sample_range == 1.0
+        return {**fields, **{name: value for name, value in kind.must.items() if value is not None}}
+
     def default_spacing(self, sampler: str) -> str:
         """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.
 
         A DDPM or DDIM config does not cover the later solvers, which then take the spacing that suits them best.
         """
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
+        if self.is_continuous:
+            return TABLE if facts.spacing == TABLE else "linspace"
         alike = (facts.multistep and own.multistep) or (facts.fractional and own.fractional)
         return self.timestep_spacing if facts.spacing is None or alike else facts.spacing
 
     def schedule(self) -> NoiseSchedule:
         """Make the tables."""
-        if self.is_consistency:
-            sigmas = karras_sigmas(self.num_train_timesteps, self.sigma_min, self.sigma_max, self.rho)
-            alpha_bar = 1 / (1 + sigmas**2)
-            betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        elif self.trained_betas is not None:
+        if self.is_continuous:
+            return NoiseSchedule.of_formula(self._alpha_bar_of, self.num_train_timesteps)
+        if self.trained_betas is not None:
             betas = torch.tensor(self.trained_betas, dtype=torch.float64)
         else:
             betas = make_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
+
+    def _alpha_bar_of(self, t: Tensor) -> Tensor:
+        """alpha_bar at any t in 0..T-1, of a schedule that is a formula.
+
+        edm, consistency: sigma by the ramp of Karras et al. 2022, eq. 5, or evenly in its logarithm. flow: Lipman et
+        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), where images are in [0, 1] and ours in
+        [-1, 1], so that as much noise is twice the sigma.
+        """
+        share = t / (self.num_train_timesteps - 1)
+        if self.family == "flow":
+            low, high = self._shifted(torch.tensor([1 / self.num_train_timesteps, 1.0], dtype=torch.float64))
+            sigma = self._shifted(low + (high - low) * share)  # a second time, as diffusers does
+            return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+        low, high = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
+        if self.levels == "karras":
+            low, high = low ** (1 / self.rho), high ** (1 / self.rho)
+            sigma = (low + (high - low) * share) ** self.rho
+        else:
+            sigma = (low.log() + (high.log() - low.log()) * share).exp()
+        alpha_bar: Tensor = 1 / (1 + (sigma * (2 if self.family == "ve" else 1)) ** 2)
+        return alpha_bar
+
+    def _shifted(self, sigma: Tensor) -> Tensor:
+        shifted: Tensor = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return shifted

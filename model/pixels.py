@@ -1,5 +1,7 @@
 """Pixels: pictures made ready for a model, and uint8 [0, 255] to the range it works in, [-1, 1], and back.
 
+And which channels of an image a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
+
 One rule for the pictures of a training folder and for those that are uploaded, so that both look alike to a model.
 Importing this imports no torch: the service decodes uploads with it.
 """
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 BLACK: Colour = (0, 0, 0)
+VALUE_RANGE = (-1.0, 1.0)  # what a model works in: the least and the largest value of a channel
+MAX_CHANNELS = 64  # of an image; formats of pictures hold four at most
+RGBA = 4
+MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's, by channels
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,6 +43,28 @@ def to_uint8(x: "Tensor") -> "Tensor":
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
+def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Do as `to_uint8`, to the bit, with an array."""
+    whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+    return whole
+
+
+def to_uint16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """[-1, 1] -> uint16 [0, 65535], clipped and rounded to nearest."""
+    return np.rint((x.clip(-1, 1).astype(np.float64) + 1) / 2 * 65535).astype(np.uint16)
+
+
+def shown_channels(channels: int, *, alpha: bool) -> int:
+    """Return how many of an image's first channels a picture of it shows: 1 is grey, 3 is RGB, 4 is RGBA.
+
+    alpha: whether the last channel of four is alpha. An image of two channels is shown by its first, and one of four
+    without alpha, or of more, by its first three.
+    """
+    if alpha:
+        return RGBA
+    return 3 if channels >= 3 else 1
+
+
 def fit_picture(
     image: Image.Image,
     size_px: tuple[int, int],
@@ -46,14 +74,20 @@ def fit_picture(
 ) -> npt.NDArray[np.uint8]:
     """Make a picture ready for a model: uint8 [height, width, channels] for a size of (width, height).
 
-    It is turned upright as its EXIF data says, laid over the background where it is transparent, and made grey (1
-    channel, ITU-R 601 luma) or RGB (3); CMYK becomes RGB by the complement, and colour profiles are ignored. A picture
-    of another size is cropped about its centre to the shape, then resampled. Raises OSError and other errors of Pillow
-    for a picture that cannot be decoded.
+    It is turned upright as its EXIF data says and made grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA (4, straight
+    alpha). Of the first two it is laid over the background where it is transparent. CMYK becomes RGB by the complement,
+    and colour profiles are ignored. A picture of another size is cropped about its centre to the shape, then resampled,
+    colours by their alpha. Raises OSError and other errors of Pillow for a picture that cannot be decoded.
     """
-    opaque = _opaque(upright(image), background)
-    opaque = opaque.convert("RGB") if opaque.mode == "CMYK" else opaque
-    ready = opaque.convert("L" if channels == 1 else "RGB")
+    if channels not in MODES:
+        raise ValueError(f"a picture must be wanted with 1, 3 or 4 channels (RGBA), got {channels}")
+    turned = upright(image)
+    if channels == RGBA and may_be_transparent(turned) and not turned.mode.startswith("I"):
+        ready = turned.convert("RGBA")
+    else:
+        opaque = _opaque(turned, background)
+        opaque = opaque.convert("RGB") if opaque.mode == "CMYK" else opaque
+        ready = opaque.convert(MODES[channels])
     if ready.size != size_px:
         ready = ImageOps.fit(ready, size_px, resampling)
     return np.array(ready).reshape(size_px[1], size_px[0], channels)

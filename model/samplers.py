@@ -1,7 +1,7 @@
 """Samplers as tables: each compiles to a plan with one line of coefficients per pass; one update rule runs all.
 
-x0 = clip(p x + q out)                                    epsilon-, x0- and v-prediction differ only in p and q
-(x', h1', h2', h3') = M (x, x0, x0_previous, z, h1, h2, h3)
+x0 = clip(p x + q out)                                    what the network predicts is in p and q alone
+(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
 
 Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previous + s exp(r v) z. v is the second half
 of the output channels of a network with learned variance; for others exp(r v) is 1.
@@ -15,12 +15,25 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS
-from tminus.model.consistency import consistency_coefficients, consistency_inputs
 from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
+from tminus.model.parametrization import parametrize
 from tminus.model.sampler_tables import Table
-from tminus.model.solvers import H1, LINEAR_SOLVERS, NEED_SIGNAL, X0, X0_PREVIOUS, Levels, X, Z, ddim, ddpm, matrices
-from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
+from tminus.model.solvers import (
+    H1,
+    LINEAR_SOLVERS,
+    NEED_SIGNAL,
+    X0,
+    X0_PREVIOUS,
+    Levels,
+    X,
+    Z,
+    ddim,
+    ddpm,
+    matrices,
+    pndm,
+)
+from tminus.model.timesteps import make_timesteps, middles, timesteps_of_passes
 from tminus.model.trajectory import PlanNumbers
 
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
@@ -101,11 +114,18 @@ def compile_plan(
     spacing = spacing or noise.default_spacing(sampler)
     log_sigmas, offset = schedule.log_sigmas, noise.steps_offset
     of_steps = make_timesteps(
-        sampler, spacing, steps, schedule.num_timesteps, offset, log_sigmas, fractional=fractional
+        sampler,
+        spacing,
+        steps,
+        schedule.num_timesteps,
+        offset,
+        log_sigmas,
+        fractional=fractional,
+        continuous=noise.is_continuous,
     )[start:]
     assert len(of_steps) > 0
     one = torch.ones(1, dtype=torch.float64)
-    alpha_bar = alpha_bar_at(schedule, of_steps)
+    alpha_bar = schedule.alpha_bar_at(of_steps)
     last = schedule.alpha_bar[:1] if sampler in END_AT_FIRST and not noise.set_alpha_to_one else one
     levels = Levels(alpha_bar, torch.cat([alpha_bar[1:], last]))
     if sampler in NEED_SIGNAL and alpha_bar[0] <= 0:
@@ -115,6 +135,8 @@ def compile_plan(
         M, r = ddpm(levels, noise.variance_type)
     elif sampler == "ddim":
         M = ddim(levels, eta)
+    elif sampler == "pndm":
+        M = pndm(levels, schedule.alpha_bar_at(middles(of_steps)))
     else:
         M = LINEAR_SOLVERS[sampler](levels)
     return make_plan(noise, schedule, timesteps_of_passes(sampler, of_steps), M, r=r, clip=clip)
@@ -142,48 +164,15 @@ def make_plan(
     clip: bool | None = None,
 ) -> Plan:
     """Make the plan of these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
-    alpha_bar = alpha_bar_at(schedule, timesteps)
-    inputs = None
-    if noise.is_consistency:
-        p, q = consistency_coefficients(noise, alpha_bar)
-        inputs = consistency_inputs(noise, alpha_bar)
-    else:
-        p, q = x0_coefficients(noise.prediction_type, alpha_bar)
+    alpha_bar, t = schedule.alpha_bar_at(timesteps), torch.tensor(timesteps, dtype=torch.float64)
+    at = parametrize(noise, alpha_bar, t)
+    inputs = torch.stack([at.scale, at.time], dim=1) if noise.is_continuous else None
     clips = noise.clip_sample if clip is None else clip
-    bound = torch.full_like(p, noise.clip_sample_range if clips else torch.inf)
-    r = torch.zeros_like(p) if r is None else r.expand(len(p))
-    lines = torch.stack([p, q, *M[:, 0, :4].unbind(1), bound, r], dim=1)
+    bound = torch.full_like(at.p, noise.clip_sample_range if clips else torch.inf)
+    r = torch.zeros_like(at.p) if r is None else r.expand(len(at.p))
+    lines = torch.stack([at.p, at.q, *M[:, 0, :4].unbind(1), bound, r], dim=1)
     more = M if M.shape[1] > 1 else None
-    return Plan(torch.tensor(timesteps, dtype=torch.float64), lines, alpha_bar, more, inputs)
-
-
-def alpha_bar_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Tensor:
-    """alpha_bar [S] at timesteps, between whole ones by a line in log sigma."""
-    t = torch.tensor(timesteps, dtype=torch.float64)
-    whole = t.long()
-    alpha_bar = schedule.alpha_bar[whole]
-    if bool((whole == t).all()):
-        return alpha_bar
-    log_sigmas = schedule.log_sigmas
-    between = torch.tensor([log_sigma_at(each, log_sigmas) for each in timesteps], dtype=torch.float64)
-    return torch.where(whole == t, alpha_bar, torch.sigmoid(-2 * between))
-
-
-def x0_coefficients(prediction_type: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q of x0 = p x_t + q out, each of alpha_bar's shape.
-
-    Raises ValueError where eps is predicted at a timestep without signal (a zero-SNR schedule).
-    """
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if prediction_type == "epsilon":
-        if bool((alpha_bar <= 0).any()):
-            raise ValueError("prediction_type epsilon cannot start from alpha_bar = 0: x0 is not defined there")
-        return 1 / signal, -noise / signal
-    if prediction_type == "sample":
-        return torch.zeros_like(signal), torch.ones_like(signal)
-    if prediction_type == "v_prediction":
-        return signal, -noise
-    raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
+    return Plan(t, lines, alpha_bar, more, inputs)
 
 
 def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) -> Tensor:

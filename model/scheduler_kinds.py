@@ -4,12 +4,54 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
+
+Family = Literal["betas", "consistency", "edm", "flow", "ve"]
+# By what the network predicts, how the noise levels are given: by betas, or as a formula of t.
+FAMILY_OF: Mapping[str, Family] = {
+    "epsilon": "betas",
+    "sample": "betas",
+    "v_prediction": "betas",
+    "consistency": "consistency",
+    "edm": "edm",
+    "edm_v_prediction": "edm",  # the same with the sign of out turned, as diffusers has it
+    "flow": "flow",
+    "score": "ve",
+}
+# The fields of NoiseConfig that the classes of a family have.
+_OF_BETAS = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+    "rescale_betas_zero_snr",
+)
+_OF_RAMP = ("sigma_min", "sigma_max", "sigma_data", "rho")
+FIELDS: Mapping[Family, tuple[str, ...]] = {
+    "betas": ("num_train_timesteps", *_OF_BETAS),
+    "consistency": ("num_train_timesteps", *_OF_RAMP, "clip_sample"),
+    "edm": ("num_train_timesteps", *_OF_RAMP, "sigma_schedule", "prediction_type"),
+    "flow": ("num_train_timesteps", "shift"),
+    "ve": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
+}
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _NO_FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
 _NO_SIGMAS = {"sigma_min": None, "sigma_max": None}
 _LINSPACE = {"timestep_spacing": "linspace"}
+_DPM_READS = {("solver_type", other): "midpoint" for other in ("logrho", "bh1", "bh2")}
+_DEIS_READS = {("algorithm_type", other): "deis" for other in ("dpmsolver", "dpmsolver++")} | {
+    ("solver_type", other): "logrho" for other in ("midpoint", "heun", "bh1", "bh2")
+}
+_UNIPC_READS = {("solver_type", other): "bh2" for other in ("midpoint", "heun", "logrho")}
 _DPM_SOLVER = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
@@ -22,12 +64,20 @@ _DPM_SOLVER = {
 }
 
 
-# These fields change no image. Those of thresholding and of flows matter only where these are on, which is refused.
+# These fields change no image. Those of thresholding, of flows, of a shift that depends on the size and of churn matter
+# only where these are on, which is refused.
 # tensor_format is of another tensor library. A solver's last step, to no noise, is of first order whatever they say.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
+    | {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "s_tmin", "s_tmax"}
 )
+# Those that only classes have that are not served: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
+OF_OTHER_CLASSES = frozenset(
+    {"original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "eta"}
+    | {"noise_sampler_seed", "s_min", "s_max", "beta_min", "beta_max", "set_alpha_to_zero", "snr_shift_scale"}
+)
+_OF_DDPM = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +94,37 @@ class SchedulerKind:
     """The names that the class has for fields that DDPMScheduler has under another name."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
+    reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """The values that it takes for others: (field, value) and what it makes of it. from_config leaves such behind."""
+    family: Family = "betas"
+    fields: tuple[str, ...] = ()
+    """The fields of NoiseConfig that it has, where they are not those of its family."""
+    predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
+    """The values of prediction_type that it has, and what each is here."""
 
+
+_EDM = {"prediction_type": "epsilon", "clip_sample": False}
+_OF_EDM = {"epsilon": "edm", "v_prediction": "edm_v_prediction"}
+_EDM_SOLVER = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+}
 
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),
     SchedulerKind("DDIMScheduler", "ddim"),
-    SchedulerKind("DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True),
+    SchedulerKind(
+        "DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True, reads=_DPM_READS
+    ),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
         "dpmpp_3m",
         {**_DPM_SOLVER, "solver_order": 3, "lower_order_final": True},
         {"solver_order": 2, **_LINSPACE},
         clips_by_threshold=True,
+        reads=_DPM_READS,
     ),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
@@ -63,6 +132,7 @@ KINDS = (
         {**_DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "dpmsolver++", **_LINSPACE},
         clips_by_threshold=True,
+        reads=_DPM_READS,
     ),
     SchedulerKind(
         "UniPCMultistepScheduler",
@@ -82,6 +152,7 @@ KINDS = (
         },
         _LINSPACE,
         clips_by_threshold=True,
+        reads=_UNIPC_READS,
     ),
     SchedulerKind(
         "DEISMultistepScheduler",
@@ -96,10 +167,12 @@ KINDS = (
         },
         _LINSPACE,
         clips_by_threshold=True,
+        reads=_DEIS_READS,
     ),
     SchedulerKind(
         "PNDMScheduler", "plms", {"skip_prk_steps": True}, {"skip_prk_steps": False, "set_alpha_to_one": False}
     ),
+    SchedulerKind("PNDMScheduler", "pndm", {"skip_prk_steps": False}, {"set_alpha_to_one": False}),
     SchedulerKind(
         "EulerDiscreteScheduler",
         "euler",
@@ -124,12 +197,76 @@ KINDS = (
         {"s_noise": 1.0},
         {"num_train_timesteps": 40, "prediction_type": "consistency"},
         {"clip_denoised": "clip_sample"},
+        family="consistency",
+    ),
+    SchedulerKind("EDMEulerScheduler", "euler", {"final_sigmas_type": "zero"}, _EDM, family="edm", predictions=_OF_EDM),
+    *(
+        SchedulerKind(
+            "EDMDPMSolverMultistepScheduler",
+            sampler,
+            {**_EDM_SOLVER, **other},
+            {**_EDM, **_EDM_SOLVER},
+            clips_by_threshold=True,
+            reads=_DPM_READS,
+            family="edm",
+            fields=(*FIELDS["edm"], "thresholding"),
+            predictions=_OF_EDM,
+        )
+        for sampler, other in (
+            ("dpmpp_2m", {}),
+            ("dpmpp_3m", {"solver_order": 3, "lower_order_final": True}),
+            ("dpmpp_2m_sde", {"algorithm_type": "sde-dpmsolver++"}),
+        )
+    ),
+    # Of a pull request (huggingface/diffusers 4481) that some published folders were written with.
+    SchedulerKind(
+        "KarrasEDMScheduler",
+        "heun",
+        {"prediction_type": "sample", "use_karras_sigmas": True, "s_churn": 0.0, "s_noise": 1.0},
+        {"num_train_timesteps": 40, "prediction_type": "sample", "clip_sample": False},
+        family="edm",
+        fields=(
+            "num_train_timesteps",
+            *_OF_RAMP,
+            "precondition_type",
+            "prediction_type",
+            "clip_sample",
+            "clip_sample_range",
+        ),
+        predictions={"sample": "edm"},
+    ),
+    SchedulerKind(
+        "FlowMatchEulerDiscreteScheduler",
+        "euler",
+        {
+            "use_dynamic_shifting": False,
+            **_NO_RAMP,
+            "shift_terminal": None,
+            "invert_sigmas": False,
+            "stochastic_sampling": False,
+        },
+        {"prediction_type": "flow", "clip_sample": False},
+        family="flow",
+    ),
+    SchedulerKind(
+        "ScoreSdeVeScheduler",
+        "ddpm",
+        {},
+        {
+            "num_train_timesteps": 2000,
+            "sigma_min": 0.01,
+            "sigma_max": 1348.0,
+            "prediction_type": "score",
+            "variance_type": "reverse_diffusion",
+            "clip_sample": False,
+        },
+        family="ve",
     ),
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
-KIND_OF_SAMPLER = {kind.sampler: kind for kind in KINDS}
+KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
 # diffusers' from_config keeps the fields of the class that a config was written for, and no class reads another's.
-FIELDS_OF_ANY = WITHOUT_EFFECT.union(*({*kind.must, *kind.other_names} for kind in KINDS))
+FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.other_names} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 
@@ -153,5 +290,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
     """The fields that must be as they are, up to the first that is not; null is the same as left out."""
-    values = {**kind.must, **kind.defaults, **{key: value for key, value in given.items() if value is not None}}
+    told = {key: value for key, value in given.items() if value is not None}
+    read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
+    values = {**kind.must, **kind.defaults, **told, **read}
     return list(takewhile(lambda name: values[name] == kind.must[name], kind.must))

@@ -1,6 +1,6 @@
 """The coefficients of each sampler: one small matrix a pass.
 
-(x', h1', h2', h3') = M (x, x0, x0_previous, z, h1, h2, h3), where x0 is what the network has just predicted,
+(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4), where x0 is what the network has just predicted,
 x0_previous what it predicted in the pass before, z fresh noise, and the registers h are whatever a solver keeps beside.
 A solver without registers has the first row of M alone: a, b, c, s.
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tminus.model.noise import posterior_between
 
-X, X0, X0_PREVIOUS, Z, H1, H2, H3 = range(7)  # columns of M; the registers are rows 1 to 3
-NUM_INPUTS, MAX_REGISTERS = 7, 3
+X, X0, X0_PREVIOUS, Z, H1, H2, H3, H4 = range(8)  # columns of M; the registers are rows 1 to 4
+NUM_INPUTS, MAX_REGISTERS = 8, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
     """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2): M, and r of the standard deviation s exp(r v).
 
     The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
-    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
+    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is that
+    of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 47).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
@@ -86,6 +87,8 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
         s = variance.sqrt()
     elif variance_type == "fixed_large":
         s = beta.sqrt()
+    elif variance_type == "reverse_diffusion":
+        s = levels.alpha_next * (1 / levels.alpha_bar - 1 / levels.alpha_bar_next).sqrt()
     else:
         s = (beta * variance) ** 0.25
         r = (beta.log() - variance.log()) / 4
@@ -214,7 +217,8 @@ def _eps(levels: Levels) -> tuple[Tensor, Tensor]:
     return 1 / levels.sigma, -levels.alpha / levels.sigma
 
 
-ADAMS_BASHFORTH = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # by order
+# By the number of earlier eps.
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms(levels: Levels) -> Tensor:
@@ -223,9 +227,7 @@ def plms(levels: Levels) -> Tensor:
     h1, h2, h3 hold the earlier eps. Its second pass repeats the first step with the mean of the eps at both ends.
     """
     steps = len(levels.alpha_bar)
-    gain = levels.alpha_next / levels.alpha  # x' = gain x + move eps
-    move = levels.sigma_next - gain * levels.sigma
-    of_x, of_x0 = _eps(levels)
+    (gain, move), (of_x, of_x0) = _transfer(levels), _eps(levels)
     M = matrices(steps + 1 if steps > 1 else 1, registers=3)
     for row, start, weight in ((0, gain[0], move[0]), (1, 0.0, 1.0), (2, gain[0], move[0] / 2)):
         M[0, row, X], M[0, row, X0] = start + weight * of_x[0], weight * of_x0[0]
@@ -234,13 +236,54 @@ def plms(levels: Levels) -> Tensor:
     # The second pass: h2 has the first step with half of its eps, and the other half comes from here.
     M[1, 0, X], M[1, 0, X0] = move[0] / 2 * of_x[1], move[0] / 2 * of_x0[1]
     M[1, 0, H2] = M[1, 1, H1] = 1
-    # From here on pass k + 1 takes step k.
-    weights = torch.tensor([(*ADAMS_BASHFORTH[min(k, 3) - 1], 0, 0)[:4] for k in range(1, steps)], dtype=torch.float64)
-    near, *far = move[1:, None].mul(weights).T
-    M[2:, 0, X], M[2:, 0, X0] = gain[1:] + near * of_x[1:], near * of_x0[1:]
-    M[2:, 0, H1:] = torch.stack(far, dim=1)
-    M[2:, 1, X], M[2:, 1, X0] = of_x[1:], of_x0[1:]
-    M[2:, 2, H1] = M[2:, 3, H2] = 1
+    M[2:] = _adams_bashforth(levels, 1)  # pass k + 1 takes step k
+    return M
+
+
+def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
+    """PNDM (Liu et al. 2022, algorithm 2): Runge-Kutta steps (eq. 13), then Adams-Bashforth of order 4, all in eps.
+
+    alpha_bar_middle [K]: in the middle of each of the K Runge-Kutta steps, three or none, see `middles`. h1, h2, h3
+    hold the eps at the starts of earlier steps, the latest first. h4 holds the x that a Runge-Kutta step starts from,
+    and after its third pass the end of the step without the last eps.
+    """
+    K = len(alpha_bar_middle)
+    to_middle = Levels(levels.alpha_bar[:K], alpha_bar_middle)
+    from_middle = Levels(alpha_bar_middle, levels.alpha_bar_next[:K])
+    (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
+    at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)  # of x and x0
+    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # each by what it is made of
+    passes: list[Tensor] = []
+    for k in range(K):
+        eps_1, eps_3, eps_4 = (of_x * x + of_x0 * x0 for of_x, of_x0 in (at_step[k], at_middle[k], at_step[k + 1]))
+        eps_2 = eps_3  # by the same formula, a pass earlier
+        passes.append(torch.stack([half_gain[k] * x + half_move[k] * eps_1, eps_1, h1, h2, x]))
+        passes.append(torch.stack([half_gain[k] * h4 + half_move[k] * eps_2, h1, h2, h3, h4]))
+        eps_2 = (x - half_gain[k] * h4) / half_move[k]
+        whole = gain[k] * h4 + move[k] / 6 * (h1 + 2 * eps_2 + 2 * eps_3)
+        passes.append(torch.stack([gain[k] * h4 + move[k] * eps_3, h1, h2, h3, whole]))
+        passes.append(torch.stack([h4 + move[k] / 6 * eps_4, h1, h2, h3, 0 * h4]))
+    rest = F.pad(_adams_bashforth(levels, K), (0, 1, 0, 1))
+    return torch.cat([torch.stack(passes), rest]) if passes else rest
+
+
+def _transfer(levels: Levels) -> tuple[Tensor, Tensor]:
+    """The gain and the move of x' = gain x + move eps (Liu et al. 2022, eq. 11): DDIM's step, with any eps."""
+    gain = levels.alpha_next / levels.alpha
+    return gain, levels.sigma_next - gain * levels.sigma
+
+
+def _adams_bashforth(levels: Levels, start: int) -> Tensor:
+    """M of the steps from `start` on, which keep up to three earlier eps in h1, h2, h3: one for each step before."""
+    steps = len(levels.alpha_bar)
+    M = matrices(steps - start, registers=3)
+    weights = [(*ADAMS_BASHFORTH[min(k, 3)], 0, 0, 0)[:4] for k in range(start, steps)]
+    (gain, move), (of_x, of_x0) = _transfer(levels), _eps(levels)
+    near, *far = move[start:, None].mul(torch.tensor(weights, dtype=torch.float64)).T
+    M[:, 0, X], M[:, 0, X0] = gain[start:] + near * of_x[start:], near * of_x0[start:]
+    M[:, 0, H1:] = torch.stack(far, dim=1)
+    M[:, 1, X], M[:, 1, X0] = of_x[start:], of_x0[start:]
+    M[:, 2, H1] = M[:, 3, H2] = 1
     return M
 
 
@@ -271,4 +314,4 @@ LINEAR_SOLVERS: Mapping[str, Callable[[Levels], Tensor]] = {
     "euler": ddim,
     "heun": heun,
 }
-NEED_SIGNAL = frozenset({"plms", "heun"})  # their first step is not defined at alpha_bar = 0
+NEED_SIGNAL = frozenset({"plms", "pndm", "heun"})  # their first step is not defined at alpha_bar = 0

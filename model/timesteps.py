@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def make_timesteps(
     log_sigmas: Sequence[float] | None = None,
     *,
     fractional: bool = False,
+    continuous: bool = False,
 ) -> list[float]:
     """Choose `steps` of the T timesteps, falling. leading, trailing, linspace as in Lin et al. 2024, table 2.
 
@@ -32,7 +34,8 @@ def make_timesteps(
     alpha_bar) of t = 0..T-1, ascending. It takes no offset, which only leading has.
 
     fractional says that the network takes timesteps between whole ones; a sampler that visits those gets them unrounded
-    where the spacing is linspace or karras.
+    where the spacing is linspace or karras. continuous says that noise levels are a formula of t, as those of EDM and
+    of flow matching: every sampler gets such timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
 
     A multistep solver ends in a jump from its last timestep to no noise at all, so leading and linspace spread
     steps + 1 points and leave out the cleanest. These three give diffusers' timesteps, except that there are always
@@ -45,7 +48,7 @@ def make_timesteps(
     most = facts.max_steps(num_timesteps)
     if not 1 <= steps <= most:
         raise ValueError(f"steps must be 1..{most}{'' if most == num_timesteps else f' for {sampler}'}, got {steps}")
-    exact = fractional and facts.fractional
+    exact = continuous or (fractional and facts.fractional)
     if spacing == "karras":
         if log_sigmas is None or len(log_sigmas) != num_timesteps:
             got = None if log_sigmas is None else len(log_sigmas)
@@ -62,6 +65,8 @@ def make_timesteps(
         t = [k * (num_timesteps // points) for k in range(points)]
         room = min(offset, num_timesteps - 1 - int(t[-1]))
         t = [k + room for k in t]
+    elif spacing == "linspace" and continuous:
+        t = np.linspace(0, num_timesteps - 1, steps).tolist() if steps > 1 else [float(num_timesteps - 1)]
     elif spacing == "linspace":
         # numpy's ends at exactly T - 1, where (points - 1) * stride passes it by rounding for some step counts.
         even = np.linspace(0, num_timesteps - 1, points)
@@ -72,13 +77,31 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """The timestep of each pass through the network, from those of the steps, falling: heun and plms revisit some."""
+    """The timestep of each pass through the network, from those of the steps, falling.
+
+    heun and plms revisit some. A Runge-Kutta step of pndm takes four passes: at its start, twice in its middle, and at
+    its end.
+    """
     facts = SAMPLER_FACTS[sampler]
     if len(timesteps) < 2:
         return list(timesteps)
     if facts.passes_per_step == 2:
         return [timesteps[0], *(t for t in timesteps[1:] for _ in range(2))]
+    if sampler == "pndm":
+        middle = middles(timesteps)
+        steps = zip(timesteps, middle, middle, timesteps[1:], strict=False)
+        return [*chain.from_iterable(steps), *timesteps[len(middle) :]]
     return [timesteps[0], *[timesteps[1]] * facts.passes_to_start, *timesteps[1:]]
+
+
+def middles(timesteps: Sequence[float]) -> list[float]:
+    """The whole timestep in the middle of each of pndm's Runge-Kutta steps, the cleaner one of two.
+
+    Where one would end at the cleanest timestep there are none: an error in x_0 is divided by sigma there to be one in
+    eps, and multiplied by the sigma that the step comes from.
+    """
+    count = SAMPLER_FACTS["pndm"].steps_to_start
+    return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
 
 
 def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:

@@ -1,12 +1,13 @@
 """Trajectories: what each stochastic pass drew from, and how likely its outcome was. NumPy alone, no torch.
 
 A pass that adds noise draws x' from N(mean, s^2), each value by itself. The mean is the update rule of samplers.py
-without its noise, a x + b x0 + c x0_previous and what registers add; s is the factor of the noise, s exp(r v) where the
-network learned its variance. All of it follows from the plan, x_t and the predictions x0, so float64 is exact here
-whatever the precision in which the rows were stepped.
+without its noise, a x + b x0 + c x0_previous, and a term more with a table that looks back twice. s is the factor of
+the noise, s exp(r v) where the network learned its variance. All of it follows from the plan, x_t and the predictions
+x0, so float64 is exact here whatever the precision in which the rows were stepped.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,11 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
-# Columns of a line, p, q, a, b, c, s, clip, r, and of M: see Plan in samplers.py and the columns in solvers.py.
-A, S, R, Z = 2, 5, 7, 3
+# Columns of a line, p, q, a, b, c, s, clip, r, and the register of M: see Plan in samplers.py and table_plan there.
+A, B, C, S, R = 2, 3, 4, 5, 7
+X0_PREVIOUS, H = 2, 4
 
 # Of ddim, for a log p that says something. Below, s comes near the rounding of x in float32: at 1e-4 log p is off by
 # 0.01 nats a value, at 1e-6 by 3.
@@ -46,74 +49,107 @@ class PlanNumbers:
         """Whether s differs by value: the network learned its variance, and the sampler uses it."""
         return bool(self.lines[:, R].any())
 
+    def of_register(self, k: int) -> float:
+        """The factor, in the mean of pass k, of the register: what x0 was two passes before. 0 without registers."""
+        if self.matrices is None:
+            return 0.0
+        registers = self.matrices[:, 1:]
+        assert registers.shape[1] == 1, "no sampler with noise has more"
+        assert np.array_equal(registers[:, 0], np.eye(1, registers.shape[2], X0_PREVIOUS).repeat(len(registers), 0))
+        return float(self.matrices[k, 0, H])
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which passes of a trajectory are in it. All of them are numbers in rising order.
+
+    passes: from 0. points: of each x_t how many passes come before it; a pass begins at one point and ends at the next.
+    predictions: the passes whose x_0 are in it, which are these and those that their means look back to.
+    """
+
+    passes: tuple[int, ...]
+    points: tuple[int, ...]
+    predictions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, passes: Sequence[int], num_passes: int, looks_back: int) -> "Selection":
+        """Select these of so many passes. looks_back: how many predictions before its own a mean may depend on.
+
+        Raises ValueError, which says the bound, where they are none, not in rising order, or not in 0..num_passes - 1.
+        """
+        if not passes or not all(a < b for a, b in zip((-1, *passes), (*passes, num_passes), strict=True)):
+            raise ValueError(f"one or more numbers of passes in 0..{num_passes - 1}, each greater than the one before")
+        seen = {each - back for each in passes for back in range(looks_back + 1)}
+        points = {point for each in passes for point in (each, each + 1)}
+        return cls(tuple(passes), tuple(sorted(points)), tuple(sorted(each for each in seen if each >= 0)))
+
+    @classmethod
+    def whole(cls, num_passes: int) -> "Selection":
+        """Select all passes."""
+        return cls.of(range(num_passes), num_passes, 0)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """n rows from x_T to x_0.
+    """n rows from x_T to x_0, in float32 or float16.
 
-    x_t [P + 1, n, C, H, W]: before the first pass, and after each. x_0 [P, n, C, H, W]: what the network predicted in
-    each pass, guided and clipped as the plan says. v [P, n, C, H, W]: of a learned variance.
+    x_t [points, n, C, H, W]. x_0 [predictions, n, C, H, W]: what the network predicted, guided and clipped as the plan
+    says. v float32 [predictions, n, C, H, W]: of a learned variance. selection: None where all passes are in it, with
+    P + 1 points and P predictions.
     """
 
     plan: PlanNumbers
-    x_t: Float32
-    x_0: Float32
+    x_t: Floats
+    x_0: Floats
     v: Float32 | None = None
+    selection: Selection | None = None
+
+    @property
+    def selected(self) -> Selection:
+        """Which passes are in it."""
+        return self.selection or Selection.whole(len(self.plan.lines))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transitions:
-    """What the K passes that add noise drew from; a pass without noise has no density, and is not here.
+    """What the K passes of a trajectory that add noise drew from; a pass without noise has no density, and is not here.
 
-    passes [K]; mean [K, n, C, H, W]; s [K, 1, 1, 1, 1] in float64, or of a learned variance [K, n, C, H, W];
-    log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
+    passes [K]; mean [K, n, C, H, W], in the type of x_t; s [K, 1, 1, 1, 1] in float64, or of a learned variance
+    [K, n, C, H, W]; log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
     """
 
     passes: npt.NDArray[np.int64]
-    mean: Float32
+    mean: Floats
     s: Float32 | Float64
     log_p: Float64
 
 
 def transitions(trajectory: Trajectory) -> Transitions:
     """Compute mean, s and log p of every pass that adds noise, in float64; mean is rounded once log p is known."""
-    plan, x_t, x_0 = trajectory.plan, trajectory.x_t, trajectory.x_0
-    passes, row = plan.noisy, x_0.shape[1:]
-    mean = np.empty((len(passes), *row), np.float32)
+    plan, selected, row = trajectory.plan, trajectory.selected, trajectory.x_0.shape[1:]
+    passes = np.intersect1d(plan.noisy, selected.passes)
+    mean = np.empty((len(passes), *row), trajectory.x_t.dtype)
     s = np.empty((len(passes), *row), np.float32) if plan.learned else plan.lines[passes, S].reshape(-1, 1, 1, 1, 1)
     log_p = np.empty((len(passes), row[0]))
-    M = plan.lines[:, None, A : S + 1] if plan.matrices is None else plan.matrices
-    assert not M[:, 1:, Z].any(), "no sampler keeps noise in a register"
-    x0_previous, registers = np.zeros(row), np.zeros((M.shape[1] - 1, *row))
-    at = 0
-    for k in range(int(passes[-1]) + 1 if len(passes) else 0):
-        x, x0 = x_t[k].astype(np.float64), x_0[k].astype(np.float64)
-        after = _combine(M[k], (x, x0, x0_previous, None, *registers))
-        if passes[at] == k:
-            spread: Float64 = plan.lines[k, S : S + 1]
-            if plan.learned:
-                assert trajectory.v is not None
-                spread = spread * np.exp(plan.lines[k, R] * trajectory.v[k].astype(np.float64))
-                s[at] = spread
-            log_p[at] = log_density(x_t[k + 1], after[0], spread)
-            mean[at] = after[0]
-            at += 1
-        x0_previous, registers = x0, after[1:]
+    point, prediction = ({k: at for at, k in enumerate(each)} for each in (selected.points, selected.predictions))
+    for at, k in enumerate(passes.tolist()):
+        a, b, c = plan.lines[k, [A, B, C]]
+        around = a * trajectory.x_t[point[k]].astype(np.float64) + b * trajectory.x_0[prediction[k]].astype(np.float64)
+        for back, factor in ((1, c), (2, plan.of_register(k))):
+            if factor and k >= back:
+                around += factor * trajectory.x_0[prediction[k - back]].astype(np.float64)
+        spread: Float64 = plan.lines[k, S : S + 1]
+        if plan.learned:
+            assert trajectory.v is not None
+            spread = spread * np.exp(plan.lines[k, R] * trajectory.v[prediction[k]].astype(np.float64))
+            s[at] = spread
+        log_p[at] = log_density(trajectory.x_t[point[k + 1]], around, spread)
+        mean[at] = around
     return Transitions(passes, mean, s, log_p)
 
 
-def log_density(x: Float32 | Float64, mean: Float64, s: Float64) -> Float64:
+def log_density(x: Floats | Float64, mean: Float64, s: Float64) -> Float64:
     """Sum log N(x; mean, s^2) over all dimensions but the first: x, mean [n, ...], s that broadcasts -> [n]."""
     each = ((x - mean) / s) ** 2 / -2 - np.log(s) - math.log(2 * math.pi) / 2
     total: Float64 = each.reshape(len(each), -1).sum(1)
-    return total
-
-
-def _combine(M: Float64, state: tuple[Float64 | None, ...]) -> Float64:
-    """M [1 + R, 4 + R] times the state of 4 + R [n, C, H, W], without noise -> [1 + R, n, C, H, W]."""
-    total: Float64 | float = 0.0
-    for column, values in enumerate(state):
-        if values is not None:
-            total = total + M[:, column].reshape(-1, 1, 1, 1, 1) * values
-    assert isinstance(total, np.ndarray)
     return total

@@ -17,11 +17,15 @@ from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
     Downsample,
+    FourierFeatures,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    average_down,
+    nearest_up,
     sinusoidal_embedding,
 )
+from tminus.model.skip_blocks import IMAGE_CHANNELS, WIDTH_MULTIPLE, SkipDownBlock, SkipUpBlock, groups_of
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +38,11 @@ OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # of networks that have no others
 # Fields that are not of UNet2DModel, and the values by which a network is one.
-OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
+OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0, "unit_input": False}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+SKIP_UP_BLOCKS = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,8 @@ class UNetConfig(NetConfig):
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
+    """None only of a network of Skip blocks, see `groups`."""
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -78,22 +85,30 @@ class UNetConfig(NetConfig):
     """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
     timestep_scale: float = 1.0
     """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
+    unit_input: bool = False
+    """Whether it was trained on images in [0, 1], so that what it is given, in [-1, 1], is (x + 1) / 2 to it."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
-        self.require_counts("layers_per_block", "norm_num_groups")
+        self.require_counts("layers_per_block", *(() if self.has_skip_blocks else ("norm_num_groups",)))
         self.require_optional_counts("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
-        self.require_optional_counts("num_heads", "time_proj_dim")
+        self.require_optional_counts("norm_num_groups", "num_heads", "time_proj_dim")
         self.require_lists("block_out_channels")
         self.require_positive_numbers("timestep_scale", "norm_eps", "mid_block_scale_factor")
         self.require_numbers("dropout", "freq_shift")
-        require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups
+        require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups or 1
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
-        for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            self.require_names(field, len(widths), *known)
+        down, up = (SKIP_DOWN_BLOCKS, SKIP_UP_BLOCKS) if self.has_skip_blocks else (DOWN_BLOCKS, UP_BLOCKS)
+        self.require_names("down_block_types", len(widths), *down)
+        self.require_names("up_block_types", len(widths), *up)
+        if self.has_skip_blocks:
+            bound = f"multiples of {WIDTH_MULTIPLE} with Skip blocks"
+            require(all(w % WIDTH_MULTIPLE == 0 for w in widths), "block_out_channels", bound)
+            for field in ("in_channels", "out_channels"):
+                require(getattr(self, field) == IMAGE_CHANNELS, field, f"{IMAGE_CHANNELS} with Skip blocks")
         require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
-        self.require_among("time_embedding_type", "positional", "learned")
+        self.require_among("time_embedding_type", "positional", "fourier", "learned")
         if self.time_embedding_type == "learned":
             self.require_counts("num_train_timesteps")
         self.require_among("downsample_type", "conv", "resnet")
@@ -134,9 +149,21 @@ class UNetConfig(NetConfig):
         return total
 
     @property
+    def has_skip_blocks(self) -> bool:
+        """Whether it has the blocks of skip_blocks.py."""
+        lists = (self.down_block_types, self.up_block_types)
+        named = (name for names in lists if isinstance(names, tuple) for name in names)
+        return any(name in SKIP_DOWN_BLOCKS + SKIP_UP_BLOCKS for name in named)
+
+    def groups(self, channels: int) -> int:
+        """The groups of a group norm over so many channels, outside of Skip blocks."""
+        return self.norm_num_groups or groups_of(channels)
+
+    @property
     def time_width(self) -> int:
         """The width of the timestep's sines and cosines."""
-        return self.time_proj_dim or self.block_out_channels[0]
+        width = self.time_proj_dim or self.block_out_channels[0]
+        return 2 * width if self.time_embedding_type == "fourier" else width
 
     @property
     def temb_dim(self) -> int:
@@ -201,7 +228,8 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, **kwargs: A
         in_channels,
         out_channels,
         config.temb_dim,
-        groups=config.norm_num_groups,
+        groups=config.groups(in_channels),
+        groups_out=config.groups(out_channels),
         eps=config.norm_eps,
         act=config.act_fn,
         dropout=config.dropout,
@@ -211,7 +239,7 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, **kwargs: A
 
 
 def _attentions(config: UNetConfig, channels: int, count: int) -> nn.ModuleList:
-    width, groups, eps = config.head_width(channels), config.norm_num_groups, config.norm_eps
+    width, groups, eps = config.head_width(channels), config.groups(channels), config.norm_eps
     return nn.ModuleList(Attention(channels, width, groups=groups, eps=eps) for _ in range(count))
 
 
@@ -227,8 +255,8 @@ class DownBlock(nn.Module):
         by_resnet = kind == "ResnetDownsampleBlock2D" or (attends and config.downsample_type == "resnet")
         self.downsamplers: nn.ModuleList | None = None
         if not last:
-            down = _resnet(config, out, out, down=True) if by_resnet else Downsample(out, config.downsample_padding)
-            self.downsamplers = nn.ModuleList([down])
+            by_conv = None if by_resnet else Downsample(out, config.downsample_padding)
+            self.downsamplers = nn.ModuleList([by_conv or _resnet(config, out, out, resample=average_down)])
 
     def forward(self, h: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -251,7 +279,7 @@ class MidBlock(nn.Module):
         channels, scale = config.block_out_channels[-1], float(config.mid_block_scale_factor)
         groups = config.attn_norm_num_groups
         if groups is None and config.resnet_time_scale_shift != "scale_shift":
-            groups = config.norm_num_groups
+            groups = config.groups(channels)
         self.resnets = nn.ModuleList(_resnet(config, channels, channels, output_scale_factor=scale) for _ in range(2))
         self.attentions: nn.ModuleList | None = None
         if config.add_attention:
@@ -282,7 +310,8 @@ class UpBlock(nn.Module):
         by_resnet = kind == "ResnetUpsampleBlock2D" or (attends and config.upsample_type == "resnet")
         self.upsamplers: nn.ModuleList | None = None
         if not last:
-            self.upsamplers = nn.ModuleList([_resnet(config, out, out, up=True) if by_resnet else Upsample(out)])
+            by_conv = None if by_resnet else Upsample(out)
+            self.upsamplers = nn.ModuleList([by_conv or _resnet(config, out, out, resample=nearest_up)])
 
     def forward(self, h: Tensor, skips: list[Tensor], act_temb: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
@@ -292,6 +321,18 @@ class UpBlock(nn.Module):
         if self.upsamplers is not None:
             h = _resample(self.upsamplers[0], h, act_temb)
         return h
+
+
+def _down_block(kind: str, config: UNetConfig, in_channels: int, out: int, last: bool) -> nn.Module:
+    if kind in SKIP_DOWN_BLOCKS:
+        return SkipDownBlock(kind == "AttnSkipDownBlock2D", config, in_channels, out, last)
+    return DownBlock(kind, config, in_channels, out, last)
+
+
+def _up_block(kind: str, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> nn.Module:
+    if kind in SKIP_UP_BLOCKS:
+        return SkipUpBlock(kind == "AttnSkipUpBlock2D", config, prev, skip_last, out, last)
+    return UpBlock(kind, config, prev, skip_last, out, last)
 
 
 def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
@@ -311,9 +352,13 @@ def _embedding(count: int, width: int) -> nn.Embedding:
     return embedding
 
 
-def _embed_time(config: UNetConfig, table: nn.Embedding | None, mlp: TimestepEmbedding, t: Tensor) -> Tensor:
-    if table is not None:
-        embedding = table(t.long())
+def _embed_time(
+    config: UNetConfig, own: nn.Embedding | FourierFeatures | None, mlp: TimestepEmbedding, t: Tensor
+) -> Tensor:
+    if isinstance(own, nn.Embedding):
+        embedding = own(t.long())
+    elif own is not None:
+        embedding = own(t * config.timestep_scale)
     else:
         embedding = sinusoidal_embedding(
             t * config.timestep_scale,
@@ -336,9 +381,11 @@ class UNet2D(Denoiser):
         widths = config.block_out_channels
         self.act = ACTIVATIONS[config.act_fn]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_proj: nn.Embedding | None = None
+        self.time_proj: nn.Embedding | FourierFeatures | None = None
         if config.time_embedding_type == "learned":
             self.time_proj = _embedding(config.num_train_timesteps or 0, config.time_width)
+        elif config.time_embedding_type == "fourier":
+            self.time_proj = FourierFeatures(config.time_width // 2)
         self.time_embedding = TimestepEmbedding(config.time_width, config.temb_dim)
         self.class_embedding: nn.Embedding | None = None
         if config.num_class_embeds is not None:
@@ -346,22 +393,22 @@ class UNet2D(Denoiser):
 
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
-            DownBlock(kind, config, widths[max(i - 1, 0)], widths[i], last=i == last)
+            _down_block(kind, config, widths[max(i - 1, 0)], widths[i], last=i == last)
             for i, kind in enumerate(config.down_block_types)
         )
         self.mid_block = MidBlock(config) if config.mid_block_type is not None else None
         up = widths[::-1]
         self.up_blocks = nn.ModuleList(
-            UpBlock(kind, config, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], last=i == last)
+            _up_block(kind, config, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], last=i == last)
             for i, kind in enumerate(config.up_block_types)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = nn.GroupNorm(config.groups(widths[0]), widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @property
     def fractional(self) -> bool:
         """A learned embedding has whole timesteps only."""
-        return self.time_proj is None
+        return not isinstance(self.time_proj, nn.Embedding)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
         return partial(_embed_time, self.config, self.time_proj, self.time_embedding)
@@ -369,17 +416,26 @@ class UNet2D(Denoiser):
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         if self.config.center_input_sample:
             x = 2 * x - 1
+        if self.config.unit_input:
+            x = (x + 1) / 2
         h: Tensor = self.conv_in(x)
-        skips = [h]
+        skips, image = [h], x  # the image is Skip blocks'
         for block in self.down_blocks:
-            h, block_skips = block(h, act_temb)
+            if isinstance(block, SkipDownBlock):
+                h, block_skips, image = block(h, act_temb, image)
+            else:
+                h, block_skips = block(h, act_temb)
             skips += block_skips
         if self.mid_block is not None:
             h = self.mid_block(h, act_temb)
+        added: Tensor | None = None
         for block in self.up_blocks:
-            h = block(h, skips, act_temb)
+            if isinstance(block, SkipUpBlock):
+                h, added = block(h, skips, act_temb, added)
+            else:
+                h = block(h, skips, act_temb)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return out
+        return out if added is None else out + added
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, with present attention names. No value is looked at.
+    """Read the weights of a U-Net folder, whole or in shards, with diffusers' present names. No value is looked at.
 
     Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
     """
@@ -40,7 +40,7 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
     for file in files:
         state.update(_read_tensors(file))
     _check_tensors(unet_folder, state)
-    return rename_attention(state)
+    return present_names(state)
 
 
 def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
@@ -126,13 +126,16 @@ def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+OLD_FOURIER = "time_proj.W"
 _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def rename_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give attention weights from before 2023 (query, key, value, proj_attn) their present names."""
+def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give attention weights from before 2023 (query, key, value, proj_attn), and Fourier features, present names."""
     renamed = {}
     for key, value in state.items():
+        if key == OLD_FOURIER:  # it was written under both names
+            key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
         renamed[key] = value

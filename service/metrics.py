@@ -4,10 +4,13 @@ Each app has a registry of its own; there are no globals.
 """
 
 import math
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from prometheus_client import (
+    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -20,9 +23,11 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from tminus.service.model_info import ModelInfo
+from tminus.service.tracing import exemplar as exemplar_here
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter and histogram, which nobody asks for
 
@@ -31,6 +36,7 @@ REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30
 ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+EXEMPLAR_S = 60.0  # for so long the slowest observation of a bucket is its exemplar, whatever comes after it
 BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
 ERRORS = ("500", "507")  # statuses that are the server's own fault
 LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
@@ -39,7 +45,7 @@ LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
 class Metrics:
     """Owns the registry. Methods are named for what happened, and may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -47,6 +53,9 @@ class Metrics:
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"tminus_{name}", text, labels, buckets=(*buckets, math.inf), registry=registry)
+
+        def latency(name: str, text: str, *labels: str) -> _Latency:
+            return _Latency(histogram(name, text, REQUEST_BUCKETS, *labels), clock)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"tminus_{name}", text, labels, registry=registry)
@@ -61,18 +70,12 @@ class Metrics:
             "sampler",
             "named",
         )
-        self._request = histogram(
-            "request_duration_seconds",
-            "From the request's head to the response's end",
-            REQUEST_BUCKETS,
-            "route",
-            "status",
+        self._request = latency(
+            "request_duration_seconds", "From the request's head to the response's end", "route", "status"
         )
         self._errors = counter("errors_total", "Requests answered by an error of the server's own", "status")
-        self._queue = histogram("queue_wait_seconds", "From acceptance to the start of the first step", REQUEST_BUCKETS)
-        self._first_step = histogram(
-            "time_to_first_step_seconds", "From acceptance to the end of the first step", REQUEST_BUCKETS
-        )
+        self._queue = latency("queue_wait_seconds", "From acceptance to the start of the first step")
+        self._first_step = latency("time_to_first_step_seconds", "From acceptance to the end of the first step")
         self._images = counter("images_total", "Images finished", "model")
         self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
         self._charged = counter("key_row_steps_total", "Row-steps of accepted jobs, by the name of a key", "key")
@@ -156,6 +159,8 @@ class Metrics:
         rows_active: Callable[[], int],
         rows_waiting: Callable[[], int],
         backlog_s: Callable[[], float],
+        background_rows: Callable[[], int],
+        background_backlog_s: Callable[[], float],
         device_memory_bytes: Callable[[], int | None],
         keys_up: Callable[[], bool],
         store_up: Callable[[], bool],
@@ -174,7 +179,9 @@ class Metrics:
             "tasks": ("Tasks of the event loop", tasks),
             "rows_active": ("Rows in the last tick", rows_active),
             "rows_waiting": ("Rows accepted that were not in the last tick", rows_waiting),
-            "backlog_seconds": ("Predicted seconds of accepted work", backlog_s),
+            "backlog_seconds": ("Predicted seconds of accepted work, but for background jobs", backlog_s),
+            "background_rows": ("Rows of background jobs, accepted and not finished", background_rows),
+            "background_backlog_seconds": ("Predicted seconds of the work of background jobs", background_backlog_s),
             "keys_up": ("1 while the keys in force are what their file says, else 0", keys_up),
             "store_up": ("1 while the store of durable jobs can be written to, else 0", store_up),
             "streams_open": ("WebSockets and event streams that are open", streams_open),
@@ -194,10 +201,10 @@ class Metrics:
         for sampler, count in row_steps.items():
             self._row_steps.labels(model, sampler).inc(count)
 
-    def job_started(self, *, queue_s: float, first_step_s: float) -> None:
-        """Record that a job has taken its first step."""
-        self._queue.observe(queue_s)
-        self._first_step.observe(first_step_s)
+    def job_started(self, *, queue_s: float, first_step_s: float, exemplar: Mapping[str, str]) -> None:
+        """Record that a job has taken its first step. exemplar: the labels that name its request."""
+        self._queue.observe(queue_s, exemplar)
+        self._first_step.observe(first_step_s, exemplar)
 
     def job_done(self, model: str, images: int) -> None:
         """Record that a job of a model has all its images."""
@@ -262,14 +269,42 @@ class Metrics:
         self._coding.labels(direction).observe(seconds)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """Record that a request was answered."""
-        self._request.labels(route, str(status)).observe(seconds)
+        """Record that a request was answered, in the task that answered it."""
+        self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
             self._errors.labels(str(status)).inc()
 
-    def render(self) -> bytes:
-        """Write all metrics in the Prometheus text format."""
-        return generate_latest(self.registry)
+    def render(self, *, as_openmetrics: bool = False) -> tuple[bytes, str]:
+        """Write all metrics in the Prometheus text format or as OpenMetrics, which alone has exemplars.
+
+        The second value is the media type.
+        """
+        if as_openmetrics:
+            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return text, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+class _Latency:
+    """A histogram that names slow requests: the exemplar of a bucket is the slowest observation of late.
+
+    prometheus_client keeps the last exemplar that it is given, and the last request is hardly ever the one to look at.
+    """
+
+    def __init__(self, histogram: Histogram, clock: Callable[[], float]) -> None:
+        self._histogram, self._clock = histogram, clock
+        self._slowest: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}  # seconds, and when it was observed
+
+    def observe(self, seconds: float, exemplar: Mapping[str, str], *labels: str) -> None:
+        """Count an observation. exemplar: the labels that name its request; none where it has none."""
+        series = self._histogram.labels(*labels) if labels else self._histogram
+        bucket, now_s = (labels, bisect_left(REQUEST_BUCKETS, seconds)), self._clock()
+        slowest, since_s = self._slowest.get(bucket, (-math.inf, -math.inf))
+        if exemplar and (seconds > slowest or now_s - since_s > EXEMPLAR_S):
+            self._slowest[bucket] = (seconds, now_s)
+            series.observe(seconds, dict(exemplar))
+        else:
+            series.observe(seconds)
 
 
 class _WaitingInStore(Collector):

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tminus.model.catalogue import Recommended
+from tminus.model.pixels import shown_channels
 from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
+
+USUAL_MAX_N = 64  # images in one request, unless a setting says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class ModelInfo:
     height_px: int
     width_px: int
     channels: int
+    alpha: bool  # whether the last of four channels is alpha
     latent: "LatentInfo | None"  # of a latent model; None where the network sees pixels
     num_timesteps: int
     beta_schedule: str
@@ -40,6 +44,7 @@ class ModelInfo:
     steps_offset: int
     log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
     fractional: bool  # whether the network takes timesteps between whole ones
+    continuous: bool  # whether noise levels are a formula of t: every sampler takes such timesteps then
     clip: bool
     samplers: tuple[str, ...]
     tables: tuple[Table, ...]  # of the samplers that have some
@@ -58,6 +63,16 @@ class ModelInfo:
     precision: str
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
+
+    @property
+    def shown_channels(self) -> int:
+        """How many of an image's first channels a picture of it shows."""
+        return shown_channels(self.channels, alpha=self.alpha)
+
+    @property
+    def fits_pictures(self) -> bool:
+        """Whether a picture shows all of an image, so that an upload can be one."""
+        return self.shown_channels == self.channels
 
     def has_table(self, table_hash: str) -> bool:
         """Whether the checkpoint has the table with this hash, still."""
@@ -93,11 +108,31 @@ class Limits:
     webhook_retry_s: float = 86_400.0  # how long it is tried to deliver what one owes
     max_streams: int = 2048
     max_streams_per_address: int = 64
+    background_max_wait_s: float = 3600.0  # how long others may go before a background job
+
+    @property
+    def max_background_jobs(self) -> int:
+        """How many background jobs may be held beside the others."""
+        return background_share(self.max_jobs)
+
+    @property
+    def max_background_rows(self) -> int:
+        """How many images of background jobs may be held beside the others."""
+        return background_share(self.max_rows)
 
     @property
     def max_edit_bytes(self) -> int:
         """The bound of a body with an image and a mask."""
         return max_edit_bytes(self.max_body_bytes, self.max_image_bytes)
+
+
+def background_share(most: int) -> int:
+    """How many more may be held for background jobs, where so many others may be.
+
+    They have slots of their own, so that no other job is refused because of them: a quarter as many, and enough for one
+    request of the usual bound.
+    """
+    return max(most // 4, min(most, USUAL_MAX_N))
 
 
 def max_edit_bytes(max_body_bytes: int, max_image_bytes: int) -> int:

@@ -2,4 +2,5 @@
 
 from contextvars import ContextVar
 
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+NO_ID = "-"  # where no request is answered
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_ID)

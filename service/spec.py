@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from tminus.model.sampler_tables import nearest
 from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
-
+Pixels = npt.NDArray[np.uint8 | np.uint16 | np.float32]  # the same, of a spec's bit depth
 Floats = npt.NDArray[np.float32]
 
 
@@ -39,6 +39,7 @@ class SampleSpec:
     guidance_rescale: float | None = None  # how far guidance is brought back to the spread of the conditional output
     to_seed: int | None = None  # its noise is between that of seed and of this one
     mix: float | None = None  # how far: 0 is seed, 1 is to_seed
+    bit_depth: int | None = None  # None: 8; see depth
 
     @property
     def start(self) -> int:
@@ -50,6 +51,11 @@ class SampleSpec:
         if self.strength is None:
             return 0
         return self.steps - min(self.steps, max(1, int(round(self.steps * self.strength, 9))))
+
+    @property
+    def depth(self) -> int:
+        """Return the bits of each value of the images: 8 or 16 of a whole number, or 32 of a float."""
+        return self.bit_depth or 8
 
     @property
     def num_passes(self) -> int:
@@ -101,7 +107,10 @@ class Snapshot:
     steps: tuple[int, ...]  # the pass of the plan that each row is to take next
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
-    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 3
+    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 4
+
+
+TrajectoryType = Literal["float32", "float16"]  # of x_t and x_0 in a file
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, StatusCode, Tracer
 
 from tminus.service.errors import ServiceError
+from tminus.service.request_id import NO_ID, REQUEST_ID
 
 PROBLEM = "tminus.problem"  # the code of what a client was told
 Attributes = Mapping[str, str | bool | int | float]
@@ -57,6 +58,20 @@ def ids_of(span: Span | None = None) -> Mapping[str, str]:
     if not context.is_valid:
         return {}
     return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
+
+
+def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[str, str]:
+    """Return the labels by which an observation names a request: its id, and its trace if that is on and sampled.
+
+    By default those of the request that this task answers. OpenMetrics allows 128 characters of labels: an id has at
+    most 64, and these take 114.
+    """
+    request_id = REQUEST_ID.get() if request_id is None else request_id
+    labels = {} if request_id == NO_ID else {"request_id": request_id}
+    context = (span or trace.get_current_span()).get_span_context()
+    if context.is_valid and context.trace_flags.sampled:
+        labels["trace_id"] = trace.format_trace_id(context.trace_id)
+    return labels
 
 
 def why(error: BaseException) -> tuple[str, bool]:

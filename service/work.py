@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.timesteps import make_timesteps, timesteps_of_passes
+from tminus.model.trajectory import Selection
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,12 @@ class Work:
     start: int = 0
     beside_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
     model: int = 0  # the number of the model whose places they are
+    held_back_s: float | None = None  # of a background job: how long, from its acceptance, it lets all others go first
+
+    @property
+    def background(self) -> bool:
+        """Whether it is the work of a background job."""
+        return self.held_back_s is not None
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -75,7 +82,7 @@ class Batch:
 class JobResult:
     """A finished job: its images, and what its time was spent on."""
 
-    read: Callable[[], Images]  # waits for the copy from a GPU; raises NotFinite
+    read: Callable[[], Pixels]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
     first_step_s: float  # from acceptance to the end of the first step
     denoise_s: float
@@ -114,6 +121,7 @@ class JobStatus:
     created_us: int  # when it was accepted, Unix time
     model: int  # its number
     model_name: str
+    background: bool = False
 
 
 def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
@@ -147,13 +155,32 @@ def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
         model.steps_offset,
         model.log_sigmas,
         fractional=model.fractional,
+        continuous=model.continuous,
     )
     return timesteps_of_passes(spec.sampler, timesteps[spec.start :])
 
 
-def noisy_passes(spec: SampleSpec, model: ModelInfo) -> int:
-    """Count the passes of a row that draw fresh noise. The last never does."""
+def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
+    """Return the numbers, from 0, of the passes of a row that draw fresh noise. The last never does."""
     if spec.table is not None:
-        return sum(line[-1] > 0 for line in model.table(spec.table).started(spec.start))
+        return [k for k, line in enumerate(model.table(spec.table).started(spec.start)) if line[-1] > 0]
     noise = SAMPLER_FACTS[spec.sampler].noise
-    return spec.num_passes - 1 if noise == "always" or (noise == "eta" and spec.eta > 0) else 0
+    return range(spec.num_passes - 1 if noise == "always" or (noise == "eta" and spec.eta > 0) else 0)
+
+
+def select_passes(keep: Sequence[int] | None, spec: SampleSpec, model: ModelInfo) -> Selection:
+    """Select passes of a trajectory, with what their means look back to; None: all. Raises ValueError as Selection.of.
+
+    At least one has to add noise.
+    """
+    if keep is None:
+        return Selection.whole(spec.num_passes)
+    if spec.table is not None:
+        _, _, c, d, _ = zip(*model.table(spec.table).started(spec.start), strict=True)
+        looks_back = 2 if any(d) else 1 if any(c) else 0
+    else:
+        looks_back = 1 if SAMPLER_FACTS[spec.sampler].multistep else 0
+    selection = Selection.of(keep, spec.num_passes, looks_back)
+    if not {*noisy_passes(spec, model)}.intersection(keep):
+        raise ValueError("numbers of passes of which one or more add noise; the others have no log p")
+    return selection

@@ -19,9 +19,15 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.defaults import SETTINGS
-from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import (
+    AnimationRequest,
+    FloatsRequest,
+    SampleRequest,
+    TrajectoryRequest,
+    WebhookRequest,
+)
 from tminus.service.api.sample import WITHOUT_EVERY
-from tminus.service.images.encoder import WEBP
+from tminus.service.images.encoder import NPY, WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.startup.serve import first_request
 from tminus.service.startup.settings import Settings
@@ -154,7 +160,9 @@ def test_every_command_is_in_its_table() -> None:
 
 CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
 PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
-OF_ANIMATIONS, OF_WEBHOOKS = AnimationRequest.model_fields.keys(), WebhookRequest.model_fields.keys()
+OF_ANIMATIONS, OF_FLOATS, OF_TRAJECTORIES, OF_WEBHOOKS = (
+    each.model_fields.keys() for each in (AnimationRequest, FloatsRequest, TrajectoryRequest, WebhookRequest)
+)
 
 
 @pytest.fixture
@@ -183,7 +191,8 @@ def test_every_route_of_the_app_is_documented(site: Site) -> None:
 
 
 def test_every_parameter_is_documented() -> None:
-    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS | OF_WEBHOOKS
+    of_answers = OF_ANIMATIONS | OF_FLOATS | OF_TRAJECTORIES
+    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | of_answers | OF_WEBHOOKS
 
 
 def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
@@ -288,14 +297,14 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
                 assert given.get(name) in (None, [None])
             case "drawn":
                 assert given[name] != accepted(site)[name]
-            case "`false`":
+            case "`false`" | "`8`":  # left out of what is kept
                 assert given.get(name) is None
             case "[below](#what-a-request-gets-that-leaves-settings-out)":
                 assert name in SETTINGS
             case default:
                 assert given[name] == number(default)
     for name in SAMPLERS:
-        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms") else "karras")
+        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms", "pndm") else "karras")
 
 
 def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:
@@ -327,7 +336,10 @@ def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
 def test_the_headers_are_those_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
     site = make_site(result_cache_bytes=2**20)
     asked = {"steps": 1, "seed": 5}
-    seen = {name.lower() for answer in (site.post(json=asked), site.post(json=asked)) for name in answer.headers}
+    floats = site.post(json=asked, headers={"Accept": NPY})
+    shown = make_site(info=replace(INFO, channels=5)).post(json=asked)
+    answers = (site.post(json=asked), site.post(json=asked), floats, shown)
+    seen = {name.lower() for answer in answers for name in answer.headers}
     rows = tables(API, "response header", "meaning")
     documented = {name.lower() for header, _ in rows for name in named(header)}
     assert documented <= seen

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -121,6 +122,8 @@ def prometheus(served: Served, folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{free_port()}"
     command = [needs("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={url.removeprefix('http://')}"]
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    command += [option for option in services["prometheus"]["command"] if option.startswith("--enable-feature=")]
     command += ["--log.level=error"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -172,6 +175,11 @@ def test_prometheus_scrapes_a_server_and_every_panel_shows_something(served: Ser
         wait_until(all_found)
         for query in (*(filled(each) for queries in PANELS.values() for each in queries), *(r["expr"] for r in ALERTS)):
             answers(url, query)  # is understood
+        for query in (filled(t["expr"]) for p in DASHBOARD["panels"] for t in p["targets"] if t.get("exemplar")):
+            asked = {"query": query, "start": time.time() - 60, "end": time.time() + 60}
+            found = httpx.get(f"{url}/api/v1/query_exemplars", params=asked).json()["data"]
+            assert all(each["labels"]["request_id"] for series in found for each in series["exemplars"])
+            assert found, query
         rules = httpx.get(f"{url}/api/v1/rules").json()["data"]["groups"][0]["rules"]
         assert {rule["name"] for rule in rules} == {rule["alert"] for rule in ALERTS}
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}

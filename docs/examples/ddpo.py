@@ -50,15 +50,17 @@ class Rollout:
         if "matrices" in file.arrays or file.arrays["lines"][:, 7].any():
             raise ValueError("log p of a table that looks back twice, or of a learned variance, is not computed here")
         arrays: Mapping[str, Tensor] = {name: torch.from_numpy(each) for name, each in file.arrays.items()}
-        k, x_0 = arrays["passes"], arrays["x_0"]
-        before = torch.cat([torch.zeros_like(x_0[:1]), x_0[:-1]])
+        k, x_0 = arrays["passes"], arrays["x_0"].float()
+        begin = torch.searchsorted(arrays["x_t_at"], k)  # the file may have only some passes; each has both its ends
+        before = torch.searchsorted(arrays["x_0_at"], k - 1)  # x_0 of the pass before, if its factor c is not 0
+        has_before = (arrays["x_0_at"][before] == k - 1).reshape(-1, 1, 1, 1, 1)
         return cls(
             images=arrays["images"].permute(0, 3, 1, 2),
             lines=arrays["lines"][k].float(),
             inputs=arrays["inputs"][k].float(),
-            x=arrays["x_t"][k],
-            x_next=arrays["x_t"][k + 1],
-            x0_before=before[k],
+            x=arrays["x_t"][begin].float(),
+            x_next=arrays["x_t"][begin + 1].float(),
+            x0_before=torch.where(has_before, x_0[before], 0.0),
             labels=arrays["class_labels"],
             log_p=arrays["log_p"],
             weights=file.document["weights"],

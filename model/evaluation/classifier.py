@@ -50,7 +50,7 @@ class ClassifierConfig(Checked):
     feature_dim: int = 96
 
     def __post_init__(self) -> None:
-        self.require(self.channels in (1, 3), "channels", "1 or 3")
+        self.require(self.channels in (1, 3, 4), "channels", "1, 3 or 4")
         self.require_counts("num_classes", "feature_dim")
         self.require_lists("widths", "size_px")
         self.require(len(self.widths) == 3, "widths", "three numbers")

@@ -314,7 +314,7 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
         latents=None if latent is None else f"{latent.config.kind}: {'x'.join(map(str, checkpoint.row_shape))}",
         class_names=checkpoint.labels.class_names,
         num_timesteps=noise.num_train_timesteps,
-        beta_schedule=noise.beta_schedule,
+        beta_schedule=noise.levels,
         prediction_type=noise.prediction_type,
         variance_type=noise.variance_type,
         widths=config.widths,

@@ -9,7 +9,7 @@ from torch import Tensor
 from tminus.model.checkpoint import Labels
 from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError
-from tminus.model.formats.flags import FACTS, flag
+from tminus.model.formats.flags import FACTS, OF_SIGMA, flag
 from tminus.model.noise import NoiseConfig
 
 HO_TIMESTEPS = 1000  # for which the linear schedule's betas were made; some projects scale them for other T
@@ -84,11 +84,15 @@ class GivenFacts:
         """What else may be given for it."""
         return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
+    def check_of_betas(self) -> None:
+        """Raise FactsError for a prediction of networks whose noise levels are no betas."""
+        if self.prediction in OF_SIGMA:
+            raise FactsError(f"--prediction {self.prediction} is for networks of OpenAI's consistency_models")
+
     def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
         """The noise, once nothing is missing. scaled: the linear schedule's betas are, by 1000 / T."""
         assert self.timesteps is not None
-        if self.prediction == "consistency":
-            raise FactsError("--prediction consistency is for networks of OpenAI's consistency_models")
+        self.check_of_betas()
         scale = HO_TIMESTEPS / self.timesteps if scaled and self.beta_schedule == "linear" else 1
         return NoiseConfig(
             num_train_timesteps=self.timesteps,

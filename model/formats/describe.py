@@ -45,6 +45,15 @@ class Description:
     """What the format is taken to be where a file does not say, for people to check."""
 
 
+PREDICTS = {
+    "consistency": "where trajectories end (a consistency model)",
+    "edm": "x_0 by EDM's preconditioning",
+    "edm_v_prediction": "x_0 by EDM's preconditioning, with the sign turned",
+    "flow": "eps - x_0 (flow matching)",
+    "score": "the score, of images in [0, 1] (VE)",
+}
+
+
 def describe(path: Path, given: GivenFacts) -> Description:
     """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that its format does not have."""
     if path.is_file() or is_bare(path):
@@ -134,18 +143,20 @@ def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, 
     if unet.num_heads or unet.attention_head_dim:
         heads = f"{unet.num_heads} heads" if unet.num_heads else f"heads of {unet.attention_head_dim} channels"
     timestep = "scales and shifts" if unet.resnet_time_scale_shift == "scale_shift" else "is added"
-    resample = "resnets" if unet.downsample_type == "resnet" else "convolutions"
+    resample = "resnets" if unet.downsample_type == "resnet" or unet.has_skip_blocks else "convolutions"
     yield "details", f"the timestep {timestep}, resampled by {resample}{'' if 'heads' in missing else f', {heads}'}"
 
 
 def noise_lines(noise: NoiseConfig) -> Iterator[tuple[str, str]]:
     """The noise schedule and what the network predicts."""
-    if noise.is_consistency:
-        yield "noise", f"{noise.num_train_timesteps} levels, sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
-        yield "predicts", f"where trajectories end (a consistency model); sigma_data {noise.sigma_data:g}"
+    clip = f"x_0 is clipped to ±{noise.clip_sample_range:g}" if noise.clip_sample else "x_0 is not clipped"
+    if noise.is_continuous:
+        by = f"shift {noise.shift:g}" if noise.family == "flow" else f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
+        data = f"; sigma_data {noise.sigma_data:g}" if noise.family in ("consistency", "edm") else ""
+        yield "noise", f"{noise.num_train_timesteps} levels, {noise.levels}, {by}"
+        yield "predicts", f"{PREDICTS[noise.prediction_type]}{data}; {clip}"
         return
     ends = "" if noise.beta_schedule == "squaredcos_cap_v2" else f" {noise.beta_start:g} to {noise.beta_end:g}"
     betas = f"{noise.beta_schedule}{ends}" if noise.trained_betas is None else "betas of its own"
     yield "noise", f"T = {noise.num_train_timesteps}, {betas}"
-    clip = f"x_0 is clipped to ±{noise.clip_sample_range:g}" if noise.clip_sample else "x_0 is not clipped"
     yield "predicts", f"{noise.prediction_type}; variance {noise.variance_type}; {clip}"

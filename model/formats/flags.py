@@ -21,6 +21,7 @@ class Fact:
         return int if self.whole else float
 
 
+OF_SIGMA = ("edm", "consistency")  # predictions of networks whose noise levels are no betas
 FACTS: Mapping[str, Fact] = {
     "image_size": Fact("the side of the images in pixels", largest=4096),
     "timesteps": Fact("T of the training", largest=100_000),
@@ -32,8 +33,8 @@ FACTS: Mapping[str, Fact] = {
     "beta_end": Fact("the last beta; 0.02 for linear", largest=1, whole=False),
     "variance": Fact("fixed_small or fixed_large, of ancestral sampling", ("fixed_small", "fixed_large")),
     "prediction": Fact(
-        "epsilon, sample (x_0), v_prediction, or consistency for OpenAI's consistency_models",
-        ("epsilon", "sample", "v_prediction", "consistency"),
+        "epsilon, sample (x_0), v_prediction; of OpenAI's consistency_models edm or consistency",
+        ("epsilon", "sample", "v_prediction", *OF_SIGMA),
     ),
     "heads": Fact("attention heads of each layer; or --head-width", largest=1024),
     "head_width": Fact("channels of an attention head; or --heads", largest=4096),

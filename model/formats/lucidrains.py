@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.conversion import CLIPS, HO_BETAS, HO_TIMESTEPS, Converted, FactsError, GivenFacts, numbered
+from tminus.model.formats.conversion import CLIPS, HO_BETAS, HO_TIMESTEPS, Converted, GivenFacts, numbered
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
@@ -39,8 +39,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     needed = ["image_size"] + (["prediction"] if prediction is None else [])
     given.check(f"a file of {FORMAT}", needed)
     assert given.image_size is not None
-    if given.prediction == "consistency":
-        raise FactsError("--prediction consistency is for networks of OpenAI's consistency_models")
+    given.check_of_betas()
     channels, out = net["init_conv.weight"].shape[1], len(net["final_conv.weight"])
     levels = len({key.split(".")[1] for key in net if key.startswith("downs.")})
     linear = [f"downs.{level}.2.to_out.0.weight" in net for level in range(levels)]

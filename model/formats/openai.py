@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import CLIPS, HO_TIMESTEPS, Converted, FactsError, GivenFacts, numbered
+from tminus.model.formats.flags import OF_SIGMA
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNetConfig
 
@@ -60,17 +61,18 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     learned = out_channels == 2 * in_channels
     heads = _heads(given, attending)
 
-    consistency = given.prediction == "consistency"  # of consistency_models, whose noise levels are no betas
-    needed = ["image_size", *(("timesteps", "prediction") if consistency else given.needed_for_noise(learned=learned))]
+    of_sigma = given.prediction in OF_SIGMA  # of consistency_models
+    needed = ["image_size", "prediction"] if of_sigma else ["image_size", *given.needed_for_noise(learned=learned)]
+    needed += ["timesteps"] if given.prediction == "consistency" else []  # the levels of edm are a formula of sigma
     needed += ["head_width" if given.head_width is not None else "heads"]
-    one_order = consistency or (heads and max(heads.values()) == 1)  # one head is in order either way
+    one_order = of_sigma or (heads and max(heads.values()) == 1)  # one head is in order either way
     needed += [] if one_order else ["attention_order"]
-    needed += [] if consistency or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
-    taken = ["attention_order"] if consistency else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
+    needed += [] if of_sigma or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
+    taken = ["attention_order"] if of_sigma else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
     given.check(f"a file of {FORMAT}", needed, taken)
-    if consistency and given.attention_order == "legacy":
-        raise FactsError("--attention-order must be new, or left out, for --prediction consistency, got 'legacy'")
-    assert given.timesteps is not None
+    if of_sigma and given.attention_order == "legacy":
+        asked = f"for --prediction {given.prediction}, got 'legacy'"
+        raise FactsError(f"--attention-order must be new, or left out, {asked}")
 
     by_resnet = "in_layers.0.weight" in modules.get(f"input_blocks.{levels.layers + 1}.0", {})
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
@@ -83,7 +85,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         out_channels=out_channels,
         time_embedding_dim=temb_width,
         time_proj_dim=proj_width if proj_width != widths[0] else None,
-        timestep_scale=HO_TIMESTEPS / given.timesteps if given.rescale_timesteps == "yes" else 1.0,
+        timestep_scale=HO_TIMESTEPS / (given.timesteps or 1) if given.rescale_timesteps == "yes" else 1.0,
         down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
         block_out_channels=widths,
@@ -98,8 +100,8 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         num_class_embeds=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
     )
     notes: tuple[str, ...]
-    if consistency:
-        noise = NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
+    if of_sigma:
+        noise = _noise_of_sigma(given)
         notes = (f"sigma from {noise.sigma_min:g} to {noise.sigma_max:g}, sigma_data {noise.sigma_data:g}", CLIPS)
     else:
         noise = given.noise(learned=learned, scaled=True)
@@ -107,8 +109,16 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     if given.heads is not None and given.heads > 1:
         notes = (*notes, "as many attention heads on the way up (no num_heads_upsample)")
     # Consistency_models splits q, k and v before heads in all its networks: use_new_attention_order does nothing there.
-    renamed = _renamed(state, modules, levels, heads, "new" if consistency else given.attention_order)
+    renamed = _renamed(state, modules, levels, heads, "new" if of_sigma else given.attention_order)
     return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds), notes)
+
+
+def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
+    """The noise of consistency_models, with the defaults of its code: both kinds are given 250 log sigma."""
+    if given.prediction == "consistency":
+        assert given.timesteps is not None
+        return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
+    return NoiseConfig(prediction_type="edm", precondition_type="cm_edm", default_sampler="heun")
 
 
 def _refuse_others(state: Mapping[str, Tensor]) -> None:

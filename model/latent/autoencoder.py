@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tminus.model.config import Checked, given_fields, is_count, is_off
 from tminus.model.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
-from tminus.model.pixels import to_model_range
+from tminus.model.pixels import MAX_CHANNELS, to_model_range
 
 VQ, KL = "VQModel", "AutoencoderKL"
 USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stable Diffusion's latents
@@ -71,7 +71,7 @@ class AutoencoderConfig(Checked):
         self.require_counts("num_vq_embeddings")
         self.require_optional_counts("vq_embed_dim")
         require(self.in_channels == self.out_channels, "out_channels", f"in_channels ({self.in_channels})")
-        require(self.in_channels in (1, 3), "in_channels", "1 or 3, as images are PNGs")
+        require(self.in_channels <= MAX_CHANNELS, "in_channels", f"at most {MAX_CHANNELS}")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
         require(all(map(is_count, sizes)), "sample_size", "a positive integer or two")
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")

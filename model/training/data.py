@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tminus.model.latent.autoencoder import Autoencoder, latents_of
-from tminus.model.pixels import BLACK, Colour, fit_picture, to_model_range
+from tminus.model.pixels import BLACK, RGBA, Colour, fit_picture, to_model_range
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +124,16 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
 def load_image_folder(folder: Path, size_px: int, channels: int | None, background: Colour = BLACK) -> ImageSet:
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
 
-    channels: 1 for grey, 3 for colour, None for grey where no pixel of any has a colour. Classes are in the order of
-    their names; of their numbers, where all names are numbers, so that 0 to 11 are the classes number 0 to 11.
+    channels: 1 for grey, 3 for colour, 4 for RGBA, which has no background, None for grey where no pixel of any has a
+    colour, else colour. Classes are in the order of their names; of their numbers, where all names are numbers, so that
+    0 to 11 are the classes number 0 to 11.
 
     All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
     folder gives the same set. Further folders inside those of classes are warned of. What is transparent is laid over
     the background, which the name of the set has unless it is black. Raises DataError for a file that cannot be read.
     """
+    if channels == RGBA and background != BLACK:
+        raise DataError(f"background must be black, its default, for RGBA, which keeps alpha; got {background}")
     files = sorted(_image_files(folder))
     if not files:
         raise DataError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")

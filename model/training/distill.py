@@ -23,7 +23,7 @@ from tminus.model.latent.folder import check_place, with_autoencoder
 from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table, write_table
-from tminus.model.samplers import Plan, alpha_bar_at, table_plan
+from tminus.model.samplers import Plan, table_plan
 from tminus.model.training.data import ImageSet
 from tminus.model.training.network_features import FrechetLoss
 from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
@@ -65,7 +65,7 @@ def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Map
     x' = sqrt(alpha_bar') x0 + sqrt(1 - alpha_bar') z, and x0 at the last. Its guidance is 1: the student's is in the
     weights.
     """
-    reached = alpha_bar_at(noise.schedule(), timesteps)[1:]
+    reached = noise.schedule().alpha_bar_at(timesteps)[1:]
     signal, sigma = reached.sqrt().tolist(), (1 - reached).sqrt().tolist()
     lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal, sigma, strict=True)]
     return Table(SAMPLER, len(timesteps), 1.0, tuple(timesteps), (*lines, (0.0, 1.0, 0.0, 0.0, 0.0)), about or {})

@@ -16,7 +16,8 @@ from tminus.model.files import write_text
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import l_simple, training_target
-from tminus.model.noise import NoiseSchedule
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.parametrization import as_ours
 from tminus.model.rng import row_noise, split_seed
 from tminus.model.training.data import Examples, ImageSet, evenly
 
@@ -48,15 +49,15 @@ class HeldOutLoss:
         examples: Examples,
         held_out: ImageSet,
         autoencoder: Autoencoder | None,
+        noise: NoiseConfig,
         schedule: NoiseSchedule,
-        prediction_type: str,
         weights: Tensor | None,
     ) -> None:
         """examples: all that the run learns from, on the schedule's device; weights [T]: as of `mean_loss`."""
         self._count = min(len(examples.x_0), len(held_out), MEASURED)  # as many of both, at the same timesteps then
         others = Examples.some_of(held_out, self._count, autoencoder, schedule.betas.device)
         self._examples, self._name = (examples, others), f"{held_out.name} ({len(held_out)})"
-        self._loss = schedule, prediction_type, weights
+        self._loss = noise, schedule, weights
 
     def note(self, folder: Path, step: int, average: Forward, batch_size: int) -> None:
         """Measure, and add a line to the run's losses.csv. batch_size: of the run's steps, which fits the memory."""
@@ -71,8 +72,8 @@ def mean_loss(
     net: Forward,
     examples: Examples,
     count: int,
+    noise: NoiseConfig,
     schedule: NoiseSchedule,
-    prediction_type: str,
     weights: Tensor | None = None,
     *,
     batch_size: int = BATCH,
@@ -82,7 +83,7 @@ def mean_loss(
     The timesteps are spread evenly over 0..T-1. They and eps are the same at each call with as many examples, so that
     two such losses differ by network and images alone. The network is on the schedule's device.
     """
-    device = schedule.betas.device
+    device, net = schedule.betas.device, as_ours(net, noise, schedule)
     picked = evenly(len(examples.x_0), count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).to(device)
     timesteps = order * schedule.num_timesteps // count
@@ -96,7 +97,7 @@ def mean_loss(
         eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
         labels = examples.class_labels[of_batch].to(device) if examples.class_labels is not None else None
         out = net(schedule.q_sample(x_0, t, eps), t, labels)
-        target = training_target(schedule, prediction_type, x_0, t, eps)
+        target = training_target(noise, schedule, x_0, t, eps)
         loss = l_simple(out, target, weights[t] if weights is not None else None)
         total += loss.double() * len(index)
     return float(total / count)

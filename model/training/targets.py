@@ -45,11 +45,11 @@ Target = Callable[[Batch], Tensor]
 class PlainTarget:
     """Ho et al. 2020: eps, or what follows from it and x_0, of the very image that x_t was made of."""
 
+    noise: NoiseConfig
     schedule: NoiseSchedule
-    prediction_type: str
 
     def __call__(self, batch: Batch) -> Tensor:
-        return training_target(self.schedule, self.prediction_type, batch.x_0, batch.t, batch.eps)
+        return training_target(self.noise, self.schedule, batch.x_0, batch.t, batch.eps)
 
 
 class StableTarget:
@@ -62,9 +62,9 @@ class StableTarget:
     varies; near t = 0 it is x_0 itself.
     """
 
-    def __init__(self, examples: Examples, schedule: NoiseSchedule, prediction_type: str) -> None:
+    def __init__(self, examples: Examples, noise: NoiseConfig, schedule: NoiseSchedule) -> None:
         """The examples lie on the schedule's device."""
-        self._examples, self._schedule, self._prediction_type = examples, schedule, prediction_type
+        self._examples, self._noise, self._schedule = examples, noise, schedule
         labels, count = examples.class_labels, len(examples.x_0)
         of_class = torch.zeros(count, dtype=torch.int64) if labels is None else labels.cpu()
         self._groups: list[Tensor] = []
@@ -76,7 +76,7 @@ class StableTarget:
                 self._groups.append(part.to(examples.x_0.device))
 
     def __call__(self, batch: Batch) -> Tensor:
-        return training_target(self._schedule, self._prediction_type, *self.explain(batch))
+        return training_target(self._noise, self._schedule, *self.explain(batch))
 
     def explain(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """E[x_0 | x_t, group], t, and the eps by which the mean gives x_t: x_t = sqrt(alpha_bar) mean + ... eps."""

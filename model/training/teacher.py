@@ -12,7 +12,6 @@ from tminus.model.catalogue import PLAIN_SOLVERS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian
 from tminus.model.guidance import Forward
-from tminus.model.noise import NoiseSchedule
 from tminus.model.samplers import Plan, solve
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.network_features import NetworkFeatures
@@ -48,7 +47,7 @@ class Teacher:
         self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward: Forward = torch.compile(self.net) if compile_net else self.net
         self._device, self._autocast, self._rows_at_once = device, autocast, rows_at_once
-        schedule = NoiseSchedule(self.checkpoint.noise.schedule().betas.to(device))
+        schedule = self.checkpoint.noise.schedule().to(device)
         self._features = NetworkFeatures(self.net, schedule, self.net)
 
     def check(self, data: ImageSet) -> None:
@@ -139,6 +138,9 @@ def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidanc
         raise TrainError(f"{folder}: is a student itself; distill its teacher")
     if teacher.noise.variance_type == "learned_range":
         raise TrainError(f"{folder}: has variance_type learned_range, and only fixed variances are distilled")
+    if teacher.noise.is_continuous:
+        predicts = f"prediction_type {teacher.noise.prediction_type}"
+        raise TrainError(f"{folder}: has {predicts}, and only networks of epsilon, sample or v are distilled")
     if guidance != 1 and teacher.labels.null_class is None:
         raise TrainError(f"guidance must be 1 (off) for a checkpoint without a null class, got {guidance:g}")
     if sampler not in PLAIN_SOLVERS:

@@ -17,11 +17,11 @@ from torch import Tensor
 from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.folder import check_place, hash_autoencoder
 from tminus.model.loss import draw_timesteps, l_simple, lognormal_timesteps, velocity_weights
-from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.noise import NoiseConfig
+from tminus.model.parametrization import as_ours
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
@@ -130,25 +130,25 @@ def train(
     labels, recommended, folded_guidance = _to_tell(run, config, unet, noise, data.class_names, origin)
 
     # The data, and how the network runs.
-    schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
+    schedule = noise.schedule().to(device)
     examples = Examples.of(data, autoencoder, device)
     # Not dynamic, or what is compiled second would be made for batches of any size, as the first has another.
-    forward: Forward = torch.compile(net, dynamic=False) if config.compile else net
+    forward = as_ours(torch.compile(net, dynamic=False) if config.compile else net, noise, schedule)
 
     # The modes: which t are drawn, how the errors at each count, what is to be predicted, what is measured beside.
     share = lognormal_timesteps(noise.schedule()).to(device) if config.timestep_sampling == "lognormal" else None
     weights = None
     if config.weighting == "velocity":
-        weights = velocity_weights(noise.schedule(), noise.prediction_type).to(device, torch.float32)
-    target_of: Target = PlainTarget(schedule, noise.prediction_type)
+        weights = velocity_weights(noise, noise.schedule()).to(device, torch.float32)
+    target_of: Target = PlainTarget(noise, schedule)
     if config.stable_target:
-        target_of = StableTarget(examples, schedule, noise.prediction_type)
+        target_of = StableTarget(examples, noise, schedule)
     if teacher is not None:
-        guide: Forward = torch.compile(teacher, dynamic=False) if config.compile else teacher
+        guide = as_ours(torch.compile(teacher, dynamic=False) if config.compile else teacher, noise, schedule)
         target_of = GuidedTarget(guide, null_class, config.guidance, run.autocast)
     measured = None
     if held_out is not None and run.step < config.steps:
-        measured = HeldOutLoss(examples, held_out, autoencoder, schedule, noise.prediction_type, weights)
+        measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
         """Draw a batch: images in turn, t uniform or by its share, eps normal, all a function of (seed, step)."""

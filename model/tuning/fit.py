@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import Forward, guided
-from tminus.model.samplers import Plan, alpha_bar_at, solve, x0_coefficients
+from tminus.model.parametrization import parametrize
+from tminus.model.samplers import Plan, solve
 from tminus.model.solvers import Levels
 from tminus.model.timesteps import log_sigma_at, timestep_at
 
@@ -109,9 +110,10 @@ class Fitter:
 
     def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
         """x_0 as the network predicts it, guided and clipped: x [N, C, H, W] of the rows -> the same."""
-        p, q = (float(each) for each in x0_coefficients(self.noise.prediction_type, alpha_bar))
-        ts = torch.full((len(x),), t, device=x.device)
-        out = guided(self._run, x, ts, self.rows.class_labels, self._null_class, self._guidance)
+        at = parametrize(self.noise, alpha_bar, torch.tensor(t))
+        p, q, scale, time = (float(each) for each in (at.p, at.q, at.scale, at.time))
+        ts = torch.full((len(x),), time, device=x.device)
+        out = guided(self._run, scale * x, ts, self.rows.class_labels, self._null_class, self._guidance)
         return (p * x + q * out[:, : x.shape[1]]).clamp(-self._bound, self._bound)
 
     @torch.inference_mode()
@@ -163,7 +165,7 @@ class Fitter:
         return float(error[: self._cut].mean()), float(error[self._cut :].mean())
 
     def _levels(self, timesteps: Sequence[float]) -> Levels:
-        alpha_bar = alpha_bar_at(self.schedule, timesteps)
+        alpha_bar = self.schedule.alpha_bar_at(timesteps)
         return Levels(alpha_bar, torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)]))
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guided
-from tminus.model.samplers import alpha_bar_at, x0_coefficients
+from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.tuning.fit import Rows
 
@@ -67,15 +67,15 @@ class Refiner:
         precision: fp32, or bf16, which is enough for a gradient.
         """
         noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
-        self._net, self._timesteps, self._guidance = checkpoint.net, timesteps, guidance
+        self._net, self._guidance = checkpoint.net, guidance
         self._null_class = checkpoint.labels.null_class
         self._bfloat16 = precision == "bf16"
         self._images, self._rows, self._cut = images, rows, len(images) - held_out
-        p, q = x0_coefficients(noise.prediction_type, alpha_bar_at(schedule, timesteps))
-        self._pq = list(zip(p.tolist(), q.tolist(), strict=True))
+        at = parametrize(noise, schedule.alpha_bar_at(timesteps), torch.tensor(timesteps))
+        self._at = torch.stack([at.p, at.q, at.scale, at.time], dim=1).tolist()
         self._bound = noise.clip_sample_range if noise.clip_sample else math.inf
         self._range = 1.0 if checkpoint.autoencoder is None else math.inf  # of images; latents have none
-        self._features = NetworkFeatures(checkpoint.net, schedule, self._forward)
+        self._features = NetworkFeatures(checkpoint.net, schedule, as_ours(self._forward, noise, schedule))
 
     def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
         """Begin with lines of a, b, c, d and what may follow, which is left out."""
@@ -122,9 +122,9 @@ class Refiner:
         x = self._rows.noise[picked]
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         previous = before = torch.zeros_like(x)
-        for (a, b, c, d), t, (p, q) in zip(C, self._timesteps, self._pq, strict=True):
+        for (a, b, c, d), (p, q, scale, time) in zip(C, self._at, strict=True):
             # Its activations are made again on the way back, so that one pass is held and not all of them.
-            out = recompute(self._predict, x, t, labels, use_reentrant=False)
+            out = recompute(self._predict, scale * x, time, labels, use_reentrant=False)
             x0 = (p * x + q * out).clamp(-self._bound, self._bound)
             x, previous, before = a * x + b * x0 + c * previous + d * before, x0, previous
         return x.clamp(-self._range, self._range)

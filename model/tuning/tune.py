@@ -311,7 +311,16 @@ class _Tuning:
 
         def fit(spacing: str) -> Fit:
             sampler = "euler" if spacing == "karras" else "dpmpp_2m"
-            t = make_timesteps(sampler, spacing, steps, len(log_sigmas), 0, log_sigmas, fractional=fractional)
+            t = make_timesteps(
+                sampler,
+                spacing,
+                steps,
+                len(log_sigmas),
+                0,
+                log_sigmas,
+                fractional=fractional,
+                continuous=self.checkpoint.noise.is_continuous,
+            )
             return self.fitter.fit(self._settle(t))
 
         return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes

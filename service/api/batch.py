@@ -37,6 +37,7 @@ class BatchJob(BaseModel):
     yours: bool = Field(description="whether it came with the caller's key; without keys, always")
     model: str
     state: str = Field(json_schema_extra={"enum": ["waiting", "running"]})
+    background: bool = Field(description="whether it lets all others go first")
     n: int = Field(description="how many rows: one for each image")
     position: int = Field(description="how many jobs go before it; 0 where it runs")
     eta_s: float = Field(description="seconds until it should be done")
@@ -108,6 +109,7 @@ class RunningJobs:
             yours=status.owner == caller.name,
             model=status.model_name,
             state=status.state,
+            background=status.background,
             n=status.spec.n,
             position=0 if status.state == "running" else status.position,
             eta_s=round(max(0.0, status.eta_s), 3),

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from tminus.model.scheduler_kinds import CLASS_NAMES, scheduler_kind
+from tminus.model.scheduler_kinds import CLASS_NAMES, FAMILY_OF, scheduler_kind
 from tminus.service.api.answers.openapi import (
     IF_NONE_MATCH,
     IMAGES,
@@ -150,11 +150,12 @@ def _samplers(model: ModelInfo) -> dict[str, str]:
     known = {name: name for name in model.samplers}
     for name in CLASS_NAMES:
         try:
-            sampler = scheduler_kind(name, {}).sampler
+            kind = scheduler_kind(name, {})
         except ValueError:  # what it is by default is not served
             continue
-        if sampler in model.samplers:
-            known[name] = sampler
+        # A class of EDM or of flow matching is for models of that kind; the others have all of these samplers.
+        if kind.sampler in model.samplers and kind.family in ("betas", "consistency", FAMILY_OF[model.prediction_type]):
+            known[name] = kind.sampler
     return known
 
 

@@ -15,7 +15,7 @@ from tminus.service.api.answers.openapi import (
     CHOSEN_ID,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
-    IMAGES,
+    IMAGES_OR_FLOATS,
     JOB_BODY,
     NOT_MODIFIED,
     OF_BODY,
@@ -29,15 +29,16 @@ from tminus.service.api.request.reading import negotiate, no_parameters, read_pa
 from tminus.service.api.request.schemas import (
     CHOSEN,
     MAX_INDEX,
+    FloatsRequest,
     Index,
     Int,
     RequestSchema,
     SampleRequest,
     WebhookRequest,
 )
-from tminus.service.api.submission import accept, spec_headers
+from tminus.service.api.submission import accept, pixel_headers, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
-from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
+from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.store.records import Place
 from tminus.service.jobs.views import STATES
 
@@ -141,8 +142,8 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         "/{job_id}/image",
         summary="Get the images of a durable job that is done, or one of them",
         response_class=Response,
-        responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
-        openapi_extra={"parameters": [*contract.query(JobImageRequest), IF_NONE_MATCH]},
+        responses={200: IMAGES_OR_FLOATS, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
+        openapi_extra={"parameters": [*contract.query(JobImageRequest, FloatsRequest), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:
         return await image(models, request, job_id)
@@ -217,24 +218,29 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type, asked = negotiate(request, MEDIA_TYPES), JobImageRequest.parse(read_query(request))
+    media_type, query = negotiate(request, (*MEDIA_TYPES, NPY)), read_query(request)
+    clip, asked = FloatsRequest.take_from(query, media_type), JobImageRequest.parse(query)
     view, images = await while_connected(request, models.default.jobs.images(job_id, caller_of(request).sees))
     record, services = view.record, models.numbered(view.model)
     made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec
+    if media_type == NPY and spec.depth != 32:
+        media_type = negotiate(request, MEDIA_TYPES, f"; {NPY} is of jobs that were asked for with bit_depth=32")
     if asked.index is not None:
         k = asked.index - spec.index
         if not 0 <= k < spec.n:
             bound = f"that of an image of this job, {spec.index}..{spec.index + spec.n - 1}"
             raise InvalidField.of("index", bound, asked.index)
         spec, images = one_image(spec, k), images[k : k + 1]
-    tag = etag(media_type, spec, made_by)
+    tag = etag(media_type if clip else f"{media_type}; unclipped", spec, made_by)
     headers = {
         "X-Job-ID": job_id,
         "X-Fingerprint": made_by.fingerprint,
         "Vary": "Accept",
     }
     headers |= cache_headers(tag) | spec_headers(spec, services.model)
+    headers |= pixel_headers(media_type, services.model, clip=clip)
     if matches(request, tag):
         return Response(status_code=304, headers=headers)
-    content = await while_connected(request, services.encoder.encode(media_type, spec, lambda: images, made_by))
+    encoding = services.encoder.encode(media_type, spec, lambda: images, made_by, clip=clip)
+    content = await while_connected(request, encoding)
     return Response(content, headers=headers, media_type=media_type)

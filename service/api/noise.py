@@ -33,7 +33,7 @@ from tminus.service.api.request.reading import (
     read_query,
     while_connected,
 )
-from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest
+from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest, check_uploads
 from tminus.service.errors import BodyTooLarge, InvalidImage, UnsupportedMediaType, short
 from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
@@ -60,6 +60,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     model = services.model
     negotiate(request, (PNG,))
     check_encoding(request)
+    check_uploads(model)
     query = read_query(request)
     data, fields = await _read_upload(request, services.limits.max_image_bytes)
     asked = NoiseRequest.parse(merge(query, fields), model)

@@ -1,12 +1,13 @@
 """POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from tminus.model.catalogue import SAMPLER_FACTS
@@ -29,40 +30,53 @@ from tminus.service.api.answers.progress import finished_or_gone, result_of, ser
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
-from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
-from tminus.service.api.submission import accept, spec_headers, submit, understand
+from tminus.service.api.request.schemas import (
+    AnimationRequest,
+    FloatsRequest,
+    SampleRequest,
+    TrajectoryRequest,
+    WebhookRequest,
+)
+from tminus.service.api.submission import accept, pixel_headers, spec_headers, submit, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import (
     JSON,
     MEDIA_TYPES,
+    NPY,
     WEBP,
     WEBP_VERSION,
+    as_pictures,
     encode_path,
     encode_result,
     encode_sheets,
     encode_trajectory,
     etag,
+    label_of,
 )
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
 from tminus.service.jobs.webhooks.webhook import refused
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
-from tminus.service.spec import Images, SampleSpec
-from tminus.service.work import JobResult, noisy_passes, timesteps_of
+from tminus.service.spec import Images, Pixels, SampleSpec
+from tminus.service.work import JobResult, noisy_passes, select_passes, timesteps_of
 from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
 from tminus.service.worker.running_job import NewJob
 
-WITHOUT_EVERY = (*MEDIA_TYPES, TRAJECTORY)
+WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
 NOT_DURABLE = "absent without Prefer: respond-async: only a durable job has one"
+NOT_WITH_EVERY = f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step"
 WITH_EVERY = ", or image/webp together with the parameter `every`"
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-    handler, query = models.handler(sample, "sample"), contract.query(SampleRequest, AnimationRequest)
+    handler, query = (
+        models.handler(sample, "sample"),
+        contract.query(SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest),
+    )
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
         304: NOT_MODIFIED,
@@ -97,26 +111,35 @@ class Answer:
     recording: Recorder[Any] | None = None  # is given rows on the way
     held_bytes: int = 0  # beside the images, until they are encoded
     held_for: str = "n"  # the parameter that held_bytes depends on
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 async def sample(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
     parameters = await read_parameters(request, services.limits)
     animation = AnimationRequest.take_from(parameters)
-    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), "")
+    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), NOT_WITH_EVERY)
     media_type = negotiate(request, offered, hint)
+    if media_type == NPY:
+        parameters.setdefault("bit_depth", 32)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-        _check_durable(request, animation, media_type)
+        _check_durable(request, animation, media_type, parameters)
         response = await accept(services, request, parameters)
         response.headers["Preference-Applied"] = "respond-async"
         return response
     if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
         raise refused(NOT_DURABLE, webhook.url)
+    walk = TrajectoryRequest.take_from(
+        parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
+    )
+    clip = FloatsRequest.take_from(parameters, media_type)
     services, new = await understand(services, caller_of(request), parameters, request)
     if animation is not None:
         answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
+    elif media_type == TRAJECTORY:
+        answer = trajectory(new.spec, services.model, walk)
     else:
-        answer = (trajectory if media_type == TRAJECTORY else partial(still, media_type))(new.spec, services.model)
+        answer = still(media_type, new.spec, services.model, clip=clip)
     return await respond(services, request, new, answer)
 
 
@@ -125,7 +148,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     model, metrics = services.model, services.metrics
     tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact else None
     headers = {"X-Fingerprint": model.fingerprint, "Vary": "Accept"}
-    headers |= cache_headers(tag) | spec_headers(new.spec, model)
+    headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
     directives = cache_directives(request)
     if tag is not None:
         if matches(request, tag):
@@ -155,14 +178,27 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     return Response(content, headers=headers, media_type=answer.media_type)
 
 
-def still(media_type: str, spec: SampleSpec, model: ModelInfo) -> Answer:
-    """Make an answer of the finished images, as PNG, zip or JSON."""
-    make = partial(encode_result, media_type, spec, model=model)
-    return Answer(media_type, media_type, media_type.rpartition("/")[2], make)
+def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = True) -> Answer:
+    """Make an answer of the finished images, as PNG, zip, JSON or floats. Raises InvalidField.
+
+    clip: whether floats are clipped to the range.
+    """
+    if media_type == NPY:
+        if spec.depth != 32:
+            raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
+    elif spec.depth == 32:
+        raise InvalidField.of("bit_depth", f"8 or 16 with Accept: {media_type}; {NPY} has 32", spec.depth)
+    kind = media_type if clip else f"{media_type}; unclipped"
+    make = partial(encode_result, media_type, spec, model=model, clip=clip)
+    # Beside the pixels, floats are held while they are laid out again.
+    held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
+    headers = pixel_headers(media_type, model, clip=clip)
+    return Answer(media_type, kind, label_of(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
 def animated(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
     """Make an answer of the steps from noise to the images, as an animated WebP. Raises InvalidField."""
+    _check_depth(spec, "every")
     if len(asked.shows) > 1:
         raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
     if asked.until is not None:
@@ -170,8 +206,8 @@ def animated(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Ans
     (show,), held_bytes = asked.shows, _frame_bytes(spec, asked, model)
     recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes)
 
-    def read(result: JobResult) -> list[Images]:
-        return [*(frame[show] for frame in recording.frames().values()), result.read()]
+    def read(result: JobResult) -> list[Pixels]:
+        return [*(frame[show] for frame in recording.frames().values()), as_pictures(result.read(), model)]
 
     kind = f"{WEBP}; every={asked.every}; show={show}; {WEBP_VERSION}"
     return Answer(WEBP, kind, "animation", encode_sheets, read, recording, held_bytes, "every")
@@ -179,11 +215,12 @@ def animated(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Ans
 
 def frames(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
     """Make an answer of the frames as PNGs in JSON, and of the images unless it ends before. Raises InvalidField."""
+    _check_depth(spec, "every")
     until, held_bytes = asked.until, _frame_bytes(spec, asked, model, from_noise=True)
     recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes, from_noise=True, until=until)
     make = partial(encode_path, spec=spec, timesteps=timesteps_of(spec, model), model=model)
 
-    def read(result: JobResult) -> tuple[dict[int, dict[Show, Images]], Images | None]:
+    def read(result: JobResult) -> tuple[dict[int, dict[Show, Images]], Pixels | None]:
         return recording.frames(), result.read() if until is None else None
 
     kind = f"{JSON}; from noise; every={asked.every}; until={until}; show={','.join(asked.shows)}"
@@ -204,11 +241,12 @@ def _frame_bytes(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo, *,
     return frame_bytes * (count - 1 + from_noise)
 
 
-def trajectory(spec: SampleSpec, model: ModelInfo) -> Answer:
-    """Make an answer of the latents of every step, and of what the noisy ones drew from.
+def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> Answer:
+    """Make an answer of the latents of every step, or those asked for, and of what the noisy ones drew from.
 
     Raises InvalidField where they add too little noise, or are too many.
     """
+    _check_depth(spec, f"Accept: {TRAJECTORY}")
     if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
         bound = f"at least {LEAST_ETA} with Accept: {TRAJECTORY}: of less noise float32 leaves no exact log p"
         raise InvalidField.of("eta", bound, spec.eta)
@@ -218,21 +256,30 @@ def trajectory(spec: SampleSpec, model: ModelInfo) -> Answer:
     if spec.mask_sha256 is not None:
         bound = f"absent with Accept: {TRAJECTORY}: what is kept is drawn from the image, not by the model"
         raise InvalidField.of("mask", bound, spec.mask_sha256)
+    try:
+        selection = select_passes(asked.keep, spec, model)
+    except ValueError as error:
+        raise InvalidField.of("keep", str(error), asked.keep) from None
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
+    with_noise = len({*noisy}.intersection(selection.passes))
     by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s, too
-    image_bytes = 4 * latents * (2 * spec.num_passes + 1 + noisy * (2 if by_value else 1)) + pixels
+    rounded = len(selection.points) + len(selection.predictions) + with_noise
+    image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes
     if most == 0:
-        raise InvalidField.of("steps", f"fewer with Accept: {TRAJECTORY}, for images of this size", spec.steps)
+        name, value = ("steps", spec.steps) if asked.keep is None else ("keep", asked.keep)
+        raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps", spec.n)
-    path, held_bytes = Path(spec), 3 * spec.n * image_bytes  # while it is packed: arrays, their bytes, and the file
+    # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
+    path, held_bytes = Path(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
-    def read(result: JobResult) -> tuple[Trajectory, Images]:
+    def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()
 
-    kind, make = f"{TRAJECTORY}; {TRAJECTORY_VERSION}", partial(encode_trajectory, spec=spec, model=model)
+    kind = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
+    make = partial(encode_trajectory, spec=spec, model=model)
     return Answer(TRAJECTORY, kind, "trajectory", make, read, path, held_bytes)
 
 
@@ -252,10 +299,20 @@ def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
     return InvalidField.of("sampler", bound, spec.sampler)
 
 
-def _check_durable(request: Request, animation: AnimationRequest | None, media_type: str) -> None:
+def _check_depth(spec: SampleSpec, beside: str) -> None:
+    if spec.depth != 8:
+        raise InvalidField.of("bit_depth", f"8 or absent with {beside}, whose pictures have 8 bits", spec.depth)
+
+
+def _check_durable(
+    request: Request, animation: AnimationRequest | None, media_type: str, parameters: Mapping[str, Any]
+) -> None:
     """Raise InvalidField where the answer would need what no job keeps."""
     if animation is not None:
         raise InvalidField.of("every", "absent with Prefer: respond-async: a job keeps no frames", animation.every)
     if media_type == TRAJECTORY:
         bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
         raise InvalidField.of("Prefer", bound, request.headers["prefer"])
+    if "clip_output" in parameters:
+        bound = "absent with Prefer: respond-async: it is given where the floats are fetched"
+        raise InvalidField.of("clip_output", bound, parameters["clip_output"])

@@ -22,6 +22,7 @@ from tminus.service.api.request.schemas import StreamRequest
 from tminus.service.api.submission import submit, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
+    InvalidField,
     JobCancelled,
     MalformedMessage,
     ServiceError,
@@ -97,6 +98,8 @@ class _Stream:
                         preview = StreamRequest.parse(StreamRequest.own_of(parameters))
                         # It takes the parameters: they may be megabytes, and the job take an hour.
                         self._services, new = await understand(self._services, caller, parameters)
+                        if new.spec.depth == 32:
+                            raise InvalidField.of("bit_depth", "8 or 16 in a stream, whose images are PNGs", 32)
                         await self._job(preview, new, caller)
                     keep_open = preview.keep_open
                     patience_s = NEXT_MESSAGE_S
@@ -187,6 +190,7 @@ class _Stream:
                 "guidance": new.spec.guidance,
                 "eta_s": round(ticket.outlook.eta_s, 3),
                 "position": ticket.outlook.position,
+                "background": new.work.background,
                 "fingerprint": model.fingerprint,
             }
             warning = warning_of(new.spec, model)

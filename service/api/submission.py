@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from tminus.model.pixels import VALUE_RANGE
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
@@ -21,6 +22,7 @@ from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
 from tminus.service.errors import InvalidField, Overloaded
+from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -76,10 +78,13 @@ async def _to_job(
         inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()
+    work = work_of(spec, services.model, services.number)
+    if asked.background:
+        work = replace(work, held_back_s=services.limits.background_max_wait_s)
     return NewJob(
         uuid.uuid4().hex,
         asked.with_inputs(spec, inputs),
-        work_of(spec, services.model, services.number),
+        work,
         caller.name,
         asked.deadline_s,
         inputs,
@@ -204,6 +209,15 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
     }
     warning = warning_of(spec, model)
     return headers if warning is None else headers | {"X-Warning": warning}
+
+
+def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
+    """Say what the values of floats mean, and how much of an image a picture shows that does not show all of it."""
+    if media_type == NPY:
+        return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
+    if model.fits_pictures:
+        return {}
+    return {"X-Shown-Channels": f"{model.shown_channels} of {model.channels}"}
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:

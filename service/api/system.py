@@ -1,21 +1,24 @@
 """GET /model, and of the whole server /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
+from operator import itemgetter
+
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from tminus.service.api.answers import problems
 from tminus.service.api.answers.documents import ModelAnswer, ScheduleAnswer, StatusAnswer
-from tminus.service.api.answers.openapi import failures
+from tminus.service.api.answers.openapi import Described, failures
 from tminus.service.api.models import Models
 from tminus.service.api.page import compressed
-from tminus.service.api.request.reading import no_parameters
+from tminus.service.api.request.reading import no_parameters, qualities
 from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError, Stalled
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
 from tminus.service.worker.worker import CRASHED, Worker
 
+OPENMETRICS = "application/openmetrics-text"
+METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}}
 BARE = [Depends(no_parameters)]
 
 
@@ -70,14 +73,25 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     if metrics is not None:
 
         @router.head("/metrics", include_in_schema=False, response_model=None)
-        @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
-        async def get_metrics() -> Response:
-            return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse, responses={200: METRICS})
+        async def get_metrics(request: Request) -> Response:
+            return metrics_answer(metrics, request)
 
     return router
 
 
 # Problems are rendered here, not raised: a probe that is told to wait is not a rejected request.
+
+
+def metrics_answer(metrics: Metrics, request: Request) -> Response:
+    """Make the answer of /metrics: OpenMetrics where Accept names it and likes plain text no better, else plain text.
+
+    Whatever else Accept says is passed over, as by Prometheus' own exporters.
+    """
+    liked = dict(sorted(qualities(", ".join(request.headers.getlist("accept"))), key=itemgetter(1)))
+    quality = liked.get(OPENMETRICS, 0.0)
+    body, media_type = metrics.render(as_openmetrics=quality > 0 and quality >= liked.get("text/plain", 0.0))
+    return Response(body, media_type=media_type, headers={"Vary": "Accept"})
 
 
 def alive(worker: Worker) -> StatusAnswer | Response:

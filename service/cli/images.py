@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tminus.service.engine.protocol import Record
     from tminus.service.images.image_header import ImageHeader
     from tminus.service.model_info import ModelInfo
-    from tminus.service.spec import Images, Inputs, SampleSpec
+    from tminus.service.spec import Inputs, Pixels, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_N = 4096  # images made without a server in one command
@@ -129,7 +129,7 @@ class LocalJob:
             inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
             return cls(loaded, request.with_inputs(request.to_spec(info, limits), inputs), inputs)
 
-    def run(self, record: "Record | None" = None) -> "Images":
+    def run(self, record: "Record | None" = None) -> "Pixels":
         """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
         from tqdm import tqdm
 
@@ -206,6 +206,16 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
     pixels, text = decode_png(png)
     recipe = checks.mapping(checks.loads(text)) | {SCALE: scale} if text is not None else None
     return encode_png(enlarge(pixels, scale), recipe)
+
+
+def opaque_png(png: bytes) -> bytes:
+    """Lay a PNG with alpha that tminus made over white, as /v1/images does. Raises ValueError for what is no PNG."""
+    from tminus.service.client import checks
+    from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
+
+    pixels, text = decode_png(png)
+    recipe = checks.mapping(checks.loads(text)) | {BACKGROUND: "white"} if text is not None else None
+    return encode_png(over_white(pixels), recipe)
 
 
 def make_images(

@@ -58,6 +58,7 @@ def _cells(model: "ModelState") -> tuple[str, ...]:
         return (model.name, state, *[""] * (len(HEAD) - 2))
     try:
         colours = COLOURS.get(info["channels"], f"{info['channels']} channels")
+        colours = "RGBA" if info.get("alpha") else colours
         images, classes = f"{info['width_px']}x{info['height_px']}, {colours}", len(info["class_names"])
         return (model.name, state, images, str(classes), str(info["device"]), str(info["fingerprint"]))
     except (KeyError, TypeError) as error:

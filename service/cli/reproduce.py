@@ -19,6 +19,7 @@ from tminus.service.cli.images import (
     enlarge_png,
     local_model_options,
     make_images,
+    opaque_png,
     read_pictures,
     sample_from,
 )
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
 MAX_FILE_BYTES = 256 * 2**20
-BY_STEP = {"x_t": 0, "x_0": 1}  # the arrays that are compared to the bit, and the number of the step in their first
+BY_STEP = {
+    "x_t": 0,
+    "x_0": 1,
+}  # the arrays that are compared to the bit, and by how much their steps are more than `at`
 # How near others have to be, relative and absolute: they follow from those, and another NumPy may round another way.
 CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p may be about 0
 PLAN_CLOSE = (1e-12, 0.0)
@@ -46,6 +50,7 @@ class Recipe:
     weights: str
     fingerprint: str
     scale: int = 1  # by which the PNG was enlarged
+    opaque: bool = False  # whether it was laid over white
 
 
 @click.command(short_help="Make a PNG again from what it says, and compare.")
@@ -81,6 +86,7 @@ def reproduce(
         here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
     with failing_in_one_line(f"{url or png}: scale {recipe.scale}"):
+        again = opaque_png(again) if recipe.opaque else again
         again = enlarge_png(again, parameters["n"], recipe.scale)
     if out is not None:
         write_file(f"--out {out}", out, again)
@@ -126,6 +132,7 @@ def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
     from tminus.service.api.request.classes import NUMBER
     from tminus.service.api.request.schemas import parameters_of
+    from tminus.service.images.encoder import BACKGROUND
     from tminus.service.spec import SampleSpec
 
     fields = document["spec"]
@@ -137,7 +144,9 @@ def recipe_of(document: Any) -> Recipe:
     scale = document.get(SCALE, 1)
     if type(scale) is not int or not 1 <= scale <= MAX_SCALE:
         raise ValueError(f"{SCALE} must be 1..{MAX_SCALE}")
-    return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]), scale)
+    return Recipe(
+        parameters, str(document["weights"]), str(document["fingerprint"]), scale, document.get(BACKGROUND) == "white"
+    )
 
 
 def _finite(text: str) -> float:
@@ -163,7 +172,8 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
         found = f"another size, {a.shape} and {b.shape}"
     else:
         most = int(abs(a.astype(np.int32) - b.astype(np.int32)).max())
-        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of 255 at most"
+        largest = np.iinfo(a.dtype).max if a.dtype.kind == "u" else 1
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of {largest} at most"
     return "; ".join([found, *reasons])
 
 
@@ -195,12 +205,12 @@ def check(
     Exit code 0: identical; 1: not, with the first step and image that differ.
     """
     from tminus.service.images.trajectory import arrays_of, read_trajectory
-    from tminus.service.work import noisy_passes
+    from tminus.service.work import noisy_passes, select_passes
     from tminus.service.worker.recording import Path as Recorded
 
     with failing_in_one_line(str(file)):
         found = read_trajectory(read_bounded(file))
-        recipe = _recipe_of(found)
+        recipe, keep = _recipe_of(found), _keep_of(found)
     check_pictures(file, recipe, image, None)
     made_by = _made_by(found)
     exact = True if made_by.get("exact") else None
@@ -218,21 +228,24 @@ def check(
         fail(f"{file}: made by other weights ({recipe.weights[:12]}, {checkpoint} has {info.weights_hash[:12]})")
     if not noisy_passes(spec, info):
         fail(f"{file}: no step of its recipe adds noise ({spec.sampler}), so that it has no log p to compare")
+    try:
+        selection = select_passes(keep, spec, info)
+    except ValueError as error:
+        fail(f"{file}: `keep` in its metadata must be {error}, got {keep!s:.80}")
     row = (info.channels, info.height_px, info.width_px)
     if info.latent is not None:
         row = (info.latent.channels, info.latent.height, info.latent.width)
-    wanted, got = (spec.num_passes + 1, spec.n, *row), found.arrays.get("x_t")
+    wanted, got = (len(selection.points), spec.n, *row), found.arrays.get("x_t")
     if got is None or got.shape != wanted:  # before so much is made again
         fail(f"{file}: x_t must be of shape {wanted}, got {'none' if got is None else got.shape}")
-    path = Recorded(spec)
+    path = Recorded(spec, selection, "float16" if got.dtype == "float16" else "float32")
     images = job.run(path.record)
     again = arrays_of(path.trajectory(), images, spec, info)
     differs = first_difference(found.arrays, again)
     if differs is None:
         noisy = len(again["passes"])
-        say(
-            f"{file}: identical: x_t of {spec.n} images at {spec.num_passes} steps, log p of the {noisy} that add noise"
-        )
+        kept = spec.num_passes if keep is None else f"{len(keep)} of {spec.num_passes}"
+        say(f"{file}: identical: x_t of {spec.n} images at {kept} steps, log p of the {noisy} that add noise")
         return
     if info.fingerprint != recipe.fingerprint:
         there = f"{recipe.fingerprint}, {made_by.get('executor', '?')} in {made_by.get('precision', '?')}"
@@ -248,6 +261,14 @@ def _recipe_of(file: "TrajectoryFile") -> Recipe:
         return recipe_of(file.document)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its metadata is no recipe of this version ({error!r:.200})") from None
+
+
+def _keep_of(file: "TrajectoryFile") -> list[int] | None:
+    """Return the passes that the file has; None: all. Raises ValueError."""
+    keep = file.document.get("keep")
+    if keep is not None and not (isinstance(keep, list) and all(type(each) is int for each in keep)):
+        raise ValueError(f"`keep` in its metadata must be a list of integers, got {keep!r:.80}")
+    return keep
 
 
 def _made_by(file: "TrajectoryFile") -> Mapping[str, Any]:
@@ -277,7 +298,8 @@ def first_difference(file: "Arrays", again: "Arrays") -> str | None:
     for name in sorted(again, key=lambda name: name not in BY_STEP):
         theirs, mine = file[name], again[name]
         if name in BY_STEP:
-            apart = theirs.view(np.uint32) != mine.view(np.uint32)  # 0 and -0 are two, and NaN is itself
+            bits = f"u{mine.itemsize}"
+            apart = theirs.view(bits) != mine.view(bits)  # 0 and -0 are two, and NaN is itself
         elif theirs.dtype.kind == "f":
             rtol, atol = CLOSE.get(name, PLAN_CLOSE)
             apart = ~np.isclose(theirs, mine, rtol=rtol, atol=atol)
@@ -293,10 +315,10 @@ def first_difference(file: "Arrays", again: "Arrays") -> str | None:
 def _where(name: str, apart: "np.ndarray", by: "np.ndarray", again: "Arrays", steps: int) -> str:
     """Name the first step and image of an array that differ, and how far."""
     first = tuple(int(each[0]) for each in apart.nonzero())
-    if name == "x_t" and first[0] == 0:
+    step = int(again[f"{name}_at"][first[0]]) + BY_STEP[name] if name in BY_STEP else 0
+    if name == "x_t" and step == 0:
         where, of = f"in its first noise, image {first[1]}", first[:2]
     elif name in BY_STEP:
-        step = first[0] + BY_STEP[name]
         where, of = f"at step {step} of {steps} (t = {again['timesteps'][step - 1]:g}), image {first[1]}", first[:2]
     elif name in ("mean", "log_p") or (name == "s" and apart.shape[1] > 1):
         where, of = f"at step {int(again['passes'][first[0]]) + 1} of {steps}, image {first[1]}", first[:2]

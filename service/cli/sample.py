@@ -73,10 +73,12 @@ ANIMATION_PX = 512  # of its longer side, at most
     help="classifier-free guidance scale  [default: as recommended where sampler and steps are, else 1, which is off]",
 )
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
+@click.option("--bit-depth", type=click.IntRange(8, 16), help="8, or 16 of a model of one channel  [default: 8]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
 @click.option("--nearest", is_flag=True, default=None, help="of the sampler's tables, take the nearest")
+@click.option("--background", is_flag=True, default=None, help="with --url: let the server's other jobs go first")
 @click.option("--image", type=FILE_TYPE, help="image to start from (--strength) or to edit (--mask)")
 @click.option("--mask", type=FILE_TYPE, help="image: white where the image is regenerated, black where it is kept")
 @click.option("--strength", metavar="FLOAT", help="share of the steps to run again, above 0, at most 1")
@@ -118,6 +120,8 @@ def sample(
     parameters = request_parameters(given) | read_pictures(image, mask)
     if watch is not None and url is None:
         fail("--watch needs --url: a server to look at")
+    if given["background"] and url is None:
+        fail("--background needs --url: a server with other jobs")
     if watch is None and (every is not None or show is not None):
         fail("--every and --show need --watch: a file for the frames")
     check_png(f"--out {out}", out, ", or a folder's name for one file an image")
@@ -279,5 +283,5 @@ def _sheet(pictures: Sequence["Image"]) -> "Image":
 
     from tminus.service.images.encoder import contact_sheet
 
-    coloured = [each.convert("RGB") for each in pictures]
+    coloured = [each.convert("RGBA" if each.has_transparency_data else "RGB") for each in pictures]
     return coloured[0] if len(coloured) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, coloured)])))

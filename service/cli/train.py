@@ -24,13 +24,16 @@ MOST_ON_SHEET = 64  # samples
 ROWS_PER_CLASS = 2  # of a sheet of samples
 IMAGES_WITHOUT_CLASSES = 16
 RECONSTRUCTIONS = 8  # a row of the sheet
+KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
 )
+# Of these the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
+CONTINUOUS = ("flow", "edm")
 CHANNELS = click.option(
     "--channels",
-    type=click.Choice(["1", "3"]),
-    help="of the images of a folder  [default: 1 if all of them are grey, else 3]",
+    type=click.Choice(["1", "3", "4"]),
+    help="of the images of a folder; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
 )
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 
@@ -100,7 +103,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--dropout", default=0.0, help="probability, inside the residual blocks")
 @click.option("--beta-schedule", default="linear", help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid")
 @click.option("--timesteps", default=1000, help="T")
-@click.option("--prediction", default="v_prediction", help="epsilon, sample or v_prediction")
+@click.option("--prediction", default="v_prediction", help="epsilon, sample, v_prediction, flow or edm")
 @DEVICE
 def train(**options: Any) -> None:
     """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly.
@@ -140,12 +143,22 @@ def train(**options: Any) -> None:
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
             held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
         unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
-        noise = NoiseConfig(
-            num_train_timesteps=options["timesteps"],
-            beta_schedule=options["beta_schedule"],
-            prediction_type=options["prediction"],
-            clip_sample=autoencoder is None,  # latents have no bounds
-        )
+        if options["prediction"] in CONTINUOUS:
+            if options["beta_schedule"] != "linear":
+                raise ValueError(f"--beta-schedule: --prediction {options['prediction']} has noise levels of its own")
+            noise = NoiseConfig(
+                num_train_timesteps=options["timesteps"],
+                prediction_type=options["prediction"],
+                clip_sample=False,
+                default_sampler="euler",
+            )
+        else:
+            noise = NoiseConfig(
+                num_train_timesteps=options["timesteps"],
+                beta_schedule=options["beta_schedule"],
+                prediction_type=options["prediction"],
+                clip_sample=autoencoder is None,  # latents have no bounds
+            )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{kind_of(data)}, {classes}")
         say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")
@@ -333,7 +346,7 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 def kind_of(data: "ImageSet") -> str:
     """Say how many images there are, and of which kind, for people."""
     _, channels, height, width = data.images.shape
-    return f"{data.name}: {len(data)} images, {width}x{height}, {'grey' if channels == 1 else 'colour'}"
+    return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
 
 def load_training_data(

@@ -23,6 +23,7 @@ SIGNATURES = {
     "image/webp": b"RIFF",
     "application/zip": b"PK\x03\x04",
     "application/json": b"{",
+    "application/x-npy": b"\x93NUMPY",
     "application/vnd.tminus.trajectory": b"{",
 }
 SIGNATURE_AT = {"application/vnd.tminus.trajectory": 8}  # safetensors: the length of its header comes first

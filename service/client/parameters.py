@@ -33,7 +33,9 @@ class Parameters(TypedDict, total=False):
     nearest: bool
     table: str
     clip: bool
+    bit_depth: int
     deadline_s: float
+    background: bool
     image: Picture
     mask: Picture
     strength: float
@@ -57,10 +59,17 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`."""
+    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`.
+
+    accept="application/vnd.tminus.trajectory" gives the passes of `keep`, or all of them; `dtype`: float32 or float16.
+    clip_output: whether the floats of accept="application/x-npy" are clipped to the model's range; they are by default.
+    """
 
     every: int
     show: str
+    keep: Sequence[int]
+    dtype: str
+    clip_output: bool
 
 
 class Shown(Parameters, Preview, total=False):

@@ -6,17 +6,27 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
 from . import checks
 from .errors import UnexpectedAnswer, expecting
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
 MediaType = Literal[
-    "image/png", "application/zip", "application/json", "image/webp", "application/vnd.tminus.trajectory"
+    "image/png",
+    "application/zip",
+    "application/json",
+    "application/x-npy",
+    "image/webp",
+    "application/vnd.tminus.trajectory",
 ]
+NPY = "application/x-npy"
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 NAME = {"check": checks.model_name}
@@ -29,7 +39,7 @@ MAX_IMAGES = 4096  # of a request that does not say
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The images of a job: `data` is one sheet, a zip, a JSON document or a trajectory, as `media_type` says.
+    """The images of a job: `data` is one sheet, a zip, JSON, floats or a trajectory, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
     an answer from the server's cache. `sampler`, `steps` and `guidance` are what was taken; None where a server of an
@@ -81,6 +91,22 @@ class Sampled:
             return checks.mapping(checks.loads(self.data))
         except ValueError as error:
             raise UnexpectedAnswer(OK, f"no JSON document ({error})") from None
+
+    @property
+    def array(self) -> "npt.NDArray[np.float32]":
+        """The floats of application/x-npy [n, C, H, W]; needs NumPy. Raises UnexpectedAnswer where there are none."""
+        import numpy as np  # which the client does without otherwise
+
+        stream = io.BytesIO(self.data)
+        try:
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("of another version of the format")
+            shape, in_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+            if dtype != np.dtype("<f4") or in_columns:
+                raise ValueError(f"{dtype}, where float32 was asked for")
+            return np.frombuffer(self.data, dtype, offset=stream.tell()).reshape(shape)
+        except ValueError as error:
+            raise UnexpectedAnswer(OK, f"no array of floats ({error})") from None
 
     @property
     def pngs(self) -> list[bytes]:
@@ -140,6 +166,7 @@ class JobState:
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
     webhook: Mapping[str, Any] | None = None  # who is told of it, and how far that has come
+    background: bool = False  # whether it lets all others go first
 
     @classmethod
     def of(cls, document: Any) -> "JobState":

@@ -21,7 +21,7 @@ from tminus.service.engine.pictures import LatentPictures, PixelPictures
 from tminus.service.engine.plan_store import PlanCompiler, PlanStore
 from tminus.service.engine.row_state import KnownValues, Registers, RowNoises, check_inputs, initial_latents, latents_of
 from tminus.service.preview import Show
-from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
 FIRST_KNOWN_DRAW = 2**31  # the draws of a row's known pixels begin here; x_T and z take draws 0..T
@@ -231,14 +231,15 @@ class Engine:
         return () if finite.all() else tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
 
     @torch.inference_mode()
-    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
-        """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not finite.
+    def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
+        """Read rows out: the function returned gives [n, H, W, C], or raises NotFinite where a row is not finite.
 
+        bit_depth: 8 or 16 for whole numbers; 32 for float32 as the rows have it, which may lie beyond [-1, 1].
         The rows may be removed at once. Like those below, call the function in another thread: on a GPU it waits for
         the copy, and for a latent model it runs the decoder.
         """
         x = self._x[index_of(rows, self._device)]
-        return self._pictures.read(x, [self._inputs.get(row) for row in rows])
+        return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
         """Prepare inputs for `add`: the function returned gives them their latents, where the model is a latent one."""

@@ -32,15 +32,17 @@ def make_model_info(
         height_px=checkpoint.size_px[0],
         width_px=checkpoint.size_px[1],
         channels=checkpoint.image_shape[0],
+        alpha=checkpoint.alpha,
         latent=_latent_info(checkpoint),
         num_timesteps=noise.num_train_timesteps,
-        beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
+        beta_schedule=noise.levels,
         prediction_type=noise.prediction_type,
         variance_type=noise.variance_type,
         timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in checkpoint.samplers},
         steps_offset=noise.steps_offset,
         log_sigmas=tuple(noise.schedule().log_sigmas),
         fractional=checkpoint.fractional,
+        continuous=noise.is_continuous,
         clip=noise.clip_sample,
         samplers=checkpoint.samplers,
         tables=checkpoint.tables,
@@ -106,6 +108,8 @@ def fingerprint(
     }
     if not (exact and bits is not None):  # the weights' hash says nothing of how the network uses them
         parts["net"] = checkpoint.net.config.to_dict()
+    if checkpoint.alpha:  # which tminus.json says, and pictures depend on
+        parts["alpha"] = True
     if autoencoder_bits is not None:
         parts["autoencoder"] = autoencoder_bits
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
-from tminus.service.model_info import ModelInfo
+from tminus.service.model_info import ModelInfo, background_share
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -52,7 +52,7 @@ PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
-MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
+MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
 TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
 LONG_TRIAL_S = 5.0  # for passes that take less together, compiling takes longer: it is not known how long
@@ -315,12 +315,13 @@ def _build(
     wish: Wish,
     bits: str | None,
 ) -> Engine:
+    max_rows = options.max_rows or default_max_rows(checkpoint)
     return Engine(
         checkpoint,
         executor,
         device,
-        max_rows=max(options.max_rows or default_max_rows(checkpoint), SPARE_ROWS, wish.max_batch),
-        max_jobs=max(options.max_jobs, SPARE_JOBS),
+        max_rows=max(max_rows + background_share(max_rows), SPARE_ROWS, wish.max_batch),
+        max_jobs=max(options.max_jobs + background_share(options.max_jobs), SPARE_JOBS),
         exact=wish.exact,
         bits=bits,
         cache=options.cache_dir or default_cache(),

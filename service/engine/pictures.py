@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.latent.autoencoder import Autoencoder, colours_of, fit_colours
-from tminus.model.pixels import to_model_range, to_uint8
+from tminus.model.pixels import shown_channels, to_model_range, to_uint8, to_uint16
 from tminus.model.rng import image_noise
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.devices import copy_out, multiplying, send, streams, to_device
 from tminus.service.errors import NotFinite
-from tminus.service.spec import Floats, Images, Inputs
+from tminus.service.spec import Floats, Images, Inputs, Pixels
 
 TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
 LONG_S = 0.5  # what takes this long is not done again to be timed
@@ -36,29 +36,30 @@ class PixelPictures:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> None:  # noqa: ARG002
         """cache: the folder where converted graphs are kept."""
         self._shape, self._schedule, self._device = checkpoint.row_shape, checkpoint.noise.schedule(), device
+        self._shown_channels = shown_channels(checkpoint.image_shape[0], alpha=checkpoint.alpha)
 
     def x_0(self, inputs: Inputs) -> Tensor:
         """Return the picture as the network sees it [C, H, W], on the device; pixels as uint8."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
-    def read(self, x: Tensor, known: Sequence[Inputs | None]) -> Callable[[], Images]:  # noqa: ARG002
-        """Read finished rows as images uint8 [n, H, W, C]; known: for each what a mask keeps. Raises NotFinite.
+    def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
+        """Read finished rows as images [n, H, W, C] of this depth; known: for each what a mask keeps. Raises NotFinite.
 
         The known pixels of a pixel model have come out as they went in.
         """
-        read = copy_out(self._device, self.shown(x), x.isfinite().all())
+        read = copy_out(self._device, _channels_last(to_uint8(x) if bit_depth == 8 else x), x.isfinite().all())
 
-        def images() -> Images:
+        def images() -> Pixels:
             pixels, finite = read()
             if not finite:
                 raise NotFinite
-            return pixels.numpy()
+            return to_uint16(pixels.numpy()) if bit_depth == 16 else pixels.numpy()
 
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Make pictures uint8 [n, H, W, C] of rows that are not finished, on the device."""
-        return to_uint8(x).permute(0, 2, 3, 1).contiguous()
+        """Make pictures uint8 [n, H, W, C] of rows that are not finished, on the device: of the channels shown."""
+        return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         """Make x_t of images, both uint8 [n, H, W, C]."""
@@ -109,19 +110,21 @@ class LatentPictures(PixelPictures):
         latents = inputs.latents if inputs.latents is not None else self._encode(inputs.image)
         return to_device(latents, self._device)
 
-    def read(self, x: Tensor, known: Sequence[Inputs | None]) -> Callable[[], Images]:
+    def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:
         """Decode finished rows. Known pixels are put into the images, so that they are kept bit for bit here too."""
         read = copy_out(self._device, x, x.isfinite().all())
 
-        def images() -> Images:
+        def images() -> Pixels:
             latents, finite = read()
             if not finite:
                 raise NotFinite
             decoded = self._decode(latents.numpy())
             for image, kept in zip(decoded, known, strict=True):
                 if kept is not None and kept.mask is not None:
-                    image[~kept.mask] = kept.image[~kept.mask]
-            return decoded
+                    at = torch.from_numpy(~kept.mask)
+                    image[:, at] = to_model_range(torch.tensor(kept.image).permute(2, 0, 1))[:, at]
+            pixels = _channels_last(to_uint8(decoded) if bit_depth == 8 else decoded).numpy()
+            return to_uint16(pixels) if bit_depth == 16 else pixels
 
         return images
 
@@ -136,7 +139,7 @@ class LatentPictures(PixelPictures):
             x_0 = torch.from_numpy(np.stack([self._encode(image) for image in images]))
             eps = image_noise(seed, range(len(images)), 0, self._shape, torch.device("cpu"))
             x_t: Floats = self._schedule.q_sample(x_0, torch.tensor([t]), eps).numpy()
-            return self._decode(x_t)
+            return super(LatentPictures, self).shown(self._decode(x_t)).numpy()
 
         return make
 
@@ -149,17 +152,16 @@ class LatentPictures(PixelPictures):
         if sum(self._first_s) > LONG_S:
             return self._first_s
         latents = np.zeros((1, *self._shape), np.float32)
-        image = self._decode(latents)[0]
+        image = _channels_last(to_uint8(self._decode(latents)))[0].numpy()
         return _fastest(lambda: self._decode(latents)), _fastest(lambda: self._encode(image))
 
-    def _decode(self, latents: Floats) -> Images:
-        """Make pixels uint8 [n, H, W, C] of latents [n, c, h, w]."""
+    def _decode(self, latents: Floats) -> Tensor:
+        """Make pixels float32 [n, C, H, W], in about [-1, 1], of latents [n, c, h, w]."""
         images = []
         for k in range(len(latents)):
             with self._turn:
-                x = self._decode_pass(np.ascontiguousarray(latents[k : k + 1]))
-            images.append(super().shown(torch.from_numpy(x))[0].numpy())
-        return np.stack(images)
+                images.append(torch.tensor(self._decode_pass(np.ascontiguousarray(latents[k : k + 1]))))
+        return torch.cat(images)
 
     def _encode(self, image: Images) -> Floats:
         """Make the latents [c, h, w] of an image [H, W, C]."""
@@ -191,6 +193,10 @@ class LatentPictures(PixelPictures):
                 return pixels
 
         return run
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).contiguous()
 
 
 def _fastest(act: Callable[[], object]) -> float:

@@ -47,7 +47,7 @@ class PlanStore:
         self.scales: Tensor | None = None  # what x is multiplied by on its way in, made when the first such plan comes
         self.lines = torch.zeros(FIRST_LINES, NUM_COEFFICIENTS, device=device)
         self.known = torch.zeros(FIRST_LINES, 2, device=device)  # Plan.known
-        self.matrices: Tensor | None = None  # [lines, 4, 7], made when the first plan with registers comes
+        self.matrices: Tensor | None = None  # [lines, 5, 8], made when the first plan with registers comes
         self._free = [(0, FIRST_LINES)]  # stretches (start, length) without a plan, ascending, none beside another
 
     def put(self, plan: Plan) -> int:

@@ -9,7 +9,7 @@ from tminus.model.trajectory import PlanNumbers
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Show
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch, work_of
 
 BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # comes with tminus, installed or not
@@ -57,7 +57,7 @@ class RowEngine(Protocol):
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
         """The rows among these whose latent is no longer finite."""
 
-    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+    def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
         """Read finished rows; the function returned may wait, and raises NotFinite."""
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
@@ -102,7 +102,7 @@ def sample_locally(
     on_rows: Callable[[int], object],
     inputs: Inputs | None = None,
     record: Record | None = None,
-) -> Images:
+) -> Pixels:
     """Run one job to its end; on_rows is called after each tick with the number of rows in it.
 
     record: is called before the first tick with all rows, and after each with those in it. Raises ValueError as
@@ -120,6 +120,6 @@ def sample_locally(
             record(engine, rows, [(step + 1 - spec.start, index) for step, index in batch.jobs[0].steps])
         scheduler.advance(batch)
         on_rows(len(batch.rows))
-    images = engine.images(rows)()
+    images = engine.images(rows, spec.depth)()
     engine.remove(rows)
     return images

@@ -159,7 +159,7 @@ class Registers:
         return self._values[rows, :count]
 
     def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Return the next x of rows [B], and store their registers: matrices [B, 4, 7], state x, x0, x0_previous, z."""
+        """Return the next x of rows [B], and store their registers: matrices [B, 5, 8], state x, x0, x0_previous, z."""
         held = self._values[rows]
         count = held.shape[1]
         new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])

@@ -80,8 +80,9 @@ class Decoder:
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:
     """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
 
-    It is made ready as the pictures of a training folder are, so that x_0 looks like the training data; what is
-    transparent is laid over black. An image of the model's size is used unchanged. crop: whether it may have another.
+    It is made ready as the pictures of a training folder are, so that x_0 looks like the training data. A model of RGBA
+    gets its alpha, and one that is opaque is opaque; of other models what is transparent is laid over black. An image
+    of the model's size is used unchanged. crop: whether it may have another.
     """
     with _loaded(data, field) as image:
         if not crop:
@@ -92,10 +93,16 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: b
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
     """Decode a mask into bool [H, W] of the model's size, true where it is white. Raises InvalidImage.
 
-    It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
+    It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white. What
+    is transparent counts as black. A mask with transparent pixels and without white ones is refused, as one of OpenAI's
+    kind, which means them the other way round.
     """
     with _loaded(data, field) as mask:
-        return _mask(mask, model)
+        new, has_alpha = _mask(mask, model), may_be_transparent(mask)
+    if has_alpha and not new.any():
+        bound = "white where the image is to be made new, whatever its alpha"
+        raise InvalidImage.of(field, bound, "one with alpha and without a white pixel")
+    return new
 
 
 def decode_transparent(

@@ -18,23 +18,25 @@ import numpy as np
 from cachetools import TTLCache
 from PIL import Image, PngImagePlugin, features
 
+from tminus.model.pixels import RGBA, VALUE_RANGE, as_uint8
 from tminus.model.trajectory import Trajectory
 from tminus.service.images.trajectory import pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Images, Pixels, SampleSpec
 from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 from tminus.service.work import JobResult
 
-PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
+PNG, ZIP, JSON, WEBP, NPY = "image/png", "application/zip", "application/json", "image/webp", "application/x-npy"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
+BACKGROUND = "background"  # in a recipe: over what an image with alpha was laid
 RESULT_THREADS = 2
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
-    "webp": {"lossless": True, "quality": 0, "method": 0},
+    "webp": {"lossless": True, "quality": 0, "method": 0, "exact": True},  # exact: colours where nothing is seen too
     "jpeg": {"quality": 90, "subsampling": 0},
 }
 Read = TypeVar("Read")
@@ -42,6 +44,7 @@ Made = TypeVar("Made")
 WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
 TILE_PX, SHEET_PX = 256, 1024  # what an image on a sheet for people has at most, and the sheet
+FrameKey = tuple[Frame, str, str, int | None, bool]  # with format, layout, quality, and whether it is opaque
 Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
@@ -55,21 +58,27 @@ class Encoder:
         self._frames = started_pool(1, "tminus-frames")  # so that results wait for no preview
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
-        self._recent: TTLCache[tuple[Frame, str, str, int | None], list[Picture]] = TTLCache(
-            RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes
-        )
+        self._recent: TTLCache[FrameKey, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
-    async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
+    async def encode(
+        self,
+        media_type: str,
+        spec: SampleSpec,
+        read: Callable[[], Pixels],
+        made_by: ModelInfo,
+        *,
+        clip: bool = True,
+    ) -> bytes:
         """Make the body of a response. Raises NotFinite, as all that read images here."""
-        make = partial(encode_result, media_type, spec, model=made_by)
-        return await self.make(read, make, media_type.rpartition("/")[2], media_type, spec.n)
+        make = partial(encode_result, media_type, spec, model=made_by, clip=clip)
+        return await self.make(read, make, label_of(media_type), media_type, spec.n)
 
     async def encode_frame(
-        self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
+        self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
-        """Make the pictures of a preview. quality: of a jpeg or webp, 0..100; None: fast rather than small."""
+        """Make the pictures of a preview. quality, opaque: see the function `encode_frame`."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._frames, self._encode_frame, frame, frame_format, layout, quality
+            self._frames, self._encode_frame, (frame, frame_format, layout, quality, opaque)
         )
 
     async def encode_pictures(
@@ -77,7 +86,7 @@ class Encoder:
     ) -> list[bytes]:
         """Make a finished job's PNGs: one sheet of all images, or one PNG for each."""
 
-        def make(images: Images) -> list[bytes]:
+        def make(images: Pixels) -> list[bytes]:
             if layout == "sheet":
                 return [encode_result(PNG, spec, images, made_by)]
             return encode_each(spec, images, made_by)
@@ -120,8 +129,7 @@ class Encoder:
 
     # --- in the thread of frames ---
 
-    def _encode_frame(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
-        key = frame, frame_format, layout, quality
+    def _encode_frame(self, key: FrameKey) -> list[Picture]:
         pictures = self._recent.get(key)
         if pictures is None:
             pictures = self._make_pictures(*key)
@@ -129,15 +137,18 @@ class Encoder:
                 self._recent[key] = pictures
         return pictures
 
-    def _make_pictures(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
+    def _make_pictures(
+        self, frame: Frame, frame_format: str, layout: str, quality: int | None, opaque: bool
+    ) -> list[Picture]:
         shown = frame.read()
         started = time.perf_counter()
         pictures: list[Picture] = []
         for show, images in shown.items():
             if layout == "sheet":
-                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format, quality)))
+                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format, quality, opaque=opaque)))
             else:
-                pictures += [(show, k, encode_frame(image, frame_format, quality)) for k, image in enumerate(images)]
+                each = (encode_frame(image, frame_format, quality, opaque=opaque) for image in images)
+                pictures += [(show, k, picture) for k, picture in enumerate(each)]
         self._observe("frame", time.perf_counter() - started)
         return pictures
 
@@ -147,8 +158,26 @@ def _cached_bytes(pictures: list[Picture]) -> int:
     return 4 * sum(len(picture) for *_, picture in pictures)
 
 
-def encode_result(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo) -> bytes:
-    """Encode a finished job: one PNG (a sheet if n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
+def as_pictures(images: Pixels, model: ModelInfo) -> Pixels:
+    """Make of a job's images [n, H, W, C] what pictures of them show: some channels, and whole numbers."""
+    shown = images[..., : model.shown_channels]
+    return as_uint8(shown.astype(np.float32)) if shown.dtype == np.float32 else shown
+
+
+def encode_result(media_type: str, spec: SampleSpec, images: Pixels, model: ModelInfo, *, clip: bool = True) -> bytes:
+    """Encode a finished job: one PNG (a sheet if n > 1), a zip of n PNGs, JSON with base64 PNGs, or the floats.
+
+    The floats are float32 [n, C, H, W] in NumPy's format; clip: to the model's range. The pictures of a job of floats
+    are those of 8 bits, to the byte.
+    """
+    if media_type == NPY:
+        out = io.BytesIO()
+        values = images.clip(*VALUE_RANGE) if clip else images
+        np.save(out, np.ascontiguousarray(values.transpose(0, 3, 1, 2), "<f4"), allow_pickle=False)
+        return out.getvalue()
+    images = as_pictures(images, model)
+    if spec.depth == 32:
+        spec = replace(spec, bit_depth=None)
     if media_type == PNG:
         return encode_png(contact_sheet(images), recipe(spec, model))
     if media_type == ZIP:
@@ -157,7 +186,7 @@ def encode_result(media_type: str, spec: SampleSpec, images: Images, model: Mode
     return json.dumps(_document(spec, images, model)).encode()
 
 
-def _document(spec: SampleSpec, images: Images, model: ModelInfo) -> dict[str, object]:
+def _document(spec: SampleSpec, images: Pixels, model: ModelInfo) -> dict[str, object]:
     """A finished job with its images as JSON has it."""
     entries = [
         {
@@ -174,7 +203,7 @@ def _document(spec: SampleSpec, images: Images, model: ModelInfo) -> dict[str, o
 
 
 def encode_path(
-    recorded: tuple[Mapping[int, Mapping[Show, Images]], Images | None],
+    recorded: tuple[Mapping[int, Mapping[Show, Images]], Pixels | None],
     spec: SampleSpec,
     timesteps: Sequence[float],
     model: ModelInfo,
@@ -192,7 +221,7 @@ def encode_path(
     return json.dumps(document).encode()
 
 
-def encode_trajectory(recorded: tuple[Trajectory, Images], spec: SampleSpec, model: ModelInfo) -> bytes:
+def encode_trajectory(recorded: tuple[Trajectory, Pixels], spec: SampleSpec, model: ModelInfo) -> bytes:
     """Make the file of a trajectory and of the images that it ends in."""
     return pack_trajectory(*recorded, spec, model, recipe(spec, model))
 
@@ -201,14 +230,17 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[bytes]:
-    """Encode each image of a finished job as a PNG of its own."""
-    return [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
+def encode_each(spec: SampleSpec, images: Pixels, model: ModelInfo, *, opaque: bool = False) -> list[bytes]:
+    """Encode each image of a finished job as a PNG of its own. opaque: whether RGBA is laid over white."""
+    pictures = [over_white(image) if opaque else image for image in as_pictures(images, model)]
+    more = {BACKGROUND: "white"} if opaque else {}
+    return [encode_png(picture, recipe(one_image(spec, k), model) | more) for k, picture in enumerate(pictures)]
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
     """Everything that is needed to make the same pixels again."""
-    return {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+    made: dict[str, object] = {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+    return made if spec.depth == 8 else made | {"value_range": VALUE_RANGE}
 
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
@@ -217,14 +249,19 @@ def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 
+def label_of(media_type: str) -> str:
+    """Name a media type in the metric of encoding: png, zip, json or npy."""
+    return media_type.rpartition("/")[2].removeprefix("x-")
+
+
 def one_image(spec: SampleSpec, k: int) -> SampleSpec:
     """The spec that makes image k of a request alone."""
     labels = spec.class_labels[k : k + 1] if spec.class_labels is not None else None
     return replace(spec, n=1, index=spec.index + k, class_labels=labels)
 
 
-def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
-    """Encode [H, W, C] (C 1 or 3) as PNG, with `text` as JSON in a text chunk."""
+def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
+    """Encode [H, W, C] (C 1, 3 or 4; 1 of 16 bits) as PNG, with `text` as JSON in a text chunk."""
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
@@ -233,15 +270,18 @@ def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
     return out.getvalue()
 
 
-def encode_frame(pixels: Images, frame_format: str, quality: int | None = None) -> bytes:
-    """Encode [H, W, C] as png, webp or jpeg: of quality 0..100, or fast rather than small (png and webp lossless)."""
+def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None, *, opaque: bool = False) -> bytes:
+    """Encode [H, W, C] as png, webp or jpeg: of quality 0..100, or fast rather than small (png and webp lossless).
+
+    opaque: whether RGBA is laid over white; a jpeg, which has no alpha, always is.
+    """
     out = io.BytesIO()
     options = FRAME_OPTIONS[frame_format] if quality is None else {"quality": quality}
-    _to_pillow(pixels).save(out, frame_format, **options)
+    _to_pillow(over_white(pixels) if opaque or frame_format == "jpeg" else pixels).save(out, frame_format, **options)
     return out.getvalue()
 
 
-def encode_sheets(frames: Sequence[Images]) -> bytes:
+def encode_sheets(frames: Sequence[Pixels]) -> bytes:
     """Encode [n, H, W, C] each as an animated WebP, of contact sheets if n > 1."""
     return encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
 
@@ -255,15 +295,26 @@ def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes
     return out.getvalue()
 
 
-def _to_pillow(pixels: Images) -> Image.Image:
+def over_white(pixels: Pixels) -> Pixels:
+    """Lay RGBA [H, W, 4] over white; other pictures have no alpha, and stay as they are."""
+    if pixels.shape[2] != RGBA:
+        return pixels
+    image = _to_pillow(pixels)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def _to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def contact_sheet(images: Images) -> Images:
-    """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C]; spare cells black."""
+def contact_sheet(images: Pixels) -> Pixels:
+    """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C].
+
+    Spare cells are black, of RGBA transparent.
+    """
     n, height, width, channels = images.shape
     rows, columns = sheet_grid(n)
-    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells = np.zeros((rows * columns, height, width, channels), images.dtype)
     cells[:n] = images
     grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     return grid.reshape(rows * height, columns * width, channels)
@@ -289,7 +340,7 @@ def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> i
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
 
 
-def enlarge(pixels: Images, scale: int) -> Images:
+def enlarge(pixels: Pixels, scale: int) -> Pixels:
     """Make a square of scale x scale pixels of each pixel of [H, W, C], so that no colour is new."""
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 

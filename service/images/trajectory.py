@@ -11,10 +11,10 @@ import safetensors.numpy
 
 from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.model_info import ModelInfo
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 
 TRAJECTORY: Final = "application/vnd.tminus.trajectory"
-FORMAT = 1  # counts up with what the file holds
+FORMAT = 2  # counts up with what the file holds
 # Another safetensors may write other bytes, and another NumPy may round mean, s and log p another way.
 TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}; numpy {np.__version__}"
 METADATA_KEY = "tminus"  # the only one: safetensors writes several in no fixed order
@@ -32,21 +32,25 @@ class TrajectoryFile:
 
 
 def pack_trajectory(
-    trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
+    trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
 ) -> bytes:
     """Make the file. images: those that the trajectory ends in, uint8 [n, H, W, C]; recipe: as PNGs have it."""
     made_by = {"device": model.device, "executor": model.executor, "precision": model.precision, "exact": model.exact}
-    document = {"format": FORMAT, **recipe, "made_by": made_by}
+    passes = trajectory.selected.passes
+    keep = {} if len(passes) == len(trajectory.plan.lines) else {"keep": passes}
+    document = {"format": FORMAT, **recipe, **keep, "made_by": made_by}
     arrays = {name: np.ascontiguousarray(each) for name, each in arrays_of(trajectory, images, spec, model).items()}
     return safetensors.numpy.save(arrays, {METADATA_KEY: json.dumps(document)})
 
 
-def arrays_of(trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo) -> Arrays:
+def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo) -> Arrays:
     """List the arrays of a file by name."""
-    plan, drawn = trajectory.plan, transitions(trajectory)
+    plan, selected, drawn = trajectory.plan, trajectory.selected, transitions(trajectory)
     arrays: dict[str, npt.NDArray[Any]] = {
         "x_t": trajectory.x_t,
         "x_0": trajectory.x_0,
+        "x_t_at": np.array(selected.points),
+        "x_0_at": np.array(selected.predictions),
         "passes": drawn.passes,
         "mean": drawn.mean,
         "s": drawn.s,
@@ -79,6 +83,6 @@ def read_trajectory(data: bytes) -> TrajectoryFile:
         made_as = document["format"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"no {METADATA_KEY!r} in its metadata: not made by tminus, or stripped since") from None
-    if type(made_as) is not int or not 1 <= made_as <= FORMAT:
+    if type(made_as) is not int or made_as != FORMAT:
         raise ValueError(f"of format {made_as!r:.20}, and this version of tminus reads {FORMAT}")
     return TrajectoryFile(document, arrays)

@@ -18,7 +18,7 @@ from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, Outcome,
 from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.delivery_store import Delivery
 from tminus.service.preview import Mailbox, Watch
-from tminus.service.spec import Images
+from tminus.service.spec import Pixels
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class Jobs:
         ]
         return await self.with_deliveries(sorted(views, key=lambda view: view.record.place, reverse=True)[:limit])
 
-    async def images(self, job_id: str, sees: str | None) -> tuple[JobView, Images]:
+    async def images(self, job_id: str, sees: str | None) -> tuple[JobView, Pixels]:
         """Read what a job has made. Raises JobNotFound, JobNotDone or NoImages."""
         view = await self.find_durable(job_id, sees)
         if view.state in ("waiting", "running"):

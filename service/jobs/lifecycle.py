@@ -35,7 +35,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Mailbox, Pace, Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Outlook, Ticket, check_table, work_of
 from tminus.service.worker.loaded_model import Residence
@@ -81,7 +81,8 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._beside = set[asyncio.Task[None]]()  # those of the tasks that are given up when the process ends
         self._renewing: asyncio.Task[None] | None = None
-        self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
+        # Jobs of an earlier process enter the worker in order of arrival. No other waits for slots of background jobs.
+        self._resuming = {background: asyncio.Lock() for background in (False, True)}
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
@@ -299,7 +300,7 @@ class Lifecycle:
                     log.warning("job %s waits for a start with more --max-rows than %d", job.record.id, rows)
                     await self._leave(job)
                     return
-                async with self._resuming:
+                async with self._resuming[job.record.background]:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
@@ -323,6 +324,9 @@ class Lifecycle:
         await self._until_in(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
+        if record.background:
+            held_back_s = max(0.0, self._limits.background_max_wait_s - record.age_s)
+            work = replace(work, held_back_s=held_back_s)
         snapshot, inputs = await self._read(record)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)
@@ -411,7 +415,7 @@ class Lifecycle:
             await self.store.call(JobStore.crashed, crashed)
         return False
 
-    async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:
+    async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
         if not job.may_become(HeldState.ENDING):  # another task does this already, or it is not held any more
             return

@@ -110,7 +110,14 @@ class NewJobs:
         deadline_us = None if new.deadline_s is None else created_us + round(new.deadline_s * 1e6)
         ahead_us = created_us - now_us()
         record = JobRecord(
-            new.id, new.spec, created_us, deadline_us, owner=new.owner, webhook=webhook, ahead_us=ahead_us
+            new.id,
+            new.spec,
+            created_us,
+            deadline_us,
+            owner=new.owner,
+            webhook=webhook,
+            background=new.work.background,
+            ahead_us=ahead_us,
         )
         self._entering[new.id] = new.owner  # before anybody else can count
         try:

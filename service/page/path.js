@@ -7,8 +7,8 @@ const MOST_FRAMES = 40, MOST_BYTES = 2 ** 24; // of pixels: more the server refu
 
 /** How many passes through the network the images of a request take, each. */
 export function passesOf({ sampler, steps }, model) {
-  const { passes_per_step: each = 1, passes_to_start: more = 0 } = model.sampler_details[sampler] ?? {};
-  return steps < 2 ? steps : each * (steps - 1) + 1 + more;
+  const { passes_per_step: each = 1, passes_to_start: more = 0, steps_to_start: first = 1 } = model.sampler_details[sampler] ?? {};
+  return steps < 2 ? steps : each * (steps - 1) + 1 + (steps > first ? more : 0);
 }
 
 /** How many bytes the pixels of a frame take: x_t and x_0 of each image. */

@@ -24,6 +24,7 @@ export function setUpStage(loaded, given) {
   model = loaded;
   page = given;
   document.body.classList.toggle("smooth", model.width_px >= SMOOTH_PX);
+  document.body.classList.toggle("alpha", model.alpha);
   document.body.style.setProperty("--aspect", model.width_px / model.height_px);
 }
 
@@ -156,7 +157,8 @@ function tell() {
   element("made-name").textContent = !one ? `${count} images` : count === 1 ? "One image" : `Image ${chosen + 1} of ${count}`;
   element("made-hint").textContent = !one ? "Choose one to see it large." : edited ? "A link or a call would need your picture." : "";
   element("png").textContent = `PNG${size}`;
-  for (const id of ["vary", "edit-this"]) element(id).hidden = !one;
+  element("vary").hidden = !one;
+  element("edit-this").hidden = !one || model.channels !== model.shown_channels; // it is sent as a picture
   for (const id of ["another", "share", "code"]) element(id).hidden = edited;
   element("zip").hidden = one || !made.zip;
   linkPng(one && count > 1, parameters);

@@ -8,7 +8,7 @@ import { offer } from "./recipe.js";
 import { shownPicture } from "./stage.js";
 
 const canvas = element("canvas"), board = canvas.getContext("2d");
-const RED = [226, 61, 61], COVER = 0.55; // how the mask is shown
+const RED = [226, 61, 61, 255], COVER = 0.55; // how the mask is shown
 const LUMA = [0.299, 0.587, 0.114]; // ITU-R 601, as the server makes images grey
 const MOST_BYTES = 2 ** 20; // of a file that is sent as it came; the session keeps what is being asked for
 const PRESETS = {
@@ -25,6 +25,8 @@ let model = null, layer = null; // the picture without the mask, a 2d context
 let mask = null; // Uint8Array, 1 where the image is made new
 let file = null; // as it came, until somebody draws on it
 let present = false;
+// A picture has one, three or four channels, which need not be all of an image's.
+const takesPictures = () => model.channels === model.shown_channels;
 const hasPicture = () => present;
 const hasMask = () => mask.includes(1);
 const sizeOf = () => [canvas.width, canvas.height];
@@ -32,6 +34,7 @@ const sizeOf = () => [canvas.width, canvas.height];
 /** @param {{run: (body: object) => void, opened: Promise<boolean>}} page opened: whether a first sample is shown */
 export function setUp(loaded, { run, opened }) {
   model = loaded;
+  element("noise").hidden = !takesPictures();
   setUpPicture();
   setUpNoise();
   setUpEdit(run, opened);
@@ -58,12 +61,13 @@ function setUpPicture() {
 function blankLayer() {
   const made = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
   const context = made.getContext("2d", { willReadFrequently: true });
-  context.fillRect(0, 0, canvas.width, canvas.height); // black, which is what transparent pixels become
+  if (!model.alpha) context.fillRect(0, 0, canvas.width, canvas.height); // black, which is what transparent pixels become
   return context;
 }
 
 /** Take a file. Where the browser cannot show it, the server will say what is wrong with it. */
 async function takeFile(given) {
+  if (!takesPictures()) return;
   file = given;
   present = true;
   element("noise-name").textContent = given.name;
@@ -154,7 +158,7 @@ const pictureBlob = (exactly, mostBytes) =>
 function maskBlob() {
   const drawn = blankLayer();
   const pixels = drawn.getImageData(0, 0, canvas.width, canvas.height);
-  mask.forEach((on, at) => pixels.data.fill(255 * on, 4 * at, 4 * at + 3));
+  mask.forEach((on, at) => pixels.data.set([255 * on, 255 * on, 255 * on, 255], 4 * at));
   drawn.putImageData(pixels, 0, 0);
   return toPng(drawn.canvas);
 }

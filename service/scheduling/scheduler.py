@@ -6,19 +6,23 @@ is never starved. A row that is not picked just waits: preemption costs nothing.
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
 first (owners.py). A tick is of one model: which one, the same policy says in seconds.
+
+Before all that comes the class. Background jobs step in ticks of their own, and only while no other job waits, until
+they have been held back for as long as they may be: from then on they are jobs like any other.
 """
 
+import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, islice, pairwise
 from operator import itemgetter
 from typing import Generic, Literal, TypeVar
 
-from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
+from tminus.service.scheduling.owners import BURST_S, ClassTimes, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
@@ -28,6 +32,9 @@ RESERVED_SHARE = 0.25  # of the places, for the oldest job
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
+# For so long after there was another job, a background tick takes at most so many times as long as a tick of one row:
+# a job of twenty steps then waits no longer than a tenth of its time for one to end. After that, they are full.
+QUIET_S, BACKGROUND_TICKS = 60.0, 2.0
 LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
 
 Model = TypeVar("Model")
@@ -96,6 +103,20 @@ class Sharing:
         reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
         place_s = times.seconds_per_place(max_batch) or 1.0
         return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, times, place_s)
+
+    def in_background(self) -> "Sharing":
+        """Return how the places of background ticks are shared out.
+
+        Nothing is reserved for the oldest job: it need not wait for longer than background jobs are held back.
+        """
+        return replace(self, short_batch=self.max_batch, reserved=0)
+
+    @property
+    def short_background(self) -> int:
+        """How many places a background tick has where other jobs come, which wait for its end."""
+        most_s = BACKGROUND_TICKS * self.times.seconds(1)
+        short = [size for size, seconds in self.times.points if size <= self.max_batch and seconds <= most_s]
+        return max(2, *short) if short else self.max_batch
 
     def leads(self, ahead_s: float) -> bool:
         """Whether the owner that has had least goes before the next one, which has had so much more.
@@ -213,7 +234,10 @@ class OwnerQueue:
 
     def add(self, job: QueuedJob) -> None:
         """Take on a job, with rows that have steps left."""
+        is_newest = not self._jobs or next(reversed(self._jobs.values())).arrival < job.arrival
         self._jobs[job.id] = job
+        if not is_newest:  # it was held back, which is seldom over
+            self._jobs = OrderedDict(sorted(self._jobs.items(), key=lambda item: item[1].arrival))
         self._much_longer = None
         self.put_back(job)
 
@@ -334,60 +358,43 @@ class Advance:
     places: Mapping[str, int]
 
 
-class Scheduler:
-    """Owns which rows exist and which step each is at. It never sees a latent.
+class ClassScheduler:
+    """Owns the rows of the jobs of one class, and which step each is at. It never sees a latent.
 
     However many jobs of an owner wait, a tick looks at no more than it has places. Where there are several owners it
     looks at each of these.
     """
 
-    def __init__(
-        self, sharing: Sharing, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
-    ) -> None:
-        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
+    def __init__(self, sharing: Sharing, owner_times: OwnerTimes) -> None:
         self._sharing = sharing
         self._jobs: dict[str, QueuedJob] = {}
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
-        self._arrivals = count() if arrivals is None else arrivals
-        self._owner_times = OwnerTimes() if owner_times is None else owner_times
+        self._owner_times = owner_times
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
+        self.most_places = sharing.max_batch  # in a tick
 
-    def beside(self) -> "Scheduler":
-        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
-        return Scheduler(self._sharing, self._arrivals, self._owner_times)
+    def add(self, job: QueuedJob) -> None:
+        """Take on a job; its rows may step from the next tick on."""
+        assert job.id not in self._jobs
+        self._jobs[job.id] = job
+        if job.owner not in self._owners:
+            self._owners[job.owner] = OwnerQueue(self._sharing)
+        self._owners[job.owner].add(job)
+        self._owner_times.join(job.owner)
 
-    def add(
-        self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
-    ) -> None:
-        """Take on a job of these rows; they may step from the next tick on.
-
-        steps: for a job that goes on where it was, each row's next step; at least one row has steps left.
-        """
-        steps = (work.start,) * work.rows if steps is None else steps
-        assert job_id not in self._jobs
-        assert len(rows) == len(steps) == work.rows > 0
-        assert min(steps) < work.steps
-        places_left = sum(map(work.places_left, steps))
-        job = QueuedJob(job_id, owner, next(self._arrivals), work, work.places, tuple(rows), places_left=places_left)
-        job.put((step, index) for index, step in enumerate(steps))
-        self._jobs[job_id] = job
-        if owner not in self._owners:
-            self._owners[owner] = OwnerQueue(self._sharing)
-        self._owners[owner].add(job)
-        self._owner_times.join(owner)
-
-    def cancel(self, job_id: str) -> None:
-        """Remove a job at once. Nothing happens if it is not here (any more)."""
+    def take(self, job_id: str) -> QueuedJob | None:
+        """Remove a job at once, and return it as it is. None if it is not here (any more)."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._owners[job.owner].take_out(job)
             self._forget(job)
+        return job
 
     def next_batch(self) -> Batch | None:
         """Choose the rows of the next tick, or None when there is nothing to do."""
         if not self._jobs:
             return None
-        pick, self._leader = _Pick(self._sharing.max_batch), None
+        pick, self._leader = _Pick(self.most_places), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
@@ -398,14 +405,14 @@ class Scheduler:
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
         sharing = self._sharing
-        owners = self._in_turn()[: sharing.max_batch + 1]  # each wants a place at least: none is left for others
+        owners = self._in_turn()[: self.most_places + 1]  # each wants a place at least: none is left for others
         had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
         if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
             self._leader = owners[0]
             queue = self._owners[self._leader]
             queue.fill(pick, pick.free, queue.much_longer)
-            pick.free = min(pick.free, sharing.beside(sharing.max_batch - pick.free))
+            pick.free = min(pick.free, sharing.beside(self.most_places - pick.free))
             del wants[self._leader]
         allotted = allot(pick.free, sharing.place_s, wants, had_s)
         for owner, places in allotted.items():
@@ -459,6 +466,9 @@ class Scheduler:
             del self._owners[job.owner]
         self._owner_times.leave(job.owner)
 
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
     def steps(self, job_id: str) -> tuple[int, ...]:
         """The step that each row of a job takes next."""
         job = self._jobs[job_id]
@@ -505,39 +515,206 @@ class Scheduler:
         return owner in self._owners
 
 
-class Turns(Generic[Model]):
-    """Says which model has the next tick: the one of the job that goes first, and sometimes that of the oldest job.
+class Scheduler:
+    """Owns the jobs of one model in two classes: background jobs step only while it has no other.
 
-    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job. Each model has
-    a scheduler of its own; a job that is to step alone counts as a model here.
+    A job is of the background until it has been held back for as long as its work says.
+    """
+
+    def __init__(
+        self, sharing: Sharing, arrivals: Iterator[int] | None = None, times: ClassTimes | None = None
+    ) -> None:
+        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
+        self._sharing = sharing
+        self._arrivals = count() if arrivals is None else arrivals
+        self._times = ClassTimes() if times is None else times
+        self.foreground = ClassScheduler(sharing, self._times.foreground)
+        self.background = ClassScheduler(sharing.in_background(), self._times.background)
+        # Until when background jobs are held back: a heap. Those of jobs that have left go when they come up.
+        self._held_back: list[tuple[float, str]] = []
+        self._short_background = sharing.short_background
+
+    def beside(self) -> "Scheduler":
+        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
+        return Scheduler(self._sharing, self._arrivals, self._times)
+
+    def add(
+        self,
+        job_id: str,
+        rows: Sequence[int],
+        work: Work,
+        steps: Sequence[int] | None = None,
+        owner: str = "",
+        since_s: float = 0.0,
+    ) -> None:
+        """Take on a job of these rows; they may step from the next tick on.
+
+        steps: for a job that goes on where it was, each row's next step; at least one row has steps left. since_s: from
+        when on a background job is held back, by the clock of `come_to`.
+        """
+        steps = (work.start,) * work.rows if steps is None else steps
+        assert job_id not in self.foreground
+        assert len(rows) == len(steps) == work.rows > 0
+        assert min(steps) < work.steps
+        places_left = sum(map(work.places_left, steps))
+        job = QueuedJob(job_id, owner, next(self._arrivals), work, work.places, tuple(rows), places_left=places_left)
+        job.put((step, index) for index, step in enumerate(steps))
+        if work.held_back_s is None:
+            self.foreground.add(job)
+        else:
+            self.background.add(job)
+            heapq.heappush(self._held_back, (since_s + work.held_back_s, job_id))
+
+    def come_to(self, now_s: float) -> None:
+        """Take note of the time: background jobs are held back no more, or their ticks become full ones."""
+        while self._held_back and self._held_back[0][0] <= now_s:
+            _, job_id = heapq.heappop(self._held_back)
+            if (job := self.background.take(job_id)) is not None:
+                self.foreground.add(job)
+        if self.foreground.has_work:
+            self._times.foreground_at_s = now_s
+        is_quiet = now_s >= self._times.foreground_at_s + QUIET_S
+        self.background.most_places = self._sharing.max_batch if is_quiet else self._short_background
+
+    @property
+    def changes_at_s(self) -> float:
+        """When `come_to` may next have something to do, if only background jobs step."""
+        held_back_until_s = self._held_back[0][0] if self._held_back else math.inf
+        is_full = self.background.most_places == self._sharing.max_batch
+        return min(held_back_until_s, math.inf if is_full else self._times.foreground_at_s + QUIET_S)
+
+    def cancel(self, job_id: str) -> None:
+        """Remove a job at once. Nothing happens if it is not here (any more)."""
+        self._of(job_id).take(job_id)
+
+    def next_batch(self) -> Batch | None:
+        """Choose the rows of the next tick, or None when there is nothing to do."""
+        return (self.foreground if self.foreground.has_work else self.background).next_batch()
+
+    def advance(self, batch: Batch, ticks: int = 1) -> Advance:
+        """Record that the batch which was chosen last has stepped.
+
+        ticks: so many times, one after the other, for a look ahead.
+        """
+        assert batch.jobs, "it is not of next_batch"
+        return self._of(batch.jobs[0].job_id).advance(batch, ticks)
+
+    def steps(self, job_id: str) -> tuple[int, ...]:
+        """The step that each row of a job takes next."""
+        return self._of(job_id).steps(job_id)
+
+    def rows_left(self, job_id: str) -> int:
+        """How many rows of a job have steps left."""
+        return self._of(job_id).rows_left(job_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a next batch."""
+        return self.foreground.has_work or self.background.has_work
+
+    def _of(self, job_id: str) -> ClassScheduler:
+        return self.background if job_id in self.background else self.foreground
+
+
+class Turns(Generic[Model]):
+    """Says which model has the next tick. While a model has other jobs, no background job of any model steps.
+
+    Each model has a scheduler of its own; a job that is to step alone counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
-        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
-        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
+        self._foreground, self._background = _ClassTurns[Model](), _ClassTurns[Model]()
+        self._stepping = self._foreground  # whose tick was chosen last
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
         """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
         assert model not in self._schedulers
-        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
+        self._schedulers[model] = scheduler
+        self._foreground.put(model, scheduler.foreground, tick_s)
+        self._background.put(model, scheduler.background, tick_s)
 
     def remove(self, model: Model) -> None:
         """Forget a model, which has no jobs any more."""
         assert not self._schedulers[model].has_work
+        del self._schedulers[model]
+        self._foreground.remove(model)
+        self._background.remove(model)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a model has a next tick."""
+        return self._foreground.has_work or self._background.has_work
+
+    def come_to(self, now_s: float) -> None:
+        """Have all schedulers take note of the time."""
+        for scheduler in self._schedulers.values():
+            scheduler.come_to(now_s)
+
+    @property
+    def changes_at_s(self) -> float:
+        """When `come_to` may next have something to do, if only background jobs step."""
+        return min((scheduler.changes_at_s for scheduler in self._schedulers.values()), default=math.inf)
+
+    def shares(self) -> list[Model]:
+        """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
+        return self._now.shares()
+
+    @property
+    def busy(self) -> int:
+        """How many models have jobs of the class whose turn it is."""
+        return self._now.busy
+
+    @property
+    def in_background(self) -> bool:
+        """Whether there are none but background jobs."""
+        return not self._foreground.has_work
+
+    def next(self, now_s: float = 0.0) -> Model | None:
+        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
+        self.come_to(now_s)
+        self._stepping = self._now
+        return self._stepping.next()
+
+    def stepped(self, model: Model, seconds: float) -> None:
+        """Note how long the tick took that a model has had."""
+        self._stepping.stepped(model, seconds)
+
+    @property
+    def _now(self) -> "_ClassTurns[Model]":
+        return self._foreground if self._foreground.has_work else self._background
+
+
+class _ClassTurns(Generic[Model]):
+    """The turns of one class: of the model of the job that goes first, and sometimes that of the oldest job.
+
+    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job.
+    """
+
+    def __init__(self) -> None:
+        self._schedulers: dict[Model, ClassScheduler] = {}
+        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
+        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
+        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
+
+    def put(self, model: Model, scheduler: ClassScheduler, tick_s: float) -> None:
+        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
+
+    def remove(self, model: Model) -> None:
         del self._schedulers[model]
         self._tick_s.pop(model, None)
         self._owed = None  # or it would hold the model, which holds its engine's memory
         self._forget_settled()
 
     @property
+    def busy(self) -> int:
+        return sum(scheduler.has_work for scheduler in self._schedulers.values())
+
+    @property
     def has_work(self) -> bool:
-        """Whether a model has a next tick."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
     def shares(self) -> list[Model]:
-        """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
         busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
         if len(busy) < 2:
             return list(busy)
@@ -555,7 +732,6 @@ class Turns(Generic[Model]):
         return [first, oldest] if reserves and first != oldest else [first]
 
     def next(self) -> Model | None:
-        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
         self._owed = None
         if len(self._schedulers) == 1:  # nearly always
             (model,) = self._schedulers
@@ -569,7 +745,6 @@ class Turns(Generic[Model]):
         return first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest
 
     def stepped(self, model: Model, seconds: float) -> None:
-        """Note how long the tick took that a model has had."""
         self._tick_s[model] = seconds
         if self._owed is not None:
             owed_s = self._owed_s.get(self._owed, 0.0)

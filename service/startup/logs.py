@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from tminus.service.errors import masked
-from tminus.service.request_id import REQUEST_ID
+from tminus.service.request_id import NO_ID, REQUEST_ID
 from tminus.service.tracing import ids_of
 
 # What a line of the log may have beside its message: of a request, of a job.
@@ -46,7 +46,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if (request_id := REQUEST_ID.get()) != "-":
+        if (request_id := REQUEST_ID.get()) != NO_ID:
             line["request_id"] = request_id
         line |= ids_of()
         line |= {name: getattr(record, name) for name in (*FIELDS, *TRACE_FIELDS) if hasattr(record, name)}

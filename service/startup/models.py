@@ -45,7 +45,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
@@ -129,13 +129,13 @@ class ServedModels:
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
         self.metrics, self.models, self.allowed_sites, self.access = Metrics(), Models(), allowed_sites, access
-        self._numbers, self._arrivals, self._owner_times = count(), count(), OwnerTimes()
+        self._numbers, self._arrivals, self._times = count(), count(), ClassTimes()
         self._stores = stores
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self._brings_in: BringsIn | None = None
-        self.admission = Admission(limits, self._owner_times, shared=access.has_keys)
+        self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
@@ -206,6 +206,8 @@ class ServedModels:
             rows_active=lambda: worker.rows_active,
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
+            background_rows=lambda: admission.background_rows,
+            background_backlog_s=lambda: admission.background_backlog_s,
             device_memory_bytes=self._device_memory_bytes,
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,
@@ -277,7 +279,7 @@ class ServedModels:
     def _loaded(self, number: int, prepared: Prepared, store: AsyncStore) -> LoadedModel:
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
-        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._owner_times)
+        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._times)
         spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
         return LoadedModel(number, prepared.engine, scheduler, keeper, spare_work)
 

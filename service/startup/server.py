@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from types import FrameType
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -32,7 +31,7 @@ from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.edge.origin import READING, AllowedSites
 from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.api.page import HEADERS
-from tminus.service.api.system import alive
+from tminus.service.api.system import alive, metrics_answer
 from tminus.service.errors import ForeignHost, NotReady
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.startup.app import Application
@@ -245,7 +244,7 @@ def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: Allo
             return render(refusal)
         if (application := opening.application) is None:
             return render(NotReady(DETAIL))
-        return Response(application.served.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return metrics_answer(application.served.metrics, request)
 
     async def healthz(_request: Request) -> Response:
         application = opening.application

@@ -22,7 +22,7 @@ from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
-from tminus.service.model_info import Limits
+from tminus.service.model_info import USUAL_MAX_N, Limits
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     )
     policy: Literal["srpt", "fcfs"] = Field("srpt", description="srpt (shortest remaining work first) or fcfs")
     cache_dir: Path | None = Field(None, description="where measurements are kept; default: ~/.cache/tminus")
-    max_n: int = Field(64, ge=1, le=1024, description="images in one request")
+    max_n: int = Field(USUAL_MAX_N, ge=1, le=1024, description="images in one request")
     max_batch: int | None = Field(
         None,
         ge=4,
@@ -191,6 +191,12 @@ class Settings(BaseSettings):
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
     )
     max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
+    background_max_wait_s: float = Field(
+        3600,
+        ge=0,
+        le=604_800,
+        description="seconds for which a background job lets all others go first; then it goes on as one of them",
+    )
     result_cache_mb: int = Field(
         64,
         ge=0,
@@ -365,6 +371,7 @@ class Settings(BaseSettings):
             keep_jobs_s=self.keep_jobs_s,
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
             webhook_retry_s=self.webhook_retry_s,
+            background_max_wait_s=self.background_max_wait_s,
         )
 
     def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:

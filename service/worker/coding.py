@@ -1,10 +1,12 @@
 """Pictures to latents and latents to pixels for jobs of a latent model: a thread of its own, beside the ticks.
 
 It does one thing at a time, for the owner that has had least; of its jobs mostly for the one that has the fewest left,
-so that short jobs do not wait for long ones.
+so that short jobs do not wait for long ones. Those of background jobs come after all others, until they have waited for
+as long as these may.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from tminus.service.errors import Draining, EngineFailed, ServiceError
-from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.owners import ClassTimes, OwnerTimes
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class _Tasks:
     tasks: deque[Task]
     owner: str = ""
     alone: bool = False  # nothing steps while one of the tasks runs
+    held_back_until_s: float = -math.inf  # all others go first until then, by `time.perf_counter`
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
@@ -94,7 +97,7 @@ class Coding:
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
-        self._owner_times = OwnerTimes()
+        self._times = ClassTimes()
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -102,7 +105,8 @@ class Coding:
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
         """Do a job's tasks. The last thing that is told of it comes with their results, or with what one raised."""
-        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, job))
+        until_s = -math.inf if job.work.held_back_s is None else job.submitted_s + job.work.held_back_s
+        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, until_s, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something that is no job's."""
@@ -117,7 +121,7 @@ class Coding:
             if self._closed:
                 return False
             self._waiting[tasks.name] = tasks
-            self._owner_times.join(tasks.owner)
+            self._times_of(tasks).join(tasks.owner)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
                 self._thread.start()
@@ -161,7 +165,7 @@ class Coding:
             took_s = time.perf_counter() - began_s
             over = error is not None or not tasks.tasks
             with self._changed:
-                self._owner_times.stepped({tasks.owner: took_s})
+                self._times_of(tasks).stepped({tasks.owner: took_s})
                 wanted = self._waiting.get(tasks.name) is tasks
                 if over and wanted:
                     self._forget(tasks.name)
@@ -175,17 +179,23 @@ class Coding:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            owner = min(self._waiting.values(), key=lambda tasks: self._owner_times.had_s(tasks.owner)).owner
-            of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
+            now_s = time.perf_counter()
+            first = [tasks for tasks in self._waiting.values() if tasks.held_back_until_s <= now_s]
+            waiting = first or list(self._waiting.values())
+            owner = min(waiting, key=lambda tasks: self._times_of(tasks).had_s(tasks.owner)).owner
+            of_owner = [tasks for tasks in waiting if tasks.owner == owner]
             picked = of_owner[0]  # the oldest
             if self._tasks_begun[owner] % OLDEST_EVERY:
                 picked = min(of_owner, key=lambda tasks: len(tasks.tasks))
             self._tasks_begun[owner] += 1
             return picked, picked.tasks.popleft()
 
+    def _times_of(self, tasks: _Tasks) -> OwnerTimes:
+        return self._times.foreground if tasks.held_back_until_s == -math.inf else self._times.background
+
     def _forget(self, name: str) -> None:
         if (tasks := self._waiting.pop(name, None)) is not None:
-            self._owner_times.leave(tasks.owner)
+            self._times_of(tasks).leave(tasks.owner)
             if not self._waiting:
                 self._tasks_begun.clear()
 

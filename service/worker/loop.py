@@ -27,7 +27,7 @@ from tminus.service.errors import (
 )
 from tminus.service.preview import Watch
 from tminus.service.scheduling.scheduler import Turns
-from tminus.service.spec import Images
+from tminus.service.spec import Pixels
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coding import Coded, Coding
 from tminus.service.worker.loaded_model import LoadedModel
@@ -213,7 +213,7 @@ class Loop:
             job.model = replace(job.model, scheduler=job.model.scheduler.beside())
             self._turns.put(job.model, job.model.scheduler)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
         if job.new.recording is not None:
             self._record(job, [(step, index) for index, step in enumerate(job.first_steps)])
         job.new = replace(job.new, snapshot=None, inputs=None)
@@ -247,7 +247,7 @@ class Loop:
                 job.new = replace(job.new, inputs=coded.results[0])
                 self._begin(job)
         else:
-            images: Images = np.concatenate(coded.results)
+            images: Pixels = np.concatenate(coded.results)
             self._finish(job, lambda: images)
 
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
@@ -330,7 +330,7 @@ class Loop:
 
     def tick(self) -> bool:
         """Step the next batch, and do what follows from it; False if there is none."""
-        model = self._turns.next()
+        model = self._turns.next(self._clock())
         batch = model.scheduler.next_batch() if model is not None else None
         if model is None or batch is None:
             self._now_at([])
@@ -429,12 +429,15 @@ class Loop:
     def _deliver(self, job: RunningJob) -> None:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
-        reads: list[Callable[[], Images]] = [lambda: np.empty(0, np.uint8)]
+        reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
         wanted = job.work.steps == job.spec.end  # or else only what was recorded on the way
         if wanted:
             try:
                 # Of a latent model one by one, so that a shorter job may come between them.
-                reads = [engine.images(rows) for rows in ([(row,) for row in job.rows] if latent else [job.rows])]
+                reads = [
+                    engine.images(rows, job.spec.depth)
+                    for rows in ([(row,) for row in job.rows] if latent else [job.rows])
+                ]
             except Exception as error:
                 self._failed(error, [job], "its images could not be read", "job %s could not be read", job.id)
                 return
@@ -446,7 +449,7 @@ class Loop:
         else:
             self._finish(job, reads[0])
 
-    def _finish(self, job: RunningJob, read: Callable[[], Images]) -> None:
+    def _finish(self, job: RunningJob, read: Callable[[], Pixels]) -> None:
         assert job.started_s is not None
         assert job.denoised_s is not None
         queue_s, denoise_s = job.started_s - job.submitted_s, job.denoised_s - job.started_s

@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from tminus.model.trajectory import PlanNumbers, Trajectory
+from tminus.model.trajectory import PlanNumbers, Selection, Trajectory
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Overloaded, TooManyBytes
 from tminus.service.preview import Show
-from tminus.service.spec import Images, Point, SampleSpec
+from tminus.service.spec import Images, Point, SampleSpec, TrajectoryType
 
 Kept = TypeVar("Kept")
 
@@ -94,16 +93,18 @@ class Recording(Recorder[Mapping[Show, Images]]):
 
 
 class Path(Recorder[Point]):
-    """The trajectory of a job: its rows before the first step, and after each."""
+    """The trajectory of a job: its rows before the first step, and after each; or around the passes selected."""
 
-    def __init__(self, spec: SampleSpec) -> None:
+    def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
+        """dtype: what x_t and x_0 are rounded to. They are read from the engine, and held until then, in float32."""
         super().__init__()
-        self._spec = spec
+        self._spec, self._selection, self._dtype = spec, selection or Selection.whole(spec.num_passes), dtype
+        self._due = {*self._selection.points, *(each + 1 for each in self._selection.predictions)}
         self._plan: PlanNumbers | None = None  # None until its first rows are read
 
-    def due(self, step: int) -> bool:  # noqa: ARG002
-        """Say that a row is kept, whatever its step."""
-        return True
+    def due(self, step: int) -> bool:
+        """Whether a row has then an x_t, or the x_0 of its last pass, that is wanted."""
+        return step in self._due
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:
         """Read the latents of rows."""
@@ -114,22 +115,21 @@ class Path(Recorder[Point]):
     def trajectory(self) -> Trajectory:
         """Read all of it, once. For a job that is done, in a thread that may wait."""
         assert self._plan is not None
-        n, passes, first = self._spec.n, len(self._plan.timesteps), self._parts[0][0][2]().x
-
-        def room(count: int) -> npt.NDArray[np.float32]:
-            return np.empty((count, n, *first.shape[1:]), np.float32)
-
-        x_t, x_0, v = room(passes + 1), room(passes), room(passes) if self._plan.learned else None
-        for step in range(passes + 1):
+        selection, shape = self._selection, (self._spec.n, *self._parts[min(self._due)][0][2]().x.shape[1:])
+        point, prediction = ({k: at for at, k in enumerate(each)} for each in (selection.points, selection.predictions))
+        x_t, x_0 = (np.empty((len(each), *shape), self._dtype) for each in (point, prediction))
+        v = np.empty((len(prediction), *shape), np.float32) if self._plan.learned else None
+        for step in sorted(self._due):
             for indices, positions, read in self._parts.pop(step):  # popped, so that no point is held twice
-                point = read()
-                x_t[step, indices] = point.x[positions]
-                if step:
-                    x_0[step - 1, indices] = point.x_0[positions]
-                if step and v is not None:
-                    assert point.v is not None
-                    v[step - 1, indices] = point.v[positions]
-        return Trajectory(self._plan, x_t, x_0, v)
+                here = read()
+                if step in point:
+                    x_t[point[step], indices] = here.x[positions]
+                if step - 1 in prediction:
+                    x_0[prediction[step - 1], indices] = here.x_0[positions]
+                    if v is not None:
+                        assert here.v is not None
+                        v[prediction[step - 1], indices] = here.v[positions]
+        return Trajectory(self._plan, x_t, x_0, v, selection)
 
 
 def frame_count(every: int, steps: int) -> int:

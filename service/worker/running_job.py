@@ -14,7 +14,7 @@ from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.tracing import TRACER, JobSpan, ids_of
+from tminus.service.tracing import TRACER, JobSpan, exemplar, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Recorder
@@ -92,6 +92,7 @@ class RunningJob:
             "tminus.sampler": spec.sampler,
             "tminus.guidance": spec.guidance,
             **({"tminus.key": new.owner} if new.owner else {}),
+            **({"tminus.background": True} if self.work.background else {}),
         }
 
     def fail(self, error: Exception) -> None:
@@ -129,6 +130,11 @@ class RunningJob:
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
     @property
+    def exemplar(self) -> dict[str, str]:
+        """The labels by which metrics name its request."""
+        return exemplar(self.request_id, None if self.span is None else self.span.span)
+
+    @property
     def needs_picture(self) -> bool:
         """Whether the engine will look at its inputs: a job that goes on from a snapshot only has those of a mask."""
         inputs = self.new.inputs
@@ -159,6 +165,7 @@ class RunningJob:
             created_us=self.created_us,
             model=self.model.number,
             model_name=self.model.info.name,
+            background=self.work.background,
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:

@@ -20,7 +20,7 @@ from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnl
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images
+from tminus.service.spec import Pixels
 from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_model import LoadedModel
@@ -103,9 +103,10 @@ class Worker:
         Raises NotReady, Draining, and Overloaded while there are no slots.
         """
         self.check_open()
-        job = RunningJob(new, self._model(new.work.model), self._clock())
+        now_s = self._clock()
+        job = RunningJob(new, self._model(new.work.model), now_s)
         places_left = sum(map(new.work.places_left, job.first_steps))
-        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left)
+        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left, now_s=now_s)
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:
@@ -354,8 +355,11 @@ class Worker:
         self._admission.stepped(ticked.model.number, batch.jobs, places if ticked.tells else 0, ticked.seconds)
         self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, places, row_steps)
         for job in ticked.started:
+            if job.work.background:  # what it waits tells nothing of how others are served
+                continue
             assert job.started_s is not None
-            self._metrics.job_started(queue_s=job.started_s - job.submitted_s, first_step_s=job.first_step_s)
+            queue_s = job.started_s - job.submitted_s
+            self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)
 
     def _tell_failed(self, job: RunningJob, error: ServiceError, reason: str | None) -> None:
         if reason in (SUSPENDED, LOST):
@@ -373,7 +377,7 @@ class Worker:
         log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
         job.finish(replace(result, read=partial(self._read, result.read, job)))
 
-    def _read(self, read: Callable[[], Images], job: RunningJob) -> Images:
+    def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
         """Read a job's images in another thread, and end the worker where the device is lost.
 
         A GPU tells of an error when it is waited for, which may be here first. What was to be read is then as

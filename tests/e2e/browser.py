@@ -41,7 +41,7 @@ class Page:
         self.tab.goto(url)
         if key is not None:
             self.sign_in(key)
-        expect(self.at("#model")).to_contain_text(re.compile(r"\b(small|fashion-mnist-32)\b"))
+        expect(self.at("#model")).to_contain_text(re.compile(r"\b(small|fashion-mnist-32|planes|opaque)\b"))
         self.wait_for_the_opening()
 
     def wait_for_the_opening(self) -> None:

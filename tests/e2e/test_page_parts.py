@@ -567,7 +567,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refus
     page.at("#compare-count").select_option("3")
     lanes = page.at(".lane:visible")
     expect(lanes).to_have_count(3)
-    settings = [("heun", 10, 1), ("plms", 50, 1), ("dpmpp_2m", 20, 3)]
+    settings = [("heun", 10, 1), ("pndm", 50, 1), ("dpmpp_2m", 20, 3)]
     for lane, (sampler, steps, guidance) in zip(lanes.all(), settings, strict=True):
         lane.locator(".sampler").select_option(sampler)
         lane.locator(".steps").fill(str(steps))

@@ -58,9 +58,12 @@ def policy(small: Path, tmp_path: Path) -> Iterator[tuple[RunningServer, Path]]:
 
 def test_the_example_refuses_files_whose_log_p_needs_more_than_lines() -> None:
     read = runpy.run_path(str(ROOT / "docs" / "examples" / "ddpo.py"))["Rollout"].read
-    assert read(packed()).log_p.shape == (3, 2)
+    whole, part = read(packed()), read(packed(keep=[1, 2]))
+    assert whole.log_p.shape == (3, 2)
+    for name in ("x", "x_next", "log_p", "lines", "inputs"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[1:]), name
     arrays = safetensors.numpy.load(packed())
-    metadata = {"tminus": '{"format": 1, "weights": ""}'}
+    metadata = {"tminus": '{"format": 2, "weights": ""}'}
     learned = arrays["lines"] + np.eye(8)[7]
     for more in ({"matrices": np.zeros((4, 2, 5))}, {"lines": learned}):
         with pytest.raises(ValueError, match="is not computed here"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, needs_of, save_checkpoint
-from tminus.model.files import CheckpointError, write_atomically
+from tminus.model.files import CheckpointError, write_atomically, write_json
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
 from tminus.model.unet import UNet2D, UNetConfig
@@ -359,8 +359,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another network": (unet_config(_class_name="UNet2DConditionModel"), "_class_name must be UNet2DModel, got"),
     "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
     "a scheduler that is not served": (
-        lambda f: model_index(scheduler=["diffusers", "ScoreSdeVeScheduler"])(f),
-        "'ScoreSdeVeScheduler' is not served; those that are: DDPMScheduler",
+        lambda f: model_index(scheduler=["diffusers", "SASolverScheduler"])(f),
+        "'SASolverScheduler' is not served; those that are: DDPMScheduler",
     ),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{'a': 1"), r"config\.json: not JSON"),
     "safetensors without tensors": (lambda f: save_file({}, f / WEIGHTS), "the weights hold no tensors"),
@@ -495,3 +495,33 @@ def test_what_is_loaded_does_not_change_with_its_file(folder: Path, how: str) ->
         else:
             opened.write(bytes(size))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("channels", "alpha"), [(1, False), (2, False), (4, True), (5, False), (64, False)])
+def test_pixels_of_one_to_sixty_four_channels_are_served_and_four_are_rgba(
+    tmp_path: Path, channels: int, alpha: bool
+) -> None:
+    unet = dataclasses.replace(TINY, in_channels=channels, out_channels=channels)
+    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, NoiseConfig(), Labels(), {})
+    loaded = load_checkpoint(tmp_path)
+    assert (loaded.image_shape, loaded.alpha) == ((channels, 8, 8), alpha)
+    write_json(tmp_path / "tminus.json", {"alpha": False})
+    assert not load_checkpoint(tmp_path).alpha
+
+
+@pytest.mark.parametrize(
+    ("channels", "said", "message"),
+    [
+        (65, {}, r"only 1\.\.64 channels in and as many out .*, got 65 -> 65"),
+        (3, {"alpha": True}, "alpha must be false: images have 3 channels, and RGBA four, got True"),
+        (4, {"alpha": "no"}, "alpha must be true or false, got 'no'"),
+    ],
+)
+def test_channels_that_cannot_be_served_are_refused_by_the_bound(
+    tmp_path: Path, channels: int, said: dict[str, Any], message: str
+) -> None:
+    unet = dataclasses.replace(TINY, in_channels=channels, out_channels=channels)
+    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, NoiseConfig(), Labels(), {})
+    write_json(tmp_path / "tminus.json", said)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path)

@@ -25,6 +25,7 @@ from tminus.model.loss import (
     velocity_weights,
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
+from tminus.model.parametrization import parametrize
 from tminus.model.rng import image_noise
 from tminus.model.unet import UNet2D
 
@@ -45,7 +46,8 @@ def images(batch: int = 2, size: int = 8, dtype: torch.dtype = F64) -> Tensor:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> None:
-    schedule = NoiseConfig().schedule()
+    config = NoiseConfig(prediction_type=prediction_type)
+    schedule = config.schedule()
     x_0, eps, wrong = torch.randn(3, 64, 1, 4, 4, dtype=torch.float64)
     t = torch.arange(200, 584, 6)  # where no weight is at its bound
     x_t = schedule.q_sample(x_0, t, eps)
@@ -56,11 +58,37 @@ def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> 
         "sample": guess,
         "v_prediction": (signal * x_t - guess) / noise,
     }[prediction_type]
-    target = training_target(schedule, prediction_type, x_0, t, eps)
-    weights = velocity_weights(schedule, prediction_type)
+    target = training_target(config, schedule, x_0, t, eps)
+    weights = velocity_weights(config, schedule)
     v_error = ((signal * x_t - guess) / noise - schedule.velocity(x_0, t, eps)).square().mean()
     assert weights[t].max() < MAX_WEIGHT
     assert l_simple(out.float(), target.float(), weights[t].float()).item() == pytest.approx(v_error.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flow", "edm", "edm_v_prediction", "score"])
+def test_target_of_other_models_is_that_of_their_papers_in_float64(name: str) -> None:
+    sampler = "ddpm" if name == "score" else "euler"
+    config = NoiseConfig(100, prediction_type=name, default_sampler=sampler, clip_sample=False)
+    schedule = config.schedule()
+    x_0, eps = torch.randn(2, 100, 1, 4, 4, dtype=F64)
+    found = training_target(config, schedule, x_0, torch.arange(100), eps)
+    u = torch.linspace(0, 1, 100, dtype=F64)[:, None, None, None]
+    sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    y, root = x_0 + sigma * eps, (sigma**2 + 0.25).sqrt()
+    F_edm = (x_0 - 0.25 / root**2 * y) * root / (sigma * 0.5)  # Karras et al. 2022, eq. 8
+    expected = {
+        "flow": eps - x_0,  # Lipman et al. 2023
+        "edm": F_edm,
+        "edm_v_prediction": -F_edm,
+        "score": -eps / (sigma_of_ve := 0.002 * (80 / 0.002) ** u),  # of y = y_0 + sigma eps, y_0 in [0, 1]
+    }[name]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    # The network that predicts just that gives back x_0, whichever kind it is.
+    x_t = schedule.q_sample(x_0, torch.arange(100), eps)
+    at = parametrize(config, schedule.alpha_bar, torch.arange(100))
+    p, q = (each[:, None, None, None] for each in (at.p, at.q))
+    torch.testing.assert_close(p * x_t + q * found, x_0, rtol=1e-8, atol=1e-8)
+    assert sigma_of_ve[0] == config.sigma_min
 
 
 # --- Which timesteps are drawn ------------------------------------------------------------------------------------

@@ -1,12 +1,24 @@
 import io
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from tminus.model.pixels import BLACK, Colour, fit_picture, to_model_range, to_uint8
+from tminus.model.pixels import (
+    BLACK,
+    Colour,
+    as_uint8,
+    fit_picture,
+    shown_channels,
+    to_model_range,
+    to_uint8,
+    to_uint16,
+)
 
 WHITE: Colour = (255, 255, 255)
 
@@ -58,3 +70,40 @@ def test_a_picture_is_cropped_to_the_shape_and_not_squeezed() -> None:
     picture.paste(200, (8, 0, 24, 16))
     assert np.unique(fit_picture(picture, (16, 16), 1)).tolist() == [200]
     assert fit_picture(picture, (8, 4), 3).shape == (4, 8, 3)
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=1))
+def test_an_array_is_rounded_as_a_tensor_is_and_sixteen_bits_by_the_formula(values: list[float]) -> None:
+    x = np.array(values, np.float32)
+    np.testing.assert_array_equal(as_uint8(x), to_uint8(torch.from_numpy(x)).numpy())
+    for value, found in zip(x, to_uint16(x), strict=True):
+        exact = (Fraction(min(1.0, max(-1.0, float(value)))) + 1) / 2 * 65535
+        assert abs(int(found) - exact) <= 0.5 + 1e-9
+
+
+def test_a_picture_shows_the_first_channels_that_it_can() -> None:
+    assert [shown_channels(channels, alpha=False) for channels in (1, 2, 3, 4, 5, 64)] == [1, 1, 3, 3, 3, 3]
+    assert shown_channels(4, alpha=True) == 4
+
+
+def test_a_model_of_rgba_gets_the_alpha_of_a_picture_and_an_opaque_one_where_there_is_none() -> None:
+    for picture in pictures(hidden=200, shown=40)[:5]:
+        found = fit_picture(picture, (2, 1), 4)
+        assert found[0, :, 3].tolist() == [0, 255], picture.mode
+        assert found[0, 1].tolist() == [40, 40, 40, 255], picture.mode
+    straight = np.random.default_rng(0).integers(0, 256, (3, 5, 4), np.uint8)
+    np.testing.assert_array_equal(fit_picture(Image.fromarray(straight), (5, 3), 4), straight)
+    for mode in ("1", "L", "RGB", "CMYK", "I;16"):
+        assert (fit_picture(Image.new(mode, (5, 3)), (5, 3), 4)[..., 3] == 255).all(), mode
+
+
+def test_what_is_transparent_lends_no_colour_to_its_neighbours() -> None:
+    picture = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (4, 0, 8, 4))
+    found = fit_picture(picture, (6, 3), 4)
+    assert found[found[..., 3] > 0][:, 0].max() == 0, "no red"
+
+
+def test_a_picture_has_no_other_number_of_channels() -> None:
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+        fit_picture(Image.new("RGB", (2, 2)), (2, 2), 5)

@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from torch import Tensor
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.samplers import Plan, alpha_bar_at, combine, compile_plan, denoise, sample
-from tminus.model.timesteps import SPACINGS
+from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample
+from tminus.model.timesteps import SPACINGS, make_timesteps
 from tminus.model.unet import UNet2D, UNetConfig
 
 pytestmark = pytest.mark.slow
@@ -155,10 +156,12 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "deis": (DEISMultistepScheduler, {"solver_order": 2}),
     "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "pndm": (PNDMScheduler, {"set_alpha_to_one": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
 }
 IN_SIGMA = ("euler", "heun")  # these move x / sqrt(alpha_bar), and know no clip
+PNDM = ("plms", "pndm")
 SOLVER_STEPS = (
     (True, 1),
     (False, 2),
@@ -185,9 +188,9 @@ def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int,
     if spacing == "karras" or sampler in IN_SIGMA:  # the timesteps have tests of their own
         theirs.timesteps = plan.timesteps if sampler in IN_SIGMA else plan.timesteps.long()
     assert theirs.timesteps.tolist() == plan.timesteps.tolist()
-    alpha_bar = alpha_bar_at(schedule, plan.timesteps.tolist())
+    alpha_bar = schedule.alpha_bar_at(plan.timesteps.tolist())
     sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
-    if sampler == "plms":
+    if sampler in PNDM:
         theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=F64) if noise.set_alpha_to_one else schedule.alpha_bar[0]
     else:  # DEIS takes the logarithm of the last
         theirs.sigmas = torch.cat([sigmas, torch.full((1,), 1e-12 if sampler == "deis" else 0.0, dtype=F64)])
@@ -210,12 +213,14 @@ def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int,
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_solver_equals_diffusers_step_by_step(sampler: str, spacing: str, clip: bool, steps: int) -> None:
-    if sampler == "plms":
+    if sampler == "pndm" and (steps < 4 or 1000 // steps % 2):
+        return  # diffusers has no such plan, or goes to a middle for which the network is told another timestep
+    if sampler in PNDM:
         if spacing not in ("leading", "trailing") or (spacing == "trailing" and 1000 % steps):
             return  # diffusers goes to t - T // S, which is no timestep of its plan
         if steps == 1 and spacing == "trailing":
             return
-    if clip and sampler in (*IN_SIGMA, "plms"):
+    if clip and sampler in (*IN_SIGMA, *PNDM):
         return  # diffusers' have no clip
     assert_solver_equals_diffusers(sampler, NoiseConfig(clip_sample=clip), steps, spacing)
 
@@ -225,7 +230,7 @@ def test_solver_equals_diffusers_step_by_step(sampler: str, spacing: str, clip: 
 def test_solver_of_every_prediction_type_and_another_schedule_equals_diffusers(
     sampler: str, prediction_type: str
 ) -> None:
-    if sampler == "plms" and prediction_type != "epsilon":
+    if sampler in PNDM and prediction_type != "epsilon":
         return  # diffusers extrapolates the network's outputs, tminus always eps
     if sampler in IN_SIGMA and prediction_type == "sample":
         return  # not in diffusers
@@ -347,6 +352,46 @@ def test_dpm_solver_follows_the_exact_flow_of_a_gaussian_to_second_order() -> No
     assert error("ddim", 200) > error("ddim", 20) / 20  # the first order: ten times the steps, a tenth of the error
     assert error("dpmpp_2m", 200) < error("dpmpp_2m", 20) / 50  # the second: a hundredth
     assert error("dpmpp_2m", 20) < error("ddim", 20) / 3
+
+
+def test_pndm_follows_the_exact_flow_of_a_gaussian_to_second_order() -> None:
+    c, noise = 0.5, NoiseConfig(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=5e-3, clip_sample=False)
+    schedule = noise.schedule()
+
+    def error(sampler: str, steps: int) -> float:
+        plan = compile_plan(noise, schedule, sampler, steps)
+        std = (plan.alpha_bar * c**2 + 1 - plan.alpha_bar).sqrt()
+        best_eps = (1 - plan.alpha_bar).sqrt() / std**2  # E[eps|x_t], over x_t
+        states = walk(plan, std[0] * seeded(0), lambda k, x: x * best_eps[k])
+        half = len(plan) - steps // 2  # the pass that begins the second half of the steps
+        return (states[half - 1][0] - std[half] * seeded(0)).abs().max().item()
+
+    assert error("pndm", 400) < error("pndm", 50) / 8**2 * 1.05  # eight times the steps; its paper proves no more
+    assert error("pndm", 50) < error("ddim", 50) / 40
+
+
+def test_a_step_of_pndms_start_is_runge_kuttas_of_fourth_order() -> None:
+    """Liu et al. 2022, eq. 13, as it is printed, through a network that is not linear in x."""
+    noise = NoiseConfig(clip_sample=False)
+    schedule = noise.schedule()
+    plan, t = compile_plan(noise, schedule, "pndm", 10), (900, 800, 700, 600)
+    signal, noisy = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+
+    def eps(x: Tensor, t: int) -> Tensor:
+        return (x + t / 1000).sin()
+
+    def phi(x: Tensor, eps: Tensor, t: int, to: int) -> Tensor:
+        return signal[to] / signal[t] * x + (noisy[to] - signal[to] / signal[t] * noisy[t]) * eps
+
+    ours = walk(plan, seeded(0), lambda k, x: eps(x, int(plan.timesteps[k])))
+    x = seeded(0)
+    for k, (now, then) in enumerate(pairwise(t)):
+        e_1 = eps(x, now)
+        e_2 = eps(phi(x, e_1, now, now - 50), now - 50)
+        e_3 = eps(phi(x, e_2, now, now - 50), now - 50)
+        e_4 = eps(phi(x, e_3, now, then), then)
+        x = phi(x, (e_1 + 2 * e_2 + 2 * e_3 + e_4) / 6, now, then)
+        assert_close(ours[4 * k + 3][0], x)
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -550,7 +595,8 @@ def test_a_plan_that_starts_later_is_the_end_of_the_whole_one_but_for_a_first_st
     whole, tail = (compile_plan(noise, noise.schedule(), sampler, 10, start=k) for k in (0, start))
     facts = SAMPLER_FACTS[sampler]
     assert len(tail) == facts.num_passes(10 - start)
-    assert tail.timesteps[0] == whole.timesteps[facts.passes_per_step * start + (facts.passes_to_start if start else 0)]
+    spacing, log_sigmas = noise.default_spacing(sampler), noise.schedule().log_sigmas
+    assert tail.timesteps[0] == make_timesteps(sampler, spacing, 10, 1000, log_sigmas=log_sigmas)[start]
     assert tail.timesteps[-1] == whole.timesteps[-1]
     assert torch.equal(tail.known[-1], whole.known[-1])
     if sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "deis"):

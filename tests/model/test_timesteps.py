@@ -48,6 +48,7 @@ def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_time
 PASSES = {
     "ddim": (DDIMScheduler, {}),
     "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "pndm": (PNDMScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
 }
@@ -59,6 +60,8 @@ PASSES = {
 def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
     sampler: str, spacing: str, steps: int
 ) -> None:
+    if sampler == "pndm" and (steps < 4 or spacing != "leading"):
+        return  # not defined in diffusers, or with middles that are those of equal steps
     cls, settings = PASSES[sampler]
     scheduler = cls(timestep_spacing=spacing, **settings)
     scheduler.set_timesteps(steps)
@@ -74,7 +77,7 @@ def test_no_sampler_takes_more_passes_than_there_are_timesteps(sampler: str) -> 
         most = facts.max_steps(T)
         assert facts.num_passes(most) <= T or most == 1
         assert facts.num_passes(most + 1) > T
-        for steps in {1, 2, most}:
+        for steps in {1, 2, 3, 4, most}:
             if steps <= most:
                 t = make_timesteps(sampler, "linspace", steps, T)
                 assert len(timesteps_of_passes(sampler, t)) == facts.num_passes(steps)

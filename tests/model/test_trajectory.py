@@ -14,12 +14,18 @@ from tests.model.test_samplers import InFloat64, in_float64, seeded
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import Plan, compile_plan, table_plan
-from tminus.model.trajectory import Trajectory, Transitions, transitions
+from tminus.model.trajectory import Selection, Trajectory, Transitions, transitions
 
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 NUM_VALUES = 9  # of an image
+
+
+LOOKS_BACK_TWICE = Table(
+    "tuned", 4, 1.0, (49.0, 30.0, 12.0, 3.0),
+    ((0.9, 0.1, 0, 0, 0.3), (0.8, 0.3, -0.1, 0, 0), (0.4, 0.9, -0.3, 0.05, 0.2), (0.1, 1.3, -0.5, 0.1, 0)),
+)  # fmt: skip
 
 
 def drawn(plan: Plan, seed: int = 0) -> Trajectory:
@@ -86,14 +92,70 @@ def test_ddpm_draws_from_the_posterior(steps: int, variance_type: str) -> None:
 
 def test_a_table_that_looks_back_twice_draws_around_all_that_it_looks_at() -> None:
     """Its register is what x0 was two passes ago; only noise of its own is in its steps."""
-    lines = ((0.9, 0.1, 0, 0, 0.3), (0.8, 0.3, -0.1, 0, 0), (0.4, 0.9, -0.3, 0.05, 0.2), (0.1, 1.3, -0.5, 0.1, 0))
     noise = NoiseConfig(num_train_timesteps=50)
-    table = Table("tuned", 4, 1.0, (49.0, 30.0, 12.0, 3.0), lines)
-    trajectory = drawn(table_plan(noise, noise.schedule(), table, clip=None))
+    trajectory = drawn(table_plan(noise, noise.schedule(), LOOKS_BACK_TWICE, clip=None))
     assert trajectory.plan.matrices is not None
     x_t, x_0 = exact(trajectory.x_t), exact(trajectory.x_0)
     means = {0: 0.9 * x_t[0] + 0.1 * x_0[0], 2: 0.4 * x_t[2] + 0.9 * x_0[2] - 0.3 * x_0[1] + 0.05 * x_0[0]}
-    assert_passes(trajectory, lambda k: (means[k], lines[k][4]), [0, 2])
+    assert_passes(trajectory, lambda k: (means[k], LOOKS_BACK_TWICE.lines[k][4]), [0, 2])
+
+
+# --- only some passes -------------------------------------------------------------------------------------------------
+
+
+def cut(whole: Trajectory, selection: Selection) -> Trajectory:
+    """What a whole trajectory has of some passes."""
+    assert whole.v is not None
+    points, predictions = list(selection.points), list(selection.predictions)
+    return Trajectory(whole.plan, whole.x_t[points], whole.x_0[predictions], whole.v[predictions], selection)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "variance_type", "looks_back"),
+    [("ddpm", "fixed_small", 0), ("ddpm", "learned_range", 0), ("dpmpp_2m_sde", "fixed_small", 1), (None, "", 2)],
+)
+def test_of_some_passes_all_is_the_slices_of_the_whole(
+    sampler: str | None, variance_type: str, looks_back: int
+) -> None:
+    if sampler is None:
+        noise = NoiseConfig(num_train_timesteps=50)
+        plan = table_plan(noise, noise.schedule(), LOOKS_BACK_TWICE, clip=None)
+    else:
+        noise = NoiseConfig(variance_type=variance_type)
+        plan = compile_plan(noise, noise.schedule(), sampler, 12)
+    whole, rng = drawn(plan), np.random.default_rng(0)
+    found = transitions(whole)
+    for count in range(1, len(plan) + 1):
+        keep = sorted(rng.choice(len(plan), count, replace=False).tolist())
+        selection = Selection.of(keep, len(plan), looks_back)
+        part, slices = transitions(cut(whole, selection)), np.isin(found.passes, keep)
+        assert part.passes.tolist() == found.passes[slices].tolist()
+        for name in ("mean", "s", "log_p"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(found, name)[slices], name)
+
+
+def test_a_selection_has_both_ends_of_its_passes_and_what_their_means_look_back_to() -> None:
+    assert Selection.of([0, 3, 4], 10, 0) == Selection((0, 3, 4), (0, 1, 3, 4, 5), (0, 3, 4))
+    assert Selection.of([0, 3, 4], 10, 2).predictions == (0, 1, 2, 3, 4)
+    assert Selection.whole(3) == Selection((0, 1, 2), (0, 1, 2, 3), (0, 1, 2))
+    for keep in ([], [-1], [10], [0, 0], [3, 1], [0, 10]):
+        with pytest.raises(ValueError, match=r"numbers of passes in 0\.\.9, each greater than the one before"):
+            Selection.of(keep, 10, 0)
+
+
+def test_log_p_in_float16_is_of_what_was_rounded() -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), "dpmpp_2m_sde", 6)
+    exact_one = drawn(plan)
+    trajectory = Trajectory(plan.numbers(), exact_one.x_t.astype(np.float16), exact_one.x_0.astype(np.float16))
+    a, b, c, s = plan.numbers().lines[:, 2:6].T
+    x_t, x_0 = exact(trajectory.x_t), exact(trajectory.x_0)
+    found = transitions(trajectory)
+    assert (found.mean.dtype, found.log_p.dtype) == (np.float16, np.float64)
+    for at, k in enumerate(found.passes):
+        mean = a[k] * x_t[k] + b[k] * x_0[k] + c[k] * (x_0[k - 1] if k else 0)
+        torch.testing.assert_close(exact(found.log_p[at]), by_torch(trajectory, k, mean, s[k]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(exact(found.mean[at]), mean, rtol=2**-11, atol=2**-24)
 
 
 # --- against diffusers ------------------------------------------------------------------------------------------------

@@ -99,6 +99,43 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "block_out_channels": (16,),
     },
 }
+# Of diffusers' own test of its Skip blocks.
+NCSNPP: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (32, 64, 64, 64),
+    "layers_per_block": 1,
+    "time_embedding_type": "fourier",
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 2**0.5,
+    "norm_num_groups": None,
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+}
+NCSNPP_VARIATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "of google/ncsnpp-celebahq-256, narrower": {
+        "block_out_channels": (32, 32, 64, 64, 64, 64, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("SkipDownBlock2D",) * 4 + ("AttnSkipDownBlock2D",) + ("SkipDownBlock2D",) * 2,
+        "up_block_types": ("SkipUpBlock2D",) * 2 + ("AttnSkipUpBlock2D",) + ("SkipUpBlock2D",) * 4,
+        "attention_head_dim": None,
+        "center_input_sample": True,
+    },
+    "groups in the mid block": {"norm_num_groups": 8, "attn_norm_num_groups": 16},
+    "scale_shift, classes": {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 3},
+    "wide, no mid block": {"block_out_channels": (32, 64, 96, 160), "mid_block_type": None},
+    "positional": {"time_embedding_type": "positional"},
+    "Fourier features and plain blocks": {
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D",) * 4,
+        "up_block_types": ("UpBlock2D",) * 4,
+    },
+    "one block": {
+        "down_block_types": ("AttnSkipDownBlock2D",),
+        "up_block_types": ("AttnSkipUpBlock2D",),
+        "block_out_channels": (32,),
+    },
+}
 BAD: list[tuple[str, Any]] = [
     ("in_channels", 0),
     ("num_class_embeds", -1),
@@ -107,7 +144,8 @@ BAD: list[tuple[str, Any]] = [
     ("down_block_types", ("DownBlock2D",) * 2),
     ("down_block_types", "DownBlock2D"),
     ("act_fn", ("silu",)),
-    ("time_embedding_type", "fourier"),
+    ("time_embedding_type", "rotary"),
+    ("norm_num_groups", None),
     ("freq_shift", 8),
     ("downsample_padding", 2),
     ("dropout", 1.5),
@@ -133,12 +171,13 @@ def twins(config: dict[str, Any]) -> tuple[UNet2D, UNet2DModel]:
 @torch.no_grad()
 def assert_same_outputs(config: dict[str, Any], height: int, width: int, batch: int = 2) -> None:
     ours, theirs = twins(config)
-    torch.manual_seed(1)
-    x = torch.randn(batch, theirs.config.in_channels, height, width)
-    t = torch.tensor([999, 0])[:batch]
+    x = torch.randn(batch, theirs.config.in_channels, height, width, generator=torch.Generator().manual_seed(1))
+    fourier = theirs.config.time_embedding_type == "fourier"
+    t = torch.tensor([1348.0, 0.01] if fourier else [999, 0])[:batch]
     labels = torch.arange(batch) if theirs.config.num_class_embeds else None
-    expected = theirs(x, t, labels).sample
-    out = ours(x, t, labels)
+    expected, out = theirs(x, t, labels).sample, ours(x, t, labels)
+    if fourier:
+        expected *= t.reshape(-1, 1, 1, 1)  # which parametrization.py does where diffusers' network does
     assert out.shape == expected.shape
     assert expected.std() > 0.01
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -147,6 +186,35 @@ def assert_same_outputs(config: dict[str, Any], height: int, width: int, batch: 
 @pytest.mark.parametrize("change", VARIATIONS.values(), ids=VARIATIONS.keys())
 def test_outputs_equal_those_of_diffusers(change: dict[str, Any]) -> None:
     assert_same_outputs({**SMALL, **change}, 16, 16)
+
+
+@pytest.mark.parametrize("change", NCSNPP_VARIATIONS.values(), ids=NCSNPP_VARIATIONS.keys())
+def test_outputs_of_skip_blocks_and_of_fourier_features_equal_those_of_diffusers(change: dict[str, Any]) -> None:
+    config = {**NCSNPP, **change}
+    side = 2 ** len(config["block_out_channels"])
+    assert_same_outputs(config, side, 2 * side)
+
+
+def test_fourier_features_are_finite_at_every_time_that_an_executor_may_ask_for() -> None:
+    embed = twins(NCSNPP)[0].time_embedder()
+    assert bool(embed(torch.arange(10)).isfinite().all())
+    assert bool(embed(torch.tensor([-5.0, 1e-30, 1e6])).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("in_channels", 1),
+        ("out_channels", 6),
+        ("block_out_channels", (32, 64, 64, 72)),
+        ("down_block_types", ("SkipDownBlock2D",) * 3 + ("DownBlock2D",)),
+        ("up_block_types", ("UpBlock2D",) * 4),
+    ],
+)
+def test_skip_blocks_in_what_diffusers_cannot_build_are_refused_by_field_and_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"unet config: {field} must be") as refusal:
+        UNetConfig.from_dict({**NCSNPP, field: value})
+    assert repr(value)[:20] in str(refusal.value)
 
 
 def test_ddpm_cifar10_32_equals_diffusers() -> None:

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
+from tminus.model.pixels import to_uint16
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.errors import NotFinite
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Show
-from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
 PATIENCE_S = 10.0
@@ -24,6 +25,7 @@ INFO = ModelInfo(
     num_parameters=123,
     height_px=4,
     width_px=6,
+    alpha=False,
     channels=1,
     latent=None,
     num_timesteps=1000,
@@ -34,6 +36,7 @@ INFO = ModelInfo(
     steps_offset=0,
     log_sigmas=tuple(np.linspace(-4.6, 5.1, 1000).tolist()),
     fractional=True,
+    continuous=False,
     clip=True,
     samplers=SAMPLERS,
     tables=(),
@@ -154,7 +157,7 @@ class FakeEngine:
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
         return tuple(row for row in rows if row in self.nan)
 
-    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+    def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
         self.on_images(rows)
         spec, its_rows = next(job for job in self.jobs.values() if rows[0] in job[1])
         assert self.info.latent is not None or tuple(rows) == its_rows
@@ -162,12 +165,15 @@ class FakeEngine:
         pixels = fake_pixels(spec, spec.steps, self.info)[[its_rows.index(row) for row in rows]]
         finite, decode = not self.nan & set(rows), self.on_decode
 
-        def read() -> Images:
+        def read() -> Pixels:
             if not finite:
                 raise NotFinite
             if self.info.latent is not None:
                 decode(spec)
-            return pixels
+            if bit_depth == 8:
+                return pixels
+            values = (pixels / 100 - 1).astype(np.float32)  # some lie beyond 1
+            return values if bit_depth == 32 else to_uint16(values)
 
         return read
 
@@ -185,6 +191,7 @@ class FakeEngine:
             pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
         else:  # some of them, each as it is
             pixels = self._each(rows)
+        pixels = pixels[..., : self.info.shown_channels]
         return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
 
     def _each(self, rows: Sequence[int]) -> Images:

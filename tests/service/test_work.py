@@ -13,9 +13,10 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import compile_plan, table_plan
 from tminus.model.timesteps import make_timesteps
+from tminus.model.trajectory import Selection
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
-from tminus.service.work import Work, noisy_passes, timesteps_of, work_of
+from tminus.service.work import Work, noisy_passes, select_passes, timesteps_of, work_of
 
 
 @pytest.mark.parametrize(
@@ -65,13 +66,11 @@ def test_the_forecast_of_an_edit_is_what_its_steps_take(steps: int, strength: fl
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("steps", "strength", "eta"), [(1, None, 0.0), (2, None, 0.0), (9, None, 0.7), (9, 0.1, 0.7)])
-def test_noisy_passes_are_counted_as_the_plan_has_them(
-    sampler: str, steps: int, strength: float | None, eta: float
-) -> None:
+def test_noisy_passes_are_those_of_the_plan(sampler: str, steps: int, strength: float | None, eta: float) -> None:
     noise = NoiseConfig()
     spec = make_spec(sampler=sampler, steps=steps, strength=strength, eta=eta)
     plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, start=spec.start, fractional=True)
-    assert noisy_passes(spec, INFO) == len(plan.numbers().noisy)
+    assert list(noisy_passes(spec, INFO)) == plan.numbers().noisy.tolist()
 
 
 @pytest.mark.parametrize("table", TABLES_OF_50)
@@ -80,4 +79,27 @@ def test_noisy_passes_of_a_table_are_those_of_its_lines(table: Table, strength: 
     noise = NoiseConfig(num_train_timesteps=50)
     spec = make_spec(sampler="tuned", steps=table.steps, table=table.hash, strength=strength)
     plan = table_plan(noise, noise.schedule(), table, clip=None, start=spec.start)
-    assert noisy_passes(spec, replace(INFO, tables=TABLES_OF_50)) == len(plan.numbers().noisy)
+    assert list(noisy_passes(spec, replace(INFO, tables=TABLES_OF_50))) == plan.numbers().noisy.tolist()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde"])
+def test_a_selection_has_every_prediction_that_the_plan_looks_at(sampler: str) -> None:
+    noise, spec = NoiseConfig(), make_spec(sampler=sampler, steps=9, eta=0.7)
+    lines = compile_plan(noise, noise.schedule(), sampler, 9, eta=0.7).numbers().lines
+    for k in range(8):
+        assert select_passes([k], spec, INFO).predictions == ((k - 1, k) if lines[k, 4] else (k,))
+
+
+def test_a_selection_of_a_table_looks_back_as_far_as_its_lines() -> None:
+    timesteps = (49.0, 30.0, 12.0)
+    for line, predictions in (
+        ((0.4, 0.9, 0, 0, 0.2), (2,)),
+        ((0.4, 0.9, -0.3, 0, 0.2), (1, 2)),
+        ((0.4, 0.9, -0.3, 0.05, 0.2), (0, 1, 2)),
+    ):
+        table = Table("tuned", 3, 1.0, timesteps, ((0.9, 0.1, 0, 0, 0.3), (0.9, 0.1, 0, 0, 0), line))
+        spec, model = make_spec(sampler="tuned", steps=3, table=table.hash), replace(INFO, tables=(table,))
+        assert select_passes([2], spec, model).predictions == predictions
+        with pytest.raises(ValueError, match="one or more add noise"):
+            select_passes([1], spec, model)
+        assert select_passes(None, spec, model) == Selection.whole(3)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.pixels import VALUE_RANGE
 from tminus.service.api.request.defaults import settings_of
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
@@ -52,6 +53,7 @@ class JobAnswer(BaseModel):
     model: str = Field(description="its name")
     state: str = Field(json_schema_extra={"enum": list(STATES)})
     durable: bool = Field(description="whether it is finished whatever happens to client and server")
+    background: bool = Field(default=False, description="whether it lets all others go first")
     step: int | None = Field(description="how many steps its images have taken, on average")
     steps: int = Field(description="how many steps each image takes")
     n: int = Field(description="how many images")
@@ -76,6 +78,7 @@ class JobAnswer(BaseModel):
             model=view.model_name,
             state=view.state,
             durable=view.durable,
+            background=record.background,
             step=view.step,
             steps=record.spec.num_passes,
             n=record.spec.n,
@@ -139,6 +142,9 @@ class LimitsAnswer(BaseModel):
     max_rows: int = Field(description="images held at once, waiting and running")
     max_jobs: int
     max_backlog_s: float = Field(description="seconds of work that may wait")
+    max_background_rows: int = Field(description="images of background jobs held at once, beside max_rows")
+    max_background_jobs: int = Field(description="background jobs held at once, beside max_jobs")
+    background_max_wait_s: float = Field(description="seconds for which a background job lets all others go first")
     max_body_bytes: int = Field(description="of a body, images in it apart")
     max_image_bytes: int
     result_cache_bytes: int
@@ -168,7 +174,8 @@ class SamplerAnswer(BaseModel):
     passes_per_step: int = Field(
         description="through the network: what a step costs, twice that where it is guided; the last step takes one"
     )
-    passes_to_start: int = Field(description="beyond those, where there are two steps or more")
+    passes_to_start: int = Field(description="beyond those, where there are more steps than steps_to_start")
+    steps_to_start: int = Field(description="the first steps, which passes_to_start are for")
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
@@ -183,6 +190,7 @@ class SamplerAnswer(BaseModel):
             max_steps=most,
             passes_per_step=facts.passes_per_step,
             passes_to_start=facts.passes_to_start,
+            steps_to_start=facts.steps_to_start,
         )
 
 
@@ -219,6 +227,11 @@ class ModelAnswer(BaseModel):
     height_px: int
     width_px: int
     channels: int
+    alpha: bool = Field(description="whether the last of four channels is alpha")
+    shown_channels: int = Field(
+        description="how many of the first channels pictures show: 1 is grey, 3 RGB, 4 RGBA; application/x-npy has all"
+    )
+    value_range: tuple[float, float] = Field(description="what the least and the largest value of a channel stand for")
     latent: LatentAnswer | None = Field(description="null where the network sees pixels")
     num_timesteps: int = Field(description="T")
     beta_schedule: str
@@ -258,6 +271,7 @@ class ModelAnswer(BaseModel):
             "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
             "tables": model.tables,
             "limits": limits,
+            "value_range": VALUE_RANGE,
         }
         return cls(**{name: getattr(model, name) for name in cls.model_fields.keys() - made.keys()}, **made)
 

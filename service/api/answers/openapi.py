@@ -17,12 +17,15 @@ from tminus.service.api.request.schemas import (
     NUMBER,
     PICTURES,
     AnimationRequest,
+    FloatsRequest,
     NoiseRequest,
     RequestSchema,
     SampleRequest,
+    TrajectoryRequest,
     WebhookRequest,
+    bit_depths,
 )
-from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from tminus.service.images.encoder import JSON, MEDIA_TYPES, NPY, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, MAX_URL
 from tminus.service.model_info import Limits, ModelInfo
@@ -98,7 +101,8 @@ WHAT_WAS_TAKEN: Described = {
     }
 }
 IMAGES = answer("The images", *MEDIA_TYPES) | WHAT_WAS_TAKEN
-IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
+IMAGES_OR_FLOATS = answer("The images", *MEDIA_TYPES, NPY) | WHAT_WAS_TAKEN
+IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, NPY, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
 NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
 ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",
@@ -186,7 +190,7 @@ class Contract:
 
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
-        animated = (SampleRequest, AnimationRequest, WebhookRequest)
+        of_sample = (SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest, WebhookRequest)
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
             ref_template="#/components/schemas/{model}",
@@ -195,9 +199,9 @@ class Contract:
             **answers["$defs"],
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
-            "SampleRequest": self._body("What to sample.", *animated),
+            "SampleRequest": self._body("What to sample.", *of_sample),
             "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest),
-            "SampleForm": self._form("The same, with images as files.", PICTURES, *animated),
+            "SampleForm": self._form("The same, with images as files.", PICTURES, *of_sample),
             "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
             "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
             | {"required": ["image"]},
@@ -241,9 +245,14 @@ class Contract:
                 "integer": {"minimum": 0, "maximum": max(0, classes - 1)},
                 "array": {"minItems": 1, "maxItems": self.limits.max_n},
             },
+            "bit_depth": {"integer": {"enum": list(bit_depths(self.model))}},
             "guidance_interval": {
                 "integer": {"minimum": 0, "maximum": last},
                 "array": {"minItems": 2, "maxItems": 2},
+            },
+            "keep": {
+                "integer": {"minimum": 0, "maximum": last},
+                "array": {"minItems": 1, "maxItems": last + 1, "uniqueItems": True},
             },
             "timestep_spacing": {"string": ref("TimestepSpacing")},
             "t": {"integer": {"minimum": 0, "maximum": last}},

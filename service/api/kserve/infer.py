@@ -65,7 +65,9 @@ TAKEN = (
 )
 # Of a request, beside its tensors: an edit has no place in this protocol.
 PARAMETERS = tuple(
-    name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {each.name for each in TAKEN}
+    name
+    for name in SampleRequest.model_fields
+    if name not in EDIT_PARAMETERS | {"bit_depth"} | {each.name for each in TAKEN}  # the images are UINT8
 )
 
 

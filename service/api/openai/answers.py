@@ -110,7 +110,7 @@ class ImagesAnswer(BaseModel):
     """The images."""
 
     created: int = Field(description="Unix time in seconds")
-    background: Literal["opaque"] = "opaque"
+    background: Literal["opaque", "transparent"]
     output_format: str
     quality: str
     size: str
@@ -127,7 +127,7 @@ class PartialImage(BaseModel):
     created_at: int
     size: str
     quality: str
-    background: Literal["opaque"] = "opaque"
+    background: Literal["opaque", "transparent"]
     output_format: str
     image_index: int = Field(description=OURS + "which of the n images, from 0")
 
@@ -140,7 +140,7 @@ class CompletedImage(Recipe):
     created_at: int
     size: str
     quality: str
-    background: Literal["opaque"] = "opaque"
+    background: Literal["opaque", "transparent"]
     output_format: str
     usage: Usage = Usage()
     image_index: int = Field(description=OURS + "which of the n images, from 0")

@@ -47,11 +47,11 @@ from tminus.service.api.request.reading import (
 from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.submission import create, spec_headers, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
-from tminus.service.images.encoder import JSON, Encoder, encode_frame
+from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
-from tminus.service.spec import Images, SampleSpec
+from tminus.service.spec import Pixels, SampleSpec
 from tminus.service.work import JobResult
 from tminus.service.worker.running_job import NewJob
 
@@ -76,11 +76,12 @@ class Wanted:
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
         """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
         spec, kind, quality = self.new.spec, self.members.output_format, self.members.lossy_quality
-        if quality is None:
-            return await encoder.encode_pictures("images", spec, result, model)
+        opaque = model.alpha and not self.members.keeps_alpha(model)
 
-        def make(images: Images) -> list[bytes]:
-            return [encode_frame(image, kind, quality) for image in images]
+        def make(images: Pixels) -> list[bytes]:
+            if quality is None:
+                return encode_each(spec, images, model, opaque=opaque)
+            return [encode_frame(image, kind, quality, opaque=opaque) for image in as_pictures(images, model)]
 
         return await encoder.make(result.read, make, kind, f"image/{kind}", spec.n)
 
@@ -270,7 +271,10 @@ async def _events(
     try:
         while (frame := await arrived.get()) is not None:
             try:
-                pictures = await encoder.encode_frame(frame, members.output_format, "images", members.lossy_quality)
+                opaque = not members.keeps_alpha(model)
+                pictures = await encoder.encode_frame(
+                    frame, members.output_format, "images", members.lossy_quality, opaque=opaque
+                )
             except Exception:  # a lost frame does not end the job
                 log.exception("a frame of job %s could not be encoded", wanted.new.id)
                 continue

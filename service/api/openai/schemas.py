@@ -30,7 +30,8 @@ _BOUNDS = {
     "response_format": "b64_json or url",
     "output_format": "one of png, jpeg, webp",
     "output_compression": "an integer in 0..100",
-    "background": "auto or opaque: no pixel of these images is transparent",
+    "background": "one of auto, opaque, transparent",
+    "service_tier": "one of auto, default, flex: flex lets all other jobs go first",
     "stream": "true or false",
     "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
 }
@@ -55,7 +56,14 @@ class ImagesRequest(RequestSchema):
     output_compression: Int | None = Field(
         None, ge=0, le=100, description="the quality of jpeg and webp, 0..100; default 100"
     )
-    background: Literal["auto", "opaque"] = Field("auto", description="auto or opaque, which are the same here")
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        "auto",
+        description="of a model with alpha: transparent keeps it, opaque lays the images over white, and auto keeps it "
+        "where output_format can; of others they are opaque",
+    )
+    service_tier: Literal["auto", "default", "flex"] = Field(
+        "auto", description="flex: a background job, which lets all others go first; auto and default are none"
+    )
     stream: Bool = Field(False, description="answer by server-sent events")
     partial_images: Int = Field(
         0, ge=0, le=MAX_PARTIAL_IMAGES, description="with stream: how often the estimate of x_0 is shown on the way"
@@ -97,6 +105,21 @@ class ImagesRequest(RequestSchema):
                 not lossless or self.output_compression in (None, 100),
                 "absent or 100 for png, which loses nothing",
             ),
+            (
+                "background",
+                self.background != "transparent" or model.alpha,
+                "auto or opaque: this model's images have no alpha",
+            ),
+            (
+                "background",
+                self.background != "transparent" or self.output_format != "jpeg",
+                "auto or opaque with output_format jpeg, which has no alpha",
+            ),
+            (
+                "background",
+                self.background != "opaque" or not (self.as_url and model.alpha),
+                "auto or transparent with response_format url: a job's images keep their alpha",
+            ),
             ("partial_images", streamed or not self.partial_images, "absent or 0 without stream"),
             ("response_format", not (streamed and self.as_url), "b64_json with stream: events have the images in them"),
             ("output_format", lossless or not self.as_url, "png with response_format url: a job gives its images so"),
@@ -107,11 +130,20 @@ class ImagesRequest(RequestSchema):
         given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
         can_guide = label is not None and model.null_class is not None
         filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
-        return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
+        meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}
+        if self.service_tier == "flex":
+            meant["background"] = True
+        return meant | filled | dict(extensions)
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
         """Make the members of an answer that say in which form the images are."""
-        return {"size": size_of(model), "quality": self.budget, "output_format": self.output_format}
+        background = "transparent" if self.keeps_alpha(model) else "opaque"
+        form = {"output_format": self.output_format, "background": background}
+        return {"size": size_of(model), "quality": self.budget, **form}
+
+    def keeps_alpha(self, model: ModelInfo) -> bool:
+        """Whether the images come with alpha."""
+        return model.alpha and self.background != "opaque" and self.output_format != "jpeg"
 
     @property
     def lossy_quality(self) -> int | None:

@@ -36,7 +36,7 @@ KEY = re.compile(r"[\x20-\x7e]{1,255}")  # of an Idempotency-Key
 MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
 MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
 SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
-LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show", "webhook_events_filter"})
+LIST_FIELDS = frozenset({"class_label", "guidance_interval", "keep", "show", "webhook_events_filter"})
 # What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 

@@ -15,10 +15,12 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
+from tminus.service.images.encoder import NPY
+from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
-from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.spec import Inputs, SampleSpec, TrajectoryType
 
 MAX_SEED = 2**64 - 1
 SEED_BOUND = f"an integer in 0..{MAX_SEED}"
@@ -33,12 +35,13 @@ MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
+BIT_DEPTHS = (8, 16, 32)
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 _PREVIEW_BOUNDS = {
     "every": EVERY_BOUND,
     "fps": f"a number above 0, at most {MAX_FPS:g}",
     "show": f"one of {', '.join(SHOWS)}, or a list of both",
-    "frame_format": "one of png, webp, jpeg",
+    "frame_format": "one of png, webp, jpeg, as a preview is a picture; a trajectory has the floats of each step",
     "layout": "one of sheet, images",
     "keep_open": "true or false",
 }
@@ -198,8 +201,16 @@ class SampleRequest(RequestSchema):
     clip: Bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
     )
+    bit_depth: Int | None = Field(
+        None,
+        description="bits of each value of the images: 8 (default), 16 in PNGs of a model of one channel, or 32 for "
+        "the floats that application/x-npy answers",
+    )
     deadline_s: Deadline | None = Field(
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
+    )
+    background: Bool = Field(
+        False, description="let all other jobs go first, until it has waited for an hour or so; default: false"
     )
     strength: PositiveShare | None = Field(
         None, description="with an image: share of the steps to run again, above 0, at most 1"
@@ -230,6 +241,7 @@ class SampleRequest(RequestSchema):
             ("n", 1 <= self.n <= limits.max_n),
             ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
             ("index", self.index <= MAX_INDEX + 1 - self.n),
+            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
         ):
             if not ok:
                 raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
@@ -247,7 +259,7 @@ class SampleRequest(RequestSchema):
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
         seed = draw(SEED_BITS) if self.seed is None else self.seed
         self._check_walk(seed)
-        self._check_edit(limits.max_image_bytes)
+        self._check_edit(limits.max_image_bytes, model)
         self._check_guidance(settings.guidance, model, labels)
         if self.clip and model.latent is not None and not model.clip:
             raise InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip)
@@ -268,6 +280,7 @@ class SampleRequest(RequestSchema):
             table=table.hash if table is not None else None,
             to_seed=self.to_seed,
             mix=self.mix,
+            bit_depth=None if self.bit_depth == 8 else self.bit_depth,
         )
 
     def decisive(self) -> dict[str, Any]:
@@ -308,7 +321,9 @@ class SampleRequest(RequestSchema):
                 raise InvalidField.of(name, f"that of the pixels sent, {got}", wanted)
         return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
 
-    def _check_edit(self, max_image_bytes: int) -> None:
+    def _check_edit(self, max_image_bytes: int, model: ModelInfo) -> None:
+        if self.image is not None:
+            check_uploads(model)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
                 raise InvalidField.of("image", f"given where {name} is", None)
@@ -341,8 +356,20 @@ class SampleRequest(RequestSchema):
         return given[0], given[1]
 
 
+def check_uploads(model: ModelInfo) -> None:
+    """Raise InvalidField where no picture that can be sent is an image of the model."""
+    if not model.fits_pictures:
+        bound = f"absent: this model's images have {model.channels} channels, and a picture has 1, 3 or 4 (RGBA)"
+        raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
+
+
 def _interval_bound(num_timesteps: int) -> str:
     return f"two integers [lo, hi] with 0 <= lo <= hi <= {num_timesteps - 1}"
+
+
+def bit_depths(model: ModelInfo) -> tuple[int, ...]:
+    """List the bit depths that a model's images come in: no format of pictures but PNG, of grey, is read in 16."""
+    return BIT_DEPTHS if model.channels == 1 else (8, 32)
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
@@ -364,7 +391,9 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "nearest": "true or false",
         "table": "16 hexadecimal digits, in small letters",
         "clip": "true or false",
+        "bit_depth": "8, 16 or 32" if model.channels == 1 else f"8 or 32 for {model.channels} channels; 16 is for one",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "background": "true or false",
         "strength": "a number above 0, at most 1",
         "image": ENCODED_IMAGE,
         "mask": ENCODED_IMAGE,
@@ -426,6 +455,25 @@ class NoiseRequest(RequestSchema):
         if not 0 <= request.t < model.num_timesteps:
             raise InvalidField.of("t", bounds["t"], request.t)
         return request
+
+
+class FloatsRequest(RequestSchema):
+    """What is asked of an answer of floats."""
+
+    clip_output: Bool = Field(
+        True,
+        description="with Accept: application/x-npy, whether values beyond the model's range, -1..1, are clipped; "
+        "default: true",
+    )
+
+    @classmethod
+    def take_from(cls, parameters: dict[str, Any], media_type: str) -> bool:
+        """Take and check clip_output; true where it is not given. Raises InvalidField for another media type."""
+        own = cls.own_of(parameters)
+        if own and media_type != NPY:
+            bound = f"absent with Accept: {media_type}: pictures have no values beyond the range"
+            raise InvalidField.of("clip_output", bound, own["clip_output"])
+        return cls.from_parameters(own, lambda _name: "true or false").clip_output
 
 
 class PreviewRequest(RequestSchema):
@@ -509,6 +557,33 @@ class AnimationRequest(RequestSchema):
     def shows(self) -> tuple[Show, ...]:
         """What is shown, in the order asked for."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+
+class TrajectoryRequest(RequestSchema):
+    """What of a trajectory its file has; beside the parameters of SampleRequest."""
+
+    keep: list[Int] | None = Field(
+        None,
+        description=f"with Accept: {TRAJECTORY}, the passes that the file has, in rising order, from 0; default: all",
+    )
+    dtype: TrajectoryType = Field(
+        "float32", description=f"with Accept: {TRAJECTORY}, what x_t, x_0 and mean are rounded to; default float32"
+    )
+
+    @classmethod
+    def take_from(cls, parameters: dict[str, Any], num_timesteps: int, *, is_wanted: bool) -> Self:
+        """Take and check the parameters of a trajectory. Raises InvalidField, also where none is wanted.
+
+        num_timesteps: of the model; no sampler takes more passes.
+        """
+        own = cls.own_of(parameters)
+        if own and not is_wanted:
+            name = next(iter(own))
+            raise InvalidField.of(name, f"absent without Accept: {TRAJECTORY}", own[name])
+        if isinstance(alone := own.get("keep"), str):  # of a query
+            own["keep"] = [alone]
+        bounds = {"keep": f"a list of at most {num_timesteps} numbers of passes", "dtype": "float32 or float16"}
+        return cls.from_parameters(own, bounds.__getitem__, num_timesteps)
 
 
 class WebhookRequest(RequestSchema):

@@ -56,7 +56,7 @@ class AsyncClient:
         await self._connection.close()
 
     async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
-        """Sample and wait: the images as one PNG sheet, or a zip or JSON of PNGs; an animation; a trajectory."""
+        """Sample and wait: the images as a PNG sheet, a zip or JSON of PNGs, or floats; an animation; a trajectory."""
         # The server drops a job whose connection breaks, so that asking again does no harm.
         options: dict[str, Any] = {
             "content": text_of(parameters),

@@ -71,11 +71,15 @@ class AsyncJob:
             except ClientError as error:
                 await asyncio.sleep(patience.pause_s(error))
 
-    async def image(self, accept: MediaType = "image/png") -> Sampled:
-        """Read the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
+    async def image(self, accept: MediaType = "image/png", *, clip_output: bool = True) -> Sampled:
+        """Read the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found.
+
+        clip_output: of the floats that a job of bit_depth=32 has, whether they are clipped to the model's range.
+        """
         limit = Asked.of(self._known()).answer_bytes(accept)
         options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
-        return Sampled.of(await self._connection.request("GET", f"{self._path}/image", **options), accept)
+        path = f"{self._path}/image{'' if clip_output else '?clip_output=false'}"
+        return Sampled.of(await self._connection.request("GET", path, **options), accept)
 
     async def cancel(self) -> JobState:
         """Cancel it if it has not ended; returns the job as it ended."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from tminus.service.errors import StorageFailed
-from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ def unpack_inputs(data: bytes) -> Inputs:
     return Inputs(arrays["image"], arrays.get("mask"))
 
 
-def pack_images(images: Images) -> bytes:
+def pack_images(images: Pixels) -> bytes:
     """Pack the images of a job."""
     return zlib.compress(_pack({"images": images}), level=1)
 
 
-def unpack_images(data: bytes) -> Images:
+def unpack_images(data: bytes) -> Pixels:
     """Unpack the images of a job. Raises UNREADABLE."""
     return safetensors.numpy.load(zlib.decompress(data))["images"]
 

@@ -15,7 +15,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, StoredObject
 from tminus.service.scheduling.cluster import Intake
-from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 
@@ -121,21 +121,21 @@ class AsyncStore:
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(JobStore.renew, fingerprint, pace, known)
 
-    async def finish(self, job: JobRecord, images: Images | StoredObject | None) -> None:
+    async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
         """Keep how a job ended."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self.call(JobStore.finish, job, images)
         if job.webhook is not None:
             self.owes.set()
 
-    async def images(self, job_id: str) -> Images | None:
+    async def images(self, job_id: str) -> Pixels | None:
         """Read the images of a job that is done."""
         found = await self._found(job_id)
         if isinstance(found, StoredObject):
             raise StorageFailed("the images of this job are in an object store, which this server was not told of")
         return found
 
-    async def _found(self, job_id: str) -> Images | StoredObject | None:
+    async def _found(self, job_id: str) -> Pixels | StoredObject | None:
         with traced("store images", {"tminus.job.id": job_id}):
             return await self.call(JobStore.images, job_id)
 

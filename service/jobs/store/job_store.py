@@ -27,7 +27,7 @@ from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,11 @@ class JobStore(DeliveryStore, ABC):
 
         First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
         the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
-        oldest if it takes that. One that was begun by another build is left to a replica of that build while one
-        lives, and one with a table that is none of `tables`, hashes, to other builds while one lives or may be starting
-        again. One whose record is damaged is ended as failed.
+        oldest if it takes that. Background jobs come after all others, until they are held back no more.
+
+        One that was begun by another build is left to a replica of that build while one lives, and one with a table
+        that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is
+        damaged is ended as failed.
         """
 
     @abstractmethod
@@ -262,7 +264,7 @@ class JobStore(DeliveryStore, ABC):
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
-    def images(self, job_id: str) -> Images | StoredObject | None:
+    def images(self, job_id: str) -> Pixels | StoredObject | None:
         """Read the images of a job that is done, or say which object they are."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
@@ -291,7 +293,7 @@ class JobStore(DeliveryStore, ABC):
         with self._transaction() as run:
             run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
 
-    def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
+    def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
         """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
         What its webhook is to be told is owed from the same moment on.

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
-VERSION = 2  # of tables.py
+VERSION = 3  # of tables.py
 # From each earlier version to the next. Servers of the version before go on beside it.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -24,7 +24,11 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
         "since_us BIGINT NOT NULL, due_us BIGINT NOT NULL, held_until_us BIGINT, error TEXT, UNIQUE (job_id, event))",
         "CREATE INDEX deliveries_by_due ON deliveries (due_us) WHERE state = 'pending'",
         "CREATE INDEX deliveries_by_receiver ON deliveries (receiver) WHERE state = 'pending'",
-    )
+    ),
+    2: (
+        "ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT false NOT NULL",
+        "ALTER TABLE replicas ADD COLUMN background_s DOUBLE PRECISION DEFAULT 0 NOT NULL",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -24,7 +25,7 @@ from tminus.service.jobs.store.postgres_database import connect, prepare_schema
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, now_us
 from tminus.service.jobs.store.tables import make_postgres_tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run, kept_bytes, webhook_of
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.cluster import NONE_REFUSED, ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
 # before it takes on what it does not know.
-FORMAT = 3
+FORMAT = 4
 _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 
@@ -98,29 +99,43 @@ class PostgresStore(JobStore):
     def claim(
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
     ) -> Claimed:
-        jobs, can = self._tables.jobs, (fingerprint, rows, tables)
+        jobs = self._tables.jobs
         held = {
             "replica": self._replica,
             "fence": jobs.c.fence + 1,
             "lease_until": sa.func.clock_timestamp() + self._lease,
         }
         arrival, length = jobs.c.arrival, jobs.c.places
+        held_back = sa.and_(jobs.c.background, jobs.c.created_us > intake.held_back_after_us).label("held_back")
+        free = partial(self._free, (fingerprint, rows, tables), intake, held_back)
         with self._transaction() as run:
-            chosen = _first(run(self._free(can, arrival, begun=True)).all(), begun_places)
+            chosen = _first(run(free(arrival, begun=True)).all(), begun_places)
             for row in chosen:
-                intake.add(row.places)
-            chosen += [row for row in run(self._free(can, length, arrival)) if intake.offer(row.places)]
-            if intake.refused < math.inf:
-                oldest = run(self._free(can, arrival).limit(1)).first()  # None: one with its table has just started
-                if oldest and oldest not in chosen and intake.offer_oldest(oldest.places, oldest.created_us):
+                intake.add(row.places, held_back=row.held_back)
+            new = run(free(length, arrival)).all()
+            chosen += [row for row in new if intake.offer(row.places, held_back=row.held_back)]
+            if intake.refused < NONE_REFUSED:
+                oldest = run(free(arrival).limit(1)).first()  # None: one with its table has just started
+                is_next = oldest is not None and not oldest.held_back and oldest not in chosen
+                if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
             if chosen:
                 run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
         self._fences |= {row.id: row.fence + 1 for row in chosen}
         return self._claimed(chosen)
 
-    def _free(self, can: tuple[str, int, Collection[str]], *order: Any, begun: bool = False) -> sa.Select[Any]:
-        """Lock the first jobs, in some order, that this replica may claim with its build, rows and tables."""
+    def _free(
+        self,
+        can: tuple[str, int, Collection[str]],
+        intake: Intake,
+        held_back: sa.ColumnElement[bool],
+        *order: Any,
+        begun: bool = False,
+    ) -> sa.Select[Any]:
+        """Lock the first jobs that this replica may claim with its build, rows and tables.
+
+        In some order, and those last that are held back.
+        """
         fingerprint, rows, tables = can
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
@@ -128,9 +143,11 @@ class PostgresStore(JobStore):
         may_have_it = sa.exists(replicas.c.id).where(*other_builds, lease_left > -AWAY)
         # Who lets a job go, at the end too, is not named in it any more.
         left_behind = jobs.c.replica.is_not(None).label("left_behind")
-        query = sa.select(*self._record_columns, left_behind, jobs.c.fence, jobs.c.places)
+        query = sa.select(*self._record_columns, left_behind, held_back, jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
         query = query.where(~(_lacks_table(jobs.c.spec, tables) & may_have_it))
+        if not intake.takes_background:
+            query = query.where(~jobs.c.background)
         if begun:
             began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
             began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
@@ -139,7 +156,7 @@ class PostgresStore(JobStore):
             query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~began.exists())
         else:
             query = query.where(jobs.c.fence == 0)
-        return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+        return query.order_by(held_back, *order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def holder(self, job_id: str) -> str | None:
         jobs, replicas = self._tables.jobs, self._replicas
@@ -185,7 +202,7 @@ class PostgresStore(JobStore):
 
     def load(self) -> ClusterLoad:
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
-        columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
+        columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.background_s, replicas.c.lease_until)
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         # A replica with two builds of the same weights, during a reload, counts once.
@@ -193,15 +210,25 @@ class PostgresStore(JobStore):
         # How long ago it told its backlog.
         told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
         least = sa.func.min(sa.func.greatest(0, living.c.backlog_s - told_s)).filter(living.c.id != self._replica)
-        held = sa.func.avg(living.c.backlog_s)
-        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, least)
-        waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
+        held, in_background = sa.func.avg(living.c.backlog_s), sa.func.avg(living.c.background_s)
+        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, in_background, least)
+        sums = (sa.func.count(), sa.func.sum(jobs.c.places))
+        waiting = sa.select(*(each.filter(which) for which in (~jobs.c.background, jobs.c.background) for each in sums))
         waiting = waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._understood(), *self._here())
         with self._transaction() as run:
-            count, pace, held_s, least_s = run(those).one()
-            jobs_free, places = run(waiting).one()
-        least_s = math.inf if least_s is None else float(least_s)
-        return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0), least_s)
+            count, pace, held_s, background_held_s, least_s = run(those).one()
+            jobs_free, places, background_jobs, background_places = run(waiting).one()
+        return ClusterLoad(
+            count,
+            float(pace or 0),
+            float(held_s or 0),
+            jobs_free,
+            float(places or 0),
+            math.inf if least_s is None else float(least_s),
+            float(background_held_s or 0),
+            background_jobs,
+            float(background_places or 0),
+        )
 
     def release(self, job_id: str) -> None:
         free = sa.update(self._tables.jobs).where(*self._held([job_id])).values(replica=None, lease_until=None)
@@ -374,8 +401,11 @@ class _Taken(Exception):
 def format_of(job: JobRecord) -> int:
     """The least version that can do a job.
 
-    Those before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
+    Those before the fourth do not know pndm and no bit depth, and would let no others go before a background job; those
+    before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
     """
+    if job.background or job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
+        return 4
     if job.spec.to_seed is not None:
         return 3
     return 1 if job.webhook is None else 2

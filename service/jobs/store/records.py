@@ -29,6 +29,7 @@ class JobRecord:
     owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker, or of the whole process, while it worked on this job
     webhook: Webhook | None = None  # who is told of its events
+    background: bool = False  # whether all others go before it, until it has waited for long enough
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
     left_behind: bool = field(default=False, compare=False)  # when it was claimed: its holder had gone without a word
     ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
@@ -70,7 +71,8 @@ class ReplicaPace:
     """What the replicas that share a store tell each other of themselves."""
 
     places_per_s: float
-    backlog_s: float  # of all that it has to do, durable or not
+    backlog_s: float  # of all that it has to do, durable or not, but for background jobs
+    background_s: float = 0.0  # of background jobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord, LeaseLost, ObjectGone, StoredObject
-from tminus.service.spec import Images
+from tminus.service.spec import Pixels
 from tminus.service.tracing import traced
 
 if TYPE_CHECKING:  # obstore is an extra
@@ -77,7 +77,7 @@ class ResultStore(AsyncStore):
             else:
                 self._objects_failure = None
 
-    async def finish(self, job: JobRecord, images: Images | StoredObject | None) -> None:
+    async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
         """Keep how a job ended. An object that was written while the database was away serves the next try."""
         if images is None or isinstance(images, StoredObject) or images.nbytes <= self._above_bytes:
             await super().finish(job, images)
@@ -98,7 +98,7 @@ class ResultStore(AsyncStore):
             raise
         self._uploads.pop(job.id, None)
 
-    async def _uploaded(self, job_id: str, key: str, images: Images) -> StoredObject:
+    async def _uploaded(self, job_id: str, key: str, images: Pixels) -> StoredObject:
         """Write an object under a key that no other replica has, so that none is ever written over."""
         await self.call(JobStore.note_object, job_id, key)
         try:
@@ -118,7 +118,7 @@ class ResultStore(AsyncStore):
         except StorageFailed:  # it is known since it was noted, and goes in an hour
             log.warning("the object %s is not needed, and goes later", key)
 
-    async def images(self, job_id: str) -> Images | None:
+    async def images(self, job_id: str) -> Pixels | None:
         """Read the images of a job that is done."""
         found = await self._found(job_id)
         if not isinstance(found, StoredObject):
@@ -153,12 +153,12 @@ async def _logged(call: Awaitable[R]) -> R:
         raise
 
 
-def _packed(images: Images) -> tuple[bytes, str]:
+def _packed(images: Pixels) -> tuple[bytes, str]:
     data = arrays.pack_images(images)
     return data, hashlib.sha256(data).hexdigest()
 
 
-def _unpacked(data: bytes | None, stored: StoredObject) -> Images:
+def _unpacked(data: bytes | None, stored: StoredObject) -> Pixels:
     """Raises ValueError for what is not the object that was written."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")

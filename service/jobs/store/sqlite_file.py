@@ -18,7 +18,7 @@ from tminus.service.jobs.store.records import listed
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of tables.py
+VERSION = 5  # of tables.py
 # From each earlier version to the next.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -39,6 +39,7 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
         "CREATE INDEX deliveries_by_due ON deliveries (state, due_us)",
         "CREATE INDEX deliveries_by_receiver ON deliveries (state, receiver)",
     ),
+    4: ("ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT 0 NOT NULL",),
 }
 # It has a row where a WAL belongs to the file. A version that does not know it need not, so it changes no version.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"

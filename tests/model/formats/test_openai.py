@@ -1,10 +1,13 @@
 """Against tests/model/formats/guided.py, which is written from the papers and knows nothing of model/."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.guided import Guided
@@ -12,6 +15,7 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import FactsError, GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
+from tminus.model.samplers import sample
 
 HO = {"image_size": 16, "timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon"}
 FIXED = HO | {"variance": "fixed_large"}
@@ -99,6 +103,44 @@ def test_consistency_model_has_q_k_and_v_before_heads_without_being_asked(
         read_foreign(tmp_path / "cd.pt", GivenFacts(**facts, attention_order="legacy"))  # type: ignore[arg-type]
 
 
+def test_edm_model_makes_the_images_of_its_paper_from_250_log_sigma(batch: dict[str, Any], tmp_path: Path) -> None:
+    """Karras et al. 2022, table 1 and algorithm 1 without churn, with the time of their KarrasDenoiser."""
+    theirs, steps = net_of(heads=4, order="new", classes=7), 6
+    labels = torch.tensor([0, 6, 3, 2])
+    facts = {"image_size": 16, "prediction": "edm", "heads": 4}
+    convert(save(theirs, tmp_path / "edm.pt"), tmp_path / "out", GivenFacts(**facts))  # type: ignore[arg-type]
+    ours = load_checkpoint(tmp_path / "out")
+    assert ours.default_sampler == "heun"
+    plan = ours.plan("heun", steps)
+
+    def denoised(x: Tensor, sigma: float) -> Tensor:
+        root = (sigma**2 + 0.25) ** 0.5
+        out = theirs((x / root).float(), torch.full((4,), 250 * math.log(sigma)), labels)
+        return (0.25 / root**2 * x + 0.5 * sigma / root * out.double()).clamp(-1, 1)
+
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    sigmas = [*((high + k / (steps - 1) * (low - high)) ** 7 for k in range(steps)), 0.0]
+    with torch.no_grad():
+        x = batch["x"].double() * (1 + 80**2) ** 0.5
+        for now, then in pairwise(sigmas):
+            slope = (x - denoised(x, now)) / now
+            end = x + (then - now) * slope
+            x = end if then == 0 else x + (then - now) / 2 * (slope + (end - denoised(end, then)) / then)
+        close_to_scale(sample(ours.net, plan, batch["x"], lambda _k: batch["x"], class_labels=labels), x.float(), 1e-4)
+
+
+def test_edm_asks_for_no_more_than_the_file_leaves_open(tmp_path: Path) -> None:
+    file = save(net_of(heads=4), tmp_path / "edm.pt")
+    with pytest.raises(MissingFacts) as missing:
+        read_foreign(file, GivenFacts(prediction="edm"))
+    assert missing.value.names == ("image_size", "heads")
+    for name, value in (("timesteps", 40), ("beta_schedule", "linear"), ("rescale_timesteps", "yes")):
+        with pytest.raises(FactsError, match=f"--{name.replace('_', '-')} says nothing about"):
+            read_foreign(file, GivenFacts(prediction="edm", **{name: value}))  # type: ignore[arg-type]
+    with pytest.raises(FactsError, match="--attention-order must be new, or left out, for --prediction edm"):
+        read_foreign(file, GivenFacts(image_size=16, prediction="edm", heads=4, attention_order="legacy"))
+
+
 @pytest.mark.parametrize("rescale", ["yes", "no"])
 def test_long_chain_is_given_the_timesteps_it_was_trained_with(
     rescale: str, batch: dict[str, Any], tmp_path: Path
@@ -173,4 +215,4 @@ def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> Non
     cut = {**state, "out.2.bias": torch.ones(2)}
     assert "wrong shape of conv_out.bias" in refusal(cut)
     superres = {**state, "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
-    assert "only 1 or 3 channels in" in refusal(superres)
+    assert "only 1..64 channels in and as many out" in refusal(superres)

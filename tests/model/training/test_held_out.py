@@ -52,8 +52,8 @@ def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool
     noise = NoiseConfig(num_train_timesteps=1000, prediction_type=prediction)
     schedule, net = noise.schedule(), Recorder()
     x_0 = torch.rand((200, 1, 8, 8), generator=torch.Generator().manual_seed(2)) * 2 - 1
-    weights = velocity_weights(schedule, prediction).float() if weighted else None
-    found = mean_loss(net, Examples(x_0, None), 200, schedule, prediction, weights)
+    weights = velocity_weights(noise, schedule).float() if weighted else None
+    found = mean_loss(net, Examples(x_0, None), 200, noise, schedule, weights)
 
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = (1 - beta).cumprod(0)[net.t][:, None, None, None]
@@ -78,8 +78,8 @@ def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool
 def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size() -> None:
     examples = Examples.some_of(toy_images(), 11, None, CPU)
     first, again = Recorder(), Recorder()
-    one = mean_loss(first, examples, 11, NOISE.schedule(), "epsilon")
-    other = mean_loss(again, examples, 11, NOISE.schedule(), "epsilon", batch_size=3)
+    one = mean_loss(first, examples, 11, NOISE, NOISE.schedule())
+    other = mean_loss(again, examples, 11, NOISE, NOISE.schedule(), batch_size=3)
     assert (len(first.asked), len(again.asked)) == (1, 4)
     assert torch.equal(first.x_t, again.x_t)
     assert other == pytest.approx(one, rel=1e-6)

@@ -23,7 +23,7 @@ from tminus.model.training.train import train
 
 pytestmark = pytest.mark.slow
 
-SCHEDULE = NoiseConfig().schedule()
+SCHEDULE, V = NoiseConfig().schedule(), NoiseConfig(prediction_type="v_prediction")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def pixels(count: int, size: int = 4) -> Tensor:
 
 
 def stable(x_0: Tensor, labels: Tensor | None = None) -> StableTarget:
-    return StableTarget(Examples(x_0, labels), SCHEDULE, "epsilon")
+    return StableTarget(Examples(x_0, labels), NoiseConfig(), SCHEDULE)
 
 
 def noised(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +178,10 @@ def test_the_mean_and_its_eps_explain_the_same_x_t() -> None:
     torch.testing.assert_close(SCHEDULE.q_sample(mean, t, its_eps), x_t, atol=2e-5, rtol=0)
     signal, noise = gather(SCHEDULE.alpha_bar.sqrt(), t, x_t), gather((1 - SCHEDULE.alpha_bar).sqrt(), t, x_t)
     torch.testing.assert_close(
-        training_target(SCHEDULE, "v_prediction", mean, t, its_eps), (signal * x_t - mean) / noise, atol=2e-4, rtol=0
+        training_target(V, SCHEDULE, mean, t, its_eps),
+        (signal * x_t - mean) / noise,
+        atol=2e-4,
+        rtol=0,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, LDMPipeline
+from diffusers import AutoencoderKL, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
 from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.samplers import sample
 from tminus.model.training import run as run_file
 from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
@@ -618,6 +619,37 @@ def test_loss_falls_on_a_toy_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert last < 0.5 * first
 
 
+@pytest.mark.parametrize(
+    ("prediction", "scheduler"), [("flow", FlowMatchEulerDiscreteScheduler), ("edm", EDMEulerScheduler)]
+)
+def test_a_run_of_flow_or_edm_learns_and_diffusers_samples_its_folder_to_the_same_images(
+    prediction: str, scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    noise = NoiseConfig(50, prediction_type=prediction, default_sampler="euler", clip_sample=False)
+    config = dataclasses.replace(RUN, steps=150, batch_size=16, learning_rate=1e-2, save_every=10**6, flip=False)
+    train(tmp_path, toy_images(), CONDITIONAL, noise, config, device=CPU)
+    first, last = sum(recorder.losses[:3]) / 3, sum(recorder.losses[-30:]) / 30
+    assert first > 0.8
+    assert last < 0.8 * first
+
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.noise == noise
+    theirs = scheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    net = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    eps, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1])
+    theirs.set_timesteps(10)
+    with torch.no_grad():
+        x = eps * getattr(theirs, "init_noise_sigma", 1.0)
+        for t in theirs.timesteps:
+            scaled = theirs.scale_model_input(x, t) if prediction == "edm" else x
+            x = theirs.step(net(scaled, t, labels).sample, t, x).prev_sample
+    got = sample(checkpoint.net, checkpoint.plan("euler", 10), eps, lambda _k: eps, class_labels=labels)
+    torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-5)
+    bright = [got[0, :, :, :4].mean() > got[0, :, :, 4:].mean(), got[1, :, :, 4:].mean() > got[1, :, :, :4].mean()]
+    assert all(bright), "left is bright on the left, and right on the right"
+
+
 def test_training_that_diverges_stops_and_keeps_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=2))
     monkeypatch.setattr(train_module, "l_simple", lambda out, *_: (out * torch.nan).mean())
@@ -724,9 +756,9 @@ def test_a_run_on_latents_is_a_latent_checkpoint_and_its_x_0_are_the_scaled_late
     seen: list[Tensor] = []
     real = targets_module.training_target
 
-    def target(schedule: Any, kind: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def target(noise: Any, schedule: Any, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         seen.append(x_0)
-        return real(schedule, kind, x_0, t, eps)
+        return real(noise, schedule, x_0, t, eps)
 
     monkeypatch.setattr(targets_module, "training_target", target)
     autoencoder = latent_run(tmp_path, dataclasses.replace(RUN, flip=False))

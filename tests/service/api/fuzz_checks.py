@@ -5,8 +5,8 @@ import schemathesis
 # A schema cannot say which parameters go together, what is in an image or a class's name, nor the bounds of a number
 # that is text in JSON.
 NOT_IN_A_SCHEMA = {
-    "class_label", "deadline_s", "eta", "every", "fps", "guidance", "guidance_interval",
-    "guidance_rescale", "Idempotency-Key", "image", "mix", "nearest", "table", "to_seed",
+    "bit_depth", "class_label", "clip_output", "deadline_s", "dtype", "eta", "every", "fps", "guidance",
+    "guidance_interval", "guidance_rescale", "Idempotency-Key", "image", "keep", "mix", "nearest", "table", "to_seed",
     "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t", "until", "webhook",
     "output_compression", "output_format", "partial_images", "prompt", "response_format", "size",  # of /v1
     "inputs", "guidance_scale",  # of Hugging Face's

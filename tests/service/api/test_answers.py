@@ -12,8 +12,8 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
 from tminus.service.model_info import LatentInfo
 
 JOB = [
-    "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
-    "finished", "fingerprint", "parameters", "problem", "webhook",
+    "id", "model", "state", "durable", "background", "step", "steps", "n", "sampler", "seed", "position", "eta_s",
+    "age_s", "created", "finished", "fingerprint", "parameters", "problem", "webhook",
 ]  # fmt: skip
 PAGE = ["jobs", "next"]
 MODEL: dict[str, Any] = {
@@ -23,6 +23,9 @@ MODEL: dict[str, Any] = {
     "height_px": 4,
     "width_px": 6,
     "channels": 1,
+    "alpha": False,
+    "shown_channels": 1,
+    "value_range": [-1.0, 1.0],
     "latent": None,
     "num_timesteps": 1000,
     "beta_schedule": "linear",
@@ -37,9 +40,10 @@ MODEL: dict[str, Any] = {
             "when": facts.when,
             "source": facts.source,
             "good_steps": facts.good_steps,
-            "max_steps": {"heun": 500, "plms": 999}.get(name, 1000),
+            "max_steps": {"heun": 500, "plms": 999, "pndm": 991}.get(name, 1000),
             "passes_per_step": 2 if name == "heun" else 1,
-            "passes_to_start": 1 if name == "plms" else 0,
+            "passes_to_start": {"plms": 1, "pndm": 9}.get(name, 0),
+            "steps_to_start": 3 if name == "pndm" else 1,
         }
         for name, facts in SAMPLER_FACTS.items()
         if name in SAMPLERS
@@ -66,6 +70,9 @@ MODEL: dict[str, Any] = {
         "max_rows": 256,
         "max_jobs": 16,
         "max_backlog_s": 1e9,
+        "max_background_rows": 64,
+        "max_background_jobs": 16,
+        "background_max_wait_s": 3600.0,
         "max_body_bytes": 4096,
         "max_image_bytes": 8 * 2**20,
         "result_cache_bytes": 0,

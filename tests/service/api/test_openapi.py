@@ -17,7 +17,13 @@ from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.problems import as_error_text, form_of
-from tminus.service.api.request.schemas import AnimationRequest, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import (
+    AnimationRequest,
+    FloatsRequest,
+    SampleRequest,
+    TrajectoryRequest,
+    WebhookRequest,
+)
 from tminus.service.images.encoder import JSON
 
 
@@ -27,10 +33,12 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     OpenAPI.model_validate(document)
     assert {"/jobs", "/jobs/{job_id}"} <= document["paths"].keys()
     assert {"/sample", "/model", "/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
+    of_answers = (AnimationRequest, TrajectoryRequest, FloatsRequest)
+    of_sample = {name for each in of_answers for name in each.model_fields}
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]
         parameters = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | {"every", "show", "until"}
+        assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | of_sample
         for name, parameter in parameters.items():
             assert parameter["description"], name
             assert parameter["schema"], name
@@ -39,7 +47,7 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     assert "requestBody" not in document["paths"]["/sample"]["get"]
     of_webhooks = WebhookRequest.model_fields.keys()
     for path, method, more in (
-        ("/sample", "post", of_webhooks | AnimationRequest.model_fields.keys()),
+        ("/sample", "post", of_webhooks | of_sample),
         ("/jobs", "post", of_webhooks),
         ("/jobs/{job_id}", "put", of_webhooks),
     ):

@@ -388,6 +388,106 @@ def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(mak
     assert problem(large.post(json=asked, headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"sampler": "ddpm"}, {"sampler": "dpmpp_2m_sde"}, {"image": b64(CAT), "strength": 0.8, "sampler": "ddpm"}],
+    ids=["ddpm", "looks back", "an edit"],
+)
+def test_of_some_passes_a_trajectory_has_the_slices_of_the_whole(site: Site, given: dict[str, Any]) -> None:
+    whole, part = walked(site, **given), walked(site, **given, keep=[0, 4, 5])
+    assert part["x_t_at"].tolist() == [0, 1, 4, 5, 6]
+    assert part["x_0_at"].tolist() == ([0, 3, 4, 5] if given["sampler"] == "dpmpp_2m_sde" else [0, 4, 5])
+    assert part["passes"].tolist() == [0, 4, 5]
+    for name, array in part.items():
+        at = {"x_t": "x_t_at", "x_0": "x_0_at", "mean": "passes", "s": "passes", "log_p": "passes"}.get(name)
+        if name not in ("x_t_at", "x_0_at", "passes"):
+            np.testing.assert_array_equal(array, whole[name] if at is None else whole[name][part[at]], name)
+
+
+def test_a_trajectory_in_float16_is_the_other_rounded_and_its_log_p_is_of_that(site: Site) -> None:
+    whole = walked(site)
+    half = walked(site, dtype="float16", keep=[2, 7])
+    for name, at in (("x_t", [2, 3, 7, 8]), ("x_0", [2, 7])):
+        assert half[name].dtype == np.float16
+        np.testing.assert_array_equal(half[name], whole[name][at].astype(np.float16))
+    for name in ("lines", "timesteps", "inputs", "images"):
+        np.testing.assert_array_equal(half[name], whole[name], name)
+    assert half["mean"].dtype == np.float16
+    a, b, _, s = whole["lines"][[2, 7], 2:6].T[..., None, None, None, None]
+    x_t, x_0 = half["x_t"].astype(np.float64), half["x_0"].astype(np.float64)
+    z = (x_t[1::2] - a * x_t[::2] - b * x_0) / s
+    log_p = (-(z**2) / 2 - np.log(s) - np.log(2 * np.pi) / 2).sum((2, 3, 4))
+    np.testing.assert_allclose(half["log_p"], log_p, rtol=1e-9)
+
+
+def test_parts_of_a_trajectory_are_other_answers_that_are_kept_apart(site: Site) -> None:
+    asked: tuple[dict[str, Any], ...] = ({}, {"keep": [1, 2]}, {"keep": [1, 3]}, {"dtype": "float16"})
+    answers = [site.post(json=SPEC | given, headers=AS_TRAJECTORY) for given in asked]
+    assert len({each.headers["etag"] for each in answers}) == len({each.content for each in answers}) == len(asked)
+    again = [site.post(json=SPEC | given, headers=AS_TRAJECTORY) for given in asked]
+    assert [each.content for each in again] == [each.content for each in answers]
+    query = {**{name: value for name, value in SPEC.items() if name != "n"}, "n": 2, "keep": [1, 3]}
+    assert site.client.get("/sample", params=query, headers=AS_TRAJECTORY).content == answers[2].content
+    alone = site.client.get("/sample", params=query | {"keep": 3}, headers=AS_TRAJECTORY)
+    assert read_trajectory(alone.content).arrays["x_t_at"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "says"),
+    [
+        ({"keep": []}, "keep", "one or more numbers of passes in 0..9, each greater than the one before"),
+        ({"keep": [10]}, "keep", "one or more numbers of passes in 0..9"),
+        ({"keep": [-1, 3]}, "keep", "one or more numbers of passes in 0..9"),
+        ({"keep": [3, 3]}, "keep", "one or more numbers of passes in 0..9"),
+        ({"keep": [5, 3]}, "keep", "one or more numbers of passes in 0..9"),
+        ({"keep": [9]}, "keep", "numbers of passes of which one or more add noise"),
+        (
+            {"keep": list(range(INFO.num_timesteps + 1))},
+            "keep",
+            f"a list of at most {INFO.num_timesteps} numbers of passes",
+        ),
+        ({"keep": 3}, "keep", "a list of at most"),
+        ({"keep": [1.5]}, "keep", "a list of at most"),
+        ({"keep": "1,2"}, "keep", "a list of at most"),
+        ({"dtype": "bfloat16"}, "dtype", "float32 or float16"),
+        ({"dtype": None}, "dtype", "float32 or float16"),
+    ],
+)
+def test_what_cannot_be_kept_of_a_trajectory_is_refused_by_name(
+    site: Site, given: dict[str, Any], field: str, says: str
+) -> None:
+    ticks = len(site.engine.batches)
+    document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
+    assert (document["field"], document["bound"][: len(says)]) == (field, says)
+    assert len(site.engine.batches) == ticks
+
+
+def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
+    for given, name in (({"keep": [1]}, "keep"), ({"dtype": "float16"}, "dtype")):
+        for headers in ({}, {"Accept": "application/zip"}):
+            document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
+            assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
+        problem(site.post(json=SPEC | given, headers={"Prefer": "respond-async"}), 422, "unknown_field")
+        document = problem(site.post(json=SPEC | given | {"every": 2}, headers=WEBP), 422, "invalid_field")
+        assert document["field"] == name
+        problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")
+
+
+def test_more_images_and_steps_fit_where_less_is_kept(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, height_px=64, width_px=64))
+    body = {"n": 16, "steps": 1000, "sampler": "ddpm"}
+    assert problem(site.post(json=body, headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
+    image_bytes = 64 * 64 * (2 * (5 + 3 + 3) + 1)
+    part = site.post(json=body | {"keep": [0, 500, 501], "dtype": "float16"}, headers=AS_TRAJECTORY)
+    plan_bytes = 1000 * 8 * (8 + 2 + 1)
+    assert 16 * image_bytes < len(part.content) - plan_bytes < 16 * image_bytes + 20_000, (
+        "the bound counts what is sent"
+    )
+    large = make_site(info=replace(INFO, height_px=2048, width_px=2048))
+    asked = {"sampler": "ddpm", "steps": 10, "keep": list(range(9))}
+    assert problem(large.post(json=asked, headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "keep"
+
+
 def test_trajectories_over_the_room_are_refused_and_those_that_end_leave_room(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=64, width_px=64), max_jobs=64)
     body = {"n": 6, "steps": 100, "class_label": 0}

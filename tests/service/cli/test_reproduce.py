@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
 from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.cli import images
-from tminus.service.cli.images import LocalJob
+from tminus.service.cli.images import LocalJob, opaque_png
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading, selftest
@@ -34,6 +34,8 @@ from tminus.service.engine.protocol import LoadOptions
 from tminus.service.images import encoder
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
+from tminus.service.spec import TrajectoryType
+from tminus.service.work import select_passes
 from tminus.service.worker.recording import Path as Recorded
 
 pytestmark = pytest.mark.slow
@@ -162,6 +164,39 @@ def test_one_image_and_files_of_several_are_enlarged_only_if_that_is_asked_for(r
         with Image.open(tmp_path / file) as enlarged:
             assert enlarged.size == (3 * size[0], 3 * size[1])
         assert run("reproduce", tmp_path / file).exit_code == 0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(4, "RGBA"), (5, "RGB")])
+def test_images_of_other_channels_are_made_again(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path, channels: int, mode: str
+) -> None:
+    made = make_checkpoint(classes=False, in_channels=channels, out_channels=channels)
+    checkpoint, file = tmp_path / "model", tmp_path / "a.png"
+    save_checkpoint(checkpoint, made.net.state_dict(), made.net.config, made.noise, Labels(), {})
+    what = ("-n", 3, "--steps", 5, "--seed", 3, "--scale", 2, "--out", file)
+    assert run("sample", *what, checkpoint=checkpoint).exit_code == 0
+    with Image.open(file) as image:
+        assert image.mode == mode
+    assert run("reproduce", file, checkpoint=checkpoint).exit_code == 0
+    if mode == "RGBA":  # as /v1/images gives it with background=opaque
+        assert run("sample", *what, "--scale", 1, checkpoint=checkpoint).exit_code == 0
+        file.write_bytes(opaque_png(file.read_bytes()))
+        with Image.open(file) as image:
+            assert image.mode == "RGB"
+        assert "the same" in run("reproduce", file, checkpoint=checkpoint).output
+        deep = run("sample", *what, "--bit-depth", 16, checkpoint=checkpoint)
+        one_line(deep, "bit_depth must be 8 or 32 for 4 channels")
+
+
+def test_an_image_of_sixteen_bits_is_made_again(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    assert run("sample", "-n", 2, "--steps", 5, "--seed", 3, "--bit-depth", 16, "--out", file).exit_code == 0
+    with Image.open(file) as image:
+        assert np.asarray(image).dtype == np.uint16
+        assert json.loads(image.text["tminus"])["value_range"] == [-1, 1]  # type: ignore[attr-defined]
+    assert run("reproduce", file).exit_code == 0
+    file.write_bytes(altered(file.read_bytes(), lambda pixels: pixels.__setitem__((0, 0), pixels[0, 0] ^ 1)))
+    one_line(run("reproduce", file), "values differ, by 1 of 65535 at most")
 
 
 def test_a_scale_that_no_command_writes_is_no_recipe(run: Run, tmp_path: Path) -> None:
@@ -430,10 +465,13 @@ def as_served(folder: Path, **parameters: Any) -> LocalJob:
         return LocalJob.of(LoadOptions(folder / "tiny", "cpu", "eager", "auto"), parameters)
 
 
-def made(folder: Path, **parameters: Any) -> bytes:
+def made(
+    folder: Path, keep: Sequence[int] | None = None, dtype: TrajectoryType = "float32", **parameters: Any
+) -> bytes:
     """What a server that has this checkpoint answers."""
     job = as_served(folder, **{"n": 1, "seed": 5, "steps": 4} | parameters)
-    path, info = Recorded(job.spec), job.loaded.engine.info
+    info = job.loaded.engine.info
+    path = Recorded(job.spec, select_passes(keep, job.spec, info), dtype)
     pixels = job.run(path.record)
     return pack_trajectory(path.trajectory(), pixels, job.spec, info, recipe(job.spec, info))
 
@@ -477,11 +515,29 @@ def test_a_good_file_is_identical(check: Check, files: dict[str, bytes], name: s
     assert f"identical: x_t of {n} images at {steps} steps, log p of the {steps - 1} that add noise" in result.stdout
 
 
+PARTS: dict[str, Any] = {"some passes": {"keep": [1, 3]}, "in half": {"keep": [0, 2], "dtype": "float16"}}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_file_of_some_passes_is_made_again_and_compared(
+    check: Check, folder: Path, monkeypatch: pytest.MonkeyPatch, part: dict[str, Any]
+) -> None:
+    load_quickly(monkeypatch, folder)
+    data = made(folder, **part, **SPECS["ddpm"])
+    result = check(data)
+    assert result.exit_code == 0, result.output
+    noisy = len([k for k in part["keep"] if k < 4])
+    assert f"identical: x_t of 2 images at 2 of 5 steps, log p of the {noisy} that add noise" in result.stdout
+    step = part["keep"][1]
+    one_line(check(altered_trajectory(data, nudge("x_t", 2, 1, 0, 2, 3))), f"x_t differs first at step {step} of 5")
+    one_line(check(altered_trajectory(data, keep=[0, 9])), "`keep` in its metadata must be one or more numbers")
+
+
 def nudge(name: str, *at: int) -> Callable[[dict[str, Any]], object]:
     """Move a value by its last bits."""
 
     def change(arrays: dict[str, Any]) -> None:
-        arrays[name][at] = np.nextafter(arrays[name][at], np.float32(9), dtype=arrays[name].dtype)
+        arrays[name][at] = np.nextafter(arrays[name][at], arrays[name].dtype.type(9))
 
     return change
 
@@ -597,11 +653,12 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     ("change", "says"),
     [
         (lambda data: data[:-100], "no trajectory, or cut off or damaged"),
-        (lambda data: altered_trajectory(data, format=2), "of format 2, and this version of tminus reads 1"),
+        (lambda data: altered_trajectory(data, format=3), "of format 3, and this version of tminus reads 2"),
+        (lambda data: altered_trajectory(data, keep="0,1"), "`keep` in its metadata must be a list of integers"),
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"n": 10**9}), "no recipe"),  # type: ignore[operator]
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"x": 1}), "no recipe"),  # type: ignore[operator]
     ],
-    ids=["cut", "newer", "many", "unknown field"],
+    ids=["cut", "newer", "keep", "many", "unknown field"],
 )
 def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
     check: Check,

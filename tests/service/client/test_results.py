@@ -4,6 +4,7 @@ import zipfile
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.service.client.conftest import job_members
@@ -147,3 +148,21 @@ def test_a_job_or_model_whose_members_have_other_types_is_unexpected() -> None:
     for model in models:
         with pytest.raises(UnexpectedAnswer):
             ModelState.of(members(**model))
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def test_floats_are_an_array_and_what_is_none_is_no_answer() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    good = npy(array)
+    np.testing.assert_array_equal(sampled(good, "application/x-npy").array, array)
+    huge = good.replace(b"(1, 3, 2, 2)", b"(1, 3, 9, 9)")
+    for data in (good[:-1], good[:40], huge, npy(array.astype(np.float64)), npy(np.asfortranarray(array))):
+        with pytest.raises(UnexpectedAnswer, match="no array of floats"):
+            _ = sampled(data, "application/x-npy").array
+    with pytest.raises(UnexpectedAnswer):
+        sampled(PNG, "application/x-npy")

@@ -64,6 +64,7 @@ MIXED = (
     spec_of(n=2, steps=8, seed=12, sampler="unipc", class_labels=(None, 1), guidance=1.5),
     spec_of(n=1, steps=6, seed=13, sampler="heun", guidance=2.0, guidance_interval=(0, 20)),
     spec_of(n=2, steps=11, seed=14, sampler="plms", clip=False),
+    spec_of(n=2, steps=8, seed=25, sampler="pndm", guidance=2.0, class_labels=(0, 1)),
     spec_of(n=1, steps=16, seed=15, sampler="deis"),
     spec_of(n=1, steps=15, seed=16, sampler="dpmpp_3m", guidance=3.0),
     spec_of(n=2, steps=9, seed=17, sampler="dpmpp_2m_sde", index=3),

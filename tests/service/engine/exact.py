@@ -30,6 +30,15 @@ MODELS: dict[str, dict[str, object]] = {
     "wide": {"sample_size": (4, 10)},
     "learned variance": {"out_channels": 2},
     "learned variance in colour": {"in_channels": 3, "out_channels": 6, "classes": False},
+    "NCSN++": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "norm_num_groups": None,
+        "time_embedding_type": "fourier",
+    },
 }
 
 

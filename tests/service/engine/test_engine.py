@@ -45,7 +45,7 @@ from tminus.service.engine.protocol import sample_locally
 from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import Batch, noisy_passes, work_of
+from tminus.service.work import Batch, noisy_passes, select_passes, work_of
 from tminus.service.worker.recording import Path
 
 pytestmark = pytest.mark.slow
@@ -91,6 +91,40 @@ def test_student_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(tiny: 
         assert images.tobytes() == own.tobytes()
         expected = independent(student, spec).transpose(0, 3, 1, 2)
         np.testing.assert_allclose(own, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["edm", "flow", "score"])
+def test_a_model_trained_on_another_x_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(
+    make_checkpoint: MakeCheckpoint, prediction_type: str
+) -> None:
+    """Of random weights a score times sigma^2 is large, so images are compared by their size."""
+    sampler, sigma_max = ("ddpm", 3.0) if prediction_type == "score" else ("euler", 80.0)
+    noise = NoiseConfig(
+        50, prediction_type=prediction_type, default_sampler=sampler, sigma_max=sigma_max, clip_sample=False
+    )
+    checkpoint = make_checkpoint(noise=noise)
+    executor = EagerExecutor(checkpoint.net, CPU, sizes=(2,))
+    specs = [
+        spec_of(sampler=name, steps=steps, n=1 + k % 2, seed=k, clip=False, timestep_spacing=spacing, guidance=guidance)
+        for k, (name, steps, spacing, guidance) in enumerate(
+            [
+                ("euler", 7, "linspace", 1.0),
+                ("dpmpp_2m", 9, "linspace", 1.0),
+                ("dpmpp_2m", 5, "karras", 1.0),
+                ("ddpm", 12, "leading", 1.0),
+                ("unipc", 6, "linspace", 2.0),
+                ("dpmpp_2m_sde", 8, "trailing", 1.0),
+                ("ddim", 3, "linspace", 1.5),
+            ]
+        )
+    ]
+    mixed = together(make_engine(checkpoint, executor=executor), specs, max_batch=5, seed=1, read=Engine.latents)
+    for spec, images in zip(specs, mixed, strict=True):
+        (own,) = together(make_engine(checkpoint, executor=executor), [spec], max_batch=16, read=Engine.latents)
+        assert np.isfinite(own).all()
+        assert images.tobytes() == own.tobytes(), spec
+        expected = independent(checkpoint, spec).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(own, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())), rtol=1e-4)
 
 
 def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) -> None:
@@ -140,9 +174,12 @@ NOISY += [spec for spec in MIXED if spec.sampler == "dpmpp_2m_sde" or spec.table
 LEARNED = NoiseConfig(num_train_timesteps=50, beta_end=0.1, variance_type="learned_range")
 
 
-def walked(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int) -> list[Trajectory]:
+def walked(
+    engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int, keep: Sequence[int] | None = None
+) -> list[Trajectory]:
     """The trajectories of jobs that share the engine and its batches."""
-    scheduler, paths = Scheduler(Sharing.of(max_batch)), [Path(spec) for spec in specs]
+    scheduler = Scheduler(Sharing.of(max_batch))
+    paths = [Path(spec, select_passes(keep, spec, engine.info)) for spec in specs]
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))
@@ -161,7 +198,7 @@ def assert_steps_are_mean_and_noise(checkpoint: Checkpoint, spec: SampleSpec, tr
     shape = checkpoint.row_shape
     np.testing.assert_array_equal(trajectory.x_t[0], noise_of(spec, 0, shape))
     found = transitions(trajectory)
-    assert len(found.passes) == noisy_passes(spec, make_engine(checkpoint).info) > 0
+    assert found.passes.tolist() == list(noisy_passes(spec, make_engine(checkpoint).info)) != []
     for at, k in enumerate(found.passes):
         z = noise_of(spec, int(k) + 1, shape).double().numpy()
         np.testing.assert_allclose(trajectory.x_t[k + 1], found.mean[at] + found.s[at] * z, rtol=1e-5, atol=2e-6)
@@ -196,6 +233,23 @@ def test_a_learned_variance_is_in_a_trajectory_by_value(make_checkpoint: MakeChe
     for spec, trajectory in zip(specs, walked(make_engine(checkpoint), specs, max_batch=3), strict=True):
         assert (trajectory.v is not None) == (spec.sampler == "ddpm")
         assert_steps_are_mean_and_noise(checkpoint, spec, trajectory)
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("noise", [NoiseConfig(num_train_timesteps=50, beta_end=0.1), LEARNED])
+def test_of_some_passes_a_trajectory_has_the_bits_of_the_whole(
+    make_checkpoint: MakeCheckpoint, noise: NoiseConfig
+) -> None:
+    checkpoint = make_checkpoint(noise=noise, out_channels=2 if noise is LEARNED else 1)
+    specs = [spec_of(n=2, steps=7, seed=1), spec_of(n=1, steps=7, seed=3, sampler="dpmpp_2m_sde")]
+    wholes = walked(make_engine(checkpoint), specs, max_batch=2)
+    for whole, part in zip(wholes, walked(make_engine(checkpoint), specs, max_batch=2, keep=[2, 5]), strict=True):
+        assert part.x_t.tobytes() == whole.x_t[[2, 3, 5, 6]].tobytes()
+        assert part.x_0.tobytes() == whole.x_0[list(part.selected.predictions)].tobytes()
+        found, slices = transitions(part), transitions(whole)
+        assert found.passes.tolist() == [2, 5]
+        for name in ("mean", "s", "log_p"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(slices, name)[[2, 5]], name)
 
 
 def test_trajectories_change_no_bit_of_a_learned_variances_images(make_checkpoint: MakeCheckpoint) -> None:

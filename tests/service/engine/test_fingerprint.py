@@ -23,7 +23,7 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert info == make_model_info(tiny, CPU, executor, exact=True)
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert info.executor_details == "channels_last, passes of 1, 2"
-    own = {"ddpm", "ddim", "plms"}
+    own = {"ddpm", "ddim", "plms", "pndm"}
     spacings = {name: "leading" if name in own else "karras" for name in SAMPLERS}
     assert info.timestep_spacings == spacings | {"tuned": "table"}
     assert info.fractional
@@ -39,6 +39,16 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert not other.exact
     assert (other.conditional, other.class_names, other.null_class) == (False, (), None)
     assert (other.height_px, other.width_px) == (4, 10)
+
+
+def test_whether_the_fourth_channel_is_alpha_is_in_the_fingerprint(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(in_channels=4, out_channels=4)
+    executor = EagerExecutor(checkpoint.net, CPU)
+    plain, alpha = (
+        make_model_info(replace(checkpoint, alpha=each), CPU, executor, exact=True) for each in (False, True)
+    )
+    assert (plain.shown_channels, alpha.shown_channels) == (3, 4)
+    assert plain.fingerprint != alpha.fingerprint
 
 
 def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:

@@ -312,9 +312,13 @@ def test_networks_of_other_projects_give_torch_s_outputs_at_each_size(
     torch.testing.assert_close(out, checkpoint.net(x, t, labels), **close)
 
 
-@pytest.mark.parametrize("own", [{}, {"timestep_scale": 20.0, "time_proj_dim": 12}], ids=["plain", "own fields"])
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"timestep_scale": 20.0, "time_proj_dim": 12}, {"time_embedding_type": "fourier"}],
+    ids=["plain", "own fields", "fourier"],
+)
 def test_timesteps_between_whole_ones_are_embedded_as_the_network_does_and_never_by_their_batch(
-    make_checkpoint: MakeCheckpoint, own: dict[str, float]
+    make_checkpoint: MakeCheckpoint, own: dict[str, object]
 ) -> None:
     checkpoint = make_checkpoint(**own)
     net, (graph, _) = checkpoint.net, converted(checkpoint)

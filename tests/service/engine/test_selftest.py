@@ -210,7 +210,7 @@ def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:
     assert engine.jobs == {}
 
 
-@pytest.mark.parametrize(("sampler", "num_timesteps"), [("heun", 2), ("plms", 4)])
+@pytest.mark.parametrize(("sampler", "num_timesteps"), [("heun", 2), ("plms", 4), ("pndm", 4)])
 def test_a_network_of_few_timesteps_is_measured_by_as_many_steps_as_its_sampler_takes(
     make_checkpoint: MakeCheckpoint, sampler: str, num_timesteps: int
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_zip_holds_each_image_under_its_index_with_its_own_recipe() -> None:
 
 def test_json_holds_each_image_and_the_whole_recipe() -> None:
     spec, images = make_spec(n=3, index=7, class_labels=(2, None, 0), seed=2**64 - 1), noise(3, channels=3)
-    document = json.loads(encode_result(JSON, spec, images, INFO))
+    document = json.loads(encode_result(JSON, spec, images, replace(INFO, channels=3)))
     assert document.keys() == {"spec", "weights", "fingerprint", "images"}, "nothing that differs from run to run"
     assert SampleSpec.from_json(document["spec"]) == spec
     assert document["weights"] == INFO.weights_hash

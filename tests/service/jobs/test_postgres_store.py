@@ -160,7 +160,7 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
     store = database.open()
 
     def claimed(places: float, rows: int = ROWS) -> int:
-        intake = Intake(0.0 if begun else places, [0.0], oldest_us=0)
+        intake = Intake(0.0 if begun else places, [(False, 0.0)], oldest_us=0)
         return len(store.claim("build", intake, places if begun else 0.0, rows).jobs)
 
     assert claimed(MANY, rows=2) == 0, "none of more rows than it takes"
@@ -187,15 +187,53 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
         first.add(job(name, replace(SPECS[0], n=n)), held=False)
     first.close()
     length = float(SPECS[0].num_passes)
-    busy = Intake(length, [length], oldest_us=0)
+    busy = Intake(length, [(False, length)], oldest_us=0)
     assert store.claim("build", busy, MANY, ROWS).jobs == []
-    assert busy.refused == length
-    with_longer = Intake(length, [9 * length], oldest_us=0)
+    assert busy.refused == (False, length)
+    with_longer = Intake(length, [(False, 9 * length)], oldest_us=0)
     assert taken(store, with_longer) == ["short"]
-    assert with_longer.refused == length
-    newer = Intake(length, [length], oldest_us=2**60)
+    assert with_longer.refused == (False, length)
+    newer = Intake(length, [(False, length)], oldest_us=2**60)
     assert taken(store, newer) == ["long"]
     assert taken(store) == ["short later", "middle"]
+
+
+def test_background_jobs_are_claimed_after_all_others_until_they_have_waited_for_long_enough(
+    database: DatabaseShelf,
+) -> None:
+    first, store = database.open(), database.open()
+    background = replace(job("background"), background=True)
+    waited = replace(job("waited"), background=True, created_us=background.created_us - 10_000_000)
+    others = [job("long", replace(SPECS[0], n=3)), job("other")]
+    for each in (waited, background, *others):
+        first.add(each, held=False)
+    begun = [job("begun"), replace(job("begun background"), background=True)]
+    for each in reversed(begun):
+        first.add(each)
+    first.close()
+    after_us, length = background.created_us - 1, SPECS[0].num_passes
+    assert (store.load().jobs, store.load().background_jobs) == (3, 3)
+    assert (store.load().places, store.load().background_places) == (5.0 * length, 3.0 * length)
+    assert store.get("background") == background
+    full = Intake(0.0, takes_background=False, held_back_after_us=after_us)
+    (record,) = store.claim("build", full, 1.0, 1).jobs
+    assert record == begun[0], "of what was begun too the others come first"
+    store.release("begun")
+    everything = store.claim("build", Intake(MANY, held_back_after_us=after_us), MANY, ROWS).jobs
+    assert [each.id for each in everything][:2] == ["begun", "begun background"]
+    assert [each.id for each in everything][2:] == ["waited", "other", "long", "background"]
+
+
+def test_a_background_job_is_taken_on_where_nothing_goes_before_it(database: DatabaseShelf) -> None:
+    first, store = database.open(), database.open()
+    length = float(SPECS[0].num_passes)
+    for name, in_background in (("background", True), ("other", False)):
+        first.add(replace(job(name), background=in_background), held=False)
+    first.close()
+    with_longer = Intake(length, [(False, 9 * length)])
+    assert taken(store, with_longer) == ["other"], "nine times as much goes before the other, though it is longer"
+    assert with_longer.refused == (True, length)
+    assert taken(store, Intake(length, [(True, 9 * length)])) == ["background"]
 
 
 def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
@@ -241,17 +279,17 @@ def _but_least(load: ClusterLoad) -> ClusterLoad:
 def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     assert one.load() == ClusterLoad()
-    renew(one, "build", ReplicaPace(100.0, 40.0))
+    renew(one, "build", ReplicaPace(100.0, 40.0, 10.0))
     renew(other, "build", ReplicaPace(300.0, 80.0))
     renew(other, "another build", ReplicaPace(200.0, 80.0))
     one.add(job("held"))
     for name in ("a", "b"):
         assert one.add(job(name, SPECS[1]), held=False)
     places = 2 * 3 * 2 * SPECS[1].num_passes
-    assert _but_least(other.load()) == ClusterLoad(2, 400.0, 60.0, 2, places)
+    assert _but_least(other.load()) == ClusterLoad(2, 400.0, 60.0, 2, places, background_held_s=5.0)
     assert [store.load().least_s for store in (one, other)] == pytest.approx([80.0, 40.0], abs=10.0), "of the others"
     assert taken(other, Intake(1.0)) == ["a"]
-    assert _but_least(one.load()) == ClusterLoad(2, 400.0, 60.0, 1, places / 2)
+    assert _but_least(one.load()) == ClusterLoad(2, 400.0, 60.0, 1, places / 2, background_held_s=5.0)
     database.expire()
     database.change("UPDATE replicas SET lease_until = now() - interval '1 second'")
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -434,16 +472,19 @@ def test_a_job_is_of_the_format_that_it_needs() -> None:
     plain = job("a")
     walk = replace(plain, spec=replace(plain.spec, to_seed=9, mix=0.5))
     told = replace(plain, webhook=Webhook("https://hooks.example/x"))
-    assert [format_of(each) for each in (plain, told, walk)] == [1, 2, 3]
+    start = replace(plain, spec=replace(plain.spec, sampler="pndm"))
+    background = replace(told, background=True)
+    deep = replace(told, spec=replace(plain.spec, bit_depth=32))
+    assert [format_of(each) for each in (plain, told, walk, background, start, deep)] == [1, 2, 3, 4, 4, 4]
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
     """If this fails, FORMAT must be raised: servers of the version before would end jobs as failed."""
     fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
-    fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix"
-    samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms euler heun tuned consistency"
-    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (3, sorted(fields.split()))
-    assert (FORMAT, sorted(SAMPLER_FACTS)) == (3, sorted(samplers.split()))
+    fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix bit_depth"
+    samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms pndm euler heun tuned consistency"
+    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (4, sorted(fields.split()))
+    assert (FORMAT, sorted(SAMPLER_FACTS)) == (4, sorted(samplers.split()))
 
 
 # --- clocks ---
@@ -574,9 +615,9 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(
 def test_tables_of_a_newer_version_are_left_as_they_are(database: DatabaseShelf) -> None:
     database.open().add(job("a"))
     database.change("UPDATE alembic_version SET version_num = '99'")
-    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 2; nothing was changed"):
+    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 3; nothing was changed"):
         database.opener()
-    database.change("UPDATE alembic_version SET version_num = '2'")
+    database.change("UPDATE alembic_version SET version_num = '3'")
     assert database.open().get("a") == job("a")
 
 
@@ -597,7 +638,9 @@ def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: D
         ]
 
     new = made()
-    for statement in (  # what version 2 has added
+    for statement in (  # what versions 2 and 3 have added
+        "ALTER TABLE jobs DROP COLUMN background",
+        "ALTER TABLE replicas DROP COLUMN background_s",
         "DROP TABLE deliveries",
         "ALTER TABLE jobs DROP COLUMN webhook",
         "DROP INDEX jobs_by_key",
@@ -612,7 +655,7 @@ def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: D
     assert store.add(told)
     store.finish(ended(told), PIXELS)
     assert len(store.deliveries("ab")["b"]) == 3
-    assert database.read("SELECT version_num FROM alembic_version") == [("2",)]
+    assert database.read("SELECT version_num FROM alembic_version") == [("3",)]
 
 
 def test_a_namespace_may_be_a_word_of_sql(postgres: postgres_server.Postgres) -> None:

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes, Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -14,6 +15,10 @@ TIMES = TickTimes(((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009), (16, 0.017))
 
 def plain(rows: int, steps: int, model: int = 0) -> Work:
     return Work(rows, steps, range(0), model=model)
+
+
+def held_back(work: Work, seconds: float = 1e9) -> Work:
+    return replace(work, held_back_s=seconds)
 
 
 def guided(rows: int, steps: int) -> Work:
@@ -31,9 +36,9 @@ class Machine:
 
     def __init__(self, *speeds: Speed) -> None:
         self.speeds: Mapping[int, Speed] = dict(enumerate(speeds))
-        arrivals, self.owner_times = count(), OwnerTimes()
+        arrivals, self.times = count(), ClassTimes()
         self.schedulers = {
-            model: Scheduler(speed.sharing, arrivals, self.owner_times) for model, speed in self.speeds.items()
+            model: Scheduler(speed.sharing, arrivals, self.times) for model, speed in self.speeds.items()
         }
         self.turns = Turns[int]()
         for model, scheduler in self.schedulers.items():
@@ -41,22 +46,23 @@ class Machine:
         self.now_s, self._rows = 0.0, count()
         self.works: dict[str, Work] = {}
         self.left: dict[str, int] = {}  # places, by job
+        self.since_s: dict[str, float] = {}  # when each job came
         self.ends: dict[str, float] = {}
         self.places: Counter[str] = Counter()  # by owner
         self.time_s: Counter[int] = Counter()  # by model
 
     @property
-    def had_s(self) -> dict[str, float]:
-        return self.owner_times.of({job_id[0] for job_id, left in self.left.items() if left})
+    def owners(self) -> set[str]:
+        return {job_id[0] for job_id, left in self.left.items() if left}
 
     def add(self, job_id: str, work: Work) -> None:
-        self.works[job_id], self.left[job_id] = work, work.places
+        self.works[job_id], self.left[job_id], self.since_s[job_id] = work, work.places, self.now_s
         rows = [next(self._rows) for _ in range(work.rows)]
-        self.schedulers[work.model].add(job_id, rows, work, owner=job_id[0])
+        self.schedulers[work.model].add(job_id, rows, work, owner=job_id[0], since_s=self.now_s)
 
     def step(self) -> tuple[int, Batch] | None:
         """Do a tick; returns its model and its batch, or None when there is nothing to do."""
-        model = self.turns.next()
+        model = self.turns.next(self.now_s)
         if model is None:
             return None
         if (batch := self.schedulers[model].next_batch()) is None:
@@ -86,7 +92,11 @@ class Machine:
             pass
 
     def pending(self) -> list[Pending]:
-        return [Pending(job, self.works[job], left, owner=job[0]) for job, left in self.left.items() if left]
+        return [
+            Pending(job, self.works[job], left, owner=job[0], since_s=self.since_s[job])
+            for job, left in self.left.items()
+            if left
+        ]
 
     def forecast(self, until: str | None = None) -> dict[str, Outlook]:
-        return forecast(self.pending(), self.speeds, until, self.had_s)
+        return forecast(self.pending(), self.speeds, until, self.times.of(self.owners), now_s=self.now_s)

@@ -11,7 +11,7 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
 from tminus.service.work import JobRows, Outlook, Work
 
@@ -25,12 +25,12 @@ def make_admission(
     policy: Policy = "srpt",
     decode_s: float = 0.0,
     encode_s: float = 0.0,
-    owner_times: OwnerTimes | None = None,
+    times_of_owners: ClassTimes | None = None,
     shared: bool = False,
     **limits: float,
 ) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held, owner_times, shared=shared)
+    admission = Admission(held, times_of_owners, shared=shared)
     times = TickTimes(tuple(points))
     sharing = Sharing.of(held.max_batch, policy, 4, times)
     admission.put(0, Speed(sharing, held.max_rows, decode_s, encode_s))
@@ -207,7 +207,7 @@ def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_t
     admission = make_admission(decode_s=0.5, encode_s=0.25)
     admission.enter("a", plain(2, 10), now_s=0.0, has_picture=True)
     assert admission.backlog_s == 20 * SECONDS_PER_PLACE + 1.25
-    admission.readmit("b", plain(2, 10), places_left=6)
+    admission.readmit("b", plain(2, 10), places_left=6, now_s=0.0)
     assert admission.backlog_s == 26 * SECONDS_PER_PLACE + 2.25
 
 
@@ -364,15 +364,15 @@ def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
 
 
 def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline() -> None:
-    owner_times = OwnerTimes()
-    owner_times.join("flood")
-    admission = make_admission(RATE, owner_times=owner_times, shared=True, max_backlog_s=1e6)
+    owner_times = ClassTimes()
+    owner_times.foreground.join("flood")
+    admission = make_admission(RATE, times_of_owners=owner_times, shared=True, max_backlog_s=1e6)
     admission.enter("f0", plain(64, 1000), "flood", now_s=0.0)
     for number in range(1, 8):
         admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
     for _ in range(200):
         admission.stepped(0, [JobRows("f0", (), 8)], 8, 1 / 8)
-    owner_times.stepped({"flood": 25.0})
+    owner_times.foreground.stepped({"flood": 25.0})
     outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
     assert outlook.eta_s == pytest.approx(10.0, rel=0.1)
 
@@ -380,4 +380,4 @@ def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline
 def test_a_job_of_an_earlier_process_is_refused_for_no_share() -> None:
     admission = shared(max_jobs=8)
     for number in range(8):
-        admission.readmit(f"f{number}", WORK, "flood", places_left=10)
+        admission.readmit(f"f{number}", WORK, "flood", places_left=10, now_s=0.0)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
-from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed
+from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed, stretch
+from tminus.service.scheduling.owners import Past
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.work import Outlook, Work
 
@@ -97,8 +98,10 @@ def machines(draw: st.DrawFn) -> Machine:
         on = draw(st.sampled_from([range(0), range(0), range(steps), range(start, stop)]))
         rows = draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 2 * max_batch))
         model = draw(st.sampled_from([*machine.speeds]))
-        machine.add(f"{draw(st.sampled_from(owners))}{number}", Work(rows, steps, on, model=model))
-    machine.owner_times.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in machine.had_s})
+        back_s = draw(st.sampled_from([None, None, 0.0, 0.2, 1e9]) | st.floats(0.0, 5.0))
+        machine.add(f"{draw(st.sampled_from(owners))}{number}", Work(rows, steps, on, model=model, held_back_s=back_s))
+    for times in (machine.times.foreground, machine.times.background):
+        times.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in times.owners})
     for _ in range(draw(st.sampled_from([0, 0, 3, 40]))):
         machine.step()
     return machine
@@ -146,7 +149,7 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(owners: 
     def strides(jobs: int) -> int:
         works = [plain(1 + number % 5, 1 + 37 * number % 200) for number in range(jobs)]
         pending = [Pending(f"{n}", work, work.places, owner=f"{n % owners}") for n, work in enumerate(works)]
-        ahead = Ahead(pending, {0: speed_of()}, {f"{n}": float(n) for n in range(owners)})
+        ahead = Ahead(pending, {0: speed_of()}, Past({f"{n}": float(n) for n in range(owners)}))
         count = 0
         while ahead.step() is not None:
             count += 1
@@ -190,18 +193,18 @@ def come(arrivals: Arrivals, work_s: float, windows: int = WINDOWS) -> None:
 def test_shorter_work_that_takes_half_of_the_machine_doubles_the_time() -> None:
     arrivals, now_s = Arrivals(), WINDOWS * WINDOW_S
     come(arrivals, 0.5)
-    assert arrivals.stretch(0.51, now_s, 0.1) == pytest.approx(2.0)
-    assert arrivals.stretch(0.5, now_s, 0.1) == 1.0, "what is as long comes after"
-    assert arrivals.stretch(0.51, 2 * now_s, 0.1) == 1.0, "what came long ago is forgotten"
+    assert stretch(arrivals.share(0.51, now_s), 0.1) == pytest.approx(2.0)
+    assert arrivals.share(0.5, now_s) == 0.0, "what is as long comes after"
+    assert arrivals.share(0.51, 2 * now_s) == 0.0, "what came long ago is forgotten"
     come(arrivals := Arrivals(), 10.0)
-    assert arrivals.stretch(20, now_s, 0.25) == 4.0, "a job has its share in any case"
+    assert stretch(arrivals.share(20, now_s), 0.25) == 4.0, "a job has its share in any case"
 
 
 def test_a_burst_is_not_taken_to_go_on() -> None:
     arrivals = Arrivals()
     for _ in range(1000):
         arrivals.add(0.5, 25.0)
-    assert arrivals.stretch(1, 35.0, 0.1) == 1.0
+    assert arrivals.share(1, 35.0) == 0.0
 
 
 def test_under_a_steady_mix_what_was_told_is_about_what_it_takes() -> None:

@@ -190,12 +190,12 @@ def test_all_work_is_done_and_who_has_had_more_does_not_go_before_one_who_could_
     for job_id, work in machine.works.items():
         wanted[job_id[0]] += work.places
     while True:
-        had_s = machine.had_s
-        can_use = {owner: scheduler._owners[owner].places_now for owner in had_s}
+        had_s = machine.times.foreground.of(machine.owners)
+        can_use = {owner: scheduler.foreground._owners[owner].places_now for owner in had_s}
         if (places := machine.tick()) is None:
             break
         assert sum(places.values()) <= max_batch
-        for other in had_s if scheduler._leader is None else ():
+        for other in had_s if scheduler.foreground._leader is None else ():
             if places.get(other, 0) + 1 < can_use[other]:  # a guided row may have to wait for a second place
                 for owner in places:
                     before_last_s = had_s[owner] + (places[owner] - 2) * place_s

@@ -321,6 +321,9 @@ def test_what_happens_in_the_server_is_told_there(served: Served) -> None:  # no
     for line in ('tminus_images_total{model="fake"} 2.0', "tminus_store_up 1.0", "tminus_rows_waiting 0.0"):
         assert line in text
     assert "tminus_tasks 0.0" not in text
+    asked = httpx.get(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert asked.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert ' # {request_id="' in asked.text
 
 
 def test_a_supervisor_is_answered_there_as_at_the_server(served: Served) -> None:  # noqa: F811

@@ -72,6 +72,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "allowed_hosts": ("a.example,b", "a.example,b"),
     "allowed_origins": ("https://a.example,https://b.example:8080", "https://a.example,https://b.example:8080"),
     "max_rows": ("13", 13),
+    "background_max_wait_s": ("60", 60.0),
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
     "state_dir": ("some/state", "some/state"),

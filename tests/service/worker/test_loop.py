@@ -456,7 +456,7 @@ def test_images_that_cannot_be_read_end_the_worker_where_the_device_is_lost(make
         bench.engine.lost = lost
         raise RuntimeError("an illegal memory access was encountered")
 
-    bench.engine.images = lambda _rows: read  # type: ignore[method-assign]
+    bench.engine.images = lambda *_: read  # type: ignore[method-assign]
     future = bench.accept("job", steps=1)
     bench.tick()
     with pytest.raises(Draining if lost else RuntimeError):  # a durable one waits for the next start

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from tests.service.fakes import FakeEngine, make_spec
+from tminus.model.trajectory import Selection
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import Overloaded
 from tminus.service.preview import Show
-from tminus.service.spec import Images, Point
+from tminus.service.spec import Images, Point, TrajectoryType
 from tminus.service.worker.recording import Path, Recording, RecordingRoom, frame_count
 
 
@@ -63,6 +64,28 @@ def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: flo
     assert trajectory.x_t[:, :, 0, 0, 0].tolist() == [[10 * row + k for row in range(3)] for k in range(passes + 1)]
     assert trajectory.x_0[:, :, 0, 0, 0].tolist() == [[-10 * row - k for row in range(3)] for k in range(1, passes + 1)]
     assert trajectory.v is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_path_of_some_passes_reads_rows_around_them_alone(dtype: TrajectoryType) -> None:
+    spec, engine, asked = make_spec(n=2, steps=9), FakeEngine(), []
+    path = Path(spec, Selection.of([1, 4, 5], 9, 1), dtype)
+
+    def point(rows: Sequence[int]) -> Callable[[], Point]:
+        asked.append(step)
+        x = np.array([10 * row + step + 1e-4 for row in rows], np.float32).reshape(-1, 1, 1, 1)
+        return lambda: Point(x, -x)
+
+    engine.point = point  # type: ignore[method-assign]
+    for step in range(10):
+        path.record(engine, range(2), [(step, row) for row in range(2)])
+    assert asked == [1, 2, 4, 5, 6]
+    trajectory = path.trajectory()
+    assert trajectory.x_t.dtype == trajectory.x_0.dtype == dtype
+    seen = np.array([[10 * row + k + 1e-4 for row in range(2)] for k in (1, 2, 4, 5, 6)], np.float32)
+    np.testing.assert_array_equal(trajectory.x_t[..., 0, 0, 0], seen.astype(dtype))
+    np.testing.assert_array_equal(trajectory.x_0[..., 0, 0, 0], -seen.astype(dtype))
+    assert trajectory.selected.predictions == (0, 1, 3, 4, 5)
 
 
 def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_trace() -> None:

@@ -170,7 +170,7 @@ def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wa
         bench.engine.lost = True
         raise RuntimeError("an illegal memory access was encountered")
 
-    bench.engine.images = lambda rows: lost  # type: ignore[method-assign]
+    bench.engine.images = lambda *_: lost  # type: ignore[method-assign]
     done, running = [bench.submit(name, steps=1) for name in "ab"], bench.submit("running", steps=5)
     bench.engine.next_begun()
     bench.engine.gate.let(1)

@@ -104,7 +104,7 @@ def test_no_prompt_is_no_class_and_a_null_is_as_if_left_out(site: Site) -> None:
 def test_other_formats_are_smaller_where_their_quality_is_less(make_site: MakeSite, kind: str, pillows: str) -> None:
     site = make_site(info=replace(INFO, channels=3, width_px=64, height_px=64))
     noisy = noise(1, 64, 64, 3)
-    site.engine.images = lambda rows: lambda: noisy  # type: ignore[method-assign,assignment]
+    site.engine.images = lambda *_: lambda: noisy  # type: ignore[method-assign,assignment]
     sizes = []
     for quality in (100, 30, None):
         answer = generate(site, **CAT, output_format=kind, output_compression=quality)
@@ -158,7 +158,7 @@ def test_a_wrong_member_is_named_with_its_bound(site: Site) -> None:
         ({"prompt": None}, "prompt", "given"),
         ({"n": 11}, "n", "1..10"),
         ({"size": "1024x1024"}, "size", f"auto or {SIZE}"),
-        ({"background": "transparent"}, "background", "no pixel of these images is transparent"),
+        ({"background": "transparent"}, "background", "this model's images have no alpha"),
         ({"output_compression": 101, "output_format": "webp"}, "output_compression", "0..100"),
         ({"response_format": "url", "stream": True}, "response_format", "b64_json with stream"),
         ({"response_format": "url", "output_format": "webp"}, "output_format", "png with response_format url"),
@@ -409,10 +409,10 @@ def test_no_image_on_the_way_is_lost_where_the_job_is_faster_than_its_stream(
 ) -> None:
     encode_frame = Encoder.encode_frame
 
-    async def late(self: Encoder, *given: Any) -> Any:
+    async def late(self: Encoder, *given: Any, **more: Any) -> Any:
         while site.engine.jobs:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(0)
-        return await encode_frame(self, *given)
+        return await encode_frame(self, *given, **more)
 
     monkeypatch.setattr(Encoder, "encode_frame", late)
     assert len(events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)) == 4
@@ -421,10 +421,10 @@ def test_no_image_on_the_way_is_lost_where_the_job_is_faster_than_its_stream(
 def test_a_frame_that_is_lost_does_not_end_the_stream(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_frame, failures = Encoder.encode_frame, iter([True])
 
-    async def fail_once(self: Encoder, *given: Any) -> Any:
+    async def fail_once(self: Encoder, *given: Any, **more: Any) -> Any:
         if next(failures, False):
             raise RuntimeError("secret")
-        return await encode_frame(self, *given)
+        return await encode_frame(self, *given, **more)
 
     monkeypatch.setattr(Encoder, "encode_frame", fail_once)
     found = events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)
@@ -504,3 +504,69 @@ def test_a_job_that_is_deleted_ends_its_stream_by_an_error(held: Site) -> None:
         held.engine.gate.open()
         ((name, data, _),) = events(reading.result(PATIENCE_S).text)
     assert (name, data["error"]["code"]) == ("error", "cancelled")
+
+
+# --- alpha ---
+
+RGBA = replace(INFO, channels=4, alpha=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("background", "output_format", "mode"),
+    [
+        ("transparent", "png", "RGBA"),
+        ("transparent", "webp", "RGBA"),
+        ("auto", "png", "RGBA"),
+        ("auto", "jpeg", "RGB"),
+        ("opaque", "png", "RGB"),
+        ("opaque", "webp", "RGB"),
+    ],
+)
+def test_the_background_is_transparent_or_white_and_the_answer_says_which(
+    make_site: MakeSite, background: str, output_format: str, mode: str, streamed: bool
+) -> None:
+    site = make_site(info=RGBA)
+    members = CAT | {"background": background, "output_format": output_format}
+    if streamed:
+        told = [data for _, data, _ in events(generate(site, **members, stream=True, partial_images=1).text)]
+        assert len(told) == 2
+    else:
+        answer = generate(site, **members).json()
+        told = [answer | answer["data"][0]]
+    value = int(fake_pixels(make_spec(n=1, steps=4, seed=5), 4, RGBA)[0, 0, 0, 0])
+    for each in told:
+        assert each["background"] == ("transparent" if mode == "RGBA" else "opaque")
+        with Image.open(io.BytesIO(image(each))) as opened:
+            assert opened.mode == mode
+            last = np.asarray(opened)
+    wanted = [value] * 4 if mode == "RGBA" else [value * value / 255 + 255 - value] * 3
+    lossy = output_format != "png"
+    np.testing.assert_allclose(last, np.broadcast_to(wanted, last.shape), atol=3 if lossy else 0.5)
+
+
+def test_a_background_that_cannot_be_had_is_refused_with_the_reason(make_site: MakeSite) -> None:
+    plain, rgba = make_site(), make_site(info=RGBA)
+    for site, members, says in (
+        (plain, {"background": "transparent"}, "this model's images have no alpha"),
+        (rgba, {"background": "transparent", "output_format": "jpeg"}, "jpeg, which has no alpha"),
+        (rgba, {"background": "opaque", "response_format": "url"}, "keep their alpha"),
+        (rgba, {"background": "white"}, "one of auto, opaque, transparent"),
+    ):
+        error = error_of(generate(site, **CAT | members), 400, "invalid_field")
+        assert error["param"] == "background"
+        assert says in error["message"]
+    assert generate(plain, **CAT, background="opaque", response_format="url").status_code == 200
+
+
+def test_an_rgba_image_is_its_own_mask_where_it_is_transparent_and_keeps_the_alpha_of_the_rest(
+    make_site: MakeSite,
+) -> None:
+    site, picture = make_site(info=RGBA), noise(4, 6, 4)
+    picture[..., 3] = np.where(MASK_PIXELS, 0, 100)
+    answer = edit(site, {"image": encode(picture)}, **CAT)
+    assert answer.status_code == 200, answer.text
+    inputs = got(site)
+    assert inputs is not None
+    np.testing.assert_array_equal(inputs.image, picture)
+    np.testing.assert_array_equal(inputs.mask, MASK_PIXELS)

@@ -1,0 +1,121 @@
+"""What the network of each kind of model is given, and what its output says of x_0: numbers of a noise level.
+
+x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. Those that were trained on another x
+have it by a factor:
+
+    EDM, consistency    x_0 + sigma eps                     = x / sqrt(alpha_bar),     alpha_bar = 1 / (1 + sigma^2)
+    flow matching       (1 - sigma) x_0 + sigma eps         = x sqrt((1 - sigma)^2 + sigma^2)
+    VE                  of images y_0 = (x_0 + 1) / 2 in [0, 1]: 2 (y_0 + s eps) - 1 = x / sqrt(alpha_bar), sigma = 2 s
+
+So a model is p and q of x0 = p x + q out, what x is multiplied by on its way into the network, and the time that the
+network is given.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tminus.model.guidance import Forward
+from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
+
+# What log sigma is multiplied by to be the time that a network is given: Karras et al. 2022, and OpenAI's code.
+LOG_SIGMA_TIMES = {"edm": 0.25, "cm_edm": 250.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Parametrization:
+    """p, q, scale and time, each float64 [S]: x0 = p x + q net(scale x, time)."""
+
+    p: Tensor
+    q: Tensor
+    scale: Tensor
+    time: Tensor
+
+
+def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
+    """Return p, q, scale and time at noise levels [S], which are those of the timesteps [S]. All are float64.
+
+    Raises ValueError where eps is predicted at a timestep without signal (a zero-SNR schedule).
+    """
+    made = _OF_FAMILY[noise.family](noise, alpha_bar, timesteps.to(torch.float64))
+    if noise.divides_by_time:
+        return Parametrization(made.p, made.q / made.time, made.scale, made.time)
+    return made
+
+
+def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forward:
+    """Return the network as a function of our x and whole timesteps t [B], on the schedule's device."""
+    if not noise.is_continuous:
+        return net
+    at = parametrize(noise, schedule.alpha_bar, torch.arange(schedule.num_timesteps, device=schedule.alpha_bar.device))
+
+    def forward(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        out: Tensor = net(gather(at.scale, t, x) * x, gather(at.time, t, x).flatten(), class_labels)
+        return out
+
+    return forward
+
+
+def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
+    """Ho et al. 2020, eq. 15, x_0 itself, and v (Salimans & Ho 2022, eq. 10)."""
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if noise.prediction_type == "epsilon":
+        if bool((alpha_bar <= 0).any()):
+            raise ValueError("prediction_type epsilon cannot start from alpha_bar = 0: x0 is not defined there")
+        p, q = 1 / signal, -sigma / signal
+    elif noise.prediction_type == "sample":
+        p, q = torch.zeros_like(signal), torch.ones_like(signal)
+    else:
+        p, q = signal, -sigma
+    return Parametrization(p, q, torch.ones_like(signal), timesteps)
+
+
+def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
+    """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; minus c_out for v, as diffusers has it."""
+    signal, sigma, data = alpha_bar.sqrt(), _sigma(alpha_bar), noise.sigma_data
+    root = (sigma**2 + data**2).sqrt()
+    sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
+    time = LOG_SIGMA_TIMES[noise.precondition_type] * sigma.log()
+    return Parametrization((data / root) ** 2 / signal, sign * sigma * data / root, 1 / (root * signal), time)
+
+
+def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
+    """c_skip and c_out of Song et al. 2023, appendix C: at sigma_min the network does not count, and p x is x_0."""
+    signal, sigma, data = alpha_bar.sqrt(), _sigma(alpha_bar), noise.sigma_data
+    root, beyond = (sigma**2 + data**2).sqrt(), sigma - noise.sigma_min
+    time = LOG_SIGMA_TIMES["cm_edm"] * sigma.log()
+    return Parametrization(data**2 / (beyond**2 + data**2) / signal, beyond * data / root, 1 / (root * signal), time)
+
+
+def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
+    """Lipman et al. 2023 and Liu et al. 2023: out = eps - x_0, so that x_0 is their x without sigma times that."""
+    sigma = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
+    scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
+    return Parametrization(scale, -sigma, scale, noise.num_train_timesteps * sigma)
+
+
+def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
+    """Song et al. 2021 (SDE): out = (y_0 - y) / s^2 is the score. The network is given s.
+
+    diffusers gives it the s of a continuous time that ends at sampling_eps, where its steps take those of whole levels.
+    """
+    s = _sigma(alpha_bar) / 2
+    whole = math.log(noise.sigma_max / noise.sigma_min)
+    share = (s / noise.sigma_min).log() / whole
+    time = noise.sigma_min * ((noise.sampling_eps + (1 - noise.sampling_eps) * share) * whole).exp()
+    return Parametrization(1 / alpha_bar.sqrt(), 2 * s**2, 1 / alpha_bar.sqrt(), time)
+
+
+def _sigma(alpha_bar: Tensor) -> Tensor:
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+_OF_FAMILY = {
+    "betas": _of_betas,
+    "consistency": _of_consistency,
+    "edm": _of_edm,
+    "flow": _of_flow,
+    "ve": _of_ve,
+}
