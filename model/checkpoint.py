@@ -568,8 +568,11 @@ def save_checkpoint(
     student: Mapping[str, Any] | None = None,
     autoencoder: Autoencoder | None = None,
     folded_guidance: float | None = None,
+    alpha: bool | None = None,
 ) -> None:
     """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
+
+    alpha: whether the last of four channels is alpha; None: as it is if nothing says so.
 
     Raises CheckpointError where an autoencoder lies in the folder, and this model has none.
     """
@@ -599,6 +602,8 @@ def save_checkpoint(
         meta["student"] = dict(student)
     if folded_guidance is not None:
         meta["folded_guidance"] = folded_guidance
+    if alpha is not None:
+        meta["alpha"] = alpha
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())
