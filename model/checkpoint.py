@@ -442,7 +442,10 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
-        if noise.family == "ve" and isinstance(unet, UNetConfig):
+        if noise.family == "ve":
+            # Only of such a network is it known that its images are in [0, 1].
+            if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
+                raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
             unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")

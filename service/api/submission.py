@@ -49,14 +49,15 @@ async def understand(
     see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
     """
     asked = await _parse(services, parameters)
-    began_s = time.monotonic()
-    if services.residence.is_out(services.number):  # what is wrong with a request is told before a model is loaded
-        asked.to_spec(services.model, services.limits)
-    coming = services.in_memory(asked.deadline_s)
-    services = await (coming if request is None else while_connected(request, coming))
+    waited_s = 0.0
+    if services.residence.is_out(services.number):
+        asked.to_spec(services.model, services.limits)  # what is wrong with a request is told before a model is loaded
+        began_s, coming = time.monotonic(), services.in_memory(asked.deadline_s)
+        services = await (coming if request is None else while_connected(request, coming))
+        waited_s = time.monotonic() - began_s
     new = await _to_job(services, caller, asked, request, transparent=transparent)
-    if new.deadline_s is not None:  # it has waited for the model
-        new = replace(new, deadline_s=max(1e-3, new.deadline_s - (time.monotonic() - began_s)))
+    if waited_s and new.deadline_s is not None:
+        new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
     return services, new
 
 

@@ -227,13 +227,16 @@ def _timings_s(header: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model as GET /models describes it. `info` is what GET /model says of it, and None where it is not loaded."""
+    """A model as GET /models describes it. `info` is what GET /model says of it, and None where it is not served.
+
+    A server may serve a model that is `unloaded`: the first request loads it.
+    """
 
     name: str = field(metadata=NAME)
     default: bool  # whether calls that name no model are of it
     state: Loaded
     info: Mapping[str, Any] | None
-    url: str | None = None  # the path below which its page and its whole API are; None where it is not loaded
+    url: str | None = None  # the path below which its page and its whole API are; None where it is not served
 
     @classmethod
     def of(cls, document: Any) -> "ModelState":
@@ -241,8 +244,8 @@ class ModelState:
         with expecting(OK):
             members = checks.mapping(document)
             model = cls(**checks.members_of(cls, members | {"info": members["model"]}))
-            if (model.state == "loaded") != (model.info is not None):
-                raise ValueError(f"{model.name} is {model.state}, with {'no ' * (model.info is None)}description")
+            if model.state == "loaded" and model.info is None:
+                raise ValueError(f"{model.name} is {model.state}, with no description")
         return model
 
 

@@ -62,6 +62,7 @@ ROUNDS = 4  # each measures every size; the fastest counts, since other programs
 TICKS = 6  # of one size in a round
 WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host runs ahead, so the second is too short
 BUDGET_S = 2.0  # after this no further round begins
+GUESSED_TICK_S = 0.02  # of a network that was never run
 SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
 SLOW_TICKS_S = 0.5  # after ticks of one size that take this long together the first that counts is the last
 LONG_TICK_S = 0.01  # ticks of one row that take this long are not measured again at a later start
@@ -113,7 +114,7 @@ class Unmeasured:
     max_rows: int
     max_batch: int
     short_batch: int
-    tick_times: tuple[tuple[int, float], ...] = ()
+    tick_times: tuple[tuple[int, float], ...] = ((1, GUESSED_TICK_S),)  # by which replicas share out its first jobs
     coding_s: tuple[float, float] = (0.0, 0.0)
 
 

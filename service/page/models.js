@@ -1,14 +1,14 @@
-// The menu of the models that are loaded. Each has a page of its own, which choosing it opens.
+// The menu of the models that are served. Each has a page of its own, which choosing it opens.
 
 import { element, getJson, keep, nameInAddress, recall, root } from "./api.js";
 
 const menu = element("models");
-let models = []; // that were loaded when the server was last asked
+let models = []; // that were served when the server was last asked
 let here = nameInAddress; // the model of this page; the default page learns its name from the list
 
 async function look() {
   const all = (await getJson(new URL("models", root))).models;
-  models = all.filter(({ state }) => state === "loaded");
+  models = all.filter(({ model }) => model); // one that is out of memory is loaded when it is asked for
   here ??= models.find((each) => each.default).name;
 }
 
@@ -27,7 +27,7 @@ export async function showMenu() {
   document.title = `tminus: ${here}`;
 }
 
-// Show a job of another model on that one's page. False: it is not loaded.
+// Show a job of another model on that one's page. False: it is not served.
 export async function openPageOf(name, hash) {
   await look();
   if (!find(name)) return false;

@@ -409,6 +409,8 @@ class ServedModels:
         if self._brings_in is not None and self.is_out(number):
             services = self._by_number[number].services
             await self._brings_in.bring_in(services, deadline_s, of_request=of_request)
+            if self._by_number[number].lifecycle.retired:  # the folder has other weights by now
+                return self.models.named(services.model.name)
         return self.models.numbered(number)
 
     def in_memory(self) -> list[Services]:
@@ -418,7 +420,9 @@ class ServedModels:
     def is_busy(self, number: int) -> bool:
         """Whether a request or a job needs a model."""
         waiting = self._brings_in.waiting(number) if self._brings_in is not None else 0
-        return self.models.users(number) > waiting or self._by_number[number].lifecycle.needs_model
+        if self.models.users(number) > waiting or self._by_number[number].lifecycle.needs_model:
+            return True
+        return self.admission.work_left_s(number) > 0
 
     def _served(self) -> list[_OneModel]:
         return [self._by_number[services.number] for services in self.models]

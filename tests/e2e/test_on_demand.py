@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import postgres
 from tests.e2e.conftest import BUNDLED, KEYS, RECOMMENDED, RunningServer, SlowDown, run_cli, serving, stop_server
 from tests.e2e.restarting import Restarting
 from tests.e2e.test_models import change, new_weights
@@ -21,7 +23,7 @@ from tminus.model.unet import UNet2D
 
 NUMBER, FITTING = 10, 3
 QUICK: dict[str, Any] = {"n": 2, "steps": 5, "seed": 7, "class_label": 1, "sampler": "ddim"}
-LONG: dict[str, Any] = {"n": 4, "steps": 200, "seed": 9, "class_label": 0, "sampler": "ddpm"}
+LONG: dict[str, Any] = {"n": 4, "steps": 50, "seed": 9, "class_label": 0, "sampler": "ddpm"}
 
 StartServer = Callable[..., RunningServer]
 
@@ -76,7 +78,7 @@ def loaded(server: RunningServer) -> set[str]:
 def test_requests_in_any_order_all_get_the_bytes_of_their_model_alone(
     ten: RunningServer, models: Path, own_server: StartServer
 ) -> None:
-    asked = [(f"m{k}", seed) for k in range(NUMBER) for seed in range(3)]
+    asked = [(f"m{k}", seed) for k in range(NUMBER) for seed in range(2)]
     random.Random(0).shuffle(asked)
     with ThreadPoolExecutor(6) as clients:
         together = dict(zip(asked, clients.map(lambda each: sampled(ten, each[0], seed=each[1]), asked), strict=True))
@@ -87,7 +89,7 @@ def test_requests_in_any_order_all_get_the_bytes_of_their_model_alone(
         alone = own_server(*FLAGS, checkpoint=models / ("" if name == "m0" else "more") / name)
         told, known = httpx.get(f"{alone.url}/model").json(), httpx.get(f"{ten.url}/models/{name}").json()
         assert (told["fingerprint"], told["executor_details"]) == (known["fingerprint"], known["executor_details"])
-        for seed in range(3):
+        for seed in range(2):
             response = httpx.post(f"{alone.url}/sample", json=QUICK | {"seed": seed}, timeout=120)
             assert response.content == together[name, seed]
         stop_server(alone)
@@ -159,7 +161,7 @@ def test_a_model_with_a_job_stays_and_what_comes_for_others_waits(
     for name in busy:
         sampled(ten, name)
     slow_down(ten)
-    jobs = [httpx.post(f"{ten.url}/models/{name}/jobs", json=LONG | {"steps": 60}).json()["id"] for name in busy]
+    jobs = [httpx.post(f"{ten.url}/models/{name}/jobs", json=LONG).json()["id"] for name in busy]
     with ThreadPoolExecutor(4) as clients:
         others = list(clients.map(lambda name: sampled(ten, name), ("m7", "m8", "m7", busy[0])))
     assert others[0] == others[2]
@@ -174,11 +176,17 @@ def test_idle_models_are_unloaded_and_come_back_with_the_same_bytes(models: Path
     server.wait_until(lambda: not loaded(server))
     assert httpx.get(f"{server.url}/readyz").status_code == 200
     assert httpx.get(f"{server.url}/model").json()["name"] == "m0"
+    server.slow_down()
+    job = httpx.post(f"{server.url}/models/m1/jobs", json=QUICK | {"steps": 40}).json()["id"]
+    server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["step"] > 20)  # two seconds of steps
+    assert loaded(server) == {"m1"}, "a job keeps its model in memory"
+    server.speed_up()
     assert httpx.post(f"{server.url}/sample", json=QUICK, timeout=60).content == first["m0"]
     assert sampled(server, "m1") == first["m1"]
     assert server.metric("tminus_model_unloads_total") >= 2
 
 
+@pytest.mark.long
 def test_jobs_of_a_model_that_is_out_are_finished_after_a_kill(
     models: Path, tmp_path: Path, own_server: StartServer, ten: RunningServer
 ) -> None:
@@ -235,3 +243,23 @@ def test_a_budget_below_the_smallest_model_is_refused_with_both_figures(models: 
         "tminus: --models-memory-gb (TMINUS_MODELS_MEMORY_GB): 0.0001 GiB, and the smallest of the models, m1, takes "
         "about 0.00016"
     )
+
+
+@pytest.mark.long
+def test_jobs_in_a_shared_store_bring_their_models_in(
+    models: Path, own_server: StartServer, database: postgres.Postgres
+) -> None:
+    shared = {
+        "TMINUS_JOB_STORE": database.url(), "TMINUS_JOB_NAMESPACE": "on_demand", "TMINUS_JOB_LEASE_S": "2",
+    }  # fmt: skip
+    flags = (*FLAGS, "--idle-unload", "1h", *all_with_room_for(models))
+    first = own_server(*flags, checkpoint=models / "m0", **shared)
+    first.slow_down()
+    posted = httpx.post(f"{first.url}/models/m4/jobs", json=LONG, timeout=60)
+    assert posted.status_code == 202, posted.text
+    job = posted.json()["id"]
+    first.wait_until(lambda: (httpx.get(f"{first.url}/jobs/{job}").json()["step"] or 0) > 5)
+    first.process.send_signal(signal.SIGKILL)
+    second = own_server(*flags, checkpoint=models / "m0", **shared)
+    second.wait_until(lambda: httpx.get(f"{second.url}/jobs/{job}").json()["state"] == "done")
+    assert httpx.get(f"{second.url}/jobs/{job}/image").content == sampled(second, "m4", **LONG)

@@ -33,7 +33,7 @@ WORDS = {
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
-    *(f"tminus.model{name}" for name in ("", ".catalogue", ".config", ".files", ".pixels", ".sampler_tables")),
+    *(f"tminus.model{name}" for name in ("", ".catalogue", ".config", ".files", ".hub", ".pixels", ".sampler_tables")),
     *("tminus.model.archives", "tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
     *("tminus.model.formats", "tminus.model.formats.flags"),
 }

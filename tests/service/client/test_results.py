@@ -136,13 +136,13 @@ def test_a_job_or_model_whose_members_have_other_types_is_unexpected() -> None:
     assert ModelState.of(members(size=5)) == told, "a newer server's too"
     for state in ("loading", "unloading", "unloaded"):
         assert ModelState.of(members(state=state, url=None, model=None)).info is None
+    assert ModelState.of(members(state="unloaded")).info == {"channels": 1}, "one that is loaded on demand"
     models: tuple[dict[str, object], ...] = (
         {"url": 5},
         {"name": "../x"},
         {"name": "\x1b[2J"},
         {"state": "asleep"},
         {"state": "loaded", "model": None},
-        {"state": "unloaded"},
         {"model": []},
     )
     for model in models:
