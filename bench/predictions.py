@@ -1,20 +1,22 @@
 """Ticks of one network as eps, v, EDM and flow matching have it, in turns: row-steps/s. A process of its own.
 
-    python -m bench.predictions --checkpoint FOLDER [--executor auto] [--precision float32] [--rows 1,16] [--seconds 60]
+    python -m bench.predictions --checkpoint FOLDER [--executor auto] [--precision float32] [--rows 1,16] [--threads 1]
 
 The weights are those of the checkpoint, whatever it was trained to predict: what a tick takes does not depend on them.
 All four share one executor, the one that a server would choose, and each has an engine of its own. In a round each
-takes one tick, so that other programs slow all of them alike, and ratios are medians over the rounds. Those of CPU
-seconds hold on a busy machine too. Of each, jobs of every sampler, of different numbers of steps, and guided where
-there are classes, are put in shared ticks: how many passes a tick has, and how many operations beside them.
+takes one tick, so that other programs slow all of them alike, and ratios are medians over the rounds. On a busy machine
+take --threads 1 and the figures of CPU seconds: several threads spin while they wait for each other. Of each, jobs of
+every sampler, of different numbers of steps, and guided where there are classes, are put in shared ticks: how many
+passes a tick has, and how many operations beside them.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from operator import truediv
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +39,6 @@ from tminus.service.work import work_of
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "EDM": "edm", "flow": "flow"}
 STEPS = 50
-PEAK = "peak"
 LEAST_ROUNDS, ROUNDS_OF_A_PEAK = 5, 10
 MIXED_ROWS = 64  # of the shared ticks, at most
 
@@ -45,8 +46,11 @@ MIXED_ROWS = 64  # of the shared ticks, at most
 def main() -> None:
     """Measure and print."""
     args = options_of(
-        __doc__, checkpoint=CHECKPOINT, device="cpu", executor="auto", precision="float32", rows="1,16", seconds=60.0
-    )
+        __doc__, checkpoint=CHECKPOINT, device="cpu", executor="auto", precision="float32", rows="1,16", seconds=60.0,
+        threads=0,
+    )  # fmt: skip
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.checkpoint)
     flops, models = flops_per_row(checkpoint), as_predicting(checkpoint)
     rows = [int(count) for count in args.rows.split(",")]
@@ -55,27 +59,34 @@ def main() -> None:
         for what, most in passes_and_operations(model, device).items():
             tell(Measure(f"most {what} of a tick of every sampler", name, most))
     peaks, flops_of = make_peaks(device, args.precision)
-    own = args.precision
     for count in rows:
         ticks = {
             name: Ticks(Engine(model, executor, device, max_rows=count, max_jobs=1), count, STEPS, watched=False)
             for name, model in models.items()
         }
         calls: dict[str, Callable[[], object]] = {name: each.tick for name, each in ticks.items()}
-        calls |= {f"{PEAK}: {of}": call for of, call in peaks.items()}
-        times = times_in_rounds(calls, device, args.seconds / len(rows))
-        peak = max(each / min(wall_s for wall_s, _ in times[f"{PEAK}: {of}"]) for of, each in flops_of.items())
-        for name in ticks:
-            rate = count / statistics.median(wall_s for wall_s, _ in times[name])
-            tell(Measure("ticks", name, rate, "row-steps/s", own, count))
-            tell(Measure("ticks, share of the faster peak", name, 100 * rate * flops / peak, "%", own, count))
-            for k, of in enumerate(("", " of CPU seconds")[: 1 + (device.type == "cpu")] if name != "eps" else ()):
-                ratios = [eps[k] / its[k] for eps, its in zip(times["eps"], times[name], strict=True)]
-                tell(Measure(f"ticks, ratio to eps{of}", name, statistics.median(ratios), "", own, count))
-        tell(Measure("rounds", "all", len(times["eps"]), "", own, count))
-        tell(Measure("peak", "the faster of a matmul and a convolution", peak / 1e12, "TFLOP/s", own, count))
+        took = seconds_in_rounds(calls | peaks, peaks.keys(), device, args.seconds / len(rows))
         for each in ticks.values():
             each.end()
+        tell(Measure("rounds", "all", len(took["eps"]), "", args.precision, count))
+        for kind in ("wall", "CPU") if device.type == "cpu" else ("wall",):
+            tell_rates(took, kind, flops * count, flops_of, count, args.precision)
+
+
+def tell_rates(
+    took: Mapping[str, Sequence["Seconds"]], kind: str, flops: float, flops_of: Mapping[str, float], rows: int, own: str
+) -> None:
+    """Tell what ticks of so many rows and FLOPs take, in seconds of a kind, beside eps and beside the faster peak."""
+    seconds = {name: [each.cpu if kind == "CPU" else each.wall for each in its] for name, its in took.items()}
+    peak = max(each / min(seconds[name]) for name, each in flops_of.items())
+    tell(Measure("the faster peak", f"{kind} seconds", peak / 1e12, "TFLOP/s", own, rows))
+    for name in PREDICTIONS:
+        rate = 1 / statistics.median(seconds[name])
+        tell(Measure("ticks", f"{name}, {kind} seconds", rows * rate, "row-steps/s", own, rows))
+        tell(Measure("share of the peak", f"{name}, {kind} seconds", 100 * flops * rate / peak, "%", own, rows))
+        if name != "eps":
+            ratio = statistics.median(map(truediv, seconds["eps"], seconds[name]))
+            tell(Measure("ticks, ratio to eps", f"{name}, {kind} seconds", ratio, "", own, rows))
 
 
 def as_predicting(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
@@ -85,36 +96,39 @@ def as_predicting(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     return {name: replace(bare, noise=replace(noise, prediction_type=kind)) for name, kind in PREDICTIONS.items()}
 
 
-def times_in_rounds(
-    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, list[tuple[float, float]]]:
-    """Make one call of each in a round, the first of a round last in the next; returns the seconds of each call.
+class Seconds(NamedTuple):
+    """What a call took."""
 
-    The second number is the CPU seconds of all threads. Peaks are called in some of the rounds.
-    """
-    order, times = list(calls), {name: list[tuple[float, float]]() for name in calls}
-    for _ in range(STEPS):  # so that what a plan makes once is made
-        for name, call in calls.items():
-            if not name.startswith(PEAK):
-                call()
+    wall: float
+    cpu: float  # of all threads of this process
+
+
+def seconds_in_rounds(
+    calls: Mapping[str, Callable[[], object]], peaks: Collection[str], device: torch.device, seconds: float
+) -> Mapping[str, Sequence[Seconds]]:
+    """Make one call of each in a round, the first of a round last in the next; of peaks in some of the rounds."""
+    order, took = list(calls), {name: list[Seconds]() for name in calls}
+    for name in (name for name in calls for _ in range(STEPS) if name not in peaks):
+        calls[name]()  # so that what a plan makes once is made
     until_s = time.perf_counter() + seconds
     rounds = 0
     while rounds < LEAST_ROUNDS or time.perf_counter() < until_s:
+        with_peaks = rounds % ROUNDS_OF_A_PEAK == 0
         for name in order:
-            if name.startswith(PEAK) and rounds % ROUNDS_OF_A_PEAK:
+            if name in peaks and not with_peaks:
                 continue
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            elif rounds % ROUNDS_OF_A_PEAK == 0:  # threads of another library spin for a while after their work
+            elif with_peaks:  # threads of another library spin for a while after their work
                 time.sleep(PAUSE_S)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
             calls[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name].append((time.perf_counter() - began_s, time.process_time() - began_cpu_s))
+            took[name].append(Seconds(time.perf_counter() - began_s, time.process_time() - began_cpu_s))
         order.append(order.pop(0))
         rounds += 1
-    return times
+    return took
 
 
 class Counted:
@@ -141,7 +155,7 @@ class Operations(TorchDispatchMode):
     """Counts torch's operations, but for those of passes."""
 
     def __init__(self, counted: Counted) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counted, self.count = counted, 0
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:

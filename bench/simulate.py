@@ -3,14 +3,17 @@
     python -m bench.simulate [--seconds 1800]
 
 Prints, by load, how long short and long jobs take in the mix of the design (80 % of 20 steps, 15 % of 50, 5 % of 1000),
-with the reserve for the oldest job and without it, by how much an ETA was overtaken, and how good a forecast is.
+with the reserve for the oldest job and without it, by how much an ETA was overtaken, how good a forecast is, and what
+background jobs cost others.
 """
 
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import median, quantiles
 
 from bench.cluster import TICKS
@@ -20,10 +23,11 @@ from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BACKGROUND_TICKS, Policy, Scheduler, Sharing, TickTimes, Turns
 from tminus.service.work import Batch, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
+SHORT_TICKS = ((1, 0.003), (2, 0.0044), (4, 0.007), (8, 0.0127))  # (places, seconds), as on two cores in bfloat16
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 OnRefusal = Callable[[Admission, Work], None]
@@ -133,6 +137,13 @@ def main() -> None:
         for name, reserved in (("a quarter", None), ("none", 0)):
             beside, long_s = beside_one_long(load, reserved)
             print(f"| {load:.0%} | {name} | {median(beside):.2f} s, {max(beside):.1f} s | {long_s:.0f} s |")
+    print("\n| requests of one image | background ticks | each request: median, 99 % | left to the background |")
+    print("|---|---|---|---|")
+    for per_s, steps in ((0.2, 20), (1.0, 20), (5.0, 20), (1.0, 8)):
+        for name, ticks in (("no background", None), ("short", BACKGROUND_TICKS), ("full", math.inf)):
+            took, share = beside_background(per_s, steps, ticks)
+            spread = f"{1e3 * median(took):.0f} ms, {1e3 * quantiles(took, n=100)[98]:.0f} ms"
+            print(f"| {per_s:g}/s of {steps} steps | {name} | {spread} | {share:.0%} |")
 
 
 def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> list[float]:
@@ -177,6 +188,37 @@ def beside_one_long(load: float, reserved: int | None) -> tuple[list[float], flo
     ended_s = 60.0 + outcome.took[0]
     beside = [outcome.took[k] for k in range(1, len(requests)) if 60.0 <= outcome.entered[k] < ended_s]
     return beside, outcome.took[0]
+
+
+def beside_background(per_s: float, steps: int, background_ticks: float | None) -> tuple[list[float], float]:
+    """Requests of one image at random for twenty minutes, while background jobs take what is left.
+
+    background_ticks: how long their ticks may be, in ticks of one row; None for no background job. How long each of the
+    requests takes, and what share of all that the machine can do the background jobs have had.
+    """
+    times, rng = TickTimes(SHORT_TICKS), random.Random(7)
+    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2, times=times)
+    scheduler, turns = Scheduler(replace(sharing, background_ticks=background_ticks or 1.0)), Turns[int]()
+    turns.put(0, scheduler)
+    if background_ticks is not None:
+        scheduler.add("background", range(64), Work(64, 10**6, range(0), held_back_s=1e9))
+    came_s = list(accumulate(rng.expovariate(per_s) for _ in range(round(1200 * per_s))))
+    now_s, number, had, took = 0.0, 0, 0, list[float]()
+    while len(took) < len(came_s):
+        while number < len(came_s) and came_s[number] <= now_s:
+            scheduler.add(f"{number}", range(1), Work(1, steps, range(0)))
+            number += 1
+        turns.next(now_s)
+        if (batch := scheduler.next_batch()) is None:
+            now_s = came_s[number]
+            continue
+        seconds = times.seconds(batch.places)
+        now_s += seconds
+        advance = scheduler.advance(batch)
+        turns.stepped(0, seconds)
+        had += advance.places.get("background", 0)
+        took += [now_s - came_s[int(job_id)] for job_id in advance.finished]
+    return took, had * times.seconds_per_place(LIMITS.max_batch) / now_s
 
 
 def _spread(seconds: list[float], percent: int) -> str:

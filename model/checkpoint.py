@@ -442,7 +442,10 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
-        if noise.family == "ve" and isinstance(unet, UNetConfig):
+        if noise.family == "ve":
+            # Only of such a network is it known that its images are in [0, 1].
+            if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
+                raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
             unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
@@ -565,8 +568,11 @@ def save_checkpoint(
     student: Mapping[str, Any] | None = None,
     autoencoder: Autoencoder | None = None,
     folded_guidance: float | None = None,
+    alpha: bool | None = None,
 ) -> None:
     """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
+
+    alpha: whether the last of four channels is alpha; None: as it is if nothing says so.
 
     Raises CheckpointError where an autoencoder lies in the folder, and this model has none.
     """
@@ -596,6 +602,8 @@ def save_checkpoint(
         meta["student"] = dict(student)
     if folded_guidance is not None:
         meta["folded_guidance"] = folded_guidance
+    if alpha is not None:
+        meta["alpha"] = alpha
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())

@@ -181,7 +181,7 @@ def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 
 
 def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
-    """sigma_t^2 of p(x_{t-1}|x_t) [T] in float64: beta~_t (fixed_small) or beta_t (fixed_large).
+    """sigma_t^2 of p(x_{t-1}|x_t) [T] in float64: beta~_t (fixed_small), beta_t (fixed_large), or that of VE models.
 
     At t = 0 both take beta~ of t = 1, as Ho et al.'s own code: beta~ is zero there, and beta decodes worse. Raises
     ValueError for learned_range.
@@ -189,7 +189,8 @@ def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
     if noise.variance_type == "learned_range":
         raise ValueError("the bound is that of a fixed variance, and this network learned its own")
     posterior_variance = schedule.posterior()[2]
-    variance = (schedule.betas if noise.variance_type == "fixed_large" else posterior_variance).clone()
+    others = {"fixed_large": schedule.betas, "reverse_diffusion": schedule.betas / schedule.alphas}
+    variance = others.get(noise.variance_type, posterior_variance).clone()
     variance[0] = posterior_variance[1] if len(variance) > 1 else schedule.betas[0]
     return variance
 

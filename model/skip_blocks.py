@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tminus.model.layers import Attention, ResnetBlock, fir_down, fir_up
+from tminus.model.layers import Attention, FirResample, ResnetBlock
 
 if TYPE_CHECKING:
     from tminus.model.unet import UNetConfig
@@ -59,9 +59,12 @@ class SkipDownBlock(nn.Module):
             self.resnets.append(_resnet(config, width, out, groups=groups_of(width)))
         self.attentions = _attentions(config, out, len(self.resnets)) if attends else None
         self.resnet_down: ResnetBlock | None = None
+        self.image_down = FirResample(IMAGE_CHANNELS, up=False)
         self.skip_conv: nn.Conv2d | None = None
         if not last:
-            self.resnet_down = _resnet(config, out, out, groups=groups_of(out), resample=fir_down, always_project=True)
+            self.resnet_down = _resnet(
+                config, out, out, groups=groups_of(out), resample=FirResample(out, up=False), always_project=True
+            )
             self.skip_conv = nn.Conv2d(IMAGE_CHANNELS, out, 1)
 
     def forward(self, h: Tensor, act_temb: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -72,7 +75,7 @@ class SkipDownBlock(nn.Module):
                 h = self.attentions[i](h)
             skips.append(h)
         if self.resnet_down is not None and self.skip_conv is not None:
-            image = fir_down(image)
+            image = self.image_down(image)
             h = self.skip_conv(image) + self.resnet_down(h, act_temb)
             skips.append(h)
         return h, skips, image
@@ -89,9 +92,12 @@ class SkipUpBlock(nn.Module):
             width = (prev if i == 0 else out) + (skip_last if i == layers - 1 else out)
             self.resnets.append(_resnet(config, width, out, groups=32 if attends else groups_of(width)))
         self.attentions = _attentions(config, out, 1) if attends else None
+        self.image_up = FirResample(IMAGE_CHANNELS, up=True)
         self.resnet_up: ResnetBlock | None = None
         if not last:
-            self.resnet_up = _resnet(config, out, out, groups=groups_of(out), resample=fir_up, always_project=True)
+            self.resnet_up = _resnet(
+                config, out, out, groups=groups_of(out), resample=FirResample(out, up=True), always_project=True
+            )
             self.skip_norm = nn.GroupNorm(groups_of(out), out, config.norm_eps)
             self.skip_conv = nn.Conv2d(out, IMAGE_CHANNELS, 3, padding=1)
 
@@ -102,7 +108,7 @@ class SkipUpBlock(nn.Module):
             h = resnet(torch.cat([h, skips.pop()], dim=1), act_temb)
         if self.attentions is not None:
             h = self.attentions[0](h)
-        image = fir_up(image) if image is not None else None
+        image = self.image_up(image) if image is not None else None
         if self.resnet_up is not None:
             own: Tensor = self.skip_conv(F.silu(self.skip_norm(h)))
             image = own if image is None else image + own

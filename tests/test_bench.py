@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, large, networks, report, servers, traffic
+from bench import arrivals, client, cluster, figures, gpu, large, networks, predictions, report, servers, traffic
 from bench.bare import flops_per_row
 from bench.loads import QUICK
 from bench.measures import Findings, Measure, table
@@ -34,6 +34,7 @@ from tests.service.fakes import wait_until
 from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.machine import torch_threads
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 
@@ -466,6 +467,31 @@ def test_without_a_card_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "--check"])
     with pytest.raises(SystemExit, match=r"^no GPU: torch \S+ sees no CUDA device; DEVICE=cpu"):
         gpu.main()
+
+
+def test_rows_of_every_prediction_take_one_pass_a_tick_and_as_many_operations(folder: Path) -> None:
+    """A model whose network is given a scaled x has three more in all: what multiplies x is gathered and shaped too."""
+    found = {
+        name: predictions.passes_and_operations(model, torch.device("cpu"))
+        for name, model in predictions.as_predicting(load_checkpoint(folder)).items()
+    }
+    assert {each["passes"] for each in found.values()} == {1}
+    assert found["v"] == found["eps"]
+    assert found["EDM"]["operations"] == found["eps"]["operations"] + 3
+
+
+def test_predictions_are_compared_in_rounds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--checkpoint", str(folder), "--executor", "eager", "--rows", "2", "--seconds", "0.1"]
+        patch.setattr(sys, "argv", ["bench.predictions", *options, "--threads", "1"])
+        with torch_threads(None):
+            predictions.main()
+    found = [Measure(**json.loads(line)) for line in capfd.readouterr().out.splitlines()]
+    for what, names in (("ticks", {"eps", "v", "EDM", "flow"}), ("ticks, ratio to eps", {"v", "EDM", "flow"})):
+        for kind in ("wall", "CPU"):
+            of = {each.contender for each in found if each.what == what and each.contender.endswith(f"{kind} seconds")}
+            assert of == {f"{name}, {kind} seconds" for name in names}
+    assert all(each.value > 0 for each in found)
 
 
 @pytest.mark.long

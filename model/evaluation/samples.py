@@ -21,7 +21,7 @@ from tminus.model.evaluation.figures import LeftOut
 from tminus.model.evaluation.result_cache import BatchCache
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import images_of
-from tminus.model.pixels import to_uint8
+from tminus.model.pixels import RGBA, shown_channels, to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, sample_passes
 from tminus.model.timesteps import SPACINGS
@@ -232,7 +232,8 @@ def strip_length(checkpoint: Checkpoint) -> int:
 
 
 def strip(images: Tensor) -> bytes:
-    """Lay images uint8 [N, C, H, W] side by side: a PNG."""
+    """Lay images uint8 [N, C, H, W] side by side: a PNG, of the channels that pictures show."""
+    images = images[:, : shown_channels(images.shape[1], alpha=images.shape[1] == RGBA)]
     row = torch.cat(list(images), dim=2).movedim(0, 2)  # [H, N W, C]
     out = io.BytesIO()
     Image.fromarray(row.squeeze(2).numpy() if row.shape[2] == 1 else row.contiguous().numpy()).save(out, "PNG")

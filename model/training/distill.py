@@ -22,6 +22,7 @@ from tminus.model.guidance import Forward
 from tminus.model.latent.folder import check_place, with_autoencoder
 from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import RGBA
 from tminus.model.sampler_tables import Table, write_table
 from tminus.model.samplers import Plan, table_plan
 from tminus.model.training.data import ImageSet
@@ -186,7 +187,17 @@ def distill(
         provenance = run.provenance(config, teacher=run.origin, data=data.name if data is not None else None)
         recommended = Recommended(SAMPLER, 2 if 2 in config.student_steps else min(config.student_steps))
         save_checkpoint(
-            folder, shadow, unet, noise, labels, provenance, recommended, student, of_teacher.autoencoder, folded
+            folder,
+            shadow,
+            unet,
+            noise,
+            labels,
+            provenance,
+            recommended,
+            student,
+            of_teacher.autoencoder,
+            folded,
+            alpha=of_teacher.alpha if of_teacher.image_shape[0] == RGBA else None,
         )
         weights_hash = with_autoencoder(hash_weights(shadow), of_teacher.autoencoder)
         for steps in config.student_steps:

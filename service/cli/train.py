@@ -416,9 +416,10 @@ def reconstruction_writer(
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
     """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the one that shows the run as it is now."""
     from tminus.model.files import write_bytes
-    from tminus.model.pixels import to_uint8
+    from tminus.model.pixels import RGBA, shown_channels, to_uint8
     from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale
 
+    x = x[:, : shown_channels(x.shape[1], alpha=x.shape[1] == RGBA)]
     sheet = contact_sheet(to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy())
     png = encode_png(enlarge(sheet, viewing_scale(len(x), *sheet.shape[:2])))
     sheets = folder / "sheets"

@@ -88,6 +88,7 @@ class Sharing:
     policy: Policy
     times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
+    background_ticks: float = BACKGROUND_TICKS  # see there
 
     @classmethod
     def of(
@@ -114,7 +115,7 @@ class Sharing:
     @property
     def short_background(self) -> int:
         """How many places a background tick has where other jobs come, which wait for its end."""
-        most_s = BACKGROUND_TICKS * self.times.seconds(1)
+        most_s = self.background_ticks * self.times.seconds(1)
         short = [size for size, seconds in self.times.points if size <= self.max_batch and seconds <= most_s]
         return max(2, *short) if short else self.max_batch
 

@@ -594,7 +594,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refus
                 expected = base64.b64decode(made["frames"][nearest(made["frames"], t)][show] if t else made["sheet"])
                 page.wait_for_picture(f".lane:nth-child({number}) img.{show}", expected)
         expect(page.at("#noise-t")).to_have_value(str(t))
-    for number, passes in enumerate(("19 passes, ", "51 passes, ", "20 to 40 passes, ")):
+    for number, passes in enumerate(("19 passes, ", "59 passes, ", "20 to 40 passes, ")):
         expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
     page.tab.unroute_all()
     page.at(".lane .steps").first.fill("0")

@@ -505,7 +505,7 @@ def test_pixels_of_one_to_sixty_four_channels_are_served_and_four_are_rgba(
     save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, NoiseConfig(), Labels(), {})
     loaded = load_checkpoint(tmp_path)
     assert (loaded.image_shape, loaded.alpha) == ((channels, 8, 8), alpha)
-    write_json(tmp_path / "tminus.json", {"alpha": False})
+    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, NoiseConfig(), Labels(), {}, alpha=False)
     assert not load_checkpoint(tmp_path).alpha
 
 

@@ -1,5 +1,6 @@
 """Models that were trained on another x than ours: EDM, flow matching, VE. diffusers' own loops are the reference."""
 
+import dataclasses
 import logging
 import math
 import re
@@ -31,6 +32,7 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.guidance import Forward
+from tminus.model.loss import variational_bound
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
 from tminus.model.solvers import NEED_SIGNAL
@@ -210,7 +212,7 @@ def exact_network(name: str, noise: NoiseConfig, std: float) -> Forward:
             eps = (given - signal * x_0) / sigma
             return eps if name == "epsilon" else signal * eps - sigma * x_0
         if name == "flow":  # Lipman et al. 2023
-            sigma = time / 1000
+            sigma = time / noise.num_train_timesteps
             return (given - posterior_mean(given, 1 - sigma, sigma, MEAN, std)) / sigma
         if name == "score":  # Song et al. 2021 (SDE), of images in [0, 1]; what is given is 2 y - 1
             y, mean, std_y = (given + 1) / 2, (MEAN + 1) / 2, std / 2
@@ -270,3 +272,14 @@ def test_steps_are_points_from_the_noisiest_level_to_the_cleanest(name: str, sam
         assert t[0] == T - 1
         assert steps == 1 or t[-1] == 0
         assert np.allclose(np.diff(t), -(T - 1) / max(1, steps - 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bound_of_an_exact_network_has_no_term_of_a_step(name: str) -> None:
+    noise = dataclasses.replace(MODELS[name], num_train_timesteps=20)
+    net = exact_network(name, noise, 0.0)
+    x_0 = torch.full((2, 1, 4, 4), MEAN, dtype=torch.float64)
+    bound = variational_bound(net, noise, noise.schedule(), x_0)
+    torch.testing.assert_close(bound.L_steps, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-3)
+    wrong = variational_bound(lambda *given: net(*given) + 0.1, noise, noise.schedule(), x_0)
+    assert bool((wrong.L_steps > bound.L_steps + 0.001).all())

@@ -22,6 +22,8 @@ from tests.model.formats.conftest import randomised
 from tests.model.loops import loop_of_diffusers, noise_of, to_theirs
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.files import CheckpointError
+from tminus.model.formats.conversion import GivenFacts
+from tminus.model.formats.describe import describe
 from tminus.model.samplers import sample
 
 ROWS = {
@@ -107,6 +109,38 @@ def karras_edm(checkpoint: Checkpoint, net: UNet2DModel, x: Tensor, labels: Tens
             end = x + (then - now) * (slope + (end - denoised(end, then)) / then) / 2
         x = end
     return x.float()
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "predicts"),
+    [
+        (
+            "edm-euler-exponential-v",
+            "1000 levels, exponential, sigma 0.002 to 80",
+            "x_0 by EDM's preconditioning, with the",
+        ),
+        (
+            "cm_edm_imagenet64_ema",
+            "40 levels, karras, sigma 0.002 to 80",
+            "x_0 by EDM's preconditioning; sigma_data 0.5",
+        ),
+        ("flow", "1000 levels, flow, shift 3", "eps - x_0 (flow matching); x_0 is not clipped"),
+        ("score-sde-ve", "2000 levels, geometric, sigma 0.01 to 3", "the score, of images in [0, 1] (VE)"),
+    ],
+)
+def test_inspect_says_what_it_is(name: str, noise: str, predicts: str, tmp_path: Path) -> None:
+    write(tmp_path, name)
+    lines = dict(describe(tmp_path, GivenFacts()).lines)
+    assert lines["noise"] == noise
+    assert lines["predicts"].startswith(predicts)
+
+
+def test_latents_of_a_ve_model_are_refused_as_their_range_is_not_known(tmp_path: Path) -> None:
+    write(tmp_path, "ldm-celebahq-256")
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(ROWS["score-sde-ve"]["scheduler"]))
+    with pytest.raises(CheckpointError, match="ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone"):
+        load_checkpoint(tmp_path)
 
 
 @torch.no_grad()

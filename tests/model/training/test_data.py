@@ -178,3 +178,17 @@ def test_folder_without_pictures_and_missing_folder_are_refused(tmp_path: Path) 
         load_image_folder(tmp_path, 8, 3)
     with pytest.raises(DataError, match="not a folder"):
         load_image_folder(tmp_path / "gone", 8, 3)
+
+
+def test_a_folder_of_rgba_keeps_alpha_and_takes_no_background(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 4), np.uint8)
+    for name, image in zip("ab", pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    Image.fromarray(pixels[0, ..., :3]).save(tmp_path / "opaque.png")
+    images = load_image_folder(tmp_path, 8, 4).images
+    np.testing.assert_array_equal(images[:2].permute(0, 2, 3, 1), pixels)
+    assert (images[2, 3] == 255).all()
+    with pytest.raises(DataError, match="background must be black, its default, for RGBA"):
+        load_image_folder(tmp_path, 8, 4, (255, 255, 255))
+    with pytest.raises(DataError, match="1, 3 or 4 channels"):
+        load_image_folder(tmp_path, 8, 5)

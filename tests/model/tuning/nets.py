@@ -14,6 +14,7 @@ from tminus.model.unet import UNet2D
 
 CPU = torch.device("cpu")
 NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
+EDM = NoiseConfig(50, prediction_type="edm", default_sampler="euler", clip_sample=False)
 CONFIG = TuneConfig(rows=12, held_out=4, teacher="dpmpp_2m:25", batch_size=8, iterations=3)
 
 

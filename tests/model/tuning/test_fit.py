@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.tuning.nets import CONFIG, NOISE, fitter_of
+from tests.model.tuning.nets import CONFIG, EDM, NOISE, fitter_of
 from tminus.model.checkpoint import load_checkpoint
+from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
 from tminus.model.tuning.fit import Search, least_squares, search_timesteps
@@ -50,12 +51,13 @@ def test_a_fitted_table_is_nearer_to_the_teacher_than_untuned_solvers_on_rows_it
     assert fit.lines[1][3:] == (0.0, 0.0)
 
 
-def test_a_table_gives_in_the_engines_rule_what_its_fit_says(folder: Path) -> None:
-    checkpoint = load_checkpoint(folder)
+@pytest.mark.parametrize("noise", [NOISE, EDM], ids=["eps", "edm"])
+def test_a_table_gives_in_the_engines_rule_what_its_fit_says(folder: Path, noise: NoiseConfig) -> None:
+    checkpoint = dataclasses.replace(load_checkpoint(folder), noise=noise)
     fitter = fitter_of(checkpoint)
     fit = fitter.fit((49.0, 30.5, 15.0, 5.0))
     table = Table("tuned", 4, 1.0, fit.timesteps, fit.lines)
-    assert fitter.error(table_plan(NOISE, NOISE.schedule(), table, clip=None)) == pytest.approx(fit.held_out, rel=1e-4)
+    assert fitter.error(table_plan(noise, noise.schedule(), table, clip=None)) == pytest.approx(fit.held_out, rel=1e-4)
 
 
 @pytest.mark.parametrize(

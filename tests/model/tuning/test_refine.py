@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.tuning.nets import fitter_of
+from tests.model.tuning.nets import EDM, NOISE, fitter_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
 from tminus.model.tuning.refine import Refiner
@@ -49,11 +50,11 @@ def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> No
     assert refiner.judge(done.best) == pytest.approx(done.distance, rel=1e-6)
 
 
+@pytest.mark.parametrize("noise", [dataclasses.replace(NOISE, clip_sample=False), EDM], ids=["eps", "edm"])
 @pytest.mark.parametrize("latent", [False, True])
-def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool) -> None:
+def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool, noise: NoiseConfig) -> None:
     """Latents have no bounds, and images are rounded to their range."""
-    checkpoint = load_checkpoint(folder)
-    checkpoint = dataclasses.replace(checkpoint, noise=dataclasses.replace(checkpoint.noise, clip_sample=False))
+    checkpoint = dataclasses.replace(load_checkpoint(folder), noise=noise)
     fitter = fitter_of(checkpoint)
     fit = fitter.fit((49.0, 25.0, 8.0))
     if latent:
@@ -61,8 +62,8 @@ def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool) -> N
     refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
     table = Table("tuned", 3, 1.0, fit.timesteps, tuple((*line[:4], 0.0) for line in fit.lines))
     plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
-    noise, labels = fitter.rows.noise, fitter.rows.class_labels
-    wanted = sample(checkpoint.net, plan, noise, lambda _k: torch.zeros_like(noise), class_labels=labels)
+    x_T, labels = fitter.rows.noise, fitter.rows.class_labels
+    wanted = sample(checkpoint.net, plan, x_T, lambda _k: torch.zeros_like(x_T), class_labels=labels)
     assert wanted.abs().max() > 1.5
     with torch.no_grad():
         images = refiner.images(torch.tensor([line[:4] for line in fit.lines]), torch.arange(len(wanted)))

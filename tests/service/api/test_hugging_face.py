@@ -67,6 +67,7 @@ def test_a_parameter_with_an_honest_meaning_has_it_and_any_other_is_refused_by_t
         ({"height": True}, "height", "4, as all images"),
         ({"target_size": {"width": 512, "height": 4}}, "target_size", "own size"),
         ({"scheduler": "LMSDiscreteScheduler"}, "scheduler", "DDIMScheduler"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "scheduler", "DDIMScheduler"),
         ({"guidance_scale": 51}, "guidance_scale", "0..50"),
         ({"num_images_per_prompt": 10**30}, "num_images_per_prompt", "1.."),
     ]

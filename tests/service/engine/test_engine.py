@@ -236,14 +236,24 @@ def test_a_learned_variance_is_in_a_trajectory_by_value(make_checkpoint: MakeChe
 
 
 @pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("noise", [NoiseConfig(num_train_timesteps=50, beta_end=0.1), LEARNED])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        NoiseConfig(num_train_timesteps=50, beta_end=0.1),
+        LEARNED,
+        NoiseConfig(num_train_timesteps=50, prediction_type="flow", default_sampler="euler"),
+        NoiseConfig(num_train_timesteps=50, prediction_type="edm", default_sampler="euler"),
+    ],
+    ids=["eps", "learned variance", "flow", "EDM"],
+)
 def test_of_some_passes_a_trajectory_has_the_bits_of_the_whole(
     make_checkpoint: MakeCheckpoint, noise: NoiseConfig
 ) -> None:
     checkpoint = make_checkpoint(noise=noise, out_channels=2 if noise is LEARNED else 1)
     specs = [spec_of(n=2, steps=7, seed=1), spec_of(n=1, steps=7, seed=3, sampler="dpmpp_2m_sde")]
-    wholes = walked(make_engine(checkpoint), specs, max_batch=2)
-    for whole, part in zip(wholes, walked(make_engine(checkpoint), specs, max_batch=2, keep=[2, 5]), strict=True):
+    wholes, parts = (walked(make_engine(checkpoint), specs, max_batch=2, keep=keep) for keep in (None, [2, 5]))
+    for spec, whole, part in zip(specs, wholes, parts, strict=True):
+        assert_steps_are_mean_and_noise(checkpoint, spec, whole)
         assert part.x_t.tobytes() == whole.x_t[[2, 3, 5, 6]].tobytes()
         assert part.x_0.tobytes() == whole.x_0[list(part.selected.predictions)].tobytes()
         found, slices = transitions(part), transitions(whole)

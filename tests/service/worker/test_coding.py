@@ -1,7 +1,9 @@
 """The thread that encodes and decodes: fewest left first, one thing at a time, errors that end one job."""
 
+import math
 import queue
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +32,14 @@ class Bench:
             self.done.put((coded.job.id, list(coded.results), coded.error))
 
     def put(
-        self, name: str, count: int, fails: Exception | None = None, *, alone: bool = False, owner: str = ""
+        self,
+        name: str,
+        count: int,
+        fails: Exception | None = None,
+        *,
+        alone: bool = False,
+        owner: str = "",
+        held_back_s: float | None = None,
     ) -> None:
         def task(number: int) -> Callable[[], str]:
             def act() -> str:
@@ -42,16 +51,19 @@ class Bench:
 
             return act
 
-        self.coding.put(make_job(name, alone=alone, owner=owner), "decode", [task(k) for k in range(count)])
+        self.coding.put(
+            make_job(name, alone=alone, owner=owner, held_back_s=held_back_s), "decode", [task(k) for k in range(count)]
+        )
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
 
 
-def make_job(name: str, *, alone: bool, owner: str) -> RunningJob:
+def make_job(name: str, *, alone: bool, owner: str, held_back_s: float | None = None) -> RunningJob:
     model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
     spec = make_spec()
-    return RunningJob(NewJob(name, spec, work_of(spec, model.info), alone=alone, owner=owner), model, 0.0)
+    work = replace(work_of(spec, model.info), held_back_s=held_back_s)
+    return RunningJob(NewJob(name, spec, work, alone=alone, owner=owner), model, 0.0)
 
 
 @pytest.fixture
@@ -76,6 +88,20 @@ def test_a_short_job_does_not_wait_for_a_long_one(bench: Bench) -> None:
     bench.gate.open()
     assert [bench.next_done()[0] for _ in range(2)] == ["short", "long"]
     assert bench.order[:3] == ["long", "short", "short"]
+
+
+def test_images_of_background_jobs_come_after_all_others_until_their_wait_is_over(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("first", 1)
+    wait_until(lambda: bench.order == ["first"])
+    bench.put("held back", 1, held_back_s=math.inf)
+    bench.put("no more", 1, held_back_s=0.0)
+    bench.put("other", 3, owner="b")
+    bench.gate.open()
+    assert {bench.next_done()[0] for _ in range(4)} == {"first", "held back", "no more", "other"}
+    assert bench.order[-1] == "held back"
+    assert not bench.coding._times.foreground.owners
+    assert not bench.coding._times.background.owners
 
 
 def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_for_no_more_than_one(
