@@ -40,7 +40,7 @@ from tminus.model.pixels import MAX_CHANNELS, RGBA
 from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
-from tminus.model.unet import CLASS_NAME, UNetConfig
+from tminus.model.unet import CLASS_NAME, UNet2D, UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
@@ -446,8 +446,6 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
             # Only of such a network is it known that its images are in [0, 1].
             if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
-            # Trained on images in [0, 1]; what it is given here is 2 x - 1 of those, see parametrization.py.
-            unet = replace(unet, center_input_sample=False, unit_input=not unet.center_input_sample)
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
         elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":  # diffusers divides by its time
             wanted = "positional or learned without a ScoreSdeVeScheduler"
@@ -476,6 +474,8 @@ def _load(folder: Path) -> Checkpoint:
         net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
+    if isinstance(net, UNet2D):
+        net.unit_input = noise.family == "ve"
     if noise.is_continuous and not net.fractional:
         why = f"learned takes whole timesteps, and with prediction_type {noise.prediction_type} there are others"
         raise CheckpointError(f"{folder}: config.json: time_embedding_type {why}")

@@ -4,9 +4,8 @@ Their x has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha
 `tminus distill` are consistency models too, but of the ordinary kind of network: see training/distill.py.)
 """
 
-from torch import Tensor
-
 from tminus.model.noise import NoiseConfig
+from tminus.model.parametrization import sigma_of
 from tminus.model.sampler_tables import Table
 
 MAX_STEPS = 8
@@ -23,13 +22,9 @@ def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
     for steps in range(1, min(MAX_STEPS, noise.num_train_timesteps) + 1):
         t = [last - k * (noise.num_train_timesteps // steps) for k in range(steps)]
         reached = alpha_bar[t[1:]]
-        added = (_sigma(reached) ** 2 - noise.sigma_min**2).clamp(min=0).sqrt()
+        added = (sigma_of(reached) ** 2 - noise.sigma_min**2).clamp(min=0).sqrt()
         signal = reached.sqrt()
         lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal.tolist(), (signal * added).tolist(), strict=True)]
         lines.append((0.0, 1.0, 0.0, 0.0, 0.0))
         tables.append(Table("consistency", steps, 1.0, tuple(map(float, t)), tuple(lines)))
     return tuple(tables)
-
-
-def _sigma(alpha_bar: Tensor) -> Tensor:
-    return ((1 - alpha_bar) / alpha_bar).sqrt()

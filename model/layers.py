@@ -27,17 +27,14 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
 
 
 class FourierFeatures(nn.Module):
-    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once.
+    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies that training drew once.
 
     (Song et al. 2021, appendix C.) It is finite for every t; at 0 and below it is that of the least number above.
     """
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        weight = torch.empty(count)
-        if not weight.is_meta:
-            torch.randn(count, out=weight).mul_(16)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)  # a checkpoint's: none is trained here
 
     def forward(self, t: Tensor) -> Tensor:
         log_t = t.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -58,6 +58,11 @@ def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forwar
     return forward
 
 
+def sigma_of(alpha_bar: Tensor) -> Tensor:
+    """Return the sigma of x_0 + sigma eps = x / sqrt(alpha_bar)."""
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
 def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
     """Ho et al. 2020, eq. 15, x_0 itself, and v (Salimans & Ho 2022, eq. 10)."""
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -74,7 +79,7 @@ def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Param
 
 def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
     """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; minus c_out for v, as diffusers has it."""
-    signal, sigma, data = alpha_bar.sqrt(), _sigma(alpha_bar), noise.sigma_data
+    signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root = (sigma**2 + data**2).sqrt()
     sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
     time = LOG_SIGMA_TIMES[noise.precondition_type] * sigma.log()
@@ -83,7 +88,7 @@ def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parame
 
 def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
     """c_skip and c_out of Song et al. 2023, appendix C: at sigma_min the network does not count, and p x is x_0."""
-    signal, sigma, data = alpha_bar.sqrt(), _sigma(alpha_bar), noise.sigma_data
+    signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root, beyond = (sigma**2 + data**2).sqrt(), sigma - noise.sigma_min
     time = LOG_SIGMA_TIMES["cm_edm"] * sigma.log()
     return Parametrization(data**2 / (beyond**2 + data**2) / signal, beyond * data / root, 1 / (root * signal), time)
@@ -101,15 +106,11 @@ def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Paramet
 
     diffusers gives it the s of a continuous time that ends at sampling_eps, where its steps take those of whole levels.
     """
-    s = _sigma(alpha_bar) / 2
+    s = sigma_of(alpha_bar) / 2
     whole = math.log(noise.sigma_max / noise.sigma_min)
     share = (s / noise.sigma_min).log() / whole
     time = noise.sigma_min * ((noise.sampling_eps + (1 - noise.sampling_eps) * share) * whole).exp()
     return Parametrization(1 / alpha_bar.sqrt(), 2 * s**2, 1 / alpha_bar.sqrt(), time)
-
-
-def _sigma(alpha_bar: Tensor) -> Tensor:
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 _OF_FAMILY = {

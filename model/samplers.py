@@ -129,7 +129,8 @@ def compile_plan(
     last = schedule.alpha_bar[:1] if sampler in END_AT_FIRST and not noise.set_alpha_to_one else one
     levels = Levels(alpha_bar, torch.cat([alpha_bar[1:], last]))
     if sampler in NEED_SIGNAL and alpha_bar[0] <= 0:
-        raise ValueError(f"{sampler} cannot start from alpha_bar = 0: its first step is not defined there")
+        elsewhere = "timestep_spacing leading, or a strength below 1, may start elsewhere"
+        raise ValueError(f"{sampler} cannot start from alpha_bar = 0, where its step is not defined; {elsewhere}")
     r = torch.zeros(1, dtype=torch.float64)
     if sampler == "ddpm":
         M, r = ddpm(levels, noise.variance_type)

@@ -52,11 +52,14 @@ _DEIS_READS = {("algorithm_type", other): "deis" for other in ("dpmsolver", "dpm
     ("solver_type", other): "logrho" for other in ("midpoint", "heun", "bh1", "bh2")
 }
 _UNIPC_READS = {("solver_type", other): "bh2" for other in ("midpoint", "heun", "logrho")}
-_DPM_SOLVER = {
+_EDM_SOLVER = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
     "final_sigmas_type": "zero",
+}
+_DPM_SOLVER = {
+    **_EDM_SOLVER,
     "lambda_min_clipped": -math.inf,
     "use_lu_lambdas": False,
     **_NO_RAMP,
@@ -105,12 +108,6 @@ class SchedulerKind:
 
 _EDM = {"prediction_type": "epsilon", "clip_sample": False}
 _OF_EDM = {"epsilon": "edm", "v_prediction": "edm_v_prediction"}
-_EDM_SOLVER = {
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "final_sigmas_type": "zero",
-}
 
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),

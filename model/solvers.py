@@ -77,7 +77,7 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
 
     The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
     log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is that
-    of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 47).
+    of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 46).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)

@@ -40,7 +40,7 @@ OF_TRAINING = frozenset(
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # of networks that have no others
 # Fields that are not of UNet2DModel, and the values by which a network is one.
-OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0, "unit_input": False}
+OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 SKIP_UP_BLOCKS = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
 
@@ -85,8 +85,6 @@ class UNetConfig(NetConfig):
     """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
     timestep_scale: float = 1.0
     """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
-    unit_input: bool = False
-    """Whether it was trained on images in [0, 1], so that what it is given, in [-1, 1], is (x + 1) / 2 to it."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
@@ -374,6 +372,8 @@ class UNet2D(Denoiser):
     """The U-Net of Ho et al. 2020 and its descendants, as diffusers' `UNet2DModel`."""
 
     config: UNetConfig
+    unit_input = False
+    """Whether it was trained on images in [0, 1], which its config does not say: (x + 1) / 2 is then what it sees."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -414,10 +414,9 @@ class UNet2D(Denoiser):
         return partial(_embed_time, self.config, self.time_proj, self.time_embedding)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        if self.config.center_input_sample:
-            x = 2 * x - 1
-        if self.config.unit_input:
-            x = (x + 1) / 2
+        centred = self.config.center_input_sample
+        if centred != self.unit_input:  # both together give x back
+            x = 2 * x - 1 if centred else (x + 1) / 2
         h: Tensor = self.conv_in(x)
         skips, image = [h], x  # the image is Skip blocks'
         for block in self.down_blocks:

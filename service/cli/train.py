@@ -28,8 +28,9 @@ KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
 )
-# Of these the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
+# Of the last two the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
 CONTINUOUS = ("flow", "edm")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
     "--channels",
     type=click.Choice(["1", "3", "4"]),
@@ -103,7 +104,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the
 @click.option("--dropout", default=0.0, help="probability, inside the residual blocks")
 @click.option("--beta-schedule", default="linear", help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid")
 @click.option("--timesteps", default=1000, help="T")
-@click.option("--prediction", default="v_prediction", help="epsilon, sample, v_prediction, flow or edm")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), default="v_prediction", help="what it is to predict")
 @DEVICE
 def train(**options: Any) -> None:
     """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly.
@@ -143,22 +144,16 @@ def train(**options: Any) -> None:
         if options["test_data"] is not None or options["data"] == "fashion-mnist":
             held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
         unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
-        if options["prediction"] in CONTINUOUS:
-            if options["beta_schedule"] != "linear":
-                raise ValueError(f"--beta-schedule: --prediction {options['prediction']} has noise levels of its own")
-            noise = NoiseConfig(
-                num_train_timesteps=options["timesteps"],
-                prediction_type=options["prediction"],
-                clip_sample=False,
-                default_sampler="euler",
-            )
-        else:
-            noise = NoiseConfig(
-                num_train_timesteps=options["timesteps"],
-                beta_schedule=options["beta_schedule"],
-                prediction_type=options["prediction"],
-                clip_sample=autoencoder is None,  # latents have no bounds
-            )
+        continuous = options["prediction"] in CONTINUOUS
+        if continuous and options["beta_schedule"] != "linear":
+            raise ValueError(f"--beta-schedule: --prediction {options['prediction']} has noise levels of its own")
+        noise = NoiseConfig(
+            num_train_timesteps=options["timesteps"],
+            beta_schedule=options["beta_schedule"],
+            prediction_type=options["prediction"],
+            clip_sample=autoencoder is None and not continuous,  # latents have no bounds
+            default_sampler="euler" if continuous else "ddpm",
+        )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{kind_of(data)}, {classes}")
         say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")

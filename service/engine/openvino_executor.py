@@ -263,6 +263,7 @@ def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGr
         "part": part,
         "weights": checkpoint.weights_hash,
         "network": checkpoint.net.config.to_dict(),
+        "predicts": checkpoint.noise.prediction_type,  # a network of the score has images in [0, 1]
         "shape": checkpoint.row_shape,
         "torch": torch.__version__,
         "openvino": version(),

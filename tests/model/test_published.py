@@ -7,7 +7,6 @@ networks are narrowed to what a test can run: widths and sizes are smaller, all 
 import json
 import logging
 import shutil
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from tests.model.formats.conftest import randomised
 from tests.model.loops import loop_of_diffusers, noise_of, to_theirs
-from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.describe import describe
@@ -86,7 +85,8 @@ def test_it_is_sampled_as_by_its_own_scheduler(
         theirs = loop_of_diffusers(net, scheduler, x, STEPS, monkeypatch, labels)
     if checkpoint.noise.prediction_type == "score":
         theirs = 2 * theirs - 1
-    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-4)
+    # 1e-4 of what a picture shows; without a clip a random network's values go to hundreds.
+    torch.testing.assert_close(got, theirs, rtol=1e-6, atol=1e-4)
     assert got.std() > 0.05
 
 
@@ -131,6 +131,7 @@ def karras_edm(checkpoint: Checkpoint, net: UNet2DModel, x: Tensor, labels: Tens
 def test_inspect_says_what_it_is(name: str, noise: str, predicts: str, tmp_path: Path) -> None:
     write(tmp_path, name)
     lines = dict(describe(tmp_path, GivenFacts()).lines)
+    assert lines["format"] == "a folder of diffusers"
     assert lines["noise"] == noise
     assert lines["predicts"].startswith(predicts)
 
@@ -164,18 +165,27 @@ def test_it_is_refused_by_the_field_that_is_why(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_what_is_written_is_the_same_scheduler_to_diffusers(name: str, tmp_path: Path) -> None:
-    write(tmp_path, name)
-    noise = load_checkpoint(tmp_path).noise
-    written = noise.to_dict()
-    by_network = {"divides_by_time": noise.divides_by_time}
-    assert replace(type(noise).from_dict(written), **by_network) == noise
-    class_name = written["_class_name"]
+def test_what_is_written_is_the_same_model_to_diffusers_and_to_tminus(name: str, tmp_path: Path) -> None:
+    read, written = tmp_path / "read", tmp_path / "written"
+    read.mkdir()
+    write(read, name)
+    checkpoint = load_checkpoint(read)
+    net, noise = checkpoint.net, checkpoint.noise
+    save_checkpoint(
+        written, net.state_dict(), net.config, noise, checkpoint.labels, {}, autoencoder=checkpoint.autoencoder
+    )
+    again = load_checkpoint(written)
+    assert (again.noise, again.net.config, again.weights_hash) == (noise, net.config, checkpoint.weights_hash)
+    nets = [UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet")).config for folder in (read, written)]
+    first, second = ({key: value for key, value in each.items() if not key.startswith("_")} for each in nets)
+    assert first == second
+    scheduler = noise.to_dict()
+    class_name = scheduler["_class_name"]
     assert class_name == ROWS[name]["scheduler"]["_class_name"]
     if hasattr(diffusers, class_name):
         before, after = (
-            getattr(diffusers, class_name).from_config(each) for each in (ROWS[name]["scheduler"], written)
+            getattr(diffusers, class_name).from_config(each) for each in (ROWS[name]["scheduler"], scheduler)
         )
-        ours = {key: value for key, value in after.config.items() if not key.startswith("_") and key in written}
+        ours = {key: value for key, value in after.config.items() if not key.startswith("_") and key in scheduler}
         theirs = {key: before.config.get(key, value) for key, value in ours.items()}
         assert ours | {"clip_sample": None} == theirs | {"clip_sample": None}

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.service.cli.running import refusal, run
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
+from tminus.service.cli.train import CONTINUOUS, PREDICTIONS
 
 SMALL = ("--size", "8", "--widths", "8,8", "--groups", "4", "--head-dim", "4", "--device", "cpu", "--precision", "fp32")
 
@@ -47,6 +48,20 @@ def test_what_is_not_given_is_chosen_by_the_images(
         f"{tmp_path / 'run'}: done",
         f"More --steps go on from here. Try: tminus serve --checkpoint {tmp_path / 'run'}",
     ]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_its_folder_says_what_the_network_predicts(prediction: str, digits: Path, tmp_path: Path) -> None:
+    command = ("train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--prediction", prediction)
+    assert run(*command, "--steps", "1").exit_code == 0
+    noise = load_checkpoint(tmp_path / "run").noise
+    assert (noise.prediction_type, noise.clip_sample) == (prediction, prediction not in CONTINUOUS)
+
+
+def test_a_network_of_the_score_is_served_and_not_trained(digits: Path, tmp_path: Path) -> None:
+    result = run("train", "--data", digits, "--out", tmp_path / "run", *SMALL, "--prediction", "score")
+    assert result.exit_code == 2
+    assert "'score' is not one of 'epsilon', 'sample', 'v_prediction', 'flow', 'edm'" in result.output
 
 
 def test_a_run_is_a_checkpoint_with_a_sheet_and_a_plot_beside_it(digits: Path, tmp_path: Path) -> None:
