@@ -137,6 +137,22 @@ def test_owners_share_what_is_left_to_the_background_evenly() -> None:
     assert machine.places["a"] / machine.places["b"] == pytest.approx(1.0, abs=0.02)
 
 
+def test_background_ticks_change_nothing_of_when_the_oldest_of_other_jobs_has_its_turn() -> None:
+    """Background ticks here are of one row, so that they take a fifth of what a full tick takes."""
+    without, beside = two_models(), two_models()
+    beside.add("b", held_back(plain(1, 10_000, SLOW)))
+    for _ in range(5):
+        beside.step()
+    for machine in (without, beside):
+        machine.add("a oldest", plain(8, 1000, SLOW))
+        machine.add("a", plain(8, 500, FAST))
+    for _ in range(100):
+        expected, stepped = without.step(), beside.step()
+        assert expected is not None
+        assert stepped is not None
+        assert stepped[0] == expected[0]
+
+
 def test_a_background_job_that_is_cancelled_leaves_nothing_behind() -> None:
     machine = Machine(speed_of(8))
     scheduler = machine.schedulers[0]
