@@ -122,8 +122,12 @@ def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
     """Say what is known of a checkpoint before it is measured."""
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
-    executor = EagerExecutor(checkpoint.net, device)
-    info = make_model_info(checkpoint, device, executor, exact=wish.exact)
+
+    def make() -> ModelInfo:
+        executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # of which nothing is told
+        return make_model_info(checkpoint, device, executor, exact=wish.exact)
+
+    info = _in_thread(make)
     info = replace(info, fingerprint="", executor="", precision="", executor_details="")
     short_batch = min(options.short_batch or wish.max_batch, wish.max_batch)
     return Unmeasured(info, max_rows, wish.max_batch, short_batch)

@@ -159,10 +159,17 @@ def npy(array: np.ndarray) -> bytes:
 def test_floats_are_an_array_and_what_is_none_is_no_answer() -> None:
     array = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
     good = npy(array)
-    np.testing.assert_array_equal(sampled(good, "application/x-npy").array, array)
+    np.testing.assert_array_equal(np.asarray(sampled(good, "application/x-npy").floats), array)
     huge = good.replace(b"(1, 3, 2, 2)", b"(1, 3, 9, 9)")
-    for data in (good[:-1], good[:40], huge, npy(array.astype(np.float64)), npy(np.asfortranarray(array))):
+    for data in (
+        good[:-1],
+        good[:40],
+        huge,
+        npy(array.astype(np.float64)),
+        npy(np.asfortranarray(array)),
+        npy(array[0]),
+    ):
         with pytest.raises(UnexpectedAnswer, match="no array of floats"):
-            _ = sampled(data, "application/x-npy").array
+            _ = sampled(data, "application/x-npy").floats
     with pytest.raises(UnexpectedAnswer):
         sampled(PNG, "application/x-npy")

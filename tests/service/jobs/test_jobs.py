@@ -97,8 +97,8 @@ def test_a_job_is_told_by_its_id_as_soon_as_it_is_accepted(make_site: MakeSite) 
 def test_the_store_is_called_while_images_are_still_copied_from_a_gpu(held: Site) -> None:
     images, copied, reading = held.engine.images, threading.Event(), threading.Event()
 
-    def images_later(rows: Sequence[int]) -> Callable[[], Images]:
-        read = images(rows)
+    def images_later(rows: Sequence[int], *depth: Any) -> Callable[[], Images]:
+        read = images(rows, *depth)
 
         def read_later() -> Images:
             reading.set()
