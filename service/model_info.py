@@ -115,6 +115,10 @@ class Limits:
         """How many background jobs may be held beside the others."""
         return background_share(self.max_jobs)
 
+    def most_jobs(self, *, background: bool) -> int:
+        """How many jobs of a class may be held."""
+        return self.max_background_jobs if background else self.max_jobs
+
     @property
     def max_background_rows(self) -> int:
         """How many images of background jobs may be held beside the others."""

@@ -178,15 +178,20 @@ class Lifecycle:
         """Whether the model is not in memory, so that `accept_later` takes its jobs."""
         return self._residence.is_out(self.model)
 
-    def check_room(self) -> Outlook:
-        """Return what a job is told that waits for the model to come in. Raises Overloaded where too many do."""
-        waiting, left_s = len(self._held), self._residence.expected_s(self.model)
-        if waiting >= self._limits.max_jobs:
+    def check_room(self, *, background: bool) -> Outlook:
+        """Return what a job is told that waits for the model to come in.
+
+        Raises Overloaded where too many of its class do.
+        """
+        left_s, most = self._residence.expected_s(self.model), self._limits.most_jobs(background=background)
+        waiting = sum(job.record.background == background for job in self._held.values())
+        if waiting >= most:
+            where = " in the background" if background else ""
             raise Overloaded(
-                f"{waiting} jobs wait until the model is in memory", retry_after_s=max(1, math.ceil(left_s)),
-                field="jobs", value=waiting + 1, bound=f"at most {self._limits.max_jobs}",
+                f"{waiting} jobs{where} wait until the model is in memory", retry_after_s=max(1, math.ceil(left_s)),
+                field="jobs", value=waiting + 1, bound=f"at most {most}",
             )  # fmt: skip
-        return Outlook(waiting, left_s)
+        return Outlook(len(self._held) if background else waiting, left_s)
 
     def accept_later(self, record: JobRecord) -> None:
         """Take on a job that the store keeps, and that enters the worker when the model is in memory."""

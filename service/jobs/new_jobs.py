@@ -145,7 +145,7 @@ class NewJobs:
         ticket, leases = None, lifecycle.leases
         if lifecycle.is_out:  # it waits in the store, and brings the model in
             self._worker.check_open()
-            outlook = lifecycle.check_room()
+            outlook = lifecycle.check_room(background=record.background)
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None
             lifecycle.accept_later(record)

@@ -295,20 +295,26 @@ class Admission:
     # --- the forecast ---
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
-        """Count on as much work as has come lately, where it overtakes a job."""
+        """Count on as much work as has come lately, where it overtakes a job.
+
+        One that is held back waits for all of it, but ends no later than as any other job after its wait.
+        """
         srpt = speed.sharing.policy == "srpt"
         held_back = job.is_held_back(now_s)
         if not (srpt or held_back) or not speed.sharing.times.points:
             return outlook
         left_s, least_share = job.places_left * speed.place_s, RESERVED_SHARE if srpt else 1.0
-        share = self._arrivals[job.owner, held_back].share(left_s, now_s) if srpt else 0.0
-        if not held_back:
-            return replace(outlook, eta_s=stretch(share, least_share) * outlook.eta_s)
-        share += self._arrivals[None, False].share(math.inf, now_s)
-        assert job.work.held_back_s is not None
-        at_last_s = job.since_s + job.work.held_back_s - now_s + left_s / least_share
-        eta_s = min(stretch(share, 0.0) * outlook.eta_s, at_last_s)
-        return replace(outlook, eta_s=max(eta_s, outlook.eta_s))
+        shorter = {
+            background: self._arrivals[job.owner, background].share(left_s, now_s) if srpt else 0.0
+            for background in (False, held_back)
+        }
+        eta_s = stretch(shorter[False], least_share) * outlook.eta_s
+        if held_back:
+            assert job.work.held_back_s is not None
+            at_last_s = job.since_s + job.work.held_back_s - now_s + eta_s
+            share = shorter[True] + self._arrivals[None, False].share(math.inf, now_s)
+            eta_s = min(stretch(share, 0.0) * outlook.eta_s, at_last_s)
+        return replace(outlook, eta_s=eta_s)
 
     def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed]]:
         with self._lock:

@@ -172,7 +172,7 @@ class Ahead:
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
         """How many ticks from now on are taken to be alike, and how many the last row of each job needs to its end."""
-        busy, turns = self._turns.busy, self._turns
+        busy, turns = len(self._turns.busy()), self._turns
         whole = True  # whether the batch has all rows of its jobs, so that no other row's turn comes until one ends
         alike, last = [], {}
         for job_id, rows, _ in batch.jobs:

@@ -86,7 +86,7 @@ def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess 
     background = work.background
     bounds = {
         "backlog_s": math.inf if background else limits.max_backlog_s,
-        "jobs": limits.max_background_jobs if background else limits.max_jobs,
+        "jobs": limits.most_jobs(background=background),
         "rows": speed.most_rows(background=background),
     }
     values = load.values(work, speed)

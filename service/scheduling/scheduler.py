@@ -618,34 +618,42 @@ class Scheduler:
 
 
 class Turns(Generic[Model]):
-    """Says which model has the next tick. While a model has other jobs, no background job of any model steps.
+    """Says which model has the next tick: the one of the job that goes first, and sometimes that of the oldest job.
 
-    Each model has a scheduler of its own; a job that is to step alone counts as a model here.
+    While a model has other jobs, no background job of any model steps. Owns how much time the model of each owner's
+    oldest job is owed: a share of it is kept for that job, unless it is of the background. Each model has a scheduler
+    of its own; a job that is to step alone counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._foreground, self._background = _ClassTurns[Model](), _ClassTurns[Model]()
-        self._stepping = self._foreground  # whose tick was chosen last
+        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took, but for background ticks
+        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
+        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
+        self._stepping_background = False  # in the tick that was chosen last
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
         """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
         assert model not in self._schedulers
-        self._schedulers[model] = scheduler
-        self._foreground.put(model, scheduler.foreground, tick_s)
-        self._background.put(model, scheduler.background, tick_s)
+        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
     def remove(self, model: Model) -> None:
         """Forget a model, which has no jobs any more."""
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
-        self._foreground.remove(model)
-        self._background.remove(model)
+        self._tick_s.pop(model, None)
+        self._owed = None  # or it would hold the model, which holds its engine's memory
+        self._forget_settled()
 
     @property
     def has_work(self) -> bool:
         """Whether a model has a next tick."""
-        return self._foreground.has_work or self._background.has_work
+        return any(scheduler.has_work for scheduler in self._schedulers.values())
+
+    @property
+    def in_background(self) -> bool:
+        """Whether there are none but background jobs."""
+        return not any(scheduler.foreground.has_work for scheduler in self._schedulers.values())
 
     def come_to(self, now_s: float) -> None:
         """Have all schedulers take note of the time."""
@@ -657,66 +665,18 @@ class Turns(Generic[Model]):
         """When `come_to` may next have something to do, if only background jobs step."""
         return min((scheduler.changes_at_s for scheduler in self._schedulers.values()), default=math.inf)
 
+    def busy(self) -> dict[Model, ClassScheduler]:
+        """Return the models that have jobs of the class whose turn it is, with these jobs."""
+        in_background = self.in_background
+        return {
+            model: jobs
+            for model, scheduler in self._schedulers.items()
+            if (jobs := scheduler.background if in_background else scheduler.foreground).has_work
+        }
+
     def shares(self) -> list[Model]:
         """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
-        return self._now.shares()
-
-    @property
-    def busy(self) -> int:
-        """How many models have jobs of the class whose turn it is."""
-        return self._now.busy
-
-    @property
-    def in_background(self) -> bool:
-        """Whether there are none but background jobs."""
-        return not self._foreground.has_work
-
-    def next(self, now_s: float = 0.0) -> Model | None:
-        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
-        self.come_to(now_s)
-        self._stepping = self._now
-        return self._stepping.next()
-
-    def stepped(self, model: Model, seconds: float) -> None:
-        """Note how long the tick took that a model has had."""
-        self._stepping.stepped(model, seconds)
-
-    @property
-    def _now(self) -> "_ClassTurns[Model]":
-        return self._foreground if self._foreground.has_work else self._background
-
-
-class _ClassTurns(Generic[Model]):
-    """The turns of one class: of the model of the job that goes first, and sometimes that of the oldest job.
-
-    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job.
-    """
-
-    def __init__(self) -> None:
-        self._schedulers: dict[Model, ClassScheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
-        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
-        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
-
-    def put(self, model: Model, scheduler: ClassScheduler, tick_s: float) -> None:
-        self._schedulers[model], self._tick_s[model] = scheduler, tick_s
-
-    def remove(self, model: Model) -> None:
-        del self._schedulers[model]
-        self._tick_s.pop(model, None)
-        self._owed = None  # or it would hold the model, which holds its engine's memory
-        self._forget_settled()
-
-    @property
-    def busy(self) -> int:
-        return sum(scheduler.has_work for scheduler in self._schedulers.values())
-
-    @property
-    def has_work(self) -> bool:
-        return any(scheduler.has_work for scheduler in self._schedulers.values())
-
-    def shares(self) -> list[Model]:
-        busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
+        busy = self.busy()
         if len(busy) < 2:
             return list(busy)
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
@@ -732,8 +692,10 @@ class _ClassTurns(Generic[Model]):
         reserves = any(scheduler.reserves for scheduler in busy.values())
         return [first, oldest] if reserves and first != oldest else [first]
 
-    def next(self) -> Model | None:
-        self._owed = None
+    def next(self, now_s: float = 0.0) -> Model | None:
+        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
+        self.come_to(now_s)
+        self._owed, self._stepping_background = None, self.in_background
         if len(self._schedulers) == 1:  # nearly always
             (model,) = self._schedulers
             return model
@@ -741,11 +703,14 @@ class _ClassTurns(Generic[Model]):
         if len(models) < 2:
             return models[0] if models else None
         first, oldest = models
-        self._owed = self._schedulers[oldest].owners[0], oldest
+        self._owed = self._schedulers[oldest].foreground.owners[0], oldest
         owed_s = self._owed_s.setdefault(self._owed, 0.0)
         return first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest
 
     def stepped(self, model: Model, seconds: float) -> None:
+        """Note how long the tick took that a model has had."""
+        if self._stepping_background:  # which changes no turn of other jobs
+            return
         self._tick_s[model] = seconds
         if self._owed is not None:
             owed_s = self._owed_s.get(self._owed, 0.0)
@@ -759,5 +724,5 @@ class _ClassTurns(Generic[Model]):
     def _forget_settled(self) -> None:
         """Forget what was owed to owners that have no job there any more."""
         for owner, model in list(self._owed_s):
-            if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
+            if model not in self._schedulers or not self._schedulers[model].foreground.has_jobs_of(owner):
                 del self._owed_s[owner, model]

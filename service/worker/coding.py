@@ -82,10 +82,15 @@ class _Tasks:
     tasks: deque[Task]
     owner: str = ""
     alone: bool = False  # nothing steps while one of the tasks runs
-    held_back_until_s: float = -math.inf  # all others go first until then, by `time.perf_counter`
+    held_back_until_s: float = -math.inf  # by `time.perf_counter`; -inf once that is over
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether all others go first."""
+        return self.held_back_until_s > -math.inf
 
 
 class Coding:
@@ -179,8 +184,8 @@ class Coding:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            now_s = time.perf_counter()
-            first = [tasks for tasks in self._waiting.values() if tasks.held_back_until_s <= now_s]
+            self._hold_back_no_more(time.perf_counter())
+            first = [tasks for tasks in self._waiting.values() if not tasks.is_held_back]
             waiting = first or list(self._waiting.values())
             owner = min(waiting, key=lambda tasks: self._times_of(tasks).had_s(tasks.owner)).owner
             of_owner = [tasks for tasks in waiting if tasks.owner == owner]
@@ -190,8 +195,16 @@ class Coding:
             self._tasks_begun[owner] += 1
             return picked, picked.tasks.popleft()
 
+    def _hold_back_no_more(self, now_s: float) -> None:
+        """Have tasks that were held back for long enough go on as those of any other job."""
+        for tasks in self._waiting.values():
+            if tasks.is_held_back and tasks.held_back_until_s <= now_s:
+                self._times.background.leave(tasks.owner)
+                tasks.held_back_until_s = -math.inf
+                self._times.foreground.join(tasks.owner)
+
     def _times_of(self, tasks: _Tasks) -> OwnerTimes:
-        return self._times.foreground if tasks.held_back_until_s == -math.inf else self._times.background
+        return self._times.background if tasks.is_held_back else self._times.foreground
 
     def _forget(self, name: str) -> None:
         if (tasks := self._waiting.pop(name, None)) is not None:

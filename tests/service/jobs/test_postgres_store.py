@@ -621,7 +621,10 @@ def test_tables_of_a_newer_version_are_left_as_they_are(database: DatabaseShelf)
     assert database.open().get("a") == job("a")
 
 
-def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: DatabaseShelf) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_tables_of_an_earlier_version_are_brought_to_this_one_with_their_jobs(
+    database: DatabaseShelf, version: int
+) -> None:
     database.open().add(job("a"), Key("k", "hash"))
 
     def made() -> list[list[tuple[object, ...]]]:
@@ -638,15 +641,14 @@ def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: D
         ]
 
     new = made()
-    for statement in (  # what versions 2 and 3 have added
-        "ALTER TABLE jobs DROP COLUMN background",
-        "ALTER TABLE replicas DROP COLUMN background_s",
-        "DROP TABLE deliveries",
-        "ALTER TABLE jobs DROP COLUMN webhook",
-        "DROP INDEX jobs_by_key",
-        "UPDATE alembic_version SET version_num = '1'",
-    ):
-        database.change(statement)
+    added = {  # by the version that has added it
+        3: ("ALTER TABLE jobs DROP COLUMN background", "ALTER TABLE replicas DROP COLUMN background_s"),
+        2: ("DROP TABLE deliveries", "ALTER TABLE jobs DROP COLUMN webhook", "DROP INDEX jobs_by_key"),
+    }
+    for number, statements in added.items():
+        for statement in statements if number > version else ():
+            database.change(statement)
+    database.change(f"UPDATE alembic_version SET version_num = '{version}'")
     told = replace(job("b"), webhook=Webhook("https://hooks.example/x"))
     for _ in range(2):  # and stays so
         store = database.open()

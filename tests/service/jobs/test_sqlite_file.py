@@ -316,12 +316,15 @@ def test_frames_that_an_earlier_log_has_left_are_no_damage(
 # --- upgrades ---
 
 
-@pytest.fixture
-def earlier(tmp_path: Path) -> Path:
-    """A file that version 1 made: a job that is done, one that is not, and a snapshot of it."""
+@pytest.fixture(params=range(1, VERSION))
+def earlier(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A file of an earlier version, that version 1 made: a job that is done, one that is not, and a snapshot of it."""
     file = tmp_path / "earlier.sqlite"
     with closing(sqlite3.connect(file)) as connection:
         connection.executescript((Path(__file__).parent / "version_1.sql").read_text())
+        for version in range(1, request.param):
+            connection.executescript(";".join(sqlite_file.UPGRADES[version]))
+        connection.execute(f"PRAGMA user_version = {request.param}")
     return file
 
 
@@ -354,11 +357,16 @@ def test_it_then_has_the_tables_of_a_new_file(earlier: Path, tmp_path: Path) -> 
 
 
 def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statements = (*sqlite_file.UPGRADES[1], "SELECT no_such_function()")
-    monkeypatch.setattr(sqlite_file, "UPGRADES", {**sqlite_file.UPGRADES, 1: statements})
+    def tables() -> list[tuple[object, ...]]:
+        with closing(sqlite3.connect(earlier)) as connection:
+            tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+            return [*tables, connection.execute("PRAGMA user_version").fetchone()]
+
+    before, last = tables(), VERSION - 1
+    statements = (*sqlite_file.UPGRADES[last], "SELECT no_such_function()")
+    monkeypatch.setattr(sqlite_file, "UPGRADES", {**sqlite_file.UPGRADES, last: statements})
     with pytest.raises(ValueError, match="no such function"):
         SqliteStore(earlier)
     monkeypatch.undo()
-    with closing(sqlite3.connect(earlier)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    assert tables() == before
     assert len(jobs_of(earlier)) == 1

@@ -74,11 +74,11 @@ def test_a_background_job_ends_after_its_wait_and_its_work_however_much_else_com
     machine.add("b", held_back(work, wait_s))
     tick_s = max(speed.longest_tick_s for speed in machine.speeds.values())
     # The oldest job has its share of each tick, or of the time where its model is not that of the others.
-    ticks = 1 + math.ceil(work.places / machine.speeds[FAST].sharing.reserved)
+    ticks = 1 + max(math.ceil(work.places / machine.speeds[FAST].sharing.reserved), work.steps)
     least_s = wait_s + 4 * tick_s + ticks * machine.speeds[FAST].longest_tick_s / (RESERVED_SHARE if others else 1)
     number = 0
     while "b" not in machine.ends:
-        if machine.turns.in_background:
+        if not any(left for job_id, left in machine.left.items() if job_id != "b"):
             machine.add(f"b{number}", plain(8, 2, others))
             number += 1
         _, batch = machine.step() or pytest.fail("there is always something to do")
@@ -135,6 +135,22 @@ def test_owners_share_what_is_left_to_the_background_evenly() -> None:
     for _ in range(4000):
         machine.step()
     assert machine.places["a"] / machine.places["b"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_background_ticks_change_nothing_of_when_the_oldest_of_other_jobs_has_its_turn() -> None:
+    """Background ticks here are of one row, so that they take a fifth of what a full tick takes."""
+    without, beside = two_models(), two_models()
+    beside.add("b", held_back(plain(1, 10_000, SLOW)))
+    for _ in range(5):
+        beside.step()
+    for machine in (without, beside):
+        machine.add("a oldest", plain(8, 1000, SLOW))
+        machine.add("a", plain(8, 500, FAST))
+    for _ in range(100):
+        expected, stepped = without.step(), beside.step()
+        assert expected is not None
+        assert stepped is not None
+        assert stepped[0] == expected[0]
 
 
 def test_a_background_job_that_is_cancelled_leaves_nothing_behind() -> None:
@@ -282,6 +298,19 @@ def test_what_is_told_of_a_background_job_counts_on_more_of_other_work_and_on_it
         flooded.enter(f"{number}", plain(8, 8), now_s=number / 2)
         flooded.leave(f"{number}")
     assert flooded.outlooks(15.0)["b"].eta_s <= 5.0 + 8.0 / RESERVED_SHARE
+
+
+def test_after_its_wait_a_background_job_is_told_what_any_other_is_told() -> None:
+    told = []
+    for work in (held_back(plain(1, 64), 20.0), plain(1, 64)):  # one row cannot use what is kept for the oldest job
+        admission = make_admission(RATE)
+        admission.enter("b", work, now_s=0.0)
+        for number in range(200):
+            admission.enter(f"{number}", plain(8, 4), now_s=number / 4)
+            admission.leave(f"{number}")
+        told.append(admission.outlooks(15.0)["b"].eta_s)
+    assert told[1] == pytest.approx(8.0 / RESERVED_SHARE)
+    assert told[0] == pytest.approx(5.0 + told[1])
 
 
 def test_a_background_job_that_goes_on_after_a_restart_needs_a_slot_of_the_background() -> None:

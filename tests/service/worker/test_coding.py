@@ -104,6 +104,19 @@ def test_images_of_background_jobs_come_after_all_others_until_their_wait_is_ove
     assert not bench.coding._times.background.owners
 
 
+def test_once_a_job_is_held_back_no_more_what_its_owner_had_in_the_background_does_not_count(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("first", 1, owner="b")
+    wait_until(lambda: bench.order == ["first"])
+    bench.put("held back", 1, owner="a", held_back_s=math.inf)
+    bench.coding._times.background.stepped({"a": 60.0})
+    bench.coding._times.foreground.stepped({"b": 1.0})
+    bench.put("other", 2, owner="b")
+    bench.put("no more", 1, owner="a", held_back_s=0.0)
+    bench.gate.open()
+    assert [bench.next_done()[0] for _ in range(4)] == ["first", "no more", "other", "held back"]
+
+
 def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_for_no_more_than_one(
     bench: Bench,
 ) -> None:
