@@ -11,7 +11,6 @@ Before all that comes the class. Background jobs step in ticks of their own, and
 they have been held back for as long as they may be: from then on they are jobs like any other.
 """
 
-import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
@@ -531,8 +530,7 @@ class Scheduler:
         self._times = ClassTimes() if times is None else times
         self.foreground = ClassScheduler(sharing, self._times.foreground)
         self.background = ClassScheduler(sharing.in_background(), self._times.background)
-        # Until when background jobs are held back: a heap. Those of jobs that have left go when they come up.
-        self._held_back: list[tuple[float, str]] = []
+        self._held_back: dict[str, float] = {}  # until when each background job is
         self._short_background = sharing.short_background
 
     def beside(self) -> "Scheduler":
@@ -564,12 +562,14 @@ class Scheduler:
             self.foreground.add(job)
         else:
             self.background.add(job)
-            heapq.heappush(self._held_back, (since_s + work.held_back_s, job_id))
+            self._held_back[job_id] = since_s + work.held_back_s
 
     def come_to(self, now_s: float) -> None:
         """Take note of the time: background jobs are held back no more, or their ticks become full ones."""
-        while self._held_back and self._held_back[0][0] <= now_s:
-            _, job_id = heapq.heappop(self._held_back)
+        for until_s, job_id in sorted((until_s, job_id) for job_id, until_s in self._held_back.items()):
+            if until_s > now_s:
+                break
+            del self._held_back[job_id]
             if (job := self.background.take(job_id)) is not None:
                 self.foreground.add(job)
         if self.foreground.has_work:
@@ -580,13 +580,14 @@ class Scheduler:
     @property
     def changes_at_s(self) -> float:
         """When `come_to` may next have something to do, if only background jobs step."""
-        held_back_until_s = self._held_back[0][0] if self._held_back else math.inf
+        held_back_until_s = min(self._held_back.values(), default=math.inf)
         is_full = self.background.most_places == self._sharing.max_batch
         return min(held_back_until_s, math.inf if is_full else self._times.foreground_at_s + QUIET_S)
 
     def cancel(self, job_id: str) -> None:
         """Remove a job at once. Nothing happens if it is not here (any more)."""
         self._of(job_id).take(job_id)
+        self._held_back.pop(job_id, None)
 
     def next_batch(self) -> Batch | None:
         """Choose the rows of the next tick, or None when there is nothing to do."""
@@ -598,7 +599,10 @@ class Scheduler:
         ticks: so many times, one after the other, for a look ahead.
         """
         assert batch.jobs, "it is not of next_batch"
-        return self._of(batch.jobs[0].job_id).advance(batch, ticks)
+        advance = self._of(batch.jobs[0].job_id).advance(batch, ticks)
+        for job_id in advance.finished:
+            self._held_back.pop(job_id, None)
+        return advance
 
     def steps(self, job_id: str) -> tuple[int, ...]:
         """The step that each row of a job takes next."""
