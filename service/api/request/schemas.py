@@ -372,6 +372,13 @@ def bit_depths(model: ModelInfo) -> tuple[int, ...]:
     return BIT_DEPTHS if model.channels == 1 else (8, 32)
 
 
+def check_pictures(spec: SampleSpec, model: ModelInfo, where: str) -> None:
+    """Raise InvalidField for floats, where pictures alone are given."""
+    if spec.depth == 32:
+        depths = " or ".join(str(depth) for depth in bit_depths(model) if depth != 32)
+        raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
+
+
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
     """Say in words what each parameter must be."""
     return {
