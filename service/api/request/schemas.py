@@ -359,7 +359,7 @@ class SampleRequest(RequestSchema):
 def check_uploads(model: ModelInfo) -> None:
     """Raise InvalidField where no picture that can be sent is an image of the model."""
     if not model.fits_pictures:
-        bound = f"absent: this model's images have {model.channels} channels, and a picture has 1, 3 or 4 (RGBA)"
+        bound = f"absent: a picture holds {model.shown_channels} of the {model.channels} channels of this model's images"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
 
 
