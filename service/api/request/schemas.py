@@ -359,7 +359,7 @@ class SampleRequest(RequestSchema):
 def check_uploads(model: ModelInfo) -> None:
     """Raise InvalidField where no picture that can be sent is an image of the model."""
     if not model.fits_pictures:
-        bound = f"absent: a picture holds {model.shown_channels} of the {model.channels} channels of this model's images"
+        bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
 
 
