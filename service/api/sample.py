@@ -36,6 +36,7 @@ from tminus.service.api.request.schemas import (
     SampleRequest,
     TrajectoryRequest,
     WebhookRequest,
+    check_pictures,
 )
 from tminus.service.api.submission import accept, pixel_headers, spec_headers, submit, understand
 from tminus.service.errors import InvalidField
@@ -186,8 +187,8 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
     if media_type == NPY:
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
-    elif spec.depth == 32:
-        raise InvalidField.of("bit_depth", f"8 or 16 with Accept: {media_type}; {NPY} has 32", spec.depth)
+    else:
+        check_pictures(spec, model, f"with Accept: {media_type}; {NPY} has 32")
     kind = media_type if clip else f"{media_type}; unclipped"
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
     # Beside the pixels, floats are held while they are laid out again.

@@ -18,11 +18,10 @@ from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
-from tminus.service.api.request.schemas import StreamRequest
+from tminus.service.api.request.schemas import StreamRequest, check_pictures
 from tminus.service.api.submission import submit, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
-    InvalidField,
     JobCancelled,
     MalformedMessage,
     ServiceError,
@@ -98,8 +97,7 @@ class _Stream:
                         preview = StreamRequest.parse(StreamRequest.own_of(parameters))
                         # It takes the parameters: they may be megabytes, and the job take an hour.
                         self._services, new = await understand(self._services, caller, parameters)
-                        if new.spec.depth == 32:
-                            raise InvalidField.of("bit_depth", "8 or 16 in a stream, whose images are PNGs", 32)
+                        check_pictures(new.spec, self._services.model, "in a stream, whose images are PNGs")
                         await self._job(preview, new, caller)
                     keep_open = preview.keep_open
                     patience_s = NEXT_MESSAGE_S

@@ -14,7 +14,9 @@ import click
 
 from tminus.service.startup.logs import printable
 
-NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".zip", ".tar", ".gz"})
+NO_PICTURES = frozenset(
+    {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".zip", ".tar", ".gz", ".npy"}
+)
 
 
 def say(text: str) -> None:

@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
 MAX_FILE_BYTES = 256 * 2**20
-BY_STEP = {
-    "x_t": 0,
-    "x_0": 1,
-}  # the arrays that are compared to the bit, and by how much their steps are more than `at`
+# The arrays that are compared to the bit, and by how much their steps are more than `at`.
+BY_STEP = {"x_t": 0, "x_0": 1}
 # How near others have to be, relative and absolute: they follow from those, and another NumPy may round another way.
 CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p may be about 0
 PLAN_CLOSE = (1e-12, 0.0)

@@ -73,7 +73,7 @@ ANIMATION_PX = 512  # of its longer side, at most
     help="classifier-free guidance scale  [default: as recommended where sampler and steps are, else 1, which is off]",
 )
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
-@click.option("--bit-depth", type=click.IntRange(8, 16), help="8, or 16 of a model of one channel  [default: 8]")
+@click.option("--bit-depth", type=click.Choice(["8", "16"]), help="8, or 16 of a model of one channel  [default: 8]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")

@@ -5,11 +5,14 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from PIL import features
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.scheduler_kinds import FIELDS
 from tminus.service.engine.executors import Executor
 from tminus.service.model_info import LatentInfo, ModelInfo
 
@@ -72,6 +75,14 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
     return LatentInfo(autoencoder.config.kind, *checkpoint.row_shape, autoencoder.config.scaling_factor)
 
 
+def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
+    """Return what of the schedule can change a bit: where it is of betas, no field that formulas alone have."""
+    fields = asdict(noise)
+    if noise.is_continuous:
+        return fields
+    return {name: fields[name] for name in ("default_sampler", *FIELDS["betas"], *FIELDS["consistency"])}
+
+
 def _device_name(device: torch.device) -> str:
     """Name the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -93,7 +104,7 @@ def fingerprint(
     of what a latent model's autoencoder makes of fixed values.
     """
     parts = {
-        "noise": asdict(checkpoint.noise),
+        "noise": _noise_fields(checkpoint.noise),
         "null_class": checkpoint.labels.null_class,
         "tables": [table.hash for table in checkpoint.tables],
         "tminus": version("tminus"),

@@ -35,8 +35,10 @@ async function start() {
   form.elements.class_label.value = usualOpening(model).class_label ?? "";
   form.inert = false; // before, this would have written over what somebody chose
   drawSchedule(schedule);
+  const { channels, shown_channels: shown } = model;
+  const part = channels === shown ? "" : `, ${shown} of ${channels} channels shown`;
   element("model").textContent =
-    `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
+    `${model.name}: ${model.width_px}×${model.height_px}${part}, T=${model.num_timesteps}, on ${model.device}`;
   const opened = openingShown();
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;

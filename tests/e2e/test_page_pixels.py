@@ -75,6 +75,7 @@ def test_pictures_with_alpha_lie_on_a_checkerboard_of_each_colour_scheme(open_pa
 
 def test_pictures_without_alpha_lie_on_nothing_of_the_kind(open_page: OpenPage, server: RunningServer) -> None:
     page = open_page(f"{server.url}/models/opaque/")
+    expect(page.at("#model")).not_to_contain_text("channels")
     page.make(**QUICK)
     assert behind(page, "#x_t .crop") == behind(page, "#gallery img") == "none"
 
@@ -96,6 +97,7 @@ def test_a_model_whose_images_no_picture_holds_shows_some_and_takes_none(
     open_page: OpenPage, server: RunningServer
 ) -> None:
     page = open_page(f"{server.url}/models/planes/")
+    page.says("#model", "3 of 5 channels shown")
     page.make(**QUICK)
     with Image.open(io.BytesIO(page.picture("#gallery img"))) as image:
         assert image.mode == "RGB"

@@ -231,7 +231,9 @@ class ModelAnswer(BaseModel):
     shown_channels: int = Field(
         description="how many of the first channels pictures show: 1 is grey, 3 RGB, 4 RGBA; application/x-npy has all"
     )
-    value_range: tuple[float, float] = Field(description="what the least and the largest value of a channel stand for")
+    value_range: tuple[float, float] = Field(
+        description="of a channel, in application/x-npy: what is black, and what is white"
+    )
     latent: LatentAnswer | None = Field(description="null where the network sees pixels")
     num_timesteps: int = Field(description="T")
     beta_schedule: str

@@ -359,7 +359,7 @@ class SampleRequest(RequestSchema):
 def check_uploads(model: ModelInfo) -> None:
     """Raise InvalidField where no picture that can be sent is an image of the model."""
     if not model.fits_pictures:
-        bound = f"absent: this model's images have {model.channels} channels, and a picture has 1, 3 or 4 (RGBA)"
+        bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
 
 
@@ -370,6 +370,13 @@ def _interval_bound(num_timesteps: int) -> str:
 def bit_depths(model: ModelInfo) -> tuple[int, ...]:
     """List the bit depths that a model's images come in: no format of pictures but PNG, of grey, is read in 16."""
     return BIT_DEPTHS if model.channels == 1 else (8, 32)
+
+
+def check_pictures(spec: SampleSpec, model: ModelInfo, where: str) -> None:
+    """Raise InvalidField for floats, where pictures alone are given."""
+    if spec.depth == 32:
+        depths = " or ".join(str(depth) for depth in bit_depths(model) if depth != 32)
+        raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:

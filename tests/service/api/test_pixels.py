@@ -250,7 +250,12 @@ JSON = {"Accept": "application/json"}
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str, str]] = {
     "a depth that there is not": ({}, {"bit_depth": 12}, "bit_depth", "8, 16 or 32"),
     "a depth in words": ({}, {"bit_depth": "16.0"}, "bit_depth", "8, 16 or 32"),
-    "32 bits in a PNG": ({}, {"bit_depth": 32}, "bit_depth", "application/x-npy has 32"),
+    "32 bits in a PNG": (
+        {},
+        {"bit_depth": 32},
+        "bit_depth",
+        "8 or 16 with Accept: image/png; application/x-npy has 32",
+    ),
     "8 bits in floats": (NPY, {"bit_depth": 8}, "bit_depth", "32 or absent"),
     "frames of 16 bits": (JSON, {"bit_depth": 16, "every": 1}, "bit_depth", "8 or absent with every"),
     "an animation of 16 bits": (
@@ -284,6 +289,8 @@ def test_sixteen_bits_are_of_one_channel(make_site: MakeSite) -> None:
         site = make_site(info=replace(INFO, channels=channels, alpha=channels == 4))
         found = problem(site.post(json=SPEC | {"bit_depth": 16}), 422, "invalid_field")
         assert found["bound"] == f"8 or 32 for {channels} channels; 16 is for one"
+        found = problem(site.post(json=SPEC | {"bit_depth": 32}), 422, "invalid_field")
+        assert found["bound"].startswith("8 with Accept: image/png")
 
 
 def test_floats_of_previews_are_refused_with_the_place_where_they_are(one_site: Site) -> None:

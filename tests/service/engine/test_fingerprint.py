@@ -8,6 +8,7 @@ import torch
 from tests.service.conftest import MakeCheckpoint
 from tminus.model.catalogue import SAMPLERS, Recommended
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
 from tminus.service.engine import fingerprint
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
@@ -49,6 +50,18 @@ def test_whether_the_fourth_channel_is_alpha_is_in_the_fingerprint(make_checkpoi
     )
     assert (plain.shown_channels, alpha.shown_channels) == (3, 4)
     assert plain.fingerprint != alpha.fingerprint
+
+
+def test_what_only_formulas_of_noise_have_is_in_their_fingerprint_alone(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU)
+
+    def made(noise: NoiseConfig) -> str:
+        return make_model_info(replace(tiny, noise=noise), CPU, executor, exact=True).fingerprint
+
+    flow = NoiseConfig(prediction_type="flow", default_sampler="euler")
+    assert made(replace(tiny.noise, shift=3.0, sampling_eps=1e-3)) == made(tiny.noise)
+    assert made(replace(tiny.noise, steps_offset=1)) != made(tiny.noise)
+    assert made(replace(flow, shift=3.0)) != made(flow)
 
 
 def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
