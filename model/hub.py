@@ -365,7 +365,7 @@ def _raise_clearly(hub_id: HubId, error: BaseException) -> None:
     if status is not None and status < 500 and status != 429:
         raise CheckpointError(f"{hub_id}: {endpoint} answers {status}")
     if isinstance(error, (errors.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)):
-        raise CheckpointError(f"{hub_id}: {endpoint} does not answer as a hub does: {first_line(error)}")
+        raise _Unreachable(hub_id, f"{endpoint} does not answer as a hub does: {first_line(error)}")
     raise _Unreachable(hub_id, f"{endpoint} cannot be reached: {first_line(error)}")
 
 

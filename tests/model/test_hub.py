@@ -161,7 +161,7 @@ def test_a_branch_that_moved_is_fetched_and_a_tag_stays(hub: Hub, fetch: Fetch, 
     assert tagged.name == first
 
 
-@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing"])
+@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing", "page"])
 def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, nested: Path, away: str) -> None:
     commit = hub.push(ID, nested)
     folder = fetch(ID).folder
@@ -173,6 +173,8 @@ def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, n
     elif away == "silent":
         hub.silent.set()
         patience_s = 1.0
+    elif away == "page":  # of a network that one has to log in to
+        hub.answers_html = True
     else:
         hub.fails = True
     again = fetch(ID, patience_s, **variables)
