@@ -114,14 +114,13 @@ def _fetched(hub_id: HubId) -> Path:
             f"{hub_id}: holds no {WEIGHTS_NAME}.safetensors or .bin with its config.json, as a checkpoint of diffusers "
             "does"
         )
-    known = HubId(hub_id.repository, commit)
-    missing = {name: size for name, size in wanted.items() if not _is_cached(known, name)}
+    folder = _repository_folder(hub_id) / SNAPSHOTS / commit
+    missing = {name: size for name, size in wanted.items() if not (folder / name).exists()}
     if missing:
         _check_space(hub_id, sum(missing.values()))
         log.info("%s: fetching %d files, %s, of commit %s", hub_id, len(missing), _mb(sum(missing.values())), commit)
         _download(hub_id, commit, missing)
     _note_newest(hub_id, commit)
-    folder = _repository_folder(hub_id) / SNAPSHOTS / commit
     log.info("%s is commit %s, in %s", hub_id, commit, folder)
     return folder
 
@@ -160,10 +159,11 @@ def is_whole(folder: Path) -> bool:
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     except CheckpointError:
         return False
-    parts = [f"{name}/" for name, value in index.items() if isinstance(value, list) and f"{name}/" in FOLDERS]
-    if "unet/" not in parts:
-        parts.append("")
-    return all(_part_is_whole(folder / part) for part in parts)
+    if not (folder / "unet").is_dir():  # all lies beside the index, or there is none
+        has_scheduler = "scheduler" not in index or (folder / "scheduler_config.json").is_file()
+        return has_scheduler and _part_is_whole(folder)
+    parts = [name for name, value in index.items() if isinstance(value, list) and f"{name}/" in FOLDERS]
+    return all(_part_is_whole(folder / part) for part in ("unet", *parts))
 
 
 def _part_is_whole(folder: Path) -> bool:
@@ -181,26 +181,28 @@ def _part_is_whole(folder: Path) -> bool:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """Return the folder of a revision in the cache, without a call of the hub; None where it is not all there."""
-    hub = _client(hub_id)
+    """Return the folder of a revision in the cache, without a call of the hub; None where it is not all there.
+
+    huggingface_hub itself takes it for whole only with all files of the repository, also those that nobody reads.
+    """
     try:
-        revision = hub_id.revision or DEFAULT_REVISION
-        folder = Path(hub.snapshot_download(hub_id.repository, revision=revision, local_files_only=True))
-    except Exception:  # it has one error for each of many reasons, and all mean the same here
+        commit = hub_id.commit or _newest(hub_id).read_text()
+    except OSError:
         return None
+    folder = _repository_folder(hub_id) / SNAPSHOTS / commit
     return folder if is_whole(folder) else None
 
 
-def _is_cached(hub_id: HubId, name: str) -> bool:
-    return isinstance(_client(hub_id).try_to_load_from_cache(hub_id.repository, name, revision=hub_id.revision), str)
+def _newest(hub_id: HubId) -> Path:
+    """Return the file in which the cache has the commit that a branch or tag was."""
+    return _repository_folder(hub_id) / "refs" / (hub_id.revision or DEFAULT_REVISION)
 
 
 def _note_newest(hub_id: HubId, commit: str) -> None:
     """Note in the cache which commit a branch or tag was, for a later start that cannot ask."""
     if hub_id.commit is not None:
         return
-    folder = _repository_folder(hub_id) / "refs"
-    file = folder / (hub_id.revision or DEFAULT_REVISION)
+    file = _newest(hub_id)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.is_file() or file.read_text() != commit:
@@ -363,7 +365,7 @@ def _raise_clearly(hub_id: HubId, error: BaseException) -> None:
     if status is not None and status < 500 and status != 429:
         raise CheckpointError(f"{hub_id}: {endpoint} answers {status}")
     if isinstance(error, (errors.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)):
-        raise CheckpointError(f"{hub_id}: {endpoint} does not answer as a hub does: {first_line(error)}")
+        raise _Unreachable(hub_id, f"{endpoint} does not answer as a hub does: {first_line(error)}")
     raise _Unreachable(hub_id, f"{endpoint} cannot be reached: {first_line(error)}")
 
 

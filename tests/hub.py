@@ -80,7 +80,11 @@ def running_hub() -> Iterator[Hub]:
                 self._send_file(hub.repositories, path.removeprefix("/cdn/"))
                 return
             if path.startswith("/api/models/"):
-                self._list(*path.removeprefix("/api/models/").partition("/revision/")[::2])
+                model, is_tree, commit = path.removeprefix("/api/models/").partition("/tree/")
+                if is_tree:
+                    self._list_tree(model, commit)
+                else:
+                    self._list(*model.partition("/revision/")[::2])
                 return
             repository, _, rest = path[1:].partition("/resolve/")
             revision, _, name = rest.partition("/")
@@ -114,6 +118,16 @@ def running_hub() -> Iterator[Hub]:
             ]
             document = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}
             self._send(200, json.dumps(document).encode(), {})
+
+        def _list_tree(self, repository: str, commit: str) -> None:
+            """List files as other programs ask for them."""
+            if (found := self._find(repository, commit)) is None:
+                return
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in found[1].items()
+            ]
+            self._send(200, json.dumps(entries).encode(), {})
 
         def _resolve(self, repository: str, revision: str, name: str) -> None:
             if (found := self._find(repository, revision)) is None:

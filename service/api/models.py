@@ -15,6 +15,7 @@ from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
+from tminus.service.api.request.reading import while_connected
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -54,9 +55,15 @@ class Services:
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time
     residence: "Residence[Services]"  # of all models
 
-    async def in_memory(self, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory; returns what it is then. Raises as Residence.bring_in does."""
-        return await self.residence.bring_in(self.number, deadline_s, of_request=True)
+    async def in_memory(self, request: Request | None, deadline_s: float | None = None) -> "Services":
+        """Wait until the model is in memory; returns what it is then. Raises as Residence.bring_in does.
+
+        request: whose client may go away meanwhile; None for a message of a WebSocket.
+        """
+        if not self.residence.is_out(self.number):
+            return self
+        coming = self.residence.bring_in(self.number, deadline_s, of_request=True)
+        return await (coming if request is None else while_connected(request, coming))
 
 
 Handler = Callable[[Services, Request], Awaitable[Response]]

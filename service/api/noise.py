@@ -64,7 +64,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     query = read_query(request)
     data, fields = await _read_upload(request, services.limits.max_image_bytes)
     asked = NoiseRequest.parse(merge(query, fields), model)
-    services = await while_connected(request, services.in_memory())
+    services = await services.in_memory(request)
     model = services.model
     image = await while_connected(request, services.decoder.decode(data, model))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed

@@ -52,8 +52,8 @@ async def understand(
     waited_s = 0.0
     if services.residence.is_out(services.number):
         asked.to_spec(services.model, services.limits)  # what is wrong with a request is told before a model is loaded
-        began_s, coming = time.monotonic(), services.in_memory(asked.deadline_s)
-        services = await (coming if request is None else while_connected(request, coming))
+        began_s = time.monotonic()
+        services = await services.in_memory(request, asked.deadline_s)
         waited_s = time.monotonic() - began_s
     new = await _to_job(services, caller, asked, request, transparent=transparent)
     if waited_s and new.deadline_s is not None:

@@ -96,8 +96,9 @@ class Lifecycle:
 
     @property
     def needs_model(self) -> bool:
-        """Whether a job waits for the worker, or is in it."""
-        return any(job.state in (HeldState.WAITING, HeldState.IN_WORKER) for job in self._held.values())
+        """Whether a job is in the worker, or waits for it and not until the model is back in memory."""
+        states = (HeldState.IN_WORKER,) if self.is_out else (HeldState.IN_WORKER, HeldState.WAITING)
+        return any(job.state in states for job in self._held.values())
 
     async def start(self, *, take_on: bool = True) -> None:
         """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.

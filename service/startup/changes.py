@@ -6,6 +6,7 @@ models.py.
 
 import asyncio
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -44,8 +45,7 @@ class _Want:
     """A model that is to come into memory, and who waits for it."""
 
     services: Services
-    reason: Reason
-    task: "asyncio.Task[None] | None" = None
+    task: "asyncio.Task[None]"
     requests: int = 0  # that wait
 
 
@@ -175,9 +175,7 @@ class ModelChanges:
             self._check_alone(name)
         self._served.worker.check_open()
         self._changing.append(name)
-        task = self._spawn(self._load_in_turn(name, folder))
-        await self._wait_for(task)
-        return task.result()
+        return await self._wait_for(self._spawn(self._load_in_turn(name, folder)))
 
     async def _load_in_turn(self, name: str, folder: Path) -> Services:
         try:
@@ -205,16 +203,19 @@ class ModelChanges:
             detail = f"{self._changing[0]} is being loaded; try again when it is done"
             raise ModelBusy(detail, field="model", value=name)
 
-    async def _wait_for(self, task: "asyncio.Task[Any] | None") -> None:
-        """Wait for a task that goes on where whoever waits goes away. Raises what it raises, and Draining."""
-        assert task is not None
+    async def _wait_for(self, task: "asyncio.Task[Result]", most_s: float = math.inf) -> Result:
+        """Wait for a task that goes on where whoever waits goes away.
+
+        Raises what it raises, Draining, and TimeoutError after so many seconds.
+        """
+        until_s = time.monotonic() + most_s
         while not task.done():
-            await asyncio.wait([task], timeout=END_LOOK_S)
+            if (left_s := until_s - time.monotonic()) <= 0:
+                raise TimeoutError
+            await asyncio.wait([task], timeout=min(END_LOOK_S, left_s))
             if self._served.worker.draining and not task.done():
-                # Nobody waits for it any more; asyncio would complain about an error that is never retrieved.
-                task.add_done_callback(lambda task: task.cancelled() or task.exception())
                 raise Draining
-        task.result()
+        return task.result()
 
     # --- on demand ---
 
@@ -241,42 +242,32 @@ class ModelChanges:
         self._served.worker.check_open()
         number, name, began_s = services.number, services.model.name, time.monotonic()
         want = self._wants.get(number) or self._want(services, "demand")
-        task = want.task
-        assert task is not None
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits to its end
         if deadline_s is not None and name in self._loads.took_s and self.expected_s(services) > deadline_s:
             raise ModelLoading(name, deadline_s, self.expected_s(services))
-        until_s = began_s + min(services.limits.max_backlog_s, deadline_s or services.limits.max_backlog_s)
+        most_s = services.limits.max_backlog_s
         want.requests += of_request
         try:
-            while not task.done() and self._served.is_out(number):
-                left_s = until_s - time.monotonic() if of_request else END_LOOK_S
-                if left_s <= 0:
-                    raise ModelLoading(name, time.monotonic() - began_s, self.expected_s(services))
-                await asyncio.wait([task], timeout=min(END_LOOK_S, left_s))
-                if self._served.worker.draining:
-                    raise Draining
+            await self._wait_for(want.task, min(most_s, deadline_s or most_s) if of_request else math.inf)
+        except TimeoutError:
+            raise ModelLoading(name, time.monotonic() - began_s, self.expected_s(services)) from None
         finally:
             want.requests -= of_request
-        if task.done():
-            task.result()
 
     def _want(self, services: Services, reason: Reason) -> _Want:
-        want = self._wants[services.number] = _Want(services, reason)
-        want.task = self._spawn(self._bring_in(want))
+        want = self._wants[services.number] = _Want(services, self._spawn(self._bring_in(services, reason)))
         return want
 
-    async def _bring_in(self, want: _Want) -> None:
+    async def _bring_in(self, services: Services, reason: Reason) -> None:
         """Load a model in its turn. From the moment on when it is there, those who waited for it keep it in."""
-        number, name = want.services.number, want.services.model.name
+        number, name = services.number, services.model.name
         try:
             folder = await self._folder(name)
             while self._served.is_out(number):
                 while self._served.is_loaded(number) and number in self._closing:  # noqa: ASYNC110
                     await asyncio.sleep(LOOK_S)
-                async with self._turn:
-                    if not self._served.is_loaded(number):
-                        await self._load(name, folder, want.reason)
+                async with self._turn:  # meanwhile it may have come in, or other weights in its place
+                    if self._served.is_out(number) and not self._served.is_loaded(number):
+                        await self._load(name, folder, reason)
         finally:
             del self._wants[number]
 
@@ -399,4 +390,6 @@ class ModelChanges:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Perhaps nobody waits to its end; asyncio complains about an error that is never retrieved.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task

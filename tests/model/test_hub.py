@@ -52,6 +52,13 @@ class Fetched:
         return self.told.partition("refused: ")[2].strip()
 
 
+# What diffusers has huggingface_hub fetch: what it reads of a repository, and not the rest.
+ANOTHER_PROGRAM = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], allow_patterns=["*.json", "*.safetensors"]))
+"""
+
 Fetch = Callable[..., Fetched]
 
 
@@ -66,10 +73,10 @@ def fetch(hub: Hub, tmp_path: Path) -> Fetch:
     """Ask for a checkpoint in a process of its own, whose cache is the test's."""
     (tmp_path / "here").mkdir()
 
-    def run(given: str, patience_s: float | None = None, **variables: str) -> Fetched:
+    def run(given: str, patience_s: float | None = None, program: str = PROGRAM, **variables: str) -> Fetched:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        arguments = [sys.executable, "-c", PROGRAM, given, *([str(patience_s)] if patience_s else [])]
+        arguments = [sys.executable, "-c", program, given, *([str(patience_s)] if patience_s else [])]
         environment = inherited | own | {"PYTHONPATH": os.getcwd()} | variables
         done = subprocess.run(
             arguments, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -154,7 +161,7 @@ def test_a_branch_that_moved_is_fetched_and_a_tag_stays(hub: Hub, fetch: Fetch, 
     assert tagged.name == first
 
 
-@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing"])
+@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing", "page"])
 def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, nested: Path, away: str) -> None:
     commit = hub.push(ID, nested)
     folder = fetch(ID).folder
@@ -166,6 +173,8 @@ def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, n
     elif away == "silent":
         hub.silent.set()
         patience_s = 1.0
+    elif away == "page":  # of a network that one has to log in to
+        hub.answers_html = True
     else:
         hub.fails = True
     again = fetch(ID, patience_s, **variables)
@@ -174,6 +183,15 @@ def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, n
     other = fetch("google/other", patience_s, **variables)
     assert other.refusal.startswith("google/other: no such folder, not in the hub's cache, and ")
     assert len(other.refusal.splitlines()) == 1
+
+
+def test_what_another_program_has_fetched_is_taken_without_the_hub(hub: Hub, fetch: Fetch, flat: Path) -> None:
+    commit = hub.push(ID, flat)
+    folder = fetch(ID, program=ANOTHER_PROGRAM).folder
+    assert folder is not None
+    assert not (folder / "README.md").exists()
+    for given in (ID, f"{ID}@{commit}"):
+        assert fetch(given, HF_HUB_OFFLINE="1").folder == folder
 
 
 def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: Fetch, flat: Path) -> None:
@@ -239,7 +257,7 @@ def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, nest
 def test_a_hub_that_drips_is_given_up(hub: Hub, fetch: Fetch, nested: Path) -> None:
     hub.push(ID, nested)
     hub.drips = True
-    assert fetch(ID, 1.0).refusal == f"{ID}: the hub is too slow: in 1 s 0.0 MB came"
+    assert fetch(ID, 4.0).refusal == f"{ID}: the hub is too slow: in 4 s 0.0 MB came"
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
@@ -300,6 +318,16 @@ def test_a_folder_of_which_a_part_is_missing_is_not_whole(nested: Path, tmp_path
         shutil.copytree(nested, copy)
         (shutil.rmtree if (copy / gone).is_dir() else Path.unlink)(copy / gone)
         assert not is_whole(copy), gone
+
+
+@pytest.mark.parametrize("gone", ["config.json", "scheduler_config.json", f"{WEIGHTS}.safetensors"])
+def test_a_flat_folder_is_whole_with_all_that_its_index_names(flat: Path, tmp_path: Path, gone: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(flat, copy)
+    (copy / f"{WEIGHTS}.bin").unlink()
+    assert is_whole(copy)
+    (copy / gone).unlink()
+    assert not is_whole(copy)
 
 
 def test_a_model_of_the_cache_is_called_what_its_repository_is() -> None:

@@ -106,6 +106,23 @@ def test_where_all_are_busy_a_request_waits_until_one_is_done(several: Several) 
     assert len([engine for engine in several.shelf.engines if engine.info.name == "c"]) == 1
 
 
+def test_a_durable_job_for_a_model_that_is_to_go_out_does_not_keep_it_in(several: Several) -> None:
+    """Or both would wait for ever: the model for its job to end, the job for its model to come back."""
+    assert ask(several, "a").status_code == 200
+    (engine,) = several.shelf.engines
+    engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(ask, several, "a")
+        wait_until(lambda: len(several.site.worker.jobs) == 1)
+        assert several.change("a", "unload").status_code == 204
+        jobs = [several.post("/models/a/jobs", json=QUICK).json()["id"] for _ in range(2)]
+        engine.gate.open()
+        assert busy.result(PATIENCE_S).status_code == 200
+    for job in jobs:
+        wait_until(lambda job=job: state_of(several, job) == "done")  # type: ignore[misc]
+    assert several.site.metrics()['tminus_model_loads_total{"outcome": "done", "reason": "demand"}'] == 2
+
+
 def test_a_deadline_that_loading_cannot_meet_is_refused_and_the_model_is_loaded_all_the_same(several: Several) -> None:
     several.shelf.gate.clear()
     refusal = problem(refused := ask(several, "a", deadline_s=0.3), 503, "model_loading")
