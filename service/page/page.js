@@ -18,6 +18,7 @@ const MOST_PASSES = 2000; // of all images together, that a link alone may ask t
 // Of a first sample, which a busy server refuses at once and without work; and of one that somebody was sent.
 const DEADLINE_S = 3, LINK_DEADLINE_S = 30;
 const BUSY = "The server has no time for a first sample just now. You can still ask for yours.";
+const LOADING = "The model is being loaded. You can press Sample already: the job waits for it.";
 const OF_LINK = "The form has the settings of the link. Press Sample to see what they make.";
 
 let model = null;
@@ -102,7 +103,7 @@ function whyNot(error, busyText) {
   if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
   if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
   if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
-  return busyText;
+  return error.code === "model_loading" ? LOADING : busyText;
 }
 
 /** Something else takes its place. */
