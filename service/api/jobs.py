@@ -38,7 +38,7 @@ from tminus.service.api.request.schemas import (
 )
 from tminus.service.api.submission import accept, pixel_headers, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
-from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
+from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, form_of, one_image
 from tminus.service.jobs.store.records import Place
 from tminus.service.jobs.views import STATES
 
@@ -231,7 +231,7 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
             bound = f"that of an image of this job, {spec.index}..{spec.index + spec.n - 1}"
             raise InvalidField.of("index", bound, asked.index)
         spec, images = one_image(spec, k), images[k : k + 1]
-    tag = etag(media_type if clip else f"{media_type}; unclipped", spec, made_by)
+    tag = etag(form_of(media_type, clip=clip), spec, made_by)
     headers = {
         "X-Job-ID": job_id,
         "X-Fingerprint": made_by.fingerprint,

@@ -52,6 +52,7 @@ from tminus.service.images.encoder import (
     encode_sheets,
     encode_trajectory,
     etag,
+    form_of,
     label_of,
 )
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
@@ -189,7 +190,7 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
     else:
         check_pictures(spec, model, f"with Accept: {media_type}; {NPY} has 32")
-    kind = media_type if clip else f"{media_type}; unclipped"
+    kind = form_of(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
     # Beside the pixels, floats are held while they are laid out again.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
