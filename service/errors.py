@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
 SECRET = re.compile(rf"tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+", re.ASCII | re.IGNORECASE)
+MOST_FAULTS = 20  # that a problem document lists
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -18,6 +19,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
+    of_parameters: ClassVar[bool] = False  # whether a parameter is wrong, so that `errors` lists all that are
     refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
     @property
@@ -33,16 +35,23 @@ class ServiceError(Exception):
         super().__init__(detail)
         self.detail, self.field, self.value, self.bound = detail, field, value, bound
         self.headers: dict[str, str] = {}
+        self.others: tuple[ServiceError, ...] = ()  # found in the same request, of other parameters
 
     def problem(self) -> dict[str, Any]:
         """The members of the problem document."""
-        members: dict[str, Any] = {
+        members = {
             "type": f"urn:tminus:problem:{self.code}",
             "title": self.title,
             "status": self.status,
-            "code": self.code,
-            "detail": masked(self.detail),
+            **self.fault(),
         }
+        if self.of_parameters:
+            members["errors"] = [each.fault() for each in (self, *self.others)[:MOST_FAULTS]]
+        return members
+
+    def fault(self) -> dict[str, Any]:
+        """The members that say what is wrong, and what to change."""
+        members: dict[str, Any] = {"code": self.code, "detail": masked(self.detail)}
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
             if self.bound is not None:
@@ -53,7 +62,7 @@ class ServiceError(Exception):
 class InvalidField(ServiceError):
     """A parameter has the wrong type, is out of bounds, or does not go with the model or another parameter."""
 
-    status, code, title = 422, "invalid_field", "A parameter is invalid"
+    status, code, title, of_parameters = 422, "invalid_field", "A parameter is invalid", True
 
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
@@ -64,7 +73,7 @@ class InvalidField(ServiceError):
 class UnknownField(ServiceError):
     """There is no parameter of this name."""
 
-    status, code, title = 422, "unknown_field", "There is no such parameter"
+    status, code, title, of_parameters = 422, "unknown_field", "There is no such parameter", True
 
     @classmethod
     def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
@@ -77,7 +86,7 @@ class UnknownField(ServiceError):
 class ConflictingField(ServiceError):
     """A parameter is given twice: in query and body with different values, or repeated where it is no list."""
 
-    status, code, title = 422, "conflicting_field", "A parameter has two values"
+    status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
 
 
 class MalformedBody(ServiceError):
@@ -92,10 +101,42 @@ class MalformedForm(ServiceError):
     status, code, title = 400, "malformed_form", "The body is not a form"
 
 
+class UnsupportedVersion(ServiceError):
+    """The request was written for a version of the API that this server does not have."""
+
+    status, code, title = 400, "unsupported_api_version", "The server does not have this version of the API"
+
+    def __init__(self, asked: str, bound: str) -> None:
+        detail = f"API-Version must be {bound}, or absent, got {short(asked)!r}"
+        super().__init__(detail, field="API-Version", value=asked, bound=bound)
+
+
+class PreconditionFailed(ServiceError):
+    """If-None-Match of a POST names the answer: the client has it, and nothing was run (RFC 9110, 13.1.2)."""
+
+    status, code, title = 412, "precondition_failed", "The client has this answer already"
+    refusal = False
+
+    def __init__(self, etag: str) -> None:
+        bound = "an ETag of another answer, or absent"
+        detail = f"the answer has the ETag {etag}, which If-None-Match names"
+        super().__init__(detail, field="If-None-Match", value=etag, bound=bound)
+
+
 class UnsupportedMediaType(ServiceError):
-    """The body must be an image, but its Content-Type says that it is something else."""
+    """The Content-Type says that the body is of a type that this call does not take."""
 
     status, code, title = 415, "unsupported_media_type", "The body is of no type that is taken here"
+
+    @classmethod
+    def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
+        """Name what was declared, and what is taken; so does the header Accept (RFC 9110, 15.5.16)."""
+        names = [*taken]
+        bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
+        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
+        error = cls(detail, field="Content-Type", value=declared, bound=bound)
+        error.headers["Accept"] = ", ".join(names)
+        return error
 
 
 class UnsupportedEncoding(ServiceError):
@@ -113,7 +154,7 @@ class UnsupportedEncoding(ServiceError):
 class InvalidImage(ServiceError):
     """What was sent as an image is not in a supported format, is broken, or is too large."""
 
-    status, code, title = 422, "invalid_image", "The image is invalid"
+    status, code, title, of_parameters = 422, "invalid_image", "The image is invalid", True
 
     @classmethod
     def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
