@@ -6,7 +6,7 @@ CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 DEVICE ?= cuda
 
-.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client release train evaluate bench gpu clean
+.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client dist release train evaluate bench gpu clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run docker/lock docker/sbom docker/smoke
+	$(BIN)/shellcheck .ci/run .ci/release docker/lock docker/sbom docker/smoke
 
 # Known vulnerabilities of what the image is built with. Where the database cannot be reached it says so, and goes on.
 audit: $(VENV)/.installed-test
@@ -63,9 +63,13 @@ format: $(VENV)/.installed-test
 client:
 	$(PYTHON) tests/unasync.py
 
-# Both wheels and the archives of checkpoints, into dist/.
-release: $(VENV)/.installed-test
+# Both wheels and the archives of checkpoints.
+dist: $(VENV)/.installed-test
 	$(BIN)/python -m tests.release
+
+# The checklist of a release, up to the tag. Nothing is published.
+release: $(VENV)/.installed-test
+	.ci/release
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32
