@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,7 +70,7 @@ def begin(*, wait: bool = True) -> Begun:
     # New result files are no change of what is measured.
     begun.commit = commit_now or "unknown"
     begun.clean = bool(commit_now) and not git("status", "--porcelain", "--", ":/", ":!/bench/results")
-    begun.code = digests()
+    begun.code = dict(digests())
     for _ in range(MOST_WATCHES if wait else 1):
         begun.busy_share = busy_share(WATCH_S)
         if begun.idle:
@@ -150,6 +151,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+@cache
 def digests(root: Path = ROOT) -> dict[str, str]:
     """Hash the code that decides the figures, a hash for each folder. Comments, docstrings and layout do not count."""
     return {folder: _digest(root / folder) for folder in CODE}
