@@ -11,7 +11,7 @@ from bench.client import MOST_OUTSTANDING, drive, open_client
 from bench.records import Answer, Arrival, Ask, Counters, Loaded
 from bench.servers import Running
 
-IDLE = Ask(n=1, steps=50)
+IDLE = Ask(n=1, steps=20)
 SATURATION = {"saturation_1": Ask(n=1, steps=50), "saturation_16": Ask(n=16, steps=50)}
 LONG, SHORT = Ask(n=8, steps=1000), Ask(n=1, steps=20)
 HANG_UP_LOAD, HANG_UP_SHARE = 0.8, 0.2  # of the contender's own row-steps/s, saturated; of the clients

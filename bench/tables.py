@@ -19,7 +19,7 @@ COLUMNS = {
 ROWS = {
     "short": "20 steps beside two jobs of 8 x 1000 steps: median wait, s",
     "long": "those two jobs: mean time, s",
-    "idle": "1 image of 50 steps, idle server: median, s",
+    "idle": "1 image of 20 steps, idle server: median, s",
     "saturation_1": "full load, requests of 1 image: row-steps/s",
     "saturation_16": "full load, requests of 16 images: row-steps/s",
     "hang_ups": "clients who leave: share of their steps that is computed all the same, %",
@@ -171,6 +171,7 @@ NETWORK_ROWS = {
     "gflop_a_row": "GFLOP a row",
     "precision": "precision of tminus and LitServe",
     "bare": "the executor alone, row-steps/s",
+    "idle.tminus": "1 image of 20 steps, idle server: tminus, s",
     "saturation.tminus": "tminus, full load, row-steps/s",
     "saturation.litserve_openvino": "LitServe with the same graph",
     "saturation.litserve": "LitServe with diffusers' network, eager float32",
