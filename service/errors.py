@@ -18,6 +18,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
+    remedy: ClassVar[str] = "Look at the log of the server, which has the reason."  # what to do about it
     refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
     @property

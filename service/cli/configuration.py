@@ -5,6 +5,7 @@ And `tminus config`, which prints them with the place of each.
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "
 FILE = "TMINUS_CONFIG"  # the variable that names the file
 MOST_BYTES = 2**20  # of a file
 SECRET = ("keys", "job_store", "webhook_secret")
+LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")  # of Markdown
 Command = Callable[..., None]
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -48,8 +50,8 @@ def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
             flag = flag_of(name)
             if field.annotation in (bool, bool | None):
                 flag += f"/--no-{name.replace('_', '-')}"
-            default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
-            text = f"{field.description} {default} [env: {variable(name)}]"
+            default = f" [default: {told}]" if (told := default_of(field)) else ""
+            text = f"{summary_of(field)} {default} [env: {variable(name)}]"
             several = field.default == ()
             option = click.option(
                 flag,
@@ -77,6 +79,20 @@ def flag_of(name: str) -> str:
 def variable(name: str) -> str:
     """The variable of a setting."""
     return f"TMINUS_{name.upper()}"
+
+
+def summary_of(field: "FieldInfo") -> str:
+    """What --help says of a setting: the first sentence of its description, without links and code marks."""
+    text = (field.description or "").partition(" Default: ")[0]
+    first = re.split(r"(?<=\.)\s", LINK.sub(r"\1", text), maxsplit=1)[0]
+    return first.replace("`", "").removesuffix(".")
+
+
+def default_of(field: "FieldInfo") -> str:
+    """The default of a setting: its value, or in words what its description says; empty where there is none."""
+    if field.default not in (None, (), ""):
+        return str(shown(field.default))
+    return (field.description or "").partition(" Default: ")[2].removesuffix(".")
 
 
 def shown(default: object) -> object:

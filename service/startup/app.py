@@ -38,7 +38,7 @@ from tminus.service.tracing import TRACER
 if TYPE_CHECKING:
     from tminus.service.startup.telemetry import Traces
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 OF_A_MODEL = "/models/{model}"
 
 

@@ -82,6 +82,20 @@ class Library:
         return found
 
 
+# A group of settings, for --help and the docs, begins with the setting that its heading is keyed by.
+GROUPS = {
+    "checkpoint": "Models and device",
+    "max_batch": "Batching and scheduling",
+    "max_n": "What is accepted",
+    "host": "Connections",
+    "keys_file": "Access",
+    "state_dir": "Durable jobs",
+    "webhook_secret": "Webhooks",
+    "open_browser": "Running the server",
+    "ray_address": "Replicas on Ray",
+}
+
+
 class Settings(BaseSettings):
     """One field is one variable (TMINUS_MAX_BATCH) and, unless it is in NO_FLAG, one flag (--max-batch), which wins."""
 
