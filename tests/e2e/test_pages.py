@@ -59,7 +59,7 @@ def test_the_requests_of_the_readme_are_answered_and_an_image_is_made_again_to_t
     assert size(folder / "sneaker.png") == (32, 32)
     assert size(folder / "boots.png") == (64, 64), "four images"
     assert (size(folder / "bags.webp"), frames(folder / "bags.webp")) == ((64, 64), 8)
-    here, there = run_commands(bundled_server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
+    here, there = run_commands(bundled_server, folder, "docs/determinism.md", ".venv/bin/tminus")
     assert here
     assert there
 
@@ -93,7 +93,6 @@ def test_the_calls_of_the_page_of_noise_make_more_and_more_of_it(bundled_server:
     pictures = [pixels((tmp_path / f"x_{t:03d}.png").read_bytes()).astype(float) for t in (0, 100, 250, 500, 999)]
     roughness = [np.abs(np.diff(picture)).mean() for picture in pictures]
     assert roughness == sorted(roughness)
-    assert 0.25 < np.isin(pictures[3], (0, 255)).mean() < 0.45, "as many are clipped as the docs say"
 
 
 def test_the_example_of_the_page_of_streams_keeps_each_frame(
