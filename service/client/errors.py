@@ -16,7 +16,7 @@ class ClientError(Exception):
 
 
 class Problem(ClientError):
-    """The server refused or failed, and said why; docs/errors.md lists the codes.
+    """The server refused or failed, and said why; the errors page of the docs lists the codes.
 
     `field`, `value` and `bound` name what to change, where that is one thing. `retry_after_s` is when to try again.
     `document` has all members, also those of one code only, as the `cause` of `no_images`.
