@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
-from tests import options_page, tools
+from docs.site import reference
+from tests import tools
 from tests.documents import ROOT, code_blocks, shell_commands
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
@@ -57,6 +58,9 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "guidance_interval": {"class_label": "cat", "guidance": 2},
     "guidance_rescale": {"class_label": "cat", "guidance": 2},
 }
+
+
+COMMANDS = {name.removeprefix("tminus "): command for name, command in reference.commands()}
 
 
 def page_name(page: Path) -> str:
@@ -115,17 +119,17 @@ def test_every_link_make_verb_command_and_option_of_a_page_is_there(page: Path) 
     for command in shell_commands(page):
         words = command.split()
         if words[0] in ("tminus", ".venv/bin/tminus"):
-            name = next(known for known in (" ".join(words[1:3]), words[1]) if known in options_page.COMMANDS)
+            name = next(known for known in (" ".join(words[1:3]), words[1]) if known in COMMANDS)
             assert {word for word in words[2:] if word.startswith("-")} <= flags_of(name), command
     if page.name != "benchmarks.md":
         used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
-        known = {flag for name in options_page.COMMANDS for flag in flags_of(name)} | {"--help"}
+        known = {flag for name in COMMANDS for flag in flags_of(name)} | {"--help"}
         assert used <= known | (OF_DOCKER if page.parent.name == "docker" else set())
 
 
 def flags_of(command: str) -> set[str]:
     """The options of a command of tminus."""
-    return {flag for each in options_page.COMMANDS[command].params for flag in (*each.opts, *each.secondary_opts)}
+    return {flag for each in COMMANDS[command].params for flag in (*each.opts, *each.secondary_opts)}
 
 
 def test_every_page_of_docs_is_in_its_index_to_which_the_readme_leads() -> None:
@@ -145,15 +149,6 @@ def test_every_file_that_architecture_names_exists() -> None:
     names = {code for code in named(text) if re.fullmatch(r"[\w/]+\.(py|js|json)|\w+/", code)} - OUTSIDE
     for name in names:
         assert any(ROOT.glob(f"{part}/**/{name}") for part in ("service", "model", "tests")), name
-
-
-def test_the_options_of_every_command_are_those_of_the_docs() -> None:
-    assert options_page.documented() == options_page.section(), "python -m tests.options_page writes it anew"
-
-
-def test_every_command_is_in_its_table() -> None:
-    rows = tables(options_page.PAGE.read_text("utf-8"), "command", "what it does", "more")
-    assert {named(row[0])[0] for row in rows} == {f"tminus {name}" for name in options_page.COMMANDS}
 
 
 # --- docs/api.md ---
