@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from docs.site import api, pages, reference
+from docs.site import api, notebook, pages, reference
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -45,6 +45,8 @@ def build() -> int:
         text = (ROOT / file).read_text("utf-8")
         page = BUILD / "pages" / pages.page_of(file)
         page.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".ipynb":
+            text = notebook.as_page(file.name, text, f"{links.source_url}/blob/main/{file.as_posix()}")
         titles[file] = pages.title_of(text)
         page.write_text(links.of(file, text), "utf-8")
     assets = [ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir()]
