@@ -1,33 +1,21 @@
-"""README.md and docs/, held against the code: links, commands, calls, parameters, media types and headers."""
+"""README.md and docs/, held against the code: links, commands, defaults and media types."""
 
-import base64
-import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from tests import options_page, tools
 from tests.documents import ROOT, code_blocks, shell_commands
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
-from tminus.model.timesteps import SPACINGS
+from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.service.api.request.defaults import SETTINGS
-from tminus.service.api.request.schemas import (
-    AnimationRequest,
-    FloatsRequest,
-    SampleRequest,
-    TrajectoryRequest,
-    WebhookRequest,
-)
 from tminus.service.api.sample import WITHOUT_EVERY
-from tminus.service.images.encoder import NPY, WEBP
+from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.startup.serve import first_request
 from tminus.service.startup.settings import Settings
@@ -43,20 +31,9 @@ API = (ROOT / "docs" / "api.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
 OF_DOCKER = {"--stop-timeout", "--init", "--cpus", "--scale", "--target"}  # its own options
-FILES_OF_PAGES = {"GET /page/{name}", "GET /docs/{name}"}
 
 # Spans by name, and what they say, where that is written down.
 SPANS = (re.compile(r"""(?:traced|start_span|begin_part)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
-
-# What a parameter must come with to be accepted.
-COMPANIONS: dict[str, dict[str, Any]] = {
-    "to_seed": {"mix": 0.5},
-    "mix": {"to_seed": 7},
-    "eta": {"sampler": "ddim"},
-    "guidance": {"class_label": "cat"},
-    "guidance_interval": {"class_label": "cat", "guidance": 2},
-    "guidance_rescale": {"class_label": "cat", "guidance": 2},
-}
 
 
 def page_name(page: Path) -> str:
@@ -85,13 +62,6 @@ def tables(text: str, *columns: str) -> Iterator[list[str]]:
 def named(cell: str) -> list[str]:
     """What a cell has in code."""
     return re.findall(r"`([^`]+)`", cell)
-
-
-def number(text: str) -> int:
-    """A bound as the docs write it: 64, T-1, 2^32-1."""
-    base, _, less = text.replace("T", str(INFO.num_timesteps)).partition("-")
-    power, _, exponent = base.partition("^")
-    return int(power) ** int(exponent or 1) - int(less or 0)
 
 
 # --- links and commands ---
@@ -158,41 +128,10 @@ def test_every_command_is_in_its_table() -> None:
 
 # --- docs/api.md ---
 
-CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
-PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
-OF_ANIMATIONS, OF_FLOATS, OF_TRAJECTORIES, OF_WEBHOOKS = (
-    each.model_fields.keys() for each in (AnimationRequest, FloatsRequest, TrajectoryRequest, WebhookRequest)
-)
-
 
 @pytest.fixture
 def site(make_site: MakeSite) -> Site:  # noqa: F811
-    return make_site(max_n=Settings.model_fields["max_n"].default)
-
-
-def routes_of(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[str]:
-    """The calls that an app's table of routes answers, as docs/api.md writes them."""
-    for route in routes:
-        if isinstance(route, WebSocketRoute):
-            yield f"WS {prefix}{route.path}"
-        elif isinstance(route, Route):
-            yield from (f"{method} {prefix}{route.path}" for method in (route.methods or set()) - {"HEAD"})
-        else:  # a router that FastAPI has included
-            included: Any = route
-            yield from routes_of(included.original_router.routes, prefix + included.include_context.prefix)
-
-
-def test_every_route_of_the_app_is_documented(site: Site) -> None:
-    calls = [call.replace("{id}", "{job_id}") for call in CALLS]
-    # "Below /models/NAME each has all of the calls above", and a page of this API.
-    of_a_model = [*calls[: calls.index("GET /models")], "GET /docs", "GET /openapi.json", *FILES_OF_PAGES]
-    below = {call.replace(" ", " /models/{model}", 1) for call in of_a_model}
-    assert set(routes_of(site.app.routes)) == {*calls, *FILES_OF_PAGES} | below
-
-
-def test_every_parameter_is_documented() -> None:
-    of_answers = OF_ANIMATIONS | OF_FLOATS | OF_TRAJECTORIES
-    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | of_answers | OF_WEBHOOKS
+    return make_site()
 
 
 def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
@@ -202,58 +141,6 @@ def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
     site.client.post(f"{answer.headers['location']}/cancel")
     document: dict[str, Any] = answer.json()["parameters"]
     return document
-
-
-def refused(site: Site, name: str, value: object, **companions: Any) -> None:
-    answer = site.client.post("/jobs", json={**companions, name: value})
-    assert problem(answer, 422, "invalid_field")["field"] == name
-
-
-RANGES = {
-    name: (number(found[1]), number(found[2]))
-    for name, (values, *_) in PARAMETERS.items()
-    if (found := re.search(r"(\S+)\.\.(\S+)$", values))
-}
-
-
-def test_the_bounds_of_a_parameter_are_those_of_the_docs(site: Site) -> None:
-    for name, (low, high) in RANGES.items():
-        companions = COMPANIONS.get(name, {})
-        if name == "guidance_interval":
-            assert accepted(site, **companions, guidance_interval=[low, high])[name] == [low, high]
-            refused(site, name, [low - 1, high], **companions)
-            refused(site, name, [low, high + 1], **companions)
-            continue
-        for bound, beyond in ((low, low - 1), (high, high + 1)):
-            assert accepted(site, **companions, **{name: bound})[name] == bound
-            refused(site, name, beyond, **companions)
-
-
-def test_numbers_with_an_open_bound_are_those_of_the_docs(site: Site) -> None:
-    found = {name: re.search(r"^above (\d+), at most (\d+)$", values) for name, (values, *_) in PARAMETERS.items()}
-    bounds = {name: (int(match[1]), int(match[2])) for name, match in found.items() if match}
-    assert bounds.keys() == {"deadline_s", "strength"}
-    picture = io.BytesIO()
-    Image.new("L", (INFO.width_px, INFO.height_px)).save(picture, "PNG")
-    image = {"image": base64.b64encode(picture.getvalue()).decode()}
-    for name, (low, high) in bounds.items():
-        companions = image if name == "strength" else {}
-        accepted(site, **companions, **{name: high})
-        refused(site, name, low, **companions)
-        refused(site, name, high + 1, **companions)
-
-
-def test_the_choices_of_a_parameter_are_those_of_the_docs(site: Site) -> None:
-    assert named(PARAMETERS["sampler"][0]) == list(SAMPLER_FACTS)
-    assert named(PARAMETERS["timestep_spacing"][0]) == list(SPACINGS)
-    for name in ("sampler", "timestep_spacing"):
-        for choice in named(PARAMETERS[name][0]):
-            if choice not in TABLE_SAMPLERS:  # which this checkpoint has not
-                assert accepted(site, **{name: choice})[name] == choice
-        refused(site, name, "another")
-    for choice in (True, False):
-        assert accepted(site, clip=choice)["clip"] == choice
-    assert named(PARAMETERS["clip"][0]) == ["true", "false"]
 
 
 def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
@@ -286,41 +173,7 @@ def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site
             assert spec[name] == meant, (named_by_it, name)
 
 
-def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
-    given = accepted(site) | {"eta": accepted(site, sampler="ddim")["eta"]}
-    of_checkpoint = {"clip": INFO.clip, "timestep_spacing": INFO.timestep_spacings[INFO.recommended.sampler]}
-    for name in SampleRequest.model_fields:
-        match PARAMETERS[name][1]:
-            case "the checkpoint's":
-                assert given[name] == of_checkpoint[name]
-            case "none" | "all" | "any":
-                assert given.get(name) in (None, [None])
-            case "drawn":
-                assert given[name] != accepted(site)[name]
-            case "`false`" | "`8`":  # left out of what is kept
-                assert given.get(name) is None
-            case "[below](#what-a-request-gets-that-leaves-settings-out)":
-                assert name in SETTINGS
-            case default:
-                assert given[name] == number(default)
-    for name in SAMPLERS:
-        assert INFO.timestep_spacings[name] == ("leading" if name in ("ddpm", "ddim", "plms", "pndm") else "karras")
-
-
-def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:
-    assert PARAMETERS["every"][:2] == ["at least 1", "none; `image/webp` needs it"]
-    assert AnimationRequest.model_fields["every"].is_required()
-    assert named(PARAMETERS["show"][1]) == [AnimationRequest.model_fields["show"].default]
-    as_webp = {"Accept": WEBP}
-    for show in named(PARAMETERS["show"][0]):
-        answer = site.post(json={"steps": 2, "every": 1, "show": show}, headers=as_webp)
-        assert answer.status_code == 200
-        assert answer.headers["content-type"] == WEBP
-    problem(site.post(json={"steps": 2, "every": 0}, headers=as_webp), 422, "invalid_field")
-
-
 def test_the_events_of_a_webhook_are_those_of_the_docs() -> None:
-    assert named(PARAMETERS["webhook_events_filter"][0]) == list(EVENTS)
     page = (ROOT / "docs" / "webhooks.md").read_text("utf-8")
     assert [named(row[0])[0] for row in tables(page, "event", "when")] == list(EVENTS)
 
@@ -331,19 +184,6 @@ def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
     for media_type in WITHOUT_EVERY:
         answer = site.post(json={"steps": 2}, headers={"Accept": media_type})
         assert answer.headers["content-type"] == media_type
-
-
-def test_the_headers_are_those_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
-    site = make_site(result_cache_bytes=2**20)
-    asked = {"steps": 1, "seed": 5}
-    floats = site.post(json=asked, headers={"Accept": NPY})
-    shown = make_site(info=replace(INFO, channels=5)).post(json=asked)
-    answers = (site.post(json=asked), site.post(json=asked), floats, shown)
-    seen = {name.lower() for answer in answers for name in answer.headers}
-    rows = tables(API, "response header", "meaning")
-    documented = {name.lower() for header, _ in rows for name in named(header)}
-    assert documented <= seen
-    assert {name for name in seen if name.startswith("x-")} <= documented
 
 
 def test_every_sampler_is_in_its_table_of_the_docs_with_the_words_of_the_catalogue() -> None:
