@@ -5,8 +5,8 @@
 Each setting is sampled once, 1000 images of seed 0, and judged as `tminus evaluate` judges: the share of the images
 that a classifier gives their own class, and Fréchet distances to the test split. As many training images are judged
 too: they show what the figures are for real images. What the file has of the same weights, sampler tables and number of
-images is not measured again, so the command goes on where it was stopped. Then docs/images/samplers.svg is drawn from
-the file.
+images is not measured again, so the command goes on where it was stopped. Where nothing is lacking, the file is noted
+to be of today's code. Last, docs/images/samplers.svg is drawn from the file.
 
 The data of pixel-art-32 and avatars-64 is rendered by checkpoints/data/render.mjs into runs/data; their classifiers are
 trained into runs/classifiers, a few minutes each. A checkpoint without its data is left out. Two processes may write to
@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.conductor import commit
-from bench.measures import RESULTS
-from bench.servers import ROOT, describe, options_of
+from bench.result_file import RESULTS, ROOT, Begun, begin, write
+from bench.servers import describe, options_of
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.evaluate import Measure
@@ -69,15 +68,17 @@ POINTS: dict[str, Sequence[Point]] = {
 def main() -> None:
     """Measure what the file lacks, write it, and draw the plot."""
     args = options_of(__doc__, minutes=60.0, only="", threads=0)
-    until_s = time.monotonic() + 60 * args.minutes
+    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False)
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in args.only.split(",") if args.only else POINTS:
         if (why := missing_data(name)) is not None:
             say(f"{name}: left out: {why}")
-        elif wanted := lacking(name, load_checkpoint(ROOT / "checkpoints" / name)):
-            measure(name, wanted, until_s)
-    plot(json.loads(FILE.read_text("utf-8"))[PLOTTED], PLOT)
+        elif wanted := lacking(name):
+            measure(name, wanted, until_s, begun)
+    if not any(map(lacking, POINTS)):
+        keep({}, begun)
+    plot(read()[PLOTTED], PLOT)
     say(f"drawn: {PLOT}")
 
 
@@ -93,9 +94,10 @@ def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
     return {"weights_hash": checkpoint.weights_hash, "plan_hash": plan_hash(plan)[:16], "images": IMAGES, "seed": SEED}
 
 
-def lacking(name: str, checkpoint: Checkpoint) -> list[Point]:
-    """The settings that the file has not, or has of other weights or tables."""
-    found = json.loads(FILE.read_text("utf-8")).get(name, {}) if FILE.exists() else {}
+def lacking(name: str) -> list[Point]:
+    """The settings of a checkpoint that the file has not, or has of other weights or tables."""
+    checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
+    found = read().get(name, {})
 
     def is_there(point: Point) -> bool:
         wanted = identity(checkpoint, point)
@@ -123,7 +125,7 @@ def missing_data(name: str) -> str | None:
     return f"no {options['data']}: run node {script} --set {data} --out runs/data --split train, then --split test"
 
 
-def measure(name: str, wanted: Sequence[Point], until_s: float) -> None:
+def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) -> None:
     """Measure settings of a checkpoint, each written as soon as it is done, until the time is up."""
     folder, device = ROOT / "checkpoints" / name, torch.device("cpu")
     checkpoint = load_checkpoint(folder)
@@ -151,14 +153,14 @@ def measure(name: str, wanted: Sequence[Point], until_s: float) -> None:
             "precision": precision,
             "executor": forward.name,
             "classifier_hash": figures.classifier_frechet_distance and judge.facts and judge.facts.weights_hash,
-            "commit": commit(),
+            "commit": begun.commit,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
         entry = {
             "sampler": point.sampler, "steps": point.steps, "guidance": point.guidance, "passes": passes,
             **of_samples(figures), **identity(checkpoint, point), **how,
         }  # fmt: skip
-        keep(name, {key_of(point): entry, "real": of_real(figures)} | of_autoencoder(judge))
+        keep({name: {key_of(point): entry, "real": of_real(figures)} | of_autoencoder(judge)}, begun)
         say(f"{name}: {point}: distance {entry['distance']:.2f}, {time.monotonic() - began_s:.0f} s")
 
 
@@ -238,30 +240,22 @@ def alone(file: Path) -> Iterator[None]:
         yield
 
 
-def keep(name: str, entries: dict[str, Any]) -> None:
-    """Put entries of a checkpoint into the file, and say how it was made."""
+def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
+    """Put entries, by checkpoint, into the file, and say how it was made. A busy machine changes no figure."""
     with alone(FILE):
-        found = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
-        made = {
-            "command": "python -m bench.quality",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "commit": commit(),
-            "timed": False,
-            "images": IMAGES,
-            "machine": describe(),
-        }
-        of_name = found.get(name, {}) | entries
-        order = ["real", "autoencoder", *map(key_of, POINTS[name])]
-        found[name] = {key: of_name[key] for key in order if key in of_name}
-        values = {"made": made} | {name: found[name] for name in POINTS if name in found}
-        FILE.write_text(json.dumps(rounded(values), indent=1) + "\n", "utf-8")
+        found = read()
+        for name, new in entries.items():
+            of_name = found.get(name, {}) | new
+            order = ["real", "autoencoder", *map(key_of, POINTS[name])]
+            found[name] = {key: of_name[key] for key in order if key in of_name}
+        made = begun.made(describe(peak_s=0), timed=False) | {"command": "python -m bench.quality", "images": IMAGES}
+        write(FILE.stem, made, {name: found[name] for name in POINTS if name in found}, FILE.parent)
 
 
-def rounded(value: Any) -> Any:
-    """Keep four digits of each number."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items() if each is not None}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def read() -> dict[str, Any]:
+    """The file; empty where there is none."""
+    found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
+    return found
 
 
 def say(text: str) -> None:

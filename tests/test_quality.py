@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from bench import image_tables, quality
+from bench.result_file import ROOT
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.evaluation.samples import Point
 
-STUDENT = quality.ROOT / "checkpoints" / "fashion-mnist-32-student"
+STUDENT = ROOT / "checkpoints" / "fashion-mnist-32-student"
 
 
 def entry(sampler: str, steps: int, passes: int, distance: float, guidance: float = 1.0) -> dict[str, Any]:
@@ -31,7 +32,7 @@ RESULT: dict[str, Any] = {
 
 def test_every_setting_has_a_name_of_its_own_without_a_dot_and_can_be_sampled() -> None:
     for name, points in quality.POINTS.items():
-        checkpoint = load_checkpoint(quality.ROOT / "checkpoints" / name)
+        checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
         names = [quality.key_of(point) for point in points]
         assert len(set(names)) == len(names)
         assert not any("." in each for each in names)
@@ -46,19 +47,19 @@ def test_what_the_file_has_of_the_same_weights_is_not_measured_again(
     checkpoint, file = load_checkpoint(STUDENT), tmp_path / "quality.json"
     monkeypatch.setattr(quality, "FILE", file)
     one, two = Point("consistency", 1), Point("consistency", 2)
-    assert set(quality.lacking(STUDENT.name, checkpoint)) == {one, two}
+    assert set(quality.lacking(STUDENT.name)) == {one, two}
     kept = {quality.key_of(one): quality.identity(checkpoint, one)}
     file.write_text(json.dumps({STUDENT.name: kept}))
-    assert quality.lacking(STUDENT.name, checkpoint) == [two]
+    assert quality.lacking(STUDENT.name) == [two]
     kept[quality.key_of(one)]["weights_hash"] = "of others"
     file.write_text(json.dumps({STUDENT.name: kept}))
-    assert set(quality.lacking(STUDENT.name, checkpoint)) == {one, two}
+    assert set(quality.lacking(STUDENT.name)) == {one, two}
 
 
-def test_the_table_of_samplers_has_the_unguided_and_a_dash_for_what_was_not_measured() -> None:
-    lines = image_tables.samplers(RESULT).splitlines()
-    assert lines[2:4] == ["| `dpmpp_2m` | – | – | 3.5 | – | – | – |", "| `tuned` | – | 2.2 | – | – | – | – |"]
-    assert lines[-1] == "1000 real images have a distance of 2.0."
+def test_the_table_of_guidance_leaves_out_a_checkpoint_without_figures() -> None:
+    result = RESULT | {"avatars-64": {"real": {"distance": 1.0, "class_accuracy": 1.0}}}
+    lines = image_tables.guidance(result).splitlines()
+    assert lines[2:] == ["| fashion-mnist-32 | 3.5 (0.90) | 9.0 (0.90) | n/a | 2.0 (0.93) |"]
 
 
 def test_a_card_counts_the_passes_of_a_guided_image_twice() -> None:
