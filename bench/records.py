@@ -51,9 +51,6 @@ class Answer:
     seed: int
     outcome: Outcome
     waited_s: float  # from when it was due to the answer, or to when it was abandoned
-    first_step_s: float | None = None
-    job_id: str | None = None
-    digest: str | None = None  # of the image's bytes
 
     @property
     def row_steps(self) -> int:
