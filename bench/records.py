@@ -65,20 +65,10 @@ class Counters:
     row_steps: float
     places: float  # rows through the U-Net
     ticks: float
-    ticks_s: float | None  # time spent in ticks, where the server says
-    cpu_s: float | None  # of all its processes and threads together, where the system says
-    rss_bytes: float | None = None
 
     def since(self, before: "Counters") -> "Counters":
-        """What was added; memory is as it is now."""
-        return Counters(
-            self.row_steps - before.row_steps,
-            self.places - before.places,
-            self.ticks - before.ticks,
-            _minus(self.ticks_s, before.ticks_s),
-            _minus(self.cpu_s, before.cpu_s),
-            self.rss_bytes,
-        )
+        """What was added."""
+        return Counters(self.row_steps - before.row_steps, self.places - before.places, self.ticks - before.ticks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +121,3 @@ class Run:
     def places(self) -> int:
         """How many rows tminus takes in a tick."""
         return int(self.model.get("limits", {}).get("max_batch", 16))
-
-
-def _minus(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before

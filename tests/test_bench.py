@@ -59,7 +59,7 @@ def answer(steps: int = 20, waited_s: float = 1.0, **changes: object) -> Answer:
 def loaded(
     load: str, contender: str, rate: float = 100.0, answers: Sequence[Answer] = (), number: int = 1, **changes: object
 ) -> Loaded:
-    counted = Counters(10 * rate, 10 * rate, 100, 9.0, 5.0)
+    counted = Counters(10 * rate, 10 * rate, 100)
     return replace(Loaded(load, contender, number, 10.0, counted, 10 * rate, tuple(answers)), **changes)
 
 
