@@ -6,7 +6,7 @@ CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 DEVICE ?= cuda
 
-.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client release train evaluate bench gpu clean
+.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client docs dist release train evaluate bench figures gpu clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run docker/lock docker/sbom docker/smoke
+	$(BIN)/shellcheck .ci/run .ci/release docker/lock docker/sbom docker/smoke
 
 # Known vulnerabilities of what the image is built with. Where the database cannot be reached it says so, and goes on.
 audit: $(VENV)/.installed-test
@@ -63,18 +63,30 @@ format: $(VENV)/.installed-test
 client:
 	$(PYTHON) tests/unasync.py
 
-# Both wheels and the archives of checkpoints, into dist/.
-release: $(VENV)/.installed-test
+# The documentation as a site, to be read offline: open site/index.html. Its links and anchors are checked.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m docs.site
+
+# Both wheels and the archives of checkpoints.
+dist: $(VENV)/.installed-test
 	$(BIN)/python -m tests.release
+
+# The checklist of a release, up to the tag. Nothing is published.
+release: $(VENV)/.installed-test
+	.ci/release
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32
 
 evaluate: $(VENV)/.installed
-	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT) --sampler ddpm --steps 100 --guidance 2
+	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT) --sampler dpmpp_2m --steps 20
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
+
+# The figures of bench/results/ into the pages; lists the files that are older than the code that they speak of.
+figures: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.pages
 
 # On a machine with a card, ten minutes and what the installation takes. DEVICE=cpu tries the bench without one.
 gpu: $(VENV)/.installed-gpu
@@ -95,6 +107,10 @@ $(VENV)/.installed-test: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV) 'openai@>=6'; fi # for tests/e2e/node
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: pyproject.toml client/pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[docs]' --editable ./client
+	@touch $@
+
 $(VENV)/.installed-bench: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[bench]' --editable ./client
 	@touch $@ $(VENV)/.installed
@@ -104,4 +120,4 @@ $(VENV)/.installed-gpu: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-bench
 
 clean:
-	rm -rf $(VENV) build client/build *.egg-info client/*.egg-info
+	rm -rf $(VENV) build site docs/reference client/build *.egg-info client/*.egg-info

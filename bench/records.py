@@ -51,9 +51,6 @@ class Answer:
     seed: int
     outcome: Outcome
     waited_s: float  # from when it was due to the answer, or to when it was abandoned
-    first_step_s: float | None = None
-    job_id: str | None = None
-    digest: str | None = None  # of the image's bytes
 
     @property
     def row_steps(self) -> int:
@@ -68,20 +65,10 @@ class Counters:
     row_steps: float
     places: float  # rows through the U-Net
     ticks: float
-    ticks_s: float | None  # time spent in ticks, where the server says
-    cpu_s: float | None  # of all its processes and threads together, where the system says
-    rss_bytes: float | None = None
 
     def since(self, before: "Counters") -> "Counters":
-        """What was added; memory is as it is now."""
-        return Counters(
-            self.row_steps - before.row_steps,
-            self.places - before.places,
-            self.ticks - before.ticks,
-            _minus(self.ticks_s, before.ticks_s),
-            _minus(self.cpu_s, before.cpu_s),
-            self.rss_bytes,
-        )
+        """What was added."""
+        return Counters(self.row_steps - before.row_steps, self.places - before.places, self.ticks - before.ticks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,91 +94,30 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """The bare executor loop, by batch size, and the machine's peaks."""
+    """The bare executor loop, by batch size."""
 
     round: int
     executor: str
     precision: str
     flops_per_row: int
-    matmul_flops: float  # float32
-    matmul_bfloat16_flops: float
-    conv_flops: float  # float32
     paces: dict[int, Pace]
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Images made under load against the same made one at a time on an idle server, after a restart."""
-
-    requests: int  # that were answered both times
-    same: int  # byte for byte, the whole PNG
-    samplers: tuple[str, ...]
-    rows_per_tick: float  # under load
-
-
-@dataclass(frozen=True, slots=True)
-class EtaSample:
-    """What GET /jobs said of a running job."""
-
-    at_s: float  # since the load's start
-    job_id: str
-    eta_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Etas:
-    """A load without later arrivals, and what was said of its jobs meanwhile."""
-
-    samples: tuple[EtaSample, ...]
-    answers: tuple[Answer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Crowd:
-    """The time of a full tick while so many jobs wait; `tick_wall_s` also has what is between ticks."""
-
-    waiting: int
-    tick_s: float
-    tick_wall_s: float
-    places_per_tick: float
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory after so many requests."""
-
-    requests: int
-    rss_bytes: float
 
 
 @dataclass(slots=True)
 class Run:
     """A whole run, and what it was made with. The conductor owns it until it has ended."""
 
-    command: str
     checkpoint: str
     quick: bool
-    commit: str
-    machine: dict[str, str | int]
-    load_average: float  # of the last minute, before the first contender
-    date: str = ""
-    seconds: float = 0.0
     model: dict[str, Any] = field(default_factory=dict)  # what tminus said of itself
-    tunings: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
+    setups: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
+    trials: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> row-steps/s of each way
     left_out: list[str] = field(default_factory=list)  # sentences
-    capacity: float | None = None  # row-steps/s of tminus, which scaled the loads
+    capacity: dict[str, float] = field(default_factory=dict)  # row-steps/s of each contender, saturated
     loads: list[Loaded] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
-    identity: Identity | None = None
-    etas: Etas | None = None
-    crowds: tuple[Crowd, ...] = ()
-    memory: tuple[Memory, ...] = ()
 
     @property
     def places(self) -> int:
         """How many rows tminus takes in a tick."""
         return int(self.model.get("limits", {}).get("max_batch", 16))
-
-
-def _minus(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before

@@ -1,6 +1,6 @@
-"""The Prometheus metrics, in base units, with the prefix tminus_. docs/metrics.md explains each.
+"""The Prometheus metrics, in base units, with the prefix tminus_. METRICS says of each what it counts.
 
-Each app has a registry of its own; there are no globals.
+Each app has a registry of its own; there are no globals. The page of metrics in the docs is made of METRICS.
 """
 
 import math
@@ -8,6 +8,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -37,9 +39,273 @@ ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 EXEMPLAR_S = 60.0  # for so long the slowest observation of a bucket is its exemplar, whatever comes after it
-BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
+PLACES_BUCKETS = tuple(float(2**i) for i in range(11))
 ERRORS = ("500", "507")  # statuses that are the server's own fault
 LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
+OF_A_MODEL = {
+    "weights": "first 16 characters of the hash of its weights",
+    "parameters": "number of its parameters",
+    "fingerprint": "fingerprint of what makes its bytes",
+    "device": "`cpu` or the GPU",
+    "executor": "what runs the network",
+    "precision": "number format of the forward pass",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its buckets."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+    more: str = ""  # the page of docs/ that explains what is counted
+
+
+MODEL = {"model": "name of the model"}
+# A group of metrics begins with the one that its heading is keyed by.
+GROUPS = {
+    "tminus_tick_duration_seconds": "Ticks and rows",
+    "tminus_backlog_seconds": "Waiting work",
+    "tminus_request_duration_seconds": "Requests",
+    "tminus_queue_wait_seconds": "Jobs",
+    "tminus_store_up": "Durable jobs",
+    "tminus_webhook_events_total": "Webhooks",
+    "tminus_model_info": "Models",
+    "tminus_key_places_total": "Keys",
+    "tminus_encode_duration_seconds": "Encoding and previews",
+    "tminus_stalled_seconds": "The process",
+}
+METRICS = {
+    "tminus_tick_duration_seconds": Described(
+        "histogram",
+        "How long a tick took: one forward pass and the update that follows. Observed after each tick.",
+        MODEL,
+        TICK_BUCKETS,
+        more="rows-and-ticks.md",
+    ),
+    "tminus_tick_places": Described(
+        "histogram",
+        "How many places of the forward pass a tick filled. A row takes one place, a row with guidance two. Observed "
+        "after each tick.",
+        MODEL,
+        PLACES_BUCKETS,
+        more="rows-and-ticks.md",
+    ),
+    "tminus_row_steps_total": Described(
+        "counter",
+        "Steps taken, of one row each. A step with guidance counts once, although it takes two places. Counted after "
+        "each tick.",
+        MODEL | {"sampler": "sampler of the job"},
+    ),
+    "tminus_rows_active": Described("gauge", "Rows in the last tick; 0 while there is no work."),
+    "tminus_rows_waiting": Described(
+        "gauge", "Rows of accepted jobs, background jobs included, that were not in the last tick."
+    ),
+    "tminus_tick_time_ratio": Described(
+        "gauge",
+        "How long ticks take now, divided by what the measurement at the start predicts: a slow average, of the model "
+        "where it is highest. A value far from 1 means that the machine is busy now or was busy at the start.",
+    ),
+    "tminus_backlog_seconds": Described(
+        "gauge",
+        "Predicted seconds until all accepted work is done, without background jobs. --max-backlog-s limits this "
+        "value.",
+        more="scheduling.md",
+    ),
+    "tminus_background_rows": Described(
+        "gauge",
+        "Rows of background jobs that are accepted and not finished. tminus_rows_active and tminus_rows_waiting count "
+        "them too.",
+        more="scheduling.md#background-jobs",
+    ),
+    "tminus_background_backlog_seconds": Described(
+        "gauge",
+        "Predicted seconds until the accepted background jobs are done, if no other work arrives.",
+        more="scheduling.md#background-jobs",
+    ),
+    "tminus_request_duration_seconds": Described(
+        "histogram",
+        "From the head of a request to the end of its response. Every request counts, also one that waits for a "
+        "background job. A WebSocket counts when it closes.",
+        {
+            "route": "pattern of the path, or `unmatched`",
+            "status": "status of the response; 499 if the client disconnected first; of a WebSocket 101, or that of "
+            "its refusal",
+        },
+        REQUEST_BUCKETS,
+    ),
+    "tminus_sample_requests_total": Described(
+        "counter",
+        "Requests for images with valid parameters. Those that are then refused for lack of room, or answered from the "
+        "cache, count too.",
+        MODEL
+        | {
+            "sampler": "sampler that the request gets",
+            "named": "which settings the request gave: `none`, `sampler`, `steps`, `both` or `table`",
+        },
+        more="api.md",
+    ),
+    "tminus_rejected_total": Described(
+        "counter",
+        "Refused requests.",
+        {"reason": "code of the error"},
+        more="reference/errors.md",
+    ),
+    "tminus_errors_total": Described(
+        "counter",
+        "Requests that failed by the server's own fault. Both series exist from the start.",
+        {"status": "500 or 507"},
+    ),
+    "tminus_answered_without_work_total": Described(
+        "counter",
+        "Repeated requests that needed no step.",
+        {"how": "`not_modified` (the answer was 304) or `cache_hit` (the answer was in memory)"},
+    ),
+    "tminus_queue_wait_seconds": Described(
+        "histogram",
+        "From the acceptance of a job to the start of its first step. Observed once for each job, after that step. "
+        "Background jobs are left out.",
+        buckets=REQUEST_BUCKETS,
+    ),
+    "tminus_time_to_first_step_seconds": Described(
+        "histogram",
+        "From the acceptance of a job to the end of its first step. Observed once for each job, after that step. "
+        "Background jobs are left out.",
+        buckets=REQUEST_BUCKETS,
+    ),
+    "tminus_images_total": Described("counter", "Finished images. Counted when a job has all of its images.", MODEL),
+    "tminus_jobs_aborted_total": Described(
+        "counter",
+        "Accepted jobs that ended without images. The series of engine_failed and not_finite exist from the start.",
+        {
+            "reason": "`client_gone` (the client disconnected), `client_cancelled` (a WebSocket client cancelled the "
+            "job), `deleted` (a request cancelled or deleted the job), `not_kept` (the store did not take the job), "
+            "`deadline`, `draining`, `model_unloaded`, `engine_failed` or `not_finite`"
+        },
+    ),
+    "tminus_row_steps_saved_total": Described(
+        "counter",
+        "Row-steps that were not computed because their job was aborted. A step with guidance counts once.",
+    ),
+    "tminus_store_up": Described("gauge", "1 while the store of durable jobs can be written to, else 0."),
+    "tminus_durable_jobs_ended_total": Described(
+        "counter",
+        "Durable jobs that ended on this server. A waiting job counts on the server where it was cancelled.",
+        {
+            "outcome": "`done`, `failed` (also if the record of the job is damaged), `cancelled`, or `lost` (another "
+            "server took the job over, or ended it)"
+        },
+        more="jobs.md",
+    ),
+    "tminus_jobs_resumed_total": Described(
+        "counter",
+        "Durable jobs that this server took over from the store: at its start those of an earlier run, later those of "
+        "other servers.",
+        more="jobs.md",
+    ),
+    "tminus_snapshots_total": Described(
+        "counter", "Snapshots written to the store. Each is of one durable job.", more="jobs.md"
+    ),
+    "tminus_last_snapshot_timestamp_seconds": Described(
+        "gauge", "Unix time at which snapshots were last written; 0 if never."
+    ),
+    "tminus_store_jobs_waiting": Described(
+        "gauge",
+        "Jobs in a shared store that no server holds, without background jobs. Every server that shares the store "
+        "reports the same number, which it reads when it renews its leases. There is no series without a shared "
+        "store, or while the store does not answer.",
+        more="operations.md#several-machines",
+    ),
+    "tminus_store_backlog_seconds": Described(
+        "gauge",
+        "Predicted seconds that one server of average speed would need for tminus_store_jobs_waiting. It has a series "
+        "when that has one.",
+        more="operations.md#several-machines",
+    ),
+    "tminus_webhook_events_total": Described(
+        "counter",
+        "Events for webhooks that were delivered or given up.",
+        {"outcome": "`delivered` or `given_up`"},
+        more="webhooks.md",
+    ),
+    "tminus_webhook_attempt_duration_seconds": Described(
+        "histogram",
+        "How long one attempt to deliver an event took, at most ten seconds.",
+        {"outcome": "`delivered` or `failed`"},
+        WEBHOOK_BUCKETS,
+        more="webhooks.md",
+    ),
+    "tminus_model_info": Described(
+        "gauge",
+        "Always 1. There is one series for each model in memory, and its labels describe the model.",
+        {"name": "name of the model", **OF_A_MODEL},
+        more="models.md",
+    ),
+    "tminus_models": Described(
+        "gauge", "Models that are served.", {"state": "`loaded` (in memory) or `unloaded`"}, more="models.md"
+    ),
+    "tminus_model_loads_total": Described(
+        "counter",
+        "Models that were loaded or reloaded while the server ran.",
+        {
+            "outcome": "`done` or `refused`",
+            "reason": "`admin` (a request of an admin) or `demand` (a request for images)",
+        },
+        more="models.md",
+    ),
+    "tminus_model_unloads_total": Described(
+        "counter",
+        "Models that left memory and are still served.",
+        {"reason": "`idle`, `room` (for another model) or `admin`"},
+        more="models.md",
+    ),
+    "tminus_key_places_total": Described(
+        "counter",
+        "Cost of accepted jobs, in places: a row-step counts once, with guidance twice, as in the quota of a key. "
+        "Counted when a job is accepted.",
+        {"key": "name of the key; empty for requests without one"},
+        more="security.md",
+    ),
+    "tminus_keys_up": Described(
+        "gauge",
+        "1 while the keys in force are those in the file of keys; 0 while that file cannot be read or is wrong.",
+    ),
+    "tminus_encode_duration_seconds": Described(
+        "histogram",
+        "How long it took to encode pixels, outside the thread of the ticks.",
+        {
+            "kind": "`png`, `zip`, `json`, `npy`, `jpeg`, `webp`, `tensors`, `animation`, `trajectory`, `path` (frames "
+            "as JSON) or `frame` (a preview)"
+        },
+        ENCODE_BUCKETS,
+    ),
+    "tminus_autoencoder_duration_seconds": Described(
+        "histogram",
+        "How long one image took in the autoencoder of a latent model, in a thread beside that of the ticks.",
+        {"direction": "`encode`, `decode`, or `noise` (both, for `POST /noise`)"},
+        AUTOENCODER_BUCKETS,
+        more="latent-models.md",
+    ),
+    "tminus_frames_sent_total": Described(
+        "counter", "Previews sent to viewers. Each shows one step of one job.", more="streaming.md"
+    ),
+    "tminus_frames_dropped_total": Described(
+        "counter",
+        "Previews that were not sent because the viewer reads too slowly: a newer preview replaced them, or their job "
+        "ended.",
+        more="streaming.md#slow-readers",
+    ),
+    "tminus_streams_open": Described("gauge", "Open WebSockets and event streams."),
+    "tminus_stalled_seconds": Described(
+        "gauge",
+        "How long the worker has been busy with one thing that should have ended long ago; 0 while nothing hangs. One "
+        "thing is a tick, a command, or an image in an autoencoder.",
+    ),
+    "tminus_device_memory_bytes": Described("gauge", "Memory of tensors on the GPU; 0 on a CPU."),
+    "tminus_asyncio_tasks": Described("gauge", "Asyncio tasks of the server."),
+}
 
 
 class Metrics:
@@ -51,79 +317,49 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"tminus_{name}", text, labels, buckets=(*buckets, math.inf), registry=registry)
+        def histogram(name: str) -> Histogram:
+            told = METRICS[name]
+            return Histogram(name, told.text, tuple(told.labels), buckets=(*told.buckets, math.inf), registry=registry)
 
-        def latency(name: str, text: str, *labels: str) -> _Latency:
-            return _Latency(histogram(name, text, REQUEST_BUCKETS, *labels), clock)
+        def latency(name: str) -> _Latency:
+            return _Latency(histogram(name), clock)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"tminus_{name}", text, labels, registry=registry)
+        def counter(name: str) -> Counter:
+            return Counter(name, METRICS[name].text, tuple(METRICS[name].labels), registry=registry)
 
-        self._step = histogram("step_duration_seconds", "One tick: forward pass and update", TICK_BUCKETS, "model")
-        self._batch = histogram("batch_rows", "Places in a tick; a guided row takes two", BATCH_BUCKETS, "model")
-        self._row_steps = counter("row_steps_total", "Steps taken, of one row each", "model", "sampler")
-        self._asked = counter(
-            "sample_requests_total",
-            "Requests for images that passed the checks, by the sampler they get and the settings they name",
-            "model",
-            "sampler",
-            "named",
-        )
-        self._request = latency(
-            "request_duration_seconds", "From the request's head to the response's end", "route", "status"
-        )
-        self._errors = counter("errors_total", "Requests answered by an error of the server's own", "status")
-        self._queue = latency("queue_wait_seconds", "From acceptance to the start of the first step")
-        self._first_step = latency("time_to_first_step_seconds", "From acceptance to the end of the first step")
-        self._images = counter("images_total", "Images finished", "model")
-        self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
-        self._charged = counter("key_row_steps_total", "Row-steps of accepted jobs, by the name of a key", "key")
-        self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
-        self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
-        self._unworked = counter("answered_without_work_total", "Repeats answered by 304 or from the cache", "how")
-        self._snapshots = counter("snapshots_total", "Snapshots of durable jobs kept, of one job each")
-        self._snapshot_at = Gauge(
-            "tminus_last_snapshot_timestamp_seconds", "When snapshots were last kept, in Unix time", registry=registry
-        )
-        self._resumed = counter(
-            "jobs_resumed_total", "Durable jobs that an earlier start accepted and this one went on with"
-        )
-        self._durable = counter(
-            "durable_jobs_total", "Durable jobs that ended: done, failed, cancelled, or lost", "outcome"
-        )
-        self._encode = histogram(
-            "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
-        )
-        self._coding = histogram(
-            "autoencoder_duration_seconds",
-            "One image through the autoencoder of a latent model, beside the ticks",
-            AUTOENCODER_BUCKETS,
-            "direction",
-        )
-        self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")
-        self._frames_dropped = counter("frames_dropped_total", "Previews that a newer one overtook: a slow reader")
-        self._model = Info("tminus_model", "A model that is loaded", ["name"], registry=registry)
-        self._webhooks = counter(
-            "webhooks_total", "Events that webhooks were to be told of: delivered, or given up", "outcome"
-        )
-        self._webhook_attempt = histogram(
-            "webhook_duration_seconds", "One attempt to tell a webhook: delivered or failed", WEBHOOK_BUCKETS, "outcome"
-        )
-        self._loads = counter(
-            "model_loads_total",
-            "Models loaded while the server ran: done or refused; by an admin, or on demand",
-            "outcome",
-            "reason",
-        )
-        self._unloads = counter(
-            "model_unloads_total", "Models that went out of memory and are still served: idle, room or admin", "reason"
-        )
+        self._tick = histogram("tminus_tick_duration_seconds")
+        self._places = histogram("tminus_tick_places")
+        self._row_steps = counter("tminus_row_steps_total")
+        self._asked = counter("tminus_sample_requests_total")
+        self._request = latency("tminus_request_duration_seconds")
+        self._errors = counter("tminus_errors_total")
+        self._queue = latency("tminus_queue_wait_seconds")
+        self._first_step = latency("tminus_time_to_first_step_seconds")
+        self._images = counter("tminus_images_total")
+        self._rejected = counter("tminus_rejected_total")
+        self._charged = counter("tminus_key_places_total")
+        self._aborted = counter("tminus_jobs_aborted_total")
+        self._saved = counter("tminus_row_steps_saved_total")
+        self._unworked = counter("tminus_answered_without_work_total")
+        self._snapshots = counter("tminus_snapshots_total")
+        at = "tminus_last_snapshot_timestamp_seconds"
+        self._snapshot_at = Gauge(at, METRICS[at].text, registry=registry)
+        self._resumed = counter("tminus_jobs_resumed_total")
+        self._durable = counter("tminus_durable_jobs_ended_total")
+        self._encode = histogram("tminus_encode_duration_seconds")
+        self._coding = histogram("tminus_autoencoder_duration_seconds")
+        self._frames_sent = counter("tminus_frames_sent_total")
+        self._frames_dropped = counter("tminus_frames_dropped_total")
+        self._model = Info("tminus_model", METRICS["tminus_model_info"].text, ["name"], registry=registry)
+        self._webhooks = counter("tminus_webhook_events_total")
+        self._webhook_attempt = histogram("tminus_webhook_attempt_duration_seconds")
+        self._loads = counter("tminus_model_loads_total")
+        self._unloads = counter("tminus_model_unloads_total")
         # What alerts wait for is there at 0: to Prometheus, a series that begins at 1 has not increased.
         for status in ERRORS:
             self._errors.labels(status)
         for reason in LOST:
-            self._cancelled.labels(reason)
+            self._aborted.labels(reason)
 
     def model_loaded(self, info: ModelInfo) -> None:
         """Describe a model that is served from now on, in place of another of its name."""
@@ -175,29 +411,29 @@ class Metrics:
         waiting_in_store: the jobs of a shared store that nobody holds, and the seconds that one server would take for
         them; None without such a store, or while it does not answer. models: how many are in each state.
         """
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "tasks": ("Tasks of the event loop", tasks),
-            "rows_active": ("Rows in the last tick", rows_active),
-            "rows_waiting": ("Rows accepted that were not in the last tick", rows_waiting),
-            "backlog_seconds": ("Predicted seconds of accepted work, but for background jobs", backlog_s),
-            "background_rows": ("Rows of background jobs, accepted and not finished", background_rows),
-            "background_backlog_seconds": ("Predicted seconds of the work of background jobs", background_backlog_s),
-            "keys_up": ("1 while the keys in force are what their file says, else 0", keys_up),
-            "store_up": ("1 while the store of durable jobs can be written to, else 0", store_up),
-            "streams_open": ("WebSockets and event streams that are open", streams_open),
-            "tick_time_ratio": ("How much longer ticks take now than was measured at the start", tick_time_ratio),
-            "stalled_seconds": ("How long the worker has been at one thing, far over its time, or 0", stalled_s),
-            "device_memory_bytes": ("Memory of tensors on the GPU; 0 on a CPU", lambda: device_memory_bytes() or 0),
+        gauges: dict[str, Callable[[], float]] = {
+            "tminus_asyncio_tasks": tasks,
+            "tminus_rows_active": rows_active,
+            "tminus_rows_waiting": rows_waiting,
+            "tminus_backlog_seconds": backlog_s,
+            "tminus_background_rows": background_rows,
+            "tminus_background_backlog_seconds": background_backlog_s,
+            "tminus_keys_up": keys_up,
+            "tminus_store_up": store_up,
+            "tminus_streams_open": streams_open,
+            "tminus_tick_time_ratio": tick_time_ratio,
+            "tminus_stalled_seconds": stalled_s,
+            "tminus_device_memory_bytes": lambda: device_memory_bytes() or 0,
         }
-        for name, (text, read) in gauges.items():
-            Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
+        for name, read in gauges.items():
+            Gauge(name, METRICS[name].text, registry=self.registry).set_function(read)
         self.registry.register(_WaitingInStore(waiting_in_store))
         self.registry.register(_States(models))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
         """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
-        self._step.labels(model).observe(seconds)
-        self._batch.labels(model).observe(places)
+        self._tick.labels(model).observe(seconds)
+        self._places.labels(model).observe(places)
         for sampler, count in row_steps.items():
             self._row_steps.labels(model, sampler).inc(count)
 
@@ -212,7 +448,7 @@ class Metrics:
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
         """Record that an accepted job ended without images."""
-        self._cancelled.labels(reason).inc()
+        self._aborted.labels(reason).inc()
         self._saved.inc(row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
@@ -252,9 +488,9 @@ class Metrics:
         """Record a request for images of a model that passed the checks; named: see `named_by` in defaults.py."""
         self._asked.labels(model, sampler, named).inc()
 
-    def charged(self, key: str, row_steps: int) -> None:
-        """Record that a job of so many row-steps was accepted from a key; an empty name is whoever has none."""
-        self._charged.labels(key).inc(row_steps)
+    def charged(self, key: str, places: int) -> None:
+        """Record that a job of so many places was accepted from a key; an empty name is whoever has none."""
+        self._charged.labels(key).inc(places)
 
     def answered_without_work(self, how: str) -> None:
         """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""
@@ -316,9 +552,8 @@ class _WaitingInStore(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Read the values once for both."""
         known = self._read() or (None, None)
-        texts = ("Jobs of a shared store that no server holds", "Predicted seconds of those jobs on one server")
-        for name, text, value in zip(("jobs_waiting", "backlog_seconds"), texts, known, strict=True):
-            yield GaugeMetricFamily(f"tminus_store_{name}", text, value)
+        for name, value in zip(("tminus_store_jobs_waiting", "tminus_store_backlog_seconds"), known, strict=True):
+            yield GaugeMetricFamily(name, METRICS[name].text, value)
 
 
 class _States(Collector):
@@ -329,7 +564,7 @@ class _States(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Count them."""
-        gauge = GaugeMetricFamily("tminus_models", "Models that are served, by state", labels=["state"])
+        gauge = GaugeMetricFamily("tminus_models", METRICS["tminus_models"].text, labels=["state"])
         for state, count in self._read().items():
             gauge.add_metric([state], count)
         yield gauge

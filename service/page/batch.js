@@ -30,8 +30,8 @@ async function look() {
     draw(batch);
     if (batch.jobs.length) next = LOOK_MS;
   } catch (error) {
-    const why = error.status === 401 ? "it takes a key" : reason(error);
-    element("batch-text").textContent = `The batch cannot be looked at: ${why}.`;
+    const why = error.status === 401 ? "it needs a key" : reason(error);
+    element("batch-text").textContent = `The server's work cannot be shown: ${why}.`;
     element("jobs").replaceChildren();
   }
   clearTimeout(timer);
@@ -41,9 +41,9 @@ async function look() {
 function draw({ rows_active: active, max_batch: most, jobs, more }) {
   const rows = jobs.reduce((sum, job) => sum + job.n, 0);
   const others = more ? ` ${more === 1 ? "1 more job is" : `${more} more jobs are`} not shown.` : "";
-  const last = `${active} rows were in the last forward pass, which has room for ${most}.`;
+  const last = `The last forward pass had ${active} rows of at most ${most}.`;
   element("batch-text").textContent = jobs.length
-    ? `${last} ${rows} rows of ${jobs.length === 1 ? "1 job" : `${jobs.length} jobs`} are on their way.${others}`
+    ? `${last} ${rows} rows of ${jobs.length === 1 ? "1 job" : `${jobs.length} jobs`} are in progress.${others}`
     : `The server is idle. Its next forward pass has room for ${most} rows.`;
   const lines = new Map([...element("jobs").children].map((line) => [line.id, line]));
   const now = jobs.map((job) => {
@@ -69,7 +69,7 @@ function update(line, { id, number, yours, n, step, steps, t, num_timesteps: mos
   const own = (seed !== null && asked.includes(String(seed))) || (id !== null && element(`result-${id}`) !== null);
   line.classList.toggle("own", own);
   line.classList.toggle("waits", state === "waiting");
-  part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;
+  part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `another user's job ${number}`;
   part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, most - 1))));
   const ahead = position === 0 ? "next" : position === 1 ? "1 job ahead" : `${position} jobs ahead`;
   const where = state === "waiting" ? ahead : `step ${step} of ${steps}, t = ${Math.round(t)}`;
@@ -93,6 +93,6 @@ async function load(model) {
   setTimeout(look);
   const answers = await Promise.allSettled(specs.map(async (spec) => (await post("sample", requestOf(spec, model), "image/png")).blob()));
   const failed = answers.find(({ status }) => status === "rejected");
-  if (failed) element("load-error").textContent = `Not all were done: ${reason(failed.reason)}.`;
+  if (failed) element("load-error").textContent = `Not all requests succeeded: ${reason(failed.reason)}.`;
   button.ariaDisabled = "false";
 }

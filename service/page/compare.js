@@ -81,7 +81,7 @@ async function compare(model, playing, deadline_s) {
   const common = { n: 1, seed: element("compare-seed").value || "0" };
   if (model.conditional) common.class_label = Number(element("compare-class").value);
   if (deadline_s) common.deadline_s = deadline_s;
-  element("compare-status").textContent = deadline_s ? "" : "Asking for all lanes…";
+  element("compare-status").textContent = deadline_s ? "" : "Making all lanes…";
   const answers = await Promise.all(used().map((each) => ask(each, common, model, mine.signal)));
   if (mine !== asking) return;
   button.ariaDisabled = "false";
@@ -96,7 +96,7 @@ async function compare(model, playing, deadline_s) {
 }
 
 async function ask(each, common, model, signal) {
-  each.clear("Being denoised…");
+  each.clear("Denoising…");
   try {
     const answer = await askPath({ ...common, ...each.settings() }, model, signal);
     if (signal.aborted) return false; // the lane is another comparison's now
@@ -174,7 +174,7 @@ function lane(number, model, begins) {
     frames = path.map(({ pictures, ...frame }) => ({ ...frame, x_t: url(pictures.x_t), x_0: url(pictures.x_0) }));
     const once = passesOf(spec, model), some = spec.guidance_interval ? `${once} to ${2 * once}` : 2 * once;
     const passes = spec.guidance === 1 ? once : some; // guided twice; the server knows for which timesteps
-    const took = milliseconds === null ? "kept from before" : `${Math.round(milliseconds)} ms`;
+    const took = milliseconds === null ? "from the cache" : `${Math.round(milliseconds)} ms`;
     caption = `${passes} passes, ${took}`;
   }
 

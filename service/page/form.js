@@ -99,12 +99,12 @@ export function grey(input, why = "") {
 /** Why a sampler is not guided; undefined where it can be. */
 export function unguided(sampler) {
   const tables = tablesOf(sampler);
-  return tables.length && tables.every((table) => table.guidance === 1) ? `${sampler} has none` : undefined;
+  return tables.length && tables.every((table) => table.guidance === 1) ? `not with ${sampler}` : undefined;
 }
 
 function suitGuidance() {
   const some = field("class_label").value.split(",").every((label) => label !== "");
-  const why = unguided(field("sampler").value) ?? (some ? undefined : "it needs a class");
+  const why = unguided(field("sampler").value) ?? (some ? undefined : "needs a class");
   grey(field("guidance"), why);
   for (const label of document.querySelectorAll("#more .guides")) label.hidden = element("guidance-field").hidden || Boolean(why);
 }
@@ -136,8 +136,8 @@ function suitTable() {
 
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
-  grey(field("eta"), sampler === "ddim" ? "" : "only ddim has it");
-  grey(field("timestep_spacing"), tablesOf(sampler).length ? "fixed by its table" : "");
+  grey(field("eta"), sampler === "ddim" ? "" : "ddim only");
+  grey(field("timestep_spacing"), tablesOf(sampler).length ? "by its table" : "");
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();
@@ -222,14 +222,14 @@ function presetsOf() {
   const fewest = table
     ? { sampler: table.sampler, steps: table.steps, guidance: table.guidance }
     : { sampler: model.samplers.includes("unipc") ? "unipc" : model.default_sampler, steps: FEW };
-  const presets = { Best: ["What is recommended for this model", best] };
-  if (!isSame(fewest, best)) presets.Fast = ["As few steps as still give good images", fewest];
+  const presets = { Best: ["The settings recommended for this model", best] };
+  if (!isSame(fewest, best)) presets.Fast = ["The fewest steps that still give good images", fewest];
   if (model.samplers.includes("ddpm")) {
     const all = { sampler: "ddpm", steps: model.num_timesteps, n: 1 };
-    presets["Every step"] = ["DDPM as it was published: all steps, to watch", all];
+    presets["Every step"] = ["DDPM as published, with all steps", all];
   }
   if (model.conditional && model.null_class !== null) {
-    presets.Guided = ["Pushed hard towards the class", { ...guidable(best), guidance: STRONG }];
+    presets.Guided = ["A high guidance scale", { ...guidable(best), guidance: STRONG }];
   }
   return presets;
 }

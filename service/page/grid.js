@@ -52,9 +52,9 @@ async function make(model, page) {
   urls.forEach((url) => URL.revokeObjectURL(url));
   urls = [];
   const lines = drawEmpty(model);
-  element("grid-status").textContent = `Asking for ${lines.length} × ${lines[0][0].n} images…`;
+  element("grid-status").textContent = `Making ${lines.length} × ${lines[0][0].n} images…`;
   const problem = await askAll(lines.flatMap(([parameters, line]) => requestsOf(line, parameters)), model, page);
-  element("grid-status").textContent = problem ? `Not all could be had: ${problem}.` : "Done. Choose an image to watch it.";
+  element("grid-status").textContent = problem ? `Some images are missing: ${problem}.` : "Done. Choose an image to see how it formed.";
   button.ariaDisabled = "false";
 }
 
@@ -112,15 +112,15 @@ function addImage(cell, { png, index }, parameters, model, page) {
 async function watch(alone, model, page) {
   watching?.abort();
   const { signal } = (watching = new AbortController());
-  element("grid-status").textContent = "Asking for its way…";
+  element("grid-status").textContent = "Fetching its frames…";
   try {
     const path = await askPath(alone, model, signal);
     if (signal.aborted) return;
     const shown = page.watch(path, alone);
     if (shown) page.fillFrom(alone);
-    element("grid-status").textContent = shown ? "" : "There is a job at the top. This can be watched when it has ended.";
+    element("grid-status").textContent = shown ? "" : "A job is running at the top. Choose this image again when it is done.";
   } catch (error) {
     if (signal.aborted) return;
-    element("grid-status").textContent = `It cannot be watched: ${reason(error)}.`;
+    element("grid-status").textContent = `It cannot be shown: ${reason(error)}.`;
   }
 }

@@ -24,7 +24,7 @@ export async function restore(model, openJob) {
   }
   if (problems.length) {
     const which = problems.length === 1 ? "One earlier result" : `${problems.length} earlier results`;
-    element("results-error").textContent = `${which} could not be had: ${problems[0]}. Load this page again to try again.`;
+    element("results-error").textContent = `${which} could not be fetched: ${problems[0]}. Reload this page to try again.`;
     element("results").hidden = false;
   }
   setInterval(() => lookAtRunning(model), LOOK_MS);

@@ -114,7 +114,7 @@ function showForecast({ state, position, eta_s: eta }) {
   if (state === "running") say("Running.");
   else if (eta === null || eta === undefined) say("Waiting.");
   else if (position) say(`Waiting: ${position === 1 ? "1 job" : `${position} jobs`} ahead, done in about ${seconds(eta)}.`);
-  else say(`Begun, done in about ${seconds(eta)}.`);
+  else say(`Started, done in about ${seconds(eta)}.`);
 }
 
 // t is not told by a GET, and eta_s may not be known.
@@ -187,7 +187,7 @@ export async function cancel() {
     if (job === current) end(job, ended);
   } catch (error) {
     if (job !== current) return; // it has ended meanwhile
-    say("Not cancelled: the job goes on.");
+    say("The job was not cancelled and goes on.");
     job.tell.complain(`It could not be cancelled: ${reason(error)}.`);
   }
 }
@@ -204,7 +204,7 @@ function goOn(job, found) {
   } else {
     showForecast(found);
     if (found.state === "running") {
-      say("Running. Its frames cannot be had just now.");
+      say("Running. There are no frames at the moment.");
       showStep(found);
     }
     lookLater(job);
@@ -226,7 +226,7 @@ function listen(job) {
   });
   for (const name of ENDS) on(name, (ended) => end(job, ended));
   source.onopen = () => {
-    if (job.broken) say("There is a connection again.");
+    if (job.broken) say("Connected again.");
     job.broken = false;
     job.looks = 0;
   };
@@ -251,7 +251,7 @@ async function look(job) {
     if (stale()) return;
     if (isGone(error)) {
       job.tell.lost();
-      over(job, "The server knows nothing of this job any more.");
+      over(job, "The server no longer has this job.");
       job.tell.complain(`${error.message}.`);
     } else {
       broke(job);
@@ -264,7 +264,7 @@ async function look(job) {
 
 function broke(job) {
   job.broken = true;
-  say("The connection broke. The job goes on; looking for the server…");
+  say("The connection broke. The job goes on. Connecting again…");
 }
 
 function pause(job) {
@@ -309,7 +309,7 @@ async function showImages(job, ended) {
   } catch (error) {
     if (job !== current) return;
     over(job, "Done.");
-    job.tell.complain(`The images could not be had: ${reason(error)}.`);
+    job.tell.complain(`The images could not be fetched: ${reason(error)}.`);
   }
 }
 

@@ -29,7 +29,7 @@ async function send(login, key) {
   try {
     const response = await fetch(login, options);
     if (response.ok) return null;
-    return response.status === 401 ? "This key is not known here." : `The server answered ${response.status}.`;
+    return response.status === 401 ? "The server does not know this key." : `The server answered ${response.status}.`;
   } catch {
     return "There is no connection.";
   }

@@ -17,9 +17,9 @@ const LATER = ["studio", "compare", "grid", "batch"];
 const MOST_PASSES = 2000; // of all images together, that a link alone may ask the server for
 // Of a first sample, which a busy server refuses at once and without work; and of one that somebody was sent.
 const DEADLINE_S = 3, LINK_DEADLINE_S = 30;
-const BUSY = "The server has no time for a first sample just now. You can still ask for yours.";
-const LOADING = "The model is being loaded. You can press Sample already: the job waits for it.";
-const OF_LINK = "The form has the settings of the link. Press Sample to see what they make.";
+const BUSY = "The server is too busy to show a first sample. You can still press Sample.";
+const LOADING = "The model is still loading. You can press Sample now; the job waits for it.";
+const OF_LINK = "The form has the settings of the link. Press Sample to see the result.";
 
 let model = null;
 let running = true; // or about to
@@ -83,7 +83,7 @@ async function open(given, deadline_s, busyText) {
   leaveOpening();
   const mine = (opening = new AbortController());
   document.body.dataset.opening = "asked";
-  element("caption").textContent = "A first sample is on its way.";
+  element("caption").textContent = "Making a first sample…";
   try {
     const path = await askPath({ ...given, deadline_s }, model, mine.signal);
     if (mine !== opening) return false;
@@ -100,9 +100,9 @@ async function open(given, deadline_s, busyText) {
 }
 
 function whyNot(error, busyText) {
-  if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
-  if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
-  if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
+  if (!(error instanceof Refusal)) return "The server did not answer when asked for a first sample.";
+  if (error.status === 422 && error.field !== "deadline_s") return `The sample of this link cannot be made: ${error.message}.`;
+  if (error.code === "quota_exceeded") return `The quota of this key does not allow a first sample: ${error.message}.`;
   return error.code === "model_loading" ? LOADING : busyText;
 }
 
@@ -110,7 +110,7 @@ function whyNot(error, busyText) {
 function leaveOpening() {
   opening?.abort();
   opening = null;
-  element("caption").textContent = "What you ask for, as it is made.";
+  element("caption").textContent = "Your images appear here as they form.";
   document.body.dataset.opening = "left";
 }
 
@@ -149,12 +149,12 @@ async function findAgain(unwanted = null) {
     if (id !== jobInAddress()) return;
     if (job.model !== model.name) {
       if (await openPageOf(job.model, location.hash)) return;
-      complain(`The job in the address of this page is of the model ${job.model}, which is not loaded.`);
+      complain(`The address of this page names a job of the model ${job.model}, which is not loaded.`);
     } else if (job.durable) {
       fillFrom(job.parameters);
       show(job);
       if (id === unwanted) cancel();
-    } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
+    } else complain("The job in the address of this page cannot be shown: it is not a durable job.");
   } catch (error) {
     complain(`The job in the address of this page cannot be shown: ${reason(error)}.`);
   }
@@ -164,21 +164,21 @@ async function run(body) {
   if (running) return; // something else was begun while this was made ready
   complain("");
   busy(true);
-  say("Asking…");
+  say("Sending…");
   toTop();
   try {
-    const { job, cancelled } = await create(model, body, () => say("There is no answer. Trying again…"));
+    const { job, cancelled } = await create(model, body, () => say("No answer. Trying again…"));
     show(job, parse(body));
     if (cancelled) cancel();
   } catch (error) {
     busy(false);
     if (error instanceof Refusal) {
-      say("Not begun.");
+      say("Not started.");
       if (isUnloaded(error)) tellUnloaded();
       else complain(`${error.message}.`, error.field);
     } else {
-      say("Nothing is known of the job.");
-      complain("There is no connection: no answer came. Sample, with the same parameters, asks for the same job again.");
+      say("No answer.");
+      complain("The server did not answer. Press Sample again with the same settings to get the same job.");
     }
   }
 }
@@ -245,7 +245,7 @@ function busy(yes) {
 const isUnloaded = (error) => error.code === "model_not_found";
 
 function tellUnloaded() {
-  complain(`The model ${nameInAddress} is not loaded. The menu at the top has those that are.`);
+  complain(`The model ${nameInAddress} is not loaded. The menu at the top lists the loaded models.`);
   showMenu();
 }
 
@@ -276,5 +276,5 @@ start().catch((error) => {
   if (isUnloaded(error)) {
     element("model").textContent = `${nameInAddress}: not loaded`;
     tellUnloaded();
-  } else complain(`This page could not be set up: ${reason(error)}. Reload it when the server is ready.`);
+  } else complain(`This page could not start: ${reason(error)}. Reload it when the server is ready.`);
 });

@@ -104,7 +104,8 @@ export function callsOf(parameters, model) {
   const body = toJson(requestOf(shortest(parameters, model), model));
   const url = new URL("sample", base).href.replaceAll("'", "%27");
   const [keyOption, keyHeader, importOs] = signedIn ? KEY_IN_CALLS : ["", "", []];
-  const curl = `curl --fail-with-body -sS${keyOption} '${url}' -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
+  const json = "-H 'Content-Type: application/json'";
+  const curl = `curl --fail-with-body -sS${keyOption} '${url}' ${json} -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
   const python = [
     ...importOs,
     "import pathlib",
@@ -153,12 +154,12 @@ export async function offer(file, model) {
   const build = recipe.fingerprint === model.fingerprint ? "this build" : "another build, so a few bits may differ";
   const edited = (recipe.spec.image_sha256 ?? null) !== null, unknown = !model.samplers.includes(parameters.sampler);
   element("recipe-text").textContent =
-    `${file.name} says how it was made: ${shorten(describe(parameters))}. It is of ${weights}, and ${build}. ` +
+    `${file.name} contains its settings: ${shorten(describe(parameters))}. It was made by ${weights} and ${build}. ` +
     (unknown
       ? `This model has no sampler ${shorten(parameters.sampler)}.`
       : edited
-        ? "It was made from a picture, which is not in it, so it cannot be made again here."
-        : "The form has its settings now.");
+        ? "It was made from a picture that is not in the file, so it cannot be made again here."
+        : "The form now has these settings.");
   element("again").ariaDisabled = String(edited || unknown);
   element("recipe-answer").textContent = "";
   return true;
@@ -172,7 +173,7 @@ async function again() {
     const response = await post("sample", requestOf(parameters, model), "image/png");
     const made = new Uint8Array(await response.arrayBuffer());
     const same = response.headers.get("X-Fingerprint") === recipe.fingerprint;
-    const build = `The build is ${same ? "the same" : "another"}.`;
+    const build = `The build is ${same ? "the same" : "different"}.`;
     if (made.length === bytes.length && made.every((byte, at) => byte === bytes[at])) say(`The same, byte for byte. ${build}`);
     else say(`${await differences(bytes, made)} ${build}`);
   } catch (error) {
@@ -200,7 +201,7 @@ async function differences(before, after) {
   const [one, other] = await Promise.all([before, after].map(pixels));
   let most = 0;
   one.data.forEach((value, at) => (most = Math.max(most, Math.abs(value - other.data[at]))));
-  return most ? `Not the same: pixels differ by up to ${most} of 255.` : "The same pixels, in a file of other bytes.";
+  return most ? `Not the same: pixels differ by up to ${most} of 255.` : "The same pixels, but the bytes of the file differ.";
 }
 
 element("again").addEventListener("click", () => {

@@ -155,7 +155,7 @@ function tell() {
   const size = one ? `, ${model.width_px} × ${model.height_px}` : " of all";
   element("caption").textContent = `${describe(parameters)}${edited ? ", from a picture" : ""}.`;
   element("made-name").textContent = !one ? `${count} images` : count === 1 ? "One image" : `Image ${chosen + 1} of ${count}`;
-  element("made-hint").textContent = !one ? "Choose one to see it large." : edited ? "A link or a call would need your picture." : "";
+  element("made-hint").textContent = !one ? "Choose one to see it large." : edited ? "There is no link and no code, since both would need your picture." : "";
   element("png").textContent = `PNG${size}`;
   element("vary").hidden = !one;
   element("edit-this").hidden = !one || model.channels !== model.shown_channels; // it is sent as a picture
@@ -184,7 +184,7 @@ async function askForAlone(result, number) {
     alone = URL.createObjectURL(image);
     element("png").href = alone;
   } catch (error) {
-    if (made === result && chosen === number) element("made-error").textContent = `The PNG of this image could not be had: ${reason(error)}.`;
+    if (made === result && chosen === number) element("made-error").textContent = `The PNG of this image could not be fetched: ${reason(error)}.`;
   }
 }
 
@@ -249,7 +249,7 @@ element("zip").addEventListener("click", async ({ target }) => {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    element("made-error").textContent = `The zip could not be had: ${reason(error)}.`;
+    element("made-error").textContent = `The zip could not be fetched: ${reason(error)}.`;
   }
   target.ariaDisabled = "false";
 });

@@ -43,7 +43,7 @@ export function setUp(loaded, { run, opened }) {
 /** Take a picture to edit it, and go there. */
 export function edit(picture) {
   takePicture(picture);
-  element("noise-name").textContent = "The image above. Paint what is to be made new.";
+  element("noise-name").textContent = "The image above. Paint over what should change.";
   element("brush").value = "mask";
   element("noise").scrollIntoView({ block: "start" });
   element("brush").focus({ preventScroll: true });

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
+from tminus.service.api.answers.operations import ABOUT
 from tminus.service.api.batch import batch_routes
 from tminus.service.api.edge.authentication import AccessControl, authentication_routes, is_open
 from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
@@ -38,7 +39,7 @@ from tminus.service.tracing import TRACER
 if TYPE_CHECKING:
     from tminus.service.startup.telemetry import Traces
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 OF_A_MODEL = "/models/{model}"
 
 
@@ -92,6 +93,9 @@ def create_app(
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general(contract)]), (OF_A_MODEL, of_a_model)):
         for router in routers:
+            for route in router.routes:
+                if isinstance(route, Route) and route.methods and "GET" in route.methods:
+                    route.methods.add("HEAD")  # whose body the server leaves out
             app.include_router(router, prefix=prefix)
             for route in router.routes:
                 if isinstance(route, Route) and route.methods:
@@ -175,7 +179,8 @@ class _Documents:
         described = FastAPI(  # which is never run
             title="tminus",
             summary="Samples from a trained denoising diffusion U-Net.",
-            description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+            description=f"Bounds are those of the model {model.name}: {model.height_px}x{model.width_px}, "
+            f"T={model.num_timesteps}.\n\n{ABOUT}",
             version=VERSION,
             servers=[{"url": prefix}] if prefix else None,
         )

@@ -92,7 +92,7 @@ def test_the_calls_of_a_result_make_it_again(open_page: OpenPage, tmp_path: Path
         assert (tmp_path / "out.png").read_bytes() == final
         (tmp_path / "out.png").unlink()
     with page.tab.expect_download() as download:
-        page.tab.get_by_role("button", name="Zip").click()
+        page.tab.get_by_role("button", name="All as a zip").click()
     assert download.value.suggested_filename == f"tminus-{2**64 - 1}.zip"
     with zipfile.ZipFile(download.value.path()) as archive:
         images = [pixels(archive.read(name)) for name in archive.namelist()]
@@ -113,7 +113,7 @@ def test_a_job_is_cancelled_or_goes_on_if_that_fails_and_another_begun(
     expect(page.at("#progress-text")).to_have_text(re.compile(r" (s|min) left$"))
     page.press("Cancel")
     expect(page.at("#error")).to_have_text("It could not be cancelled: the server answered 503.")
-    assert "Not cancelled: the job goes on." in page.heard()
+    assert "The job was not cancelled and goes on." in page.heard()
     page.wait_until("Running.")
     page.tab.unroute(re.compile(r"/cancel$"))
     page.cancel()
@@ -271,7 +271,7 @@ def test_a_job_whose_answer_is_lost_is_had_by_asking_again_and_is_one(
     page.hear_status()
     page.lose_answers(POSTED, count=2)
     page.make(**drawn)
-    assert "There is no answer. Trying again…" in page.heard()
+    assert "No answer. Trying again…" in page.heard()
     assert len(job_ids(server) - before) == 1
     page.tab.evaluate("() => { location.hash = ''; }")
     page.lose_answers(POSTED)
@@ -364,14 +364,14 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
     for pattern, which in ((r"/image$", "One earlier result"), (r"/jobs/\w+$", "2 earlier results")):
         page.refuse(pattern, 503)
         page.tab.reload()
-        page.says("#results-error", f"{which} could not be had: the server answered 503.")
+        page.says("#results-error", f"{which} could not be fetched: the server answered 503.")
         page.tab.unroute(re.compile(pattern))
     page.tab.reload()
     page.has(2, "#gallery img")
     expect(page.at("#results-error")).to_be_empty()
     httpx.delete(f"{server.url}/jobs/{page.job_id}")
-    page.press("Zip of each")
-    expect(page.at("#made-error")).to_contain_text("The zip could not be had: no job")
+    page.press("All as a zip")
+    expect(page.at("#made-error")).to_contain_text("The zip could not be fetched: no job")
     page.tab.reload()
     page.says("#error", "cannot be shown: no job")
     page.has(1, "#gallery img")
@@ -420,7 +420,7 @@ def test_a_job_whose_events_are_refused_is_looked_at_until_they_are_there_again_
     page.sample(**LONG | {"n": 6})
     seen = re.compile(r"^Step [1-9]\d* of 1000, [\d.]+ (s|min) left$")
     expect(page.at("#progress-text")).to_have_text(seen)
-    page.wait_until("Running. Its frames cannot be had just now.")
+    page.wait_until("Running. There are no frames at the moment.")
     page.tab.unroute(re.compile(EVENTS))
     page.says("#frame-text", re.compile(r"Frame \d+ of \d+"))
     page.wait_until("Running.")
@@ -449,7 +449,7 @@ def test_a_job_that_others_end_or_forget_or_that_fails_is_told_how(
     for _ in range(2):
         httpx.delete(f"{server.url}/jobs/{page.job_id}")
     page.look_elsewhere(False)
-    page.wait_until("The server knows nothing of this job any more.")
+    page.wait_until("The server no longer has this job.")
     page.says("#error", "no job")
     first = httpx.post(f"{server.url}/jobs", json=LONG).json()
     cancel_job(server, first["id"])

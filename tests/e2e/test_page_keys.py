@@ -55,7 +55,7 @@ def test_a_key_that_has_used_its_quota_is_told_why_there_is_no_first_sample(
     assert server.post(json={"steps": 300}, headers=bearer(CAT)).status_code == 200
     page = open_page(key=CAT)
     expect(page.at("body")).to_have_attribute("data-opening", "absent")
-    page.says("#caption", "This key has nothing left for a first sample: ")
+    page.says("#caption", "The quota of this key does not allow a first sample: ")
     page.sample(steps=4, n=1, guidance=1)
     page.says("#error", "row-steps")
 
@@ -66,12 +66,12 @@ def test_nothing_is_sampled_before_the_key_and_a_wrong_one_is_asked_for_again(
     tab, asked = browser.new_context().new_page(), []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(server.url)
-    dialog = tab.get_by_role("dialog", name="This server asks for a key")
+    dialog = tab.get_by_role("dialog", name="This server needs a key")
     expect(dialog).to_be_visible()
     expect(tab.get_by_label("Key", exact=True)).to_be_focused()
     tab.keyboard.type("tm_wrong")
     tab.keyboard.press("Enter")
-    expect(tab.get_by_role("alert").filter(has_text="This key is not known here.")).to_be_visible()
+    expect(tab.get_by_role("alert").filter(has_text="The server does not know this key.")).to_be_visible()
     expect(tab.get_by_label("Key", exact=True)).to_be_focused()
     for _ in range(3):
         tab.keyboard.press("Escape")
@@ -100,7 +100,7 @@ def test_the_batch_does_not_name_the_jobs_of_others(
     expect(page.at("#jobs .whose")).to_have_text("from this page")
     other = open_page(key=BEN)
     other.at("#batch").scroll_into_view_if_needed()
-    expect(other.at("#jobs .whose")).to_have_text(re.compile(r"^somebody's job \d+$"))
+    expect(other.at("#jobs .whose")).to_have_text(re.compile(r"^another user's job \d+$"))
     expect(other.at("#jobs .where")).to_have_text(re.compile(r"^4 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$"))
     page.cancel()
 

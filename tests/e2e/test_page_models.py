@@ -112,7 +112,7 @@ def test_what_was_asked_of_one_model_is_not_asked_of_another(open_page: OpenPage
 def test_a_job_of_another_model_is_shown_on_its_page_unless_that_is_unloaded(
     open_page: OpenPage, server: RunningServer
 ) -> None:
-    said = "The model colour is not loaded. The menu at the top has those that are."
+    said = "The model colour is not loaded. The menu at the top lists the loaded models."
     job = httpx.post(f"{server.url}/models/colour/jobs", json={"class_label": 2, **QUICK}).json()["id"]
     page = open_page()
     page.tab.goto(f"{server.url}/#job={job}")

@@ -448,7 +448,7 @@ def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_sai
     for link in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
         page.tab.goto(f"{server.url}/?{link}#{link}")
         expect(page.at("body")).to_have_attribute("data-opening", "absent")
-        page.says("#caption", "A sample as in the link cannot be had: ")
+        page.says("#caption", "The sample of this link cannot be made: ")
     assert server.metric("tminus_row_steps_total") == steps
 
 
@@ -467,7 +467,10 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     with Image.open(io.BytesIO(server.post(json=OPENING).content)) as image:
         image.load()
         recipe, changed = image.text["tminus"], np.asarray(image).copy()  # type: ignore[attr-defined]
-    for change, said in ((0, "The same pixels, in a file of other bytes."), (9, "pixels differ by up to 9 of 255.")):
+    for change, said in (
+        (0, "The same pixels, but the bytes of the file differ."),
+        (9, "pixels differ by up to 9 of 255."),
+    ):
         changed[0, 0] = changed[0, 0] + change if changed[0, 0] < 128 else changed[0, 0] - change
         file = tmp_path / f"changed-by-{change}.png"  # of another name, or the browser sees nothing new
         save_with(file, changed, recipe)
@@ -785,7 +788,7 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
     assert not [url for url in page.requests if url.endswith("/batch")], "nobody sees it"
     page.refuse(r"/batch$", 401)
     page.at("#batch").scroll_into_view_if_needed()
-    expect(page.at("#batch-text")).to_have_text("The batch cannot be looked at: it takes a key.")
+    expect(page.at("#batch-text")).to_have_text("The server's work cannot be shown: it needs a key.")
     expect(page.at("#key-dialog")).to_be_hidden()
     page.tab.unroute_all()
     page.says("#batch-text", "The server is idle.")

@@ -1,0 +1,306 @@
+"""The reference pages, written from the code: settings, command line, errors and metrics.
+
+    python -m docs.site.reference FOLDER
+
+writes all four. The introduction of each page is a template beside this file. Links in the texts of the code and of the
+templates are relative to docs/; here they become relative to docs/reference/, where the pages are.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
+
+import click
+
+from tminus.service import errors as errors_of_the_service
+from tminus.service.cli.configuration import default_of, flag_of, variable
+from tminus.service.cli.main import EXIT_CODES, SECTIONS, main
+from tminus.service.engine.protocol import BUNDLED
+from tminus.service.errors import ServiceError
+from tminus.service.metrics import GROUPS as METRIC_GROUPS
+from tminus.service.metrics import METRICS
+from tminus.service.ray_serve.settings import RaySettings
+from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+TEMPLATES = Path(__file__).with_name("reference_pages")
+BODY = "<!-- body -->\n"  # where the part that is made of the code goes in a template
+CODE = re.compile(
+    r"`[^`]*`|(?<![\w-])(?:--[a-z][a-z-]*[a-z]|-n)\b|\b(?:TMINUS|XDG|RAY)_[A-Z_]+\b|\b(?:GET|POST) /[\w/]+"
+)
+WORDS = {int: "integer", float: "number", Path: "path"}
+
+
+def pages() -> dict[str, str]:
+    """All pages of this file, by the name of their file in docs/reference/."""
+    made = (settings, command_line, errors, metrics)
+    return {f"{each.__name__.replace('_', '-')}.md": each() for each in made}
+
+
+def page(name: str, body: str) -> str:
+    """Put the body into the template of a page, and make its links relative to docs/reference/."""
+    text = (TEMPLATES / f"{name}.md").read_text("utf-8").replace(BODY, body.strip() + "\n")
+    text = re.sub(r"\]\(reference/", "](", re.sub(r"\]\((?!reference/|https?:|#)", "](../", text))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def heading(level: int, title: str, anchor: str) -> str:
+    """A heading with an anchor of its own."""
+    return f"{'#' * level} {title} {{ #{anchor} }}\n\n"
+
+
+# --- settings ---
+
+
+def settings() -> str:
+    """The page of the settings of `tminus serve` and `tminus ray serve`."""
+    return page("settings", "".join(_settings()))
+
+
+def _settings() -> Iterator[str]:
+    for name, field in RaySettings.model_fields.items():
+        if name in GROUPS:
+            yield f"## {GROUPS[name]}\n\n"
+        yield setting(name, field)
+
+
+def setting(name: str, field: "FieldInfo") -> str:
+    """One setting: its names, values and default in a line, and its description."""
+    flag, of_bool = flag_of(name), field.annotation in (bool, bool | None)
+    told = [f"`{variable(name)}`"]
+    if of_bool:
+        told.append(f"`{flag}` or `--no-{flag[2:]}`")
+    told += [values_of_setting(field), f"default: {default_in_words(name, field)}"]
+    title = variable(name) if name in NO_FLAG else flag
+    if name in NO_FLAG:
+        told[0] = "no flag"
+    assert field.description, name
+    text, _, _ = field.description.partition(" Default: ")
+    return heading(3, f"`{title}`", flag[2:]) + " · ".join(told) + "\n\n" + text + "\n\n"
+
+
+def kind_of(field: "FieldInfo") -> type:
+    """The type of a setting that may be None."""
+    (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {type(None)}
+    return kind  # type: ignore[no-any-return]
+
+
+def values_of_setting(field: "FieldInfo") -> str:
+    """What a setting may be, in words."""
+    if get_origin(field.annotation) is tuple:
+        return "`[NAME=]PATH`"
+    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
+             if (value := getattr(each, name, None)) is not None}  # fmt: skip
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+    if "pattern" in bound:
+        return "one of " + ", ".join(f"`{choice}`" for choice in bound["pattern"].strip("^()$").split("|"))
+    if field.annotation in (bool, bool | None):
+        return "yes or no"
+    word = WORDS.get(kind_of(field), "text")
+    if "gt" in bound:
+        most = f" and at most {bound['le']:,}" if "le" in bound else ""
+        return f"{word} above {bound['gt']}{most}"
+    if "ge" in bound:
+        return (
+            f"{word} from {bound['ge']:,} to {bound['le']:,}" if "le" in bound else f"{word}, {bound['ge']:,} or more"
+        )
+    return word
+
+
+def default_in_words(name: str, field: "FieldInfo") -> str:
+    """The default, as the description has it in words or as a value."""
+    default = default_of(field)
+    if name == "checkpoint":
+        return f"the bundled `{BUNDLED.name}`"
+    if field.default in (None, ()) or field.default == "":
+        return default or "none"
+    return f"`{default}`"
+
+
+# --- the command line ---
+
+
+def command_line() -> str:
+    """The page of the commands of `tminus`, with the options of each."""
+    return page("command-line", "".join(_commands()))
+
+
+def commands(group: click.Group = main, prefix: str = "tminus") -> Iterator[tuple[str, click.Command]]:
+    """Every command by its whole name; a group is not one, but those in it are."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix} {name}")
+        else:
+            yield f"{prefix} {name}", command
+
+
+def _commands() -> Iterator[str]:
+    every = dict(commands())
+    yield "| command | what it does |\n|---|---|\n"
+    sections = [each.name for group in SECTIONS.values() for each in group]
+    assert {name.split()[1] for name in every} == set(sections)
+    for name, command in every.items():
+        yield f"| [`{name}`](#{name.replace(' ', '-')}) | {command.get_short_help_str(300)} |\n"
+    yield "\n"
+    for name, command in every.items():
+        yield "".join(_command(name, command))
+
+
+def _command(name: str, command: click.Command) -> Iterator[str]:
+    """A command: usage, help, and its options as a table."""
+    context = click.Context(command, info_name=name, show_default=True)
+    yield heading(2, name, name.replace(" ", "-"))
+    yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
+    yield from (f"{block_of_help(block)}\n\n" for text in _texts(command) for block in blocks(text))
+    of_settings = {option for option in command.params if option.name in {*Settings.model_fields, "config"}}
+    own = [option for option in command.params if isinstance(option, click.Option)]
+    if of_settings - {option for option in own if option.name in ("checkpoint", "device")} and "config" in {
+        option.name for option in own
+    }:
+        own = [option for option in own if option not in of_settings and option.name not in RaySettings.model_fields]
+        yield "Its options are the [settings](reference/settings.md) and `--config FILE`"
+        yield (", and:" if own else ".") + "\n\n"
+    if own:
+        yield "| option | values | default | meaning |\n|---|---|---|---|\n"
+        yield "".join(row(each, context) for each in own) + "\n"
+
+
+def _texts(command: click.Command) -> Iterator[str | None]:
+    yield command.help
+    if command.epilog != EXIT_CODES:  # which the introduction of the page says of all
+        yield command.epilog
+
+
+def blocks(text: str | None) -> list[str]:
+    """The paragraphs of a command's help."""
+    return [block for block in re.split(r"\n[ ]*\n", inspect.cleandoc(text or "")) if block.strip()]
+
+
+def block_of_help(block: str) -> str:
+    """A paragraph of help as Markdown: one that click does not wrap is code."""
+    if not block.startswith("\b"):
+        return coded(" ".join(block.split()))
+    lines = block.removeprefix("\b").strip("\n").split("\n")
+    indent = min(len(line) - len(line.lstrip()) for line in lines)
+    code = "\n".join(line[indent:] for line in lines)
+    return f"```{'sh' if code.startswith('tminus ') else 'text'}\n{code}\n```"
+
+
+def row(option: click.Option, context: click.Context) -> str:
+    """One option as a line of the table."""
+    record = option.get_help_record(context)
+    assert record is not None, f"{option.name} is hidden"
+    assert option.help, f"{context.info_name} {option.opts[0]} has no help"
+    said = " ".join(record[1].replace(str(BUNDLED), f"the bundled {BUNDLED.name}").split())
+    said = re.sub(r" \[env: \w+\]$", "", said)  # of a setting: its name says it
+    bounds = r"\[(required|\d\S*<=x\S*|x>=\S+)\]|; (\d\S*<=x\S*|x>=\S+)(?=\])"
+    text, _, default = re.sub(bounds, "", said).partition("[default: ")
+    default = "required" if option.required else default.strip("()] ")
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    values = "" if option.is_flag else values_of_option(option)
+    cells = (names, values, coded(default), sentence(text.strip()))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def sentence(text: str) -> str:
+    """A help text as a sentence of a page."""
+    return coded(text if not text or text.endswith(".") else f"{text}.")
+
+
+def coded(text: str) -> str:
+    """A help text with options, variables and file names in code marks, where it has none."""
+    return CODE.sub(_in_code, text)
+
+
+def _in_code(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith("`") else f"`{found[0]}`"
+
+
+def values_of_option(option: click.Option) -> str:
+    """What an option takes, in words."""
+    match option.type:
+        case click.Choice(choices=choices):
+            return ", ".join(f"`{choice}`" for choice in choices)
+        case click.IntRange(min=low, max=high) | click.FloatRange(min=low, max=high):
+            return f"{low}..{high}" if high is not None else f"{low} or more"
+        case click.Path():
+            return {"directory": "folder"}.get(option.type.name, option.type.name)
+    word = re.sub("^(INTEGER|FLOAT) ", "", option.metavar or option.type.name)
+    if word[0].isdigit() or word.startswith("above "):
+        return word.replace("..", " or more") if word.endswith("..") else word
+    word = {"integer": "integer", "float": "number", "text": "text", "list": "list"}.get(word.lower(), f"`{word}`")
+    return word if option.nargs == 1 else f"{option.nargs} {word}s"
+
+
+# --- errors ---
+
+
+def errors() -> str:
+    """The page of the errors, each with its status, when it happens and what to do."""
+    return page("errors", "".join(_errors()))
+
+
+def every_error() -> list[type[ServiceError]]:
+    """The classes of errors, in the order of their file; the one for what nobody expects is the last."""
+    found = [
+        each
+        for each in vars(errors_of_the_service).values()
+        if isinstance(each, type) and issubclass(each, ServiceError) and each.__module__ == ServiceError.__module__
+    ]
+    return sorted(found, key=lambda each: each is ServiceError)
+
+
+def _errors() -> Iterator[str]:
+    yield "| code | status | title |\n|---|---|---|\n"
+    for each in every_error():
+        yield f"| [`{each.code}`](#{each.code}) | {each.status} | {each.title} |\n"
+    yield "\n"
+    for each in every_error():
+        assert each.__doc__, each
+        yield heading(3, f"`{each.code}`", each.code)
+        yield f"Status {each.status}. {' '.join(each.__doc__.split())}\n\n**What to do:** {each.remedy}\n\n"
+
+
+# --- metrics ---
+
+
+def metrics() -> str:
+    """The page of the metrics, each with its type, labels, and what it counts."""
+    return page("metrics", "".join(_metrics()))
+
+
+def _metrics() -> Iterator[str]:
+    for name, told in METRICS.items():
+        if name in METRIC_GROUPS:
+            yield f"## {METRIC_GROUPS[name]}\n\n"
+        yield heading(3, f"`{name}`", name) + f"{told.kind.capitalize()}. {linked(told.text, name)}"
+        yield f" See [{title_of(told.more)}]({told.more}).\n\n" if told.more else "\n\n"
+        yield from (f"- `{label}`: {meaning}\n" for label, meaning in told.labels.items())
+        yield "\n"
+
+
+def title_of(link: str) -> str:
+    """The text of a link to a page, or to a part of it."""
+    page, _, part = link.removeprefix("reference/").partition("#")
+    return (part or page.removesuffix(".md")).replace("-", " ").replace("api", "API")
+
+
+def linked(text: str, own: str) -> str:
+    """A text that has other metrics' names as links."""
+    text = re.sub(
+        r"\btminus_\w+", lambda found: f"[`{found[0]}`](#{found[0]})" if found[0] != own else f"`{own}`", text
+    )
+    return re.sub(r"(?<!\S)--([a-z-]+[a-z])", r"[`--\1`](reference/settings.md#\1)", text)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for each, text in pages().items():
+        (folder / each).write_text(text, "utf-8")
