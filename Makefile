@@ -6,7 +6,7 @@ CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 DEVICE ?= cuda
 
-.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client docs dist release train evaluate bench gpu clean
+.PHONY: serve test test-long test-all test-fast coverage lint audit lock sbom format client docs dist release train evaluate bench figures gpu clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -83,6 +83,10 @@ evaluate: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
+
+# The figures of bench/results/ into the pages; lists the files that are older than the code that they speak of.
+figures: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.pages
 
 # On a machine with a card, ten minutes and what the installation takes. DEVICE=cpu tries the bench without one.
 gpu: $(VENV)/.installed-gpu

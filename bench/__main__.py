@@ -1,13 +1,13 @@
-"""Run the benchmark: tminus and its peers on one checkpoint, taking turns on one machine, in one run.
+"""Measure tminus beside its peers: one checkpoint, one machine, in turns. Writes bench/results/serving.json.
 
-    python -m bench                              everything, forty minutes
-    python -m bench --only idle,saturation       some loads
+    python -m bench                              everything, about twenty minutes on two cores
+    python -m bench --only idle,saturation_1     some loads
     python -m bench --before ../old              the code of another checkout too, in the same run
     python -m bench --quick                      to see that it works; the figures mean nothing
-    python -m bench --docs                       also put the results into docs/
-    python -m bench --render --docs              the same with the last run's records, without running
+    python -m bench --summarise                  make the file again from the last run's records
 
-Each contender is a process of its own and has the machine to itself. Traffic stays on 127.0.0.1.
+Each contender is a process of its own and has the machine to itself. Traffic stays on 127.0.0.1. The records of each
+request stay in build/bench/. `make figures` puts the figures into the pages.
 """
 
 import argparse
@@ -17,42 +17,53 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bench import report, servers
-from bench.conductor import LOADS, Conductor, say
-from bench.plot import plot
+from pydantic import TypeAdapter
+
+from bench import figures, result_file, servers
+from bench.conductor import LOADS, Conductor, Plan
+from bench.loads import QUICK, Lengths
 from bench.records import Run
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = servers.ROOT / "docs"
+RECORDS = servers.ROOT / "build" / "bench" / "serving-records.json"
+Records = tuple[dict[str, Any], Run]  # how the run was made, and what it found
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse, measure, write."""
     args = parse_args(sys.argv[1:])
     # Being asked to stop must still stop the servers: their `finally` runs only on an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    run = report.from_json((args.out / "latest.json").read_bytes()) if args.render else measure(args)
-    report.write(run, args.out)
-    print(report.to_markdown(run))
-    pictures = [args.out / "latest.svg", *([DOCS / "images" / "bench.svg"] if args.docs else [])]
-    try:
-        for picture in pictures:
-            plot(run, picture)
-    except ImportError:
-        say("no picture: matplotlib is not installed")
-    if args.docs:
-        page = DOCS / "benchmarks.md"
-        page.write_text(report.into_page(page.read_text("utf-8"), report.to_markdown(run)), "utf-8")
-    say(f"took {run.seconds:.0f} s; written to {args.out}/latest.json, .md and .svg")
+    records = TypeAdapter(Records)
+    if args.summarise:
+        made, run = records.validate_json(RECORDS.read_bytes())
+    else:
+        made, run = measure(args)
+        RECORDS.parent.mkdir(parents=True, exist_ok=True)
+        RECORDS.write_bytes(records.dump_json((made, run)))
+    result_file.write("serving", made, figures.summary(run, made["machine"]["peaks_gflop_per_s"]), args.out)
 
 
-def measure(args: argparse.Namespace) -> Run:
+def measure(args: argparse.Namespace) -> Records:
     """Run all that was asked for. tminus finds its executor anew: what it found on a busy day must not count."""
+    begun = result_file.begin(wait=not args.quick)
+    machine = servers.describe(peak_s=0.2 if args.quick else 1.0)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        return Conductor(args).run()
+        run = Conductor(plan_of(args)).run()
+    return begun.made(machine, quick=args.quick), run
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Make the plan of a command line."""
+    lengths = QUICK if args.quick else Lengths()
+    if args.rounds is not None:
+        lengths = replace(lengths, rounds=args.rounds)
+    contenders = (["before"] if args.before is not None else []) + args.contenders
+    return Plan(args.checkpoint, contenders, args.only, lengths, args.threads, args.tminus_flags, args.before)
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
@@ -61,11 +72,11 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    parser.add_argument("--checkpoint", type=Path, default=servers.CHECKPOINT)
     parser.add_argument("--only", type=_names(LOADS), default=LOADS, help=f"loads, of {','.join(LOADS)}")
     parser.add_argument("--contenders", type=_names(known), default=known, help=f"of {','.join(known)}")
     parser.add_argument("--before", type=_checkout, help="another checkout of tminus, to compare with in the same run")
-    parser.add_argument("--rounds", type=int, help="turns of all contenders [3]")
+    parser.add_argument("--rounds", type=int, help="turns of all contenders [2]")
     parser.add_argument("--threads", type=int, help="CPU threads of tminus, the lock and the bare loop [torch's own]")
     parser.add_argument(
         "--tminus-flags",
@@ -74,12 +85,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         help="more for `tminus serve`: --tminus-flags='--precision bfloat16'",
     )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
-    parser.add_argument("--docs", action="store_true", help="put the results into docs/benchmarks.md and docs/images/")
-    parser.add_argument("--render", action="store_true", help="write the last run's results again, without running")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
+    parser.add_argument("--summarise", action="store_true", help="make the file again from the last run's records")
+    parser.add_argument("--out", type=Path, default=result_file.RESULTS, help="folder of the file [bench/results]")
     args = parser.parse_args(arguments)
-    if args.before is not None:
-        args.contenders = ["before", *args.contenders]
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be positive")
     return args

@@ -1,15 +1,9 @@
 """When requests arrive: seeded lists. Pure; the same arguments give the same list, for every contender alike."""
 
-import itertools
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from bench.records import Arrival, Ask
-
-Way = tuple[str, int, float]  # sampler, steps, guidance
-
-STEP_SHARES = {20: 0.80, 50: 0.15, 1000: 0.05}
 
 
 def poisson(asks: Sequence[Ask], seconds: float, seed: int) -> list[Arrival]:
@@ -39,17 +33,6 @@ def long_and_short(long: Ask, long_at_s: Sequence[float], short: Ask, per_s: flo
     return renumbered(longs + poisson([short] * round(per_s * seconds), seconds, seed=2))
 
 
-def of_steps(n: int, row_steps_per_s: float, seconds: float, most_steps: int) -> list[Arrival]:
-    """80 % of 20 steps, 15 % of 50, 5 % of 1000, at an exact mean of so many row-steps a second."""
-    shares = {min(steps, most_steps): share for steps, share in STEP_SHARES.items()}
-    mean = n * sum(steps * share for steps, share in shares.items())
-    count = max(len(shares), round(row_steps_per_s * seconds / mean))
-    counts = {steps: max(1, round(count * share)) for steps, share in shares.items()}
-    asks = [Ask(n, steps) for steps, number in counts.items() for _ in range(number)]
-    random.Random(3).shuffle(asks)
-    return poisson(asks, seconds, seed=3)
-
-
 def with_hang_ups(arrivals: Sequence[Arrival], share: float, seconds_per_row_step: float) -> list[Arrival]:
     """An exact share of the clients leave, each after a random fraction of the time its answer is expected to take."""
     chance = random.Random(4)
@@ -60,33 +43,6 @@ def with_hang_ups(arrivals: Sequence[Arrival], share: float, seconds_per_row_ste
         else a
         for number, a in enumerate(arrivals)
     ]
-
-
-def all_ways(model: Mapping[str, Any], steps: Sequence[int]) -> list[Way]:
-    """Every sampler by step count, guided and not where there are classes; of tables, each."""
-    guidances = (1.0, 2.0) if model["null_class"] is not None else (1.0,)
-    of_tables = [(each["sampler"], each["steps"], each["guidance"]) for each in model["tables"]]
-    plain = [name for name in model["samplers"] if name not in {sampler for sampler, *_ in of_tables}]
-    return [*itertools.product(plain, steps, guidances), *of_tables]
-
-
-def of_all_kinds(count: int, ways: Sequence[Way], classes: int) -> list[Ask]:
-    """Every way of sampling, by classes and sizes, in a shuffled order."""
-    kinds = itertools.cycle(itertools.product(ways, (1, 2, 3)))
-    asks = [
-        Ask(n, steps, sampler, guidance, number % classes if classes else None)
-        for number, ((sampler, steps, guidance), n) in enumerate(itertools.islice(kinds, count))
-    ]
-    random.Random(5).shuffle(asks)
-    return asks
-
-
-def assorted(count: int, steps: Sequence[int]) -> list[Ask]:
-    """Jobs of 1 to 4 images by the given step counts, in a shuffled order."""
-    kinds = itertools.cycle(itertools.product((1, 2, 3, 4), steps))
-    asks = [Ask(n, number_of_steps) for n, number_of_steps in itertools.islice(kinds, count)]
-    random.Random(6).shuffle(asks)
-    return asks
 
 
 def renumbered(arrivals: Sequence[Arrival]) -> list[Arrival]:

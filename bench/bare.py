@@ -1,7 +1,7 @@
 """The limits: peaks of the processor, the U-Net's FLOPs a row, and the bare executor loop. A process of its own.
 
 The loop calls the same executor that the server chose, on full batches, with no server, scheduler or update around it.
-Prints one JSON object.
+Prints one JSON object; with --peaks, only the peaks.
 """
 
 import argparse
@@ -33,31 +33,29 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.bare", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--executor", required=True)
-    parser.add_argument("--precision", required=True)
-    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    parser.add_argument("--peaks", action="store_true", help="only what the processor can do at most, in GFLOP/s")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--executor")
+    parser.add_argument("--precision")
+    parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--seconds", type=float, required=True, help="seconds a batch size")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    peak_s = min(2.0, args.seconds)
-    peaks = find_peaks("float32", peak_s)
-    with torch.inference_mode():
-        result = {
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "flops_per_row": flops_per_row(load_checkpoint(args.checkpoint)),
-            "matmul_flops": peaks["a matmul"],
-            "matmul_bfloat16_flops": find_peaks("bfloat16", peak_s)["a matmul"],
-            "conv_flops": peaks["a convolution"],
-        }
+    if args.peaks:
+        found = {precision: find_peaks(precision, args.seconds) for precision in ("float32", "bfloat16")}
+        print(json.dumps({precision: max(peaks.values()) / 1e9 for precision, peaks in found.items()}))
+        return
     paces = {
         batch: run_bare(args.checkpoint, args.executor, args.precision, batch, args.seconds) for batch in args.batches
     }
-    details = build(args.checkpoint, args.executor, args.precision).details
-    print(json.dumps(result | {"details": details, "bare": {batch: asdict(pace) for batch, pace in paces.items()}}))
+    result = {
+        "flops_per_row": flops_per_row(load_checkpoint(args.checkpoint)),
+        "details": build(args.checkpoint, args.executor, args.precision).details,
+        "bare": {batch: asdict(pace) for batch, pace in paces.items()},
+    }
+    print(json.dumps(result))
 
 
 def run_bare(checkpoint: Path, executor_name: str, precision: str, batch: int, seconds: float) -> Pace:

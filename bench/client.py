@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import httpx
 
 from bench.peers.picture import first_step_at_s
-from bench.records import Answer, Arrival, EtaSample, Outcome
+from bench.records import Answer, Arrival, Outcome
 
 MOST_OUTSTANDING = 2000
 SPARE_FILES = 256
@@ -117,27 +117,6 @@ def first_step_s(response: httpx.Response, due_s: float) -> float | None:
         return at_s - due_s
     found = FIRST_STEP.search(response.headers.get("Server-Timing", ""))
     return float(found[1]) / 1e3 if found else None
-
-
-async def poll_etas(http: httpx.AsyncClient, start_s: float, every_s: float) -> list[EtaSample]:
-    """Note what GET /jobs says of running jobs until cancelled; nothing where the server has no such call."""
-    clock = asyncio.get_running_loop().time
-    samples: list[EtaSample] = []
-    try:
-        while True:
-            asked_s = clock()
-            response = await http.get("/jobs", headers={"Accept": "application/json"})
-            at_s = (asked_s + clock()) / 2 - start_s
-            if response.status_code != 200:
-                return samples
-            samples += [
-                EtaSample(at_s, job["id"], job["eta_s"])
-                for job in response.json()["jobs"]
-                if job["state"] == "running" and job.get("eta_s") is not None
-            ]
-            await asyncio.sleep(every_s)
-    except asyncio.CancelledError:
-        return samples
 
 
 def _without(arrival: Arrival, outcome: Outcome, waited_s: float) -> Answer:

@@ -1,6 +1,7 @@
 """Replicas on one job store under a virtual clock: the scheduler and admission themselves, no network, no database.
 
-    python -m bench.cluster [--replicas 1,3,10,100] [--seconds 300] [--load 0.8,1.5] [--traffic FILE] [--plot FILE]
+    python -m bench.cluster [--replicas 1,3,10,100] [--seconds 300] [--load 0.8,1.5] [--traffic FILE]
+    python -m bench.cluster --page
 
 Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
 job if little goes before it there, and else leaves it in the table; every second it claims new jobs that nobody holds,
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field
 from itertools import count, repeat
 from pathlib import Path
 
-from bench import traffic
+from bench import result_file, traffic
 from bench.figures import quantile
+from bench.servers import ROOT, describe
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
@@ -32,6 +34,7 @@ from tminus.service.work import Batch, Work
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=4096, max_jobs=1024, max_backlog_s=60.0, max_body_bytes=4096)
 LEASE_S = 15.0
+MILLION_PER_S = 29.0  # a million jobs a day, in an hour of two and a half times the mean
 BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
@@ -355,23 +358,27 @@ class Line:
     refused: float
     outcome: Outcome
 
-    @property
-    def statements(self) -> tuple[float, float]:
-        """Count the store's statements for a job, and in a second for a replica."""
-        return (
-            self.outcome.statements / max(1, len(self.outcome.jobs)),
-            self.outcome.renewals / self.outcome.until_s / self.replicas,
-        )
+    def figures(self) -> dict[str, float]:
+        """Give the line as figures: waits, and the store's statements for a job and in a second for a server."""
+        outcome, found = self.outcome, dict[str, float]()
+        for name, steps in (("short", 20), ("long", 1000)):
+            if len(waits := outcome.waits(steps)) > 1:
+                found |= {f"{name}_median_s": quantile(waits, 0.5), f"{name}_p99_s": quantile(waits, 0.99)}
+        return found | {
+            "load": self.load,
+            "jobs": len(outcome.jobs),
+            "refused": 100 * self.refused,  # %
+            "moved": sum(job.moves > 0 for job in outcome.jobs),
+            "statements": outcome.statements / max(1, len(outcome.jobs)),
+            "statements_a_second": outcome.renewals / outcome.until_s / self.replicas,
+        }
 
     def row(self) -> str:
         """The line, as in a table of Markdown."""
-        short, long = (_spread(self.outcome.waits(steps)) for steps in (20, 1000))
-        moved = sum(job.moves > 0 for job in self.outcome.jobs)
-        for_job, a_second = self.statements
-        return (
-            f"| {self.replicas} | {self.load:.2f} | {len(self.outcome.jobs):,} | {self.refused:.1%} | {short} | {long} "
-            f"| {moved:,} | {for_job:.1f} | {a_second:.2f} |"
-        )
+        found = {name: f"{value:.3g}" for name, value in self.figures().items()}
+        short, long = (f"{found.get(f'{key}_median_s')}, {found.get(f'{key}_p99_s')} s" for key in ("short", "long"))
+        cells = [f"{self.replicas}", found["load"], f"{len(self.outcome.jobs)}", f"{found['refused']} %", short, long]
+        return "| " + " | ".join([*cells, found["moved"], found["statements"], found["statements_a_second"]]) + " |"
 
 
 def simulate(
@@ -413,35 +420,53 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _spread(seconds: list[float]) -> str:
-    return f"{quantile(seconds, 0.5):.2f} s, {quantile(seconds, 0.99):.1f} s" if len(seconds) > 1 else "none"
+def page(seconds: float) -> None:
+    """Simulate what docs/scaling.md shows, and write and draw it."""
+    begun = result_file.begin(wait=False)
+    lines, found = [], dict[str, dict[str, float]]()
+    for load in (0.6, 0.8, 1.0):
+        for replicas in (1, 3, 10, 30):
+            requests = list(traffic.at_rate(load * replicas * capacity_per_s(), seconds))
+            lines.append(line := simulate(replicas, requests, seconds, 2.0, load))
+            found[f"{replicas} at {100 * load:.0f}"] = {"servers": replicas} | line.figures()
+    million = {
+        f"{replicas}": {"servers": replicas}
+        | simulate(replicas, list(traffic.at_rate(MILLION_PER_S, seconds)), seconds, 0.1).figures()
+        for replicas in (10, 12, 14)
+    }
+    plot(lines, ROOT / "docs" / "images" / "scaling.svg")
+    made = begun.made(describe(0), timed=False)
+    result_file.write("scaling", made, {"passes_per_s": passes_per_s(), "servers": found, "million": million})
+
+
+def passes_per_s() -> float:
+    """How many row-steps one replica does in a second at most."""
+    return 1 / TickTimes(TICKS).seconds_per_place(LIMITS.max_batch)
 
 
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.cluster", description=__doc__.partition("\n")[0])
+    parser.add_argument("--page", action="store_true", help="write bench/results/scaling.json and draw docs/images/")
     parser.add_argument("--replicas", default="1,3,10,100")
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--load", default="0.8,1.5", help="of what all replicas can do")
     parser.add_argument("--per-s", type=float, help="requests a second, instead of --load")
     parser.add_argument("--traffic", type=Path, help="a file that bench/traffic.py wrote, instead of --load")
     parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
-    parser.add_argument("--plot", type=Path, help="also draw the waits")
     args = parser.parse_args()
+    if args.page:
+        page(args.seconds)
+        return
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")
     recorded = traffic.read(args.traffic) if args.traffic is not None else None
-    lines = []
     for load in [None] if recorded or args.per_s else map(float, args.load.split(",")):
         for replicas in map(int, args.replicas.split(",")):
             per_s = args.per_s if load is None else load * replicas * capacity_per_s()
             requests = recorded or list(traffic.at_rate(per_s, args.seconds))
             seconds = max(args.seconds, requests[-1][0]) if recorded is None else requests[-1][0]
-            line = simulate(replicas, requests, seconds, args.deaths, load)
-            lines.append(line)
-            print(line.row(), flush=True)
-    if args.plot is not None:
-        plot(lines, args.plot)
+            print(simulate(replicas, requests, seconds, args.deaths, load).row(), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from bench import figures, networks, servers
+from bench import figures, networks, result_file, servers
 from bench.conductor import say
 from bench.loads import QUICK, Turn
-from bench.measures import RESULTS, Findings, Measure
+from bench.measures import Findings, Measure
+from bench.result_file import RESULTS
 
 LEAST_S = 5.0  # which a process needs to begin
 SERVED = ("tminus", "lock", "litserve", "mosec")
@@ -76,7 +77,8 @@ def main() -> None:
         return
     plan = PLANS[args.device]
     folders = networks.folders(args.networks or plan.networks)
-    findings, until_s = Findings(), time.monotonic() + (args.seconds or plan.seconds)
+    findings = Findings(result_file.begin(wait=args.device != "cpu"))
+    until_s = time.monotonic() + (args.seconds or plan.seconds)
     if not plan.compiled_rows:
         findings.leave_out("what is compiled is not tried on a CPU")
     parts = parts_of(folders, args.device, plan)
@@ -90,7 +92,9 @@ def main() -> None:
         else:
             findings.gather(part.network, part.name, part.module, part.options or {}, limit_s)
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    findings.write(args.out / f"gpu-{name}.json", "bench.gpu", card=card, cuda=torch.version.cuda, anchor=ANCHOR)
+    findings.write(
+        f"gpu-{name}", args.out, quick=args.device == "cpu", card=card, cuda=torch.version.cuda, anchor=ANCHOR
+    )
     print(f"Beside exact / not exact: {ANCHOR}.")
 
 

@@ -1,90 +1,102 @@
-"""Networks of a hundred million parameters on this machine: start, memory, and a pass, beside diffusers.
+"""Networks beside the bundled one: a larger one, and a latent one. Writes bench/results/networks.json.
 
-    python -m bench.large [--networks cifar,celebahq] [--before ../old] [--rows 1,4] [--out bench/results]
+    python -m bench.large [--networks cifar,checkpoints/avatars-64] [--quick 1]
 
-A network is one of bench/networks.py, with random weights, or the folder of a checkpoint. Starts are those of a real
-server with an empty cache folder, and again with what the first has left there; `before` is another checkout of tminus.
-Passes take turns in one process. Prints tables and writes large.json.
+A network is one of bench/networks.py, with random weights, or the folder of a checkpoint. tminus runs it beside
+LitServe with the same graph and precision, and beside LitServe with diffusers' network in eager float32. Also how long
+a server takes to start, with an empty cache folder and again, and the memory that it needs. Eight minutes on two cores.
 """
 
+import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bench import networks
-from bench.conductor import say
-from bench.measures import RESULTS, Findings, Measure
-from bench.peers.picture import now_s
-from bench.servers import ROOT, Server, cpu_seconds, entry, memory_bytes, options_of, run_json
+from bench import figures, networks, result_file, servers
+from bench.bare import flops_per_row
+from bench.conductor import Conductor, Plan, say
+from bench.loads import QUICK, Lengths
+from bench.records import Ask
+from tminus.model.checkpoint import load_checkpoint
 
-SETTLE_S = 5.0  # after it is ready, until its memory is read
-LIMIT_S = 900.0  # of a process that measures passes
+CONTENDERS = ("tminus", "litserve_openvino", "litserve")
+LOADS = ("idle", "saturation_1", "mixed", "bare")
+SETTLE_S = 4.0  # after a server is ready, until its memory is read
+MIXED_S = 30.0  # that the long jobs of the mixed load are to take, on a machine of GFLOP_PER_S
+GFLOP_PER_S = 500.0
+LENGTHS = Lengths(
+    rounds=1, idle_requests=5, window_s=14.0, trial_s=5.0, bare_s=2.0, mixed_s=20.0, mixed_long_at_s=(0.0, 2.0), shorts_per_s=0.4
+)
+TITLES = {"cifar": "google/ddpm-cifar10-32, random weights", "avatars-64": "avatars-64, latent"}
 MIB = 2**20
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, write."""
     # Being asked to stop must still stop what was started: `finally` runs only on an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    args = options_of(__doc__, networks="cifar,celebahq", before=ROOT, rows="1,4", seconds=10.0, out=RESULTS)
-    if entry(args.before) is None:
-        sys.exit(f"--before {args.before}: no checkout of tminus is there")
-    trees = {"tminus": ROOT} | ({"tminus before": args.before.resolve()} if args.before != ROOT else {})
-    findings = Findings()
+    args = servers.options_of(
+        __doc__, networks="cifar,checkpoints/avatars-64", contenders=",".join(CONTENDERS), quick=0,
+        out=result_file.RESULTS,
+    )  # fmt: skip
+    begun = result_file.begin(wait=not args.quick)
+    machine = servers.describe(0.2 if args.quick else 1.0)
+    found: dict[str, Any] = {}
     for name, folder in networks.folders(args.networks).items():
-        try:
-            theirs = [*first_pass_of_diffusers(folder)]
-            findings.add(name, theirs)
-            with tempfile.TemporaryDirectory() as parent:
-                findings.add(name, starts(folder, trees, Path(parent), theirs[0].value))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            findings.leave_out(f"{name}: starts: {str(error).strip().splitlines()[-1]:.300}")
-        for precision in ("float32", "bfloat16"):
-            options = {"checkpoint": folder, "precision": precision, "rows": args.rows, "seconds": args.seconds}
-            options |= {"float32-too": 1}
-            findings.gather(name, f"passes in {precision}", "bench.passes", options, LIMIT_S)
-    findings.write(args.out / "large.json", "bench.large")
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["XDG_CACHE_HOME"] = cache
+            found[name] = measured(folder, args.contenders.split(","), machine, quick=bool(args.quick))
+    left_out = [f"{name}: {sentence}" for name, each in found.items() for sentence in each.pop("left_out", [])]
+    made = begun.made(machine, quick=bool(args.quick))
+    result_file.write("networks", made, found | {"left_out": left_out}, args.out)
 
 
-def first_pass_of_diffusers(folder: Path) -> Iterator[Measure]:
-    """Load and run diffusers' network in a process of its own; its wall time is told first."""
-    say(f"{folder.name}: diffusers: from_pretrained and a pass")
-    began_s = now_s()
-    found = run_json("bench.peers.first_pass", ["--checkpoint", str(folder.resolve())], LIMIT_S)
-    what = "from_pretrained and a pass of one row"
-    yield Measure(what, "diffusers", found["ready_at_s"] - began_s, "s")
-    yield Measure(f"{what}, of the processor", "diffusers", found["cpu_s"], "s")
-    yield from memory("after a pass of one row", "diffusers", found["memory_bytes"])
-
-
-def starts(folder: Path, trees: dict[str, Path], parent: Path, diffusers_s: float) -> Iterator[Measure]:
-    """Start each checkout twice; gives seconds to readiness, and the peak and resident memory."""
-    for of, tree in trees.items():
-        for which in ("first", "second"):
-            say(f"{folder.name}: {of}: {which} start")
-            server = Server(folder, parent / f"{of} {which}", env={"XDG_CACHE_HOME": str(parent / of)}, tree=tree)
+def measured(folder: Path, contenders: list[str], machine: dict[str, Any], *, quick: bool) -> dict[str, Any]:
+    """Measure one network. The cache folder is empty before."""
+    checkpoint = load_checkpoint(folder)
+    gflop = flops_per_row(checkpoint) / 1e9
+    steps = max(20, min(1000, 10 * round(MIXED_S * GFLOP_PER_S / gflop / 16 / 10)))
+    lengths = replace(QUICK if quick else LENGTHS, mixed_long=Ask(n=8, steps=20 if quick else steps))
+    found: dict[str, Any] = {
+        "title": TITLES.get(folder.name, folder.name),
+        "parameters_m": sum(each.numel() for each in checkpoint.net.parameters()) / 1e6,
+        "gflop_a_row": gflop,
+        "long_steps": lengths.mixed_long.steps,
+    }
+    for key in ("start_s", "second_start_s"):
+        say(f"{folder.name}: {key}")
+        with tempfile.TemporaryDirectory() as state:
+            server = servers.Server(folder, Path(state))
             began_s = time.perf_counter()
             try:
                 server.start()
-                took_s, processor_s = time.perf_counter() - began_s, cpu_seconds(server.pid)
-                yield Measure(f"{which} start to readiness", of, took_s, "s")
-                yield Measure(f"{which} start / diffusers' from_pretrained and a pass", of, took_s / diffusers_s)
-                if processor_s is not None:
-                    yield Measure(f"{which} start, of the processor", of, processor_s, "s")
-                time.sleep(SETTLE_S)
-                yield from memory(f"after the {which} start", of, memory_bytes(server.pid))
+                found[key] = time.perf_counter() - began_s
+                time.sleep(0 if quick else SETTLE_S)
+                if (memory := servers.memory_bytes(server.pid)) is not None:
+                    found["peak_memory_mib"], found["memory_mib"] = (each / MIB for each in memory)
             finally:
                 server.kill()
-
-
-def memory(when: str, of: str, peak_and_resident: Sequence[int] | None) -> Iterator[Measure]:
-    """Give peak and resident memory, where the system tells them."""
-    for name, taken in zip(("peak", "resident"), peak_and_resident or (), strict=False):
-        yield Measure(f"{name} memory {when}", of, taken / MIB, "MiB")
+    run = Conductor(Plan(folder, contenders, LOADS, lengths)).run()
+    summary = figures.summary(run, machine["peaks_gflop_per_s"])
+    limits = summary.get("limits", {})
+    return found | {
+        "executor": summary["tminus"]["executor"],
+        "precision": summary["tminus"]["precision"],
+        "setups": summary.get("setups"),
+        "trials": summary.get("trials"),
+        "idle": summary.get("idle"),
+        "saturation": summary.get("saturation_1"),
+        "short": summary.get("short"),
+        "long": summary.get("long"),
+        "bare": limits.get("bare", {}).get(str(run.places)),
+        "bare_of_peak": limits.get("bare_of_peak"),
+        "of_peak": limits.get("tminus_of_peak"),
+        "left_out": run.left_out,
+    }
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
 
-from bench.conductor import commit, say
+from bench import result_file
+from bench.conductor import say
 from bench.servers import ROOT, describe, environment
 
 Key = TypeVar("Key")
 
-RESULTS = ROOT / "bench" / "results"
 TURN_S = 0.3
 PAUSE_S = 0.05  # between turns on a CPU: threads of one library spin for a while after their work
 LEAST_TURNS = 2
@@ -48,9 +47,9 @@ class Measure:
 class Findings:
     """What a run has found, and what it has left out. Owned by the program that gathers."""
 
+    begun: result_file.Begun = field(default_factory=result_file.Begun)
     measures: list[Measure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    load_average: float = field(default_factory=lambda: os.getloadavg()[0])  # of the last minute, before it began
 
     def leave_out(self, sentence: str) -> None:
         """Note, and say, what is not measured and why."""
@@ -91,24 +90,15 @@ class Findings:
                 self.leave_out(f"{network}: {part} ended with {status}: {last:.300}")
         say(f"    {time.monotonic() - began_s:.0f} s")
 
-    def write(self, file: Path, program: str, **more: Any) -> None:
+    def write(self, name: str, folder: Path, *, quick: bool = False, **more: Any) -> None:
         """Write the results with what they were made on, and print them as tables."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        values = {
-            "command": " ".join([f"python -m {program}", *sys.argv[1:]]),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "commit": commit(),
-            "machine": describe(),
-            **more,
-            **asdict(self),
-        }
-        file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+        found = more | {"measures": [asdict(each) for each in self.measures], "left_out": self.left_out}
+        result_file.write(name, self.begun.made(describe(), quick=quick), found, folder)
         print(self.to_markdown())
-        say(f"written to {file}")
 
     def to_markdown(self) -> str:
         """Make the tables: for each network one of what depends on the rows of a pass, and one of the rest."""
-        parts = [f"Load average before it began: {self.load_average:.2f}."]
+        parts = list[str]()
         for network in dict.fromkeys(each.network for each in self.measures):
             own = [each for each in self.measures if each.network == network]
             parts.append(f"### {network}")

@@ -107,85 +107,28 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """The bare executor loop, by batch size, and the machine's peaks."""
+    """The bare executor loop, by batch size."""
 
     round: int
     executor: str
     precision: str
     flops_per_row: int
-    matmul_flops: float  # float32
-    matmul_bfloat16_flops: float
-    conv_flops: float  # float32
     paces: dict[int, Pace]
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Images made under load against the same made one at a time on an idle server, after a restart."""
-
-    requests: int  # that were answered both times
-    same: int  # byte for byte, the whole PNG
-    samplers: tuple[str, ...]
-    rows_per_tick: float  # under load
-
-
-@dataclass(frozen=True, slots=True)
-class EtaSample:
-    """What GET /jobs said of a running job."""
-
-    at_s: float  # since the load's start
-    job_id: str
-    eta_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Etas:
-    """A load without later arrivals, and what was said of its jobs meanwhile."""
-
-    samples: tuple[EtaSample, ...]
-    answers: tuple[Answer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Crowd:
-    """The time of a full tick while so many jobs wait; `tick_wall_s` also has what is between ticks."""
-
-    waiting: int
-    tick_s: float
-    tick_wall_s: float
-    places_per_tick: float
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory after so many requests."""
-
-    requests: int
-    rss_bytes: float
 
 
 @dataclass(slots=True)
 class Run:
     """A whole run, and what it was made with. The conductor owns it until it has ended."""
 
-    command: str
     checkpoint: str
     quick: bool
-    commit: str
-    machine: dict[str, str | int]
-    load_average: float  # of the last minute, before the first contender
-    date: str = ""
-    seconds: float = 0.0
     model: dict[str, Any] = field(default_factory=dict)  # what tminus said of itself
-    tunings: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
+    setups: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
+    trials: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> row-steps/s of each way
     left_out: list[str] = field(default_factory=list)  # sentences
-    capacity: float | None = None  # row-steps/s of tminus, which scaled the loads
+    capacity: dict[str, float] = field(default_factory=dict)  # row-steps/s of each contender, saturated
     loads: list[Loaded] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
-    identity: Identity | None = None
-    etas: Etas | None = None
-    crowds: tuple[Crowd, ...] = ()
-    memory: tuple[Memory, ...] = ()
 
     @property
     def places(self) -> int:

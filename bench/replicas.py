@@ -1,13 +1,14 @@
 """Several servers on one PostgreSQL: are waits as simulated, what does the store cost, how late are frames elsewhere?
 
-    python -m bench.replicas [--only predicted,store,frames] [--seconds 300] [--load 0.6] [--rounds 5]
+    python -m bench.replicas [--only predicted,store,frames] [--replicas 2] [--seconds 120] [--load 0.6]
 
 Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
 moments to the simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show,
 times how much longer all of the run took together. The network is a small one of random
 weights, so that some hundred jobs end in a minute. Store: row-steps per second with durable jobs in PostgreSQL, over
 those with SQLite, in turns. Frames: when two viewers of one job get each frame, one where it runs and one elsewhere.
-PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own.
+PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own. Writes
+bench/results/replicas.json; five minutes on two cores.
 """
 
 import argparse
@@ -23,15 +24,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
 
-from bench import cluster, servers, traffic
-from bench.durable import window
+from bench import cluster, costs, result_file, servers, traffic
 from bench.figures import quantile
 from bench.servers import Server
-from bench.streams import show
 from tests import postgres
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
@@ -53,25 +53,29 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--replicas", default="1,2,3")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of arrivals, for each number of servers")
+    parser.add_argument("--replicas", default="2")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals, for each number of servers")
     parser.add_argument("--load", type=float, default=0.6, help="of the cores that the servers have")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=10.0, help="seconds")
-    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--window", type=float, default=8.0, help="seconds")
+    parser.add_argument("--checkpoint", type=Path, default=servers.CHECKPOINT)
+    parser.add_argument("--quick", action="store_true", help="to see that it works; the figures mean nothing")
+    parser.add_argument("--out", type=Path, default=result_file.RESULTS)
     args = parser.parse_args()
-    chosen = args.only.split(",")
+    chosen, found = args.only.split(","), dict[str, Any]()
+    begun = result_file.begin(wait=not args.quick)
     with tempfile.TemporaryDirectory() as folder, postgres.running() as database:
         place = Path(folder)
         if "predicted" in chosen:
-            print("| servers | ticks / measured | jobs | refused | median wait: real, simulated, ratio | 99 % |")
-            print("|---" * 6 + "|")
-            for count in map(int, args.replicas.split(",")):
-                predicted(place / f"{count}", database.url(), count, args.seconds, args.load)
+            found["predicted"] = {
+                f"{count}": predicted(place / f"{count}", database.url(), count, args.seconds, args.load)
+                for count in map(int, args.replicas.split(","))
+            }
         if "store" in chosen:
-            asyncio.run(store(database.url(), args.checkpoint, args.rounds, args.window))
+            found["store"] = asyncio.run(store(database.url(), args.checkpoint, args.rounds, args.window))
         if "frames" in chosen:
-            asyncio.run(frames(place / "frames", database.url(), args.checkpoint))
+            found["frames"] = asyncio.run(frames(place / "frames", database.url(), args.checkpoint))
+    result_file.write("replicas", begun.made(servers.describe(), quick=args.quick), found, args.out)
 
 
 # --- waits, real and simulated ---
@@ -98,8 +102,8 @@ def started(
         yield running
 
 
-def predicted(place: Path, database: str, count: int, seconds: float, load: float) -> None:
-    """One line of the table: so many servers under one hail of jobs, and the simulation under the same."""
+def predicted(place: Path, database: str, count: int, seconds: float, load: float) -> dict[str, float]:
+    """So many servers under one hail of jobs, and the simulation under the same."""
     checkpoint = place / "checkpoint"
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
@@ -123,12 +127,17 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     beside_s = statistics.mean(each.beside_s for each in alone)
     told = [wait_s + beside_s for wait_s in outcome.waits()]
     halves, hundredths = ((quantile(waits, q), quantile(told, q)) for q in (0.5, 0.99))
-    print(
-        f"| {count} | {slower:.2f} | {len(waits)} | {refused}, {len(outcome.refused)} "
-        f"| {halves[0]:.2f} s, {halves[1]:.2f} s, **{halves[1] / halves[0]:.2f}** "
-        f"| {hundredths[0]:.2f} s, {hundredths[1]:.2f} s, **{hundredths[1] / hundredths[0]:.2f}** |",
-        flush=True,
-    )
+    return {
+        "jobs": len(waits),
+        "refused": refused,
+        "ticks_over_measured": slower,
+        "median_s": halves[0],
+        "median_simulated_s": halves[1],
+        "median_ratio": halves[1] / halves[0],
+        "p99_s": hundredths[0],
+        "p99_simulated_s": hundredths[1],
+        "p99_ratio": hundredths[1] / hundredths[0],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +200,7 @@ def metric_now(server: Server, name: str) -> float:
 # --- what the store costs ---
 
 
-async def store(database: str, checkpoint: Path, rounds: int, window_s: float) -> None:
+async def store(database: str, checkpoint: Path, rounds: int, window_s: float) -> dict[str, Any]:
     """Windows of durable jobs in turns: SQLite, PostgreSQL, SQLite, …; the other server has nothing to do."""
     shared = ("--job-store", database, "--job-namespace", "store")
     kinds = [servers.contenders(1, flags)["tminus"] for flags in ((), shared)]
@@ -199,19 +208,18 @@ async def store(database: str, checkpoint: Path, rounds: int, window_s: float) -
     with ExitStack() as stack:
         running = [stack.enter_context(servers.running(kind, checkpoint, None)) for kind in kinds]
         clients = [httpx.AsyncClient(base_url=server.url, timeout=None, trust_env=False) for server in running]
-        for number in range(rounds):
-            print(f"round {number + 1} of {rounds}", flush=True)
+        for _ in range(rounds):
             for rate, server, http in zip(rates, running, clients, strict=True):
-                rate.append((await window(server, http, window_s, is_durable=True))[0])
-    print("| what | | range |\n|---|---|---|")
-    show("row-steps/s, PostgreSQL / SQLite", [there / here for here, there in zip(*rates, strict=True)])
-    show("row-steps/s, PostgreSQL", rates[1])
+                async with costs.long_jobs(http, in_background=False, jobs=costs.DURABLE_JOBS):
+                    rate.append(await costs.rate(server, http, window_s))
+    here, there = rates
+    return {"ratio": result_file.ratio(there, here)}
 
 
 # --- frames elsewhere ---
 
 
-async def frames(place: Path, database: str, checkpoint: Path) -> None:
+async def frames(place: Path, database: str, checkpoint: Path) -> dict[str, float]:
     """Two viewers of one job that runs on the first of two servers: one there, and one at the other."""
     with started(checkpoint, place, database, 2) as running:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
@@ -219,8 +227,8 @@ async def frames(place: Path, database: str, checkpoint: Path) -> None:
             here, there = await asyncio.gather(*(view(http, server.url, job_id) for server in running))
     both = sorted(here.keys() & there.keys())
     delays = [1000 * (there[step] - here[step]) for step in both]
-    print("| frames seen at both | ms later elsewhere: median | 99 % | most |\n|---|---|---|---|")
-    print(f"| {len(both)} | **{quantile(delays, 0.5):.1f}** | **{quantile(delays, 0.99):.1f}** | {max(delays):.1f} |")
+    later = {"median_ms": quantile(delays, 0.5), "p99_ms": quantile(delays, 0.99), "most_ms": max(delays)}
+    return {"frames": len(both)} | later
 
 
 async def view(http: httpx.AsyncClient, url: str, job_id: str) -> dict[int, float]:

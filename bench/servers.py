@@ -96,31 +96,39 @@ class Running:
 def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None = None) -> dict[str, Contender]:
     """List all contenders; `before` is another checkout of tminus.
 
-    A request-level batcher gets a worker a core of one thread each.
-    That is LitServe's own advice for a CPU, and was the faster way in a trial on two cores (two workers of one thread
-    each took 324 row-steps/s, one of two threads 311); and a long job then stops one worker, not all.
+    A request-level batcher in eager PyTorch gets a worker a core of one thread each. That is LitServe's own advice for
+    a CPU, and a long job then stops one worker, not all. With OpenVINO both `ways` are tried before the run.
     """
     # The loads are meant to be more than a server can do at once: its limits must not be what is measured.
     serve: tuple[str, ...] = ("tminus", "serve", "--log-level", "warning", "--grace-s", "0")
     serve += ("--max-backlog-s", "100000", "--result-cache-mb", "0", *tminus_flags)
+    eager = (*serve, "--executor", "eager", "--precision", "float32")
     env = {"TMINUS_MAX_JOBS": "4096"}
-    workers = ("--workers", str(cores), "--threads", "1")
-    timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
-    every: tuple[Contender, ...] = (
+    fcfs = env | {"TMINUS_POLICY": "fcfs"}
+    workers = ways(cores)[0][1]
+    mosec = ("bench.peers.mosec_server", "--address", HOST, "--timeout", "3600000", "--log-level", "warning")
+    every = [
         Contender("tminus", "tminus", serve, is_peer=False, env=env),
-        Contender("fcfs", "tminus, first come first served", serve, is_peer=False, env=env | {"TMINUS_POLICY": "fcfs"}),
-        Contender("lock", "lock around DDPMPipeline", ("bench.peers.lock_server",), "diffusers"),
+        Contender("tminus_eager", "tminus, eager float32", eager, is_peer=False, env=env),
+        Contender("tminus_eager_fcfs", "the same, first come, first served", eager, is_peer=False, env=fcfs),
+        Contender("lock", "diffusers behind a lock", ("bench.peers.lock_server",), "diffusers"),
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
-        Contender("mosec", "mosec", ("bench.peers.mosec_server", *workers, *timeout), "mosec"),
-    )
+        Contender("mosec", "mosec", (*mosec, *workers), "mosec"),
+        Contender("litserve_openvino", "LitServe, OpenVINO", ("bench.peers.litserve_server",), "litserve"),
+        Contender("mosec_openvino", "mosec, OpenVINO", mosec, "mosec"),
+    ]
     if before is not None:
         command = (entry(before) or "tminus", *serve[1:])
-        every = (
-            every[0],
-            Contender("before", "tminus before", command, is_peer=False, tree=before, env=env),
-            *every[1:],
-        )
+        every.insert(1, Contender("before", "tminus before", command, is_peer=False, tree=before, env=env))
     return {contender.key: contender for contender in every}
+
+
+def ways(cores: int) -> Sequence[tuple[str, tuple[str, ...]]]:
+    """List how a request-level batcher may share the cores among its workers, in words and as its arguments."""
+    return (
+        ("a worker for each core, of one thread", ("--workers", str(cores), "--threads", "1")),
+        ("one worker, with the executor that tminus chose", ("--workers", "1", "--threads", str(cores))),
+    )
 
 
 def entry(checkout: Path) -> str | None:
@@ -237,15 +245,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def describe() -> dict[str, str | int]:
-    """Processor, system and versions."""
+def describe(peak_s: float = 0.5) -> dict[str, Any]:
+    """Processor, system, versions, and what the processor can do at most; measured for `peak_s` each, or left out."""
     return {
+        **({"peaks_gflop_per_s": peaks(peak_s)} if peak_s else {}),
         "cpu": _cpu_model(),
         "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
+
+
+def peaks(seconds: float) -> dict[str, Any]:
+    """Measure the GFLOP/s of the faster of a large matmul and a wide convolution, by precision."""
+    return run_json("bench.bare", ["--peaks", "--seconds", str(seconds)], READY_S)
 
 
 def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:

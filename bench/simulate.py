@@ -2,9 +2,9 @@
 
     python -m bench.simulate [--seconds 1800]
 
-Prints, by load, how long short and long jobs take in the mix of the design (80 % of 20 steps, 15 % of 50, 5 % of 1000),
-with the reserve for the oldest job and without it, by how much an ETA was overtaken, how good a forecast is, and what
-background jobs cost others.
+Writes bench/results/simulate.json: by load, how long short and long jobs take in the mix of the design (80 % of 20
+steps, 15 % of 50, 5 % of 1000), with the reserve for the oldest job and without it, by how much an ETA was overtaken,
+how good a forecast is, and what background jobs cost others.
 """
 
 import heapq
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median, quantiles
 
+from bench import result_file
 from bench.cluster import TICKS
-from bench.servers import options_of
+from bench.servers import describe, options_of
 from bench.traffic import MEAN_PLACES, ROWS, at_rate
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
@@ -29,6 +30,7 @@ from tminus.service.work import Batch, Work
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
 SHORT_TICKS = ((1, 0.003), (2, 0.0044), (4, 0.007), (8, 0.0127))  # (places, seconds), as on two cores in bfloat16
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
+RESERVES: dict[str, int | None] = {"reserve": None, "none": 0}  # places kept for the oldest job: the usual, or none
 
 OnRefusal = Callable[[Admission, Work], None]
 
@@ -111,39 +113,61 @@ def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
 
 
 def main() -> None:
-    """Simulate and print."""
-    args = options_of(__doc__, seconds=1800.0)
-    print(
-        "| load | reserve | 20 steps: median, 99 % | 1000 steps: median, 99 % | took / told, 1000 steps: median, 95 % |"
-    )
-    print("|---|---|---|---|---|")
-    for load in LOADS:
-        requests = mixed(load, args.seconds, seed=3)
-        for name, reserved in (("a quarter", None), ("none", 0)):
-            outcome = serve(requests, LIMITS, reserved=reserved)
-            short, long = ([k for k, (_, work) in enumerate(requests) if work.steps == steps] for steps in (20, 1000))
-            ratios = [outcome.took[k] / outcome.told[k] for k in long]
-            cells = [_spread([outcome.took[k] for k in each], 99) for each in (short, long)]
-            told = f"{median(ratios):.2f}, {quantiles(ratios, n=20)[-1]:.2f}"
-            print(f"| {load:.0%} | {name} | {cells[0]} | {cells[1]} | {told} |")
-    print("\n| load | |told - true| / true where no other job comes: median, 95 % | jobs |")
-    print("|---|---|---|")
-    for load in LOADS:
-        errors = forecast_errors(mixed(load, args.seconds, seed=3))
-        print(f"| {load:.0%} | {median(errors):.3f}, {quantiles(errors, n=20)[-1]:.3f} | {len(errors)} |")
-    print("\n| load of 20-step jobs | reserve | each of them beside one of 1000: median, longest | that one |")
-    print("|---|---|---|---|")
-    for load in LOADS:
-        for name, reserved in (("a quarter", None), ("none", 0)):
-            beside, long_s = beside_one_long(load, reserved)
-            print(f"| {load:.0%} | {name} | {median(beside):.2f} s, {max(beside):.1f} s | {long_s:.0f} s |")
-    print("\n| requests of one image | background ticks | each request: median, 99 % | left to the background |")
-    print("|---|---|---|---|")
-    for per_s, steps in ((0.2, 20), (1.0, 20), (5.0, 20), (1.0, 8)):
-        for name, ticks in (("no background", None), ("short", BACKGROUND_TICKS), ("full", math.inf)):
-            took, share = beside_background(per_s, steps, ticks)
-            spread = f"{1e3 * median(took):.0f} ms, {1e3 * quantiles(took, n=100)[98]:.0f} ms"
-            print(f"| {per_s:g}/s of {steps} steps | {name} | {spread} | {share:.0%} |")
+    """Simulate, write."""
+    args = options_of(__doc__, seconds=1800.0, out=result_file.RESULTS)
+    begun = result_file.begin(wait=False)
+    found = {
+        "mix": {f"{load:.0%}": by_reserve(mixed(load, args.seconds, seed=3)) for load in LOADS},
+        "forecast": {f"{load:.0%}": told_and_true(mixed(load, args.seconds, seed=3)) for load in LOADS},
+        "beside_one_long": {
+            f"{load:.0%}": {name: one_long(load, reserved) for name, reserved in RESERVES.items()} for load in LOADS
+        },
+        "background": {
+            f"{per_s:g} a second of {steps} steps": {
+                name: under_background(per_s, steps, ticks)
+                for name, ticks in (("none", None), ("short", BACKGROUND_TICKS), ("full", math.inf))
+            }
+            for per_s, steps in ((0.2, 20), (1.0, 20), (5.0, 20), (1.0, 8))
+        },
+    }
+    result_file.write("simulate", begun.made(describe(0), timed=False), found, args.out)
+
+
+def by_reserve(requests: Sequence[tuple[float, Work]]) -> dict[str, dict[str, float]]:
+    """How long jobs of the mix take, with the reserve for the oldest job and without; and what an ETA was worth."""
+    found = {}
+    for name, reserved in RESERVES.items():
+        outcome = serve(requests, LIMITS, reserved=reserved)
+        short, long = ([k for k, (_, work) in enumerate(requests) if work.steps == steps] for steps in (20, 1000))
+        ratios = [outcome.took[k] / outcome.told[k] for k in long]
+        found[name] = (
+            _spread([outcome.took[k] for k in short], "short")
+            | _spread([outcome.took[k] for k in long], "long")
+            | {"over_eta_median": median(ratios), "over_eta_p95": quantiles(ratios, n=20)[-1]}
+        )
+    return found
+
+
+def told_and_true(requests: Sequence[tuple[float, Work]]) -> dict[str, float]:
+    """How far off forecasts are where no other job comes."""
+    errors = forecast_errors(requests)
+    return {"median": median(errors), "p95": quantiles(errors, n=20)[-1], "jobs": len(errors)}
+
+
+def one_long(load: float, reserved: int | None) -> dict[str, float]:
+    """Short jobs beside one of 1000 steps, and that one."""
+    beside, long_s = beside_one_long(load, reserved)
+    return {"short_median_s": median(beside), "short_longest_s": max(beside), "long_s": long_s}
+
+
+def under_background(per_s: float, steps: int, ticks: float | None) -> dict[str, float]:
+    """Requests of one image beside background jobs, and what those have."""
+    took, share = beside_background(per_s, steps, ticks)
+    return {
+        "median_ms": 1e3 * median(took),
+        "p99_ms": 1e3 * quantiles(took, n=100)[98],
+        "background_share": 100 * share,
+    }
 
 
 def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> list[float]:
@@ -221,8 +245,8 @@ def beside_background(per_s: float, steps: int, background_ticks: float | None) 
     return took, had * times.seconds_per_place(LIMITS.max_batch) / now_s
 
 
-def _spread(seconds: list[float], percent: int) -> str:
-    return f"{median(seconds):.2f} s, {quantiles(seconds, n=100)[percent - 1]:.1f} s"
+def _spread(seconds: list[float], name: str) -> dict[str, float]:
+    return {f"{name}_median_s": median(seconds), f"{name}_p99_s": quantiles(seconds, n=100)[98]}
 
 
 if __name__ == "__main__":

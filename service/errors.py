@@ -1,4 +1,8 @@
-"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
+"""Every way the service refuses or fails, each with its status and stable code.
+
+The docstring of an error says when it happens, and `remedy` what to do: the page of errors in the docs is made of them.
+Both are Markdown, with links relative to docs/.
+"""
 
 import json
 import math
@@ -13,12 +17,12 @@ HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class ServiceError(Exception):
-    """Rendered as application/problem+json (RFC 9457). `field`, `value` and `bound` say what to change."""
+    """Something unexpected happened in the server."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
-    remedy: ClassVar[str] = "Look at the log of the server, which has the reason."  # what to do about it
+    remedy: ClassVar[str] = "Look at the log of the server, which has the reason."
     refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
     @property
@@ -31,6 +35,7 @@ class ServiceError(Exception):
         return 1011 if self.status >= 500 else 1008
 
     def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):
+        """detail: for people. field, value, bound: what to change, what was received, and what it must be."""
         super().__init__(detail)
         self.detail, self.field, self.value, self.bound = detail, field, value, bound
         self.headers: dict[str, str] = {}
@@ -52,9 +57,12 @@ class ServiceError(Exception):
 
 
 class InvalidField(ServiceError):
-    """A parameter has the wrong type, is out of bounds, or does not go with the model or another parameter."""
+    """A parameter has the wrong type, is out of bounds, or does not go with the model, with another parameter or with
+    the `Accept` header.
+    """
 
     status, code, title = 422, "invalid_field", "A parameter is invalid"
+    remedy = "Change the parameter in `field` to what `bound` says."
 
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
@@ -63,9 +71,10 @@ class InvalidField(ServiceError):
 
 
 class UnknownField(ServiceError):
-    """There is no parameter of this name."""
+    """There is no parameter with this name, or no file with this name in a form."""
 
     status, code, title = 422, "unknown_field", "There is no such parameter"
+    remedy = "Remove or rename it. `bound` lists the names that exist."
 
     @classmethod
     def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
@@ -76,33 +85,41 @@ class UnknownField(ServiceError):
 
 
 class ConflictingField(ServiceError):
-    """A parameter is given twice: in query and body with different values, or repeated where it is no list."""
+    """A parameter has two values: one in the query and another in the body, or several where the parameter is no list.
+
+    Or a request has two images.
+    """
 
     status, code, title = 422, "conflicting_field", "A parameter has two values"
+    remedy = "Send the parameter once."
 
 
 class MalformedBody(ServiceError):
-    """The body is not a JSON object."""
+    """The body is not a JSON object, or it has more than 4096 lists, objects and members."""
 
     status, code, title = 400, "malformed_body", "The body is not a JSON object"
+    remedy = "Correct the body."
 
 
 class MalformedForm(ServiceError):
-    """A multipart body cannot be parsed, has too many parts, or has too long a field."""
+    """A form cannot be parsed, ends before its last boundary, has too many parts, or has a field that is too long."""
 
     status, code, title = 400, "malformed_form", "The body is not a form"
+    remedy = "Correct the form."
 
 
 class UnsupportedMediaType(ServiceError):
-    """The body must be an image, but its Content-Type says that it is something else."""
+    """The `Content-Type` of the body is none that this call takes."""
 
-    status, code, title = 415, "unsupported_media_type", "The body is of no type that is taken here"
+    status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
+    remedy = "Set the `Content-Type` to one that `bound` or `detail` lists, and send such a body."
 
 
 class UnsupportedEncoding(ServiceError):
-    """The body is compressed, says its Content-Encoding. An answer of 415 lists what is taken (RFC 9110, 12.5.3)."""
+    """The body is compressed: its `Content-Encoding` is not `identity`."""
 
     status, code, title = 415, "unsupported_encoding", "The body is compressed"
+    remedy = "Send the body without compression."
 
     def __init__(self, encoding: str) -> None:
         bound = "identity, or absent"
@@ -112,9 +129,12 @@ class UnsupportedEncoding(ServiceError):
 
 
 class InvalidImage(ServiceError):
-    """What was sent as an image is not in a supported format, is broken, or is too large."""
+    """An image is not a PNG, JPEG or WebP, or is broken, too large, an animation, not base64, or missing from the form.
+    Or a mask has transparency and no white pixel; see [editing](editing.md).
+    """
 
     status, code, title = 422, "invalid_image", "The image is invalid"
+    remedy = "Send an image as `bound` describes it."
 
     @classmethod
     def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
@@ -123,34 +143,54 @@ class InvalidImage(ServiceError):
 
 
 class MalformedMessage(ServiceError):
-    """A WebSocket message is not a JSON object in a text message, or is not allowed at this point."""
+    """A WebSocket message is not a JSON object in a text message, or it is not allowed at this point.
+
+    The connection closes.
+    """
 
     status, code, title = 400, "malformed_message", "The message is not understood"
+    remedy = "Correct the message; see [streaming](streaming.md)."
 
 
 class Silence(ServiceError):
-    """A WebSocket is open, and the client has asked for nothing in time."""
+    """A WebSocket client asked for nothing within ten seconds of connecting, or within a minute of its last job.
 
-    status, code, title = 408, "silence", "Nothing was asked for"
+    The connection closes.
+    """
+
+    status, code, title = 408, "silence", "The client asked for nothing"
+    remedy = "Send the request as soon as the connection is open, and connect again for the next job."
     refusal = False
 
 
 class ForeignHost(ServiceError):
-    """The request names another host than this one, as after DNS rebinding."""
+    """The `Host` header names the server by a name that it does not know."""
 
-    status, code, title = 403, "foreign_host", "The server is not known by this name"
+    status, code, title = 403, "foreign_host", "The server does not know this host name"
+    remedy = "Add the name to [`--allowed-hosts`](reference/settings.md#allowed-hosts)."
 
 
 class ForeignOrigin(ServiceError):
-    """A page of another site would start work, change something, or see somebody's jobs."""
+    """A web page of another site asked for something that costs work, changes something or shows jobs.
+
+    The server sees that by `Origin`, `Sec-Fetch-Site` and `Referer`.
+    """
 
     status, code, title = 403, "foreign_origin", "Pages of this origin may not use the server"
+    remedy = "Add the origin of the page to [`--allowed-origins`](reference/settings.md#allowed-origins)."
 
 
 class TooManyStreams(ServiceError):
-    """The limit of open streams is reached, for this address or in total."""
+    """Too many WebSockets and event streams are open, from one address or in total.
+
+    All clients of a proxy that does not send `X-Forwarded-For` count as one address.
+    """
 
     status, code, title = 429, "too_many_streams", "Too many streams are open"
+    remedy = (
+        "Close a stream, or raise [`--max-streams-per-address`](reference/settings.md#max-streams-per-address) or "
+        "[`--max-connections`](reference/settings.md#max-connections)."
+    )
 
     def __init__(self, bound: str, limit: int) -> None:
         super().__init__(f"{bound} may be open", field="streams", value=limit + 1, bound=bound)
@@ -158,30 +198,39 @@ class TooManyStreams(ServiceError):
 
 
 class MalformedRequest(ServiceError):
-    """What a client sent is not HTTP that this server reads. The connection closes."""
+    """The request is not HTTP/1.1, its head is over 16 KiB, its body has too many chunks for its size (over 1,024, and
+    one more for each 64 bytes), or a WebSocket handshake has a body or control characters. The connection closes.
+    """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
+    remedy = "Correct the request."
 
 
 class TooManyHeaders(ServiceError):
-    """A WebSocket handshake has more or longer headers than the library for WebSockets takes."""
+    """A WebSocket handshake has over 128 headers, or one of over 8 KiB. The connection closes."""
 
     status, code, title = 431, "too_many_headers", "The head is too large"
+    remedy = "Send fewer or shorter headers."
 
 
 class SlowHead(ServiceError):
-    """The head of a request did not arrive in time. The connection closes."""
+    """The head of a request did not arrive within ten seconds. The connection closes."""
 
     status, code, title = 408, "slow_head", "The head took too long"
+    remedy = "Send the head at once."
 
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"the head of a request must arrive within {limit_s:g} s")
 
 
 class SlowBody(ServiceError):
-    """The body of a request arrives too slowly. It was not read to its end."""
+    """A body brought less than 8 KiB a second, over ten seconds.
 
-    status, code, title = 408, "slow_body", "The body is too slow"
+    The server did not read the rest, and the connection closes.
+    """
+
+    status, code, title = 408, "slow_body", "The body arrives too slowly"
+    remedy = "Send the body faster, or send less."
 
     def __init__(self, bytes_per_s: int, window_s: float) -> None:
         super().__init__(f"a body must bring at least {bytes_per_s} bytes a second in every {window_s:g} s")
@@ -189,9 +238,13 @@ class SlowBody(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """The body is over the limit; it was not read to its end."""
+    """The body, without the images in it, is over [`--max-body-bytes`](reference/settings.md#max-body-bytes), or an
+    image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes). The server did not read the rest, and
+    the connection closes after the answer.
+    """
 
     status, code, title = 413, "body_too_large", "The body is too large"
+    remedy = "Send less, or raise the limit."
 
     def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
@@ -200,9 +253,13 @@ class BodyTooLarge(ServiceError):
 
 
 class TooManyBytes(ServiceError):
-    """All clients together send too many bytes, or are sent too many; this body was not taken, or not sent."""
+    """All clients together are sending or reading too much: over 256 MiB of request bodies (bodies up to 64 KiB are
+    always taken), of uploads that wait to be decoded, or of answers. The connection closes; a WebSocket closes with
+    1013, and an event stream ends.
+    """
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
+    remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, held: int, limit: int):
         bound = f"at most {limit} bytes"
@@ -211,9 +268,10 @@ class TooManyBytes(ServiceError):
 
 
 class TooManyImages(ServiceError):
-    """Too many uploaded images wait to be decoded."""
+    """The images that clients have uploaded would take over ten seconds to decode."""
 
     status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
+    remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, wait_s: float, limit_s: float) -> None:
         detail = f"uploads before this one take {wait_s:.1f} s to decode"
@@ -222,15 +280,26 @@ class TooManyImages(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The server can make none of the media types that the client accepts."""
+    """The `Accept` header allows no media type that this call can answer with; [the API](reference/api.md) lists them.
+
+    `application/x-npy` of a durable job needs a job that was created with `bit_depth=32`.
+    """
 
     status, code, title = 406, "not_acceptable", "No acceptable media type"
+    remedy = "Allow one of these media types."
 
 
 class Overloaded(ServiceError):
-    """More work is waiting than the limits allow; Retry-After says when there should be room, and keeps none."""
+    """The server would hold more work, jobs or images than [its limits](reference/settings.md#max-n) allow.
+
+    Or ten thousand events wait for the receiver of the job's [webhook](webhooks.md).
+    """
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
+    remedy = (
+        "Try again after the seconds in `Retry-After`. There should be room then, but none is reserved. `bound` names "
+        "the limit."
+    )
 
     def __init__(
         self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
@@ -253,18 +322,20 @@ class Overloaded(ServiceError):
 
 
 class DeadlineUnmeetable(ServiceError):
-    """An idle server would meet the deadline, but not at this load; the bound is the earliest that could be met."""
+    """An idle server could finish the job within `deadline_s`, but this one has too much other work."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
+    remedy = "Allow more time: `bound` is the earliest deadline that the server could meet now."
 
     def __init__(self, detail: str, *, value: float, bound: str):
         super().__init__(detail, field="deadline_s", value=value, bound=bound)
 
 
 class NotReady(ServiceError):
-    """The first tick has not run yet."""
+    """The server is starting: it measures the model, or the first tick has not run yet."""
 
     status, code, title = 503, "not_ready", "The model is not ready yet"
+    remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, detail: str = "the server is warming up; try again in a moment") -> None:
         super().__init__(detail)
@@ -272,18 +343,26 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """The worker has been at one thing for far longer than it should take. Only the end of the process can end that."""
+    """The worker hangs: it has been busy with one thing, mostly a step of the model, for over a minute and over twenty
+    times as long as that should take. `/healthz` and `/readyz` report it too.
+    """
 
     status, code, title = 503, "stalled", "The worker hangs"
+    remedy = "Restart the server. It continues its durable jobs."
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the worker has hung for {seconds:.0f} s; the server must be restarted")
 
 
 class Draining(ServiceError):
-    """The server is shutting down: new work is refused, and work that outlasts the grace period is given up."""
+    """The server is shutting down, and takes no new work.
+
+    Accepted work that outlasts the [grace period](reference/settings.md#grace-s) ends with this error too. The
+    connection closes.
+    """
 
     status, code, title = 503, "draining", "The server is shutting down"
+    remedy = "Ask another server, or try again after the seconds in `Retry-After`."
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; ask another one, or again when it is back")
@@ -291,9 +370,10 @@ class Draining(ServiceError):
 
 
 class ModelNotFound(ServiceError):
-    """No model of this name is loaded."""
+    """The server has no model with this name."""
 
     status, code, title = 404, "model_not_found", "There is no such model"
+    remedy = "Use a name from `GET /models`."
 
     @classmethod
     def of(cls, name: str, known: Iterable[str]) -> "ModelNotFound":
@@ -303,9 +383,10 @@ class ModelNotFound(ServiceError):
 
 
 class ModelUnloaded(ServiceError):
-    """The model was unloaded while the request came in, or its job was still running."""
+    """The model was unloaded or replaced when the request came, or while its job ran."""
 
     status, code, title = 503, "model_unloaded", "The model was unloaded"
+    remedy = "Try again: if the model was replaced, the new one answers."
 
     def __init__(self, name: str = "") -> None:
         super().__init__(
@@ -315,9 +396,12 @@ class ModelUnloaded(ServiceError):
 
 
 class ModelLoading(ServiceError):
-    """The model is not in memory, and cannot be before the deadline. It is being loaded; Retry-After says how long."""
+    """The model is [not in memory](models.md), and cannot be loaded within `deadline_s`, or within
+    [`--max-backlog-s`](reference/settings.md#max-backlog-s). The server is loading it now.
+    """
 
     status, code, title = 503, "model_loading", "The model is being loaded"
+    remedy = "Try again after the seconds in `Retry-After`, or allow a longer deadline."
 
     def __init__(self, name: str, waited_s: float, left_s: float) -> None:
         retry_after_s = max(1, math.ceil(left_s))
@@ -329,30 +413,43 @@ class ModelLoading(ServiceError):
 
 
 class ModelBusy(ServiceError):
-    """Another model is being loaded, or this one cannot be in this state: it is loaded already, or is the default."""
+    """The model cannot be changed now: another model is being loaded, it is loaded already, or it is the default model,
+    which cannot be unloaded.
+    """
 
     status, code, title = 409, "model_busy", "The model cannot be changed now"
+    remedy = "If a model is being loaded, try again when it is done."
 
 
 class CheckpointRefused(ServiceError):
-    """The checkpoint of a model cannot be loaded. What was loaded before goes on as it was."""
+    """The folder of a model that was to be loaded cannot be served; `detail` says why.
+
+    The server goes on with what it had loaded.
+    """
 
     status, code, title = 422, "checkpoint_refused", "The checkpoint cannot be loaded"
+    remedy = "Correct the checkpoint, and load it again."
 
 
 class AdminOff(ServiceError):
-    """The server has no key of the role admin, so that nothing can be loaded or unloaded."""
+    """Models can be loaded and unloaded only on a server that has a key of the role `admin`."""
 
     status, code, title = 403, "admin_off", "No key has the role admin"
+    remedy = "Give the server such a key: `tminus key NAME --role admin --file FILE`; see [security](security.md)."
 
     def __init__(self) -> None:
         super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and --keys")
 
 
 class Unauthorized(ServiceError):
-    """The request needs a key, or the one that came is not known."""
+    """The server asks for a key, and the request has none, or one that the server does not know.
+
+    A WebSocket handshake with a wrong `Authorization` header is refused with 401; a wrong key in the first message
+    closes the connection.
+    """
 
     status, code, title = 401, "unauthorized", "The key is missing or wrong"
+    remedy = "Send the header `Authorization: Bearer KEY`; see [security](security.md)."
 
     def __init__(self, reason: str = "this server asks for a key") -> None:
         super().__init__(f"{reason}; send one: Authorization: Bearer KEY")
@@ -360,9 +457,13 @@ class Unauthorized(ServiceError):
 
 
 class NotOpen(ServiceError):
-    """Other machines reach the server, and it has no keys; on Ray, whose proxies listen where Ray's settings say."""
+    """The server runs on [Ray](operations.md#ray-serve), other machines reach it, and it has no keys.
+
+    A WebSocket is refused with 403 in plain text.
+    """
 
     status, code, title = 403, "not_open", "The server has no keys"
+    remedy = "Give the server keys, or set [`--open`](reference/settings.md#open)."
 
     def __init__(self) -> None:
         super().__init__(
@@ -372,18 +473,22 @@ class NotOpen(ServiceError):
 
 
 class Forbidden(ServiceError):
-    """The key is known, and its role is not enough."""
+    """The key has the role `sample`, and the request needs the role `admin`."""
 
     status, code, title = 403, "forbidden", "The key may not do this"
+    remedy = "Use a key of the role `admin`."
 
     def __init__(self, name: str) -> None:
         super().__init__(f"this needs a key of the role admin, and {name} has the role sample")
 
 
 class QuotaExceeded(ServiceError):
-    """The key has used what it may use for now: row-steps of this minute, jobs that have not ended, connections."""
+    """The key has used its row-steps of this minute, has too many jobs that have not ended, or has too many open
+    requests. `field` says which.
+    """
 
     status, code, title = 429, "quota_exceeded", "The quota of this key is used up"
+    remedy = "Try again after the seconds in `Retry-After`, or give the key a larger [quota](security.md)."
 
     def __init__(self, field: str, bound: str, value: int, retry_after_s: int) -> None:
         super().__init__(f"{field} of this key must be {bound}, got {value}", field=field, value=value, bound=bound)
@@ -391,16 +496,22 @@ class QuotaExceeded(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """A tick raised, and its jobs are lost; or the worker crashed, and all jobs are lost."""
+    """A forward pass failed, and the jobs of that tick are lost; other jobs continue.
+
+    Or the worker crashed or the GPU no longer answers, and the server is about to exit. Or a durable job has [ended the
+    server twice](jobs.md).
+    """
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
+    remedy = "Look at the log of the server, which has the reason."
     refusal = False
 
 
 class NotFinite(ServiceError):
-    """The network returned NaN or infinity for this job. Other jobs are not affected."""
+    """The network returned NaN or infinity for an image of this job. Other jobs are not affected."""
 
-    status, code, title = 500, "not_finite", "The network gave no finite image"
+    status, code, title = 500, "not_finite", "The network returned NaN or infinity"
+    remedy = "Try another seed, class or guidance. If it happens again, the checkpoint is at fault."
     refusal = False
 
     def __init__(self) -> None:
@@ -408,9 +519,10 @@ class NotFinite(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The job's deadline_s passed before it was done. Its rows are free."""
+    """`deadline_s` passed before the job was done."""
 
     status, code, title = 504, "deadline_passed", "The deadline passed"
+    remedy = "Allow more time, or take fewer steps."
     refusal = False
 
     @classmethod
@@ -421,9 +533,16 @@ class DeadlinePassed(ServiceError):
 
 
 class StorageFailed(ServiceError):
-    """A durable job cannot be written or read: the disk is full, read-only or broken. Accepted jobs stay accepted."""
+    """A durable job cannot be written or read: the disk is full, read-only or broken, the database or the object store
+    does not answer, or the stored data of this job are damaged. Accepted jobs stay accepted, and `POST /sample`
+    still works.
+    """
 
     status, code, title = 507, "storage_failed", "The job store failed"
+    remedy = (
+        "Look at the log of the server, which has the reason. Try again after the seconds in `Retry-After`; if there "
+        "is no such header, the data are damaged, and you can only delete the job."
+    )
 
     def __init__(self, detail: str, *, damaged: bool = False) -> None:
         """damaged: what is kept cannot be read, however often it is tried."""
@@ -434,21 +553,26 @@ class StorageFailed(ServiceError):
 
 
 class NewerJob(StorageFailed):
-    """A durable job asks for what this version does not know: a server of a newer one has accepted it."""
+    """A server of a newer version accepted the durable job, and the job asks for something that this server does not
+    know.
+    """
 
-    status, code, title = 503, "newer_job", "The job is a newer server's"
+    status, code, title = 503, "newer_job", "A newer server accepted the job"
+    remedy = "Try again: the servers are being [updated](operations.md#several-machines)."
 
 
 class KeyReused(ServiceError):
-    """The Idempotency-Key was used for another request before."""
+    """The `Idempotency-Key` was used before, for other parameters or another model."""
 
     status, code, title = 422, "idempotency_key_reused", "This Idempotency-Key was used for another request"
+    remedy = "Use a new key for a new request."
 
 
 class JobExists(ServiceError):
-    """PUT /jobs/{id} with an id that is another request's already."""
+    """`PUT /jobs/{id}` has the id of a job with other parameters or of another model."""
 
-    status, code, title = 409, "job_exists", "This id is another job's"
+    status, code, title = 409, "job_exists", "Another job has this id"
+    remedy = "Use a new UUID for a new request."
 
     def __init__(self, chosen: str) -> None:
         bound = "a new UUID for a new request"
@@ -457,9 +581,10 @@ class JobExists(ServiceError):
 
 
 class JobNotDone(ServiceError):
-    """The job still waits or runs, so it has no images yet; Retry-After says when it should be done."""
+    """The request asks for the images of a job that still waits or runs."""
 
     status, code, title = 409, "job_not_done", "The job is not done yet"
+    remedy = "Try again after the seconds in `Retry-After`, or follow the events of the job; see [jobs](jobs.md)."
     refusal = False
 
     def __init__(self, state: str, retry_after_s: int) -> None:
@@ -468,9 +593,10 @@ class JobNotDone(ServiceError):
 
 
 class NoImages(ServiceError):
-    """The job was cancelled or failed, so it has no images; `cause` is the problem it failed with."""
+    """The request asks for the images of a job that was cancelled or failed. If it failed, `cause` has its error."""
 
     status, code, title = 410, "no_images", "The job has no images"
+    remedy = "Create another job."
     refusal = False
 
     def __init__(self, detail: str, cause: Mapping[str, Any] | None) -> None:
@@ -483,16 +609,18 @@ class NoImages(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """There is no such job: it was not durable and has ended, or is no longer kept, or never existed."""
+    """There is no job with this id. It never existed, it is no longer kept, or it was not durable and has ended."""
 
     status, code, title = 404, "job_not_found", "There is no such job"
+    remedy = "`GET /jobs` lists the jobs that exist."
     refusal = False
 
 
 class JobCancelled(ServiceError):
-    """The client disconnected, so this is not read; or the job was cancelled by a request."""
+    """The client disconnected, so that nobody reads this answer, or a request deleted or cancelled the job."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
+    remedy = "Nothing: this is what was asked for."
     refusal = False
 
 

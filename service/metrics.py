@@ -254,7 +254,8 @@ METRICS = {
         more="security.md",
     ),
     "tminus_keys_up": Described(
-        "gauge", "1 while the keys in force are those in the file of keys; 0 while that file cannot be read or is wrong."
+        "gauge",
+        "1 while the keys in force are those in the file of keys; 0 while that file cannot be read or is wrong.",
     ),
     "tminus_encode_duration_seconds": Described(
         "histogram",

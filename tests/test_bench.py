@@ -4,13 +4,13 @@ import asyncio
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -21,12 +21,11 @@ from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, large, networks, predictions, report, servers, traffic
+from bench import arrivals, client, cluster, figures, gpu, networks, servers, traffic
 from bench.bare import flops_per_row
-from bench.loads import QUICK
 from bench.measures import Findings, Measure, table
 from bench.peers.picture import encode
-from bench.records import Answer, Arrival, Ask, Bare, Counters, Etas, EtaSample, Loaded, Pace, Run
+from bench.records import Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
 from bench.servers import ROOT, contenders
 from bench.tally import Tally, read_tally
 from tests.service.engine.exact import needs_openvino
@@ -67,81 +66,61 @@ def loaded(
 
 
 def a_run(loads: Sequence[Loaded] = (), **changes: object) -> Run:
-    machine: dict[str, str | int] = dict.fromkeys(("cpu", "capability", "cores", "torch", "python", "system"), "x")
     model = {"executor": "eager", "precision": "float32", "limits": {"max_batch": 8}}
-    bare_run = Bare(1, "eager", "float32", 10_000_000, 1e9, 3e9, 2e9, {1: Pace(50, 0.01), 8: Pace(200, 0.01)})
-    run = Run(
-        "python -m bench", "toy", False, "abc", machine, 0.1, "today", 60.0, model, {"lock": "one thread."}, [], 100.0,
-        [*loads], [bare_run],
-    )  # fmt: skip
-    return replace(run, **changes)
+    bare_run = Bare(1, "eager", "float32", 10_000_000, {1: Pace(50, 0.01), 8: Pace(200, 0.01)})
+    return replace(Run("toy", False, model, loads=[*loads], bare=[bare_run]), **changes)
 
 
-def figure_of(run: Run, *words: str) -> figures.Figure:
-    (found,) = [figure for figure in figures.figures(run) if all(word in figure.name for word in words)]
-    return found
+def summary_of(*loads: Loaded) -> dict[str, Any]:
+    return figures.summary(a_run(loads), {"float32": 10.0})
 
 
 # --- figures ---
 
 
-def test_a_ratio_is_of_medians_with_the_range_of_the_rounds() -> None:
-    ours = [loaded("saturation", "tminus", rate, number=number) for number, rate in enumerate((90, 96, 99))]
-    theirs = [loaded("saturation", "lock", rate, number=number) for number, rate in enumerate((40, 60, 48))]
-    found = figure_of(a_run(ours + theirs), "requests of 1 image", "lock")
-    assert (found.value, found.low, found.high) == (96 / 48, 96 / 60, 90 / 40)
+def test_a_ratio_is_of_medians_and_keeps_the_ratio_of_each_round() -> None:
+    ours = [loaded("saturation_1", "tminus", rate, number=number) for number, rate in enumerate((90, 96, 99))]
+    theirs = [loaded("saturation_1", "lock", rate, number=number) for number, rate in enumerate((40, 60, 48))]
+    found = summary_of(*ours, *theirs)["saturation_1"]["tminus_over_lock"]
+    assert found == {"value": 96 / 48, "rounds": [90 / 40, 96 / 60, 99 / 48]}
 
 
-def test_in_the_mixed_load_the_peer_is_over_tminus_for_waits_and_under_it_for_long_jobs() -> None:
-    ours = [answer(20, 0.5), answer(20, 0.7), answer(1000, 40)]
+def test_who_waits_half_as_long_is_twice_as_fast() -> None:
+    ours = [answer(20, 0.5), answer(20, 0.5), answer(1000, 40)]
     theirs = [answer(20, 30), answer(20, 30), answer(1000, 50)]
-    run = a_run([loaded("mixed", "tminus", answers=ours), loaded("mixed", "litserve", answers=theirs)])
-    assert figure_of(run, "median wait").value == pytest.approx(30 / 0.6)
-    assert figure_of(run, "long jobs").value == pytest.approx(40 / 50)
+    found = summary_of(loaded("mixed", "tminus", answers=ours), loaded("mixed", "litserve", answers=theirs))
+    assert found["short"]["tminus_over_litserve"]["value"] == pytest.approx(60)
+    assert found["long"]["tminus_over_litserve"]["value"] == pytest.approx(50 / 40)
+
+
+def test_the_three_effects_multiply_to_the_whole() -> None:
+    rates = {"lock": 50.0, "tminus_eager_fcfs": 120.0, "tminus_eager": 110.0, "tminus": 300.0}
+    found = summary_of(*(loaded("saturation_1", key, rate) for key, rate in rates.items()))["effects"]["saturation_1"]
+    values = {name: each["value"] for name, each in found.items()}
+    assert values["batching"] * values["scheduling"] * values["precision"] == pytest.approx(values["all"])
 
 
 def test_steps_that_nobody_got_are_wasted() -> None:
     answers = [answer(20), answer(50, outcome="left")]
-    noticed = loaded("hang-ups", "tminus", answers=answers, took_row_steps=25.0)
-    blind = loaded("hang-ups", "lock", answers=answers, took_row_steps=70.0)
-    assert figures.wasted_share(noticed) == pytest.approx(5 / 25)
-    assert (figures.wasted_of_abandoned(noticed), figures.wasted_of_abandoned(blind)) == (0.1, 1.0)
-    assert figures.wasted_of_abandoned(loaded("hang-ups", "lock", answers=[answer()])) is None
+    noticed = loaded("hang_ups", "tminus", answers=answers, took_row_steps=25.0)
+    blind = loaded("hang_ups", "lock", answers=answers, took_row_steps=70.0)
+    assert summary_of(noticed, blind)["hang_ups"] == {"tminus": 10, "lock": 100}
+    assert figures.wasted_of_abandoned(loaded("hang_ups", "lock", answers=[answer()])) is None
 
 
-def test_an_eta_is_judged_by_what_was_left_as_a_share_of_the_whole_time() -> None:
-    done = answer(waited_s=10.0, job_id="a")
-    told = [EtaSample(2.0, "a", 9.0), EtaSample(9.9, "a", 5.0), EtaSample(2.0, "never answered", 1.0)]
-    assert figures.eta_errors(Etas(tuple(told), (done,))) == [pytest.approx(0.1)]
-
-
-# --- report ---
-
-
-def test_a_run_survives_json_and_becomes_a_page(tmp_path: Path) -> None:
+def test_a_request_without_an_answer_is_told() -> None:
     answers = [answer(20), answer(1000, 40.0, outcome="unanswered")]
-    run = a_run([loaded("mixed", key, answers=answers) for key in ("tminus", "lock")], left_out=["mosec is left out."])
-    report.write(run, tmp_path / "results")
-    assert report.from_json((tmp_path / "results" / "latest.json").read_bytes()) == run
-    page = (tmp_path / "results" / "latest.md").read_text()
-    assert "### Long and short" in page
-    assert "| lock around DDPMPipeline | 1 x 20 | 1 of 1 |" in page
-    assert "0 of 1 (1 unanswered)" in page
-    assert "mosec is left out." in page
-
-
-def test_the_page_in_the_documentation_has_the_marks() -> None:
-    report.into_page((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "new")
+    assert summary_of(loaded("mixed", "lock", answers=answers))["unanswered"] == {"lock": 1}
 
 
 # --- arrivals ---
 
 
-def test_the_step_counts_have_their_shares_and_the_load_is_exact() -> None:
-    made = arrivals.of_steps(4, 300.0, 100.0, most_steps=1000)
-    assert sum(a.ask.row_steps for a in made) / 100 == pytest.approx(300, rel=0.05)
-    for steps, share in arrivals.STEP_SHARES.items():
-        assert sum(a.ask.steps == steps for a in made) / len(made) == pytest.approx(share, abs=0.015)
+def test_who_saturates_comes_at_once_and_then_faster_than_anybody_can_serve() -> None:
+    made = arrivals.saturating(Ask(1, 50), 4, 100.0, 10.0)
+    assert [a.at_s for a in made[:4]] == [0.0] * 4
+    assert sum(a.ask.row_steps for a in made[4:]) == 1000
+    assert [a.seed for a in made] == list(range(len(made)))
 
 
 # --- client ---
@@ -250,19 +229,27 @@ def far_apart(png: bytes, other: bytes) -> int:
 @pytest.mark.long
 def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     """A real server with a tiny model: every figure that needs only tminus is there."""
-    out = tmp_path / "results"
     command = [sys.executable, "-m", "bench", "--quick", "--checkpoint", str(folder), "--contenders", "tminus"]
-    command += ["--only", "idle,saturation,burst,hang-ups", "--out", str(out)]
+    command += ["--only", "idle,saturation_1,mixed,hang_ups", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    run = report.from_json((out / "latest.json").read_bytes())
-    # Where nothing can be kept between starts, each finds its own number of places; the page says so.
-    assert [line for line in run.left_out if "places a tick" not in line] == []
-    assert {one.load for one in run.loads} == {"idle", "saturation", "burst", "hang-ups"}
-    (burst,) = figures.of(run, "burst", "tminus")
-    assert [a.outcome for a in burst.answers] == ["ok"] * QUICK.burst
-    assert burst.took_row_steps == figures.received(burst.answers)
-    assert all(a.first_step_s is not None for a in burst.answers)
+    found = json.loads((tmp_path / "serving.json").read_bytes())
+    assert "left_out" not in found
+    assert found["made"]["quick"] is True
+    for figure in ("idle", "saturation_1", "short", "long"):
+        assert found[figure]["tminus"]["value"] > 0
+    assert found["hang_ups"].keys() == {"tminus"}
+
+
+@needs_openvino
+def test_a_peer_with_tminus_own_graph_makes_the_images_of_the_eager_one(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from bench.peers.denoiser import Denoiser, Wanted
+
+    wanted = [Wanted(2, 4, "ddpm", 1, 0), Wanted(3, 4, "ddpm", 5, 1)]
+    with torch_threads(1):
+        eager, openvino = (Denoiser(folder, Tally(tmp_path), "cpu", kind).sample(wanted) for kind in (None, "float32"))
+    assert max(map(far_apart, eager, openvino)) <= 2
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -362,24 +349,6 @@ def test_a_pass_of_a_row_is_counted_as_published(tmp_path: Path) -> None:
     assert flops_per_row(latent) == counter.get_total_flops()
 
 
-@needs_openvino
-def test_the_layers_of_a_pass_have_its_multiplications(folder: Path) -> None:
-    """But for those of the timestep's embedding, which is made once for all passes."""
-    from bench.layers import compile_network, layers_of, table
-
-    checkpoint = load_checkpoint(folder)
-    layers = layers_of(compile_network(checkpoint, "float32", 1))
-    embedding = sum(2 * weight.numel() for name, weight in checkpoint.net.named_parameters() if is_of_embedding(name))
-    assert sum(flops for _, flops in layers.values()) == flops_per_row(checkpoint) - embedding
-    printed = table(dict.fromkeys(layers, 1.0), layers, 1e9)
-    for kind in ("3x3 convolutions", "1x1 convolutions", "linear layers", "attention", "changes of layout"):
-        assert f"| {kind} |" in printed
-
-
-def is_of_embedding(name: str) -> bool:
-    return name.startswith("time_embedding") and name.endswith("weight")
-
-
 def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is ended, with those that it has started; what it has half printed is dropped."""
     whole = Measure("passes", "tminus", 7.0, rows=2)
@@ -428,38 +397,20 @@ def test_a_table_has_a_column_for_each_number_of_rows() -> None:
     ]
 
 
-def test_what_was_measured_before_a_start_fails_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def starts(*_: object) -> Iterator[Measure]:
-        yield Measure("first start to readiness", "tminus", 5.0, "s")
-        raise RuntimeError("the server did not become ready")
-
-    theirs = Measure("from_pretrained and a pass of one row", "diffusers", 2.0, "s")
-    monkeypatch.setattr(large, "first_pass_of_diffusers", lambda _folder: iter([theirs]))
-    monkeypatch.setattr(large, "starts", starts)
-    monkeypatch.setattr(Findings, "gather", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["bench.large", "--networks", str(tmp_path), "--out", str(tmp_path)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    large.main()
-    found = json.loads((tmp_path / "large.json").read_bytes())
-    assert [each["value"] for each in found["measures"]] == [2.0, 5.0]
-    assert found["left_out"] == [f"{tmp_path.name}: starts: the server did not become ready"]
-
-
 @pytest.mark.long
-def test_the_bench_of_large_networks_from_start_to_end(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    command = [sys.executable, "-m", "bench.large", "--networks", "tiny", "--seconds", "0.2", "--out", str(tmp_path)]
+def test_the_bench_of_other_networks_from_start_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.large", "--networks", "tiny", "--contenders", "tminus", "--quick", "1"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "large.json").read_bytes())
-    measures = [Measure(**each) for each in found["measures"]]
-    ours = {each.what: each.value for each in measures if each.contender == "tminus"}
-    assert ours["first start to readiness"] > 0
-    assert ours["peak memory after the second start"] >= ours["resident memory after the second start"] > 100
-    ratios = {(each.precision, each.rows) for each in measures if each.what == "passes, ratio" and each.value > 0}
-    assert {("float32", 1), ("float32", 4)} <= ratios
+    found = json.loads((tmp_path / "networks.json").read_bytes())
     assert found["left_out"] == []
+    tiny = found["tiny"]
+    assert min(tiny[key] for key in ("start_s", "second_start_s", "of_peak", "parameters_m")) > 0
+    assert tiny["peak_memory_mib"] >= tiny["memory_mib"] > 100
+    assert min(tiny[key]["tminus"]["value"] for key in ("saturation", "short", "long")) > 0
 
 
 def test_without_a_card_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,31 +418,6 @@ def test_without_a_card_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "--check"])
     with pytest.raises(SystemExit, match=r"^no GPU: torch \S+ sees no CUDA device; DEVICE=cpu"):
         gpu.main()
-
-
-def test_rows_of_every_prediction_take_one_pass_a_tick_and_as_many_operations(folder: Path) -> None:
-    """A model whose network is given a scaled x has three more in all: what multiplies x is gathered and shaped too."""
-    found = {
-        name: predictions.passes_and_operations(model, torch.device("cpu"))
-        for name, model in predictions.as_predicting(load_checkpoint(folder)).items()
-    }
-    assert {each["passes"] for each in found.values()} == {1}
-    assert found["v"] == found["eps"]
-    assert found["EDM"]["operations"] == found["eps"]["operations"] + 3
-
-
-def test_predictions_are_compared_in_rounds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        options = ["--checkpoint", str(folder), "--executor", "eager", "--rows", "2", "--seconds", "0.1"]
-        patch.setattr(sys, "argv", ["bench.predictions", *options, "--threads", "1"])
-        with torch_threads(None):
-            predictions.main()
-    found = [Measure(**json.loads(line)) for line in capfd.readouterr().out.splitlines()]
-    for what, names in (("ticks", {"eps", "v", "EDM", "flow"}), ("ticks, ratio to eps", {"v", "EDM", "flow"})):
-        for kind in ("wall", "CPU"):
-            of = {each.contender for each in found if each.what == what and each.contender.endswith(f"{kind} seconds")}
-            assert of == {f"{name}, {kind} seconds" for name in names}
-    assert all(each.value > 0 for each in found)
 
 
 @pytest.mark.long

@@ -12,5 +12,6 @@ def arguments(text: str | None) -> argparse.Namespace:
     parser.add_argument("--tally", type=Path, required=True)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--openvino", metavar="PRECISION", help="run tminus' own graph with OpenVINO [eager PyTorch]")
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_known_args()[0]

@@ -1,4 +1,6 @@
-"""diffusers' U-Net and schedulers, batched as far as they go: what the request-level batchers serve.
+"""A U-Net and diffusers' schedulers, batched as far as they go: what the request-level batchers serve.
+
+The network is diffusers' own in eager PyTorch, or the graph that tminus makes of it for OpenVINO.
 
 A batch of requests falls into groups of the same steps and sampler; each group is one loop over the timesteps, in which
 every row has its own class and its own generator. Groups run one after the other: a diffusers scheduler steps all rows
@@ -14,17 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel, VQModel
 from PIL import Image
 from torch import Tensor
 
+from bench import bare
 from bench.peers.picture import encode, now_s
 from bench.tally import Tally
+from tminus.model.checkpoint import load_checkpoint
+from tminus.service.engine.executors import Executor
 
 # More rows a pass were no faster in a trial on two cores, and a batch of several images a request gets long.
 MAX_ROWS = 16
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 TUNING_PASSES = 3
+SIZES = (1, 2, 4, 8, 16)  # of OpenVINO's passes in one thread
+Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +71,9 @@ class Row:
 class Denoiser:
     """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
 
-    def __init__(self, checkpoint: Path, tally: Tally, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Path, tally: Tally, device: str = "cpu", openvino: str | None = None) -> None:
+        """openvino: the precision of OpenVINO's passes; None for eager PyTorch in float32."""
         net: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet")  # type: ignore[no-untyped-call]
-        self._net, self._device = net.eval().to(device), device
         config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._schedulers = {name: kind.from_config(config) for name, kind in SCHEDULERS.items()}
         labels = checkpoint / "tminus.json"
@@ -75,9 +82,17 @@ class Denoiser:
         self._conditional = net.config.num_class_embeds is not None
         size = net.config.sample_size
         self._shape = (net.config.in_channels, *(size if isinstance(size, list | tuple) else (size, size)))
-        self._tally = tally
-        self._layout = faster_layout(self._net, self._forward, self._shape)
+        self._tally, self._device, self._layout = tally, device, torch.contiguous_format
+        if openvino is not None:
+            self._forward: Forward = in_openvino(checkpoint, openvino)
+            self._read = reader(checkpoint, openvino=True)
+        else:
+            net.eval().to(device)
+            self._forward = self._in_torch(net)
+            self._layout = faster_layout(net, self._forward, self._shape)
+            self._read = reader(checkpoint, openvino=False)
 
+    @torch.inference_mode()
     def sample(self, requests: Sequence[Wanted]) -> list[bytes]:
         """Make every request's PNG, in their order."""
         groups: dict[tuple[int, str], list[Row]] = {}
@@ -92,12 +107,11 @@ class Denoiser:
         for (steps, sampler), rows in groups.items():
             for part in even_parts(rows, MAX_ROWS):
                 x, first_at_s = self._loop(part, steps, sampler)
-                for row, image in zip(part, to_images(x), strict=True):
+                for row, image in zip(part, self._read(x), strict=True):
                     images[row.request].append(image)
                     first_step_at_s[row.request] = min(first_step_at_s[row.request], first_at_s)
         return [encode(*answer) for answer in zip(images, first_step_at_s, strict=True)]
 
-    @torch.inference_mode()
     def _loop(self, rows: Sequence[Row], steps: int, sampler: str) -> tuple[Tensor, float]:
         """Take rows [B] from noise to images [B, C, H, W]; also the time at which the first step was done."""
         scheduler: Any = self._schedulers[sampler]
@@ -113,17 +127,55 @@ class Denoiser:
             first_step_at_s = min(first_step_at_s, now_s())
         return x, first_step_at_s
 
-    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        if self._conditional and labels is None:
-            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        out: Tensor = self._net(x, t, class_labels=labels, return_dict=False)[0]
-        return out
+    def _in_torch(self, net: Any) -> Forward:
+        def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            if self._conditional and labels is None:
+                labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            out: Tensor = net(x, t, class_labels=labels, return_dict=False)[0]
+            return out
+
+        return forward
+
+
+def in_openvino(checkpoint: Path, precision: str) -> Forward:
+    """Run tminus' graph of a network, on as many threads as torch has here.
+
+    With several threads this is the executor that tminus chose on this machine; with one, passes of up to 16 rows.
+    """
+    threads = torch.get_num_threads()
+    executor = bare.build(checkpoint, "openvino", precision) if threads > 1 else one_stream(checkpoint, precision)
+
+    def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return executor(x, t.to(torch.float32).expand(len(x)), labels)
+
+    return forward
+
+
+def one_stream(checkpoint: Path, precision: str) -> Executor:
+    """Make an executor of one thread, with the graph that tminus converts."""
+    from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
+
+    loaded = load_checkpoint(checkpoint)
+    graph = Graph(loaded.net, loaded.row_shape, loaded.noise.num_train_timesteps)
+    return OpenVINOExecutor(graph, precision=precision, sizes=SIZES, threads=1)
+
+
+def reader(checkpoint: Path, *, openvino: bool) -> Callable[[Tensor], list[Image.Image]]:
+    """Return what makes images of finished rows; those of a latent model are decoded."""
+    if not (checkpoint / "vqvae").is_dir():
+        return to_images
+    if openvino:
+        from tminus.service.engine.pictures import LatentPictures
+
+        pictures = LatentPictures(load_checkpoint(checkpoint), torch.device("cpu"), None)
+        return lambda x: [Image.fromarray(image) for image in pictures.read(x, [None] * len(x), 8)()]
+    vqvae: Any = VQModel.from_pretrained(checkpoint, subfolder="vqvae")  # type: ignore[no-untyped-call]
+    scaling = vqvae.eval().config.scaling_factor
+    return lambda x: to_images(vqvae.decode(x / scaling, return_dict=False)[0])
 
 
 @torch.inference_mode()
-def faster_layout(
-    net: torch.nn.Module, forward: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...]
-) -> torch.memory_format:
+def faster_layout(net: torch.nn.Module, forward: Forward, shape: tuple[int, ...]) -> torch.memory_format:
     """Try both memory layouts and leave the network in the faster one; warms it too."""
     best_s: dict[torch.memory_format, float] = {}
     device = next(net.parameters()).device

@@ -17,7 +17,7 @@ BATCH_TIMEOUT_S = 0.005
 def main() -> None:
     """Serve until killed."""
     args = arguments(__doc__)
-    api = Sampler(args.checkpoint, args.tally, args.threads)
+    api = Sampler(args.checkpoint, args.tally, args.threads, args.openvino)
     server = litserve.LitServer(api, accelerator=args.device, devices=1, timeout=False, workers_per_device=args.workers)
     # Quiet, as are the others: a line a request on stdout is no part of what is measured.
     server.run(
@@ -33,15 +33,15 @@ def main() -> None:
 class Sampler(litserve.LitAPI):  # type: ignore[misc]
     """Requests in, PNGs out. `setup` and `predict` run in one thread of the worker's process."""
 
-    def __init__(self, checkpoint: Path, tally: Path, threads: int | None) -> None:
+    def __init__(self, checkpoint: Path, tally: Path, threads: int | None, openvino: str | None) -> None:
         super().__init__(api_path="/sample", max_batch_size=MAX_BATCH_SIZE, batch_timeout=BATCH_TIMEOUT_S)
-        self._checkpoint, self._tally, self._threads = checkpoint, tally, threads
+        self._checkpoint, self._tally, self._threads, self._openvino = checkpoint, tally, threads, openvino
 
     def setup(self, device: str) -> None:
         """Load the model."""
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        self._denoiser = Denoiser(self._checkpoint, Tally(self._tally), device)
+        self._denoiser = Denoiser(self._checkpoint, Tally(self._tally), device, self._openvino)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe would check the body by a type here
         """JSON to request."""

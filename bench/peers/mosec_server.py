@@ -18,7 +18,8 @@ from bench.tally import Tally
 MAX_BATCH_SIZE = 16
 MAX_WAIT_MS = 5
 FORWARD_S = 3600.0
-CHECKPOINT, TALLY, DEVICE, THREADS = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_DEVICE", "BENCH_THREADS"
+CHECKPOINT, TALLY, DEVICE = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_DEVICE"
+THREADS, OPENVINO = "BENCH_THREADS", "BENCH_OPENVINO"
 
 
 class Sampler(mosec.Worker):
@@ -30,7 +31,8 @@ class Sampler(mosec.Worker):
         super().__init__()  # type: ignore[no-untyped-call]
         if threads := os.environ.get(THREADS):
             torch.set_num_threads(int(threads))
-        self._denoiser = Denoiser(Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY])), os.environ[DEVICE])
+        checkpoint, tally = Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY]))
+        self._denoiser = Denoiser(checkpoint, tally, os.environ[DEVICE], os.environ.get(OPENVINO))
 
     def forward(self, data: list[dict[str, Any]]) -> list[bytes]:
         """Run a batch."""
@@ -47,6 +49,8 @@ def main() -> None:
     environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally), DEVICE: args.device}
     if args.threads is not None:
         environment[THREADS] = str(args.threads)
+    if args.openvino is not None:
+        environment[OPENVINO] = args.openvino
     server: Any = mosec.Server()  # type: ignore[no-untyped-call]
     server.append_worker(
         Sampler,

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import httpx
 
-from docs.site import pages, reference
+from docs.site import api, pages, reference
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "docs"
-REFERENCE = ROOT / "docs" / "reference"
 SITE = ROOT / "site"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # Addresses of examples, and of servers that run where the reader is.
@@ -49,7 +48,10 @@ def build() -> int:
         titles[file] = pages.title_of(text)
         page.write_text(links.of(file, text), "utf-8")
     assets = [ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir()]
-    copies = {each: ROOT / each for each in links.pictures} | {Path("assets", each.name): each for each in assets}
+    swagger = {pages.REFERENCE / name for name in api.files()}
+    copies = {each: ROOT / each for each in links.copied | swagger} | {
+        Path("assets", each.name): each for each in assets
+    }
     for place, source in copies.items():
         target = BUILD / "pages" / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +67,14 @@ def build() -> int:
 
 
 def write_reference() -> None:
-    """Write the pages that are made of the code."""
-    shutil.rmtree(REFERENCE, ignore_errors=True)
-    REFERENCE.mkdir()
-    for name, text in reference.pages().items():
-        (REFERENCE / name).write_text(text, "utf-8")
+    """Write the pages that are made of the code, and what lies beside them."""
+    folder = ROOT / pages.REFERENCE
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, text in (reference.pages() | {"api.md": api.page()}).items():
+        (folder / name).write_text(text, "utf-8")
+    for name, content in api.files().items():
+        (folder / name).write_bytes(content)
 
 
 def configuration(files: list[Path], titles: dict[Path, str]) -> str:

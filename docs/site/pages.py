@@ -15,6 +15,7 @@ PATTERNS = (
 )  # fmt: skip
 INDEX = Path("docs/README.md")
 UNGROUPED = (Path("README.md"), INDEX)  # which stand before the groups
+REFERENCE = Path("docs/reference")
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif"}
 
 # Code, in which a link is none, or where a link leads: in Markdown, in its definitions, or in HTML.
@@ -71,12 +72,12 @@ def rewrite(text: str, change: Callable[[str], str]) -> str:
 
 
 class Links:
-    """Where the links of pages lead on the site. Owns what was found on the way: pictures, and links to nothing."""
+    """Where the links of pages lead on the site. Owns what it finds: files to copy, and links to nothing."""
 
     def __init__(self, root: Path, pages: list[Path], source_url: str) -> None:
         """source_url: where the files of the repository are shown."""
         self._root, self._pages, self._source_url = root, set(pages), source_url
-        self.pictures: set[Path] = set()
+        self.copied: set[Path] = set()
         self.broken: list[str] = []
 
     def of(self, page: Path, text: str) -> str:
@@ -95,8 +96,8 @@ class Links:
             file /= "README.md"
         if file in self._pages:
             return Path(os.path.relpath(page_of(file), page.parent)).as_posix() + hash_mark + anchor
-        if file.suffix in PICTURES:
-            self.pictures.add(file)
+        if file.suffix in PICTURES or file.parent == REFERENCE:
+            self.copied.add(file)
             return target
         kind = "tree" if (self._root / file).is_dir() else "blob"
         return f"{self._source_url}/{kind}/main/{file.as_posix()}{hash_mark}{anchor}"

@@ -6,6 +6,7 @@ writes all four. The introduction of each page is a template beside this file. L
 templates are relative to docs/; here they become relative to docs/reference/, where the pages are.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import click
 
 from tminus.service import errors as errors_of_the_service
 from tminus.service.cli.configuration import default_of, flag_of, variable
-from tminus.service.cli.main import SECTIONS, main
+from tminus.service.cli.main import EXIT_CODES, SECTIONS, main
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.errors import ServiceError
 from tminus.service.metrics import GROUPS as METRIC_GROUPS
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("reference_pages")
 BODY = "<!-- body -->\n"  # where the part that is made of the code goes in a template
+CODE = re.compile(
+    r"`[^`]*`|(?<![\w-])(?:--[a-z][a-z-]*[a-z]|-n)\b|\b(?:TMINUS|XDG|RAY)_[A-Z_]+\b|\b(?:GET|POST) /[\w/]+"
+)
 WORDS = {int: "integer", float: "number", Path: "path"}
 
 
@@ -103,7 +107,9 @@ def values_of_setting(field: "FieldInfo") -> str:
         most = f" and at most {bound['le']:,}" if "le" in bound else ""
         return f"{word} above {bound['gt']}{most}"
     if "ge" in bound:
-        return f"{word} from {bound['ge']:,} to {bound['le']:,}" if "le" in bound else f"{word}, {bound['ge']:,} or more"
+        return (
+            f"{word} from {bound['ge']:,} to {bound['le']:,}" if "le" in bound else f"{word}, {bound['ge']:,} or more"
+        )
     return word
 
 
@@ -151,7 +157,7 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
     context = click.Context(command, info_name=name, show_default=True)
     yield heading(2, name, name.replace(" ", "-"))
     yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
-    yield from (f"{block_of_help(block)}\n\n" for text in (command.help, command.epilog) for block in blocks(text))
+    yield from (f"{block_of_help(block)}\n\n" for text in _texts(command) for block in blocks(text))
     of_settings = {option for option in command.params if option.name in {*Settings.model_fields, "config"}}
     own = [option for option in command.params if isinstance(option, click.Option)]
     if of_settings - {option for option in own if option.name in ("checkpoint", "device")} and "config" in {
@@ -165,18 +171,25 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         yield "".join(row(each, context) for each in own) + "\n"
 
 
+def _texts(command: click.Command) -> Iterator[str | None]:
+    yield command.help
+    if command.epilog != EXIT_CODES:  # which the introduction of the page says of all
+        yield command.epilog
+
+
 def blocks(text: str | None) -> list[str]:
     """The paragraphs of a command's help."""
-    return [block.strip("\n") for block in re.split(r"\n[ ]*\n", text or "") if block.strip()]
+    return [block for block in re.split(r"\n[ ]*\n", inspect.cleandoc(text or "")) if block.strip()]
 
 
 def block_of_help(block: str) -> str:
     """A paragraph of help as Markdown: one that click does not wrap is code."""
     if not block.startswith("\b"):
-        return " ".join(block.split())
+        return coded(" ".join(block.split()))
     lines = block.removeprefix("\b").strip("\n").split("\n")
     indent = min(len(line) - len(line.lstrip()) for line in lines)
-    return "```sh\n" + "\n".join(line[indent:] for line in lines) + "\n```"
+    code = "\n".join(line[indent:] for line in lines)
+    return f"```{'sh' if code.startswith('tminus ') else 'text'}\n{code}\n```"
 
 
 def row(option: click.Option, context: click.Context) -> str:
@@ -190,13 +203,23 @@ def row(option: click.Option, context: click.Context) -> str:
     text, _, default = re.sub(bounds, "", said).partition("[default: ")
     default = "required" if option.required else default.strip("()] ")
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
-    cells = (names, "" if option.is_flag else values_of_option(option), default, sentence(text.strip()))
+    values = "" if option.is_flag else values_of_option(option)
+    cells = (names, values, coded(default), sentence(text.strip()))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def sentence(text: str) -> str:
     """A help text as a sentence of a page."""
-    return text if not text or text.endswith(".") else f"{text[0].upper()}{text[1:]}."
+    return coded(text if not text or text.endswith(".") else f"{text}.")
+
+
+def coded(text: str) -> str:
+    """A help text with options, variables and file names in code marks, where it has none."""
+    return CODE.sub(_in_code, text)
+
+
+def _in_code(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith("`") else f"`{found[0]}`"
 
 
 def values_of_option(option: click.Option) -> str:
@@ -269,7 +292,9 @@ def title_of(link: str) -> str:
 
 def linked(text: str, own: str) -> str:
     """A text that has other metrics' names as links."""
-    text = re.sub(r"\btminus_\w+", lambda found: f"[`{found[0]}`](#{found[0]})" if found[0] != own else f"`{own}`", text)
+    text = re.sub(
+        r"\btminus_\w+", lambda found: f"[`{found[0]}`](#{found[0]})" if found[0] != own else f"`{own}`", text
+    )
     return re.sub(r"(?<!\S)--([a-z-]+[a-z])", r"[`--\1`](reference/settings.md#\1)", text)
 
 

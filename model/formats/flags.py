@@ -23,23 +23,26 @@ class Fact:
 
 OF_SIGMA = ("edm", "consistency")  # predictions of networks whose noise levels are no betas
 FACTS: Mapping[str, Fact] = {
-    "image_size": Fact("the side of the images in pixels", largest=4096),
-    "timesteps": Fact("T of the training", largest=100_000),
+    "image_size": Fact("Side of the images in pixels", largest=4096),
+    "timesteps": Fact("Number T of timesteps in training", largest=100_000),
     "beta_schedule": Fact(
-        "linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid",
+        "Schedule of beta: linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid",
         ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
     ),
-    "beta_start": Fact("the first beta; 0.0001 for linear", largest=1, whole=False),
-    "beta_end": Fact("the last beta; 0.02 for linear", largest=1, whole=False),
-    "variance": Fact("fixed_small or fixed_large, of ancestral sampling", ("fixed_small", "fixed_large")),
+    "beta_start": Fact("First beta; 0.0001 is usual for linear", largest=1, whole=False),
+    "beta_end": Fact("Last beta; 0.02 is usual for linear", largest=1, whole=False),
+    "variance": Fact("Variance of ancestral sampling: fixed_small or fixed_large", ("fixed_small", "fixed_large")),
     "prediction": Fact(
-        "epsilon, sample (x_0), v_prediction; of OpenAI's consistency_models edm or consistency",
+        "Output of the network: epsilon, sample (x_0) or v_prediction; edm or consistency for OpenAI's "
+        "consistency_models",
         ("epsilon", "sample", "v_prediction", *OF_SIGMA),
     ),
-    "heads": Fact("attention heads of each layer; or --head-width", largest=1024),
-    "head_width": Fact("channels of an attention head; or --heads", largest=4096),
-    "attention_order": Fact("legacy (heads before q, k, v) or new", ("legacy", "new")),
-    "rescale_timesteps": Fact("yes or no: whether the network was given t * 1000 / T", ("yes", "no")),
+    "heads": Fact("Attention heads of each layer; give this or --head-width", largest=1024),
+    "head_width": Fact("Channels of each attention head; give this or --heads", largest=4096),
+    "attention_order": Fact(
+        "Order of the attention's channels: legacy (heads before q, k, v) or new", ("legacy", "new")
+    ),
+    "rescale_timesteps": Fact("Whether the network was trained on t * 1000 / T: yes or no", ("yes", "no")),
 }
 
 

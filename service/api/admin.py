@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from tminus.service.access.access import Access
 from tminus.service.api.answers.documents import ModelAnswer
 from tminus.service.api.answers.openapi import failures
+from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import no_parameters
@@ -39,10 +40,10 @@ class ModelSummary(BaseModel):
     """One model, in the list of all."""
 
     name: str
-    default: bool = Field(description="whether requests that name no model are of this one")
+    default: bool = Field(description="Whether requests that name no model are of this one.")
     state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloading", "unloaded"]})
-    url: str | None = Field(description="where its page and its whole API are; null where it is not served")
-    model: ModelAnswer | None = Field(description="as GET /model tells of it; null where it is not served")
+    url: str | None = Field(description="Where its page and its whole API are; null where it is not served.")
+    model: ModelAnswer | None = Field(description="As GET /model tells of it; null where it is not served.")
 
 
 class ModelList(BaseModel):
@@ -68,7 +69,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         is_default, state = services.number == models.default.number, changes.state(services)
         return ModelSummary(name=name, default=is_default, state=state, url=url, model=answer)
 
-    @router.get("", summary="The models that there are", dependencies=BARE, responses=failures(422))
+    @router.get("", **described("list_models"), dependencies=BARE, responses=failures(422))
     async def get_models(request: Request) -> ModelList:
         loaded = [summary(request, services) for services in models]
         others = [
@@ -79,7 +80,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
 
     @router.get(
         "/{model}",
-        summary="One model, as GET /model tells of the default one",
+        **described("get_model_by_name"),
         dependencies=BARE,
         responses=failures(404, 422),
     )
@@ -89,7 +90,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
 
     @router.post(
         "/{model}/load",
-        summary="Load a model; answered when it is served",
+        **described("load_model"),
         dependencies=admins,
         responses=refusals,
     )
@@ -98,7 +99,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
 
     @router.post(
         "/{model}/reload",
-        summary="Read a model's folder again; answered when the new one is served",
+        **described("reload_model"),
         dependencies=admins,
         responses=refusals,
     )
@@ -107,7 +108,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
 
     @router.post(
         "/{model}/unload",
-        summary="Unload a model; jobs that it has are finished first",
+        **described("unload_model"),
         status_code=204,
         dependencies=admins,
         responses=refusals,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.openapi import failures
+from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.request.reading import no_parameters
@@ -32,29 +33,29 @@ class _Known:
 class BatchJob(BaseModel):
     """One job, and where its rows are."""
 
-    number: int = Field(description="the same for as long as it runs; counts the jobs that were told of here")
-    id: str | None = Field(description="null where the caller may not see the job")
-    yours: bool = Field(description="whether it came with the caller's key; without keys, always")
+    number: int = Field(description="A number that stays the same for as long as the job runs.")
+    id: str | None = Field(description="Null where the caller may not see the job.")
+    yours: bool = Field(description="Whether the job came with the caller's key. Without keys always true.")
     model: str
     state: str = Field(json_schema_extra={"enum": ["waiting", "running"]})
-    background: bool = Field(description="whether it lets all others go first")
-    n: int = Field(description="how many rows: one for each image")
-    position: int = Field(description="how many jobs go before it; 0 where it runs")
-    eta_s: float = Field(description="seconds until it should be done")
-    step: int = Field(description="how many steps they have taken, on average")
+    background: bool = Field(description="Whether the job lets all others go first.")
+    n: int = Field(description="The number of rows, one for each image.")
+    position: int = Field(description="How many jobs go before it. 0 where it runs.")
+    eta_s: float = Field(description="Seconds until it should be done.")
+    step: int = Field(description="How many steps the rows have taken, on average.")
     steps: int
-    t: float = Field(description="the timestep of their next step")
-    num_timesteps: int = Field(description="T of its model")
-    seed: int | None = Field(description="null where the caller may not see the job")
+    t: float = Field(description="The timestep of the next step.")
+    num_timesteps: int = Field(description="T of the job's model.")
+    seed: int | None = Field(description="Null where the caller may not see the job.")
 
 
 class BatchAnswer(BaseModel):
     """What the worker has at this moment."""
 
-    max_batch: int = Field(description="places of a forward pass of the default model")
-    rows_active: int = Field(description="rows that were in the last forward pass; 0 when idle")
-    jobs: list[BatchJob] = Field(description=f"in order of arrival, at most {MOST_JOBS}")
-    more: int = Field(description="how many jobs are not told of")
+    max_batch: int = Field(description="The places in a forward pass of the default model.")
+    rows_active: int = Field(description="The rows in the last forward pass. 0 when idle.")
+    jobs: list[BatchJob] = Field(description=f"In order of arrival, at most {MOST_JOBS}.")
+    more: int = Field(description="How many more jobs there are.")
 
 
 class RunningJobs:
@@ -127,7 +128,7 @@ def batch_routes(models: Models) -> APIRouter:
 
     @router.get(
         "/batch",
-        summary="The jobs that are denoised now, each at its own timestep",
+        **described("get_batch"),
         dependencies=[Depends(no_parameters)],
         responses=failures(422),
     )

@@ -16,7 +16,10 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
+from tminus.service.api.answers.headers import with_headers
+from tminus.service.api.answers.messages import EVENTS
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
+from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import EventStream, Progress, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.jobs import job_in_path
@@ -42,11 +45,16 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.get(
         "/{job_id}/events",
-        summary="A durable job as server-sent events",
+        **described("watch_job"),
         response_class=Response,  # EventSourceResponse here would be for a function that yields
         responses={
-            200: {"description": "The events", "content": {"text/event-stream": {}}},
-            204: {"description": "The client knows the end"},
+            200: {
+                "description": "The events",
+                "content": {"text/event-stream": {}},
+                "x-events": EVENTS,
+                **with_headers("Cache-Control"),
+            },
+            204: {"description": "The client has the final event"},
             **failures(404, 422, 429, 500, 507),
         },
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},

@@ -15,7 +15,6 @@ from tminus.model.scheduler_kinds import CLASS_NAMES, FAMILY_OF, scheduler_kind
 from tminus.service.api.answers.openapi import (
     IF_NONE_MATCH,
     IMAGES,
-    NOT_MODIFIED,
     OF_BODY,
     OF_WORK,
     Contract,
@@ -24,6 +23,7 @@ from tminus.service.api.answers.openapi import (
     failures,
     path_parameter,
 )
+from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
@@ -57,12 +57,11 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
     of_path = [path_parameter("model")] if path == BARE_PATH else []
     router.post(
         path,
-        summary="Images of a prompt, or of a picture and a prompt, for Hugging Face's InferenceClient",
+        **described("hugging_face_infer_model" if of_path else "hugging_face_infer"),
         response_class=Response,
         responses={
             200: IMAGES,
-            304: NOT_MODIFIED,
-            **failures(406, *OF_BODY, *OF_WORK, *([404] if of_path else [])),
+            **failures(406, 412, *OF_BODY, *OF_WORK, *([404] if of_path else [])),
         },
         openapi_extra={
             "parameters": [*of_path, IF_NONE_MATCH],

@@ -15,13 +15,15 @@ from tminus.service.api.answers.openapi import (
     CHOSEN_ID,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
-    IMAGES_OR_FLOATS,
+    IMAGES_OF_JOB,
     JOB_BODY,
     NOT_MODIFIED,
     OF_BODY,
+    SUBMITTED,
     Contract,
     failures,
 )
+from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
@@ -35,6 +37,7 @@ from tminus.service.api.request.schemas import (
     RequestSchema,
     SampleRequest,
     WebhookRequest,
+    default,
 )
 from tminus.service.api.submission import accept, pixel_headers, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
@@ -52,11 +55,17 @@ class JobsRequest(RequestSchema):
     state: str | None = Field(
         None,
         pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
-        description=f"only jobs in these states, by commas: {', '.join(STATES)}",
+        description=f"Only jobs in these states, separated by commas: {', '.join(STATES)}.",
+        json_schema_extra=default("all"),
     )
-    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most; default 50")
+    limit: Int = Field(
+        50, ge=1, le=MAX_PAGE, description="The most jobs in an answer.", json_schema_extra=default("50")
+    )
     before: str | None = Field(
-        None, pattern="^[0-9]{1,18}-[0-9a-f]{32}$", description="`next` of an earlier answer: only jobs after those"
+        None,
+        pattern="^[0-9]{1,18}-[0-9a-f]{32}$",
+        description="The `next` of an earlier answer: the jobs that follow it.",
+        json_schema_extra=default("the newest jobs"),
     )
 
     @classmethod
@@ -86,7 +95,9 @@ class JobsRequest(RequestSchema):
 class JobImageRequest(RequestSchema):
     """Which image of a durable job is wanted; in the query."""
 
-    index: Index | None = Field(None, description="index of one image, which alone is answered; default: all of them")
+    index: Index | None = Field(
+        None, description="The index of one image, which alone is answered.", json_schema_extra=default("all images")
+    )
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "JobImageRequest":
@@ -102,10 +113,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     router.post(
         "",
-        summary="Submit a durable job",
+        **described("submit_job"),
         status_code=202,
         response_model=JobAnswer,
-        responses=failures(*OF_BODY, 500, 503, 507),
+        responses={202: SUBMITTED, **failures(*OF_BODY, 500, 503, 507)},
         openapi_extra={
             "requestBody": JOB_BODY,
             "parameters": [*contract.query(SampleRequest, WebhookRequest), IDEMPOTENCY_KEY],
@@ -114,7 +125,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.get(
         "",
-        summary="List jobs, newest first; those that are not durable only while they wait or run",
+        **described("list_jobs"),
         responses=failures(422, 429, 500, 507),
         openapi_extra={"parameters": contract.query(JobsRequest)},
     )
@@ -124,25 +135,25 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     router.put(
         "/{job_id}",
-        summary="Submit a durable job under an id of the client's own",
+        **described("submit_job_with_id"),
         status_code=202,
         response_model=JobAnswer,
-        responses={200: ALREADY_HERE, **failures(*OF_BODY, 409, 500, 503, 507)},
+        responses={200: ALREADY_HERE, 202: SUBMITTED, **failures(*OF_BODY, 409, 500, 503, 507)},
         openapi_extra={
             "requestBody": JOB_BODY,
             "parameters": [CHOSEN_ID, *contract.query(SampleRequest, WebhookRequest)],
         },
     )(models.handler(put_job, "put_job"))
 
-    @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
+    @router.get("/{job_id}", **described("get_job"), dependencies=bare, responses=of_job)
     async def get_job(request: Request, job_id: Annotated[str, own_id]) -> JobAnswer:
         return await job(models.default, request, job_id)
 
     @router.get(
         "/{job_id}/image",
-        summary="Get the images of a durable job that is done, or one of them",
+        **described("get_job_images"),
         response_class=Response,
-        responses={200: IMAGES_OR_FLOATS, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
+        responses={200: IMAGES_OF_JOB, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest, FloatsRequest), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:
@@ -150,7 +161,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.post(
         "/{job_id}/cancel",
-        summary="Cancel a durable job that has not ended",
+        **described("cancel_job"),
         dependencies=bare,
         responses=of_job,
     )
@@ -159,7 +170,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.delete(
         "/{job_id}",
-        summary="Cancel a job, or delete it if it has ended",
+        **described("delete_job"),
         status_code=204,
         response_class=Response,
         dependencies=bare,

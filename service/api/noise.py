@@ -13,12 +13,12 @@ from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.openapi import (
     IF_NONE_MATCH,
     NOISE_BODY,
-    NOT_MODIFIED,
+    NOISED,
     OF_BODY,
     Contract,
-    answer,
     failures,
 )
+from tminus.service.api.answers.operations import described
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.reading import (
@@ -44,9 +44,9 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
     router = APIRouter(tags=["noise"])
     router.post(
         "/noise",
-        summary="An image at step t of the forward process",
+        **described("add_noise"),
         response_class=Response,
-        responses={200: answer("x_t", PNG), 304: NOT_MODIFIED, **failures(406, *OF_BODY, 500, 503)},
+        responses={200: NOISED, **failures(406, 412, *OF_BODY, 500, 503)},
         openapi_extra={
             "parameters": [*contract.query(NoiseRequest), IF_NONE_MATCH],
             "requestBody": NOISE_BODY,

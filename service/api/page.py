@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import Receive, Scope, Send
 
+from tminus.service.api.answers.operations import described
 from tminus.service.api.request.reading import qualities
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -69,7 +70,7 @@ def page_routes(without: Collection[str] = ()) -> APIRouter:
         page = page.replace(f'<a id="{link}"', f'<a id="{link}" hidden')
 
     @router.head("/", include_in_schema=False)
-    @router.get("/", summary="The web page", response_class=HTMLResponse)
+    @router.get("/", **described("get_page"), response_class=HTMLResponse)
     async def get_page(request: Request) -> Response:
         if without:
             return _with_headers(HTMLResponse(page))

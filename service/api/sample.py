@@ -15,6 +15,8 @@ from tminus.model.trajectory import LEAST_ETA, Trajectory
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
     ACCEPTED,
+    CACHE_CONTROL,
+    IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OR_STEPS,
     NOT_MODIFIED,
@@ -26,6 +28,7 @@ from tminus.service.api.answers.openapi import (
     Described,
     failures,
 )
+from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
@@ -81,22 +84,24 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
     )
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
-        304: NOT_MODIFIED,
         **failures(406, *OF_BODY, *OF_WORK),
     }
     router.post(
         "/sample",
-        summary="Sample and wait",
+        **described("sample_images"),
         response_class=Response,
-        responses=responses | {202: ACCEPTED} | failures(507),
-        openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER], "requestBody": SAMPLE_BODY},
+        responses=responses | {202: ACCEPTED} | failures(412, 507),
+        openapi_extra={
+            "parameters": [*query, IF_NONE_MATCH, CACHE_CONTROL, PREFER, IDEMPOTENCY_KEY],
+            "requestBody": SAMPLE_BODY,
+        },
     )(handler)
     router.get(
         "/sample",
-        summary="The same, for an <img>",
+        **described("sample_images_by_get"),
         response_class=Response,
-        responses=responses,
-        openapi_extra={"parameters": [*query, IF_NONE_MATCH]},
+        responses=responses | {304: NOT_MODIFIED},
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH, CACHE_CONTROL]},
     )(handler)
     return router
 

@@ -7,7 +7,9 @@ from fastapi.responses import PlainTextResponse
 
 from tminus.service.api.answers import problems
 from tminus.service.api.answers.documents import ModelAnswer, ScheduleAnswer, StatusAnswer
+from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.openapi import Described, failures
+from tminus.service.api.answers.operations import described
 from tminus.service.api.models import Models
 from tminus.service.api.page import compressed
 from tminus.service.api.request.reading import no_parameters, qualities
@@ -18,7 +20,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.worker.worker import CRASHED, Worker
 
 OPENMETRICS = "application/openmetrics-text"
-METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}}
+METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}, **with_headers("Vary")}
 BARE = [Depends(no_parameters)]
 
 
@@ -26,17 +28,17 @@ def model_routes(models: Models) -> APIRouter:
     """Make the routes of one model."""
     router = APIRouter(tags=["system"])
 
-    @router.get("/model", summary="What is loaded, and the limits", dependencies=BARE, responses=failures(422))
+    @router.get("/model", **described("get_model"), dependencies=BARE, responses=failures(422))
     async def get_model(request: Request) -> ModelAnswer:
         services = models.of(request)
         return ModelAnswer.of(services.model, services.limits)
 
     @router.get(
         "/model/schedule",
-        summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1",
+        **described("get_noise_schedule"),
         response_model=ScheduleAnswer,
         dependencies=BARE,
-        responses=failures(422),
+        responses={200: with_headers("Vary"), **failures(422)},
     )
     async def get_schedule(request: Request) -> Response:
         schedule = ScheduleAnswer.of(models.of(request).model)
@@ -52,7 +54,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     @router.head("/healthz", include_in_schema=False, response_model=None)
     @router.get(
         "/healthz",
-        summary="Liveness: the process answers and its worker runs",
+        **described("get_liveness"),
         response_model=StatusAnswer,
         responses=failures(500, 503),
     )
@@ -62,7 +64,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     @router.head("/readyz", include_in_schema=False, response_model=None)
     @router.get(
         "/readyz",
-        summary="Readiness: the warm-up is over and jobs are accepted",
+        **described("get_readiness"),
         response_model=StatusAnswer,
         responses=failures(500, 503, 507),
     )
@@ -73,7 +75,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     if metrics is not None:
 
         @router.head("/metrics", include_in_schema=False, response_model=None)
-        @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse, responses={200: METRICS})
+        @router.get("/metrics", **described("get_metrics"), response_class=PlainTextResponse, responses={200: METRICS})
         async def get_metrics(request: Request) -> Response:
             return metrics_answer(metrics, request)
 

@@ -12,26 +12,34 @@ from tminus.service.engine.protocol import LoadOptions
 from tminus.service.startup.logs import set_up_log
 
 
-@click.command(short_help="Let a server run a checkpoint in bfloat16.")
+@click.command(
+    short_help="Let a server run a checkpoint in bfloat16.",
+    epilog="Exit codes: 0 bfloat16 is approved; 1 it is not, or the command failed; 2 wrong command line; 130 stopped "
+    "by Ctrl-C.",
+)
 @click.argument("checkpoint", type=CHECKPOINT_TYPE)
 @click.option(
     "--images",
     type=click.IntRange(4, 1000),
-    help="images to make with each sampler  [default: as many as ten minutes allow, 4 to 16]",
+    help="Images to make with each sampler  [default: as many as ten minutes allow, 4 to 16]",
 )
 @click.option(
     "--executor",
     shell_complete=EXECUTOR_NAMES,
     default="auto",
-    help="what runs the network: auto, eager, compile or openvino",
+    help="What runs the network: auto, eager, compile or openvino",
 )
-@click.option("--cache-dir", type=FOLDER_TYPE, help="where measurements are kept  [default: ~/.cache/tminus]")
+@click.option("--cache-dir", type=FOLDER_TYPE, help="Folder where measurements are kept  [default: ~/.cache/tminus]")
 @DEVICE
 def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:
-    """Let `tminus serve` run CHECKPOINT in bfloat16, if its images show that it does no harm.
+    """Let `tminus serve` run CHECKPOINT in bfloat16, if that does not harm its images.
 
-    The same images are made in float32 and in bfloat16. They may differ by half of what the sampler's few steps cost
-    anyway; docs/checkpoints.md has the criterion. Exit code 1 if they differ by more.
+    \b
+      tminus approve runs/digits
+
+    The command makes the same images in float32 and in bfloat16, and compares them. They may differ by half of the
+    error that the sampler makes anyway, because it takes few steps. The approval is noted in the checkpoint, or in the
+    cache folder if the checkpoint is read-only. The page on checkpoints describes the criterion.
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.evaluation.precision import check_comparable

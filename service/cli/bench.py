@@ -85,28 +85,32 @@ def percentile(ordered: Sequence[float], q: int) -> float:
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
-@click.command(short_help="Send a small load to a server, and measure its latency.")
+@click.command(
+    short_help="Send a small load to a server, and measure its latency.",
+    epilog="Exit codes: 0 done; 1 no request was answered with images, or the command failed; 2 wrong command line; "
+    "130 stopped by Ctrl-C.",
+)
 @click.argument("url", default="http://localhost:8000")
-@click.option("--model", help="the name of one of its models  [default: its default model]")
-@click.option("--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="requests a second, on average")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, help="for which requests arrive")
-@click.option("-n", "--n", type=click.IntRange(1), default=1, help="images of a request")
+@click.option("--model", help="Name of one of its models  [default: its default model]")
+@click.option("--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="Requests a second, on average")
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, help="Seconds for which requests arrive")
+@click.option("-n", "--n", type=click.IntRange(1), default=1, help="Images in each request")
 @click.option(
     "--sampler",
     shell_complete=SAMPLER_NAMES,
-    help="of the requests  [default: as recommended; with --steps the scheduler's own]",
+    help="Sampler of the requests  [default: the recommended one; with --steps that of the scheduler]",
 )
-@click.option("--steps", metavar="INTEGER", help="of the requests  [default: as recommended]")
-@click.option("--class-label", help="number or name, of all images")
-@click.option("--seed", type=click.IntRange(0), default=0, help="of the times of arrival")
+@click.option("--steps", metavar="INTEGER", help="Steps of the requests  [default: the recommended ones]")
+@click.option("--class-label", help="Number or name of the class of all images")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the arrival times")
 @click.option(
     "--give-up",
     "give_up_s",
     type=click.FloatRange(0, 3600),
     default=60.0,
-    help="seconds after the last arrival, when requests without an answer are given up",
+    help="Seconds after the last arrival at which unanswered requests are given up",
 )
-@click.option("--warm-up/--no-warm-up", default=True, help="send one request first, which does not count")
+@click.option("--warm-up/--no-warm-up", default=True, help="Send one request first, which does not count")
 @JSON
 def bench(
     url: str,
@@ -121,9 +125,31 @@ def bench(
 ) -> None:
     """Send requests at random times to the server at URL, and print their latencies.
 
-    It is an open loop: requests arrive as a Poisson process, whether or not earlier ones are answered, and latency
-    counts from the planned arrival. A server with keys gets the one in the variable TMINUS_KEY. Exit code 1 where
-    nothing is answered.
+    \b
+      tminus bench http://localhost:8000 --rate 2 --seconds 20
+      tminus bench http://localhost:8000 --rate 4 -n 4 --sampler dpmpp_2m --steps 20 --json
+
+    The load is an open loop: requests arrive as a Poisson process, whether or not earlier ones are answered. A latency
+    counts from the planned arrival. So a rate above what the server can do shows as latencies that grow with --seconds,
+    and then as refusals. The requests have no seed, so that none is answered from a cache. A server that has keys gets
+    the key in the variable TMINUS_KEY.
+
+    The command prints these lines. --json has the same values under the names in brackets, and also url, model and
+    class_label.
+
+    \b
+      load        [requests, n, sampler, steps, guidance, rate, seconds, seed]
+                  what was sent, with the settings that the server used
+      answered    [answered] requests answered with images
+      refused     [refused] other requests, by error code and status
+      unanswered  [unanswered] requests given up
+      unsent      [unsent] requests not sent, because 500 others waited
+      p50 ... p99 [latency_s] percentiles of the latency in seconds; none
+                  (null) if the request at that place was given up
+      images/s    [images_per_s] images of all answers, until the last one
+      sent late   [late_share] lateness of this client, as a share of all
+                  latency; above 5 % [kept_up] is false, and a warning says
+                  that the client was too slow to measure the server
     """
     if rate * seconds > MOST_REQUESTS:
         fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")

@@ -18,7 +18,8 @@ from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.options import JSON, Complete, completing
 from tminus.service.cli.output import fail, say, say_json
-from tminus.service.startup.settings import NO_FLAG, Settings, asked_by
+from tminus.service.ray_serve.settings import RaySettings
+from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings, asked_by
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -40,6 +41,24 @@ class Source:
     name: str  # the flag, the variable, the file's path; empty for a default
 
 
+class OfSettings(click.Command):
+    """A command whose help lists the settings by their groups, after its other options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        of_setting, heading = dict[str, str](), ""
+        for name in RaySettings.model_fields:
+            heading = GROUPS.get(name, heading)
+            of_setting[name] = heading
+        for option in self.get_params(ctx):
+            if (record := option.get_help_record(ctx)) is not None:
+                groups.setdefault(of_setting.get(str(option.name), "Options"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
     """Give a command one option for each field of the settings that has a flag, and one for a file of them."""
 
@@ -50,7 +69,7 @@ def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
             flag = flag_of(name)
             if field.annotation in (bool, bool | None):
                 flag += f"/--no-{name.replace('_', '-')}"
-            default = f" [default: {told}]" if (told := default_of(field)) else ""
+            default = f" [default: {told}]" if (told := default_of(field).replace("`", "")) else ""
             text = f"{summary_of(field)} {default} [env: {variable(name)}]"
             several = field.default == ()
             option = click.option(
@@ -64,7 +83,7 @@ def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
                 shell_complete=completion_of(field),
             )
             command = option(command)
-        text = "file of settings, in TOML; a flag or a variable wins over what it says"
+        text = "File of settings in TOML; flags and variables win over it "
         file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
         return file(command)
 
@@ -179,15 +198,21 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
     return values
 
 
-@click.command(short_help="Print the settings that a server would have.")
+@click.command(cls=OfSettings, short_help="Print the settings that a server would have, and where they come from.")
 @settings_options(Settings)
-@click.option("--changed", is_flag=True, help="only those that are not the default")
+@click.option("--changed", is_flag=True, help="Print only the settings that are not the default")
 @JSON
 def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> None:
-    """Print the settings that `tminus serve` would have, given the same flags, variables and file.
+    """Print the settings that `tminus serve` would have with the same flags, variables and file, and their sources.
 
-    What is printed can be read again by --config. A setting that is left to the machine, and what is secret, are
-    comments.
+    \b
+      tminus config --changed
+      tminus config --max-batch 32 > settings.toml
+
+    The output is TOML that --config can read. Settings without a value and secret settings are comments.
+
+    --json prints an object `settings`. It has an object for each setting: value (null if there is none, or if it is
+    secret), secret, source (flag, variable, file or default) and given_by (the name of the flag, variable or file).
     """
     settings, sources = read_settings(Settings, config, flags)
     told = {name: source for name, source in sources.items() if not (source.kind == "default" and changed)}

@@ -45,9 +45,18 @@ def given_facts(options: dict[str, Any]) -> "GivenFacts":
 @click.argument("folder", type=FOLDER_TYPE)
 @fact_options
 def convert(source: Path, folder: Path, **options: Any) -> None:
-    """Write SOURCE, a checkpoint of another project or a U-Net without a scheduler, as the checkpoint FOLDER.
+    """Write SOURCE, a file of another project or a U-Net without a scheduler, as the checkpoint FOLDER.
 
-    docs/formats.md has the formats.
+    \b
+      tminus inspect ema_0.9999_500000.pt
+      tminus convert ema_0.9999_500000.pt cifar10/ --image-size 32 \\
+          --timesteps 4000 --beta-schedule squaredcos_cap_v2 \\
+          --prediction epsilon --heads 4 --attention-order legacy \\
+          --rescale-timesteps yes
+      tminus serve --checkpoint cifar10/
+
+    Give by options what the file does not say; `tminus inspect` lists what is missing. The page on formats names the
+    projects whose files can be converted.
     """
     from tminus.model.formats.read import convert as run
     from tminus.model.unet import CLASS_NAME
@@ -67,7 +76,19 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
 @fact_options
 @JSON
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
-    """Say what PATH is: a checkpoint, by its folder or hub id, or a file of another project, for `tminus convert`."""
+    """Say what PATH is: a checkpoint (a folder or a hub id), or a file of another project, for `tminus convert`.
+
+    \b
+      tminus inspect runs/digits
+      tminus inspect ema_0.9999_500000.pt --json
+
+    The command also measures what an image costs on this CPU.
+
+    --json prints an object with format; model, as GET /model has it (null if something is missing) without what a
+    server decides; missing: the options of `tminus convert` that are needed; taken: what the format implies; and costs:
+    weights_bytes, row_bytes (of one row in a forward pass), free_bytes, passes (for an image with the recommended
+    settings) and pass_s (null if the memory is too small).
+    """
     from tminus.model.formats.describe import describe
 
     with failing_in_one_line():

@@ -39,63 +39,86 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 
 
 @click.command(short_help="Measure a checkpoint, compare samplers.")
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="folder or hub id of the checkpoint")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint")
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,
     default="fashion-mnist",
-    help="fashion-mnist, or the folder of images it was trained on",
+    help="Training data: fashion-mnist, or a folder of images",
 )
-@click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
+@click.option("--test-data", type=FOLDER_TYPE, help="Folder of held-out images, if --data is a folder")
 @DATA_DIR
 @BACKGROUND
 @click.option(
     "--classifier",
     type=FOLDER_TYPE,
-    help="folder of the classifier that judges; trained there on --data if missing  [default: fashion-mnist-classifier "
-    "beside the checkpoint; where --data is a folder, classifier in the checkpoint]",
+    help="Folder of the classifier that judges; if it is missing, one is trained on --data  [default: "
+    "fashion-mnist-classifier beside the checkpoint; if --data is a folder, classifier in the checkpoint]",
 )
-@click.option("-n", "--num-samples", default=1000, help="samples, of each sampler, number of steps, guidance and seed")
 @click.option(
-    "--sampler", callback=NAMES, metavar="LIST", default="ddim", help="one, or several separated by commas, or all"
+    "-n", "--num-samples", default=1000, help="Samples of each combination of sampler, steps, guidance and seed"
 )
-@click.option("--steps", callback=STEPS, metavar="LIST", default="50", help="one number of steps, or several")
-@click.option("--eta", default=0.0, help="fresh noise of ddim: 0 for none, 1 for that of ddpm")
-@click.option("--guidance", callback=SCALES, metavar="LIST", default="1", help="one scale, or several; 1 is off")
-@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
-@click.option("--guidance-rescale", default=0.0, help="0..1: back to the spread of the conditional output")
-@click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
 @click.option(
-    "--seed", "--seeds", "seeds", callback=SEEDS, metavar="LIST", default="0", help="one, or several for a spread"
+    "--sampler", callback=NAMES, metavar="LIST", default="ddim", help="One sampler, several separated by commas, or all"
 )
-@click.option("--reference", metavar="SAMPLER:STEPS", help="sample by this too, as what the others are compared with")
-@click.option("--batch-size", default=96, help="samples denoised together")
+@click.option(
+    "--steps", callback=STEPS, metavar="LIST", default="50", help="One number of steps, or several separated by commas"
+)
+@click.option("--eta", default=0.0, help="Noise of ddim: 0 for none, 1 for that of ddpm")
+@click.option(
+    "--guidance",
+    callback=SCALES,
+    metavar="LIST",
+    default="1",
+    help="One scale of guidance, or several separated by commas; 1 is off",
+)
+@click.option(
+    "--guidance-interval", type=int, nargs=2, help="Lowest and highest timestep at which guidance acts  [default: all]"
+)
+@click.option(
+    "--guidance-rescale",
+    default=0.0,
+    help="Rescale the guided output to the spread of the conditional one, by this share, 0..1",
+)
+@click.option("--spacing", help="Spacing of the timesteps: leading, trailing, linspace or karras  [default: as served]")
+@click.option(
+    "--seed",
+    "--seeds",
+    "seeds",
+    callback=SEEDS,
+    metavar="LIST",
+    default="0",
+    help="One seed, or several separated by commas, to see the spread",
+)
+@click.option("--reference", metavar="SAMPLER:STEPS", help="Also sample in this way, and compare the others with it")
+@click.option("--batch-size", default=96, help="Samples in one forward pass")
 @click.option(
     "--executor",
     shell_complete=EXECUTOR_NAMES,
     default="auto",
-    help="what runs the network for the samples: auto, eager, compile or openvino",
+    help="What runs the network: auto, eager, compile or openvino",
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "tf32", "bfloat16"]),
     default="float32",
-    help="number format of the forward passes of the samples",
+    help="Number format of the forward passes",
 )
 @click.option(
     "--approve",
     is_flag=True,
-    help="sample in float32 too; if --precision is no worse, note that in tminus.json, so that serve may use it",
+    help="Also sample in float32; if --precision is no worse, note that in the checkpoint, so that servers use it",
 )
-@click.option("--bound-images", default=200, help="held-out images for the variational bound")
-@click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
+@click.option("--bound-images", default=200, help="Held-out images for the variational bound")
+@click.option("--bound-timesteps", default=100, help="Timesteps drawn for each of these images")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures to this file, as JSON"
+)
 @click.option(
     "--report",
     "report_folder",
     type=FOLDER_TYPE,
-    help="write report.html into this folder, with plots and samples; what was measured is kept there, and the same "
-    "command goes on where it was stopped",
+    help="Write report.html into this folder, with plots and samples; the same command continues a stopped run",
 )
 @DEVICE
 def evaluate(
@@ -106,9 +129,14 @@ def evaluate(
     approve: bool,
     **options: Any,
 ) -> None:
-    """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card.
+    """Measure a checkpoint: variational bound, class accuracy, Fréchet distance and memorisation.
 
-    With several samplers, steps or guidance scales every combination is measured, by every seed.
+    \b
+      tminus evaluate --checkpoint runs/digits --data digits/ --sampler ddim --steps 50
+      tminus evaluate --sampler all --steps 10,20,50 --seeds 0,1,2 --report report/
+
+    The command prints tables in Markdown, for a model card. With several samplers, steps or scales of guidance it
+    measures every combination, with every seed.
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.checkpoint import load_checkpoint

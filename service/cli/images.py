@@ -34,26 +34,28 @@ MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # of a PNG that is read or written
 MAX_SCALE = 64
 SCALE = "scale"  # in a recipe: by what the PNG was enlarged
 LOCAL_MODEL = (
-    click.option("--url", help="ask this server instead of loading a checkpoint"),
-    click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
-    click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="its folder or hub id; not with --url"),
+    click.option("--url", help="Server to ask, instead of loading a checkpoint"),
+    click.option("--model", help="With --url: name of one of its models  [default: its default model]"),
+    click.option(
+        "--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint; not with --url"
+    ),
     click.option(
         "--device",
         shell_complete=DEVICE_NAMES,
         default="auto",
-        help="auto, cpu or cuda; auto takes a GPU if there is one, which CUDA_VISIBLE_DEVICES names; not with --url",
+        help="Device: auto, cpu or cuda; auto takes a GPU if there is one; not with --url",
     ),
     click.option(
         "--executor",
         shell_complete=EXECUTOR_NAMES,
         default="auto",
-        help="auto, eager, compile or openvino; not with --url",
+        help="What runs the network: auto, eager, compile or openvino; not with --url",
     ),
     click.option(
         "--precision",
         shell_complete=PRECISION_NAMES,
         default="auto",
-        help="auto, float32, tf32 (CUDA) or bfloat16; not with --url",
+        help="Number format: auto, float32, tf32 (CUDA) or bfloat16; not with --url",
     ),
 )
 LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here

@@ -16,17 +16,38 @@ LIMIT = click.IntRange(1, MOST)
 
 @click.command(short_help="Make an API key.")
 @click.argument("name")
-@click.option("--role", type=click.Choice(ROLES), show_default="sample", help="admin may also load and unload models")
-@click.option("--row-steps-per-minute", type=LIMIT, show_default="no limit", help="a guided step counts twice")
-@click.option("--jobs", type=LIMIT, show_default="no limit", help="that wait or run at once")
-@click.option("--connections", type=LIMIT, show_default="no limit", help="requests that are answered at once")
-@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="add its line to this file of keys")
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    show_default="sample",
+    help="What the key may do: sample, or admin, which may also load and unload models",
+)
+@click.option(
+    "--row-steps-per-minute",
+    type=LIMIT,
+    show_default="no limit",
+    help="Row-steps that may start in a minute; a step with guidance counts twice",
+)
+@click.option("--jobs", type=LIMIT, show_default="no limit", help="Jobs that may wait or run at once")
+@click.option("--connections", type=LIMIT, show_default="no limit", help="Requests that may be answered at once")
+@click.option(
+    "--file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of keys, to which the line of the new key is added",
+)
 def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
     """Make an API key for NAME, and print its secret.
 
-    With --file its line is added to that file, which a server reads again by itself; without, it is printed below the
-    secret. Run it again for the same NAME to replace a key: role and limits are then those of the earlier line, and
-    both are valid until you delete that.
+    \b
+      tminus key studio --row-steps-per-minute 60000 --file keys
+      tminus key ops --role admin --file keys
+      tminus serve --keys-file keys
+
+    The file has one line for each key, with a hash in place of the secret. The secret is printed once: give it to the
+    client. Without --file the line is printed below the secret. A running server reads a changed file by itself.
+
+    To replace a key, run the command again for the same NAME without options: the new key gets the role and the limits
+    of the earlier line. Both keys are valid until you delete that line.
     """
     if not NAME.fullmatch(name):
         fail(f"NAME must be 1 to 64 letters, digits, dots, dashes and underscores, got {name!r}")

@@ -31,6 +31,9 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Server": (models, bench, config, key, ray),
     "Reproduce": (reproduce, trajectory),
 }
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed, and one line on stderr says why; 2 wrong command line; 130 stopped by Ctrl-C."
+)
 WIDEST_HELP = 200  # characters of a command in the list, which is wrapped and not cut
 
 
@@ -74,4 +77,6 @@ def main(ctx: click.Context) -> None:
 
 
 for command in (each for commands in SECTIONS.values() for each in commands):
+    if not isinstance(command, click.Group) and command.epilog is None:
+        command.epilog = EXIT_CODES
     main.add_command(command)

@@ -19,13 +19,21 @@ COLOURS = {1: "grey", 3: "colour"}  # by channels
 @click.command(short_help="List a server's models; load, reload or unload one.")
 @click.argument("change", type=click.Choice(["load", "reload", "unload"]), required=False)
 @click.argument("name", required=False)
-@click.option("--url", default="http://localhost:8000", help="the server")
+@click.option("--url", default="http://localhost:8000", help="Address of the server")
 @JSON
 def models(change: str | None, name: str | None, url: str, as_json: bool) -> None:
     """List the models of a server; or load, reload or unload the model NAME.
 
-    These three need a key of the role admin, in the variable TMINUS_KEY. Loading a model may take a minute. With --json
-    they print the model as it then is.
+    \b
+      tminus models --url http://localhost:8000
+      tminus models unload colour     # its jobs still finish
+      tminus models load colour       # returns when the model is served
+      tminus models reload colour     # reads its folder again
+
+    To load, reload or unload, put a key of the role admin in the variable TMINUS_KEY. Loading may take a minute.
+
+    --json prints what GET /models answers: an object `models`, with name, default, state, url and model of each. With
+    load, reload or unload it has that model only, as it then is.
     """
     if change is not None and name is None:
         raise click.UsageError(f"{change} needs the NAME of a model")

@@ -48,17 +48,20 @@ class CheckpointType(click.Path):
 
 CHECKPOINT_TYPE = CheckpointType(file_okay=False, path_type=Path)
 BACKGROUND = click.option(
-    "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
+    "--background", default="black", help="Colour behind the transparent pixels of a folder's images"
 )
 DEVICE = click.option(
-    "--device", shell_complete=DEVICE_NAMES, default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one"
+    "--device",
+    shell_complete=DEVICE_NAMES,
+    default="auto",
+    help="Device: auto, cpu or cuda; auto takes a GPU if there is one",
 )
 THREADS = click.option(
     "--threads",
     default=0,
-    help="of torch on a CPU; 0: one for each core that is free when the run begins",
+    help="CPU threads of PyTorch; 0 takes one for each core that is free at the start",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="print one JSON object, and nothing else, for programs")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on one line, and nothing else")
 Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]
 
 

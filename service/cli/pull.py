@@ -30,19 +30,24 @@ class NotFetched(Exception):
 
 @click.command(short_help="Fetch another checkpoint of this project.")
 @click.argument("name", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="folder to make  [default: NAME, where you are]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make  [default: NAME, in the current folder]")
 @click.option(
     "--from",
     "address",
     metavar="URL",
     envvar=FROM,
-    help="where the files of the release are, if not with the project; they must have the same hashes  "
+    help="Address of a copy of the release's files; they must have the same hashes  "
     f"[default: the release of this version] [env: {FROM}]",
 )
 def pull(name: str | None, out: Path | None, address: str | None) -> None:
-    """Fetch the checkpoint NAME, or list those that there are.
+    """Fetch the checkpoint NAME of this project's release. Without NAME, list the checkpoints.
 
-    What comes is held to the size and the sha256 that this version knows.
+    \b
+      tminus pull
+      tminus pull pixel-art-32
+      tminus serve --checkpoint pixel-art-32
+
+    The file must have the size and the sha256 that this version of tminus knows.
     """
     known = release()
     if name is None:

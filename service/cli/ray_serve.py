@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import read_settings, settings_options
+from tminus.service.cli.configuration import OfSettings, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
@@ -30,16 +30,24 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 @click.group()
 def ray() -> None:
-    """Serve from a Ray cluster."""
+    """Serve from a Ray cluster: see tminus ray serve."""
 
 
-@ray.command()
+@ray.command(
+    cls=OfSettings,
+    short_help="Serve from replicas on a Ray cluster.",
+    epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the application has left the cluster; "
+    "2 wrong command line.",
+)
 @settings_options(RaySettings)
 def serve(config: Path | None, **flags: Any) -> None:
-    """Serve from replicas on a Ray cluster; Ray routes to them, adds and drains them by their predicted work.
+    """Serve from replicas on a Ray cluster. Ray routes requests to them, and adds and drains replicas by their work.
 
-    Needs the extra `ray`. A cluster that runs is joined, else one is started on this machine. When the command ends,
-    the replicas drain, and a cluster that it has started ends.
+    \b
+      tminus ray serve --checkpoint runs/digits --max-replicas 4 --job-store "$URL"
+
+    It needs the extra `ray`. It joins a running cluster, or else starts one on this machine. When the command ends, the
+    replicas drain, and a cluster that it started ends.
     """
     settings, _ = read_settings(RaySettings, config, flags)
     _exit_on_signals()

@@ -51,12 +51,16 @@ class Recipe:
     opaque: bool = False  # whether it was laid over white
 
 
-@click.command(short_help="Make a PNG again from what it says, and compare.")
+@click.command(
+    short_help="Make a PNG again from its recipe, and compare.",
+    epilog="Exit codes: 0 the same bytes; 1 other bytes, or the command failed; 2 wrong command line; 130 stopped by "
+    "Ctrl-C.",
+)
 @click.argument("png", type=FILE_TYPE)
-@click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
-@click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
+@click.option("--image", type=FILE_TYPE, help="Of an edit: the picture that it was made from")
+@click.option("--mask", type=FILE_TYPE, help="Of an edit with a mask: that mask")
 @local_model_options
-@click.option("--out", type=FILE_TYPE, help="keep the new PNG here")
+@click.option("--out", type=FILE_TYPE, help="File for the new PNG")
 def reproduce(
     png: Path,
     image: Path | None,
@@ -69,7 +73,12 @@ def reproduce(
     precision: str,
     out: Path | None,
 ) -> None:
-    """Make PNG again from what it says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    """Make PNG again from the recipe in it, and compare the bytes.
+
+    \b
+      tminus reproduce sneaker.png
+      tminus reproduce varied.png --image sneaker.png --url http://localhost:8000
+    """
     check_model(url, model)
     if out is not None:
         check_png(f"--out {out}", out)
@@ -175,32 +184,42 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
     return "; ".join([found, *reasons])
 
 
-@click.group(short_help="Make a trajectory again from its file, and compare.")
+@click.group(short_help="Check a trajectory: make it again, and compare.")
 def trajectory() -> None:
-    """Look after files of trajectories, which servers make for reinforcement learning."""
+    """Check files of trajectories, which servers make for reinforcement learning."""
 
 
-@trajectory.command()
+@trajectory.command(
+    short_help="Make a trajectory again from its file, and compare.",
+    epilog="Exit codes: 0 identical; 1 not identical, or the command failed; 2 wrong command line; 130 stopped by "
+    "Ctrl-C.",
+)
 @click.argument("file", type=FILE_TYPE)
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="folder or hub id of what made it")
-@click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
+@click.option(
+    "--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint that made it"
+)
+@click.option("--image", type=FILE_TYPE, help="Of an edit: the picture that it was made from")
 @click.option(
     "--executor",
     shell_complete=EXECUTOR_NAMES,
-    help="auto, eager, compile or openvino  [default: auto, or the one that the file names]",
+    help="What runs the network: auto, eager, compile or openvino  [default: that of the file, or auto]",
 )
 @click.option(
     "--precision",
     shell_complete=PRECISION_NAMES,
-    help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]",
+    help="Number format: auto, float32, tf32 (CUDA) or bfloat16  [default: that of the file, or auto]",
 )
 @DEVICE
 def check(
     file: Path, checkpoint: Path, image: Path | None, executor: str | None, precision: str | None, device: str
 ) -> None:
-    """Make the trajectory in FILE again, and compare: x_t to the bit, and mean, s and log p.
+    """Make the trajectory in FILE again, and compare.
 
-    Exit code 0: identical; 1: not, with the first step and image that differ.
+    \b
+      tminus trajectory check rollout.safetensors --checkpoint runs/digits
+
+    The values of x_t must be the same to the bit; mean, s and log p must be close. If something differs, the command
+    names the first step and image.
     """
     from tminus.service.images.trajectory import arrays_of, read_trajectory
     from tminus.service.work import noisy_passes, select_passes

@@ -39,57 +39,90 @@ MAX_PIXELS = 2**26  # of all frames of a job
 ANIMATION_PX = 512  # of its longer side, at most
 
 
-@click.command()
+@click.command(short_help="Sample images to PNG files, offline or from a server.")
 @local_model_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("out.png"),
-    help="NAME.png: a PNG, a sheet if -n is above 1; else a folder",
+    help="File NAME.png, a sheet of all images if -n is above 1; any other name is a folder with a file for each image",
 )
-@click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
+@click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="Number of images")
 @click.option(
     "--scale",
     type=click.IntRange(1, MAX_SCALE),
-    help="enlarge each pixel to so many squared  [default: sheets and animations as a person sees them, else 1]",
+    help="Enlarge each pixel to a square of this side  [default: as needed to see sheets and animations, else 1]",
 )
 @click.option(
-    "--steps", metavar="INTEGER", help="denoising steps  [default: as recommended, or the sampler's good number]"
+    "--steps",
+    metavar="INTEGER",
+    help="Denoising steps  [default: the recommended ones, or those that suit the sampler]",
 )
 @click.option(
     "--sampler",
     shell_complete=SAMPLER_NAMES,
-    help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: as recommended; with --steps the scheduler's own]",
+    help=f"Sampler: {', '.join(SAMPLERS)}, or tuned or consistency if the checkpoint has tables  "
+    "[default: the recommended one; with --steps that of the scheduler]",
 )
-@click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
-@click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
-@click.option("--to-seed", metavar="INTEGER", help="with --mix: noise between those of two seeds")
-@click.option("--mix", metavar="FLOAT", help="how far from --seed (0) to --to-seed (1)")
-@click.option("--index", metavar="INTEGER", help="index of the first image")
-@click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
+@click.option("--eta", metavar="FLOAT", help="Noise of ddim, 0..1")
+@click.option("--seed", metavar="INTEGER", help="Seed of the noise, 0..2^64-1  [default: drawn at random]")
+@click.option(
+    "--to-seed", metavar="INTEGER", help="With --mix: second seed; the noise lies between those of both seeds"
+)
+@click.option("--mix", metavar="FLOAT", help="Where the noise lies, from --seed (0) to --to-seed (1)")
+@click.option(
+    "--index", metavar="INTEGER", help="Index of the first image: with the same seed, other indices are other images"
+)
+@click.option("--class-label", multiple=True, help="Number or name of a class; repeat it to give each image its own")
 @click.option(
     "--guidance",
     metavar="FLOAT",
-    help="classifier-free guidance scale  [default: as recommended where sampler and steps are, else 1, which is off]",
+    help="Scale of classifier-free guidance; 1 is off  [default: the recommended one with the recommended sampler and "
+    "steps, else 1]",
 )
-@click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
-@click.option("--bit-depth", type=click.Choice(["8", "16"]), help="8, or 16 of a model of one channel  [default: 8]")
-@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
-@click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
-@click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
-@click.option("--nearest", is_flag=True, default=None, help="of the sampler's tables, take the nearest")
-@click.option("--background", is_flag=True, default=None, help="with --url: let the server's other jobs go first")
-@click.option("--image", type=FILE_TYPE, help="image to start from (--strength) or to edit (--mask)")
-@click.option("--mask", type=FILE_TYPE, help="image: white where the image is regenerated, black where it is kept")
-@click.option("--strength", metavar="FLOAT", help="share of the steps to run again, above 0, at most 1")
+@click.option("--clip/--no-clip", default=None, help="Clip the estimate of x_0  [default: as the checkpoint says]")
 @click.option(
-    "--watch", type=click.Path(path_type=Path), help="with --url: write the frames as an animation, .webp or .gif"
+    "--bit-depth",
+    type=click.Choice(["8", "16"]),
+    help="Bits of each value in the PNG; 16 is for models of one channel  [default: 8]",
 )
 @click.option(
-    "--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of --steps, or 1]"
+    "--guidance-interval", type=int, nargs=2, help="Lowest and highest timestep at which guidance acts  [default: all]"
 )
 @click.option(
-    "--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's estimate of x_0  [default: x_t]"
+    "--guidance-rescale",
+    metavar="FLOAT",
+    help="Rescale the guided output to the spread of the conditional one, by this share, 0..1",
+)
+@click.option("--timestep-spacing", help="Spacing of the timesteps: leading, trailing, linspace or karras")
+@click.option(
+    "--nearest",
+    is_flag=True,
+    default=None,
+    help="If the sampler has no table for these steps and this guidance, take its nearest table",
+)
+@click.option("--background", is_flag=True, default=None, help="With --url: let the server's other jobs go first")
+@click.option("--image", type=FILE_TYPE, help="Image to vary (--strength) or to edit (--mask)")
+@click.option(
+    "--mask",
+    type=FILE_TYPE,
+    help="Image that is white where new pixels are made, and black where the old ones are kept",
+)
+@click.option("--strength", metavar="FLOAT", help="Share of the steps to run again, above 0, at most 1")
+@click.option(
+    "--watch",
+    type=click.Path(path_type=Path),
+    help="With --url: show progress, and write the frames to this animation, .webp or .gif",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(1),
+    help="With --watch: steps between frames  [default: a hundredth of --steps, or 1]",
+)
+@click.option(
+    "--show",
+    type=click.Choice(["x_t", "x_0"]),
+    help="With --watch: the noisy image x_t, or the network's estimate of x_0  [default: x_t]",
 )
 def sample(
     url: str | None,
@@ -110,11 +143,26 @@ def sample(
     """Sample images to PNG files, offline or from a server.
 
     \b
-      tminus sample -n 8
-      tminus sample -n 8 --checkpoint runs/digits --class-label 3 --out threes.png
-      tminus sample -n 8 --url http://localhost:8000
+      tminus sample -n 10 --class-label bag --out bags.png
+      tminus sample -n 10 --out images/
+      tminus sample --class-label sneaker --out sneaker.png
+      tminus sample --image sneaker.png --strength 0.6 --out varied.png
+      tminus sample -n 10 --url http://localhost:8000
+      tminus sample -n 4 --steps 100 --url http://localhost:8000 --watch way.webp
 
-    A sheet is enlarged, so that a person sees it; with --scale 1 it is the bytes that a server answers.
+    An --out that ends in .png is one file: an image, or a sheet of several. Any other name is a folder with a PNG for
+    each image. The options are the parameters of the API, with the same defaults.
+
+    A sheet is enlarged so that you can see it: by the largest whole number that keeps each image within 256 pixels a
+    side and the sheet within 1024. With --scale 1 the file has the bytes that a server answers. The recipe in the PNG
+    has the scale, so `tminus reproduce` makes the same file again.
+
+    Without --url, a small job runs at once: with the executor that an earlier start chose on this machine, or else with
+    PyTorch in one thread. Before a larger job, the executors are measured as a server measures them at its start, and
+    the choice is kept.
+
+    With --url, a server that has keys gets the key in the variable TMINUS_KEY. --watch keeps the frames in memory, up
+    to 256 MiB and 64 megapixels; raise --every for fewer frames.
     """
     check_model(url, model)
     parameters = request_parameters(given) | read_pictures(image, mask)

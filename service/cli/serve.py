@@ -7,22 +7,28 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import read_settings, settings_options
+from tminus.service.cli.configuration import OfSettings, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.settings import Settings
 
 
-@click.command(short_help="Serve a model over HTTP, with a web page.")
+@click.command(
+    cls=OfSettings,
+    short_help="Serve a model over HTTP, with a web page.",
+    epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the worker crashed; 2 wrong command "
+    "line.",
+)
 @settings_options(Settings)
 def serve(config: Path | None, **flags: Any) -> None:
-    """Load one or more checkpoints and serve them over HTTP, with a web page.
+    """Serve one or more checkpoints over HTTP, with a web page.
 
     \b
       tminus serve                             # the bundled model
       tminus serve --checkpoint runs/digits    # one of your own
 
-    The page is at http://localhost:8000, unless --port or --host says otherwise.
+    The page is at http://localhost:8000, unless --port or --host says otherwise. The options are described in full in
+    the settings page of the docs. Each is also a variable, and a line of the file that --config names.
     """
     settings, _ = read_settings(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An

@@ -26,7 +26,7 @@ IMAGES_WITHOUT_CLASSES = 16
 RECONSTRUCTIONS = 8  # a row of the sheet
 KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
-    "--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]"
+    "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
 # Of the last two the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
 CONTINUOUS = ("flow", "edm")
@@ -34,87 +34,116 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
     "--channels",
     type=click.Choice(["1", "3", "4"]),
-    help="of the images of a folder; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
+    help="Channels of a folder's images; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
 )
-OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the run; a run in it is resumed")
 
 
-@click.command()
+@click.command(short_help="Train a model on a folder of images.")
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,
     default="fashion-mnist",
-    help="fashion-mnist, or a folder of images (a subfolder a class)",
+    help="Training data: fashion-mnist, or a folder of images with a subfolder for each class",
 )
 @DATA_DIR
 @click.option(
     "--test-data",
     type=FOLDER_TYPE,
-    help="folder of held-out images, of which losses.csv then tells; fashion-mnist has its own",
+    help="Folder of held-out images, whose loss losses.csv then has; fashion-mnist has its own",
 )
-@click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
+@click.option(
+    "--size",
+    "size_px",
+    default=32,
+    help="Side in pixels of the square images, which are cut from the centre of a folder's images",
+)
 @CHANNELS
 @BACKGROUND
 @OUT
-@click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, which sets --channels too")
-@click.option("--init-from", type=CHECKPOINT_TYPE, help="begin from the weights of this checkpoint (folder or hub id)")
+@click.option("--latent", type=FOLDER_TYPE, help="Autoencoder on whose latents to train; it also sets --channels")
+@click.option("--init-from", type=CHECKPOINT_TYPE, help="Checkpoint to begin from: a folder or a hub id")
 @click.option(
-    "--steps", type=int, help="optimiser steps in all  [default: the run's, or 500 to 15000 by the number of images]"
+    "--steps",
+    type=int,
+    help="Optimiser steps in all  [default: those of the run, or 500 to 15000 by the number of images]",
 )
 @click.option(
-    "--batch-size", type=int, help="images of an optimiser step  [default: the run's, or 64, or half of fewer than 128]"
+    "--batch-size",
+    type=int,
+    help="Images in an optimiser step  [default: those of the run, or 64, or half of the "
+    "images if they are fewer than 128]",
 )
-@click.option("--optimizer", default="adam", help="adam, or muon, which learns more in a step")
-@click.option("--learning-rate", default=1e-3, help="of the optimiser, at its highest")
-@click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
-@click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
-@click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, for guidance")
+@click.option("--optimizer", default="adam", help="Optimiser: adam, or muon, which learns more in a step")
+@click.option("--learning-rate", default=1e-3, help="Highest learning rate")
+@click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
+@click.option(
+    "--decay-fraction", default=0.2, help="Share of the run, at its end, over which the learning rate falls to zero"
+)
+@click.option(
+    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
+)
+@click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which guidance needs")
 @click.option(
     "--weighting",
     default="simple",
-    help="of the loss over t: simple, or velocity, where errors near t = T count more (for a network of eps)",
+    help="Weighting of the loss over t: simple, or velocity, where errors near t = T count more (with --prediction "
+    "epsilon)",
 )
 @click.option(
     "--stable-target",
     is_flag=True,
-    help="learn the mean of x_0 over the training images that x_t may come from, which varies less",
+    help="Learn the mean of x_0 over all training images that x_t may come from, a target that varies less",
 )
 @click.option(
     "--timestep-sampling",
     default="uniform",
-    help="how t is drawn: uniform, or lognormal, more often where there is little noise",
+    help="How t is drawn: uniform, or lognormal, which draws low noise more often",
 )
-@click.option("--guidance", default=1.0, help="to fold into the weights of --init-from; 1 is none")
-@click.option("--flip", is_flag=True, help="mirror half of the images")
-@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
-@click.option("--seed", default=0, help="of first weights, order of the images and noise")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
-@click.option("--compile", is_flag=True, help="torch.compile the network")
-@THREADS
-@click.option("--save-every", default=200, help="steps between saves")
+@click.option("--guidance", default=1.0, help="Scale of guidance to fold into the weights of --init-from; 1 is off")
+@click.option("--flip", is_flag=True, help="Mirror half of the images")
+@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
 @click.option(
-    "--sheet-every", default=1000, help="steps between sample sheets, and between measurements of held-out images"
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="Number format; auto takes the faster one",
 )
-@click.option("--widths", default="32,64,128", help="block_out_channels, one per resolution")
-@click.option("--layers", default=1, help="layers per block")
-@click.option("--attention-at", default="16", help="resolutions that attend, in pixels, e.g. 16,8; the mid block does")
-@click.option("--head-dim", default=32, help="width of an attention head")
-@click.option("--groups", default=8, help="of the group norms")
-@click.option("--dropout", default=0.0, help="probability, inside the residual blocks")
-@click.option("--beta-schedule", default="linear", help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid")
-@click.option("--timesteps", default=1000, help="T")
-@click.option("--prediction", type=click.Choice(PREDICTIONS), default="v_prediction", help="what it is to predict")
+@click.option("--compile", is_flag=True, help="Compile the network with torch.compile")
+@THREADS
+@click.option("--save-every", default=200, help="Steps between saves")
+@click.option(
+    "--sheet-every", default=1000, help="Steps between sample sheets, and between measurements of the held-out images"
+)
+@click.option(
+    "--widths", default="32,64,128", help="Channels at each resolution (block_out_channels), separated by commas"
+)
+@click.option("--layers", default=1, help="Layers in each block")
+@click.option(
+    "--attention-at",
+    default="16",
+    help="Resolutions with attention, in pixels, such as 16,8; the mid block always has it",
+)
+@click.option("--head-dim", default=32, help="Channels of each attention head")
+@click.option("--groups", default=8, help="Groups of the group norms")
+@click.option("--dropout", default=0.0, help="Dropout probability in the residual blocks")
+@click.option(
+    "--beta-schedule", default="linear", help="Schedule of beta: linear, scaled_linear, squaredcos_cap_v2 or sigmoid"
+)
+@click.option("--timesteps", default=1000, help="Number T of timesteps")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), default="v_prediction", help="What the network predicts")
 @DEVICE
 def train(**options: Any) -> None:
-    """Train a model on a folder of images, or resume a run. Ctrl-C saves; the same command resumes exactly.
+    """Train a model on a folder of images, or resume a run.
 
     \b
       tminus train --data digits/ --out runs/digits
       tminus serve --checkpoint runs/digits
 
-    The images of digits/ lie in it, or in a subfolder for each class. The other options have defaults that suit their
-    number. In runs/digits, samples.png and loss.svg show how it goes.
+    Put the images into digits/, or into a subfolder for each class. The other options have defaults that suit the
+    number of images. While it trains, look at samples.png and loss.svg in runs/digits. Ctrl-C saves the run, and the
+    same command continues it as if it had not stopped.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -205,36 +234,68 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     return config
 
 
-@click.command(name="train-autoencoder", short_help="Train an autoencoder, for latent models.")
-@click.option("--data", shell_complete=DATA_FOLDERS, required=True, help="fashion-mnist, or a folder of images")
+@click.command(name="train-autoencoder", short_help="Train an autoencoder for latent models.")
+@click.option(
+    "--data", shell_complete=DATA_FOLDERS, required=True, help="Training data: fashion-mnist, or a folder of images"
+)
 @DATA_DIR
-@click.option("--size", "size_px", default=64, help="side of the square images of a folder, in pixels")
+@click.option(
+    "--size",
+    "size_px",
+    default=64,
+    help="Side in pixels of the square images, which are cut from the centre of a folder's images",
+)
 @CHANNELS
 @BACKGROUND
 @OUT
-@click.option("--kind", type=click.Choice(["kl", "vq"]), default="kl", help="AutoencoderKL or VQModel")
-@click.option("--latent-channels", default=4, help="of a latent")
-@click.option("--widths", default="16,32,64", help="block_out_channels; each but the last halves the sides")
-@click.option("--layers", default=1, help="layers per block")
-@click.option("--groups", default=8, help="of the group norms")
-@click.option("--codes", default=1024, help="of a VQModel's codebook")
-@click.option("--kl-weight", default=1e-3, help="of the divergence from N(0, I) of an AutoencoderKL's latents")
-@click.option("--steps", default=10_000, help="optimiser steps in all")
-@click.option("--batch-size", default=32, help="images of an optimiser step")
-@click.option("--learning-rate", default=1e-3, help="of Adam, at its highest")
-@click.option("--warmup-steps", default=200, help="over which the rate rises from zero")
-@click.option("--decay-fraction", default=0.5, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
-@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
-@click.option("--seed", default=0, help="of first weights, order of the images and noise")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
-@click.option("--compile", is_flag=True, help="torch.compile the autoencoder")
+@click.option(
+    "--kind",
+    type=click.Choice(["kl", "vq"]),
+    default="kl",
+    help="Class of the autoencoder: kl is AutoencoderKL, vq is VQModel",
+)
+@click.option("--latent-channels", default=4, help="Channels of a latent")
+@click.option(
+    "--widths",
+    default="16,32,64",
+    help="Channels at each resolution (block_out_channels); each but the last halves the sides",
+)
+@click.option("--layers", default=1, help="Layers in each block")
+@click.option("--groups", default=8, help="Groups of the group norms")
+@click.option("--codes", default=1024, help="Size of a VQModel's codebook")
+@click.option("--kl-weight", default=1e-3, help="Weight of the divergence of an AutoencoderKL's latents from N(0, I)")
+@click.option("--steps", default=10_000, help="Optimiser steps in all")
+@click.option("--batch-size", default=32, help="Images in an optimiser step")
+@click.option("--learning-rate", default=1e-3, help="Highest learning rate of Adam")
+@click.option("--warmup-steps", default=200, help="Steps over which the learning rate rises from zero")
+@click.option(
+    "--decay-fraction", default=0.5, help="Share of the run, at its end, over which the learning rate falls to zero"
+)
+@click.option(
+    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
+)
+@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="Number format; auto takes the faster one",
+)
+@click.option("--compile", is_flag=True, help="Compile the autoencoder with torch.compile")
 @THREADS
-@click.option("--save-every", default=200, help="steps between saves")
-@click.option("--sheet-every", default=1000, help="steps between sheets of images and what is decoded of them")
+@click.option("--save-every", default=200, help="Steps between saves")
+@click.option("--sheet-every", default=1000, help="Steps between sheets, which show images above their reconstructions")
 @DEVICE
 def train_autoencoder(**options: Any) -> None:
-    """Train an autoencoder for latent diffusion, or resume. Ctrl-C saves; the same command resumes exactly."""
+    """Train an autoencoder for latent diffusion, or resume a run.
+
+    \b
+      tminus train-autoencoder --data photos/ --size 64 --out runs/autoencoder
+      tminus train --data photos/ --size 64 --latent runs/autoencoder --out runs/photos
+
+    Ctrl-C saves the run, and the same command continues it as if it had not stopped.
+    """
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.latent.autoencoder import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
@@ -270,41 +331,65 @@ def train_autoencoder(**options: Any) -> None:
     say_how_it_ended(out, done, served=False)
 
 
-@click.command()
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, required=True, help="the teacher")
+@click.command(short_help="Train a student that samples in 1 to 4 steps.")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, required=True, help="Teacher: the checkpoint to learn from")
 @OUT
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,
-    help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]",
+    help="Training data of the teacher: fashion-mnist, or a folder of images  [default: none]",
 )
 @DATA_DIR
 @BACKGROUND
-@click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
-@click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
-@click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler")
-@click.option("--teacher-steps", default=20, help="of its sampler")
-@click.option("--trajectories", default=512, help="that the teacher solves at a time")
-@click.option("--uses", default=16, help="of the noise of each trajectory, at the mean")
-@click.option("--first-share", default=0.6, help="of a batch at pure noise, from which all images begin")
-@click.option("--frechet-weight", default=3.0, help="of the distance between the distributions of images; 0 is off")
-@click.option("--steps", default=10_000, help="optimiser steps in all")
-@click.option("--batch-size", default=64, help="images of an optimiser step")
-@click.option("--learning-rate", default=3e-4, help="of Adam, at its highest")
-@click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
-@click.option("--decay-fraction", default=0.5, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
-@click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, which is not guided")
-@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
-@click.option("--seed", default=0, help="of the order of the images, and of noise")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
-@click.option("--compile", is_flag=True, help="torch.compile the networks")
+@click.option("--guidance", default=1.0, help="Scale of guidance of the teacher, which the student learns; 1 is off")
+@click.option(
+    "--student-steps", default="1,2,3,4", help="Numbers of sampling steps that the student learns, separated by commas"
+)
+@click.option(
+    "--teacher-sampler",
+    default="dpmpp_2m",
+    help="Sampler of the teacher: ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler",
+)
+@click.option("--teacher-steps", default=20, help="Steps of the teacher's sampler")
+@click.option("--trajectories", default=512, help="Trajectories that the teacher computes at a time")
+@click.option("--uses", default=16, help="How often each trajectory is used, on average")
+@click.option("--first-share", default=0.6, help="Share of a batch that starts from pure noise")
+@click.option(
+    "--frechet-weight", default=3.0, help="Weight of the distance between the distributions of images; 0 is off"
+)
+@click.option("--steps", default=10_000, help="Optimiser steps in all")
+@click.option("--batch-size", default=64, help="Images in an optimiser step")
+@click.option("--learning-rate", default=3e-4, help="Highest learning rate of Adam")
+@click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
+@click.option(
+    "--decay-fraction", default=0.5, help="Share of the run, at its end, over which the learning rate falls to zero"
+)
+@click.option(
+    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
+)
+@click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which is not guided")
+@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@click.option("--seed", default=0, help="Seed of the order of the images and of the noise")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="Number format; auto takes the faster one",
+)
+@click.option("--compile", is_flag=True, help="Compile the networks with torch.compile")
 @THREADS
-@click.option("--save-every", default=200, help="steps between saves")
-@click.option("--sheet-every", default=1000, help="steps between sample sheets")
+@click.option("--save-every", default=200, help="Steps between saves")
+@click.option("--sheet-every", default=1000, help="Steps between sample sheets")
 @DEVICE
 def distill(**options: Any) -> None:
-    """Train a student of 1 to 4 steps, or resume. Ctrl-C saves; the same command resumes exactly."""
+    """Train a student that samples in 1 to 4 steps, or resume a run.
+
+    \b
+      tminus distill --checkpoint runs/digits --out runs/digits-student
+      tminus serve --checkpoint runs/digits-student
+
+    Ctrl-C saves the run, and the same command continues it as if it had not stopped.
+    """
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.checkpoint import load_checkpoint

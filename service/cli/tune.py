@@ -15,34 +15,55 @@ WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ know
 NUMBERS = comma_separated(float, "a number", math.isfinite)
 
 
-@click.command(short_help="Fit samplers of few steps to a checkpoint.")
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
-@click.option("--steps", default="4,5,6,8,10,12,16", callback=WHOLE, help="numbers of steps, a table each, by commas")
+@click.command(short_help="Fit samplers with few steps to a checkpoint, and recommend one.")
 @click.option(
-    "--guidance", callback=NUMBERS, help="guidance scales, by commas; 1 is off  [default: as recommended, or 1]"
+    "--checkpoint",
+    type=CHECKPOINT_TYPE,
+    default=BUNDLED,
+    help="Checkpoint; the tables are written to samplers/ in its folder",
 )
-@click.option("--rows", default=192, help="images that the tables are fitted to")
-@click.option("--held-out", default=64, help="further images, that only judge")
+@click.option(
+    "--steps",
+    default="4,5,6,8,10,12,16",
+    callback=WHOLE,
+    help="Numbers of steps, separated by commas; each gets a table",
+)
+@click.option(
+    "--guidance",
+    callback=NUMBERS,
+    help="Scales of guidance, separated by commas; 1 is off  [default: the recommended one, or 1]",
+)
+@click.option("--rows", default=192, help="Images that the tables are fitted to")
+@click.option("--held-out", default=64, help="Further images, which only judge")
 @click.option(
     "--teacher",
-    help="SAMPLER:STEPS whose images the tables are fitted to  [default: the recommended sampler, or dpmpp_2m, in 50 "
+    help="SAMPLER:STEPS that makes the images to fit to  [default: the recommended sampler, or dpmpp_2m, in 50 "
     "steps or more]",
 )
-@click.option("--seed", default=1_000_000, help="of the images' noise")
-@click.option("--iterations", default=200, help="of refining the coefficients by their gradient, at most")
-@click.option("--batch-size", default=64, help="images that go through the network together")
+@click.option("--seed", default=1_000_000, help="Seed of the images' noise")
+@click.option("--iterations", default=200, help="Most iterations of refining the coefficients by gradients")
+@click.option("--batch-size", default=64, help="Images in one forward pass")
 @click.option(
     "--executor",
     shell_complete=EXECUTOR_NAMES,
     default="auto",
-    help="what runs the network: auto, eager, compile or openvino",
+    help="What runs the network: auto, eager, compile or openvino",
 )
 @click.option(
-    "--precision", shell_complete=PRECISION_NAMES, default="auto", help="auto, float32, tf32 (CUDA) or bfloat16"
+    "--precision",
+    shell_complete=PRECISION_NAMES,
+    default="auto",
+    help="Number format: auto, float32, tf32 (CUDA) or bfloat16",
 )
 @DEVICE
 def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] | None, **options: Any) -> None:
-    """Fit samplers of few steps to a checkpoint, and recommend one. Ctrl-C stops; the same command goes on."""
+    """Fit samplers with few steps to a checkpoint, and recommend one of them.
+
+    \b
+      tminus tune --checkpoint runs/digits --steps 4,8
+
+    A server that starts afterwards has the tables as the sampler `tuned`. After Ctrl-C, the same command continues.
+    """
     set_up_log("INFO", "%(message)s")
     import torch
 

@@ -15,52 +15,56 @@ class RaySettings(Settings):
 
     ray_address: str | None = Field(
         None,
-        description="address of a Ray cluster that runs; default: that in RAY_ADDRESS, or one that runs on this "
-        "machine; without any one is started, which ends with the command",
+        description="Address of a running Ray cluster. Default: RAY_ADDRESS, or the cluster that runs on this machine, "
+        "or a new one that ends with the command.",
     )
-    min_replicas: int = Field(1, ge=1, le=1000, description="replicas that always run")
+    min_replicas: int = Field(1, ge=1, le=1000, description="Replicas that always run.")
     max_replicas: int | None = Field(
         None,
         ge=1,
         le=1000,
         validate_default=True,
-        description="replicas that run when there is much to do; default: --min-replicas; more than one needs "
-        "--job-store",
+        description="Replicas that run when there is much work. More than one needs `--job-store`. Default: the number "
+        "of `--min-replicas`.",
     )
     target_backlog_s: float = Field(
         10.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds of predicted work for each replica; beyond it one more runs",
+        description="Seconds of predicted work for each replica. When there is more, another replica starts.",
     )
     upscale_delay_s: float = Field(
         10.0,
         ge=0,
         allow_inf_nan=False,
-        description="seconds for which more replicas must be wanted before one is added",
+        description="Seconds for which more replicas must be needed before one is added.",
     )
     downscale_delay_s: float = Field(
-        300.0, ge=0, allow_inf_nan=False, description="seconds for which fewer must be wanted before one is drained"
+        300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds for which fewer replicas must be needed before one drains.",
     )
     replica_gpus: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="GPUs of a replica; 0.5 lets two share one; default: 1 with --device cuda, which waits for a node "
-        "that has one, and with auto if the cluster has GPUs, else 0",
+        description="GPUs of each replica. With 0.5 two replicas share one. Default: 1 with `--device cuda`, which "
+        "waits for a node with a GPU; 1 with `--device auto` if the cluster has GPUs; else 0.",
     )
     replica_cpus: float | None = Field(
         None,
         gt=0,
         le=1024,
-        description="cores of a replica, which is also its --threads; default: on a GPU 1, else the most with which "
-        "--max-replicas fit on the cluster as it is",
+        description="Cores of each replica, and its `--threads`. Default: 1 on a GPU, else as many as let "
+        "`--max-replicas` fit on the cluster.",
     )
 
     replica_ports: str | None = Field(
         None,
-        description="where each replica listens for the others and for Prometheus: the first free port of its node "
-        "from FROM-TO, as 9200-9215; as many as replicas may run there, with those that drain; default: any free port",
+        description="Ports where replicas listen for each other and for Prometheus, as FROM-TO, such as `9200-9215`. "
+        "Each replica takes the first free one of its node. Give as many as replicas may run on one node, together "
+        "with those that drain. Default: any free port.",
     )
 
     @field_validator("metrics_port", "job_address")

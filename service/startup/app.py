@@ -14,6 +14,7 @@ from starlette.routing import Route
 from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
+from tminus.service.api.answers.operations import ABOUT
 from tminus.service.api.batch import batch_routes
 from tminus.service.api.edge.authentication import AccessControl, authentication_routes, is_open
 from tminus.service.api.edge.middleware import MemoryLimit, RequestContext, RequestSpans
@@ -175,7 +176,8 @@ class _Documents:
         described = FastAPI(  # which is never run
             title="tminus",
             summary="Samples from a trained denoising diffusion U-Net.",
-            description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+            description=f"Bounds are those of the model {model.name}: {model.height_px}x{model.width_px}, "
+            f"T={model.num_timesteps}.\n\n{ABOUT}",
             version=VERSION,
             servers=[{"url": prefix}] if prefix else None,
         )

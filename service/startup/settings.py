@@ -1,6 +1,9 @@
 """The settings of `tminus serve`, each by flag or by TMINUS_ variable, and the values that the parts are built with.
 
-Built once, in the entry point. The parts get values, never Settings. docs/settings.md explains each setting.
+Built once, in the entry point. The parts get values, never Settings.
+
+The description of a setting is what the docs say of it, in Markdown, with links relative to docs/. Its first sentence
+is what `--help` says. Where the default is no value, the last sentence has it in words: "Default: one for each core."
 """
 
 import logging
@@ -103,186 +106,326 @@ class Settings(BaseSettings):
 
     checkpoint: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="checkpoint to serve, a folder or an id of the Hugging Face hub, owner/name[@revision], by its own "
-        "name or as NAME=FOLDER; may be given several times, in the variable by commas; the first is the default "
-        "model; default: the one that comes with tminus",
+        description="Checkpoint to serve: a folder, or an id of the Hugging Face hub, `owner/name[@revision]`. The "
+        "folder has diffusers' layout, see [checkpoints](checkpoints.md). To serve [several models](models.md), repeat "
+        "the flag, or separate the paths in the variable by commas. The first is the default model. `NAME=PATH` gives "
+        "the model a name; otherwise it has the name that the checkpoint gives itself. Default: the bundled "
+        "fashion-mnist-32.",
     )
-    models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
+    models: Path | None = Field(
+        None,
+        description="Folder of models: each folder in it is served as a model, under its own name. They are served "
+        "beside those of `--checkpoint`.",
+    )
     models_memory_gb: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="GiB that all models may take together, by their configurations; of --models, those beyond it are "
-        "not loaded at the start; default: what is free",
+        description="Memory in GiB that all loaded models may take together. The server computes the need of a model "
+        "from [its configuration](models.md). Models of `--models` that do not fit are not loaded at the start. "
+        "Default: the free memory.",
     )
     idle_unload: str | None = Field(
         None,
-        description="time without a request or a job after which a model is unloaded, as 15m (s, m, h); models "
-        "are then loaded when they are asked for, and those used last are kept within --models-memory-gb",
-    )
-    keys_file: Path | None = Field(
-        None, description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second"
-    )
-    keys: SecretStr | None = Field(None, description="the same lines as a text; they hold until the server ends")
-    open: bool = Field(
-        False, description="whoever has no key may sample; needed to listen to other machines without any keys"
+        description="Time after which an unused model leaves memory, such as `90s`, `15m` or `1h`. A model is unused "
+        "while it has no request and no job. With this setting, models are [loaded on demand](models.md), and the "
+        "most recently used ones stay within `--models-memory-gb`. Default: models stay in memory.",
     )
     device: str = Field(
-        "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
+        "auto",
+        description="Where the network runs: `auto`, `cpu` or `cuda`. `auto` takes a GPU if there is one. A server "
+        "uses one GPU, the first that is visible; choose another with `CUDA_VISIBLE_DEVICES`.",
     )
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    open_browser: bool = Field(
-        False, description="open the page in a browser when the server is ready, where there is a display"
-    )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one a core")
     executor: str = Field(
         "auto",
         pattern="^(auto|eager|compile|openvino)$",
-        description="auto (the fastest by measurement), eager, compile or openvino",
+        description="What runs the network: PyTorch (`eager`), torch.compile (`compile`), or OpenVINO (`openvino`). "
+        "`auto` measures the executors that work on this machine, and takes the fastest. Name one to compare "
+        "executors, or to skip the measurement of the others.",
     )
     precision: str = Field(
         "auto",
         pattern="^(auto|float32|tf32|bfloat16)$",
-        description="auto (bfloat16 only where the checkpoint says it was checked), float32, tf32 (CUDA) or bfloat16",
+        description="Number format of the forward pass. `auto` takes bfloat16 only if the checkpoint was "
+        "[checked](checkpoints.md) with it, by `tminus approve` for example. `tf32` needs CUDA.",
     )
     approve_when_idle: bool = Field(
         False,
-        description="find out while no job runs whether bfloat16 harms the images, as `tminus approve` does; if not, "
-        "it is used from the next start on",
+        description="Check while the server is idle whether bfloat16 harms the images, as "
+        "[`tminus approve`](reference/command-line.md#tminus-approve) does. If it does not, the server uses bfloat16 "
+        "from its next start or reload on; the bytes of images and the fingerprint change then. During the check, a "
+        "new job waits for one pass at most, and the weights are in memory a second time, in bfloat16.",
     )
     exact: bool | None = Field(
-        None, description="the same bytes whatever else runs; default: yes on a CPU, no on a GPU, where it costs speed"
+        None,
+        description="Make the same request give the same bytes, whatever else runs at the same time. It costs speed "
+        "on a GPU. Turn it on there if others must be able to reproduce results, or if durable jobs must end in the "
+        "same bytes after a crash; see [determinism](determinism.md). Default: yes on a CPU, no on a GPU.",
     )
-    policy: Literal["srpt", "fcfs"] = Field("srpt", description="srpt (shortest remaining work first) or fcfs")
-    cache_dir: Path | None = Field(None, description="where measurements are kept; default: ~/.cache/tminus")
-    max_n: int = Field(USUAL_MAX_N, ge=1, le=1024, description="images in one request")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the network. Set it in a container with a CPU quota, since otherwise the cores of "
+        "the host count, or if other programs need the cores. Default: one for each core.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder where measurements and converted networks are kept for the next start. It also keeps "
+        "approvals of bfloat16 for checkpoints in folders that are read-only. Put it on a volume if containers come "
+        "and go. Delete it to measure again. A start that finds no measurement of its own takes one from the folder "
+        "`given` inside it, which may be read-only, such as a ConfigMap. Default: ~/.cache/tminus, or tminus in "
+        "XDG_CACHE_HOME.",
+    )
     max_batch: int | None = Field(
         None,
         ge=4,
         le=4096,
-        description="places in one forward pass; a guided row takes two; default: the fewest with 95 % of the best "
-        "throughput, as measured",
+        description="Most places in one forward pass. A row takes one place, a row with guidance two. More places "
+        "raise the throughput of a large GPU, but each tick takes longer, and a new request waits for the tick that is "
+        "running. Default: the fewest places that reach 95 % of the best measured throughput.",
     )
     short_batch: int | None = Field(
         None,
         ge=4,
         le=4096,
-        description="places that much longer jobs may fill in a pass that they share with a short one; default: the "
-        "fewest with 85 % of the best throughput, as measured",
+        description="Most places that much longer jobs may fill in a pass that they share with a short job. Lower it "
+        "to make short jobs faster beside long ones. Set it to the value of `--max-batch` if only throughput counts. "
+        "Default: the fewest places that reach 85 % of the best measured throughput.",
     )
-    max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
-    max_connections: int = Field(
-        4096,
-        ge=8,
-        le=65_536,
-        description="connections open at once, at most half of them WebSockets and event streams; further ones are "
-        "answered 503 in plain text",
+    policy: Literal["srpt", "fcfs"] = Field(
+        "srpt",
+        description="Order in which jobs are served. `srpt` serves the shortest remaining work first, and keeps a "
+        "quarter of the places for the oldest job. `fcfs` serves in order of arrival; use it for comparison. See "
+        "[scheduling](scheduling.md).",
     )
-    max_connections_per_address: int = Field(
-        1024,
+    max_n: int = Field(
+        USUAL_MAX_N,
         ge=1,
-        le=65_536,
-        description="connections open at once from one address, without WebSockets; all clients of a proxy count as "
-        "one address; further ones are answered 503 in plain text",
-    )
-    max_streams_per_address: int = Field(
-        64,
-        ge=1,
-        le=65_536,
-        description="WebSockets and event streams open at once from one address; all clients of a proxy count as one "
-        "address unless it sends X-Forwarded-For",
-    )
-    allowed_hosts: str = Field(
-        "",
-        description="names, joined by commas, by which the server may be addressed, beside localhost and IP addresses; "
-        "* is any",
-    )
-    allowed_origins: str = Field(
-        "", description="origins, joined by commas, whose pages may use the server beside its own; * is any"
+        le=1024,
+        description="Most images in one request. It is never above `--max-rows`.",
     )
     max_rows: int | None = Field(
-        None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
+        None,
+        ge=4,
+        le=1_000_000,
+        description="Most images of accepted jobs, waiting and running together. [Background "
+        "jobs](scheduling.md#background-jobs) may add a quarter. Raise it for many small images; lower it if memory is "
+        "short. Default: as many as have 512 MiB of latents, at most 4096.",
     )
-    max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
+    max_jobs: int = Field(1024, ge=1, le=10_000, description="Most accepted jobs, waiting and running together.")
+    max_backlog_s: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most seconds of predicted work that may wait. Further requests are refused with 429 and the time "
+        "after which to try again. Lower it to refuse earlier. One key may hold three quarters of what the other keys "
+        "leave free, of this and of `--max-rows` and `TMINUS_MAX_JOBS`; see [security](security.md).",
+    )
     background_max_wait_s: float = Field(
         3600,
         ge=0,
         le=604_800,
-        description="seconds for which a background job lets all others go first; then it goes on as one of them",
+        description="Seconds for which a background job lets all other jobs go first. After that it is served like "
+        "them. Raise it if interactive work may fill the machine for longer than an hour. With 0, background jobs "
+        "never wait for others. See [background jobs](scheduling.md#background-jobs).",
+    )
+    max_body_bytes: int = Field(
+        1 << 20, ge=1024, description="Largest body of a request in bytes, without the images in it."
+    )
+    max_image_bytes: int = Field(
+        8 << 20,
+        ge=1024,
+        le=1 << 28,
+        description="Largest uploaded image in bytes. Raise it to edit large pictures.",
     )
     result_cache_mb: int = Field(
         64,
         ge=0,
         le=65_536,
-        description="MiB of memory for finished answers with a given seed, to answer repeats; 0: none",
+        description="Memory in MiB for finished answers, to answer repeats. A repeated request with the same seed is "
+        "then answered without work. 0 keeps no answers.",
     )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. `0.0.0.0` accepts requests from other machines; it needs [keys or "
+        "`--open`](security.md), and a proxy with [TLS](operations.md) in front of it.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
+    max_connections: int = Field(
+        4096,
+        ge=8,
+        le=65_536,
+        description="Most open connections. At most half of them may be WebSockets and event streams. Further "
+        "connections are answered with 503 in plain text. If the hard limit of open files (`ulimit -Hn`) is below this "
+        "number plus 384, the server allows fewer, and its log says how many.",
+    )
+    max_connections_per_address: int = Field(
+        1024,
+        ge=1,
+        le=65_536,
+        description="Most open connections from one address, without WebSockets. An IPv6 address counts with its /64 "
+        "network. Further connections are answered with 503 in plain text. All clients of a proxy count as one "
+        "address: raise it if your proxy keeps more connections open.",
+    )
+    max_streams_per_address: int = Field(
+        64,
+        ge=1,
+        le=65_536,
+        description="Most open WebSockets and event streams from one address. An IPv6 address counts with its /64 "
+        "network. All clients of a proxy that does not send `X-Forwarded-For` count as one address: raise it there.",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="Names by which clients may address the server, separated by commas, such as `diffusion.example`. "
+        "localhost, IP addresses and the names in `--host` and `TMINUS_METRICS_HOST` are always allowed. A request "
+        "with another `Host` header is answered with 403, so that no web page can reach the server by DNS rebinding. "
+        "Set it if clients use a name, or if a proxy passes the name on. `*` allows every name. `/healthz`, "
+        "`/readyz`, `/metrics`, `/v2/health/live` and `/v2/health/ready` answer under every name; `/metrics` at "
+        "`--metrics-port` does not.",
+    )
+    allowed_origins: str = Field(
+        "",
+        description="Origins whose web pages may use the server and read its answers (CORS), separated by commas, "
+        "such as `https://studio.example,http://localhost:3000`. The server's own origin is always allowed. Set it if "
+        "a page comes from another address than the server. Write names in ASCII, as browsers send them "
+        "(`https://xn--bcher-kva.example`). `*` allows every origin.",
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="File of API keys, one a line, as [`tminus key`](reference/command-line.md#tminus-key) writes "
+        "them. A change of the file takes effect within a second. See [security](security.md).",
+    )
+    keys: SecretStr | None = Field(
+        None,
+        description="API keys as text, in the format of the file, for places where you cannot mount a file. They hold "
+        "until the server ends. Do not use it together with `--keys-file`. It has no flag, since other users of the "
+        "machine could see a flag.",
+    )
+    open: bool = Field(
+        False,
+        description="Let clients without a key sample. A server that has no keys is open to its own machine anyway; to "
+        "listen on any other address it needs this flag or keys.",
+    )
+    metrics: bool = Field(True, description="Answer `/metrics`, and open `--metrics-port`.")
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Answer `/metrics` on this port instead, without a key. Use it for a Prometheus that has no key. "
+        "Clients must ask by an IP address or a name in `--allowed-hosts`. The port also answers `/healthz`, even "
+        "while all connections of the main port are taken.",
+    )
+    metrics_host: str | None = Field(
+        None,
+        description="Address to listen on for `--metrics-port`. `127.0.0.1` shows the metrics to this machine only. "
+        "Default: the address of `--host`.",
+    )
+    docs: bool = Field(True, description="Answer `/docs` and `/openapi.json`.")
     state_dir: str = Field(
-        "", description="folder of the durable jobs; :memory: loses them at a restart; default: ~/.local/state/tminus"
+        "",
+        description="Folder of the durable jobs, with one file for each checkpoint. `:memory:` keeps them until the "
+        "process ends, for a read-only file system. With `--job-store` it only holds the record of [jobs that end a "
+        "server](jobs.md). Default: ~/.local/state/tminus, or tminus in XDG_STATE_HOME.",
     )
     job_store: SecretStr | None = Field(
         None,
-        description="postgresql://user:password@host/database for durable jobs that several servers share; "
-        "default: a file in --state-dir, for this server alone",
+        description="PostgreSQL database for durable jobs that several servers share: "
+        "`postgresql://user:password@host/database`. It needs the extra `postgres`; see [several "
+        "machines](operations.md#several-machines). Parameters in the URL, such as `?application_name=…`, win over "
+        "the server's own. The URL has a password, so give it by the variable. Default: a file in `--state-dir`, for "
+        "this server alone.",
     )
     job_namespace: str = Field(
-        "tminus", description="schema of that database: servers of one namespace share their jobs"
+        "tminus",
+        description="Schema of that database. The server creates it if it is not there. Servers share jobs only with "
+        "servers of the same namespace. Objects of `--job-results` have it in their keys. It has up to 48 of a-z, 0-9 "
+        "and `_`, and does not begin with a digit.",
     )
     job_lease_s: float = Field(
-        15.0, ge=1, le=600, description="seconds after which another server takes over the jobs of one that is gone"
+        15.0,
+        ge=1,
+        le=600,
+        description="Seconds after which other servers take over the jobs of a server that is gone. A shorter lease "
+        "takes over sooner, but tolerates shorter failures of the database.",
     )
     job_address: str | None = Field(
         None,
-        description="URL by which the other servers reach this one, to pass on its events and frames; default: by the "
-        "address that this machine has towards the database",
+        description="URL by which the other servers reach this one, such as `http://10.0.0.5:8000`. They ask it for "
+        "events, frames and remaining times of its jobs. Set it if they cannot use the address that this machine has "
+        "towards the database. Default: that address.",
     )
     job_results: str | None = Field(
         None,
-        description="s3://bucket/prefix for the results of durable jobs that are large, which needs the extra s3; AWS_ "
-        "variables say the endpoint and the credentials; default: all results are kept where the jobs are",
+        description="Object store for large results of durable jobs: `s3://bucket/prefix`. It needs the extra `s3`; "
+        "see [results in an object store](operations.md#results-in-an-object-store). Endpoint and credentials come "
+        "from variables such as `AWS_ENDPOINT_URL` and `AWS_ACCESS_KEY_ID`. Default: all results are kept where the "
+        "jobs are.",
     )
     job_results_above_kb: int = Field(
-        256, ge=0, le=1_048_576, description="KiB of pixels up to which a result is small, and stays where the jobs are"
+        256,
+        ge=0,
+        le=1_048_576,
+        description="Size in KiB of pixels above which a result goes to `--job-results`. 64 grey images of 32 x 32 "
+        "have 64 KiB, one colour image of 256 x 256 has 192 KiB. With 0 every result goes there.",
     )
     keep_jobs_s: float = Field(
-        86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
+        86_400,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for which a durable job and its images are kept after it ended.",
     )
     keep_jobs_mb: int = Field(
         1024,
         ge=1,
         le=1_048_576,
-        description="MiB that ended jobs may take, with their objects; beyond it the oldest are deleted",
+        description="Most space in MiB for the ended jobs of one model's weights, on disk and in objects. When they "
+        "take more, the oldest are deleted early.",
     )
     webhook_secret: SecretStr | None = Field(
         None,
-        description="secret that signs webhooks, whsec_ and base64 of 24 to 64 bytes; without any no webhooks are sent",
+        description="Secret that signs webhooks: `whsec_` and base64 of 24 to 64 bytes. Do not use it together with "
+        "`--webhook-secret-file`. It has no flag, since other users of the machine could see a flag. See "
+        "[webhooks](webhooks.md). Default: none, and no webhooks are sent.",
     )
     webhook_secret_file: Path | None = Field(
-        None, description="file of such secrets, one a line, which all sign: the newest, and those that it replaces"
+        None,
+        description="File of such secrets, one a line, at most eight. All of them sign, so that you can replace one "
+        "while receivers still know the other. The file is read at the start.",
     )
     webhook_allow: str = Field(
         "",
-        description="names, addresses and networks, joined by commas, of receivers of webhooks that need not be "
-        "public, and may speak plain HTTP",
+        description="Receivers of webhooks in your own network: names, addresses and networks, separated by commas, "
+        "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. Receivers that a URL names "
+        "in this way may also speak plain HTTP.",
     )
     webhook_retry_s: float = Field(
-        86_400, ge=0, le=604_800, description="seconds for which it is tried again to deliver a webhook"
+        86_400,
+        ge=0,
+        le=604_800,
+        description="Seconds for which the server retries to deliver an event. With 0 it tries once.",
     )
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
-    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
-    metrics: bool = Field(True, description="answer /metrics")
-    metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="answer /metrics on this port instead, and there without a key; /healthz too"
+    open_browser: bool = Field(
+        False,
+        description="Open the page in a browser when the server is ready. It takes the browser of the desktop, or the "
+        "one in the variable `BROWSER`. Without a display, the log says so and the server goes on.",
     )
-    metrics_host: str | None = Field(
-        None, description="address to listen on for --metrics-port; default: that of --host"
-    )
-    docs: bool = Field(True, description="answer /docs and /openapi.json")
     grace_s: float = Field(
-        30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that running work gets to finish after SIGTERM. Keep it below the time after which your "
+        "supervisor kills the process.",
     )
-    log_format: Literal["text", "json"] = Field("text", description="text, or json: one object a line")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="Format of the log. `json` writes one object a line, for a log collector.",
+    )
+    log_level: str = Field(
+        "info",
+        pattern="^(debug|info|warning|error)$",
+        description="Least severe lines that are logged. The log goes to stderr.",
+    )
 
     @field_validator("checkpoint", mode="before")
     @classmethod

@@ -15,6 +15,27 @@ from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
+JOB_EXAMPLE: dict[str, Any] = {
+    "id": "0d1f3c5e7a9b4c2d8e6f0a1b2c3d4e5f",
+    "model": "fashion-mnist-32",
+    "state": "running",
+    "durable": True,
+    "background": False,
+    "step": 57,
+    "steps": 200,
+    "n": 4,
+    "sampler": "ddpm",
+    "seed": 7,
+    "position": 0,
+    "eta_s": 3.25,
+    "age_s": 1.2,
+    "created": "2026-12-01T12:00:00.000Z",
+    "finished": None,
+    "fingerprint": None,
+    "parameters": {"n": 4, "steps": 200, "sampler": "ddpm", "seed": 7, "class_label": [7, 7, 7, 7]},
+    "problem": None,
+    "webhook": None,
+}
 FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have the same names
 
 
@@ -23,19 +44,19 @@ class DeliveryAnswer(BaseModel):
 
     model_config = FROM_ATTRIBUTES
 
-    id: str = Field(description="the webhook-id of each attempt")
+    id: str = Field(description="The `webhook-id` of each attempt.")
     event: str = Field(json_schema_extra={"enum": list(EVENTS)})
     state: str = Field(json_schema_extra={"enum": list(get_args(DeliveryState))})
-    attempts: int = Field(description="how many were begun")
-    error: str | None = Field(description="why the last one failed")
+    attempts: int = Field(description="How many attempts were begun.")
+    error: str | None = Field(description="Why the last attempt failed.")
 
 
 class WebhookAnswer(BaseModel):
     """Who is told of a job, and how far that has come."""
 
-    receiver: str = Field(description="scheme, host and port; path and query may be secret")
-    events: list[str] = Field(description="those that it is told")
-    deliveries: list[DeliveryAnswer] = Field(description="those that have happened")
+    receiver: str = Field(description="Scheme, host and port of the URL. Its path and query may be secret.")
+    events: list[str] = Field(description="The events that it is told.")
+    deliveries: list[DeliveryAnswer] = Field(description="The events that have happened.")
 
     @classmethod
     def of(cls, webhook: Webhook, deliveries: Sequence[Delivery]) -> "WebhookAnswer":
@@ -47,27 +68,31 @@ class WebhookAnswer(BaseModel):
 class JobAnswer(BaseModel):
     """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
 
-    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+    model_config = ConfigDict(
+        json_schema_serialization_defaults_required=True, json_schema_extra={"examples": [JOB_EXAMPLE]}
+    )
 
-    id: str
-    model: str = Field(description="its name")
+    id: str = Field(description="The id of the job, which is never given twice.")
+    model: str = Field(description="The name of the model.")
     state: str = Field(json_schema_extra={"enum": list(STATES)})
-    durable: bool = Field(description="whether it is finished whatever happens to client and server")
-    background: bool = Field(default=False, description="whether it lets all others go first")
-    step: int | None = Field(description="how many steps its images have taken, on average")
-    steps: int = Field(description="how many steps each image takes")
-    n: int = Field(description="how many images")
+    durable: bool = Field(description="Whether the job is finished even if the client or the server stops.")
+    background: bool = Field(default=False, description="Whether the job lets all others go first.")
+    step: int | None = Field(description="How many steps the images have taken, on average, counted in passes.")
+    steps: int = Field(description="How many passes each image takes.")
+    n: int = Field(description="The number of images.")
     sampler: str
     seed: int
-    position: int | None = Field(description="how many jobs go before it")
-    eta_s: float | None = Field(description="seconds until it should be done")
-    age_s: float = Field(description="seconds since it was accepted")
-    created: str = Field(description="when it was accepted: ISO 8601, UTC")
-    finished: str | None = Field(description="when it ended: ISO 8601, UTC")
-    fingerprint: str | None = Field(description="of the build that made its images")
-    parameters: dict[str, Any] = Field(description="those of POST /sample that make the same images again")
-    problem: dict[str, Any] | None = Field(description="why it failed: the members of a problem document")
-    webhook: WebhookAnswer | None = Field(default=None, description="who is told of it")  # another server may know none
+    position: int | None = Field(description="How many jobs go before it.")
+    eta_s: float | None = Field(description="Seconds until the job should be done.")
+    age_s: float = Field(description="Seconds since the job was accepted.")
+    created: str = Field(description="When the job was accepted: ISO 8601, UTC.")
+    finished: str | None = Field(description="When the job ended: ISO 8601, UTC.")
+    fingerprint: str | None = Field(description="The fingerprint of the build that made the images.")
+    parameters: dict[str, Any] = Field(description="The parameters of `POST /sample` that make the same images again.")
+    problem: dict[str, Any] | None = Field(description="Why the job failed: the members of a problem document.")
+    webhook: WebhookAnswer | None = Field(
+        default=None, description="Who is told of the job."
+    )  # another server may know none
 
     @classmethod
     def of(cls, view: JobView) -> "JobAnswer":
@@ -105,31 +130,79 @@ class JobPage(BaseModel):
     """Some jobs, the newest first."""
 
     jobs: list[JobAnswer]
-    next: str | None = Field(description="`before` of the next page; null on the last one")
+    next: str | None = Field(description="The `before` of the next page. Null on the last page.")
+
+
+class Fault(BaseModel):
+    """One thing that is wrong with the parameters of a request."""
+
+    code: str = Field(description="What programs go by: it stays the same.")
+    detail: str = Field(description="What is wrong, for people.")
+    field: str = Field(description="What has to be changed.")
+    value: Any = Field(default=None, description="What was received, shortened.")
+    bound: str | None = Field(default=None, description="What it must be.")
 
 
 class Problem(BaseModel):
-    """What is wrong (RFC 9457). `field`, `value` and `bound` are here if a single thing has to be changed."""
+    """What is wrong (RFC 9457).
 
-    type: str = Field(description="urn:tminus:problem:, then the code")
+    `field`, `value` and `bound` name what has to be changed, where that is one thing. `errors` lists all that is wrong
+    with the parameters; the other members repeat the first.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:tminus:problem:invalid_field",
+                    "title": "A parameter is invalid",
+                    "status": 422,
+                    "code": "invalid_field",
+                    "detail": "steps must be an integer in 1..1000, got 0",
+                    "field": "steps",
+                    "value": 0,
+                    "bound": "an integer in 1..1000",
+                    "errors": [
+                        {
+                            "code": "invalid_field",
+                            "detail": "steps must be an integer in 1..1000, got 0",
+                            "field": "steps",
+                            "value": 0,
+                            "bound": "an integer in 1..1000",
+                        },
+                        {
+                            "code": "invalid_field",
+                            "detail": "eta must be a number in 0..1, got 2",
+                            "field": "eta",
+                            "value": 2,
+                            "bound": "a number in 0..1",
+                        },
+                    ],
+                }
+            ]
+        }
+    )
+
+    type: str = Field(description="`urn:tminus:problem:`, then the code.")
     title: str
     status: int
-    code: str = Field(description="stable: what programs go by")
-    detail: str = Field(description="for people")
-    field: str | None = Field(default=None, description="what has to be changed")
-    value: Any = Field(default=None, description="what was received, shortened")
-    bound: str | None = Field(default=None, description="what it must be")
-    cause: dict[str, Any] | None = Field(default=None, description="the problem that a job failed with")
+    code: str = Field(description="What programs go by: it stays the same.")
+    detail: str = Field(description="What is wrong, for people.")
+    field: str | None = Field(default=None, description="What has to be changed.")
+    value: Any = Field(default=None, description="What was received, shortened.")
+    bound: str | None = Field(default=None, description="What it must be.")
+    cause: dict[str, Any] | None = Field(default=None, description="The problem that the job failed with.")
+    errors: list[Fault] | None = Field(default=None, description="All that is wrong with the parameters.")
 
 
 class ErrorText(BaseModel):
     """What is wrong, as the clients of Hugging Face and KServe read it."""
 
-    error: str = Field(description="for people")
-    code: str = Field(description="stable: what programs go by")
-    field: str | None = Field(default=None, description="what has to be changed")
-    value: Any = Field(default=None, description="what was received, shortened")
-    bound: str | None = Field(default=None, description="what it must be")
+    error: str = Field(description="What is wrong, for people.")
+    code: str = Field(description="What programs go by: it stays the same.")
+    field: str | None = Field(default=None, description="What has to be changed.")
+    value: Any = Field(default=None, description="What was received, shortened.")
+    bound: str | None = Field(default=None, description="What it must be.")
 
 
 class LimitsAnswer(BaseModel):
@@ -137,21 +210,21 @@ class LimitsAnswer(BaseModel):
 
     model_config = FROM_ATTRIBUTES
 
-    max_n: int = Field(description="images of a request")
-    max_batch: int = Field(description="places in one forward pass")
-    max_rows: int = Field(description="images held at once, waiting and running")
-    max_jobs: int
-    max_backlog_s: float = Field(description="seconds of work that may wait")
-    max_background_rows: int = Field(description="images of background jobs held at once, beside max_rows")
-    max_background_jobs: int = Field(description="background jobs held at once, beside max_jobs")
-    background_max_wait_s: float = Field(description="seconds for which a background job lets all others go first")
-    max_body_bytes: int = Field(description="of a body, images in it apart")
-    max_image_bytes: int
-    result_cache_bytes: int
-    keep_jobs_s: float = Field(description="how long an ended durable job is kept")
-    keep_jobs_bytes: int
-    max_streams: int
-    max_streams_per_address: int
+    max_n: int = Field(description="The most images of a request.")
+    max_batch: int = Field(description="Places in one forward pass.")
+    max_rows: int = Field(description="The most images that wait and run at once.")
+    max_jobs: int = Field(description="The most jobs that wait and run at once.")
+    max_backlog_s: float = Field(description="The most seconds of work that may wait.")
+    max_background_rows: int = Field(description="The most images of background jobs at once, beside `max_rows`.")
+    max_background_jobs: int = Field(description="The most background jobs at once, beside `max_jobs`.")
+    background_max_wait_s: float = Field(description="Seconds for which a background job lets all others go first.")
+    max_body_bytes: int = Field(description="The most bytes of a body, not counting its images.")
+    max_image_bytes: int = Field(description="The most bytes of an uploaded image.")
+    result_cache_bytes: int = Field(description="The size of the result cache.")
+    keep_jobs_s: float = Field(description="Seconds for which a durable job is kept after its end.")
+    keep_jobs_bytes: int = Field(description="The most bytes that ended jobs may take.")
+    max_streams: int = Field(description="The most streams at once.")
+    max_streams_per_address: int = Field(description="The most streams at once of one address.")
 
 
 class RecommendedAnswer(BaseModel):
@@ -161,21 +234,21 @@ class RecommendedAnswer(BaseModel):
 
     sampler: str
     steps: int
-    guidance: float = Field(description="1 is off; only images with a class can be guided")
+    guidance: float = Field(description="1 is off. Only images with a class can be guided.")
 
 
 class SamplerAnswer(BaseModel):
     """One sampler."""
 
-    when: str = Field(description="to take it")
+    when: str = Field(description="When to take it.")
     source: str
-    good_steps: int = Field(description="what a request gets that names this sampler alone")
+    good_steps: int = Field(description="What a request gets that names this sampler alone.")
     max_steps: int
     passes_per_step: int = Field(
-        description="through the network: what a step costs, twice that where it is guided; the last step takes one"
+        description="Passes through the network for a step; twice as many with guidance. The last step takes one."
     )
-    passes_to_start: int = Field(description="beyond those, where there are more steps than steps_to_start")
-    steps_to_start: int = Field(description="the first steps, which passes_to_start are for")
+    passes_to_start: int = Field(description="More passes, where there are more steps than `steps_to_start`.")
+    steps_to_start: int = Field(description="The number of first steps that take `passes_to_start`.")
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
@@ -203,7 +276,7 @@ class TableAnswer(BaseModel):
     steps: int
     guidance: float
     timesteps: list[float]
-    table: str = Field(validation_alias="hash", description="its hash")
+    table: str = Field(validation_alias="hash", description="The hash of the table.")
 
 
 class LatentAnswer(BaseModel):
@@ -211,7 +284,7 @@ class LatentAnswer(BaseModel):
 
     model_config = FROM_ATTRIBUTES
 
-    autoencoder: str = Field(description="its class")
+    autoencoder: str = Field(description="The class of the autoencoder.")
     channels: int
     height: int
     width: int
@@ -227,43 +300,43 @@ class ModelAnswer(BaseModel):
     height_px: int
     width_px: int
     channels: int
-    alpha: bool = Field(description="whether the last of four channels is alpha")
+    alpha: bool = Field(description="Whether the last of four channels is alpha.")
     shown_channels: int = Field(
-        description="how many of the first channels pictures show: 1 is grey, 3 RGB, 4 RGBA; application/x-npy has all"
+        description="How many of the first channels pictures show: 1 is grey, 3 RGB, 4 RGBA; application/x-npy has all."
     )
     value_range: tuple[float, float] = Field(
-        description="of a channel, in application/x-npy: what is black, and what is white"
+        description="The values of black and of white in a channel of application/x-npy."
     )
-    latent: LatentAnswer | None = Field(description="null where the network sees pixels")
-    num_timesteps: int = Field(description="T")
+    latent: LatentAnswer | None = Field(description="Null where the network sees pixels.")
+    num_timesteps: int = Field(description="T, the number of timesteps.")
     beta_schedule: str
     prediction_type: str
     variance_type: str
-    timestep_spacings: dict[str, str] = Field(description="by sampler, for requests that name none")
+    timestep_spacings: dict[str, str] = Field(description="By sampler, for requests that name none.")
     steps_offset: int
-    clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
+    clip: bool = Field(description="Whether x_0 is clipped, for requests that do not say.")
     samplers: list[str]
-    sampler_details: dict[str, SamplerAnswer] = Field(description="by sampler")
-    tables: list[TableAnswer] = Field(description="the steps and guidance that tuned, or a student, has tables for")
-    refused_tables: list[str] = Field(description="files of samplers/ that are not used, and why")
+    sampler_details: dict[str, SamplerAnswer] = Field(description="By sampler.")
+    tables: list[TableAnswer] = Field(description="The steps and guidance that tuned, or a student, has tables for.")
+    refused_tables: list[str] = Field(description="Files of samplers/ that are not used, and why.")
     student: dict[str, Any] | None = Field(
-        description="of a network made for few steps: what it is, and the guidance folded in"
+        description="What a network made for few steps is, and the guidance folded into it."
     )
     folded_guidance: float = Field(
-        description="guidance in the weights, a student's too; a request's own multiplies it, and 1 is none"
+        description="The guidance in the weights. A request's own guidance multiplies it; 1 is none."
     )
     default_sampler: str
-    recommended: RecommendedAnswer = Field(description="what a request gets that names neither sampler nor steps")
+    recommended: RecommendedAnswer = Field(description="What a request gets that names neither sampler nor steps.")
     conditional: bool
     class_names: list[str]
     null_class: int | None
-    weights_hash: str = Field(description="SHA-256 of the weights")
-    fingerprint: str = Field(description="of the build: the same one gives the same bytes")
+    weights_hash: str = Field(description="SHA-256 of the weights.")
+    fingerprint: str = Field(description="The fingerprint of the build: the same one gives the same bytes.")
     device: str
     executor: str
     precision: str
     executor_details: str
-    exact: bool = Field(description="whether the same request gives the same bytes, whatever else runs")
+    exact: bool = Field(description="Whether the same request gives the same bytes, whatever else runs.")
     limits: LimitsAnswer
 
     @classmethod
@@ -309,26 +382,26 @@ class SampledImage(BaseModel):
     index: int
     class_label: int | None
     class_name: str | None
-    png: str = Field(description="base64", json_schema_extra={"format": "byte"})
+    png: str = Field(description="Base64.", json_schema_extra={"format": "byte"})
 
 
 class PathFrame(BaseModel):
     """The images of a request after the same number of steps, as contact sheets."""
 
-    step: int = Field(description="how many steps they have taken")
-    t: float = Field(description="the timestep of the next step")
-    x_t: str | None = Field(default=None, description="the noisy images: base64 of a PNG, if they were asked for")
-    x_0: str | None = Field(default=None, description="the network's estimate: base64 of a PNG, if it was asked for")
+    step: int = Field(description="How many steps the images have taken.")
+    t: float = Field(description="The timestep of the next step.")
+    x_t: str | None = Field(default=None, description="The noisy images: base64 of a PNG, if they were asked for.")
+    x_0: str | None = Field(default=None, description="The network's estimate: base64 of a PNG, if it was asked for.")
 
 
 class SampleAnswer(BaseModel):
     """Images as JSON, and what is needed to make them again."""
 
-    spec: dict[str, Any] = Field(description="the request as the server understood it")
-    weights: str = Field(description="SHA-256 of the weights")
+    spec: dict[str, Any] = Field(description="The request as the server understood it.")
+    weights: str = Field(description="SHA-256 of the weights.")
     fingerprint: str
     images: list[SampledImage]
     sheet: str | None = Field(
-        default=None, description="with `every`: what image/png answers, base64", json_schema_extra={"format": "byte"}
+        default=None, description="With `every`: what image/png answers, base64.", json_schema_extra={"format": "byte"}
     )
-    frames: list[PathFrame] | None = Field(default=None, description="with `every`: what came before")
+    frames: list[PathFrame] | None = Field(default=None, description="With `every`: what came before.")

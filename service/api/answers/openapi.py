@@ -1,4 +1,9 @@
-"""What the OpenAPI document says of calls whose handlers read parameters and bodies themselves."""
+"""What the OpenAPI document says of calls whose handlers read parameters and bodies themselves.
+
+Prose is elsewhere: of calls in operations.py, of headers in headers.py, of the WebSocket and events in messages.py, of
+parameters in the schemas of requests. What a field is where it is left out is told in its description, as the last
+sentence, and by itself in the extension `x-default`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,12 +13,30 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.answers import headers as of_headers
 from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswer
+from tminus.service.api.answers.headers import (
+    NAMED,
+    OF_ANY,
+    OF_FLOATS,
+    OF_FORECAST,
+    OF_JOB,
+    OF_OTHERS,
+    OF_PICTURES,
+    OF_QUOTA,
+    OF_REFUSALS,
+    TAKEN,
+    with_headers,
+)
+from tminus.service.api.answers.messages import WEBSOCKETS
+from tminus.service.api.answers.operations import API_VERSION, EXAMPLES, TAGS
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
+from tminus.service.api.edge.origin import PROBES
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
     CHOSEN,
+    DEFAULT,
     NUMBER,
     PICTURES,
     AnimationRequest,
@@ -21,6 +44,7 @@ from tminus.service.api.request.schemas import (
     NoiseRequest,
     RequestSchema,
     SampleRequest,
+    StreamRequest,
     TrajectoryRequest,
     WebhookRequest,
     bit_depths,
@@ -40,29 +64,46 @@ AS_TEXT: Mapping[str, Described] = {
     "boolean": {"type": "string", "enum": ["true", "false"]},
 }
 FAILURES = {
-    400: "The body cannot be parsed",
+    400: "The body cannot be parsed, or the server does not have the version that `API-Version` names",
     401: "The key is missing or wrong",
-    403: "The key has not the role admin, or the server has no such key",
+    403: "The server is not known by the name in `Host`; or a page of another origin asks; or the call needs a key of "
+    "the role admin",
     404: "There is no such job or model",
-    406: "Accept allows no media type that there is",
+    406: "`Accept` allows no media type that there is",
     408: "The body came too slowly",
-    409: "The job is not done yet, and Retry-After says when to look again; or the id is another job's; or the model "
-    "cannot be changed now",
+    409: "The job is not done yet; or the id is another job's; or the model cannot be changed now",
     410: "The job was cancelled or failed, and has no images",
+    412: "The client has the answer already: `If-None-Match` names its `ETag`. Nothing was run",
     413: "The body is too large",
-    415: "The body is compressed, or of no type that is taken",
-    422: "A parameter is invalid, unknown or given twice",
-    429: "Too much is asked for at once; Retry-After, where it is, says when there should be room",
+    415: "The body is compressed, or its `Content-Type` is not taken here",
+    422: "A parameter is invalid, unknown or given twice. `errors` lists all that is wrong",
+    429: "Too much is asked for at once, or the quota of the key is used up",
     500: "The server failed",
-    503: "The server is starting or shutting down",
-    504: "deadline_s passed before the job was done",
-    507: "The job store failed; Retry-After, where it is, says when to try again",
+    503: "The server is starting or shutting down, or the model is being loaded",
+    504: "`deadline_s` passed before the job was done",
+    507: "The job store failed",
 }
+IN_PATHS = {
+    "model": "The name of a model that `GET /models` lists.",
+    "version": "The first 16 digits of the hash of the weights.",
+    "job_id": "The id of the job: its own, or the UUID that the client chose for it.",
+    "name": "The name of a file.",
+}
+BAD_REQUEST = "A member is invalid, unknown or given twice, or the body cannot be parsed"
 SCHEMES: Described = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "a key of this server"},
-    "cookie": {"type": "apiKey", "in": "cookie", "name": "tminus_key", "description": "that POST /login sets"},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key of this server. Without keys the server is open.",
+    },
+    "cookie": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": "tminus_key",
+        "description": "The key, as `POST /login` keeps it for a page.",
+    },
 }
-OF_BODY, OF_WORK = (400, 413, 415, 422, 429), (500, 503, 504)
+OF_BODY, OF_WORK = (408, 413, 415, 422, 429), (500, 503, 504)
 
 
 def ref(component: str) -> Described:
@@ -73,7 +114,10 @@ def ref(component: str) -> Described:
 def failures(*statuses: int) -> dict[int | str, Described]:
     """Describe the problem documents of a call, by status."""
     content = {PROBLEM_JSON: {"schema": ref("Problem")}}
-    return {status: {"description": FAILURES[status], "content": content} for status in statuses}
+    return {
+        status: {"description": FAILURES[status], "content": content, **with_headers(*OF_REFUSALS.get(status, ()))}
+        for status in statuses
+    }
 
 
 def answer(description: str, *media_types: str) -> Described:
@@ -84,41 +128,44 @@ def answer(description: str, *media_types: str) -> Described:
 
 def path_parameter(name: str) -> Described:
     """Describe a part of a path that the handler reads itself."""
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    schema = {"type": "string"}
+    return {"name": name, "in": "path", "required": True, "schema": schema, "description": IN_PATHS[name]}
 
 
 def _header(name: str, schema: Described, description: str) -> Described:
     return {"name": name, "in": "header", "schema": schema, "description": description}
 
 
-# What a job's answer says that the request may have left out.
-WHAT_WAS_TAKEN: Described = {
-    "headers": {
-        "X-Seed": {"schema": {"type": "integer"}, "description": "the seed, given or drawn"},
-        "X-Sampler": {"schema": {"type": "string"}, "description": "the sampler that was taken"},
-        "X-Steps": {"schema": {"type": "integer"}, "description": "how many steps were taken"},
-        "X-Guidance": {"schema": {"type": "number"}, "description": "the guidance that was taken; 1.0 is off"},
-    }
+OF_IMAGES = (*OF_JOB, *OF_FORECAST, *NAMED, "Cache-Status", *OF_PICTURES)
+IMAGES = answer("The images", *MEDIA_TYPES) | with_headers(*OF_IMAGES)
+IMAGES_OF_JOB = answer("The images", *MEDIA_TYPES, NPY) | with_headers(*OF_JOB, *NAMED, *OF_FLOATS, *OF_PICTURES)
+IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, NPY, TRAJECTORY, WEBP) | with_headers(*OF_IMAGES, *OF_FLOATS)
+NOISED = answer("x_t", "image/png") | with_headers("X-Seed", "X-Alpha-Bar", "X-Fingerprint", *NAMED)
+NOT_MODIFIED: Described = {
+    "description": "The client has the answer already: `If-None-Match` names its `ETag`. Nothing was run",
+    **with_headers(*TAKEN, "X-Fingerprint", *NAMED, "Vary"),
 }
-IMAGES = answer("The images", *MEDIA_TYPES) | WHAT_WAS_TAKEN
-IMAGES_OR_FLOATS = answer("The images", *MEDIA_TYPES, NPY) | WHAT_WAS_TAKEN
-IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, NPY, TRAJECTORY, WEBP) | WHAT_WAS_TAKEN
-NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
-ACCEPTED: Described = {
-    "description": "With Prefer: respond-async: a durable job; Location says where",
+OF_ACCEPTED = ("Location", "X-Job-ID", *TAKEN, "Cache-Control", "Idempotent-Replayed")
+SUBMITTED: Described = {
+    "description": "The job is on disk, and will be finished",
     "content": {JSON: {"schema": ref("JobAnswer")}},
-    **WHAT_WAS_TAKEN,
+    **with_headers(*OF_ACCEPTED),
+}
+ACCEPTED: Described = SUBMITTED | {
+    "description": "With `Prefer: respond-async`: a durable job, which is on disk",
+    **with_headers(*OF_ACCEPTED, "Preference-Applied"),
 }
 ALREADY_HERE: Described = {
-    "description": "The job that this request has made before, as it stands",
+    "description": "An earlier request made this job. The answer says where it stands",
     "content": {JSON: {"schema": ref("JobAnswer")}},
+    **with_headers(*OF_ACCEPTED),
 }
 CHOSEN_ID: Described = {
     "name": "job_id",
     "in": "path",
     "required": True,
     "schema": {"type": "string", "format": "uuid", "pattern": f"^{CHOSEN.pattern}$"},
-    "description": "a UUID; the same one with the same parameters is the same job",
+    "description": "A UUID in its usual spelling, in small letters.",
 }
 SAMPLE_BODY: Described = {"content": {JSON: {"schema": ref("SampleRequest")}, FORM: {"schema": ref("SampleForm")}}}
 JOB_BODY: Described = {"content": {JSON: {"schema": ref("JobRequest")}, FORM: {"schema": ref("JobForm")}}}
@@ -135,41 +182,61 @@ LOGIN_BODY: Described = {
         JSON: {
             "schema": {
                 "type": "object",
-                "properties": {"key": {"type": "string", "maxLength": 512}},
+                "properties": {"key": {"type": "string", "maxLength": 512, "description": "The key."}},
                 "required": ["key"],
                 "additionalProperties": False,
             }
         }
     },
 }
-IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has")
+VERSION_ASKED = _header(
+    "API-Version",
+    {"type": "string", "enum": [API_VERSION]},
+    f"The version of the API that the request was written for. Default: {API_VERSION}.",
+) | {DEFAULT: API_VERSION}
+IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has.")
 PREFER = _header(
-    "Prefer", {"type": "string"}, "respond-async: do as POST /jobs, Idempotency-Key and all, instead of waiting"
+    "Prefer",
+    {"type": "string"},
+    "`respond-async`: do as `POST /jobs`, with `Idempotency-Key`, instead of waiting. Refused with `every` or a "
+    "trajectory.",
+)
+CACHE_CONTROL = _header(
+    "Cache-Control",
+    {"type": "string"},
+    "`no-cache`, or `Pragma: no-cache` without this header: run the job again, though the result cache has the answer. "
+    "`no-store`: keep the answer out of the cache.",
 )
 IDEMPOTENCY_KEY = _header(
     "Idempotency-Key",
     {"type": "string", "minLength": 1, "maxLength": 257},  # two may be quotes around it
-    "makes a retry safe: the same key and parameters are the same job",
+    "Makes a retry safe: the same key and parameters are the same job. Printable ASCII.",
 )
 WEBHOOKS: Described = {
     "job": {
         "post": {
-            "summary": "What a job's webhook is sent, signed as Standard Webhooks has it",
+            "summary": "What a job's webhook is sent, signed as Standard Webhooks says",
             "parameters": [
-                _header("webhook-id", {"type": "string"}, "the event and a UUID; the same in each attempt"),
-                _header("webhook-timestamp", {"type": "string"}, "of this attempt: Unix time in seconds"),
-                _header("webhook-signature", {"type": "string"}, "v1, and base64 of an HMAC-SHA256; or several"),
+                _header("webhook-id", {"type": "string"}, "The event and a UUID. The same in each attempt."),
+                _header("webhook-timestamp", {"type": "string"}, "When this attempt was made: Unix time in seconds."),
+                _header(
+                    "webhook-signature",
+                    {"type": "string"},
+                    "`v1,` and base64 of an HMAC-SHA256; or several, separated by spaces.",
+                ),
             ],
             "requestBody": {"required": True, "content": {JSON: {"schema": ref("JobAnswer")}}},
             "responses": {
-                "2XX": {"description": "It is delivered"},
-                "410": {"description": "It is given up"},
-                "default": {"description": "It is sent again later"},
+                "2XX": {"description": "The event is delivered"},
+                "410": {"description": "The webhook is given up"},
+                "default": {"description": "The event is sent again later"},
             },
         }
     }
 }
-LAST_EVENT_ID = _header("Last-Event-ID", {"type": "string"}, "what was received last; only what is newer is sent")
+LAST_EVENT_ID = _header(
+    "Last-Event-ID", {"type": "string"}, "The id of the last event that was received. Only what is newer is sent."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +249,7 @@ class Contract:
     def query(self, *schemas: type[RequestSchema]) -> list[Described]:
         """Describe the parameters that these schemas have in a query; pictures and secrets have no place there."""
         return [
-            {"name": name, "in": "query", "schema": field, "description": field.pop("description")}
+            {"name": name, "in": "query", "schema": field, **{key: field.pop(key) for key in TOLD if key in field}}
             for schema in schemas
             for name, field in self.fields(schema, as_text=True).items()
             if name not in (*PICTURES, "webhook")
@@ -199,8 +266,10 @@ class Contract:
             **answers["$defs"],
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
-            "SampleRequest": self._body("What to sample.", *of_sample),
-            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest),
+            "SampleRequest": self._body("What to sample.", *of_sample) | {"examples": self._examples()},
+            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest)
+            | {"examples": self._examples()[:1]},
+            "StreamRequest": self._body("What to sample, and what to show on the way.", SampleRequest, StreamRequest),
             "SampleForm": self._form("The same, with images as files.", PICTURES, *of_sample),
             "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
             "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
@@ -211,10 +280,17 @@ class Contract:
         fields = [self.fields(schema) for schema in schemas]
         return closed_object(description, {name: field for each in fields for name, field in each.items()})
 
+    def _examples(self) -> list[Described]:
+        """Make bodies that this model answers."""
+        names = self.model.class_names
+        name = names[min(7, len(names) - 1)] if names else None
+        plain = {"n": min(4, self.limits.max_n), "steps": min(20, self.model.num_timesteps), "seed": 7}
+        return [plain | ({} if name is None else {"class_label": name}), {"seed": 7}]
+
     def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
         fields = [self.fields(schema, as_text=True) for schema in schemas]
         properties = {name: field for each in fields for name, field in each.items()}
-        described = {name: {"description": properties.get(name, {}).get("description", "the image")} for name in files}
+        described = {name: {"description": properties.get(name, {}).get("description", "The image.")} for name in files}
         return closed_object(description, properties | {name: FILE | described[name] for name in files})
 
     def fields(
@@ -231,7 +307,8 @@ class Contract:
         bounds, fields = {**self._bounds(), **(bounds or {})}, {}
         for name, field in schema.model_json_schema()["properties"].items():
             # Without its default, which a generated client would send, in the query beside the body.
-            fields[name] = _field(field, bounds.get(name, {}), as_text=as_text) | {"description": field["description"]}
+            described = _described(field)
+            fields[name] = _field(field, bounds.get(name, {}), as_text=as_text) | described
         return fields
 
     def _bounds(self) -> dict[str, dict[str, Described]]:
@@ -270,7 +347,15 @@ def closed_object(description: str, properties: dict[str, Described]) -> Describ
     return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
 
 
+TOLD = ("description", DEFAULT)
 KEPT = ("type", "format", "pattern", "enum", "minimum", "maximum", "exclusiveMinimum")
+
+
+def _described(field: Described) -> Described:
+    """Say what a field is for, and what it is where it is left out."""
+    if DEFAULT not in field:
+        return {"description": field["description"]}
+    return {"description": f"{field['description']} Default: {field[DEFAULT]}.", DEFAULT: field[DEFAULT]}
 
 
 def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
@@ -295,8 +380,44 @@ def _with_error_texts(responses: Mapping[str, Described]) -> dict[str, Described
     made = {status: described for status, described in responses.items() if int(status) < 400}
     for status in sorted(responses.keys() - made.keys()):
         seen, _ = as_error_text({"status": int(status), "detail": "", "code": ""})
-        made[str(seen)] = {"description": FAILURES[seen], "content": {JSON: {"schema": ref("ErrorText")}}}
+        text = {
+            "description": FAILURES[seen] if seen != 400 else BAD_REQUEST,
+            "content": {JSON: {"schema": ref("ErrorText")}},
+        }
+        made[str(seen)] = text | with_headers(*OF_REFUSALS.get(seen, ()))
     return made
+
+
+def _add(responses: dict[str, Described], *statuses: int) -> None:
+    """Describe failures of every call, where they are not described yet."""
+    for status, described in failures(*statuses).items():
+        responses.setdefault(str(status), described)
+
+
+def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
+    """Add to an operation what is so of all: keys, sites, the version, and headers."""
+    responses, form = operation["responses"], form_of(method, path)
+    common = OF_ANY if form is None else OF_OTHERS
+    if form is None and path not in PROBES:
+        operation["parameters"] = [*operation.get("parameters", ()), {"$ref": "#/components/parameters/API-Version"}]
+        _add(responses, 400)
+    if path not in PROBES:
+        _add(responses, 403)
+    if is_public:
+        operation["security"] = []
+    else:
+        _add(responses, 401, 429)
+        common = (*common, *OF_QUOTA)
+    if form is as_error_text:
+        operation["responses"] = responses = _with_error_texts(responses)
+    for described in responses.values():
+        described["headers"] = described.get("headers", {}) | with_headers(*common)["headers"]
+    for parameter in operation.get("parameters", ()):
+        if parameter.get("in") == "path":
+            parameter.setdefault("description", IN_PATHS[parameter["name"]])
+    operation["responses"] = dict(sorted(responses.items()))
+    if (source := EXAMPLES.get(operation["operationId"])) is not None:
+        operation["x-codeSamples"] = [{"lang": "Shell", "source": source}]
 
 
 def document(
@@ -310,16 +431,13 @@ def document(
     made = app.openapi()
     made["components"]["schemas"] |= {**contract.components(), **more}
     made["components"]["securitySchemes"] = SCHEMES
+    made["components"]["headers"] = of_headers.components()
+    made["components"]["parameters"] = {"API-Version": VERSION_ASKED}
+    made["tags"] = [{"name": name, "description": description} for name, description in TAGS.items()]
     made["webhooks"] = WEBHOOKS
+    made["x-websockets"] = WEBSOCKETS
     made["security"] = [{}, *({name: []} for name in SCHEMES)]  # where the server is open, no key is needed
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
-            if not is_public(path, method.upper()):
-                operation["responses"] |= {
-                    str(status): described
-                    for status, described in failures(401, 429).items()
-                    if str(status) not in operation["responses"]
-                }
-            if form_of(method.upper(), path) is as_error_text:
-                operation["responses"] = _with_error_texts(operation["responses"])
+            _complete(method.upper(), path, operation, is_public=is_public(path, method.upper()))
     return made

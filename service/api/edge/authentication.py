@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.access.access import WINDOW_S, Access, Caller
 from tminus.service.access.keys import ROLES
+from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
+from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
@@ -32,6 +34,9 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/re
 PAGE = "/"  # which others POST prompts to
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
+SET_COOKIE = {"description": "The key, which the cookie has now", **with_headers("Set-Cookie", "Cache-Control")}
+
+LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failures(422)}
 
 
 def caller_of(request: HTTPConnection) -> Caller:
@@ -104,12 +109,12 @@ class AccessControl:
 class WhoAnswer(BaseModel):
     """What the server takes a request's sender for."""
 
-    name: str | None = Field(description="of the key; null for whoever comes without one")
+    name: str | None = Field(description="Of the key; null for whoever comes without one.")
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    row_steps_per_minute: int | None = Field(description="the quota; null: none")
-    row_steps_left: int | None = Field(description="what is left of it now")
-    jobs: int | None = Field(description="how many jobs may wait or run at once; null: no limit for this key")
-    connections: int | None = Field(description="how many connections at once; null: no limit for this key")
+    row_steps_per_minute: int | None = Field(description="The quota; null: none.")
+    row_steps_left: int | None = Field(description="What is left of it now.")
+    jobs: int | None = Field(description="How many jobs may wait or run at once; null: no limit for this key.")
+    connections: int | None = Field(description="How many connections at once; null: no limit for this key.")
 
     @classmethod
     def of(cls, caller: Caller) -> "WhoAnswer":
@@ -128,7 +133,7 @@ class WhoAnswer(BaseModel):
 class LoginRequest(RequestSchema):
     """What POST /login takes, in the body alone: a query would be in logs."""
 
-    key: str = Field(max_length=512, description="the key, as it would be sent in a header")
+    key: str = Field(max_length=512, description="The key, as it would be sent in a header.")
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
@@ -141,15 +146,15 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
     router = APIRouter(tags=["keys"])
     bare = [Depends(no_parameters)]
 
-    @router.get("/key", summary="What the sender of a request may do", dependencies=bare, responses=failures(422))
+    @router.get("/key", **described("get_key"), dependencies=bare, responses=failures(422))
     async def get_key(request: Request) -> WhoAnswer:
         return WhoAnswer.of(caller_of(request))
 
     @router.post(
         "/login",
-        summary="Keep a key in a cookie, for a page",
+        **described("login"),
         response_model=WhoAnswer,
-        responses=failures(400, 401, 408, 413, 415, 422, 429),
+        responses={200: SET_COOKIE, **failures(400, 401, 408, 413, 415, 422, 429)},
         openapi_extra={"requestBody": LOGIN_BODY},
     )
     async def login(request: Request) -> Response:
@@ -169,7 +174,13 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         response.set_cookie(COOKIE, asked.key, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")
         return response
 
-    @router.post("/logout", summary="Forget the key in the cookie", status_code=204, dependencies=bare)
+    @router.post(
+        "/logout",
+        **described("logout"),
+        status_code=204,
+        dependencies=bare,
+        responses=LOGGED_OUT,
+    )
     async def logout() -> Response:
         response = Response(status_code=204, headers=NO_STORE)
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")

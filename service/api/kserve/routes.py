@@ -9,17 +9,17 @@ from starlette.types import Receive, Scope, Send
 
 from tminus.service.api.admin import Changes
 from tminus.service.api.answers import problems
+from tminus.service.api.answers.headers import NAMED, OF_FORECAST, OF_JOB, with_headers
 from tminus.service.api.answers.openapi import (
     FILE,
     IF_NONE_MATCH,
-    NOT_MODIFIED,
     OF_BODY,
     OF_WORK,
-    WHAT_WAS_TAKEN,
     Described,
     failures,
     path_parameter,
 )
+from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.kserve.infer import (
     BINARY,
@@ -63,7 +63,7 @@ class ServerMetadata(BaseModel):
 
     name: str
     version: str
-    extensions: list[str] = Field(description="of the protocol")
+    extensions: list[str] = Field(description="The extensions of the protocol that are served.")
 
 
 class LiveAnswer(BaseModel):
@@ -91,7 +91,7 @@ class TensorMetadata(BaseModel):
 
     name: str
     datatype: str
-    shape: list[int] = Field(description="-1: any length")
+    shape: list[int] = Field(description="The lengths. -1 is any length.")
 
     @classmethod
     def of(cls, info: TensorInfo) -> "TensorMetadata":
@@ -103,7 +103,7 @@ class ModelMetadata(BaseModel):
     """What a model takes and gives. A request may leave out each input."""
 
     name: str
-    versions: list[str] = Field(description="the one that is loaded: the first 16 digits of the hash of its weights")
+    versions: list[str] = Field(description="The one that is loaded: the first 16 digits of the hash of its weights.")
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
@@ -113,9 +113,9 @@ class ModelInIndex(BaseModel):
     """A model of this server, loaded or not."""
 
     name: str
-    version: str | None = Field(default=None, description="the one that is loaded")
+    version: str | None = Field(default=None, description="The version that is loaded.")
     state: str = Field(json_schema_extra={"enum": ["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]})
-    reason: str = Field(description="why it is not ready; empty where it is")
+    reason: str = Field(description="Why the model is not ready. Empty where it is.")
 
 
 class TensorConfig(BaseModel):
@@ -123,7 +123,7 @@ class TensorConfig(BaseModel):
 
     name: str
     data_type: str
-    dims: list[int] = Field(description="-1: any length")
+    dims: list[int] = Field(description="The lengths. -1 is any length.")
 
     @classmethod
     def of(cls, info: TensorInfo) -> Self:
@@ -144,7 +144,7 @@ class ModelConfig(BaseModel):
     name: str
     platform: str
     backend: str
-    max_batch_size: int = Field(default=0, description="0: the shapes are whole, and n is their first length")
+    max_batch_size: int = Field(default=0, description="0: the shapes are whole, and n is their first length.")
     input: list[InputConfig]
     output: list[TensorConfig]
 
@@ -153,24 +153,31 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
     """Make the routes. version: of the server."""
     router = APIRouter(tags=["kserve"])
 
-    @router.get("/v2", summary="What this server is", dependencies=BARE, responses=failures(422))
+    @router.get("/v2", **described("kserve_get_server"), dependencies=BARE, responses=failures(422))
     async def get_server() -> ServerMetadata:
         return ServerMetadata(name="tminus", version=version, extensions=EXTENSIONS)
 
     @router.head("/v2/health/live", include_in_schema=False, response_model=None)
-    @router.get("/v2/health/live", summary="Liveness", response_model=LiveAnswer, responses=failures(500, 503))
+    @router.get(
+        "/v2/health/live", **described("kserve_get_liveness"), response_model=LiveAnswer, responses=failures(500, 503)
+    )
     async def get_live(request: Request) -> LiveAnswer | Response:
         reason = fatal_error(worker)
         return LiveAnswer(live=True) if reason is None else problems.render(reason, request.scope)
 
     @router.head("/v2/health/ready", include_in_schema=False, response_model=None)
-    @router.get("/v2/health/ready", summary="Readiness", response_model=ReadyAnswer, responses=failures(500, 503, 507))
+    @router.get(
+        "/v2/health/ready",
+        **described("kserve_get_readiness"),
+        response_model=ReadyAnswer,
+        responses=failures(500, 503, 507),
+    )
     async def get_ready(request: Request) -> ReadyAnswer | Response:
         reason = why_unready(worker, jobs)
         return ReadyAnswer(live=True, ready=True) if reason is None else problems.render(reason, request.scope)
 
     @router.post(
-        "/v2/repository/index", summary="The models that there are", response_model=list[ModelInIndex],
+        "/v2/repository/index", **described("kserve_list_models"), response_model=list[ModelInIndex],
         response_model_exclude_none=True, dependencies=BARE, responses=failures(*OF_BODY),
         openapi_extra={"requestBody": INDEX_BODY},
     )  # fmt: skip
@@ -214,23 +221,23 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
         name, reason = _of_version(models.of(request), request).model.name, why_unready(worker, jobs)
         return ModelReady(name=name, ready=True) if reason is None else problems.render(reason, request.scope)
 
-    for path in (MODEL, MODEL + VERSION):
+    for path, of_version in ((MODEL, ""), (MODEL + VERSION, "_version")):
         in_path = {"parameters": [path_parameter(name) for name in ("model", "version") if f"{{{name}}}" in path]}
         router.get(
-            path, summary="What a model takes and gives", dependencies=BARE, responses=failures(404, 422),
+            path, **described(f"kserve_get_model{of_version}"), dependencies=BARE, responses=failures(404, 422),
             openapi_extra=in_path,
         )(get_metadata)  # fmt: skip
         router.get(
-            f"{path}/ready", summary="Whether a model can be asked", dependencies=BARE, response_model=ModelReady,
-            responses=failures(404, 422, 500, 503, 507), openapi_extra=in_path,
+            f"{path}/ready", **described(f"kserve_get_model{of_version}_readiness"), dependencies=BARE,
+            response_model=ModelReady, responses=failures(404, 422, 500, 503, 507), openapi_extra=in_path,
         )(get_model_ready)  # fmt: skip
         router.get(
-            f"{path}/config", summary="A model in the terms of Triton's model_config.proto", dependencies=BARE,
+            f"{path}/config", **described(f"kserve_get_model{of_version}_config"), dependencies=BARE,
             responses=failures(404, 422), openapi_extra=in_path,
         )(get_config)  # fmt: skip
         router.post(
-            f"{path}/infer", summary="Sample, as tensors", response_class=Response,
-            responses={200: ANSWER, 304: NOT_MODIFIED, **failures(404, *OF_BODY, *OF_WORK)},
+            f"{path}/infer", **described(f"kserve_infer{of_version}"), response_class=Response,
+            responses={200: ANSWER, **failures(404, 412, *OF_BODY, *OF_WORK)},
             openapi_extra={"parameters": [*in_path["parameters"], IF_NONE_MATCH], "requestBody": BODY},
         )(models.handler(infer, "infer"))  # fmt: skip
     return router
@@ -343,5 +350,5 @@ INDEX_BODY: Described = {
 ANSWER: Described = {
     "description": "The images, and the seed",
     "content": {JSON: {"schema": {"type": "object"}}, BINARY: {"schema": FILE}},
-    **WHAT_WAS_TAKEN,
+    **with_headers(*OF_JOB, *OF_FORECAST, *NAMED, "Cache-Status", HEADER_LENGTH),
 }

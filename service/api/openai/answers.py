@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
+from tminus.service.api.answers.headers import OF_JOB, OF_REFUSALS, with_headers
 from tminus.service.api.answers.openapi import (
+    BAD_REQUEST,
     FAILURES,
     FILE,
     IDEMPOTENCY_KEY,
-    WHAT_WAS_TAKEN,
     Contract,
     Described,
     closed_object,
@@ -24,9 +25,9 @@ from tminus.service.api.request.schemas import PICTURES, SampleRequest
 from tminus.service.images.encoder import JSON
 from tminus.service.spec import SampleSpec
 
-OURS = "of tminus: "
+OURS = "An addition of tminus: "
 EVENTS = "text/event-stream"
-OF_THESE = {400: "A member is invalid, unknown or given twice, or the body cannot be parsed", 404: FAILURES[404]}
+OF_THESE = {400: BAD_REQUEST, 404: FAILURES[404]}
 FILES = {
     "image": "the image to edit, of the model's size: PNG, JPEG or WebP; without mask and strength it is its own mask",
     "mask": "transparent where the image is made new: PNG or WebP, of the same size",
@@ -36,10 +37,10 @@ FILES = {
 class ErrorMembers(BaseModel):
     """What is wrong."""
 
-    message: str = Field(description="for people")
-    type: str = Field(description="the kind of error, by its status")
-    param: str | None = Field(description="the member that has to be changed")
-    code: str = Field(description="stable: what programs go by, see docs/errors.md")
+    message: str = Field(description="What is wrong, for people.")
+    type: str = Field(description="The kind of error, by its status.")
+    param: str | None = Field(description="The member that has to be changed.")
+    code: str = Field(description="What programs go by: it stays the same.")
 
 
 class ErrorAnswer(BaseModel):
@@ -51,9 +52,9 @@ class ErrorAnswer(BaseModel):
 class ModelEntry(BaseModel):
     """A model that is served."""
 
-    id: str = Field(description="its name")
+    id: str = Field(description="The name of the model.")
     object: Literal["model"] = "model"
-    created: int = Field(description="when it was loaded, Unix time in seconds")
+    created: int = Field(description="When the model was loaded: Unix time in seconds.")
     owned_by: Literal["tminus"] = "tminus"
 
 
@@ -83,33 +84,37 @@ class Usage(BaseModel):
 class Recipe(BaseModel):
     """What an image was made with."""
 
-    revised_prompt: str = Field(description="the class that was used, by its name; empty for none")
-    seed: int = Field(
-        description=OURS + "with the index, and to_seed and mix if they were given, which noise it was made of"
+    revised_prompt: str = Field(description="The name of the class that was used; empty for none.")
+    seed: int = Field(description=OURS + "the seed of the noise, together with `index`, `to_seed` and `mix`.")
+    to_seed: int | None = Field(description=OURS + "the second seed. Null where there is one seed.")
+    mix: float | None = Field(
+        description=OURS + "how far the noise is from `seed` (0) to `to_seed` (1). Null where there is one seed."
     )
-    to_seed: int | None = Field(description=OURS + "the seed that the noise is on its way to; null: none")
-    mix: float | None = Field(description=OURS + "how far, from 0 to 1; null: there is one seed")
-    index: int = Field(description=OURS + "of the image; POST /sample makes it alone with this index and n=1")
-    steps: int = Field(description=OURS + "denoising steps")
-    sampler: str = Field(description=OURS + "the sampler")
-    guidance: float = Field(description=OURS + "the guidance scale; 1 is off")
-    guidance_interval: list[int] | None = Field(description=OURS + "the timesteps at which it is on; null: all")
-    class_label: int | None = Field(description=OURS + "the class, by its number")
-    fingerprint: str = Field(description=OURS + "of the build that made it")
-    job_id: str = Field(description=OURS + "the id of the job that made it")
+    index: int = Field(
+        description=OURS + "the index of the image. `POST /sample` makes it alone with this `index` and `n=1`."
+    )
+    steps: int = Field(description=OURS + "the number of denoising steps.")
+    sampler: str = Field(description=OURS + "the sampler.")
+    guidance: float = Field(description=OURS + "the guidance scale. 1 is off.")
+    guidance_interval: list[int] | None = Field(
+        description=OURS + "the timesteps at which guidance is on. Null for all."
+    )
+    class_label: int | None = Field(description=OURS + "the class, by its number.")
+    fingerprint: str = Field(description=OURS + "the fingerprint of the build that made the image.")
+    job_id: str = Field(description=OURS + "the id of the job that made it.")
 
 
 class ImageEntry(Recipe):
     """One image: `b64_json` or `url`."""
 
     b64_json: str | None = Field(None, json_schema_extra={"format": "byte"})
-    url: str | None = Field(None, description="where the image is, for as long as the job is kept; it may want a key")
+    url: str | None = Field(None, description="Where the image is, for as long as the job is kept; it may want a key.")
 
 
 class ImagesAnswer(BaseModel):
     """The images."""
 
-    created: int = Field(description="Unix time in seconds")
+    created: int = Field(description="Unix time in seconds.")
     background: Literal["opaque", "transparent"]
     output_format: str
     quality: str
@@ -123,13 +128,13 @@ class PartialImage(BaseModel):
 
     type: str
     b64_json: str
-    partial_image_index: int = Field(description="from 0")
+    partial_image_index: int = Field(description="From 0.")
     created_at: int
     size: str
     quality: str
     background: Literal["opaque", "transparent"]
     output_format: str
-    image_index: int = Field(description=OURS + "which of the n images, from 0")
+    image_index: int = Field(description=OURS + "which of the n images, from 0.")
 
 
 class CompletedImage(Recipe):
@@ -143,7 +148,7 @@ class CompletedImage(Recipe):
     background: Literal["opaque", "transparent"]
     output_format: str
     usage: Usage = Usage()
-    image_index: int = Field(description=OURS + "which of the n images, from 0")
+    image_index: int = Field(description=OURS + "which of the n images, from 0.")
 
 
 def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprint: str, job_id: str) -> dict[str, Any]:
@@ -168,13 +173,20 @@ def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprin
 def openai_failures(*statuses: int) -> dict[int | str, Described]:
     """Describe the errors of a call, by status."""
     content = {JSON: {"schema": ref("ErrorAnswer")}}
-    return {status: {"description": OF_THESE.get(status, FAILURES[status]), "content": content} for status in statuses}
+    return {
+        status: {
+            "description": OF_THESE.get(status, FAILURES[status]),
+            "content": content,
+            **with_headers(*OF_REFUSALS.get(status, ())),
+        }
+        for status in statuses
+    }
 
 
 IMAGES: Described = {
     "description": "The images; with `stream` server-sent events, each a PartialImage or a CompletedImage",
     "content": {JSON: {"schema": ref("ImagesAnswer")}, EVENTS: {"schema": {"type": "string"}}},
-    **WHAT_WAS_TAKEN,
+    **with_headers(*OF_JOB, "Server-Timing", "Cache-Control"),
 }
 GENERATIONS: Described = {
     "requestBody": {"required": True, "content": {JSON: {"schema": ref("ImageGenerationRequest")}}},

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.openapi import path_parameter
+from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import as_openai, note_error, respond
 from tminus.service.api.answers.progress import EventStream, finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
@@ -89,12 +90,12 @@ class Wanted:
 def openai_routes(models: Models) -> APIRouter:
     """Make the routes. A request names its model, so that there are none below /models/NAME."""
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(no_parameters)])
-    statuses = (400, 401, 404, 410, 413, 415, 429, 500, 503, 504, 507)
+    statuses = (400, 401, 403, 404, 408, 410, 413, 415, 429, 500, 503, 504, 507)
     responses: dict[int | str, Any] = {200: IMAGES, **openai_failures(*statuses)}
 
     @router.post(
         "/images/generations",
-        summary="Sample, as OpenAI's clients ask for images",
+        **described("openai_generate_images"),
         response_class=Response,
         responses=responses,
         openapi_extra=GENERATIONS,
@@ -104,7 +105,7 @@ def openai_routes(models: Models) -> APIRouter:
 
     @router.post(
         "/images/edits",
-        summary="Edit an image, as OpenAI's clients ask for it",
+        **described("openai_edit_image"),
         response_class=Response,
         responses=responses,
         openapi_extra=EDITS,
@@ -112,14 +113,14 @@ def openai_routes(models: Models) -> APIRouter:
     async def edit_image(request: Request) -> Response:
         return await _answer(models, request, edits=True)
 
-    @router.get("/models", summary="The models that are served", responses=openai_failures(400, 401, 429))
+    @router.get("/models", **described("openai_list_models"), responses=openai_failures(400, 401, 403, 429))
     async def list_models() -> ModelEntries:
         return ModelEntries(data=[ModelEntry(id=each.model.name, created=each.loaded_s) for each in models])
 
     @router.get(
         "/models/{model}",
-        summary="One model",
-        responses=openai_failures(400, 401, 404, 429),
+        **described("openai_get_model"),
+        responses=openai_failures(400, 401, 403, 404, 429),
         # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
         openapi_extra={"parameters": [path_parameter("model")]},
     )

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest, check_names
+from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest, check_names, default
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
 
@@ -20,7 +20,7 @@ EXTENSIONS = (
     *("timestep_spacing", "nearest", "table", "clip", "deadline_s"),
 )
 OF_EDITS = (*EXTENSIONS, "strength")
-NO_EFFECT = "accepted, without effect"
+NO_EFFECT = "Accepted, without effect."
 _BOUNDS = {
     "prompt": "a text, the name of a class or empty",
     "model": "the name of a model that GET /v1/models lists",
@@ -41,32 +41,53 @@ class ImagesRequest(RequestSchema):
     """What OpenAI's clients send to have images made."""
 
     prompt: str = Field(
-        description="a class by name or number, in any case; empty: no class. Nothing else is understood"
+        description="A class by name or number, in any case; empty for no class. Nothing else is understood. Required."
     )
-    model: str | None = Field(None, description="the name of a model that is served; default: the server's default one")
-    n: Int = Field(1, description=f"how many images, 1..{MAX_N}; default 1")
-    size: str = Field("auto", description="auto, or the model's own size, such as 32x32")
+    model: str | None = Field(
+        None, description="The name of a model that is served.", json_schema_extra=default("the server's default model")
+    )
+    n: Int = Field(1, description="The number of images.", json_schema_extra=default("1"))
+    size: str = Field(
+        "auto", description="`auto`, or the model's own size, such as `32x32`.", json_schema_extra=default("`auto`")
+    )
     quality: Literal["auto", "low", "medium", "high"] = Field(
-        "auto", description="how many steps: medium, the default, is what POST /sample takes by default"
+        "auto",
+        description="How many steps. `medium` takes what `POST /sample` takes by default.",
+        json_schema_extra=default("`auto`, which is `medium`"),
     )
     response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="b64_json (default), or url: the images of a durable job"
+        "b64_json",
+        description="`b64_json`: the images as base64. `url`: the addresses of the images of a durable job.",
+        json_schema_extra=default("`b64_json`"),
     )
-    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="png (default), jpeg or webp")
+    output_format: Literal["png", "jpeg", "webp"] = Field(
+        "png", description="The format of the images.", json_schema_extra=default("`png`")
+    )
     output_compression: Int | None = Field(
-        None, ge=0, le=100, description="the quality of jpeg and webp, 0..100; default 100"
+        None,
+        ge=0,
+        le=100,
+        description="The quality of `jpeg` and `webp`. PNGs take only 100.",
+        json_schema_extra=default("100"),
     )
     background: Literal["auto", "opaque", "transparent"] = Field(
         "auto",
-        description="of a model with alpha: transparent keeps it, opaque lays the images over white, and auto keeps it "
-        "where output_format can; of others they are opaque",
+        description="For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` "
+        "keeps it where `output_format` can. Images of other models are opaque.",
+        json_schema_extra=default("`auto`"),
     )
     service_tier: Literal["auto", "default", "flex"] = Field(
-        "auto", description="flex: a background job, which lets all others go first; auto and default are none"
+        "auto",
+        description="`flex`: a background job, which lets all others go first.",
+        json_schema_extra=default("`auto`: no such job"),
     )
-    stream: Bool = Field(False, description="answer by server-sent events")
+    stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=default("false"))
     partial_images: Int = Field(
-        0, ge=0, le=MAX_PARTIAL_IMAGES, description="with stream: how often the estimate of x_0 is shown on the way"
+        0,
+        ge=0,
+        le=MAX_PARTIAL_IMAGES,
+        description="With `stream`: how often the estimate of x_0 is shown on the way.",
+        json_schema_extra=default("0"),
     )
     user: str | None = Field(None, description=NO_EFFECT)
     style: str | None = Field(None, description=NO_EFFECT)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema
 
-from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended
 from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
@@ -36,6 +36,7 @@ EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
 BIT_DEPTHS = (8, 16, 32)
+DEFAULT = "x-default"  # in the JSON schema of a field: what it is where it is left out, in words
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 _PREVIEW_BOUNDS = {
     "every": EVERY_BOUND,
@@ -100,6 +101,11 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
         raise InvalidImage.of(field, ENCODED_IMAGE, f"{value[:40]!r} ({error})") from None
 
 
+def default(words: str) -> dict[str, Any]:
+    """Say a field's default in the OpenAPI document. A `default` there would be sent by generated clients."""
+    return {DEFAULT: words}
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
 Int = Annotated[int, BeforeValidator(_integer)]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
@@ -157,75 +163,143 @@ class RequestSchema(BaseModel):
 class SampleRequest(RequestSchema):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
 
-    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
+    n: Int = Field(
+        1, description="The number of images. The server's `--max-n` sets the maximum.", json_schema_extra=default("1")
+    )
     steps: Int | None = Field(
-        None, description="denoising steps, 1..T; default: those recommended, or a good number for the sampler"
+        None,
+        description="The number of denoising steps. T at most; T/2 for `heun`, which takes two passes a step; T - 1 "
+        "for `plms`; T - 9 for `pndm`. Samplers of tables take only the steps that they have tables for.",
+        json_schema_extra=default("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
     )
     sampler: str | None = Field(
         None,
-        description=f"one of {', '.join(SAMPLERS)}, or of the checkpoint's tables; default: the one recommended, or "
-        "with steps that of the checkpoint's scheduler",
+        description="The sampler. `sampler_details` of `GET /model` says when to take which.",
+        json_schema_extra=default(
+            "recommended for the model; where `steps` is given, `default_sampler` of `GET /model`"
+        ),
     )
-    eta: Share | None = Field(None, description="noise of ddim, 0..1; default 0")
-    seed: Seed | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    eta: Share | None = Field(
+        None,
+        description="The noise that `ddim` adds at each step. Other samplers refuse it.",
+        json_schema_extra=default("0"),
+    )
+    seed: Seed | None = Field(
+        None,
+        description="The seed of the noise. The answer has it in `X-Seed`. In JSON, JavaScript has to send a seed "
+        "above 2^53 as text.",
+        json_schema_extra=default("drawn"),
+    )
     index: Index = Field(
-        0, description="index of the first image: image k of a request is made alone with index=k, n=1; default 0"
+        0,
+        description="The index of the first image. `index=k` with `n=1` makes image k of a larger request alone. The "
+        "last image's index has the same bound.",
+        json_schema_extra=default("0"),
     )
     to_seed: Seed | None = Field(
-        None, description="another seed, 0..2^64-1: with mix, the noise is between those of the two; default: none"
+        None,
+        description="A second seed. With `mix`, the noise lies between the noises of the two seeds.",
+        json_schema_extra=default("none"),
     )
-    mix: Share | None = Field(None, description="how far from seed (0) to to_seed (1); given where to_seed is")
+    mix: Share | None = Field(
+        None,
+        description="How far the noise is from `seed` (0) to `to_seed` (1). `mix` and `to_seed` need each other.",
+        json_schema_extra=default("none"),
+    )
     class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
-        None, description="a class by number or name, one for all images or a list of n; absent: no class"
+        None,
+        description="The class of all images, or a list with the class of each. A class is its number, or its name in "
+        "any case. Where names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the "
+        "parameter for a list.",
+        json_schema_extra=default("no class"),
     )
     guidance: Scale | None = Field(
         None,
-        description="guidance scale, 0..50; 1 is off; default: as recommended where sampler and steps are, else 1",
+        description="The scale of classifier-free guidance. 1 turns it off; any other value needs a class for each "
+        "image. Samplers of tables take only the guidance that they have tables for.",
+        json_schema_extra=default(
+            "recommended for the model where `steps` is not given and the sampler is the recommended one; with `table` "
+            "that of the table; otherwise 1"
+        ),
     )
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
-        None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
+        None,
+        description="The lowest and the highest timestep at which guidance is on. Only with guidance. In a query or a "
+        "form, give the parameter twice.",
+        json_schema_extra=default("all timesteps"),
     )
     guidance_rescale: Share | None = Field(
-        None, description="how far guidance is brought back to the spread of the conditional output, 0..1; default 0"
+        None,
+        description="How far a guided output is brought back to the spread of the conditional one. Only with guidance.",
+        json_schema_extra=default("0"),
     )
     timestep_spacing: str | None = Field(
         None,
-        description="leading, trailing, linspace or karras; default: the checkpoint's own, or karras for later solvers",
+        description="How the steps are spread over the timesteps. Samplers of tables refuse it.",
+        json_schema_extra=default("by sampler, in `timestep_spacings` of `GET /model`"),
     )
     nearest: Bool | None = Field(
-        None, description="with a sampler of tables: take the nearest steps and guidance that there are; default: false"
+        None,
+        description="With a sampler of tables (`tuned`, `consistency`): take the nearest steps and guidance that have "
+        "a table, where those asked for have none. Other samplers refuse it.",
+        json_schema_extra=default("false"),
     )
     table: str | None = Field(
-        None, pattern="^[0-9a-f]{16}$", description="hash that the checkpoint's table must have; default: any"
+        None,
+        pattern="^[0-9a-f]{16}$",
+        description="With a sampler of tables: the hash that the table must have.",
+        json_schema_extra=default("any"),
     )
     clip: Bool | None = Field(
-        None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
+        None,
+        description="Whether x_0 is clipped to the data range at every step. Latent models cannot turn it on.",
+        json_schema_extra=default("the checkpoint's, `clip` in `GET /model`"),
     )
     bit_depth: Int | None = Field(
         None,
-        description="bits of each value of the images: 8 (default), 16 in PNGs of a model of one channel, or 32 for "
-        "the floats that application/x-npy answers",
+        description="The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats "
+        "of `application/x-npy`.",
+        json_schema_extra=default("8, or 32 with `Accept: application/x-npy`"),
     )
     deadline_s: Deadline | None = Field(
-        None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
+        None,
+        description="Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered "
+        "504.",
+        json_schema_extra=default("none"),
     )
     background: Bool = Field(
-        False, description="let all other jobs go first, until it has waited for an hour or so; default: false"
+        False,
+        description="Let all other jobs go first, until this one has waited for `background_max_wait_s` of "
+        "`GET /model`. The images are the same.",
+        json_schema_extra=default("false"),
     )
     strength: PositiveShare | None = Field(
-        None, description="with an image: share of the steps to run again, above 0, at most 1"
+        None,
+        description="With `image`: the share of the denoising steps that run again.",
+        json_schema_extra=default("none"),
     )
     image: Picture | None = Field(
-        None, description="image to start from (with strength) or to edit (with mask): PNG, JPEG or WebP"
+        None,
+        description="An image to start from (with `strength`), or to keep where `mask` is black. PNG, JPEG or WebP; "
+        "base64 or a `data:` URL in JSON, a file in a form.",
+        json_schema_extra=default("none"),
     )
     mask: Picture | None = Field(
-        None, description="white where the image is regenerated, black where it is kept: PNG, JPEG or WebP"
+        None,
+        description="With `image`: white where the image is made new. PNG, JPEG or WebP, given as `image` is.",
+        json_schema_extra=default("none"),
     )
     image_sha256: str | None = Field(
-        None, pattern=SHA256, description="SHA-256 that the decoded image must have, at the model's size; default: any"
+        None,
+        pattern=SHA256,
+        description="The SHA-256 that the pixels of `image` must have, decoded and at the model's size.",
+        json_schema_extra=default("any"),
     )
     mask_sha256: str | None = Field(
-        None, pattern=SHA256, description="SHA-256 that the decoded mask must have, at the model's size; default: any"
+        None,
+        pattern=SHA256,
+        description="The SHA-256 that the pixels of `mask` must have, decoded and at the model's size.",
+        json_schema_extra=default("any"),
     )
 
     @classmethod
@@ -451,8 +525,10 @@ def choose_table(
 class NoiseRequest(RequestSchema):
     """How far an image is to go towards noise, and with which noise; in the query or in the form."""
 
-    t: Int = Field(description="the timestep, 0 (least noise) .. T-1; required")
-    seed: Seed | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    t: Int = Field(description="The timestep, from 0 (least noise) to T - 1. Required.")
+    seed: Seed | None = Field(
+        None, description="The seed of the noise. The answer has it in `X-Seed`.", json_schema_extra=default("drawn")
+    )
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
@@ -469,8 +545,9 @@ class FloatsRequest(RequestSchema):
 
     clip_output: Bool = Field(
         True,
-        description="with Accept: application/x-npy, whether values beyond the model's range, -1..1, are clipped; "
-        "default: true",
+        description="With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not "
+        "to be confused with `clip`, which acts on x_0 at every step.",
+        json_schema_extra=default("true"),
     )
 
     @classmethod
@@ -486,14 +563,31 @@ class FloatsRequest(RequestSchema):
 class PreviewRequest(RequestSchema):
     """The frames of a running job: how often, of what, and how encoded."""
 
-    every: Every | None = Field(None, description="a frame after every so many steps")
-    fps: Rate | None = Field(None, description="or so many a second; 10 if neither is given")
-    show: Show | list[Show] = Field(
-        "x_t", description="x_t (the noisy image), x_0 (the network's guess), or a list of both"
+    every: Every | None = Field(
+        None,
+        description="Send a frame after every so many steps, counted in passes.",
+        json_schema_extra=default("none"),
     )
-    frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png (default), webp or jpeg")
+    fps: Rate | None = Field(
+        None,
+        description="Send so many frames a second. Give `every` or `fps`, not both.",
+        json_schema_extra=default("10"),
+    )
+    show: Show | list[Show] = Field(
+        "x_t",
+        description="What the frames show: `x_t`, the noisy image; `x_0`, the network's current estimate of the image; "
+        "or a list of both.",
+        json_schema_extra=default("`x_t` in a stream; for the events of a job none, which then have no pictures"),
+    )
+    frame_format: Literal["png", "webp", "jpeg"] = Field(
+        "png",
+        description="The format of the frames. `jpeg` is lossy and shows transparent parts over white.",
+        json_schema_extra=default("`png`"),
+    )
     layout: Literal["sheet", "images"] = Field(
-        "sheet", description="sheet (default): one picture of all images; images: one each"
+        "sheet",
+        description="`sheet`: one picture of all images. `images`: a picture for each image.",
+        json_schema_extra=default("`sheet`"),
     )
 
     @classmethod
@@ -520,25 +614,31 @@ class PreviewRequest(RequestSchema):
 class StreamRequest(PreviewRequest):
     """The parameters of previews over a WebSocket, which may stay open for more jobs."""
 
-    keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")
+    keep_open: Bool = Field(
+        False, description="After the job, wait for another one instead of closing.", json_schema_extra=default("false")
+    )
 
 
 class AnimationRequest(RequestSchema):
     """What the frames of a job show, in an animation or as JSON; beside the parameters of SampleRequest."""
 
     every: Every = Field(
-        description="with Accept: image/webp or application/json, a frame after every so many steps of each image"
+        description="With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, "
+        "counted in passes. Required for `image/webp`.",
+        json_schema_extra=default("no frames"),
     )
     show: Show | list[Show] = Field(
         "x_t",
-        description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate); "
-        "in JSON also a list of both",
+        description="With `every`: what the frames show, `x_t` (the noisy image) or `x_0` (the network's estimate). "
+        "With `application/json` also a list of both.",
+        json_schema_extra=default("`x_t`"),
     )
     until: Int | None = Field(
         None,
         ge=0,
-        description="with Accept: application/json, the last step whose frame is wanted: no more are taken, "
-        "and there are no images",
+        description="With `every` and `Accept: application/json`: the last step whose frame is wanted. No further "
+        "step is taken or counted in a quota, and the answer has no images.",
+        json_schema_extra=default("all steps"),
     )
 
     @classmethod
@@ -571,10 +671,14 @@ class TrajectoryRequest(RequestSchema):
 
     keep: list[Int] | None = Field(
         None,
-        description=f"with Accept: {TRAJECTORY}, the passes that the file has, in rising order, from 0; default: all",
+        description=f"With `Accept: {TRAJECTORY}`: the passes that the file has, counted from 0, in rising order. At "
+        "least one of them has to add noise.",
+        json_schema_extra=default("all"),
     )
     dtype: TrajectoryType = Field(
-        "float32", description=f"with Accept: {TRAJECTORY}, what x_t, x_0 and mean are rounded to; default float32"
+        "float32",
+        description=f"With `Accept: {TRAJECTORY}`: the type that x_t, x_0 and the mean are rounded to.",
+        json_schema_extra=default("`float32`"),
     )
 
     @classmethod
@@ -597,10 +701,15 @@ class WebhookRequest(RequestSchema):
     """Who is told of a job, and of what: Cog's names."""
 
     webhook: str | None = Field(
-        None, description="URL that is sent the job when something happens to it; in the body, not in the query"
+        None,
+        description="The URL that is sent the job when something happens to it. Only for durable jobs, and only in the "
+        "body, not in the query.",
+        json_schema_extra=default("none"),
     )
     webhook_events_filter: str | list[str] | None = Field(
-        None, description=f"which events it is told: {', '.join(EVENTS)}; default: all of them"
+        None,
+        description="The events that `webhook` is told.",
+        json_schema_extra=default("all"),
     )
 
     @classmethod

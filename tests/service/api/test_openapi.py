@@ -1,6 +1,7 @@
 """GET /openapi.json, the page made of it, and what programs make of it: a client and a fuzzer."""
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -13,14 +14,16 @@ import pytest
 from fastapi.openapi.models import OpenAPI
 
 from tests.service.conftest import Site, pixels
-from tests.service.fakes import INFO
+from tests.service.fakes import INFO, wait_until
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
 from tminus.service.api.answers.problems import as_error_text, form_of
 from tminus.service.api.request.schemas import (
     AnimationRequest,
     FloatsRequest,
     SampleRequest,
+    StreamRequest,
     TrajectoryRequest,
     WebhookRequest,
 )
@@ -37,7 +40,7 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     of_sample = {name for each in of_answers for name in each.model_fields}
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]
-        parameters = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
+        parameters = {each["name"]: each for each in operation["parameters"] if each.get("in") == "query"}
         assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | of_sample
         for name, parameter in parameters.items():
             assert parameter["description"], name
@@ -72,6 +75,8 @@ def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
     document = site.client.get("/openapi.json").json()
     bounded = set()
     for parameter in document["paths"]["/jobs"]["post"]["parameters"]:
+        if parameter.get("in") != "query":
+            continue
         name, schema = parameter["name"], parameter["schema"]
         if "maximum" not in schema or "exclusiveMinimum" in schema:
             continue
@@ -105,12 +110,104 @@ def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert {"200", "202", "400", "406", "413", "415", "422", "429", "503", "504", "507"} <= statuses["post", "/sample"]
-    assert "202" not in statuses["get", "/sample"]
+    assert {"200", "202", "400", "406", "412", "413", "415", "422", "429", "503", "504", "507"} <= statuses[
+        "post", "/sample"
+    ]
+    assert "304" not in statuses["post", "/sample"]
+    assert not statuses["get", "/sample"] & {"202", "412"}
+    assert {"400", "401", "403"} <= statuses["get", "/model"]
     assert {"204", "404"} <= statuses["delete", "/jobs/{job_id}"]
     assert "200" not in statuses["delete", "/jobs/{job_id}"]
     assert {"200", "202", "409", "422", "507"} <= statuses["put", "/jobs/{job_id}"]
     assert {"404", "406", "409", "410"} <= statuses["get", "/jobs/{job_id}/image"]
+
+
+# --- what a reference page is made of ---
+
+
+def test_each_call_has_a_readable_id_a_tag_that_is_explained_and_words(site: Site) -> None:
+    document = site.client.get("/openapi.json").json()
+    tags = {each["name"]: each["description"] for each in document["tags"]}
+    operations = [each for methods in document["paths"].values() for each in methods.values()]
+    assert {each["operationId"] for each in operations} == OPERATIONS.keys() - {"stream_samples"}
+    assert {tag for each in operations for tag in each["tags"]} == tags.keys()
+    assert EXAMPLES.keys() <= OPERATIONS.keys()
+    for each in operations:
+        assert each["summary"], each
+        assert each["description"], each
+        for parameter in each.get("parameters", ()):
+            assert "$ref" in parameter or parameter["description"].endswith("."), parameter
+            if "x-default" in parameter:
+                assert parameter["description"].endswith(f" Default: {parameter['x-default']}.")
+
+
+def test_each_answer_names_its_headers_and_each_is_explained_once(site: Site) -> None:
+    document = site.client.get("/openapi.json").json()
+    explained = document["components"]["headers"]
+    used = set()
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for response in operation["responses"].values():
+                names = response.get("headers", {})
+                used |= names.keys()
+                assert all(each == {"$ref": f"#/components/headers/{name}"} for name, each in names.items())
+    assert used == explained.keys()
+    assert all(each["description"].endswith(".") for each in explained.values())
+    sample = document["paths"]["/sample"]["post"]["responses"]
+    assert {"ETag", "X-Seed", "X-Job-ID", "Server-Timing", "API-Version", "RateLimit"} <= sample["200"][
+        "headers"
+    ].keys()
+    assert "Location" in sample["202"]["headers"]
+    assert "Retry-After" in sample["429"]["headers"]
+    assert "WWW-Authenticate" in sample["401"]["headers"]
+
+
+def test_the_headers_that_are_sent_are_those_that_are_described(site: Site) -> None:
+    paths = site.client.get("/openapi.json").json()["paths"]
+    job = site.client.post("/jobs", json={"steps": 2, "seed": 1}, headers={"Idempotency-Key": "a"})
+    path = job.headers["location"]
+    wait_until(lambda: site.client.get(path).json()["state"] == "done")
+    floats = {"Accept": "application/x-npy"}
+    for method, url, key, options in (
+        ("post", "/sample", "/sample", {"json": {"steps": 1, "n": 2}}),
+        ("post", "/sample", "/sample", {"json": {"seed": 1}, "headers": floats}),
+        ("post", "/sample", "/sample", {"json": {"steps": 2, "seed": 2}, "headers": {"Prefer": "respond-async"}}),
+        ("get", "/sample?seed=1", "/sample", {}),
+        ("post", "/jobs", "/jobs", {"json": {"steps": 2, "seed": 1}, "headers": {"Idempotency-Key": "a"}}),
+        ("get", f"{path}/image", "/jobs/{job_id}/image", {}),
+        ("get", path, "/jobs/{job_id}", {}),
+        ("get", "/model/schedule", "/model/schedule", {}),
+        ("post", "/v1/images/generations", "/v1/images/generations", {"json": {"prompt": ""}}),
+        ("post", "/sample", "/sample", {"json": {"steps": 0}}),
+        ("post", "/sample", "/sample", {"headers": {"Content-Encoding": "gzip"}}),
+    ):
+        answer = site.client.request(method, url, **options)
+        described = paths[key][method]["responses"][str(answer.status_code)]["headers"]
+        sent = answer.headers.keys() - {"content-type", "content-length", "content-encoding"}
+        assert sent <= {name.lower() for name in described}, (method, url, sent)
+
+
+def test_messages_that_openapi_cannot_express_are_in_extensions(site: Site) -> None:
+    document = site.client.get("/openapi.json").json()
+    stream = document["x-websockets"]["/sample/stream"]
+    fields = document["components"]["schemas"]["StreamRequest"]["properties"]
+    assert fields.keys() == StreamRequest.model_fields.keys() | SampleRequest.model_fields.keys()
+    with site.client.websocket_connect("/sample/stream") as ws:
+        ws.send_json({"steps": 2, "every": 1, "keep_open": True})
+        seen = {}
+        while "done" not in seen:
+            message = ws.receive()
+            if message.get("text") is not None:
+                members = json.loads(message["text"])
+                seen[members["type"]] = members
+        ws.receive_bytes()
+        ws.send_json({"steps": 0, "eta": 2})
+        seen["error"] = ws.receive_json()
+    assert seen.keys() == stream["server"].keys() - {"cancelled"}
+    for kind, members in seen.items():
+        assert members.keys() - {"title"} <= stream["server"][kind]["schema"]["properties"].keys(), kind
+    events = document["paths"]["/jobs/{job_id}/events"]["get"]["responses"]["200"]["x-events"]
+    assert events.keys() == {"waiting", "progress", "frame", "done", "failed", "cancelled"}
 
 
 # --- a client that is generated from it ---
@@ -149,7 +246,7 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
     client = generated.Client(base_url="http://testserver")
     client.set_httpx_client(site.client)
 
-    sample = importlib.import_module("generated.api.sample.sample_sample_post")
+    sample = importlib.import_module("generated.api.sample.sample_images")
     wanted = models.SampleRequest(n=2, steps=2, seed=2**64 - 1, sampler=models.Sampler.DDIM, class_label=["cat", 1])
     answer = sample.sync(client=client, body=wanted)
     assert pixels(answer.payload.getvalue()).shape == (INFO.height_px, 2 * INFO.width_px)
@@ -159,17 +256,17 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
     assert isinstance(refused, models.Problem)
     assert (refused.code, refused.field, refused.value) == ("invalid_field", "steps", 0)
 
-    submit = importlib.import_module("generated.api.jobs.post_job_jobs_post")
+    submit = importlib.import_module("generated.api.jobs.submit_job")
     job = submit.sync(client=client, body=models.JobRequest(steps=2))
     assert isinstance(job, models.JobAnswer)
-    put = importlib.import_module("generated.api.jobs.put_job_jobs_job_id_put")
+    put = importlib.import_module("generated.api.jobs.submit_job_with_id")
     chosen = uuid.uuid4()
     made, again = (put.sync(chosen, client=client, body=models.JobRequest(steps=2)) for _ in range(2))
     assert isinstance(made, models.JobAnswer)
     assert made.id == again.id
     conflict = put.sync(chosen, client=client, body=models.JobRequest(steps=3))
     assert conflict.code == "job_exists"
-    find = importlib.import_module("generated.api.jobs.get_job_jobs_job_id_get")
+    find = importlib.import_module("generated.api.jobs.get_job")
     assert find.sync(job.id, client=client).seed == job.seed
     assert find.sync("x", client=client).code == "job_not_found"
 

@@ -1,0 +1,192 @@
+"""The files bench/results/NAME.json: how each was made, and its figures. All figures in the pages come from them.
+
+A file is `{"made": {...}, KEY: ...}`. A measured number is `{"value": ..., "rounds": [...]}`, or a plain number where
+it was measured once.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+# The code that decides how fast tminus is and which images it makes.
+CODE = ("model", "service/engine", "service/scheduling", "service/worker")
+BUSY_SHARE = 0.05  # of the cores, taken by other programs: above it a machine is not idle
+WATCH_S, MOST_WATCHES = 3.0, 10  # how long, and how often, the machine is watched before a run
+MOST_ROUNDS = 8  # that a file keeps of one figure
+
+
+@dataclass(slots=True)
+class Begun:
+    """A run that is under way: what was true of the machine before it."""
+
+    load_average: float = field(default_factory=lambda: os.getloadavg()[0])
+    busy_share: float = 0.0  # of the cores, taken by other programs in the seconds before
+    date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    began_s: float = field(default_factory=time.monotonic)
+    commit: str = ""
+    clean: bool = False
+    code: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the machine did nothing else when the run began."""
+        return self.busy_share < BUSY_SHARE
+
+    def made(self, machine: Mapping[str, Any], *, quick: bool = False, timed: bool = True) -> dict[str, Any]:
+        """Say how the results were made. timed: whether a busy machine changes them."""
+        return {
+            "command": command(),
+            "date": self.date,
+            "seconds": round(time.monotonic() - self.began_s),
+            "commit": self.commit,
+            "clean": self.clean,
+            "quick": quick,
+            "timed": timed,
+            "load_average": round(self.load_average, 2),
+            "busy_share": round(self.busy_share, 3),
+            "idle": self.idle,
+            "machine": dict(machine),
+            "code": self.code,
+        }
+
+
+def begin(*, wait: bool = True) -> Begun:
+    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone."""
+    begun = Begun()
+    commit_now = git("describe", "--always", "--abbrev=10", "--exclude=*")
+    # New result files are no change of what is measured.
+    begun.commit = commit_now or "unknown"
+    begun.clean = bool(commit_now) and not git("status", "--porcelain", "--", ":/", ":!/bench/results")
+    begun.code = dict(digests())
+    for _ in range(MOST_WATCHES if wait else 1):
+        begun.busy_share = busy_share(WATCH_S)
+        if begun.idle:
+            break
+    if not begun.idle:
+        print(
+            f"The machine is not idle: other programs take {begun.busy_share:.0%} of the cores. The file will say so, "
+            "and no page will show its figures.",
+            file=sys.stderr,
+        )
+    begun.began_s = time.monotonic()
+    return begun
+
+
+def busy_share(seconds: float) -> float:
+    """Watch which share of the cores is in use while this process sleeps; 0 where the system does not tell."""
+    try:
+        before = _ticks()
+        time.sleep(seconds)
+        after = _ticks()
+    except (OSError, ValueError):
+        return 0.0
+    total = sum(after) - sum(before)
+    idle = sum(after[3:5]) - sum(before[3:5])  # idle, and waiting for a disk
+    return max(0.0, 1 - idle / total) if total else 0.0
+
+
+def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a file of results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({"made": dict(made), **rounded(figures)}, indent=1) + "\n", "utf-8")
+    print(f"written to {file}", file=sys.stderr)
+    return file
+
+
+def rounds(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Summarise one figure: the median, and the value of each round. None where there is no value."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    if len(found) == 1:
+        return {"value": found[0]}
+    return {"value": median(found), "rounds": found[:MOST_ROUNDS]}
+
+
+def ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, Any] | None:
+    """Divide the medians; the rounds are divided one by one."""
+    if not top or not bottom:
+        return None
+    each = [a / b for a, b in zip(top, bottom, strict=False)]
+    found: dict[str, Any] = {"value": median(top) / median(bottom)}
+    return found | ({"rounds": each[:MOST_ROUNDS]} if len(each) > 1 else {})
+
+
+def rounded(value: Any) -> Any:
+    """Keep four digits of each number, and leave out what was not measured."""
+    if isinstance(value, Mapping):
+        return {key: rounded(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def command() -> str:
+    """Return the command line of this process, as one types it."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
+    return " ".join(["python -m", name, *sys.argv[1:]])
+
+
+def git(*arguments: str) -> str:
+    """Run git in this repository; empty where that fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@cache
+def digests(root: Path = ROOT) -> dict[str, str]:
+    """Hash the code that decides the figures, a hash for each folder. Comments, docstrings and layout do not count."""
+    return {folder: _digest(root / folder) for folder in CODE}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        _add(digest, ast.parse(file.read_bytes()))
+    return digest.hexdigest()[:12]
+
+
+def _add(digest: Any, node: Any) -> None:
+    """Add a syntax tree without its docstrings. What is empty is skipped, as Pythons differ in what they leave out."""
+    if isinstance(node, ast.AST):
+        digest.update(type(node).__name__.encode())
+        for name, value in ast.iter_fields(node):
+            if value in (None, []) and not isinstance(node, ast.Constant):
+                continue
+            digest.update(name.encode())
+            _add(digest, value[1:] if name == "body" and _is_documented(node) else value)
+    elif isinstance(node, list):
+        for each in node:
+            _add(digest, each)
+    else:
+        digest.update(repr(node).encode())
+
+
+def _is_documented(node: ast.AST) -> bool:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return ast.get_docstring(node, clean=False) is not None
+    return False
+
+
+def _ticks() -> list[int]:
+    with Path("/proc/stat").open(encoding="ascii") as file:
+        return [int(each) for each in file.readline().split()[1:9]]

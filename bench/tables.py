@@ -1,0 +1,223 @@
+"""The blocks that bench/pages.py puts into the pages: each is Markdown made of one file of results, or of all."""
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+Result = Mapping[str, Any]
+
+# The contenders of the same executor and precision stand side by side.
+COLUMNS = {
+    "tminus": "tminus",
+    "litserve_openvino": "LitServe",
+    "mosec_openvino": "mosec",
+    "tminus_eager": "tminus",
+    "lock": "diffusers behind a lock",
+    "litserve": "LitServe",
+    "mosec": "mosec",
+}
+ROWS = {
+    "short": "20 steps beside two jobs of 8 x 1000 steps: median wait, s",
+    "long": "those two jobs: mean time, s",
+    "idle": "1 image of 20 steps, idle server: median, s",
+    "saturation_1": "full load, requests of 1 image: row-steps/s",
+    "saturation_16": "full load, requests of 16 images: row-steps/s",
+    "hang_ups": "clients who leave: share of their steps that is computed all the same, %",
+}
+
+
+def machine(result: Result) -> str:
+    """What the figures were measured on, and by which command."""
+    made, tminus = result["made"], result.get("tminus", {})
+    on, peaks = made["machine"], made["machine"].get("peaks_gflop_per_s", {})
+    versions = ", ".join(
+        f"{name} {on[name]}" for name in ("torch", "openvino", "diffusers", "litserve", "mosec") if name in on
+    )
+    lines = [
+        f"- Machine: {on['cpu']}, {on['cores']} cores, {on.get('memory_gib', '?')} GiB, {on['system']}. "
+        + " ".join(f"It reaches {peak:.0f} GFLOP/s in {precision}." for precision, peak in peaks.items()),
+        f"- Versions: Python {on['python']}, {versions}.",
+        f"- Run: `{made['command']}`, {made['date']}, commit {made['commit']}, {made['seconds']} s. Load average "
+        f"before it: {made['load_average']:.2f}; other programs took {100 * made['busy_share']:.0f} % of the cores.",
+    ]
+    if tminus.get("details"):
+        lines.append(
+            f"- tminus chose {tminus['executor']} in {tminus['precision']} ({tminus['details'].partition(', ')[2]}), "
+            f"with up to {tminus['places']} rows a tick."
+        )
+    for key, tried in result.get("trials", {}).items():
+        rates = "; ".join(f"{way}: {rate:.0f} row-steps/s" for way, rate in tried.items())
+        lines.append(f"- {TITLES[key]} was tried as {rates}. The faster one is in the table.")
+    lines += [f"- {sentence}" for sentence in result.get("left_out", [])]
+    return "\n".join(lines)
+
+
+def headline(result: Result) -> str:
+    """Every contender at every load, those that run the same network the same way beside each other."""
+    precision = result.get("tminus", {}).get("precision", "")
+    lines = ["| | " + " | ".join(f"{title}, {_way(key, precision)}" for key, title in COLUMNS.items()) + " |"]
+    lines.append("|---" * (1 + len(COLUMNS)) + "|")
+    for row, text in ROWS.items():
+        cells = [_cell(result.get(row, {}).get(key)) for key in COLUMNS]
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    if unanswered := result.get("unanswered"):
+        some = ", ".join(f"{count} of {TITLES[key]}" for key, count in unanswered.items())
+        lines += ["", f"Requests without an answer, which count as waits to the end of the load: {some}."]
+    return "\n".join(lines)
+
+
+def effects(result: Result) -> str:
+    """What batching, scheduling and precision are worth, each by itself."""
+    names = {
+        "batching": "batching by row",
+        "scheduling": "scheduling",
+        "precision": "executor and precision",
+        "all": "all three",
+    }
+    lines = ["| times as fast | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
+    for row, text in ROWS.items():
+        if row in result.get("effects", {}):
+            cells = [_cell(result["effects"][row].get(name)) for name in names]
+            lines.append(f"| {text.partition(':')[0]} | " + " | ".join(cells) + " |")
+    batching = _value(result.get("effects", {}).get("saturation_16", {}).get("batching"))
+    if batching is not None:
+        gain = "gains" if batching > 1.05 else "loses" if batching < 0.95 else "neither gains nor loses"
+        by = "" if "neither" in gain else f" a factor of {max(batching, 1 / batching):.2f}"
+        lines += ["", f"A request of 16 images fills passes by itself. There, batching by row {gain}{by}."]
+    return "\n".join(lines)
+
+
+def limits(result: Result) -> str:
+    """How near to what the processor allows."""
+    found = result["limits"]
+    lines = ["| | rows/s | % of peak |", "|---|---|---|"]
+    precision = result["tminus"]["precision"]
+    for batch, rate in found["bare"].items():
+        share = 100 * found["gflop_a_row"] * rate["value"] / found["peak"]
+        lines.append(f"| the executor alone, {batch} rows at a time, {precision} | {_cell(rate)} | {share:.0f} |")
+    for key, title in TITLES.items():
+        if f"{key}_of_peak" in found and key in result.get("saturation_1", {}):
+            rate = result["saturation_1"][key]
+            lines.append(f"| {title}, requests of 1 image | {_cell(rate)} | {found[f'{key}_of_peak']:.0f} |")
+    text = (
+        f"A pass of one row takes {found['gflop_a_row']:.2f} GFLOP. The peak is the faster of a large matmul and a "
+        "wide convolution, in the precision of the contender."
+    )
+    return "\n".join([text, "", *lines])
+
+
+def networks(result: Result) -> str:
+    """Larger networks: a row for each figure, a column for each network."""
+    names = [key for key in result if isinstance(result[key], Mapping) and "parameters_m" in result[key]]
+    lines = ["| | " + " | ".join(result[name]["title"] for name in names) + " |", "|---" * (1 + len(names)) + "|"]
+    for key, text in NETWORK_ROWS.items():
+        cells = []
+        for name in names:
+            found: Any = result[name]
+            for part in key.split("."):
+                found = found.get(part) if isinstance(found, Mapping) else None
+            cells.append(_cell(found))
+        if any(cells):
+            lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def costs(result: Result) -> str:
+    """What each feature costs."""
+    lines = ["| | | least to greatest |", "|---|---|---|"]
+    for part in result.values():
+        if isinstance(part, Mapping) and "texts" in part:
+            for key, text in part["texts"].items():
+                each = part.get(key)
+                of = each.get("rounds", []) if isinstance(each, Mapping) else []
+                spread = f"{_digits(min(of))} to {_digits(max(of))}" if len(of) > 1 else ""
+                lines.append(f"| {text} | {_cell(each)} | {spread} |")
+    return "\n".join(lines)
+
+
+def gpu(results: Mapping[str, Result]) -> str:
+    """What GPUs have been measured."""
+    cards = {name: each for name, each in results.items() if name.startswith("gpu-") and name != "gpu-cpu"}
+    if not cards:
+        return "The GPU path has not been measured: no GPU was at hand."
+    lines = [
+        "| card | network | passes of tminus / of diffusers, by rows | served: tminus / best peer |",
+        "|---|---|---|---|",
+    ]
+    for each in cards.values():
+        for network in dict.fromkeys(m["network"] for m in each["measures"]):
+            own = [m for m in each["measures"] if m["network"] == network]
+            passes = [f"{m['rows']}: {m['value']:.2f}" for m in own if m["what"] == "passes, ratio" and m["rows"]]
+            served = {m["contender"]: m["value"] for m in own if m["what"].startswith("served")}
+            ours = served.pop("tminus", None)
+            ratio = f"{ours / max(served.values()):.2f}" if ours and served else ""
+            lines.append(f"| {each['card']} | {network} | {', '.join(passes[:4])} | {ratio} |")
+    return "\n".join(lines)
+
+
+TITLES = {
+    "tminus": "tminus",
+    "before": "tminus before",
+    "litserve_openvino": "LitServe, OpenVINO",
+    "mosec_openvino": "mosec, OpenVINO",
+    "tminus_eager": "tminus, eager float32",
+    "tminus_eager_fcfs": "tminus, eager float32, first come, first served",
+    "lock": "diffusers behind a lock",
+    "litserve": "LitServe, eager float32",
+    "mosec": "mosec, eager float32",
+}
+NETWORK_ROWS = {
+    "parameters_m": "parameters, millions",
+    "gflop_a_row": "GFLOP a row",
+    "precision": "precision of tminus and LitServe",
+    "bare": "the executor alone, row-steps/s",
+    "idle.tminus": "1 image of 20 steps, idle server: tminus, s",
+    "saturation.tminus": "tminus, full load, row-steps/s",
+    "saturation.litserve_openvino": "LitServe with the same graph",
+    "saturation.litserve": "LitServe with diffusers' network, eager float32",
+    "short.tminus": "20 steps beside a long job: tminus, s",
+    "short.litserve_openvino": "LitServe with the same graph, s",
+    "short.litserve": "LitServe with diffusers' network, s",
+    "of_peak": "tminus, % of peak",
+    "start_s": "first start, s",
+    "second_start_s": "second start, s",
+    "memory_mib": "memory of the server, MiB",
+}
+# The file of each block, and what makes it; of all files where it has none.
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "machine": ("serving", machine),
+    "headline": ("serving", headline),
+    "effects": ("serving", effects),
+    "limits": ("serving", limits),
+    "networks": ("networks", networks),
+    "networks-machine": ("networks", machine),
+    "costs": ("costs", costs),
+    "gpu": ("", gpu),
+}
+
+
+def _way(key: str, precision: str) -> str:
+    return f"OpenVINO {precision}" if key == "tminus" or key.endswith("_openvino") else "eager float32"
+
+
+def _value(figure: Any) -> float | None:
+    found = figure.get("value") if isinstance(figure, Mapping) else figure
+    return found if isinstance(found, int | float) else None
+
+
+def _cell(figure: Any) -> str:
+    """Three digits, and the range where the rounds differ by more than 5 %."""
+    if isinstance(figure, str):
+        return figure
+    value = _value(figure)
+    if value is None:
+        return ""
+    each = figure.get("rounds", []) if isinstance(figure, Mapping) else []
+    if len(each) > 1 and max(each) - min(each) > 0.05 * abs(median(each)):
+        return f"{_digits(value)} ({_digits(min(each))} to {_digits(max(each))})"
+    return _digits(value)
+
+
+def _digits(value: float) -> str:
+    text = f"{value:.3g}"
+    return f"{value:.0f}" if "e" in text else text

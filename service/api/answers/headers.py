@@ -1,0 +1,83 @@
+"""What the OpenAPI document says of the headers of answers, each in one place."""
+
+from collections.abc import Mapping
+from typing import Any
+
+WHOLE, TEXT = {"type": "integer"}, {"type": "string"}
+
+HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
+    # --- of any answer ---
+    "API-Version": (TEXT, "The version of the native API."),
+    "X-Request-ID": (
+        TEXT,
+        "The id of the request: the client's own, if it sent one of 1 to 64 letters, digits and `._:-` that has no key "
+        "in it, or a new one.",
+    ),
+    "X-Content-Type-Options": (TEXT, "`nosniff`: browsers keep to the `Content-Type`."),
+    "RateLimit-Policy": (TEXT, "Of a key with a quota: the row-steps of a window (`q`), and its seconds (`w`)."),
+    "RateLimit": (TEXT, "Of a key with a quota: the row-steps that are left (`r`), and seconds until all are (`t`)."),
+    # --- what was taken, where the request left it out ---
+    "X-Seed": (WHOLE, "The seed, given or drawn."),
+    "X-Sampler": (TEXT, "The sampler that was taken."),
+    "X-Steps": (WHOLE, "The number of steps that was taken."),
+    "X-Guidance": ({"type": "number"}, "The guidance that was taken. 1.0 is off."),
+    "X-Warning": (TEXT, "Why the images are probably not what was wanted. Absent where there is no reason."),
+    # --- images ---
+    "X-Job-ID": (TEXT, "The id of the job. Absent where the answer comes from the result cache."),
+    "X-Queue-Position": (WHOLE, "How many jobs were ahead at arrival. Absent where no job ran."),
+    "X-ETA-Seconds": ({"type": "number"}, "The forecast at arrival. Absent where no job ran."),
+    "Server-Timing": (
+        TEXT,
+        "Milliseconds that the job took: `queue`, `first_step`, `denoise`, of a latent model `decode`, and `encode`. "
+        "Absent where no job ran.",
+    ),
+    "X-Fingerprint": (TEXT, "What the bytes depend on besides the request: the same fingerprint gives the same bytes."),
+    "X-Alpha-Bar": ({"type": "number"}, "alpha_bar_t: the share of the image in the variance of x_t."),
+    "X-Value-Range": (TEXT, "Of `application/x-npy`: the values of black and of white."),
+    "X-Clipped": (TEXT, "Of `application/x-npy`: whether values beyond the range were clipped to it."),
+    "X-Shown-Channels": (TEXT, "How many channels the pictures show, of how many. Absent where they show all."),
+    "Vary": (TEXT, "The request headers that the answer depends on."),
+    "ETag": (TEXT, "The name of these bytes. Present with a given `seed`, where the server guarantees the same bytes."),
+    "Cache-Control": (TEXT, "`no-cache` with an `ETag`: ask again with `If-None-Match`. Otherwise `no-store`."),
+    "Cache-Status": (TEXT, "`tminus; hit` where the answer comes from the result cache."),
+    "Inference-Header-Content-Length": (WHOLE, "The bytes of JSON, where bytes of tensors follow it."),
+    # --- durable jobs ---
+    "Location": (TEXT, "Where the job is."),
+    "Idempotent-Replayed": (TEXT, "`true` where an earlier request made this job."),
+    "Preference-Applied": (TEXT, "`respond-async` where `Prefer` asked for it."),
+    # --- of refusals ---
+    "Retry-After": (WHOLE, "Seconds until it makes sense to try again. Absent where the server cannot say."),
+    "WWW-Authenticate": (TEXT, "How to send a key."),
+    "Accept": (TEXT, "The media types that a body may have here."),
+    "Accept-Encoding": (TEXT, "The codings that a body may have: `identity`."),
+    # --- of others ---
+    "Set-Cookie": (TEXT, "The cookie `tminus_key`, which pages on other origins cannot use."),
+}
+OF_ANY = ("API-Version", "X-Request-ID", "X-Content-Type-Options")
+OF_OTHERS = OF_ANY[1:]  # of calls that others have defined
+OF_QUOTA = ("RateLimit-Policy", "RateLimit")
+TAKEN = ("X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "X-Warning")
+OF_JOB = ("X-Job-ID", *TAKEN, "X-Fingerprint")
+OF_FORECAST = ("X-Queue-Position", "X-ETA-Seconds", "Server-Timing")
+NAMED = ("ETag", "Cache-Control")  # an answer that a client may keep
+OF_PICTURES = ("X-Shown-Channels", "Vary")
+OF_FLOATS = ("X-Value-Range", "X-Clipped")
+# By status, of the problem documents.
+OF_REFUSALS: Mapping[int, tuple[str, ...]] = {
+    401: ("WWW-Authenticate",),
+    409: ("Retry-After",),
+    415: ("Accept", "Accept-Encoding"),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+    507: ("Retry-After",),
+}
+
+
+def with_headers(*names: str) -> dict[str, Any]:
+    """Describe the headers of an answer."""
+    return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
+
+
+def components() -> dict[str, Any]:
+    """Make the components that `with_headers` refers to."""
+    return {name: {"schema": schema, "description": description} for name, (schema, description) in HEADERS.items()}

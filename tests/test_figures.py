@@ -1,0 +1,143 @@
+"""Each figure in the pages is that of its file of results, and no measured number stands there without one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import pages, result_file
+from bench.pages import BLOCK, MARK, UNSETTLED, rewritten
+from bench.result_file import RESULTS, ROOT
+
+# Units that only measurements have. A number before one of them has a mark.
+UNITS = (
+    r"row-steps/s|row-steps (?:per|a) second|passes/s|passes (?:per|a) second|images/s|frames/s|GFLOP/s|TFLOP/s"
+    r"|ms a row|% of (?:the )?peak|times as (?:fast|slow|long|many|much)|times (?:faster|slower|longer)"
+)
+MEASURED = re.compile(rf"(?<![\w.,])\d[\d.,]*(?:\*\*)? ?(?:{UNITS})")
+CODE = re.compile(r"^(```|~~~).*?^\1|``.+?``|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+PAGES = pages.pages()
+WITH_FIGURES = [page for page in PAGES if "<!-- figure" in page.read_text("utf-8")]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def results() -> pages.Results:
+    return pages.usable(pages.read(RESULTS))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_has_the_figures_of_its_files(page: Path, results: pages.Results) -> None:
+    text = page.read_text("utf-8")
+    assert rewritten(text, results) == text, "run make figures"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_mark_names_a_figure(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert UNSETTLED.findall(text) == []
+    assert text.count("<!-- figure") == len(MARK.findall(text)), "a mark is not well formed, or stands after no number"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_measured_number_stands_without_a_mark(page: Path) -> None:
+    text = CODE.sub("", BLOCK.sub("", page.read_text("utf-8")))
+    assert MEASURED.findall(text) == []
+
+
+@pytest.mark.parametrize("page", WITH_FIGURES, ids=name_of)
+def test_no_reader_sees_a_mark(page: Path) -> None:
+    """Neither on GitHub (CommonMark with tables) nor on the site (Python-Markdown)."""
+    markdown, it = pytest.importorskip("markdown"), pytest.importorskip("markdown_it")
+    text = page.read_text("utf-8")
+    for html in (
+        markdown.markdown(text, extensions=["tables", "fenced_code"]),
+        it.MarkdownIt("commonmark").enable("table").render(text),
+    ):
+        seen = re.sub(r"<!--.*?-->", "", html, flags=re.DOTALL)
+        assert "!-- figure" not in seen
+        assert "!-- table" not in seen
+
+
+def test_files_of_results_say_how_they_were_made() -> None:
+    for name, each in pages.read(RESULTS).items():
+        made = each["made"]
+        assert made["command"].startswith("python -m "), name
+        assert {"date", "commit", "clean", "seconds", "load_average", "machine", "code"} <= made.keys(), name
+
+
+# --- the rewriting itself ---
+
+
+def made(**changes: Any) -> dict[str, Any]:
+    return {"quick": False, "timed": True, "idle": True, "clean": True, "code": result_file.digests()} | changes
+
+
+def test_a_number_is_rewritten_from_its_file_and_its_mark_stays() -> None:
+    results = {"serving": {"idle": {"ratio": {"value": 4.934, "rounds": [4.9, 5.0]}}, "rate": 668.7, "share": 0.271}}
+    for before, after in (
+        (
+            "**3**<!-- no --> 3<!-- figure serving:idle.ratio .2g --> x",
+            "**3**<!-- no --> 4.9<!-- figure serving:idle.ratio .2g --> x",
+        ),
+        ("| n/a<!-- figure serving:rate .2g --> |", "| 670<!-- figure serving:rate .2g --> |"),
+        ("1,000<!-- figure serving:rate ,.1f -->", "668.7<!-- figure serving:rate ,.1f -->"),
+        ("0.5<!-- figure serving:share .2f -->", "0.27<!-- figure serving:share .2f -->"),
+        ("5<!-- figure networks:cifar .2f -->", "n/a<!-- figure networks:cifar .2f -->"),
+    ):
+        assert rewritten(before, results) == after
+        assert rewritten(after, results) == after
+    with pytest.raises(KeyError, match=r"serving\.json has no idle\.nothing"):
+        rewritten("1<!-- figure serving:idle.nothing .2f -->", results)
+
+
+def test_a_quick_run_and_a_busy_machine_are_in_no_page() -> None:
+    files = {
+        "good": {"made": made()},
+        "untimed": {"made": made(timed=False, idle=False)},
+        "quick": {"made": made(quick=True)},
+        "busy": {"made": made(idle=False)},
+    }
+    assert pages.usable(files).keys() == {"good", "untimed"}
+
+
+def test_a_file_that_is_older_than_the_code_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("1<!-- figure a:x d --> 2<!-- figure b:x d --> 3<!-- figure c:x d --> 4<!-- figure d:x d -->")
+    old = made(code=result_file.digests() | {"service/engine": "another"}, command="python -m bench")
+    files = {"a": {"made": made()}, "b": {"made": old}, "d": {"made": made(clean=False, commit="abc")}}
+    assert list(pages.faults(files, [page])) == [
+        "b.json: older than service/engine (by python -m bench)",
+        "c.json: there is no such file",
+        "d.json: files differed from commit abc",
+    ]
+
+
+def test_only_what_runs_decides_whether_code_is_newer(tmp_path: Path) -> None:
+    file = tmp_path / "model" / "a.py"
+    file.parent.mkdir()
+
+    def digest(text: str) -> str:
+        file.write_text(text)
+        return result_file.digests.__wrapped__(tmp_path)["model"]
+
+    first = digest('"""A module."""\n\n\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    assert digest("# reworded\ndef f(x):\n    'Other words.'\n    return (x + 1)  # why\n") == first
+    assert digest("def f(x):\n    return x + 2\n") != first
+    assert digest("def f(x):\n    return x + 1.0\n") != first
+
+
+def test_a_file_keeps_four_digits_and_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
+    begun = result_file.Begun(busy_share=0.01)
+    figures = {"a": {"b": 1.23456789, "c": None}, "n": 12345, "rounds": result_file.rounds([2.0, None, 4.0])}
+    result_file.write("some", begun.made({"cpu": "x"}), figures, tmp_path)
+    found = json.loads((tmp_path / "some.json").read_bytes())
+    assert found["a"] == {"b": 1.235}
+    assert found["n"] == 12345
+    assert found["rounds"] == {"value": 3.0, "rounds": [2.0, 4.0]}
+    assert found["made"]["idle"] is True
