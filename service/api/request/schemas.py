@@ -169,7 +169,8 @@ class RequestSchema(BaseModel):
             except ValidationError as error:
                 for each in error.errors(include_url=False, include_context=False, include_input=False):
                     field = str(each["loc"][0])
-                    faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
+                    if field not in faults:  # as a list may be that is too long to be shown
+                        faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
                 break
         faults.check()
         return checked
