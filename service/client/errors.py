@@ -16,7 +16,7 @@ class ClientError(Exception):
 
 
 class Problem(ClientError):
-    """The server refused or failed, and said why; docs/errors.md lists the codes.
+    """The server refused or failed, and said why; the errors page of the docs lists the codes.
 
     `field`, `value` and `bound` name what to change, where that is one thing. `errors` has all that is wrong with the
     parameters, each with `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again.

@@ -53,7 +53,7 @@ def test_other_apis_probes_and_the_websocket_know_no_version(site: Site) -> None
 
 
 def test_the_version_is_told_to_whoever_has_no_key_too(make_site: MakeSite) -> None:
-    site = make_site(access=access_of(key_line("ann", "secret-of-ann", "sample")))
+    site = make_site(app={"access": access_of(key_line("ann", "secret-of-ann", "sample"))})
     answer = site.client.get("/model")
     assert (answer.status_code, answer.headers["api-version"]) == (401, API_VERSION)
     problem(site.client.get("/model", headers=OTHER), 400, "unsupported_api_version")

@@ -225,7 +225,7 @@ def test_delete_cancels_a_running_job_and_deletes_it_in_one_call(held: Site) -> 
     problem(held.client.get(f"/jobs/{job_id}/image"), 404, "job_not_found")
     assert held.client.get("/jobs").json()["jobs"] == []
     wait_until(lambda: held.engine.jobs == {})
-    assert held.metrics()['tminus_cancelled_total{"reason": "deleted"}'] == 1
+    assert held.metrics()['tminus_jobs_aborted_total{"reason": "deleted"}'] == 1
     problem(held.client.delete(f"/jobs/{job_id}"), 404, "job_not_found")
 
 
