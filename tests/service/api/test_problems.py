@@ -61,7 +61,7 @@ def test_one_answer_tells_all_that_is_wrong(one_site: Site) -> None:
         )
         found = {each["field"]: each["code"] for each in document["errors"]}
         conflicts = dict.fromkeys(("eta", "seed"), "conflicting_field")
-        invalid = dict.fromkeys(("webhook", "steps", "guidance", "table", "mask"), "invalid_field")
+        invalid = dict.fromkeys(("webhook", "steps", "guidance", "table", "mask", "n"), "invalid_field")
         assert found == conflicts | invalid | {"smapler": "unknown_field", "image": "invalid_image"}
         first = document["errors"][0]
         assert {name: document.get(name) for name in ("code", "detail", "field", "value", "bound")} == {
