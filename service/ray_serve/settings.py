@@ -72,7 +72,7 @@ class RaySettings(Settings):
     def _has_one_each(cls, value: object) -> object:
         if value is not None:
             raise ValueError(
-                "is not for Ray: each replica has one of its own, where it also answers /metrics; its log tells it"
+                "cannot be set on Ray: each replica has its own, where it also answers /metrics; its log says which"
             )
         return value
 

@@ -443,7 +443,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_schema(cls, value: str) -> str:
         if not NAMESPACE.fullmatch(value):
-            raise ValueError("must be up to 48 of a-z, 0-9 and _, and begin with no digit")
+            raise ValueError("must be up to 48 of a-z, 0-9 and _, and not begin with a digit")
         return value
 
     @field_validator("job_address")
@@ -466,7 +466,7 @@ class Settings(BaseSettings):
         if info.field_name == "allowed_origins":
             form, what = ORIGIN, "origins such as https://studio.example"
         if value != "*" and not all(form.fullmatch(each.strip()) for each in value.split(",") if each.strip()):
-            raise ValueError(f"must be {what}, by commas, or *")
+            raise ValueError(f"must be {what}, separated by commas, or *")
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
@@ -482,7 +482,7 @@ class Settings(BaseSettings):
         if self.models is not None:
             if not (inside := Library(folder=self.models).folders()):
                 raise ValueError(
-                    f"--models (TMINUS_MODELS): {self.models} has no folders whose names can be those of models"
+                    f"--models (TMINUS_MODELS): {self.models} has no folder whose name can be the name of a model"
                 )
             found += inside.items()
         for name, number in Counter(name for name, _ in found if name is not None).items():
