@@ -241,8 +241,8 @@ class TooManyStreams(ServiceError):
 
 
 class MalformedRequest(ServiceError):
-    """The request is not HTTP/1.1, its head is over 16 KiB, its body has too many chunks for its size (over 1,024, and
-    one more for each 64 bytes), or a WebSocket handshake has a body or control characters. The connection closes.
+    """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
+    bytes. Or a WebSocket handshake has a body or control characters. The connection closes.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -333,7 +333,7 @@ class NotAcceptable(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The server would hold more work, jobs or images than [its limits](reference/settings.md#max-n) allow.
+    """The server would hold more work, jobs or images than [its limits](reference/settings.md#what-is-accepted) allow.
 
     Or ten thousand events wait for the receiver of the job's [webhook](webhooks.md).
     """
