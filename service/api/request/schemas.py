@@ -397,7 +397,7 @@ class SampleRequest(RequestSchema):
     def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
-            raise InvalidField.of(missing, f"given where {given} is", None)
+            raise InvalidField.of(missing, f"given together with {given}", None)
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
             raise InvalidField.of("to_seed", "different from seed", self.to_seed)
 
@@ -433,7 +433,7 @@ class SampleRequest(RequestSchema):
             check_uploads(model)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
-                raise InvalidField.of("image", f"given where {name} is", None)
+                raise InvalidField.of("image", f"given together with {name}", None)
         if self.mask is None and self.mask_sha256 is not None:
             raise InvalidField.of("mask", "given together with mask_sha256", None)
         if self.image is not None and self.mask is None and self.strength is None:
