@@ -85,9 +85,9 @@ class Running:
         sums = sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
         return Counters(
             row_steps=sums.get("tminus_row_steps_total", 0.0),
-            places=sums["tminus_batch_rows_sum"],
-            ticks=sums["tminus_batch_rows_count"],
-            ticks_s=sums["tminus_step_duration_seconds_sum"],
+            places=sums["tminus_tick_places_sum"],
+            ticks=sums["tminus_tick_places_count"],
+            ticks_s=sums["tminus_tick_duration_seconds_sum"],
             cpu_s=cpu_seconds(self.pid),
             rss_bytes=sums.get("process_resident_memory_bytes"),
         )

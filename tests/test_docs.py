@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import click
 import pytest
 
+from docs.site import reference
 from tests import tools
 from tests.documents import ROOT, code_blocks, shell_commands
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, running_sites  # noqa: F401
 from tests.service.fakes import INFO
-from tminus.__main__ import main
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.service.api.answers.operations import LEFT_OUT, MEDIA
 from tminus.service.api.request.defaults import SETTINGS
@@ -70,16 +69,7 @@ def named(cell: str) -> list[str]:
 # --- commands ---
 
 
-def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Every command by its name; one of a group by both names."""
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
-
-
-COMMANDS = dict(commands(main))
+COMMANDS = {name.removeprefix("tminus "): command for name, command in reference.commands()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
