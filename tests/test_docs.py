@@ -97,7 +97,7 @@ def flags_of(command: str) -> set[str]:
 def test_every_page_of_docs_is_in_its_index_to_which_the_readme_leads() -> None:
     linked = set(re.findall(r"\]\((\w[\w-]*\.md)[)#]", INDEX.read_text("utf-8")))
     assert {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name} <= linked
-    assert f"]({page_name(INDEX)}" in README.read_text("utf-8")
+    assert f"]({page_name(INDEX)})" in README.read_text("utf-8")
 
 
 def test_the_readme_begins_with_the_request_that_a_server_prints_when_it_is_ready() -> None:
