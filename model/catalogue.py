@@ -119,9 +119,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         fractional=True,
         spacing="karras",
     ),
-    "tuned": SamplerFacts(
-        "fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE
-    ),
+    "tuned": SamplerFacts("fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE),
     "consistency": SamplerFacts(
         "for a student, and the only one it takes: one to four steps",
         "Song et al. 2023, algorithm 1",

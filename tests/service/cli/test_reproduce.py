@@ -652,7 +652,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data[:-100], "no trajectory, or cut off or damaged"),
+        (lambda data: data[:-100], "not a trajectory, or truncated or damaged"),
         (lambda data: altered_trajectory(data, format=3), "of format 3, and this version of tminus reads 2"),
         (lambda data: altered_trajectory(data, keep="0,1"), "`keep` in its metadata must be a list of integers"),
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"n": 10**9}), "no recipe"),  # type: ignore[operator]
