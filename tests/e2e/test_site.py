@@ -36,7 +36,7 @@ def test_the_site_is_built_without_a_warning_and_read_without_a_network(
 
     swagger_ui = home.parent / "docs" / "reference" / "openapi.html"
     for page in sorted(home.parent.glob("**/*.html")):
-        if page != swagger_ui:
+        if page != swagger_ui and page.name != "404.html":  # which a server sends, and has its files at the root
             tab.goto(page.as_uri())
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390, page
     tab.goto(swagger_ui.as_uri())
