@@ -63,8 +63,11 @@ class Begun:
         }
 
 
-def begin(*, wait: bool = True) -> Begun:
-    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone."""
+def begin(*, wait: bool = True, timed: bool = True) -> Begun:
+    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone.
+
+    timed: whether a busy machine changes the results; then it is said.
+    """
     begun = Begun()
     commit_now = git("describe", "--always", "--abbrev=10", "--exclude=*")
     # New result files are no change of what is measured.
@@ -75,7 +78,7 @@ def begin(*, wait: bool = True) -> Begun:
         begun.busy_share = busy_share(WATCH_S)
         if begun.idle:
             break
-    if not begun.idle:
+    if timed and not begun.idle:
         print(
             f"The machine is not idle: other programs take {begun.busy_share:.0%} of the cores. The file will say so, "
             "and no page will show its figures.",
