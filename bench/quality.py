@@ -68,7 +68,7 @@ POINTS: dict[str, Sequence[Point]] = {
 def main() -> None:
     """Measure what the file lacks, write it, and draw the plot."""
     args = options_of(__doc__, minutes=60.0, only="", threads=0)
-    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False, timed=False)
+    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False)
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in args.only.split(",") if args.only else POINTS:

@@ -63,11 +63,8 @@ class Begun:
         }
 
 
-def begin(*, wait: bool = True, timed: bool = True) -> Begun:
-    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone.
-
-    timed: whether a busy machine changes the results; then it is said.
-    """
+def begin(*, wait: bool = True) -> Begun:
+    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone."""
     begun = Begun()
     commit_now = git("describe", "--always", "--abbrev=10", "--exclude=*")
     # New result files are no change of what is measured.
@@ -75,10 +72,10 @@ def begin(*, wait: bool = True, timed: bool = True) -> Begun:
     begun.clean = bool(commit_now) and not git("status", "--porcelain", "--", ":/", ":!/bench/results")
     begun.code = dict(digests())
     for _ in range(MOST_WATCHES if wait else 1):
-        begun.busy_share = busy_share(WATCH_S)
+        begun.busy_share = busy_share(WATCH_S if wait else WATCH_S / 10)
         if begun.idle:
             break
-    if timed and not begun.idle:
+    if wait and not begun.idle:
         print(
             f"The machine is not idle: other programs take {begun.busy_share:.0%} of the cores. The file will say so, "
             "and no page will show its figures.",
