@@ -1,7 +1,7 @@
 """The losses of the recipe in docs/training.md, from random weights, beside those of the bundled weights.
 
     python -m bench.training                 train in a temporary folder, and write bench/results/training.json
-    python -m bench.training --run FOLDER    train there; a run that is there goes on, or is only read
+    python -m bench.training --run FOLDER    train there; a run that is there goes on, and one that is done is read
 
 The losses are those on images that no run learned from, with the same timesteps and noise each time. They do not depend
 on the machine's speed, so a busy machine may make the file.
@@ -35,15 +35,17 @@ def main() -> None:
     begun = result_file.begin(wait=False)
     with tempfile.TemporaryDirectory() as temporary:
         run = args.run or Path(temporary) / "run"
-        subprocess.run(
-            [sys.executable, "-m", "tminus", "train", "--data", "fashion-mnist", "--out", str(run), *RECIPE], check=True
-        )
+        if f"step_{STEPS}" not in losses(run):
+            train = [sys.executable, "-m", "tminus", "train", "--data", "fashion-mnist", "--out", str(run)]
+            subprocess.run([*train, *RECIPE], check=True)
         figures = {"held_out": {**losses(run), "bundled": bundled()}}
     result_file.write("training", begun.made(servers.describe(0.2), timed=False), figures)
 
 
 def losses(run: Path) -> dict[str, float]:
-    """Read the loss on held-out images by step."""
+    """Read the loss on held-out images by step, as far as the run has come."""
+    if not (run / LOSSES_FILE).is_file():
+        return {}
     with (run / LOSSES_FILE).open(encoding="utf-8") as file:
         return {f"step_{row['step']}": float(row["held_out"]) for row in csv.DictReader(file)}
 
