@@ -137,7 +137,7 @@ function suitTable() {
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
   grey(field("eta"), sampler === "ddim" ? "" : "ddim only");
-  grey(field("timestep_spacing"), tablesOf(sampler).length ? "set by its table" : "");
+  grey(field("timestep_spacing"), tablesOf(sampler).length ? "by its table" : "");
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();

@@ -467,7 +467,10 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     with Image.open(io.BytesIO(server.post(json=OPENING).content)) as image:
         image.load()
         recipe, changed = image.text["tminus"], np.asarray(image).copy()  # type: ignore[attr-defined]
-    for change, said in ((0, "The same pixels, but the bytes of the file differ."), (9, "pixels differ by up to 9 of 255.")):
+    for change, said in (
+        (0, "The same pixels, but the bytes of the file differ."),
+        (9, "pixels differ by up to 9 of 255."),
+    ):
         changed[0, 0] = changed[0, 0] + change if changed[0, 0] < 128 else changed[0, 0] - change
         file = tmp_path / f"changed-by-{change}.png"  # of another name, or the browser sees nothing new
         save_with(file, changed, recipe)

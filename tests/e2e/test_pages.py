@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs.site.reference import command_line
 from tests.documents import ROOT, code_blocks, run_python, run_shell, shell_commands
 from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown, pixels, stop_server
 from tests.service.keys import key_line
@@ -75,7 +76,7 @@ def test_the_calls_of_the_page_of_edits_keep_what_they_should(bundled_server: Ru
     for language in ("sh", "python"):
         for code in code_blocks("docs/editing.md", language):
             run = run_shell if language == "sh" else run_python
-            run(re.sub(r"(steps\W{1,3})50\b", r"\g<1>10", code), folder, bundled_server.url)
+            run(code, folder, bundled_server.url)
         original, sheet = (pixels((folder / name).read_bytes()) for name in ("sneaker.png", "fillings.png"))
         sheet = sheet[:: len(sheet) // 64, :: len(sheet) // 64]  # the command enlarges it
         for corner in (sheet[:32, :32], sheet[:32, -32:], sheet[-32:, :32], sheet[-32:, -32:]):
@@ -99,9 +100,12 @@ def test_the_example_of_the_page_of_streams_keeps_each_frame(
 ) -> None:
     slow_down(server, between_ticks_s=0.03)  # or frames are dropped
     (program,) = code_blocks("docs/streaming.md", "python")
+    run_shell(*code_blocks("docs/streaming.md", "sh"), tmp_path, server.url)
+    assert frames(tmp_path / "bags.webp") == server.client().get("/model").json()["recommended"]["steps"]
+    assert json.loads((tmp_path / "way.json").read_text())["frames"][0]["step"] == 0
     assert len(run_python(program, tmp_path, server.url).splitlines()) == 2 + 2 * 4
-    names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (10, 20, 30, 40)}
-    assert {file.name for file in tmp_path.iterdir()} == {"out.png", *names}
+    names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (40, 80, 120, 160)}
+    assert {file.name for file in tmp_path.iterdir()} == {"out.png", "bags.webp", "way.json", *names}
 
 
 def test_other_clients_are_given_a_boot_and_make_a_sneaker_of_it(bundled_server: RunningServer, tmp_path: Path) -> None:
@@ -148,7 +152,8 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     monkeypatch.setenv("TMINUS_OPEN", "yes")
     monkeypatch.setenv("TMINUS_KEY", "tm_of_the_page")
     server = own_server("--checkpoint", f"colour={small}", checkpoint=BUNDLED)
-    page = shell_commands("docs/command-line.md")
+    (folder / "command-line.md").write_text(command_line().replace("\ntminus ", "\n.venv/bin/tminus "), "utf-8")
+    page = shell_commands(folder / "command-line.md")
     sample, *samples = (command for command in page if command.startswith(".venv/bin/tminus sample"))
     run_shell(sample, folder)
     server.slow_down(0.03)  # or few frames are seen
@@ -156,11 +161,13 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
         # One has loaded the bundled model, which takes longer.
         run_shell(command if "--url" in command else f"{command} --checkpoint {small}", folder, server.url)
     server.speed_up()
-    listed, *changed, as_json = run_commands(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
+    models = [command for command in page if command.startswith(".venv/bin/tminus models")]
+    commands = [command if "--url" in command else f"{command} --url {server.url}" for command in models]
+    listed, *changed, as_json = (run_shell(command, folder, server.url) for command in commands)
     assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "fashion-mnist-32", "colour"]
     assert changed == ["colour: unloaded\n", "colour: loaded\n", "colour: reloaded\n"]
     assert [each["name"] for each in json.loads(as_json)["models"]] == ["fashion-mnist-32", "colour"]
-    assert size(folder / "colour.png") == (8 * 64, 8 * 64), "four images, enlarged"
+    assert size(folder / "out.png") == (8 * 64, 8 * 64), "four images, enlarged"
     assert size(folder / "bags.png") == (6 * 160, 6 * 64), "ten images, enlarged"
     assert size(folder / "sneaker.png") == (32, 32)
     assert len(list((folder / "images").glob("*.png"))) == 10
@@ -190,7 +197,7 @@ def test_the_tutorial_goes_through_in_order(
     first = own_server(checkpoint=checkpoint, **env)
     run_shell(sample, folder, first.url)
     assert size(folder / "sneakers.png") == (64, 64), "four images"
-    run_shell(watch.replace("--steps 100", "--steps 20"), folder, first.url)
+    run_shell(watch, folder, first.url)
     assert "same" in run_shell(again, folder, first.url)
     first.slow_down()
     run_shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
