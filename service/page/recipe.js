@@ -104,8 +104,8 @@ export function callsOf(parameters, model) {
   const body = toJson(requestOf(shortest(parameters, model), model));
   const url = new URL("sample", base).href.replaceAll("'", "%27");
   const [keyOption, keyHeader, importOs] = signedIn ? KEY_IN_CALLS : ["", "", []];
-  const json = "-H 'Content-Type: application/json'";
-  const curl = `curl --fail-with-body -sS${keyOption} '${url}' ${json} -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
+  const json = `-H 'Content-Type: application/json' -d '${body.replaceAll("'", "'\\''")}'`;
+  const curl = `curl --fail-with-body -sS${keyOption} '${url}' ${json} -o out.png`;
   const python = [
     ...importOs,
     "import pathlib",

@@ -164,7 +164,7 @@ def test_an_error_is_shown_where_it_arose_and_what_was_made_stays(open_page: Ope
         box = page.at(f"#{name}")
         expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
         assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
-    page.wait_until("Not begun.")
+    page.wait_until("Not started.")
     assert page.picture("#x_t img") == page.picture("#gallery img")
     page.says("#frame-text", "after step 5")
 
@@ -258,7 +258,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server.process.kill()
     server.process.wait(30)
     page.sample()
-    page.says("#error", "There is no connection")
+    page.says("#error", "The server did not answer")
     expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
     page.context.close()
 
@@ -276,7 +276,7 @@ def test_a_job_whose_answer_is_lost_is_had_by_asking_again_and_is_one(
     page.tab.evaluate("() => { location.hash = ''; }")
     page.lose_answers(POSTED)
     page.sample(**drawn)
-    page.says("#error", "There is no connection")
+    page.says("#error", "The server did not answer")
     page.tab.unroute(re.compile(POSTED))
     page.refuse(POSTED, 503)
     page.press("Sample")
@@ -311,7 +311,7 @@ def test_a_reload_before_the_answer_finds_the_job(
     slow_down(server)
     page.sample(**LONG)
     page.go_on_until(lambda: job_ids(server) != before)
-    page.wait_until("Asking…")
+    page.wait_until("Sending…")
     if cancelled:
         page.press("Cancel")
         page.wait_until("Cancelling…")
@@ -337,7 +337,7 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
     slow_down(server)
     page.sample(**LONG)
-    page.wait_until("Asking…")
+    page.wait_until("Sending…")
     if cancelled:
         page.press("Cancel")
         page.wait_until("Cancelling…")
