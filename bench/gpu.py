@@ -27,6 +27,7 @@ from bench import figures, networks, result_file, servers
 from bench.conductor import say
 from bench.loads import QUICK, Turn
 from bench.measures import Findings, Measure
+from bench.result_file import RESULTS
 
 LEAST_S = 5.0  # which a process needs to begin
 SERVED = ("tminus", "lock", "litserve", "mosec")
