@@ -82,7 +82,7 @@ async def background(server: servers.Running, rounds: int, window_s: float) -> F
             for in_background in (True, False):
                 async with long_jobs(http, in_background=in_background, jobs=LONG_JOBS):
                     alone[in_background].append(await rate(server, http, window_s))
-            comers = arrivals.poisson([SHORT] * round(3 * 3 * window_s), 3 * window_s, seed=number)
+            comers = arrivals.poisson([SHORT] * round(3 * 2 * window_s), 2 * window_s, seed=number)
             for in_background in (False, True):
                 async with long_jobs(http, in_background=True, jobs=LONG_JOBS if in_background else 0):
                     await asyncio.sleep(WARM_UP_S)
