@@ -443,7 +443,7 @@ def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_sai
 ) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
-    page.says("#caption", "Press Sample to see what they make.")
+    page.says("#caption", "Press Sample to see the result.")
     assert page.form["steps"] == "1000"
     for link in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
         page.tab.goto(f"{server.url}/?{link}#{link}")
@@ -723,7 +723,7 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     page.sample(**LONG)
     page.wait_for_step()
     page.at("#cells button").first.click()
-    page.says("#grid-status", "There is a job at the top.")
+    page.says("#grid-status", "A job is running at the top.")
     page.cancel()
 
 
