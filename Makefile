@@ -79,7 +79,7 @@ train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32
 
 evaluate: $(VENV)/.installed
-	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT) --sampler ddpm --steps 100 --guidance 2
+	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT) --sampler dpmpp_2m --steps 20
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench

@@ -431,7 +431,7 @@ def page(seconds: float) -> None:
             found[f"{replicas} at {100 * load:.0f}"] = {"servers": replicas} | line.figures()
     million = {
         f"{replicas}": {"servers": replicas}
-        | simulate(replicas, list(traffic.at_rate(MILLION_PER_S, seconds)), seconds, 0.1).figures()
+        | simulate(replicas, list(traffic.at_rate(MILLION_PER_S, 300.0)), 300.0, 2.0).figures()
         for replicas in (10, 12, 14)
     }
     plot(lines, ROOT / "docs" / "images" / "scaling.svg")

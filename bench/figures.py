@@ -53,11 +53,6 @@ def row_steps_per_s(loaded: Loaded) -> float:
     return loaded.counted.row_steps / loaded.seconds
 
 
-def rows_per_pass(loaded: Loaded) -> float:
-    """How full the passes were."""
-    return loaded.counted.places / max(1.0, loaded.counted.ticks)
-
-
 def of(run: Run, load: str, contender: str) -> list[Loaded]:
     """A contender's turns at a load, in order of the rounds."""
     turns = [one for one in run.loads if one.load == load and one.contender == contender]

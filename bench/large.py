@@ -29,7 +29,14 @@ SETTLE_S = 4.0  # after a server is ready, until its memory is read
 MIXED_S = 30.0  # that the long jobs of the mixed load are to take, on a machine of GFLOP_PER_S
 GFLOP_PER_S = 500.0
 LENGTHS = Lengths(
-    rounds=1, idle_requests=5, window_s=14.0, trial_s=5.0, bare_s=2.0, mixed_s=20.0, mixed_long_at_s=(0.0, 2.0), shorts_per_s=0.4
+    rounds=1,
+    idle_requests=5,
+    window_s=14.0,
+    trial_s=5.0,
+    bare_s=2.0,
+    mixed_s=20.0,
+    mixed_long_at_s=(0.0, 2.0),
+    shorts_per_s=0.4,
 )
 TITLES = {"cifar": "google/ddpm-cifar10-32, random weights", "avatars-64": "avatars-64, latent"}
 MIB = 2**20

@@ -51,9 +51,6 @@ class Answer:
     seed: int
     outcome: Outcome
     waited_s: float  # from when it was due to the answer, or to when it was abandoned
-    first_step_s: float | None = None
-    job_id: str | None = None
-    digest: str | None = None  # of the image's bytes
 
     @property
     def row_steps(self) -> int:
@@ -68,20 +65,10 @@ class Counters:
     row_steps: float
     places: float  # rows through the U-Net
     ticks: float
-    ticks_s: float | None  # time spent in ticks, where the server says
-    cpu_s: float | None  # of all its processes and threads together, where the system says
-    rss_bytes: float | None = None
 
     def since(self, before: "Counters") -> "Counters":
-        """What was added; memory is as it is now."""
-        return Counters(
-            self.row_steps - before.row_steps,
-            self.places - before.places,
-            self.ticks - before.ticks,
-            _minus(self.ticks_s, before.ticks_s),
-            _minus(self.cpu_s, before.cpu_s),
-            self.rss_bytes,
-        )
+        """What was added."""
+        return Counters(self.row_steps - before.row_steps, self.places - before.places, self.ticks - before.ticks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +121,3 @@ class Run:
     def places(self) -> int:
         """How many rows tminus takes in a tick."""
         return int(self.model.get("limits", {}).get("max_batch", 16))
-
-
-def _minus(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before

@@ -43,7 +43,7 @@ NETWORK = UNetConfig(
     sample_size=32, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
 )  # fmt: skip
-TICKS = "tminus_step_duration_seconds_sum"
+TICKS = "tminus_tick_duration_seconds_sum"
 PLACES, LENGTHS = (1, 2, 4, 8), (20, 320)  # rows and steps of the jobs that show how long ticks take
 ONE_THREAD = ("--threads", "1", "--max-batch", "8")
 LONG = {"n": 4, "steps": 1000, "seed": 1}

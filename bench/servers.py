@@ -32,7 +32,6 @@ HOST = "127.0.0.1"
 PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
 READY_ASK = Ask(n=2, steps=2)
 CHECKPOINT = ROOT / "checkpoints" / "fashion-mnist-32"
-CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +80,12 @@ class Running:
         """What it has done so far."""
         if self.contender.is_peer:
             row_steps, passes = read_tally(self.tally)
-            return Counters(row_steps, row_steps, passes, None, cpu_seconds(self.pid))
+            return Counters(row_steps, row_steps, passes)
         sums = sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
         return Counters(
             row_steps=sums.get("tminus_row_steps_total", 0.0),
-            places=sums["tminus_batch_rows_sum"],
-            ticks=sums["tminus_batch_rows_count"],
-            ticks_s=sums["tminus_step_duration_seconds_sum"],
-            cpu_s=cpu_seconds(self.pid),
-            rss_bytes=sums.get("process_resident_memory_bytes"),
+            places=sums["tminus_tick_places_sum"],
+            ticks=sums["tminus_tick_places_count"],
         )
 
 
@@ -284,24 +280,6 @@ def sum_metrics(exposition: str) -> dict[str, float]:
     return dict(sums)
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """Processor time of a process and its living descendants; None where there is no /proc."""
-    try:
-        stats = {int(path.parent.name): _stat(path) for path in Path("/proc").glob("[0-9]*/stat")}
-    except OSError:
-        return None
-    if pid not in stats:
-        return None
-    ticks, family = 0, {pid}
-    for _ in stats:  # parents may come after their children
-        more = {child for child, (parent, _) in stats.items() if parent in family}
-        if more <= family:
-            break
-        family |= more
-    ticks = sum(stats[member][1] for member in family)
-    return ticks / CLOCK_TICKS_PER_S
-
-
 def memory_bytes(pid: int) -> tuple[int, int] | None:
     """Peak and resident memory of a process; None where there is no /proc."""
     try:
@@ -316,15 +294,6 @@ def environment() -> dict[str, str]:
     """Settings from outside would make the contenders differ, and nothing here needs the network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TMINUS_", "MOSEC_"))}
     return kept | {"HF_HUB_OFFLINE": "1"}
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    """Parent and clock ticks (user and system) of one process; one that has just ended is left out."""
-    try:
-        fields = path.read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1, 0
-    return int(fields[1]), int(fields[11]) + int(fields[12])
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str], ready_s: float) -> None:

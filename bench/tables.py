@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+from bench import image_tables
+
 Result = Mapping[str, Any]
 
 # The contenders of the same executor and precision stand side by side.
@@ -193,6 +195,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "networks-machine": ("networks", machine),
     "costs": ("costs", costs),
     "gpu": ("", gpu),
+    **image_tables.TABLES,
 }
 
 

@@ -44,33 +44,33 @@ class SamplerFacts:
 
 SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
     "ddpm": SamplerFacts(
-        "the reference: ancestral sampling, at its best with hundreds of steps",
+        "the reference of the literature: it needs hundreds of steps",
         "Ho et al. 2020, algorithm 2",
         100,
         noise="always",
     ),
     "ddim": SamplerFacts(
-        "no noise after x_T (eta 0), or any part of ddpm's (eta up to 1); 50 steps",
+        "no fresh noise (eta 0), or part of that of ddpm (eta up to 1): 50 steps",
         "Song et al. 2021, eq. 12",
         50,
         noise="eta",
     ),
     "dpmpp_2m": SamplerFacts(
-        "the one to begin with: good images in 10 to 20 steps",
+        "the one to begin with: 20 steps",
         "Lu et al. 2022, DPM-Solver++ 2M",
         20,
         multistep=True,
         spacing="karras",
     ),
     "dpmpp_3m": SamplerFacts(
-        "as dpmpp_2m, of third order: for 30 steps and more; with ten or fewer, 2M is better",
+        "dpmpp_2m of third order: 20 steps and more; with 10 or fewer, dpmpp_2m is better",
         "Lu et al. 2022, DPM-Solver++ 3M",
         30,
         multistep=True,
         spacing="karras",
     ),
     "dpmpp_2m_sde": SamplerFacts(
-        "as dpmpp_2m with fresh noise at each step: 20 steps and more",
+        "dpmpp_2m with fresh noise at each step: 20 steps and more",
         "Lu et al. 2022, SDE-DPM-Solver++ 2M",
         30,
         multistep=True,
@@ -78,41 +78,41 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
     "unipc": SamplerFacts(
-        "as dpmpp_2m, with a corrector that takes no pass of its own: 8 to 20 steps",
+        "dpmpp_2m with a corrector that costs no pass: 10 to 20 steps",
         "Zhao et al. 2023, UniPC, order 2, B(h) = e^h - 1",
         10,
         multistep=True,
         spacing="karras",
     ),
     "deis": SamplerFacts(
-        "a multistep solver in eps rather than x_0: 15 steps and more",
+        "a multistep solver in eps instead of x_0: 15 steps and more",
         "Zhang & Chen 2023, DEIS",
         15,
         multistep=True,
         spacing="karras",
     ),
     "plms": SamplerFacts(
-        "what Stable Diffusion began with: 50 equal steps of t, in one pass more",
+        "a multistep solver over equal steps of t, for one pass more than steps: 10 to 50 steps",
         "Liu et al. 2022, PNDM without its Runge-Kutta start",
         50,
         passes_to_start=1,
     ),
     "pndm": SamplerFacts(
-        "plms after three Runge-Kutta steps of four passes: 50 steps, 59 passes",
+        "plms after three Runge-Kutta steps of four passes each: 50 steps, which are 59 passes",
         "Liu et al. 2022, PNDM, algorithm 2",
         50,
         passes_to_start=9,
         steps_to_start=3,
     ),
     "euler": SamplerFacts(
-        "ddim at exact noise levels, between timesteps: 40 steps and more",
+        "ddim at exact noise levels, also between timesteps: 40 steps and more",
         "Karras et al. 2022, first order",
         40,
         fractional=True,
         spacing="karras",
     ),
     "heun": SamplerFacts(
-        "two passes a step, for the exact solution: 25 steps and more, 49 passes",
+        "second order with two passes a step: 25 steps, which are 49 passes",
         "Karras et al. 2022, algorithm 1",
         25,
         passes_per_step=2,
@@ -120,10 +120,10 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "tuned": SamplerFacts(
-        "fitted to this very model: good images in the fewest steps", "tminus tune", 8, spacing=TABLE
+        "fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE
     ),
     "consistency": SamplerFacts(
-        "of a student: each step predicts the image and puts noise back",
+        "for a student, and the only one it takes: one to four steps",
         "Song et al. 2023, algorithm 1",
         2,
         spacing=TABLE,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
 SECRET = re.compile(rf"tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+", re.ASCII | re.IGNORECASE)
+MOST_FAULTS = 20  # that a problem document lists
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -23,6 +24,7 @@ class ServiceError(Exception):
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
     remedy: ClassVar[str] = "Look at the log of the server, which has the reason."
+    of_parameters: ClassVar[bool] = False  # whether a parameter is wrong, so that `errors` lists all that are
     refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
     @property
@@ -39,16 +41,23 @@ class ServiceError(Exception):
         super().__init__(detail)
         self.detail, self.field, self.value, self.bound = detail, field, value, bound
         self.headers: dict[str, str] = {}
+        self.others: tuple[ServiceError, ...] = ()  # found in the same request, of other parameters
 
     def problem(self) -> dict[str, Any]:
         """The members of the problem document."""
-        members: dict[str, Any] = {
+        members = {
             "type": f"urn:tminus:problem:{self.code}",
             "title": self.title,
             "status": self.status,
-            "code": self.code,
-            "detail": masked(self.detail),
+            **self.fault(),
         }
+        if self.of_parameters:
+            members["errors"] = [each.fault() for each in (self, *self.others)[:MOST_FAULTS]]
+        return members
+
+    def fault(self) -> dict[str, Any]:
+        """The members that say what is wrong, and what to change."""
+        members: dict[str, Any] = {"code": self.code, "detail": masked(self.detail)}
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
             if self.bound is not None:
@@ -61,7 +70,7 @@ class InvalidField(ServiceError):
     the `Accept` header.
     """
 
-    status, code, title = 422, "invalid_field", "A parameter is invalid"
+    status, code, title, of_parameters = 422, "invalid_field", "A parameter is invalid", True
     remedy = "Change the parameter in `field` to what `bound` says."
 
     @classmethod
@@ -73,7 +82,7 @@ class InvalidField(ServiceError):
 class UnknownField(ServiceError):
     """There is no parameter with this name, or no file with this name in a form."""
 
-    status, code, title = 422, "unknown_field", "There is no such parameter"
+    status, code, title, of_parameters = 422, "unknown_field", "There is no such parameter", True
     remedy = "Remove or rename it. `bound` lists the names that exist."
 
     @classmethod
@@ -90,7 +99,7 @@ class ConflictingField(ServiceError):
     Or a request has two images.
     """
 
-    status, code, title = 422, "conflicting_field", "A parameter has two values"
+    status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
     remedy = "Send the parameter once."
 
 
@@ -108,11 +117,45 @@ class MalformedForm(ServiceError):
     remedy = "Correct the form."
 
 
+class UnsupportedVersion(ServiceError):
+    """The header `API-Version` names a version that this server does not have."""
+
+    status, code, title = 400, "unsupported_api_version", "The server does not have this version of the API"
+    remedy = "Ask for the version in `bound`, or leave the header out; see [the API version](api-version.md)."
+
+    def __init__(self, asked: str, bound: str) -> None:
+        detail = f"API-Version must be {bound}, or absent, got {short(asked)!r}"
+        super().__init__(detail, field="API-Version", value=asked, bound=bound)
+
+
+class PreconditionFailed(ServiceError):
+    """The `If-None-Match` of a POST names the `ETag` of the answer. The client has the answer, so nothing was run."""
+
+    status, code, title = 412, "precondition_failed", "The client has this answer already"
+    remedy = "Use the answer that you have."
+    refusal = False
+
+    def __init__(self, etag: str) -> None:
+        bound = "an ETag of another answer, or absent"
+        detail = f"the answer has the ETag {etag}, which If-None-Match names"
+        super().__init__(detail, field="If-None-Match", value=etag, bound=bound)
+
+
 class UnsupportedMediaType(ServiceError):
     """The `Content-Type` of the body is none that this call takes."""
 
     status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
     remedy = "Set the `Content-Type` to one that `bound` or `detail` lists, and send such a body."
+
+    @classmethod
+    def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
+        """Name what was declared, and what is taken; so does the header Accept (RFC 9110, 15.5.16)."""
+        names = [*taken]
+        bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
+        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
+        error = cls(detail, field="Content-Type", value=declared, bound=bound)
+        error.headers["Accept"] = ", ".join(names)
+        return error
 
 
 class UnsupportedEncoding(ServiceError):
@@ -133,7 +176,7 @@ class InvalidImage(ServiceError):
     Or a mask has transparency and no white pixel; see [editing](editing.md).
     """
 
-    status, code, title = 422, "invalid_image", "The image is invalid"
+    status, code, title, of_parameters = 422, "invalid_image", "The image is invalid", True
     remedy = "Send an image as `bound` describes it."
 
     @classmethod

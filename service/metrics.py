@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prometheus_client import (
@@ -42,20 +42,28 @@ EXEMPLAR_S = 60.0  # for so long the slowest observation of a bucket is its exem
 PLACES_BUCKETS = tuple(float(2**i) for i in range(11))
 ERRORS = ("500", "507")  # statuses that are the server's own fault
 LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
-OF_A_MODEL = ("weights", "parameters", "fingerprint", "device", "executor", "precision")  # labels of tminus_model_info
+OF_A_MODEL = {
+    "weights": "first 16 characters of the hash of its weights",
+    "parameters": "number of its parameters",
+    "fingerprint": "fingerprint of what makes its bytes",
+    "device": "`cpu` or the GPU",
+    "executor": "what runs the network",
+    "precision": "number format of the forward pass",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A metric: its HELP text in /metrics, and its labels. buckets: of a histogram, their upper bounds."""
+    """A metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its buckets."""
 
     kind: Literal["counter", "gauge", "histogram"]
     text: str
-    labels: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
     more: str = ""  # the page of docs/ that explains what is counted
 
 
+MODEL = {"model": "name of the model"}
 # A group of metrics begins with the one that its heading is keyed by.
 GROUPS = {
     "tminus_tick_duration_seconds": "Ticks and rows",
@@ -73,7 +81,7 @@ METRICS = {
     "tminus_tick_duration_seconds": Described(
         "histogram",
         "How long a tick took: one forward pass and the update that follows. Observed after each tick.",
-        ("model",),
+        MODEL,
         TICK_BUCKETS,
         more="rows-and-ticks.md",
     ),
@@ -81,7 +89,7 @@ METRICS = {
         "histogram",
         "How many places of the forward pass a tick filled. A row takes one place, a row with guidance two. Observed "
         "after each tick.",
-        ("model",),
+        MODEL,
         PLACES_BUCKETS,
         more="rows-and-ticks.md",
     ),
@@ -89,7 +97,7 @@ METRICS = {
         "counter",
         "Steps taken, of one row each. A step with guidance counts once, although it takes two places. Counted after "
         "each tick.",
-        ("model", "sampler"),
+        MODEL | {"sampler": "sampler of the job"},
     ),
     "tminus_rows_active": Described("gauge", "Rows in the last tick; 0 while there is no work."),
     "tminus_rows_waiting": Described(
@@ -119,37 +127,41 @@ METRICS = {
     ),
     "tminus_request_duration_seconds": Described(
         "histogram",
-        "From the head of a request to the end of its response, for every request, also those of background jobs. "
-        "route is the pattern of the path, or unmatched. status is the response's, or 499 if the client disconnected "
-        "first. A WebSocket counts when it closes, with status 101, or with the status of its refusal.",
-        ("route", "status"),
+        "From the head of a request to the end of its response. Every request counts, also one that waits for a "
+        "background job. A WebSocket counts when it closes.",
+        {
+            "route": "pattern of the path, or `unmatched`",
+            "status": "status of the response; 499 if the client disconnected first; of a WebSocket 101, or that of "
+            "its refusal",
+        },
         REQUEST_BUCKETS,
     ),
     "tminus_sample_requests_total": Described(
         "counter",
-        "Requests for images with valid parameters, also those that are then refused for lack of room or answered "
-        "from the cache. sampler is the sampler that the request gets. named says which settings the request gave: "
-        "none, sampler, steps, both or table.",
-        ("model", "sampler", "named"),
+        "Requests for images with valid parameters. Those that are then refused for lack of room, or answered from the "
+        "cache, count too.",
+        MODEL
+        | {
+            "sampler": "sampler that the request gets",
+            "named": "which settings the request gave: `none`, `sampler`, `steps`, `both` or `table`",
+        },
         more="api.md",
     ),
     "tminus_rejected_total": Described(
         "counter",
-        "Refused requests. reason is the code of the error.",
-        ("reason",),
+        "Refused requests.",
+        {"reason": "code of the error"},
         more="reference/errors.md",
     ),
     "tminus_errors_total": Described(
         "counter",
-        "Requests that failed through the server's own fault: those answered with status 500 or 507. Both series "
-        "exist from the start, with the value 0.",
-        ("status",),
+        "Requests that failed by the server's own fault. Both series exist from the start.",
+        {"status": "500 or 507"},
     ),
     "tminus_answered_without_work_total": Described(
         "counter",
-        "Repeated requests that needed no step. how is not_modified (the answer was 304) or cache_hit (the answer was "
-        "in memory).",
-        ("how",),
+        "Repeated requests that needed no step.",
+        {"how": "`not_modified` (the answer was 304) or `cache_hit` (the answer was in memory)"},
     ),
     "tminus_queue_wait_seconds": Described(
         "histogram",
@@ -163,15 +175,15 @@ METRICS = {
         "Background jobs are left out.",
         buckets=REQUEST_BUCKETS,
     ),
-    "tminus_images_total": Described(
-        "counter", "Finished images. Counted when a job has all of its images.", ("model",)
-    ),
+    "tminus_images_total": Described("counter", "Finished images. Counted when a job has all of its images.", MODEL),
     "tminus_jobs_aborted_total": Described(
         "counter",
-        "Accepted jobs that ended without images. reason is client_gone (the client disconnected), client_cancelled, "
-        "deleted (a request cancelled or deleted the job), not_kept (the job store did not accept the job), deadline, "
-        "draining, model_unloaded, engine_failed or not_finite. The last two exist from the start, with the value 0.",
-        ("reason",),
+        "Accepted jobs that ended without images. The series of engine_failed and not_finite exist from the start.",
+        {
+            "reason": "`client_gone` (the client disconnected), `client_cancelled` (a WebSocket client cancelled the "
+            "job), `deleted` (a request cancelled or deleted the job), `not_kept` (the store did not take the job), "
+            "`deadline`, `draining`, `model_unloaded`, `engine_failed` or `not_finite`"
+        },
     ),
     "tminus_row_steps_saved_total": Described(
         "counter",
@@ -180,10 +192,11 @@ METRICS = {
     "tminus_store_up": Described("gauge", "1 while the store of durable jobs can be written to, else 0."),
     "tminus_durable_jobs_ended_total": Described(
         "counter",
-        "Durable jobs that ended on this server. outcome is done, failed, cancelled or lost. A job is lost when "
-        "another server took it over or ended it. A waiting job counts on the server where it was cancelled. A job "
-        "whose record is damaged counts as failed.",
-        ("outcome",),
+        "Durable jobs that ended on this server. A waiting job counts on the server where it was cancelled.",
+        {
+            "outcome": "`done`, `failed` (also if the record of the job is damaged), `cancelled`, or `lost` (another "
+            "server took the job over, or ended it)"
+        },
         more="jobs.md",
     ),
     "tminus_jobs_resumed_total": Described(
@@ -213,44 +226,46 @@ METRICS = {
     ),
     "tminus_webhook_events_total": Described(
         "counter",
-        "Events for webhooks that are settled. outcome is delivered, or given_up after the last attempt failed.",
-        ("outcome",),
+        "Events for webhooks that were delivered or given up.",
+        {"outcome": "`delivered` or `given_up`"},
         more="webhooks.md",
     ),
     "tminus_webhook_attempt_duration_seconds": Described(
         "histogram",
-        "How long one attempt to deliver an event took, at most ten seconds. outcome is delivered or failed.",
-        ("outcome",),
+        "How long one attempt to deliver an event took, at most ten seconds.",
+        {"outcome": "`delivered` or `failed`"},
         WEBHOOK_BUCKETS,
         more="webhooks.md",
     ),
     "tminus_model_info": Described(
         "gauge",
         "Always 1. There is one series for each model in memory, and its labels describe the model.",
-        ("name", *OF_A_MODEL),
+        {"name": "name of the model", **OF_A_MODEL},
         more="models.md",
     ),
     "tminus_models": Described(
-        "gauge", "Models that are served. state is loaded (in memory) or unloaded.", ("state",), more="models.md"
+        "gauge", "Models that are served.", {"state": "`loaded` (in memory) or `unloaded`"}, more="models.md"
     ),
     "tminus_model_loads_total": Described(
         "counter",
-        "Models that were loaded or reloaded while the server ran. outcome is done or refused. reason is admin (a "
-        "request of an admin) or demand (a request for images).",
-        ("outcome", "reason"),
+        "Models that were loaded or reloaded while the server ran.",
+        {
+            "outcome": "`done` or `refused`",
+            "reason": "`admin` (a request of an admin) or `demand` (a request for images)",
+        },
         more="models.md",
     ),
     "tminus_model_unloads_total": Described(
         "counter",
-        "Models that left memory and are still served. reason is idle, room (for another model) or admin.",
-        ("reason",),
+        "Models that left memory and are still served.",
+        {"reason": "`idle`, `room` (for another model) or `admin`"},
         more="models.md",
     ),
     "tminus_key_places_total": Described(
         "counter",
-        "Cost of accepted jobs, in places: a row-step counts once, with guidance twice, as in the quota of a key. key "
-        "is the name of the key, empty for requests without one. Counted when a job is accepted.",
-        ("key",),
+        "Cost of accepted jobs, in places: a row-step counts once, with guidance twice, as in the quota of a key. "
+        "Counted when a job is accepted.",
+        {"key": "name of the key; empty for requests without one"},
         more="security.md",
     ),
     "tminus_keys_up": Described(
@@ -259,16 +274,17 @@ METRICS = {
     ),
     "tminus_encode_duration_seconds": Described(
         "histogram",
-        "How long it took to encode pixels, outside the thread of the ticks. kind is png, zip, json, npy, jpeg, webp, "
-        "tensors, animation, trajectory, path (frames as JSON) or frame (a preview).",
-        ("kind",),
+        "How long it took to encode pixels, outside the thread of the ticks.",
+        {
+            "kind": "`png`, `zip`, `json`, `npy`, `jpeg`, `webp`, `tensors`, `animation`, `trajectory`, `path` (frames "
+            "as JSON) or `frame` (a preview)"
+        },
         ENCODE_BUCKETS,
     ),
     "tminus_autoencoder_duration_seconds": Described(
         "histogram",
-        "How long one image took in the autoencoder of a latent model, between ticks. direction is encode, decode, or "
-        "noise (both, for POST /noise).",
-        ("direction",),
+        "How long one image took in the autoencoder of a latent model, in a thread beside that of the ticks.",
+        {"direction": "`encode`, `decode`, or `noise` (both, for `POST /noise`)"},
         AUTOENCODER_BUCKETS,
         more="latent-models.md",
     ),
@@ -303,13 +319,13 @@ class Metrics:
 
         def histogram(name: str) -> Histogram:
             told = METRICS[name]
-            return Histogram(name, told.text, told.labels, buckets=(*told.buckets, math.inf), registry=registry)
+            return Histogram(name, told.text, tuple(told.labels), buckets=(*told.buckets, math.inf), registry=registry)
 
         def latency(name: str) -> _Latency:
             return _Latency(histogram(name), clock)
 
         def counter(name: str) -> Counter:
-            return Counter(name, METRICS[name].text, METRICS[name].labels, registry=registry)
+            return Counter(name, METRICS[name].text, tuple(METRICS[name].labels), registry=registry)
 
         self._tick = histogram("tminus_tick_duration_seconds")
         self._places = histogram("tminus_tick_places")

@@ -1,18 +1,24 @@
-"""README.md and docs/, held against the code: links, commands, defaults and media types."""
+"""README.md and docs/, held against the code: commands, calls, parameters, defaults and media types.
+
+Links and anchors are for `make docs` to check, which also makes the reference of the code.
+"""
 
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
 
-from tests import options_page, tools
+from docs.site import reference
+from tests import tools
 from tests.documents import ROOT, code_blocks, shell_commands
-from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, problem  # noqa: F401
+from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, running_sites  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended
+from tminus.service.api.answers.operations import LEFT_OUT, MEDIA
 from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.sample import WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
@@ -30,7 +36,9 @@ PAGES = [
 API = (ROOT / "docs" / "api.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
+UNDESCRIBED = ("/docs", "/openapi.json")  # by the document
 OF_DOCKER = {"--stop-timeout", "--init", "--cpus", "--scale", "--target"}  # its own options
+OF_OTHERS = {"--help", "--extra-index-url", "--plot"}  # pip's, and an example's
 
 # Spans by name, and what they say, where that is written down.
 SPANS = (re.compile(r"""(?:traced|start_span|begin_part)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
@@ -43,12 +51,6 @@ def page_name(page: Path) -> str:
 def prose(page: Path) -> str:
     """A page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-
-
-def anchors(page: Path) -> set[str]:
-    """The fragment of each heading, as GitHub makes it."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def tables(text: str, *columns: str) -> Iterator[list[str]]:
@@ -64,20 +66,14 @@ def named(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-# --- links and commands ---
+# --- commands ---
+
+
+COMMANDS = {name.removeprefix("tminus "): command for name, command in reference.commands()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_every_link_make_verb_command_and_option_of_a_page_is_there(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if "://" in target:
-            continue
-        file, _, anchor = target.partition("#")
-        linked = (page.parent / file).resolve() if file else page
-        assert linked.exists(), target
-        if anchor:
-            assert anchor in anchors(linked), target
-
+def test_every_make_verb_command_and_option_of_a_page_is_there(page: Path) -> None:
     verbs = set(re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[0].split())
     in_code = "\n".join([*code_blocks(page, "sh"), *named(prose(page))])
     assert set(re.findall(r"(?:^|or: |=\S+ )make ([a-z]+)", in_code, re.MULTILINE)) <= verbs
@@ -85,23 +81,23 @@ def test_every_link_make_verb_command_and_option_of_a_page_is_there(page: Path) 
     for command in shell_commands(page):
         words = command.split()
         if words[0] in ("tminus", ".venv/bin/tminus"):
-            name = next(known for known in (" ".join(words[1:3]), words[1]) if known in options_page.COMMANDS)
+            name = next(known for known in (" ".join(words[1:3]), words[1]) if known in COMMANDS)
             assert {word for word in words[2:] if word.startswith("-")} <= flags_of(name), command
     if page.name != "benchmarks.md":
         used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
-        known = {flag for name in options_page.COMMANDS for flag in flags_of(name)} | {"--help"}
+        known = {flag for name in COMMANDS for flag in flags_of(name)} | OF_OTHERS
         assert used <= known | (OF_DOCKER if page.parent.name == "docker" else set())
 
 
 def flags_of(command: str) -> set[str]:
     """The options of a command of tminus."""
-    return {flag for each in options_page.COMMANDS[command].params for flag in (*each.opts, *each.secondary_opts)}
+    return {flag for each in COMMANDS[command].params for flag in (*each.opts, *each.secondary_opts)}
 
 
 def test_every_page_of_docs_is_in_its_index_to_which_the_readme_leads() -> None:
     linked = set(re.findall(r"\]\((\w[\w-]*\.md)[)#]", INDEX.read_text("utf-8")))
-    assert linked == {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name}
-    assert f"]({page_name(INDEX)}#" in README.read_text("utf-8")
+    assert {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name} <= linked
+    assert f"]({page_name(INDEX)})" in README.read_text("utf-8")
 
 
 def test_the_readme_begins_with_the_request_that_a_server_prints_when_it_is_ready() -> None:
@@ -117,16 +113,7 @@ def test_every_file_that_architecture_names_exists() -> None:
         assert any(ROOT.glob(f"{part}/**/{name}") for part in ("service", "model", "tests")), name
 
 
-def test_the_options_of_every_command_are_those_of_the_docs() -> None:
-    assert options_page.documented() == options_page.section(), "python -m tests.options_page writes it anew"
-
-
-def test_every_command_is_in_its_table() -> None:
-    rows = tables(options_page.PAGE.read_text("utf-8"), "command", "what it does", "more")
-    assert {named(row[0])[0] for row in rows} == {f"tminus {name}" for name in options_page.COMMANDS}
-
-
-# --- docs/api.md ---
+# --- calls ---
 
 
 @pytest.fixture
@@ -143,7 +130,44 @@ def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
     return document
 
 
-def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def openapi() -> dict[str, Any]:
+    """What a server says of its calls."""
+    with running_sites() as make:
+        document: dict[str, Any] = make().client.get("/openapi.json").json()
+    return document
+
+
+def operations(openapi: dict[str, Any], path: str) -> dict[str, Any]:
+    """The methods of a path, in which words in capitals or braces stand for parts."""
+    path = re.sub(r"^/models/[^/]+(?=/(sample|jobs|noise|model|docs|openapi.json)\b)", "", path)
+    wanted = re.sub(r"\{[^}]+\}|\b[A-Z_]+\b", "{}", path.partition("?")[0])
+    found: dict[str, Any] = {}
+    for known, methods in [*openapi["paths"].items(), *openapi["x-websockets"].items()]:
+        pattern = re.sub(r"\\\{[^}]+\\\}", "[^/]+", re.escape(known))
+        if known == path or re.fullmatch(pattern, wanted):
+            found |= {"ws": methods} if known in openapi["x-websockets"] else methods
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_call_that_a_page_names_is_there_with_its_parameters(page: Path, openapi: dict[str, Any]) -> None:
+    for code in named(prose(page)):
+        if (call := re.match(r"(GET|HEAD|POST|PUT|DELETE|WS) (/[^\s`]*)", code)) and call[2] not in UNDESCRIBED:
+            method = "get" if call[1] == "HEAD" else call[1].lower()
+            assert method in operations(openapi, call[2]), code
+    for url in re.findall(r"localhost:8000(/[^\s'\"`]*)", "".join(code_blocks(page))):
+        path, _, query = url.partition("?")
+        if path in UNDESCRIBED:
+            continue
+        methods = operations(openapi, path)
+        assert methods or any(known.startswith(f"{path}/") for known in openapi["paths"]), url
+        known = {each.get("name") for method in methods.values() for each in method.get("parameters", ())}
+        assert {name for name, _ in parse_qsl(query)} <= known, url
+
+
+@pytest.mark.parametrize("text", [API, MEDIA + LEFT_OUT], ids=["the guide", "the reference"])
+def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site: MakeSite, text: str) -> None:  # noqa: F811
     table = replace(TABLES_OF_50[0], steps=5, guidance=2.0)
     own = Recommended("ddim", 30, 1.5)
     samplers = (*INFO.samplers, table.sampler)
@@ -156,13 +180,19 @@ def test_what_is_taken_where_settings_are_left_out_is_that_of_the_docs(make_site
         "`sampler` and `steps`": {"sampler": "ddim", "steps": 7},
         "`table`": {"table": table.hash},
     }
-    rows = {row[0]: row[1:] for row in tables(API, "named", "sampler", "steps", "guidance")}
+    head = next(iter(re.findall(r"^\| (\w+) \| sampler \| steps \| guidance \|$", text, re.MULTILINE)), None)
+    if head is None:
+        assert text == API  # where it need not be
+        return
+    rows = {
+        row[0].replace("another one", "another"): row[1:] for row in tables(text, head, "sampler", "steps", "guidance")
+    }
     assert rows.keys() == requests.keys()
     for named_by_it, asked in requests.items():
         spec = accepted(site, class_label=0, **asked)
         for name, cell in zip(SETTINGS, rows[named_by_it], strict=True):
             meanings = {
-                "as recommended": getattr(own, name),
+                "(as )?recommended": getattr(own, name),
                 "(that|those) of the table": getattr(table, name),
                 "`default_sampler` in .*": INFO.default_sampler,
                 "its `good_steps` in .*": SAMPLER_FACTS["heun"].good_steps,
@@ -179,7 +209,7 @@ def test_the_events_of_a_webhook_are_those_of_the_docs() -> None:
 
 
 def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
-    documented = [named(media_type)[0] for media_type, _ in tables(API, "media type", "answer")]
+    documented = [named(media_type)[0] for media_type, _ in tables(MEDIA, "media type", "answer")]
     assert documented == [*WITHOUT_EVERY, WEBP]
     for media_type in WITHOUT_EVERY:
         answer = site.post(json={"steps": 2}, headers={"Accept": media_type})
@@ -199,13 +229,11 @@ def test_the_table_of_spans_has_every_span_and_what_each_may_say_and_nothing_els
     code = "".join(file.read_text("utf-8") for file in (ROOT / "service").glob("**/*.py"))
     names, attributes = ({*each.findall(code)} for each in SPANS)
     assert {"job", "queue", "denoise", "decode", "encode", "store add"} <= names
-    text = (ROOT / "docs" / "operations.md").read_text("utf-8").partition("## Traces")[2]
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
-    requests = {"POST /sample", "GET /model"}
-    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])} - requests == names
-    assert {name for row in rows for name in re.findall(r"`(tminus\.[a-z_.]+)`", row[4])} == attributes
+    rows = list(tables((ROOT / "docs" / "operations.md").read_text("utf-8"), "span", "covers", "attributes"))
+    assert {name for spans, *_ in rows[1:] for name in named(spans)} == names, "the first row is that of requests"
+    assert {name for *_, said in rows for name in named(said)} == attributes
 
 
 def test_the_readme_names_the_packages_that_the_tests_need() -> None:
-    section = README.read_text("utf-8").partition("\nThe tests need Debian's packages ")[2].partition("\n\n")[0]
+    section = README.read_text("utf-8").partition("\nThe tests need ")[2].partition("\n\n")[0]
     assert {*re.findall(r"`([^`]+)`", section)} == tools.PLACES.keys()

@@ -13,8 +13,8 @@ from bench.result_file import RESULTS, ROOT
 
 # Units that only measurements have. A number before one of them has a mark.
 UNITS = (
-    r"row-steps/s|row-steps (?:per|a) second|passes/s|passes (?:per|a) second|images/s|frames/s|GFLOP/s|TFLOP/s"
-    r"|ms a row|% of (?:the )?peak|times as (?:fast|slow|long|many|much)|times (?:faster|slower|longer)"
+    r"row-steps/s|row-steps (?:per|a) second|passes/s|images/s|frames/s|GFLOP/s|TFLOP/s|ms a row|% of (?:the )?peak"
+    r"|times as (?:fast|slow|long)|times (?:faster|slower|longer)"
 )
 MEASURED = re.compile(rf"(?<![\w.,])\d[\d.,]*(?:\*\*)? ?(?:{UNITS})")
 CODE = re.compile(r"^(```|~~~).*?^\1|``.+?``|`[^`\n]+`", re.MULTILINE | re.DOTALL)

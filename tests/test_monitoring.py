@@ -35,7 +35,7 @@ EMPTY_HERE = (
     "tminus_device_memory_bytes",
     "tminus_store_backlog_seconds",
     'status=~"5.."',
-    "tminus_cancelled_total",
+    "tminus_jobs_aborted_total",
     "tminus_snapshots_total",
 )
 KEY = "a-key"

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import bare
-from bench.peers.picture import encode, now_s
+from bench.peers.picture import encode
 from bench.tally import Tally
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.executors import Executor
@@ -103,29 +103,25 @@ class Denoiser:
                 Row(number, torch.Generator().manual_seed(wanted.seed + 2**32 * k), label) for k in range(wanted.n)
             ]
         images: list[list[Image.Image]] = [[] for _ in requests]
-        first_step_at_s: list[float] = [math.inf for _ in requests]
         for (steps, sampler), rows in groups.items():
             for part in even_parts(rows, MAX_ROWS):
-                x, first_at_s = self._loop(part, steps, sampler)
+                x = self._loop(part, steps, sampler)
                 for row, image in zip(part, self._read(x), strict=True):
                     images[row.request].append(image)
-                    first_step_at_s[row.request] = min(first_step_at_s[row.request], first_at_s)
-        return [encode(*answer) for answer in zip(images, first_step_at_s, strict=True)]
+        return [encode(answer) for answer in images]
 
-    def _loop(self, rows: Sequence[Row], steps: int, sampler: str) -> tuple[Tensor, float]:
-        """Take rows [B] from noise to images [B, C, H, W]; also the time at which the first step was done."""
+    def _loop(self, rows: Sequence[Row], steps: int, sampler: str) -> Tensor:
+        """Take rows [B] from noise to finished rows [B, C, H, W]."""
         scheduler: Any = self._schedulers[sampler]
         scheduler.set_timesteps(steps)
         generators = [row.generator for row in rows]
         labels = torch.tensor([row.label for row in rows], device=self._device) if self._conditional else None
         x = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in generators]).to(self._device)
-        first_step_at_s = math.inf
         for t in scheduler.timesteps:
             out = self._forward(x.contiguous(memory_format=self._layout), t, labels)
             x = scheduler.step(out, t, x, generator=generators).prev_sample
             self._tally.add(len(rows))
-            first_step_at_s = min(first_step_at_s, now_s())
-        return x, first_step_at_s
+        return x
 
     def _in_torch(self, net: Any) -> Forward:
         def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

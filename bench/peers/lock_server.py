@@ -6,7 +6,6 @@ embedding, which costs no FLOPs worth counting. The pipeline is diffusers' own, 
 
 import asyncio
 import dataclasses
-import math
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from bench.peers import arguments
 from bench.peers.denoiser import faster_layout
-from bench.peers.picture import encode, now_s
+from bench.peers.picture import encode
 from bench.tally import Tally
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 
@@ -73,29 +72,24 @@ def create_app(pipeline: Any, thread: ThreadPoolExecutor, tally: Tally) -> FastA
     """One request at a time goes through the pipeline, the others wait in order."""
     app = FastAPI()
     lock = asyncio.Lock()
-    first_step_at_s = math.inf  # of the request that has the lock
 
     def count(_net: torch.nn.Module, args: tuple[torch.Tensor, ...], _out: object) -> None:
-        nonlocal first_step_at_s
         tally.add(len(args[0]))
-        first_step_at_s = min(first_step_at_s, now_s())
 
     pipeline.unet.register_forward_hook(count)
 
-    def run(body: Body) -> tuple[list[Image.Image], float]:
-        nonlocal first_step_at_s
-        first_step_at_s = math.inf
+    def run(body: Body) -> list[Image.Image]:
         generator = torch.Generator().manual_seed(body.seed)
         images: list[Image.Image] = pipeline(
             batch_size=body.n, num_inference_steps=body.steps, generator=generator
         ).images
-        return images, first_step_at_s
+        return images
 
     @app.post("/sample")
     async def sample(body: Body) -> Response:
         async with lock:
-            images, first_at_s = await asyncio.get_running_loop().run_in_executor(thread, run, body)
-        return Response(await asyncio.to_thread(encode, images, first_at_s), media_type="image/png")
+            images = await asyncio.get_running_loop().run_in_executor(thread, run, body)
+        return Response(await asyncio.to_thread(encode, images), media_type="image/png")
 
     return app
 

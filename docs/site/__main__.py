@@ -1,7 +1,9 @@
-"""Build the documentation site into site/, or look whether the links to other hosts still lead somewhere.
+"""Build the documentation site, or look whether the links to other hosts still lead somewhere.
 
-python -m docs.site
-python -m docs.site --external
+    python -m docs.site
+    python -m docs.site --external
+
+The site is in site/. The pages as Zensical reads them are in build/docs/pages/, and the reference in docs/reference/.
 """
 
 import argparse
@@ -15,13 +17,14 @@ from pathlib import Path
 
 import httpx
 
-from docs.site import api, pages, reference
+from docs.site import api, notebook, pages, reference
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "docs"
 SITE = ROOT / "site"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+ABORTED = "--strict"  # how Zensical ends where it has warned
 # Addresses of examples, and of servers that run where the reader is.
 NOWHERE = ("http://localhost", "http://127.", "https://example.", "http://example.", "mailto:")
 
@@ -45,20 +48,22 @@ def build() -> int:
         text = (ROOT / file).read_text("utf-8")
         page = BUILD / "pages" / pages.page_of(file)
         page.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".ipynb":
+            text = notebook.as_page(file.name, text, f"{links.source_url}/blob/main/{file.as_posix()}")
         titles[file] = pages.title_of(text)
         page.write_text(links.of(file, text), "utf-8")
-    assets = [ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir()]
-    swagger = {pages.REFERENCE / name for name in api.files()}
-    copies = {each: ROOT / each for each in links.copied | swagger} | {
-        Path("assets", each.name): each for each in assets
-    }
+    assets = (ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir())
+    copies = {Path("assets", each.name): each for each in assets}
+    copies |= {each: ROOT / each for each in (*links.copied, *(pages.REFERENCE / name for name in api.files()))}
     for place, source in copies.items():
         target = BUILD / "pages" / place
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     (BUILD / "zensical.toml").write_text(configuration(files, titles), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(BUILD / "zensical.toml")]
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if ABORTED not in done.stderr:  # which a traceback goes before
+        sys.stderr.write(done.stderr)
     if links.broken:
         print("Links to files that are not there:", *sorted(links.broken), sep="\n", file=sys.stderr)
     shutil.move(BUILD / "site", SITE)

@@ -279,15 +279,16 @@ def _metrics() -> Iterator[str]:
     for name, told in METRICS.items():
         if name in METRIC_GROUPS:
             yield f"## {METRIC_GROUPS[name]}\n\n"
-        labels = ", ".join(f"`{label}`" for label in told.labels)
-        facts = told.kind.capitalize() + (f" with the labels {labels}" if labels else "")
-        yield heading(3, f"`{name}`", name) + f"{facts}. {linked(told.text, name)}"
+        yield heading(3, f"`{name}`", name) + f"{told.kind.capitalize()}. {linked(told.text, name)}"
         yield f" See [{title_of(told.more)}]({told.more}).\n\n" if told.more else "\n\n"
+        yield from (f"- `{label}`: {meaning}\n" for label, meaning in told.labels.items())
+        yield "\n"
 
 
 def title_of(link: str) -> str:
-    """The text of a link to a page."""
-    return link.removeprefix("reference/").partition(".md")[0].replace("-", " ")
+    """The text of a link to a page, or to a part of it."""
+    page, _, part = link.removeprefix("reference/").partition("#")
+    return (part or page.removesuffix(".md")).replace("-", " ").replace("api", "API")
 
 
 def linked(text: str, own: str) -> str:

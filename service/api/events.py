@@ -20,7 +20,7 @@ from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.messages import EVENTS
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.operations import described
-from tminus.service.api.answers.progress import EventStream, Progress, patient
+from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, patient
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.jobs import job_in_path
 from tminus.service.api.models import Models, Services
@@ -66,6 +66,8 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
         if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
             return Response(status_code=204)
+        if request.method == "HEAD":
+            return head_answer(EVENT_HEADERS, "text/event-stream")
         with ExitStack() as stack:
             stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
             follower = _Follower(models, request, preview, view, last_id)

@@ -77,7 +77,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     try:
-        body = await read_json(request, services.limits.max_body_bytes)
+        body = await read_json(request, services.limits.max_body_bytes, None)
     except MalformedBody as error:  # their client sends a picture that comes alone as it is
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     names = _names_in(body)

@@ -27,6 +27,7 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import negotiate, no_parameters, read_parameters, read_query, while_connected
 from tminus.service.api.request.schemas import (
     CHOSEN,
@@ -195,7 +196,9 @@ def job_in_path(models: Models) -> Callable[[Request, str], Awaitable[str]]:
 
 async def post_job(services: Services, request: Request) -> Response:
     """Accept a durable job."""
-    return await accept(services, request, await read_parameters(request, services.limits))
+    faults = Faults()
+    parameters = await read_parameters(request, services.limits, faults)
+    return await accept(services, request, parameters, faults=faults)
 
 
 async def put_job(services: Services, request: Request) -> Response:
@@ -203,7 +206,9 @@ async def put_job(services: Services, request: Request) -> Response:
     chosen = request.path_params["job_id"]
     if not CHOSEN.fullmatch(chosen):
         raise InvalidField.of("job_id", CHOSEN_BOUND, chosen)
-    return await accept(services, request, await read_parameters(request, services.limits), chosen)
+    faults = Faults()
+    parameters = await read_parameters(request, services.limits, faults)
+    return await accept(services, request, parameters, chosen, faults)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:

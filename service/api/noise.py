@@ -20,6 +20,7 @@ from tminus.service.api.answers.openapi import (
 )
 from tminus.service.api.answers.operations import described
 from tminus.service.api.models import Models, Services
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -30,11 +31,10 @@ from tminus.service.api.request.reading import (
     negotiate,
     read_body,
     read_form,
-    read_query,
     while_connected,
 )
 from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest, check_uploads
-from tminus.service.errors import BodyTooLarge, InvalidImage, UnsupportedMediaType, short
+from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType
 from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
 
@@ -61,9 +61,13 @@ async def add_noise(services: Services, request: Request) -> Response:
     negotiate(request, (PNG,))
     check_encoding(request)
     check_uploads(model)
-    query = read_query(request)
-    data, fields = await _read_upload(request, services.limits.max_image_bytes)
-    asked = NoiseRequest.parse(merge(query, fields), model)
+    faults = Faults()
+    query = from_items(request.query_params.multi_items(), "the query", faults)
+    data, fields = await _read_upload(request, services.limits.max_image_bytes, faults)
+    parameters = merge(query, fields, faults)
+    with faults.gathered():
+        asked = NoiseRequest.parse(parameters, model)
+    faults.check()
     services = await services.in_memory(request)
     model = services.model
     image = await while_connected(request, services.decoder.decode(data, model))
@@ -78,12 +82,12 @@ async def add_noise(services: Services, request: Request) -> Response:
     headers |= cache_headers(tag)
     if tag is not None and matches(request, tag):
         services.metrics.answered_without_work("not_modified")
-        return Response(status_code=304, headers=headers)
+        raise PreconditionFailed(tag)
     content = await while_connected(request, _made(services, image, asked.t, seed, recipe))
     return Response(content, headers=headers, media_type=PNG)
 
 
-async def _read_upload(request: Request, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
+async def _read_upload(request: Request, max_bytes: int, faults: Faults) -> tuple[bytes, dict[str, Any]]:
     """Read the image, which is the body or the file `image` of a form, and the fields that come with it.
 
     Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and what read_form does.
@@ -92,11 +96,9 @@ async def _read_upload(request: Request, max_bytes: int) -> tuple[bytes, dict[st
         form = await read_form(request, max_bytes, ("image",))
         if "image" not in form.files:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
-        return form.files["image"], from_items(form.fields, "the form")
+        return form.files["image"], from_items(form.fields, "the form", faults)
     if (media_type := media_type_of(request)) not in ("", BYTES) and not media_type.startswith("image/"):
-        declared, bound = request.headers["content-type"], f"image/*, {BYTES} or {FORM}"
-        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
-        raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=bound)
+        raise UnsupportedMediaType.of(request.headers["content-type"], ("image/*", BYTES, FORM))
     data = await read_body(request)
     if len(data) > max_bytes:
         raise BodyTooLarge(len(data), max_bytes, "image")

@@ -47,6 +47,10 @@ def compressed(request: Request, answer: Response) -> Response:
     # A range is one of the file's bytes, which the compressed ones are not.
     is_whole = answer.status_code == 200 and "range" not in request.headers
     if is_whole and any(name == "gzip" and q > 0 for name, q in encodings):
+        if request.method == "HEAD":  # whatever its length would be
+            answer.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
+            del answer.headers["Content-Length"]
+            return answer
         return _Compressed(answer)
     answer.headers["Vary"] = "Accept-Encoding"
     return answer
@@ -69,7 +73,6 @@ def page_routes(without: Collection[str] = ()) -> APIRouter:
     for link in without:
         page = page.replace(f'<a id="{link}"', f'<a id="{link}" hidden')
 
-    @router.head("/", include_in_schema=False)
     @router.get("/", **described("get_page"), response_class=HTMLResponse)
     async def get_page(request: Request) -> Response:
         if without:
@@ -88,7 +91,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
-    @router.api_route("/docs", methods=["GET", "HEAD"])
+    @router.get("/docs")
     async def get_docs(request: Request) -> Response:
         return _with_headers(await pages.get_response("docs.html", request.scope), DOCS_HEADERS)
 
@@ -96,7 +99,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
     async def get_file(request: Request, name: str) -> Response:
         return _with_headers(await swagger_ui.get_response(name, request.scope), DOCS_HEADERS)
 
-    @router.api_route("/openapi.json", methods=["GET", "HEAD"])
+    @router.get("/openapi.json")
     async def get_openapi(request: Request) -> JSONResponse:
         return JSONResponse(document(request))
 

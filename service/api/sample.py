@@ -29,9 +29,10 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.answers.operations import described
-from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
+from tminus.service.api.answers.progress import finished_or_gone, head_answer, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
 from tminus.service.api.request.schemas import (
     AnimationRequest,
@@ -41,8 +42,8 @@ from tminus.service.api.request.schemas import (
     WebhookRequest,
     check_pictures,
 )
-from tminus.service.api.submission import accept, pixel_headers, spec_headers, submit, understand
-from tminus.service.errors import InvalidField
+from tminus.service.api.submission import accept, pixel_headers, refuse, spec_headers, submit, understand
+from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
     MEDIA_TYPES,
@@ -67,6 +68,7 @@ from tminus.service.work import JobResult, noisy_passes, select_passes, timestep
 from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
 from tminus.service.worker.running_job import NewJob
 
+OF_ANSWERS = frozenset({*TrajectoryRequest.model_fields, *FloatsRequest.model_fields, *WebhookRequest.model_fields})
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
@@ -123,8 +125,12 @@ class Answer:
 
 async def sample(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
-    parameters = await read_parameters(request, services.limits)
-    animation = AnimationRequest.take_from(parameters)
+    faults = Faults()
+    parameters, animation = await read_parameters(request, services.limits, faults), None
+    with faults.gathered():
+        animation = AnimationRequest.take_from(parameters)
+    if faults:
+        await refuse(services, parameters, faults, OF_ANSWERS)
     offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), NOT_WITH_EVERY)
     media_type = negotiate(request, offered, hint)
     if media_type == NPY:
@@ -134,12 +140,17 @@ async def sample(services: Services, request: Request) -> Response:
         response = await accept(services, request, parameters)
         response.headers["Preference-Applied"] = "respond-async"
         return response
-    if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
-        raise refused(NOT_DURABLE, webhook.url)
-    walk = TrajectoryRequest.take_from(
-        parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
-    )
-    clip = FloatsRequest.take_from(parameters, media_type)
+    with faults.gathered():
+        if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
+            raise refused(NOT_DURABLE, webhook.url)
+    with faults.gathered():
+        walk = TrajectoryRequest.take_from(
+            parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
+        )
+    with faults.gathered():
+        clip = FloatsRequest.take_from(parameters, media_type)
+    if faults:
+        await refuse(services, parameters, faults)
     services, new = await understand(services, caller_of(request), parameters, request)
     if animation is not None:
         answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
@@ -160,10 +171,14 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     if tag is not None:
         if matches(request, tag):
             metrics.answered_without_work("not_modified")
+            if request.method == "POST":
+                raise PreconditionFailed(tag)
             return Response(status_code=304, headers=headers)
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
             metrics.answered_without_work("cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
+    if request.method == "HEAD":  # the request is right: what it would cost to run it is not spent
+        return head_answer(headers, answer.media_type)
     loop = asyncio.get_running_loop()
     with services.recordings.taken(answer.held_bytes, answer.held_for) if answer.held_bytes else nullcontext():
         ticket = await submit(services, caller_of(request), new.recorded_by(answer.recording))

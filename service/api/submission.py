@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -19,6 +19,7 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.defaults import named_by
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
 from tminus.service.errors import InvalidField, Overloaded
@@ -59,6 +60,18 @@ async def understand(
     if waited_s and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
     return services, new
+
+
+async def refuse(services: Services, parameters: dict[str, Any], faults: Faults, others: Collection[str] = ()) -> None:
+    """Raise what is wrong already, with what else is wrong with the parameters of SampleRequest.
+
+    parameters: are taken. others: names in them that other schemas check.
+    """
+    for name in others:
+        parameters.pop(name, None)
+    with faults.gathered():
+        (await _parse(services, parameters)).to_spec(services.model, services.limits)
+    faults.check()
 
 
 async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
@@ -129,13 +142,18 @@ async def create(
     chosen: str | None = None,
     *,
     transparent: bool = False,
+    faults: Faults | None = None,
 ) -> tuple[JobView, bool]:
     """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
 
     chosen: the UUID that the client has chosen. parameters: may name a webhook; they and transparent: see `understand`.
-    Raises what `understand` and NewJobs.create do.
+    faults: what is wrong with the parameters so far. Raises it, and what `understand` and NewJobs.create do.
     """
-    caller, webhook = caller_of(request), WebhookRequest.take_from(parameters, services.webhooks)
+    caller, webhook, faults = caller_of(request), None, faults or Faults()
+    with faults.gathered():
+        webhook = WebhookRequest.take_from(parameters, services.webhooks)
+    if faults:
+        await refuse(services, parameters, faults)
     asked = await _parse(services, parameters)
     size_bytes = len(asked.image or b"") + len(asked.mask or b"")
     key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, chosen, transparent=transparent)
@@ -182,12 +200,13 @@ async def accept(
     request: Request,
     parameters: dict[str, Any],
     chosen: str | None = None,
+    faults: Faults | None = None,
 ) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
 
-    parameters, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
+    parameters, chosen, faults: see `create`. A job of a chosen UUID that is here already is answered 200.
     """
-    view, again = await create(services, request, parameters, chosen)
+    view, again = await create(services, request, parameters, chosen, faults=faults)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

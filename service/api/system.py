@@ -51,7 +51,6 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     """Make the routes of the whole server. metrics: None leaves /metrics out."""
     router = APIRouter(tags=["system"])
 
-    @router.head("/healthz", include_in_schema=False, response_model=None)
     @router.get(
         "/healthz",
         **described("get_liveness"),
@@ -61,7 +60,6 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     async def healthz() -> StatusAnswer | Response:
         return alive(worker)
 
-    @router.head("/readyz", include_in_schema=False, response_model=None)
     @router.get(
         "/readyz",
         **described("get_readiness"),
@@ -74,7 +72,6 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 
     if metrics is not None:
 
-        @router.head("/metrics", include_in_schema=False, response_model=None)
         @router.get("/metrics", **described("get_metrics"), response_class=PlainTextResponse, responses={200: METRICS})
         async def get_metrics(request: Request) -> Response:
             return metrics_answer(metrics, request)

@@ -127,7 +127,7 @@ def bench(
 
     \b
       tminus bench http://localhost:8000 --rate 2 --seconds 20
-      tminus bench http://localhost:8000 --rate 4 -n 4 --sampler dpmpp_2m --steps 20 --json
+      tminus bench --rate 4 -n 4 --sampler dpmpp_2m --steps 20 --json
 
     The load is an open loop: requests arrive as a Poisson process, whether or not earlier ones are answered. A latency
     counts from the planned arrival. So a rate above what the server can do shows as latencies that grow with --seconds,

@@ -132,8 +132,8 @@ def evaluate(
     """Measure a checkpoint: variational bound, class accuracy, Fréchet distance and memorisation.
 
     \b
-      tminus evaluate --checkpoint runs/digits --data digits/ --sampler ddim --steps 50
-      tminus evaluate --sampler all --steps 10,20,50 --seeds 0,1,2 --report report/
+      tminus evaluate --checkpoint runs/digits --data digits/ --steps 50
+      tminus evaluate --sampler all --steps 10,20,50 --report report/
 
     The command prints tables in Markdown, for a model card. With several samplers, steps or scales of guidance it
     measures every combination, with every seed.

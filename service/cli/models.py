@@ -29,6 +29,7 @@ def models(change: str | None, name: str | None, url: str, as_json: bool) -> Non
       tminus models unload colour     # its jobs still finish
       tminus models load colour       # returns when the model is served
       tminus models reload colour     # reads its folder again
+      tminus models --json
 
     To load, reload or unload, put a key of the role admin in the variable TMINUS_KEY. Loading may take a minute.
 

@@ -147,7 +147,7 @@ def sample(
       tminus sample -n 10 --out images/
       tminus sample --class-label sneaker --out sneaker.png
       tminus sample --image sneaker.png --strength 0.6 --out varied.png
-      tminus sample -n 10 --url http://localhost:8000
+      tminus sample -n 4 --url http://localhost:8000 --model colour
       tminus sample -n 4 --steps 100 --url http://localhost:8000 --watch way.webp
 
     An --out that ends in .png is one file: an image, or a sheet of several. Any other name is a folder with a PNG for

@@ -291,8 +291,8 @@ def train_autoencoder(**options: Any) -> None:
     """Train an autoencoder for latent diffusion, or resume a run.
 
     \b
-      tminus train-autoencoder --data photos/ --size 64 --out runs/autoencoder
-      tminus train --data photos/ --size 64 --latent runs/autoencoder --out runs/photos
+      tminus train-autoencoder --data photos/ --size 64 --out runs/coder
+      tminus train --data photos/ --size 64 --latent runs/coder --out runs/photos
 
     Ctrl-C saves the run, and the same command continues it as if it had not stopped.
     """

@@ -16,9 +16,10 @@ class ClientError(Exception):
 
 
 class Problem(ClientError):
-    """The server refused or failed, and said why; docs/errors.md lists the codes.
+    """The server refused or failed, and said why; the errors page of the docs lists the codes.
 
-    `field`, `value` and `bound` name what to change, where that is one thing. `retry_after_s` is when to try again.
+    `field`, `value` and `bound` name what to change, where that is one thing. `errors` has all that is wrong with the
+    parameters, each with `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again.
     `document` has all members, also those of one code only, as the `cause` of `no_images`.
     """
 
@@ -30,8 +31,10 @@ class Problem(ClientError):
         self.field: str | None = document.get("field")
         self.value: Any = document.get("value")
         self.bound: str | None = document.get("bound")
+        self.errors: list[dict[str, Any]] = [dict(each) for each in document.get("errors", ())]
         self.retry_after_s = retry_after_s
-        super().__init__(f"{self.status} {self.detail}")
+        also = "".join(f"; {each.get('detail', '')}" for each in self.errors[1:])
+        super().__init__(f"{self.status} {self.detail}{also}")
 
 
 class Unreachable(ClientError):
@@ -83,6 +86,8 @@ def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Probl
         checks.text(members.get(name, ""))
     for name in ("field", "bound"):
         checks.optional(checks.text, members.get(name))
+    for each in checks.items(members.get("errors", [])):
+        checks.text(checks.mapping(each).get("detail", ""))
     return Problem(members, retry_after_s)
 
 

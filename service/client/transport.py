@@ -1,6 +1,7 @@
 """Addresses, keys, limits, and what the errors of httpx and of websockets mean. No I/O."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreacha
 if TYPE_CHECKING:  # at run time all but `watch` does without websockets
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+VERSION = {"API-Version": "1"}  # that this client is written for; a server that does not have it says so
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
@@ -95,6 +97,14 @@ def check_coding(response: httpx.Response) -> None:
 def too_large(status: int, max_bytes: int) -> UnexpectedAnswer:
     """Make the error for an answer that is longer than one to this request can be."""
     return UnexpectedAnswer(status, f"longer than an answer to this can be ({max_bytes} bytes)")
+
+
+def warn_of_deprecation(method: str, response: httpx.Response) -> None:
+    """Warn where the server says that a call goes away (RFC 9745 and 8594). The warning names no query."""
+    if "deprecation" in response.headers:
+        until = response.headers.get("sunset")
+        what = f"{method} {response.url.path} is deprecated" + (f", and goes on {until}" if until else "")
+        warnings.warn(f"{what}: see the changelog of tminus", FutureWarning, stacklevel=2)
 
 
 def check(response: httpx.Response) -> None:

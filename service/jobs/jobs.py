@@ -231,18 +231,18 @@ class Jobs:
         return view
 
     async def delete(self, job_id: str, sees: str | None) -> None:
-        """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
+        """Delete a job; one that has not ended is cancelled first. Raises JobNotFound."""
         if self._held(job_id) is not None:
             view = await self.cancel(job_id, sees)
-            if view.state != "cancelled":  # it was done before the worker was told
-                await self._lifecycles[view.model].store.delete(job_id)
+            await self._lifecycles[view.model].store.delete(job_id)
             return
         status = await self._statuses.of(job_id)
         if status is not None and sees in (None, status.owner) and self._worker.cancel(job_id, "deleted"):
             return
         for lifecycle in self.by_store(job_id):
             with unless_retired(lifecycle):
-                if await _cancel_in_store(lifecycle, job_id, sees) or await lifecycle.store.delete(job_id, sees):
+                await _cancel_in_store(lifecycle, job_id, sees)
+                if await lifecycle.store.delete(job_id, sees):
                     return
         raise _not_found(job_id)
 
@@ -292,19 +292,18 @@ async def _kept_views(
     return [kept_view(record, lifecycle.model, lifecycle.model_name) for record in records]
 
 
-async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> bool:
-    """End a job of a shared store that has not ended; False if there is none, or what is kept of it is damaged."""
+async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:
+    """End a job of a shared store that has not ended, if there is one and what is kept of it is not damaged."""
     if not lifecycle.store.shared:
-        return False
+        return
     try:
         record = await lifecycle.store.call(JobStore.get, job_id)
     except StorageFailed as error:
         if error.damaged:
-            return False
+            return
         raise
-    if record is None or record.outcome is not None or sees not in (None, record.owner):
-        return False
-    return await lifecycle.cancel_elsewhere(record)
+    if record is not None and record.outcome is None and sees in (None, record.owner):
+        await lifecycle.cancel_elsewhere(record)
 
 
 def _not_found(job_id: str) -> JobNotFound:

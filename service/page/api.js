@@ -58,7 +58,8 @@ export const shorten = (text) =>
 
 export class Refusal extends Error {
   constructor(status, problem) {
-    super(shorten(problem.detail ?? `the server answered ${status}`));
+    const all = problem.errors?.map((each) => each.detail) ?? [problem.detail ?? `the server answered ${status}`];
+    super(shorten(all.join("; ")));
     this.status = status;
     this.code = problem.code;
     this.field = problem.field;

@@ -93,6 +93,9 @@ def create_app(
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general(contract)]), (OF_A_MODEL, of_a_model)):
         for router in routers:
+            for route in router.routes:
+                if isinstance(route, Route) and route.methods and "GET" in route.methods:
+                    route.methods.add("HEAD")  # whose body the server leaves out
             app.include_router(router, prefix=prefix)
             for route in router.routes:
                 if isinstance(route, Route) and route.methods:

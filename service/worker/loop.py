@@ -47,7 +47,7 @@ def note_nothing(_part: Part, _jobs: Collection[str]) -> None:
 
 
 SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
-LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_total counts it
+LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_ended_total counts it
 
 
 class Ticked(NamedTuple):

@@ -31,7 +31,7 @@ main()
 
 @pytest.fixture
 def press(tmp_path: Path) -> Iterator[Press]:
-    """Type a text and Tab in a bash with the completion of docs/command-line.md, until it shows what is expected."""
+    """Type a text and Tab in a bash with the completion that the docs describe, until it shows what is expected."""
     if (bash := shutil.which("bash")) is None:
         pytest.skip("there is no bash")
     (tmp_path / "bin").mkdir()

@@ -79,14 +79,14 @@ def test_each_gets_the_same_bytes_in_another_order_beside_other_work_with_which_
     bodies, order = mixed_bodies(), list(range(len(alone)))
     random.Random(1).shuffle(order)
     beside = {"n": 3, "steps": 30, "class_label": 3, "guidance": 3}
-    ticks = bundled_server.metric("tminus_step_duration_seconds_count")
+    ticks = bundled_server.metric("tminus_tick_duration_seconds_count")
     slow_down(bundled_server)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(made, bundled_server, json=beside)
         assert at_once(bundled_server, [bodies[k] for k in order]) == [alone[k] for k in order]
         bundled_server.speed_up()
         other.result(120)
-    ticks = bundled_server.metric("tminus_step_duration_seconds_count") - ticks
+    ticks = bundled_server.metric("tminus_tick_duration_seconds_count") - ticks
     # They shared them as far as a tick has places: one after the other they would have taken the sum of their steps.
     asked = [*bodies, beside]
     places = sum(body["n"] * body["steps"] * (2 if "guidance" in body else 1) for body in asked)
@@ -151,7 +151,7 @@ def test_a_client_killed_in_mid_request_changes_nothing_for_nineteen_others_and_
 ) -> None:
     bodies = [{"n": 1, "steps": 40 + k, "seed": k, "class_label": k % 10, "guidance": 1 + k % 2} for k in range(19)]
     expected = [made(server, json=body) for body in bodies]
-    cancelled = server.metric("tminus_cancelled_total")
+    cancelled = server.metric("tminus_jobs_aborted_total")
     url = f"{server.url}/sample?n=64&steps=900&seed=1"
     slow_down(server)
     victim = subprocess.Popen([needs("curl"), "--silent", "-X", "POST", url, "-o", str(tmp_path / "never.png")])
@@ -161,13 +161,13 @@ def test_a_client_killed_in_mid_request_changes_nothing_for_nineteen_others_and_
             answers = [pool.submit(made, server, json=body) for body in bodies]
             server.wait_until(lambda: len(httpx.get(f"{server.url}/jobs?state=waiting,running").json()["jobs"]) > 10)
             victim.kill()
-            server.wait_until(lambda: server.metric("tminus_cancelled_total") == cancelled + 1)
+            server.wait_until(lambda: server.metric("tminus_jobs_aborted_total") == cancelled + 1)
             server.speed_up()
             assert [answer.result(120) for answer in answers] == expected
     finally:
         victim.kill()
         victim.wait()
-    assert server.metric("tminus_cancelled_total") == cancelled + 1
+    assert server.metric("tminus_jobs_aborted_total") == cancelled + 1
     assert server.metric("tminus_row_steps_saved_total") > 0
     assert server.metric("tminus_backlog_seconds") == 0
 

@@ -92,7 +92,7 @@ def test_openais_library_for_javascript_and_a_client_that_leaves_its_stream(
     mask.write_bytes(png_of(np.dstack([np.full((32, 32, 3), 90, np.uint8), 255 - upper])))
     data = SAME | {"guidance": "2", "guidance_interval": ["100", "900"]}
     edited = server.post(data=data, files={"image": image.read_bytes(), "mask": png_of(upper)}).content
-    gone = server.metric("tminus_cancelled_total")
+    gone = server.metric("tminus_jobs_aborted_total")
     slow_down(server, between_ticks_s=0.02)
     said = json.loads(node("openai.mjs", tmp_path, f"{server.url}/v1", str(image), str(mask)))
     assert [of_base64(each) for each in said["images"]] == [alone(server), alone(server, index=1)]
@@ -107,7 +107,7 @@ def test_openais_library_for_javascript_and_a_client_that_leaves_its_stream(
         ["NotFoundError", 404, "model_not_found", "model", True],
     ]
     assert said["stopped"] == partial
-    server.wait_until(lambda: server.metric("tminus_cancelled_total") == gone + 1)
+    server.wait_until(lambda: server.metric("tminus_jobs_aborted_total") == gone + 1)
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 

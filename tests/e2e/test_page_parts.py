@@ -458,7 +458,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     page, file, made = open_page(), tmp_path / "made.png", server.post(json=ALL_OF_IT).content
     file.write_bytes(made)
     page.give(file)
-    page.says("#recipe-text", "It is of this model, and this build.")
+    page.says("#recipe-text", "It was made by this model and this build.")
     page.press("Make it again")
     expect(page.at("#recipe-answer")).to_have_text("The same, byte for byte. The build is the same.")
     page.make()
@@ -480,7 +480,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     file = tmp_path / "other.png"
     save_with(file, changed, recipe.replace('"weights": "', '"weights": "0'))
     page.give(file)
-    page.says("#recipe-text", "It is of another model, or other weights")
+    page.says("#recipe-text", "It was made by another model, or other weights")
 
     # A file is looked at only within bounds.
     size_and_read = """async () => { let read = false;

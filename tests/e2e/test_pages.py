@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs.site.reference import command_line
 from tests.documents import ROOT, code_blocks, run_python, run_shell, shell_commands
 from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown, pixels, stop_server
 from tests.service.keys import key_line
@@ -151,7 +152,8 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     monkeypatch.setenv("TMINUS_OPEN", "yes")
     monkeypatch.setenv("TMINUS_KEY", "tm_of_the_page")
     server = own_server("--checkpoint", f"colour={small}", checkpoint=BUNDLED)
-    page = shell_commands("docs/command-line.md")
+    (folder / "command-line.md").write_text(command_line().replace("\ntminus ", "\n.venv/bin/tminus "), "utf-8")
+    page = shell_commands(folder / "command-line.md")
     sample, *samples = (command for command in page if command.startswith(".venv/bin/tminus sample"))
     run_shell(sample, folder)
     server.slow_down(0.03)  # or few frames are seen
@@ -159,11 +161,13 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
         # One has loaded the bundled model, which takes longer.
         run_shell(command if "--url" in command else f"{command} --checkpoint {small}", folder, server.url)
     server.speed_up()
-    listed, *changed, as_json = run_commands(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
+    models = [command for command in page if command.startswith(".venv/bin/tminus models")]
+    commands = [command if "--url" in command else f"{command} --url {server.url}" for command in models]
+    listed, *changed, as_json = (run_shell(command, folder, server.url) for command in commands)
     assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "fashion-mnist-32", "colour"]
     assert changed == ["colour: unloaded\n", "colour: loaded\n", "colour: reloaded\n"]
     assert [each["name"] for each in json.loads(as_json)["models"]] == ["fashion-mnist-32", "colour"]
-    assert size(folder / "colour.png") == (8 * 64, 8 * 64), "four images, enlarged"
+    assert size(folder / "out.png") == (8 * 64, 8 * 64), "four images, enlarged"
     assert size(folder / "bags.png") == (6 * 160, 6 * 64), "ten images, enlarged"
     assert size(folder / "sneaker.png") == (32, 32)
     assert len(list((folder / "images").glob("*.png"))) == 10

@@ -90,7 +90,7 @@ def test_the_command_line_watches_and_keeps_the_way(
 
 
 def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer, slow_down: SlowDown) -> None:
-    before = server.metric("tminus_cancelled_total")
+    before = server.metric("tminus_jobs_aborted_total")
     slow_down(server)
     with open_stream(server) as ws:
         ws.send(json.dumps(SPEC | {"n": 8, "steps": 1000, "sampler": "ddpm", "every": 1}))
@@ -98,7 +98,7 @@ def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer, slow_dow
         # Dropped without a word, as a phone that goes out of reach would do; a reset, so that the server may know.
         ws.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         ws.socket.close()
-    server.wait_until(lambda: server.metric("tminus_cancelled_total") == before + 1)
+    server.wait_until(lambda: server.metric("tminus_jobs_aborted_total") == before + 1)
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 

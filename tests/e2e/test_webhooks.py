@@ -63,7 +63,7 @@ def test_kill_9_between_the_end_of_a_job_and_its_delivery_loses_nothing(own_serv
         assert there.refused == [], "each was signed"
         assert "s3cret" not in server.log
         assert f"webhook {again.id} of job {job_id}: delivered to {there.url} in" in server.log
-        assert server.metric("tminus_webhooks_total") == 1
+        assert server.metric("tminus_webhook_events_total") == 1
 
 
 @pytest.mark.long

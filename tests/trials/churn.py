@@ -116,7 +116,7 @@ async def settled(url: str) -> dict[str, float]:
         counted = await metrics(url)
         found = {
             "rows": counted["tminus_rows_active"] + counted["tminus_rows_waiting"],
-            "tasks": counted["tminus_tasks"],
+            "tasks": counted["tminus_asyncio_tasks"],
             "open files": counted["process_open_fds"],
             MEMORY: counted["process_resident_memory_bytes"],
         }

@@ -240,7 +240,7 @@ def clock(bench: Bench) -> str:
         after = {job["id"] for job in jobs_of(server)}
         assert after == before, f"{len(before - after)} of {len(before)} ended jobs are gone"
         metrics = http.get("/metrics").text
-        late = re.search(r'tminus_cancelled_total\{reason="deadline"\} (\S+)', metrics)
+        late = re.search(r'tminus_jobs_aborted_total\{reason="deadline"\} (\S+)', metrics)
         assert late is None or float(late[1]) == 0, "a deadline passed"
     return f"{len(bench.accepted)} jobs done, all {len(before)} kept, no deadline passed"
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from functools import cached_property
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -74,6 +74,13 @@ class Progress:
             (told | {"show": show} | ({} if image is None else {"image": self._spec.index + image}), picture)
             for show, image, picture in pictures
         ]
+
+
+def head_answer(headers: Mapping[str, str], media_type: str) -> Response:
+    """Make the answer to a HEAD without making its body, whose length is then not known (RFC 9110, 9.3.2)."""
+    answer = Response(headers=headers, media_type=media_type)
+    del answer.headers["Content-Length"]
+    return answer
 
 
 def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobResult]":

@@ -22,6 +22,7 @@ from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
+from tminus.service.api.edge.version import check_version
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
@@ -92,6 +93,7 @@ class AccessControl:
             return
         try:
             self._allowed_sites.check(scope)
+            check_version(scope)
             if is_open(scope["path"], scope["method"]):
                 await self._app(scope, receive, send)
                 return

@@ -22,6 +22,7 @@ ANY = "*"
 OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model
 # Of answers, that pages of other origins may read.
 EXPOSED_HEADERS = (
+    *("API-Version", "Deprecation", "Sunset", "Link"),
     *("RateLimit", "RateLimit-Policy"),
     *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
     *(
@@ -36,6 +37,9 @@ EXPOSED_HEADERS = (
         "X-ETA-Seconds",
         "X-Queue-Position",
         "X-Alpha-Bar",
+        "X-Value-Range",
+        "X-Clipped",
+        "X-Shown-Channels",
         "Inference-Header-Content-Length",
     ),
 )

@@ -157,7 +157,6 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
     async def get_server() -> ServerMetadata:
         return ServerMetadata(name="tminus", version=version, extensions=EXTENSIONS)
 
-    @router.head("/v2/health/live", include_in_schema=False, response_model=None)
     @router.get(
         "/v2/health/live", **described("kserve_get_liveness"), response_model=LiveAnswer, responses=failures(500, 503)
     )
@@ -165,7 +164,6 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
         reason = fatal_error(worker)
         return LiveAnswer(live=True) if reason is None else problems.render(reason, request.scope)
 
-    @router.head("/v2/health/ready", include_in_schema=False, response_model=None)
     @router.get(
         "/v2/health/ready",
         **described("kserve_get_readiness"),
@@ -183,7 +181,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
     )  # fmt: skip
     async def get_index(request: Request) -> list[ModelInIndex]:
         check_encoding(request)
-        body = await read_json(request, models.default.limits.max_body_bytes)
+        body = await read_json(request, models.default.limits.max_body_bytes, None)
         check_names(body, ("ready",))
         only_ready = flag_of(body.get("ready", False), "ready")
         reason = why_unready(worker, jobs)

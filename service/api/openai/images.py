@@ -33,6 +33,7 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -47,7 +48,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.submission import create, spec_headers, submit, understand
-from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
+from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
@@ -134,12 +135,12 @@ def openai_routes(models: Models) -> APIRouter:
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
     """Read the form; a list has one name for each of its items, and so may a single image have."""
     if not is_form(request):
-        declared = request.headers.get("content-type", "")
-        detail = f"Content-Type must be {FORM}, got {short(declared)!r}"
-        raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=FORM)
+        raise UnsupportedMediaType.of(request.headers.get("content-type", ""), (FORM,))
     names = [*PICTURES, PICTURES[0] + LIST]
     form = await read_form(request, limits.max_image_bytes, names)
-    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form")
+    faults = Faults()
+    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form", faults)
+    faults.check()
     if {"image", "image" + LIST} <= form.files.keys():
         raise ConflictingField("image is in the form twice", field="image", value="2 files")
     return members | {name.removesuffix(LIST): data for name, data in form.files.items()}

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import FORM, Form, parse_form
 from tminus.service.api.request.schemas import NUMBER, PICTURES
 from tminus.service.errors import (
@@ -24,8 +25,10 @@ from tminus.service.errors import (
     NotAcceptable,
     UnknownField,
     UnsupportedEncoding,
+    UnsupportedMediaType,
     short,
 )
+from tminus.service.images.encoder import JSON
 from tminus.service.jobs.webhooks.webhook import origin_of
 from tminus.service.model_info import Limits
 
@@ -121,34 +124,40 @@ def is_form(request: Request) -> bool:
     return media_type_of(request) == FORM
 
 
-async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read the parameters in query and body.
+async def read_parameters(request: Request, limits: Limits, faults: Faults) -> dict[str, Any]:
+    """Read the parameters in query and body. What is wrong with any goes into faults, and it is left out.
 
-    Raises UnsupportedEncoding, InvalidField, ConflictingField and what is wrong with a body.
+    Raises UnsupportedEncoding, UnsupportedMediaType, and what is wrong with a body.
     """
     check_encoding(request)
-    query = read_query(request)
-    for name in query.keys() & PICTURES:
-        bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
-        raise InvalidField.of(name, bound, query[name])
+    query = from_items(request.query_params.multi_items(), "the query", faults)
+    for name in PICTURES:
+        if name in query:
+            bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
+            faults.add(InvalidField.of(name, bound, query.pop(name)))
     if "webhook" in query:  # whose secrets logs and histories would have
-        raise InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query["webhook"])))
+        faults.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
     if is_form(request):
         form = await read_form(request, limits.max_image_bytes, PICTURES)
-        return merge(query, {**from_items(form.fields, "the form"), **form.files})
-    return merge(query, await read_json(request, limits.max_body_bytes))
+        return merge(query, {**from_items(form.fields, "the form", faults), **form.files}, faults)
+    return merge(query, await read_json(request, limits.max_body_bytes, (JSON, FORM)), faults)
 
 
 def read_query(request: Request) -> dict[str, Any]:
     """Read the parameters in the query. Raises ConflictingField."""
-    return from_items(request.query_params.multi_items())
+    faults = Faults()
+    parameters = from_items(request.query_params.multi_items(), "the query", faults)
+    faults.check()
+    return parameters
 
 
 async def no_parameters(request: HTTPConnection) -> None:
-    """Raise UnknownField if the query of a call without parameters has one."""
+    """Raise UnknownField if the query of a call without parameters has any."""
+    faults = Faults()
     for name, value in request.query_params.multi_items():
         detail = f"there is no parameter {short(name)!r}; known: none"
-        raise UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters")
+        faults.add(UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters"))
+    faults.check()
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Body], *args: P.args, **kwargs: P.kwargs) -> Body:
@@ -177,10 +186,18 @@ async def read_body(request: Request) -> bytes:
     return b"".join([chunk async for chunk in chunks_of(request)])
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end."""
-    body, costly_bytes = bytearray(), 0
+async def read_json(request: Request, max_bytes: int, taken: Collection[str] | None = (JSON,)) -> dict[str, Any]:
+    """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end.
+
+    taken: the media types of bodies that the call takes; a body of another is refused, and one of none is JSON. None:
+    whatever the type, the body is JSON, as where others have defined the call and their clients name none.
+
+    Raises UnsupportedMediaType and what is wrong with a body.
+    """
+    body, costly_bytes, declared = bytearray(), 0, media_type_of(request)
     async for chunk in chunks_of(request):
+        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may say what it likes
+            raise UnsupportedMediaType.of(request.headers["content-type"], taken)
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
         if costly_bytes > max_bytes:
@@ -188,10 +205,10 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return await off_loop(len(body), from_body, bytes(body), max_bytes)
 
 
-def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
+def from_items(items: Iterable[tuple[str, str]], where: str, faults: Faults) -> dict[str, Any]:
     """Turn the items of a query or a form into parameters; lists repeat their name.
 
-    Raises ConflictingField where another field comes twice.
+    A field that is none, and comes twice, is left out: a ConflictingField goes into faults.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -200,7 +217,8 @@ def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> di
     for name, given in values.items():
         if len(given) > 1 and name not in LIST_FIELDS:
             detail = f"{short(name)} is given {len(given)} times in {where}"
-            raise ConflictingField(detail, field=name, value=given)
+            faults.add(ConflictingField(detail, field=name, value=given))
+            continue
         parameters[name] = given if len(given) > 1 else given[0]
     return parameters
 
@@ -235,13 +253,15 @@ def _parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-    """Join query and body. Raises ConflictingField where both give a field and differ."""
-    for name in query.keys() & body.keys():
-        if not _same(query[name], body[name]):
+def merge(query: dict[str, Any], body: dict[str, Any], faults: Faults) -> dict[str, Any]:
+    """Join query and body. A field that differs is left out: a ConflictingField goes into faults."""
+    merged = query | body
+    for name in query:
+        if name in body and not _same(query[name], body[name]):
             detail = f"{short(name)} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
-            raise ConflictingField(detail, field=name, value=query[name])
-    return query | body
+            faults.add(ConflictingField(detail, field=name, value=query[name]))
+            del merged[name]
+    return merged
 
 
 def _same(query_value: Any, body_value: Any) -> bool:

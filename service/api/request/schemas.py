@@ -5,6 +5,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema
@@ -14,6 +15,7 @@ from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
+from tminus.service.api.request.faults import Faults
 from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY
@@ -122,10 +124,12 @@ Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type"
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for a parameter, or a member of an object, that there is not."""
+    """Raise UnknownField for parameters, or members of an object, that there are not."""
+    faults = Faults()
     for name, value in given.items():
         if name not in known:
-            raise UnknownField.of(name, known, value)
+            faults.add(UnknownField.of(name, known, value))
+    faults.check()
 
 
 class RequestSchema(BaseModel):
@@ -145,19 +149,30 @@ class RequestSchema(BaseModel):
         """Check names and types, and the bounds that the fields declare; bound_of says a field's bound in words.
 
         A list of more than max_items is refused before its items are looked at: pydantic would build an error for each.
-        Raises UnknownField, InvalidImage, or InvalidField for the first wrong field.
+        Raises UnknownField, InvalidField, or InvalidImage, with all that is wrong.
         """
-        check_names(parameters, cls.model_fields)
+        faults = Faults()
+        with faults.gathered():
+            check_names(parameters, cls.model_fields)
+        given = {name: value for name, value in parameters.items() if name in cls.model_fields}
         for name, value in parameters.items():
-            if isinstance(value, list) and len(value) > max_items:
+            if isinstance(value, list) and len(value) > max_items and name in given:
                 detail = f"{name} must be {bound_of(name)}, got a list of {len(value)}"
-                raise InvalidField(detail, field=name, value=value, bound=bound_of(name))
-        try:
-            return cls.model_validate(dict(parameters))
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            field = str(first["loc"][0])
-            raise InvalidField.of(field, bound_of(field), parameters.get(field)) from None
+                faults.add(InvalidField(detail, field=name, value=given.pop(name), bound=bound_of(name)))
+        while True:
+            try:
+                checked = cls.model_validate(given)
+                break
+            except InvalidImage as error:  # it ends the validation: the others are looked at without this one
+                faults.add(error)
+                del given[error.field or ""]
+            except ValidationError as error:
+                for each in error.errors(include_url=False, include_context=False, include_input=False):
+                    field = str(each["loc"][0])
+                    faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
+                break
+        faults.check()
+        return checked
 
 
 class SampleRequest(RequestSchema):
@@ -304,12 +319,16 @@ class SampleRequest(RequestSchema):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
-        """Check names and types. Raises InvalidField, InvalidImage or UnknownField for the first thing wrong."""
+        """Check names and types. Raises UnknownField, InvalidField or InvalidImage, with all that is wrong."""
         max_items = max(limits.max_n, MAX_ITEMS)
         return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
-        """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
+        """Check the values against the model and the limits, and fill in what was left out.
+
+        Raises InvalidField, with all that is wrong.
+        """
+        faults, bounds = Faults(), _bounds(model, limits)
         for field, ok in (
             ("sampler", self.sampler in (None, *model.samplers)),
             ("n", 1 <= self.n <= limits.max_n),
@@ -318,25 +337,39 @@ class SampleRequest(RequestSchema):
             ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
         ):
             if not ok:
-                raise InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field))
-        labels = class_numbers(self.class_label, self.n, model)
+                faults.add(InvalidField.of(field, bounds[field], getattr(self, field)))
+        labels: tuple[int | None, ...] | None = None
+        if "n" not in faults:
+            with faults.gathered():
+                labels = class_numbers(self.class_label, self.n, model)
+        seed = draw(SEED_BITS) if self.seed is None else self.seed
+        for check in (partial(self._check_walk, seed), partial(self._check_edit, limits.max_image_bytes, model)):
+            with faults.gathered():
+                check()
+        if self.clip and model.latent is not None and not model.clip:
+            faults.add(InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip))
+        interval = None
+        with faults.gathered():
+            interval = self._interval(model.num_timesteps)
+        if "sampler" in faults:  # all else depends on it
+            faults.check()
         can_guide = model.null_class is not None and labels is not None and None not in labels
         settings = settings_of(self.decisive(), model, can_guide=can_guide)
-        sampler, steps = settings.sampler, settings.steps
-        table = self._table(model, settings)
+        sampler, steps, table = settings.sampler, settings.steps, None
+        if not any(name in faults for name in ("n", "steps", "class_label")):
+            with faults.gathered():
+                table = self._table(model, settings)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
         if table is None and spacing not in SPACINGS:
-            raise InvalidField.of("timestep_spacing", _bounds(model, limits)["timestep_spacing"], spacing)
+            faults.add(InvalidField.of("timestep_spacing", bounds["timestep_spacing"], spacing))
         if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
-            raise InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps)
+            faults.add(InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps))
         if self.eta is not None and sampler != "ddim":
-            raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
-        seed = draw(SEED_BITS) if self.seed is None else self.seed
-        self._check_walk(seed)
-        self._check_edit(limits.max_image_bytes, model)
-        self._check_guidance(settings.guidance, model, labels)
-        if self.clip and model.latent is not None and not model.clip:
-            raise InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip)
+            faults.add(InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta))
+        if not any(name in faults for name in ("n", "steps", "class_label", "guidance")):
+            with faults.gathered():
+                self._check_guidance(settings.guidance, model, labels)
+        faults.check()
         return SampleSpec(
             n=self.n,
             steps=steps if table is None else table.steps,
@@ -346,7 +379,7 @@ class SampleRequest(RequestSchema):
             index=self.index,
             class_labels=labels,
             guidance=settings.guidance if table is None else table.guidance,
-            guidance_interval=self._interval(model.num_timesteps),
+            guidance_interval=interval,
             guidance_rescale=self.guidance_rescale,
             timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,

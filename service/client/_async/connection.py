@@ -17,6 +17,7 @@ from ..transport import (
     PONG_S,
     UNBOUNDED,
     UNCOMPRESSED,
+    VERSION,
     check,
     check_coding,
     closed,
@@ -26,6 +27,7 @@ from ..transport import (
     refused,
     timeouts,
     too_large,
+    warn_of_deprecation,
     ws_address,
 )
 
@@ -81,7 +83,7 @@ class AsyncConnection:
         self._ws_address, self._headers = ws_address(address), dict(headers or {})
         self._http = httpx.AsyncClient(
             base_url=address,
-            headers=UNCOMPRESSED | self._headers,
+            headers=VERSION | UNCOMPRESSED | self._headers,
             timeout=timeouts(),
             limits=UNBOUNDED,
             transport=transport,
@@ -113,6 +115,7 @@ class AsyncConnection:
     async def _send(self, method: str, path: str, max_bytes: int, options: Mapping[str, Any]) -> httpx.Response:
         try:
             async with self._http.stream(method, path, extensions=TRACED, **options) as response:
+                warn_of_deprecation(method, response)
                 return await _whole(response, max_bytes)
         except httpx.HTTPError as error:
             raise lost(error) from None

@@ -18,6 +18,7 @@ from ..transport import (
     PONG_S,
     UNBOUNDED,
     UNCOMPRESSED,
+    VERSION,
     check,
     check_coding,
     closed,
@@ -27,6 +28,7 @@ from ..transport import (
     refused,
     timeouts,
     too_large,
+    warn_of_deprecation,
     ws_address,
 )
 
@@ -82,7 +84,7 @@ class Connection:
         self._ws_address, self._headers = ws_address(address), dict(headers or {})
         self._http = httpx.Client(
             base_url=address,
-            headers=UNCOMPRESSED | self._headers,
+            headers=VERSION | UNCOMPRESSED | self._headers,
             timeout=timeouts(),
             limits=UNBOUNDED,
             transport=transport,
@@ -114,6 +116,7 @@ class Connection:
     def _send(self, method: str, path: str, max_bytes: int, options: Mapping[str, Any]) -> httpx.Response:
         try:
             with self._http.stream(method, path, extensions=TRACED, **options) as response:
+                warn_of_deprecation(method, response)
                 return _whole(response, max_bytes)
         except httpx.HTTPError as error:
             raise lost(error) from None

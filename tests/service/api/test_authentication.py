@@ -149,7 +149,7 @@ def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest
         if line.startswith(("tminus_rejected", "tminus_key"))
     }
     assert samples['tminus_rejected_total{reason="unauthorized"}'] == 2
-    assert samples['tminus_key_row_steps_total{key="ann"}'] == 16
+    assert samples['tminus_key_places_total{key="ann"}'] == 16
     assert samples["tminus_keys_up"] == 1
 
 

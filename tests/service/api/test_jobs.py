@@ -147,7 +147,7 @@ def test_deleting_a_waiting_job_frees_it_and_answers_its_client(asked: Asked) ->
     answer = running.result(PATIENCE_S)
     assert answer.status_code == 200
     metrics = asked.site.metrics()
-    assert metrics['tminus_cancelled_total{"reason": "deleted"}'] == 1
+    assert metrics['tminus_jobs_aborted_total{"reason": "deleted"}'] == 1
     assert metrics["tminus_row_steps_saved_total"] == 20
     rejected = {name for name in metrics if name.startswith("tminus_rejected_total")}
     assert rejected <= {'tminus_rejected_total{"reason": "job_not_found"}'}, "a job given up is no refusal"
@@ -195,7 +195,7 @@ def test_a_deadline_that_passes_in_flight_ends_the_job_with_504(site: Site) -> N
         answer = patient.result(PATIENCE_S)
     np.testing.assert_array_equal(pixels(answer.content), fake_pixels(make_spec(seed=2), 5)[0, :, :, 0])
     metrics = site.metrics()
-    assert metrics['tminus_cancelled_total{"reason": "deadline"}'] == 1
+    assert metrics['tminus_jobs_aborted_total{"reason": "deadline"}'] == 1
     assert metrics["tminus_backlog_seconds"] == 0
     assert metrics['tminus_request_duration_seconds_count{"route": "/sample", "status": "504"}'] == 1
 
@@ -214,7 +214,7 @@ def test_a_network_that_gives_nan_is_told_to_its_own_client_only(site: Site) -> 
         assert "NaN" in document["detail"]
         assert well.result(PATIENCE_S).status_code == 200
     assert json.loads(json.dumps(document)) == document
-    assert site.metrics()['tminus_cancelled_total{"reason": "not_finite"}'] == 1
+    assert site.metrics()['tminus_jobs_aborted_total{"reason": "not_finite"}'] == 1
 
 
 # --- durable edits ---

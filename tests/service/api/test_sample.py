@@ -181,7 +181,7 @@ def test_a_client_that_goes_away_frees_its_rows_at_the_next_tick(site: Site) -> 
     site.engine.gate.open()
     assert site.post(json=QUICK).status_code == 200
     metrics = site.metrics()
-    assert metrics['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+    assert metrics['tminus_jobs_aborted_total{"reason": "client_gone"}'] == 1
     assert metrics["tminus_row_steps_saved_total"] == 4 * 1000 - 4
     assert metrics["tminus_backlog_seconds"] == 0
     assert metrics['tminus_request_duration_seconds_count{"route": "/sample", "status": "499"}'] == 1

@@ -188,7 +188,7 @@ def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: boo
         if keep_open:
             client.run(**SPEC, every=1000)
         assert client.closed()[0] == 1000
-    assert site.metrics()['tminus_cancelled_total{"reason": "client_cancelled"}'] == 1
+    assert site.metrics()['tminus_jobs_aborted_total{"reason": "client_cancelled"}'] == 1
 
 
 def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
@@ -202,7 +202,7 @@ def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
         site.engine.next_begun()
     site.open_when_told()
     wait_until(lambda: not site.engine.jobs)
-    assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+    assert site.metrics()['tminus_jobs_aborted_total{"reason": "client_gone"}'] == 1
 
 
 @pytest.mark.parametrize("code", ["not_ready", "draining"])

@@ -82,7 +82,7 @@ def test_metrics_count_what_happened(site: Site) -> None:
     assert metrics['tminus_images_total{"model": "fake"}'] == 4
     assert metrics['tminus_row_steps_total{"model": "fake", "sampler": "ddpm"}'] == 6
     assert metrics['tminus_row_steps_total{"model": "fake", "sampler": "ddim"}'] == 2
-    assert metrics['tminus_batch_rows_sum{"model": "fake"}'] == 6 + 4
+    assert metrics['tminus_tick_places_sum{"model": "fake"}'] == 6 + 4
     assert metrics['tminus_rejected_total{"reason": "invalid_field"}'] == 1
     assert metrics['tminus_rejected_total{"reason": "unknown_field"}'] == 1
     assert metrics['tminus_encode_duration_seconds_count{"kind": "png"}'] == 1

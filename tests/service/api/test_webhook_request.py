@@ -77,7 +77,7 @@ def test_start_output_and_completed_are_told_with_the_jobs_document(
     assert listed["webhook"]["deliveries"] == found
     assert "s3cret" not in site.client.get("/jobs").text + caplog.text
     metrics = site.metrics()
-    assert metrics['tminus_webhooks_total{"outcome": "delivered"}'] == 3
+    assert metrics['tminus_webhook_events_total{"outcome": "delivered"}'] == 3
 
 
 def test_a_job_that_fails_or_is_cancelled_is_told_to_have_ended(site: Site) -> None:

@@ -39,13 +39,13 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(file: Path) 
     file.write_text('port = 1\nmax-n = 2\nmax_jobs = 3\nhost = "::1"\n')
     found = lines("--config", file, "--port", "11", "--changed", TMINUS_PORT="12", TMINUS_MAX_N="13")
     assert found == [
-        'host = "::1"  # file ' + str(file),
-        "port = 11  # flag --port",
         "max_n = 13  # variable TMINUS_MAX_N",
         "max_jobs = 3  # file " + str(file),
+        'host = "::1"  # file ' + str(file),
+        "port = 11  # flag --port",
     ]
     assert "max_batch" in "".join(lines("--config", file))
-    assert lines("--changed", TMINUS_CONFIG=str(file))[0].startswith('host = "::1"')
+    assert lines("--changed", TMINUS_CONFIG=str(file))[0].startswith("max_n = 2 ")
     assert lines("--changed") == []
 
 

@@ -43,7 +43,7 @@ def test_network_that_diffusers_has_not_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "does not say all that is needed; give --image-size (the side of the images in pixels); --timesteps"),
+        ([], "does not say all that is needed; give --image-size (Side of the images in pixels); --timesteps"),
         ([*HO, "--variance", "learned"], "--variance must be fixed_small or fixed_large, got 'learned'"),
         ([*HO, "--variance", "fixed_small", "--heads", "2"], "--heads says nothing about a file of the PyTorch port"),
     ],
@@ -71,5 +71,5 @@ def test_file_is_told_with_what_is_missing(tmp_path: Path) -> None:
     file = save(randomised(Ho()), tmp_path / "model.ckpt")
     result = run("inspect", file)
     assert result.exit_code == 0, result.output
-    assert "missing  --variance (fixed_small or fixed_large, of ancestral sampling)" in result.output
+    assert "missing  --variance (Variance of ancestral sampling: fixed_small or fixed_large)" in result.output
     assert " a pass of one row" not in result.output

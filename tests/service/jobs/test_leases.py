@@ -174,12 +174,12 @@ def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site]) -> None:
     assert asked.client.post(f"/jobs/{ids[0]}/cancel").json()["state"] == "cancelled"
     assert asked.client.delete(f"/jobs/{ids[1]}").status_code == 204
     assert [state(asked, job_id) for job_id in ids] == ["cancelled"] * 2
-    wait_until(lambda: holder.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 2)
+    wait_until(lambda: holder.metrics().get('tminus_durable_jobs_ended_total{"outcome": "lost"}') == 2)
     holder.engine.gate.open()  # only now can its worker do anything
     wait_until(lambda: holder.engine.jobs == {})
     assert [state(holder, job_id) for job_id in ids] == ["cancelled"] * 2
-    assert 'tminus_cancelled_total{"reason": "lost"}' not in holder.metrics()
-    assert 'tminus_durable_jobs_total{"outcome": "cancelled"}' not in asked.metrics(), "its holder has counted it"
+    assert 'tminus_jobs_aborted_total{"reason": "lost"}' not in holder.metrics()
+    assert 'tminus_durable_jobs_ended_total{"outcome": "cancelled"}' not in asked.metrics(), "its holder has counted it"
     assert asked.client.delete(f"/jobs/{ids[0]}").status_code == 204, "what has ended is deleted"
     assert holder.client.get(f"/jobs/{ids[0]}").status_code == 404
 
@@ -194,7 +194,7 @@ def test_a_job_that_nobody_holds_is_counted_where_it_is_cancelled(
     assert not any(job_id in full.worker.jobs for job_id in left)
     assert full.client.post(f"/jobs/{left[0]}/cancel").json()["state"] == "cancelled"
     assert full.client.delete(f"/jobs/{left[1]}").status_code == 204
-    assert full.metrics()['tminus_durable_jobs_total{"outcome": "cancelled"}'] == 2
+    assert full.metrics()['tminus_durable_jobs_ended_total{"outcome": "cancelled"}'] == 2
     full.engine.gate.open()
 
 
@@ -243,9 +243,9 @@ def test_who_is_asleep_past_its_lease_loses_its_jobs_and_the_other_ends_them(
     asleep.engine.gate.open()  # it ends the job too, and what it made is nothing
     wait_until(lambda: asleep.engine.jobs == {})
     assert len(list(lives.statuses())) == 0
-    wait_until(lambda: asleep.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 1)
+    wait_until(lambda: asleep.metrics().get('tminus_durable_jobs_ended_total{"outcome": "lost"}') == 1)
     assert asleep.client.get(f"/jobs/{job_id}/image").content == image
-    assert awake.metrics()['tminus_durable_jobs_total{"outcome": "done"}'] == 1
+    assert awake.metrics()['tminus_durable_jobs_ended_total{"outcome": "done"}'] == 1
 
 
 def _replica_of(site: Site) -> str:
@@ -432,7 +432,7 @@ def test_a_job_whose_result_takes_long_to_be_kept_can_be_cancelled(
     wait_until(lambda: job_id not in site.worker.jobs)
     assert site.client.post(f"/jobs/{job_id}/cancel").json()["state"] == "cancelled"
     slow_finish.set()
-    wait_until(lambda: site.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 1)
+    wait_until(lambda: site.metrics().get('tminus_durable_jobs_ended_total{"outcome": "lost"}') == 1)
     assert state(site, job_id) == "cancelled"
 
 

@@ -115,7 +115,7 @@ def test_a_damaged_job_of_an_earlier_start_counts_as_failed(restarts: Restarts) 
     damaged = site.client.get(f"/jobs/{job_id}")
     problem(damaged, 507, "storage_failed")
     assert "retry-after" not in damaged.headers, "it will be no better"
-    assert site.metrics()['tminus_durable_jobs_total{"outcome": "failed"}'] == 1
+    assert site.metrics()['tminus_durable_jobs_ended_total{"outcome": "failed"}'] == 1
 
 
 def test_another_build_begins_a_job_anew_and_signs_what_it_made(restarts: Restarts) -> None:
@@ -260,7 +260,7 @@ def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
     wait_until(lambda: not worker.alive)
     metrics = site.metrics()
     assert metrics["tminus_row_steps_saved_total"] == 0
-    assert 'tminus_cancelled_total{"reason": "suspended"}' not in metrics
+    assert 'tminus_jobs_aborted_total{"reason": "suspended"}' not in metrics
 
 
 def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_others_are_done(

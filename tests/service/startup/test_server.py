@@ -320,7 +320,7 @@ def test_what_happens_in_the_server_is_told_there(served: Served) -> None:  # no
     text = httpx.get(f"{url}/metrics").text
     for line in ('tminus_images_total{model="fake"} 2.0', "tminus_store_up 1.0", "tminus_rows_waiting 0.0"):
         assert line in text
-    assert "tminus_tasks 0.0" not in text
+    assert "tminus_asyncio_tasks 0.0" not in text
     asked = httpx.get(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
     assert asked.headers["Content-Type"].startswith("application/openmetrics-text")
     assert ' # {request_id="' in asked.text

@@ -1,4 +1,4 @@
-"""The settings: where each may be given, what it may be, the part that it comes to, and their page in the docs."""
+"""The settings: where each may be given, what it may be, and the part that it comes to."""
 
 import gc
 import re
@@ -8,18 +8,16 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import click.testing
 import pytest
 from pydantic import SecretStr
-from pydantic.fields import FieldInfo
 
 from tests.receivers import SECRET
 from tests.service.fakes import INFO, FakeEngine
 from tests.service.keys import key_line
 from tminus.service.cli import main as cli
-from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded, Progress
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.store.job_store import JobStore
@@ -495,53 +493,3 @@ def test_a_name_may_stand_in_an_address() -> None:
     for name in ("", ".", "..", "-a", "a/b", "a\\b", "a b", "\u00e9", "a\n", "x" * 65, "%2e"):
         assert not NAME.fullmatch(name)
         assert NAME.fullmatch(name_of(name))
-
-
-# --- docs/settings.md ---
-
-
-def documented() -> dict[str, list[str]]:
-    """The cells of each row of the tables in docs/settings.md, by the variable of the setting."""
-    lines = (Path(__file__).parents[3] / "docs" / "settings.md").read_text("utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if "| `TMINUS_" in line]
-    assert len({row[1] for row in rows}) == len(rows), "each setting once"
-    return {row[1]: row for row in rows}
-
-
-def values_of(field: FieldInfo) -> str:
-    """The cell that says what a setting may be."""
-    if field.annotation in (bool, bool | None):
-        return "yes or no"
-    if get_origin(field.annotation) is tuple:
-        return "`[NAME=]PATH`"
-    bounds = {key: value for each in field.metadata for key, value in vars_of(each).items() if value is not None}
-    choice = bounds.get("pattern", "").strip("^()$").split("|") if "pattern" in bounds else get_args(field.annotation)
-    if choice and all(isinstance(value, str) for value in choice):
-        return ", ".join(f"`{value}`" for value in choice)
-    if "gt" in bounds:
-        return f"above {bounds['gt']}"
-    if "ge" in bounds:
-        return f"{bounds['ge']}..{bounds['le']}" if "le" in bounds else f"{bounds['ge']} or more"
-    return "path" if field.annotation in (Path, Path | None) else "text"
-
-
-def vars_of(constraint: object) -> dict[str, Any]:
-    return {key: getattr(constraint, key, None) for key in ("ge", "gt", "le", "pattern")}
-
-
-def test_the_settings_page_says_what_each_setting_is_called_may_be_and_is_by_default() -> None:
-    rows = documented()
-    assert rows.keys() == {f"`{variable(name)}`" for name in Settings.model_fields}
-    for name, field in Settings.model_fields.items():
-        sides, _, values, default, what = rows[f"`{variable(name)}`"]
-        flags = f"`{flag(name)}`, `--no-{flag(name)[2:]}`" if name in TWO_SIDED else f"`{flag(name)}`"
-        assert sides == (flags if name not in NO_FLAG else "none"), name
-        assert values == values_of(field), name
-        if name == "checkpoint":
-            assert default == f"the bundled `{BUNDLED.name}`"
-        elif field.default is None:
-            assert default, f"{name}: in words, for what the machine decides"
-            assert "`" not in default or name == "cache_dir", name
-        else:
-            assert default == (f"`{shown(field.default)}`" if field.default != "" else "empty"), name
-        assert what.endswith("."), name

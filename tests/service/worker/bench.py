@@ -160,7 +160,7 @@ class Bench:
         return {status.id: status for status in self.worker.jobs.statuses()}
 
     def metric(self, name: str, **labels: str) -> float:
-        if name.startswith(("row_steps_total", "images_total", "batch_rows", "step_duration")):
+        if name.startswith(("row_steps_total", "images_total", "tick_places", "tick_duration")):
             labels["model"] = INFO.name
         value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
         return 0.0 if value is None else value

@@ -136,7 +136,7 @@ def test_a_job_given_up_frees_its_rows_before_the_next_tick(make_bench: MakeBenc
     assert isinstance(failure(waiting), JobCancelled)
     assert {spec.seed for spec, _ in bench.engine.jobs.values()} == {2}
     assert bench.metric("row_steps_saved_total") == 20 - 2 * 2 + 40, "row-steps, not places"
-    assert bench.metric("cancelled_total", reason="client_gone") == 2
+    assert bench.metric("jobs_aborted_total", reason="client_gone") == 2
     bench.finish()
     images(other)
     assert [len(batch.rows) for batch in bench.engine.batches] == [3, 3, 1, 1, 1, 1]
@@ -162,7 +162,7 @@ def test_an_exception_in_a_tick_fails_the_jobs_of_that_tick_only(make_bench: Mak
         assert (error.status, error.code) == (500, "engine_failed")
         assert "RuntimeError" in error.detail
         assert "secret" not in error.detail
-    assert bench.metric("cancelled_total", reason="engine_failed") == 2
+    assert bench.metric("jobs_aborted_total", reason="engine_failed") == 2
     bench.finish()
     np.testing.assert_array_equal(images(bystander), fake_pixels(make_spec(seed=3, n=8), 50))
 
@@ -214,7 +214,7 @@ def test_a_row_that_is_not_finite_fails_its_own_job_only(make_bench: MakeBench) 
     assert isinstance(error, NotFinite)
     assert (error.status, error.code) == (500, "not_finite")
     assert {spec.seed for spec, _ in bench.engine.jobs.values()} == {2}, "the job's other rows are gone too"
-    assert bench.metric("cancelled_total", reason="not_finite") == 1
+    assert bench.metric("jobs_aborted_total", reason="not_finite") == 1
     assert bench.metric("row_steps_saved_total") == 30 - 2 * 3
     bench.finish()
     np.testing.assert_array_equal(images(well), fake_pixels(make_spec(seed=2, n=2), 5))
@@ -274,7 +274,7 @@ def test_a_deadline_that_passes_while_waiting_ends_the_job_and_no_other(make_ben
     bench.finish()
     np.testing.assert_array_equal(images(running), fake_pixels(make_spec(seed=1, n=2), 4))
     np.testing.assert_array_equal(images(patient), fake_pixels(make_spec(seed=3, n=2), 6))
-    assert bench.metric("cancelled_total", reason="deadline") == 1
+    assert bench.metric("jobs_aborted_total", reason="deadline") == 1
     assert bench.metric("row_steps_saved_total") == 10
 
 
@@ -319,9 +319,9 @@ def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
     assert bench.metric("row_steps_total", sampler="ddpm") == 6
     assert bench.metric("row_steps_total", sampler="ddim") == 2
     assert bench.metric("images_total") == 3
-    assert bench.metric("batch_rows_count") == len(bench.engine.batches) == 3
-    assert bench.metric("batch_rows_sum") == 2 * 6 + 2
-    assert bench.metric("step_duration_seconds_sum") == 3
+    assert bench.metric("tick_places_count") == len(bench.engine.batches) == 3
+    assert bench.metric("tick_places_sum") == 2 * 6 + 2
+    assert bench.metric("tick_duration_seconds_sum") == 3
     times = [(result.queue_s, result.first_step_s, result.denoise_s) for result in results]
     assert times == [(1, 2, 3), (0, 1, 2)]
     assert bench.metric("queue_wait_seconds_count") == bench.metric("time_to_first_step_seconds_count") == 2
@@ -371,7 +371,7 @@ def test_a_job_that_another_server_has_by_now_saves_no_steps(make_bench: MakeBen
     bench.tick(2)
     bench.cancel("lost", LOST)
     assert isinstance(failure(lost), JobCancelled)
-    assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason=LOST) == 0
+    assert bench.metric("row_steps_saved_total") == bench.metric("jobs_aborted_total", reason=LOST) == 0
     assert bench.engine.jobs == {}
 
 

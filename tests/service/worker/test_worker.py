@@ -89,7 +89,7 @@ def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: 
     assert isinstance(failure(cancelled), JobCancelled)
     assert not bench.worker.cancel("cancelled", "client_gone")
     images(bench.submit("after"))
-    assert bench.metric("cancelled_total", reason="client_gone") == 1
+    assert bench.metric("jobs_aborted_total", reason="client_gone") == 1
     assert bench.metric("images_total") == 2
 
 
@@ -381,7 +381,7 @@ def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBe
     assert not closing.is_alive()
     assert len(bench.engine.batches) == 1
     assert bench.metric("row_steps_saved_total") == 2 * 9 + 3 * 10
-    assert bench.metric("cancelled_total", reason="draining") == 2
+    assert bench.metric("jobs_aborted_total", reason="draining") == 2
 
 
 def test_a_job_whose_last_step_runs_at_closing_is_delivered(make_bench: MakeBench) -> None:
@@ -451,7 +451,7 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
     assert len(answers) == 6 * 25
     assert answers.count("done") > 0
     assert answers.count("cancelled") > 0
-    assert bench.metric("cancelled_total", reason="client_gone") == answers.count("cancelled")
+    assert bench.metric("jobs_aborted_total", reason="client_gone") == answers.count("cancelled")
 
 
 # --- durable jobs ---
@@ -518,7 +518,7 @@ def test_a_durable_job_queued_just_before_the_drain_is_suspended(make_bench: Mak
     bench.worker.run(lambda engine: None).result(PATIENCE_S)
     bench.worker.join()
     assert isinstance(failure(futures[0]), Draining)
-    assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason="draining") == 0
+    assert bench.metric("row_steps_saved_total") == bench.metric("jobs_aborted_total", reason="draining") == 0
 
 
 def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: MakeBench) -> None:

@@ -490,7 +490,7 @@ def test_a_client_that_leaves_frees_its_rows_at_the_next_tick(site: Site, stream
     assert len(site.engine.batches) - 1 == 1
     assert site.streams.open == 0
     site.engine.gate.open()
-    assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+    assert site.metrics()['tminus_jobs_aborted_total{"reason": "client_gone"}'] == 1
 
 
 def test_a_job_that_is_deleted_ends_its_stream_by_an_error(held: Site) -> None:

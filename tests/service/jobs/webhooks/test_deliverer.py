@@ -132,8 +132,8 @@ def test_500_twice_and_then_200_is_delivered_under_one_id_with_the_reason_in_bet
         running = asyncio.run(run())
     assert len({delivery_id for _, delivery_id, *_ in sent}) == 1
     assert [body for _, _, body, _ in sent] == [b'{"id": "a"}'] * 3
-    assert running.counted("webhook_duration_seconds_count") == {"delivered": 1, "failed": 2}
-    assert running.counted("webhooks_total") == {"delivered": 1}
+    assert running.counted("webhook_attempt_duration_seconds_count") == {"delivered": 1, "failed": 2}
+    assert running.counted("webhook_events_total") == {"delivered": 1}
     lines = [record.getMessage() for record in caplog.records]
     assert sum("failed, the next in" in line for line in lines) == 2
     assert sum("delivered to https://hooks.example in" in line for line in lines) == 1
@@ -164,7 +164,7 @@ def test_it_is_given_up_when_the_receiver_wants_no_more_or_its_time_has_passed(
         ours = "something went wrong on the server; its log has the details"
         assert delivery.error == (str(failure) if isinstance(failure, NotDelivered) else ours)
         assert delivery.attempts == attempts if attempts is not None else delivery.attempts > 1
-        assert running.counted("webhooks_total") == {"given_up": 1}
+        assert running.counted("webhook_events_total") == {"given_up": 1}
 
     asyncio.run(run())
 

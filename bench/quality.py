@@ -1,0 +1,267 @@
+"""How good the images of the bundled checkpoints are, by sampler, steps and guidance: bench/results/quality.json.
+
+    python -m bench.quality [--minutes 10] [--only fashion-mnist-32] [--threads 1]
+
+Each setting is sampled once, 1000 images of seed 0, and judged as `tminus evaluate` judges: the share of the images
+that a classifier gives their own class, and Fréchet distances to the test split. As many training images are judged
+too: they show what the figures are for real images. What the file has of the same weights, sampler tables and number of
+images is not measured again, so the command goes on where it was stopped. Where nothing is lacking, the file is noted
+to be of today's code. Last, docs/images/samplers.svg is drawn from the file.
+
+The data of pixel-art-32 and avatars-64 is rendered by checkpoints/data/render.mjs into runs/data; their classifiers are
+trained into runs/classifiers, a few minutes each. A checkpoint without its data is left out. Two processes may write to
+the same file.
+"""
+
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.result_file import RESULTS, ROOT, Begun, begin, write
+from bench.servers import describe, options_of
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.evaluation.evaluate import Measure
+from tminus.model.evaluation.figures import SampleFigures
+from tminus.model.evaluation.judge import Judge
+from tminus.model.evaluation.result_cache import ResultCache, plan_hash
+from tminus.model.evaluation.samples import EvaluateOptions, Point
+from tminus.service.cli.evaluate import load_compared
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+
+FILE = RESULTS / "quality.json"
+PLOT = ROOT / "docs" / "images" / "samplers.svg"
+DATA, CLASSIFIERS, KEPT = (ROOT / "runs" / name for name in ("data", "classifiers", "quality"))
+PLOTTED = "fashion-mnist-32"
+IMAGES, SEED, BATCH = 1000, 0, 96
+MARKERS = "osD^v<>PX*"
+# What the pages speak of, the most important first: a run that is short of time leaves out the rest.
+POINTS: dict[str, Sequence[Point]] = {
+    "fashion-mnist-32": (
+        Point("tuned", 8), Point("tuned", 5), Point("dpmpp_2m", 20), Point("dpmpp_2m", 10), Point("plms", 10),
+        Point("dpmpp_3m", 20), Point("plms", 20), Point("dpmpp_2m", 20, 2.0), Point("ddpm", 50), Point("unipc", 10),
+        Point("dpmpp_3m", 10), Point("ddim", 20), Point("deis", 10), Point("dpmpp_2m_sde", 20), Point("unipc", 20),
+        Point("heun", 10), Point("pndm", 10), Point("euler", 20), Point("deis", 20), Point("ddim", 50),
+        Point("dpmpp_2m", 50), Point("dpmpp_3m", 50), Point("ddpm", 100), Point("dpmpp_2m", 20, 1.5),
+        Point("dpmpp_2m", 5), Point("unipc", 5), Point("dpmpp_2m_sde", 10), Point("ddim", 10), Point("euler", 40),
+        Point("plms", 50), Point("heun", 25), Point("pndm", 50), Point("ddpm", 250),
+    ),
+    "fashion-mnist-32-student": (Point("consistency", 2), Point("consistency", 1)),
+    "pixel-art-32": (
+        Point("dpmpp_2m", 20, 1.5), Point("dpmpp_2m", 20), Point("dpmpp_2m", 10, 1.5), Point("dpmpp_2m", 20, 2.0),
+    ),
+    "avatars-64": (
+        Point("dpmpp_2m", 20, 1.5), Point("dpmpp_2m", 20), Point("dpmpp_2m", 10, 1.5), Point("dpmpp_2m", 20, 2.0),
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure what the file lacks, write it, and draw the plot."""
+    args = options_of(__doc__, minutes=60.0, only="", threads=0)
+    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for name in args.only.split(",") if args.only else POINTS:
+        if (why := missing_data(name)) is not None:
+            say(f"{name}: left out: {why}")
+        elif wanted := lacking(name):
+            measure(name, wanted, until_s, begun)
+    if not any(map(lacking, POINTS)):
+        keep({}, begun)
+    plot(read()[PLOTTED], PLOT)
+    say(f"drawn: {PLOT}")
+
+
+def key_of(point: Point) -> str:
+    """Name a setting in the file: `dpmpp_2m-20`, `dpmpp_2m-20-guidance-1_5`. It holds no dot, which parts a path."""
+    guided = f"-guidance-{point.guidance:g}".replace(".", "_") if point.guidance != 1 else ""
+    return f"{point.sampler}-{point.steps}{guided}"
+
+
+def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
+    """What an entry depends on: another value of any, and it is measured again."""
+    plan = checkpoint.plan(point.sampler, point.steps, guidance=point.guidance)
+    return {"weights_hash": checkpoint.weights_hash, "plan_hash": plan_hash(plan)[:16], "images": IMAGES, "seed": SEED}
+
+
+def lacking(name: str) -> list[Point]:
+    """The settings of a checkpoint that the file has not, or has of other weights or tables."""
+    checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
+    found = read().get(name, {})
+
+    def is_there(point: Point) -> bool:
+        wanted = identity(checkpoint, point)
+        entry: dict[str, Any] = found.get(key_of(point), {})
+        return all(entry.get(field) == value for field, value in wanted.items())
+
+    return [point for point in POINTS[name] if not is_there(point)]
+
+
+def data_of(name: str) -> dict[str, Any]:
+    """The options of `tminus evaluate` that name the data."""
+    options: dict[str, Any] = {"data_dir": None, "background": "black", "device": "cpu"}
+    if name.startswith("fashion-mnist"):
+        return options | {"data": "fashion-mnist", "test_data": None}
+    data = name.rpartition("-")[0]
+    return options | {"data": str(DATA / f"{data}-train"), "test_data": DATA / f"{data}-test"}
+
+
+def missing_data(name: str) -> str | None:
+    """Say what is to be done for data that is not there; None where it is, or is no folder."""
+    options = data_of(name)
+    if options["test_data"] is None or (Path(options["data"]).is_dir() and options["test_data"].is_dir()):
+        return None
+    data, script = name.rpartition("-")[0], "checkpoints/data/render.mjs"
+    return f"no {options['data']}: run node {script} --set {data} --out runs/data --split train, then --split test"
+
+
+def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) -> None:
+    """Measure settings of a checkpoint, each written as soon as it is done, until the time is up."""
+    folder, device = ROOT / "checkpoints" / name, torch.device("cpu")
+    checkpoint = load_checkpoint(folder)
+    is_fast = ("openvino", "bfloat16") in checkpoint.approved and "bfloat16" in openvino_executor.precisions()
+    precision, threads = "bfloat16" if is_fast else "float32", torch.get_num_threads()
+    classifier = None if name.startswith("fashion-mnist") else CLASSIFIERS / name
+    train, test, judging = load_compared(folder, checkpoint, classifier, data_of(name))
+    wish = Wish("openvino", precision, True, BATCH, threads)
+    forward = choose_executor(load_checkpoint(folder), device, wish, default_cache())
+    judge = Judge(checkpoint, train, test, judging, device)
+    measure = Measure(
+        checkpoint, judge, (train, test), device=device, forward=forward, draw_threads=threads, cache=ResultCache(KEPT)
+    )
+    options = EvaluateOptions(num_samples=IMAGES, batch_size=BATCH, precision=precision, executor=forward.name)
+    for point in wanted:
+        if time.monotonic() > until_s:
+            say(f"{name}: out of time before {point}")
+            return
+        began_s = time.monotonic()
+        points, errors = measure.points([point], [SEED], options)
+        if errors:
+            raise errors[point]
+        (figures,), passes = points[point].seeds, points[point].passes
+        how = {
+            "precision": precision,
+            "executor": forward.name,
+            "classifier_hash": figures.classifier_frechet_distance and judge.facts and judge.facts.weights_hash,
+            "commit": begun.commit,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        }
+        entry = {
+            "sampler": point.sampler, "steps": point.steps, "guidance": point.guidance, "passes": passes,
+            **of_samples(figures), **identity(checkpoint, point), **how,
+        }  # fmt: skip
+        keep({name: {key_of(point): entry, "real": of_real(figures)} | of_autoencoder(judge)}, begun)
+        say(f"{name}: {point}: distance {entry['distance']:.2f}, {time.monotonic() - began_s:.0f} s")
+
+
+def of_samples(figures: SampleFigures) -> dict[str, Any]:
+    """The figures of the images."""
+    accuracy, frechet, pixels = figures.class_accuracy, figures.classifier_frechet_distance, figures.pixels
+    return {
+        "class_accuracy": accuracy and accuracy.samples,
+        "distance": frechet and frechet.samples,
+        "pixel_distance": pixels.frechet_distance.samples,
+        "variance": pixels.variance_ratio and pixels.variance_ratio.samples,
+        "nearest": figures.memorisation.samples.median,
+        "nearest_1_percent": figures.memorisation.samples.percentile_1,
+    }
+
+
+def of_real(figures: SampleFigures) -> dict[str, Any]:
+    """The same figures of real images: as many training images; for class_accuracy and nearest, test images."""
+    accuracy, frechet, pixels = figures.class_accuracy, figures.classifier_frechet_distance, figures.pixels
+    return {
+        "class_accuracy": accuracy and accuracy.real,
+        "distance": frechet and frechet.real,
+        "pixel_distance": pixels.frechet_distance.real,
+        "variance": pixels.variance_ratio and pixels.variance_ratio.real,
+        "nearest": figures.memorisation.real.median,
+        "nearest_1_percent": figures.memorisation.real.percentile_1,
+    }
+
+
+def of_autoencoder(judge: Judge) -> dict[str, Any]:
+    """What the autoencoder of a latent model loses of as many real images; nothing for a pixel model."""
+    found = judge.reconstruction(IMAGES, SEED)
+    return {} if found is None else {"autoencoder": {"distance": found.frechet, "psnr_db": found.psnr_db}}
+
+
+def plot(entries: dict[str, Any], path: Path) -> None:
+    """Draw the distance over the passes of an image, unguided: a line for each sampler, and one for real images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same figures give the same file, and text stays text.
+    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
+
+    figure, axis = plt.subplots(figsize=(7.8, 4.4), layout="constrained")
+    for number, name in enumerate(SAMPLER_FACTS):
+        own = [each for each in entries.values() if each.get("sampler") == name and each["guidance"] == 1]
+        own.sort(key=lambda each: each["passes"])
+        if own:
+            passes, distances = ([each[what] for each in own] for what in ("passes", "distance"))
+            axis.plot(
+                passes, distances, label=name, color=f"C{number % 10}", marker=MARKERS[number % len(MARKERS)],
+                markersize=4.5, linewidth=1.4, linestyle="-" if number < len(MARKERS) else "-.",
+            )  # fmt: skip
+    axis.axhline(entries["real"]["distance"], color="#555555", linestyle=":", linewidth=1.2, label="real images")
+    axis.set(xscale="log", yscale="log", xlabel="passes of the network, an image", ylabel="Fréchet distance")
+    for of, ticks in ((axis.xaxis, (5, 8, 10, 20, 50, 100, 250)), (axis.yaxis, (2, 3, 5, 10, 20, 50, 100))):
+        of.set_minor_locator(NullLocator())
+        of.set_ticks(ticks, [str(tick) for tick in ticks])
+    highest = max(each["distance"] for each in entries.values() if each.get("guidance", 1) == 1)
+    axis.set_ylim(2, 1.15 * highest)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a lock beside the file while it is read and written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
+    """Put entries, by checkpoint, into the file, and say how it was made. A busy machine changes no figure."""
+    with alone(FILE):
+        found = read()
+        for name, new in entries.items():
+            of_name = found.get(name, {}) | new
+            order = ["real", "autoencoder", *map(key_of, POINTS[name])]
+            found[name] = {key: of_name[key] for key in order if key in of_name}
+        made = begun.made(describe(peak_s=0), timed=False) | {"command": "python -m bench.quality", "images": IMAGES}
+        write(FILE.stem, made, {name: found[name] for name in POINTS if name in found}, FILE.parent)
+
+
+def read() -> dict[str, Any]:
+    """The file; empty where there is none."""
+    found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
+    return found
+
+
+def say(text: str) -> None:
+    """Tell who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""All that is wrong with the parameters of a request, gathered so that one answer tells it. Pure."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tminus.service.errors import ServiceError
+
+
+class Faults:
+    """Collects what is wrong with parameters, the first fault of each. One request, or message, owns it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str | None, ServiceError] = {}  # by field
+
+    def __contains__(self, field: str) -> bool:
+        return field in self._found
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, error: ServiceError) -> None:
+        """Add an error, with the others that were found beside it."""
+        for each in (error, *error.others):
+            self._found.setdefault(each.field, each)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Go on after a block that finds something wrong with a parameter. Any other error is raised."""
+        try:
+            yield
+        except ServiceError as error:
+            if not error.of_parameters:
+                raise
+            self.add(error)
+
+    def check(self) -> None:
+        """Raise the first of them, which names the others, if there are any."""
+        if self._found:
+            first, *others = self._found.values()
+            first.others = tuple(others)
+            raise first from None
