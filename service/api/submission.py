@@ -178,7 +178,7 @@ def _key(
     None for a request without either. Raises InvalidField.
     """
     if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
-        raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+        raise InvalidField.of("Idempotency-Key", "absent with PUT: the id of the job takes its place", header)
     name = key_in_headers(request) if chosen is None else chosen
     if name is None:
         return None

@@ -91,7 +91,7 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
         return value
     field = info.field_name or ""
     if not isinstance(value, str):
-        raise ValueError(f"{field} must be a text")
+        raise ValueError(f"{field} must be text")
     encoded = value
     if value[:5].lower() == "data:":
         head, _, encoded = value.partition(",")
@@ -408,9 +408,9 @@ class SampleRequest(RequestSchema):
     def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
-            raise InvalidField.of(missing, f"given where {given} is", None)
+            raise InvalidField.of(missing, f"given together with {given}", None)
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
-            raise InvalidField.of("to_seed", "another than seed", self.to_seed)
+            raise InvalidField.of("to_seed", "different from seed", self.to_seed)
 
     def _table(self, model: ModelInfo, settings: Recommended) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
@@ -444,9 +444,9 @@ class SampleRequest(RequestSchema):
             check_uploads(model)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
-                raise InvalidField.of("image", f"given where {name} is", None)
+                raise InvalidField.of("image", f"given together with {name}", None)
         if self.mask is None and self.mask_sha256 is not None:
-            raise InvalidField.of("mask", "given where mask_sha256 is", None)
+            raise InvalidField.of("mask", "given together with mask_sha256", None)
         if self.image is not None and self.mask is None and self.strength is None:
             bound = "given with an image, or else a mask: it says how much is to change"
             raise InvalidField.of("strength", bound, None)
@@ -458,12 +458,12 @@ class SampleRequest(RequestSchema):
         if guidance == 1.0:
             for name in ("guidance_interval", "guidance_rescale"):
                 if getattr(self, name) is not None:
-                    raise InvalidField.of(name, "absent where guidance is 1 (off)", getattr(self, name))
+                    raise InvalidField.of(name, "absent if guidance is 1 (off)", getattr(self, name))
         elif labels is None or model.null_class is None:
             what = "has no classes" if labels is None else "has no null class"
             raise InvalidField.of("guidance", f"1 (off): this model {what}", guidance)
         elif None in labels:
-            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", guidance)
+            raise InvalidField.of("guidance", "1 (off) if an image has no class_label", guidance)
 
     def _interval(self, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
@@ -562,7 +562,7 @@ def choose_table(
             raise InvalidField.of(field, f"one that {sampler} has a table for, or nearest=true: {there}", value)
         (table,) = fitting
     if table_hash not in (None, table.hash):
-        raise InvalidField.of("table", f"that of the table taken, {table.hash}", table_hash)
+        raise InvalidField.of("table", f"that of the chosen table, {table.hash}", table_hash)
     return table
 
 
@@ -641,7 +641,7 @@ class PreviewRequest(RequestSchema):
         if not 0 < len(request.shows) == len({*request.shows}):
             raise InvalidField.of("show", _PREVIEW_BOUNDS["show"], request.show)
         if request.every is not None and request.fps is not None:
-            raise InvalidField.of("fps", "absent where every is given", request.fps)
+            raise InvalidField.of("fps", "absent together with every", request.fps)
         return request
 
     @property
@@ -693,7 +693,7 @@ class AnimationRequest(RequestSchema):
             return None
         if "every" not in own:
             name = next(iter(own))
-            raise InvalidField.of(name, "absent where no animation is asked for by `every`", own[name])
+            raise InvalidField.of(name, "absent without `every`", own[name])
         bounds = {
             "until": "an integer of at least 0",
             "every": EVERY_BOUND,
@@ -767,7 +767,7 @@ class WebhookRequest(RequestSchema):
             return None
         url = own.get("webhook")
         if url is None:
-            raise InvalidField.of("webhook", "given where webhook_events_filter is", None)
+            raise InvalidField.of("webhook", "given together with webhook_events_filter", None)
         if not isinstance(url, str):
             raise refused("a text", "")  # it may have a URL somewhere, and errors are logged
         if allowed is None:

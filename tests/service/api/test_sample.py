@@ -322,7 +322,7 @@ def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: Mak
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
     most = MAX_FRAME_BYTES // (4 * 256 * 256)
     document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")
-    assert document["bound"] == f"at least {-(-1000 // most)} for so many images and steps"
+    assert document["bound"] == f"at least {-(-1000 // most)} for this number of images and steps"
     site.engine.gate.shut()
     with ThreadPoolExecutor(32) as pool:
         body = {"n": 1, "steps": 250, "every": 1}
@@ -381,7 +381,10 @@ def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(mak
     most = MAX_TRAJECTORY_BYTES // image_bytes
     assert 1 < most < 64
     document = problem(site.post(json={"n": most + 1, "steps": 100}, headers=AS_TRAJECTORY), 422, "invalid_field")
-    assert (document["field"], document["bound"]) == ("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps")
+    assert (document["field"], document["bound"]) == (
+        "n",
+        f"1..{most} with Accept: {TRAJECTORY}, for this number of steps",
+    )
     whole = site.post(json={"n": most, "steps": 100}, headers=AS_TRAJECTORY)
     assert most * image_bytes < len(whole.content) < most * image_bytes + 20_000, "the bound counts what is sent"
     large = make_site(info=replace(INFO, height_px=512, width_px=512))
