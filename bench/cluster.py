@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench import result_file, traffic
 from bench.figures import quantile
-from bench.servers import ROOT, describe
+from bench.servers import describe
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
@@ -34,7 +34,9 @@ from tminus.service.work import Batch, Work
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=4096, max_jobs=1024, max_backlog_s=60.0, max_body_bytes=4096)
 LEASE_S = 15.0
+DEATHS_PER_HOUR = 2.0
 MILLION_PER_S = 29.0  # a million jobs a day, in an hour of two and a half times the mean
+PAGE_REPLICAS, PAGE_S = (12, 14), 300.0
 BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
@@ -393,50 +395,14 @@ def simulate(
     return Line(replicas, load, len(outcome.refused) / len(requests), outcome)
 
 
-def plot(lines: Sequence[Line], path: Path) -> None:
-    """How long short and long jobs take, over the number of replicas: the median, and dashed the 99th percentile."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    counts = sorted({line.replicas for line in lines})
-    for axes, steps in zip(panels, (20, 1000), strict=True):
-        for number, load in enumerate(sorted({line.load for line in lines})):
-            found = {line.replicas: line.outcome.waits(steps) for line in lines if line.load == load}
-            known = [(counts.index(each), waits) for each, waits in found.items() if len(waits) > 1]
-            for q, style in ((0.5, "o-"), (0.99, "o--")):
-                values = [quantile(waits, q) for _, waits in known]
-                label = f"load {load:g}" if q == 0.5 else None
-                axes.plot([at for at, _ in known], values, style, color=f"C{number}", label=label, markersize=4)
-        axes.set(title=f"Jobs of {steps} steps: median, and 99 % dashed", xlabel="servers", ylabel="seconds")
-        axes.set_xticks(range(len(counts)), [str(each) for each in counts])
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def page(seconds: float) -> None:
-    """Simulate what docs/scaling.md shows, and write and draw it."""
-    begun = result_file.begin(wait=False)
-    lines, found = [], dict[str, dict[str, float]]()
-    for load in (0.6, 0.8, 1.0):
-        for replicas in (1, 3, 10, 30):
-            requests = list(traffic.at_rate(load * replicas * capacity_per_s(), seconds))
-            lines.append(line := simulate(replicas, requests, seconds, 2.0, load))
-            found[f"{replicas} at {100 * load:.0f}"] = {"servers": replicas} | line.figures()
-    million = {
-        f"{replicas}": {"servers": replicas}
-        | simulate(replicas, list(traffic.at_rate(MILLION_PER_S, 300.0)), 300.0, 2.0).figures()
-        for replicas in (10, 12, 14)
-    }
-    plot(lines, ROOT / "docs" / "images" / "scaling.svg")
+def page() -> None:
+    """Simulate what docs/scaling.md shows, and write it."""
+    begun, found = result_file.begin(wait=False), dict[str, dict[str, float]]()
+    for replicas in PAGE_REPLICAS:
+        requests = list(traffic.at_rate(MILLION_PER_S, PAGE_S))
+        found[f"{replicas}"] = simulate(replicas, requests, PAGE_S, DEATHS_PER_HOUR).figures()
     made = begun.made(describe(0), timed=False)
-    result_file.write("scaling", made, {"passes_per_s": passes_per_s(), "servers": found, "million": million})
+    result_file.write("scaling", made, {"passes_per_s": passes_per_s(), "million": found})
 
 
 def passes_per_s() -> float:
@@ -447,16 +413,16 @@ def passes_per_s() -> float:
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.cluster", description=__doc__.partition("\n")[0])
-    parser.add_argument("--page", action="store_true", help="write bench/results/scaling.json and draw docs/images/")
+    parser.add_argument("--page", action="store_true", help="write bench/results/scaling.json")
     parser.add_argument("--replicas", default="1,3,10,100")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--load", default="0.8,1.5", help="of what all replicas can do")
     parser.add_argument("--per-s", type=float, help="requests a second, instead of --load")
     parser.add_argument("--traffic", type=Path, help="a file that bench/traffic.py wrote, instead of --load")
-    parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
+    parser.add_argument("--deaths", type=float, default=DEATHS_PER_HOUR, help="of each replica, an hour")
     args = parser.parse_args()
     if args.page:
-        page(args.seconds)
+        page()
         return
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")

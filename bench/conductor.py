@@ -22,6 +22,7 @@ LOADS = (*EVERY_ROUND, *ONCE, "bare")
 # Who hangs up is the same for a peer whatever executor it has, so one of each is put through it.
 HUNG_UP = ("tminus", "before", "lock", "litserve", "mosec")
 BARE_BATCHES = (1, 4, 8, 16)
+SCALED = {"saturation_1", "saturation_16", "hang_ups"}  # as many requests come as tminus is fast
 GUESS = 400.0  # row-steps/s, until it is measured
 SETTLE_S = 1.5  # a server that is still busy after that with abandoned work is started anew
 
@@ -70,11 +71,8 @@ class Conductor:
         """Start tminus once: it finds its executor, if it has not yet, and says what it is."""
         with self._started(self._contenders["tminus"]) as server:
             self._run.model = server.model
-            if not self._lengths_are_known():
+            if SCALED & set(self._plan.loads):
                 self._run.capacity["tminus"] = asyncio.run(self._turn(server, 0).rate(self._lengths.trial_s))
-
-    def _lengths_are_known(self) -> bool:
-        return not {"saturation_1", "saturation_16", "hang_ups"} & set(self._plan.loads)
 
     def _set_up(self, key: str) -> None:
         """Give a peer the executor and precision that tminus chose, and of the ways to share the cores the faster."""

@@ -36,6 +36,7 @@ DURABLE_JOBS = 20
 VIEWERS, DEAF, FPS = 50, 10, 5.0  # viewers, how many of them read nothing, and frames a second for each
 MODEL_JOBS, MODEL_ASK = 6, {"n": 4, "steps": 100, "sampler": "ddim"}
 CLIENTS, CLIENT_ASK = 8, {"n": 2, "steps": 20, "sampler": "dpmpp_2m"}
+ONE, OTHER = servers.CHECKPOINT.name, "pixel-art-32"
 WARM_UP_S, DRAIN_S = 2.0, 120.0
 CHECKPOINTS = servers.ROOT / "checkpoints"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -62,9 +63,8 @@ def main() -> None:
     if "models" in chosen:
         print("models …", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for name, source in (("first", "fashion-mnist-32"), ("second", "pixel-art-32")):
-                shutil.copytree(CHECKPOINTS / source, Path(folder) / name)
-            with servers.running(_of_models(Path(folder)), Path(folder) / "first", None) as server:
+            shutil.copytree(CHECKPOINTS / OTHER, Path(folder) / OTHER)
+            with servers.running(_of_models(Path(folder)), servers.CHECKPOINT, None) as server:
                 found["models"] = asyncio.run(models(server, Path(folder), rounds, window_s))
     result_file.write("costs", begun.made(machine, quick=bool(args.quick)), found, args.out)
 
@@ -82,7 +82,7 @@ async def background(server: servers.Running, rounds: int, window_s: float) -> F
             for in_background in (True, False):
                 async with long_jobs(http, in_background=in_background, jobs=LONG_JOBS):
                     alone[in_background].append(await rate(server, http, window_s))
-            comers = arrivals.poisson([SHORT] * round(3 * 3 * window_s), 3 * window_s, seed=number)
+            comers = arrivals.poisson([SHORT] * round(3 * 2 * window_s), 2 * window_s, seed=number)
             for in_background in (False, True):
                 async with long_jobs(http, in_background=True, jobs=LONG_JOBS if in_background else 0):
                     await asyncio.sleep(WARM_UP_S)
@@ -227,8 +227,8 @@ async def _stream(server: servers.Running, **options: Any) -> AsyncIterator[Clie
 
 
 def _of_models(folder: Path) -> servers.Contender:
-    """A server of all models of a folder. The checkpoint that the runner names is one of them."""
-    known = servers.contenders(1, ("--models", str(folder), "--open"))["tminus"]
+    """A server of the bundled checkpoint and of the models of a folder."""
+    known = servers.contenders(1, ("--models", str(folder), "--idle-unload", "1h", "--open"))["tminus"]
     admin = to_line(Key("bench", "admin", digest_of(SECRET)))
     return servers.Contender(
         "tminus", "tminus", known.command, is_peer=False, env=dict(known.env) | {"TMINUS_KEYS": admin}
@@ -242,15 +242,16 @@ async def models(server: servers.Running, folder: Path, rounds: int, window_s: f
     failed: list[int] = []
     headers = {"Authorization": f"Bearer {SECRET}", "Accept": "image/png"}
     async with httpx.AsyncClient(base_url=server.url, timeout=None, headers=headers, trust_env=False) as http:
+        (await http.post(f"/models/{OTHER}/sample", json=CLIENT_ASK)).raise_for_status()  # loads it
         for _ in range(rounds):
-            apart_s = await _took(http, ["first"]) + await _took(http, ["second"])
-            sharing.append(apart_s / await _took(http, ["first", "second"]))
+            apart_s = await _took(http, [ONE]) + await _took(http, [OTHER])
+            sharing.append(apart_s / await _took(http, [ONE, OTHER]))
         is_reloading = False
 
         async def client() -> None:
             while True:
                 began_s, before = time.monotonic(), is_reloading
-                answer = await http.post("/models/first/sample", json=CLIENT_ASK)
+                answer = await http.post(f"/models/{OTHER}/sample", json=CLIENT_ASK)
                 if answer.status_code != 200:
                     failed.append(answer.status_code)
                 waits[before or is_reloading].append(time.monotonic() - began_s)
@@ -258,17 +259,17 @@ async def models(server: servers.Running, folder: Path, rounds: int, window_s: f
         async with _asking(client() for _ in range(CLIENTS)):
             for _ in range(rounds):
                 await asyncio.sleep(window_s / 2)
-                replace_weights(folder / "first")
+                replace_weights(folder / OTHER)
                 is_reloading, began_s = True, time.monotonic()
-                (await http.post("/models/first/reload")).raise_for_status()
+                (await http.post(f"/models/{OTHER}/reload")).raise_for_status()
                 reload_s.append(time.monotonic() - began_s)
                 is_reloading = False
         for _ in range(rounds):
-            await http.post("/models/second/unload")
-            while (await http.get("/models/second")).json()["state"] == "loaded":  # noqa: ASYNC110
+            await http.post(f"/models/{OTHER}/unload")
+            while await _state(http) == "loaded":  # noqa: ASYNC110  another process's
                 await asyncio.sleep(0.1)
             began_s = time.monotonic()
-            (await http.post("/models/second/sample", json=CLIENT_ASK)).raise_for_status()
+            (await http.post(f"/models/{OTHER}/sample", json=CLIENT_ASK)).raise_for_status()
             load_s.append(time.monotonic() - began_s)
     return {
         "sharing_ratio": result_file.rounds(sharing),
@@ -285,6 +286,11 @@ async def models(server: servers.Running, folder: Path, rounds: int, window_s: f
             "load_s": "a request for a model that is not loaded, idle server, s",
         },
     }
+
+
+async def _state(http: httpx.AsyncClient) -> str:
+    models = (await http.get("/models", headers={"Accept": "application/json"})).json()["models"]
+    return str(next(each["state"] for each in models if each["name"] == OTHER))
 
 
 async def _took(http: httpx.AsyncClient, names: Sequence[str]) -> float:

@@ -92,9 +92,9 @@ def main() -> None:
         else:
             findings.gather(part.network, part.name, part.module, part.options or {}, limit_s)
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    findings.write(
-        f"gpu-{name}", args.out, quick=args.device == "cpu", card=card, cuda=torch.version.cuda, anchor=ANCHOR
-    )
+    is_trial = args.device == "cpu"
+    out = args.out or (servers.ROOT / "build" / "bench" if is_trial else RESULTS)
+    findings.write(f"gpu-{name}", out, quick=is_trial, card=card, cuda=torch.version.cuda, anchor=ANCHOR)
     print(f"Beside exact / not exact: {ANCHOR}.")
 
 
@@ -106,7 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=tuple(PLANS), default="cuda", help="[cuda]")
     parser.add_argument("--networks", help=f"of {','.join(networks.NETWORKS)}, or folders of checkpoints")
     parser.add_argument("--seconds", type=float, help="for all of it, but for what is begun [600; 180 on a CPU]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
+    parser.add_argument("--out", type=Path, help="folder of the file [bench/results; build/bench on a CPU]")
     parser.add_argument("--check", action="store_true", help="say which card there is, and measure nothing")
     return parser.parse_args()
 

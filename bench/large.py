@@ -26,7 +26,7 @@ from tminus.model.checkpoint import load_checkpoint
 CONTENDERS = ("tminus", "litserve_openvino", "litserve")
 LOADS = ("idle", "saturation_1", "mixed", "bare")
 SETTLE_S = 4.0  # after a server is ready, until its memory is read
-MIXED_S = 30.0  # that the long jobs of the mixed load are to take, on a machine of GFLOP_PER_S
+MIXED_S = 24.0  # that the long jobs of the mixed load are to take, on a machine of GFLOP_PER_S
 GFLOP_PER_S = 500.0
 LENGTHS = Lengths(
     rounds=1,

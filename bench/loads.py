@@ -28,14 +28,14 @@ class Lengths:
     rounds: int = 2
     idle_requests: int = 12
     warm_up_s: float = 3.0
-    window_s: float = 8.0
+    window_s: float = 7.0
     trial_s: float = 4.0  # of each way to set a peer up
     bare_s: float = 2.5  # a batch size
-    mixed_s: float = 30.0
+    mixed_s: float = 25.0
     mixed_long: Ask = LONG
     mixed_long_at_s: tuple[float, ...] = (0.0, 10.0)
     shorts_per_s: float = 1.0
-    hang_ups_s: float = 15.0
+    hang_ups_s: float = 12.0
     drain_s: float = 120.0
 
 

@@ -20,6 +20,7 @@ COLOURS = {
     "litserve": "#e0ab82",
     "mosec": "#e0ab82",
 }
+NAMES = {"tminus": "tminus, OpenVINO", "litserve": "LitServe, eager float32", "mosec": "mosec, eager float32"}
 PANELS = (
     ("short", "20 steps beside two jobs of 8 x 1000 steps:\nmedian wait, s (log)", True),
     ("saturation_1", "Full load, requests of 1 image:\nrow-steps/s", False),
@@ -44,7 +45,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 3.2), layout="constrained", sharey=True)
     for axes, (row, title, is_log) in zip(panels, PANELS, strict=True):
         values = {key: result[row][key]["value"] for key in reversed(COLOURS) if key in result.get(row, {})}
-        names = [TITLES[key] if "," in TITLES[key] or key != "tminus" else "tminus, OpenVINO" for key in values]
+        names = [NAMES.get(key, TITLES[key]) for key in values]
         bars = axes.barh(names, list(values.values()), color=[COLOURS[key] for key in values], log=is_log)
         axes.bar_label(bars, fmt=lambda value: f"{value:.3g}" if value < 1000 else f"{value:.0f}", padding=3)
         axes.set_title(title, fontsize=9)

@@ -1,19 +1,16 @@
-"""Several servers on one PostgreSQL: are waits as simulated, what does the store cost, how late are frames elsewhere?
+"""Several servers on one PostgreSQL: are waits as simulated?
 
-    python -m bench.replicas [--only predicted,store,frames] [--replicas 2] [--seconds 120] [--load 0.6]
+    python -m bench.replicas [--replicas 1,2,3] [--seconds 300] [--load 0.6]
 
-Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
-moments to the simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show,
-times how much longer all of the run took together. The network is a small one of random
-weights, so that some hundred jobs end in a minute. Store: row-steps per second with durable jobs in PostgreSQL, over
-those with SQLite, in turns. Frames: when two viewers of one job get each frame, one where it runs and one elsewhere.
-PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own. Writes
-bench/results/replicas.json; five minutes on two cores.
+Durable jobs come at random moments to servers of one thread each, and the same jobs at the same moments to the
+simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show, times how much
+longer all of the run took together. The network is a small one of random weights, so that some hundred jobs end in a
+minute. PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own. Writes
+bench/results/replicas.json: waits, and those simulated over the real ones.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -24,12 +21,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import torch
 
-from bench import cluster, costs, result_file, servers, traffic
+from bench import cluster, result_file, servers, traffic
 from bench.figures import quantile
 from bench.servers import Server
 from tests import postgres
@@ -38,7 +34,6 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D, UNetConfig
 from tminus.service.work import Work
 
-PARTS = ("predicted", "store", "frames")
 NETWORK = UNetConfig(
     sample_size=32, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
@@ -46,39 +41,24 @@ NETWORK = UNetConfig(
 TICKS = "tminus_tick_duration_seconds_sum"
 PLACES, LENGTHS = (1, 2, 4, 8), (20, 320)  # rows and steps of the jobs that show how long ticks take
 ONE_THREAD = ("--threads", "1", "--max-batch", "8")
-LONG = {"n": 4, "steps": 1000, "seed": 1}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--replicas", default="2")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals, for each number of servers")
+    parser.add_argument("--replicas", default="1,2,3")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of arrivals, for each number of servers")
     parser.add_argument("--load", type=float, default=0.6, help="of the cores that the servers have")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--window", type=float, default=8.0, help="seconds")
-    parser.add_argument("--checkpoint", type=Path, default=servers.CHECKPOINT)
     parser.add_argument("--quick", action="store_true", help="to see that it works; the figures mean nothing")
     parser.add_argument("--out", type=Path, default=result_file.RESULTS)
     args = parser.parse_args()
-    chosen, found = args.only.split(","), dict[str, Any]()
     begun = result_file.begin(wait=not args.quick)
     with tempfile.TemporaryDirectory() as folder, postgres.running() as database:
-        place = Path(folder)
-        if "predicted" in chosen:
-            found["predicted"] = {
-                f"{count}": predicted(place / f"{count}", database.url(), count, args.seconds, args.load)
-                for count in map(int, args.replicas.split(","))
-            }
-        if "store" in chosen:
-            found["store"] = asyncio.run(store(database.url(), args.checkpoint, args.rounds, args.window))
-        if "frames" in chosen:
-            found["frames"] = asyncio.run(frames(place / "frames", database.url(), args.checkpoint))
+        found = {
+            f"{count}": predicted(Path(folder) / f"{count}", database.url(), count, args.seconds, args.load)
+            for count in map(int, args.replicas.split(","))
+        }
     result_file.write("replicas", begun.made(servers.describe(), quick=args.quick), found, args.out)
-
-
-# --- waits, real and simulated ---
 
 
 @contextmanager
@@ -195,54 +175,6 @@ async def real(
 def metric_now(server: Server, name: str) -> float:
     """One metric of a server, the sum over its labels."""
     return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text).get(name, 0.0)
-
-
-# --- what the store costs ---
-
-
-async def store(database: str, checkpoint: Path, rounds: int, window_s: float) -> dict[str, Any]:
-    """Windows of durable jobs in turns: SQLite, PostgreSQL, SQLite, …; the other server has nothing to do."""
-    shared = ("--job-store", database, "--job-namespace", "store")
-    kinds = [servers.contenders(1, flags)["tminus"] for flags in ((), shared)]
-    rates: list[list[float]] = [[], []]
-    with ExitStack() as stack:
-        running = [stack.enter_context(servers.running(kind, checkpoint, None)) for kind in kinds]
-        clients = [httpx.AsyncClient(base_url=server.url, timeout=None, trust_env=False) for server in running]
-        for _ in range(rounds):
-            for rate, server, http in zip(rates, running, clients, strict=True):
-                async with costs.long_jobs(http, in_background=False, jobs=costs.DURABLE_JOBS):
-                    rate.append(await costs.rate(server, http, window_s))
-    here, there = rates
-    return {"ratio": result_file.ratio(there, here)}
-
-
-# --- frames elsewhere ---
-
-
-async def frames(place: Path, database: str, checkpoint: Path) -> dict[str, float]:
-    """Two viewers of one job that runs on the first of two servers: one there, and one at the other."""
-    with started(checkpoint, place, database, 2) as running:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
-            job_id = (await http.post(f"{running[0].url}/jobs", json=LONG)).raise_for_status().json()["id"]
-            here, there = await asyncio.gather(*(view(http, server.url, job_id) for server in running))
-    both = sorted(here.keys() & there.keys())
-    delays = [1000 * (there[step] - here[step]) for step in both]
-    later = {"median_ms": quantile(delays, 0.5), "p99_ms": quantile(delays, 0.99), "most_ms": max(delays)}
-    return {"frames": len(both)} | later
-
-
-async def view(http: httpx.AsyncClient, url: str, job_id: str) -> dict[int, float]:
-    """When each frame of a job came, by its step."""
-    seen: dict[int, float] = {}
-    async with http.stream("GET", f"{url}/jobs/{job_id}/events?every=5&show=x_t") as answer:
-        async for line in answer.aiter_lines():
-            if (
-                line.startswith("data: ")
-                and "step" in (data := json.loads(line.removeprefix("data: ")))
-                and "show" in data
-            ):
-                seen[data["step"]] = time.perf_counter()
-    return seen
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The scheduler and admission themselves, with a clock of predicted ticks: minutes of load in seconds, no network.
 
-    python -m bench.simulate [--seconds 1800]
+    python -m bench.simulate [--seconds 900]
 
 Writes bench/results/simulate.json: by load, how long short and long jobs take in the mix of the design (80 % of 20
 steps, 15 % of 50, 5 % of 1000), with the reserve for the oldest job and without it, by how much an ETA was overtaken,
@@ -115,7 +115,7 @@ def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
 
 def main() -> None:
     """Simulate, write."""
-    args = options_of(__doc__, seconds=1800.0, out=result_file.RESULTS)
+    args = options_of(__doc__, seconds=900.0, out=result_file.RESULTS)
     begun = result_file.begin(wait=False)
     found: dict[str, dict[str, Any]] = {
         "mix": {f"{load:.0%}": by_reserve(mixed(load, args.seconds, seed=3)) for load in LOADS},

@@ -8,23 +8,29 @@ from bench import image_tables
 
 Result = Mapping[str, Any]
 
-# The contenders of the same executor and precision stand side by side.
-COLUMNS = {
+TITLES = {  # those of the same executor and precision stand together
     "tminus": "tminus",
-    "litserve_openvino": "LitServe",
-    "mosec_openvino": "mosec",
-    "tminus_eager": "tminus",
+    "before": "tminus before",
+    "litserve_openvino": "LitServe, OpenVINO",
+    "mosec_openvino": "mosec, OpenVINO",
+    "tminus_eager": "tminus, eager float32",
+    "tminus_eager_fcfs": "tminus, eager float32, first come, first served",
     "lock": "diffusers behind a lock",
     "litserve": "LitServe",
     "mosec": "mosec",
 }
-ROWS = {
-    "short": "20 steps beside two jobs of 8 x 1000 steps: median wait, s",
-    "long": "those two jobs: mean time, s",
-    "idle": "1 image of 20 steps, idle server: median, s",
-    "saturation_1": "full load, requests of 1 image: row-steps/s",
-    "saturation_16": "full load, requests of 16 images: row-steps/s",
-    "hang_ups": "clients who leave: share of their steps that is computed all the same, %",
+COLUMNS = {
+    "short": "20 steps beside long jobs, s",
+    "long": "the long jobs, s",
+    "idle": "idle, s",
+    "saturation_1": "full load, 1 image a request, row-steps/s",
+    "saturation_16": "full load, 16 images, row-steps/s",
+    "hang_ups": "computed for clients who left, %",
+}
+# Who is compared with whom: the executor and the precision are the same.
+LIKE_FOR_LIKE = {
+    "tminus": ("litserve_openvino", "mosec_openvino"),
+    "tminus_eager": ("lock", "litserve", "mosec"),
 }
 
 
@@ -55,16 +61,30 @@ def machine(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """Every contender at every load, those that run the same network the same way beside each other."""
+    """Every contender at every load, those that run the network the same way one after the other."""
     precision = result.get("tminus", {}).get("precision", "")
-    lines = ["| | " + " | ".join(f"{title}, {_way(key, precision)}" for key, title in COLUMNS.items()) + " |"]
-    lines.append("|---" * (1 + len(COLUMNS)) + "|")
-    for row, text in ROWS.items():
-        cells = [_cell(result.get(row, {}).get(key)) for key in COLUMNS]
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for key, title in TITLES.items():
+        cells = [_cell(result.get(column, {}).get(key)) for column in COLUMNS]
+        if any(cells) and key != "tminus_eager_fcfs":
+            way = f" {precision}" if "OpenVINO" in title else f", OpenVINO {precision}" if key == "tminus" else ""
+            way = way or ("" if "eager" in title else ", eager float32")
+            lines.append(f"| {title}{way} | " + " | ".join(cells) + " |")
     if unanswered := result.get("unanswered"):
         some = ", ".join(f"{count} of {TITLES[key]}" for key, count in unanswered.items())
         lines += ["", f"Requests without an answer, which count as waits to the end of the load: {some}."]
+    return "\n".join(lines)
+
+
+def like_for_like(result: Result) -> str:
+    """How many times as fast tminus is as each peer that runs the same network the same way."""
+    columns = {key: text.rpartition(", ")[0] for key, text in COLUMNS.items() if key != "hang_ups"}
+    lines = ["| times as fast | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for ours, peers in LIKE_FOR_LIKE.items():
+        for theirs in peers:
+            cells = [_cell(result.get(column, {}).get(f"{ours}_over_{theirs}")) for column in columns]
+            if any(cells):
+                lines.append(f"| {TITLES[ours]} / {TITLES[theirs]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -77,15 +97,15 @@ def effects(result: Result) -> str:
         "all": "all three",
     }
     lines = ["| times as fast | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
-    for row, text in ROWS.items():
+    for row, text in COLUMNS.items():
         if row in result.get("effects", {}):
             cells = [_cell(result["effects"][row].get(name)) for name in names]
-            lines.append(f"| {text.partition(':')[0]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {text.rpartition(', ')[0]} | " + " | ".join(cells) + " |")
     batching = _value(result.get("effects", {}).get("saturation_16", {}).get("batching"))
     if batching is not None:
         gain = "gains" if batching > 1.05 else "loses" if batching < 0.95 else "neither gains nor loses"
         by = "" if "neither" in gain else f" a factor of {max(batching, 1 / batching):.2f}"
-        lines += ["", f"A request of 16 images fills passes by itself. There, batching by row {gain}{by}."]
+        lines += ["", f"A request of 16 images fills passes by itself. There, the first column {gain}{by}."]
     return "\n".join(lines)
 
 
@@ -96,7 +116,7 @@ def limits(result: Result) -> str:
     precision = result["tminus"]["precision"]
     for batch, rate in found["bare"].items():
         share = 100 * found["gflop_a_row"] * rate["value"] / found["peak"]
-        lines.append(f"| the executor alone, {batch} rows at a time, {precision} | {_cell(rate)} | {share:.0f} |")
+        lines.append(f"| the executor alone in {precision}, rows at a time: {batch} | {_cell(rate)} | {share:.0f} |")
     for key, title in TITLES.items():
         if f"{key}_of_peak" in found and key in result.get("saturation_1", {}):
             rate = result["saturation_1"][key]
@@ -157,17 +177,6 @@ def gpu(results: Mapping[str, Result]) -> str:
     return "\n".join(lines)
 
 
-TITLES = {
-    "tminus": "tminus",
-    "before": "tminus before",
-    "litserve_openvino": "LitServe, OpenVINO",
-    "mosec_openvino": "mosec, OpenVINO",
-    "tminus_eager": "tminus, eager float32",
-    "tminus_eager_fcfs": "tminus, eager float32, first come, first served",
-    "lock": "diffusers behind a lock",
-    "litserve": "LitServe, eager float32",
-    "mosec": "mosec, eager float32",
-}
 NETWORK_ROWS = {
     "parameters_m": "parameters, millions",
     "gflop_a_row": "GFLOP a row",
@@ -189,6 +198,7 @@ NETWORK_ROWS = {
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "machine": ("serving", machine),
     "headline": ("serving", headline),
+    "like-for-like": ("serving", like_for_like),
     "effects": ("serving", effects),
     "limits": ("serving", limits),
     "networks": ("networks", networks),
@@ -197,10 +207,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gpu": ("", gpu),
     **image_tables.TABLES,
 }
-
-
-def _way(key: str, precision: str) -> str:
-    return f"OpenVINO {precision}" if key == "tminus" or key.endswith("_openvino") else "eager float32"
 
 
 def _value(figure: Any) -> float | None:

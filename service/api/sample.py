@@ -336,5 +336,5 @@ def _check_durable(
         bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
         raise InvalidField.of("Prefer", bound, request.headers["prefer"])
     if "clip_output" in parameters:
-        bound = "absent with Prefer: respond-async: it is given where the floats are fetched"
+        bound = "absent with Prefer: respond-async: give it when you fetch the floats"
         raise InvalidField.of("clip_output", bound, parameters["clip_output"])

@@ -70,7 +70,8 @@ async def refuse(services: Services, parameters: dict[str, Any], faults: Faults,
     for name in others:
         parameters.pop(name, None)
     with faults.gathered():
-        (await _parse(services, parameters)).to_spec(services.model, services.limits)
+        # No more: what goes together cannot be told while some of it is wrong.
+        (await _parse(services, parameters)).check_bounds(services.model, services.limits, faults)
     faults.check()
 
 

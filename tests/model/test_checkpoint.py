@@ -357,7 +357,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "config.json: 'DiTTransformer2DModel' is a transformer; tminus runs U-Nets only",
     ),
     "another network": (unet_config(_class_name="UNet2DConditionModel"), "_class_name must be UNet2DModel, got"),
-    "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
+    "a field that is not honoured": (
+        unet_config(cross_attention_dim=768),
+        "cross_attention_dim=768 is not a known setting",
+    ),
     "a scheduler that is not served": (
         lambda f: model_index(scheduler=["diffusers", "SASolverScheduler"])(f),
         "'SASolverScheduler' is not served; those that are: DDPMScheduler",

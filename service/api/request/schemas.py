@@ -169,7 +169,8 @@ class RequestSchema(BaseModel):
             except ValidationError as error:
                 for each in error.errors(include_url=False, include_context=False, include_input=False):
                     field = str(each["loc"][0])
-                    faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
+                    if field not in faults:  # as a list may be that is too long to be shown
+                        faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
                 break
         faults.check()
         return checked
@@ -320,8 +321,12 @@ class SampleRequest(RequestSchema):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises UnknownField, InvalidField or InvalidImage, with all that is wrong."""
-        max_items = max(limits.max_n, MAX_ITEMS)
-        return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
+        max_items, faults = max(limits.max_n, MAX_ITEMS), Faults()
+        with faults.gathered():
+            return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
+        right = {name for name in parameters if name in cls.model_fields and name not in (*PICTURES, *faults)}
+        cls.model_validate({name: parameters[name] for name in right}).check_bounds(model, limits, faults)
+        faults.refuse()
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out.
@@ -329,15 +334,7 @@ class SampleRequest(RequestSchema):
         Raises InvalidField, with all that is wrong.
         """
         faults, bounds = Faults(), _bounds(model, limits)
-        for field, ok in (
-            ("sampler", self.sampler in (None, *model.samplers)),
-            ("n", 1 <= self.n <= limits.max_n),
-            ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
-            ("index", self.index <= MAX_INDEX + 1 - self.n),
-            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
-        ):
-            if not ok:
-                faults.add(InvalidField.of(field, bounds[field], getattr(self, field)))
+        self.check_bounds(model, limits, faults)
         labels: tuple[int | None, ...] | None = None
         if "n" not in faults:
             with faults.gathered():
@@ -390,6 +387,18 @@ class SampleRequest(RequestSchema):
             bit_depth=None if self.bit_depth == 8 else self.bit_depth,
         )
 
+    def check_bounds(self, model: ModelInfo, limits: Limits, faults: Faults) -> None:
+        """Add the parameters that are out of bounds, whatever the others are."""
+        for field, ok in (
+            ("sampler", self.sampler in (None, *model.samplers)),
+            ("n", 1 <= self.n <= limits.max_n),
+            ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
+            ("index", self.index <= MAX_INDEX + 1 - self.n),
+            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
+        ):
+            if not ok:
+                faults.add(InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field)))
+
     def decisive(self) -> dict[str, Any]:
         """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
@@ -397,7 +406,7 @@ class SampleRequest(RequestSchema):
     def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
-            raise InvalidField.of(missing, f"given where {given} is", None)
+            raise InvalidField.of(missing, f"given together with {given}", None)
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
             raise InvalidField.of("to_seed", "different from seed", self.to_seed)
 
@@ -433,7 +442,7 @@ class SampleRequest(RequestSchema):
             check_uploads(model)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
-                raise InvalidField.of("image", f"given where {name} is", None)
+                raise InvalidField.of("image", f"given together with {name}", None)
         if self.mask is None and self.mask_sha256 is not None:
             raise InvalidField.of("mask", "given together with mask_sha256", None)
         if self.image is not None and self.mask is None and self.strength is None:

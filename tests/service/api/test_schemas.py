@@ -233,9 +233,9 @@ def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(paramet
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({"strength": 0.5}, "image", "given where strength is"),
-        ({"mask": b64(MASK)}, "image", "given where mask is"),
-        ({"image_sha256": "0" * 64}, "image", "given where image_sha256 is"),
+        ({"strength": 0.5}, "image", "given together with strength"),
+        ({"mask": b64(MASK)}, "image", "given together with mask"),
+        ({"image_sha256": "0" * 64}, "image", "given together with image_sha256"),
         ({"image": b64(CAT)}, "strength", "given with an image, or else a mask"),
         ({"image": b64(CAT), "strength": 1.01}, "strength", "above 0, at most 1"),
         ({"image": 5, "strength": 0.5}, "image", "base64"),
