@@ -118,8 +118,8 @@ def rounds(values: Iterable[float | None]) -> dict[str, Any] | None:
 
 
 def ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, Any] | None:
-    """Divide the medians; the rounds are divided one by one."""
-    if not top or not bottom:
+    """Divide the medians; the rounds are divided one by one. None where there is nothing to divide by."""
+    if not top or not all(bottom) or not bottom:
         return None
     each = [a / b for a, b in zip(top, bottom, strict=False)]
     found: dict[str, Any] = {"value": median(top) / median(bottom)}
