@@ -9,11 +9,11 @@ Result = Mapping[str, Any]
 NOT_MEASURED = "n/a"
 CARDS = {
     "fashion-mnist-32": (
-        "tuned-8", "tuned-5", "dpmpp_2m-20", "ddpm-50", "ddpm-250", "dpmpp_2m-20-guidance-2",
+        "tuned-8", "tuned-5", "dpmpp_2m-20", "ddpm-250", "dpmpp_2m-20-guidance-2",
     ),
     "fashion-mnist-32-student": ("consistency-1", "consistency-2"),
-    "pixel-art-32": ("dpmpp_2m-10-guidance-1_5", "dpmpp_2m-20", "dpmpp_2m-20-guidance-1_5", "dpmpp_2m-20-guidance-2"),
-    "avatars-64": ("dpmpp_2m-10-guidance-1_5", "dpmpp_2m-20", "dpmpp_2m-20-guidance-1_5", "dpmpp_2m-20-guidance-2"),
+    "pixel-art-32": ("dpmpp_2m-20", "dpmpp_2m-20-guidance-1_5", "dpmpp_2m-20-guidance-2"),
+    "avatars-64": ("dpmpp_2m-20", "dpmpp_2m-20-guidance-1_5", "dpmpp_2m-20-guidance-2"),
 }  # fmt: skip
 TEACHER = ("fashion-mnist-32-student", "fashion-mnist-32", "tuned-8")
 GUIDANCE = {

@@ -74,4 +74,4 @@ def unpack(file: Path, into: Path) -> None:
                 with source, target.open("xb") as written:
                     shutil.copyfileobj(source, written)
     except tarfile.TarError as error:
-        raise ValueError(f"{file.name}: no tar archive ({error})") from None
+        raise ValueError(f"{file.name}: not a tar archive ({error})") from None

@@ -44,13 +44,13 @@ class SamplerFacts:
 
 SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
     "ddpm": SamplerFacts(
-        "the reference of the literature: it needs hundreds of steps",
+        "the reference: it needs hundreds of steps",
         "Ho et al. 2020, algorithm 2",
         100,
         noise="always",
     ),
     "ddim": SamplerFacts(
-        "no fresh noise (eta 0), or part of that of ddpm (eta up to 1): 50 steps",
+        "no fresh noise (eta 0), or some (eta up to 1): 50 steps",
         "Song et al. 2021, eq. 12",
         50,
         noise="eta",
@@ -63,7 +63,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "dpmpp_3m": SamplerFacts(
-        "dpmpp_2m of third order: 20 steps and more; with 10 or fewer, dpmpp_2m is better",
+        "dpmpp_2m of third order: 20 steps and more",
         "Lu et al. 2022, DPM-Solver++ 3M",
         30,
         multistep=True,
@@ -85,45 +85,43 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "deis": SamplerFacts(
-        "a multistep solver in eps instead of x_0: 15 steps and more",
+        "multistep in eps instead of x_0: 15 steps and more",
         "Zhang & Chen 2023, DEIS",
         15,
         multistep=True,
         spacing="karras",
     ),
     "plms": SamplerFacts(
-        "a multistep solver over equal steps of t, for one pass more than steps: 10 to 50 steps",
+        "multistep over equal steps of t, one pass more than steps: 10 to 50 steps",
         "Liu et al. 2022, PNDM without its Runge-Kutta start",
         50,
         passes_to_start=1,
     ),
     "pndm": SamplerFacts(
-        "plms after three Runge-Kutta steps of four passes each: 50 steps, which are 59 passes",
+        "plms after three Runge-Kutta steps: 50 steps, 59 passes",
         "Liu et al. 2022, PNDM, algorithm 2",
         50,
         passes_to_start=9,
         steps_to_start=3,
     ),
     "euler": SamplerFacts(
-        "ddim at exact noise levels, also between timesteps: 40 steps and more",
+        "ddim at exact noise levels: 40 steps and more",
         "Karras et al. 2022, first order",
         40,
         fractional=True,
         spacing="karras",
     ),
     "heun": SamplerFacts(
-        "second order with two passes a step: 25 steps, which are 49 passes",
+        "second order, two passes a step: 25 steps, 49 passes",
         "Karras et al. 2022, algorithm 1",
         25,
         passes_per_step=2,
         fractional=True,
         spacing="karras",
     ),
-    "tuned": SamplerFacts(
-        "fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE
-    ),
+    "tuned": SamplerFacts("fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE),
     "consistency": SamplerFacts(
-        "for a student, and the only one it takes: one to four steps",
+        "the only one of a student: one to four steps",
         "Song et al. 2023, algorithm 1",
         2,
         spacing=TABLE,

@@ -191,9 +191,7 @@ def check_layout(folder: Path) -> str | None:
     index = check_pipeline(folder)
     class_name = read_json(folder / "config.json").get("_class_name") if "config.json" in names else None
     if "Transformer" in str(class_name):
-        raise CheckpointError(
-            f"{folder}: config.json: {class_name!r:.100} is a transformer, and U-Nets are what is run here"
-        )
+        raise CheckpointError(f"{folder}: config.json: {class_name!r:.100} is a transformer; tminus runs U-Nets only")
     if class_name in (VQ, KL):
         raise CheckpointError(
             f"{folder}: an autoencoder, which makes no images by itself; tminus train --latent trains a network on its "
@@ -250,7 +248,7 @@ def _why_not(index: Mapping[str, Any]) -> str:
     if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
         return "it makes images of text, and a class is all that is taken here"
     if "transformer" in parts:
-        return "its denoiser is a transformer, and U-Nets are what is run here"
+        return "its denoiser is a transformer; tminus runs U-Nets only"
     if missing := [name for name in ("unet", "scheduler") if name not in parts]:
         return f"it has no {missing[0]}"
     if others := sorted(parts.keys() - OWN_PARTS):

@@ -59,7 +59,7 @@ class NetConfig(Checked):
         values = given_fields(config)
         if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
             name = min(unknown)
-            raise ValueError(f"{cls.KIND}{name}={values[name]!r:.100} is not something it is known to have")
+            raise ValueError(f"{cls.KIND}{name}={values[name]!r:.100} is not a known setting")
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -350,7 +350,7 @@ def _raise_clearly(hub_id: HubId, error: BaseException) -> None:
         raise CheckpointError(f"{hub_id}: {place} cannot be written: {error.strerror}; HF_HOME names another place")
     if isinstance(error, errors.GatedRepoError) or status == 403:
         raise CheckpointError(
-            f"{hub_id}: the hub gives it to those only who were let in: ask for access at {endpoint}/"
+            f"{hub_id}: the hub gives it only to users who have access: ask for it at {endpoint}/"
             f"{hub_id.repository}, and give your token by HF_TOKEN"
         )
     if isinstance(error, errors.RevisionNotFoundError):

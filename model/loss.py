@@ -28,7 +28,7 @@ def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t:
     al. 2022 have in eq. 8. A consistency model has no such target. Raises ValueError.
     """
     if noise.is_consistency:
-        raise ValueError("prediction_type must be another than consistency: its target is a trajectory's end")
+        raise ValueError("prediction_type must not be consistency: its target is a trajectory's end")
     if noise.prediction_type == "epsilon":
         return eps
     if noise.prediction_type == "sample":

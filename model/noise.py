@@ -314,7 +314,7 @@ class NoiseConfig(Checked):
             elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
-                raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
+                raise ValueError(f"scheduler config: {key}={value!r:.100} is not a known setting of {name}")
         if "prediction_type" in known:  # elsewhere the class says it
             told = values.get("prediction_type", "epsilon")
             if not (isinstance(told, str) and told in kind.predictions):

@@ -80,7 +80,7 @@ def fit_picture(
     colours by their alpha. Raises OSError and other errors of Pillow for a picture that cannot be decoded.
     """
     if channels not in MODES:
-        raise ValueError(f"a picture must be wanted with 1, 3 or 4 channels (RGBA), got {channels}")
+        raise ValueError(f"the channels of a picture must be 1, 3 or 4 (RGBA), got {channels}")
     turned = upright(image)
     if channels == RGBA and may_be_transparent(turned) and not turned.mode.startswith("I"):
         ready = turned.convert("RGBA")

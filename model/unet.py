@@ -205,7 +205,7 @@ class UNetConfig(NetConfig):
         for key, value in given_fields(config).items():
             if key not in known:
                 if not is_off(value) and key not in OF_TRAINING:
-                    raise ValueError(f"unet config: {key}={value!r:.100} is not something UNet2DModel is known to have")
+                    raise ValueError(f"unet config: {key}={value!r:.100} is not a known setting of UNet2DModel")
                 log.info("unet config: %s=%r changes nothing", key, value)
                 continue
             if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):

@@ -241,8 +241,8 @@ class TooManyStreams(ServiceError):
 
 
 class MalformedRequest(ServiceError):
-    """The request is not HTTP/1.1, its head is over 16 KiB, its body has too many chunks for its size (over 1,024, and
-    one more for each 64 bytes), or a WebSocket handshake has a body or control characters. The connection closes.
+    """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
+    bytes. Or a WebSocket handshake has a body or control characters. The connection closes.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -317,7 +317,7 @@ class TooManyImages(ServiceError):
     remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, wait_s: float, limit_s: float) -> None:
-        detail = f"uploads before this one take {wait_s:.1f} s to decode"
+        detail = f"the uploads before this one take {wait_s:.1f} s to decode"
         super().__init__(detail, field="image", value=round(wait_s, 1), bound=f"at most {limit_s:g} s")
         self.headers["Retry-After"] = str(math.ceil(wait_s))
 
@@ -333,7 +333,7 @@ class NotAcceptable(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The server would hold more work, jobs or images than [its limits](reference/settings.md#max-n) allow.
+    """The server would hold more work, jobs or images than [its limits](reference/settings.md#what-is-accepted) allow.
 
     Or ten thousand events wait for the receiver of the job's [webhook](webhooks.md).
     """
@@ -432,9 +432,7 @@ class ModelUnloaded(ServiceError):
     remedy = "Try again: if the model was replaced, the new one answers."
 
     def __init__(self, name: str = "") -> None:
-        super().__init__(
-            f"the model {name + ' ' if name else ''}was unloaded just now; GET /models lists those that are"
-        )
+        super().__init__(f"the model {name + ' ' if name else ''}was unloaded just now; GET /models lists the models")
         self.headers["Retry-After"] = "1"
 
 
@@ -449,7 +447,7 @@ class ModelLoading(ServiceError):
     def __init__(self, name: str, waited_s: float, left_s: float) -> None:
         retry_after_s = max(1, math.ceil(left_s))
         super().__init__(
-            f"the model {name} is not in memory, and takes about {retry_after_s} s more to be loaded",
+            f"the model {name} is not in memory, and loading it takes about {retry_after_s} s more",
             field="deadline_s", value=round(waited_s, 3), bound=f"at least {retry_after_s} more, or a later try",
         )  # fmt: skip
         self.headers["Retry-After"] = str(retry_after_s)
@@ -481,7 +479,7 @@ class AdminOff(ServiceError):
     remedy = "Give the server such a key: `tminus key NAME --role admin --file FILE`; see [security](security.md)."
 
     def __init__(self) -> None:
-        super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and --keys")
+        super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and TMINUS_KEYS")
 
 
 class Unauthorized(ServiceError):
@@ -558,7 +556,7 @@ class NotFinite(ServiceError):
     refusal = False
 
     def __init__(self) -> None:
-        super().__init__("the network gave NaN or infinity for an image of this job")
+        super().__init__("the network returned NaN or infinity for an image of this job")
 
 
 class DeadlinePassed(ServiceError):

@@ -105,8 +105,9 @@ METRICS = {
     ),
     "tminus_tick_time_ratio": Described(
         "gauge",
-        "How long ticks take now, divided by what the measurement at the start predicts: a slow average, of the model "
-        "where it is highest. A value far from 1 means that the machine is busy now or was busy at the start.",
+        "How long ticks take now, as a slow average, divided by what was measured at the start. With several models, "
+        "it is that of the model where it is highest. A value far from 1 means that the machine is busy now, or was "
+        "busy at the start.",
     ),
     "tminus_backlog_seconds": Described(
         "gauge",

@@ -10,6 +10,8 @@ import pytest
 from bench import pages, result_file
 from bench.pages import BLOCK, MARK, UNSETTLED, rewritten
 from bench.result_file import RESULTS, ROOT
+from bench.training import RECIPE
+from tests.documents import shell_commands
 
 # Units that only measurements have. A number before one of them has a mark.
 UNITS = (
@@ -69,6 +71,11 @@ def test_files_of_results_say_how_they_were_made() -> None:
         made = each["made"]
         assert made["command"].startswith("python -m "), name
         assert {"date", "commit", "clean", "seconds", "load_average", "machine", "code"} <= made.keys(), name
+
+
+def test_the_losses_of_the_recipe_are_those_of_the_command_that_the_page_prints() -> None:
+    recipe = next(each for each in shell_commands("docs/training.md") if each.startswith(".venv/bin/tminus train"))
+    assert recipe == f".venv/bin/tminus train --data fashion-mnist --out runs/fashion {' '.join(RECIPE)}"
 
 
 # --- the rewriting itself ---

@@ -2,7 +2,7 @@
 
 The server makes the rollouts, as trajectories with log p. Here log p is computed again with torch from the x_t in them,
 and the reward is the probability that a small classifier gives one class. After each iteration the server reloads the
-folder. docs/reinforcement.md says how to start it all, and what came of it.
+folder. docs/reinforcement.md says how to start it all.
 
     python docs/examples/ddpo.py --checkpoint runs/policy --classifier checkpoints/fashion-mnist-classifier
 """

@@ -120,7 +120,15 @@ def default_in_words(name: str, field: "FieldInfo") -> str:
         return f"the bundled `{BUNDLED.name}`"
     if field.default in (None, ()) or field.default == "":
         return default or "none"
-    return f"`{default}`"
+    return f"`{default}`{in_other_units(name, field.default)}"
+
+
+def in_other_units(name: str, value: object) -> str:
+    """A default in units that people read: 1 MiB for 1048576 bytes; empty where there are none."""
+    for suffix, divisor, unit in (("_bytes", 2**20, "MiB"), ("_s", 3600, "h")):
+        if name.endswith(suffix) and isinstance(value, int | float) and value >= divisor:
+            return f" ({value / divisor:g} {unit})"
+    return ""
 
 
 # --- the command line ---

@@ -125,9 +125,7 @@ def _refuse_others(state: Mapping[str, Tensor]) -> None:
     if any(".transformer_blocks." in key for key in state):
         raise CheckpointError("a network with cross-attention, as of text-to-image models, which is not served")
     if not any(key.startswith("output_blocks.") for key in state):
-        raise CheckpointError(
-            "a classifier of guided-diffusion, which denoises nothing; its diffusion model is another"
-        )
+        raise CheckpointError("a classifier of guided-diffusion, which is no diffusion model; that is in another file")
     if state["input_blocks.0.0.weight"].ndim != 4:
         raise CheckpointError(f"a network of {FORMAT} that is not for images: its convolutions are not 2D")
 

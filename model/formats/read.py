@@ -75,7 +75,7 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
     found = next((each for each in FORMATS if each.recognises(state)), None)
     if found is None:
         names = ", ".join(each.FORMAT for each in FORMATS)
-        raise CheckpointError(f"{file}: of no format that is known ({names}); its first weight is {min(state)!r:.100}")
+        raise CheckpointError(f"{file}: of no known format ({names}); its first weight is {min(state)!r:.100}")
     if flat := [key for key, value in state.items() if value.ndim == 0]:
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {flat[0]!r:.100} is a single number")
     try:

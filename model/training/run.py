@@ -324,7 +324,7 @@ class Run:
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
                     differs = f"this run was begun with {field}={_told(begun)}, got {_told(now[field])}"
-                    raise TrainError(f"{folder}: {differs}; another folder begins anew")
+                    raise TrainError(f"{folder}: {differs}; choose another folder to begin anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])

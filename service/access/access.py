@@ -121,7 +121,7 @@ class Access:
     def with_secret(self, secret: str) -> Caller:
         """Return whoever has this secret. Raises Unauthorized."""
         if (key := self._keys.find(secret)) is None:
-            raise Unauthorized("this key is not known here")
+            raise Unauthorized("the server does not know this key")
         return self._caller(key.name, key.role, key.limits)
 
     def without_secret(self) -> Caller:

@@ -99,14 +99,14 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     is_edit = not given.keys().isdisjoint(OF_EDITS)
     field, prompt = ("prompt", given.get("prompt", "")) if is_edit else ("inputs", inputs)
     if not isinstance(prompt, str):
-        raise InvalidField.of(field, "a text, the name of a class or empty", prompt)
+        raise InvalidField.of(field, "text: the name of a class, or empty", prompt)
     check_names(given, (*KNOWN, *OF_EDITS))
     parameters: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     for name, value in given.items():
         ours = NAMES.get(name) or name
         if (other := given_as.setdefault(ours, name)) != name:
-            raise ConflictingField(f"{name} is given as {other} too", field=name, value=value)
+            raise ConflictingField(f"the request has both {name} and {other}", field=name, value=value)
         if name == "scheduler":
             parameters[ours] = _sampler(value, model)
         elif name in CHECKED:

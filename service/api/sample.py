@@ -259,7 +259,7 @@ def _frame_bytes(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo, *,
     most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(asked.every, steps)
     if count > most:
         least = -(-steps // most)
-        raise InvalidField.of("every", f"at least {least} for so many images and steps", asked.every)
+        raise InvalidField.of("every", f"at least {least} for this number of images and steps", asked.every)
     return frame_bytes * (count - 1 + from_noise)
 
 
@@ -293,7 +293,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> 
         name, value = ("steps", spec.steps) if asked.keep is None else ("keep", asked.keep)
         raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
-        raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps", spec.n)
+        raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
     # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
     path, held_bytes = Path(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
@@ -336,5 +336,5 @@ def _check_durable(
         bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
         raise InvalidField.of("Prefer", bound, request.headers["prefer"])
     if "clip_output" in parameters:
-        bound = "absent with Prefer: respond-async: it is given where the floats are fetched"
+        bound = "absent with Prefer: respond-async: give it when you fetch the floats"
         raise InvalidField.of("clip_output", bound, parameters["clip_output"])

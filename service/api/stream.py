@@ -281,5 +281,5 @@ def key_of(message: dict[str, Any]) -> str:
     """Return the key in a message of type key. Raises MalformedMessage."""
     secret = message.get("key")
     if message.keys() != {"type", "key"} or not isinstance(secret, str):
-        raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")
+        raise MalformedMessage("a message of type key must have a key, which is text, and nothing else")
     return secret

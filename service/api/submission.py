@@ -70,7 +70,8 @@ async def refuse(services: Services, parameters: dict[str, Any], faults: Faults,
     for name in others:
         parameters.pop(name, None)
     with faults.gathered():
-        (await _parse(services, parameters)).to_spec(services.model, services.limits)
+        # No more: what goes together cannot be told while some of it is wrong.
+        (await _parse(services, parameters)).check_bounds(services.model, services.limits, faults)
     faults.check()
 
 
@@ -177,7 +178,7 @@ def _key(
     None for a request without either. Raises InvalidField.
     """
     if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
-        raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+        raise InvalidField.of("Idempotency-Key", "absent with PUT: the id of the job takes its place", header)
     name = key_in_headers(request) if chosen is None else chosen
     if name is None:
         return None

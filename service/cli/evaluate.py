@@ -197,7 +197,7 @@ def load_compared(
 
     data = options["data"]
     if data != "fashion-mnist" and options["test_data"] is None:
-        fail("--test-data: needed where --data is a folder, or nothing would be held out")
+        fail("--test-data: needed if --data is a folder, or there would be no held-out images")
     device = choose_device(options["device"])
     where = options["data_dir"], loaded.size_px[0], loaded.image_shape[0], options["background"]
     train_split = load_training_data(data, "train", *where)

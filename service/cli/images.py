@@ -76,7 +76,7 @@ def check_model(url: str | None, model: str | None) -> None:
     context = click.get_current_context()
     for name in LOCAL_ONLY:
         if url is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            fail(f"--{name} is for a model that is loaded here, and --url names a server, which has its own")
+            fail(f"--{name} is for a model that this command loads; with --url the server has its own")
 
 
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:

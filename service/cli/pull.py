@@ -105,8 +105,8 @@ def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
         finally:
             answer.close()
         if request.url.scheme != "https":
-            raise NotFetched(f"leads to {request.url}, and only https is followed")
-    raise NotFetched(f"leads on more than {MOST_REDIRECTS} times")
+            raise NotFetched(f"redirects to {request.url}, and only https is followed")
+    raise NotFetched(f"redirects more than {MOST_REDIRECTS} times")
 
 
 def check_head(answer: "httpx.Response", archive: Archive) -> None:

@@ -138,7 +138,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
     )  # fmt: skip
     while not stopped.wait(LOOK_S):
         if NAME not in ray_serve.status().applications:
-            fail("the application is on the Ray cluster no more")
+            fail("the application is no longer on the Ray cluster")
     log.info("the replicas drain")
     within_s = ending_s(settings.grace_s) + SLACK_S
     if not _end(NAME, within_s):

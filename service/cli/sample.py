@@ -321,7 +321,7 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
         opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
         return [_sheet(frame) for frame in opened]
     except (OSError, ValueError, SyntaxError) as error:
-        raise ClientError(f"a frame that is no PNG came ({type(error).__name__})") from None
+        raise ClientError(f"a frame is not a PNG ({type(error).__name__})") from None
 
 
 def _sheet(pictures: Sequence["Image"]) -> "Image":

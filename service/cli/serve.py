@@ -27,8 +27,8 @@ def serve(config: Path | None, **flags: Any) -> None:
       tminus serve                             # the bundled model
       tminus serve --checkpoint runs/digits    # one of your own
 
-    The page is at http://localhost:8000, unless --port or --host says otherwise. The options are described in full in
-    the settings page of the docs. Each is also a variable, and a line of the file that --config names.
+    The page is at http://localhost:8000, unless --port or --host says otherwise. The settings page of the docs
+    describes the options in full. You can also give each as a variable, or as a line of the file that --config names.
     """
     settings, _ = read_settings(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An

@@ -127,7 +127,7 @@ class Reading:
         with expecting(SWITCHING_PROTOCOLS):
             pictures = tuple(image for image in images if isinstance(image, bytes))
             if len(pictures) < len(images):
-                raise ValueError("a text in place of an image")
+                raise ValueError("text in place of an image")
             message = message_of(self._members, pictures)
             if isinstance(message, Frame):
                 self._frames.check(message)

@@ -84,7 +84,7 @@ class Sampled:
         try:
             return _files(self.data)
         except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
-            raise UnexpectedAnswer(OK, f"no zip of images ({error})") from None
+            raise UnexpectedAnswer(OK, f"not a zip of images ({error})") from None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Sampled:
         try:
             return checks.mapping(checks.loads(self.data))
         except ValueError as error:
-            raise UnexpectedAnswer(OK, f"no JSON document ({error})") from None
+            raise UnexpectedAnswer(OK, f"not a JSON document ({error})") from None
 
     @property
     def floats(self) -> "memoryview[float]":
@@ -103,7 +103,7 @@ class Sampled:
         found = NPY_HEADER.match(self.data)
         shape = [int(side) for side in found[1].split(b",")] if found is not None else []
         if found is None or 0 in shape or len(self.data) - found.end() != 4 * math.prod(shape):
-            raise UnexpectedAnswer(OK, "no array of floats, or not all of it")
+            raise UnexpectedAnswer(OK, "not an array of floats, or not all of it")
         return memoryview(self.data)[found.end() :].cast("f", shape)
 
     @property

@@ -101,7 +101,7 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
             layouts = (True, False) if name == "eager" and device.type == "cpu" else (True,)
             candidates += [Choice(name, precision, channels_last) for channels_last in layouts]
     if not candidates:
-        raise ValueError(f"precision {wish.precision} is not something this processor computes in with openvino")
+        raise ValueError(f"precision {wish.precision} cannot be computed by this processor with openvino")
     return candidates
 
 

@@ -73,7 +73,7 @@ def read_trajectory(data: bytes) -> TrajectoryFile:
     try:
         arrays = safetensors.numpy.load(data)  # checks the header against the data, and runs nothing
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
-        raise ValueError(f"no trajectory, or cut off or damaged ({error})") from None
+        raise ValueError(f"not a trajectory, or truncated or damaged ({error})") from None
     header_bytes = int.from_bytes(data[:LENGTH_BYTES], "little")
     if header_bytes > MAX_METADATA_BYTES:
         raise ValueError(f"its header takes {header_bytes} bytes, over {MAX_METADATA_BYTES}")

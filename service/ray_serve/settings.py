@@ -18,14 +18,14 @@ class RaySettings(Settings):
         description="Address of a running Ray cluster. Default: RAY_ADDRESS, or the cluster that runs on this machine, "
         "or a new one that ends with the command.",
     )
-    min_replicas: int = Field(1, ge=1, le=1000, description="Replicas that always run.")
+    min_replicas: int = Field(1, ge=1, le=1000, description="Minimum number of replicas, which always run.")
     max_replicas: int | None = Field(
         None,
         ge=1,
         le=1000,
         validate_default=True,
-        description="Replicas that run when there is much work. More than one needs `--job-store`. Default: the number "
-        "of `--min-replicas`.",
+        description="Maximum number of replicas, which run when there is much work. More than one needs `--job-store`. "
+        "Default: the number of `--min-replicas`.",
     )
     target_backlog_s: float = Field(
         10.0,
@@ -72,7 +72,7 @@ class RaySettings(Settings):
     def _has_one_each(cls, value: object) -> object:
         if value is not None:
             raise ValueError(
-                "is not for Ray: each replica has one of its own, where it also answers /metrics; its log tells it"
+                "cannot be set on Ray: each replica has its own, where it also answers /metrics; its log says which"
             )
         return value
 

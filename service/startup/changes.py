@@ -161,9 +161,7 @@ class ModelChanges:
                 self._spawn(self._put_out(services.number))
             return
         if services is self._served.models.default:
-            raise ModelBusy(
-                f"{name} is the default model, of requests that name none, and stays", field="model", value=name
-            )
+            raise ModelBusy(f"{name} is the default model, which cannot be unloaded", field="model", value=name)
         self._check_alone(name)
         self._served.worker.check_open()
         self._served.models.remove(name)

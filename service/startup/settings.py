@@ -151,7 +151,7 @@ class Settings(BaseSettings):
     )
     approve_when_idle: bool = Field(
         False,
-        description="Check while the server is idle whether bfloat16 harms the images, as "
+        description="While the server is idle, check whether bfloat16 harms the images, as "
         "[`tminus approve`](reference/command-line.md#tminus-approve) does. If it does not, the server uses bfloat16 "
         "from its next start or reload on; the bytes of images and the fingerprint change then. During the check, a "
         "new job waits for one pass at most, and the weights are in memory a second time, in bfloat16.",
@@ -181,17 +181,17 @@ class Settings(BaseSettings):
         None,
         ge=4,
         le=4096,
-        description="Most places in one forward pass. A row takes one place, a row with guidance two. More places "
-        "raise the throughput of a large GPU, but each tick takes longer, and a new request waits for the tick that is "
-        "running. Default: the fewest places that reach 95 % of the best measured throughput.",
+        description="Maximum number of places in one forward pass. A row takes one place, a row with guidance two. "
+        "More places raise the throughput of a large GPU, but each tick takes longer, and a new request waits for the "
+        "tick that is running. Default: the fewest places that reach 95 % of the best measured throughput.",
     )
     short_batch: int | None = Field(
         None,
         ge=4,
         le=4096,
-        description="Most places that much longer jobs may fill in a pass that they share with a short job. Lower it "
-        "to make short jobs faster beside long ones. Set it to the value of `--max-batch` if only throughput counts. "
-        "Default: the fewest places that reach 85 % of the best measured throughput.",
+        description="Maximum number of places that much longer jobs may fill in a pass that they share with a short "
+        "job. Lower it to make short jobs faster beside long ones. Set it to the value of `--max-batch` if only "
+        "throughput counts. Default: the fewest places that reach 85 % of the best measured throughput.",
     )
     policy: Literal["srpt", "fcfs"] = Field(
         "srpt",
@@ -203,24 +203,26 @@ class Settings(BaseSettings):
         USUAL_MAX_N,
         ge=1,
         le=1024,
-        description="Most images in one request. It is never above `--max-rows`.",
+        description="Maximum number of images in one request. It is never above `--max-rows`.",
     )
     max_rows: int | None = Field(
         None,
         ge=4,
         le=1_000_000,
-        description="Most images of accepted jobs, waiting and running together. [Background "
+        description="Maximum number of images of accepted jobs, waiting and running together. [Background "
         "jobs](scheduling.md#background-jobs) may add a quarter. Raise it for many small images; lower it if memory is "
         "short. Default: as many as have 512 MiB of latents, at most 4096.",
     )
-    max_jobs: int = Field(1024, ge=1, le=10_000, description="Most accepted jobs, waiting and running together.")
+    max_jobs: int = Field(
+        1024, ge=1, le=10_000, description="Maximum number of accepted jobs, waiting and running together."
+    )
     max_backlog_s: float = Field(
         600,
         gt=0,
         allow_inf_nan=False,
-        description="Most seconds of predicted work that may wait. Further requests are refused with 429 and the time "
-        "after which to try again. Lower it to refuse earlier. One key may hold three quarters of what the other keys "
-        "leave free, of this and of `--max-rows` and `TMINUS_MAX_JOBS`; see [security](security.md).",
+        description="Maximum seconds of predicted work that may wait. Further requests are refused with 429 and the "
+        "time after which to try again. Lower it to refuse earlier. One key may hold three quarters of what the other "
+        "keys leave free, of this and of `--max-rows` and `TMINUS_MAX_JOBS`; see [security](security.md).",
     )
     background_max_wait_s: float = Field(
         3600,
@@ -231,13 +233,13 @@ class Settings(BaseSettings):
         "never wait for others. See [background jobs](scheduling.md#background-jobs).",
     )
     max_body_bytes: int = Field(
-        1 << 20, ge=1024, description="Largest body of a request in bytes, without the images in it."
+        1 << 20, ge=1024, description="Maximum size of a request's body in bytes, without the images in it."
     )
     max_image_bytes: int = Field(
         8 << 20,
         ge=1024,
         le=1 << 28,
-        description="Largest uploaded image in bytes. Raise it to edit large pictures.",
+        description="Maximum size of an uploaded image in bytes. Raise it to edit large pictures.",
     )
     result_cache_mb: int = Field(
         64,
@@ -256,24 +258,25 @@ class Settings(BaseSettings):
         4096,
         ge=8,
         le=65_536,
-        description="Most open connections. At most half of them may be WebSockets and event streams. Further "
-        "connections are answered with 503 in plain text. If the hard limit of open files (`ulimit -Hn`) is below this "
-        "number plus 384, the server allows fewer, and its log says how many.",
+        description="Maximum number of open connections. At most half of them may be WebSockets and event streams. "
+        "Further connections are answered with 503 in plain text. If the hard limit of open files (`ulimit -Hn`) is "
+        "below this number plus 384, the server allows fewer, and its log says how many.",
     )
     max_connections_per_address: int = Field(
         1024,
         ge=1,
         le=65_536,
-        description="Most open connections from one address, without WebSockets. An IPv6 address counts with its /64 "
-        "network. Further connections are answered with 503 in plain text. All clients of a proxy count as one "
-        "address: raise it if your proxy keeps more connections open.",
+        description="Maximum number of open connections from one address, without WebSockets. An IPv6 address counts "
+        "with its /64 network. Further connections are answered with 503 in plain text. All clients of a proxy count "
+        "as one address: raise it if your proxy keeps more connections open.",
     )
     max_streams_per_address: int = Field(
         64,
         ge=1,
         le=65_536,
-        description="Most open WebSockets and event streams from one address. An IPv6 address counts with its /64 "
-        "network. All clients of a proxy that does not send `X-Forwarded-For` count as one address: raise it there.",
+        description="Maximum number of open WebSockets and event streams from one address. An IPv6 address counts with "
+        "its /64 network. All clients of a proxy that does not send `X-Forwarded-For` count as one address: raise it "
+        "there.",
     )
     allowed_hosts: str = Field(
         "",
@@ -338,9 +341,9 @@ class Settings(BaseSettings):
     )
     job_namespace: str = Field(
         "tminus",
-        description="Schema of that database. The server creates it if it is not there. Servers share jobs only with "
-        "servers of the same namespace. Objects of `--job-results` have it in their keys. It has up to 48 of a-z, 0-9 "
-        "and `_`, and does not begin with a digit.",
+        description="Schema in the database of `--job-store`. The server creates it if it is not there. Servers share "
+        "jobs only with servers of the same namespace. Objects of `--job-results` have it in their keys. It has up to "
+        "48 of a-z, 0-9 and `_`, and does not begin with a digit.",
     )
     job_lease_s: float = Field(
         15.0,
@@ -352,8 +355,8 @@ class Settings(BaseSettings):
     job_address: str | None = Field(
         None,
         description="URL by which the other servers reach this one, such as `http://10.0.0.5:8000`. They ask it for "
-        "events, frames and remaining times of its jobs. Set it if they cannot use the address that this machine has "
-        "towards the database. Default: that address.",
+        "events, frames and remaining times of its jobs. Set it if they cannot use the default. Default: the address "
+        "that this machine has towards the database.",
     )
     job_results: str | None = Field(
         None,
@@ -379,7 +382,7 @@ class Settings(BaseSettings):
         1024,
         ge=1,
         le=1_048_576,
-        description="Most space in MiB for the ended jobs of one model's weights, on disk and in objects. When they "
+        description="Maximum space in MiB for the ended jobs of one model's weights, on disk and in objects. When they "
         "take more, the oldest are deleted early.",
     )
     webhook_secret: SecretStr | None = Field(
@@ -390,14 +393,14 @@ class Settings(BaseSettings):
     )
     webhook_secret_file: Path | None = Field(
         None,
-        description="File of such secrets, one a line, at most eight. All of them sign, so that you can replace one "
-        "while receivers still know the other. The file is read at the start.",
+        description="File of secrets that sign webhooks, one a line, at most eight. All of them sign, so that you can "
+        "replace one while receivers still know the other. The file is read at the start.",
     )
     webhook_allow: str = Field(
         "",
         description="Receivers of webhooks in your own network: names, addresses and networks, separated by commas, "
-        "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. Receivers that a URL names "
-        "in this way may also speak plain HTTP.",
+        "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. A URL may use "
+        "plain HTTP if its host is listed by name, or is an address in a listed network.",
     )
     webhook_retry_s: float = Field(
         86_400,
@@ -443,7 +446,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_schema(cls, value: str) -> str:
         if not NAMESPACE.fullmatch(value):
-            raise ValueError("must be up to 48 of a-z, 0-9 and _, and begin with no digit")
+            raise ValueError("must be up to 48 of a-z, 0-9 and _, and not begin with a digit")
         return value
 
     @field_validator("job_address")
@@ -466,7 +469,7 @@ class Settings(BaseSettings):
         if info.field_name == "allowed_origins":
             form, what = ORIGIN, "origins such as https://studio.example"
         if value != "*" and not all(form.fullmatch(each.strip()) for each in value.split(",") if each.strip()):
-            raise ValueError(f"must be {what}, by commas, or *")
+            raise ValueError(f"must be {what}, separated by commas, or *")
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
@@ -482,7 +485,7 @@ class Settings(BaseSettings):
         if self.models is not None:
             if not (inside := Library(folder=self.models).folders()):
                 raise ValueError(
-                    f"--models (TMINUS_MODELS): {self.models} has no folders whose names can be those of models"
+                    f"--models (TMINUS_MODELS): {self.models} has no folder whose name can be the name of a model"
                 )
             found += inside.items()
         for name, number in Counter(name for name, _ in found if name is not None).items():

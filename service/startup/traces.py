@@ -62,4 +62,4 @@ def _first(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _refuse(named_by: str, why: str) -> NoReturn:
-    raise ValueError(f"{named_by} asks for traces: {why}; {EXPORTER}=none serves without")
+    raise ValueError(f"{named_by} asks for traces: {why}; {EXPORTER}=none serves without traces")

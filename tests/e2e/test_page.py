@@ -667,7 +667,7 @@ def test_classes_whose_names_are_numbers_are_those_that_the_page_shows(
     file = tmp_path / "again.png"
     file.write_bytes(made["name:2"])
     page.give(file)
-    page.says("#recipe-text", "It is of this model, and this build.")
+    page.says("#recipe-text", "It was made by this model and this build.")
     assert page.form["class_label"] == "1", "the second"
     page.press("Make it again")
     page.says("#recipe-answer", "The same, byte for byte.")

@@ -133,7 +133,7 @@ def test_a_job_of_another_model_is_shown_on_its_page_unless_that_is_unloaded(
         page.says("#model", "small: ")
         expect(page.at("#models-field")).to_be_hidden()
         page.tab.goto(f"{server.url}/#job={job}")
-        page.says("#error", "is of the model colour, which is not loaded.")
+        page.says("#error", "names a job of the model colour, which is not loaded.")
         page.make(**QUICK)
         page.tab.goto(f"{server.url}/models/colour/")
         expect(menu(page).locator("option")).to_have_text(["colour (not loaded)", "small"])

@@ -443,7 +443,7 @@ def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_sai
 ) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
-    page.says("#caption", "Press Sample to see what they make.")
+    page.says("#caption", "Press Sample to see the result.")
     assert page.form["steps"] == "1000"
     for link in ("steps=x&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1"):
         page.tab.goto(f"{server.url}/?{link}#{link}")
@@ -458,7 +458,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     page, file, made = open_page(), tmp_path / "made.png", server.post(json=ALL_OF_IT).content
     file.write_bytes(made)
     page.give(file)
-    page.says("#recipe-text", "It is of this model, and this build.")
+    page.says("#recipe-text", "It was made by this model and this build.")
     page.press("Make it again")
     expect(page.at("#recipe-answer")).to_have_text("The same, byte for byte. The build is the same.")
     page.make()
@@ -480,7 +480,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     file = tmp_path / "other.png"
     save_with(file, changed, recipe.replace('"weights": "', '"weights": "0'))
     page.give(file)
-    page.says("#recipe-text", "It is of another model, or other weights")
+    page.says("#recipe-text", "It was made by another model, or other weights")
 
     # A file is looked at only within bounds.
     size_and_read = """async () => { let read = false;
@@ -723,7 +723,7 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     page.sample(**LONG)
     page.wait_for_step()
     page.at("#cells button").first.click()
-    page.says("#grid-status", "There is a job at the top.")
+    page.says("#grid-status", "A job is running at the top.")
     page.cancel()
 
 

@@ -106,7 +106,7 @@ def test_a_file_that_is_there_twice_is_not_written_twice(tmp_path: Path) -> None
 def test_what_is_no_archive_is_refused(tmp_path: Path, kind: str) -> None:
     data = {"empty": b"", "text": b"no archive" * 1000, "cut": pack(written(tmp_path / "checkpoint", FILES))[:20_000]}
     (tmp_path / "archive.tar").write_bytes(data[kind])
-    with pytest.raises(ValueError, match="no tar archive"):
+    with pytest.raises(ValueError, match="not a tar archive"):
         unpack(tmp_path / "archive.tar", tmp_path / "into")
 
 

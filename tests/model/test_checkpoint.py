@@ -354,10 +354,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
             f.mkdir(),
             (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'),
         ),
-        "config.json: 'DiTTransformer2DModel' is a transformer, and U-Nets are what is run here",
+        "config.json: 'DiTTransformer2DModel' is a transformer; tminus runs U-Nets only",
     ),
     "another network": (unet_config(_class_name="UNet2DConditionModel"), "_class_name must be UNet2DModel, got"),
-    "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
+    "a field that is not honoured": (
+        unet_config(cross_attention_dim=768),
+        "cross_attention_dim=768 is not a known setting",
+    ),
     "a scheduler that is not served": (
         lambda f: model_index(scheduler=["diffusers", "SASolverScheduler"])(f),
         "'SASolverScheduler' is not served; those that are: DDPMScheduler",

@@ -248,7 +248,7 @@ def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, nest
     assert fetch(f"{ID}@{gone}").refusal == f"{ID}@{gone}: the model is there, but has no revision {gone!r}"
     assert "give your token by HF_TOKEN" in fetch("google/private").refusal
     assert fetch("google/private", HF_TOKEN="hf_of_the_test").folder is not None
-    assert f"ask for access at {hub.url}/google/gated" in fetch("google/gated").refusal
+    assert f"ask for it at {hub.url}/google/gated" in fetch("google/gated").refusal
     assert "holds no diffusion_pytorch_model.safetensors or .bin" in fetch("google/text").refusal
     hub.answers_html = True
     assert "does not answer as a hub does" in fetch("google/page").refusal

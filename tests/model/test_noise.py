@@ -294,7 +294,7 @@ def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logg
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert NoiseConfig.from_dict({"use_sde": False, "sample_max_value": 1.0}) == NoiseConfig()
-    with pytest.raises(ValueError, match="use_sde=0 is not something DDPMScheduler is known to have"):
+    with pytest.raises(ValueError, match="use_sde=0 is not a known setting of DDPMScheduler"):
         NoiseConfig.from_dict({"use_sde": 0})
     assert "use_sde=False changes nothing" in caplog.text
 

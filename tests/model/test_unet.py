@@ -274,7 +274,7 @@ def test_config_with_a_field_of_our_own_is_not_named_as_diffusers(own: dict[str,
     written = config.to_dict()
     assert written["_class_name"] == "TminusUNet2DModel"
     assert UNetConfig.from_dict(written) == config
-    with pytest.raises(ValueError, match=f"{field}=.* is not something UNet2DModel is known to have"):
+    with pytest.raises(ValueError, match=f"{field}=.* is not a known setting of UNet2DModel"):
         UNetConfig.from_dict({**written, "_class_name": "UNet2DModel"})
     plain = UNetConfig(**SMALL, **{field: usual}).to_dict()
     assert plain["_class_name"] == "UNet2DModel"

@@ -16,6 +16,7 @@ def test_a_problem_has_the_members_of_rfc_9457_and_ours() -> None:
         "field": "steps",
         "value": 11,
         "bound": "an integer in 1..10",
+        "errors": [error.fault()],
     }
 
 

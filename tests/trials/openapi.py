@@ -43,8 +43,7 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 401]
 """
 EXAMPLES = 60  # with many more, schemathesis 4.32 now and then makes a body that it cannot send
 KEY = "the-key-of-the-tests"
-# DELETE of a job that has not ended cancels it, and it can still be looked at.
-CHECKS = ["--checks", "all", "--exclude-checks", "use_after_free", "--suppress-health-check", "all"]
+CHECKS = ["--checks", "all", "--suppress-health-check", "all"]
 
 
 @dataclass

@@ -37,7 +37,7 @@ Every error is a problem document (`application/problem+json`, RFC 9457) with a 
 model of the server, except those that are about the whole server: `/v1`, `/v2`, `/models`, `/batch`, `/key`, \
 `/login`, `/logout`, `/healthz`, `/readyz` and `/metrics`. `/models/NAME/openapi.json` has the bounds of that model.
 
-**Version.** Every native answer has `API-Version: {API_VERSION}`. A request may name the version that it was written \
+**Version.** Native answers have `API-Version: {API_VERSION}`. A request may name the version that it was written \
 for in the same header; a version that the server does not have is refused with 400, `unsupported_api_version`.
 
 **HEAD** is answered for every GET, with the same headers and no body. `HEAD /sample` checks the request and runs \

@@ -162,7 +162,7 @@ class RequestContext:
             await answer(scope, receive, send_with_id)
         finally:
             route = route_of(scope)
-            status = 499 if status is None else status  # nothing sent: the client went away
+            status = 499 if status is None else status  # nothing sent: the client disconnected
             seconds = (time.perf_counter() if ended is None else ended) - started
             self._observe(route, status, seconds)
             client, key, target = _address(scope), _key(scope), target_of(scope)

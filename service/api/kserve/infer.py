@@ -251,7 +251,7 @@ class InferRequest:
                 raise InvalidField.of(name, f"absent or that of the model in the path, {there}", document[name])
         request_id = document.get("id")
         if "id" in document and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
-            raise InvalidField.of("id", f"a text of at most {MAX_ID} characters", request_id)
+            raise InvalidField.of("id", f"text of at most {MAX_ID} characters", request_id)
         given = dict(object_of(document.get("parameters", {}), "parameters"))
         for info in inputs_of(model):
             if info.name in given:
@@ -283,11 +283,11 @@ def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: M
         if type(timeout) is not int or not 0 < timeout <= MAX_DEADLINE_S * 1e6:
             raise InvalidField.of(TIMEOUT, f"an integer of microseconds, 1..{MAX_DEADLINE_S * 1e6:.0f}", timeout)
         if "deadline_s" in given:
-            raise ConflictingField("timeout is given as deadline_s too", field=TIMEOUT, value=timeout)
+            raise ConflictingField("the request has both timeout and deadline_s", field=TIMEOUT, value=timeout)
         given["deadline_s"] = timeout / 1e6
     for name in given:
         if not isinstance(given[name], (str, int, float)):
-            raise InvalidField.of(name, "a text, a number or a truth value", given[name])
+            raise InvalidField.of(name, "text, a number or a boolean", given[name])
     for name, values in inputs.items():
         if name == CLASS_LABEL:
             given[name] = [_class(value, model) for value in values]

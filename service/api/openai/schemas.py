@@ -22,7 +22,7 @@ EXTENSIONS = (
 OF_EDITS = (*EXTENSIONS, "strength")
 NO_EFFECT = "Accepted, without effect."
 _BOUNDS = {
-    "prompt": "a text, the name of a class or empty",
+    "prompt": "text: the name of a class, or empty",
     "model": "the name of a model that GET /v1/models lists",
     "n": f"an integer in 1..{MAX_N}",
     "size": "a text",

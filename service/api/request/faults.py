@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tminus.service.errors import ServiceError
 
@@ -14,6 +15,9 @@ class Faults:
 
     def __contains__(self, field: str) -> bool:
         return field in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return (field for field in self._found if field is not None)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -34,8 +38,12 @@ class Faults:
             self.add(error)
 
     def check(self) -> None:
-        """Raise the first of them, which names the others, if there are any."""
+        """Raise what was found, if anything was."""
         if self._found:
-            first, *others = self._found.values()
-            first.others = tuple(others)
-            raise first from None
+            self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise the first of what was found, which names the others."""
+        first, *others = self._found.values()
+        first.others = tuple(others)
+        raise first from None

@@ -126,7 +126,7 @@ async def _read_parts(chunks: AsyncIterable[bytes], content_type: str) -> list[_
     except FormParserError as error:
         raise MalformedForm(f"the form cannot be read: {short(str(error))}") from None
     if not parts.ended:
-        raise MalformedForm("the form breaks off before its last boundary")
+        raise MalformedForm("the form ends before its last boundary")
     return parts.all
 
 

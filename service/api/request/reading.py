@@ -173,7 +173,7 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
         async for chunk in request.stream():
             yield chunk
     except ClientDisconnect:
-        raise JobCancelled("the client went away") from None
+        raise JobCancelled("the client disconnected") from None
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
@@ -310,7 +310,7 @@ async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not wait.done():
             gone.result()
-            raise JobCancelled("the client went away")
+            raise JobCancelled("the client disconnected")
         return wait.result()
     finally:
         gone.cancel()

@@ -91,7 +91,7 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
         return value
     field = info.field_name or ""
     if not isinstance(value, str):
-        raise ValueError(f"{field} must be a text")
+        raise ValueError(f"{field} must be text")
     encoded = value
     if value[:5].lower() == "data:":
         head, _, encoded = value.partition(",")
@@ -169,7 +169,8 @@ class RequestSchema(BaseModel):
             except ValidationError as error:
                 for each in error.errors(include_url=False, include_context=False, include_input=False):
                     field = str(each["loc"][0])
-                    faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
+                    if field not in faults:  # as a list may be that is too long to be shown
+                        faults.add(InvalidField.of(field, bound_of(field), parameters.get(field)))
                 break
         faults.check()
         return checked
@@ -320,8 +321,12 @@ class SampleRequest(RequestSchema):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises UnknownField, InvalidField or InvalidImage, with all that is wrong."""
-        max_items = max(limits.max_n, MAX_ITEMS)
-        return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
+        max_items, faults = max(limits.max_n, MAX_ITEMS), Faults()
+        with faults.gathered():
+            return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
+        right = {name for name in parameters if name in cls.model_fields and name not in (*PICTURES, *faults)}
+        cls.model_validate({name: parameters[name] for name in right}).check_bounds(model, limits, faults)
+        faults.refuse()
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out.
@@ -329,15 +334,7 @@ class SampleRequest(RequestSchema):
         Raises InvalidField, with all that is wrong.
         """
         faults, bounds = Faults(), _bounds(model, limits)
-        for field, ok in (
-            ("sampler", self.sampler in (None, *model.samplers)),
-            ("n", 1 <= self.n <= limits.max_n),
-            ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
-            ("index", self.index <= MAX_INDEX + 1 - self.n),
-            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
-        ):
-            if not ok:
-                faults.add(InvalidField.of(field, bounds[field], getattr(self, field)))
+        self.check_bounds(model, limits, faults)
         labels: tuple[int | None, ...] | None = None
         if "n" not in faults:
             with faults.gathered():
@@ -390,6 +387,18 @@ class SampleRequest(RequestSchema):
             bit_depth=None if self.bit_depth == 8 else self.bit_depth,
         )
 
+    def check_bounds(self, model: ModelInfo, limits: Limits, faults: Faults) -> None:
+        """Add the parameters that are out of bounds, whatever the others are."""
+        for field, ok in (
+            ("sampler", self.sampler in (None, *model.samplers)),
+            ("n", 1 <= self.n <= limits.max_n),
+            ("steps", self.steps is None or 1 <= self.steps <= model.num_timesteps),
+            ("index", self.index <= MAX_INDEX + 1 - self.n),
+            ("bit_depth", self.bit_depth in (None, *bit_depths(model))),
+        ):
+            if not ok:
+                faults.add(InvalidField.of(field, _bounds(model, limits)[field], getattr(self, field)))
+
     def decisive(self) -> dict[str, Any]:
         """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
@@ -397,9 +406,9 @@ class SampleRequest(RequestSchema):
     def _check_walk(self, seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
-            raise InvalidField.of(missing, f"given where {given} is", None)
+            raise InvalidField.of(missing, f"given together with {given}", None)
         if self.to_seed == seed:  # the sum of a noise with itself is no noise
-            raise InvalidField.of("to_seed", "another than seed", self.to_seed)
+            raise InvalidField.of("to_seed", "different from seed", self.to_seed)
 
     def _table(self, model: ModelInfo, settings: Recommended) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
@@ -433,9 +442,9 @@ class SampleRequest(RequestSchema):
             check_uploads(model)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
-                raise InvalidField.of("image", f"given where {name} is", None)
+                raise InvalidField.of("image", f"given together with {name}", None)
         if self.mask is None and self.mask_sha256 is not None:
-            raise InvalidField.of("mask", "given where mask_sha256 is", None)
+            raise InvalidField.of("mask", "given together with mask_sha256", None)
         if self.image is not None and self.mask is None and self.strength is None:
             bound = "given with an image, or else a mask: it says how much is to change"
             raise InvalidField.of("strength", bound, None)
@@ -447,12 +456,12 @@ class SampleRequest(RequestSchema):
         if guidance == 1.0:
             for name in ("guidance_interval", "guidance_rescale"):
                 if getattr(self, name) is not None:
-                    raise InvalidField.of(name, "absent where guidance is 1 (off)", getattr(self, name))
+                    raise InvalidField.of(name, "absent if guidance is 1 (off)", getattr(self, name))
         elif labels is None or model.null_class is None:
             what = "has no classes" if labels is None else "has no null class"
             raise InvalidField.of("guidance", f"1 (off): this model {what}", guidance)
         elif None in labels:
-            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", guidance)
+            raise InvalidField.of("guidance", "1 (off) if an image has no class_label", guidance)
 
     def _interval(self, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
@@ -551,7 +560,7 @@ def choose_table(
             raise InvalidField.of(field, f"one that {sampler} has a table for, or nearest=true: {there}", value)
         (table,) = fitting
     if table_hash not in (None, table.hash):
-        raise InvalidField.of("table", f"that of the table taken, {table.hash}", table_hash)
+        raise InvalidField.of("table", f"that of the chosen table, {table.hash}", table_hash)
     return table
 
 
@@ -630,7 +639,7 @@ class PreviewRequest(RequestSchema):
         if not 0 < len(request.shows) == len({*request.shows}):
             raise InvalidField.of("show", _PREVIEW_BOUNDS["show"], request.show)
         if request.every is not None and request.fps is not None:
-            raise InvalidField.of("fps", "absent where every is given", request.fps)
+            raise InvalidField.of("fps", "absent together with every", request.fps)
         return request
 
     @property
@@ -682,7 +691,7 @@ class AnimationRequest(RequestSchema):
             return None
         if "every" not in own:
             name = next(iter(own))
-            raise InvalidField.of(name, "absent where no animation is asked for by `every`", own[name])
+            raise InvalidField.of(name, "absent without `every`", own[name])
         bounds = {
             "until": "an integer of at least 0",
             "every": EVERY_BOUND,
@@ -756,7 +765,7 @@ class WebhookRequest(RequestSchema):
             return None
         url = own.get("webhook")
         if url is None:
-            raise InvalidField.of("webhook", "given where webhook_events_filter is", None)
+            raise InvalidField.of("webhook", "given together with webhook_events_filter", None)
         if not isinstance(url, str):
             raise refused("a text", "")  # it may have a URL somewhere, and errors are logged
         if allowed is None:

@@ -94,7 +94,7 @@ class AsyncClient:
         Raises ValueError for a chosen_id that is no UUID, or beside an idempotency_key.
         """
         if chosen_id is not None and idempotency_key is not None:
-            raise ValueError("idempotency_key must be absent with chosen_id, which does what it would do")
+            raise ValueError("idempotency_key must be absent with chosen_id, which takes its place")
         headers, method, path = dict(JSON_BODY), "POST", "/jobs"
         if chosen_id is not None:
             method, path = "PUT", f"/jobs/{uuid.UUID(chosen_id)}"

@@ -318,7 +318,9 @@ class PostgresStore(JobStore):
 
     def _record(self, row: Any) -> JobRecord:
         if row.format > FORMAT:
-            raise NewerJob(f"job {row.id} was accepted by a newer server, and only such ones know what it asks for")
+            raise NewerJob(
+                f"job {row.id} was accepted by a newer server, and asks for something that this one does not know"
+            )
         return replace(super()._record(row), ahead_us=self.now_us() - now_us())
 
     def _if_held(self, held: bool | None) -> Conditions:

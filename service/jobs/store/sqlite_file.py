@@ -186,7 +186,7 @@ def _check_header(file: Path) -> None:
     if application == APPLICATION_ID and version > VERSION:
         raise ValueError(_of_another_version(file, version))
     if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is still in the WAL
-        raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
+        raise ValueError(f"{file} is the database of another program{UNTOUCHED}. Name another --state-dir")
 
 
 def _check_wal(file: Path, connection: sqlite3.Connection) -> None:

@@ -138,7 +138,9 @@ class Sender:
             raise NotDelivered(_why(error)) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             if status is None:
-                raise NotDelivered(f"the connection broke, or the answer is no HTTP ({type(error).__name__})") from None
+                raise NotDelivered(
+                    f"the connection broke, or the answer is not HTTP ({type(error).__name__})"
+                ) from None
         except (OSError, ValueError) as error:  # of a library that cannot take what it is given
             if status is None:
                 raise NotDelivered(f"no request could be made ({type(error).__name__})") from None

@@ -86,7 +86,7 @@ class AllowedReceivers:
                 networks.append(ip_network(entry.strip("[]")))
             except ValueError:
                 if not NAME.fullmatch(entry) or NUMBER.fullmatch(_last_label(entry)):
-                    raise ValueError(f"{entry} is no name, address or network, such as 10.1.0.0/16") from None
+                    raise ValueError(f"{entry} is not a name, an address or a network, such as 10.1.0.0/16") from None
                 hosts.add(entry.lower().rstrip("."))
         return cls(frozenset(hosts), tuple(networks))
 
@@ -120,18 +120,18 @@ class Receiver:
         scheme, host = match["scheme"].lower(), match["host"].lower().strip("[]").rstrip(".")
         address = _address(host)
         if address is None and (not NAME.fullmatch(host) or NUMBER.fullmatch(_last_label(host))):
-            raise refused("a URL of a host's name, or of an address as usually written", url)
+            raise refused("a URL with a host name, or with an address in its usual form", url)
         listed = allowed.names(host)
         if scheme != "https" and not listed:
-            raise refused("an https URL; plain http is for hosts that --webhook-allow lists", url)
+            raise refused("an https URL, or the URL of a host that --webhook-allow lists", url)
         port = int(match["port"] or WELL_KNOWN_PORTS[scheme])
         if not 1 <= port <= 65535:
-            raise refused("a URL of a port in 1..65535", url)
+            raise refused("a URL with a port in 1..65535", url)
         if port < LEAST_PORT and port not in WELL_KNOWN_PORTS.values() and not listed:
-            raise refused(f"a URL of port 443, 80, or {LEAST_PORT} and above", url)
+            raise refused(f"a URL with port 443, 80, or {LEAST_PORT} and above", url)
         is_local = address is None and any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
         if (is_local or (address is not None and not is_public(address))) and not listed:
-            raise refused("the URL of a public host; others are for --webhook-allow to list", url)
+            raise refused("the URL of a public host, or of one that --webhook-allow lists", url)
         target = match["target"] or "/"
         return cls(scheme, host, port, target if target.startswith("/") else f"/{target}")
 

@@ -58,7 +58,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (DOME, {"middle": 256}, "middle must be a list of 1 to 16 positive integers"),
     (DOME, {"num_class_embeds": -1}, "num_class_embeds must be a positive integer"),
     (DOME, {"time_dim": 255}, "time_dim must be even"),
-    (DOME, {"extra": 1}, "extra=1 is not something it is known to have"),
+    (DOME, {"extra": 1}, "extra=1 is not a known setting"),
     (LUCIDRAINS, {"dim": 2}, "dim must be even and 4 or more"),
     (LUCIDRAINS, {"attn_heads": [2]}, "attn_heads must be a list with one for each level"),
     (LUCIDRAINS, {"full_attn": [1, 2]}, "full_attn must be true or false for each level"),

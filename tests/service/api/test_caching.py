@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.service.conftest import MakeSite, Site
+from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO
 from tminus.service.api.answers.caching import ResultCache
 
@@ -79,11 +79,12 @@ def test_each_media_type_has_an_etag_of_its_own(make_site: MakeSite) -> None:
     assert crossed.status_code == 200
 
 
-def test_a_client_that_has_it_gets_304_without_a_step(site: Site) -> None:
+def test_a_client_that_has_it_gets_304_of_a_get_and_412_of_a_post_without_a_step(site: Site) -> None:
     tag = site.post(json=ASKED).headers["etag"]
     before = len(site.engine.batches)
-    asked = [(method, header) for method in ("GET", "POST") for header in ("{tag}", 'W/"x", W/{tag},"more"')]
-    for method, header in (*asked, ("GET", "*"), ("GET", '"other", *')):
+    headers = ("{tag}", 'W/"x", W/{tag},"more"')
+    asked = [(method, header) for method in ("GET", "HEAD") for header in (*headers, "*", '"other", *')]
+    for method, header in asked:
         given = {"If-None-Match": header.format(tag=tag)}
         response = site.client.request(method, "/sample", params=ASKED, headers=given)
         assert (response.status_code, response.content) == (304, b"")
@@ -91,8 +92,13 @@ def test_a_client_that_has_it_gets_304_without_a_step(site: Site) -> None:
         assert response.headers["vary"] == "Accept"
         assert response.headers["cache-control"] == "no-cache"
         assert response.headers["x-seed"] == "5"
+    for header in headers:
+        response = site.post(json=ASKED, headers={"If-None-Match": header.format(tag=tag)})
+        document = problem(response, 412, "precondition_failed")
+        assert (document["field"], document["value"]) == ("If-None-Match", tag)
     assert len(site.engine.batches) == before
-    assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 6
+    assert 'tminus_rejected_total{"reason": "precondition_failed"}' not in site.metrics()
+    assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 10
     for other in ("*", '"other"', '"', '"*"'):
         assert ticks(site, lambda other=other: site.post(json=ASKED, headers={"If-None-Match": other})) == 3
 
@@ -134,6 +140,6 @@ def test_a_request_with_no_cache_is_worked_on_again_and_its_answer_is_kept_but_n
         assert answers[-1].content == answers[0].content
         # If-None-Match is not answered from the cache: the server knows the ETag by itself.
         known = site.post(json=ASKED, headers=headers | {"If-None-Match": answers[0].headers["etag"]})
-        assert known.status_code == 304
+        assert known.status_code == 412
     assert ticks(site, lambda: site.post(json=ASKED)) == 0
     assert ticks(site, lambda: site.post(json=ASKED, headers=no_store)) == 0, "no-store alone lets a cache answer"

@@ -91,7 +91,7 @@ def test_a_picture_and_a_prompt_make_the_edit_of_post_sample(site: Site) -> None
         (b64(CAT), "dog", None, "invalid_field", "strength", "strength must be given with an image"),
         (b64(CAT), "dog", 2, "invalid_field", "strength", "strength must be a number above 0"),
         (b64(CAT), "cow", 0.5, "invalid_field", "prompt", "prompt must be a class"),
-        (b64(CAT), 1, 0.5, "invalid_field", "prompt", "prompt must be a text"),
+        (b64(CAT), 1, 0.5, "invalid_field", "prompt", "prompt must be text"),
         ("dog!", "dog", 0.5, "invalid_image", "inputs", "inputs must be base64 of an image"),
         (b64(b"no"), "dog", 0.5, "invalid_image", "inputs", "inputs must be a PNG"),
     ):
@@ -119,7 +119,7 @@ def test_a_parameter_that_there_is_not_is_refused_by_name_and_so_is_a_body_that_
 def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
     refused(ask(site, "dog", num_inference_steps=4), 400, "conflicting_field", "num_inference_steps")
     text = refused(ask(site, "dog", scheduler="ddim", sampler="ddim"), 400, "conflicting_field", "sampler")
-    assert text == "sampler is given as scheduler too"
+    assert text == "the request has both sampler and scheduler"
 
 
 @pytest.mark.parametrize("parameters", [{}, {"parameters": {"seed": 7}}])

@@ -29,6 +29,7 @@ from tests.service.api.pictures import (
 from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import submission
 from tminus.service.api.request import reading as request
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import merge, negotiate
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.byte_budget import Hold
@@ -83,9 +84,17 @@ def test_any_bytes_are_parameters_or_malformed(body: bytes) -> None:
 # --- both ---
 
 
+def joined(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Merge, or raise what is wrong."""
+    faults = Faults()
+    merged = merge(query, body, faults)
+    faults.check()
+    return merged
+
+
 def test_only_the_same_value_may_be_in_query_and_body() -> None:
     for query, body in [("5", 5), ("2", 2.0), ("null", None), (["1", "cat"], [1, "cat"]), ("1", [1]), (["2"], 2)]:
-        assert merge({"x": query}, {"x": body}) == {"x": body}
+        assert joined({"x": query}, {"x": body}) == {"x": body}
     others: list[tuple[Any, Any]] = [
         ("ten", 10),
         ("5", None),
@@ -100,7 +109,7 @@ def test_only_the_same_value_may_be_in_query_and_body() -> None:
     ]
     for query, body in others:
         with pytest.raises(ConflictingField) as caught:
-            merge({"x": query, "n": "1"}, {"x": body, "n": 1})
+            joined({"x": query, "n": "1"}, {"x": body, "n": 1})
         error = caught.value
         assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "x", query)
 
@@ -112,10 +121,10 @@ def test_only_the_same_value_may_be_in_query_and_body() -> None:
 @example(2**53 + 1, 2**53)
 @example(2**64 - 1, 2**64 - 2)
 def test_integers_conflict_exactly_where_they_differ(a: int, b: int) -> None:
-    assert merge({"seed": str(a)}, {"seed": a}) == {"seed": a}
+    assert joined({"seed": str(a)}, {"seed": a}) == {"seed": a}
     if a != b:
         with pytest.raises(ConflictingField):
-            merge({"seed": str(a)}, {"seed": b})
+            joined({"seed": str(a)}, {"seed": b})
 
 
 @given(
@@ -131,7 +140,7 @@ def test_integers_conflict_exactly_where_they_differ(a: int, b: int) -> None:
 )
 def test_merging_anything_gives_the_union_or_a_conflict(query: dict[str, Any], body: dict[str, Any]) -> None:
     try:
-        merged = merge(query, body)
+        merged = joined(query, body)
     except ConflictingField as error:
         assert error.field in query.keys() & body.keys()
         json.dumps(error.problem())

@@ -233,14 +233,14 @@ def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(paramet
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({"strength": 0.5}, "image", "given where strength is"),
-        ({"mask": b64(MASK)}, "image", "given where mask is"),
-        ({"image_sha256": "0" * 64}, "image", "given where image_sha256 is"),
+        ({"strength": 0.5}, "image", "given together with strength"),
+        ({"mask": b64(MASK)}, "image", "given together with mask"),
+        ({"image_sha256": "0" * 64}, "image", "given together with image_sha256"),
         ({"image": b64(CAT)}, "strength", "given with an image, or else a mask"),
         ({"image": b64(CAT), "strength": 1.01}, "strength", "above 0, at most 1"),
         ({"image": 5, "strength": 0.5}, "image", "base64"),
         ({"image": b64(CAT), "strength": 0.5, "image_sha256": "0" * 64}, "image_sha256", INPUTS.image_sha256),
-        ({"image": b64(CAT), "strength": 0.5, "mask_sha256": "0" * 64}, "mask", "given where mask_sha256 is"),
+        ({"image": b64(CAT), "strength": 0.5, "mask_sha256": "0" * 64}, "mask", "given together with mask_sha256"),
         ({"image": b64(CAT), "mask": b64(MASK), "mask_sha256": "0" * 64}, "mask_sha256", INPUTS.mask_sha256),
     ],
 )

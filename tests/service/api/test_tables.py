@@ -74,7 +74,7 @@ def test_a_request_takes_the_table_of_its_steps_and_guidance() -> None:
         ({"steps": 8, "guidance": 2, "class_label": 0}, "guidance", NONE),
         ({"steps": 1001, "nearest": True}, "steps", "an integer in 1..1000"),
         ({"steps": 8, "timestep_spacing": "karras"}, "timestep_spacing", OWN),
-        ({"steps": 8, "table": "0" * 16}, "table", f"that of the table taken, {table(8).hash}"),
+        ({"steps": 8, "table": "0" * 16}, "table", f"that of the chosen table, {table(8).hash}"),
         ({"steps": 8, "table": "x"}, "table", "16 hexadecimal digits, in small letters"),
         ({"sampler": "ddim", "nearest": True}, "nearest", "absent for sampler ddim, which has no tables"),
     ],

@@ -60,7 +60,7 @@ def test_a_processor_without_bfloat16_and_a_bad_folder_are_one_clear_line(
     monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
     result = approve(tmp_path / "model", net, "--executor", "openvino")
     assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
-    assert "precision bfloat16 is not something this processor computes in with openvino" in result.output
+    assert "precision bfloat16 cannot be computed by this processor with openvino" in result.output
     result = CliRunner().invoke(main, ["approve", str(tmp_path / "nowhere")])
     assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
     assert "nowhere: no such folder" in result.output

@@ -185,7 +185,7 @@ def half_and_then_nothing(request: Request, files: Files) -> None:
         (sends(DATA[:-1], Content_Length=""), f"ends after {len(DATA) - 1} of {len(DATA)} bytes"),
         (cut, "peer closed connection without sending complete message body"),
         (lambda request: request.wfile.write(b"no HTTP\r\n\r\n"), "illegal status line"),
-        (leads_to("ftp://localhost/file"), "leads to ftp://localhost/file, and only https is followed"),
+        (leads_to("ftp://localhost/file"), "redirects to ftp://localhost/file, and only https is followed"),
     ],
 )
 def test_a_server_that_does_not_give_the_file_is_told_of_in_one_line(files: Files, answer: Answer, says: str) -> None:
@@ -219,7 +219,7 @@ def test_a_server_that_is_too_slow_is_given_up(
 def test_a_redirect_to_plain_http_is_not_followed(files: Files) -> None:
     with serving(sends(DATA)) as other:
         files.answer = leads_to(f"{other.url}/file")
-        assert f"leads to {other.url}/file, and only https is followed" in refusal(files)
+        assert f"redirects to {other.url}/file, and only https is followed" in refusal(files)
         assert other.asked == []
 
 
@@ -293,7 +293,7 @@ def test_redirects_from_https_to_https_are_followed_a_few_times_and_none_to_http
         assert contents(here / "once") == contents(FOLDER)
         assert secure.asked == [f"/once/{NAME}.tar", f"/there/{NAME}.tar"]
         where = f"tminus: {secure.url}"
-        assert end("ever") == (1, f"{where}/ever/{NAME}.tar: leads on more than 5 times\n")
-        leads = f"leads to {files.url}/{NAME}.tar, and only https is followed"
+        assert end("ever") == (1, f"{where}/ever/{NAME}.tar: redirects more than 5 times\n")
+        leads = f"redirects to {files.url}/{NAME}.tar, and only https is followed"
         assert end("down") == (1, f"{where}/down/{NAME}.tar: {leads}\n")
         assert files.asked == []

@@ -406,7 +406,7 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
 def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path) -> None:
     for command, name in ((["sample"], "checkpoint"), (["reproduce", kept], "precision")):
         result = run(*command, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
-        one_line(result, f"--{name} is for a model that is loaded here, and --url names a server")
+        one_line(result, f"--{name} is for a model that this command loads; with --url the server has its own")
 
 
 # --- the parts ---
@@ -652,7 +652,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data[:-100], "no trajectory, or cut off or damaged"),
+        (lambda data: data[:-100], "not a trajectory, or truncated or damaged"),
         (lambda data: altered_trajectory(data, format=3), "of format 3, and this version of tminus reads 2"),
         (lambda data: altered_trajectory(data, keep="0,1"), "`keep` in its metadata must be a list of integers"),
         (lambda data: altered_trajectory(data, spec=recipe(make_spec(), INFO)["spec"] | {"n": 10**9}), "no recipe"),  # type: ignore[operator]

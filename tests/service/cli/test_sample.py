@@ -143,7 +143,7 @@ def frames(each: bytes, steps: int) -> Iterator[str | bytes | dict[str, Any]]:
     ("messages", "says"),
     [
         (lambda: frames(b"no image", 3), "no image/png"),
-        (lambda: frames(PNG[:40], 3), "a frame that is no PNG came"),
+        (lambda: frames(PNG[:40], 3), "a frame is not a PNG"),
         (lambda: frames(bomb(9000, 9000), 3), "frames of several sizes came"),
         (lambda: [ACCEPTED, DONE, bomb(17_000, 17_000)], "more than 67108864 pixels"),
         (lambda: itertools.chain([ACCEPTED], itertools.repeat(FRAME)), "101"),

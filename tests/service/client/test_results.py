@@ -61,9 +61,9 @@ BAD_ZIPS: dict[str, tuple[bytes, str]] = {
     "a name with an escape": (zip_of({"\x1b[2J.png": PNG}), "no name of an image"),
     "a folder": (zip_of({"..": b""}), "no name of an image"),
     "a file that is no image": (zip_of({"00000.png": b"text"}), "no image/png"),
-    "a directory elsewhere": (ONE[:-6] + b"\xff\xff\xff\x7f\x00\x00", "no zip of images"),
+    "a directory elsewhere": (ONE[:-6] + b"\xff\xff\xff\x7f\x00\x00", "not a zip of images"),
     "a length of 2^32": (ONE[: ONE.index(b"PK\x01\x02") + 20] + b"\xfe" * 8 + ONE[ONE.index(b"PK\x01\x02") + 28 :],
-                         "no zip of images"),
+                         "not a zip of images"),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_floats_are_an_array_and_what_is_none_is_no_answer() -> None:
         npy(np.asfortranarray(array)),
         npy(array[0]),
     ):
-        with pytest.raises(UnexpectedAnswer, match="no array of floats"):
+        with pytest.raises(UnexpectedAnswer, match="not an array of floats"):
             _ = sampled(data, "application/x-npy").floats
     with pytest.raises(UnexpectedAnswer):
         sampled(PNG, "application/x-npy")

@@ -73,15 +73,15 @@ def test_the_etag_names_all_whose_other_version_may_make_other_bytes() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.999])
 def test_a_file_that_is_cut_off_is_refused(share: float) -> None:
     whole = packed()
-    with pytest.raises(ValueError, match="no trajectory, or cut off or damaged"):
+    with pytest.raises(ValueError, match="not a trajectory, or truncated or damaged"):
         read_trajectory(whole[: int(share * len(whole))])
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"just text, and more of it", "no trajectory"),
-        (b"\xff" * 64, "no trajectory"),
+        (b"just text, and more of it", "not a trajectory"),
+        (b"\xff" * 64, "not a trajectory"),
         (with_metadata(None), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: "[]"}), "no 'tminus' in its metadata"),
         (with_metadata({METADATA_KEY: "[" * 5000}), "no 'tminus' in its metadata"),

@@ -213,7 +213,7 @@ def test_a_bad_page_is_refused_with_its_field(site: Site) -> None:
 # --- giving one up ---
 
 
-def test_delete_cancels_a_running_job_and_then_deletes_it(held: Site) -> None:
+def test_delete_cancels_a_running_job_and_deletes_it_in_one_call(held: Site) -> None:
     job_id = post(held, SPEC | {"steps": 1000, "guidance": 1}).json()["id"]
     held.engine.next_begun()
     with ThreadPoolExecutor(1) as pool:
@@ -221,11 +221,11 @@ def test_delete_cancels_a_running_job_and_then_deletes_it(held: Site) -> None:
         wait_until(lambda: not held.worker._commands.empty())
         held.engine.gate.open()
         assert deleting.result(PATIENCE_S).status_code == 204
-    assert state(held, job_id) == "cancelled"
-    wait_until(lambda: held.engine.jobs == {})
-    problem(held.client.get(f"/jobs/{job_id}/image"), 410, "no_images")
-    assert held.client.delete(f"/jobs/{job_id}").status_code == 204
     problem(held.client.get(f"/jobs/{job_id}"), 404, "job_not_found")
+    problem(held.client.get(f"/jobs/{job_id}/image"), 404, "job_not_found")
+    assert held.client.get("/jobs").json()["jobs"] == []
+    wait_until(lambda: held.engine.jobs == {})
+    assert held.metrics()['tminus_jobs_aborted_total{"reason": "deleted"}'] == 1
     problem(held.client.delete(f"/jobs/{job_id}"), 404, "job_not_found")
 
 

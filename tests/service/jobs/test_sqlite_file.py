@@ -118,7 +118,7 @@ def make_newer_in_the_wal(file: Path) -> None:
     [
         (header(60, VERSION + 1), f"is of version {VERSION + 1}, this tminus knows version {VERSION}"),
         (make_newer_in_the_wal, f"is of version {VERSION + 1}"),
-        (header(68, 0x12345678), "a database of something else"),
+        (header(68, 0x12345678), "the database of another program"),
         (lambda file: file.write_text("these are no jobs\n" * 100), "not a database"),
         (truncate(5 * PAGE), "damaged"),
         (truncate(50), "not a database, or is damaged"),

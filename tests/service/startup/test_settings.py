@@ -482,7 +482,7 @@ def test_the_folders_of_a_folder_are_models_of_their_names_as_they_are_now(
     assert "c" in library.folders()
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "gone"):
-        with pytest.raises(ValueError, match="has no folders"):
+        with pytest.raises(ValueError, match="has no folder whose name"):
             Settings(models=folder).checkpoints()
 
 

@@ -148,7 +148,7 @@ def test_what_is_no_http_or_breaks_off_is_a_failure() -> None:
 
     for answer in (garbage, nothing, long_head):
         with receiver(answer) as there:
-            assert "the connection broke, or the answer is no HTTP" in failure(there.url)
+            assert "the connection broke, or the answer is not HTTP" in failure(there.url)
     with socket.create_server((LOOPBACK, 0)) as closed:
         port = closed.getsockname()[1]
     assert failure(f"http://127.0.0.1:{port}/") == "no connection could be made"

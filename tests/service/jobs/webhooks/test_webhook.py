@@ -75,7 +75,7 @@ def test_a_character_that_is_a_letter_of_ascii_in_another_case_is_none_here() ->
         for url in ("https://ho{}t.example/", "https://{}/", "https://hooks.example/{}", "https://hooks.example?{}"):
             with pytest.raises(InvalidField):
                 Receiver.parse(url.format(each), NOBODY)
-        with pytest.raises(ValueError, match="is no name, address or network"):
+        with pytest.raises(ValueError, match="is not a name, an address or a network"):
             AllowedReceivers.parse(f"hooks.example,ho{each}t")
 
 
@@ -103,7 +103,7 @@ def test_what_is_listed_may_be_private_and_plain_and_on_any_port(allow: str, url
     "text", ["a b", "http://hooks", "10.0.0.0/33", "10.0.0.1/8", "127.1", "0x7f", "*", "-a", "a..b"]
 )
 def test_a_list_with_a_mistake_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no name, address or network"):
+    with pytest.raises(ValueError, match="is not a name, an address or a network"):
         AllowedReceivers.parse(f"hooks.internal,{text}")
 
 
