@@ -397,7 +397,7 @@ def simulate(
 
 def page() -> None:
     """Simulate what docs/scaling.md shows, and write it."""
-    begun, found = result_file.begin(wait=False), dict[str, dict[str, float]]()
+    begun, found = result_file.begin(wait=False, code=("service/scheduling",)), dict[str, dict[str, float]]()
     for replicas in PAGE_REPLICAS:
         requests = list(traffic.at_rate(MILLION_PER_S, PAGE_S))
         found[f"{replicas}"] = simulate(replicas, requests, PAGE_S, DEATHS_PER_HOUR).figures()

@@ -89,7 +89,7 @@ def faults(files: Results, quoting: Sequence[Path], root: Path = ROOT) -> Iterat
             yield f"{name}.json: {why}"
         made = files[name].get("made", {})
         code = made.get("code", {})
-        if changed := [folder for folder, digest in now.items() if code.get(folder) != digest]:
+        if changed := [folder for folder, digest in now.items() if code.get(folder, code and digest) != digest]:
             yield f"{name}.json: older than {', '.join(changed)} (by {made.get('command', 'an unknown command')})"
         if not made.get("clean", False):
             yield f"{name}.json: files differed from commit {made.get('commit', 'unknown')}"

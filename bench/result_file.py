@@ -63,14 +63,18 @@ class Begun:
         }
 
 
-def begin(*, wait: bool = True) -> Begun:
-    """Begin a run. wait: watch the machine, up to half a minute, until other programs leave it alone."""
+def begin(*, wait: bool = True, code: Sequence[str] = CODE) -> Begun:
+    """Begin a run.
+
+    wait: watch the machine, up to half a minute, until other programs leave it alone. code: the folders that decide the
+    figures.
+    """
     begun = Begun()
     commit_now = git("describe", "--always", "--abbrev=10", "--exclude=*")
     # New result files are no change of what is measured.
     begun.commit = commit_now or "unknown"
     begun.clean = bool(commit_now) and not git("status", "--porcelain", "--", ":/", ":!/bench/results")
-    begun.code = dict(digests())
+    begun.code = {folder: digest for folder, digest in digests().items() if folder in code}
     for _ in range(MOST_WATCHES if wait else 1):
         begun.busy_share = busy_share(WATCH_S if wait else WATCH_S / 10)
         if begun.idle:
@@ -118,8 +122,8 @@ def rounds(values: Iterable[float | None]) -> dict[str, Any] | None:
 
 
 def ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, Any] | None:
-    """Divide the medians; the rounds are divided one by one."""
-    if not top or not bottom:
+    """Divide the medians; the rounds are divided one by one. None where there is nothing to divide by."""
+    if not top or not all(bottom) or not bottom:
         return None
     each = [a / b for a, b in zip(top, bottom, strict=False)]
     found: dict[str, Any] = {"value": median(top) / median(bottom)}

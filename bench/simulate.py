@@ -116,7 +116,7 @@ def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
 def main() -> None:
     """Simulate, write."""
     args = options_of(__doc__, seconds=900.0, out=result_file.RESULTS)
-    begun = result_file.begin(wait=False)
+    begun = result_file.begin(wait=False, code=("service/scheduling",))
     found: dict[str, dict[str, Any]] = {
         "mix": {f"{load:.0%}": by_reserve(mixed(load, args.seconds, seed=3)) for load in LOADS},
         "forecast": {f"{load:.0%}": told_and_true(mixed(load, args.seconds, seed=3)) for load in LOADS},
