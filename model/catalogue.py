@@ -63,7 +63,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "dpmpp_3m": SamplerFacts(
-        "dpmpp_2m of third order: 20 steps and more",
+        "dpmpp_2m of third order: 30 steps and more; in 20, dpmpp_2m is better",
         "Lu et al. 2022, DPM-Solver++ 3M",
         30,
         multistep=True,

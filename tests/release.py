@@ -38,7 +38,6 @@ PLACES = (
     "docker/README.md",
     "docker/kubernetes/base/deployment.yaml",
     "docker/kubernetes/components/gpu/kustomization.yaml",
-    "docs/checkpoints.md",
 )
 
 

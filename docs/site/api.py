@@ -4,6 +4,7 @@ What many calls share stands once: the parameters of sampling, failures, headers
 Swagger UI showing it, lie beside the page.
 """
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fastapi_offline
-from starlette.testclient import TestClient
+import httpx
+from fastapi import FastAPI
 
 Described = Mapping[str, Any]
 
@@ -70,15 +72,20 @@ def document() -> dict[str, Any]:
     from tminus.service.startup.serve import Loader
     from tminus.service.startup.settings import Library, Settings
 
-    settings = Settings.model_construct()  # the defaults, whatever the environment says
+    settings = Settings.model_construct(executor="eager")  # otherwise the defaults, whatever the environment says
     loaded = load_engine(settings.load_options(BUNDLED), places_of=lambda _: 1)  # which measures nothing
     limits = settings.limits(loaded.max_rows, loaded.max_batch)
     model = Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows))
     served = ServedModels([model], Stores(lambda _: SqliteStore(None)), settings.allowed_sites(), Access())
     changes = ModelChanges(served, Library(), Loader(settings).load, lambda *_: None, None)
-    answer = TestClient(create_app(served, changes), base_url="http://localhost").get("/openapi.json")
-    made: dict[str, Any] = answer.raise_for_status().json()
-    return made
+    return asyncio.run(_document_of(create_app(served, changes)))
+
+
+async def _document_of(app: FastAPI) -> dict[str, Any]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        answer = await client.get("/openapi.json")
+    document: dict[str, Any] = answer.raise_for_status().json()
+    return document
 
 
 def files() -> dict[str, bytes]:

@@ -103,7 +103,7 @@ def warn_of_deprecation(method: str, response: httpx.Response) -> None:
     """Warn where the server says that a call goes away (RFC 9745 and 8594). The warning names no query."""
     if "deprecation" in response.headers:
         until = response.headers.get("sunset")
-        what = f"{method} {response.url.path} is deprecated" + (f", and goes on {until}" if until else "")
+        what = f"{method} {response.url.path} is deprecated" + (f", and works until {until:.40}" if until else "")
         warnings.warn(f"{what}: see the changelog of tminus", FutureWarning, stacklevel=2)
 
 

@@ -16,9 +16,9 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.service.conftest import MakeSite, make_site  # noqa: F401
 from tests.service.keys import key_line
-from tests.service.test_metrics import DOCUMENTED
 from tests.tools import needs
 from tminus.service.jobs.leases import AHEAD_S
+from tminus.service.metrics import METRICS
 from tminus.service.startup.server import ANSWER_S, KEPT_S
 from tminus.service.startup.settings import Settings
 
@@ -361,7 +361,7 @@ def test_the_autoscaler_scales_the_servers_and_asks_for_metrics_that_they_have(
     (trigger,) = scaling["triggers"]
     named = set(re.findall(r"tminus_\w+", trigger["metadata"]["query"]))
     assert named == {"tminus_backlog_seconds", "tminus_store_backlog_seconds"}
-    assert named <= DOCUMENTED.keys()
+    assert named <= METRICS.keys()
     assert set(re.findall(r'namespace="(\w+)"', trigger["metadata"]["query"])) == {target["metadata"]["namespace"]}
     assert trigger["metricType"] == "AverageValue"
     assert float(trigger["metadata"]["threshold"]) > AHEAD_S, "or a server that takes work ahead is too busy"

@@ -346,7 +346,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pipeline with a transformer": (
         model_index(_class_name="DiTPipeline", transformer=["diffusers", "DiTTransformer2DModel"]),
-        "'DiTPipeline' is not served: its denoiser is a transformer, .*; those that are: DDPMPipeline, DDIMPipeline",
+        "'DiTPipeline' is not served: its denoiser is a transformer; .*; those that are: DDPMPipeline, DDIMPipeline",
     ),
     "a transformer": (
         lambda f: (

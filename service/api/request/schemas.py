@@ -321,12 +321,14 @@ class SampleRequest(RequestSchema):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises UnknownField, InvalidField or InvalidImage, with all that is wrong."""
-        max_items, faults = max(limits.max_n, MAX_ITEMS), Faults()
+        max_items, faults, asked = max(limits.max_n, MAX_ITEMS), Faults(), None
         with faults.gathered():
-            return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
-        right = {name for name in parameters if name in cls.model_fields and name not in (*PICTURES, *faults)}
-        cls.model_validate({name: parameters[name] for name in right}).check_bounds(model, limits, faults)
-        faults.refuse()
+            asked = cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
+        if asked is None:
+            right = {name for name in parameters if name in cls.model_fields and name not in (*PICTURES, *faults)}
+            cls.model_validate({name: parameters[name] for name in right}).check_bounds(model, limits, faults)
+            faults.refuse()
+        return asked
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out.

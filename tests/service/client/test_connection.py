@@ -212,6 +212,36 @@ def test_an_answer_from_another_server_is_unexpected(answer: dict[str, Any], say
             call()
 
 
+# --- the contract ---
+
+
+def test_a_problem_has_all_that_is_wrong(served: Served, connect: Connect) -> None:
+    with pytest.raises(Problem, match=r"eta must be .*; steps must be") as caught:
+        connect(served.url).sample(steps=0, eta=2)
+    assert {each["field"] for each in caught.value.errors} == {"steps", "eta"}
+    assert caught.value.field == caught.value.errors[0]["field"]
+    with pytest.raises(Problem) as caught:
+        connect(served.url).job("x").state()
+    assert caught.value.errors == []
+
+
+def test_a_server_of_another_version_refuses_and_a_call_that_goes_away_is_warned_of(
+    served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = Breaking()
+    tminus = connect(served.url, transport=transport)
+    tminus.model()
+    assert transport.requests[0].headers["api-version"] == "1"
+    monkeypatch.setattr("tminus.service.api.edge.version.API_VERSION", "2")
+    with pytest.raises(Problem) as caught:
+        tminus.model()
+    assert (caught.value.code, caught.value.bound) == ("unsupported_api_version", "2")
+    headers = {"Deprecation": "@1798761600", "Sunset": "Fri, 01 Jan 2027 00:00:00 GMT"}
+    old = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, json={}))
+    with pytest.warns(FutureWarning, match="GET /model is deprecated, and works until Fri, 01 Jan 2027"):
+        connect("http://server", transport=old).model()
+
+
 # --- hostile servers ---
 
 
@@ -252,7 +282,17 @@ def test_a_document_is_bounded_in_length_and_depth(connect: Connect) -> None:
 
 @pytest.mark.parametrize(
     "members",
-    [{"detail": 5}, {"code": ["x"]}, {"status": "429"}, {"field": {}}, {"bound": 1}, {"status": -1}],
+    [
+        {"errors": 5},
+        {"errors": [5]},
+        {"errors": [{"detail": 5}]},
+        {"detail": 5},
+        {"code": ["x"]},
+        {"status": "429"},
+        {"field": {}},
+        {"bound": 1},
+        {"status": -1},
+    ],
     ids=str,
 )
 def test_a_problem_whose_members_have_other_types_is_unexpected(members: dict[str, Any], connect: Connect) -> None:
