@@ -200,7 +200,7 @@ def test_the_tutorial_goes_through_in_order(
     run_shell(watch, folder, first.url)
     assert "same" in run_shell(again, folder, first.url)
     first.slow_down()
-    run_shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
+    run_shell(job.replace('"steps": 1000', '"steps": 40'), folder, first.url)
     assert stop_server(first) == 0
     second = own_server(checkpoint=checkpoint, **env)
     second.wait_until(lambda: "goes on from step" in second.log)
