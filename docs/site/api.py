@@ -108,7 +108,7 @@ def page() -> str:
 def values(schema: Described, document: Described, *, of_answer: bool = False) -> str:
     """Say in a few words what a schema allows.
 
-    Spellings of numbers and truth values as text are left out, and so is null, which a request may put for nothing.
+    Spellings of numbers and booleans as text are left out, and so is null, which a request may put for nothing.
     of_answer: name null.
     """
     if "$ref" in schema:
@@ -144,7 +144,7 @@ def values(schema: Described, document: Described, *, of_answer: bool = False) -
 
 
 def _is_spelling(kind: Described) -> bool:
-    """Tell whether a type is how a number or a truth value is written as text."""
+    """Tell whether a type is how a number or a boolean is written as text."""
     return kind.get("type") == "string" and (
         kind.get("enum") == ["true", "false"] or str(kind.get("pattern", "")).startswith(("^[0-9]+$", "^-?[0-9]+"))
     )

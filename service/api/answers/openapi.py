@@ -359,7 +359,7 @@ def _described(field: Described) -> Described:
 
 
 def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
-    """Narrow each of a field's types. As text there is no null; as JSON numbers and truth values may be text."""
+    """Narrow each of a field's types. As text there is no null; as JSON numbers and booleans may be text."""
     kinds: list[Described] = []
     for kind in field.get("anyOf", [field]):
         name = kind["type"]

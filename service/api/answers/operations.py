@@ -44,7 +44,7 @@ for in the same header; a version that the server does not have is refused with 
 nothing, so it has no headers of a job.
 
 **Values** have one spelling. An integer is decimal digits (`50`; not `+50`, `5_0` or `50.0`). A number is written \
-as in JSON (`0.5`, `1e-3`; not `.5`, `nan` or `inf`). A truth value is `true` or `false`. In JSON each may also be \
+as in JSON (`0.5`, `1e-3`; not `.5`, `nan` or `inf`). A boolean is `true` or `false`. In JSON each may also be \
 text, and up to 2^53 `50.0` counts as an integer. Where a list is allowed, a query or a form repeats the name; no \
 other name may come twice. A parameter may be both in the query and in the body only with the same value. Unknown \
 parameters are refused, except by the probes, `/metrics`, `/docs`, `/openapi.json` and the page, which ignore their \

@@ -16,7 +16,7 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.api.request.faults import Faults
-from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
+from tminus.service.errors import MOST_FAULTS, BodyTooLarge, InvalidField, InvalidImage, UnknownField
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
@@ -124,11 +124,10 @@ Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type"
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for parameters, or members of an object, that there are not."""
+    """Raise UnknownField for parameters, or members of an object, that there are not: no more than an answer lists."""
     faults = Faults()
-    for name, value in given.items():
-        if name not in known:
-            faults.add(UnknownField.of(name, known, value))
+    for name in [name for name in given if name not in known][:MOST_FAULTS]:
+        faults.add(UnknownField.of(name, known, given[name]))
     faults.check()
 
 
@@ -359,7 +358,7 @@ class SampleRequest(RequestSchema):
             with faults.gathered():
                 table = self._table(model, settings)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
-        if table is None and spacing not in SPACINGS:
+        if sampler not in TABLE_SAMPLERS and spacing not in SPACINGS:
             faults.add(InvalidField.of("timestep_spacing", bounds["timestep_spacing"], spacing))
         if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
             faults.add(InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps))
