@@ -114,6 +114,8 @@ Bool = Annotated[bool, BeforeValidator(_boolean)]
 # The bounds come before the validator, or they would be missing in OpenAPI.
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integer)]
 Index = Annotated[int, Field(ge=0, le=MAX_INDEX), BeforeValidator(_integer)]
+Step = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
+Percent = Annotated[int, Field(ge=0, le=100), BeforeValidator(_integer)]
 Every = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
 Rate = Annotated[float, Field(gt=0, le=MAX_FPS), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
@@ -676,9 +678,8 @@ class AnimationRequest(RequestSchema):
         "With `application/json` also a list of both.",
         json_schema_extra=default("`x_t`"),
     )
-    until: Int | None = Field(
+    until: Step | None = Field(
         None,
-        ge=0,
         description="With `every` and `Accept: application/json`: the last step whose frame is wanted. No further "
         "step is taken or counted in a quota, and the answer has no images.",
         json_schema_extra=default("all steps"),
@@ -768,11 +769,11 @@ class WebhookRequest(RequestSchema):
         if url is None:
             raise InvalidField.of("webhook", "given together with webhook_events_filter", None)
         if not isinstance(url, str):
-            raise refused("a text", "")  # it may have a URL somewhere, and errors are logged
+            raise refused("text", "")  # it may have a URL somewhere, and errors are logged
         if allowed is None:
             raise refused(OFF, url)
         asked = cls.from_parameters(
-            own, {"webhook": "a text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
+            own, {"webhook": "text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
         )
         Receiver.parse(url, allowed)
         return Webhook(url, _events(asked.webhook_events_filter))
