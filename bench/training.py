@@ -39,7 +39,7 @@ def main() -> None:
             train = [sys.executable, "-m", "tminus", "train", "--data", "fashion-mnist", "--out", str(run)]
             subprocess.run([*train, *RECIPE], check=True)
         figures = {"held_out": {**losses(run), "bundled": bundled()}}
-    result_file.write("training", begun.made(servers.describe(0.2), timed=False), figures)
+    result_file.write("training", begun.made(servers.describe(0), timed=False), figures)
 
 
 def losses(run: Path) -> dict[str, float]:
