@@ -33,8 +33,8 @@ TITLES = {"hugging face": "Hugging Face", "openai": "OpenAI", "kserve": "KServe"
 FORMATS = {"binary": "file", "byte": "base64, or a file in a form", "uri": "URL", "uuid": "UUID"}
 POWERS = {2**64 - 1: "2^64-1", 2**32 - 1: "2^32-1", 2**53: "2^53"}
 SOURCE = """\
-What follows is made from the [OpenAPI document](openapi.json), which [Swagger UI](openapi.html) shows too. A running server has
-both at `/openapi.json` and `/docs`, with its own bounds.
+What follows is made from the [OpenAPI document](openapi.json), which [Swagger UI](openapi.html) shows too. A running
+server has both at `/openapi.json` and `/docs`, with its own bounds.
 """
 SWAGGER = """\
 <!doctype html>

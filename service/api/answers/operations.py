@@ -62,7 +62,8 @@ TAGS: Mapping[str, str] = {
     "models": "The models of the server, and how they are loaded and unloaded.",
     "keys": "Who the caller is, and how a page keeps a key. A key goes into `Authorization: Bearer KEY`.",
     "system": "How the server is doing.",
-    "page": "The web page. `GET /openapi.json` is the OpenAPI document. `GET /docs` shows it with forms to try each call.",
+    "page": "The web page. `GET /openapi.json` is the OpenAPI document. `GET /docs` shows it, with forms to try "
+    "the calls.",
     "openai": "OpenAI's Images API, for OpenAI's clients. Errors have OpenAI's form, and errors that are 422 elsewhere "
     "are 400 here.",
     "hugging face": "Hugging Face's inference API, for `InferenceClient`. Errors that are 422 elsewhere are 400 here.",
