@@ -23,7 +23,7 @@ from tminus.service.errors import ServiceError
 from tminus.service.metrics import GROUPS as METRIC_GROUPS
 from tminus.service.metrics import METRICS
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings
+from tminus.service.startup.settings import GROUPS, NO_FLAG
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -170,12 +170,9 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
     yield heading(2, name, name.replace(" ", "-"))
     yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
     yield from (f"{block_of_help(block)}\n\n" for text in _texts(command) for block in blocks(text))
-    of_settings = {option for option in command.params if option.name in {*Settings.model_fields, "config"}}
     own = [option for option in command.params if isinstance(option, click.Option)]
-    if of_settings - {option for option in own if option.name in ("checkpoint", "device")} and "config" in {
-        option.name for option in own
-    }:
-        own = [option for option in own if option not in of_settings and option.name not in RaySettings.model_fields]
+    if any(option.name == "config" for option in own):
+        own = [option for option in own if option.name not in {*RaySettings.model_fields, "config"}]
         yield "Its options are the [settings](reference/settings.md) and `--config FILE`"
         yield (", and:" if own else ".") + "\n\n"
     if own:
