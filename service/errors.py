@@ -386,8 +386,8 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """The worker hangs: it has been busy with one thing, mostly a step of the model, for over a minute and over twenty
-    times as long as that should take. `/healthz` and `/readyz` report it too.
+    """The worker hangs: it has been busy with one tick or command for over a minute and over twenty times the longest
+    tick, or with one image in the autoencoder for over a minute. `/healthz` and `/readyz` report it too.
     """
 
     status, code, title = 503, "stalled", "The worker hangs"

@@ -211,10 +211,15 @@ class Settings(BaseSettings):
         le=1_000_000,
         description="Maximum number of images of accepted jobs, waiting and running together. [Background "
         "jobs](scheduling.md#background-jobs) may add a quarter. Raise it for many small images; lower it if memory is "
-        "short. Default: as many as have 512 MiB of latents, at most 4096.",
+        "short. A grey image of 32 x 32 takes 8 KiB or more, a colour image of 256 x 256 takes 1.5 MiB or more; see "
+        "[memory](operations.md#memory). Default: as many as fit into 512 MiB, at most 4096.",
     )
     max_jobs: int = Field(
-        1024, ge=1, le=10_000, description="Maximum number of accepted jobs, waiting and running together."
+        1024,
+        ge=1,
+        le=10_000,
+        description="Maximum number of accepted jobs, waiting and running together. `--max-backlog-s` is nearly always "
+        "reached first, so you need not change it.",
     )
     max_backlog_s: float = Field(
         600,
@@ -251,7 +256,7 @@ class Settings(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. `0.0.0.0` accepts requests from other machines; it needs [keys or "
-        "`--open`](security.md), and a proxy with [TLS](operations.md) in front of it.",
+        "`--open`](security.md), and a proxy with [TLS](operations.md#network) in front of it.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
     max_connections: int = Field(
@@ -259,7 +264,8 @@ class Settings(BaseSettings):
         ge=8,
         le=65_536,
         description="Maximum number of open connections. At most half of them may be WebSockets and event streams. "
-        "Further connections are answered with 503 in plain text. If the hard limit of open files (`ulimit -Hn`) is "
+        "When all are open, a new one replaces the one that has been idle for longest; if none is idle, it is answered "
+        "with 503 in plain text. If the hard limit of open files (`ulimit -Hn`) is "
         "below this number plus 384, the server allows fewer, and its log says how many.",
     )
     max_connections_per_address: int = Field(
@@ -267,8 +273,9 @@ class Settings(BaseSettings):
         ge=1,
         le=65_536,
         description="Maximum number of open connections from one address, without WebSockets. An IPv6 address counts "
-        "with its /64 network. Further connections are answered with 503 in plain text. All clients of a proxy count "
-        "as one address: raise it if your proxy keeps more connections open.",
+        "with its /64 network. Further connections replace idle ones or are answered with 503, as with "
+        "`--max-connections`. All clients of a proxy count as one address: raise it if your proxy keeps more "
+        "connections open.",
     )
     max_streams_per_address: int = Field(
         64,
@@ -361,8 +368,12 @@ class Settings(BaseSettings):
     job_results: str | None = Field(
         None,
         description="Object store for large results of durable jobs: `s3://bucket/prefix`. It needs the extra `s3`; "
-        "see [results in an object store](operations.md#results-in-an-object-store). Endpoint and credentials come "
-        "from variables such as `AWS_ENDPOINT_URL` and `AWS_ACCESS_KEY_ID`. Default: all results are kept where the "
+        "see [results in an object store](operations.md#results-in-an-object-store). The endpoint is "
+        "`AWS_ENDPOINT_URL`, or Amazon's for `AWS_REGION`. Credentials are `AWS_ACCESS_KEY_ID` and "
+        "`AWS_SECRET_ACCESS_KEY`, else a web identity (EKS), or the role of the container (ECS) or machine (EC2). "
+        "Profiles in `~/.aws` are not read. [obstore](https://developmentseed.org/obstore/latest/api/store/aws/) has "
+        "more variables, such as for encryption. The right `s3:ListBucket` is not needed; with it the log can tell a "
+        "missing object from a forbidden one. Default: all results are kept where the "
         "jobs are.",
     )
     job_results_above_kb: int = Field(
@@ -422,7 +433,9 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field(
         "text",
-        description="Format of the log. `json` writes one object a line, for a log collector.",
+        description="Format of the log. `json` writes one object a line, for a log collector, with `time`, `level`, "
+        "`logger` and `message`. Where they apply it adds `request_id`, `client`, `key` (the name), `method`, "
+        "`target`, `status`, `seconds`, `code`, `job_id`, `trace_id`, `span_id` and `traceback`.",
     )
     log_level: str = Field(
         "info",
