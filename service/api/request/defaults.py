@@ -1,6 +1,6 @@
 """What a request gets that leaves its sampler, steps or guidance out: one rule for requests of every kind. Pure.
 
-docs/api.md has it as a table.
+LEFT_OUT in api/answers/operations.py has it as a table.
 """
 
 from collections.abc import Mapping
