@@ -62,8 +62,9 @@ def build() -> int:
         sys.stderr.write(done.stderr)
     if links.broken:
         print("Links to files that are not there:", *sorted(links.broken), sep="\n", file=sys.stderr)
-    shutil.move(BUILD / "site", SITE)
-    print(f"open {SITE / 'index.html'}")
+    if (BUILD / "site").is_dir():  # which it is not where Zensical could not begin
+        shutil.move(BUILD / "site", SITE)
+        print(f"open {SITE / 'index.html'}")
     return done.returncode or int(bool(links.broken))
 
 
