@@ -99,7 +99,7 @@ class Conductor:
                 self._try("the bare loop", lambda: self._run_bare(number))
             return
         contender, is_first = self._contenders[key], number == 1
-        wanted: tuple[str, ...] = EVERY_ROUND if is_first or key != "tminus_eager_fcfs" else ()
+        wanted: tuple[str, ...] = () if key == "tminus_eager_fcfs" else EVERY_ROUND
         wanted += (ONCE if key in HUNG_UP else ONCE[:1]) if is_first else ()
         todo = [load for load in wanted if load in self._plan.loads]
         self._try(contender.title, lambda: self._run_loads(contender, number, todo))

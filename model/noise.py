@@ -126,7 +126,7 @@ class NoiseSchedule:
         return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
 
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, eq. 10); shapes as q_sample."""
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); shapes as q_sample."""
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
 

@@ -64,7 +64,7 @@ def sigma_of(alpha_bar: Tensor) -> Tensor:
 
 
 def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
-    """Ho et al. 2020, eq. 15, x_0 itself, and v (Salimans & Ho 2022, eq. 10)."""
+    """Ho et al. 2020, eq. 15, x_0 itself, and v (Salimans & Ho 2022, sec. 4)."""
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if noise.prediction_type == "epsilon":
         if bool((alpha_bar <= 0).any()):

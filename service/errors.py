@@ -142,7 +142,7 @@ class PreconditionFailed(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The `Content-Type` of the body is none that this call takes."""
+    """The call does not take a body of this `Content-Type`."""
 
     status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
     remedy = "Set the `Content-Type` to one that `bound` or `detail` lists, and send such a body."

@@ -92,10 +92,20 @@ def test_who_waits_half_as_long_is_twice_as_fast() -> None:
 
 
 def test_the_three_effects_multiply_to_the_whole() -> None:
-    rates = {"lock": 50.0, "tminus_eager_fcfs": 120.0, "tminus_eager": 110.0, "tminus": 300.0}
-    found = summary_of(*(loaded("saturation_1", key, rate) for key, rate in rates.items()))["effects"]["saturation_1"]
+    took_s = {"lock": 50.0, "tminus_eager_fcfs": 40.0, "tminus_eager": 4.0, "tminus": 1.0}
+    found = summary_of(*(loaded("mixed", key, answers=[answer(20, s)]) for key, s in took_s.items()))["effects"][
+        "short"
+    ]
     values = {name: each["value"] for name, each in found.items()}
     assert values["batching"] * values["scheduling"] * values["precision"] == pytest.approx(values["all"])
+
+
+def test_requests_that_are_alike_have_no_effect_of_scheduling() -> None:
+    rates = {"lock": 50.0, "tminus_eager": 110.0, "tminus": 300.0}
+    found = summary_of(*(loaded("saturation_1", key, rate) for key, rate in rates.items()))["effects"]["saturation_1"]
+    assert {name: each["value"] for name, each in found.items()} == pytest.approx(
+        {"batching": 2.2, "precision": 30 / 11, "all": 6}
+    )
 
 
 def test_steps_that_nobody_got_are_wasted() -> None:

@@ -207,13 +207,15 @@ def row(option: click.Option, context: click.Context) -> str:
     assert record is not None, f"{option.name} is hidden"
     assert option.help, f"{context.info_name} {option.opts[0]} has no help"
     said = " ".join(record[1].replace(str(BUNDLED), f"the bundled {BUNDLED.name}").split())
-    said = re.sub(r" \[env: \w+\]$", "", said)  # of a setting: its name says it
+    variable = re.search(r" \[env: (\w+)\]$", said)
+    said = said[: variable.start()] if variable else said
     bounds = r"\[(required|\d\S*<=x\S*|x>=\S+)\]|; (\d\S*<=x\S*|x>=\S+)(?=\])"
     text, _, default = re.sub(bounds, "", said).partition("[default: ")
     default = "required" if option.required else default.strip("()] ")
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     values = "" if option.is_flag else values_of_option(option)
-    cells = (names, values, coded(default), sentence(text.strip()))
+    meaning = sentence(text.strip()) + (f" Variable: `{variable[1]}`." if variable else "")
+    cells = (names, values, coded(default), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

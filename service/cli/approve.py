@@ -37,8 +37,8 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     \b
       tminus approve runs/digits
 
-    The command makes the same images in float32 and in bfloat16, and compares them. They may differ by half of the
-    error that the sampler makes anyway, because it takes few steps. The approval is noted in the checkpoint, or in the
+    The command makes the same images in float32 and in bfloat16, and compares them. The difference may be at most half
+    of the error that the sampler makes anyway by its few steps. The approval is noted in the checkpoint, or in the
     cache folder if the checkpoint is read-only. The page on checkpoints describes the criterion.
     """
     set_up_log("INFO", "%(message)s")

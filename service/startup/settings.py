@@ -372,9 +372,10 @@ class Settings(BaseSettings):
         "`AWS_ENDPOINT_URL`, or Amazon's for `AWS_REGION`. Credentials are `AWS_ACCESS_KEY_ID` and "
         "`AWS_SECRET_ACCESS_KEY`, else a web identity (EKS), or the role of the container (ECS) or machine (EC2). "
         "Profiles in `~/.aws` are not read. [obstore](https://developmentseed.org/obstore/latest/api/store/aws/) has "
-        "more variables, such as for encryption. The right `s3:ListBucket` is not needed; with it the log can tell a "
-        "missing object from a forbidden one. Default: all results are kept where the "
-        "jobs are.",
+        "more variables, such as for encryption. After SIGTERM the server waits for an upload in progress, up to a "
+        "minute and a second for each megabyte; allow your supervisor that time. A job whose object is missing or "
+        "damaged answers 507; you can delete it. The right `s3:ListBucket` is not needed; with it the log can tell a "
+        "missing object from a forbidden one. Default: all results are kept where the jobs are.",
     )
     job_results_above_kb: int = Field(
         256,

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def test_the_requests_of_the_readme_are_answered_and_an_image_is_made_again_to_t
     assert run_commands(bundled_server, folder, "README.md", "curl")
     assert size(folder / "out.png") == (128, 64), "eight images"
     assert size(folder / "sneaker.png") == (32, 32)
+    with zipfile.ZipFile(folder / "sneakers.zip") as archive:
+        assert archive.namelist() == [f"{k:05}.png" for k in range(4)]
     assert size(folder / "boots.png") == (64, 64), "four images"
     assert (size(folder / "bags.webp"), frames(folder / "bags.webp")) == ((64, 64), 8)
     here, there = run_commands(bundled_server, folder, "docs/determinism.md", ".venv/bin/tminus")
@@ -200,7 +203,7 @@ def test_the_tutorial_goes_through_in_order(
     run_shell(watch, folder, first.url)
     assert "same" in run_shell(again, folder, first.url)
     first.slow_down()
-    run_shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
+    run_shell(job.replace('"steps": 1000', '"steps": 40'), folder, first.url)
     assert stop_server(first) == 0
     second = own_server(checkpoint=checkpoint, **env)
     second.wait_until(lambda: "goes on from step" in second.log)
