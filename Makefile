@@ -120,4 +120,4 @@ $(VENV)/.installed-gpu: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-bench
 
 clean:
-	rm -rf $(VENV) build site docs/reference client/build *.egg-info client/*.egg-info
+	rm -rf $(VENV) build site client/build *.egg-info client/*.egg-info

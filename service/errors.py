@@ -661,7 +661,7 @@ class JobCancelled(ServiceError):
     """The client disconnected, so that nobody reads this answer, or a request deleted or cancelled the job."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
-    remedy = "Nothing: this is what was asked for."
+    remedy = "You need not do anything: this is what was asked for."
     refusal = False
 
 

@@ -162,7 +162,7 @@ METRICS = {
     "tminus_answered_without_work_total": Described(
         "counter",
         "Repeated requests that needed no step.",
-        {"how": "`not_modified` (the answer was 304) or `cache_hit` (the answer was in memory)"},
+        {"how": "`not_modified` (the answer was 304, or 412 to a POST) or `cache_hit` (the answer was in memory)"},
     ),
     "tminus_queue_wait_seconds": Described(
         "histogram",

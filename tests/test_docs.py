@@ -31,13 +31,15 @@ INDEX = ROOT / "docs" / "README.md"
 PAGES = [
     README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md",
     ROOT / "docker" / "README.md", ROOT / "client" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "checkpoints").glob("*/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "reference").glob("*.md")),
+    *sorted((ROOT / "checkpoints").glob("*/README.md")),
 ]  # fmt: skip
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
 UNDESCRIBED = ("/docs", "/openapi.json")  # by the document
 OF_DOCKER = {"--stop-timeout", "--init", "--cpus", "--scale", "--target"}  # its own options
-OF_OTHERS = {"--help", "--extra-index-url", "--plot"}  # pip's, and an example's
+# pip's, an example's and Prometheus'.
+OF_OTHERS = {"--help", "--extra-index-url", "--plot", "--enable-feature=exemplar-storage"}
 
 # Spans by name, and what they say, where that is written down.
 SPANS = (re.compile(r"""(?:traced|start_span|begin_part)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))

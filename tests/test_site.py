@@ -55,6 +55,12 @@ def test_a_link_leads_to_a_page_a_copied_picture_or_the_repository(
     assert not links.broken
 
 
+def test_a_link_to_what_is_made_for_the_site_alone_stays(root: Path) -> None:
+    links = pages.Links(root, pages.find_pages(root), SOURCE, [Path("docs/made.json")])
+    assert links.of(Path("docs/a.md"), "[x](made.json)") == "[x](made.json)"
+    assert not links.broken
+
+
 @pytest.mark.parametrize("target", ["c.md", "images/q.png", "../../outside"])
 def test_a_link_to_nothing_is_told_with_its_page(root: Path, target: str) -> None:
     links = pages.Links(root, pages.find_pages(root), SOURCE)

@@ -3,7 +3,7 @@
     python -m docs.site
     python -m docs.site --external
 
-The site is in site/. The pages as Zensical reads them are in build/docs/pages/, and the reference in docs/reference/.
+The site is in site/. The pages as Zensical reads them are in build/docs/pages/.
 """
 
 import argparse
@@ -37,60 +37,57 @@ def main() -> int:
 
 
 def build() -> int:
-    """Write the reference, assemble the pages, and have Zensical make the site of them."""
-    write_reference()
+    """Assemble the pages, and have Zensical make the site of them."""
     for folder in (BUILD, SITE):
         shutil.rmtree(folder, ignore_errors=True)
-    files = pages.find_pages(ROOT)
-    links = pages.Links(ROOT, files, PROJECT["urls"]["Source"])
+    texts, beside = read_pages(), {pages.REFERENCE / name: content for name, content in api.files().items()}
+    links = pages.Links(ROOT, [*texts], PROJECT["urls"]["Source"], beside)
     titles: dict[Path, str] = {}
-    for file in files:
-        text = (ROOT / file).read_text("utf-8")
+    for file, text in texts.items():
         page = BUILD / "pages" / pages.page_of(file)
         page.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".ipynb":
-            text = notebook.as_page(file.name, text, f"{links.source_url}/blob/main/{file.as_posix()}")
         titles[file] = pages.title_of(text)
         page.write_text(links.of(file, text), "utf-8")
     assets = (ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir())
     copies = {Path("assets", each.name): each for each in assets}
-    copies |= {each: ROOT / each for each in (*links.copied, *(pages.REFERENCE / name for name in api.files()))}
-    for place, source in copies.items():
+    copies |= {each: ROOT / each for each in links.copied}
+    for place, content in (beside | {place: source.read_bytes() for place, source in copies.items()}).items():
         target = BUILD / "pages" / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    (BUILD / "zensical.toml").write_text(configuration(files, titles), "utf-8")
+        target.write_bytes(content)
+    (BUILD / "zensical.toml").write_text(configuration(titles), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(BUILD / "zensical.toml")]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if ABORTED not in done.stderr:  # which a traceback goes before
         sys.stderr.write(done.stderr)
     if links.broken:
         print("Links to files that are not there:", *sorted(links.broken), sep="\n", file=sys.stderr)
-    shutil.move(BUILD / "site", SITE)
-    print(f"open {SITE / 'index.html'}")
+    if (BUILD / "site").is_dir():  # which it is not where Zensical could not begin
+        shutil.move(BUILD / "site", SITE)
+        print(f"open {SITE / 'index.html'}")
     return done.returncode or int(bool(links.broken))
 
 
-def write_reference() -> None:
-    """Write the pages that are made of the code, and what lies beside them."""
-    folder = ROOT / pages.REFERENCE
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, text in (reference.pages() | {"api.md": api.page()}).items():
-        (folder / name).write_text(text, "utf-8")
-    for name, content in api.files().items():
-        (folder / name).write_bytes(content)
+def read_pages() -> dict[Path, str]:
+    """Return every page as Markdown, by its file: of a notebook too, and of the reference with what the code says."""
+    texts = {file: (ROOT / file).read_text("utf-8") for file in pages.find_pages(ROOT)}
+    for file, text in texts.items():
+        if file.suffix == ".ipynb":
+            address = f"{PROJECT['urls']['Source']}/blob/main/{file.as_posix()}"
+            texts[file] = notebook.as_page(file.name, text, address)
+    made = reference.pages() | {"api.md": api.page()}
+    return texts | {pages.REFERENCE / name: text for name, text in made.items()}
 
 
-def configuration(files: list[Path], titles: dict[Path, str]) -> str:
-    """Return Zensical's settings, with the pages in their groups."""
+def configuration(titles: dict[Path, str]) -> str:
+    """Return Zensical's settings, with the pages in their groups. titles: of all pages."""
 
     def entry(file: Path, title: str = "") -> str:
         # A string of JSON is one of TOML.
         return f"{{ {json.dumps(title or titles[file])} = {json.dumps(pages.page_of(file).as_posix())} }}"
 
     nav = [entry(Path("README.md"), "tminus"), entry(pages.INDEX)]
-    for title, files_of_group in pages.navigation(ROOT, files).items():
+    for title, files_of_group in pages.navigation(ROOT, [*titles]).items():
         nav += [f"{{ {json.dumps(title)} = [{', '.join(map(entry, files_of_group))}] }}"]
     text = (HERE / "zensical.toml").read_text("utf-8")
     filled = {"nav": ",\n".join(nav), "description": PROJECT["description"], "source": PROJECT["urls"]["Source"]}
@@ -102,8 +99,8 @@ def configuration(files: list[Path], titles: dict[Path, str]) -> str:
 def external() -> int:
     """Ask for each address that a page links to; print those that do not answer, with the pages."""
     found: dict[str, list[str]] = {}
-    for file in pages.find_pages(ROOT):
-        for target in pages.targets((ROOT / file).read_text("utf-8")):
+    for file, text in read_pages().items():
+        for target in pages.targets(text):
             if pages.is_external(target) and not target.startswith(NOWHERE):
                 found.setdefault(target.partition("#")[0], []).append(file.as_posix())
     with ThreadPoolExecutor(8) as pool:

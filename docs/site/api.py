@@ -1,4 +1,4 @@
-"""The API's reference: a page made from the OpenAPI document of a server that serves the bundled checkpoint.
+"""The API's reference, made from the OpenAPI document of a server that serves the bundled checkpoint.
 
 What many calls share stands once: the parameters of sampling, failures, headers and schemas. The document itself, and
 Swagger UI showing it, lie beside the page.
@@ -18,6 +18,8 @@ import fastapi_offline
 import httpx
 from fastapi import FastAPI
 
+from docs.site import reference
+
 Described = Mapping[str, Any]
 
 SHARED = (
@@ -30,12 +32,9 @@ SHARED = (
 TITLES = {"hugging face": "Hugging Face", "openai": "OpenAI", "kserve": "KServe"}
 FORMATS = {"binary": "file", "byte": "base64, or a file in a form", "uri": "URL", "uuid": "UUID"}
 POWERS = {2**64 - 1: "2^64-1", 2**32 - 1: "2^32-1", 2**53: "2^53"}
-INTRODUCTION = """\
-# API
-
-This page lists every call. It is made from the [OpenAPI document](openapi.json), which [Swagger UI](openapi.html) shows
-too. A running server has both at `/openapi.json` and `/docs`, with its own bounds. [Ask for images](../api.md) explains
-the usual tasks.
+SOURCE = """\
+What follows is made from the [OpenAPI document](openapi.json), which [Swagger UI](openapi.html) shows too. A running
+server has both at `/openapi.json` and `/docs`, with its own bounds.
 """
 SWAGGER = """\
 <!doctype html>
@@ -99,7 +98,7 @@ def files() -> dict[str, bytes]:
 
 def page() -> str:
     """Return the page of all calls."""
-    return Page(document()).text()
+    return reference.page("api", Page(document()).text())
 
 
 # --- schemas in words ---
@@ -108,7 +107,7 @@ def page() -> str:
 def values(schema: Described, document: Described, *, of_answer: bool = False) -> str:
     """Say in a few words what a schema allows.
 
-    Spellings of numbers and truth values as text are left out, and so is null, which a request may put for nothing.
+    Spellings of numbers and booleans as text are left out, and so is null, which a request may put for nothing.
     of_answer: name null.
     """
     if "$ref" in schema:
@@ -144,7 +143,7 @@ def values(schema: Described, document: Described, *, of_answer: bool = False) -
 
 
 def _is_spelling(kind: Described) -> bool:
-    """Tell whether a type is how a number or a truth value is written as text."""
+    """Tell whether a type is how a number or a boolean is written as text."""
     return kind.get("type") == "string" and (
         kind.get("enum") == ["true", "false"] or str(kind.get("pattern", "")).startswith(("^[0-9]+$", "^-?[0-9]+"))
     )
@@ -263,9 +262,9 @@ class Page:
         self._tags |= {call.tag: "" for call in self._calls if call.tag not in self._tags}
 
     def text(self) -> str:
-        """Return the whole page."""
+        """Return all of the page that is made of the document."""
         parts = [
-            INTRODUCTION,
+            SOURCE,
             self._document["info"].get("description", ""),
             "## Calls",
             table(("call", "what it does"), self._overview()),

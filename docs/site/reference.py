@@ -2,8 +2,8 @@
 
     python -m docs.site.reference FOLDER
 
-writes all four. The introduction of each page is a template beside this file. Links in the texts of the code and of the
-templates are relative to docs/; here they become relative to docs/reference/, where the pages are.
+writes all four. What of them is written by hand is in docs/reference/, with a mark where the rest goes. Links in the
+texts of the code are relative to docs/; here they become relative to docs/reference/.
 """
 
 import inspect
@@ -23,13 +23,13 @@ from tminus.service.errors import ServiceError
 from tminus.service.metrics import GROUPS as METRIC_GROUPS
 from tminus.service.metrics import METRICS
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings
+from tminus.service.startup.settings import GROUPS, NO_FLAG
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-TEMPLATES = Path(__file__).with_name("reference_pages")
-BODY = "<!-- body -->\n"  # where the part that is made of the code goes in a template
+FOLDER = Path(__file__).parents[1] / "reference"
+BODY = re.compile(r"^<!-- body -->\n.+\n", re.MULTILINE)  # and a line for readers of the repository, which has no more
 CODE = re.compile(
     r"`[^`]*`|(?<![\w-])(?:--[a-z][a-z-]*[a-z]|-n)\b|\b(?:TMINUS|XDG|RAY)_[A-Z_]+\b|\b(?:GET|POST) /[\w/]+"
 )
@@ -43,10 +43,14 @@ def pages() -> dict[str, str]:
 
 
 def page(name: str, body: str) -> str:
-    """Put the body into the template of a page, and make its links relative to docs/reference/."""
-    text = (TEMPLATES / f"{name}.md").read_text("utf-8").replace(BODY, body.strip() + "\n")
-    text = re.sub(r"\]\(reference/", "](", re.sub(r"\]\((?!reference/|https?:|#)", "](../", text))
+    """Put what is made of the code into a page that is written by hand."""
+    text = BODY.sub(lambda _: body.strip() + "\n", (FOLDER / f"{name}.md").read_text("utf-8"))
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def moved(text: str) -> str:
+    """Make the links of a text that are relative to docs/ relative to docs/reference/."""
+    return re.sub(r"\]\(reference/", "](", re.sub(r"\]\((?!reference/|https?:|#)", "](../", text))
 
 
 def heading(level: int, title: str, anchor: str) -> str:
@@ -59,7 +63,7 @@ def heading(level: int, title: str, anchor: str) -> str:
 
 def settings() -> str:
     """The page of the settings of `tminus serve` and `tminus ray serve`."""
-    return page("settings", "".join(_settings()))
+    return page("settings", moved("".join(_settings())))
 
 
 def _settings() -> Iterator[str]:
@@ -136,7 +140,7 @@ def in_other_units(name: str, value: object) -> str:
 
 def command_line() -> str:
     """The page of the commands of `tminus`, with the options of each."""
-    return page("command-line", "".join(_commands()))
+    return page("command-line", moved("".join(_commands())))
 
 
 def commands(group: click.Group = main, prefix: str = "tminus") -> Iterator[tuple[str, click.Command]]:
@@ -166,12 +170,9 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
     yield heading(2, name, name.replace(" ", "-"))
     yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
     yield from (f"{block_of_help(block)}\n\n" for text in _texts(command) for block in blocks(text))
-    of_settings = {option for option in command.params if option.name in {*Settings.model_fields, "config"}}
     own = [option for option in command.params if isinstance(option, click.Option)]
-    if of_settings - {option for option in own if option.name in ("checkpoint", "device")} and "config" in {
-        option.name for option in own
-    }:
-        own = [option for option in own if option not in of_settings and option.name not in RaySettings.model_fields]
+    if any(option.name == "config" for option in own):
+        own = [option for option in own if option.name not in {*RaySettings.model_fields, "config"}]
         yield "Its options are the [settings](reference/settings.md) and `--config FILE`"
         yield (", and:" if own else ".") + "\n\n"
     if own:
@@ -253,7 +254,7 @@ def values_of_option(option: click.Option) -> str:
 
 def errors() -> str:
     """The page of the errors, each with its status, when it happens and what to do."""
-    return page("errors", "".join(_errors()))
+    return page("errors", moved("".join(_errors())))
 
 
 def every_error() -> list[type[ServiceError]]:
@@ -282,7 +283,7 @@ def _errors() -> Iterator[str]:
 
 def metrics() -> str:
     """The page of the metrics, each with its type, labels, and what it counts."""
-    return page("metrics", "".join(_metrics()))
+    return page("metrics", moved("".join(_metrics())))
 
 
 def _metrics() -> Iterator[str]:

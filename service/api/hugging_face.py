@@ -180,14 +180,14 @@ def _described(contract: Contract) -> Described:
     parameters = {
         **{theirs: fields[ours] for theirs, ours in NAMES.items()},
         **size,
-        "target_size": closed_object("the model's own size", size) | {"required": list(size)},
+        "target_size": closed_object("The model's own size.", size) | {"required": list(size)},
         "negative_prompt": {"type": "string", "maxLength": 0},
         "scheduler": {"type": "string", "enum": list(_samplers(model))},
         **{name: fields[name] for name in OURS},
         "strength": fields["strength"],
     }
-    prompt = {"type": "string", "description": "a class by name or number; empty: no class"}
-    inputs = prompt | {"description": "a class by name or number; empty: no class; or a picture in base64, to edit"}
-    parameters["prompt"] = prompt | {"description": "the prompt where inputs is a picture, in base64"}
-    inside = closed_object("Hugging Face's parameters, and those of POST /sample.", parameters)
+    prompt, words = {"type": "string"}, "A class by name or number; empty for no class."
+    inputs = prompt | {"description": f"{words} Or the picture to edit, in base64."}
+    parameters["prompt"] = prompt | {"description": "The prompt, where `inputs` is a picture."}
+    inside = closed_object("Hugging Face's parameters, and those of `POST /sample`.", parameters)
     return closed_object("A prompt, or a picture.", {"inputs": inputs, "parameters": inside}) | {"required": ["inputs"]}

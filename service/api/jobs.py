@@ -234,8 +234,12 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type, query = negotiate(request, (*MEDIA_TYPES, NPY)), read_query(request)
-    clip, asked = FloatsRequest.take_from(query, media_type), JobImageRequest.parse(query)
+    media_type, query, faults = negotiate(request, (*MEDIA_TYPES, NPY)), read_query(request), Faults()
+    with faults.gathered():
+        clip = FloatsRequest.take_from(query, media_type)
+    with faults.gathered():
+        asked = JobImageRequest.parse(query)
+    faults.check()
     view, images = await while_connected(request, models.default.jobs.images(job_id, caller_of(request).sees))
     record, services = view.record, models.numbered(view.model)
     made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec

@@ -17,9 +17,10 @@ from tminus.service.api.answers.progress import Progress, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
+from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
 from tminus.service.api.request.schemas import StreamRequest, check_pictures
-from tminus.service.api.submission import submit, understand, warning_of
+from tminus.service.api.submission import refuse, submit, understand, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
     JobCancelled,
@@ -94,7 +95,11 @@ class _Stream:
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        preview = StreamRequest.parse(StreamRequest.own_of(parameters))
+                        faults = Faults()
+                        with faults.gathered():
+                            preview = StreamRequest.parse(StreamRequest.own_of(parameters))
+                        if faults:
+                            await refuse(self._services, parameters, faults)
                         # It takes the parameters: they may be megabytes, and the job take an hour.
                         self._services, new = await understand(self._services, caller, parameters)
                         check_pictures(new.spec, self._services.model, "in a stream, whose images are PNGs")

@@ -55,7 +55,7 @@ def frames(file: Path) -> int:
 def test_the_requests_of_the_readme_are_answered_and_an_image_is_made_again_to_the_byte(
     bundled_server: RunningServer, folder: Path
 ) -> None:
-    run_commands(bundled_server, folder, "README.md", "curl")
+    assert run_commands(bundled_server, folder, "README.md", "curl")
     assert size(folder / "out.png") == (128, 64), "eight images"
     assert size(folder / "sneaker.png") == (32, 32)
     with zipfile.ZipFile(folder / "sneakers.zip") as archive:

@@ -66,16 +66,16 @@ AS_TEXT: Mapping[str, Described] = {
 FAILURES = {
     400: "The body cannot be parsed, or the server does not have the version that `API-Version` names",
     401: "The key is missing or wrong",
-    403: "The server is not known by the name in `Host`; or a page of another origin asks; or the call needs a key of "
+    403: "The server does not know the name in `Host`, or a page of another origin asks, or the call needs a key of "
     "the role admin",
     404: "There is no such job or model",
-    406: "`Accept` allows no media type that there is",
+    406: "`Accept` allows none of the media types of this call",
     408: "The body came too slowly",
-    409: "The job is not done yet; or the id is another job's; or the model cannot be changed now",
+    409: "The job is not done yet, or another job has this id, or the model cannot be changed now",
     410: "The job was cancelled or failed, and has no images",
     412: "The client has the answer already: `If-None-Match` names its `ETag`. Nothing was run",
     413: "The body is too large",
-    415: "The body is compressed, or its `Content-Type` is not taken here",
+    415: "The body is compressed, or this call does not take its `Content-Type`",
     422: "A parameter is invalid, unknown or given twice. `errors` lists all that is wrong",
     429: "Too much is asked for at once, or the quota of the key is used up",
     500: "The server failed",
@@ -215,7 +215,7 @@ IDEMPOTENCY_KEY = _header(
 WEBHOOKS: Described = {
     "job": {
         "post": {
-            "summary": "What a job's webhook is sent, signed as Standard Webhooks says",
+            "summary": "What the server sends to the webhook of a job, signed as Standard Webhooks says",
             "parameters": [
                 _header("webhook-id", {"type": "string"}, "The event and a UUID. The same in each attempt."),
                 _header("webhook-timestamp", {"type": "string"}, "When this attempt was made: Unix time in seconds."),
@@ -359,7 +359,7 @@ def _described(field: Described) -> Described:
 
 
 def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
-    """Narrow each of a field's types. As text there is no null; as JSON numbers and truth values may be text."""
+    """Narrow each of a field's types. As text there is no null; as JSON numbers and booleans may be text."""
     kinds: list[Described] = []
     for kind in field.get("anyOf", [field]):
         name = kind["type"]

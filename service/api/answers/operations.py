@@ -44,7 +44,7 @@ for in the same header; a version that the server does not have is refused with 
 nothing, so it has no headers of a job.
 
 **Values** have one spelling. An integer is decimal digits (`50`; not `+50`, `5_0` or `50.0`). A number is written \
-as in JSON (`0.5`, `1e-3`; not `.5`, `nan` or `inf`). A truth value is `true` or `false`. In JSON each may also be \
+as in JSON (`0.5`, `1e-3`; not `.5`, `nan` or `inf`). A boolean is `true` or `false`. In JSON each may also be \
 text, and up to 2^53 `50.0` counts as an integer. Where a list is allowed, a query or a form repeats the name; no \
 other name may come twice. A parameter may be both in the query and in the body only with the same value. Unknown \
 parameters are refused, except by the probes, `/metrics`, `/docs`, `/openapi.json` and the page, which ignore their \
@@ -56,14 +56,14 @@ is refused. `--max-body-bytes` bounds a body without its images; `--max-image-by
 
 TAGS: Mapping[str, str] = {
     "sample": "Sample images from noise, or edit an image, and wait for the answer. `WS /sample/stream` does the same "
-    "with live previews: `x-websockets` of this document has its messages.",
-    "jobs": "Durable jobs finish even if the client goes away or the server is killed.",
+    "with live previews. `x-websockets` of the OpenAPI document has its messages.",
+    "jobs": "Durable jobs finish even if the client disconnects or the server is killed.",
     "noise": "The forward process: from an image towards noise.",
     "models": "The models of the server, and how they are loaded and unloaded.",
     "keys": "Who the caller is, and how a page keeps a key. A key goes into `Authorization: Bearer KEY`.",
     "system": "How the server is doing.",
-    "page": "The web page. `GET /docs` shows this document with forms to try each call; `GET /openapi.json` is the "
-    "document.",
+    "page": "The web page. `GET /openapi.json` is the OpenAPI document. `GET /docs` shows it, with forms to try "
+    "the calls.",
     "openai": "OpenAI's Images API, for OpenAI's clients. Errors have OpenAI's form, and errors that are 422 elsewhere "
     "are 400 here.",
     "hugging face": "Hugging Face's inference API, for `InferenceClient`. Errors that are 422 elsewhere are 400 here.",
@@ -157,10 +157,10 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "watch_job": Operation(
         "Watch a durable job by server-sent events",
-        "`x-events` of the answer lists the events. The last event of a step has the step as its id, and the final "
-        "event has `end`. A client that reconnects with `Last-Event-ID`, as an `EventSource` does, gets only what is "
-        "newer. Frames from the time between are not sent again; the final event is never missed. A comment every 15 "
-        "s keeps proxies from closing the connection.",
+        "In the OpenAPI document, `x-events` of the answer lists the events. The last event of a step has the step as "
+        "its id, and the final event has `end`. A client that reconnects with `Last-Event-ID`, as an `EventSource` "
+        "does, gets only what is newer. Frames from the time between are not sent again; the final event is never "
+        "missed. A comment every 15 s keeps proxies from closing the connection.",
     ),
     "cancel_job": Operation(
         "Cancel a durable job that has not ended",
@@ -174,7 +174,7 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "get_batch": Operation(
         "List what waits and runs now, with the timestep of each job",
-        "Of jobs that the caller may not see, `id` and `seed` are null, and a number stands for them.",
+        "For jobs that the caller may not see, `id` and `seed` are null. `number` tells such jobs apart.",
     ),
     # --- models ---
     "get_model": Operation(
@@ -183,7 +183,7 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "get_noise_schedule": Operation("Get alpha_bar_t and beta_t of every timestep"),
     "list_models": Operation(
-        "List the models of the server", "Models that can be loaded and are not served have no url."
+        "List the models of the server", "The `url` of a model that can be loaded but is not served is null."
     ),
     "get_model_by_name": Operation("Get what `GET /model` says, of one model"),
     "load_model": Operation(

@@ -35,7 +35,10 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/re
 PAGE = "/"  # which others POST prompts to
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
-SET_COOKIE = {"description": "The key, which the cookie has now", **with_headers("Set-Cookie", "Cache-Control")}
+SET_COOKIE = {
+    "description": "The key is right, and the cookie has it now",
+    **with_headers("Set-Cookie", "Cache-Control"),
+}
 
 LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failures(422)}
 
@@ -111,12 +114,12 @@ class AccessControl:
 class WhoAnswer(BaseModel):
     """What the server takes a request's sender for."""
 
-    name: str | None = Field(description="Of the key; null for whoever comes without one.")
+    name: str | None = Field(description="The name of the key. Null without a key.")
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    row_steps_per_minute: int | None = Field(description="The quota; null: none.")
-    row_steps_left: int | None = Field(description="What is left of it now.")
-    jobs: int | None = Field(description="How many jobs may wait or run at once; null: no limit for this key.")
-    connections: int | None = Field(description="How many connections at once; null: no limit for this key.")
+    row_steps_per_minute: int | None = Field(description="The quota. Null for none.")
+    row_steps_left: int | None = Field(description="What is left of the quota now.")
+    jobs: int | None = Field(description="The most jobs that may wait or run at once. Null for no limit.")
+    connections: int | None = Field(description="The most connections at once. Null for no limit.")
 
     @classmethod
     def of(cls, caller: Caller) -> "WhoAnswer":
@@ -140,7 +143,7 @@ class LoginRequest(RequestSchema):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
         """Check names and types. Raises InvalidField or UnknownField."""
-        return cls.from_parameters(parameters, lambda _name: "a text of at most 512 characters")
+        return cls.from_parameters(parameters, lambda _name: "text of at most 512 characters")
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:

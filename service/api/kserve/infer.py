@@ -221,7 +221,7 @@ def object_of(value: object, name: str) -> Mapping[str, Any]:
 
 
 def flag_of(value: object, name: str) -> bool:
-    """Take a truth value. Raises InvalidField."""
+    """Take a boolean. Raises InvalidField."""
     if not isinstance(value, bool):
         raise InvalidField.of(name, "true or false", value)
     return value

@@ -295,10 +295,10 @@ def _of_version(services: Services, request: Request) -> Services:
 _PARAMETERS: Described = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 _REQUESTED: dict[str, Any] = {
     "id": {"type": "string", "maxLength": 255},
-    "model_name": {"type": "string", "description": "that of the path"},
-    "model_version": {"type": "string", "description": "the one that is loaded"},
+    "model_name": {"type": "string", "description": "The name in the path."},
+    "model_version": {"type": "string", "description": "The version that is loaded."},
     "parameters": _PARAMETERS
-    | {"description": "those of POST /sample that are no tensors; timeout; binary_data_output"},
+    | {"description": "Those of `POST /sample` that are not tensors, `timeout` and `binary_data_output`."},
     "inputs": {
         "type": "array",
         "maxItems": len(TAKEN),
@@ -342,7 +342,7 @@ BODY: Described = {
 }
 INDEX_BODY: Described = {
     "content": {JSON: {"schema": {"type": "object", "additionalProperties": False, "properties": {
-        "ready": {"type": "boolean", "description": "only models that are ready; default false"},
+        "ready": {"type": "boolean", "description": "Only models that are ready. Default: false."},
     }}}},
 }  # fmt: skip
 ANSWER: Described = {

@@ -29,8 +29,9 @@ OURS = "An addition of tminus: "
 EVENTS = "text/event-stream"
 OF_THESE = {400: BAD_REQUEST, 404: FAILURES[404]}
 FILES = {
-    "image": "the image to edit, of the model's size: PNG, JPEG or WebP; without mask and strength it is its own mask",
-    "mask": "transparent where the image is made new: PNG or WebP, of the same size",
+    "image": "The image to edit, in the model's size: PNG, JPEG or WebP. Without `mask` and `strength`, it is its own "
+    "mask.",
+    "mask": "Transparent where the image is made new: PNG or WebP, in the same size.",
 }
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.schemas import Bool, Int, RequestSchema, SampleRequest, check_names, default
+from tminus.service.api.request.schemas import Bool, Int, Percent, RequestSchema, SampleRequest, check_names, default
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
 
@@ -25,7 +25,7 @@ _BOUNDS = {
     "prompt": "text: the name of a class, or empty",
     "model": "the name of a model that GET /v1/models lists",
     "n": f"an integer in 1..{MAX_N}",
-    "size": "a text",
+    "size": "text",
     "quality": "one of auto, low, medium, high",
     "response_format": "b64_json or url",
     "output_format": "one of png, jpeg, webp",
@@ -41,7 +41,7 @@ class ImagesRequest(RequestSchema):
     """What OpenAI's clients send to have images made."""
 
     prompt: str = Field(
-        description="A class by name or number, in any case; empty for no class. Nothing else is understood. Required."
+        description="A class by name or number, in any case; empty for no class. Nothing else is understood."
     )
     model: str | None = Field(
         None, description="The name of a model that is served.", json_schema_extra=default("the server's default model")
@@ -63,10 +63,8 @@ class ImagesRequest(RequestSchema):
     output_format: Literal["png", "jpeg", "webp"] = Field(
         "png", description="The format of the images.", json_schema_extra=default("`png`")
     )
-    output_compression: Int | None = Field(
+    output_compression: Percent | None = Field(
         None,
-        ge=0,
-        le=100,
         description="The quality of `jpeg` and `webp`. PNGs take only 100.",
         json_schema_extra=default("100"),
     )
@@ -79,7 +77,7 @@ class ImagesRequest(RequestSchema):
     service_tier: Literal["auto", "default", "flex"] = Field(
         "auto",
         description="`flex`: a background job, which lets all others go first.",
-        json_schema_extra=default("`auto`: no such job"),
+        json_schema_extra=default("`auto`: not a background job"),
     )
     stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=default("false"))
     partial_images: Int = Field(
@@ -104,7 +102,7 @@ class ImagesRequest(RequestSchema):
         check_names(rest, (*cls.model_fields, *extensions))
         if "prompt" not in own:
             raise InvalidField.of("prompt", "given; empty for no class", None)
-        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "a text")), rest
+        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "text")), rest
 
     @property
     def budget(self) -> Quality:

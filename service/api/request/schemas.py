@@ -16,7 +16,7 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.api.request.faults import Faults
-from tminus.service.errors import BodyTooLarge, InvalidField, InvalidImage, UnknownField
+from tminus.service.errors import MOST_FAULTS, BodyTooLarge, InvalidField, InvalidImage, UnknownField
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
@@ -114,6 +114,8 @@ Bool = Annotated[bool, BeforeValidator(_boolean)]
 # The bounds come before the validator, or they would be missing in OpenAPI.
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integer)]
 Index = Annotated[int, Field(ge=0, le=MAX_INDEX), BeforeValidator(_integer)]
+Step = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
+Percent = Annotated[int, Field(ge=0, le=100), BeforeValidator(_integer)]
 Every = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
 Rate = Annotated[float, Field(gt=0, le=MAX_FPS), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
@@ -124,11 +126,10 @@ Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type"
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for parameters, or members of an object, that there are not."""
+    """Raise UnknownField for parameters, or members of an object, that there are not: no more than an answer lists."""
     faults = Faults()
-    for name, value in given.items():
-        if name not in known:
-            faults.add(UnknownField.of(name, known, value))
+    for name in [name for name in given if name not in known][:MOST_FAULTS]:
+        faults.add(UnknownField.of(name, known, given[name]))
     faults.check()
 
 
@@ -359,7 +360,7 @@ class SampleRequest(RequestSchema):
             with faults.gathered():
                 table = self._table(model, settings)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
-        if table is None and spacing not in SPACINGS:
+        if sampler not in TABLE_SAMPLERS and spacing not in SPACINGS:
             faults.add(InvalidField.of("timestep_spacing", bounds["timestep_spacing"], spacing))
         if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
             faults.add(InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps))
@@ -677,9 +678,8 @@ class AnimationRequest(RequestSchema):
         "With `application/json` also a list of both.",
         json_schema_extra=default("`x_t`"),
     )
-    until: Int | None = Field(
+    until: Step | None = Field(
         None,
-        ge=0,
         description="With `every` and `Accept: application/json`: the last step whose frame is wanted. No further "
         "step is taken or counted in a quota, and the answer has no images.",
         json_schema_extra=default("all steps"),
@@ -769,11 +769,11 @@ class WebhookRequest(RequestSchema):
         if url is None:
             raise InvalidField.of("webhook", "given together with webhook_events_filter", None)
         if not isinstance(url, str):
-            raise refused("a text", "")  # it may have a URL somewhere, and errors are logged
+            raise refused("text", "")  # it may have a URL somewhere, and errors are logged
         if allowed is None:
             raise refused(OFF, url)
         asked = cls.from_parameters(
-            own, {"webhook": "a text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
+            own, {"webhook": "text", "webhook_events_filter": EVENTS_BOUND}.__getitem__, MOST_EVENTS
         )
         Receiver.parse(url, allowed)
         return Webhook(url, _events(asked.webhook_events_filter))

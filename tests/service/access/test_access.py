@@ -22,7 +22,7 @@ def test_one_with_keys_asks_for_one() -> None:
     with pytest.raises(Unauthorized) as caught:
         access.without_secret()
     assert caught.value.headers["WWW-Authenticate"] == 'Bearer realm="tminus"'
-    with pytest.raises(Unauthorized, match="not known") as caught:
+    with pytest.raises(Unauthorized, match="does not know this key") as caught:
         access.with_secret("x-secret")
     assert "x-secret" not in caught.value.detail
 

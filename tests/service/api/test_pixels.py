@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str, str]] = {
         NPY | {"Prefer": "respond-async"},
         {"clip_output": False},
         "clip_output",
-        "where the floats are fetched",
+        "when you fetch the floats",
     ),
 }
 

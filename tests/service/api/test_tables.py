@@ -85,6 +85,7 @@ def test_what_there_is_no_table_for_is_refused_with_the_list(
     with pytest.raises(InvalidField) as refused:
         spec_of(**parameters)
     assert (refused.value.field, refused.value.bound) == (field, bound)
+    assert not refused.value.others, "nothing is told of what the client has not sent"
 
 
 def test_guided_tables_are_not_taken_for_unguided_requests_nor_the_other_way() -> None:

@@ -130,7 +130,7 @@ def test_a_form_and_sample_with_respond_async_name_one_too_and_the_events_it_is_
         ({"webhook": "http://hooks.example/x"}, "webhook", "https"),
         ({"webhook": "https://hooks.example/" + "x" * 1024}, "webhook", "at most 1024 characters"),
         ({"webhook": "not a URL"}, "webhook", "absolute https URL"),
-        ({"webhook": ["https://hooks.example/s3cret"]}, "webhook", "a text"),
+        ({"webhook": ["https://hooks.example/s3cret"]}, "webhook", "text"),
         ({"webhook_events_filter": ["completed"]}, "webhook", "given together with"),
         (PUBLIC | {"webhook_events_filter": ["logs"]}, "webhook_events_filter", "start, output, completed"),
         (PUBLIC | {"webhook_events_filter": []}, "webhook_events_filter", "start, output, completed"),
