@@ -32,7 +32,8 @@ Way = Callable[[RunningServer, Path], bytes | np.ndarray]
 
 
 def by_curl(server: RunningServer, folder: Path) -> bytes:
-    command = [needs("curl"), "-sS", "--fail-with-body", f"{server.url}/sample", "-d", json.dumps(SPEC), "-o", "it.png"]
+    body = ["-H", "Content-Type: application/json", "-d", json.dumps(SPEC)]
+    command = [needs("curl"), "-sS", "--fail-with-body", f"{server.url}/sample", *body, "-o", "it.png"]
     subprocess.run(command, cwd=folder, check=True, timeout=60)
     return (folder / "it.png").read_bytes()
 

@@ -105,5 +105,5 @@ def test_what_is_transparent_lends_no_colour_to_its_neighbours() -> None:
 
 
 def test_a_picture_has_no_other_number_of_channels() -> None:
-    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+    with pytest.raises(ValueError, match="channels of a picture must be 1, 3 or 4"):
         fit_picture(Image.new("RGB", (2, 2)), (2, 2), 5)

@@ -164,7 +164,9 @@ def test_all_that_the_file_does_not_say_is_asked_for_at_once(tmp_path: Path) -> 
         *("image_size", "timesteps", "beta_schedule", "prediction", "variance", "heads", "attention_order"),
         "rescale_timesteps",
     )
-    assert "--attention-order (legacy (heads before q, k, v) or new)" in str(missing.value)
+    assert "--attention-order (Order of the attention's channels: legacy (heads before q, k, v) or new)" in str(
+        missing.value
+    )
     with pytest.raises(MissingFacts, match="--rescale-timesteps"):
         read_foreign(file, GivenFacts(**FIXED | {"heads": 4, "attention_order": "new", "timesteps": 4000}))
     with pytest.raises(MissingFacts) as missing:

@@ -190,5 +190,5 @@ def test_a_folder_of_rgba_keeps_alpha_and_takes_no_background(tmp_path: Path) ->
     assert (images[2, 3] == 255).all()
     with pytest.raises(DataError, match="background must be black, its default, for RGBA"):
         load_image_folder(tmp_path, 8, 4, (255, 255, 255))
-    with pytest.raises(DataError, match="1, 3 or 4 channels"):
+    with pytest.raises(DataError, match="channels of a picture must be 1, 3 or 4"):
         load_image_folder(tmp_path, 8, 5)
