@@ -53,9 +53,6 @@ def machine(result: Result) -> str:
             f"- tminus chose {tminus['executor']} in {tminus['precision']} ({tminus['details'].partition(', ')[2]}), "
             f"with up to {tminus['places']} rows a tick."
         )
-    for key, tried in result.get("trials", {}).items():
-        rates = "; ".join(f"{way}: {rate:.0f} row-steps/s" for way, rate in tried.items())
-        lines.append(f"- {TITLES[key]} was tried as {rates}. The faster one is in the table.")
     lines += [f"- {sentence}" for sentence in result.get("left_out", [])]
     return "\n".join(lines)
 
@@ -70,7 +67,7 @@ def headline(result: Result) -> str:
             way = f" {precision}" if "OpenVINO" in title else f", OpenVINO {precision}" if key == "tminus" else ""
             way = way or ("" if "eager" in title else ", eager float32")
             lines.append(f"| {title}{way} | " + " | ".join(cells) + " |")
-    if unanswered := result.get("unanswered"):
+    if unanswered := {key: count for key, count in result.get("unanswered", {}).items() if key != "tminus_eager_fcfs"}:
         some = ", ".join(f"{count} of {TITLES[key]}" for key, count in unanswered.items())
         lines += ["", f"Requests without an answer, which count as waits to the end of the load: {some}."]
     return "\n".join(lines)
@@ -115,10 +112,12 @@ def limits(result: Result) -> str:
     lines = ["| | rows/s | % of peak |", "|---|---|---|"]
     precision = result["tminus"]["precision"]
     for batch, rate in found["bare"].items():
+        if batch not in ("1", f"{result['tminus']['places']}"):
+            continue
         share = 100 * found["gflop_a_row"] * rate["value"] / found["peak"]
         lines.append(f"| the executor alone in {precision}, rows at a time: {batch} | {_cell(rate)} | {share:.0f} |")
     for key, title in TITLES.items():
-        if f"{key}_of_peak" in found and key in result.get("saturation_1", {}):
+        if f"{key}_of_peak" in found and key in result.get("saturation_1", {}) and key != "tminus_eager_fcfs":
             rate = result["saturation_1"][key]
             lines.append(f"| {title}, requests of 1 image | {_cell(rate)} | {found[f'{key}_of_peak']:.0f} |")
     text = (
