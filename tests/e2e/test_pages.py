@@ -104,7 +104,8 @@ def test_the_example_of_the_page_of_streams_keeps_each_frame(
     slow_down(server, between_ticks_s=0.03)  # or frames are dropped
     (program,) = code_blocks("docs/streaming.md", "python")
     run_shell(*code_blocks("docs/streaming.md", "sh"), tmp_path, server.url)
-    assert frames(tmp_path / "bags.webp") == server.client().get("/model").json()["recommended"]["steps"]
+    with server.client() as client:
+        assert frames(tmp_path / "bags.webp") == client.get("/model").json()["recommended"]["steps"]
     assert json.loads((tmp_path / "way.json").read_text())["frames"][0]["step"] == 0
     assert len(run_python(program, tmp_path, server.url).splitlines()) == 2 + 2 * 4
     names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (40, 80, 120, 160)}
