@@ -22,6 +22,7 @@ PLACES = {
     "postgresql": ("initdb", "/usr/lib/postgresql/*/bin/initdb"),
     "prometheus": ("prometheus",),  # and with it promtool
     "sqlite3": ("sqlite3",),
+    "systemd": ("systemd-analyze",),
 }
 MISSING = " is missing: apt-get install "
 

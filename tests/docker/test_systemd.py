@@ -1,13 +1,11 @@
 """docker/systemd, held against the server's settings and what systemd itself says."""
 
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
-import pytest
-
+from tests.tools import needs
 from tminus.service.startup.server import ANSWER_S
 from tminus.service.startup.settings import Settings
 
@@ -42,8 +40,7 @@ def test_the_timer_asks_at_the_port_of_the_metrics() -> None:
 
 
 def test_systemd_finds_no_fault(tmp_path: Path) -> None:
-    if (analyze := shutil.which("systemd-analyze")) is None:
-        pytest.skip("systemd-analyze is missing")
+    analyze = needs("systemd")
     program = tmp_path / "tminus"
     program.touch(mode=0o755)
     for file in FOLDER.iterdir():
