@@ -19,6 +19,7 @@ from typing import Any
 from bench import figures, networks, result_file, servers
 from bench.bare import flops_per_row
 from bench.conductor import Conductor, Plan, say
+from bench.figures import SHORT_STEPS
 from bench.loads import QUICK, Lengths
 from bench.records import Ask
 from tminus.model.checkpoint import load_checkpoint
@@ -66,8 +67,8 @@ def measured(folder: Path, contenders: list[str], machine: dict[str, Any], *, qu
     """Measure one network. The cache folder is empty before."""
     checkpoint = load_checkpoint(folder)
     gflop = flops_per_row(checkpoint) / 1e9
-    steps = max(20, min(1000, 10 * round(MIXED_S * GFLOP_PER_S / gflop / 16 / 10)))
-    lengths = replace(QUICK if quick else LENGTHS, mixed_long=Ask(n=8, steps=20 if quick else steps))
+    steps = max(SHORT_STEPS, min(1000, 10 * round(MIXED_S * GFLOP_PER_S / gflop / 16 / 10)))
+    lengths = replace(QUICK if quick else LENGTHS, mixed_long=Ask(n=8, steps=SHORT_STEPS if quick else steps))
     found: dict[str, Any] = {
         "title": TITLES.get(folder.name, folder.name),
         "parameters_m": sum(each.numel() for each in checkpoint.net.parameters()) / 1e6,
