@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -158,35 +159,23 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
         }
         entry = {
             "sampler": point.sampler, "steps": point.steps, "guidance": point.guidance, "passes": passes,
-            **of_samples(figures), **identity(checkpoint, point), **how,
+            **of(figures, "samples"), **identity(checkpoint, point), **how,
         }  # fmt: skip
-        keep({name: {key_of(point): entry, "real": of_real(figures)} | of_autoencoder(judge)}, begun)
+        keep({name: {key_of(point): entry, "real": of(figures, "real")} | of_autoencoder(judge)}, begun)
         say(f"{name}: {point}: distance {entry['distance']:.2f}, {time.monotonic() - began_s:.0f} s")
 
 
-def of_samples(figures: SampleFigures) -> dict[str, Any]:
-    """The figures of the images."""
+def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, Any]:
+    """Return the figures of the samples, or those of as many training images (of test images: class_accuracy, nearest)."""
+    value = attrgetter(side)
     accuracy, frechet, pixels = figures.class_accuracy, figures.classifier_frechet_distance, figures.pixels
     return {
-        "class_accuracy": accuracy and accuracy.samples,
-        "distance": frechet and frechet.samples,
-        "pixel_distance": pixels.frechet_distance.samples,
-        "variance": pixels.variance_ratio and pixels.variance_ratio.samples,
-        "nearest": figures.memorisation.samples.median,
-        "nearest_1_percent": figures.memorisation.samples.percentile_1,
-    }
-
-
-def of_real(figures: SampleFigures) -> dict[str, Any]:
-    """The same figures of real images: as many training images; for class_accuracy and nearest, test images."""
-    accuracy, frechet, pixels = figures.class_accuracy, figures.classifier_frechet_distance, figures.pixels
-    return {
-        "class_accuracy": accuracy and accuracy.real,
-        "distance": frechet and frechet.real,
-        "pixel_distance": pixels.frechet_distance.real,
-        "variance": pixels.variance_ratio and pixels.variance_ratio.real,
-        "nearest": figures.memorisation.real.median,
-        "nearest_1_percent": figures.memorisation.real.percentile_1,
+        "class_accuracy": accuracy and value(accuracy),
+        "distance": frechet and value(frechet),
+        "pixel_distance": value(pixels.frechet_distance),
+        "variance": pixels.variance_ratio and value(pixels.variance_ratio),
+        "nearest": value(figures.memorisation).median,
+        "nearest_1_percent": value(figures.memorisation).percentile_1,
     }
 
 
