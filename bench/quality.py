@@ -166,7 +166,7 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
 
 
 def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, Any]:
-    """Return the figures of the samples, or those of as many training images (of test images: class_accuracy, nearest)."""
+    """Return the figures of the samples, or those of real images: of test images for class_accuracy and nearest."""
     value = attrgetter(side)
     accuracy, frechet, pixels = figures.class_accuracy, figures.classifier_frechet_distance, figures.pixels
     return {
