@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel, VQModel
 from PIL import Image
 from torch import Tensor
 
@@ -165,9 +165,11 @@ def reader(checkpoint: Path, *, openvino: bool) -> Callable[[Tensor], list[Image
 
         pictures = LatentPictures(load_checkpoint(checkpoint), torch.device("cpu"), None)
         return lambda x: [Image.fromarray(image) for image in pictures.read(x, [None] * len(x), 8)()]
-    vqvae: Any = VQModel.from_pretrained(checkpoint, subfolder="vqvae")  # type: ignore[no-untyped-call]
-    scaling = vqvae.eval().config.scaling_factor
-    return lambda x: to_images(vqvae.decode(x / scaling, return_dict=False)[0])
+    name = json.loads((checkpoint / "vqvae" / "config.json").read_text("utf-8"))["_class_name"]
+    kind: Any = {each.__name__: each for each in (AutoencoderKL, VQModel)}[name]
+    autoencoder = kind.from_pretrained(checkpoint, subfolder="vqvae").eval()
+    scaling = autoencoder.config.scaling_factor
+    return lambda x: to_images(autoencoder.decode(x / scaling, return_dict=False)[0])
 
 
 @torch.inference_mode()
