@@ -39,7 +39,6 @@ SET_COOKIE = {
     "description": "The key is right, and the cookie has it now",
     **with_headers("Set-Cookie", "Cache-Control"),
 }
-
 LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failures(422)}
 
 

@@ -208,7 +208,7 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
 def from_items(items: Iterable[tuple[str, str]], where: str, faults: Faults) -> dict[str, Any]:
     """Turn the items of a query or a form into parameters; lists repeat their name.
 
-    A field that is none, and comes twice, is left out: a ConflictingField goes into faults.
+    Another field that comes twice is left out: a ConflictingField goes into faults.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -254,7 +254,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], faults: Faults) -> dict[str, Any]:
-    """Join query and body. A field that differs is left out: a ConflictingField goes into faults."""
+    """Join query and body. A field with two values is left out: a ConflictingField goes into faults."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):

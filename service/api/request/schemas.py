@@ -126,7 +126,7 @@ Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type"
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for parameters, or members of an object, that there are not: no more than an answer lists."""
+    """Raise UnknownField for names that are not known: for as many as an answer lists."""
     faults = Faults()
     for name in [name for name in given if name not in known][:MOST_FAULTS]:
         faults.add(UnknownField.of(name, known, given[name]))
