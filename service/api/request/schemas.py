@@ -577,7 +577,7 @@ class NoiseRequest(RequestSchema):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
-        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        """Check names, types and bounds. Raises UnknownField or InvalidField."""
         bounds = {"t": f"an integer in 0..{model.num_timesteps - 1}", "seed": SEED_BOUND}
         request = cls.from_parameters(parameters, bounds.__getitem__)
         if not 0 <= request.t < model.num_timesteps:
