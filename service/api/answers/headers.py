@@ -31,7 +31,10 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
         "Milliseconds that the job took: `queue`, `first_step`, `denoise`, of a latent model `decode`, and `encode`. "
         "Absent where no job ran.",
     ),
-    "X-Fingerprint": (TEXT, "What the bytes depend on besides the request: the same fingerprint gives the same bytes."),
+    "X-Fingerprint": (
+        TEXT,
+        "A hash of all that changes the bytes for the same request and weights: software, machine, settings.",
+    ),
     "X-Alpha-Bar": ({"type": "number"}, "alpha_bar_t: the share of the image in the variance of x_t."),
     "X-Value-Range": (TEXT, "Of `application/x-npy`: the values of black and of white."),
     "X-Clipped": (TEXT, "Of `application/x-npy`: whether values beyond the range were clipped to it."),

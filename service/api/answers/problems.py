@@ -92,14 +92,18 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
         code = HTTPStatus(error.status_code).name.lower()
         headers = dict(error.headers or {})
         path = getattr(request.scope.get("route"), "path", request.url.path)
+        asked, detail = short(request.url.path), str(error.detail)
         if methods := allowed.get(path):  # the framework knows one route's methods only
             headers["Allow"] = ", ".join(sorted(methods))
+            detail = f"the method on {asked!r} must be one of {headers['Allow']}, got {short(request.method)!r}"
+        elif error.status_code == HTTPStatus.NOT_FOUND:
+            detail = f"there is no path {asked!r}; /docs lists the calls"
         problem = {
             "type": f"urn:tminus:problem:{code}",
             "title": HTTPStatus(error.status_code).phrase,
             "status": error.status_code,
             "code": code,
-            "detail": str(error.detail),
+            "detail": detail,
         }
         return respond(problem, headers, request.scope)
 

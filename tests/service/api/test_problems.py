@@ -192,7 +192,9 @@ def test_head_of_events_is_answered_at_once(site: Site) -> None:
 
 def test_a_wrong_path_or_method_is_a_problem_and_the_right_methods_are_told(site: Site) -> None:
     for method, path in (("GET", "/nowhere"), ("POST", "/sample/more")):
-        problem(site.client.request(method, path), 404, "not_found")
+        response = site.client.request(method, path)
+        problem(response, 404, "not_found")
+        assert path in response.json()["detail"]
     for method, path, allowed in (
         ("DELETE", "/sample", "GET, HEAD, POST"),
         ("POST", "/jobs/y", "DELETE, GET, HEAD, PUT"),
@@ -202,6 +204,7 @@ def test_a_wrong_path_or_method_is_a_problem_and_the_right_methods_are_told(site
         response = site.client.request(method, path)
         problem(response, 405, "method_not_allowed")
         assert {*response.headers["allow"].split(", ")} == {*allowed.split(", ")}
+        assert response.headers["allow"] in response.json()["detail"]
 
 
 def test_text_that_no_encoding_knows_is_a_problem_and_no_crash(site: Site) -> None:
