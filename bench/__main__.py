@@ -28,7 +28,7 @@ from bench.conductor import LOADS, Conductor, Plan
 from bench.loads import QUICK, Lengths
 from bench.records import Run
 
-RECORDS = servers.ROOT / "build" / "bench" / "serving-records.json"
+RECORDS = result_file.ROOT / "build" / "bench" / "serving-records.json"
 Records = tuple[dict[str, Any], Run]  # how the run was made, and what it found
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import httpx
 from bench import figures, servers
 from bench.loads import QUICK, Lengths, Turn
 from bench.records import Bare, Pace, Run
+from bench.result_file import say
 
 EVERY_ROUND = ("idle", "saturation_1", "saturation_16")
 ONCE = ("mixed", "hang_ups")
@@ -168,8 +168,3 @@ class Conductor:
         say(sentence)
         if sentence not in self._run.left_out:
             self._run.left_out.append(sentence)
-
-
-def say(text: str) -> None:
-    """Tell progress, beside the results on stdout."""
-    print(text, file=sys.stderr, flush=True)

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 
 from bench import figures, networks, result_file, servers
-from bench.conductor import say
 from bench.loads import QUICK, Turn
 from bench.measures import Findings, Measure
-from bench.result_file import RESULTS
+from bench.result_file import RESULTS, ROOT, say
 
 LEAST_S = 5.0  # which a process needs to begin
 SERVED = ("tminus", "lock", "litserve", "mosec")
@@ -93,7 +92,7 @@ def main() -> None:
             findings.gather(part.network, part.name, part.module, part.options or {}, limit_s)
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     is_trial = args.device == "cpu"
-    out = args.out or (servers.ROOT / "build" / "bench" if is_trial else RESULTS)
+    out = args.out or (ROOT / "build" / "bench" if is_trial else RESULTS)
     findings.write(f"gpu-{name}", out, quick=is_trial, card=card, cuda=torch.version.cuda, anchor=ANCHOR)
     print(f"Beside exact / not exact: {ANCHOR}.")
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from bench import figures, networks, result_file, servers
 from bench.bare import flops_per_row
-from bench.conductor import Conductor, Plan, say
+from bench.conductor import Conductor, Plan
 from bench.figures import SHORT_STEPS
 from bench.loads import QUICK, Lengths
 from bench.records import Ask
+from bench.result_file import say
 from tminus.model.checkpoint import load_checkpoint
 
 CONTENDERS = ("tminus", "litserve_openvino", "litserve")

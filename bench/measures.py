@@ -19,8 +19,8 @@ from typing import IO, Any, TypeVar
 import torch
 
 from bench import result_file
-from bench.conductor import say
-from bench.servers import ROOT, describe, environment
+from bench.result_file import ROOT, say
+from bench.servers import describe, environment
 
 Key = TypeVar("Key")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench.servers import ROOT, options_of
+from bench.result_file import ROOT
+from bench.servers import options_of
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.files import read_json
 from tminus.model.latent.autoencoder import VQ, Autoencoder, AutoencoderConfig

@@ -15,7 +15,6 @@ the same file.
 
 import fcntl
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.result_file import RESULTS, ROOT, Begun, begin, write
+from bench.result_file import RESULTS, ROOT, Begun, begin, say, write
 from bench.servers import describe, options_of
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
@@ -245,11 +244,6 @@ def read() -> dict[str, Any]:
     """The file; empty where there is none."""
     found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
     return found
-
-
-def say(text: str) -> None:
-    """Tell who waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,9 @@ def begin(*, wait: bool = True, code: Sequence[str] = CODE) -> Begun:
         if begun.idle:
             break
     if wait and not begun.idle:
-        print(
+        say(
             f"The machine is not idle: other programs take {begun.busy_share:.0%} of the cores. The file will say so, "
-            "and no page will show its figures.",
-            file=sys.stderr,
+            "and no page will show its figures."
         )
     begun.began_s = time.monotonic()
     return begun
@@ -107,8 +106,13 @@ def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"made": dict(made), **rounded(figures)}, indent=1) + "\n", "utf-8")
-    print(f"written to {file}", file=sys.stderr)
+    say(f"written to {file}")
     return file
+
+
+def say(text: str) -> None:
+    """Tell progress on stderr: results go to stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def rounds(values: Iterable[float | None]) -> dict[str, Any] | None:

@@ -23,9 +23,9 @@ from typing import IO, Any
 import httpx
 
 from bench.records import Ask, Counters
+from bench.result_file import ROOT
 from bench.tally import read_tally
 
-ROOT = Path(__file__).resolve().parent.parent
 READY_S = 600.0  # torch.compile may be tried, or the network be large
 STOP_S = 5.0
 HOST = "127.0.0.1"

@@ -26,7 +26,8 @@ from bench.bare import flops_per_row
 from bench.measures import Findings, Measure, table
 from bench.peers.picture import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
-from bench.servers import ROOT, contenders
+from bench.result_file import ROOT
+from bench.servers import contenders
 from bench.tally import Tally, read_tally
 from tests.service.engine.exact import needs_openvino
 from tests.service.fakes import wait_until
