@@ -1,4 +1,4 @@
-"""Who takes a turn at what, and when: runs the contenders through the loads and gathers the records."""
+"""Run the contenders through the loads, in turns, and gather the records."""
 
 import asyncio
 import dataclasses
@@ -148,7 +148,7 @@ class Conductor:
         return Turn(server, number, self._lengths, self._run.capacity.get(server.contender.key, most))
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
-        """Twenty minutes of results are not thrown away for one contender."""
+        """Leave out a contender that fails: the results of the others are kept."""
         try:
             call()
         except (

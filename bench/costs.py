@@ -48,7 +48,7 @@ Found = dict[str, Any]
 def main() -> None:
     """Measure, write."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    args = servers.options_of(__doc__, only=",".join(PARTS), rounds=3, quick=0, out=result_file.RESULTS)
+    args = servers.options_of(__doc__, only=",".join(PARTS), rounds=3, quick=0, out="")
     begun = result_file.begin(wait=not args.quick)
     machine = servers.describe(0.2 if args.quick else 1.0)
     rounds, window_s = (1, 1.5) if args.quick else (args.rounds, 8.0)

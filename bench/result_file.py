@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+TRIALS = ROOT / "build" / "bench"  # of quick runs
 # The code that decides how fast tminus is and which images it makes.
 CODE = ("model", "service/engine", "service/scheduling", "service/worker")
 BUSY_SHARE = 0.05  # of the cores, taken by other programs: above it a machine is not idle
@@ -101,8 +102,9 @@ def busy_share(seconds: float) -> float:
     return max(0.0, 1 - idle / total) if total else 0.0
 
 
-def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a file of results."""
+def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder: Path | str | None = None) -> Path:
+    """Write a file of results: into bench/results/, or into build/bench/ after a quick run."""
+    folder = Path(folder or (TRIALS if made["quick"] else RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"made": dict(made), **rounded(figures)}, indent=1) + "\n", "utf-8")

@@ -112,7 +112,7 @@ def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
 
 def main() -> None:
     """Simulate, write."""
-    args = options_of(__doc__, seconds=900.0, out=result_file.RESULTS)
+    args = options_of(__doc__, seconds=900.0, out="")
     begun = result_file.begin(wait=False, code=("service/scheduling",))
     found: dict[str, dict[str, Any]] = {
         "mix": {f"{load:.0%}": by_reserve(mixed(load, args.seconds, seed=3)) for load in LOADS},
