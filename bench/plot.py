@@ -75,7 +75,7 @@ def samplers(quality: Mapping[str, Any], path: Path) -> None:
                 markersize=4.5, linewidth=1.4, linestyle="-" if number < len(MARKERS) else "-.",
             )  # fmt: skip
     axes.axhline(entries["real"]["distance"], color=INK, linestyle=":", linewidth=1.2, label="real images")
-    axes.set(xscale="log", yscale="log", xlabel="passes of the network, an image", ylabel="Fréchet distance")
+    axes.set(xscale="log", yscale="log", xlabel="passes of the network for an image", ylabel="Fréchet distance")
     for axis, ticks in ((axes.xaxis, (5, 8, 10, 20, 50, 100, 250)), (axes.yaxis, (2, 3, 5, 10, 20, 50, 100))):
         axis.set_minor_locator(NullLocator())
         axis.set_ticks(ticks, [str(tick) for tick in ticks])

@@ -16,8 +16,7 @@ the same file.
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
@@ -83,13 +82,13 @@ def key_of(point: Point) -> str:
 
 
 def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
-    """What an entry depends on: another value of any, and it is measured again."""
+    """Return what an entry depends on. Where any of it has changed, the setting is measured again."""
     plan = checkpoint.plan(point.sampler, point.steps, guidance=point.guidance)
     return {"weights_hash": checkpoint.weights_hash, "plan_hash": plan_hash(plan)[:16], "images": IMAGES, "seed": SEED}
 
 
 def lacking(name: str) -> list[Point]:
-    """The settings of a checkpoint that the file has not, or has of other weights or tables."""
+    """List the settings of a checkpoint that the file lacks, or has of other weights or tables."""
     checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
     found = read().get(name, {})
 
@@ -102,7 +101,7 @@ def lacking(name: str) -> list[Point]:
 
 
 def data_of(name: str) -> dict[str, Any]:
-    """The options of `tminus evaluate` that name the data."""
+    """Return the options of `tminus evaluate` that name the data."""
     options: dict[str, Any] = {"data_dir": None, "background": "black", "device": "cpu"}
     if name.startswith("fashion-mnist"):
         return options | {"data": "fashion-mnist", "test_data": None}
@@ -111,7 +110,7 @@ def data_of(name: str) -> dict[str, Any]:
 
 
 def missing_data(name: str) -> str | None:
-    """Say what is to be done for data that is not there; None where it is, or is no folder."""
+    """Say how to make the data of a checkpoint, where it is missing; None where nothing is to be done."""
     options = data_of(name)
     if options["test_data"] is None or (Path(options["data"]).is_dir() and options["test_data"].is_dir()):
         return None
@@ -130,7 +129,7 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
     wish = Wish("openvino", precision, True, BATCH, threads)
     forward = choose_executor(load_checkpoint(folder), device, wish, default_cache())
     judge = Judge(checkpoint, train, test, judging, device)
-    measure = Measure(
+    evaluation = Measure(
         checkpoint, judge, (train, test), device=device, forward=forward, draw_threads=threads, cache=ResultCache(KEPT)
     )
     options = EvaluateOptions(num_samples=IMAGES, batch_size=BATCH, precision=precision, executor=forward.name)
@@ -139,7 +138,7 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
             say(f"{name}: out of time before {point}")
             return
         began_s = time.monotonic()
-        points, errors = measure.points([point], [SEED], options)
+        points, errors = evaluation.points([point], [SEED], options)
         if errors:
             raise errors[point]
         (figures,), passes = points[point].seeds, points[point].passes
@@ -173,24 +172,16 @@ def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, An
 
 
 def of_autoencoder(judge: Judge) -> dict[str, Any]:
-    """What the autoencoder of a latent model loses of as many real images; nothing for a pixel model."""
+    """Return what the autoencoder of a latent model loses of real images; nothing for a pixel model."""
     found = judge.reconstruction(IMAGES, SEED)
     return {} if found is None else {"autoencoder": {"distance": found.frechet, "psnr_db": found.psnr_db}}
 
 
-@contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """Hold a lock beside the file while it is read and written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
+    """Put entries, by checkpoint, into the file, with how it was made. A busy machine changes no figure."""
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
-    """Put entries, by checkpoint, into the file, and say how it was made. A busy machine changes no figure."""
-    with alone(FILE):
         found = read()
         for name, new in entries.items():
             of_name = found.get(name, {}) | new
@@ -201,7 +192,7 @@ def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
 
 
 def read() -> dict[str, Any]:
-    """The file; empty where there is none."""
+    """Read the file; empty where there is none."""
     found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
     return found
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import arrivals, client, cluster, figures, gpu, networks, servers, traffic
 from bench.bare import flops_per_row
 from bench.measures import Findings, Measure, table
-from bench.peers.picture import encode
+from bench.peers import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
 from bench.result_file import ROOT
 from bench.servers import contenders

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import bare
-from bench.peers.picture import encode
+from bench.peers import encode
 from bench.tally import Tally
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.executors import Executor
