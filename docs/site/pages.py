@@ -76,7 +76,7 @@ class Links:
 
     def __init__(self, root: Path, pages: list[Path], source_url: str, made: Collection[Path] = ()) -> None:
         """source_url: where the files of the repository are shown. made: files that the site alone has."""
-        self._root, self._pages, self._made, self.source_url = root, set(pages), set(made), source_url
+        self._root, self._pages, self._made, self._source_url = root, set(pages), set(made), source_url
         self.copied: set[Path] = set()
         self.broken: list[str] = []
 
@@ -102,7 +102,7 @@ class Links:
             self.copied.add(file)
             return target
         kind = "tree" if (self._root / file).is_dir() else "blob"
-        return f"{self.source_url}/{kind}/main/{file.as_posix()}{hash_mark}{anchor}"
+        return f"{self._source_url}/{kind}/main/{file.as_posix()}{hash_mark}{anchor}"
 
 
 def navigation(root: Path, pages: list[Path]) -> dict[str, list[Path]]:
