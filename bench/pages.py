@@ -19,7 +19,7 @@ from typing import Any
 from bench.result_file import RESULTS, ROOT, digests
 from bench.tables import TABLES
 
-PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/examples/*.md", "checkpoints/*/README.md",
+PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/reference/*.md", "checkpoints/*/README.md",
          "docker/README.md")  # fmt: skip
 MARK = re.compile(r"(?P<number>[-+]?\d[\d.,]*\d|\d|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)")
 BLOCK = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)

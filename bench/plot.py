@@ -53,10 +53,15 @@ def contenders(serving: Mapping[str, Any], path: Path) -> None:
         values = {key: serving[row][key]["value"] for key in reversed(COLOURS) if key in serving.get(row, {})}
         names = [NAMES.get(key, TITLES[key]) for key in values]
         bars = axes.barh(names, list(values.values()), color=[COLOURS[key] for key in values], log=is_log)
-        axes.bar_label(bars, fmt=lambda value: f"{value:.3g}" if value < 1000 else f"{value:.0f}", padding=3)
+        axes.bar_label(bars, fmt=label, padding=3)
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.2)
     save(figure, path)
+
+
+def label(value: float) -> str:
+    """Return the number at a bar."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def samplers(quality: Mapping[str, Any], path: Path) -> None:

@@ -65,6 +65,14 @@ def test_no_reader_sees_a_mark(page: Path) -> None:
         assert "!-- table" not in seen
 
 
+def test_the_picture_of_contenders_has_the_figures_of_its_file(results: pages.Results) -> None:
+    plot, serving = pytest.importorskip("bench.plot"), results["serving"]
+    shown = re.findall(r">([^<>]+)</text>", (ROOT / "docs" / "images" / "bench.svg").read_text("utf-8"))
+    for row, *_ in plot.PANELS:
+        for key in plot.COLOURS.keys() & serving[row].keys():
+            assert plot.label(serving[row][key]["value"]) in shown, f"{row}, {key}: run make figures"
+
+
 def test_files_of_results_say_how_they_were_made() -> None:
     for name, each in pages.read(RESULTS).items():
         made = each["made"]
