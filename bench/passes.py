@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel, VQModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from bench.bare import DTYPES, flops_per_row, make_peaks
 from bench.measures import Measure, rates_in_turns, tell
+from bench.peers.denoiser import load_autoencoder
 from bench.servers import CHECKPOINT, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.service.engine.autotune import example_inputs
@@ -131,13 +132,12 @@ def reserved_bytes(device: torch.device) -> int:
 def decode(checkpoint: Checkpoint, folder: Path, device: torch.device, seconds: float) -> None:
     """Time the decoder: ours makes one image at a time beside the ticks, on a CPU in one thread."""
     latents = torch.randn(1, *checkpoint.row_shape, device=device)
-    vqvae: Any = VQModel.from_pretrained(folder, subfolder="vqvae")  # type: ignore[no-untyped-call]
-    vqvae = vqvae.eval().to(device)
+    autoencoder = load_autoencoder(folder).to(device)
 
     @torch.inference_mode()
     def theirs() -> object:
         with multiplying(device, tf32=False):
-            return vqvae.decode(latents, return_dict=False)[0]
+            return autoencoder.decode(latents, return_dict=False)[0]
 
     rates = rates_in_turns({"diffusers eager": theirs}, device, seconds)
     rates["tminus"] = 1 / LatentPictures(checkpoint, device, None).seconds_per_image()[0]
