@@ -56,7 +56,7 @@ class Turn:
     capacity: float  # row-steps/s that this contender makes, saturated, or a guess
 
     async def idle(self) -> Loaded:
-        """One request after the other."""
+        """Send one request after the other."""
         answers: list[Answer] = []
         async with open_client(self.server.url) as http:
             before, before_s = await self.server.read_at(http)
@@ -65,7 +65,7 @@ class Turn:
             return await self._loaded(http, "idle", before, before_s, answers)
 
     async def saturation(self, load: str = "saturation_1") -> Loaded:
-        """More than it can do, of one size; counted in a window after a warm-up. What is left is given up."""
+        """Send more than it can do, of one size, and count in a window after a warm-up. What is left is given up."""
         lengths, ask = self.lengths, SATURATION[load]
         seconds = lengths.warm_up_s + lengths.window_s + 1
         comers = arrivals.saturating(ask, OUTSTANDING, 3 * self.capacity, seconds)
@@ -78,12 +78,12 @@ class Turn:
         return Loaded(load, self.server.contender.key, self.round, took_s, window, took, ())
 
     async def rate(self, seconds: float) -> float:
-        """Row-steps per second, saturated by requests of one image, in a short trial."""
+        """Measure row-steps per second under full load of one image a request, in a short trial."""
         trial = replace(self, lengths=replace(self.lengths, window_s=seconds))
         return row_steps_per_s(await trial.saturation())
 
     async def mixed(self) -> Loaded:
-        """Long jobs, and short requests at random."""
+        """Send long jobs, and short requests at random."""
         lengths = self.lengths
         comers = arrivals.long_and_short(
             lengths.mixed_long, lengths.mixed_long_at_s, SHORT, lengths.shorts_per_s, lengths.mixed_s
@@ -91,7 +91,7 @@ class Turn:
         return await self._open_loop("mixed", comers)
 
     async def hang_ups(self) -> Loaded:
-        """Some of the clients leave before they have their answer."""
+        """Send requests, of which some clients leave before they have their answer."""
         count = max(5, round(HANG_UP_LOAD * self.capacity * self.lengths.hang_ups_s / (2 * 75)))
         asks = [Ask(2, 50 if number % 2 else 100) for number in range(count)]
         comers = arrivals.poisson(asks, self.lengths.hang_ups_s, seed=7)

@@ -1,4 +1,4 @@
-"""Several servers on one PostgreSQL: are waits as simulated?
+"""Compare the waits of several servers on one PostgreSQL with those of the simulation.
 
     python -m bench.replicas [--replicas 1,2,3] [--seconds 300] [--load 0.6] [--quick 1]
 
@@ -60,7 +60,7 @@ def main() -> None:
 def started(
     checkpoint: Path, place: Path, database: str, count: int, *flags: str, **more: str
 ) -> Iterator[list[Server]]:
-    """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine.
+    """Start so many servers of one namespace, one after the other: each measures its ticks on an idle machine.
 
     more: variables of theirs.
     """
@@ -78,7 +78,7 @@ def started(
 
 
 def predicted(place: Path, database: str, count: int, seconds: float, load: float) -> dict[str, float]:
-    """So many servers under one hail of jobs, and the simulation under the same."""
+    """Put the same load of jobs on so many servers and on the simulation; return how long both take."""
     checkpoint = place / "checkpoint"
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ async def real(
 
 
 def metric_now(server: Server, name: str) -> float:
-    """One metric of a server, the sum over its labels."""
+    """Read a metric of a server, summed over its labels."""
     return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text).get(name, 0.0)
 
 
