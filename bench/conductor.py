@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from bench import figures, servers
-from bench.loads import QUICK, Lengths, Turn
+from bench.loads import Lengths, Turn
 from bench.records import Bare, Pace, Run
 from bench.result_file import say
 
@@ -45,7 +45,7 @@ class Conductor:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._lengths = plan, plan.lengths
-        self._run = Run(plan.checkpoint.name, plan.lengths == QUICK)
+        self._run = Run(plan.checkpoint.name)
         known = servers.contenders(servers.cores(), plan.tminus_flags, plan.before)
         self._contenders: dict[str, servers.Contender] = {}
         for key in plan.contenders:

@@ -108,7 +108,6 @@ class Run:
     """A whole run, and what it was made with. The conductor owns it until it has ended."""
 
     checkpoint: str
-    quick: bool
     model: dict[str, Any] = field(default_factory=dict)  # what tminus said of itself
     setups: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
     trials: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> row-steps/s of each way

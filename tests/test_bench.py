@@ -67,7 +67,7 @@ def loaded(
 def a_run(loads: Sequence[Loaded] = (), **changes: object) -> Run:
     model = {"executor": "eager", "precision": "float32", "limits": {"max_batch": 8}}
     bare_run = Bare(1, "eager", "float32", 10_000_000, {1: Pace(50, 0.01), 8: Pace(200, 0.01)})
-    return replace(Run("toy", False, model, loads=[*loads], bare=[bare_run]), **changes)
+    return replace(Run("toy", model, loads=[*loads], bare=[bare_run]), **changes)
 
 
 def summary_of(*loads: Loaded) -> dict[str, Any]:
