@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.image_tables import NOT_MEASURED
 from bench.result_file import RESULTS, ROOT, digests
 from bench.tables import TABLES
 
@@ -23,7 +24,6 @@ PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/refer
          "docker/README.md")  # fmt: skip
 MARK = re.compile(r"(?P<number>[-+]?\d[\d.,]*\d|\d|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)")
 BLOCK = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
-NOT_MEASURED = "n/a"
 
 Results = Mapping[str, Mapping[str, Any]]  # by the file's name
 
@@ -111,9 +111,8 @@ def rewritten(text: str, results: Results) -> str:
 
     def block(found: re.Match[str]) -> str:
         file, make = TABLES[found["name"]]
-        is_there = not file or file in results
-        body = make(results[file] if file else results) if is_there else "*Not measured yet.*"
-        return f"<!-- table {found['name']} -->\n\n{body.strip()}\n\n<!-- end -->"
+        body = make(results[file] if file else results).strip() if not file or file in results else ""
+        return f"<!-- table {found['name']} -->\n\n{body or '*Not measured yet.*'}\n\n<!-- end -->"
 
     return MARK.sub(
         lambda found: number(found["key"], found["format"], results) + found["mark"], BLOCK.sub(block, text)

@@ -110,6 +110,13 @@ def test_a_number_is_rewritten_from_its_file_and_its_mark_stays() -> None:
         rewritten("1<!-- figure serving:idle.nothing .2f -->", results)
 
 
+def test_a_block_without_figures_says_that_they_are_not_measured() -> None:
+    before = "<!-- table headline -->\n\n| old |\n\n<!-- end -->"
+    assert rewritten(before, {}) == "<!-- table headline -->\n\n*Not measured yet.*\n\n<!-- end -->"
+    with pytest.raises(KeyError, match="nobody-makes-it"):
+        rewritten(before.replace("headline", "nobody-makes-it"), {})
+
+
 def test_a_quick_run_and_a_busy_machine_are_in_no_page() -> None:
     files = {
         "good": {"made": made()},
