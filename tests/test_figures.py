@@ -129,13 +129,16 @@ def test_a_quick_run_and_a_busy_machine_are_in_no_page() -> None:
 
 def test_a_file_that_is_older_than_the_code_is_named(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("1<!-- figure a:x d --> 2<!-- figure b:x d --> 3<!-- figure c:x d --> 4<!-- figure d:x d -->")
+    marks = "1<!-- figure a:x d --> 2<!-- figure b:x d --> 3<!-- figure c:x d --> 4<!-- figure d:x d -->"
+    page.write_text(f"{marks}\n<!-- table gpu -->\n\n<!-- end -->\n")
     old = made(code=result_file.digests() | {"service/engine": "another"}, command="python -m bench")
-    files = {"a": {"made": made()}, "b": {"made": old}, "d": {"made": made(clean=False, commit="abc")}}
+    dirty, unknown = made(clean=False, commit="abc"), made(code={}, command="make gpu")
+    files = {name: {"made": of} for name, of in {"a": made(), "b": old, "d": dirty, "gpu-card": unknown}.items()}
     assert list(pages.faults(files, [page])) == [
         "b.json: older than service/engine (by python -m bench)",
         "c.json: there is no such file",
         "d.json: files differed from commit abc",
+        f"gpu-card.json: older than {', '.join(result_file.CODE)} (by make gpu)",
     ]
 
 
