@@ -165,3 +165,10 @@ def test_a_file_keeps_four_digits_and_leaves_out_what_was_not_measured(tmp_path:
     assert found["n"] == 12345
     assert found["rounds"] == {"value": 3.0, "rounds": [2.0, 4.0]}
     assert found["made"]["idle"] is True
+
+
+def test_a_quick_run_replaces_no_file_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_file, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(result_file, "TRIALS", tmp_path / "trials")
+    assert result_file.write("some", made(), {}) == tmp_path / "results" / "some.json"
+    assert result_file.write("some", made(quick=True), {}) == tmp_path / "trials" / "some.json"
