@@ -2,6 +2,8 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 from bench.records import Answer, Loaded, Run
@@ -108,17 +110,32 @@ def summary(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _compared(run: Run, load: str, value: Value, *, is_time: bool) -> dict[str, Any]:
-    """One figure of each contender, and how many times as fast one is as another."""
-    by_round = {
-        key: [each for one in turns if (each := value(one)) is not None]
-        for key, turns in _by_contender(run, load).items()
-    }
-    found: dict[str, Any] = {key: rounds(values) for key, values in by_round.items()}
+    """One figure of each contender, and how many times as fast one is as another.
+
+    A time that is only the least that it can be, since requests had no answer, has `at_least`. So has a ratio of it, or
+    `at_most`; a ratio of two such times means nothing and is left out.
+    """
+    by_contender = _by_contender(run, load)
+    by_round = {key: [each for one in turns if (each := value(one)) is not None] for key, turns in by_contender.items()}
+    least = {key for key, turns in by_contender.items() if any(value(one) != value(_for_ever(one)) for one in turns)}
+    found: dict[str, Any] = {key: _bounded(rounds(values), at_least=key in least) for key, values in by_round.items()}
     pairs = {(top, bottom) for top, bottoms in COMPARED.items() for bottom in bottoms} | set(EFFECTS_OF_MIXED.values())
     for top, bottom in sorted(pairs):
         ours, theirs = by_round.get(top, []), by_round.get(bottom, [])
-        found[f"{top}_over_{bottom}"] = ratio(theirs, ours) if is_time else ratio(ours, theirs)
+        if not {top, bottom} <= least:
+            quotient = ratio(theirs, ours) if is_time else ratio(ours, theirs)
+            found[f"{top}_over_{bottom}"] = _bounded(quotient, at_least=bottom in least, at_most=top in least)
     return found
+
+
+def _for_ever(loaded: Loaded) -> Loaded:
+    """The same turn, had those without an answer waited for ever."""
+    answers = (replace(each, waited_s=inf) if each.outcome == "unanswered" else each for each in loaded.answers)
+    return replace(loaded, answers=tuple(answers))
+
+
+def _bounded(figure: dict[str, Any] | None, **bounds: bool) -> dict[str, Any] | None:
+    return figure and figure | {bound: True for bound, holds in bounds.items() if holds}
 
 
 def _limits(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:

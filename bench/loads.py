@@ -19,7 +19,8 @@ HANG_UP_LOAD, HANG_UP_SHARE = 0.8, 0.2  # of the contender's own row-steps/s, sa
 BATCH = 16  # rows a pass of a server that does not say
 OUTSTANDING = 48  # at saturation: a full batch for each of several workers, and more waiting
 SETTLE_S = 45.0  # for abandoned work, to be counted as wasted
-STILL_S = 0.6  # a server that counts nothing for so long has nothing left to do
+STILL_S = 0.6  # a server that counts nothing for so long, and for so many full passes, has nothing left to do
+STILL_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +131,10 @@ class Turn:
 
     async def _settle(self, http: httpx.AsyncClient, limit_s: float) -> bool:
         clock = asyncio.get_running_loop().time
-        end_s = clock() + limit_s
+        end_s, still_s = clock() + limit_s, max(STILL_S, STILL_PASSES * BATCH / self.capacity)
         last, _ = await self.server.read_at(http)
         while clock() < end_s:
-            await asyncio.sleep(STILL_S)
+            await asyncio.sleep(still_s)
             now, _ = await self.server.read_at(http)
             if now.row_steps == last.row_steps:
                 return True

@@ -214,9 +214,12 @@ def _value(figure: Any) -> float | None:
 
 
 def _cell(figure: Any) -> str:
-    """Three digits, and the range where the rounds differ by more than 5 %."""
+    """Three digits, the range where the rounds differ by more than 5 %, and whether the figure is a bound."""
     if isinstance(figure, str):
         return figure
+    for bound, sign in (("at_least", ">"), ("at_most", "<")):
+        if isinstance(figure, Mapping) and bound in figure:
+            return f"{sign} {_digits(figure['value'])}"
     value = _value(figure)
     if value is None:
         return ""

@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, networks, servers, traffic
+from bench import arrivals, client, cluster, figures, gpu, networks, servers, tables, traffic
 from bench.bare import flops_per_row
 from bench.measures import Findings, Measure, table
 from bench.peers import encode
@@ -120,6 +120,22 @@ def test_steps_that_nobody_got_are_wasted() -> None:
 def test_a_request_without_an_answer_is_told() -> None:
     answers = [answer(20), answer(1000, 40.0, outcome="unanswered")]
     assert summary_of(loaded("mixed", "lock", answers=answers))["unanswered"] == {"lock": 1}
+
+
+def test_a_wait_that_had_not_ended_is_the_least_that_it_can_be() -> None:
+    def one(key: str, *unanswered: bool) -> Loaded:
+        answers = [answer(20, 9.0, outcome="unanswered" if each else "ok") for each in unanswered]
+        return loaded("mixed", key, answers=answers)
+
+    few, most = one("tminus", False, False, True), one("lock", False, True, True)
+    short = {key: each for key, each in summary_of(few, most)["short"].items() if each}
+    assert short == {
+        "tminus": {"value": 9.0},  # the third may take for ever: the median stays
+        "lock": {"value": 9.0, "at_least": True},
+        "tminus_over_lock": {"value": 1.0, "at_least": True},
+    }
+    assert "tminus_over_lock" not in summary_of(one("tminus", True), most)["short"]
+    assert "| > 9 |" in tables.headline(summary_of(few, most))
 
 
 # --- arrivals ---
