@@ -617,7 +617,7 @@ class JobExists(ServiceError):
 
     def __init__(self, chosen: str) -> None:
         bound = "a new UUID for a new request"
-        detail = f"the job {short(chosen)} was asked for with other parameters before"
+        detail = f"job_id must be {bound}: {short(chosen)} has other parameters, or is of another model"
         super().__init__(detail, field="job_id", value=chosen, bound=bound)
 
 

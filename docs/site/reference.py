@@ -96,12 +96,10 @@ def values_of_setting(field: "FieldInfo") -> str:
     """Say in words which values a setting may have."""
     if get_origin(field.annotation) is tuple:
         return "`[NAME=]PATH`"
-    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
-             if (value := getattr(each, name, None)) is not None}  # fmt: skip
     if get_origin(field.annotation) is Literal:
         return "one of " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    if "pattern" in bound:
-        return "one of " + ", ".join(f"`{choice}`" for choice in bound["pattern"].strip("^()$").split("|"))
+    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le")
+             if (value := getattr(each, name, None)) is not None}  # fmt: skip
     if field.annotation in (bool, bool | None):
         return "yes or no"
     word = WORDS.get(kind_of(field), "text")

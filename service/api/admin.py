@@ -40,7 +40,7 @@ class ModelSummary(BaseModel):
     """One model, in the list of all."""
 
     name: str
-    default: bool = Field(description="Whether requests that name no model are of this one.")
+    default: bool = Field(description="Whether requests that name no model use this one.")
     state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloading", "unloaded"]})
     url: str | None = Field(description="Where its page and its whole API are; null where it is not served.")
     model: ModelAnswer | None = Field(description="As GET /model tells of it; null where it is not served.")

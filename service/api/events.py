@@ -60,7 +60,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
     async def get_events(request: Request, job_id: Annotated[str, own_id]) -> Response:
-        preview = PreviewRequest.parse(read_query(request))
+        preview = read_query(request, PreviewRequest.parse)
         last_id = request.headers.get("last-event-id", "")
         services = models.default  # of which only what all models share is used
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)

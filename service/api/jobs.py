@@ -28,7 +28,14 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.faults import Faults
-from tminus.service.api.request.reading import negotiate, no_parameters, read_parameters, read_query, while_connected
+from tminus.service.api.request.reading import (
+    from_items,
+    negotiate,
+    no_parameters,
+    read_parameters,
+    read_query,
+    while_connected,
+)
 from tminus.service.api.request.schemas import (
     CHOSEN,
     MAX_INDEX,
@@ -71,9 +78,9 @@ class JobsRequest(RequestSchema):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "JobsRequest":
-        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        """Check names, types and bounds. Raises UnknownField or InvalidField, with all that is wrong."""
         bounds = {
-            "state": f"one or more of {', '.join(STATES)}, by commas",
+            "state": f"one or more of {', '.join(STATES)}, separated by commas",
             "limit": f"an integer in 1..{MAX_PAGE}",
             "before": "`next` of an earlier answer",
         }
@@ -97,7 +104,7 @@ class JobImageRequest(RequestSchema):
     """Which image of a durable job is wanted; in the query."""
 
     index: Index | None = Field(
-        None, description="The index of one image, which alone is answered.", json_schema_extra=default("all images")
+        None, description="The index of the one image to answer.", json_schema_extra=default("all images")
     )
 
     @classmethod
@@ -132,7 +139,8 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
     )
     async def list_jobs(request: Request) -> JobPage:
         named = models.of(request).model.name if "model" in request.path_params else None
-        return await page(models.default, JobsRequest.parse(read_query(request)), caller_of(request).sees, named)
+        asked = read_query(request, JobsRequest.parse)
+        return await page(models.default, asked, caller_of(request).sees, named)
 
     router.put(
         "/{job_id}",
@@ -234,7 +242,8 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type, query, faults = negotiate(request, (*MEDIA_TYPES, NPY)), read_query(request), Faults()
+    media_type, faults = negotiate(request, (*MEDIA_TYPES, NPY)), Faults()
+    query = from_items(request.query_params.multi_items(), "the query", faults)
     with faults.gathered():
         clip = FloatsRequest.take_from(query, media_type)
     with faults.gathered():
@@ -244,7 +253,7 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
     record, services = view.record, models.numbered(view.model)
     made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec
     if media_type == NPY and spec.depth != 32:
-        media_type = negotiate(request, MEDIA_TYPES, f"; {NPY} is of jobs that were asked for with bit_depth=32")
+        media_type = negotiate(request, MEDIA_TYPES, f"; {NPY} needs a job that was submitted with bit_depth=32")
     if asked.index is not None:
         k = asked.index - spec.index
         if not 0 <= k < spec.n:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, FOLDER_TYPE
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, FOLDER_TYPE
 from tminus.service.cli.output import failing_in_one_line
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.startup.logs import set_up_log
@@ -23,12 +23,7 @@ from tminus.service.startup.logs import set_up_log
     type=click.IntRange(4, 1000),
     help="Images to make with each sampler  [default: as many as ten minutes allow, 4 to 16]",
 )
-@click.option(
-    "--executor",
-    shell_complete=EXECUTOR_NAMES,
-    default="auto",
-    help="What runs the network: auto, eager, compile or openvino",
-)
+@EXECUTOR
 @click.option("--cache-dir", type=FOLDER_TYPE, help="Folder where measurements are kept  [default: ~/.cache/tminus]")
 @DEVICE
 def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:

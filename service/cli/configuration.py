@@ -123,12 +123,10 @@ def values_of(field: "FieldInfo") -> str | None:
     """What a flag takes, as --help shows it: the choices, or the type and its bounds. Settings checks the value."""
     if get_origin(field.annotation) is tuple:
         return "[NAME=]PATH"
-    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
-             if (value := getattr(each, name, None)) is not None}  # fmt: skip
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
-    if "pattern" in bound:
-        return str(bound["pattern"].strip("^()$"))
+    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le")
+             if (value := getattr(each, name, None)) is not None}  # fmt: skip
     (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {NoneType}
     if kind is bool:
         return None
@@ -164,7 +162,8 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
         name = str(first["loc"][0])
         got = "" if name in SECRET else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
-        fail(f"{asked_by(name)}{where}: {first['msg']}{got}")
+        what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's words
+        fail(f"{asked_by(name)}{where}: {what}{got}")
 
 
 def _source(name: str, given: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> Source:

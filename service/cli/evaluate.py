@@ -15,7 +15,7 @@ from tminus.service.cli.options import (
     CHECKPOINT_TYPE,
     DATA_FOLDERS,
     DEVICE,
-    EXECUTOR_NAMES,
+    EXECUTOR,
     FOLDER_TYPE,
     comma_separated,
 )
@@ -92,12 +92,7 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 )
 @click.option("--reference", metavar="SAMPLER:STEPS", help="Also sample in this way, and compare the others with it")
 @click.option("--batch-size", default=96, help="Samples in one forward pass")
-@click.option(
-    "--executor",
-    shell_complete=EXECUTOR_NAMES,
-    default="auto",
-    help="What runs the network: auto, eager, compile or openvino",
-)
+@EXECUTOR
 @click.option(
     "--precision",
     type=click.Choice(["float32", "tf32", "bfloat16"]),

@@ -56,6 +56,12 @@ DEVICE = click.option(
     default="auto",
     help="Device: auto, cpu or cuda; auto takes a GPU if there is one",
 )
+EXECUTOR = click.option(
+    "--executor",
+    shell_complete=EXECUTOR_NAMES,
+    default="auto",
+    help="What runs the network: auto, eager, compile or openvino",
+)
 THREADS = click.option(
     "--threads",
     default=0,

@@ -37,6 +37,33 @@ CHANNELS = click.option(
     help="Channels of a folder's images; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
 )
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the run; a run in it is resumed")
+STEPS = click.option("--steps", default=10_000, help="Optimiser steps in all")
+EMA_DECAY = click.option(
+    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
+)
+GRAD_CLIP = click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="Number format; auto takes the faster one",
+)
+SAVE_EVERY = click.option("--save-every", default=200, help="Steps between saves")
+LAYERS = click.option("--layers", default=1, help="Layers in each block")
+GROUPS = click.option("--groups", default=8, help="Groups of the group norms")
+Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def size(default: int) -> Option:
+    """Make the option for the size of images, whose usual value differs by command."""
+    what = "Side in pixels of the square images, which are cut from the centre of a folder's images"
+    return click.option("--size", "size_px", default=default, help=what)
+
+
+def decay_fraction(default: float) -> Option:
+    """Make the option for the end of a run, whose usual length differs by command."""
+    what = "Share of the run, at its end, over which the learning rate falls to zero"
+    return click.option("--decay-fraction", default=default, help=what)
 
 
 @click.command(short_help="Train a model on a folder of images.")
@@ -52,12 +79,7 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the
     type=FOLDER_TYPE,
     help="Folder of held-out images, whose loss losses.csv then has; fashion-mnist has its own",
 )
-@click.option(
-    "--size",
-    "size_px",
-    default=32,
-    help="Side in pixels of the square images, which are cut from the centre of a folder's images",
-)
+@size(32)
 @CHANNELS
 @BACKGROUND
 @OUT
@@ -77,12 +99,8 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the
 @click.option("--optimizer", default="adam", help="Optimiser: adam, or muon, which learns more in a step")
 @click.option("--learning-rate", default=1e-3, help="Highest learning rate")
 @click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
-@click.option(
-    "--decay-fraction", default=0.2, help="Share of the run, at its end, over which the learning rate falls to zero"
-)
-@click.option(
-    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
-)
+@decay_fraction(0.2)
+@EMA_DECAY
 @click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which guidance needs")
 @click.option(
     "--weighting",
@@ -102,31 +120,26 @@ OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the
 )
 @click.option("--guidance", default=1.0, help="Scale of guidance to fold into the weights of --init-from; 1 is off")
 @click.option("--flip", is_flag=True, help="Mirror half of the images")
-@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@GRAD_CLIP
 @click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="Number format; auto takes the faster one",
-)
+@PRECISION
 @click.option("--compile", is_flag=True, help="Compile the network with torch.compile")
 @THREADS
-@click.option("--save-every", default=200, help="Steps between saves")
+@SAVE_EVERY
 @click.option(
     "--sheet-every", default=1000, help="Steps between sample sheets, and between measurements of the held-out images"
 )
 @click.option(
     "--widths", default="32,64,128", help="Channels at each resolution (block_out_channels), separated by commas"
 )
-@click.option("--layers", default=1, help="Layers in each block")
+@LAYERS
 @click.option(
     "--attention-at",
     default="16",
     help="Resolutions with attention, in pixels, such as 16,8; the mid block always has it",
 )
 @click.option("--head-dim", default=32, help="Channels of each attention head")
-@click.option("--groups", default=8, help="Groups of the group norms")
+@GROUPS
 @click.option("--dropout", default=0.0, help="Dropout probability in the residual blocks")
 @click.option(
     "--beta-schedule", default="linear", help="Schedule of beta: linear, scaled_linear, squaredcos_cap_v2 or sigmoid"
@@ -239,12 +252,7 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     "--data", shell_complete=DATA_FOLDERS, required=True, help="Training data: fashion-mnist, or a folder of images"
 )
 @DATA_DIR
-@click.option(
-    "--size",
-    "size_px",
-    default=64,
-    help="Side in pixels of the square images, which are cut from the centre of a folder's images",
-)
+@size(64)
 @CHANNELS
 @BACKGROUND
 @OUT
@@ -260,31 +268,22 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
     default="16,32,64",
     help="Channels at each resolution (block_out_channels); each but the last halves the sides",
 )
-@click.option("--layers", default=1, help="Layers in each block")
-@click.option("--groups", default=8, help="Groups of the group norms")
+@LAYERS
+@GROUPS
 @click.option("--codes", default=1024, help="Size of a VQModel's codebook")
 @click.option("--kl-weight", default=1e-3, help="Weight of the divergence of an AutoencoderKL's latents from N(0, I)")
-@click.option("--steps", default=10_000, help="Optimiser steps in all")
+@STEPS
 @click.option("--batch-size", default=32, help="Images in an optimiser step")
 @click.option("--learning-rate", default=1e-3, help="Highest learning rate of Adam")
 @click.option("--warmup-steps", default=200, help="Steps over which the learning rate rises from zero")
-@click.option(
-    "--decay-fraction", default=0.5, help="Share of the run, at its end, over which the learning rate falls to zero"
-)
-@click.option(
-    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
-)
-@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@decay_fraction(0.5)
+@EMA_DECAY
+@GRAD_CLIP
 @click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="Number format; auto takes the faster one",
-)
+@PRECISION
 @click.option("--compile", is_flag=True, help="Compile the autoencoder with torch.compile")
 @THREADS
-@click.option("--save-every", default=200, help="Steps between saves")
+@SAVE_EVERY
 @click.option("--sheet-every", default=1000, help="Steps between sheets, which show images above their reconstructions")
 @DEVICE
 def train_autoencoder(**options: Any) -> None:
@@ -357,28 +356,19 @@ def train_autoencoder(**options: Any) -> None:
 @click.option(
     "--frechet-weight", default=3.0, help="Weight of the distance between the distributions of images; 0 is off"
 )
-@click.option("--steps", default=10_000, help="Optimiser steps in all")
+@STEPS
 @click.option("--batch-size", default=64, help="Images in an optimiser step")
 @click.option("--learning-rate", default=3e-4, help="Highest learning rate of Adam")
 @click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
-@click.option(
-    "--decay-fraction", default=0.5, help="Share of the run, at its end, over which the learning rate falls to zero"
-)
-@click.option(
-    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
-)
+@decay_fraction(0.5)
+@EMA_DECAY
 @click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which is not guided")
-@click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
+@GRAD_CLIP
 @click.option("--seed", default=0, help="Seed of the order of the images and of the noise")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="Number format; auto takes the faster one",
-)
+@PRECISION
 @click.option("--compile", is_flag=True, help="Compile the networks with torch.compile")
 @THREADS
-@click.option("--save-every", default=200, help="Steps between saves")
+@SAVE_EVERY
 @click.option("--sheet-every", default=1000, help="Steps between sample sheets")
 @DEVICE
 def distill(**options: Any) -> None:

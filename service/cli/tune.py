@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, PRECISION_NAMES, comma_separated
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, PRECISION_NAMES, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
@@ -43,12 +43,7 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 @click.option("--seed", default=1_000_000, help="Seed of the images' noise")
 @click.option("--iterations", default=200, help="Most iterations of refining the coefficients by gradients")
 @click.option("--batch-size", default=64, help="Images in one forward pass")
-@click.option(
-    "--executor",
-    shell_complete=EXECUTOR_NAMES,
-    default="auto",
-    help="What runs the network: auto, eager, compile or openvino",
-)
+@EXECUTOR
 @click.option(
     "--precision",
     shell_complete=PRECISION_NAMES,

@@ -12,7 +12,7 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 
 class Parameters(TypedDict, total=False):
-    """The parameters of POST /sample; docs/api.md says what each means. The server has a default for each.
+    """The parameters of POST /sample; the API reference says what each means. The server has a default for each.
 
     A Picture is the bytes of a PNG, JPEG or WebP, the Path of such a file, or its base64.
     """

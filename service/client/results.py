@@ -144,7 +144,7 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as GET /jobs/{id} describes it; docs/jobs.md explains the members. `problem` is why it failed."""
+    """A job as GET /jobs/{id} describes it; the API reference explains the members. `problem` is why it failed."""
 
     id: str
     model: str = field(metadata=NAME)

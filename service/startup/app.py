@@ -118,7 +118,7 @@ def create_app(
             allow_origins=sorted(served.allowed_sites.origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=list(EXPOSED_HEADERS),
+            expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.draining)
     if tracer is not None:

@@ -136,16 +136,14 @@ class Settings(BaseSettings):
         description="Where the network runs: `auto`, `cpu` or `cuda`. `auto` takes a GPU if there is one. A server "
         "uses one GPU, the first that is visible; choose another with `CUDA_VISIBLE_DEVICES`.",
     )
-    executor: str = Field(
+    executor: Literal["auto", "eager", "compile", "openvino"] = Field(
         "auto",
-        pattern="^(auto|eager|compile|openvino)$",
         description="What runs the network: PyTorch (`eager`), torch.compile (`compile`), or OpenVINO (`openvino`). "
         "`auto` measures the executors that work on this machine, and takes the fastest. Name one to compare "
         "executors, or to skip the measurement of the others.",
     )
-    precision: str = Field(
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        pattern="^(auto|float32|tf32|bfloat16)$",
         description="Number format of the forward pass. `auto` takes bfloat16 only if the checkpoint was "
         "[checked](checkpoints.md) with it, by `tminus approve` for example. `tf32` needs CUDA.",
     )
@@ -438,10 +436,8 @@ class Settings(BaseSettings):
         "`logger` and `message`. Where they apply it adds `request_id`, `client`, `key` (the name), `method`, "
         "`target`, `status`, `seconds`, `code`, `job_id`, `trace_id`, `span_id` and `traceback`.",
     )
-    log_level: str = Field(
-        "info",
-        pattern="^(debug|info|warning|error)$",
-        description="Least severe lines that are logged. The log goes to stderr.",
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe lines that are logged. The log goes to stderr."
     )
 
     @field_validator("checkpoint", mode="before")
@@ -453,7 +449,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_time(cls, value: str | None) -> str | None:
         if value is not None and not seconds_of(value) > 0:
-            raise ValueError("must be a time above 0, as 90s, 15m or 1h")
+            raise ValueError("must be a time above 0, such as 90s, 15m or 1h")
         return value
 
     @field_validator("job_namespace")

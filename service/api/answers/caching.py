@@ -43,7 +43,7 @@ def cache_directives(request: Request) -> frozenset[str]:
 def matches(request: Request, etag: str) -> bool:
     """Say whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
 
-    `*` is any answer at all. Of a POST, whose answer is no resource that could exist already, it names none.
+    `*` matches whatever a GET or HEAD would answer. The answer to a POST is no resource, and `*` matches none.
     """
     names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
     return etag in names or ("*" in names and request.method in ("GET", "HEAD"))

@@ -10,12 +10,13 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.pixels import VALUE_RANGE
 from tminus.service.api.request.defaults import settings_of
 from tminus.service.api.request.schemas import parameters_of
+from tminus.service.errors import InvalidField
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
-JOB_EXAMPLE: dict[str, Any] = {
+JOB_EXAMPLE: dict[str, Any] = {  # without null members, which FastAPI would leave out
     "id": "0d1f3c5e7a9b4c2d8e6f0a1b2c3d4e5f",
     "model": "fashion-mnist-32",
     "state": "running",
@@ -30,11 +31,17 @@ JOB_EXAMPLE: dict[str, Any] = {
     "eta_s": 3.25,
     "age_s": 1.2,
     "created": "2026-12-01T12:00:00.000Z",
-    "finished": None,
-    "fingerprint": None,
-    "parameters": {"n": 4, "steps": 200, "sampler": "ddpm", "seed": 7, "class_label": [7, 7, 7, 7]},
-    "problem": None,
-    "webhook": None,
+    "parameters": {
+        "n": 4,
+        "steps": 200,
+        "sampler": "ddpm",
+        "seed": 7,
+        "index": 0,
+        "guidance": 1.0,
+        "timestep_spacing": "leading",
+        "clip": True,
+        "class_label": [7, 7, 7, 7],
+    },
 }
 FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have the same names
 
@@ -90,9 +97,8 @@ class JobAnswer(BaseModel):
     fingerprint: str | None = Field(description="The fingerprint of the build that made the images.")
     parameters: dict[str, Any] = Field(description="The parameters of `POST /sample` that make the same images again.")
     problem: dict[str, Any] | None = Field(description="Why the job failed: the members of a problem document.")
-    webhook: WebhookAnswer | None = Field(
-        default=None, description="Who is told of the job."
-    )  # another server may know none
+    # None by default: another server may know none.
+    webhook: WebhookAnswer | None = Field(default=None, description="Who is told of the job.")
 
     @classmethod
     def of(cls, view: JobView) -> "JobAnswer":
@@ -143,6 +149,12 @@ class Fault(BaseModel):
     bound: str | None = Field(default=None, description="What it must be.")
 
 
+def _problem_example() -> dict[str, Any]:
+    error = InvalidField.of("eta", "a number in 0..1", 2)
+    error.others = (InvalidField.of("steps", "an integer in 1..1000", 0),)
+    return error.problem()
+
+
 class Problem(BaseModel):
     """What is wrong (RFC 9457).
 
@@ -150,38 +162,7 @@ class Problem(BaseModel):
     with the parameters; the other members repeat the first.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "urn:tminus:problem:invalid_field",
-                    "title": "A parameter is invalid",
-                    "status": 422,
-                    "code": "invalid_field",
-                    "detail": "steps must be an integer in 1..1000, got 0",
-                    "field": "steps",
-                    "value": 0,
-                    "bound": "an integer in 1..1000",
-                    "errors": [
-                        {
-                            "code": "invalid_field",
-                            "detail": "steps must be an integer in 1..1000, got 0",
-                            "field": "steps",
-                            "value": 0,
-                            "bound": "an integer in 1..1000",
-                        },
-                        {
-                            "code": "invalid_field",
-                            "detail": "eta must be a number in 0..1, got 2",
-                            "field": "eta",
-                            "value": 2,
-                            "bound": "a number in 0..1",
-                        },
-                    ],
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_problem_example()]})
 
     type: str = Field(description="`urn:tminus:problem:`, then the code.")
     title: str

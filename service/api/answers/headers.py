@@ -23,7 +23,7 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "X-Guidance": ({"type": "number"}, "The guidance that was taken. 1.0 is off."),
     "X-Warning": (TEXT, "Why the images are probably not what was wanted. Absent where there is no reason."),
     # --- images ---
-    "X-Job-ID": (TEXT, "The id of the job. Absent where the answer comes from the result cache."),
+    "X-Job-ID": (TEXT, "The id of the job. Absent where no job ran."),
     "X-Queue-Position": (WHOLE, "How many jobs were ahead at arrival. Absent where no job ran."),
     "X-ETA-Seconds": ({"type": "number"}, "The forecast at arrival. Absent where no job ran."),
     "Server-Timing": (

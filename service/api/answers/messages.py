@@ -10,7 +10,7 @@ from tminus.service.api.answers.operations import described
 
 Described = dict[str, Any]
 
-MEMBERS: Mapping[str, tuple[str, str]] = {
+MEMBERS: Mapping[str, tuple[str | None, str]] = {  # the type, None for any; and what it means
     "id": ("string", "The id of the job, for `GET /jobs/{job_id}`."),
     "seed": ("integer", "The seed, given or drawn."),
     "sampler": ("string", "The sampler that is taken."),
@@ -37,10 +37,11 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
     "denoise_s": ("number", "Seconds of all steps."),
     "frames_dropped": ("integer", "How many frames were left out, because the client read too slowly."),
     "status": ("integer", "The status that the error has over HTTP."),
+    "title": ("string", "What is wrong, in general."),
     "code": ("string", "The stable code of the error."),
     "detail": ("string", "What is wrong, for people."),
     "field": ("string", "What has to be changed. Absent where that is not one thing, as the next two."),
-    "value": ("string", "What was received, shortened."),
+    "value": (None, "What was received, shortened."),
     "bound": ("string", "What it must be."),
     "errors": ("array", "All that is wrong with the parameters, each as a problem document has it."),
     "retry_after_s": ("integer", "Seconds until it makes sense to try again. Absent where the server cannot say."),
@@ -48,18 +49,25 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 ONCE = ("step", "steps", "t", "eta_s")
 
 
-def _message(description: str, *names: str, kind: str | None = None, followed_by: str | None = None) -> Described:
+def _message(
+    description: str, *names: str, kind: str | None = None, followed_by: str | None = None, nullable: bool = False
+) -> Described:
     properties: Described = {} if kind is None else {"type": {"const": kind}}
     for name in names:
         of_type, words = MEMBERS[name]
-        properties[name.removesuffix("_taken")] = {"type": of_type, "description": words}
+        schema: Described = {} if of_type is None else {"type": of_type}
+        if nullable:
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        properties[name.removesuffix("_taken")] = schema | {"description": words}
     made: Described = {"description": description, "schema": {"type": "object", "properties": properties}}
     return made if followed_by is None else made | {"followed_by": followed_by}
 
 
 EVENTS: Described = {
     "waiting": _message(
-        "The job waits. Sent each time one of the members changes; either may be null.", "position", "eta_s"
+        "The job waits. Sent each time one of the members changes. One that is not known is null.",
+        *("position", "eta_s"),
+        nullable=True,
     ),
     "progress": _message("A step was taken. If the job is already running, one comes at once.", *ONCE),
     "frame": _message("Replaces `progress` where `show` is given.", *ONCE, "show", "image", "media_type", "data"),
@@ -107,7 +115,7 @@ STREAM: Described = {
         "cancelled": _message("The job was cancelled.", "id", kind="cancelled"),
         "error": _message(
             "The job was refused or failed. The connection closes.",
-            *("status", "code", "detail", "field", "value", "bound", "errors", "retry_after_s"),
+            *("title", "status", "code", "detail", "field", "value", "bound", "errors", "retry_after_s"),
             kind="error",
         ),
     },

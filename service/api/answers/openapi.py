@@ -143,7 +143,7 @@ IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, NPY, TRAJECTORY, WEBP) | wi
 NOISED = answer("x_t", "image/png") | with_headers("X-Seed", "X-Alpha-Bar", "X-Fingerprint", *NAMED)
 NOT_MODIFIED: Described = {
     "description": "The client has the answer already: `If-None-Match` names its `ETag`. Nothing was run",
-    **with_headers(*TAKEN, "X-Fingerprint", *NAMED, "Vary"),
+    **with_headers(*OF_JOB, *NAMED, *OF_FLOATS, *OF_PICTURES),
 }
 OF_ACCEPTED = ("Location", "X-Job-ID", *TAKEN, "Cache-Control", "Idempotent-Replayed")
 SUBMITTED: Described = {
@@ -258,6 +258,7 @@ class Contract:
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
         of_sample = (SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest, WebhookRequest)
+        examples = {"examples": [self._example()]}
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
             ref_template="#/components/schemas/{model}",
@@ -266,9 +267,8 @@ class Contract:
             **answers["$defs"],
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
-            "SampleRequest": self._body("What to sample.", *of_sample) | {"examples": self._examples()},
-            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest)
-            | {"examples": self._examples()[:1]},
+            "SampleRequest": self._body("What to sample.", *of_sample) | examples,
+            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest) | examples,
             "StreamRequest": self._body("What to sample, and what to show on the way.", SampleRequest, StreamRequest),
             "SampleForm": self._form("The same, with images as files.", PICTURES, *of_sample),
             "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
@@ -280,12 +280,11 @@ class Contract:
         fields = [self.fields(schema) for schema in schemas]
         return closed_object(description, {name: field for each in fields for name, field in each.items()})
 
-    def _examples(self) -> list[Described]:
-        """Make bodies that this model answers."""
-        names = self.model.class_names
-        name = names[min(7, len(names) - 1)] if names else None
-        plain = {"n": min(4, self.limits.max_n), "steps": min(20, self.model.num_timesteps), "seed": 7}
-        return [plain | ({} if name is None else {"class_label": name}), {"seed": 7}]
+    def _example(self) -> Described:
+        """Make a body that this model answers."""
+        names, own = self.model.class_names, self.model.recommended
+        of_class = {"class_label": names[min(7, len(names) - 1)]} if names else {}
+        return {"n": min(4, self.limits.max_n), "sampler": own.sampler, "steps": own.steps, "seed": 7} | of_class
 
     def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
         fields = [self.fields(schema, as_text=True) for schema in schemas]
@@ -304,12 +303,11 @@ class Contract:
 
         bounds: what narrows its fields where that is not as for POST /sample.
         """
-        bounds, fields = {**self._bounds(), **(bounds or {})}, {}
-        for name, field in schema.model_json_schema()["properties"].items():
-            # Without its default, which a generated client would send, in the query beside the body.
-            described = _described(field)
-            fields[name] = _field(field, bounds.get(name, {}), as_text=as_text) | described
-        return fields
+        bounds = {**self._bounds(), **(bounds or {})}
+        return {
+            name: _field(field, bounds.get(name, {}), as_text=as_text) | _described(field)
+            for name, field in schema.model_json_schema()["properties"].items()
+        }
 
     def _bounds(self) -> dict[str, dict[str, Described]]:
         """Say what narrows a field beside the bounds that it declares, by the type that it narrows."""
@@ -389,13 +387,13 @@ def _with_error_texts(responses: Mapping[str, Described]) -> dict[str, Described
 
 
 def _add(responses: dict[str, Described], *statuses: int) -> None:
-    """Describe failures of every call, where they are not described yet."""
+    """Describe failures, where the call does not describe them itself."""
     for status, described in failures(*statuses).items():
         responses.setdefault(str(status), described)
 
 
 def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
-    """Add to an operation what is so of all: keys, sites, the version, and headers."""
+    """Add to an operation what all have: keys, sites, the version, and headers."""
     responses, form = operation["responses"], form_of(method, path)
     common = OF_ANY if form is None else OF_OTHERS
     if form is None and path not in PROBES:

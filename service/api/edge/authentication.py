@@ -39,7 +39,6 @@ SET_COOKIE = {
     "description": "The key is right, and the cookie has it now",
     **with_headers("Set-Cookie", "Cache-Control"),
 }
-
 LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failures(422)}
 
 
@@ -167,12 +166,9 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         try:
             await no_parameters(request)
             asked = LoginRequest.parse(await read_json(request, max_body_bytes))
-        except (
-            ConflictingField,
-            InvalidField,
-            UnknownField,
-        ) as error:  # its value may be a key
-            raise type(error)(f"{error.field} is not as it must be", field=error.field, bound=error.bound) from None
+        except (ConflictingField, InvalidField, UnknownField) as error:  # its value may be a key
+            detail = f"{error.field} must be {error.bound}" if isinstance(error, InvalidField) else error.detail
+            raise type(error)(detail, field=error.field, bound=error.bound) from None
         who = WhoAnswer.of(access.with_secret(asked.key))
         response = JSONResponse(who.model_dump(), headers=NO_STORE)
         secure = request.url.scheme == "https"

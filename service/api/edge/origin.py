@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from tminus.service.api.answers.headers import HEADERS
 from tminus.service.errors import ForeignHost, ForeignOrigin, short
 
 # Asked by whatever name the network has for this machine.
@@ -20,29 +21,8 @@ PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/read
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model
-# Of answers, that pages of other origins may read.
-EXPOSED_HEADERS = (
-    *("API-Version", "Deprecation", "Sunset", "Link"),
-    *("RateLimit", "RateLimit-Policy"),
-    *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
-    *(
-        "X-Request-ID",
-        "X-Job-ID",
-        "X-Seed",
-        "X-Sampler",
-        "X-Steps",
-        "X-Guidance",
-        "X-Fingerprint",
-        "X-Warning",
-        "X-ETA-Seconds",
-        "X-Queue-Position",
-        "X-Alpha-Bar",
-        "X-Value-Range",
-        "X-Clipped",
-        "X-Shown-Channels",
-        "Inference-Header-Content-Length",
-    ),
-)
+# Of answers, that pages of other origins may read; the last three are of calls that go away.
+EXPOSED_HEADERS = (*HEADERS, "Deprecation", "Sunset", "Link")
 
 
 @dataclass(frozen=True, slots=True)

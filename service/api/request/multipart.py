@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
-IMAGE = "image"  # the file of a form that has one image
 MAX_PARTS = 128  # a class for each of 64 images, and all other parameters
 MAX_FIELD_BYTES = 1024
 FORM_BYTES = 64 * 1024  # for what a form has besides its images: boundaries, the parts' headers, the fields

@@ -32,7 +32,7 @@ from tminus.service.images.encoder import JSON
 from tminus.service.jobs.webhooks.webhook import origin_of
 from tminus.service.model_info import Limits
 
-Body = TypeVar("Body")
+Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
 P = ParamSpec("P")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")  # of an Idempotency-Key
@@ -143,12 +143,14 @@ async def read_parameters(request: Request, limits: Limits, faults: Faults) -> d
     return merge(query, await read_json(request, limits.max_body_bytes, (JSON, FORM)), faults)
 
 
-def read_query(request: Request) -> dict[str, Any]:
-    """Read the parameters in the query. Raises ConflictingField."""
+def read_query(request: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+    """Read the parameters in the query, and check them by `parse`. Raises what it does, with all that is wrong."""
     faults = Faults()
     parameters = from_items(request.query_params.multi_items(), "the query", faults)
+    with faults.gathered():
+        parsed = parse(parameters)
     faults.check()
-    return parameters
+    return parsed
 
 
 async def no_parameters(request: HTTPConnection) -> None:
@@ -160,7 +162,7 @@ async def no_parameters(request: HTTPConnection) -> None:
     faults.check()
 
 
-async def off_loop(size_bytes: int, parse: Callable[P, Body], *args: P.args, **kwargs: P.kwargs) -> Body:
+async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
     """Parse so many bytes of a client's, in a thread if they are many: the event loop answers others meanwhile."""
     if size_bytes <= SMALL_BYTES:
         return parse(*args, **kwargs)
@@ -208,7 +210,7 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
 def from_items(items: Iterable[tuple[str, str]], where: str, faults: Faults) -> dict[str, Any]:
     """Turn the items of a query or a form into parameters; lists repeat their name.
 
-    A field that is none, and comes twice, is left out: a ConflictingField goes into faults.
+    Another field that comes twice is left out: a ConflictingField goes into faults.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -254,7 +256,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], faults: Faults) -> dict[str, Any]:
-    """Join query and body. A field that differs is left out: a ConflictingField goes into faults."""
+    """Join query and body. A field with two values is left out: a ConflictingField goes into faults."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):

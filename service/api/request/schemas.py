@@ -126,7 +126,7 @@ Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type"
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for parameters, or members of an object, that there are not: no more than an answer lists."""
+    """Raise UnknownField for names that are not known: for as many as an answer lists."""
     faults = Faults()
     for name in [name for name in given if name not in known][:MOST_FAULTS]:
         faults.add(UnknownField.of(name, known, given[name]))
@@ -577,7 +577,7 @@ class NoiseRequest(RequestSchema):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
-        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        """Check names, types and bounds. Raises UnknownField or InvalidField."""
         bounds = {"t": f"an integer in 0..{model.num_timesteps - 1}", "seed": SEED_BOUND}
         request = cls.from_parameters(parameters, bounds.__getitem__)
         if not 0 <= request.t < model.num_timesteps:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from ..errors import ClientError, Problem, Unreachable
 from ..messages import Event
 from ..parameters import Preview
-from ..patience import SHORTEST_POLL_S, Patience, Polling
+from ..patience import Patience, Polling
 from ..reading import EVENTS_QUIET_S, NO_CONTENT, Asked, Following
 from ..results import MAX_IMAGES, JobState, MediaType, Sampled, object_of
 from ..transport import QUIET_S, timeouts
@@ -87,13 +87,9 @@ class Job:
         return JobState.of(object_of(self._connection.request("POST", f"{self._path}/cancel")))
 
     def delete(self) -> None:
-        """Cancel it if it has not ended, and forget it; no error if it is not there."""
-        patience = Patience(self._connection.patience_s)
+        """Delete it; if it has not ended, it is cancelled. No error if it is not there."""
         try:
-            while True:  # the first DELETE of a running job only cancels it
-                self._connection.request("DELETE", self._path, patience)
-                self._connection.request("GET", self._path, patience)
-                time.sleep(SHORTEST_POLL_S)
+            self._connection.request("DELETE", self._path, Patience(self._connection.patience_s))
         except Problem as problem:
             if problem.code != "job_not_found":
                 raise

@@ -6,17 +6,22 @@ import pkgutil
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jsonschema
 import pytest
 from fastapi.openapi.models import OpenAPI
 
 from tests.service.conftest import Site, pixels
-from tests.service.fakes import INFO, wait_until
+from tests.service.fakes import INFO, LIMITS, wait_until
 from tests.trials import openapi
+from tminus.model.catalogue import TABLE, Recommended
+from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
 from tminus.service.api.answers.problems import as_error_text, form_of
 from tminus.service.api.request.schemas import (
@@ -174,7 +179,9 @@ def test_the_headers_that_are_sent_are_those_that_are_described(site: Site) -> N
         ("post", "/sample", "/sample", {"json": {"steps": 2, "seed": 2}, "headers": {"Prefer": "respond-async"}}),
         ("get", "/sample?seed=1", "/sample", {}),
         ("post", "/jobs", "/jobs", {"json": {"steps": 2, "seed": 1}, "headers": {"Idempotency-Key": "a"}}),
+        ("get", "/sample?seed=1", "/sample", {"headers": floats | {"If-None-Match": "*"}}),
         ("get", f"{path}/image", "/jobs/{job_id}/image", {}),
+        ("get", f"{path}/image", "/jobs/{job_id}/image", {"headers": {"If-None-Match": "*"}}),
         ("get", path, "/jobs/{job_id}", {}),
         ("get", "/model/schedule", "/model/schedule", {}),
         ("post", "/v1/images/generations", "/v1/images/generations", {"json": {"prompt": ""}}),
@@ -185,6 +192,27 @@ def test_the_headers_that_are_sent_are_those_that_are_described(site: Site) -> N
         described = paths[key][method]["responses"][str(answer.status_code)]["headers"]
         sent = answer.headers.keys() - {"content-type", "content-length", "content-encoding"}
         assert sent <= {name.lower() for name in described}, (method, url, sent)
+
+
+def test_the_examples_are_what_is_asked_and_answered(site: Site) -> None:
+    schemas = site.client.get("/openapi.json").json()["components"]["schemas"]
+    (wrong,) = schemas["Problem"]["examples"]
+    assert site.post(json={each["field"]: each["value"] for each in wrong["errors"]}).json() == wrong
+    (job,) = schemas["JobAnswer"]["examples"]
+    asked = {name: job[name] for name in ("n", "steps", "sampler", "seed")} | {"class_label": "dog"}
+    made = site.client.post("/jobs", json=asked).json()
+    assert job.keys() == {name for name, value in made.items() if value is not None}
+    assert job["parameters"].keys() == made["parameters"].keys()
+
+
+def test_the_example_of_a_body_is_one_that_the_model_takes() -> None:
+    table = Table("consistency", 4, 1.0, (999.0, 700.0, 400.0, 100.0), ((0.5, 0.5, 0.1, 0.0, 0.0),) * 4)
+    student = replace(INFO, samplers=("consistency",), tables=(table,), default_sampler="consistency")
+    student = replace(student, recommended=Recommended("consistency", 4), timestep_spacings={"consistency": TABLE})
+    without_null = replace(INFO, null_class=None)
+    for model in (INFO, student, without_null, replace(without_null, class_names=(), conditional=False)):
+        (example,) = Contract(model, LIMITS).components()["SampleRequest"]["examples"]
+        SampleRequest.parse(example, model, LIMITS).to_spec(model, LIMITS)
 
 
 def test_messages_that_openapi_cannot_express_are_in_extensions(site: Site) -> None:
@@ -205,7 +233,7 @@ def test_messages_that_openapi_cannot_express_are_in_extensions(site: Site) -> N
         seen["error"] = ws.receive_json()
     assert seen.keys() == stream["server"].keys() - {"cancelled"}
     for kind, members in seen.items():
-        assert members.keys() - {"title"} <= stream["server"][kind]["schema"]["properties"].keys(), kind
+        jsonschema.validate(members, stream["server"][kind]["schema"] | {"additionalProperties": False})
     events = document["paths"]["/jobs/{job_id}/events"]["get"]["responses"]["200"]["x-events"]
     assert events.keys() == {"waiting", "progress", "frame", "done", "failed", "cancelled"}
 

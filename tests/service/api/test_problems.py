@@ -83,10 +83,14 @@ def test_what_an_answer_takes_beside_the_images_is_told_together_with_the_rest(o
         one_site.post(json={"keep": [3], "clip_output": False, "webhook": "x", "eta": 2}), 422, "invalid_field"
     )
     assert [each["field"] for each in document["errors"]] == ["webhook", "keep", "clip_output", "eta"]
-    document = problem(one_site.client.get("/jobs?limit=0&state=odd&more=1"), 422, "unknown_field")
-    assert [each["field"] for each in document["errors"]] == ["more", "state", "limit"]
-    document = problem(one_site.client.get("/jobs/x/image?index=-1&clip_output=false"), 422, "invalid_field")
-    assert [each["field"] for each in document["errors"]] == ["clip_output", "index"]
+    document = problem(
+        one_site.client.get("/jobs?limit=0&state=odd&more=1&before=x&before=y"), 422, "conflicting_field"
+    )
+    assert [each["field"] for each in document["errors"]] == ["before", "more", "state", "limit"]
+    document = problem(
+        one_site.client.get("/jobs/x/image?index=-1&clip_output=false&x=1&x=2"), 422, "conflicting_field"
+    )
+    assert [each["field"] for each in document["errors"]] == ["x", "clip_output", "index"]
     document = problem(one_site.client.post("/noise?t=1&t=2&seed=-1&x=1", content=b""), 422, "conflicting_field")
     assert [each["field"] for each in document["errors"]] == ["t", "x", "seed"]
     document = problem(one_site.client.get("/model?a=1&b=2"), 422, "unknown_field")

@@ -415,6 +415,7 @@ def test_a_bad_value_ends_the_start_with_a_line_that_names_its_setting(run: Run,
         assert (flag(name) in result.stderr) == (name not in NO_FLAG)
         assert variable(name) in result.stderr
         assert (text in result.stderr) == (name not in SECRETS), "it is a secret"
+        assert "Value error" not in result.stderr
 
 
 @pytest.mark.usefixtures("served")
