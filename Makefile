@@ -11,10 +11,9 @@ DEVICE ?= cuda
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
-# In parallel all but what holds a real server to a time: that wants the cores to itself. A worker more than there are
-# cores, since some tests wait. No test is run twice. The status is kept for .ci/run: 1 is that of tests that failed, more
-# that of a run that did not come to its end; make's own says less. test-long has the trials of many seconds: replicas, Ray,
-# fuzzers, kills.
+# Tests run in parallel, with one worker more than there are cores, since some tests wait. Those that hold a real server to
+# a time run after them, alone. .ci/run reads the status: 1 means that tests failed, more that the run did not finish.
+# test-long runs the trials of many seconds: replicas, Ray, fuzzers, kills.
 test: SOME := not long
 test-long: SOME := long
 test test-long: $(VENV)/.installed-test
@@ -26,12 +25,12 @@ test test-long: $(VENV)/.installed-test
 
 test-all: test test-long
 
-# For the inner loop: no real servers, nothing slow.
+# For the inner loop: starts no real server, and leaves out what is slow.
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow and not long"
 
-# Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
-# Whether a test fails is for `make test` to say.
+# Measures lines and branches by the tests that mirror the code: real servers are processes of their own, which it cannot see.
+# `make test` says whether a test fails.
 COVER = $(BIN)/pytest -n auto --dist worksteal --cov --cov-append --cov-report= --cov-fail-under=0
 coverage: $(VENV)/.installed-test
 	$(BIN)/coverage erase
@@ -44,15 +43,15 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run .ci/release docker/lock docker/sbom docker/smoke
 
-# Known vulnerabilities of what the image is built with. Where the database cannot be reached it says so, and goes on.
+# Looks up known vulnerabilities of the image's packages. If the database is out of reach, it says so and ends with 0.
 audit: $(VENV)/.installed-test
 	$(BIN)/python docker/audit.py
 
-# The newest releases that pyproject.toml allows. TORCH_INDEX=… renews torch's build for CPUs too.
+# Locks the newest releases that pyproject.toml allows. TORCH_INDEX=… renews torch's build for CPUs too.
 lock: $(VENV)/.installed-test
 	docker/lock
 
-# Of what is installed in .venv. The image's own is made with it and is in it.
+# Writes the bill of materials of .venv. The image has one of its own inside.
 sbom: $(VENV)/.installed-test
 	PATH="$(BIN):$$PATH" docker/sbom $(BIN)/python build/tminus.cdx.json
 
@@ -63,15 +62,15 @@ format: $(VENV)/.installed-test
 client:
 	$(PYTHON) tests/unasync.py
 
-# The documentation as a site, to be read offline: open site/index.html. Its links and anchors are checked.
+# Builds the documentation as a site that can be read offline (open site/index.html), and checks its links and anchors.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m docs.site
 
-# Both wheels and the archives of checkpoints.
+# Makes both wheels and the archives of checkpoints.
 dist: $(VENV)/.installed-test
 	$(BIN)/python -m tests.release
 
-# The checklist of a release, up to the tag. Nothing is published.
+# Runs the checklist of a release up to the tag. It publishes nothing.
 release: $(VENV)/.installed-test
 	.ci/release
 
@@ -84,11 +83,11 @@ evaluate: $(VENV)/.installed
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
 
-# The figures of bench/results/ into the pages; lists the files that are older than the code that they speak of.
+# Puts the figures of bench/results/ into the pages, and lists the files that are older than the code that they speak of.
 figures: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.pages
 
-# On a machine with a card, ten minutes and what the installation takes. DEVICE=cpu tries the bench without one.
+# Tests and measures a GPU in ten minutes, after the installation. DEVICE=cpu tries the bench without a GPU.
 gpu: $(VENV)/.installed-gpu
 	$(BIN)/python -m bench.gpu --device $(DEVICE) --check
 	$(BIN)/pytest -m gpu tests/service/engine
@@ -105,7 +104,7 @@ $(VENV)/.installed-test: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[test]' --editable ./client
 	$(BIN)/pip install --quiet --no-deps 'adaptive-terrain-diffusion==0.4.2' # its weights, not onnxruntime-gpu
 	if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV) 'openai@>=6'; fi # for tests/e2e/node
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: pyproject.toml client/pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[docs]' --editable ./client

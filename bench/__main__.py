@@ -1,13 +1,13 @@
 """Measure tminus beside its peers: one checkpoint, one machine, in turns. Writes bench/results/serving.json.
 
-    python -m bench                              everything, about twenty minutes on two cores
+    python -m bench                              everything, half an hour on two cores
     python -m bench --only idle,saturation_1     some loads
     python -m bench --before ../old              the code of another checkout too, in the same run
     python -m bench --quick                      to see that it works; the figures mean nothing
-    python -m bench --summarise                  make the file again from the last run's records
+    python -m bench --summarise                  make the file again from the records of the last full run
 
-Each contender is a process of its own and has the machine to itself. Traffic stays on 127.0.0.1. The records of each
-request stay in build/bench/. `make figures` puts the figures into the pages.
+Each contender is a process of its own and has the machine to itself. Traffic stays on 127.0.0.1. build/bench/ has the
+records of each request, and the file of a quick run. `make figures` puts the figures into the pages.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.conductor import LOADS, Conductor, Plan
 from bench.loads import QUICK, Lengths
 from bench.records import Run
 
-RECORDS = servers.ROOT / "build" / "bench" / "serving-records.json"
+RECORDS = result_file.TRIALS / "serving-records.json"
 Records = tuple[dict[str, Any], Run]  # how the run was made, and what it found
 
 
@@ -42,8 +42,9 @@ def main() -> None:
         made, run = records.validate_json(RECORDS.read_bytes())
     else:
         made, run = measure(args)
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        RECORDS.write_bytes(records.dump_json((made, run)))
+        if not args.quick:
+            RECORDS.parent.mkdir(parents=True, exist_ok=True)
+            RECORDS.write_bytes(records.dump_json((made, run)))
     result_file.write("serving", made, figures.summary(run, made["machine"]["peaks_gflop_per_s"]), args.out)
 
 
@@ -85,8 +86,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         help="more for `tminus serve`: --tminus-flags='--precision bfloat16'",
     )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
-    parser.add_argument("--summarise", action="store_true", help="make the file again from the last run's records")
-    parser.add_argument("--out", type=Path, default=result_file.RESULTS, help="folder of the file [bench/results]")
+    parser.add_argument("--summarise", action="store_true", help="make the file from the last full run's records")
+    parser.add_argument("--out", type=Path, help="folder of the file [bench/results; build/bench if quick]")
     args = parser.parse_args(arguments)
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be positive")

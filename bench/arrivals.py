@@ -7,9 +7,9 @@ from bench.records import Arrival, Ask
 
 
 def poisson(asks: Sequence[Ask], seconds: float, seed: int) -> list[Arrival]:
-    """A Poisson process, given that so many come within the time: each at a time of its own, independent and uniform.
+    """Make a Poisson process of a fixed number of arrivals: their times are independent and uniform.
 
-    Fixing the number fixes the load exactly, so that it is no luck of the seed.
+    The fixed number fixes the load, which would otherwise depend on the seed.
     """
     chance = random.Random(seed)
     times = sorted(chance.uniform(0, seconds) for _ in asks)
@@ -17,24 +17,24 @@ def poisson(asks: Sequence[Ask], seconds: float, seed: int) -> list[Arrival]:
 
 
 def at_once(asks: Sequence[Ask]) -> list[Arrival]:
-    """Give requests that all arrive at the start."""
+    """Make requests that all arrive at the start."""
     return [Arrival(0.0, ask, seed=number) for number, ask in enumerate(asks)]
 
 
 def saturating(ask: Ask, outstanding: int, row_steps_per_s: float, seconds: float) -> list[Arrival]:
-    """Some at once, so that the server is full from the start, then more than it can do."""
+    """Make some requests that fill the server at the start, and then more than it can do."""
     later = poisson([ask] * round(row_steps_per_s * seconds / ask.row_steps), seconds, seed=1)
     return renumbered(at_once([ask] * outstanding) + later)
 
 
 def long_and_short(long: Ask, long_at_s: Sequence[float], short: Ask, per_s: float, seconds: float) -> list[Arrival]:
-    """Long jobs at given times, and short requests at random."""
+    """Make long jobs at given times, and short requests at random ones."""
     longs = [Arrival(at_s, long, seed=0) for at_s in long_at_s]
     return renumbered(longs + poisson([short] * round(per_s * seconds), seconds, seed=2))
 
 
 def with_hang_ups(arrivals: Sequence[Arrival], share: float, seconds_per_row_step: float) -> list[Arrival]:
-    """An exact share of the clients leave, each after a random fraction of the time its answer is expected to take."""
+    """Let an exact share of the clients leave, each after a random part of the time that its answer should take."""
     chance = random.Random(4)
     leaving = set(chance.sample(range(len(arrivals)), round(share * len(arrivals))))
     return [

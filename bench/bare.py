@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def run_bare(checkpoint: Path, executor_name: str, precision: str, batch: int, seconds: float) -> Pace:
-    """The pace of the executor alone, on batches of one size."""
+    """Measure the pace of the executor alone, on batches of one size."""
     executor = build(checkpoint, executor_name, precision)
     x, t, labels = _inputs(load_checkpoint(checkpoint), batch)
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def _inputs(checkpoint: Checkpoint, batch: int) -> tuple[Tensor, Tensor, Tensor 
 
 
 def _timed(call: Callable[[], object], seconds: float) -> list[float]:
-    """Call over and over, at least twice, until the time is up; the seconds of each call."""
+    """Call over and over, at least twice, until the time is up; return the seconds of each call."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < end:

@@ -1,9 +1,11 @@
-"""The client: an open loop that starts each request at its own time, and what it reads of the servers."""
+"""The client: it starts each request at its own time, whether the earlier ones are answered or not."""
 
 import asyncio
 import io
 import resource
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 from PIL import Image
@@ -14,14 +16,16 @@ MOST_OUTSTANDING = 2000
 SPARE_FILES = 256
 
 
-def open_client(url: str, connections: int = MOST_OUTSTANDING) -> httpx.AsyncClient:
+def open_client(url: str) -> httpx.AsyncClient:
     """Make a client without a timeout of its own: every load is bounded as a whole, and its requests with it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard, connections + SPARE_FILES) if hard != resource.RLIM_INFINITY else connections + SPARE_FILES
+    wanted = MOST_OUTSTANDING + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(hard, wanted)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64)
-    # A peer would zip a PNG for a client that takes it so.
+    limits = httpx.Limits(max_connections=MOST_OUTSTANDING, max_keepalive_connections=64)
+    # Otherwise a peer compresses the PNG once more.
     headers = {"Accept": "image/png", "Accept-Encoding": "identity"}
     return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers, trust_env=False)
 
@@ -32,14 +36,13 @@ async def drive(
     *,
     drain_s: float,
     most_outstanding: int = MOST_OUTSTANDING,
-    start_s: float | None = None,
 ) -> list[Answer]:
     """Send every arrival at its time, wait `drain_s` after the last one, and give up what has no answer then.
 
-    An arrival that finds `most_outstanding` others waiting is not sent, and counted as such.
+    An arrival that finds `most_outstanding` others waiting is not sent: its answer is "unsent".
     """
     clock = asyncio.get_running_loop().time
-    start_s = clock() if start_s is None else start_s
+    start_s = clock()
     unsent: list[Answer] = []
     sent: dict[asyncio.Task[Answer], Arrival] = {}
     waiting: set[asyncio.Task[Answer]] = set()
@@ -91,6 +94,18 @@ async def ask_for(http: httpx.AsyncClient, arrival: Arrival, start_s: float) -> 
     except OSError:  # no picture
         return _answer(arrival, "failed", waited_s)
     return _answer(arrival, "ok", waited_s)
+
+
+@asynccontextmanager
+async def meanwhile(*clients: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run clients beside the block. At its end they are cancelled, with the requests that they wait for."""
+    tasks = [asyncio.create_task(client) for client in clients]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _answer(arrival: Arrival, outcome: Outcome, waited_s: float) -> Answer:

@@ -42,7 +42,6 @@ BACK_S = 30.0  # until one that died is there again
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
 ADD, LOAD, RESUME, FINISH, RENEW, CLAIM = 2, 2, 1, 4, 5, 2
 
-
 COLUMNS = (
     "replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved",
     "statements a job", "and a second, of a replica",
@@ -64,7 +63,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of it all."""
+    """What became of the jobs."""
 
     jobs: list[Job] = field(default_factory=list)  # that were accepted
     refused: list[int] = field(default_factory=list)  # what each was told to wait, in seconds
@@ -100,7 +99,7 @@ class Replica:
         self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, NONE_REFUSED
 
     def takes(self, places: int) -> bool:
-        """Whether it works on a new job, which came to it."""
+        """Tell whether it works on a new job that came to it."""
         return (False, places) < self.least_waiting and self.admission.intake(0, AHEAD_S).has_room(places)
 
     def hold(self, job: Job) -> None:
@@ -344,7 +343,7 @@ class Cluster:
 
 
 def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
-    """How many jobs of the mix one replica does in a second at most."""
+    """Return how many jobs of the mix one replica does in a second at most."""
     return 1 / (traffic.MEAN_PLACES * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
 
 
@@ -376,7 +375,7 @@ class Line:
         }
 
     def row(self) -> str:
-        """The line, as in a table of Markdown."""
+        """Return the line as in a table of Markdown."""
         found = {name: f"{value:.3g}" for name, value in self.figures().items()}
         short, long = (f"{found.get(f'{key}_median_s')}, {found.get(f'{key}_p99_s')} s" for key in ("short", "long"))
         cells = [f"{self.replicas}", found["load"], f"{len(self.outcome.jobs)}", f"{found['refused']} %", short, long]
@@ -386,7 +385,7 @@ class Line:
 def simulate(
     replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float, load: float | None = None
 ) -> Line:
-    """One line of the table."""
+    """Simulate one line of the table."""
     deaths = list(traffic.deaths(replicas, seconds, deaths_per_hour)) if replicas > 1 else []
     outcome = Cluster(replicas).run(requests, deaths)
     if load is None:
@@ -406,7 +405,7 @@ def page() -> None:
 
 
 def passes_per_s() -> float:
-    """How many row-steps one replica does in a second at most."""
+    """Return how many row-steps one replica does in a second at most."""
     return 1 / TickTimes(TICKS).seconds_per_place(LIMITS.max_batch)
 
 

@@ -1,9 +1,8 @@
-"""Who takes a turn at what, and when: runs the contenders through the loads and gathers the records."""
+"""Run the contenders through the loads, in turns, and gather the records."""
 
 import asyncio
 import dataclasses
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,9 @@ from typing import Any
 import httpx
 
 from bench import figures, servers
-from bench.loads import QUICK, Lengths, Turn
+from bench.loads import Lengths, Turn
 from bench.records import Bare, Pace, Run
+from bench.result_file import say
 
 EVERY_ROUND = ("idle", "saturation_1", "saturation_16")
 ONCE = ("mixed", "hang_ups")
@@ -45,7 +45,7 @@ class Conductor:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._lengths = plan, plan.lengths
-        self._run = Run(plan.checkpoint.name, plan.lengths == QUICK)
+        self._run = Run(plan.checkpoint.name)
         known = servers.contenders(servers.cores(), plan.tminus_flags, plan.before)
         self._contenders: dict[str, servers.Contender] = {}
         for key in plan.contenders:
@@ -148,7 +148,7 @@ class Conductor:
         return Turn(server, number, self._lengths, self._run.capacity.get(server.contender.key, most))
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
-        """Twenty minutes of results are not thrown away for one contender."""
+        """Leave out a contender that fails: the results of the others are kept."""
         try:
             call()
         except (
@@ -168,8 +168,3 @@ class Conductor:
         say(sentence)
         if sentence not in self._run.left_out:
             self._run.left_out.append(sentence)
-
-
-def say(text: str) -> None:
-    """Tell progress, beside the results on stdout."""
-    print(text, file=sys.stderr, flush=True)

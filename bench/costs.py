@@ -23,7 +23,7 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
 from bench import arrivals, result_file, servers
-from bench.client import drive
+from bench.client import drive, meanwhile
 from bench.figures import quantile
 from bench.loads import SHORT
 from bench.records import Ask
@@ -38,7 +38,7 @@ MODEL_JOBS, MODEL_ASK = 6, {"n": 4, "sampler": "ddim"}
 CLIENTS, CLIENT_ASK = 8, {"n": 2, "steps": 20, "sampler": "dpmpp_2m"}
 ONE, OTHER = servers.CHECKPOINT.name, "pixel-art-32"
 WARM_UP_S, DRAIN_S = 2.0, 120.0
-CHECKPOINTS = servers.ROOT / "checkpoints"
+CHECKPOINTS = result_file.ROOT / "checkpoints"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 SECRET = new_secret()
 
@@ -48,7 +48,7 @@ Found = dict[str, Any]
 def main() -> None:
     """Measure, write."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    args = servers.options_of(__doc__, only=",".join(PARTS), rounds=3, quick=0, out=result_file.RESULTS)
+    args = servers.options_of(__doc__, only=",".join(PARTS), rounds=3, quick=0, out="")
     begun = result_file.begin(wait=not args.quick)
     machine = servers.describe(0.2 if args.quick else 1.0)
     rounds, window_s = (1, 1.5) if args.quick else (args.rounds, 8.0)
@@ -58,10 +58,10 @@ def main() -> None:
     if on_one := [name for name in chosen if name != "models"]:
         with servers.running(servers.contenders(1, flags)["tminus"], servers.CHECKPOINT, None) as server:
             for name in on_one:
-                print(f"{name} …", file=sys.stderr, flush=True)
+                result_file.say(f"{name} …")
                 found[name] = asyncio.run(PARTS[name](server, rounds, window_s))
     if "models" in chosen:
-        print("models …", file=sys.stderr, flush=True)
+        result_file.say("models …")
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(CHECKPOINTS / OTHER, Path(folder) / OTHER)
             with servers.running(_of_models(Path(folder)), servers.CHECKPOINT, None) as server:
@@ -126,7 +126,7 @@ async def durable(server: servers.Running, rounds: int, window_s: float) -> Foun
     plain, kept = list[float](), list[float]()
     async with _client(server) as http:
         for _ in range(rounds):
-            async with _asking(ask_again(http, k, LONG) for k in range(DURABLE_JOBS)):
+            async with meanwhile(*(ask_again(http, k, LONG) for k in range(DURABLE_JOBS))):
                 plain.append(await rate(server, http, window_s))
             await _until_none_runs(http)
             async with long_jobs(http, in_background=False, jobs=DURABLE_JOBS):
@@ -150,7 +150,7 @@ async def viewers(server: servers.Running, rounds: int, window_s: float) -> Foun
                 asking = [ask_again(http, k) for k in range(jobs)]
                 asking += [_watch(server, gaps) for _ in range(VIEWERS - DEAF if is_watched else 0)]
                 asking += [_connect_and_sleep(server) for _ in range(DEAF if is_watched else 0)]
-                async with _asking(asking):
+                async with meanwhile(*asking):
                     rates[is_watched].append(await rate(server, http, window_s, gaps.clear))
                 await _until_none_runs(http)
             if gaps:
@@ -257,7 +257,7 @@ async def models(server: servers.Running, folder: Path, rounds: int, window_s: f
                     failed.append(answer.status_code)
                 waits[before or is_reloading].append(time.monotonic() - began_s)
 
-        async with _asking(client() for _ in range(CLIENTS)):
+        async with meanwhile(*(client() for _ in range(CLIENTS))):
             for _ in range(rounds):
                 await asyncio.sleep(window_s / 2)
                 replace_weights(folder / OTHER)
@@ -343,18 +343,6 @@ async def rate(
     at_start()
     counted, took_s = await server.count(http, window_s)
     return counted.row_steps / took_s
-
-
-@asynccontextmanager
-async def _asking(clients: Any) -> AsyncIterator[None]:
-    """Have clients ask meanwhile. What they wait for is given up at the end."""
-    tasks = [asyncio.ensure_future(each) for each in clients]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _until_none_runs(http: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""From records to the figures of a result file. Pure arithmetic: nothing is measured, read or written here."""
+"""Make the figures of a result file from records. Pure arithmetic: nothing is measured, read or written here."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ def quantile(values: Iterable[float], q: float) -> float:
 
 
 def waits(answers: Iterable[Answer], least_steps: int = 0, most_steps: int = 1_000_000) -> list[float]:
-    """How long they waited. Who had no answer at the load's end waited at least so long, and counts."""
+    """Return how long requests waited. One without an answer counts with its wait to the end of the load."""
     return [a.waited_s for a in answers if a.outcome in ("ok", "unanswered") and least_steps <= a.steps <= most_steps]
 
 

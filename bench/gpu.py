@@ -24,10 +24,9 @@ from typing import Any
 import torch
 
 from bench import figures, networks, result_file, servers
-from bench.conductor import say
 from bench.loads import QUICK, Turn
 from bench.measures import Findings, Measure
-from bench.result_file import RESULTS
+from bench.result_file import say
 
 LEAST_S = 5.0  # which a process needs to begin
 SERVED = ("tminus", "lock", "litserve", "mosec")
@@ -92,9 +91,8 @@ def main() -> None:
         else:
             findings.gather(part.network, part.name, part.module, part.options or {}, limit_s)
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    is_trial = args.device == "cpu"
-    out = args.out or (servers.ROOT / "build" / "bench" if is_trial else RESULTS)
-    findings.write(f"gpu-{name}", out, quick=is_trial, card=card, cuda=torch.version.cuda, anchor=ANCHOR)
+    is_quick = args.device == "cpu"
+    findings.write(f"gpu-{name}", args.out, quick=is_quick, card=card, cuda=torch.version.cuda, anchor=ANCHOR)
     print(f"Beside exact / not exact: {ANCHOR}.")
 
 
@@ -128,7 +126,8 @@ def parts_of(folders: dict[str, Path], device: str, plan: Plan) -> Sequence[Part
         for precision in plan.precisions:
             of = options | {"executor": "eager", "precision": precision}
             eager.append(Part(name, f"eager passes in {precision}", 1.0, "bench.passes", of))
-        eager.append(Part(name, f"ticks in {precision}", 1.0, "bench.ticks", of))
+        of = options | {"precision": plan.precisions[-1]}
+        eager.append(Part(name, f"ticks in {plan.precisions[-1]}", 1.0, "bench.ticks", of))
     for rows in plan.compiled_rows:
         for name, folder in folders.items():
             of = {"checkpoint": folder, "device": device, "seconds": plan.call_s, "rows": rows}

@@ -41,9 +41,9 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def card(name: str, result: Result) -> str:
-    """The figures of a checkpoint's images, for its card."""
+    """The figures of a checkpoint's images, for its card; nothing where there are none."""
     if (found := result.get(name)) is None:
-        return "*Not measured yet.*"
+        return ""
     rows = [(_title(found[key]), found[key]) for key in CARDS[name] if key in found]
     if name == TEACHER[0] and TEACHER[2] in result.get(TEACHER[1], {}):
         teacher = result[TEACHER[1]][TEACHER[2]]

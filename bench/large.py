@@ -4,7 +4,8 @@
 
 A network is one of bench/networks.py, with random weights, or the folder of a checkpoint. tminus runs it beside
 LitServe with the same graph and precision, and beside LitServe with diffusers' network in eager float32. Also how long
-a server takes to start, with an empty cache folder and again, and the memory that it needs. Eight minutes on two cores.
+a server takes to start, with an empty cache folder and again, and the memory that it needs. This takes a quarter of an
+hour on two cores.
 """
 
 import os
@@ -18,10 +19,11 @@ from typing import Any
 
 from bench import figures, networks, result_file, servers
 from bench.bare import flops_per_row
-from bench.conductor import Conductor, Plan, say
+from bench.conductor import Conductor, Plan
 from bench.figures import SHORT_STEPS
 from bench.loads import QUICK, Lengths
 from bench.records import Ask
+from bench.result_file import say
 from tminus.model.checkpoint import load_checkpoint
 
 CONTENDERS = ("tminus", "litserve_openvino", "litserve")
@@ -49,7 +51,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args = servers.options_of(
         __doc__, networks="cifar,checkpoints/avatars-64", contenders=",".join(CONTENDERS), quick=0,
-        out=result_file.RESULTS,
+        out="",
     )  # fmt: skip
     begun = result_file.begin(wait=not args.quick)
     machine = servers.describe(0.2 if args.quick else 1.0)

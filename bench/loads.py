@@ -1,4 +1,4 @@
-"""What a contender is put through: each load gives records and is bounded in time. No arithmetic on them here."""
+"""The loads that a contender is put through. Each gives records and is bounded in time; bench/figures.py sums up."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import httpx
 
 from bench import arrivals
-from bench.client import MOST_OUTSTANDING, drive, open_client
+from bench.client import drive, meanwhile, open_client
+from bench.figures import row_steps_per_s
 from bench.records import Answer, Arrival, Ask, Counters, Loaded
 from bench.servers import Running
 
@@ -56,7 +57,7 @@ class Turn:
     capacity: float  # row-steps/s that this contender makes, saturated, or a guess
 
     async def idle(self) -> Loaded:
-        """One request after the other."""
+        """Send one request after the other."""
         answers: list[Answer] = []
         async with open_client(self.server.url) as http:
             before, before_s = await self.server.read_at(http)
@@ -65,42 +66,25 @@ class Turn:
             return await self._loaded(http, "idle", before, before_s, answers)
 
     async def saturation(self, load: str = "saturation_1") -> Loaded:
-        """More than it can do, of one size; counted in a window after a warm-up. What is left is given up."""
+        """Send more than it can do, of one size, and count in a window after a warm-up. What is left is given up."""
         lengths, ask = self.lengths, SATURATION[load]
         seconds = lengths.warm_up_s + lengths.window_s + 1
         comers = arrivals.saturating(ask, OUTSTANDING, 3 * self.capacity, seconds)
         async with open_client(self.server.url) as http:
             start = await self.server.read(http)
-            window, took_s = await self._count_beside(http, comers, lengths.warm_up_s, lengths.window_s, OUTSTANDING)
+            async with meanwhile(drive(http, comers, drain_s=lengths.drain_s, most_outstanding=OUTSTANDING)):
+                await asyncio.sleep(lengths.warm_up_s)
+                window, took_s = await self.server.count(http, lengths.window_s)
             took = (await self.server.read(http)).row_steps - start.row_steps
         return Loaded(load, self.server.contender.key, self.round, took_s, window, took, ())
 
     async def rate(self, seconds: float) -> float:
-        """Row-steps per second, saturated by requests of one image, in a short trial."""
-        trial = Turn(self.server, 0, replace(self.lengths, window_s=seconds), self.capacity)
-        loaded = await trial.saturation()
-        return loaded.counted.row_steps / loaded.seconds
-
-    async def _count_beside(
-        self,
-        http: httpx.AsyncClient,
-        comers: Sequence[Arrival],
-        warm_up_s: float,
-        window_s: float,
-        most_outstanding: int = MOST_OUTSTANDING,
-    ) -> tuple[Counters, float]:
-        """Count in a window of a load that is given up after it."""
-        drain_s = self.lengths.drain_s
-        load = asyncio.create_task(drive(http, comers, drain_s=drain_s, most_outstanding=most_outstanding))
-        try:
-            await asyncio.sleep(warm_up_s)
-            return await self.server.count(http, window_s)
-        finally:
-            load.cancel()
-            await asyncio.gather(load, return_exceptions=True)
+        """Measure row-steps per second under full load of one image a request, in a short trial."""
+        trial = replace(self, lengths=replace(self.lengths, window_s=seconds))
+        return row_steps_per_s(await trial.saturation())
 
     async def mixed(self) -> Loaded:
-        """Long jobs, and short requests at random."""
+        """Send long jobs, and short requests at random."""
         lengths = self.lengths
         comers = arrivals.long_and_short(
             lengths.mixed_long, lengths.mixed_long_at_s, SHORT, lengths.shorts_per_s, lengths.mixed_s
@@ -108,7 +92,7 @@ class Turn:
         return await self._open_loop("mixed", comers)
 
     async def hang_ups(self) -> Loaded:
-        """Some of the clients leave before they have their answer."""
+        """Send requests, of which some clients leave before they have their answer."""
         count = max(5, round(HANG_UP_LOAD * self.capacity * self.lengths.hang_ups_s / (2 * 75)))
         asks = [Ask(2, 50 if number % 2 else 100) for number in range(count)]
         comers = arrivals.poisson(asks, self.lengths.hang_ups_s, seed=7)
@@ -121,18 +105,17 @@ class Turn:
         async with open_client(self.server.url) as http:
             return await self._settle(http, limit_s)
 
-    async def _open_loop(self, name: str, comers: Sequence[Arrival], drain_s: float | None = None) -> Loaded:
+    async def _open_loop(self, name: str, comers: Sequence[Arrival]) -> Loaded:
         async with open_client(self.server.url) as http:
             before, before_s = await self.server.read_at(http)
-            drain_s = self.lengths.drain_s if drain_s is None else drain_s
-            answers = await drive(http, comers, drain_s=drain_s)
+            answers = await drive(http, comers, drain_s=self.lengths.drain_s)
             return await self._loaded(http, name, before, before_s, answers)
 
     async def _loaded(
         self, http: httpx.AsyncClient, name: str, before: Counters, before_s: float, answers: Sequence[Answer]
     ) -> Loaded:
         after, after_s = await self.server.read_at(http)
-        # What was left behind is still worked on, or is it?
+        # A server may still work on what its clients have left: that is counted too.
         if any(answer.outcome in ("left", "unanswered") for answer in answers):
             await self._settle(http, min(SETTLE_S, self.lengths.drain_s))
         end, _ = await self.server.read_at(http)

@@ -19,8 +19,8 @@ from typing import IO, Any, TypeVar
 import torch
 
 from bench import result_file
-from bench.conductor import say
-from bench.servers import ROOT, describe, environment
+from bench.result_file import ROOT, say
+from bench.servers import describe, environment
 
 Key = TypeVar("Key")
 
@@ -90,7 +90,7 @@ class Findings:
                 self.leave_out(f"{network}: {part} ended with {status}: {last:.300}")
         say(f"    {time.monotonic() - began_s:.0f} s")
 
-    def write(self, name: str, folder: Path, *, quick: bool = False, **more: Any) -> None:
+    def write(self, name: str, folder: Path | None, *, quick: bool = False, **more: Any) -> None:
         """Write the results with what they were made on, and print them as tables."""
         found = more | {"measures": [asdict(each) for each in self.measures], "left_out": self.left_out}
         result_file.write(name, self.begun.made(describe(), quick=quick), found, folder)

@@ -1,7 +1,5 @@
 """The published configurations of large networks, written as checkpoints with random weights. Nothing is downloaded.
 
-    python -m bench.networks [--networks cifar,celebahq,ldm]
-
 They lie in build/networks/. What a pass costs does not depend on the weights; the images are noise.
 """
 
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.servers import ROOT, options_of
+from bench.result_file import ROOT
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.files import read_json
 from tminus.model.latent.autoencoder import VQ, Autoencoder, AutoencoderConfig
@@ -98,12 +96,6 @@ TINY = {  # in which a program that measures can be tried in seconds
 NETWORKS = PUBLISHED | TINY
 
 
-def main() -> None:
-    """Write those that are not there yet."""
-    for folder in folders(options_of(__doc__, networks=",".join(PUBLISHED)).networks).values():
-        print(folder)
-
-
 def folders(text: str) -> dict[str, Path]:
     """Read a list of networks, by name or as folders of checkpoints.
 
@@ -137,7 +129,3 @@ def write(name: str, parent: Path = FOLDER) -> Path:
         folder, net.state_dict(), network.unet, network.noise, Labels(), provenance, autoencoder=autoencoder
     )
     return folder
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Put the figures of bench/results/*.json into the pages: `make figures`.
+"""Put the figures of bench/results/*.json into the pages, and draw the pictures: `make figures`.
 
     python -m bench.pages            rewrite the pages, and say which files are older than the code that they speak of
     python -m bench.pages --check    rewrite nothing; exit code 1 where a page would change or a file is too old
@@ -16,15 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.image_tables import NOT_MEASURED
 from bench.result_file import RESULTS, ROOT, digests
 from bench.tables import TABLES
 
-PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/examples/*.md", "checkpoints/*/README.md",
+PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/reference/*.md", "checkpoints/*/README.md",
          "docker/README.md")  # fmt: skip
-MARK = re.compile(r"(?P<number>[-+]?\d[\d.,]*\d|\d|\?|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)")
-UNSETTLED = re.compile(r"<!-- figure \? [^>]*-->")
+MARK = re.compile(r"(?P<number>[-+]?\d[\d.,]*\d|\d|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)")
 BLOCK = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
-NOT_MEASURED = "n/a"
 
 Results = Mapping[str, Mapping[str, Any]]  # by the file's name
 
@@ -81,28 +80,30 @@ def untrusted(result: Mapping[str, Any]) -> str | None:
 def faults(files: Results, quoting: Sequence[Path], root: Path = ROOT) -> Iterator[str]:
     """Say what is wrong with the files that pages quote: one that is missing, not to be trusted, or too old."""
     now = digests(root)
-    for name in sorted(quoted(quoting)):
+    for name in sorted(quoted(quoting, files)):
         if name not in files:
             yield f"{name}.json: there is no such file"
             continue
         if (why := untrusted(files[name])) is not None:
             yield f"{name}.json: {why}"
         made = files[name].get("made", {})
-        code = made.get("code", {})
-        if changed := [folder for folder, digest in now.items() if code.get(folder, code and digest) != digest]:
+        code = made.get("code") or dict.fromkeys(now)  # a file that names no code is too old
+        if changed := [folder for folder, digest in code.items() if digest != now.get(folder)]:
             yield f"{name}.json: older than {', '.join(changed)} (by {made.get('command', 'an unknown command')})"
         if not made.get("clean", False):
             yield f"{name}.json: files differed from commit {made.get('commit', 'unknown')}"
 
 
-def quoted(quoting: Sequence[Path]) -> set[str]:
-    """Name the files that pages have figures of."""
+def quoted(quoting: Sequence[Path], files: Results) -> set[str]:
+    """Name the files that pages have figures of. A block that is made of all files has those of GPUs."""
     found = set[str]()
     for page in quoting:
         text = page.read_text("utf-8")
         found |= {mark["key"].partition(":")[0] for mark in MARK.finditer(text)}
-        found |= {TABLES[block["name"]][0] for block in BLOCK.finditer(text) if block["name"] in TABLES}
-    return found - {""}
+        for block in BLOCK.finditer(text):
+            file, _ = TABLES[block["name"]]
+            found |= {file} if file else {name for name in files if name.startswith("gpu-")}
+    return found
 
 
 def rewritten(text: str, results: Results) -> str:
@@ -110,9 +111,8 @@ def rewritten(text: str, results: Results) -> str:
 
     def block(found: re.Match[str]) -> str:
         file, make = TABLES[found["name"]]
-        is_there = not file or file in results
-        body = make(results[file] if file else results) if is_there else "*Not measured yet.*"
-        return f"<!-- table {found['name']} -->\n\n{body.strip()}\n\n<!-- end -->"
+        body = make(results[file] if file else results).strip() if not file or file in results else ""
+        return f"<!-- table {found['name']} -->\n\n{body or '*Not measured yet.*'}\n\n<!-- end -->"
 
     return MARK.sub(
         lambda found: number(found["key"], found["format"], results) + found["mark"], BLOCK.sub(block, text)
@@ -136,15 +136,15 @@ def number(key: str, form: str, results: Results) -> str:
 
 
 def draw(results: Results) -> None:
-    """Draw the picture of the page, where matplotlib is installed."""
-    if "serving" not in results:
-        return
+    """Draw the pictures of the pages, where matplotlib is installed."""
     try:
-        from bench.plot import plot
+        from bench import plot
     except ImportError:
-        print("no picture: matplotlib is not installed")
+        print("no pictures: matplotlib is not installed")
         return
-    plot(results["serving"], ROOT / "docs" / "images" / "bench.svg")
+    for name, drawn, file in (("serving", plot.contenders, "bench.svg"), ("quality", plot.samplers, "samplers.svg")):
+        if name in results:
+            drawn(results[name], ROOT / "docs" / "images" / file)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,32 @@
-"""The picture of the benchmark's page: waits and throughput, drawn from the file of results.
+"""The pictures of the pages, drawn from files of results: waits and throughput, and distances of images by sampler.
 
-Its colours are legible on white and on black; the background is left open.
+Their colours are legible on white and on black; the background is left open.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
+
 from bench.tables import TITLES
+from tminus.model.catalogue import SAMPLER_FACTS
 
 INK = "#808a94"  # on white 3.5 to 1, on black 6 to 1
+matplotlib.rcParams |= {
+    # The same file gives the same picture, and text stays text.
+    "svg.hashsalt": "tminus",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "savefig.transparent": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
 # By executor and precision: those that run the network the same way have one colour, and tminus the full one.
 COLOURS = {
     "tminus": "#2f81c7",
@@ -26,32 +43,54 @@ PANELS = (
     ("saturation_1", "Full load, requests of 1 image:\nrow-steps/s", False),
     ("saturation_16", "Full load, requests of 16 images:\nrow-steps/s", False),
 )
+MARKERS = "osD^v<>PX*"
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture; its kind is the path's ending. Raises ImportError where there is no matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same file gives the same picture, and text stays text.
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "tminus",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    }
-    import matplotlib.pyplot as plt
-
+def contenders(serving: Mapping[str, Any], path: Path) -> None:
+    """Draw waits and throughput of every contender, as bars."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 3.2), layout="constrained", sharey=True)
     for axes, (row, title, is_log) in zip(panels, PANELS, strict=True):
-        values = {key: result[row][key]["value"] for key in reversed(COLOURS) if key in result.get(row, {})}
+        values = {key: serving[row][key]["value"] for key in reversed(COLOURS) if key in serving.get(row, {})}
         names = [NAMES.get(key, TITLES[key]) for key in values]
         bars = axes.barh(names, list(values.values()), color=[COLOURS[key] for key in values], log=is_log)
-        axes.bar_label(bars, fmt=lambda value: f"{value:.3g}" if value < 1000 else f"{value:.0f}", padding=3)
+        axes.bar_label(bars, fmt=label, padding=3)
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, metadata=metadata, transparent=True)
+    save(figure, path)
+
+
+def label(value: float) -> str:
+    """Return the number at a bar."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def samplers(quality: Mapping[str, Any], path: Path) -> None:
+    """Draw the distance over the passes of an image, unguided: a line for each sampler, and one for real images."""
+    entries = quality["fashion-mnist-32"]
+    figure, axes = plt.subplots(figsize=(7.8, 4.4), layout="constrained")
+    highest = 0.0
+    for number, name in enumerate(SAMPLER_FACTS):
+        own = [each for each in entries.values() if each.get("sampler") == name and each["guidance"] == 1]
+        own.sort(key=lambda each: each["passes"])
+        if own:
+            passes, distances = ([each[what] for each in own] for what in ("passes", "distance"))
+            highest = max(highest, *distances)
+            axes.plot(
+                passes, distances, label=name, color=f"C{number % 10}", marker=MARKERS[number % len(MARKERS)],
+                markersize=4.5, linewidth=1.4, linestyle="-" if number < len(MARKERS) else "-.",
+            )  # fmt: skip
+    axes.axhline(entries["real"]["distance"], color=INK, linestyle=":", linewidth=1.2, label="real images")
+    axes.set(xscale="log", yscale="log", xlabel="passes of the network for an image", ylabel="Fréchet distance")
+    for axis, ticks in ((axes.xaxis, (5, 8, 10, 20, 50, 100, 250)), (axes.yaxis, (2, 3, 5, 10, 20, 50, 100))):
+        axis.set_minor_locator(NullLocator())
+        axis.set_ticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(2, 1.15 * highest)
+    axes.grid(visible=True, which="major", color=INK, alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture as SVG."""
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

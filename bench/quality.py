@@ -6,7 +6,7 @@ Each setting is sampled once, 1000 images of seed 0, and judged as `tminus evalu
 that a classifier gives their own class, and Fréchet distances to the test split. As many training images are judged
 too: they show what the figures are for real images. What the file has of the same weights, sampler tables and number of
 images is not measured again, so the command goes on where it was stopped. Where nothing is lacking, the file is noted
-to be of today's code. Last, docs/images/samplers.svg is drawn from the file.
+to be of today's code.
 
 The data of pixel-art-32 and avatars-64 is rendered by checkpoints/data/render.mjs into runs/data; their classifiers are
 trained into runs/classifiers, a few minutes each. A checkpoint without its data is left out. Two processes may write to
@@ -15,10 +15,8 @@ the same file.
 
 import fcntl
 import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
@@ -26,9 +24,8 @@ from typing import Any, Literal
 
 import torch
 
-from bench.result_file import RESULTS, ROOT, Begun, begin, write
+from bench.result_file import RESULTS, ROOT, Begun, begin, say, write
 from bench.servers import describe, options_of
-from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.evaluate import Measure
 from tminus.model.evaluation.figures import SampleFigures
@@ -40,11 +37,8 @@ from tminus.service.engine import openvino_executor
 from tminus.service.engine.autotune import Wish, choose_executor, default_cache
 
 FILE = RESULTS / "quality.json"
-PLOT = ROOT / "docs" / "images" / "samplers.svg"
 DATA, CLASSIFIERS, KEPT = (ROOT / "runs" / name for name in ("data", "classifiers", "quality"))
-PLOTTED = "fashion-mnist-32"
 IMAGES, SEED, BATCH = 1000, 0, 96
-MARKERS = "osD^v<>PX*"
 # What the pages speak of, the most important first: a run that is short of time leaves out the rest.
 POINTS: dict[str, Sequence[Point]] = {
     "fashion-mnist-32": (
@@ -67,7 +61,7 @@ POINTS: dict[str, Sequence[Point]] = {
 
 
 def main() -> None:
-    """Measure what the file lacks, write it, and draw the plot."""
+    """Measure what the file lacks, and write it."""
     args = options_of(__doc__, minutes=60.0, only="", threads=0)
     until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False)
     if args.threads:
@@ -79,8 +73,6 @@ def main() -> None:
             measure(name, wanted, until_s, begun)
     if not any(map(lacking, POINTS)):
         keep({}, begun)
-    plot(read()[PLOTTED], PLOT)
-    say(f"drawn: {PLOT}")
 
 
 def key_of(point: Point) -> str:
@@ -90,13 +82,13 @@ def key_of(point: Point) -> str:
 
 
 def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
-    """What an entry depends on: another value of any, and it is measured again."""
+    """Return what an entry depends on. Where any of it has changed, the setting is measured again."""
     plan = checkpoint.plan(point.sampler, point.steps, guidance=point.guidance)
     return {"weights_hash": checkpoint.weights_hash, "plan_hash": plan_hash(plan)[:16], "images": IMAGES, "seed": SEED}
 
 
 def lacking(name: str) -> list[Point]:
-    """The settings of a checkpoint that the file has not, or has of other weights or tables."""
+    """List the settings of a checkpoint that the file lacks, or has of other weights or tables."""
     checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
     found = read().get(name, {})
 
@@ -109,7 +101,7 @@ def lacking(name: str) -> list[Point]:
 
 
 def data_of(name: str) -> dict[str, Any]:
-    """The options of `tminus evaluate` that name the data."""
+    """Return the options of `tminus evaluate` that name the data."""
     options: dict[str, Any] = {"data_dir": None, "background": "black", "device": "cpu"}
     if name.startswith("fashion-mnist"):
         return options | {"data": "fashion-mnist", "test_data": None}
@@ -118,7 +110,7 @@ def data_of(name: str) -> dict[str, Any]:
 
 
 def missing_data(name: str) -> str | None:
-    """Say what is to be done for data that is not there; None where it is, or is no folder."""
+    """Say how to make the data of a checkpoint, where it is missing; None where nothing is to be done."""
     options = data_of(name)
     if options["test_data"] is None or (Path(options["data"]).is_dir() and options["test_data"].is_dir()):
         return None
@@ -137,7 +129,7 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
     wish = Wish("openvino", precision, True, BATCH, threads)
     forward = choose_executor(load_checkpoint(folder), device, wish, default_cache())
     judge = Judge(checkpoint, train, test, judging, device)
-    measure = Measure(
+    evaluation = Measure(
         checkpoint, judge, (train, test), device=device, forward=forward, draw_threads=threads, cache=ResultCache(KEPT)
     )
     options = EvaluateOptions(num_samples=IMAGES, batch_size=BATCH, precision=precision, executor=forward.name)
@@ -146,7 +138,7 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
             say(f"{name}: out of time before {point}")
             return
         began_s = time.monotonic()
-        points, errors = measure.points([point], [SEED], options)
+        points, errors = evaluation.points([point], [SEED], options)
         if errors:
             raise errors[point]
         (figures,), passes = points[point].seeds, points[point].passes
@@ -180,58 +172,16 @@ def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, An
 
 
 def of_autoencoder(judge: Judge) -> dict[str, Any]:
-    """What the autoencoder of a latent model loses of as many real images; nothing for a pixel model."""
+    """Return what the autoencoder of a latent model loses of real images; nothing for a pixel model."""
     found = judge.reconstruction(IMAGES, SEED)
     return {} if found is None else {"autoencoder": {"distance": found.frechet, "psnr_db": found.psnr_db}}
 
 
-def plot(entries: dict[str, Any], path: Path) -> None:
-    """Draw the distance over the passes of an image, unguided: a line for each sampler, and one for real images."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same figures give the same file, and text stays text.
-    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
-
-    figure, axis = plt.subplots(figsize=(7.8, 4.4), layout="constrained")
-    for number, name in enumerate(SAMPLER_FACTS):
-        own = [each for each in entries.values() if each.get("sampler") == name and each["guidance"] == 1]
-        own.sort(key=lambda each: each["passes"])
-        if own:
-            passes, distances = ([each[what] for each in own] for what in ("passes", "distance"))
-            axis.plot(
-                passes, distances, label=name, color=f"C{number % 10}", marker=MARKERS[number % len(MARKERS)],
-                markersize=4.5, linewidth=1.4, linestyle="-" if number < len(MARKERS) else "-.",
-            )  # fmt: skip
-    axis.axhline(entries["real"]["distance"], color="#555555", linestyle=":", linewidth=1.2, label="real images")
-    axis.set(xscale="log", yscale="log", xlabel="passes of the network, an image", ylabel="Fréchet distance")
-    for of, ticks in ((axis.xaxis, (5, 8, 10, 20, 50, 100, 250)), (axis.yaxis, (2, 3, 5, 10, 20, 50, 100))):
-        of.set_minor_locator(NullLocator())
-        of.set_ticks(ticks, [str(tick) for tick in ticks])
-    highest = max(each["distance"] for each in entries.values() if each.get("guidance", 1) == 1)
-    axis.set_ylim(2, 1.15 * highest)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-@contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """Hold a lock beside the file while it is read and written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
+    """Put entries, by checkpoint, into the file, with how it was made. A busy machine changes no figure."""
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
-    """Put entries, by checkpoint, into the file, and say how it was made. A busy machine changes no figure."""
-    with alone(FILE):
         found = read()
         for name, new in entries.items():
             of_name = found.get(name, {}) | new
@@ -242,14 +192,9 @@ def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
 
 
 def read() -> dict[str, Any]:
-    """The file; empty where there is none."""
+    """Read the file; empty where there is none."""
     found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
     return found
-
-
-def say(text: str) -> None:
-    """Tell who waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

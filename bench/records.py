@@ -1,4 +1,4 @@
-"""What crosses the benchmark's files: what is asked, what became of it, what a server counted; and the run of all."""
+"""The values that cross the benchmark's files: requests, answers, what a server counted, and the whole run."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,11 +18,11 @@ class Ask:
 
     @property
     def row_steps(self) -> int:
-        """How much it asks for."""
+        """The work that it asks for."""
         return self.n * self.steps
 
     def to_body(self, seed: int) -> dict[str, Any]:
-        """The JSON that every contender takes; what is off is left out."""
+        """Return the JSON that every contender takes. What is off is left out."""
         body: dict[str, Any] = {"n": self.n, "steps": self.steps, "sampler": self.sampler, "seed": seed}
         if self.guidance != 1.0:
             body["guidance"] = self.guidance
@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def row_steps(self) -> int:
-        """How much was asked for."""
+        """The work that was asked for."""
         return self.n * self.steps
 
 
@@ -67,7 +67,7 @@ class Counters:
     ticks: float
 
     def since(self, before: "Counters") -> "Counters":
-        """What was added."""
+        """Return what was added since."""
         return Counters(self.row_steps - before.row_steps, self.places - before.places, self.ticks - before.ticks)
 
 
@@ -108,7 +108,6 @@ class Run:
     """A whole run, and what it was made with. The conductor owns it until it has ended."""
 
     checkpoint: str
-    quick: bool
     model: dict[str, Any] = field(default_factory=dict)  # what tminus said of itself
     setups: dict[str, str] = field(default_factory=dict)  # contender -> how it was set up
     trials: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> row-steps/s of each way

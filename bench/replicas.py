@@ -1,15 +1,15 @@
-"""Several servers on one PostgreSQL: are waits as simulated?
+"""Compare the waits of several servers on one PostgreSQL with those of the simulation.
 
-    python -m bench.replicas [--replicas 1,2,3] [--seconds 300] [--load 0.6]
+    python -m bench.replicas [--replicas 1,2,3] [--seconds 300] [--load 0.6] [--quick 1]
 
 Durable jobs come at random moments to servers of one thread each, and the same jobs at the same moments to the
 simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show, times how much
 longer all of the run took together. The network is a small one of random weights, so that some hundred jobs end in a
-minute. PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own. Writes
-bench/results/replicas.json: waits, and those simulated over the real ones.
+minute. PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own. Seconds are
+those of arrivals for each number of servers; the load is the share of their cores. Writes bench/results/replicas.json:
+waits, and those simulated over the real ones.
 """
 
-import argparse
 import asyncio
 import os
 import random
@@ -45,27 +45,22 @@ ONE_THREAD = ("--threads", "1", "--max-batch", "8")
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__.partition("\n")[0])
-    parser.add_argument("--replicas", default="1,2,3")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of arrivals, for each number of servers")
-    parser.add_argument("--load", type=float, default=0.6, help="of the cores that the servers have")
-    parser.add_argument("--quick", action="store_true", help="to see that it works; the figures mean nothing")
-    parser.add_argument("--out", type=Path, default=result_file.RESULTS)
-    args = parser.parse_args()
+    args = servers.options_of(__doc__, replicas="1,2,3", seconds=300.0, load=0.6, quick=0, out="")
     begun = result_file.begin(wait=not args.quick)
+    seconds = 5.0 if args.quick else args.seconds
     with tempfile.TemporaryDirectory() as folder, postgres.running() as database:
         found = {
-            f"{count}": predicted(Path(folder) / f"{count}", database.url(), count, args.seconds, args.load)
+            f"{count}": predicted(Path(folder) / f"{count}", database.url(), count, seconds, args.load)
             for count in map(int, args.replicas.split(","))
         }
-    result_file.write("replicas", begun.made(servers.describe(), quick=args.quick), found, args.out)
+    result_file.write("replicas", begun.made(servers.describe(), quick=bool(args.quick)), found, args.out)
 
 
 @contextmanager
 def started(
     checkpoint: Path, place: Path, database: str, count: int, *flags: str, **more: str
 ) -> Iterator[list[Server]]:
-    """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine.
+    """Start so many servers of one namespace, one after the other: each measures its ticks on an idle machine.
 
     more: variables of theirs.
     """
@@ -83,7 +78,7 @@ def started(
 
 
 def predicted(place: Path, database: str, count: int, seconds: float, load: float) -> dict[str, float]:
-    """So many servers under one hail of jobs, and the simulation under the same."""
+    """Put the same load of jobs on so many servers and on the simulation; return how long both take."""
     checkpoint = place / "checkpoint"
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
@@ -173,7 +168,7 @@ async def real(
 
 
 def metric_now(server: Server, name: str) -> float:
-    """One metric of a server, the sum over its labels."""
+    """Read a metric of a server, summed over its labels."""
     return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text).get(name, 0.0)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+TRIALS = ROOT / "build" / "bench"  # of quick runs
 # The code that decides how fast tminus is and which images it makes.
 CODE = ("model", "service/engine", "service/scheduling", "service/worker")
 BUSY_SHARE = 0.05  # of the cores, taken by other programs: above it a machine is not idle
@@ -80,10 +81,9 @@ def begin(*, wait: bool = True, code: Sequence[str] = CODE) -> Begun:
         if begun.idle:
             break
     if wait and not begun.idle:
-        print(
+        say(
             f"The machine is not idle: other programs take {begun.busy_share:.0%} of the cores. The file will say so, "
-            "and no page will show its figures.",
-            file=sys.stderr,
+            "and no page will show its figures."
         )
     begun.began_s = time.monotonic()
     return begun
@@ -102,13 +102,19 @@ def busy_share(seconds: float) -> float:
     return max(0.0, 1 - idle / total) if total else 0.0
 
 
-def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a file of results."""
+def write(name: str, made: Mapping[str, Any], figures: Mapping[str, Any], folder: Path | str | None = None) -> Path:
+    """Write a file of results: into bench/results/, or into build/bench/ after a quick run."""
+    folder = Path(folder or (TRIALS if made["quick"] else RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"made": dict(made), **rounded(figures)}, indent=1) + "\n", "utf-8")
-    print(f"written to {file}", file=sys.stderr)
+    say(f"written to {file}")
     return file
+
+
+def say(text: str) -> None:
+    """Tell progress on stderr: results go to stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def rounds(values: Iterable[float | None]) -> dict[str, Any] | None:

@@ -23,9 +23,9 @@ from typing import IO, Any
 import httpx
 
 from bench.records import Ask, Counters
+from bench.result_file import ROOT
 from bench.tally import read_tally
 
-ROOT = Path(__file__).resolve().parent.parent
 READY_S = 600.0  # torch.compile may be tried, or the network be large
 STOP_S = 5.0
 HOST = "127.0.0.1"
@@ -64,20 +64,20 @@ class Running:
         return found
 
     async def count(self, http: httpx.AsyncClient, seconds: float) -> tuple[Counters, float]:
-        """What it does from now on in about so many seconds, and in how many exactly."""
+        """Count what it does in about so many seconds; return that, and how many they were exactly."""
         before, before_s = await self.read_at(http)
         await asyncio.sleep(seconds)
         after, after_s = await self.read_at(http)
         return after.since(before), after_s - before_s
 
     async def read_at(self, http: httpx.AsyncClient) -> tuple[Counters, float]:
-        """What it has done so far, and the middle of the time in which that was read."""
+        """Read what it has done so far, and the middle of the time in which that was read."""
         asked_s = time.perf_counter()
         counters = await self.read(http)
         return counters, (asked_s + time.perf_counter()) / 2
 
     async def read(self, http: httpx.AsyncClient) -> Counters:
-        """What it has done so far."""
+        """Read what it has done so far."""
         if self.contender.is_peer:
             row_steps, passes = read_tally(self.tally)
             return Counters(row_steps, row_steps, passes)
@@ -128,12 +128,12 @@ def ways(cores: int) -> Sequence[tuple[str, tuple[str, ...]]]:
 
 
 def entry(checkout: Path) -> str | None:
-    """The module that is the command in a checkout of tminus; its name was another once. None where there is none."""
+    """Return the module of the command in a checkout: older ones have another name. None where there is none."""
     return next((name for name in ("tminus", "service") if (checkout / name / "__main__.py").is_file()), None)
 
 
 def why_not(contender: Contender) -> str | None:
-    """A sentence if it cannot run here."""
+    """Say why a contender cannot run here; None where it can."""
     if contender.needs and importlib.util.find_spec(contender.needs) is None:
         return f"{contender.title} is left out: {contender.needs} is not installed."
     return None
@@ -237,12 +237,12 @@ def options_of(text: str | None, **defaults: Any) -> argparse.Namespace:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(peak_s: float = 0.5) -> dict[str, Any]:
-    """Processor, system, versions, and what the processor can do at most; measured for `peak_s` each, or left out."""
+    """Describe processor, system and versions; and the processor's peaks, measured for `peak_s` each (0: left out)."""
     return {
         **({"peaks_gflop_per_s": peaks(peak_s)} if peak_s else {}),
         "cpu": _cpu_model(),
@@ -260,7 +260,7 @@ def peaks(seconds: float) -> dict[str, Any]:
 
 
 def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
-    """Run a module of ours to its end; gives the JSON object that it printed."""
+    """Run a module of ours to its end; return the JSON object that it printed."""
     done = subprocess.run(
         _python([module, *arguments]), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=limit_s
     )
@@ -271,7 +271,7 @@ def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str,
 
 
 def sum_metrics(exposition: str) -> dict[str, float]:
-    """Prometheus text to sums over the labels, by sample name."""
+    """Sum the samples of a Prometheus text over their labels, by name."""
     sums: defaultdict[str, float] = defaultdict(float)
     for line in exposition.splitlines():
         if line and not line.startswith("#"):
@@ -281,7 +281,7 @@ def sum_metrics(exposition: str) -> dict[str, float]:
 
 
 def memory_bytes(pid: int) -> tuple[int, int] | None:
-    """Peak and resident memory of a process; None where there is no /proc."""
+    """Return the peak and the resident memory of a process; None where there is no /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -291,7 +291,7 @@ def memory_bytes(pid: int) -> tuple[int, int] | None:
 
 
 def environment() -> dict[str, str]:
-    """Settings from outside would make the contenders differ, and nothing here needs the network."""
+    """Return the environment without settings, which would make the contenders differ, and without the Hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TMINUS_", "MOSEC_"))}
     return kept | {"HF_HUB_OFFLINE": "1"}
 

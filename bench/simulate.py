@@ -1,19 +1,17 @@
-"""The scheduler and admission themselves, with a clock of predicted ticks: minutes of load in seconds, no network.
+"""Simulate the scheduler and admission under a virtual clock. No network runs: ticks take as long as predicted.
 
     python -m bench.simulate [--seconds 900]
 
-Writes bench/results/simulate.json: by load, how long short and long jobs take in the mix of the design (80 % of 20
-steps, 15 % of 50, 5 % of 1000), with the reserve for the oldest job and without it, by how much an ETA was overtaken,
-how good a forecast is, and what background jobs cost others.
+Writes bench/results/simulate.json: by load, how long short and long jobs take with the reserve for the oldest job and
+without it. First in a mix of 80 % of 20 steps, 15 % of 50 and 5 % of 1000, with how much longer a job took than its
+first ETA; then jobs of 20 steps beside one of 1000.
 """
 
 import heapq
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from statistics import median, quantiles
 from typing import Any
 
@@ -24,12 +22,11 @@ from bench.traffic import MEAN_PLACES, ROWS, at_rate
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.scheduler import BACKGROUND_TICKS, Policy, Scheduler, Sharing, TickTimes, Turns
+from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
-SHORT_TICKS = ((1, 0.003), (2, 0.0044), (4, 0.007), (8, 0.0127))  # (places, seconds), as on two cores in bfloat16
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 RESERVES: dict[str, int | None] = {"reserve": None, "none": 0}  # places kept for the oldest job: the usual, or none
 
@@ -108,27 +105,19 @@ def serve(
 
 
 def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
-    """Requests of the mix at random moments, that together take a share of the machine."""
+    """Make requests of the mix at random moments, which together take a share of the machine."""
     per_s = load / (MEAN_PLACES * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
     return list(at_rate(per_s, seconds, seed))
 
 
 def main() -> None:
     """Simulate, write."""
-    args = options_of(__doc__, seconds=900.0, out=result_file.RESULTS)
+    args = options_of(__doc__, seconds=900.0, out="")
     begun = result_file.begin(wait=False, code=("service/scheduling",))
     found: dict[str, dict[str, Any]] = {
         "mix": {f"{load:.0%}": by_reserve(mixed(load, args.seconds, seed=3)) for load in LOADS},
-        "forecast": {f"{load:.0%}": told_and_true(mixed(load, args.seconds, seed=3)) for load in LOADS},
         "beside_one_long": {
             f"{load:.0%}": {name: one_long(load, reserved) for name, reserved in RESERVES.items()} for load in LOADS
-        },
-        "background": {
-            f"{per_s:g} a second of {steps} steps": {
-                name: under_background(per_s, steps, ticks)
-                for name, ticks in (("none", None), ("short", BACKGROUND_TICKS), ("full", math.inf))
-            }
-            for per_s, steps in ((0.2, 20), (1.0, 20), (5.0, 20), (1.0, 8))
         },
     }
     result_file.write("simulate", begun.made(describe(0), timed=False), found, args.out)
@@ -143,7 +132,7 @@ def main() -> None:
 
 
 def by_reserve(requests: Sequence[tuple[float, Work]]) -> dict[str, dict[str, float]]:
-    """How long jobs of the mix take, with the reserve for the oldest job and without; and what an ETA was worth."""
+    """Run the mix with the reserve for the oldest job and without; return how long jobs take, also over their ETA."""
     found = {}
     for name, reserved in RESERVES.items():
         outcome = serve(requests, LIMITS, reserved=reserved)
@@ -157,60 +146,10 @@ def by_reserve(requests: Sequence[tuple[float, Work]]) -> dict[str, dict[str, fl
     return found
 
 
-def told_and_true(requests: Sequence[tuple[float, Work]]) -> dict[str, float]:
-    """How far off forecasts are where no other job comes."""
-    errors = forecast_errors(requests)
-    return {"median": median(errors), "p95": quantiles(errors, n=20)[-1], "jobs": len(errors)}
-
-
 def one_long(load: float, reserved: int | None) -> dict[str, float]:
-    """Short jobs beside one of 1000 steps, and that one."""
-    beside, long_s = beside_one_long(load, reserved)
-    return {"short_median_s": median(beside), "short_longest_s": max(beside), "long_s": long_s}
+    """Run short jobs that take a share of the machine and, after a minute, one job of 1000 steps.
 
-
-def under_background(per_s: float, steps: int, ticks: float | None) -> dict[str, float]:
-    """Requests of one image beside background jobs, and what those have."""
-    took, share = beside_background(per_s, steps, ticks)
-    return {
-        "median_ms": 1e3 * median(took),
-        "p99_ms": 1e3 * quantiles(took, n=100)[98],
-        "background_share": 100 * share,
-    }
-
-
-def forecast_errors(requests: Sequence[tuple[float, Work]], every: int = 20) -> list[float]:
-    """How far from the truth a forecast is, of each job that is there whenever so many more have come."""
-    times = TickTimes(TICKS)
-    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2, times=times)
-    scheduler, now_s, errors = Scheduler(sharing), 0.0, list[float]()
-    works: dict[str, Work] = {}  # of the jobs that have not ended
-    for number, (at_s, work) in enumerate(requests):
-        while now_s < at_s and (batch := scheduler.next_batch()) is not None:
-            now_s += times.seconds(batch.places)
-            for job_id in scheduler.advance(batch).finished:
-                del works[job_id]
-        now_s = max(now_s, at_s)
-        works[f"{number}"] = work
-        scheduler.add(f"{number}", range(work.rows), work)
-        if number % every:
-            continue
-        steps = {job_id: scheduler.steps(job_id) for job_id in works}
-        left = {job_id: sum(map(works[job_id].places_left, each)) for job_id, each in steps.items()}
-        told = forecast([Pending(job_id, works[job_id], n) for job_id, n in left.items()], {0: Speed(sharing, 1)})
-        alone, true_s = Scheduler(sharing), 0.0
-        for job_id, each in steps.items():
-            alone.add(job_id, range(len(each)), works[job_id], each)
-        while (batch := alone.next_batch()) is not None:
-            true_s += times.seconds(batch.places)
-            errors += [abs(told[job_id].eta_s - true_s) / true_s for job_id in alone.advance(batch).finished]
-    return errors
-
-
-def beside_one_long(load: float, reserved: int | None) -> tuple[list[float], float]:
-    """Short jobs that take a share of the machine, and from the minute on one of 1000 steps.
-
-    How long the short ones take that come while it runs, and how long it takes, in seconds.
+    Return how long that one takes, and how long the short ones take that come while it runs, in seconds.
     """
     rng, time_s = random.Random(4), 0.0
     per_s = load / (ROWS * 20 * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
@@ -220,38 +159,7 @@ def beside_one_long(load: float, reserved: int | None) -> tuple[list[float], flo
     outcome = serve(requests, LIMITS, reserved=reserved)
     ended_s = 60.0 + outcome.took[0]
     beside = [outcome.took[k] for k in range(1, len(requests)) if 60.0 <= outcome.entered[k] < ended_s]
-    return beside, outcome.took[0]
-
-
-def beside_background(per_s: float, steps: int, background_ticks: float | None) -> tuple[list[float], float]:
-    """Requests of one image at random for twenty minutes, while background jobs take what is left.
-
-    background_ticks: how long their ticks may be, in ticks of one row; None for no background job. How long each of the
-    requests takes, and what share of all that the machine can do the background jobs have had.
-    """
-    times, rng = TickTimes(SHORT_TICKS), random.Random(7)
-    sharing = Sharing.of(LIMITS.max_batch, short_batch=LIMITS.max_batch // 2, times=times)
-    scheduler, turns = Scheduler(replace(sharing, background_ticks=background_ticks or 1.0)), Turns[int]()
-    turns.put(0, scheduler)
-    if background_ticks is not None:
-        scheduler.add("background", range(64), Work(64, 10**6, range(0), held_back_s=1e9))
-    came_s = list(accumulate(rng.expovariate(per_s) for _ in range(round(1200 * per_s))))
-    now_s, number, had, took = 0.0, 0, 0, list[float]()
-    while len(took) < len(came_s):
-        while number < len(came_s) and came_s[number] <= now_s:
-            scheduler.add(f"{number}", range(1), Work(1, steps, range(0)))
-            number += 1
-        turns.next(now_s)
-        if (batch := scheduler.next_batch()) is None:
-            now_s = came_s[number]
-            continue
-        seconds = times.seconds(batch.places)
-        now_s += seconds
-        advance = scheduler.advance(batch)
-        turns.stepped(0, seconds)
-        had += advance.places.get("background", 0)
-        took += [now_s - came_s[int(job_id)] for job_id in advance.finished]
-    return took, had * times.seconds_per_place(LIMITS.max_batch) / now_s
+    return {"short_median_s": median(beside), "short_longest_s": max(beside), "long_s": outcome.took[0]}
 
 
 def _spread(seconds: list[float], name: str) -> dict[str, float]:

@@ -107,7 +107,7 @@ def effects(result: Result) -> str:
 
 
 def limits(result: Result) -> str:
-    """How near to what the processor allows."""
+    """How near the contenders come to what the processor allows."""
     found = result["limits"]
     lines = ["| | rows/s | % of peak |", "|---|---|---|"]
     precision = result["tminus"]["precision"]
@@ -157,8 +157,8 @@ def costs(result: Result) -> str:
 
 
 def gpu(results: Mapping[str, Result]) -> str:
-    """What GPUs have been measured."""
-    cards = {name: each for name, each in results.items() if name.startswith("gpu-") and name != "gpu-cpu"}
+    """What has been measured on GPUs."""
+    cards = {name: each for name, each in results.items() if name.startswith("gpu-")}
     if not cards:
         return "The GPU path has not been measured: no GPU was at hand."
     lines = [

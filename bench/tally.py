@@ -22,13 +22,13 @@ class Tally:
         self._row_steps = self._passes = 0
 
     def add(self, rows: int) -> None:
-        """A forward pass of so many rows has ended."""
+        """Count a forward pass of so many rows."""
         self._row_steps += rows
         self._passes += 1
         LAYOUT.pack_into(self._map, 0, self._row_steps, self._passes)
 
 
 def read_tally(folder: Path) -> tuple[float, float]:
-    """Row-steps and forward passes of all the processes."""
+    """Sum the row-steps and the forward passes of all processes."""
     counts = [LAYOUT.unpack(path.read_bytes()) for path in folder.iterdir()]
     return sum(row_steps for row_steps, _ in counts), sum(passes for _, passes in counts)

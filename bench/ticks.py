@@ -1,9 +1,9 @@
-"""Ticks of the engine, exact and not, in turns, and what they cost beside their pass. A process of its own.
+"""Ticks of the engine, exact and not, in turns, and what they cost beside their pass. A process of bench/gpu.py's.
 
-    python -m bench.ticks --checkpoint FOLDER [--device cpu] [--executor eager] [--precision float32] [--rows 1,4]
+    python -m bench.ticks --checkpoint FOLDER [--device cpu] [--precision float32] [--rows 1,4]
 
-An exact engine on a GPU pads every pass to the largest size, here that of the most rows. On a GPU synchronising calls
-are forbidden in a tick: one ends the run with an error.
+The executor is eager. An exact engine on a GPU pads every pass to the largest size, here that of the most rows. On a
+GPU a call that synchronises within a tick ends the run with an error.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.devices import choose_device
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.executors import CompiledExecutor, EagerExecutor, Executor
+from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import trial_spec
 from tminus.service.work import work_of
@@ -28,23 +28,17 @@ ALONE = 8  # rows that are run alone: each pads a pass of all
 
 def main() -> None:
     """Measure and print."""
-    args = options_of(
-        __doc__, checkpoint=CHECKPOINT, device="cpu", executor="eager", precision="float32", rows="1,4", seconds=2.0
-    )
+    args = options_of(__doc__, checkpoint=CHECKPOINT, device="cpu", precision="float32", rows="1,4", seconds=2.0)
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     rows = fitting(checkpoint, device, args.precision, [int(count) for count in args.rows.split(",")])
     most = rows[-1]
 
-    def build(*, exact: bool) -> Executor:
-        sizes = [most] if exact else rows
-        if args.executor == "compile":
-            shape = checkpoint.row_shape
-            return CompiledExecutor(checkpoint.net, device, shape, precision=args.precision, sizes=sizes)
-        return EagerExecutor(checkpoint.net, device, precision=args.precision, sizes=sizes if exact else None)
-
-    of = f"tminus {args.executor}"
-    executors: dict[str, Executor] = {name: build(exact=name == "exact") for name in ("not exact", "exact")}
+    of = "tminus eager"
+    executors: dict[str, Executor] = {
+        name: EagerExecutor(checkpoint.net, device, precision=args.precision, sizes=sizes)
+        for name, sizes in (("not exact", None), ("exact", [most]))
+    }
     for name, executor in executors.items():
         for what, same in same_bits(executor, checkpoint, device, most).items():
             tell(Measure(f"rows of the same bits {what}", f"{of}, {name}", 100 * same, "%", args.precision, most))

@@ -27,26 +27,26 @@ Requests = Sequence[tuple[float, Work]]
 
 
 def at_rate(per_s: float, seconds: float, seed: int = 0) -> Iterator[tuple[float, Work]]:
-    """Jobs of the mix at random moments, so many a second on average (a Poisson process)."""
+    """Draw jobs of the mix at random moments, so many a second on average (a Poisson process)."""
     draw, time_s = random.Random(seed), 0.0
     while (time_s := time_s + draw.expovariate(per_s)) < seconds:
         yield time_s, work(ROWS, draw.choices([*MIX], [*MIX.values()])[0])
 
 
 def deaths(replicas: int, seconds: float, per_hour: float, seed: int = 0) -> Iterator[tuple[float, int]]:
-    """When which replica dies: at random moments, so many an hour for each."""
+    """Draw when which replica dies: at random moments, so many an hour for each."""
     draw, time_s = random.Random(f"deaths {seed}"), 0.0
     while per_hour and (time_s := time_s + draw.expovariate(per_hour * replicas / 3600)) < seconds:
         yield time_s, draw.randrange(replicas)
 
 
 def work(images: int, steps: int, *, guided: bool = False) -> Work:
-    """What a job costs; a guided step takes two places."""
+    """Return the work of a job. A guided step takes two places."""
     return Work(images, steps, range(steps) if guided else range(0))
 
 
 def read(file: Path) -> Requests:
-    """What `record` has written."""
+    """Read what `record` has written."""
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     return [
@@ -55,7 +55,7 @@ def read(file: Path) -> Requests:
 
 
 def record(url: str) -> Iterator[tuple[str, ...]]:
-    """The durable jobs of a server as rows of COLUMNS, the first that came first."""
+    """List the durable jobs of a server as rows of COLUMNS, in order of arrival."""
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("TMINUS_KEY")) else {}
     jobs, before = [], ""
     with httpx.Client(base_url=url, headers=headers, timeout=60) as http:

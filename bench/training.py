@@ -20,7 +20,6 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.model.training.data import FASHION_MNIST_DIR, Examples, load_fashion_mnist
 from tminus.model.training.held_out import LOSSES_FILE, MEASURED, mean_loss
 
-BUNDLED = result_file.ROOT / "checkpoints" / "fashion-mnist-32"
 STEPS, SHEET_EVERY = 400, 200
 RECIPE = ("--optimizer", "muon", "--steps", str(STEPS), "--sheet-every", str(SHEET_EVERY))  # as the page prints it
 
@@ -52,7 +51,7 @@ def losses(run: Path) -> dict[str, float]:
 
 def bundled() -> float:
     """Measure the loss of the bundled weights on the same images."""
-    checkpoint: Any = load_checkpoint(BUNDLED)
+    checkpoint: Any = load_checkpoint(servers.CHECKPOINT)
     schedule = checkpoint.noise.schedule()
     examples = Examples.some_of(load_fashion_mnist("test", FASHION_MNIST_DIR), MEASURED, None, schedule.betas.device)
     return mean_loss(checkpoint.net, examples, MEASURED, checkpoint.noise, schedule)

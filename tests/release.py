@@ -72,10 +72,8 @@ def obstacles() -> list[str]:
         found.append(f"the working tree has changes:\n{changed}")
     if git("tag", "--list", tag):
         found.append(f"the tag {tag} exists: name the next version with `python -m tests.release --version`")
-    if (
-        re.search(rf"^## {re.escape(version())} - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
-        is None
-    ):
+    heading = rf"^## {re.escape(version())} - \d{{4}}-\d\d-\d\d$"
+    if re.search(heading, (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE) is None:
         found.append(f"CHANGELOG.md has no heading `## {version()} - YYYY-MM-DD`")
     return found
 

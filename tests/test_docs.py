@@ -29,7 +29,7 @@ from tminus.service.startup.settings import Settings
 README = ROOT / "README.md"
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [
-    README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md",
+    README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md",
     ROOT / "docker" / "README.md", ROOT / "client" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "reference").glob("*.md")),
     *sorted((ROOT / "checkpoints").glob("*/README.md")),

@@ -1,7 +1,9 @@
 """The files of a release: one version everywhere, and the archives that an installed tminus knows."""
 
 import json
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +26,14 @@ def test_the_version_is_the_same_wherever_it_stands(place: str) -> None:
     assert release.named(release.version()).search((release.ROOT / place).read_text("utf-8"))
 
 
-def test_another_version_is_named_in_every_place(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_citation_has_the_date_of_the_newest_entry_of_the_changelog() -> None:
+    changelog, citation = ((release.ROOT / name).read_text("utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    newest = re.search(r"^## \S+ - (\S+)$", changelog, re.MULTILINE)
+    assert newest is not None
+    assert f"\ndate-released: {newest[1]}\n" in citation
+
+
+def test_another_version_is_named_in_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in release.PLACES:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text((release.ROOT / place).read_text("utf-8"))

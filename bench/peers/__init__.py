@@ -1,7 +1,11 @@
 """What tminus is measured against, each a process of its own: what a careful user of that project would write."""
 
 import argparse
+import io
+from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 
 def arguments(text: str | None) -> argparse.Namespace:
@@ -15,3 +19,14 @@ def arguments(text: str | None) -> argparse.Namespace:
     parser.add_argument("--openvino", metavar="PRECISION", help="run tminus' own graph with OpenVINO [eager PyTorch]")
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_known_args()[0]
+
+
+def encode(images: Sequence[Image.Image]) -> bytes:
+    """Make a peer's answer: one PNG, the images side by side."""
+    width, height = images[0].size
+    sheet = Image.new(images[0].mode, (width * len(images), height))
+    for k, image in enumerate(images):
+        sheet.paste(image, (k * width, 0))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel, VQModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
 from bench import bare
-from bench.peers.picture import encode
+from bench.peers import encode
 from bench.tally import Tally
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.executors import Executor
@@ -165,11 +166,16 @@ def reader(checkpoint: Path, *, openvino: bool) -> Callable[[Tensor], list[Image
 
         pictures = LatentPictures(load_checkpoint(checkpoint), torch.device("cpu"), None)
         return lambda x: [Image.fromarray(image) for image in pictures.read(x, [None] * len(x), 8)()]
-    name = json.loads((checkpoint / "vqvae" / "config.json").read_text("utf-8"))["_class_name"]
-    kind: Any = {each.__name__: each for each in (AutoencoderKL, VQModel)}[name]
-    autoencoder = kind.from_pretrained(checkpoint, subfolder="vqvae").eval()
+    autoencoder = load_autoencoder(checkpoint)
     scaling = autoencoder.config.scaling_factor
     return lambda x: to_images(autoencoder.decode(x / scaling, return_dict=False)[0])
+
+
+def load_autoencoder(checkpoint: Path) -> Any:
+    """Load a latent model's autoencoder as diffusers' own, of the class that its config names."""
+    config = json.loads((checkpoint / "vqvae" / "config.json").read_text("utf-8"))
+    autoencoder: Any = getattr(diffusers, config["_class_name"]).from_pretrained(checkpoint, subfolder="vqvae")
+    return autoencoder.eval()
 
 
 @torch.inference_mode()

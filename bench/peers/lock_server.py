@@ -18,9 +18,8 @@ from fastapi import FastAPI, Response
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from bench.peers import arguments
+from bench.peers import arguments, encode
 from bench.peers.denoiser import faster_layout
-from bench.peers.picture import encode
 from bench.tally import Tally
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 

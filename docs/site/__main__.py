@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "docs"
 SITE = ROOT / "site"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-ABORTED = "--strict"  # how Zensical ends where it has warned
+ABORTED = "--strict"  # Zensical's last words where it has warned
 # Addresses of examples, and of servers that run where the reader is.
 NOWHERE = ("http://localhost", "http://127.", "https://example.", "http://example.", "mailto:")
 
@@ -58,11 +58,11 @@ def build() -> int:
     (BUILD / "zensical.toml").write_text(configuration(titles), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(BUILD / "zensical.toml")]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if ABORTED not in done.stderr:  # which a traceback goes before
+    if ABORTED not in done.stderr:  # otherwise it is a traceback, and the warnings are printed above
         sys.stderr.write(done.stderr)
     if links.broken:
         print("Links to files that are not there:", *sorted(links.broken), sep="\n", file=sys.stderr)
-    if (BUILD / "site").is_dir():  # which it is not where Zensical could not begin
+    if (BUILD / "site").is_dir():  # Zensical may have failed before it wrote any
         shutil.move(BUILD / "site", SITE)
         print(f"open {SITE / 'index.html'}")
     return done.returncode or int(bool(links.broken))

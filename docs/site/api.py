@@ -22,13 +22,8 @@ from docs.site import reference
 
 Described = Mapping[str, Any]
 
-SHARED = (
-    "SampleRequest",
-    "JobRequest",
-    "StreamRequest",
-    "SampleForm",
-    "JobForm",
-)  # bodies made of parameters of sampling
+# Bodies made of the parameters of sampling.
+SHARED = ("SampleRequest", "JobRequest", "StreamRequest", "SampleForm", "JobForm")
 TITLES = {"hugging face": "Hugging Face", "openai": "OpenAI", "kserve": "KServe"}
 FORMATS = {"binary": "file", "byte": "base64, or a file in a form", "uri": "URL", "uuid": "UUID"}
 POWERS = {2**64 - 1: "2^64-1", 2**32 - 1: "2^32-1", 2**53: "2^53"}
@@ -198,8 +193,10 @@ def default_of(described: Described) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of Markdown. A column that is empty in every row is left out."""
+    """Return a table of Markdown; nothing for no rows. A column that is empty in every row is left out."""
     titles, cells = list(head), [[_cell(each) for each in row] for row in rows]
+    if not cells:
+        return ""
     kept = [number for number in range(len(titles)) if number == 0 or any(row[number] for row in cells)]
     lines = [
         [titles[number] for number in kept],
@@ -236,7 +233,7 @@ class Call:
 
     @property
     def tag(self) -> str:
-        """What it belongs to."""
+        """The group that it belongs to."""
         return str(self.operation["tags"][0])
 
 
@@ -285,7 +282,7 @@ class Page:
     def _of(self, tag: str) -> list[Call]:
         return [call for call in self._calls if call.tag == tag]
 
-    # The parameters that several calls share.
+    # --- the parameters that several calls share ---
 
     def _parameters(self) -> Iterator[str]:
         takers: dict[tuple[str, ...], list[Call]] = {}
@@ -328,7 +325,7 @@ class Page:
         bodies += [each["schema"] for each in call.operation.get("client", {}).values()]
         return [name for each in bodies if (name := _name_of(each)) in SHARED]
 
-    # The calls.
+    # --- the calls ---
 
     def _sections(self) -> Iterator[str]:
         for tag, description in self._tags.items():
@@ -364,22 +361,18 @@ class Page:
         own = [each for each in operation.get("parameters", ()) if "$ref" not in each and each["name"] not in shared]
         if shared:
             yield "It takes the [parameters](#parameters)" + (" and these:" if own else ".")
-        yield (
-            table(
-                ("parameter", "in", "values", "default", "meaning"),
+        yield table(
+            ("parameter", "in", "values", "default", "meaning"),
+            (
                 (
-                    (
-                        f"`{each['name']}`",
-                        each["in"],
-                        values(each["schema"], self._document),
-                        "required" if each.get("required") and each["in"] != "path" else default_of(each),
-                        meaning(each),
-                    )
-                    for each in own
-                ),
-            )
-            if own
-            else ""
+                    f"`{each['name']}`",
+                    each["in"],
+                    values(each["schema"], self._document),
+                    "required" if each.get("required") and each["in"] != "path" else default_of(each),
+                    meaning(each),
+                )
+                for each in own
+            ),
         )
         bodies = self._bodies(operation)
         if bodies and not self._shared_schemas(call):
@@ -418,9 +411,8 @@ class Page:
     def _messages(self, title: str, messages: Described) -> Iterator[str]:
         """Yield what the messages of a stream are, and once what each member means."""
         yield title
-        fields: dict[
-            tuple[str, str], tuple[Described, str]
-        ] = {}  # by name and meaning, with the message that has it first
+        # By name and meaning, with the message that has it first.
+        fields: dict[tuple[str, str], tuple[Described, str]] = {}
         rows = []
         for name, message in messages.items():
             properties = dict(message["schema"].get("properties", {}))
@@ -437,23 +429,19 @@ class Page:
             rows.append((f"`{name}`", f"{message['description']}{after}", of_it))
         yield table(("message", "when", "members"), rows)
         count = Counter(member for member, _ in fields)
-        yield (
-            table(
-                ("member", "values", "meaning"),
+        yield table(
+            ("member", "values", "meaning"),
+            (
                 (
-                    (
-                        f"`{member}`" + (f" of `{first}`" if count[member] > 1 else ""),
-                        values(field, self._document, of_answer=True),
-                        meaning,
-                    )
-                    for (member, meaning), (field, first) in fields.items()
-                ),
-            )
-            if fields
-            else ""
+                    f"`{member}`" + (f" of `{first}`" if count[member] > 1 else ""),
+                    values(field, self._document, of_answer=True),
+                    meaning,
+                )
+                for (member, meaning), (field, first) in fields.items()
+            ),
         )
 
-    # What calls share.
+    # --- what calls share ---
 
     def _webhooks(self) -> Iterator[str]:
         for operations in self._document.get("webhooks", {}).values():
@@ -483,25 +471,16 @@ class Page:
         yield table(("status", "meaning", "headers"), ((*key, rows[key]) for key in sorted(rows)))
 
     def _all_headers(self) -> Iterator[str]:
-        if self._headers:
-            common = [f"`{name}`" for name in self._headers if name in self._common_headers()]
-            yield "## Headers"
-            yield (
-                f"These are headers of answers. Every answer of the native API may have {', '.join(common)}."
-                if common
-                else ""
-            )
-            yield table(
-                ("header", "value", "meaning"),
-                (
-                    (
-                        f'<a id="{name.lower()}"></a>`{name}`',
-                        values(each["schema"], self._document),
-                        each["description"],
-                    )
-                    for name, each in self._headers.items()
-                ),
-            )
+        common = [f"`{name}`" for name in self._headers if name in self._common_headers()]
+        yield "## Headers"
+        yield f"These are headers of answers. Every answer of the native API may have {', '.join(common)}."
+        yield table(
+            ("header", "value", "meaning"),
+            (
+                (_anchored(name), values(each["schema"], self._document), each["description"])
+                for name, each in self._headers.items()
+            ),
+        )
 
     def _common_headers(self) -> set[str]:
         """Return the headers that every answer of some call has, failures included, and not one call alone."""

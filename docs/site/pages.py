@@ -18,7 +18,7 @@ UNGROUPED = (Path("README.md"), INDEX)  # which stand before the groups
 REFERENCE = Path("docs/reference")
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif"}
 
-# Code, in which a link is none, or where a link leads: in Markdown, in its definitions, or in HTML.
+# Matches code, where nothing is a link, and the targets of links: in Markdown, in its definitions, and in HTML.
 TARGETS = re.compile(
     r"^ *(```+|~~~+).*?^ *\1 *$"
     r"|(?P<ticks>`+).+?(?P=ticks)"
@@ -76,7 +76,7 @@ class Links:
 
     def __init__(self, root: Path, pages: list[Path], source_url: str, made: Collection[Path] = ()) -> None:
         """source_url: where the files of the repository are shown. made: files that the site alone has."""
-        self._root, self._pages, self._made, self.source_url = root, set(pages), set(made), source_url
+        self._root, self._pages, self._made, self._source_url = root, set(pages), set(made), source_url
         self.copied: set[Path] = set()
         self.broken: list[str] = []
 
@@ -102,7 +102,7 @@ class Links:
             self.copied.add(file)
             return target
         kind = "tree" if (self._root / file).is_dir() else "blob"
-        return f"{self.source_url}/{kind}/main/{file.as_posix()}{hash_mark}{anchor}"
+        return f"{self._source_url}/{kind}/main/{file.as_posix()}{hash_mark}{anchor}"
 
 
 def navigation(root: Path, pages: list[Path]) -> dict[str, list[Path]]:
@@ -110,11 +110,11 @@ def navigation(root: Path, pages: list[Path]) -> dict[str, list[Path]]:
 
     Each page stands once: under the first heading that links to all of it, or else that links to a part of it.
     """
-    headings = re.findall(r"^## (.+)$", (root / INDEX).read_text("utf-8"), re.MULTILINE)
-    sections = re.split(r"^## .+$", (root / INDEX).read_text("utf-8"), flags=re.MULTILINE)[1:]
+    _, *parts = re.split(r"^## (.+)$", (root / INDEX).read_text("utf-8"), flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
     placed: dict[Path, str] = {}
     for whole in (True, False):
-        for heading, section in zip(headings, sections, strict=True):
+        for heading, section in sections.items():
             for target in targets(section):
                 name, _, anchor = target.partition("#")
                 file = Path(os.path.normpath(INDEX.parent / name))
@@ -123,7 +123,7 @@ def navigation(root: Path, pages: list[Path]) -> dict[str, list[Path]]:
     for file in pages:
         if file not in UNGROUPED:
             placed.setdefault(file, "Checkpoints" if file.parts[0] == "checkpoints" else "Project")
-    groups: dict[str, list[Path]] = {heading: [] for heading in (*headings, "Checkpoints", "Project")}
+    groups: dict[str, list[Path]] = {heading: [] for heading in (*sections, "Checkpoints", "Project")}
     for file, heading in placed.items():
         groups[heading].append(file)
     return {heading: files for heading, files in groups.items() if files}

@@ -1,14 +1,11 @@
-"""The reference pages, written from the code: settings, command line, errors and metrics.
+"""The reference pages that are made from the code: settings, command line, errors and metrics.
 
-    python -m docs.site.reference FOLDER
-
-writes all four. What of them is written by hand is in docs/reference/, with a mark where the rest goes. Links in the
-texts of the code are relative to docs/; here they become relative to docs/reference/.
+The part of a page that is written by hand is in docs/reference/, with a mark where the rest goes. Links in the texts of
+the code are relative to docs/; here they become relative to docs/reference/.
 """
 
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
@@ -29,7 +26,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 FOLDER = Path(__file__).parents[1] / "reference"
-BODY = re.compile(r"^<!-- body -->\n.+\n", re.MULTILINE)  # and a line for readers of the repository, which has no more
+# The mark, and the line below it, which tells readers of the repository where the rest is.
+BODY = re.compile(r"^<!-- body -->\n.+\n", re.MULTILINE)
 CODE = re.compile(
     r"`[^`]*`|(?<![\w-])(?:--[a-z][a-z-]*[a-z]|-n)\b|\b(?:TMINUS|XDG|RAY)_[A-Z_]+\b|\b(?:GET|POST) /[\w/]+"
 )
@@ -37,7 +35,7 @@ WORDS = {int: "integer", float: "number", Path: "path"}
 
 
 def pages() -> dict[str, str]:
-    """All pages of this file, by the name of their file in docs/reference/."""
+    """Return all pages of this module, by the name of their file in docs/reference/."""
     made = (settings, command_line, errors, metrics)
     return {f"{each.__name__.replace('_', '-')}.md": each() for each in made}
 
@@ -54,7 +52,7 @@ def moved(text: str) -> str:
 
 
 def heading(level: int, title: str, anchor: str) -> str:
-    """A heading with an anchor of its own."""
+    """Return a heading with an anchor of its own."""
     return f"{'#' * level} {title} {{ #{anchor} }}\n\n"
 
 
@@ -62,7 +60,7 @@ def heading(level: int, title: str, anchor: str) -> str:
 
 
 def settings() -> str:
-    """The page of the settings of `tminus serve` and `tminus ray serve`."""
+    """Return the page of the settings of `tminus serve` and `tminus ray serve`."""
     return page("settings", moved("".join(_settings())))
 
 
@@ -74,7 +72,7 @@ def _settings() -> Iterator[str]:
 
 
 def setting(name: str, field: "FieldInfo") -> str:
-    """One setting: its names, values and default in a line, and its description."""
+    """Return a setting: its names, values and default in a line, and its description."""
     flag, of_bool = flag_of(name), field.annotation in (bool, bool | None)
     told = [f"`{variable(name)}`"]
     if of_bool:
@@ -89,13 +87,13 @@ def setting(name: str, field: "FieldInfo") -> str:
 
 
 def kind_of(field: "FieldInfo") -> type:
-    """The type of a setting that may be None."""
+    """Return the type of a setting, without None."""
     (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {type(None)}
     return kind  # type: ignore[no-any-return]
 
 
 def values_of_setting(field: "FieldInfo") -> str:
-    """What a setting may be, in words."""
+    """Say in words which values a setting may have."""
     if get_origin(field.annotation) is tuple:
         return "`[NAME=]PATH`"
     if get_origin(field.annotation) is Literal:
@@ -116,7 +114,7 @@ def values_of_setting(field: "FieldInfo") -> str:
 
 
 def default_in_words(name: str, field: "FieldInfo") -> str:
-    """The default, as the description has it in words or as a value."""
+    """Return the default, as the description has it in words or as a value."""
     default = default_of(field)
     if name == "checkpoint":
         return f"the bundled `{BUNDLED.name}`"
@@ -126,7 +124,7 @@ def default_in_words(name: str, field: "FieldInfo") -> str:
 
 
 def in_other_units(name: str, value: object) -> str:
-    """A default in units that people read: 1 MiB for 1048576 bytes; empty where there are none."""
+    """Return a default in units that people read: 1 MiB for 1048576 bytes. Empty where there are none."""
     for suffix, divisor, unit in (("_bytes", 2**20, "MiB"), ("_s", 3600, "h")):
         if name.endswith(suffix) and isinstance(value, int | float) and value >= divisor:
             return f" ({value / divisor:g} {unit})"
@@ -137,12 +135,12 @@ def in_other_units(name: str, value: object) -> str:
 
 
 def command_line() -> str:
-    """The page of the commands of `tminus`, with the options of each."""
+    """Return the page of the commands of `tminus`, with the options of each."""
     return page("command-line", moved("".join(_commands())))
 
 
 def commands(group: click.Group = main, prefix: str = "tminus") -> Iterator[tuple[str, click.Command]]:
-    """Every command by its whole name; a group is not one, but those in it are."""
+    """Yield every command with its whole name: a group is no command, but those in it are."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, f"{prefix} {name}")
@@ -163,7 +161,7 @@ def _commands() -> Iterator[str]:
 
 
 def _command(name: str, command: click.Command) -> Iterator[str]:
-    """A command: usage, help, and its options as a table."""
+    """Yield a command: usage, help, and its options as a table."""
     context = click.Context(command, info_name=name, show_default=True)
     yield heading(2, name, name.replace(" ", "-"))
     yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
@@ -185,12 +183,12 @@ def _texts(command: click.Command) -> Iterator[str | None]:
 
 
 def blocks(text: str | None) -> list[str]:
-    """The paragraphs of a command's help."""
+    """Return the paragraphs of a command's help."""
     return [block for block in re.split(r"\n[ ]*\n", inspect.cleandoc(text or "")) if block.strip()]
 
 
 def block_of_help(block: str) -> str:
-    """A paragraph of help as Markdown: one that click does not wrap is code."""
+    """Return a paragraph of help as Markdown: one that click does not wrap is code."""
     if not block.startswith("\b"):
         return coded(" ".join(block.split()))
     lines = block.removeprefix("\b").strip("\n").split("\n")
@@ -200,7 +198,7 @@ def block_of_help(block: str) -> str:
 
 
 def row(option: click.Option, context: click.Context) -> str:
-    """One option as a line of the table."""
+    """Return an option as a line of the table."""
     record = option.get_help_record(context)
     assert record is not None, f"{option.name} is hidden"
     assert option.help, f"{context.info_name} {option.opts[0]} has no help"
@@ -218,12 +216,12 @@ def row(option: click.Option, context: click.Context) -> str:
 
 
 def sentence(text: str) -> str:
-    """A help text as a sentence of a page."""
+    """Return a help text as a sentence of a page."""
     return coded(text if not text or text.endswith(".") else f"{text}.")
 
 
 def coded(text: str) -> str:
-    """A help text with options, variables and file names in code marks, where it has none."""
+    """Put the options, variables and calls in a help text into code marks, where they have none."""
     return CODE.sub(_in_code, text)
 
 
@@ -232,7 +230,7 @@ def _in_code(found: re.Match[str]) -> str:
 
 
 def values_of_option(option: click.Option) -> str:
-    """What an option takes, in words."""
+    """Say in words what an option takes."""
     match option.type:
         case click.Choice(choices=choices):
             return ", ".join(f"`{choice}`" for choice in choices)
@@ -251,12 +249,12 @@ def values_of_option(option: click.Option) -> str:
 
 
 def errors() -> str:
-    """The page of the errors, each with its status, when it happens and what to do."""
+    """Return the page of the errors, each with its status, when it happens and what to do."""
     return page("errors", moved("".join(_errors())))
 
 
 def every_error() -> list[type[ServiceError]]:
-    """The classes of errors, in the order of their file; the one for what nobody expects is the last."""
+    """Return the classes of errors in the order of their file; the base class, for unexpected errors, comes last."""
     found = [
         each
         for each in vars(errors_of_the_service).values()
@@ -280,7 +278,7 @@ def _errors() -> Iterator[str]:
 
 
 def metrics() -> str:
-    """The page of the metrics, each with its type, labels, and what it counts."""
+    """Return the page of the metrics, each with its type, labels, and what it counts."""
     return page("metrics", moved("".join(_metrics())))
 
 
@@ -295,21 +293,14 @@ def _metrics() -> Iterator[str]:
 
 
 def title_of(link: str) -> str:
-    """The text of a link to a page, or to a part of it."""
+    """Return the text of a link to a page, or to a part of it."""
     page, _, part = link.removeprefix("reference/").partition("#")
     return (part or page.removesuffix(".md")).replace("-", " ").replace("api", "API")
 
 
 def linked(text: str, own: str) -> str:
-    """A text that has other metrics' names as links."""
+    """Return a text with the names of other metrics and of flags as links."""
     text = re.sub(
         r"\btminus_\w+", lambda found: f"[`{found[0]}`](#{found[0]})" if found[0] != own else f"`{own}`", text
     )
     return re.sub(r"(?<!\S)--([a-z-]+[a-z])", r"[`--\1`](reference/settings.md#\1)", text)
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for each, text in pages().items():
-        (folder / each).write_text(text, "utf-8")

@@ -31,11 +31,12 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from functools import partial
 
 from bench import servers
+from bench.client import meanwhile
 from tests.trials import clients
 from tests.trials.churn import HANDSHAKE
 from tests.trials.claims import Claim, least, most, none
@@ -178,9 +179,8 @@ async def plain(url: str, method: str = "POST", target: str = "") -> float:
     return time.perf_counter() - began_s
 
 
-@asynccontextmanager
-async def held(hold: Holder, url: str, count: int, seen: Counter[str]) -> AsyncIterator[None]:
-    """So many clients, each of whom comes again when its connection has ended; they come over two seconds."""
+def held(hold: Holder, url: str, count: int, seen: Counter[str]) -> AbstractAsyncContextManager[None]:
+    """Run so many clients, each of whom comes again when its connection has ended; they come over two seconds."""
 
     async def again(number: int) -> None:
         await asyncio.sleep(random.Random(number).uniform(0, 2))
@@ -191,13 +191,7 @@ async def held(hold: Holder, url: str, count: int, seen: Counter[str]) -> AsyncI
                 seen[type(error).__name__] += 1
                 await asyncio.sleep(1)
 
-    tasks = [asyncio.create_task(again(number)) for number in range(count)]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return meanwhile(*map(again, range(count)))
 
 
 async def waits(url: str, seconds: float) -> tuple[list[float], list[str]]:

@@ -18,11 +18,12 @@ import random
 import statistics
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from bench import servers
+from bench.client import meanwhile
 from tests.trials import clients
 from tests.trials.claims import Claim, least, most, none
 from tests.trials.clients import BACKLOG, ROW_STEPS, Answer, backlog_below, metrics, saturated
@@ -157,21 +158,15 @@ async def peak_beside_the_probe(url: str, seconds: float) -> float:
     return peak
 
 
-@asynccontextmanager
-async def probing(url: str, looks: list[Look]) -> AsyncIterator[None]:
-    """Look again and again."""
+def probing(url: str, looks: list[Look]) -> AbstractAsyncContextManager[None]:
+    """Look again and again, beside a block."""
 
     async def probe() -> None:
         while True:
             looks.append(await look(url))
             await asyncio.sleep(PROBE_S)
 
-    task = asyncio.create_task(probe())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    return meanwhile(probe())
 
 
 async def look(url: str) -> Look:
