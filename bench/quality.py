@@ -4,9 +4,8 @@
 
 Each setting is sampled once, 1000 images of seed 0, and judged as `tminus evaluate` judges: the share of the images
 that a classifier gives their own class, and Fréchet distances to the test split. As many training images are judged
-too: they show what the figures are for real images. What the file has of the same weights, sampler tables and number of
-images is not measured again, so the command goes on where it was stopped. Where nothing is lacking, the file is noted
-to be of today's code.
+too: they show what the figures are for real images. What the file has of the same code, weights, sampler tables and
+number of images is not measured again, so the command goes on where it was stopped.
 
 The data of pixel-art-32 and avatars-64 is rendered by checkpoints/data/render.mjs into runs/data; their classifiers are
 trained into runs/classifiers, a few minutes each. A checkpoint without its data is left out. Two processes may write to
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.result_file import RESULTS, ROOT, Begun, begin, say, write
+from bench.result_file import RESULTS, ROOT, Begun, begin, digests, say, write
 from bench.servers import describe, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.evaluate import Measure
@@ -39,6 +38,7 @@ from tminus.service.engine.autotune import Wish, choose_executor, default_cache
 FILE = RESULTS / "quality.json"
 DATA, CLASSIFIERS, KEPT = (ROOT / "runs" / name for name in ("data", "classifiers", "quality"))
 IMAGES, SEED, BATCH = 1000, 0, 96
+CODE = ("model", "service/engine")  # that decides the images
 # What the pages speak of, the most important first: a run that is short of time leaves out the rest.
 POINTS: dict[str, Sequence[Point]] = {
     "fashion-mnist-32": (
@@ -63,7 +63,7 @@ POINTS: dict[str, Sequence[Point]] = {
 def main() -> None:
     """Measure what the file lacks, and write it."""
     args = options_of(__doc__, minutes=60.0, only="", threads=0)
-    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False)
+    until_s, begun = time.monotonic() + 60 * args.minutes, begin(wait=False, code=CODE)
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in args.only.split(",") if args.only else POINTS:
@@ -71,8 +71,6 @@ def main() -> None:
             say(f"{name}: left out: {why}")
         elif wanted := lacking(name):
             measure(name, wanted, until_s, begun)
-    if not any(map(lacking, POINTS)):
-        keep({}, begun)
 
 
 def key_of(point: Point) -> str:
@@ -88,7 +86,7 @@ def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
 
 
 def lacking(name: str) -> list[Point]:
-    """List the settings of a checkpoint that the file lacks, or has of other weights or tables."""
+    """List the settings of a checkpoint that the file lacks, or has of other code, weights or tables."""
     checkpoint = load_checkpoint(ROOT / "checkpoints" / name)
     found = read().get(name, {})
 
@@ -129,8 +127,9 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
     wish = Wish("openvino", precision, True, BATCH, threads)
     forward = choose_executor(load_checkpoint(folder), device, wish, default_cache())
     judge = Judge(checkpoint, train, test, judging, device)
+    cache = ResultCache(KEPT / "-".join(begun.code.values()))
     evaluation = Measure(
-        checkpoint, judge, (train, test), device=device, forward=forward, draw_threads=threads, cache=ResultCache(KEPT)
+        checkpoint, judge, (train, test), device=device, forward=forward, draw_threads=threads, cache=cache
     )
     options = EvaluateOptions(num_samples=IMAGES, batch_size=BATCH, precision=precision, executor=forward.name)
     for point in wanted:
@@ -192,9 +191,10 @@ def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
 
 
 def read() -> dict[str, Any]:
-    """Read the file; empty where there is none."""
+    """Read the file; empty where there is none, or one of other code."""
     found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
-    return found
+    of_code, now = found.get("made", {}).get("code", {}), digests()
+    return found if all(of_code.get(folder) == now[folder] for folder in CODE) else {}
 
 
 if __name__ == "__main__":

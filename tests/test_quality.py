@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import image_tables, quality
-from bench.result_file import ROOT
+from bench.result_file import ROOT, digests
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.evaluation.samples import Point
 
@@ -41,19 +41,22 @@ def test_every_setting_has_a_name_of_its_own_without_a_dot_and_can_be_sampled() 
         assert set(image_tables.CARDS[name]) <= set(names), "the card speaks of what is measured"
 
 
-def test_what_the_file_has_of_the_same_weights_is_not_measured_again(
+def test_what_the_file_has_of_the_same_code_and_weights_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, file = load_checkpoint(STUDENT), tmp_path / "quality.json"
     monkeypatch.setattr(quality, "FILE", file)
     one, two = Point("consistency", 1), Point("consistency", 2)
     assert set(quality.lacking(STUDENT.name)) == {one, two}
-    kept = {quality.key_of(one): quality.identity(checkpoint, one)}
-    file.write_text(json.dumps({STUDENT.name: kept}))
-    assert quality.lacking(STUDENT.name) == [two]
-    kept[quality.key_of(one)]["weights_hash"] = "of others"
-    file.write_text(json.dumps({STUDENT.name: kept}))
-    assert set(quality.lacking(STUDENT.name)) == {one, two}
+    entry, code = quality.identity(checkpoint, one), digests()
+    for same, changes, code_of_file in (
+        (True, {}, code),
+        (False, {"weights_hash": "of others"}, code),
+        (False, {}, code | {"model": "of others"}),
+    ):
+        kept = {STUDENT.name: {quality.key_of(one): entry | changes}}
+        file.write_text(json.dumps({"made": {"code": code_of_file}} | kept))
+        assert quality.lacking(STUDENT.name) == ([two] if same else [*quality.POINTS[STUDENT.name]])
 
 
 def test_the_table_of_guidance_leaves_out_a_checkpoint_without_figures() -> None:
