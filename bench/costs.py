@@ -2,7 +2,7 @@
 
     python -m bench.costs [--only background,durable,viewers,models] [--rounds 3] [--quick 1]
 
-Seven minutes on two cores.
+Ten minutes on two cores.
 """
 
 import asyncio
