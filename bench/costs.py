@@ -96,11 +96,6 @@ async def background(server: servers.Running, rounds: int, window_s: float) -> F
         "median_ratio": result_file.ratio(*halves),
         "p99_ratio": result_file.ratio(*tails),
         "rate_ratio": result_file.ratio(alone[True], alone[False]),
-        "texts": {
-            "median_ratio": "a short request beside background jobs, median wait: with / without",
-            "p99_ratio": "the same, 99th percentile",
-            "rate_ratio": "row-steps/s of background jobs alone / of other jobs alone",
-        },
     }
 
 
@@ -131,8 +126,7 @@ async def durable(server: servers.Running, rounds: int, window_s: float) -> Foun
             await _until_none_runs(http)
             async with long_jobs(http, in_background=False, jobs=DURABLE_JOBS):
                 kept.append(await rate(server, http, window_s))
-    texts = {"ratio": "row-steps/s of durable jobs with snapshots / of the same jobs without"}
-    return {"ratio": result_file.ratio(kept, plain), "texts": texts}
+    return {"ratio": result_file.ratio(kept, plain)}
 
 
 # --- viewers ---
@@ -159,11 +153,6 @@ async def viewers(server: servers.Running, rounds: int, window_s: float) -> Foun
         "ratio": result_file.ratio(rates[True], rates[False]),
         "late_ms": result_file.rounds(late),
         "first_frame_ms": 1000 * median(first_s),
-        "texts": {
-            "ratio": f"row-steps/s with {VIEWERS} viewers at {FPS:g} fps, {DEAF} of which read nothing / without",
-            "late_ms": "the latest frame there, after its time, ms",
-            "first_frame_ms": "from request to first frame on an idle server, median, ms",
-        },
     }
 
 
@@ -280,13 +269,6 @@ async def models(server: servers.Running, folder: Path, rounds: int, window_s: f
         "reload_s": result_file.rounds(reload_s),
         "reload_wait_ratio": median(waits[True]) / median(waits[False]) if all(waits.values()) else None,
         "load_s": result_file.rounds(load_s),
-        "texts": {
-            "sharing_ratio": "row-steps/s of two models at once / of one after the other",
-            "reload_s": "a reload under load, s",
-            "failed": f"requests of {CLIENTS} clients that fail during reloads",
-            "reload_wait_ratio": "median wait of those clients: during reloads / otherwise",
-            "load_s": "a request for a model that is not loaded, idle server, s",
-        },
     }
 
 

@@ -100,6 +100,11 @@ class Turn:
         comers = arrivals.with_hang_ups(comers, HANG_UP_SHARE, 1 / (self.capacity * (1 - HANG_UP_LOAD)))
         return await self._open_loop("hang_ups", comers)
 
+    @property
+    def still_s(self) -> float:
+        """How long nothing may be counted while there is still work."""
+        return max(STILL_S, STILL_PASSES * BATCH / self.capacity)
+
     async def settled(self, limit_s: float) -> bool:
         """Wait until the server counts nothing any more; False if it still does at the limit."""
         async with open_client(self.server.url) as http:
@@ -131,10 +136,10 @@ class Turn:
 
     async def _settle(self, http: httpx.AsyncClient, limit_s: float) -> bool:
         clock = asyncio.get_running_loop().time
-        end_s, still_s = clock() + limit_s, max(STILL_S, STILL_PASSES * BATCH / self.capacity)
+        end_s = clock() + limit_s
         last, _ = await self.server.read_at(http)
         while clock() < end_s:
-            await asyncio.sleep(still_s)
+            await asyncio.sleep(self.still_s)
             now, _ = await self.server.read_at(http)
             if now.row_steps == last.row_steps:
                 return True

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import arrivals, client, cluster, figures, gpu, networks, servers, tables, traffic
 from bench.bare import flops_per_row
+from bench.loads import BATCH, Lengths, Turn
 from bench.measures import Findings, Measure, table
 from bench.peers import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
@@ -136,6 +137,13 @@ def test_a_wait_that_had_not_ended_is_the_least_that_it_can_be() -> None:
     }
     assert "tminus_over_lock" not in summary_of(one("tminus", True), most)["short"]
     assert "| > 9 |" in tables.headline(summary_of(few, most))
+
+
+def test_a_server_of_slow_passes_is_still_only_after_a_pass_of_all_its_workers() -> None:
+    server: Any = None
+    slow, fast = (Turn(server, 1, Lengths(), capacity) for capacity in (12.0, 400.0))
+    assert slow.still_s > 2 * BATCH / 12
+    assert fast.still_s < 1
 
 
 # --- arrivals ---
