@@ -164,7 +164,7 @@ def test_a_lost_device_ends_the_worker_and_tells_whose_doing_it_may_be(make_benc
 def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wait_get_an_answer(
     make_bench: MakeBench,
 ) -> None:
-    bench = make_bench().start(shut=True)
+    bench = make_bench()
 
     def lost() -> Images:
         bench.engine.lost = True
@@ -172,7 +172,8 @@ def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wa
 
     bench.engine.images = lambda *_: lost  # type: ignore[method-assign]
     done, running = [bench.submit(name, steps=1) for name in "ab"], bench.submit("running", steps=5)
-    bench.engine.next_begun()
+    bench.start(shut=True)  # now, so that the first tick has all three
+    assert len(bench.engine.next_begun().rows) == 3
     bench.engine.gate.let(1)
     bench.engine.next_begun()
     for future in done:
