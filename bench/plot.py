@@ -43,7 +43,7 @@ PANELS = (
     ("saturation_1", "Full load, requests of 1 image:\nrow-steps/s", False),
     ("saturation_16", "Full load, requests of 16 images:\nrow-steps/s", False),
 )
-MARKERS = "osD^v<>PX*"
+MARKERS = "osD^v<>PX*hd"  # one for each sampler that is drawn: there are only ten colours
 
 
 def contenders(serving: Mapping[str, Any], path: Path) -> None:
@@ -77,7 +77,7 @@ def samplers(quality: Mapping[str, Any], path: Path) -> None:
             highest = max(highest, *distances)
             axes.plot(
                 passes, distances, label=name, color=f"C{number % 10}", marker=MARKERS[number % len(MARKERS)],
-                markersize=4.5, linewidth=1.4, linestyle="-" if number < len(MARKERS) else "-.",
+                markersize=4.5, linewidth=1.4, linestyle="-" if number < 10 else "-.",
             )  # fmt: skip
     axes.axhline(entries["real"]["distance"], color=INK, linestyle=":", linewidth=1.2, label="real images")
     axes.set(xscale="log", yscale="log", xlabel="passes of the network for an image", ylabel="Fréchet distance")

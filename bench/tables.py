@@ -173,7 +173,7 @@ NETWORK_ROWS = {
     "saturation.tminus": "tminus, full load, row-steps/s",
     "saturation.litserve_openvino": "LitServe with the same graph",
     "saturation.litserve": "LitServe with diffusers' network, eager float32",
-    "short.tminus": "20 steps beside a long job: tminus, s",
+    "short.tminus": "20 steps beside long jobs: tminus, s",
     "short.litserve_openvino": "LitServe with the same graph, s",
     "short.litserve": "LitServe with diffusers' network, s",
     "of_peak": "tminus, % of peak",

@@ -93,7 +93,8 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
         headers = dict(error.headers or {})
         path = getattr(request.scope.get("route"), "path", request.url.path)
         asked, detail = short(request.url.path), str(error.detail)
-        if methods := allowed.get(path):  # the framework knows one route's methods only
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := allowed.get(path)):
+            # The framework knows the methods of one route only.
             headers["Allow"] = ", ".join(sorted(methods))
             detail = f"the method on {asked!r} must be one of {headers['Allow']}, got {short(request.method)!r}"
         elif error.status_code == HTTPStatus.NOT_FOUND:
