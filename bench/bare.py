@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Pace
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+from tminus.service.engine.autotune import Wish, choose_executor
+from tminus.service.engine.choice_cache import default_cache
 from tminus.service.engine.devices import multiplying
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.loading import LARGEST_BATCH

@@ -33,7 +33,8 @@ from tminus.model.evaluation.result_cache import ResultCache, plan_hash
 from tminus.model.evaluation.samples import EvaluateOptions, Point
 from tminus.service.cli.evaluate import load_compared
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+from tminus.service.engine.autotune import Wish, choose_executor
+from tminus.service.engine.choice_cache import default_cache
 
 FILE = RESULTS / "quality.json"
 DATA, CLASSIFIERS, KEPT = (ROOT / "runs" / name for name in ("data", "classifiers", "quality"))

@@ -126,13 +126,16 @@ class TminusJson:
             return dict(state)
         return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
-    def approved(self, weights_hash: str) -> tuple[tuple[str, str], ...]:
-        """The (executor, precision) approved for these very weights."""
+    def approved(self, weights_hash: str) -> dict[tuple[str, str], float | None]:
+        """The (executor, precision) approved for these very weights, each with the relative error that was measured."""
         checks = self.values.get("approved", [])
         listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
         self.require(listed, "approved", "a list of checks")
-        fitting = [check for check in checks if check.get("weights_hash") == weights_hash]
-        return tuple((str(check.get("executor")), str(check.get("precision"))) for check in fitting)
+        return {
+            (str(check.get("executor")), str(check.get("precision"))): relative_error_of(check)
+            for check in checks
+            if check.get("weights_hash") == weights_hash
+        }
 
     def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
         """What is recommended; None for nothing."""
@@ -273,7 +276,7 @@ class Checkpoint:
     name: str
     size_px: tuple[int, int]
     """(height, width) of the images."""
-    approved: tuple[tuple[str, str], ...] = ()
+    approved: Mapping[tuple[str, str], float | None] = field(default_factory=dict)
     """(executor, precision) whose images a check found as good as those of float32, for these very weights."""
     recommended: Recommended | None = None
     """What its tminus.json recommends, if it does; see `settings`."""
@@ -616,6 +619,12 @@ def recommend(folder: Path, recommended: Recommended) -> None:
     """Note in tminus.json what to sample with. The weights, and so their hash, stay as they are."""
     tminus_json = TminusJson.read(folder)
     write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
+
+
+def relative_error_of(check: Mapping[str, Any]) -> float | None:
+    """Return by how much outputs differed from those of float32 when they were approved; None where that is unknown."""
+    error = check.get("relative_error")
+    return error if isinstance(error, float) and 0 < error < 1 else None
 
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from tminus.model.tuning.tune import _known
 from tminus.model.unet import UNet2D
 from tminus.service.access.keys import KeyRing
 from tminus.service.cli.configuration import read_file
-from tminus.service.engine.autotune import ChoiceCache
+from tminus.service.engine.choice_cache import ChoiceCache
 from tminus.service.errors import ServiceError, StorageFailed
 from tminus.service.images.decoder import decode_inputs
 from tminus.service.jobs.store.arrays import UNREADABLE, unpack_images, unpack_inputs, unpack_snapshot

@@ -39,14 +39,15 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     set_up_log("INFO", "%(message)s")
     from tminus.model.evaluation.precision import check_comparable
     from tminus.service.engine.approval import approve_portions, check_able
-    from tminus.service.engine.autotune import choose_executor, default_cache
+    from tminus.service.engine.autotune import choose_executor
+    from tminus.service.engine.choice_cache import default_cache
     from tminus.service.engine.devices import choose_device
     from tminus.service.engine.loading import read_checkpoint, wish_of
 
     with failing_in_one_line():
         options = LoadOptions(checkpoint, device, executor)
         chosen, cache = choose_device(device), cache_dir or default_cache()
-        loaded = replace(read_checkpoint(options), approved=())  # so that what is chosen runs in float32
+        loaded = replace(read_checkpoint(options), approved={})  # so that what is chosen runs in float32
         check_comparable(loaded)
         wish = wish_of(options, chosen)
         if executor != "auto":

@@ -219,7 +219,8 @@ def measure(
     from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
     from tminus.model.evaluation.result_cache import ResultCache
     from tminus.model.evaluation.samples import EvaluateOptions
-    from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+    from tminus.service.engine.autotune import Wish, choose_executor
+    from tminus.service.engine.choice_cache import default_cache
     from tminus.service.engine.devices import choose_device
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()

@@ -65,7 +65,8 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.tuning.tune import TuneConfig, check, default_teacher
     from tminus.model.tuning.tune import tune as run
-    from tminus.service.engine.autotune import Wish, choose_executor, default_cache
+    from tminus.service.engine.autotune import Wish, choose_executor
+    from tminus.service.engine.choice_cache import default_cache
     from tminus.service.engine.devices import choose_device
 
     try:

@@ -14,18 +14,21 @@ from pathlib import Path
 
 import torch
 
-from tminus.model.checkpoint import Checkpoint, approve, load_checkpoint
+from tminus.model.checkpoint import Checkpoint, approve, load_checkpoint, relative_error_of
 from tminus.model.evaluation.precision import MAX_IMAGES, MIN_IMAGES, Comparison, check_comparable
 from tminus.service.engine import openvino_executor
+from tminus.service.engine.accuracy import Deviation, deviation
 from tminus.service.engine.autotune import (
     EXECUTORS,
     Builder,
     Choice,
-    ChoiceCache,
     Wish,
+    compared_inputs,
     example_inputs,
     find_candidates,
+    rows_of,
 )
+from tminus.service.engine.choice_cache import ChoiceCache
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.threads import LOADING, begin_in_daemon_thread
@@ -103,6 +106,7 @@ def approve_portions(
         "criterion": "truncation",
         "differences": [asdict(difference) for difference in comparison.differences],
     }
+    check |= asdict((yield from _deviation(checkpoint, device, exact, lower)))
     kept = kept_verdict(checkpoint, device, exact.name, cache)
     if not comparison.ok:
         log.info("%s is not approved: its images differ by more than the truncation of a sampler excuses", LOWER)
@@ -122,6 +126,19 @@ def approve_portions(
             LOWER, exact.name, kept.file, error,
         )  # fmt: skip
     return True
+
+
+def _deviation(
+    checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
+) -> Generator[None, None, Deviation]:
+    """Measure by how much outputs differ, which bounds by how much they may differ on another processor."""
+    inputs = compared_inputs(checkpoint, device)
+    outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
+    for forward, outs in outputs.items():
+        for place in range(len(inputs[0])):
+            outs.append(forward(*rows_of(inputs, place, place + 1)).cpu())
+            yield
+    return deviation(torch.cat(outputs[lower]), torch.cat(outputs[exact]))
 
 
 def approve_later(
@@ -169,8 +186,12 @@ def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, ca
 def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> Checkpoint:
     """Add to what the checkpoint's folder approves what is kept as approved in the cache folder."""
     verdicts = {name: kept_verdict(checkpoint, device, name, cache).read() or {} for name in EXECUTORS}
-    kept = tuple((name, LOWER) for name, verdict in verdicts.items() if verdict.get("approved") is True)
-    return replace(checkpoint, approved=(*checkpoint.approved, *kept))
+    kept = {
+        (name, LOWER): relative_error_of(verdict)
+        for name, verdict in verdicts.items()
+        if verdict.get("approved") is True
+    }
+    return replace(checkpoint, approved=kept | dict(checkpoint.approved))
 
 
 def _duration(seconds: float) -> str:

@@ -1,15 +1,14 @@
 """Choose the executor that runs the network by measuring the candidates on this machine; the answer is cached.
 
-An exact candidate is tried at several pass sizes, and keeps those whose outputs agree to the bit."""
+An exact candidate is tried at several pass sizes, and keeps those whose outputs agree to the bit. An executor whose
+output differs from eager float32 by more than its precision explains is not taken."""
 
-import hashlib
-import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -21,16 +20,24 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.files import write_text
+from tminus.model.files import first_line
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
+from tminus.service.engine.accuracy import Unfit, Verdict
+from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache
+from tminus.service.engine.devices import multiplying
+from tminus.service.engine.executors import (
+    MAX_GRAPHS,
+    PRECISIONS,
+    CompiledExecutor,
+    EagerExecutor,
+    Executor,
+    probe_bits,
+)
 
 log = logging.getLogger(__name__)
 
-CPU_LINES = ("model name", "flags")  # of /proc/cpuinfo
 EXECUTORS = ("eager", "compile", "openvino")
-GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
-NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
+REFERENCE = ("eager", "float32")  # that the others are compared with
 CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
@@ -57,6 +64,11 @@ class Choice:
     sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
     wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
     streams: int | None = None  # openvino: None is one for each thread; 1 is one for all threads
+
+    @property
+    def way(self) -> tuple[str, str]:
+        """Executor and precision."""
+        return self.executor, self.precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,89 +230,49 @@ class Builder:
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         return EagerExecutor(net, device, precision=precision, channels_last=choice.channels_last, sizes=choice.sizes)
 
+    def build_checked(self, choice: Choice) -> Executor:
+        """Build the executor of a choice, and compare its outputs with the reference. Raises ValueError if it is unfit.
+
+        The network gives its weights up only then, to an executor that holds them itself.
+        """
+        if choice.way == REFERENCE:
+            return self.build(choice)
+        checkpoint, device = self.checkpoint, self.device
+        inputs = compared_inputs(checkpoint, device)
+        rows = [rows_of(inputs, k, k + 1) for k in range(AGREE_ROWS)]
+
+        def outputs() -> Tensor:  # in large passes and in passes of one row
+            return torch.cat([executor(*inputs), *(executor(*row) for row in rows)])
+
+        def reference() -> Tensor:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                with torch.inference_mode(), multiplying(device, tf32=False):
+                    return torch.cat([checkpoint.net(*row) for row in rows] * 2)
+            finally:
+                torch.set_num_threads(before)
+
+        verdict = self.verdict(choice)
+        try:
+            with verdict.attempt():
+                executor = self.build(choice)
+                verdict.check(probe_bits(executor, rows[0]), outputs, reference)
+        except Unfit:
+            raise
+        except Exception as error:
+            raise ValueError(f"{verdict.name} does not run here: {first_line(error)}") from error
+        if self._graph is not None:
+            self._graph.free_network()
+        return executor
+
+    def verdict(self, choice: Choice) -> Verdict:
+        """Return what is known of an executor in this precision here."""
+        return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
+
     def forget_compiled(self) -> None:
         """Free what was tried and is not part of an executor that somebody has; it would be made again."""
         self._compiled.clear()
-
-
-def default_cache() -> Path | None:
-    """The cache folder of the user; None for a user without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
-    except RuntimeError:
-        return None
-
-
-class ChoiceCache:
-    """One file. Its content is not trusted, and a file that cannot be read or written is no error."""
-
-    def __init__(
-        self,
-        folder: Path | None,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        wish: Mapping[str, Any],
-        candidates: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Name the file by a hash of all arguments; with folder None nothing is kept."""
-        self.file: Path | None = None  # where an answer of this machine is kept
-        self.found: Path | None = None  # where the last one that was read lay
-        if folder is not None:
-            parts = {
-                # No host name: a container has a new one each time.
-                "machine": (platform.machine(), *_cpu(), os.cpu_count()),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "torch": torch.__version__,
-                "openvino": openvino_executor.version(),
-                "unet": checkpoint.net.config.to_dict(),
-                "size_px": checkpoint.row_shape[1:],
-                "wish": wish,
-                "candidates": candidates,
-            }
-            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-            self.file = folder / f"choice-{key}.json"
-
-    def read(self) -> Mapping[str, Any] | None:
-        """Read the answer of an earlier start if there is one, else one that is given, which holds on any machine."""
-        if self.file is None:
-            return None
-        self.found = self.file
-        if (own := _load(self.found)) is not None:
-            return own
-        self.found = self.file.parent / GIVEN / self.file.name
-        given = _load(self.found)
-        return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
-
-    def write(self, fields: Mapping[str, Any]) -> None:
-        """Keep an answer for the next start."""
-        if self.file is None:
-            return
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(fields) + "\n")
-        except OSError as error:  # a read-only file system: the next start measures again
-            log.info("what was measured is not kept: %s", error)
-
-
-def _cpu() -> tuple[str, str]:
-    """The processor's name, and what it can do: virtual machines give the same name to different ones."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor(), ""
-    found = (
-        next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "") for name in CPU_LINES
-    )
-    name, flags = found
-    return name, hashlib.sha256(flags.encode()).hexdigest()[:16]
-
-
-def _load(file: Path) -> dict[str, Any] | None:
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
 
 
 def choose_executor(
@@ -318,50 +290,81 @@ def choose_executor(
     tell: is told how long a pass of one row takes, as soon as that is known. busy: whether a server runs, in which a
     model that comes back must give the same bytes: a choice that was made on a busy machine is not made anew.
     """
-    candidates = find_candidates(checkpoint, device, wish)
-    kept = _cache_of(checkpoint, device, wish, cache, candidates)
+    builder = Builder(checkpoint, device, wish.threads, cache, tell)
+    candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
+    while True:
+        choice = _choose(builder, wish, candidates, cache, busy=busy)
+        try:
+            return builder.build_checked(choice)
+        except ValueError as error:
+            candidates = _without(candidates, choice.way, str(error))
+
+
+def _allowed(builder: Builder, candidates: list[Choice]) -> list[Choice]:
+    """Leave out what an earlier start has refused."""
+    for choice in candidates:
+        if choice in candidates and choice.way != REFERENCE and (refusal := builder.verdict(choice).refusal):
+            candidates = _without(candidates, choice.way, refusal)
+    return candidates
+
+
+def _without(candidates: Sequence[Choice], way: tuple[str, str], reason: str) -> list[Choice]:
+    """Leave out an executor in a precision, and say why. Raises ValueError where no candidate is left."""
+    left = [candidate for candidate in candidates if candidate.way != way]
+    if not left:
+        raise ValueError(reason)
+    log.warning("%s", reason)
+    return left
+
+
+def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: Path | None, *, busy: bool) -> Choice:
+    kept = _cache_of(builder.checkpoint, builder.device, wish, cache, candidates)
     fields = dict(kept.read() or {})
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
-    builder = Builder(checkpoint, device, wish.threads, cache, tell)
     if choice is not None and noisy and not busy and _is_idle():
         log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
         choice = None
-    if choice is None:
-        choice = _fastest(builder, wish, candidates)
-        noisy = builder.noise > NOISY
-        if noisy:
-            log.warning(
-                "the machine was busy while executors were measured (half of the calls took %.1f times as long as the "
-                "fastest): a start on an idle machine measures again", builder.noise,
-            )  # fmt: skip
-        kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
-    else:
-        log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.found)
-    return builder.build(choice)
+    if choice is not None:
+        log.info("executor %s %s, as measured before (%s)", *choice.way, kept.found)
+        return choice
+    choice = _fastest(builder, wish, candidates)
+    noisy = builder.noise > NOISY
+    if noisy:
+        log.warning(
+            "the machine was busy while executors were measured (half of the calls took %.1f times as long as the "
+            "fastest): a start on an idle machine measures again", builder.noise,
+        )  # fmt: skip
+    kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
+    return choice
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build what an earlier start chose, idle or busy; None where no start did. Nothing is measured."""
-    candidates = find_candidates(checkpoint, device, wish)
-    fields = dict(_cache_of(checkpoint, device, wish, cache, candidates).read() or {})
-    fields.pop(NOISE_KEY, None)
-    choice = valid_choice(fields, candidates, wish)
-    return Builder(checkpoint, device, wish.threads, cache).build(choice) if choice is not None else None
+    """Build what an earlier start chose, idle or busy; None where no start did, or it is unfit. Nothing is timed."""
+    builder = Builder(checkpoint, device, wish.threads, cache)
+    try:
+        candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
+        fields = dict(_cache_of(checkpoint, device, wish, cache, candidates).read() or {})
+        fields.pop(NOISE_KEY, None)
+        choice = valid_choice(fields, candidates, wish)
+        return builder.build_checked(choice) if choice is not None else None
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
 
 
-def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> Executor:
+def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
     """Build eager without measuring anything, in float32 if the wish allows it, whichever executor that is for.
 
     On a CPU it takes one row a pass and one thread. So its bits depend neither on a measurement nor on the number of
-    cores, and it never waits for a thread that other programs keep from running.
+    cores, and it never waits for a thread that other programs keep from running. Raises ValueError if it is unfit.
     """
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
     choice = next((each for each in candidates if each.precision == "float32"), candidates[0])
     sizes: tuple[int, ...] | None = (1,)
     if device.type == "cuda":
         sizes = (wish.max_batch,) if wish.exact else None
-    return Builder(checkpoint, device, threads=1).build(replace(choice, sizes=sizes))
+    return Builder(checkpoint, device, 1, cache).build_checked(replace(choice, sizes=sizes))
 
 
 def _cache_of(
@@ -382,11 +385,13 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
         if best is not None and best.choice.executor == "openvino" != candidate.executor:
             break
         try:
-            measured = _with_sizes(builder, wish, candidate, best, until_s)
-        except Exception:
+            with builder.verdict(candidate).attempt() if candidate.way != REFERENCE else nullcontext():
+                measured = _with_sizes(builder, wish, candidate, best, until_s)
+        except Exception as error:
+            reason = f"executor {candidate.executor} {candidate.precision} does not run here: {first_line(error)}"
             if len(candidates) == 1:
-                raise
-            log.warning("executor %s %s does not run here", candidate.executor, candidate.precision, exc_info=True)
+                raise ValueError(reason) from error
+            log.warning("%s", reason)
             continue
         if best is not None and measured.score > HOPELESS * best.score:
             log.info("executor %s: a lone row %.2f ms, far too slow", measured.choice, 1e3 * measured.lone_s)
@@ -542,6 +547,12 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
     if config.num_class_embeds is not None:
         labels = torch.randint(config.num_class_embeds, (rows,), generator=generator).to(device)
     return x.to(device), t.to(device), labels
+
+
+def compared_inputs(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Make the rows that executors are compared on: as `example_inputs`, at timesteps from the first to the last."""
+    x, _, labels = example_inputs(checkpoint, device, AGREE_ROWS)
+    return x, torch.linspace(0, checkpoint.noise.num_train_timesteps - 1, AGREE_ROWS, device=device).round(), labels
 
 
 def rows_of(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,15 +21,8 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint, needs_of
 from tminus.model.files import CheckpointError
 from tminus.model.machine import GIB, free_memory_bytes
 from tminus.service.engine.approval import approve_later, with_kept_approvals
-from tminus.service.engine.autotune import (
-    ChoiceCache,
-    Wish,
-    choose_executor,
-    default_cache,
-    example_inputs,
-    kept_executor,
-    plain_executor,
-)
+from tminus.service.engine.autotune import Wish, choose_executor, example_inputs, kept_executor, plain_executor
+from tminus.service.engine.choice_cache import ChoiceCache, default_cache
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
@@ -276,13 +269,14 @@ def _load_unmeasured(
     """Build an engine without measuring what runs fastest; None where that pays, or another fingerprint is wanted."""
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
-    plain = plain_executor(checkpoint, device, wish)
+    cache = options.cache_dir or default_cache()
+    plain = plain_executor(checkpoint, device, wish, cache)
     engine = _build(checkpoint, plain, device, options, wish, _bits(checkpoint, plain, device, wish))
     if fingerprint is None and places_of(engine.info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
         return None
     plain_will_do = wish.executor in ("auto", "eager")
     if not plain_will_do or engine.info.fingerprint != fingerprint:
-        kept = kept_executor(checkpoint, device, wish, options.cache_dir or default_cache())
+        kept = kept_executor(checkpoint, device, wish, cache)
         if kept is not None:  # it has taken the network over: the plain one must not run again
             engine = _build(checkpoint, kept, device, options, wish, _bits(checkpoint, kept, device, wish))
         elif not plain_will_do:

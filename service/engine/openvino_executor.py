@@ -103,8 +103,8 @@ def bfloat16_gain() -> float:
 class Graph:
     """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32.
 
-    With a file the graph is kept for later starts, and the network gives its weights up: they are mapped from the file,
-    and leave memory once passes are compiled, which hold them in an order of their own.
+    With a file the graph is kept for later starts, and its weights are mapped from the file. They leave memory once
+    passes are compiled, which hold them in an order of their own. Then the network need not hold them either.
     """
 
     def __init__(
@@ -127,8 +127,13 @@ class Graph:
         self._file = file
         kept = file.read() if file is not None else None
         self.model = kept if kept is not None else self._convert_and_keep(net)
-        if self._file is not None:
-            net.to("meta")
+        self._net = net if self._file is not None else None
+
+    def free_network(self) -> None:
+        """Have the network give up its weights, which the file has too."""
+        if self._net is not None:
+            self._net.to("meta")
+            self._net = None
 
     def _convert_and_keep(self, net: Denoiser) -> Any:
         example = (torch.zeros(1, *self.shape), torch.zeros(1, self.temb_dim))

@@ -4,6 +4,7 @@ The functions that `read`, `noised` and `encoder` return are called in other thr
 """
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.files import first_line
 from tminus.model.latent.autoencoder import Autoencoder, colours_of, fit_colours
 from tminus.model.pixels import shown_channels, to_model_range, to_uint8, to_uint16
 from tminus.model.rng import image_noise
 from tminus.service.engine import openvino_executor
+from tminus.service.engine.accuracy import Verdict
 from tminus.service.engine.devices import copy_out, multiplying, send, streams, to_device
 from tminus.service.errors import NotFinite
 from tminus.service.spec import Floats, Images, Inputs, Pixels
+
+log = logging.getLogger(__name__)
 
 TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
 LONG_S = 0.5  # what takes this long is not done again to be timed
@@ -92,18 +97,15 @@ class LatentPictures(PixelPictures):
         self._factor = autoencoder.config.factor
         self._turn = threading.Lock()  # one image at a time: what runs beside the ticks is bounded
         self._colours = fit_colours(autoencoder).to(device)
+        autoencoder.to(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # passes have a stream of their own, which must not begin before
+        latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
         decode, encode = _Part(autoencoder, autoencoder.decode), _Part(autoencoder, autoencoder.encode)
-        if device.type == "cpu" and openvino_executor.available():
-            # In one thread, so that the ticks keep the other cores.
-            files = [openvino_executor.kept_graph(cache, checkpoint, part) for part in ("decoder", "encoder")]
-            self._decode_pass: Pass = openvino_executor.one_thread(decode, (1, *checkpoint.row_shape), files[0])
-            self._encode_pass: Pass = openvino_executor.one_thread(encode, (1, *checkpoint.image_shape), files[1])
-        else:
-            autoencoder.to(device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # passes have a stream of their own, which must not begin before
-            self._decode_pass, self._encode_pass = self._eager(decode), self._eager(encode)
-        self.bits = self._hash_fixed_values()
+        self._decode_pass, decoded, decoded_s = self._pass(checkpoint, "decoder", decode, latents, cache)
+        self._encode_pass, encoded, encoded_s = self._pass(checkpoint, "encoder", encode, decoded.clip(-1, 1), cache)
+        self._first_s = decoded_s, encoded_s
+        self.bits = hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
 
     def x_0(self, inputs: Inputs) -> Tensor:
         """Return the latents [c, h, w] of the picture, on the device. What was encoded already is not again."""
@@ -170,16 +172,27 @@ class LatentPictures(PixelPictures):
             latents: Floats = self._encode_pass(x.numpy())[0]
             return latents
 
-    def _hash_fixed_values(self) -> str:
-        """Hash what is encoded and decoded of fixed values: what the fingerprint says of this build's bits."""
-        latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
-        began_s = time.perf_counter()
-        with self._turn:
-            decoded = self._decode_pass(latents)
-            decoded_s = time.perf_counter()
-            encoded = self._encode_pass(decoded.clip(-1, 1))
-        self._first_s = decoded_s - began_s, time.perf_counter() - decoded_s
-        return hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
+    def _pass(
+        self, checkpoint: Checkpoint, part: str, module: nn.Module, x: Floats, cache: Path | None
+    ) -> tuple[Pass, Floats, float]:
+        """Make the fastest pass of a part that is right here; return its output for x too, and the seconds it took."""
+        eager = self._eager(module)
+        if self._device.type == "cpu" and openvino_executor.available():
+            verdict = Verdict(checkpoint, self._device, "openvino", "float32", cache, part)
+            file = openvino_executor.kept_graph(cache, checkpoint, part)
+            try:
+                with verdict.attempt():
+                    run = openvino_executor.one_thread(module, x.shape, file)  # so that the ticks keep the other cores
+                    out, seconds = _timed(run, x)
+                    verdict.check(
+                        hashlib.sha256(out.tobytes()).hexdigest(),
+                        lambda: torch.from_numpy(out),
+                        lambda: torch.from_numpy(eager(x)),
+                    )
+                return run, out, seconds
+            except Exception as error:
+                log.warning("%s is not used: %s", verdict.name, first_line(error))
+        return eager, *_timed(eager, x)
 
     def _eager(self, module: nn.Module) -> Pass:
         """Run a module with torch; on a GPU beside the ticks."""
@@ -197,6 +210,11 @@ class LatentPictures(PixelPictures):
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _timed(run: Pass, x: Floats) -> tuple[Floats, float]:
+    began_s = time.perf_counter()
+    return run(x), time.perf_counter() - began_s
 
 
 def _fastest(act: Callable[[], object]) -> float:

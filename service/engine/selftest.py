@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint
-from tminus.service.engine.autotune import AGREE_ROWS, ChoiceCache, agree_rows, example_inputs
+from tminus.service.engine.autotune import AGREE_ROWS, agree_rows, example_inputs
+from tminus.service.engine.choice_cache import ChoiceCache
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.protocol import RowEngine

@@ -188,7 +188,7 @@ def test_each_file_system_that_is_written_to_is_a_volume_and_each_volume_is_boun
 
 
 def test_what_earlier_pods_have_measured_is_given_to_new_ones(objects: Objects, page: str) -> None:
-    from tminus.service.engine.autotune import GIVEN  # which takes seconds to import torch
+    from tminus.service.engine.choice_cache import GIVEN  # which takes seconds to import torch
 
     (mount,) = [each for each in container(objects)["volumeMounts"] if each["name"] == "measured"]
     assert mount["mountPath"] == f"{environment(objects)['TMINUS_CACHE_DIR']}/{GIVEN}"

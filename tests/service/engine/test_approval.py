@@ -1,6 +1,7 @@
 """bfloat16 is approved where it does no harm, and refused where it does; the verdict is kept where it can be."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 from tminus.service.engine import approval, openvino_executor
+from tminus.service.engine.accuracy import BOUNDS
 from tminus.service.engine.approval import approve_later, approve_portions, with_kept_approvals
 from tminus.service.engine.autotune import Builder, Choice, Wish
 from tminus.service.engine.executors import EagerExecutor
@@ -65,7 +67,7 @@ def judge(folder: Path, cache: Path | None, executor: str = "eager") -> bool:
             return verdict
 
 
-def approved(folder: Path, cache: Path | None) -> tuple[tuple[str, str], ...]:
+def approved(folder: Path, cache: Path | None) -> Mapping[tuple[str, str], float | None]:
     return with_kept_approvals(load_checkpoint(folder), CPU, cache).approved
 
 
@@ -75,13 +77,15 @@ def test_a_network_that_bfloat16_leaves_alone_is_approved_in_its_folder(
     folder = save(tmp_path / "model", net)
     with caplog.at_level("INFO"):
         assert judge(folder, tmp_path / "cache")
-    assert load_checkpoint(folder).approved == (("eager", "bfloat16"),)
+    assert load_checkpoint(folder).approved.keys() == {("eager", "bfloat16")}
     (check,) = json.loads((folder / "tminus.json").read_text())["approved"]
     assert (check["criterion"], check["samples"]) == (
         "truncation",
         "4 images by dpmpp_2m, 20 steps and by ddim, 50 steps",
     )
     assert [each["point"]["sampler"] for each in check["differences"]] == ["dpmpp_2m", "ddim"]
+    assert 0 < check["relative_error"] < BOUNDS["bfloat16"]
+    assert load_checkpoint(folder).approved["eager", "bfloat16"] == check["relative_error"]
     assert "4 images by dpmpp_2m, 20 steps and by ddim, 50 steps, 720 passes, about" in caplog.text
 
 
@@ -96,7 +100,7 @@ def test_the_same_network_written_so_that_bfloat16_harms_it_is_refused_and_the_v
     files = (folder / "tminus.json").read_bytes()
     assert not judge(folder, tmp_path / "cache")
     assert (folder / "tminus.json").read_bytes() == files
-    assert approved(folder, tmp_path / "cache") == ()
+    assert approved(folder, tmp_path / "cache") == {}
     kept = approval.kept_verdict(load_checkpoint(folder), CPU, "eager", tmp_path / "cache").read()
     assert kept is not None
     assert kept["approved"] is False
@@ -115,11 +119,11 @@ def test_of_a_folder_that_cannot_be_written_the_approval_is_kept_in_the_cache_fo
     monkeypatch.setattr(approval, "approve", fail)
     folder, cache = save(tmp_path / "model", net), tmp_path / "cache"
     assert judge(folder, cache)
-    assert load_checkpoint(folder).approved == ()
-    assert approved(folder, cache) == (("eager", "bfloat16"),)
-    assert approved(folder, None) == ()
+    assert load_checkpoint(folder).approved == {}
+    assert approved(folder, cache).keys() == {("eager", "bfloat16")}
+    assert approved(folder, None) == {}
     randomize(net, seed=1)
-    assert approved(save(tmp_path / "model", net), cache) == (), "other weights, of the same config"
+    assert approved(save(tmp_path / "model", net), cache) == {}, "other weights, of the same config"
     cache_file = tmp_path / "file"  # in which nothing can be kept
     cache_file.touch()
     for nowhere in (None, cache_file):
@@ -131,7 +135,7 @@ def test_a_server_finds_what_is_kept_in_its_cache_folder(net: UNet2D, tmp_path: 
     folder = save(tmp_path / "model", net)
     approval.kept_verdict(load_checkpoint(folder), CPU, "openvino", tmp_path).write({"approved": True})
     options = LoadOptions(folder, device="cpu", cache_dir=tmp_path)
-    assert read_checkpoint(options).approved == (("openvino", "bfloat16"),)
+    assert read_checkpoint(options).approved.keys() == {("openvino", "bfloat16")}
 
 
 def test_as_many_images_are_made_as_there_is_time_for(
@@ -174,7 +178,7 @@ def test_while_no_job_runs_bfloat16_is_approved_once_and_no_portion_is_more_than
     portions = later(folder, tmp_path / "cache")
     assert set(passes) == {1}
     assert len(portions) >= len(passes), "the others wait for the second executor"
-    assert load_checkpoint(folder).approved == (("eager", "bfloat16"),)
+    assert load_checkpoint(folder).approved.keys() == {("eager", "bfloat16")}
     assert later(folder, tmp_path / "cache") == []
 
 
@@ -184,7 +188,7 @@ def test_while_no_job_runs_nothing_is_done_that_was_not_asked_for_or_is_known(ne
     assert later(folder, tmp_path / "cache", approve_when_idle=False) == []
     approval.kept_verdict(load_checkpoint(folder), CPU, "eager", tmp_path / "cache").write({"approved": False})
     assert later(folder, tmp_path / "cache") == [], "it was refused"
-    assert load_checkpoint(folder).approved == ()
+    assert load_checkpoint(folder).approved == {}
 
 
 def test_an_engine_comes_with_what_approves_bfloat16_for_its_next_start(

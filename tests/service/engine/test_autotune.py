@@ -1,6 +1,6 @@
 """What may be chosen, what is chosen, and which sizes go together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
@@ -63,17 +63,17 @@ def test_openvino_that_is_not_installed_is_refused_with_the_way_to_get_it(
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions")
 @pytest.mark.parametrize(
     ("approved", "precision"),
-    [((), "float32"), ((("eager", "float32"),), "float32"), ((("openvino", "bfloat16"),), "bfloat16")],
+    [((), "float32"), ([("eager", "float32")], "float32"), ([("openvino", "bfloat16")], "bfloat16")],
 )
 def test_the_faster_precision_is_chosen_only_if_it_is_approved(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[tuple[str, str], ...], precision: str
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: Sequence[tuple[str, str]], precision: str
 ) -> None:
     def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> TimedChoice:
         seconds = 1.0 if candidate.precision == "bfloat16" else 2.0
         return TimedChoice(replace(candidate, sizes=(1,)), seconds, seconds)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
-    executor = choose_executor(replace(checkpoint, approved=approved), CPU, Wish(), None)
+    executor = choose_executor(replace(checkpoint, approved=dict.fromkeys(approved)), CPU, Wish(), None)
     assert executor.precision == precision
 
 
@@ -357,14 +357,16 @@ def test_auto_takes_no_precision_that_the_checkpoint_does_not_approve(
     float32 = {("eager", "float32"), (other, "float32")}
     assert candidates(checkpoint, Wish(), device) == float32
     for executor in ("eager", other):
-        approved = replace(checkpoint, approved=((executor, "bfloat16"),))
+        approved = replace(checkpoint, approved={(executor, "bfloat16"): None})
         assert candidates(approved, Wish(), device) == float32 | {(executor, "bfloat16")}, "of that executor only"
-    both = replace(checkpoint, approved=(("eager", "bfloat16"), (other, "bfloat16")))
+    both = replace(checkpoint, approved={("eager", "bfloat16"): None, (other, "bfloat16"): None})
     assert candidates(both, Wish(), device) == float32 | {("eager", "bfloat16"), (other, "bfloat16")}
-    unheard_of = replace(checkpoint, approved=(("eager", "int4"), ("../../etc", "bfloat16"), ("openvino", "../../etc")))
+    unheard_of = replace(
+        checkpoint, approved=dict.fromkeys([("eager", "int4"), ("../../etc", "bfloat16"), ("openvino", "../../etc")])
+    )
     assert candidates(unheard_of, Wish(), device) == float32
     monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
-    approved = replace(checkpoint, approved=(("openvino", "bfloat16"),))
+    approved = replace(checkpoint, approved={("openvino", "bfloat16"): None})
     assert candidates(approved, Wish()) == {("eager", "float32"), ("openvino", "float32")}, "approved is not able"
 
 
@@ -376,10 +378,10 @@ def test_tf32_is_refused_on_a_cpu_and_a_precision_that_is_asked_for_needs_no_app
 
 def test_tf32_is_taken_on_a_gpu_where_it_is_asked_for_or_approved(checkpoint: Checkpoint) -> None:
     assert candidates(checkpoint, Wish(precision="tf32"), CUDA) == {("eager", "tf32"), ("compile", "tf32")}
-    approved = replace(checkpoint, approved=(("compile", "tf32"), ("eager", "float32")))
+    approved = replace(checkpoint, approved={("compile", "tf32"): None, ("eager", "float32"): None})
     float32 = {("eager", "float32"), ("compile", "float32")}
     assert candidates(approved, Wish(), CUDA) == float32 | {("compile", "tf32")}
-    no_use = replace(checkpoint, approved=(("eager", "tf32"), ("openvino", "tf32")))
+    no_use = replace(checkpoint, approved={("eager", "tf32"): None, ("openvino", "tf32"): None})
     assert {precision for _, precision in candidates(no_use, Wish())} == {"float32"}, (
         "approved elsewhere, not for a CPU"
     )

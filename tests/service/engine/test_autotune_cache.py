@@ -14,14 +14,12 @@ from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
 from tminus.service.engine.autotune import (
-    GIVEN,
-    NOISE_KEY,
     Choice,
     Wish,
     choose_executor,
-    default_cache,
     example_inputs,
 )
+from tminus.service.engine.choice_cache import GIVEN, NOISE_KEY, default_cache
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +139,7 @@ def test_what_makes_another_answer_possible_has_a_file_of_its_own(
     assert choose(wish=replace(EAGER, exact=False)) == 4
     assert choose(wish=replace(EAGER, max_batch=8)) == 5
     assert choose(wish=replace(EAGER, threads=2)) == 6
-    assert choose(replace(checkpoint, approved=(("eager", "bfloat16"),)), replace(EAGER, precision="auto")) == 7
+    assert choose(replace(checkpoint, approved={("eager", "bfloat16"): None}), replace(EAGER, precision="auto")) == 7
     assert choose(wish=replace(EAGER, precision="auto")) == 8
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert choose() == 9

@@ -1,0 +1,148 @@
+"""Whether a library computes what PyTorch computes in float32 on this processor, and whether it runs here at all.
+
+Libraries give wrong numbers on some processors, and end the process on others. So each way to run a part of a model is
+compared with PyTorch before it serves, once for the weights, the versions and the processor.
+"""
+
+import atexit
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine.choice_cache import ChoiceCache
+
+log = logging.getLogger(__name__)
+
+# The largest relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, for each bundled network and every timestep.
+BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
+SLACK = 3.0  # times the error at approval, for processors that round otherwise
+MARK, MARKED = ".attempt", b"begun"  # a file that outlives a process that is killed
+
+
+class Unfit(ValueError):
+    """A way to run a part of a model that must not serve here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far outputs are from those of PyTorch in float32, for the row that differs most."""
+
+    relative_error: float  # |out - reference| / |reference|; inf for an output that is not finite
+    cosine: float
+
+
+def deviation(outputs: Tensor, reference: Tensor) -> Deviation:
+    """Compare outputs [B, ...] with a reference [B, ...] by row. A row whose reference is not finite does not count."""
+    reference, outputs = reference.cpu().flatten(1).double(), outputs.cpu().flatten(1).double()
+    finite = reference.isfinite().all(1)
+    reference, outputs = reference[finite], outputs[finite]
+    if not len(reference):
+        return Deviation(0.0, 1.0)
+    errors = (outputs - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=1e-9)
+    errors = errors.nan_to_num(nan=torch.inf)
+    worst = int(errors.argmax())
+    cosine = torch.cosine_similarity(outputs[worst], reference[worst], dim=0)
+    return Deviation(float(errors[worst]), float(cosine))
+
+
+class Verdict:
+    """Whether a part of a checkpoint may be run in one way here, as found now or at an earlier start."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        executor: str,
+        precision: str,
+        cache: Path | None,
+        part: str = "network",
+    ) -> None:
+        """cache: the folder where verdicts are kept; None: nowhere."""
+        about = {
+            "verdict": part, "executor": executor, "precision": precision, "weights": checkpoint.weights_hash,
+            # A library may fail on some sets of cores.
+            "cores": sorted(os.sched_getaffinity(0)),
+        }  # fmt: skip
+        self.name = f"{part} by {executor} in {precision}"
+        at_approval = checkpoint.approved.get((executor, precision))
+        least = BOUNDS["float32"]
+        self._bound = BOUNDS[precision] if at_approval is None else max(SLACK * at_approval, least)
+        self._cache = ChoiceCache(cache, checkpoint, device, about, ())
+        if self._was_fatal():
+            self._cache.write({"refused": "an earlier start ended while it was tried"})
+        self._kept = self._cache.read() or {}
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it must not serve, as an earlier start found."""
+        reason = self._kept.get("refused")
+        return f"{self.name}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Mark the first attempt, so that the next start knows if a signal ended the process. Raises Unfit if refused.
+
+        A process that ends as it should deletes its mark.
+        """
+        if (refusal := self.refusal) is not None:
+            raise Unfit(refusal)
+        file = self._cache.file
+        if self._kept or file is None:
+            yield
+            return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            mark = NamedTemporaryFile(prefix=f"{file.stem}-", suffix=MARK, dir=file.parent)  # noqa: SIM115  closed below
+        except OSError:  # as in a folder that is only read
+            yield
+            return
+        with mark:
+            atexit.register(mark.close)
+            with suppress(OSError):
+                fcntl.flock(mark, fcntl.LOCK_EX)  # until the process ends
+                mark.write(MARKED)
+                mark.flush()
+            try:
+                yield
+            finally:
+                atexit.unregister(mark.close)
+
+    def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
+        """Compare outputs with the reference, and keep the verdict. Raises Unfit for those that differ too much.
+
+        bits: a hash of some output. The same bits as at an earlier start need no comparison.
+        """
+        if self._kept.get("bits") == bits:
+            return
+        found = deviation(outputs(), reference())
+        figures = (
+            f"its output differs from PyTorch's in float32 by {found.relative_error:.2g} of its size "
+            f"(cosine {found.cosine:.5f}), and at most {self._bound:.2g} is allowed"
+        )
+        if not found.relative_error <= self._bound:
+            self._cache.write({"refused": figures})
+            raise Unfit(f"{self.name}: {figures}")
+        self._kept = {"bits": bits} | asdict(found)
+        self._cache.write(self._kept)
+        log.info("%s: %s", self.name, figures)
+
+    def _was_fatal(self) -> bool:
+        """Find, and delete, marks of processes that are gone."""
+        found = False
+        file = self._cache.file
+        for mark in file.parent.glob(f"{file.stem}-*{MARK}") if file is not None else ():
+            with suppress(OSError), mark.open("r+b") as opened:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
+                if opened.read() == MARKED:  # or else its process has yet to lock it
+                    mark.unlink()
+                    found = True
+        return found

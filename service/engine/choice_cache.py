@@ -1,0 +1,104 @@
+"""What was measured and found on this machine, kept between starts in a folder of small files.
+
+What a file says is not trusted, and a file that cannot be read or written is no error: it is found out once more."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.files import write_text
+from tminus.service.engine import openvino_executor
+
+log = logging.getLogger(__name__)
+
+CPU_LINES = ("model name", "flags")  # of /proc/cpuinfo
+GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
+NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
+
+
+def default_cache() -> Path | None:
+    """The cache folder of the user; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
+    except RuntimeError:
+        return None
+
+
+class ChoiceCache:
+    """One file."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        wish: Mapping[str, Any],
+        candidates: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Name the file by a hash of all arguments; with folder None nothing is kept."""
+        self.file: Path | None = None  # where an answer of this machine is kept
+        self.found: Path | None = None  # where the last one that was read lay
+        if folder is not None:
+            parts = {
+                # No host name: a container has a new one each time.
+                "machine": (platform.machine(), *_cpu(), os.cpu_count()),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "openvino": openvino_executor.version(),
+                "unet": checkpoint.net.config.to_dict(),
+                "size_px": checkpoint.row_shape[1:],
+                "wish": wish,
+                "candidates": candidates,
+            }
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+            self.file = folder / f"choice-{key}.json"
+
+    def read(self) -> Mapping[str, Any] | None:
+        """Read the answer of an earlier start if there is one, else one that is given, which holds on any machine."""
+        if self.file is None:
+            return None
+        self.found = self.file
+        if (own := _load(self.found)) is not None:
+            return own
+        self.found = self.file.parent / GIVEN / self.file.name
+        given = _load(self.found)
+        return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Keep an answer for the next start."""
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.file, json.dumps(fields) + "\n")
+        except OSError as error:  # a read-only file system: the next start measures again
+            log.info("what was measured is not kept: %s", error)
+
+
+def _cpu() -> tuple[str, str]:
+    """The processor's name, and what it can do: virtual machines give the same name to different ones."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor(), ""
+    found = (
+        next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "") for name in CPU_LINES
+    )
+    name, flags = found
+    return name, hashlib.sha256(flags.encode()).hexdigest()[:16]
+
+
+def _load(file: Path) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
