@@ -4,15 +4,16 @@ Libraries give wrong numbers on some processors, and end the process on others. 
 compared with PyTorch before it serves, once for the weights, the versions and the processor.
 """
 
-import atexit
+import faulthandler
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 # The largest relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, for each bundled network and every timestep.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
 SLACK = 3.0  # times the error at approval, for processors that round otherwise
-MARK, MARKED = ".attempt", b"begun"  # a file that outlives a process that is killed
+MARK = ".attempt"  # a file that outlives a process that a signal ends
+ALL = "all"  # precisions
 
 
 class Unfit(ValueError):
@@ -68,31 +70,29 @@ class Verdict:
     ) -> None:
         """cache: the folder where verdicts are kept; None: nowhere."""
         about = {
-            "verdict": part, "executor": executor, "precision": precision, "weights": checkpoint.weights_hash,
+            "verdict": part, "executor": executor, "weights": checkpoint.weights_hash,
             # A library may fail on some sets of cores.
             "cores": sorted(os.sched_getaffinity(0)),
         }  # fmt: skip
         self.name = f"{part} by {executor} in {precision}"
         at_approval = checkpoint.approved.get((executor, precision))
-        least = BOUNDS["float32"]
-        self._bound = BOUNDS[precision] if at_approval is None else max(SLACK * at_approval, least)
-        self._cache = ChoiceCache(cache, checkpoint, device, about, ())
-        if self._was_fatal():
-            self._cache.write({"refused": "an earlier start ended while it was tried"})
-        self._kept = self._cache.read() or {}
+        self._bound = BOUNDS[precision] if at_approval is None else max(SLACK * at_approval, BOUNDS["float32"])
+        self._cache, self._precision = ChoiceCache(cache, checkpoint, device, about, ()), precision
+        if (signal := self._fatal_signal()) is not None:
+            self._keep(ALL, {"refused": f"an earlier start ended while it was tried: {signal}"})
+        kept = self._cache.read() or {}
+        self._kept: Mapping[str, Any] = kept.get(ALL) or kept.get(precision) or {}
+        self._refused = f"{part} by {executor}" if ALL in kept else self.name
 
     @property
     def refusal(self) -> str | None:
         """Why it must not serve, as an earlier start found."""
         reason = self._kept.get("refused")
-        return f"{self.name}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
+        return f"{self._refused}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Mark the first attempt, so that the next start knows if a signal ended the process. Raises Unfit if refused.
-
-        A process that ends as it should deletes its mark.
-        """
+        """Note for the next start if a signal ends the process in the first attempt. Raises Unfit if refused."""
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file
@@ -106,15 +106,18 @@ class Verdict:
             yield
             return
         with mark:
-            atexit.register(mark.close)
-            with suppress(OSError):
-                fcntl.flock(mark, fcntl.LOCK_EX)  # until the process ends
-                mark.write(MARKED)
+            fcntl.flock(mark, fcntl.LOCK_EX)  # until the process ends
+            elsewhere = faulthandler.is_enabled()
+            if elsewhere:  # signals are written to another file, so any end of the process counts
+                mark.write(b"its process has ended")
                 mark.flush()
+            else:
+                faulthandler.enable(mark, all_threads=False)
             try:
                 yield
             finally:
-                atexit.unregister(mark.close)
+                if not elsewhere:
+                    faulthandler.disable()
 
     def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
         """Compare outputs with the reference, and keep the verdict. Raises Unfit for those that differ too much.
@@ -129,20 +132,21 @@ class Verdict:
             f"(cosine {found.cosine:.5f}), and at most {self._bound:.2g} is allowed"
         )
         if not found.relative_error <= self._bound:
-            self._cache.write({"refused": figures})
+            self._keep(self._precision, {"refused": figures})
             raise Unfit(f"{self.name}: {figures}")
         self._kept = {"bits": bits} | asdict(found)
-        self._cache.write(self._kept)
+        self._keep(self._precision, self._kept)
         log.info("%s: %s", self.name, figures)
 
-    def _was_fatal(self) -> bool:
-        """Find, and delete, marks of processes that are gone."""
-        found = False
-        file = self._cache.file
+    def _keep(self, precisions: str, found: Mapping[str, Any]) -> None:
+        self._cache.write({**(self._cache.read() or {}), precisions: found})
+
+    def _fatal_signal(self) -> str | None:
+        """Find the signal that ended an attempt, and delete the marks of processes that are gone."""
+        found, file = None, self._cache.file
         for mark in file.parent.glob(f"{file.stem}-*{MARK}") if file is not None else ():
             with suppress(OSError), mark.open("r+b") as opened:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
-                if opened.read() == MARKED:  # or else its process has yet to lock it
-                    mark.unlink()
-                    found = True
+                mark.unlink()
+                found = opened.readline().decode(errors="replace").strip() or found
         return found

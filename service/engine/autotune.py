@@ -297,23 +297,21 @@ def choose_executor(
         try:
             return builder.build_checked(choice)
         except ValueError as error:
-            candidates = _without(candidates, choice.way, str(error))
+            candidates = [candidate for candidate in candidates if candidate.way != choice.way]
+            if not candidates:
+                raise
+            log.warning("%s", error)
 
 
-def _allowed(builder: Builder, candidates: list[Choice]) -> list[Choice]:
-    """Leave out what an earlier start has refused."""
-    for choice in candidates:
-        if choice in candidates and choice.way != REFERENCE and (refusal := builder.verdict(choice).refusal):
-            candidates = _without(candidates, choice.way, refusal)
-    return candidates
-
-
-def _without(candidates: Sequence[Choice], way: tuple[str, str], reason: str) -> list[Choice]:
-    """Leave out an executor in a precision, and say why. Raises ValueError where no candidate is left."""
-    left = [candidate for candidate in candidates if candidate.way != way]
+def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
+    """Leave out what an earlier start has refused. Raises Unfit where no candidate is left."""
+    ways = dict.fromkeys(choice.way for choice in candidates if choice.way != REFERENCE)
+    refusals = {way: refusal for way in ways if (refusal := builder.verdict(Choice(*way)).refusal) is not None}
+    left = [choice for choice in candidates if choice.way not in refusals]
     if not left:
-        raise ValueError(reason)
-    log.warning("%s", reason)
+        raise Unfit("; ".join(refusals.values()))
+    for refusal in dict.fromkeys(refusals.values()):
+        log.warning("%s", refusal)
     return left
 
 
