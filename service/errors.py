@@ -297,27 +297,27 @@ class BodyTooLarge(ServiceError):
 
 class TooManyBytes(ServiceError):
     """All clients together are sending or reading too much: over 256 MiB of request bodies (bodies up to 64 KiB are
-    always taken), of uploads that wait to be decoded, or of answers. The connection closes; a WebSocket closes with
-    1013, and an event stream ends.
+    always taken), of uploads that wait to be decoded, or of answers. Or one key sends more than three quarters of what
+    the others leave. The connection closes; a WebSocket closes with 1013, and an event stream ends.
     """
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
     remedy = "Try again after the seconds in `Retry-After`."
 
-    def __init__(self, held: int, limit: int):
-        bound = f"at most {limit} bytes"
-        super().__init__(f"bodies held at once must be {bound}, got {held}", field="body", value=held, bound=bound)
+    def __init__(self, held: int, limit: int, *, of_caller: bool = False):
+        bound, whose = f"at most {limit} bytes", "one caller's bodies" if of_caller else "bodies"
+        super().__init__(f"{whose} held at once must be {bound}, got {held}", field="body", value=held, bound=bound)
         self.headers |= {"Retry-After": "1", "Connection": "close"}
 
 
 class TooManyImages(ServiceError):
-    """The images that clients have uploaded would take over ten seconds to decode."""
+    """The image would wait over ten seconds to be decoded. Keys take turns, so it waits for images of the same key."""
 
     status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
     remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, wait_s: float, limit_s: float) -> None:
-        detail = f"the uploads before this one take {wait_s:.1f} s to decode"
+        detail = f"the uploads before this one take {wait_s:.1f} s to decode; at most {limit_s:g} s is waited"
         super().__init__(detail, field="image", value=round(wait_s, 1), bound=f"at most {limit_s:g} s")
         self.headers["Retry-After"] = str(math.ceil(wait_s))
 

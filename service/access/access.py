@@ -11,6 +11,7 @@ from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthoriz
 
 ANYBODY = ""  # the name of whoever comes without a key
 WINDOW_S = 60
+PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class Caller:
         except BaseException:
             self.usage.row_steps = max(0.0, self.usage.row_steps - row_steps)
             raise
+
+    def pay_for_decoding(self, pixels: int) -> None:
+        """Count the decoding of an upload as row-steps, whatever it brings. Raises QuotaExceeded."""
+        with self.charged(math.ceil(pixels / PIXELS_PER_ROW_STEP), 0):
+            pass
 
     @contextmanager
     def connected(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """Which models are served, by name, and what answers their requests. A request without a name is of the default one."""
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,6 +24,7 @@ from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.turns import CallerTurns
 from tminus.service.worker.loaded_model import Residence
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
@@ -52,7 +52,7 @@ class Services:
     recordings: RecordingRoom
     webhooks: AllowedReceivers | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time
-    noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time
+    noise_turns: CallerTurns  # the worker gets one image of POST /noise at a time
     residence: "Residence[Services]"  # of all models
 
     async def in_memory(self, request: Request | None, deadline_s: float | None = None) -> "Services":

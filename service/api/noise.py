@@ -19,6 +19,7 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.answers.operations import described
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import BYTES, FORM
@@ -70,7 +71,8 @@ async def add_noise(services: Services, request: Request) -> Response:
     faults.check()
     services = await services.in_memory(request)
     model = services.model
-    image = await while_connected(request, services.decoder.decode(data, model))
+    caller = caller_of(request)
+    image = await while_connected(request, services.decoder.decode(data, model, caller))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)
     recipe: dict[str, object] = {
@@ -83,7 +85,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     if tag is not None and matches(request, tag):
         services.metrics.answered_without_work("not_modified")
         raise PreconditionFailed(tag)
-    content = await while_connected(request, _made(services, image, asked.t, seed, recipe))
+    content = await while_connected(request, _made(services, caller.name, image, asked.t, seed, recipe))
     return Response(content, headers=headers, media_type=PNG)
 
 
@@ -105,19 +107,19 @@ async def _read_upload(request: Request, max_bytes: int, faults: Faults) -> tupl
     return data, {}
 
 
-async def _made(services: Services, image: Images, t: int, seed: int, recipe: dict[str, object]) -> bytes:
-    read = await _noised(services, image, t, seed)
+async def _made(services: Services, caller: str, image: Images, t: int, seed: int, recipe: dict[str, object]) -> bytes:
+    read = await _noised(services, caller, image, t, seed)
     return await services.encoder.make(read, lambda pixels: encode_png(pixels, recipe), None, PNG, 1)
 
 
-async def _noised(services: Services, image: Images, t: int, seed: int) -> Callable[[], Images]:
+async def _noised(services: Services, caller: str, image: Images, t: int, seed: int) -> Callable[[], Images]:
     """Let the worker's thread add the noise between two ticks; what is returned waits for a GPU.
 
     Another thread that runs torch would slow every tick, and a second Philox, in numpy, would have to be kept equal
     to the bit. One image at a time is with the worker, so that a tick of the running jobs does not wait for many: one
     of 32x32 pixels takes 0.15 ms, of 256x256 in colour 7 ms. For a latent model the thread of the autoencoder does it.
     """
-    async with services.noise_turn:
+    async with services.noise_turns.taken(caller):
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
         read = await asyncio.wrap_future(noising)
         if services.model.latent is not None:

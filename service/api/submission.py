@@ -89,7 +89,7 @@ async def _to_job(
     spec, inputs = asked.to_spec(services.model, services.limits), None
     services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
     if asked.image is not None:
-        decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
+        decoding = services.decoder.inputs(asked.image, asked.mask, services.model, caller, transparent=transparent)
         inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()

@@ -5,7 +5,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, Inputs
 from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
+from tminus.service.turns import CallerTurns
 
 MAX_PIXELS = 4096 * 4096
+MAX_SIDE_PX = 4 * 4096  # each row costs: 16 million of one pixel take up to five times as long as a square
 MAX_WORK = 16 * MAX_PIXELS  # pixels times scans: cameras and the web write at most a dozen scans
 MAX_WAIT_S = 10.0  # for the images before it, as predicted; one that would wait longer is refused
 FIRST_RATE = 20e6  # pixels a second, until it is known
@@ -35,6 +37,17 @@ TRANSPARENT = {
 WHITE = 128  # a mask's pixels of this grey and above are regenerated
 
 
+class Payer(Protocol):
+    """Whom an upload is decoded for: a caller of access/."""
+
+    @property
+    def name(self) -> str:
+        """Whose turn it is."""
+
+    def pay_for_decoding(self, pixels: int) -> None:
+        """Charge for so many pixels times scans. Raises QuotaExceeded."""
+
+
 class Decoder:
     """Owns the decoding thread. There is one, so that only one decoded image is in memory however many uploads come."""
 
@@ -42,32 +55,36 @@ class Decoder:
         # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
         self._pool = started_pool(1, "tminus-decode")
-        self._ahead = 0  # the work of those that wait or are being decoded, in pixels
+        self._turns = CallerTurns()
         self._rate = FIRST_RATE
 
-    async def decode(self, data: bytes, model: ModelInfo, field: str = "image") -> Images:
-        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages."""
-        return await self._run([(field, data)], lambda: decode_image(data, model, field))
+    async def decode(self, data: bytes, model: ModelInfo, caller: Payer, field: str = "image") -> Images:
+        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages, QuotaExceeded."""
+        return await self._run(caller, [(field, data)], lambda: decode_image(data, model, field))
 
-    async def inputs(self, image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
+    async def inputs(
+        self, image: bytes, mask: bytes | None, model: ModelInfo, caller: Payer, *, transparent: bool = False
+    ) -> Inputs:
         """Run `decode_inputs` off the event loop. Raises as `decode`."""
         given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
-        return await self._run(given, lambda: decode_inputs(image, mask, model, transparent=transparent))
+        return await self._run(caller, given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 
-    async def _run(self, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
-        """Wait for the thread. A caller that is cancelled meanwhile takes none of its time."""
-        with self._budget.hold() as waiting:
-            waiting.add(sum(len(data) for _, data in given))
+    async def _run(self, caller: Payer, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
+        """Wait for the caller's turn. If it is cancelled before, it takes none of the thread's time."""
+        size_bytes = sum(len(data) for _, data in given)
+        with self._budget.hold(owner=caller.name) as held:
+            held.add(size_bytes)
             work = sum(check_header(data, field).work for field, data in given)
-            wait_s = self._ahead / self._rate
-            if wait_s > MAX_WAIT_S:
+            if (wait_s := self._turns.wait_s(caller.name)) > MAX_WAIT_S:
                 raise TooManyImages(wait_s, MAX_WAIT_S)
-            self._ahead += work
-            try:
-                with traced("read upload", {"tminus.bytes": sum(len(data) for _, data in given)}):
-                    result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
-            finally:
-                self._ahead -= work
+            caller.pay_for_decoding(work)
+            with traced("read upload", {"tminus.bytes": size_bytes}):
+                async with self._turns.taken(caller.name, work / self._rate):
+                    decoding = asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
+                    try:
+                        result, seconds = await asyncio.shield(decoding)
+                    finally:
+                        await asyncio.wait([decoding])  # if it is cancelled meanwhile, the thread goes on
         if work >= MAX_PIXELS // 100:  # less says little
             self._rate += LEARNING_RATE * (work / max(seconds, 1e-6) - self._rate)
         return result
@@ -163,6 +180,9 @@ def check_header(data: bytes, field: str) -> ImageHeader:
         got = f"{len(data)} bytes that begin with {data[:16]!r}" if data else "nothing"
         raise InvalidImage.of(field, WANTED, got)
     size = f"{header.width_px}x{header.height_px}"
+    for extent, side_px in (("wide", header.width_px), ("high", header.height_px)):
+        if side_px > MAX_SIDE_PX:
+            raise InvalidImage.of(field, f"at most {MAX_SIDE_PX} pixels {extent}", str(side_px))
     if header.pixels > MAX_PIXELS:
         raise InvalidImage.of(field, f"of at most {MAX_PIXELS} pixels", f"{size} = {header.pixels}")
     if header.work > MAX_WORK:

@@ -41,7 +41,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     if data.startswith(PNG_SIGNATURE):
         name, size, scans = "PNG", _png_size(data), 1
     elif data.startswith(b"\xff\xd8\xff"):
-        name, size, scans = "JPEG", _jpeg_size(data), max(1, data.count(SCAN))
+        name, size, scans = "JPEG", *_jpeg_size_and_scans(data)
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         name, size, scans = "WEBP", _webp_size(data), 1
     else:
@@ -63,7 +63,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
     raise ValueError(f"it is in more than {MAX_PIECES} chunks")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
     """ITU-T T.81, section B.2: the size is in the frame header, a segment before the first scan."""
     size = None
     for marker, at in _jpeg_segments(data):
@@ -76,9 +76,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     if size is None:
         raise ValueError("it has no frame header")
     # Within a scan 0xFF is always followed by 0 or a restart marker, so this counts scans (a thumbnail's included).
-    if data.count(SCAN) > MAX_SCANS:
+    if (scans := data.count(SCAN)) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
-    return size
+    return size, max(1, scans)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:

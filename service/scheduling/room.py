@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tminus.service.byte_budget import SHARE
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Ahead, Pending, Speed, Stride
 from tminus.service.scheduling.owners import Past
 from tminus.service.work import Work
 
-SHARE = 0.75  # of what the other owners leave, that one owner may hold
 PARTS = 1000  # of the time between two events, to which a forecast of room is exact
 MARGIN = 1.05  # on forecast times, as the forecast is good to 5 %
 SPREAD_S = 300.0  # the line of those who were told a time is at most so long; who comes later gets a time within it
@@ -78,8 +78,7 @@ def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess 
     """The first limit that one more job would pass. A server that has no job of its class has room for any.
 
     load: of the jobs of its class. speed: of the job's model. Where several owners share the server, one that has jobs
-    may hold no more than SHARE of what the others leave, so that there is always some room for others (the dynamic
-    threshold of Choudhury and Hahne 1998).
+    may hold no more than SHARE of what the others leave, so that there is always some room for others.
     """
     if not load.jobs:
         return None

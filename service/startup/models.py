@@ -47,6 +47,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.turns import CallerTurns
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
@@ -163,7 +164,7 @@ class ServedModels:
             other_replicas=self._other_replicas,
             recordings=RecordingRoom(self.answers),
             webhooks=webhooks.allowed if webhooks is not None else None,
-            noise_turn=asyncio.Lock(),
+            noise_turns=CallerTurns(),
             residence=self,
         )
         for model, prepared, store in zip(loaded, first, taken, strict=True):

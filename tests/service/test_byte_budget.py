@@ -54,6 +54,26 @@ def test_bytes_that_several_hold_count_once_until_the_last_of_them_releases() ->
     assert (budget.held_bytes, budget.holders) == (0, {})
 
 
+def test_a_caller_may_hold_three_quarters_of_what_the_others_leave() -> None:
+    budget = ByteBudget(100)
+    ann, also_ann, ben, nobodys = (budget.hold(owner=owner) for owner in ("ann", "ann", "ben", None))
+    ann.add(50)
+    also_ann.add(25)
+    ben.add(10)
+    with pytest.raises(TooManyBytes) as caught:
+        also_ann.add(1)
+    assert caught.value.detail == "one caller's bodies held at once must be at most 67 bytes, got 76"
+    also_ann.release()
+    ben.add(26)  # three quarters of 50 are 37
+    with pytest.raises(TooManyBytes):
+        ben.add(2)
+    nobodys.add(10)
+    for hold in (ann, ben, nobodys):
+        hold.release()
+    assert not budget.held_bytes
+    assert not any(budget.owned_bytes.values())
+
+
 @given(
     limit=st.integers(0, 50),
     exempt=st.integers(0, 10),

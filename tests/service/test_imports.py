@@ -27,6 +27,7 @@ WORDS = {
     "spec",
     "threads",
     "tracing",
+    "turns",
     "work",
 }
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python

@@ -21,6 +21,7 @@ from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
+from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
 from tminus.service.api.edge.version import check_version
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
@@ -101,6 +102,7 @@ class AccessControl:
                 return
             caller = identify(self._access, scope)
             scope.setdefault("state", {})["caller"] = caller
+            body_of(scope).owner = caller.name
             send = _with_allowance(caller, send)
             with caller.connected():
                 await self._app(scope, receive, send)

@@ -184,8 +184,9 @@ def body_of(scope: Scope) -> Hold:
 class MemoryLimit:
     """Bounds what clients have the server hold: of the bodies that they send, and of the answers that they are sent.
 
-    All bodies together may take MAX_HELD_BYTES: what a client has sent is held until a job is made of it, which keeps
-    nothing of the body (see `body_of`), or else until its answer begins, when its route has returned.
+    All bodies together may take MAX_HELD_BYTES, and those of one caller its share: what a client has sent is held until
+    a job is made of it, which keeps nothing of the body (see `body_of`), or else until its answer begins, when its
+    route has returned.
 
     All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
     of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message. An
@@ -205,7 +206,9 @@ class MemoryLimit:
     ) -> None:
         """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: is told the codes of refusals."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
-        self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values())), answers
+        largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
+        # A caller's share has room for the largest body and the copies of its parts: 2 <= SHARE * 3.
+        self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, 3 * largest_bytes)), answers
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
+from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import FORM, Form, parse_form
 from tminus.service.api.request.schemas import NUMBER, PICTURES
@@ -180,11 +181,14 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
     """Read a form that may have an image in each of these files. Raises what `parse_form` does, and JobCancelled."""
-    return await parse_form(chunks_of(request), request.headers["content-type"], max_bytes, files)
+    body, held = await read_body(request), body_of(request.scope)
+    with held.budget.hold(SMALL_BYTES, held.owner) as copies:
+        copies.add(len(body))  # its parts are copied out of it
+        return await off_loop(len(body), parse_form, body, request.headers["content-type"], max_bytes, files)
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a body. Not by `request.body()`, which keeps it as long as the request."""
+    """Read a body. Not by `request.body()`, which keeps it as long as the request. Raises as `chunks_of`."""
     return b"".join([chunk async for chunk in chunks_of(request)])
 
 

@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -21,12 +22,25 @@ from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, create_app, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
+from tests.service.keys import access_of, bearer, key_line
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
+from tminus.service import byte_budget
 from tminus.service.api.edge import middleware
-from tminus.service.api.request.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
+from tminus.service.api.request import reading
+from tminus.service.api.request.multipart import (
+    FORM,
+    FORM_BYTES,
+    MAX_FIELD_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_PARTS,
+    Form,
+    parse_form,
+)
+from tminus.service.byte_budget import Hold
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
+from tminus.service.errors import MalformedForm
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits
 
@@ -177,7 +191,7 @@ def test_what_is_no_image_is_a_problem_in_body_and_form(site: Site) -> None:
         (b"", "nothing"),
         (b"hello", "b'hello'"),
         (CAT[:40], "broken"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "100000x100000"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "16384 pixels wide, got 100000"),
     ):
         for answer in (post(site, content, t=5), post_form(site, {"image": ("cat.png", content, "image/png")}, t=5)):
             document = problem(answer, 422, "invalid_image")
@@ -208,6 +222,75 @@ def test_a_form_of_too_many_parts_or_too_long_a_field_is_a_problem(site: Site) -
     problem(post_form(site, {"image": CAT}, {"t": "5" * (MAX_FIELD_BYTES + 1)}), 400, "malformed_form")
 
 
+def calls_while(act: Callable[[], object]) -> int:
+    """How many functions are called meanwhile, of Python and C."""
+    count = 0
+
+    def called(_frame: object, event: str, _function: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(called)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("lead", [b"", HALF_A_FORM], ids=["from the start", "in a part"])
+@pytest.mark.parametrize("filling", [b"\r\n--xX", b"\r\n--", b"\r\n--x ", b" ", b"-", b"\r\n--x" + b" " * 10**6])
+def test_a_form_of_what_nearly_are_boundaries_takes_no_work_for_each(lead: bytes, filling: bytes) -> None:
+    body = lead + (filling * (2**20 // len(filling) + 1))
+
+    def parse() -> None:
+        with pytest.raises(MalformedForm):
+            parse_form(body, f"{FORM}; boundary=x", 2**21, ("image",))
+
+    assert calls_while(parse) < 2000
+
+
+@pytest.mark.parametrize("boundary", ["", "boundary=", "boundary=" + "x" * 71])
+def test_a_boundary_is_bounded(one_site: Site, boundary: str) -> None:
+    answer = post(one_site, HALF_A_FORM, headers={"Content-Type": f"{FORM}; {boundary}"}, t=5)
+    assert "1 to 70 characters" in problem(answer, 400, "malformed_form")["detail"]
+
+
+def test_headers_of_a_part_are_bounded(one_site: Site) -> None:
+    content = HALF_A_FORM.replace(b"image", b"i" * MAX_HEAD_BYTES) + b"\r\n--x--"
+    answer = post(one_site, content, headers={"Content-Type": f"{FORM}; boundary=x"}, t=5)
+    assert f"in at most {MAX_HEAD_BYTES} bytes" in problem(answer, 400, "malformed_form")["detail"]
+
+
+def test_a_boundary_may_have_spaces_after_it_and_text_before_and_after_the_form(site: Site) -> None:
+    part = b'\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    content = b"before\r\n--x \t" + part + CAT + b"\r\n--x--\r\nafter"
+    answer = post(site, content, headers={"Content-Type": f"{FORM}; boundary=x"}, t=5, seed=7)
+    assert answer.content == post(site, t=5, seed=7).content
+
+
+def test_while_a_large_form_is_parsed_others_are_answered_and_its_copies_are_counted(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, answered, bodies = make_site(max_image_bytes=200_000), threading.Event(), list[Hold]()
+    content = CAT.ljust(100_000, b"\0")
+
+    def slow(body: bytes, *more: Any) -> Form:
+        assert site.client.get("/healthz").status_code == 200
+        held_bytes.append(bodies[0].budget.held_bytes)
+        answered.set()
+        return parse_form(body, *more)
+
+    held_bytes = list[int]()
+    monkeypatch.setattr(reading, "body_of", lambda scope: bodies.append(middleware.body_of(scope)) or bodies[-1])
+    monkeypatch.setattr(reading, "parse_form", slow)
+    answer = post_form(site, {"image": content}, t=5)
+    assert answer.status_code == 200, answer.text
+    assert answered.is_set()
+    assert held_bytes[0] >= 2 * 100_000
+    assert bodies[0].budget.held_bytes == 0
+
+
 @pytest.mark.parametrize("charset", ["undefined", "no-such"])
 def test_a_charset_that_the_form_names_is_ignored(site: Site, charset: str) -> None:
     content = b'--x\r\nContent-Disposition: form-data; name="t"\r\n\r\n\xff5\r\n--x--\r\n'
@@ -226,7 +309,8 @@ def test_an_image_may_be_larger_than_other_bodies_and_has_a_bound_of_its_own(mak
     padded = data.ljust(20_000, b"\0")  # bytes after the image are ignored
     for content in (data, padded):
         assert post(site, content, t=5).status_code == 200
-        assert post_form(site, {"image": content}, t=5).status_code == 200
+        answer = post_form(site, {"image": content}, t=5)
+    assert answer.status_code == 200, answer.text
     for answer in (post(site, padded + b"\0", t=5), post_form(site, {"image": padded + b"\0"}, t=5)):
         document = problem(answer, 413, "body_too_large")
         assert (document["field"], document["bound"]) == ("image", "at most 20000 bytes")
@@ -268,51 +352,79 @@ def test_a_client_that_goes_away_is_not_waited_for(site: Site, monkeypatch: pyte
     assert post(site, t=5).status_code == 200
 
 
-def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is one image
+@pytest.fixture
+def keyed(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site with two keys, whose client has ann's. Their bodies are bounded to 3 times the largest, 100,000 bytes."""
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)
+    monkeypatch.setattr("tminus.service.startup.app.FORM_BYTES", 0)
     monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
-    site = make_site(max_image_bytes=100_000)
-    tag = post(site, t=5, seed=1).headers["etag"]
-    worker, asked = site.worker, []
-    run = worker.run
-    monkeypatch.setattr(worker, "run", lambda act, model: asked.append(act) or run(act, model=model))
-    site.engine.gate.shut()
-    large = CAT.ljust(100_000, b"\0")
-    with ThreadPoolExecutor(2) as pool:
-        job = pool.submit(site.post, json={"steps": 1, "seed": 1})
-        site.engine.next_begun()  # the worker is in a tick, so new work waits for it
-        first = pool.submit(post, site, large, t=5, seed=1)
-        wait_until(lambda: len(asked) == 1)
-        refusal = post(site, large, t=5)
-        assert "at most" in problem(refusal, 429, "too_many_bytes")["bound"]
+    access = access_of(*(key_line(name, f"tm_{name}") for name in ("ann", "ben")))
+    site = make_site(max_image_bytes=100_000, app={"access": access})
+    site.client.headers.update(bearer("tm_ann"))
+    return site
+
+
+LARGE = CAT.ljust(100_000, b"\0")
+
+
+def test_the_bodies_of_a_caller_and_of_all_are_bounded(keyed: Site) -> None:
+    as_ben = RAW | bearer("tm_ben")
+    tag = post(keyed, t=5, seed=1).headers["etag"]
+    turns = keyed.application.served.models.default.noise_turns
+    keyed.engine.gate.shut()
+    with ThreadPoolExecutor(4) as pool:
+        job = pool.submit(keyed.post, json={"steps": 1, "seed": 1})
+        keyed.engine.next_begun()  # the worker is in a tick, so new work waits for it
+        taken = [pool.submit(post, keyed, LARGE, t=5, seed=1) for _ in range(2)]
+        wait_until(lambda: len(turns._waiting) == 1)
+        refusal = post(keyed, LARGE, t=5)
+        assert problem(refusal, 429, "too_many_bytes")["bound"] == "at most 225000 bytes"
         assert refusal.headers["retry-after"] == "1"
-        known = post(site, t=5, seed=1, headers=RAW | {"If-None-Match": tag})
+        taken.append(pool.submit(post, keyed, LARGE[:75_000], headers=as_ben, t=5, seed=1))
+        wait_until(lambda: len(turns._waiting) == 2)
+        assert post(keyed, LARGE[:75_001], headers=as_ben, t=5).status_code == 429
+        known = post(keyed, t=5, seed=1, headers=RAW | {"If-None-Match": tag})
         assert known.status_code == 412, "a small body is always accepted"
-        site.engine.gate.open()
-        assert first.result().status_code == 200
-        assert job.result().status_code == 200
-    assert post(site, large, t=5).status_code == 200, "the bytes were released"
+        keyed.engine.gate.open()
+        assert [each.result().status_code for each in (job, *taken)] == [200] * 4
+    assert post(keyed, LARGE, t=5).status_code == 200, "the bytes were released"
 
 
-def test_an_upload_is_not_counted_while_its_answer_is_sent(
-    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callers_take_turns_at_the_worker(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    noised, seeds, turns = keyed.engine.noised, list[int](), keyed.application.served.models.default.noise_turns
+
+    def noted(images: Any, t: int, seed: int) -> Any:
+        seeds.append(seed)
+        return noised(images, t, seed)
+
+    monkeypatch.setattr(keyed.engine, "noised", noted)
+    keyed.engine.gate.shut()
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(keyed.post, json={"steps": 1, "seed": 1})]
+        keyed.engine.next_begun()  # the worker is in a tick, so new work waits for it
+        for waiting, (caller, seed) in enumerate((("ann", 1), ("ann", 2), ("ann", 3), ("ben", 4))):
+            answers.append(pool.submit(post, keyed, headers=RAW | bearer(f"tm_{caller}"), t=5, seed=seed))
+            wait_until(lambda waiting=waiting: len(turns._waiting) == waiting and turns._current is not None)
+        keyed.engine.gate.open()
+        assert [each.result().status_code for each in answers] == [200] * 5
+    assert seeds == [1, 4, 2, 3]
+
+
+def test_an_upload_is_not_counted_while_its_answer_is_sent(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader may take long, and would keep other uploads out."""
-    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is one image
-    monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
-    site = make_site(max_image_bytes=100_000)
-    large, beside = CAT.ljust(100_000, b"\0"), []
-    messages = iter([{"type": "http.request", "body": large, "more_body": False}])
+    monkeypatch.setattr(byte_budget, "SHARE", 0.5)  # so that a caller's is one image
+    beside: list[Any] = []
+    messages = iter([{"type": "http.request", "body": LARGE, "more_body": False}])
 
     async def receive() -> Any:
         return next(messages, None) or await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
-            beside.append(await asyncio.to_thread(post, site, large, t=5))
+            beside.append(await asyncio.to_thread(post, keyed, LARGE, t=5))
 
-    scope = scope_of("/noise", b"t=5", [(b"content-type", b"image/png")])
-    asyncio.run(site.app(scope, receive, send))
+    scope = scope_of("/noise", b"t=5", [(b"content-type", b"image/png"), (b"authorization", b"Bearer tm_ann")])
+    asyncio.run(keyed.app(scope, receive, send))
     assert [answer.status_code for answer in beside] == [200]
 
 

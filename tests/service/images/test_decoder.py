@@ -1,9 +1,11 @@
 import asyncio
 import io
+import re
 import struct
 import threading
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +17,12 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.service.api.pictures import encode, noise
 from tests.service.fakes import INFO
+from tests.service.keys import access_of, key_line
 from tminus.service.byte_budget import ByteBudget
-from tminus.service.errors import InvalidImage, TooManyBytes, TooManyImages
+from tminus.service.errors import InvalidImage, QuotaExceeded, TooManyBytes, TooManyImages
 from tminus.service.images import decoder as decoder_module
 from tminus.service.images.decoder import (
-    MAX_PIXELS,
+    MAX_SIDE_PX,
     Decoder,
     decode_image,
     decode_inputs,
@@ -30,6 +33,7 @@ from tminus.service.spec import Images
 
 pytestmark = pytest.mark.slow
 
+ANN, BEN, EVE = (access_of(key_line(name, f"tm_{name}")).with_secret(f"tm_{name}") for name in ("ann", "ben", "eve"))
 GREY = replace(INFO, height_px=8, width_px=12, channels=1)
 COLOUR = replace(GREY, channels=3)
 
@@ -230,11 +234,26 @@ def test_a_palette_that_is_missing_or_contradicted_is_refused(data: bytes, says:
         decode(data, COLOUR)
 
 
-@pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1)])
-def test_a_png_that_only_claims_to_be_large_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    error = refused(png(*size, 8, 2, b"\0"))
+def test_a_png_that_only_claims_to_be_large_is_refused_by_its_header() -> None:
+    error = refused(png(4096, 4097, 8, 2, b"\0"))
     assert error.bound == "of at most 16777216 pixels"
-    assert f"{size[0]}x{size[1]}" in error.detail
+    assert "4096x4097" in error.detail
+
+
+@pytest.mark.parametrize(
+    ("size", "extent"), [((1, 2**24), "high"), ((1, MAX_SIDE_PX + 1), "high"), ((MAX_SIDE_PX + 1, 1), "wide")]
+)
+def test_a_side_that_is_too_long_is_refused_by_the_header(
+    size: tuple[int, int], extent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_args, **_more: pytest.fail("Pillow sees it"))
+    error = refused(png(*size, 8, 0, b"\0"))
+    assert error.detail == f"image must be at most 16384 pixels {extent}, got {max(size)}"
+
+
+def test_sides_at_the_bound_are_taken() -> None:
+    for size in ((1, MAX_SIDE_PX), (MAX_SIDE_PX, 1)):
+        assert decode_image(encode(Image.new("1", size, 1)), GREY).min() == 255
 
 
 def test_a_real_bomb_of_each_format_is_refused_before_it_is_decoded() -> None:
@@ -249,7 +268,7 @@ def test_a_real_bomb_of_each_format_is_refused_before_it_is_decoded() -> None:
     for bomb in bombs:
         assert len(bomb) < 300_000
         started = time.perf_counter()
-        assert "16777216 pixels" in refused(bomb).detail
+        assert re.search("at most (16777216 pixels|16384 pixels high|16384 pixels wide),", refused(bomb).detail)
         assert time.perf_counter() - started < 0.05, "nothing was decoded"
 
 
@@ -303,7 +322,7 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
     decoder, picture = Decoder(), noise(8, 12, 3)
 
     async def all_at_once() -> list[Images]:
-        return await asyncio.gather(*[decoder.decode(encode(picture), COLOUR) for _ in range(20)])
+        return await asyncio.gather(*[decoder.decode(encode(picture), COLOUR, ANN) for _ in range(20)])
 
     for out in asyncio.run(all_at_once()):
         np.testing.assert_array_equal(out, picture)
@@ -347,14 +366,14 @@ def test_images_whose_clients_have_gone_take_no_time_of_the_thread(monkeypatch: 
     blocked = Blocked(monkeypatch)
 
     async def leave() -> None:
-        first = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR))
+        first = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN))
         await asyncio.sleep(0.05)  # until it is being decoded
-        others = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR)) for _ in range(60)]
+        others = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN)) for _ in range(60)]
         await asyncio.sleep(0)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        last = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR))
+        last = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN))
         await asyncio.sleep(0)
         blocked.go.set()
         await asyncio.gather(first, last)
@@ -369,37 +388,108 @@ def test_an_image_that_would_wait_too_long_is_refused_with_a_time(monkeypatch: p
     blocked = Blocked(monkeypatch)
 
     async def crowd() -> None:
-        waiting = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR)) for _ in range(21)]
+        waiting = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN)) for _ in range(21)]
         await asyncio.sleep(0)
         with pytest.raises(TooManyImages) as caught:
-            await blocked.decoder.decode(blocked.png_bytes, COLOUR)
+            await blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN)
         assert int(caught.value.headers["Retry-After"]) == 11
         blocked.go.set()
         await asyncio.gather(*waiting)
-        await blocked.decoder.decode(blocked.png_bytes, COLOUR)
+        await blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN)
 
     asyncio.run(crowd())
+    blocked.decoder.close()
+
+
+def test_one_callers_images_fill_its_own_share_of_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "FIRST_RATE", 8 * 12 * 2.0)  # two of these images a second
+    blocked = Blocked(monkeypatch)
+    of_ann, of_ben = (encode(noise(8, 12, 3, seed=seed)) for seed in (1, 2))
+
+    async def crowd() -> None:
+        decode = blocked.decoder.decode
+        waiting = [asyncio.ensure_future(decode(of_ann, COLOUR, ANN)) for _ in range(21)]
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyImages):
+            await decode(of_ann, COLOUR, ANN)
+        waiting += [asyncio.ensure_future(decode(of_ben, COLOUR, BEN)) for _ in range(2)]
+        await asyncio.sleep(0)
+        blocked.go.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(crowd())
+    blocked.decoder.close()
+    assert of_ben in blocked.decoded[:3]
+    assert len(blocked.decoded) == 23
+
+
+def test_decoding_is_charged_before_it_begins_unless_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    access = access_of(key_line("ann", "tm_ann", row_steps_per_minute=4))
+    ann, large = access.with_secret("tm_ann"), encode(Image.new("1", (2**13, 2**9)))  # 4 times 2^20 pixels
+    decoder = Decoder()
+
+    async def left_after(data: bytes) -> int:
+        with suppress(InvalidImage):
+            await decoder.decode(data, GREY, ann)
+        assert ann.allowance is not None
+        return ann.allowance.left
+
+    async def spend() -> None:
+        assert await left_after(b"no image") == 4
+        assert await left_after(encode(noise(8, 12))) == 3
+        assert await left_after(encode(noise(8, 12))[:-20]) == 2, "one that is broken takes the time too"
+        monkeypatch.setattr(decoder_module, "decode_image", lambda *_: pytest.fail("it is decoded"))
+        with pytest.raises(QuotaExceeded) as caught:
+            await decoder.decode(large, GREY, ann)
+        assert (caught.value.field, caught.value.value) == ("row_steps", 4)
+
+    asyncio.run(spend())
+    decoder.close()
+
+
+def test_the_next_image_waits_for_one_whose_client_has_gone_while_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else its time would count for nobody."""
+    blocked = Blocked(monkeypatch)
+
+    async def leave() -> None:
+        gone = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, ANN))
+        await asyncio.sleep(0.05)  # until it is being decoded
+        gone.cancel()
+        await asyncio.sleep(0)
+        following = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR, BEN))
+        await asyncio.sleep(0)
+        assert blocked.decoder._pool._work_queue.empty()
+        blocked.go.set()
+        await following
+
+    asyncio.run(leave())
     blocked.decoder.close()
 
 
 def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = Blocked(monkeypatch)
     decoder, png_bytes = blocked.decoder, blocked.png_bytes
-    monkeypatch.setattr(decoder, "_budget", ByteBudget(len(png_bytes)))
+    monkeypatch.setattr(decoder, "_budget", ByteBudget(2 * len(png_bytes)))
 
     async def one_too_many() -> None:
-        waiting = asyncio.ensure_future(decoder.decode(png_bytes, COLOUR))
+        waiting = asyncio.ensure_future(decoder.decode(png_bytes, COLOUR, ANN))
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyBytes, match="one caller's bodies"):
+            await decoder.decode(png_bytes, COLOUR, ANN)
+        of_ben = asyncio.ensure_future(decoder.decode(encode(Image.new("L", (1, 1))), COLOUR, BEN))
         await asyncio.sleep(0)
         for more in (
-            decoder.decode(b"x", COLOUR),
-            decoder.inputs(b"x", None, COLOUR),
-            decoder.inputs(b"", b"x", COLOUR),
+            decoder.decode(png_bytes, COLOUR, EVE),
+            decoder.inputs(png_bytes, None, COLOUR, EVE),
+            decoder.inputs(b"", png_bytes, COLOUR, EVE),
         ):
             with pytest.raises(TooManyBytes):
                 await more
         blocked.go.set()
-        await waiting
-        await decoder.decode(png_bytes, COLOUR)
+        await asyncio.gather(waiting, of_ben)
+        await decoder.decode(png_bytes, COLOUR, ANN)
 
     asyncio.run(one_too_many())
     decoder.close()
