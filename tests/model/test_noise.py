@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -57,6 +58,17 @@ def test_log_sigmas_are_those_of_diffusers_and_rise(name: str) -> None:
     # theirs are of float32 alphas_cumprod, near 1 at t = 0 and near 0 at t = T - 1
     torch.testing.assert_close(torch.tensor(log_sigmas, dtype=F64), expected, rtol=0, atol=2e-3)
     assert log_sigmas == sorted(log_sigmas)
+
+
+def test_between_timesteps_log_sigma_is_a_line_where_sigma_is_one_in_diffusers() -> None:
+    noise = NoiseConfig(20, beta_schedule="squaredcos_cap_v2", default_sampler="euler", timestep_spacing="linspace")
+    theirs = EulerDiscreteScheduler.from_config(noise.to_dict())
+    theirs.set_timesteps(4)
+    log_sigmas, t = noise.schedule().log_sigmas, theirs.timesteps.double().numpy()
+    assert t[1] % 1 > 0.1, "it lies between two"
+    np.testing.assert_allclose(theirs.sigmas[:-1], np.interp(t, range(20), np.exp(log_sigmas)), rtol=1e-3)
+    alpha_bar = noise.schedule().alpha_bar_at(t.tolist())
+    np.testing.assert_allclose((1 / alpha_bar - 1).sqrt(), np.exp(np.interp(t, range(20), log_sigmas)), rtol=1e-9)
 
 
 # --- the forward process ------------------------------------------------------------------------------------------
@@ -285,6 +297,12 @@ def test_the_table_of_fields_has_those_of_the_class_in_diffusers(name: str) -> N
     own = inspect.signature(getattr(diffusers, name).__init__).parameters.keys()
     must = {field for kind in KINDS if kind.class_name == name for field in kind.must}
     assert set(FIELDS[name]) == {field for fields in FIELDS.values() for field in fields} & own - must
+
+
+def test_predict_epsilon_of_2022_is_read_where_diffusers_ignores_it() -> None:
+    assert NoiseConfig.from_dict({"predict_epsilon": False}).prediction_type == "sample"
+    assert NoiseConfig.from_dict({"predict_epsilon": True}).prediction_type == "epsilon"
+    assert DDPMScheduler.from_config({"predict_epsilon": False}).config.prediction_type == "epsilon"
 
 
 def outcome(config: dict[str, Any]) -> NoiseConfig | str:
