@@ -76,7 +76,8 @@ def main() -> None:
         return
     plan = PLANS[args.device]
     folders = networks.folders(args.networks or plan.networks)
-    findings = Findings(result_file.begin(wait=args.device != "cpu"))
+    code = (*result_file.CODE, "bench/passes.py", "bench/ticks.py")  # which are processes of their own
+    findings = Findings(result_file.begin(wait=args.device != "cpu", code=code))
     until_s = time.monotonic() + (args.seconds or plan.seconds)
     if not plan.compiled_rows:
         findings.leave_out("what is compiled is not tried on a CPU")

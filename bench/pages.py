@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.image_tables import NOT_MEASURED
-from bench.result_file import RESULTS, ROOT, digests
+from bench.result_file import RESULTS, ROOT, changed
 from bench.tables import TABLES
 
 PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/reference/*.md", "checkpoints/*/README.md",
@@ -77,9 +77,8 @@ def untrusted(result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def faults(files: Results, quoting: Sequence[Path], root: Path = ROOT) -> Iterator[str]:
+def faults(files: Results, quoting: Sequence[Path]) -> Iterator[str]:
     """Say what is wrong with the files that pages quote: one that is missing, not to be trusted, or too old."""
-    now = digests(root)
     for name in sorted(quoted(quoting, files)):
         if name not in files:
             yield f"{name}.json: there is no such file"
@@ -87,9 +86,8 @@ def faults(files: Results, quoting: Sequence[Path], root: Path = ROOT) -> Iterat
         if (why := untrusted(files[name])) is not None:
             yield f"{name}.json: {why}"
         made = files[name].get("made", {})
-        code = made.get("code") or dict.fromkeys(now)  # a file that names no code is too old
-        if changed := [folder for folder, digest in code.items() if digest != now.get(folder)]:
-            yield f"{name}.json: older than {', '.join(changed)} (by {made.get('command', 'an unknown command')})"
+        if newer := changed(made):
+            yield f"{name}.json: older than {', '.join(newer)} (by {made.get('command', 'an unknown command')})"
         if not made.get("clean", False):
             yield f"{name}.json: files differed from commit {made.get('commit', 'unknown')}"
 

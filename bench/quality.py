@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.result_file import RESULTS, ROOT, Begun, begin, digests, say, write
+from bench.result_file import RESULTS, ROOT, Begun, begin, changed, say, write
 from bench.servers import describe, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.evaluate import Measure
@@ -194,8 +194,7 @@ def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
 def read() -> dict[str, Any]:
     """Read the file; empty where there is none, or one of other code."""
     found: dict[str, Any] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
-    of_code, now = found.get("made", {}).get("code", {}), digests()
-    return found if all(of_code.get(folder) == now[folder] for folder in CODE) else {}
+    return {} if changed(found.get("made", {})) else found
 
 
 if __name__ == "__main__":

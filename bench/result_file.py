@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TRIALS = ROOT / "build" / "bench"  # of quick runs
-# The code that decides how fast tminus is and which images it makes.
-CODE = ("model", "service/engine", "service/scheduling", "service/worker")
+# The code that decides how fast tminus is and which images it makes, and what a benchmark starts beside itself.
+CODE = ("model", "service/engine", "service/scheduling", "service/worker", "bench/peers", "bench/bare.py")
 BUSY_SHARE = 0.05  # of the cores, taken by other programs: above it a machine is not idle
 WATCH_S, MOST_WATCHES = 3.0, 10  # how long, and how often, the machine is watched before a run
 MOST_ROUNDS = 8  # that a file keeps of one figure
@@ -67,15 +67,15 @@ class Begun:
 def begin(*, wait: bool = True, code: Sequence[str] = CODE) -> Begun:
     """Begin a run.
 
-    wait: watch the machine, up to half a minute, until other programs leave it alone. code: the folders that decide the
-    figures.
+    wait: watch the machine, up to half a minute, until other programs leave it alone. code: the folders and files that
+    decide the figures, beside the modules of bench/ that this process has loaded.
     """
     begun = Begun()
     commit_now = git("describe", "--always", "--abbrev=10", "--exclude=*")
     # New result files are no change of what is measured.
     begun.commit = commit_now or "unknown"
     begun.clean = bool(commit_now) and not git("status", "--porcelain", "--", ":/", ":!/bench/results")
-    begun.code = {folder: digest for folder, digest in digests().items() if folder in code}
+    begun.code = {path: digest(ROOT / path) for path in (*code, *loaded())}
     for _ in range(MOST_WATCHES if wait else 1):
         begun.busy_share = busy_share(WATCH_S if wait else WATCH_S / 10)
         if begun.idle:
@@ -161,18 +161,27 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def changed(made: Mapping[str, Any]) -> list[str]:
+    """List the code that is not as it was when the figures were made; all of bench/ if its modules are not named."""
+    code: Mapping[str, str] = made.get("code", {})
+    unnamed = [] if any(path.startswith("bench/") for path in code) else ["bench"]
+    return [path for path, was in code.items() if was != digest(ROOT / path)] + unnamed
+
+
+def loaded() -> list[str]:
+    """List the modules of bench/ that this process has loaded, as paths."""
+    files = {Path(file) for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
+    return sorted(file.relative_to(ROOT).as_posix() for file in files if file.is_relative_to(ROOT / "bench"))
+
+
 @cache
-def digests(root: Path = ROOT) -> dict[str, str]:
-    """Hash the code that decides the figures, a hash for each folder. Comments, docstrings and layout do not count."""
-    return {folder: _digest(root / folder) for folder in CODE}
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        _add(digest, ast.parse(file.read_bytes()))
-    return digest.hexdigest()[:12]
+def digest(path: Path) -> str:
+    """Hash the code of a file or a folder. Comments, docstrings and layout do not count."""
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        found.update(file.relative_to(path).as_posix().encode())
+        _add(found, ast.parse(file.read_bytes()))
+    return found.hexdigest()[:12]
 
 
 def _add(digest: Any, node: Any) -> None:

@@ -3,6 +3,7 @@
 An executor that has threads of its own leaves torch one, and a busy machine leaves it few.
 """
 
+import logging
 import math
 import os
 import time
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
@@ -53,6 +56,17 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def threads_left(usual: int) -> int:
+    """Return how many of its usual threads torch can take beside other programs; the log says if they are fewer."""
+    threads = min(usual, free_cores()) if usual > 1 else 1
+    if threads < usual:
+        log.info(
+            "torch takes %d of its %d threads: other programs or a CPU limit leave no more; --threads sets it",
+            threads, usual,
+        )  # fmt: skip
+    return threads
 
 
 def free_cores() -> int:

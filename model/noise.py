@@ -18,11 +18,9 @@ from tminus.model.catalogue import SAMPLER_FACTS, TABLE
 from tminus.model.config import Checked, given_fields, is_off
 from tminus.model.scheduler_kinds import (
     FAMILY_OF,
-    FIELDS,
     FIELDS_OF_ANY,
     KIND_OF,
     Family,
-    SchedulerKind,
     scheduler_kind,
 )
 from tminus.model.timesteps import log_sigma_at
@@ -33,7 +31,6 @@ MAX_TIMESTEPS, DEFAULT_TIMESTEPS = 100_000, 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 # The samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1.
 END_AT_FIRST = ("ddim", "plms", "pndm")
-NO_THRESHOLDING = ("plms", "pndm", "euler", "heun", "consistency")  # the samplers whose classes never threshold
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -294,8 +291,6 @@ class NoiseConfig(Checked):
         if given.get("variance_type", "") is None:  # of a solver: the network's variance is not learned
             del given["variance_type"]
         fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
-        known = set(kind.fields or FIELDS[kind.family])
-        known -= {"thresholding"} if kind.sampler in NO_THRESHOLDING else set()
         values = {key: value for key, value in kind.defaults.items() if key in fields}
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
             # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
@@ -306,16 +301,15 @@ class NoiseConfig(Checked):
         if (repeated := given.pop("timesteps", None)) not in (None, T):  # of 2022: it may repeat T
             raise ValueError(f"scheduler config: timesteps must be num_train_timesteps, {T}, got {repeated!r:.100}")
         for key, value in given.items():
-            key = kind.other_names.get(key, key)
-            if key in known:
-                values[key] = value
+            if key in kind.fields:
+                values[kind.other_names.get(key, key)] = value
             elif key in kind.must:
                 continue  # it has the value that it must have
-            elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
+            elif is_off(value) or key in FIELDS_OF_ANY:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not a known setting of {name}")
-        if "prediction_type" in known:  # elsewhere the class says it
+        if "prediction_type" in kind.fields:  # elsewhere the class says it
             told = values.get("prediction_type", "epsilon")
             if not (isinstance(told, str) and told in kind.predictions):
                 wanted = f"among {', '.join(kind.predictions)} for {name}"
@@ -331,33 +325,20 @@ class NoiseConfig(Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
-        fields = dataclasses.asdict(self)
+        kind = KIND_OF[self.family, self.default_sampler]
+        fields = {name: getattr(self, kind.other_names.get(name, name)) for name in sorted(kind.fields)}
         if self.trained_betas is not None:
             fields["trained_betas"] = list(self.trained_betas)  # as JSON has it
-        kind = KIND_OF[self.family, fields.pop("default_sampler")]
-        if self.is_continuous:
-            return {"_class_name": kind.class_name, **self._continuous_fields(kind)}
-        fields = {name: value for name, value in fields.items() if name in FIELDS["betas"]}
-        if kind.sampler not in END_AT_FIRST:
-            fields.pop("set_alpha_to_one")
-        if kind.sampler != "ddpm" and self.variance_type != "learned_range":
-            fields.pop("variance_type")  # only DDPM's fixed variances differ
-        # lambda_min_clipped is infinite, which JSON has not.
-        fields |= {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
-        if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms
-            del fields["clip_sample"], fields["clip_sample_range"]
-            fields |= {"thresholding": True, "sample_max_value": 1.0}
-        return {"_class_name": kind.class_name, **fields}
-
-    def _continuous_fields(self, kind: SchedulerKind) -> dict[str, Any]:
-        """The fields of to_dict where noise levels are a formula of t."""
-        theirs = {ours: name for name, ours in kind.other_names.items()}
-        fields = {theirs.get(name, name): getattr(self, name) for name in kind.fields or FIELDS[self.family]}
         if "prediction_type" in fields:
             fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
-        if kind.clips_by_threshold:
-            fields["thresholding"] = self.clip_sample and self.clip_sample_range == 1.0
-        return {**fields, **{name: value for name, value in kind.must.items() if value is not None}}
+        if kind.sampler != "ddpm" and self.variance_type != "learned_range":
+            fields.pop("variance_type", None)  # only DDPM's fixed variances differ
+        if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms
+            fields = {name: value for name, value in fields.items() if name not in ("clip_sample", "clip_sample_range")}
+            fields |= {"thresholding": True, "sample_max_value": 1.0}
+        # lambda_min_clipped is infinite, which JSON has not.
+        must = {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
+        return {"_class_name": kind.class_name, **fields, **must}
 
     def default_spacing(self, sampler: str) -> str:
         """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.

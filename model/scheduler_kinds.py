@@ -18,30 +18,38 @@ FAMILY_OF: Mapping[str, Family] = {
     "flow": "flow",
     "score": "ve",
 }
-# The fields of NoiseConfig that the classes of a family have.
 _OF_BETAS = (
+    "num_train_timesteps",
     "beta_start",
     "beta_end",
     "beta_schedule",
     "trained_betas",
-    "variance_type",
     "prediction_type",
-    "clip_sample",
-    "clip_sample_range",
-    "thresholding",
     "timestep_spacing",
     "steps_offset",
-    "set_alpha_to_one",
-    "rescale_betas_zero_snr",
 )
-_OF_RAMP = ("sigma_min", "sigma_max", "sigma_data", "rho")
-FIELDS: Mapping[Family, tuple[str, ...]] = {
-    "betas": ("num_train_timesteps", *_OF_BETAS),
-    "consistency": ("num_train_timesteps", *_OF_RAMP, "clip_sample"),
-    "edm": ("num_train_timesteps", *_OF_RAMP, "sigma_schedule", "prediction_type"),
-    "flow": ("num_train_timesteps", "shift"),
-    "ve": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
+_OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
+_CLIP = ("clip_sample", "clip_sample_range")
+# The fields of each class in diffusers that NoiseConfig has too, by the names that the class gives them.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
+    "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
+    "DPMSolverMultistepScheduler": (*_OF_BETAS, "variance_type", "thresholding", "rescale_betas_zero_snr"),
+    "UniPCMultistepScheduler": (*_OF_BETAS, "thresholding", "rescale_betas_zero_snr"),
+    "DEISMultistepScheduler": (*_OF_BETAS, "thresholding"),
+    "PNDMScheduler": (*_OF_BETAS, "set_alpha_to_one"),
+    "EulerDiscreteScheduler": (*_OF_BETAS, "rescale_betas_zero_snr"),
+    "HeunDiscreteScheduler": (*_OF_BETAS, *_CLIP),
+    "CMStochasticIterativeScheduler": (*_OF_RAMP, "clip_denoised"),
+    "EDMEulerScheduler": (*_OF_RAMP, "sigma_schedule", "prediction_type"),
+    "EDMDPMSolverMultistepScheduler": (*_OF_RAMP, "sigma_schedule", "prediction_type", "thresholding"),
+    "KarrasEDMScheduler": (*_OF_RAMP, "precondition_type", "prediction_type", *_CLIP),
+    "FlowMatchEulerDiscreteScheduler": ("num_train_timesteps", "shift"),
+    "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
+# Read for every class of betas, even one that lacks them: any sampler may clip, and variance_type says what a network's
+# output channels are.
+READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _NO_FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
@@ -95,15 +103,22 @@ class SchedulerKind:
     """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
     other_names: Mapping[str, str] = field(default_factory=dict)
     """The names that the class has for fields that DDPMScheduler has under another name."""
-    clips_by_threshold: bool = False
-    """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """The values that it takes for others: (field, value) and what it makes of it. from_config leaves such behind."""
     family: Family = "betas"
-    fields: tuple[str, ...] = ()
-    """The fields of NoiseConfig that it has, where they are not those of its family."""
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
     """The values of prediction_type that it has, and what each is here."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of a config that are read, by the names that the class gives them."""
+        return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
+
+    @property
+    def clips_by_threshold(self) -> bool:
+        """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
+        own = FIELDS[self.class_name]
+        return "thresholding" in own and "clip_sample" not in own
 
 
 _EDM = {"prediction_type": "epsilon", "clip_sample": False}
@@ -112,15 +127,12 @@ _OF_EDM = {"epsilon": "edm", "v_prediction": "edm_v_prediction"}
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),
     SchedulerKind("DDIMScheduler", "ddim"),
-    SchedulerKind(
-        "DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True, reads=_DPM_READS
-    ),
+    SchedulerKind("DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, reads=_DPM_READS),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
         "dpmpp_3m",
         {**_DPM_SOLVER, "solver_order": 3, "lower_order_final": True},
         {"solver_order": 2, **_LINSPACE},
-        clips_by_threshold=True,
         reads=_DPM_READS,
     ),
     SchedulerKind(
@@ -128,7 +140,6 @@ KINDS = (
         "dpmpp_2m_sde",
         {**_DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "dpmsolver++", **_LINSPACE},
-        clips_by_threshold=True,
         reads=_DPM_READS,
     ),
     SchedulerKind(
@@ -148,7 +159,6 @@ KINDS = (
             "shift_terminal": None,
         },
         _LINSPACE,
-        clips_by_threshold=True,
         reads=_UNIPC_READS,
     ),
     SchedulerKind(
@@ -163,7 +173,6 @@ KINDS = (
             **_NO_FLOW,
         },
         _LINSPACE,
-        clips_by_threshold=True,
         reads=_DEIS_READS,
     ),
     SchedulerKind(
@@ -203,10 +212,8 @@ KINDS = (
             sampler,
             {**_EDM_SOLVER, **other},
             {**_EDM, **_EDM_SOLVER},
-            clips_by_threshold=True,
             reads=_DPM_READS,
             family="edm",
-            fields=(*FIELDS["edm"], "thresholding"),
             predictions=_OF_EDM,
         )
         for sampler, other in (
@@ -222,14 +229,6 @@ KINDS = (
         {"prediction_type": "sample", "use_karras_sigmas": True, "s_churn": 0.0, "s_noise": 1.0},
         {"num_train_timesteps": 40, "prediction_type": "sample", "clip_sample": False},
         family="edm",
-        fields=(
-            "num_train_timesteps",
-            *_OF_RAMP,
-            "precondition_type",
-            "prediction_type",
-            "clip_sample",
-            "clip_sample_range",
-        ),
         predictions={"sample": "edm"},
     ),
     SchedulerKind(
@@ -263,7 +262,7 @@ KINDS = (
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
 # diffusers' from_config keeps the fields of the class that a config was written for, and no class reads another's.
-FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.other_names} for kind in KINDS))
+FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,11 @@ def test_the_losses_of_the_recipe_are_those_of_the_command_that_the_page_prints(
 
 
 def made(**changes: Any) -> dict[str, Any]:
-    return {"quick": False, "timed": True, "idle": True, "clean": True, "code": result_file.digests()} | changes
+    return {"quick": False, "timed": True, "idle": True, "clean": True, "code": code_now()} | changes
+
+
+def code_now() -> dict[str, str]:
+    return {path: result_file.digest(ROOT / path) for path in result_file.CODE}
 
 
 def test_a_number_is_rewritten_from_its_file_and_its_mark_stays() -> None:
@@ -131,15 +137,22 @@ def test_a_file_that_is_older_than_the_code_is_named(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marks = "1<!-- figure a:x d --> 2<!-- figure b:x d --> 3<!-- figure c:x d --> 4<!-- figure d:x d -->"
     page.write_text(f"{marks}\n<!-- table gpu -->\n\n<!-- end -->\n")
-    old = made(code=result_file.digests() | {"service/engine": "another"}, command="python -m bench")
+    old = made(code=code_now() | {"service/engine": "another", "bench/loads.py": "another"}, command="python -m bench")
     dirty, unknown = made(clean=False, commit="abc"), made(code={}, command="make gpu")
     files = {name: {"made": of} for name, of in {"a": made(), "b": old, "d": dirty, "gpu-card": unknown}.items()}
     assert list(pages.faults(files, [page])) == [
-        "b.json: older than service/engine (by python -m bench)",
+        "b.json: older than service/engine, bench/loads.py (by python -m bench)",
         "c.json: there is no such file",
         "d.json: files differed from commit abc",
-        f"gpu-card.json: older than {', '.join(result_file.CODE)} (by make gpu)",
+        "gpu-card.json: older than bench (by make gpu)",
     ]
+
+
+def test_a_run_names_its_own_modules_and_its_peers_but_not_what_makes_the_pages() -> None:
+    names = "import json, bench.__main__; print(json.dumps(bench.__main__.result_file.begin(wait=False).code))"
+    code = json.loads(subprocess.check_output([sys.executable, "-c", names], cwd=ROOT))
+    assert {"model", "bench/__main__.py", "bench/loads.py", "bench/figures.py", "bench/peers"} <= code.keys()
+    assert not {"bench/pages.py", "bench/tables.py"} & code.keys()
 
 
 def test_only_what_runs_decides_whether_code_is_newer(tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ def test_only_what_runs_decides_whether_code_is_newer(tmp_path: Path) -> None:
 
     def digest(text: str) -> str:
         file.write_text(text)
-        return result_file.digests.__wrapped__(tmp_path)["model"]
+        return result_file.digest.__wrapped__(file.parent)
 
     first = digest('"""A module."""\n\n\ndef f(x):\n    """Doc."""\n    return x + 1\n')
     assert digest("# reworded\ndef f(x):\n    'Other words.'\n    return (x + 1)  # why\n") == first

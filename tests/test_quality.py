@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import image_tables, quality
-from bench.result_file import ROOT, digests
+from bench.result_file import ROOT, digest
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.evaluation.samples import Point
 
@@ -48,7 +48,8 @@ def test_what_the_file_has_of_the_same_code_and_weights_is_not_measured_again(
     monkeypatch.setattr(quality, "FILE", file)
     one, two = Point("consistency", 1), Point("consistency", 2)
     assert set(quality.lacking(STUDENT.name)) == {one, two}
-    entry, code = quality.identity(checkpoint, one), digests()
+    entry = quality.identity(checkpoint, one)
+    code = {path: digest(ROOT / path) for path in (*quality.CODE, "bench/quality.py")}
     for same, changes, code_of_file in (
         (True, {}, code),
         (False, {"weights_hash": "of others"}, code),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically, write_text
-from tminus.model.machine import free_cores
+from tminus.model.machine import threads_left
 from tminus.model.training.curve import LossCurve, loss_svg, sparkline
 from tminus.model.training.data import listed
 
@@ -382,13 +382,7 @@ def take_threads(config: Config, device: torch.device) -> Config:
     """Set torch's number of threads for a run on a CPU; returns the config with the number."""
     if device.type != "cpu":
         return config
-    usual = torch.get_num_threads()
-    threads = config.threads or (min(usual, free_cores()) if usual > 1 else 1)
-    if threads < usual and not config.threads:
-        log.info(
-            "torch takes %d of its %d threads: other programs or a CPU limit leave no more; --threads sets it",
-            threads, usual,
-        )  # fmt: skip
+    threads = config.threads or threads_left(torch.get_num_threads())
     torch.set_num_threads(threads)
     return dataclasses.replace(config, threads=threads)
 

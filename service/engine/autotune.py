@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import first_line
+from tminus.model.machine import threads_left
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.accuracy import Unfit, Verdict
 from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache
@@ -64,6 +65,7 @@ class Choice:
     sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
     wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
     streams: int | None = None  # openvino: None is one for each thread; 1 is one for all threads
+    threads: int | None = None  # of torch, where other programs left fewer than the wish's when it was measured
 
     @property
     def way(self) -> tuple[str, str]:
@@ -103,10 +105,6 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
         # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for. Eager
         # was never the fastest either; it is there for a network that OpenVINO cannot run, see `_fastest`.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
-        if device.type == "cpu" and not openvino_executor.available():
-            log.warning(
-                "openvino is not installed; on a CPU it is some three times faster: pip install 'tminus[openvino]'"
-            )
     candidates = []
     for name in names:
         for precision in _precisions(checkpoint, device, wish, name):
@@ -139,9 +137,9 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
         return None
     ascending = list(numbers) == sorted(set(numbers)) and len(numbers) <= MAX_GRAPHS
     possible = type(choice.wide) is int and 0 <= choice.wide < wish.threads and choice.streams in (None, 1)
-    return (
-        choice if ascending and possible and replace(choice, sizes=None, wide=0, streams=None) in candidates else None
-    )
+    possible &= choice.threads in (None, *range(1, wish.threads))
+    candidate = replace(choice, sizes=None, wide=0, streams=None, threads=None)
+    return choice if ascending and possible and candidate in candidates else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +167,13 @@ class Builder:
         threads: int,
         cache: Path | None = None,
         tell: Callable[[float], None] = lambda _pass_s: None,
+        *,
+        shares_cores: bool = False,
     ) -> None:
-        """cache: the folder where the converted graph is kept. tell: is told how long a pass of one row takes."""
+        """cache: the folder where the converted graph is kept. tell: is told how long a pass of one row takes.
+
+        shares_cores: whether torch may take fewer threads on a CPU, so as not to wait for cores that others use.
+        """
         self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
         self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
         self.worth = WORTH_LARGE if self.is_large else WORTH
@@ -178,6 +181,13 @@ class Builder:
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
         self._spreads: list[float] = []  # of each thing that was timed, the median time by the least
+        self._shares_cores = shares_cores and device.type == "cpu"
+
+    @cached_property
+    def torch_threads(self) -> int | None:
+        """How many threads torch takes, if other programs leave fewer than are wished for."""
+        threads = threads_left(self._threads) if self._shares_cores else self._threads
+        return threads if threads < self._threads else None
 
     @property
     def noise(self) -> float:
@@ -225,7 +235,7 @@ class Builder:
                 wide=choice.wide,
                 compiled=self._compiled,
             )
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(choice.threads or self._threads)
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         return EagerExecutor(net, device, precision=precision, channels_last=choice.channels_last, sizes=choice.sizes)
@@ -283,14 +293,16 @@ def choose_executor(
     tell: Callable[[float], None] = lambda _pass_s: None,
     *,
     busy: bool = False,
+    shares_cores: bool = False,
 ) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError where none can run.
 
     cache: the folder where the answer is kept, by machine, model and versions, and the converted graph; None: nowhere.
     tell: is told how long a pass of one row takes, as soon as that is known. busy: whether a server runs, in which a
     model that comes back must give the same bytes: a choice that was made on a busy machine is not made anew.
+    shares_cores: see Builder; the number of threads is kept with the choice, since bits depend on it.
     """
-    builder = Builder(checkpoint, device, wish.threads, cache, tell)
+    builder = Builder(checkpoint, device, wish.threads, cache, tell, shares_cores=shares_cores and not busy)
     candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
     while True:
         choice = _choose(builder, wish, candidates, cache, busy=busy)
@@ -382,6 +394,8 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
     for candidate in candidates:
         if best is not None and best.choice.executor == "openvino" != candidate.executor:
             break
+        if candidate.executor != "openvino":
+            candidate = replace(candidate, threads=builder.torch_threads)
         try:
             with builder.verdict(candidate).attempt() if candidate.way != REFERENCE else nullcontext():
                 measured = _with_sizes(builder, wish, candidate, best, until_s)

@@ -12,7 +12,7 @@ from PIL import features
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
-from tminus.model.scheduler_kinds import FIELDS
+from tminus.model.scheduler_kinds import KINDS
 from tminus.service.engine.executors import Executor
 from tminus.service.model_info import LatentInfo, ModelInfo
 
@@ -80,7 +80,9 @@ def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
     fields = asdict(noise)
     if noise.is_continuous:
         return fields
-    return {name: fields[name] for name in ("default_sampler", *FIELDS["betas"], *FIELDS["consistency"])}
+    kinds = [kind for kind in KINDS if kind.family in ("betas", "consistency")]
+    names = {kind.other_names.get(name, name) for kind in kinds for name in kind.fields}
+    return {name: fields[name] for name in ("default_sampler", *names)}
 
 
 def _device_name(device: torch.device) -> str:

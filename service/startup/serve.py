@@ -276,8 +276,9 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]
     Returns those that are in memory from the start, and what is known of those that are not: with --idle-unload all but
     the default one.
     """
-    from tminus.service.engine.loading import ReadModel, describe, read_checkpoint
+    from tminus.service.engine.loading import ReadModel, describe, read_checkpoint, recommend_openvino
 
+    recommend_openvino(settings.executor, settings.device)
     models: list[ReadModel] = []
     known: list[KnownModel] = []
     taken: dict[str, str] = {}  # the hash of the weights, by name

@@ -165,7 +165,8 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="CPU threads of the network. Set it in a container with a CPU quota, since otherwise the cores of "
-        "the host count, or if other programs need the cores. Default: one for each core.",
+        "the host count, or if other programs need the cores. Default: one for each core; in PyTorch, one for "
+        "each that other programs leave free when the network is first measured.",
     )
     cache_dir: Path | None = Field(
         None,

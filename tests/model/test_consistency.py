@@ -17,13 +17,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "another ramp, no clip": {"num_train_timesteps": 201, "sigma_min": 0.01, "sigma_max": 30.0, "rho": 5.0},
 }
 SETTINGS["another ramp, no clip"] |= {"sigma_data": 1.0, "clip_denoised": False}
+SETTINGS["a field of another class"] = {"clip_sample": False}
 
 
 @pytest.fixture(params=SETTINGS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, ConsistencyModelPipeline]:
     fields = {key: value for key, value in TINY.to_dict().items() if key != "_class_name"}
     net = randomised(UNet2DModel(**fields))
-    pipeline = ConsistencyModelPipeline(net, CMStochasticIterativeScheduler(**SETTINGS[request.param]))
+    pipeline = ConsistencyModelPipeline(net, CMStochasticIterativeScheduler.from_config(SETTINGS[request.param]))
     pipeline.save_pretrained(tmp_path)
     return load_checkpoint(tmp_path), pipeline
 

@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 import json
 import logging
@@ -6,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import BETA_SCHEDULES, NoiseConfig, NoiseSchedule, make_betas, posterior_between
 from tminus.model.samplers import compile_plan
-from tminus.model.scheduler_kinds import KIND_OF
+from tminus.model.scheduler_kinds import FIELDS, KIND_OF, KINDS, READ_OF_BETAS
 
 F64 = torch.float64
 
@@ -57,6 +58,17 @@ def test_log_sigmas_are_those_of_diffusers_and_rise(name: str) -> None:
     # theirs are of float32 alphas_cumprod, near 1 at t = 0 and near 0 at t = T - 1
     torch.testing.assert_close(torch.tensor(log_sigmas, dtype=F64), expected, rtol=0, atol=2e-3)
     assert log_sigmas == sorted(log_sigmas)
+
+
+def test_between_timesteps_log_sigma_is_a_line_where_sigma_is_one_in_diffusers() -> None:
+    noise = NoiseConfig(20, beta_schedule="squaredcos_cap_v2", default_sampler="euler", timestep_spacing="linspace")
+    theirs = EulerDiscreteScheduler.from_config(noise.to_dict())
+    theirs.set_timesteps(4)
+    log_sigmas, t = noise.schedule().log_sigmas, theirs.timesteps.double().numpy()
+    assert t[1] % 1 > 0.1, "it lies between two"
+    np.testing.assert_allclose(theirs.sigmas[:-1], np.interp(t, range(20), np.exp(log_sigmas)), rtol=1e-3)
+    alpha_bar = noise.schedule().alpha_bar_at(t.tolist())
+    np.testing.assert_allclose((1 / alpha_bar - 1).sqrt(), np.exp(np.interp(t, range(20), log_sigmas)), rtol=1e-9)
 
 
 # --- the forward process ------------------------------------------------------------------------------------------
@@ -259,7 +271,6 @@ REFUSED_BY_DIFFUSERS = {("dpmpp_2m_sde", DEISMultistepScheduler), ("deis", DPMSo
 
 @pytest.mark.parametrize("to", sorted(CLASSES, key=lambda cls: cls.__name__))
 def test_what_a_config_keeps_of_another_class_after_a_swap_changes_nothing(to: Any, tmp_path: Path) -> None:
-    read_by_us = {field.name for field in dataclasses.fields(NoiseConfig)}  # clip_sample counts for every class
     for cls, settings, noise in DEFAULTS:
         if (noise.default_sampler, to) in REFUSED_BY_DIFFUSERS:
             continue
@@ -267,8 +278,31 @@ def test_what_a_config_keeps_of_another_class_after_a_swap_changes_nothing(to: A
         to.from_config(before).save_pretrained(tmp_path)
         after = json.loads((tmp_path / "scheduler_config.json").read_text())
         assert {name for name in before if not name.startswith("_")} <= set(after), "diffusers keeps all fields"
-        read = {*inspect.signature(to.__init__).parameters, *read_by_us, "_class_name"}
+        read = {*inspect.signature(to.__init__).parameters, *READ_OF_BETAS, "_class_name"}
         assert outcome(after) == outcome({key: value for key, value in after.items() if key in read}), cls
+
+
+@pytest.mark.parametrize("to", sorted(CLASSES, key=lambda cls: cls.__name__))
+def test_betas_are_rescaled_only_if_the_class_can_rescale_them(to: Any, tmp_path: Path) -> None:
+    theirs = to.from_config(DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert written["rescale_betas_zero_snr"] is True
+    ours = NoiseConfig.from_dict(written).schedule().alpha_bar
+    torch.testing.assert_close(ours[:-1], theirs.alphas_cumprod[:-1].double(), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"KarrasEDMScheduler"}))  # which no release of diffusers has
+def test_the_table_of_fields_has_those_of_the_class_in_diffusers(name: str) -> None:
+    own = inspect.signature(getattr(diffusers, name).__init__).parameters.keys()
+    must = {field for kind in KINDS if kind.class_name == name for field in kind.must}
+    assert set(FIELDS[name]) == {field for fields in FIELDS.values() for field in fields} & own - must
+
+
+def test_predict_epsilon_of_2022_is_read_where_diffusers_ignores_it() -> None:
+    assert NoiseConfig.from_dict({"predict_epsilon": False}).prediction_type == "sample"
+    assert NoiseConfig.from_dict({"predict_epsilon": True}).prediction_type == "epsilon"
+    assert DDPMScheduler.from_config({"predict_epsilon": False}).config.prediction_type == "epsilon"
 
 
 def outcome(config: dict[str, Any]) -> NoiseConfig | str:

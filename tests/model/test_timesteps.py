@@ -70,6 +70,17 @@ def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
     np.testing.assert_allclose(ours, scheduler.timesteps.numpy(), rtol=0, atol=1e-4)  # theirs are float32
 
 
+@pytest.mark.parametrize(("spacing", "differ"), [("leading", 0), ("trailing", 507), ("linspace", 540)])
+def test_middles_of_pndm_differ_from_those_of_diffusers_at_these_step_counts_alone(spacing: str, differ: int) -> None:
+    """The counts stand in docs/checkpoints.md."""
+    theirs, others = PNDMScheduler(timestep_spacing=spacing), 0
+    for steps in range(4, SAMPLER_FACTS["pndm"].max_steps(1000) + 1):
+        theirs.set_timesteps(steps)
+        ours = timesteps_of_passes("pndm", make_timesteps("pndm", spacing, steps, 1000))
+        others += ours != theirs.timesteps.tolist()[: len(ours)]
+    assert others == differ
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_takes_more_passes_than_there_are_timesteps(sampler: str) -> None:
     facts = SAMPLER_FACTS[sampler]

@@ -418,10 +418,10 @@ def test_a_run_takes_the_cores_that_are_free_and_keeps_their_number_when_it_goes
         return int(provenance_in(tmp_path)["config"]["threads"])
 
     try:
-        monkeypatch.setattr("tminus.model.training.run.free_cores", lambda: 2)
+        monkeypatch.setattr("tminus.model.machine.free_cores", lambda: 2)
         assert steps(1) == 2
         assert "torch takes 2 of its 4 threads: other programs or a CPU limit leave no more" in caplog.text
-        monkeypatch.setattr("tminus.model.training.run.free_cores", lambda: pytest.fail("it looked again"))
+        monkeypatch.setattr("tminus.model.machine.free_cores", lambda: pytest.fail("it looked again"))
         assert steps(2) == 2
         assert steps(3, threads=3) == 3
         assert taken == [2, 2, 3]

@@ -336,15 +336,9 @@ def candidates(checkpoint: Checkpoint, wish: Wish, device: torch.device = CPU) -
     return {(each.executor, each.precision) for each in find_candidates(checkpoint, device, wish)}
 
 
-def test_without_openvino_a_cpu_has_eager_and_that_is_told(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_openvino_a_cpu_has_eager(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_executor, "openvino", None)
     assert candidates(checkpoint, Wish()) == {("eager", "float32")}
-    assert "pip install 'tminus[openvino]'" in caplog.text
-    caplog.clear()
-    candidates(checkpoint, Wish(executor="eager"))
-    assert caplog.text == "", "it was asked for"
 
 
 @needs_openvino

@@ -18,6 +18,7 @@ from tminus.service.engine.autotune import (
     Wish,
     choose_executor,
     example_inputs,
+    kept_executor,
 )
 from tminus.service.engine.choice_cache import GIVEN, NOISE_KEY, default_cache
 
@@ -41,6 +42,35 @@ def test_the_answer_is_kept_and_the_second_call_measures_nothing(
     inputs = example_inputs(checkpoint, CPU, 3)
     assert second(*inputs).equal(first(*inputs))
     assert list(cache.iterdir()) == [file], "nothing else is left there"
+
+
+def test_torch_takes_the_cores_that_are_free_and_keeps_their_number_with_the_answer(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    quick: list[int],
+    unmeasurable: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    wish = replace(EAGER, threads=2)
+
+    def threads(cache: Path, **how: bool) -> int:
+        torch.set_num_threads(3)
+        choose_executor(checkpoint, CPU, wish, cache, **how)
+        return torch.get_num_threads()
+
+    monkeypatch.setattr("tminus.model.machine.free_cores", lambda: 1)
+    assert threads(tmp_path / "shared", shares_cores=True) == 1
+    assert "torch takes 1 of its 2 threads: other programs or a CPU limit leave no more" in caplog.text
+    monkeypatch.setattr("tminus.model.machine.free_cores", lambda: pytest.fail("it looked"))
+    assert threads(tmp_path / "asked for") == 2
+    assert threads(tmp_path / "beside others", shares_cores=True, busy=True) == 2
+    unmeasurable()
+    assert threads(tmp_path / "shared", shares_cores=True) == 1
+    torch.set_num_threads(3)
+    assert kept_executor(checkpoint, CPU, wish, tmp_path / "shared") is not None
+    assert torch.get_num_threads() == 1, "bits depend on it"
 
 
 def test_an_answer_that_is_given_is_taken_where_there_is_no_own_also_if_it_cannot_be_written_there(
@@ -82,6 +112,7 @@ DAMAGED = {
         f"sizes {sizes}": json.dumps(GOOD | {"sizes": sizes}).encode()
         for sizes in (5, ["one"], [0], [4, 1], [1, 1], [1, 5], [10**30], [True])
     },
+    **{f"threads {count}": json.dumps(GOOD | {"threads": count}).encode() for count in (0, 1, "one")},
 }
 
 

@@ -506,20 +506,20 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
 ) -> None:
     """Building an executor sets torch's number of threads, which the next load must not take for the machine's."""
     monkeypatch.setattr(loading, "CORES", 3)
-    wished: list[int] = []
+    wished: list[tuple[int, bool]] = []
     choose = loading.choose_executor
 
     def chosen(
-        checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object, **_more: object
+        checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, *_: object, **how: bool
     ) -> Executor:
-        wished.append(wish.threads)
+        wished.append((wish.threads, how["shares_cores"]))
         return choose(checkpoint, device, replace(wish, threads=1), cache)
 
     monkeypatch.setattr(loading, "choose_executor", chosen)
-    for _ in range(2):
+    for threads in (None, None, 3):
         torch.set_num_threads(1)
-        load_engine(replace(options, threads=None))
-    assert wished == [3, 3]
+        load_engine(replace(options, threads=threads))
+    assert wished == [(3, True), (3, True), (3, False)]
 
 
 # --- for one job ---

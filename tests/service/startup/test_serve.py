@@ -14,7 +14,7 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
-from tminus.service.engine import devices, loading
+from tminus.service.engine import devices, loading, openvino_executor
 from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.sqlite_store import open_store
 from tminus.service.jobs.stores import Stores
@@ -53,6 +53,18 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     with pytest.raises(ValueError, match="the same bits"):
         serve.measure_and_build(opened, None, Opening(), with_metrics=False)
     assert freed == [True, True]
+
+
+def test_a_start_on_a_cpu_says_first_of_all_that_openvino_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(openvino_executor, "openvino", None)
+    for executor in ("auto", "eager"):
+        with pytest.raises(ValueError, match="nothing-here"):
+            serve.read_models(Settings(checkpoint=[str(tmp_path / "nothing-here")], device="cpu", executor=executor))
+    (line,) = caplog.messages  # none if eager is asked for
+    assert "OpenVINO is missing" in line
+    assert "pip install 'tminus[openvino]'" in line
 
 
 @pytest.fixture
