@@ -39,8 +39,7 @@ export function frameAt(frames, t) {
 // --- the frames ---
 
 let frames = [];
-let shown = 0; // the number of the frame that is shown
-let following = true; // whether the newest frame is shown; not while the user views an earlier frame
+let shown = 0; // the number of the frame that is shown; while it is the newest, newer ones take its place
 let growing = false; // while a job runs
 
 export const setGrowing = (yes) => (growing = yes);
@@ -48,13 +47,16 @@ export const setGrowing = (yes) => (growing = yes);
 // A step may come in two parts, and again after the connection broke. Pictures are blobs.
 export function addFrame({ step, steps, t }, pictures) {
   if (frames.length && step < frames.at(-1).step) return;
+  const follows = isNewest(shown);
   if (frames.at(-1)?.step !== step) frames.push({ step, steps, t });
   const last = frames.at(-1);
   take(last, pictures);
   if (frames.reduce((sum, frame) => sum + bytesOf(frame), 0) > MOST_BYTES) thinOut();
   drawFrames();
-  showFrame(following ? frames.length - 1 : shown, "live");
+  showFrame(follows ? frames.length - 1 : shown, "live");
 }
+
+const isNewest = (at) => at >= frames.length - 1;
 
 function take(frame, pictures) {
   for (const [show, blob] of Object.entries(pictures)) {
@@ -101,7 +103,7 @@ export function showPath(path) {
 export function clearFrames() {
   frames.forEach(drop);
   frames = [];
-  following = true;
+  shown = 0;
   showPictures(null);
   Object.assign(element("scrub"), { disabled: true, max: 0, value: 0 });
   element("play").ariaDisabled = "true";
@@ -115,7 +117,7 @@ function thinOut() {
   const odd = (at) => (frames.length - 1 - at) % 2;
   frames.filter((_, at) => odd(at)).forEach(drop);
   frames = frames.filter((_, at) => !odd(at));
-  shown = Math.min(Math.floor(shown / 2), frames.length - 1);
+  shown = Math.floor(shown / 2);
 }
 
 const bytesOf = (frame) => SHOWS.reduce((sum, show) => sum + (frame[show]?.bytes ?? 0), 0);
@@ -138,11 +140,7 @@ function showFrame(at, from) {
 }
 
 /** Show a frame by its number, as somebody who looks back does. */
-function goTo(at) {
-  following = at === frames.length - 1;
-  showFrame(at, "frames");
-}
-
+const goTo = (at) => showFrame(at, "frames");
 const goBy = (count) => goTo(Math.max(0, Math.min(frames.length - 1, shown + count)));
 
 /** The number of the frame that is nearest to a step. */
@@ -161,10 +159,8 @@ element("scrub").addEventListener("keydown", (event) => {
 
 onTime((t, from) => {
   if (t === null || !frames.length || ["frames", "live"].includes(from)) return;
-  if (growing && following && from === "hover") return; // a mouse on its way does not stop what is watched
-  const at = frameAt(frames, t);
-  following = at === frames.length - 1;
-  showFrame(at, "time");
+  if (growing && isNewest(shown) && from === "hover") return; // a mouse on its way does not stop what is watched
+  showFrame(frameAt(frames, t), "time");
 });
 
 // --- the filmstrip: a few frames, each a button at its place between noise and image ---
@@ -255,7 +251,7 @@ strip.addEventListener(
   "wheel",
   (event) => {
     const by = event.deltaX || event.deltaY;
-    const atItsEnd = by < 0 ? shown === 0 : shown === frames.length - 1;
+    const atItsEnd = by < 0 ? shown === 0 : isNewest(shown);
     if (event.timeStamp - scrolled_ms < SCROLLING_MS) scrolled_ms = event.timeStamp;
     else if (frames.length > 1 && !event.ctrlKey && !atItsEnd) {
       event.preventDefault();

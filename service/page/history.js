@@ -1,5 +1,4 @@
-// The jobs of this session, as a strip: their images, or that they are on their way. The session
-// remembers them.
+// The jobs of this session, as a strip: their images, or that they are on their way. The session remembers them.
 
 import { ask, element, getJson, isGone, keep, reason, recall } from "./api.js";
 import { describe } from "./form.js";

@@ -57,7 +57,7 @@ A_PAGE = re.compile(r"/(models/[^/]+/)?(?P<style>page/page\.css)?")
 DETAIL = "the model is being measured, to find the fastest way of running it on this machine"
 PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="page/page.css">
-<title>tminus is starting</title></head><body><h1 id="title">tminus is starting</h1>
+<title>tminus is starting</title></head><body><h1>tminus is starting</h1>
 <p class="explain">%s.</p><p class="explain">This page opens by itself.</p></body></html>"""
 
 
