@@ -16,7 +16,7 @@ export function setUp(model) {
   const slider = element("compare-t"), last = model.num_timesteps - 1;
   slider.max = last;
   element("compare-class-field").hidden = !model.conditional;
-  fill(element("compare-class"), classOptions(model), String(Math.min(7, model.class_names.length - 1)));
+  fill(element("compare-class"), classOptions(model));
   lanes = beginnings(model).map((begins, number) => lane(number, model, begins));
   element("lanes").replaceChildren(...lanes.map(({ node }) => node));
   element("compare-count").addEventListener("change", showLanes);
@@ -137,7 +137,7 @@ function lane(number, model, begins) {
   suit();
 
   function suitTable() {
-    takeTable(part("sampler").value, part("steps"), part("guidance"));
+    takeTable(part("sampler").value, part("steps"), part("guidance"), part("when"));
   }
 
   function suit() {
@@ -145,6 +145,7 @@ function lane(number, model, begins) {
     grey(part("guidance"), why);
     for (const name of ["from", "to"]) part(name).closest("label").hidden = !guided || Boolean(why);
     part("steps").max = model.sampler_details[part("sampler").value].max_steps;
+    part("when").textContent = "";
     suitTable();
   }
 

@@ -39,7 +39,7 @@ export function frameAt(frames, t) {
 // --- the frames ---
 
 let frames = [];
-let following = true; // whether the newest frame is shown; not while the user views an earlier frame
+let shown = 0; // the number of the frame that is shown; while it is the newest, newer ones take its place
 let growing = false; // while a job runs
 
 export const setGrowing = (yes) => (growing = yes);
@@ -47,13 +47,16 @@ export const setGrowing = (yes) => (growing = yes);
 // A step may come in two parts, and again after the connection broke. Pictures are blobs.
 export function addFrame({ step, steps, t }, pictures) {
   if (frames.length && step < frames.at(-1).step) return;
+  const follows = isNewest(shown);
   if (frames.at(-1)?.step !== step) frames.push({ step, steps, t });
   const last = frames.at(-1);
   take(last, pictures);
   if (frames.reduce((sum, frame) => sum + bytesOf(frame), 0) > MOST_BYTES) thinOut();
   drawFrames();
-  showFrame(following ? frames.length - 1 : Number(element("scrub").value), "live");
+  showFrame(follows ? frames.length - 1 : shown, "live");
 }
+
+const isNewest = (at) => at >= frames.length - 1;
 
 function take(frame, pictures) {
   for (const [show, blob] of Object.entries(pictures)) {
@@ -66,7 +69,7 @@ function take(frame, pictures) {
 function drawFrames() {
   const scrub = element("scrub");
   scrub.disabled = false;
-  scrub.max = frames.length - 1;
+  scrub.max = frames.at(-1).steps; // a frame's place on it is that on the strip
   element("play").ariaDisabled = String(frames.length < 2);
   drawStrip();
 }
@@ -80,15 +83,15 @@ export function lastMissing(every) {
 
 /** Put in those of a path's frames that are missing. What is shown stays. */
 export function fillIn(path) {
-  const known = new Set(frames.map(({ step }) => step)), shown = frames[Number(element("scrub").value)];
+  const known = new Set(frames.map(({ step }) => step)), seen = frames[shown];
   for (const { step, t, pictures } of path.filter((each) => !known.has(each.step))) {
-    const frame = { step, steps: shown.steps, t };
+    const frame = { step, steps: seen.steps, t };
     take(frame, pictures);
     frames.push(frame);
   }
   frames.sort((one, other) => one.step - other.step);
   drawFrames();
-  showFrame(frames.indexOf(shown), "live");
+  showFrame(frames.indexOf(seen), "live");
 }
 
 /** Show a whole path, its end first. frames: {step, steps, t, pictures}, the pictures being blobs. */
@@ -100,7 +103,7 @@ export function showPath(path) {
 export function clearFrames() {
   frames.forEach(drop);
   frames = [];
-  following = true;
+  shown = 0;
   showPictures(null);
   Object.assign(element("scrub"), { disabled: true, max: 0, value: 0 });
   element("play").ariaDisabled = "true";
@@ -112,10 +115,9 @@ export function clearFrames() {
 // Every other frame goes, the newest stays.
 function thinOut() {
   const odd = (at) => (frames.length - 1 - at) % 2;
-  const shown = Math.floor(Number(element("scrub").value) / 2);
   frames.filter((_, at) => odd(at)).forEach(drop);
   frames = frames.filter((_, at) => !odd(at));
-  if (!following) showFrame(Math.min(shown, frames.length - 1), "live");
+  shown = Math.floor(shown / 2);
 }
 
 const bytesOf = (frame) => SHOWS.reduce((sum, show) => sum + (frame[show]?.bytes ?? 0), 0);
@@ -127,9 +129,10 @@ function release(picture) {
 
 function showFrame(at, from) {
   const frame = frames[at];
+  shown = at;
   showPictures(frame);
   const scrub = element("scrub");
-  scrub.value = at;
+  scrub.value = frame.step;
   scrub.setAttribute("aria-valuetext", `step ${frame.step} of ${frame.steps}`);
   element("frame-text").textContent = `Frame ${at + 1} of ${frames.length}: after step ${frame.step}, t = ${frame.t}`;
   markStrip(at);
@@ -137,19 +140,27 @@ function showFrame(at, from) {
 }
 
 /** Show a frame by its number, as somebody who looks back does. */
-function goTo(at) {
-  following = at === frames.length - 1;
-  showFrame(at, "frames");
+const goTo = (at) => showFrame(at, "frames");
+const goBy = (count) => goTo(Math.max(0, Math.min(frames.length - 1, shown + count)));
+
+/** The number of the frame that is nearest to a step. */
+function nearestTo(step) {
+  const away = frames.map((frame) => Math.abs(frame.step - step));
+  return away.indexOf(Math.min(...away));
 }
 
-element("scrub").addEventListener("input", (event) => goTo(Number(event.target.value)));
+element("scrub").addEventListener("input", ({ target }) => goTo(nearestTo(Number(target.value))));
+element("scrub").addEventListener("keydown", (event) => {
+  const by = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }[event.key];
+  if (!by) return;
+  event.preventDefault(); // a frame may be many steps away
+  goBy(by);
+});
 
 onTime((t, from) => {
   if (t === null || !frames.length || ["frames", "live"].includes(from)) return;
-  if (growing && following && from === "hover") return; // a mouse on its way does not stop what is watched
-  const at = frameAt(frames, t);
-  following = at === frames.length - 1;
-  showFrame(at, "time");
+  if (growing && isNewest(shown) && from === "hover") return; // a mouse on its way does not stop what is watched
+  showFrame(frameAt(frames, t), "time");
 });
 
 // --- the filmstrip: a few frames, each a button at its place between noise and image ---
@@ -162,9 +173,8 @@ function choose() {
   const steps = frames.at(-1)?.steps ?? 0;
   if (steps < CELLS) return frames.map((_, at) => at);
   const places = Array.from({ length: CELLS }, (_, k) => (k * steps) / (CELLS - 1));
-  const away = (at, place) => Math.abs(frames[at].step - place);
-  const near = places.map((place) => frames.reduce((best, _, at) => (away(at, place) < away(best, place) ? at : best), 0));
-  return [...new Set(near.filter((at, k) => away(at, places[k]) <= steps / (CELLS - 1) / 2))];
+  const near = places.map(nearestTo);
+  return [...new Set(near.filter((at, k) => Math.abs(frames[at].step - places[k]) <= steps / (CELLS - 1) / 2))];
 }
 
 function drawStrip() {
@@ -230,7 +240,7 @@ strip.addEventListener("pointermove", ({ clientX, pointerId, buttons }) => {
   drag.moves = true;
   const box = strip.getBoundingClientRect(), half = strip.firstChild.offsetWidth / 2;
   const share = (clientX - box.left - half) / (box.width - 2 * half);
-  goTo(Math.round(Math.max(0, Math.min(1, share)) * (frames.length - 1)));
+  goTo(nearestTo(share * frames.at(-1).steps));
 });
 for (const end of ["pointerup", "pointercancel"]) strip.addEventListener(end, () => (drag = null));
 
@@ -240,8 +250,8 @@ addEventListener("wheel", ({ target, timeStamp }) => strip.contains(target) || (
 strip.addEventListener(
   "wheel",
   (event) => {
-    const shown = Number(element("scrub").value), by = event.deltaX || event.deltaY;
-    const atItsEnd = by < 0 ? shown === 0 : shown === frames.length - 1;
+    const by = event.deltaX || event.deltaY;
+    const atItsEnd = by < 0 ? shown === 0 : isNewest(shown);
     if (event.timeStamp - scrolled_ms < SCROLLING_MS) scrolled_ms = event.timeStamp;
     else if (frames.length > 1 && !event.ctrlKey && !atItsEnd) {
       event.preventDefault();
@@ -249,7 +259,7 @@ strip.addEventListener(
       turned = Math.sign(turned) === Math.sign(by) ? turned + by : by;
       const count = Math.trunc(turned / framePx);
       turned -= count * framePx;
-      if (count) goTo(Math.max(0, Math.min(frames.length - 1, shown + count)));
+      if (count) goBy(count);
     }
   },
   { passive: false },
@@ -325,5 +335,5 @@ export function player(button, { show, share }) {
 /** The player of the frames. */
 export const film = player(element("play"), {
   show: (share) => frames.length && goTo(Math.round(share * (frames.length - 1))),
-  share: () => (frames.length > 1 ? Number(element("scrub").value) / (frames.length - 1) : 0),
+  share: () => (frames.length > 1 ? shown / (frames.length - 1) : 0),
 });

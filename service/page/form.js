@@ -2,7 +2,7 @@
 
 import { element, plainSeed } from "./api.js";
 
-const SEED = "7", CLASS = 7; // of what a page without a recipe opens with
+const SEED = "7"; // of what a page without a recipe opens with
 const STRONG = 5, FEW = 8; // guidance and steps of presets
 const EXTRAS = ["to_seed", "mix", "eta", "index", "guidance_rescale", "timestep_spacing", "clip", "guidance_from", "guidance_to"];
 
@@ -29,21 +29,24 @@ export function fillForm(loaded) {
   field("guidance_to").placeholder = model.num_timesteps - 1;
   if (model.conditional) {
     element("class-field").hidden = false;
-    fill(field("class_label"), [...classOptions(model), ...noClass()], "0");
+    fill(field("class_label"), [...classOptions(model), ...noClass()]);
   }
   element("guidance-field").hidden = !(model.conditional && model.null_class !== null);
   field("class_label").addEventListener("change", suitGuidance);
   field("sampler").addEventListener("change", suitSteps);
-  field("steps").addEventListener("input", () => (stepsChosen = true));
+  field("steps").addEventListener("input", () => {
+    stepsChosen = true;
+    tellWhen();
+  });
   for (const name of ["steps", "guidance"]) field(name).addEventListener("change", suitTable);
   suitGuidance();
   showPresets();
 }
 
-/** The sample that a page without a recipe opens with. */
-export function usualOpening({ recommended, conditional, class_names: names, tables }) {
+/** The sample that a page without a recipe opens with: of the first class, as the form. */
+export function usualOpening({ recommended, conditional, tables }) {
   const { sampler, steps, guidance } = recommended, parameters = { n: 1, steps, sampler, seed: SEED };
-  if (conditional) Object.assign(parameters, { class_label: Math.min(CLASS, names.length - 1), guidance });
+  if (conditional) Object.assign(parameters, { class_label: 0, guidance });
   if (tables.some((table) => table.sampler === sampler)) parameters.nearest = true;
   return parameters;
 }
@@ -113,26 +116,28 @@ export const tablesOf = (sampler) => model.tables.filter((table) => table.sample
 
 /**
  * Of a sampler of tables, let inputs say what a table is for: of those that are guided, or not, as asked, the one of the
- * nearest steps, by ratio, then of the nearest guidance; of equals the larger. Returns what was changed, in words.
+ * nearest steps, by ratio, then of the nearest guidance; of equals the larger. `told` says what was changed.
  */
-export function takeTable(sampler, steps, guidance) {
+export function takeTable(sampler, steps, guidance, told) {
   const asked = guidance.disabled ? 1 : Number(guidance.value || 1);
   const apart = (table) => Number(Math.abs(Math.log(table.steps / Math.max(1, Number(steps.value)))).toFixed(9));
   const off = (table) => Math.abs(table.guidance - asked);
   const [table] = tablesOf(sampler)
     .filter((each) => (each.guidance === 1) === (asked === 1))
     .sort((a, b) => apart(a) - apart(b) || off(a) - off(b) || b.steps - a.steps || b.guidance - a.guidance);
-  if (!table || !steps.value) return "";
-  const other = Number(steps.value) !== table.steps || (!guidance.disabled && Number(guidance.value) !== table.guidance);
+  if (!table || !steps.value) return;
+  const words = (count, scale) => `${count} steps${scale === 1 ? "" : `, guidance ${scale}`}`;
+  const [wanted, nearest] = [words(Number(steps.value), asked), words(table.steps, table.guidance)];
   steps.value = table.steps;
   if (!guidance.disabled) guidance.value = table.guidance;
-  return other ? `The nearest table has ${table.steps} steps${table.guidance === 1 ? "" : `, guidance ${table.guidance}`}.` : "";
+  if (wanted !== nearest) told.textContent = `No table of ${sampler} has ${wanted}: the nearest has ${nearest}.`;
 }
 
-function suitTable() {
-  const other = takeTable(field("sampler").value, field("steps"), field("guidance"));
-  element("when").textContent = other || model.sampler_details[field("sampler").value]?.when || "";
+function tellWhen() {
+  element("when").textContent = model.sampler_details[field("sampler").value]?.when ?? "";
 }
+
+const suitTable = () => takeTable(field("sampler").value, field("steps"), field("guidance"), element("when"));
 
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
@@ -141,6 +146,7 @@ function suitSteps() {
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();
+  tellWhen();
   suitTable();
 }
 

@@ -14,7 +14,7 @@ let watching = null; // the question for an image's way; a newer one takes its p
 export function setUp(model, page) {
   const columns = Math.min(MOST_COLUMNS, model.limits.max_n);
   element("grid-class-field").hidden = !model.conditional;
-  fill(element("grid-class"), classOptions(model), "0");
+  fill(element("grid-class"), classOptions(model));
   const rows = model.conditional ? Math.min(MOST_ROWS, model.class_names.length) : 1;
   for (const [id, max] of [["grid-rows", rows], ["grid-columns", columns]]) {
     const input = Object.assign(element(id), { max });
@@ -116,9 +116,9 @@ async function watch(alone, model, page) {
   try {
     const path = await askPath(alone, model, signal);
     if (signal.aborted) return;
-    const shown = page.watch(path, alone);
-    if (shown) page.fillFrom(alone);
-    element("grid-status").textContent = shown ? "" : "A job is running at the top. Choose this image again when it is done.";
+    page.watch(path, alone);
+    page.fillFrom(alone);
+    element("grid-status").textContent = "";
   } catch (error) {
     if (signal.aborted) return;
     element("grid-status").textContent = `It cannot be shown: ${reason(error)}.`;

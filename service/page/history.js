@@ -1,5 +1,4 @@
-// The jobs of this session, as a strip that stays in view: their images, or that they are on their way. The session
-// remembers them.
+// The jobs of this session, as a strip: their images, or that they are on their way. The session remembers them.
 
 import { ask, element, getJson, isGone, keep, reason, recall } from "./api.js";
 import { describe } from "./form.js";
@@ -25,7 +24,6 @@ export async function restore(model, openJob) {
   if (problems.length) {
     const which = problems.length === 1 ? "One earlier result" : `${problems.length} earlier results`;
     element("results-error").textContent = `${which} could not be fetched: ${problems[0]}. Reload this page to try again.`;
-    element("results").hidden = false;
   }
   setInterval(() => lookAtRunning(model), LOOK_MS);
 }
@@ -92,7 +90,6 @@ export function markJob(id) {
 
 // The newest comes first, whenever it was had. What is no longer remembered goes, or the tab would grow without end.
 function place(job, model) {
-  element("results").hidden = false;
   if (element(`result-${job.id}`)) return;
   const entry = Object.assign(document.createElement("li"), { id: `result-${job.id}` });
   const what = describe(job.parameters);

@@ -128,11 +128,13 @@ function showStep({ step, steps, t, eta_s: eta }) {
 function showProgress(share, text) {
   element("progress").value = share;
   element("step-text").textContent = text;
-  forgetForecast();
+  element("left-text").textContent = "";
+  tellTitle(share > 0 && share < 1 ? `${Math.floor(100 * share)} % ` : "");
 }
 
-function forgetForecast() {
-  element("left-text").textContent = "";
+/** Begin the title of the tab with how far a job is. */
+function tellTitle(progress) {
+  document.title = progress + document.title.replace(/^\d+ % /, "");
 }
 
 // --- following it ---
@@ -158,7 +160,10 @@ export function follow(job, model, tell, edit = {}) {
   goOn(current, job);
 }
 
-// Leave the job that is shown, and show none.
+/** Whether a job is shown that has not ended. */
+export const isFollowing = () => current !== null;
+
+/** Leave the job that is shown, and show none. */
 export function clear() {
   leave();
   filling?.abort();
@@ -187,7 +192,7 @@ export async function cancel() {
     if (job === current) end(job, ended);
   } catch (error) {
     if (job !== current) return; // it has ended meanwhile
-    say("The job was not cancelled and goes on.");
+    say("Cancelling failed.");
     job.tell.complain(`It could not be cancelled: ${reason(error)}.`);
   }
 }
@@ -198,8 +203,7 @@ function goOn(job, found) {
     end(job, found);
     return;
   }
-  if (document.hidden) return;
-  if (job.looks++ % LOOKS === 0) {
+  if (!document.hidden && job.looks++ % LOOKS === 0) {
     listen(job);
   } else {
     showForecast(found);
@@ -264,7 +268,7 @@ async function look(job) {
 
 function broke(job) {
   job.broken = true;
-  say("The connection broke. The job goes on. Connecting again…");
+  say("No connection. Trying again…");
 }
 
 function pause(job) {
@@ -273,12 +277,13 @@ function pause(job) {
   job.look++;
 }
 
-// Over HTTP/1.1 a browser opens six connections to a server, for all tabs: a hidden tab must not hold one.
+// Over HTTP/1.1 a browser opens six connections to a server, for all tabs: a hidden tab must not hold one. It looks now and
+// then, for its title.
 document.addEventListener("visibilitychange", () => {
   if (!current || current.ended) return;
   pause(current);
   current.looks = 0;
-  if (!document.hidden) look(current);
+  look(current);
 });
 
 async function end(job, ended) {
@@ -334,7 +339,8 @@ async function fill({ model, every, edit }, { parameters, fingerprint }) {
 function over(job, text) {
   if (job !== current) return;
   say(text);
-  forgetForecast();
+  element("left-text").textContent = "";
+  tellTitle("");
   leave();
   job.tell.over();
 }

@@ -4,7 +4,9 @@ import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Re
 import { clearFrames, film, setGrowing, showPath } from "./film.js";
 import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
 import { addJob, addPicture, dropJob, markJob, restore } from "./history.js";
-import { addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, jobInAddress, say, underWay } from "./job.js";
+import {
+  addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, isFollowing, jobInAddress, say, underWay,
+} from "./job.js";
 import { showWho } from "./key.js";
 import { openPageOf, showMenu } from "./models.js";
 import { askPath } from "./path.js";
@@ -22,7 +24,7 @@ const LOADING = "The model is still loading. You can press Sample now; the job w
 const OF_LINK = "The form has the settings of the link. Press Sample to see the result.";
 
 let model = null;
-let running = true; // or about to
+let sending = true; // a request for a job, or the page is not set up
 let opening = null; // what aborts asking for a first sample
 
 async function start() {
@@ -30,10 +32,9 @@ async function start() {
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
   const unwanted = addAnswered(model);
-  const runBody = (body) => !running && run(toJson(requestOf(body, model)));
+  const runBody = (body) => !sending && run(toJson(requestOf(body, model)));
   setUpStage(model, { run: runBody, edit: async (picture) => (await later)[0].edit(picture) });
   fillForm(model);
-  form.elements.class_label.value = usualOpening(model).class_label ?? "";
   form.inert = false; // before, this would have written over what somebody chose
   drawSchedule(schedule);
   const { channels, shown_channels: shown } = model;
@@ -44,7 +45,7 @@ async function start() {
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;
   for (const part of parts) part.setUp(model, { run: runBody, watch, fillFrom, opened });
-  busy(false);
+  send(false);
   const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
     fillFrom(parse(body));
@@ -118,19 +119,16 @@ function leaveOpening() {
 function showSample({ frames, image }, { nearest: _, ...made }) {
   lay(made.n);
   showPath(frames);
-  markJob(null);
   const one = async (_, alone) => (await post("sample", requestOf(alone, model), "image/png")).blob();
   finish({ parameters: made, picture: image, image: one });
 }
 
-/** Show a path, as one of the grid's. Returns whether it is shown: not while a job is. */
+/** Show a path, as one of the grid's. */
 function watch(path, made) {
-  if (running) return false;
   leaveOpening();
   rest();
   showSample(path, made);
   toTop();
-  return true;
 }
 
 // --- jobs ---
@@ -161,17 +159,18 @@ async function findAgain(unwanted = null) {
 }
 
 async function run(body) {
-  if (running) return; // something else was begun while this was made ready
+  if (sending) return; // something else was begun while this was made ready
   complain("");
-  busy(true);
+  send(true);
   say("Sending…");
   toTop();
   try {
     const { job, cancelled } = await create(model, body, () => say("No answer. Trying again…"));
+    send(false);
     show(job, parse(body));
     if (cancelled) cancel();
   } catch (error) {
-    busy(false);
+    send(false);
     if (error instanceof Refusal) {
       say("Not started.");
       if (isUnloaded(error)) tellUnloaded();
@@ -186,6 +185,8 @@ async function run(body) {
 /** Nothing of the user's is shown any more. */
 function rest() {
   clear();
+  markJob(null);
+  suit();
   lay(1);
   complain("");
   say("Press Sample to make your own.");
@@ -213,10 +214,10 @@ function show(job, { image, mask } = {}) {
   film.pause();
   lay(job.n);
   element("caption").textContent = `${describe(job.parameters)}.`;
-  busy(true);
   addJob(job, model);
   const lost = () => dropJob(job.id, model);
-  follow(job, model, { done, lost, over: () => busy(false), complain }, { ...(image && { image }), ...(mask && { mask }) });
+  follow(job, model, { done, lost, over: suit, complain }, { ...(image && { image }), ...(mask && { mask }) });
+  suit();
 }
 
 function done(job, picture) {
@@ -230,16 +231,19 @@ function done(job, picture) {
   addPicture(job, picture);
 }
 
-function busy(yes) {
-  running = yes;
-  setGrowing(yes);
+function send(yes) {
+  sending = yes;
+  suit();
+}
+
+// A job may be asked for while others run: the server queues it, and the one that was shown is in the history.
+function suit() {
+  const running = sending || isFollowing();
+  setGrowing(running);
   // Not disabled: disabling a pressed button would lose the focus.
-  for (const id of ["go", "edit", "another", "vary"]) {
-    element(id).ariaDisabled = String(yes);
-    element(id).title = yes ? "A job is running" : "";
-  }
-  element("cancel").ariaDisabled = String(!yes);
-  element("cancel").title = yes ? "" : "Nothing is running";
+  for (const id of ["go", "edit", "another", "vary"]) element(id).ariaDisabled = String(sending);
+  element("cancel").ariaDisabled = String(!running);
+  element("cancel").title = running ? "" : "Nothing is running";
 }
 
 const isUnloaded = (error) => error.code === "model_not_found";
@@ -251,16 +255,14 @@ function tellUnloaded() {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (model && !running) run(toJson(requestOf(parameters(), model)));
+  if (model && !sending) run(toJson(requestOf(parameters(), model)));
 });
 form.addEventListener("invalid", () => (element("more").open = true), { capture: true }); // or the browser could not show where
-element("cancel").addEventListener("click", () => {
-  if (model && running) giveUp();
-});
+element("cancel").addEventListener("click", ({ target }) => target.ariaDisabled !== "true" && giveUp());
 element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(parameters())));
 addEventListener("hashchange", () => {
   if (model) forgetAnswered(model); // somebody wants to see something else
-  const linked = model && !running && fromHash(location.hash);
+  const linked = model && !sending && fromHash(location.hash);
   if (!linked) {
     findAgain();
     return;

@@ -19,7 +19,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -30,7 +30,7 @@ from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.edge.origin import READING, AllowedSites
 from tminus.service.api.edge.websocket_protocol import stream_protocol
-from tminus.service.api.page import HEADERS
+from tminus.service.api.page import FOLDER, HEADERS
 from tminus.service.api.system import alive, metrics_answer
 from tminus.service.errors import ForeignHost, NotReady
 from tminus.service.model_info import max_edit_bytes
@@ -53,11 +53,12 @@ WARM_LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
 MOST_FOR_METRICS = 16  # connections at once: a Prometheus and a supervisor have one each, and a person now and then
 REFRESH_S = 2
 ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
-A_PAGE = re.compile(r"/(models/[^/]+/)?")
+A_PAGE = re.compile(r"/(models/[^/]+/)?(?P<style>page/page\.css)?")
 DETAIL = "the model is being measured, to find the fastest way of running it on this machine"
 PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
-<title>tminus is starting</title></head><body><h1>tminus is starting</h1><p>%s.</p>
-<p>This page opens by itself.</p></body></html>"""
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="page/page.css">
+<title>tminus is starting</title></head><body><h1>tminus is starting</h1>
+<p class="explain">%s.</p><p class="explain">This page opens by itself.</p></body></html>"""
 
 
 class Opening:
@@ -90,7 +91,9 @@ class Opening:
 def _early_answer(scope: Scope, detail: str) -> Response:
     if scope["path"] in ALIVE:
         return JSONResponse(ALIVE[scope["path"]])
-    if scope["method"] in READING and A_PAGE.fullmatch(scope["path"]):
+    if scope["method"] in READING and (asked := A_PAGE.fullmatch(scope["path"])):
+        if asked["style"]:
+            return FileResponse(FOLDER / "page.css", headers=HEADERS)
         sentence = html.escape(detail[0].upper() + detail[1:])
         return HTMLResponse(PAGE % sentence, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
     return render(NotReady(detail), scope)

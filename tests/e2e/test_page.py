@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import tomllib
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
+from starlette.testclient import TestClient
 
-from tests.documents import run_python, run_shell
+from tests.documents import ROOT, run_python, run_shell
 from tests.e2e.browser import DONE, EVENTS, LONG, POSTED, QUICK, OpenPage, Page, cancel_job, job_ids, post_job
 from tests.e2e.conftest import RunningServer, SlowDown, pixels
+from tminus.service.startup.server import Opening
 
 
 def test_noise_becomes_images_before_ones_eyes(
@@ -113,7 +116,7 @@ def test_a_job_is_cancelled_or_goes_on_if_that_fails_and_another_begun(
     expect(page.at("#progress-text")).to_have_text(re.compile(r" (s|min) left$"))
     page.press("Cancel")
     expect(page.at("#error")).to_have_text("It could not be cancelled: the server answered 503.")
-    assert "The job was not cancelled and goes on." in page.heard()
+    assert "Cancelling failed." in page.heard()
     page.wait_until("Running.")
     page.tab.unroute(re.compile(r"/cancel$"))
     page.cancel()
@@ -186,7 +189,7 @@ def test_a_running_job_stays_in_sight_and_the_one_before_is_a_step_back(
     slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
-    page.says("#caption", "2 × sneaker, 1000 steps of ddpm")
+    page.says("#caption", "2 × t-shirt, 1000 steps of ddpm")
     page.press("Image 2 of 2")
     page.has(1, "#x_t .tile:visible")
     page.at("#x_t .tile:visible").press("Escape")
@@ -207,6 +210,52 @@ def test_a_running_job_stays_in_sight_and_the_one_before_is_a_step_back(
     server.speed_up()
     page.has(2, "#gallery img")  # it has ended out of sight
     page.says("#caption", "5 steps of ddim")
+
+
+def test_a_job_that_is_asked_for_while_another_runs_is_queued_and_both_join_the_results(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
+    page = open_page()
+    slow_down(server)
+    page.sample(**LONG)
+    page.wait_for_step()
+    first = page.job_id
+    page.tab.evaluate("() => document.getElementById('form').noValidate = true")
+    page.sample(n=65)
+    page.says("#error", "n must be an integer in 1..64, got 65")
+    page.wait_until("Running.")  # what is refused takes the place of nothing
+    assert page.job_id == first
+    page.make(**QUICK)
+    page.says("#caption", "5 steps of ddim")
+    expect(page.at("#error")).to_be_empty()
+    page.has(2, "#gallery button")
+    assert httpx.get(f"{server.url}/jobs/{first}").json()["state"] == "running"
+    page.at("#gallery button").last.click()
+    page.wait_for_step()
+    server.speed_up()
+    page.wait_until(DONE)
+    page.has(2, "#gallery img")
+
+
+def test_slider_and_strip_stand_at_the_same_place_while_a_job_runs(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
+    page = open_page()
+    slow_down(server, between_ticks_s=0.02)
+    page.sample(**LONG)
+    page.has(3, "#strip button")
+    place, slider = page.tab.evaluate(
+        """() => { const scrub = document.getElementById("scrub");
+        const cell = document.querySelector("#strip [aria-current]");
+        return [Number(cell.style.getPropertyValue("--place")), scrub.value / scrub.max]; }"""
+    )
+    assert abs(place - slider) < 1 / 9, "of ten cells, the nearest is marked"
+    page.at("#scrub").press("Home")
+    page.says("#frame-text", "Frame 1 of")
+    for key, number in (("ArrowRight", 2), ("ArrowUp", 3), ("ArrowDown", 2), ("ArrowLeft", 1)):
+        page.at("#scrub").press(key)
+        page.says("#frame-text", f"Frame {number} of")
+    page.cancel()
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
@@ -246,7 +295,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     page.sample(steps=1000, n=2, sampler="ddpm", class_label="bag", seed=6, guidance=1)
     page.wait_for_step()
     server.process.kill()
-    page.wait_until(re.compile("The connection broke. The job goes on"))
+    page.wait_until("No connection. Trying again…")
     page.tab.evaluate(
         "() => { window.unloaded = false; addEventListener('beforeunload', () => window.unloaded = true) }"
     )
@@ -440,9 +489,8 @@ def test_a_job_that_others_end_or_forget_or_that_fails_is_told_how(
     page.wait_until("Running.")
     page.look_elsewhere(True)
     cancel_job(server, page.job_id)
-    page.wait_until("Running.")
-    page.look_elsewhere(False)
     page.wait_until("Cancelled.")
+    page.look_elsewhere(False)
     page.sample(**LONG)
     page.wait_for_step()
     page.look_elsewhere(True)
@@ -456,6 +504,28 @@ def test_a_job_that_others_end_or_forget_or_that_fails_is_told_how(
     page.wait_until("Not done.")
     page.says("#error", "deadline_s")
     page.make(**QUICK)
+
+
+def test_the_title_of_a_tab_says_how_far_its_job_is_seen_or_not(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
+    page = open_page()
+    expect(page.tab).to_have_title("tminus")
+    slow_down(server, between_ticks_s=0.01)
+    page.sample(**LONG)
+    expect(page.tab).to_have_title(re.compile(r"^[1-9]\d? % tminus$"))
+    page.look_elsewhere(True)
+    before = page.tab.title()
+    expect(page.tab).not_to_have_title(before)
+    expect(page.tab).to_have_title(re.compile(r"^[1-9]\d? % tminus$"))
+    server.speed_up()
+    page.wait_until(DONE)
+    expect(page.tab).to_have_title("tminus")
+    page.look_elsewhere(False)
+    page.sample(**LONG | {"seed": 2})
+    expect(page.tab).to_have_title(re.compile("^[1-9]"))
+    page.cancel()
+    expect(page.tab).to_have_title("tminus")
 
 
 def test_tabs_that_nobody_sees_leave_the_connections_to_others(
@@ -473,13 +543,11 @@ def test_tabs_that_nobody_sees_leave_the_connections_to_others(
     old = step_of(pages[0])
     pages[0].look_elsewhere(False)
     expect(pages[0].at("#progress-text")).not_to_have_text(re.compile(rf"^Step {old} "))
-    frames = int(pages[0].at("#scrub").get_attribute("max"))
-    expect(pages[0].at("#scrub")).not_to_have_attribute("max", str(frames))
+    shown = pages[0].at("#frame-text").text_content()
+    expect(pages[0].at("#frame-text")).not_to_have_text(shown)
     assert step_of(pages[0]) > old, "it goes on from there"
     cancel_job(server, address.rpartition("=")[2])
     pages[0].wait_until("Cancelled.")
-    assert not pages[1].at("#status").text_content().startswith("Cancelled")
-    pages[1].look_elsewhere(False)
     pages[1].wait_until("Cancelled.")
 
 
@@ -514,7 +582,7 @@ def test_frames_are_let_go_with_the_next_job_and_bounded_by_what_they_take(open_
           addFrame({step, steps: 30, t: 30 - step}, {x_t: new Blob([new Uint8Array(5e6)])});
           addFrame({step, steps: 30, t: 30 - step}, {x_0: new Blob([new Uint8Array(5e6)])});
           window.most = Math.max(window.most, [...window.urls.values()].reduce((a, b) => a + b));
-          if (step === 6) { scrub.value = 2; scrub.dispatchEvent(new Event('input')); }
+          if (step === 6) { scrub.value = 3; scrub.dispatchEvent(new Event('input')); }
         } }"""
     )
     assert page.tab.evaluate("() => window.most") <= 100e6
@@ -634,6 +702,34 @@ def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: Ru
     assert complaints == []
     assert [url for url in asked if not url.startswith((f"{server.url}/", "data:"))] == []
     tab.close()
+
+
+def test_the_page_links_to_the_guide_and_to_what_the_server_says_of_its_api(open_page: OpenPage) -> None:
+    page = open_page()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    guide, api = (page.tab.get_by_role("link", name=name, exact=True) for name in ("Guide", "API"))
+    for link in (guide, api):
+        expect(link).to_be_in_viewport()
+    assert guide.get_attribute("href") == project["urls"]["Documentation"]
+    api.click()
+    expect(page.at(".opblock").first).to_be_visible()
+
+
+def test_the_page_of_a_server_that_starts_is_in_the_style_of_the_others_and_fits_a_phone(browser: Any) -> None:
+    client = TestClient(Opening(), base_url="http://localhost")
+
+    def answer(route: Any) -> None:
+        early = client.get(route.request.url)
+        route.fulfill(status=early.status_code, headers=dict(early.headers), body=early.content)
+
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, color_scheme="dark")
+    context.route("**/*", answer)
+    tab = context.new_page()
+    tab.goto("http://localhost/models/any/")
+    expect(tab.get_by_role("heading", name="tminus is starting")).to_be_visible()
+    assert tab.evaluate("() => innerWidth") == 390
+    expect(tab.locator("body")).to_have_css("background-color", "rgb(19, 20, 23)")
+    context.close()
 
 
 def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:

@@ -56,6 +56,7 @@ def test_the_menu_goes_to_the_page_of_a_model_and_back(open_page: OpenPage, serv
     expect(classes).to_contain_text(["t-shirt", "ankle-boot"])
     choose(page, "colour")
     page.says("#model", "colour: 16×16")
+    page.says("#caption", "red, 20 steps")
     expect(classes).to_have_text(["red", "green", "blue", "no class"])
     page.make(class_label="green", guidance=1, **QUICK)
     spec = {"class_label": 1, **QUICK}

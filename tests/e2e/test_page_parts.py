@@ -18,10 +18,10 @@ from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
-from tests.e2e.browser import DONE, LONG, OpenPage, Page, job_ids
+from tests.e2e.browser import DONE, LONG, POSTED, OpenPage, Page, job_ids
 from tests.e2e.conftest import RunningServer, SlowDown, pixels, png_of
 
-OPENING = {"n": 1, "steps": 20, "sampler": "dpmpp_2m", "seed": 7, "class_label": 7, "guidance": 1.5}
+OPENING = {"n": 1, "steps": 20, "sampler": "dpmpp_2m", "seed": 7, "class_label": 0, "guidance": 1.5}
 WHOLE_KB = 150
 
 
@@ -50,10 +50,11 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
     before = job_ids(server)
     page = open_page()
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
-    page.says("#caption", "sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
+    page.says("#caption", "t-shirt, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
     page.wait_for_picture("#x_t img", server.post(json=OPENING).content)
     assert frame_numbers(page) == (21, 21)
     page.has(10, "#strip button")
+    assert page.form["class_label"] == "0", "the first class"
     assert job_ids(server) == before
     page.has(0, "#gallery img")
     assert page.tab.url == f"{server.url}/"
@@ -83,6 +84,21 @@ def test_the_first_view_has_a_large_picture_and_the_button(open_page: OpenPage, 
     expect(page.at("#x_t")).to_be_in_viewport(ratio=1)
     expect(page.at("#go")).to_be_in_viewport(ratio=1)
     expect(page.at("[name=steps]")).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_results_cover_nothing_and_stand_with_form_and_actions_in_one_column(
+    open_page: OpenPage, width: int
+) -> None:
+    page = open_page(viewport={"width": width, "height": 800})
+    page.make(steps=5, n=1, sampler="ddim")
+    page.has(1, "#gallery img")
+    for section in ("film", "batch"):
+        page.at(f"#{section}").scroll_into_view_if_needed()
+        results, other = (page.at(selector).bounding_box() for selector in ("#results", f"#{section}"))
+        assert results["y"] + results["height"] <= other["y"]
+    boxes = [page.at(selector).bounding_box() for selector in ("#form", "#beside", "#results")]
+    assert len({(box["x"], box["width"]) for box in boxes}) == 1
 
 
 # --- what was made ---
@@ -164,8 +180,6 @@ def test_a_result_of_the_session_is_shown_again_by_its_place_in_the_strip(
     for seed in (1, 2):
         page.make(n=1, steps=5, sampler="ddim", seed=seed)
         page.has(seed, "#gallery img")
-    page.at("#batch").scroll_into_view_if_needed()
-    expect(page.at("#gallery button").last).to_be_in_viewport()
     page.at("#gallery button").last.click()
     page.says("#caption", "seed 1.")
     page.wait_until(DONE)
@@ -370,11 +384,14 @@ def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
 ) -> None:
     page = open_page(bundled_server.url)
     page.fill(sampler="tuned", steps=7, seed=1, n=1)
+    said = "No table of tuned has 7 steps: the nearest has 8 steps."
     address = copied_by(page, page.at("#link"))
     assert "steps=8" in address
+    expect(page.at("#when")).to_have_text(said)
     assert "nearest" not in address
     assert page.form["steps"] == "8"
     page.make()
+    expect(page.at("#when")).to_have_text(said)
     job = httpx.get(f"{bundled_server.url}/jobs/{page.job_id}").json()
     assert job["parameters"]["steps"] == 8
     assert page.picture("#gallery img") == bundled_server.post(json=job["parameters"]).content
@@ -383,6 +400,7 @@ def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
     steps.fill("6")
     steps.blur()
     expect(steps).to_have_value("5")
+    page.says(".lane:first-child .when", "No table of tuned has 6 steps: the nearest has 5 steps.")
 
     other = open_page(address.replace("steps=8", "steps=7&nearest=true"))  # as pages of earlier versions wrote it
     other.wait_for_the_opening()
@@ -584,7 +602,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refus
         route.continue_()
     expect(page.at("#compare-status")).to_have_text("Done.")
     slider = page.at("#compare-t")
-    common = {"n": 1, "seed": 7, "class_label": 7}
+    common = {"n": 1, "seed": 7, "class_label": 0}
     more: list[dict[str, Any]] = [{}, {"every": 2}, {"guidance": 3, "guidance_interval": [200, 999]}]
     ways = [
         way(server, **common, sampler=sampler, steps=steps, **further)
@@ -687,10 +705,16 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
 
 
 def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
-    page = open_page()
+    page, held = open_page(), []
     expect(page.at("#noise-image")).to_be_visible()
     page.fill(n=1, steps=5, sampler="ddim")
-    page.tab.evaluate("() => ['edit', 'edit', 'go'].forEach((id) => document.getElementById(id).click())")
+    page.tab.route(re.compile(POSTED), lambda route: held.append(route))
+    page.tab.evaluate(  # and have a blob read after those of the edits
+        """() => { ['edit', 'edit', 'go', 'go'].forEach((id) => document.getElementById(id).click());
+        return new Blob(['later']).arrayBuffer().then(String); }"""
+    )
+    page.go_on_until(lambda: bool(held))
+    held[0].continue_()
     page.wait_until(DONE)
     assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
     page.has(1, "#gallery img")
@@ -723,7 +747,9 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     page.sample(**LONG)
     page.wait_for_step()
     page.at("#cells button").first.click()
-    page.says("#grid-status", "A job is running at the top.")
+    page.says("#caption", "sneaker, 20 steps")  # and the job goes on
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
     page.cancel()
 
 
