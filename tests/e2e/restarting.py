@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.e2e.conftest import RunningServer
 from tests.e2e.forked import Forked
 from tests.trials.injected import DEADLY_SEED, inject
 
+LONG = {"n": 2, "steps": 1000}
 OPEN = {"waiting", "running", ""}  # a job's states until its end; none while no server lives
 Start = Callable[..., RunningServer]
 
@@ -74,15 +75,20 @@ class Deadly:
             server.prepare = partial(inject, "death", trigger)
             server.start()
 
-    def post(self, specs: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
+    def post(self, specs: Sequence[dict[str, Any]], spec: Mapping[str, Any] = LONG) -> tuple[str, list[str]]:
         """Have the first server accept a job and others, and then the job be deadly; its id and theirs."""
         url = f"{self.servers[0].url}/jobs"
         *others, deadly = [
-            str(httpx.post(url, json=spec, timeout=60, trust_env=False).raise_for_status().json()["id"])
-            for spec in (*specs, {"n": 2, "steps": 1000, "seed": DEADLY_SEED})
+            str(httpx.post(url, json=each, timeout=60, trust_env=False).raise_for_status().json()["id"])
+            for each in (*specs, {**spec, "seed": DEADLY_SEED})
         ]
         self._trigger.touch()
         return deadly, others
+
+    @property
+    def living(self) -> int:
+        """How many servers live."""
+        return sum(server._process is not None and server._process.poll() is None for server in self.servers)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A job as a server tells it that lives; {} while none does."""
