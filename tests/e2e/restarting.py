@@ -16,8 +16,9 @@ import httpx
 from bench.servers import Server
 from tests.e2e.conftest import RunningServer
 from tests.e2e.forked import Forked
-from tests.trials.injected import DEADLY_SEED, inject
+from tests.trials.injected import DEADLY_SEED, Fault, inject
 
+PROBES_S = 1.0  # from the first probe that fails to the last
 LONG = {"n": 2, "steps": 1000}
 OPEN = {"waiting", "running", ""}  # a job's states until its end; none while no server lives
 Start = Callable[..., RunningServer]
@@ -66,13 +67,14 @@ class ForkedServer(Server):
 
 
 class Deadly:
-    """Servers of which one job ends the process; each is started again when it has died, as a supervisor does."""
+    """Servers that one job ends or hangs. As by a supervisor, each is killed while it hangs, and started again."""
 
-    def __init__(self, servers: Sequence[ForkedServer], trigger: Path) -> None:
+    def __init__(self, servers: Sequence[ForkedServer], trigger: Path, fault: Fault = "death") -> None:
         self.servers, self._trigger = servers, trigger
         self.deaths = 0
+        self._hung_since_s: dict[ForkedServer, float] = {}
         for server in servers:
-            server.prepare = partial(inject, "death", trigger)
+            server.prepare = partial(inject, fault, trigger)
             server.start()
 
     def post(self, specs: Sequence[dict[str, Any]], spec: Mapping[str, Any] = LONG) -> tuple[str, list[str]]:
@@ -105,6 +107,7 @@ class Deadly:
         until_s = time.monotonic() + patience_s
         while True:
             for server in self.servers:
+                self._kill_if_it_hangs(server)
                 if server._process is None or server._process.poll() is not None:
                     self.deaths += 1
                     with contextlib.suppress(RuntimeError):  # it may die before it is ready
@@ -113,6 +116,15 @@ class Deadly:
             if OPEN.isdisjoint(states) or time.monotonic() > until_s:
                 return states
             time.sleep(0.1)
+
+    def _kill_if_it_hangs(self, server: ForkedServer) -> None:
+        status = 0
+        with contextlib.suppress(httpx.HTTPError):
+            status = httpx.get(f"{server.url}/healthz", timeout=10, trust_env=False).status_code
+        if status != 503:
+            self._hung_since_s.pop(server, None)
+        elif time.monotonic() > self._hung_since_s.setdefault(server, time.monotonic()) + PROBES_S:
+            server.kill()
 
     def image(self, job_id: str, spec: dict[str, Any]) -> tuple[bytes, bytes]:
         """What a job has made, and what an undisturbed run makes."""
