@@ -4,10 +4,10 @@ One task for each job waits for the worker's result and keeps how the job ended,
 
 Some jobs end the server, by a crash of the worker or by the end of the whole process. Both count in the store against
 the jobs that were worked on then. A job with a count steps in ticks of its own, so that the next such end is its own
-doing or is not. Being killed from outside counts nothing.
+doing or is not. Being killed from outside counts nothing, unless the server hung.
 
-Of servers that share a store one may take over the jobs of another before a restart has counted its end. Those jobs are
-suspects: each steps in ticks of its own too, and a server takes on one of them after the other (postgres_store.py).
+Servers that share a store take over each other's jobs before a restart has counted anything. Those jobs are suspects:
+they step in ticks of their own too, and a server takes on one after another (postgres_store.py).
 """
 
 import asyncio

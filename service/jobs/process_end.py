@@ -3,8 +3,8 @@
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
 
-An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts nothing, but
-where the process hung: then that is the cause.
+An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts
+nothing, unless the process hung.
 """
 
 import faulthandler
@@ -78,7 +78,7 @@ class EndFile:
         threading.Thread(target=self._write, name="tminus-end-file", daemon=True).start()
 
     def watch(self, stalled_s: Callable[[], float]) -> None:
-        """Note from now on whether the process hangs. stalled_s: for how long it does, by the clock of any thread."""
+        """Note from now on whether the process hangs. stalled_s: for how long; any thread may call it."""
         self._stalled_s = stalled_s
 
     def work_on(self, part: Part, jobs: Collection[str]) -> None:
@@ -133,9 +133,9 @@ class EndFile:
             log.warning("if a job ends this process, another may be taken for it: %s: %s", self._file, reason)
 
     def close(self) -> frozenset[str]:
-        """Delete the file: the process ends as it should, or while it hangs. Return the jobs that this counts against.
+        """Delete the file: the process ends when it was asked to. Return the jobs to count a crash against if it hangs.
 
-        Its descriptor stays, as a thread that hangs may have it.
+        The file's descriptor stays, as a thread that hangs may have it.
         """
         faulthandler.disable()
         with self._changed:

@@ -65,9 +65,9 @@ class PostgresStore(JobStore):
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # A replica that lets a job go, at the end too, is not named in it any more.
+        # Of jobs that nobody holds. A replica that lets a job go, at the end too, is not named in it any more.
         self._left_behind = tables.jobs.c.replica.is_not(None)
-        # A job that a replica was lost with may be the cause, until it has ended.
+        # What a replica was lost with may be the cause of that, until it has ended.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # of the jobs that are held
@@ -159,13 +159,13 @@ class PostgresStore(JobStore):
             query = query.where(~jobs.c.background)
         began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
         began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
-        query = query.where(~began.exists())
+        query = query.where(sa.or_(jobs.c.fence == 0, ~began.exists()))
         return query.order_by(held_back, *order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def _may_be_tried(self) -> sa.ColumnElement[bool]:
-        """Choose the suspects whose wait is over, if none is on trial here. A trial is over after a lease, or earlier.
+        """Choose the suspects whose wait is over, if none is on trial here. A trial ends with its job, or after a lease.
 
-        So a job that ends each server takes no other with it, and is tried so seldom that a restart comes before.
+        So a job that ends its server delays no other, and a restart has time to count a crash before the next trial.
         """
         jobs, now = self._tables.jobs, sa.func.clock_timestamp()
         free_for_s = sa.func.extract("epoch", now - jobs.c.lease_until)
