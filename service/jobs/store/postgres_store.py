@@ -163,7 +163,7 @@ class PostgresStore(JobStore):
         return query.order_by(held_back, *order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def _may_be_tried(self) -> sa.ColumnElement[bool]:
-        """Choose the suspects whose wait is over, if none is on trial here. A trial ends with its job, or after a lease.
+        """Choose the suspects whose wait is over, if none is on trial here. A trial lasts a lease at most.
 
         So a job that ends its server delays no other, and a restart has time to count a crash before the next trial.
         """

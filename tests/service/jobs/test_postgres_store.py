@@ -101,17 +101,21 @@ def test_a_job_that_was_let_go_is_no_suspect_and_one_that_a_replica_has_gone_wit
 
 
 def test_a_replica_claims_one_suspect_at_a_time_the_shortest_first(database: DatabaseShelf) -> None:
-    gone, one, of_other_weights, other = (database.open(weights) for weights in (WEIGHTS, WEIGHTS, "cd" * 32, WEIGHTS))
+    gone, gone_too, other, open_store = database.open(), database.open("cd" * 32), database.open(), database.opener()
+    one, of_other_weights = open_store(WEIGHTS), open_store("cd" * 32)
+    database.opened += [one, of_other_weights]
     for name, n in (("long", 3), ("short", 1), ("middle", 2)):
         gone.add(job(name, replace(SPECS[0], n=n)))
-    of_other_weights.add(job("new"), held=False)
+    gone_too.add(job("of other weights"))
     database.expire()
     assert taken(one) == ["short"]
-    assert taken(one) == [], "one that ends its replica is the only one that was on trial there"
+    for store in (one, of_other_weights):
+        assert taken(store) == [], "if the first ends this replica, it is the only suspect that was lost again"
     assert taken(other) == ["middle"]
     one.finish(ended(job("short")), PIXELS)
     assert taken(one) == ["long"]
-    assert taken(of_other_weights) == ["new"]
+    one.finish(ended(job("long")), PIXELS)
+    assert taken(of_other_weights) == ["of other weights"]
 
 
 def test_a_suspect_that_has_run_for_a_lease_holds_up_no_other(soon: DatabaseShelf) -> None:
