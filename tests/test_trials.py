@@ -117,7 +117,7 @@ def test_connections_dropped_at_random_points_leave_no_row_task_or_file(small: P
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name", ["clock", "death", "disk", "worker", "step", "memory-job", "memory-limit"]
+    "name", ["clock", "death", "hang", "disk", "worker", "step", "memory-job", "memory-limit"]
 )  # others: tests/e2e
 def test_a_fault_has_the_outcome_that_is_stated(
     small: Path,  # noqa: F811

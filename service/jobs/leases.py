@@ -1,8 +1,8 @@
 """Where replicas share a store: which of them works on what.
 
-A replica claims new jobs that nobody holds and that would not wait for long behind shorter ones here, and at any time
-those of a replica that is gone. It renews the leases of those it holds, and notices those that it lost. A new job that
-would wait here is left in the store, to whoever has room first.
+A replica claims new jobs that nobody holds and that would not wait for long behind shorter ones here, and one after
+another those of a replica that is gone. It renews the leases of those it holds, and notices those that it lost. A new
+job that would wait here is left in the store, to whoever has room first.
 """
 
 import asyncio

@@ -4,7 +4,10 @@ One task for each job waits for the worker's result and keeps how the job ended,
 
 Some jobs end the server, by a crash of the worker or by the end of the whole process. Both count in the store against
 the jobs that were worked on then. A job with a count steps in ticks of its own, so that the next such end is its own
-doing or is not. Being killed from outside counts nothing.
+doing or is not. Being killed from outside counts nothing, unless the server hung.
+
+Servers that share a store take over each other's jobs before a restart has counted anything. Those jobs are suspects:
+they step in ticks of their own too, and a server takes on one after another (postgres_store.py).
 """
 
 import asyncio
@@ -325,8 +328,7 @@ class Lifecycle:
     async def _resume(self, job: HeldJob) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = job.record
-        # What a replica left behind may have ended it: until that has started again, nobody knows.
-        alone = record.crashes > 0 or record.left_behind
+        alone = record.crashes > 0 or record.suspect
         await self._until_in(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
@@ -448,6 +450,8 @@ class Lifecycle:
         job.record = record
         self._drop(job, HeldState.ENDED)
         self.metrics.durable_job_ended(outcome)
+        if record.suspect and self.leases is not None:  # the next of them waits for this
+            self._spawn(self._claim(self.leases))
 
     # --- what goes on beside the jobs ---
 
@@ -470,20 +474,21 @@ class Lifecycle:
 
     async def _claim_until_closed(self, leases: Leases) -> None:
         """Take on what nobody holds, until the process ends or the model is to be unloaded."""
-        while not leases.ended:
-            try:
-                # A replica that can keep nothing would take job after job, and end none.
-                if not self.cannot_keep and not (self.retired and leases.others_serve):
-                    async with self.store.turn:
-                        self.take_on(await leases.claim())
-            except StorageFailed:
-                pass
-            except Exception:
-                log.exception("jobs could not be claimed")
-            try:
+        with suppress(Draining):
+            while not leases.ended:
+                await self._claim(leases)
                 await self.pause(CLAIM_S)
-            except Draining:
-                return
+
+    async def _claim(self, leases: Leases) -> None:
+        try:
+            # A replica that can keep nothing would take job after job, and end none.
+            if not (leases.ended or self.cannot_keep or (self.retired and leases.others_serve)):
+                async with self.store.turn:
+                    self.take_on(await leases.claim())
+        except StorageFailed:
+            pass
+        except Exception:
+            log.exception("jobs could not be claimed")
 
     async def _sweep_until_closed(self) -> None:
         """Delete jobs that ended long ago, or of which there are too many, now and then."""

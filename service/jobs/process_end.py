@@ -3,7 +3,8 @@
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
 
-An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts nothing.
+An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts
+nothing, unless the process hung.
 """
 
 import faulthandler
@@ -14,7 +15,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,10 +28,13 @@ from tminus.service.worker.loop import Part
 
 log = logging.getLogger(__name__)
 
-# What the file has at which byte: the machine, the jobs of each part, and what the signal handler adds.
-MACHINE_AT, PARTS_AT, SIGNAL_AT = 0, {"codes": 256, "steps": 1024}, 2**17
+# What the file has at which byte: the machine, whether the process hangs, the jobs of each part, and what the signal
+# handler adds.
+MACHINE_AT, HANG_AT, PARTS_AT, SIGNAL_AT = 0, 192, {"codes": 256, "steps": 1024}, 2**17
+HANGS = b"\1"
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
+LOOK_S = 0.5  # how often to look whether the process hangs
 WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
 
 
@@ -67,52 +71,79 @@ class EndFile:
         os.lseek(self._descriptor, SIGNAL_AT, os.SEEK_SET)
         faulthandler.enable(self._descriptor)
         self._changed = threading.Condition()
-        self._unwritten: dict[Part, bytes] = {}
-        self._closed = self._late = self._told = False
+        self._unwritten: dict[int, bytes] = {}  # by its place
+        self._worked_on: dict[Part, frozenset[str]] = {}
+        self._hangs = self._closed = self._late = self._told = False
+        self._stalled_s: Callable[[], float] = lambda: 0.0
         threading.Thread(target=self._write, name="tminus-end-file", daemon=True).start()
+
+    def watch(self, stalled_s: Callable[[], float]) -> None:
+        """Note from now on whether the process hangs. stalled_s: for how long; any thread may call it."""
+        self._stalled_s = stalled_s
 
     def work_on(self, part: Part, jobs: Collection[str]) -> None:
         """Note what the thread that calls works on from now on. Nothing is raised where the disk cannot keep it."""
-        text = "\n".join([f"{threading.get_ident():x}", *jobs]).encode()
+        text, place = "\n".join([f"{threading.get_ident():x}", *jobs]).encode(), PARTS_AT[part]
         room = SIGNAL_AT - PARTS_AT["steps"] if part == "steps" else PARTS_AT["steps"] - PARTS_AT["codes"]
         with self._changed:
-            self._unwritten[part] = text[: room - 1] + b"\0"
+            self._worked_on[part] = frozenset(jobs)
+            self._unwritten[place] = text[: room - 1] + b"\0"
             self._changed.notify_all()
             if self._late:  # the disk hangs still
                 return
-            self._late = not self._changed.wait_for(lambda: part not in self._unwritten or self._closed, WRITE_S)
+            self._late = not self._changed.wait_for(lambda: place not in self._unwritten or self._closed, WRITE_S)
             if self._late:
                 self._tell(f"a write takes longer than {WRITE_S} s")
 
     def _write(self) -> None:
         while True:
+            self._look()
             with self._changed:
-                self._changed.wait_for(lambda: self._unwritten or self._closed)
+                self._changed.wait_for(lambda: self._unwritten or self._closed, LOOK_S)
                 if self._closed:
                     return
-                part, text = next(iter(self._unwritten.items()))
+                if not self._unwritten:
+                    continue
+                place, text = next(iter(self._unwritten.items()))
             try:
-                os.pwrite(self._descriptor, text, PARTS_AT[part])
+                os.pwrite(self._descriptor, text, place)
             except OSError as error:
                 self._tell(error)
             with self._changed:
                 self._late = False
-                if self._unwritten.get(part) is text:  # or else there is a newer one, after a disk that hung
-                    del self._unwritten[part]
+                if self._unwritten.get(place) is text:  # or else there is a newer one, after a disk that hung
+                    del self._unwritten[place]
                     self._changed.notify_all()
+
+    def _look(self) -> None:
+        if self._hangs == (hangs := self._stalled_s() > 0):
+            return
+        with self._changed:
+            self._hangs, self._unwritten[HANG_AT] = hangs, HANGS if hangs else b"\0"
+            jobs = listed(sorted(self._jobs)) or "no durable job"
+        log.error("the server hangs as it works on %s" if hangs else "the server that hung goes on with %s", jobs)
+
+    @property
+    def _jobs(self) -> frozenset[str]:
+        return frozenset[str]().union(*self._worked_on.values())
 
     def _tell(self, reason: object) -> None:
         if not self._told:
             self._told = True
             log.warning("if a job ends this process, another may be taken for it: %s: %s", self._file, reason)
 
-    def close(self) -> None:
-        """Delete the file: the process ends as it should. Its descriptor stays, as a thread that hangs may have it."""
+    def close(self) -> frozenset[str]:
+        """Delete the file: the process ends when it was asked to. Return the jobs to count a crash against if it hangs.
+
+        The file's descriptor stays, as a thread that hangs may have it.
+        """
         faulthandler.disable()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            jobs = self._jobs if self._stalled_s() else frozenset[str]()
         self._file.unlink(missing_ok=True)
+        return jobs
 
 
 def take_ends(folder: Path, prefix: str) -> list[End]:
@@ -136,7 +167,7 @@ def tell_ends(ends: Sequence[End]) -> None:
             log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs)
             continue
         log.error(
-            "a server before this one has ended by itself: %s. It worked on %s%s",
+            "a server before this one has failed: %s. It worked on %s%s",
             end.cause, jobs, f"\n{end.traceback.rstrip()}" if end.traceback else "",
         )  # fmt: skip
 
@@ -158,6 +189,8 @@ def _end_of(data: bytes) -> End:
         thread, *jobs = text_at(place).split("\n")
         worked_on[thread] = frozenset(jobs)
     every_job = frozenset[str]().union(*worked_on.values())
+    if data[HANG_AT:].startswith(HANGS):  # whatever ended it then
+        return End("it hung", every_job)
     of_signal = data[SIGNAL_AT:].decode(errors="replace")
     if found := re.search(r"Fatal Python error: (.+)", of_signal):
         # Without a current thread it was one of a library's, which works for either part.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tminus.service.jobs.process_end import End, count_ends
 from tminus.service.jobs.store.async_store import AsyncStore
@@ -62,6 +62,12 @@ class Stores:
             if not self._users[weights_hash]:
                 del self._users[weights_hash]
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
+
+    async def count_crash(self, job_ids: Collection[str]) -> None:
+        """Count an end of this process against jobs, whichever stores they are in. What fails is in the log."""
+        if job_ids:
+            calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
+            await asyncio.gather(*calls, return_exceptions=True)
 
     def close(self) -> None:
         """Close all, when nobody uses them any more. Blocks."""

@@ -124,8 +124,8 @@ class ServedModels:
 
         The default one's limits are those of the whole server. described: more models, out of memory. stores: of
         durable jobs, closed with this. access: who may ask; allowed_sites: by what names, and for which pages.
-        webhooks: how they are sent, if they are. end_file: outlives the process where that ends by itself; it is closed
-        with this.
+        webhooks: how they are sent, if they are. end_file: outlives the process where that fails; it is closed with
+        this.
         """
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
@@ -146,6 +146,8 @@ class ServedModels:
         ]
         note = end_file.work_on if end_file is not None else note_nothing
         self.worker = Worker(loaded, self.admission, self.metrics, note=note)
+        if end_file is not None:
+            end_file.watch(lambda: self.worker.stalled_s)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
         self._services = partial(  # what all models share; the rest is of one
@@ -187,6 +189,8 @@ class ServedModels:
     async def close(self) -> None:
         """End what runs, when requests are over."""
         self.worker.close()
+        if self._end_file is not None:
+            await self._stores.count_crash(self._end_file.close())  # before others may have the jobs
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -197,8 +201,6 @@ class ServedModels:
         await self._other_replicas.close()
         self._decoder.close()
         self._encoder.close()
-        if self._end_file is not None:
-            self._end_file.close()
 
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission

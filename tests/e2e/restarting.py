@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import httpx
 from bench.servers import Server
 from tests.e2e.conftest import RunningServer
 from tests.e2e.forked import Forked
-from tests.trials.injected import DEADLY_SEED, inject
+from tests.trials.injected import DEADLY_SEED, Fault, inject
 
+PROBES_S = 1.0  # from the first probe that fails to the last
+LONG = {"n": 2, "steps": 1000}
 OPEN = {"waiting", "running", ""}  # a job's states until its end; none while no server lives
 Start = Callable[..., RunningServer]
 
@@ -65,24 +67,30 @@ class ForkedServer(Server):
 
 
 class Deadly:
-    """Servers of which one job ends the process; each is started again when it has died, as a supervisor does."""
+    """Servers that one job ends or hangs. As by a supervisor, each is killed while it hangs, and started again."""
 
-    def __init__(self, servers: Sequence[ForkedServer], trigger: Path) -> None:
+    def __init__(self, servers: Sequence[ForkedServer], trigger: Path, fault: Fault = "death") -> None:
         self.servers, self._trigger = servers, trigger
         self.deaths = 0
+        self._hung_since_s: dict[ForkedServer, float] = {}
         for server in servers:
-            server.prepare = partial(inject, "death", trigger)
+            server.prepare = partial(inject, fault, trigger)
             server.start()
 
-    def post(self, specs: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
+    def post(self, specs: Sequence[dict[str, Any]], spec: Mapping[str, Any] = LONG) -> tuple[str, list[str]]:
         """Have the first server accept a job and others, and then the job be deadly; its id and theirs."""
         url = f"{self.servers[0].url}/jobs"
         *others, deadly = [
-            str(httpx.post(url, json=spec, timeout=60, trust_env=False).raise_for_status().json()["id"])
-            for spec in (*specs, {"n": 2, "steps": 1000, "seed": DEADLY_SEED})
+            str(httpx.post(url, json=each, timeout=60, trust_env=False).raise_for_status().json()["id"])
+            for each in (*specs, {**spec, "seed": DEADLY_SEED})
         ]
         self._trigger.touch()
         return deadly, others
+
+    @property
+    def living(self) -> int:
+        """How many servers live."""
+        return sum(server._process is not None and server._process.poll() is None for server in self.servers)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A job as a server tells it that lives; {} while none does."""
@@ -99,6 +107,7 @@ class Deadly:
         until_s = time.monotonic() + patience_s
         while True:
             for server in self.servers:
+                self._kill_if_it_hangs(server)
                 if server._process is None or server._process.poll() is not None:
                     self.deaths += 1
                     with contextlib.suppress(RuntimeError):  # it may die before it is ready
@@ -107,6 +116,15 @@ class Deadly:
             if OPEN.isdisjoint(states) or time.monotonic() > until_s:
                 return states
             time.sleep(0.1)
+
+    def _kill_if_it_hangs(self, server: ForkedServer) -> None:
+        status = 0
+        with contextlib.suppress(httpx.HTTPError):
+            status = httpx.get(f"{server.url}/healthz", timeout=10, trust_env=False).status_code
+        if status != 503:
+            self._hung_since_s.pop(server, None)
+        elif time.monotonic() > self._hung_since_s.setdefault(server, time.monotonic()) + PROBES_S:
+            server.kill()
 
     def image(self, job_id: str, spec: dict[str, Any]) -> tuple[bytes, bytes]:
         """What a job has made, and what an undisturbed run makes."""

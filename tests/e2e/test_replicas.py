@@ -337,3 +337,26 @@ def test_a_job_that_ends_each_server_that_takes_it_fails_and_all_others_are_done
             assert image == undisturbed
     finally:
         deadly.stop()
+
+
+def test_a_job_that_ends_each_server_that_takes_it_ends_two_of_four_before_all_others_are_done(
+    small: Path, shared: dict[str, str], tmp_path: Path
+) -> None:
+    """No restart counts a crash, and the job goes first wherever it is tried."""
+    flags = ("--executor", "eager", "--threads", "1", "--max-batch", "16")
+    servers = [ForkedServer(small, tmp_path / str(number), flags, shared) for number in range(4)]
+    deadly = Deadly(servers, tmp_path / "trigger")
+    try:
+        for server in servers:
+            assert server._process is not None
+            server._process.between_ticks_s.value = 0.05 if server is not servers[0] else 0.3
+        specs = [{"n": 2, "steps": 30, "seed": seed} for seed in range(4)]
+        killer, others = deadly.post(specs, {"n": 1, "steps": 20})
+        until_s = time.monotonic() + 60
+        while {deadly.job(job_id).get("state") for job_id in others} != {"done"}:
+            assert deadly.living >= 2
+            assert time.monotonic() < until_s
+            time.sleep(0.2)
+        assert deadly.job(killer)["state"] == "waiting", "it has not failed either: each server may have been killed"
+    finally:
+        deadly.stop()

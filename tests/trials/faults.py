@@ -270,15 +270,24 @@ def worker(bench: Bench) -> str:
 
 @fault("death", "a job that ends the process by SIGSEGV", "after two deaths it fails as engine_failed; others are done")
 def death(bench: Bench) -> str:
+    return two_deaths(bench, "death")
+
+
+@fault("hang", "a job that hangs, and a supervisor that kills what hangs", "the same")
+def hang(bench: Bench) -> str:
+    return two_deaths(bench, "hang")
+
+
+def two_deaths(bench: Bench, kind: Fault) -> str:
     specs = make_specs(4)
     servers = [ForkedServer(bench.checkpoint, bench.folder / "state", bench.flags)]
-    deadly = Deadly(servers, bench.trigger)
+    deadly = Deadly(servers, bench.trigger, kind)
     bench._stack.callback(deadly.stop)
     killer, others = deadly.post(specs)
     began_s = time.monotonic()
     states = deadly.states([killer, *others], PATIENCE_S)
     seen = (
-        f"{deadly.deaths} deaths in {time.monotonic() - began_s:.0f} s; the job that ends the process is {states[0]}, "
+        f"{deadly.deaths} deaths in {time.monotonic() - began_s:.0f} s; the job that is their cause is {states[0]}, "
         f"{states[1:].count('done')} of {len(others)} others are done"
     )
     assert (states, deadly.deaths) == (["failed"] + ["done"] * len(others), 2), seen

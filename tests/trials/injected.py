@@ -5,25 +5,32 @@ code. Everything around it is the server's.
 """
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
-Fault = Literal["step", "memory of a step", "memory of a job", "worker", "death"]
-DEADLY_SEED = 666  # of the jobs whose steps end the process, as long as the file is there
+Fault = Literal["step", "memory of a step", "memory of a job", "worker", "death", "hang"]
+DEADLY_SEED = 666  # of the jobs whose steps end the process or hang, as long as the file is there
+STALL_S = 3.0  # of a server whose steps hang: a trial does not wait for a minute
 
 
 def inject(fault: Fault, trigger: Path) -> None:
-    """Have a fault happen once, when the file is there; it is deleted as it happens, but for `death`."""
+    """Have a fault happen once, when the file is there; it is deleted as it happens, but for `death` and `hang`."""
     import torch
 
     from tminus.service.engine.engine import Engine
     from tminus.service.scheduling.scheduler import Scheduler
+    from tminus.service.worker import worker
 
     if fault == "death":
-        make_deadly(Engine, trigger)
+        make_deadly(Engine, trigger, lambda: ctypes.string_at(0))  # reads where no memory is: a SIGSEGV
+        return
+    if fault == "hang":
+        worker.STALL_S = STALL_S
+        make_deadly(Engine, trigger, threading.Event().wait)
         return
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     owner, name, error = {
@@ -46,8 +53,8 @@ def failing(call: Callable[..., Any], error: Exception, trigger: Path) -> Callab
     return instead
 
 
-def make_deadly(engine: Any, trigger: Path) -> None:
-    """Have the steps of the jobs of one seed read where no memory is: a SIGSEGV, in the thread that steps."""
+def make_deadly(engine: Any, trigger: Path, act: Callable[[], object]) -> None:
+    """Have the steps of the jobs of one seed do something, in the thread that steps."""
     add, step, deadly = engine.add, engine.step, set[int]()
 
     def add_and_look(self: Any, spec: Any, *more: Any) -> Any:
@@ -58,7 +65,7 @@ def make_deadly(engine: Any, trigger: Path) -> None:
 
     def step_or_die(self: Any, batch: Any) -> Any:
         if not deadly.isdisjoint(batch.rows) and trigger.exists():
-            ctypes.string_at(0)
+            act()
         return step(self, batch)
 
     engine.add, engine.step = add_and_look, step_or_die

@@ -35,7 +35,7 @@ from tminus.model.catalogue import SAMPLERS
 LEASE_S = 3.0
 PATIENCE_S = 600.0
 MOMENT_S = 3.0  # the latest after the jobs were posted
-TAKEN_S = 2.0  # after the lease of a server that is gone, until another steps its jobs
+TAKEN_S = 2.0  # after the lease of a server that is gone, until another steps the first of its jobs
 
 
 class Line:
@@ -176,7 +176,7 @@ def jobs_of(server: Server, state: str | None = None) -> list[dict[str, Any]]:
 
 
 def kill(cluster: Cluster, draw: random.Random) -> None:
-    """SIGKILL, perhaps while jobs are being posted; when the others have its jobs, it is started again."""
+    """SIGKILL, perhaps while jobs are being posted; when another has one of its jobs, it is started again."""
     victim, held = draw.choice(cluster.servers), set[str]()
     others = [server for server in cluster.servers if server is not victim]
 
@@ -193,7 +193,7 @@ def kill(cluster: Cluster, draw: random.Random) -> None:
     if others:
         cluster.post(draw, others)
     while others and (left := held & cluster.open_ids(others[0])):
-        if left <= set().union(*(cluster.held_by(server) for server in others)):
+        if left & set().union(*(cluster.held_by(server) for server in others)):
             cluster.taken_s.append(time.monotonic() - began_s)
             break
         assert time.monotonic() - began_s < PATIENCE_S
@@ -315,7 +315,7 @@ def judge(cluster: Cluster, faults: int) -> list[Claim]:
     if cluster.taken_s:
         print(f"\n{len(cluster.taken_s)} times others took over what a killed server held.")
         limit_s = LEASE_S + TAKEN_S
-        claims.append(most("from a death to steps of its jobs elsewhere", max(cluster.taken_s), limit_s, " s"))
+        claims.append(most("from a death to steps of one of its jobs elsewhere", max(cluster.taken_s), limit_s, " s"))
     return claims
 
 

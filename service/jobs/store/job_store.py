@@ -82,9 +82,11 @@ class JobStore(DeliveryStore, ABC):
     ) -> Claimed:
         """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
 
-        First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
-        the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
-        oldest if it takes that. Background jobs come after all others, until they are held back no more.
+        First those that were held before, until they make up begun_places: their clients wait for the next step. Of
+        suspects, with which a replica has gone, that is the shortest, and none while another is on trial here; those
+        that were let go come in order of arrival. Then the new ones that the intake takes, the shortest first; and
+        where it does not take all, the oldest if it takes that. Background jobs come after all others, until they are
+        held back no more.
 
         One that was begun by another build is left to a replica of that build while one lives, and one with a table
         that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is

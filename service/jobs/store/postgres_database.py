@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
-VERSION = 3  # of tables.py
+VERSION = 4  # of tables.py
 # From each earlier version to the next. Servers of the version before go on beside it.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -28,6 +28,10 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
     2: (
         "ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT false NOT NULL",
         "ALTER TABLE replicas ADD COLUMN background_s DOUBLE PRECISION DEFAULT 0 NOT NULL",
+    ),
+    3: (
+        "ALTER TABLE jobs ADD COLUMN takeovers INTEGER DEFAULT 0 NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN on_trial_at TIMESTAMP WITH TIME ZONE",
     ),
 }
 

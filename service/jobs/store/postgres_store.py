@@ -31,6 +31,7 @@ from tminus.service.spec import Inputs
 log = logging.getLogger(__name__)
 
 CLAIM_JOBS = 32  # the most that one claim looks at
+MOST_DOUBLINGS = 8  # of the lease, for which a job waits that was left behind again and again
 AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others cannot do wait so long for it
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
@@ -64,6 +65,10 @@ class PostgresStore(JobStore):
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
+        # Of jobs that nobody holds. A replica that lets a job go, at the end too, is not named in it any more.
+        self._left_behind = tables.jobs.c.replica.is_not(None)
+        # What a replica was lost with may be the cause of that, until it has ended.
+        self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # of the jobs that are held
         self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
@@ -100,22 +105,27 @@ class PostgresStore(JobStore):
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
     ) -> Claimed:
         jobs = self._tables.jobs
+        now = sa.func.clock_timestamp()
         held = {
             "replica": self._replica,
             "fence": jobs.c.fence + 1,
-            "lease_until": sa.func.clock_timestamp() + self._lease,
+            "lease_until": now + self._lease,
+            "takeovers": jobs.c.takeovers + sa.cast(self._left_behind, sa.Integer),
+            "on_trial_at": sa.case((self._suspect, now)),
         }
         arrival, length = jobs.c.arrival, jobs.c.places
+        new, released = jobs.c.fence == 0, sa.and_(jobs.c.fence > 0, ~self._suspect)
         held_back = sa.and_(jobs.c.background, jobs.c.created_us > intake.held_back_after_us).label("held_back")
         free = partial(self._free, (fingerprint, rows, tables), intake, held_back)
         with self._transaction() as run:
-            chosen = _first(run(free(arrival, begun=True)).all(), begun_places)
+            suspect = run(free(self._may_be_tried(), length, arrival).limit(1)).all()
+            chosen = _first([*suspect, *run(free(released, arrival)).all()], begun_places)
             for row in chosen:
                 intake.add(row.places, held_back=row.held_back)
-            new = run(free(length, arrival)).all()
-            chosen += [row for row in new if intake.offer(row.places, held_back=row.held_back)]
+            shortest = run(free(new, length, arrival)).all()
+            chosen += [row for row in shortest if intake.offer(row.places, held_back=row.held_back)]
             if intake.refused < NONE_REFUSED:
-                oldest = run(free(arrival).limit(1)).first()  # None: one with its table has just started
+                oldest = run(free(new, arrival).limit(1)).first()  # None: one with its table has just started
                 is_next = oldest is not None and not oldest.held_back and oldest not in chosen
                 if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
@@ -129,10 +139,10 @@ class PostgresStore(JobStore):
         can: tuple[str, int, Collection[str]],
         intake: Intake,
         held_back: sa.ColumnElement[bool],
+        which: sa.ColumnElement[bool],
         *order: Any,
-        begun: bool = False,
     ) -> sa.Select[Any]:
-        """Lock the first jobs that this replica may claim with its build, rows and tables.
+        """Lock the first of these jobs that this replica may claim with its build, rows and tables.
 
         In some order, and those last that are held back.
         """
@@ -141,22 +151,31 @@ class PostgresStore(JobStore):
         other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
         lease_left = replicas.c.lease_until - sa.func.clock_timestamp()
         may_have_it = sa.exists(replicas.c.id).where(*other_builds, lease_left > -AWAY)
-        # Who lets a job go, at the end too, is not named in it any more.
-        left_behind = jobs.c.replica.is_not(None).label("left_behind")
-        query = sa.select(*self._record_columns, left_behind, held_back, jobs.c.fence, jobs.c.places)
-        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
+        query = sa.select(*self._record_columns, self._suspect.label("suspect"), held_back, jobs.c.fence, jobs.c.places)
+        query = query.where(jobs.c.outcome.is_(None), ~self._living, which)
+        query = query.where(jobs.c.rows <= rows, *self._understood(), *self._here())
         query = query.where(~(_lacks_table(jobs.c.spec, tables) & may_have_it))
         if not intake.takes_background:
             query = query.where(~jobs.c.background)
-        if begun:
-            began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
-            began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
-            # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
-            not_mine = jobs.c.replica.is_distinct_from(self._replica)
-            query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~began.exists())
-        else:
-            query = query.where(jobs.c.fence == 0)
+        began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
+        began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
+        query = query.where(sa.or_(jobs.c.fence == 0, ~began.exists()))
         return query.order_by(held_back, *order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+
+    def _may_be_tried(self) -> sa.ColumnElement[bool]:
+        """Choose the suspects whose wait is over, if none is on trial here. A trial lasts a lease at most.
+
+        So a job that ends its server delays no other, and a restart has time to count a crash before the next trial.
+        """
+        jobs, now = self._tables.jobs, sa.func.clock_timestamp()
+        free_for_s = sa.func.extract("epoch", now - jobs.c.lease_until)
+        wait_s = self.lease_s * sa.func.power(2, sa.func.least(jobs.c.takeovers + 1, MOST_DOUBLINGS))
+        is_due = sa.or_(jobs.c.takeovers == 0, ~self._left_behind, free_for_s > wait_s)
+        here = jobs.alias()
+        on_trial = [here.c.replica == self._replica, here.c.outcome.is_(None), here.c.on_trial_at > now - self._lease]
+        # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
+        not_mine = jobs.c.replica.is_distinct_from(self._replica)
+        return sa.and_(jobs.c.fence > 0, self._suspect, not_mine, is_due, ~sa.exists(here.c.id).where(*on_trial))
 
     def holder(self, job_id: str) -> str | None:
         jobs, replicas = self._tables.jobs, self._replicas

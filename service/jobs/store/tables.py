@@ -127,6 +127,8 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("replica", sa.Text),  # who holds it, or held it last
         sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
         sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it
+        sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # from replicas that had gone
+        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # when its holder claimed it; null: it is no suspect
         sa.UniqueConstraint("weights", "key"),
         # A UUID that a client has chosen is one job among those of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),

@@ -105,8 +105,8 @@ class DatabaseShelf:
         return _rows(self._engine(), query)
 
     def expire(self) -> None:
-        """Let every lease end, as time does."""
-        self.change("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
+        """Let every lease end, and every wait after it, as time does."""
+        self.change("UPDATE jobs SET lease_until = now() - interval '1 day' WHERE lease_until IS NOT NULL")
 
     def _engine(self) -> sa.Engine:
         url = sa.make_url(self.url).set(drivername="postgresql+psycopg")

@@ -26,7 +26,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
-from tminus.service.jobs.store.records import Claimed, ReplicaPace
+from tminus.service.jobs.store.records import Claimed, JobRecord, ReplicaPace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
@@ -287,6 +287,23 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert not asked.done()
         one.engine.gate.open()
         assert asked.result(PATIENCE_S).status_code == 200
+
+
+def test_what_a_lost_replica_held_is_taken_on_one_after_another_without_a_wait(
+    replicas: Replicas, shared: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, ids = shared.open(INFO.weights_hash), [f"j{number}" for number in range(4)]
+    for number, job_id in enumerate(ids):
+        gone.add(JobRecord(job_id, make_spec(n=number + 1, steps=3), gone.now_us()))
+    shared.expire()
+    site = replicas.start(shut=True)
+    wait_until(lambda: len(site.worker.jobs.statuses()) == 1)
+    monkeypatch.setattr(lifecycle, "CLAIM_S", 3600.0)  # once the pause that it is in is over
+    site.engine.gate.open()
+    for job_id in ids:
+        wait_for(site, job_id)
+    assert [len(batch.rows) for batch in site.engine.batches[-12:]] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    gone.close()
 
 
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes

@@ -1,18 +1,21 @@
 """Jobs to their end, over failures and restarts: a new site on the same file is a restart."""
 
+import faulthandler
 import sqlite3
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import MakeSite, Restarts, Site, problem
+from tests.service.conftest import INSTANT, MakeSite, Restarts, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
-from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import jobs as jobs_module
 from tminus.service.jobs import lifecycle
+from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.store.records import JobRecord, now_us
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
@@ -316,6 +319,29 @@ def test_a_job_that_ended_the_server_twice_fails_and_one_that_did_once_shares_no
     for job_id in (once, never):
         assert wait_for(site, job_id)["state"] == "done"
     assert {len(batch.rows) for batch in site.engine.batches} == {1}
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_shutdown_in_a_step_counts_a_crash_against_its_jobs_if_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr("tminus.service.worker.worker.CLOSE_S", 0.05)
+    file, folder = tmp_path / "jobs.sqlite3", tmp_path / "ends"
+    folder.mkdir()
+    site = Site(INFO, LIMITS, INSTANT, state_file=file, end_file=EndFile(folder, "server"))
+    with site.client:
+        site.wait_until_ready()
+        site.engine.gate.shut()
+        stepped = post(site, SPEC | {"seed": 1}).json()["id"]
+        site.engine.next_begun()
+        waiting = post(site, SPEC | {"seed": 2}).json()["id"]
+        if hangs:
+            monkeypatch.setattr("tminus.service.worker.worker.STALL_S", 0.0)
+    site.engine.gate.open()
+    faulthandler.enable()  # for the other tests
+    assert list(folder.iterdir()) == []
+    with closing(SqliteStore(file)) as store:
+        assert {each.id: each.crashes for each in store.claim().jobs} == {stepped: int(hangs), waiting: 0}
 
 
 # --- what is deleted after its time ---

@@ -85,18 +85,59 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
         wait_until(lambda: taken(other) == ["a"])
 
 
-def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShelf) -> None:
-    gone, left, last = (soon.open() for _ in range(3))
-    for name in ("a", "b"):
-        gone.add(job(name))
+def test_a_job_that_was_let_go_is_no_suspect_and_one_that_a_replica_has_gone_with_stays_one(
+    database: DatabaseShelf,
+) -> None:
+    gone, left, last = (database.open() for _ in range(3))
+    gone.add(job("a"))
     gone.release("a")
     (released,) = claim(left).jobs
-    assert (released.id, released.left_behind) == ("a", False)
+    assert not released.suspect
+    database.expire()
+    for store in (last, left):
+        (record,) = claim(store).jobs
+        assert record.suspect
+        store.release("a")
+
+
+def test_a_replica_claims_one_suspect_at_a_time_the_shortest_first(database: DatabaseShelf) -> None:
+    gone, gone_too, other, open_store = database.open(), database.open("cd" * 32), database.open(), database.opener()
+    one, of_other_weights = open_store(WEIGHTS), open_store("cd" * 32)
+    database.opened += [one, of_other_weights]
+    for name, n in (("long", 3), ("short", 1), ("middle", 2)):
+        gone.add(job(name, replace(SPECS[0], n=n)))
+    gone_too.add(job("of other weights"))
+    database.expire()
+    assert taken(one) == ["short"]
+    for store in (one, of_other_weights):
+        assert taken(store) == [], "if the first ends this replica, it is the only suspect that was lost again"
+    assert taken(other) == ["middle"]
+    one.finish(ended(job("short")), PIXELS)
+    assert taken(one) == ["long"]
+    one.finish(ended(job("long")), PIXELS)
+    assert taken(of_other_weights) == ["of other weights"]
+
+
+def test_a_suspect_that_has_run_for_a_lease_holds_up_no_other(soon: DatabaseShelf) -> None:
+    gone, one = soon.open(), soon.open()
+    for name in "ab":
+        gone.add(job(name))
     soon.expire()
-    left_behind = {each.id for each in claim(last).jobs if each.left_behind}
-    assert left_behind == {"a", "b"}
-    last.close()
-    assert not any(each.left_behind for each in claim(left).jobs)
+    assert taken(one) == ["a"]
+    wait_until(lambda: renew(one, "build", PACE) == {"a"} and taken(one) == ["b"])
+
+
+def test_a_job_that_was_left_behind_again_waits_twice_as_long_each_time(database: DatabaseShelf) -> None:
+    def left_for(leases: float) -> None:
+        database.change(f"UPDATE jobs SET lease_until = now() - interval '{leases * database.lease_s} seconds'")
+
+    database.open().add(job("a"))
+    for waited in (0, 4, 8, 16):
+        left_for(waited - 0.1)
+        assert taken(database.open()) == []
+        left_for(waited + 0.1)
+        assert taken(database.open()) == ["a"]
+    assert database.read("SELECT takeovers, crashes, outcome FROM jobs") == [(4, 0, None)]
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
@@ -615,13 +656,13 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(
 def test_tables_of_a_newer_version_are_left_as_they_are(database: DatabaseShelf) -> None:
     database.open().add(job("a"))
     database.change("UPDATE alembic_version SET version_num = '99'")
-    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 3; nothing was changed"):
+    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 4; nothing was changed"):
         database.opener()
-    database.change("UPDATE alembic_version SET version_num = '3'")
+    database.change("UPDATE alembic_version SET version_num = '4'")
     assert database.open().get("a") == job("a")
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_tables_of_an_earlier_version_are_brought_to_this_one_with_their_jobs(
     database: DatabaseShelf, version: int
 ) -> None:
@@ -642,6 +683,7 @@ def test_tables_of_an_earlier_version_are_brought_to_this_one_with_their_jobs(
 
     new = made()
     added = {  # by the version that has added it
+        4: ("ALTER TABLE jobs DROP COLUMN takeovers", "ALTER TABLE jobs DROP COLUMN on_trial_at"),
         3: ("ALTER TABLE jobs DROP COLUMN background", "ALTER TABLE replicas DROP COLUMN background_s"),
         2: ("DROP TABLE deliveries", "ALTER TABLE jobs DROP COLUMN webhook", "DROP INDEX jobs_by_key"),
     }
@@ -657,7 +699,7 @@ def test_tables_of_an_earlier_version_are_brought_to_this_one_with_their_jobs(
     assert store.add(told)
     store.finish(ended(told), PIXELS)
     assert len(store.deliveries("ab")["b"]) == 3
-    assert database.read("SELECT version_num FROM alembic_version") == [("3",)]
+    assert database.read("SELECT version_num FROM alembic_version") == [("4",)]
 
 
 def test_a_namespace_may_be_a_word_of_sql(postgres: postgres_server.Postgres) -> None:

@@ -79,6 +79,40 @@ def test_a_process_that_is_killed_is_the_cause_only_where_the_kernel_lacked_memo
     assert (end.cause is not None, end.jobs) == (oom_kills > 0, {"a", "b", "c"})
 
 
+HANGS = """
+import sys
+from pathlib import Path
+from tminus.service.jobs.process_end import EndFile
+
+stalled_s, file = 0.0, EndFile(Path(sys.argv[1]), "server")
+file.watch(lambda: stalled_s)
+file.work_on("steps", ["a", "b"])
+for line in sys.stdin:
+    stalled_s = float(line)
+"""
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_process_that_is_killed_while_it_hangs_is_the_cause(tmp_path: Path, goes_on: bool) -> None:
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("61\n")
+        process.stdin.flush()
+        assert process.stderr.readline() == "the server hangs as it works on a, b\n"
+        (path,) = tmp_path.iterdir()
+        wait_until(lambda: path.read_bytes()[process_end.HANG_AT] == 1)
+        if goes_on:
+            process.stdin.write("0\n")
+            process.stdin.flush()
+            wait_until(lambda: path.read_bytes()[process_end.HANG_AT] == 0)
+        process.kill()
+        process.wait(60)
+    (end,) = take_ends(tmp_path, "server")
+    assert (end.cause, end.jobs) == (None if goes_on else "it hung", {"a", "b"})
+
+
 def test_a_process_that_ends_as_it_should_leaves_nothing(tmp_path: Path) -> None:
     with start(tmp_path, "none") as process:
         process.communicate(timeout=60)
