@@ -249,7 +249,8 @@ class TooManyStreams(ServiceError):
 
 class MalformedRequest(ServiceError):
     """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
-    bytes. Or a WebSocket handshake has a body or control characters. The connection closes.
+    bytes. Or a WebSocket handshake has a body or control characters. The connection closes. A request with two
+    `Idempotency-Key` headers gets this too.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -502,6 +503,19 @@ class Unauthorized(ServiceError):
     def __init__(self, reason: str = "this server asks for a key") -> None:
         super().__init__(f"{reason}; send one: Authorization: Bearer KEY")
         self.headers["WWW-Authenticate"] = 'Bearer realm="tminus"'
+
+
+class TooManyLogins(ServiceError):
+    """Many wrong keys came to `POST /login` from one address within a minute. An IPv6 address counts with its /64
+    network. Keys in headers and cookies still work.
+    """
+
+    status, code, title = 429, "too_many_logins", "Too many logins failed"
+    remedy = "Try again after the seconds in `Retry-After`."
+
+    def __init__(self, most: int, retry_after_s: int) -> None:
+        super().__init__(f"at most {most} wrong keys are taken from one address; it may try again in {retry_after_s} s")
+        self.headers["Retry-After"] = str(retry_after_s)
 
 
 class NotOpen(ServiceError):

@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cachetools import TTLCache
+
 from tminus.service.access.keys import KeyLimits, KeyRing, Role
-from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthorized
+from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLogins, Unauthorized
 
 ANYBODY = ""  # the name of whoever comes without a key
 WINDOW_S = 60
+# Of one address, from which nobody logs in until a window after the last. Not of keys in headers: whoever shares an
+# address with a program that has a wrong key would be locked out.
+MOST_WRONG_LOGINS = 10
+MOST_ADDRESSES = 4096  # with wrong logins that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class Caller:
 
 
 class Access:
-    """Owns what each name has used. In the event loop's thread only."""
+    """Owns what each name has used, and which addresses tried wrong keys. In the event loop's thread only."""
 
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic
@@ -107,6 +113,7 @@ class Access:
         """is_open: whoever has no key may sample."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
+        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # how many, by address
 
     @property
     def keys_up(self) -> bool:
@@ -123,6 +130,17 @@ class Access:
         if (key := self._keys.find(secret)) is None:
             raise Unauthorized("the server does not know this key")
         return self._caller(key.name, key.role, key.limits)
+
+    def login(self, secret: str, address: str) -> Caller:
+        """Return whoever has a secret that a page was given. Raises Unauthorized, or TooManyLogins without a look."""
+        wrong = self._wrong_logins.get(address, 0)
+        if wrong >= MOST_WRONG_LOGINS:
+            raise TooManyLogins(MOST_WRONG_LOGINS, WINDOW_S)
+        try:
+            return self.with_secret(secret)
+        except Unauthorized:
+            self._wrong_logins[address] = wrong + 1
+            raise
 
     def without_secret(self) -> Caller:
         """Return whoever comes without a key. Raises Unauthorized where that is not enough."""
