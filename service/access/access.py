@@ -67,22 +67,28 @@ class Caller:
         jobs: of this name, that have not ended. A job of more than a minute's quota begins once all of that is there,
         and what is over is owed: nothing is too large for ever, and in the long run the quota holds.
         """
-        if (most := self.limits.jobs) is not None and jobs >= most:
-            raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
-        if (quota := self.limits.row_steps_per_minute) is None:
+        self.check(row_steps, jobs)
+        if self.limits.row_steps_per_minute is None:
             yield
             return
-        used = self._used(quota)
-        missing = used + min(row_steps, quota) - quota
-        if missing > 0:
-            bound = f"at most {quota} row-steps a minute, of which {max(0, math.floor(quota - used))} are left"
-            raise QuotaExceeded("row_steps", bound, row_steps, math.ceil(missing / quota * WINDOW_S))
         self.usage.row_steps += row_steps
         try:
             yield
         except BaseException:
             self.usage.row_steps = max(0.0, self.usage.row_steps - row_steps)
             raise
+
+    def check(self, row_steps: int, jobs: int) -> None:
+        """Raise QuotaExceeded where `charged` would."""
+        if (most := self.limits.jobs) is not None and jobs >= most:
+            raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
+        if (quota := self.limits.row_steps_per_minute) is None:
+            return
+        used = self._used(quota)
+        missing = used + min(row_steps, quota) - quota
+        if missing > 0:
+            bound = f"at most {quota} row-steps a minute, of which {max(0, math.floor(quota - used))} are left"
+            raise QuotaExceeded("row_steps", bound, row_steps, math.ceil(missing / quota * WINDOW_S))
 
     @contextmanager
     def connected(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from tminus.service.api.answers.openapi import (
     failures,
 )
 from tminus.service.api.answers.operations import described
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import BYTES, FORM
@@ -68,8 +69,10 @@ async def add_noise(services: Services, request: Request) -> Response:
     with faults.gathered():
         asked = NoiseRequest.parse(parameters, model)
     faults.check()
-    services = await services.in_memory(request)
-    model = services.model
+    if services.residence.is_out(services.number):  # it costs nothing, but who has nothing left loads no model
+        caller_of(request).check(row_steps=1, jobs=0)
+        services = await services.in_memory(request)
+        model = services.model
     image = await while_connected(request, services.decoder.decode(data, model))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)
