@@ -708,7 +708,7 @@ def masked(text: str) -> str:
 
     They may be percent-encoded or written with HTML entities, any number of times.
     """
-    if "%" in text or "&" in text:
+    if "%" in text or ("&" in text and ";" in text):
         decoded, starts = _decoded(text)
         pieces, end = list[str](), 0
         for found in SECRET.finditer(decoded):

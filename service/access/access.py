@@ -13,8 +13,8 @@ from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLog
 
 ANYBODY = ""  # the name of whoever comes without a key
 WINDOW_S = 60
-# Of one address, from which nobody logs in until a window after the last. Not of keys in headers: whoever shares an
-# address with a program that has a wrong key would be locked out.
+# From one address; after them /login refuses it until a window has passed. Keys in headers are not bounded: one program
+# with a wrong key would lock out all clients of its address.
 MOST_WRONG_LOGINS = 10
 MOST_ADDRESSES = 4096  # with wrong logins that are remembered
 
@@ -138,7 +138,7 @@ class Access:
         return self._caller(key.name, key.role, key.limits)
 
     def login(self, secret: str, address: str) -> Caller:
-        """Return whoever has a secret that a page was given. Raises Unauthorized, or TooManyLogins without a look."""
+        """Return whoever has a secret that came from the page. Raises Unauthorized, or TooManyLogins without a look."""
         wrong = self._wrong_logins.get(address, 0)
         if wrong >= MOST_WRONG_LOGINS:
             raise TooManyLogins(MOST_WRONG_LOGINS, WINDOW_S)

@@ -69,7 +69,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     with faults.gathered():
         asked = NoiseRequest.parse(parameters, model)
     faults.check()
-    if services.residence.is_out(services.number):  # it costs nothing, but who has nothing left loads no model
+    if services.residence.is_out(services.number):  # noise is free, but a key without quota loads no model
         caller_of(request).check(row_steps=1, jobs=0)
         services = await services.in_memory(request)
         model = services.model

@@ -45,8 +45,8 @@ async def understand(
 ) -> tuple[Services, NewJob]:
     """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
-    A model that is out stays out for a HEAD, and for a caller whose quota has no room for the job: what is known is
-    enough for an answer without work, and `submit` refuses the rest.
+    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
+    work, and `submit` refuses the job.
 
     Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
     is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
@@ -54,14 +54,14 @@ async def understand(
     """
     asked = await _parse(services, parameters)
     waited_s = 0.0
-    if services.residence.is_out(services.number):
+    is_head = request is not None and request.method == "HEAD"
+    if services.residence.is_out(services.number) and not is_head:
         spec = asked.to_spec(services.model, services.limits)  # what is wrong is told before a model is loaded
         began_s = time.monotonic()
         with suppress(QuotaExceeded):
-            if request is None or request.method != "HEAD":
-                row_steps = work_of(spec, services.model, services.number).places
-                caller.check(row_steps, await _open_jobs(services, caller))
-                services = await services.in_memory(request, asked.deadline_s)
+            row_steps = work_of(spec, services.model, services.number).places
+            caller.check(row_steps, await _open_jobs(services, caller))
+            services = await services.in_memory(request, asked.deadline_s)
         waited_s = time.monotonic() - began_s
     new = await _to_job(services, caller, asked, request, transparent=transparent)
     if waited_s and new.deadline_s is not None:

@@ -37,8 +37,8 @@ Result = TypeVar("Result")
 Reason = Literal["admin", "demand"]
 END_LOOK_S = 0.2  # how often a change that is waited for looks whether the server ends
 IDLE_LOOK_S = 1.0  # how often it is looked which models are idle
-# For which a model that came in stays, whoever wants its room: a small one loads in half a second, so that models which
-# take turns mostly work; and whoever waits for the next turn waits hardly longer.
+# A model stays at least this long after a load. A small one loads in half a second, so models that take turns on too
+# little room spend most of the time on work, and a request for the next one waits hardly longer.
 STAY_S = 3.0
 LOAD_S = 10.0  # that loading takes, while nothing is known
 

@@ -130,7 +130,7 @@ DOORS: dict[str, Callable[[Several, dict[str, str]], int]] = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_who_has_no_quota_left_loads_nothing(make_site: MakeSite, door: str) -> None:
+def test_a_key_without_quota_loads_nothing(make_site: MakeSite, door: str) -> None:
     several = on_demand(make_site, key_line("poor", "tm_poor", row_steps_per_minute=1))
     assert several.post("/sample", json=QUICK, headers=bearer("tm_poor")).status_code == 200
     assert DOORS[door](several, bearer("tm_poor")) == 429
@@ -138,7 +138,7 @@ def test_who_has_no_quota_left_loads_nothing(make_site: MakeSite, door: str) -> 
     assert not several.shelf.engines
 
 
-def test_who_has_all_its_jobs_loads_nothing(make_site: MakeSite) -> None:
+def test_a_key_with_all_its_jobs_loads_nothing(make_site: MakeSite) -> None:
     several = on_demand(make_site, key_line("one", "tm_one", jobs=1))
     several.site.engine.gate.shut()
     assert several.post("/jobs", json=QUICK, headers=bearer("tm_one")).status_code == 202
