@@ -13,7 +13,8 @@ from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.files import read_json
 from tminus.model.latent.autoencoder import VQ, Autoencoder, AutoencoderConfig
 from tminus.model.noise import NoiseConfig
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 FOLDER = ROOT / "build" / "networks"
 SEED = 0

@@ -31,7 +31,8 @@ from bench.servers import Server
 from tests import postgres
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 from tminus.service.work import Work
 
 NETWORK = UNetConfig(

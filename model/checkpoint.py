@@ -40,7 +40,8 @@ from tminus.model.pixels import MAX_CHANNELS, RGBA
 from tminus.model.sampler_tables import FOLDER as TABLES
 from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_guidances
 from tminus.model.samplers import Plan, compile_plan, table_plan
-from tminus.model.unet import CLASS_NAME, UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)

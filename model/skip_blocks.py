@@ -4,28 +4,20 @@ Beside the feature maps a small image goes down, from which each level learns, a
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tminus.model.layers import Attention, FirResample, ResnetBlock
+from tminus.model.unet_config import IMAGE_CHANNELS, UNetConfig, groups_of
 
-if TYPE_CHECKING:
-    from tminus.model.unet import UNetConfig
-
-IMAGE_CHANNELS = 3  # diffusers' blocks know no other number
-WIDTH_MULTIPLE = ATTENTION_GROUPS = 32
+ATTENTION_GROUPS = 32
 OUTPUT_SCALE = math.sqrt(2)
 
 
-def groups_of(channels: int) -> int:
-    """The groups of a group norm over so many channels, where no config says their number."""
-    return min(channels // 4, 32)
-
-
-def _resnet(config: "UNetConfig", in_channels: int, out: int, **kwargs: Any) -> ResnetBlock:
+def _resnet(config: UNetConfig, in_channels: int, out: int, **kwargs: Any) -> ResnetBlock:
     return ResnetBlock(
         in_channels,
         out,
@@ -40,7 +32,7 @@ def _resnet(config: "UNetConfig", in_channels: int, out: int, **kwargs: Any) -> 
     )
 
 
-def _attentions(config: "UNetConfig", channels: int, count: int) -> nn.ModuleList:
+def _attentions(config: UNetConfig, channels: int, count: int) -> nn.ModuleList:
     width, eps = config.head_width(channels), config.norm_eps
     return nn.ModuleList(
         Attention(channels, width, groups=ATTENTION_GROUPS, eps=eps, output_scale_factor=OUTPUT_SCALE)
@@ -51,7 +43,7 @@ def _attentions(config: "UNetConfig", channels: int, count: int) -> nn.ModuleLis
 class SkipDownBlock(nn.Module):
     """Resnets (each followed by attention in an Attn block), then, but in the last block, a level of half the size."""
 
-    def __init__(self, attends: bool, config: "UNetConfig", in_channels: int, out: int, last: bool) -> None:
+    def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList()
         for i in range(config.layers_per_block):
@@ -84,7 +76,7 @@ class SkipDownBlock(nn.Module):
 class SkipUpBlock(nn.Module):
     """One resnet more than the down block (attention after the last in an Attn block), then a level twice the size."""
 
-    def __init__(self, attends: bool, config: "UNetConfig", prev: int, skip_last: int, out: int, last: bool) -> None:
+    def __init__(self, attends: bool, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
         layers = config.layers_per_block + 1
         self.resnets = nn.ModuleList()

@@ -4,6 +4,7 @@ The docstring of an error says when it happens, and `remedy` what to do: the pag
 Both are Markdown, with links relative to docs/.
 """
 
+import html
 import json
 import math
 import re
@@ -11,8 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
+# Without tm_ a secret is 43 characters of base64url: a name or a hash of that length has no letters of both cases.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
-SECRET = re.compile(rf"tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+", re.ASCII | re.IGNORECASE)
+SECRET = re.compile(
+    rf"(?i:tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+)|(?<![\w-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[\w-]{{43,}}", re.ASCII
+)
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
+ENTITY_CHARACTERS = 11
+LONGEST_SECRET = 3 * 46  # characters of one, where all are percent-encoded
 MOST_FAULTS = 20  # that a problem document lists
 HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -242,7 +249,8 @@ class TooManyStreams(ServiceError):
 
 class MalformedRequest(ServiceError):
     """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
-    bytes. Or a WebSocket handshake has a body or control characters. The connection closes.
+    bytes. Or a WebSocket handshake has a body or control characters. The connection closes. A request with two
+    `Idempotency-Key` headers gets this too.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -497,6 +505,19 @@ class Unauthorized(ServiceError):
         self.headers["WWW-Authenticate"] = 'Bearer realm="tminus"'
 
 
+class TooManyLogins(ServiceError):
+    """Many wrong keys came to `POST /login` from one address within a minute. An IPv6 address counts with its /64
+    network. Keys in headers and cookies still work.
+    """
+
+    status, code, title = 429, "too_many_logins", "Too many logins failed"
+    remedy = "Try again after the seconds in `Retry-After`."
+
+    def __init__(self, most: int, retry_after_s: int) -> None:
+        super().__init__(f"at most {most} wrong keys are taken from one address; it may try again in {retry_after_s} s")
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
 class NotOpen(ServiceError):
     """The server runs on [Ray](operations.md#ray-serve), other machines reach it, and it has no keys.
 
@@ -671,38 +692,52 @@ def short(value: object, limit: int = 200) -> object:
         return value if math.isfinite(value) else str(value)  # JSON has no infinity
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
+    looked_at = limit + LONGEST_SECRET  # so that the end of what is shown cuts no secret short of being known as one
     try:
-        text = value if isinstance(value, str) else _json_start(value, limit)
+        text = value if isinstance(value, str) else _json_start(value, looked_at)
         if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and masked(text) == text:
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
-    text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
-    return masked(text if len(text) <= limit else text[:limit] + "…")
+    shown = masked(text[:looked_at].encode("utf-8", "replace").decode())  # JSON may escape half a surrogate pair
+    return shown if max(len(shown), len(text) - LONGEST_SECRET) <= limit else shown[:limit] + "…"
 
 
 def masked(text: str) -> str:
-    """Mask the secrets of API keys, which clients may have put anywhere, percent-encoded any number of times."""
-    if "%" not in text:
-        return SECRET.sub("tm_…", text)
-    decoded, starts = _decoded(text)
-    pieces, end = list[str](), 0
-    for found in SECRET.finditer(decoded):
-        pieces += text[end : starts[found.start()]], "tm_…"
-        end = starts[found.end()]
-    return "".join([*pieces, text[end:]])
+    """Mask the secrets of API keys, which clients may have put anywhere.
+
+    They may be percent-encoded or written with HTML entities, any number of times.
+    """
+    if "%" in text or ("&" in text and ";" in text):
+        decoded, starts = _decoded(text)
+        pieces, end = list[str](), 0
+        for found in SECRET.finditer(decoded):
+            pieces += text[end : starts[found.start()]], "tm_…"
+            end = starts[found.end()]
+        text = "".join([*pieces, text[end:]])
+    return SECRET.sub("tm_…", text)  # a percent sign before a secret may have hidden its first two characters
 
 
 def _decoded(text: str) -> tuple[str, list[int]]:
-    """Decode percent-encoding until none is left; where in the text each character begins, and where it ends."""
+    """Decode what is encoded until nothing is; where in the text each character begins, and where it ends."""
     characters, starts = list[str](), list[int]()
     for at, character in enumerate(text):
         characters.append(character)
         starts.append(at)
-        while len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
-            characters[-3:] = chr(int("".join(characters[-2:]), 16))
-            del starts[-2:]
+        while found := _last_encoded(characters):
+            length, meant = found
+            characters[-length:] = meant
+            del starts[len(starts) - length + 1 :]
     return "".join(characters), [*starts, len(text)]
+
+
+def _last_encoded(characters: list[str]) -> tuple[int, str] | None:
+    """Find a character that is encoded by the last ones: by how many, and which it is."""
+    if len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
+        return 3, chr(int("".join(characters[-2:]), 16))
+    if characters[-1] == ";" and (found := ENTITY.search("".join(characters[-ENTITY_CHARACTERS:]))):
+        return len(found[0]), html.unescape(found[0])[:1] or "\ufffd"
+    return None
 
 
 _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)

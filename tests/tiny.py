@@ -3,7 +3,7 @@
 import torch
 
 from tminus.model.networks.lucidrains import LucidrainsConfig
-from tminus.model.unet import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 TINY = UNetConfig(
     sample_size=8,

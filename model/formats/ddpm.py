@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import Converted, GivenFacts, numbered
-from tminus.model.unet import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 FORMAT = "the PyTorch port of Ho et al.'s DDPM"
 RENAMES = (

@@ -13,7 +13,7 @@ from tminus.model.formats.flags import flag
 from tminus.model.formats.read import is_bare, read_foreign
 from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
-from tminus.model.unet import CLASS_NAME, UNetConfig
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, to_float32
 
 # In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.

@@ -13,7 +13,7 @@ from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import CLIPS, HO_TIMESTEPS, Converted, FactsError, GivenFacts, numbered
 from tminus.model.formats.flags import OF_SIGMA
 from tminus.model.noise import NoiseConfig
-from tminus.model.unet import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32

@@ -9,7 +9,8 @@ from typing import Any
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.networks.dome272 import Dome272Config, Dome272UNet
 from tminus.model.networks.lucidrains import LucidrainsConfig, LucidrainsUnet
-from tminus.model.unet import CLASS_NAME, UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
 
 OTHERS: Mapping[str, type[Dome272Config | LucidrainsConfig]] = {
     Dome272Config.CLASS_NAME: Dome272Config,

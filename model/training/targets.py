@@ -18,7 +18,8 @@ from tminus.model.loss import training_target
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.training.data import Examples
 from tminus.model.training.run import TrainError
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 GROUP = 256  # images at most: with more, a step reads more of the data, and the target varies hardly less
 

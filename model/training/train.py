@@ -36,7 +36,8 @@ from tminus.model.training.targets import (
     product_of,
     teacher_of,
 )
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit
 
 GUIDANCE = 1.5  # to begin with, of a network that has learned a null class

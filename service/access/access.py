@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cachetools import TTLCache
+
 from tminus.service.access.keys import KeyLimits, KeyRing, Role
-from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthorized
+from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLogins, Unauthorized
 
 ANYBODY = ""  # the name of whoever comes without a key
 WINDOW_S = 60
 PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
+# From one address; after them /login refuses it until a window has passed. Keys in headers are not bounded: one program
+# with a wrong key would lock out all clients of its address.
+MOST_WRONG_LOGINS = 10
+MOST_ADDRESSES = 4096  # with wrong logins that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +68,10 @@ class Caller:
         jobs: of this name, that have not ended. A job of more than a minute's quota begins once all of that is there,
         and what is over is owed: nothing is too large for ever, and in the long run the quota holds.
         """
-        if (most := self.limits.jobs) is not None and jobs >= most:
-            raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
-        if (quota := self.limits.row_steps_per_minute) is None:
+        self.check(row_steps, jobs)
+        if self.limits.row_steps_per_minute is None:
             yield
             return
-        used = self._used(quota)
-        missing = used + min(row_steps, quota) - quota
-        if missing > 0:
-            bound = f"at most {quota} row-steps a minute, of which {max(0, math.floor(quota - used))} are left"
-            raise QuotaExceeded("row_steps", bound, row_steps, math.ceil(missing / quota * WINDOW_S))
         self.usage.row_steps += row_steps
         try:
             yield
@@ -83,6 +83,18 @@ class Caller:
         """Count the decoding of an upload as row-steps, whatever it brings. Raises QuotaExceeded."""
         with self.charged(math.ceil(pixels / PIXELS_PER_ROW_STEP), 0):
             pass
+
+    def check(self, row_steps: int, jobs: int) -> None:
+        """Raise QuotaExceeded where `charged` would."""
+        if (most := self.limits.jobs) is not None and jobs >= most:
+            raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
+        if (quota := self.limits.row_steps_per_minute) is None:
+            return
+        used = self._used(quota)
+        missing = used + min(row_steps, quota) - quota
+        if missing > 0:
+            bound = f"at most {quota} row-steps a minute, of which {max(0, math.floor(quota - used))} are left"
+            raise QuotaExceeded("row_steps", bound, row_steps, math.ceil(missing / quota * WINDOW_S))
 
     @contextmanager
     def connected(self) -> Iterator[None]:
@@ -105,7 +117,7 @@ class Caller:
 
 
 class Access:
-    """Owns what each name has used. In the event loop's thread only."""
+    """Owns what each name has used, and which addresses tried wrong keys. In the event loop's thread only."""
 
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic
@@ -113,6 +125,7 @@ class Access:
         """is_open: whoever has no key may sample."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
+        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # how many, by address
 
     @property
     def keys_up(self) -> bool:
@@ -129,6 +142,17 @@ class Access:
         if (key := self._keys.find(secret)) is None:
             raise Unauthorized("the server does not know this key")
         return self._caller(key.name, key.role, key.limits)
+
+    def login(self, secret: str, address: str) -> Caller:
+        """Return whoever has a secret that came from the page. Raises Unauthorized, or TooManyLogins without a look."""
+        wrong = self._wrong_logins.get(address, 0)
+        if wrong >= MOST_WRONG_LOGINS:
+            raise TooManyLogins(MOST_WRONG_LOGINS, WINDOW_S)
+        try:
+            return self.with_secret(secret)
+        except Unauthorized:
+            self._wrong_logins[address] = wrong + 1
+            raise
 
     def without_secret(self) -> Caller:
         """Return whoever comes without a key. Raises Unauthorized where that is not enough."""

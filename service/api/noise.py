@@ -69,9 +69,11 @@ async def add_noise(services: Services, request: Request) -> Response:
     with faults.gathered():
         asked = NoiseRequest.parse(parameters, model)
     faults.check()
-    services = await services.in_memory(request)
-    model = services.model
     caller = caller_of(request)
+    if services.residence.is_out(services.number):  # a key without quota loads no model
+        caller.check(row_steps=1, jobs=0)
+        services = await services.in_memory(request)
+        model = services.model
     image = await while_connected(request, services.decoder.decode(data, model, caller))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)

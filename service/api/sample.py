@@ -164,8 +164,9 @@ async def sample(services: Services, request: Request) -> Response:
 async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
     """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
     model, metrics = services.model, services.metrics
-    tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact else None
-    headers = {"X-Fingerprint": model.fingerprint, "Vary": "Accept"}
+    is_known = model.fingerprint != ""  # of a model that was never loaded it is not
+    tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact and is_known else None
+    headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
     directives = cache_directives(request)
     if tag is not None:

@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -22,7 +22,7 @@ from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
-from tminus.service.errors import InvalidField, Overloaded
+from tminus.service.errors import InvalidField, Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
@@ -45,16 +45,23 @@ async def understand(
 ) -> tuple[Services, NewJob]:
     """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
+    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
+    work, and `submit` refuses the job.
+
     Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
     is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
     see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
     """
     asked = await _parse(services, parameters)
     waited_s = 0.0
-    if services.residence.is_out(services.number):
-        asked.to_spec(services.model, services.limits)  # what is wrong with a request is told before a model is loaded
+    is_head = request is not None and request.method == "HEAD"
+    if services.residence.is_out(services.number) and not is_head:
+        spec = asked.to_spec(services.model, services.limits)  # what is wrong is told before a model is loaded
         began_s = time.monotonic()
-        services = await services.in_memory(request, asked.deadline_s)
+        with suppress(QuotaExceeded):
+            row_steps = work_of(spec, services.model, services.number).places
+            caller.check(row_steps, await _open_jobs(services, caller))
+            services = await services.in_memory(request, asked.deadline_s)
         waited_s = time.monotonic() - began_s
     new = await _to_job(services, caller, asked, request, transparent=transparent)
     if waited_s and new.deadline_s is not None:
@@ -113,14 +120,19 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
     What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
-    row_steps, jobs = new.work.places, 0
-    if (most := caller.limits.jobs) is not None:
-        new_jobs = services.new_jobs
-        elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
-        jobs = new_jobs.number_here(caller.name) + elsewhere
-    with caller.charged(row_steps, jobs):
+    row_steps = new.work.places
+    with caller.charged(row_steps, await _open_jobs(services, caller)):
         yield
     services.metrics.charged(caller.name, row_steps)
+
+
+async def _open_jobs(services: Services, caller: Caller) -> int:
+    """Count a caller's jobs that have not ended, as far as its limit depends on it."""
+    if (most := caller.limits.jobs) is None:
+        return 0
+    new_jobs = services.new_jobs
+    elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
+    return new_jobs.number_here(caller.name) + elsewhere
 
 
 async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:

@@ -59,7 +59,7 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     projects whose files can be converted.
     """
     from tminus.model.formats.read import convert as run
-    from tminus.model.unet import CLASS_NAME
+    from tminus.model.unet_config import CLASS_NAME
 
     with failing_in_one_line():
         converted = run(source, folder, given_facts(options))

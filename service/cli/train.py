@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
     from tminus.model.samplers import Plan
     from tminus.model.training.data import ImageSet
-    from tminus.model.unet import UNetConfig
+    from tminus.model.unet_config import UNetConfig
 
 SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
 MOST_ON_SHEET = 64  # samples
@@ -217,7 +217,7 @@ def train(**options: Any) -> None:
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
-    from tminus.model.unet import UNetConfig
+    from tminus.model.unet_config import UNetConfig
 
     widths, attends = integers("--widths", options["widths"]), integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]

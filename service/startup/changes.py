@@ -37,6 +37,9 @@ Result = TypeVar("Result")
 Reason = Literal["admin", "demand"]
 END_LOOK_S = 0.2  # how often a change that is waited for looks whether the server ends
 IDLE_LOOK_S = 1.0  # how often it is looked which models are idle
+# A model stays at least this long after a load. A small one loads in half a second, so models that take turns on too
+# little room spend most of the time on work, and a request for the next one waits hardly longer.
+STAY_S = 3.0
 LOAD_S = 10.0  # that loading takes, while nothing is known
 
 
@@ -91,6 +94,7 @@ class ModelChanges:
         self._wants: dict[int, _Want] = {}  # by the model's number, in order
         self._closing: set[int] = set()  # models in memory that take no new requests
         self._loads = _Loads()
+        self._came_s: dict[int, float] = {}  # when a model came in, by its number
         self._used_s: dict[int, float] = {}  # when a model came in or was last seen busy
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio holds tasks weakly
         if idle_unload_s is not None:
@@ -285,17 +289,23 @@ class ModelChanges:
             await self._go_out(await self._free_one(others), "room")
 
     async def _free_one(self, others: list[Services]) -> int:
-        """Wait until one of the models is idle, and return its number. Raises Draining and the like."""
-        work_left_s = self._served.admission.work_left_s
-        soonest = min(others, key=lambda each: (work_left_s(each.number), self._last_used_s(each.number))).number
+        """Wait until one of the models has stayed long enough and is idle; return its number. Raises Draining, …"""
+        work_left_s, closing = self._served.admission.work_left_s, None
         try:
-            while not (idle := [each.number for each in others if not self._served.is_busy(each.number)]):
-                self._closing.add(soonest)
+            while True:
+                now_s = time.monotonic()
+                stayed = [each.number for each in others if now_s - self._came_s.get(each.number, -math.inf) >= STAY_S]
+                if idle := [number for number in stayed if not self._served.is_busy(number)]:
+                    return min(idle, key=self._last_used_s)
+                if stayed:
+                    if closing is None:
+                        closing = min(stayed, key=lambda number: (work_left_s(number), self._last_used_s(number)))
+                    self._closing.add(closing)
                 self._served.worker.check_open()
                 await asyncio.sleep(LOOK_S)
         finally:
-            self._closing.discard(soonest)
-        return min(idle, key=self._last_used_s)
+            if closing is not None:
+                self._closing.discard(closing)
 
     async def _go_out(self, number: int, reason: str) -> None:
         self._closing.add(number)
@@ -327,7 +337,6 @@ class ModelChanges:
 
     async def _load(self, name: str, folder: Path, reason: Reason) -> Services:
         log.info("loading %s from %s", name, folder)
-        self._loads.name, self._loads.began_s = name, time.monotonic()
         try:
             services = await self._read_and_join(name, folder)
         except ServiceError as error:
@@ -337,7 +346,7 @@ class ModelChanges:
         finally:
             self._loads.name, seconds = None, time.monotonic() - self._loads.began_s
         self._loads.took_s[name] = seconds
-        self._used_s[services.number] = time.monotonic()
+        self._came_s[services.number] = self._used_s[services.number] = time.monotonic()
         self._served.metrics.loaded_while_running("done", reason)
         log.info("%s, fingerprint %s, is served after %.1f s", name, services.model.fingerprint, seconds)
         return services
@@ -345,6 +354,7 @@ class ModelChanges:
     async def _read_and_join(self, name: str, folder: Path) -> Services:
         try:
             await self._make_room(name, folder)
+            self._loads.name, self._loads.began_s = name, time.monotonic()
             prepared = await in_daemon_thread(lambda: self._prepare(name, folder), LOADING)
         except ServiceError:
             raise

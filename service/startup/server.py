@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tminus.service.api.answers.documents import StatusAnswer
 from tminus.service.api.answers.problems import render
+from tminus.service.api.edge.connections import ForwardedAddresses
 from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.edge.origin import READING, AllowedSites
 from tminus.service.api.edge.websocket_protocol import stream_protocol
@@ -205,7 +206,7 @@ def allow_connections(asked: int) -> int:
 
 def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
     """Say how uvicorn serves an app here. It does not run the app's lifespan."""
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
         # httptools bounds no head, and one step of one row takes 2 ms on the same two cores.
@@ -216,6 +217,7 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # ForwardedAddresses reads them
         backlog=ACCEPTED,
         timeout_graceful_shutdown=int(ANSWER_S),
         ws=stream_protocol(),
@@ -224,6 +226,8 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         ws_ping_timeout=PONG_S,
         ws_per_message_deflate=False,  # images are compressed already
     )
+    config.app = ForwardedAddresses(app, config.forwarded_allow_ips)
+    return config
 
 
 async def is_ready(worker: Worker) -> bool:

@@ -19,7 +19,8 @@ from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint
 from tminus.model.files import CheckpointError, write_atomically, write_json
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})

@@ -24,7 +24,8 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample
 from tminus.model.timesteps import SPACINGS, make_timesteps
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 

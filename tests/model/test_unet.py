@@ -6,7 +6,8 @@ import torch
 from diffusers import UNet2DModel
 
 from tests.tiny import TINY, randomize
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tminus.service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError, masked
+from tminus.service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError, masked, short
 
 
 def test_a_problem_has_the_members_of_rfc_9457_and_ours() -> None:
@@ -49,6 +49,16 @@ def test_the_secret_of_a_key_is_masked_whatever_is_before_it_and_a_parameter_of_
         assert masked(f"(%20{text}%20)") == "(%20tm_…%20)"
     links = "utm_source=x&utm_medium=y&UTM_ID=z&utm_creative_format"
     assert masked(links) == links
+
+
+def test_the_secret_of_a_key_is_masked_without_its_prefix_and_with_html_entities_and_no_other_name_is() -> None:
+    bare = "Ab3_" * 10 + "c-D"
+    for text in ("{}", "key={}", "tm&#95;{}", "tm&#x5f;{}", "tm%26%2395%3B{}", "%2{}", "x-{}"):
+        assert bare[1:] not in masked(text.format(bare)), text
+    assert bare[1:] not in masked(f"tm_{bare}".replace("_", "&#95;"))
+    assert "Ab3" not in str(short("x" * 180 + "=" + bare)), "also where the end of what is shown is within it"
+    for harmless in ("a1" * 32, "tminus_a_metric_of_more_than_forty_three_characters", "Ab3_" * 10, "a &#95; b &amp;"):
+        assert masked(harmless) == harmless
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "\ud800", ["\udfff"], {"\ud800": 1}])

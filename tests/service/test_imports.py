@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,12 @@ for name in {modules!r}:
 def test_model_imports_nothing_from_service() -> None:
     for file in MODEL:
         assert not [name for name in imports(parse(file), lazy=True) if part_of(name) == "service"], file
+
+
+def test_no_modules_of_model_import_each_other() -> None:
+    """Also not for type checking."""
+    graph = {module_name(file): {*imports(parse(file), lazy=True)} for file in MODEL}
+    TopologicalSorter(graph).prepare()  # it raises CycleError
 
 
 def test_torch_enters_the_service_in_its_engine_only() -> None:

@@ -21,6 +21,7 @@ from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.openapi import LOGIN_BODY, failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
+from tminus.service.api.edge.connections import counted_address
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
 from tminus.service.api.edge.version import check_version
@@ -171,7 +172,8 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         except (ConflictingField, InvalidField, UnknownField) as error:  # its value may be a key
             detail = f"{error.field} must be {error.bound}" if isinstance(error, InvalidField) else error.detail
             raise type(error)(detail, field=error.field, bound=error.bound) from None
-        who = WhoAnswer.of(access.with_secret(asked.key))
+        address = counted_address(request.client.host) if request.client else ""
+        who = WhoAnswer.of(access.login(asked.key, address))
         response = JSONResponse(who.model_dump(), headers=NO_STORE)
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, asked.key, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")

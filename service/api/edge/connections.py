@@ -13,6 +13,9 @@ from contextlib import contextmanager, suppress
 from ipaddress import ip_address, ip_network
 from typing import cast
 
+from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware, _TrustedHosts
+
 from tminus.service.errors import TooManyStreams
 
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
@@ -104,6 +107,28 @@ class Streams:
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._quiet.wait()
+
+
+class ForwardedAddresses(ProxyHeadersMiddleware):
+    """uvicorn's reading of X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, which would take any text.
+
+    Where no address is named, the client stays the proxy: what is counted and logged is always an address.
+    """
+
+    def __init__(self, app: ASGIApp, trusted_hosts: list[str] | str) -> None:
+        super().__init__(app, trusted_hosts)  # type: ignore[arg-type]  # uvicorn has its own types of ASGI
+        self.trusted_hosts = _Addresses(trusted_hosts)
+
+
+class _Addresses(_TrustedHosts):
+    def get_trusted_client_address(self, x_forwarded_for: str) -> tuple[str, int]:
+        """Return the client's address and port; an empty address, which is not taken, where it is none."""
+        host, port = super().get_trusted_client_address(x_forwarded_for)
+        try:
+            ip_address(host)
+        except ValueError:
+            return "", 0
+        return ("", 0) if "%" in host else (host, port)  # after it IPv6 allows any text: the zone of some machine
 
 
 def counted_address(host: str) -> str:

@@ -9,6 +9,7 @@ pyproject.toml bounds its version, and a test names what is missing if the class
 """
 
 import logging
+import re
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
 from collections.abc import Callable
@@ -44,6 +45,8 @@ LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request 
 LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
 UNSENT_BYTES = 131_072  # in the kernel, which would hold megabytes, and take no more for minutes of a slow reader
+# A target with scheme and host, as proxies are sent one, which a server must take too (RFC 9112, section 3.2.2).
+ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
 # Connections that are turned away and linger are counted under this name; beyond so many they are closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
@@ -64,7 +67,7 @@ class _Outlet:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which refuses a body of very many chunks with little in them."""
+    """h11's parser, which refuses a body of very many chunks with little in them, and takes absolute targets."""
 
     refused_as_too_fine = False  # the body of this request
     _chunks, _body_bytes = 0, 0  # of this body, so far
@@ -72,6 +75,13 @@ class _Parser(h11.Connection):
     def next_event(self) -> Any:
         """Return the next event. Raises RemoteProtocolError."""
         event = super().next_event()
+        if isinstance(event, h11.Request) and (absolute := ABSOLUTE.fullmatch(event.target)):
+            host, path, query = absolute.groups(b"")
+            headers = [(name, value) for name, value in event.headers if name != b"host"]  # what it says does not count
+            return h11.Request(
+                method=event.method, headers=[(b"host", host), *headers], target=(path or b"/") + query,
+                http_version=event.http_version,
+            )  # fmt: skip
         if isinstance(event, h11.Data):
             self._body_bytes += len(event.data)
             self._chunks += event.chunk_start

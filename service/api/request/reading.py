@@ -23,6 +23,7 @@ from tminus.service.errors import (
     InvalidField,
     JobCancelled,
     MalformedBody,
+    MalformedRequest,
     NotAcceptable,
     UnknownField,
     UnsupportedEncoding,
@@ -105,10 +106,17 @@ def check_encoding(request: Request) -> None:
 
 
 def key_in_headers(request: Request) -> str | None:
-    """Read the Idempotency-Key; a structured-field string may be quoted or not. Raises InvalidField."""
-    header = request.headers.get("idempotency-key")
-    if header is None:
+    """Read the Idempotency-Key; a structured-field string may be quoted or not.
+
+    Raises InvalidField, and MalformedRequest for two of them: only headers that are lists may come twice (RFC 9110,
+    section 5.3).
+    """
+    if not (headers := request.headers.getlist("idempotency-key")):
         return None
+    if len(headers) > 1:
+        detail = f"the request has {len(headers)} headers Idempotency-Key"
+        raise MalformedRequest(detail, field="Idempotency-Key", value=headers, bound="at most one")
+    (header,) = headers
     name = header.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
         raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)

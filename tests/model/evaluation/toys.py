@@ -7,7 +7,8 @@ from tminus.model.evaluation.classifier import ClassifierTraining
 from tminus.model.evaluation.samples import EvaluateOptions
 from tminus.model.noise import NoiseConfig
 from tminus.model.training.data import ImageSet
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import hash_weights
 
 CPU = torch.device("cpu")

@@ -34,7 +34,8 @@ from tminus.model.training.distill import (
 )
 from tminus.model.training.run import STATE_FILE, TrainError
 from tminus.model.training.train import TrainConfig, train
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 

@@ -34,7 +34,8 @@ from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
 from tminus.model.training.run import FORMER_FILE, STATE_FILE, Ema, TrainError, read_state, write_state
 from tminus.model.training.train import TrainConfig, batch_indices, train, usual_batch, usual_steps
-from tminus.model.unet import UNet2D, UNetConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 

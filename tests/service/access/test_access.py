@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.keys import access_of, key_line
-from tminus.service.access.access import ANYBODY, WINDOW_S, Access, Caller, Usage
-from tminus.service.access.keys import KeyLimits
-from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, Unauthorized
+from tminus.service.access.access import ANYBODY, MOST_WRONG_LOGINS, WINDOW_S, Access, Caller, Usage
+from tminus.service.access.keys import KeyLimits, KeyRing
+from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLogins, Unauthorized
 
 LINES = key_line("studio", "s", jobs=3), key_line("ops", "o", "admin")
 
@@ -25,6 +25,23 @@ def test_one_with_keys_asks_for_one() -> None:
     with pytest.raises(Unauthorized, match="does not know this key") as caught:
         access.with_secret("x-secret")
     assert "x-secret" not in caught.value.detail
+
+
+def test_after_ten_wrong_logins_from_an_address_none_from_there_is_looked_at_for_a_minute() -> None:
+    now_s = 0.0
+    access = Access(KeyRing(LINES[0]), clock=lambda: now_s)
+    for _ in range(MOST_WRONG_LOGINS):
+        access.login("s", "10.0.0.1")
+        with pytest.raises(Unauthorized):
+            access.login("wrong", "10.0.0.1")
+        now_s += 1
+    for secret in ("wrong", "s"):
+        with pytest.raises(TooManyLogins) as caught:
+            access.login(secret, "10.0.0.1")
+        assert caught.value.headers["Retry-After"] == str(WINDOW_S)
+    assert access.login("s", "10.0.0.2").name == access.with_secret("s").name == "studio"
+    now_s += WINDOW_S
+    assert access.login("s", "10.0.0.1").name == "studio", "what is refused does not count"
 
 
 def test_secrets_of_one_name_share_its_usage() -> None:

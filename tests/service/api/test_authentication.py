@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import WebSocketDenialResponse
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from tests.service.api.test_stream import connect
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.durable import wait_for
 from tests.service.fakes import wait_until
 from tests.service.keys import access_of, bearer, key_line
-from tminus.service.access.access import Access
+from tminus.service.access.access import MOST_WRONG_LOGINS, Access
 from tminus.service.access.keys import LOOK_S, KeyRing
 from tminus.service.api import stream as routes_stream
 from tminus.service.api.answers.problems import form_of
@@ -207,6 +207,17 @@ def test_a_bad_login_is_refused_and_the_cookie_of_https_never_goes_over_http(key
         assert "tm_" not in response.json()["detail"]
     response = keyed.client.post("https://localhost/login", json={"key": ANN})
     assert "secure" in response.headers["set-cookie"].lower()
+
+
+def test_wrong_keys_at_the_login_are_bounded_and_lock_nobody_elses_out(keyed: Site) -> None:
+    for _ in range(MOST_WRONG_LOGINS):
+        problem(keyed.client.post("/login", json={"key": "tm_wrong"}), 401, "unauthorized")
+    refused = keyed.client.post("/login", json={"key": ANN})
+    problem(refused, 429, "too_many_logins")
+    assert int(refused.headers["retry-after"]) > 0
+    assert keyed.client.get("/key", **as_(ANN)).status_code == 200
+    elsewhere = TestClient(keyed.app, base_url="http://localhost", client=("2001:db8::1", 1))
+    assert elsewhere.post("/login", json={"key": ANN}).status_code == 200
 
 
 # --- streams ---

@@ -25,7 +25,7 @@ from tminus.service.api.edge import http_protocol, middleware
 from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES
 from tminus.service.api.edge.middleware import PIECE_BYTES, MemoryLimit, RequestContext
 from tminus.service.byte_budget import ByteBudget
-from tminus.service.errors import ServiceError
+from tminus.service.errors import MalformedRequest, ServiceError
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -493,6 +493,36 @@ def test_what_no_library_would_answer_is_answered_without_a_traceback(
         assert running.ask(HANDSHAKE + b"\r\n").startswith(b"HTTP/1.1 403"), "as the app closes it before it accepts"
         wait_until(lambda: not running.server.server_state.tasks)
     assert all(record.levelno < logging.ERROR and record.exc_info is None for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "query"),
+    [
+        (b"http://localhost:80/a%20b?x=/y", "/a b", b"x=/y"),
+        (b"HTTPS://localhost:80", "/", b""),
+        (b"http://localhost:80?x", "/", b"x"),
+    ],
+)
+@pytest.mark.parametrize("upgrade", [b"", HANDSHAKE.partition(b"\r\n")[2]])
+def test_a_target_with_a_host_is_taken_and_its_host_is_the_one_that_counts(
+    target: bytes, path: str, query: bytes, upgrade: bytes
+) -> None:
+    scopes: list[Scope] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        scopes.append(scope)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await render(MalformedRequest("no"))(scope, _receive, send)
+
+    head = b"GET " + target + b" HTTP/1.1\r\n" + (upgrade or b"Host: evil.example\r\n")
+    with Served(app) as served, socket.create_connection(served.address) as client:
+        client.sendall(head.replace(b"Host: localhost\r\n", b"Host: evil.example\r\n") + b"\r\n")
+        assert client.recv(65536)
+    (scope,) = scopes
+    assert (scope["type"], scope["path"], scope["query_string"]) == ("websocket" if upgrade else "http", path, query)
+    assert [value for name, value in scope["headers"] if name == b"host"] == [b"localhost:80"]
 
 
 # --- bodies in pieces ---

@@ -263,6 +263,16 @@ def test_a_key_covers_the_pictures_in_json_and_form_alike(site: Site) -> None:
         problem(answer, 422, "idempotency_key_reused")
 
 
+def test_two_idempotency_keys_are_refused(one_site: Site) -> None:
+    twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    for path, more in (("/jobs", {}), ("/sample", {"Prefer": "respond-async"})):
+        answer = one_site.client.post(path, json={"steps": 2}, headers=[*twice, *more.items()])
+        assert problem(answer, 400, "malformed_request")["field"] == "Idempotency-Key"
+    answer = one_site.client.post("/v1/images/generations", json={"prompt": ""}, headers=twice)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_request")
+    assert one_site.client.get("/jobs").json()["jobs"] == []
+
+
 def test_a_durable_edit_of_an_earlier_process_has_its_pictures(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
     body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}

@@ -1,5 +1,6 @@
 """Models that are loaded when they are asked for and unloaded when idle, on fake engines."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.service.api.pictures import CAT
 from tests.service.conftest import INSTANT, MakeSite, prepare, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, wait_until
-from tests.service.keys import access_of, key_line
+from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import ADMIN, COLOUR, KEY, QUICK, Several, Shelf
 from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining
+from tminus.service.startup import changes
 from tminus.service.startup.models import Described, Prepared
 from tminus.service.startup.settings import Library
 
@@ -20,8 +23,8 @@ FITTING = 2  # beside the default model
 OTHERS = {name: replace(COLOUR, name=name, weights_hash=f"{k:02x}" * 32) for k, name in enumerate("abcd", 1)}
 
 
-def on_demand(make_site: MakeSite, idle_s: float = 3600.0, **kwargs: Any) -> Several:
-    """A site whose default model is in memory, and four more that are out."""
+def on_demand(make_site: MakeSite, *lines: str, idle_s: float = 3600.0, **kwargs: Any) -> Several:
+    """A site whose default model is in memory, and four more that are out. lines: keys beside the admin's."""
     shelf = Shelf(dict(OTHERS) | {"fake": INFO})
     shelf.gate.set()
     unknown = {"fingerprint": "", "executor": "", "precision": ""}
@@ -31,7 +34,7 @@ def on_demand(make_site: MakeSite, idle_s: float = 3600.0, **kwargs: Any) -> Sev
         return replace(shelf.prepare(name, folder), memory_bytes=1)
 
     app = {
-        "access": access_of(key_line("ops", KEY, "admin"), is_open=True),
+        "access": access_of(key_line("ops", KEY, "admin"), *lines, is_open=True),
         "library": Library({name: Path(name) for name in ("fake", *OTHERS)}),
         "prepare": prepare_one,
         "described": [Described(replace(info, **unknown), LIMITS, speed) for info in OTHERS.values()],  # type: ignore[arg-type]
@@ -39,6 +42,11 @@ def on_demand(make_site: MakeSite, idle_s: float = 3600.0, **kwargs: Any) -> Sev
         "idle_unload_s": idle_s,
     }
     return Several(make_site(app=app, **kwargs), FakeEngine(COLOUR), shelf)
+
+
+@pytest.fixture(autouse=True)
+def _may_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "STAY_S", 0.0)
 
 
 @pytest.fixture
@@ -82,6 +90,86 @@ def test_what_is_known_of_a_model_that_is_out_is_told_and_loads_nothing(several:
     assert not several.shelf.engines
     (entry,) = [each for each in several.get("/models").json()["models"] if each["name"] == "a"]
     assert (entry["state"], entry["url"], entry["model"]["channels"]) == ("unloaded", "/models/a/", 3)
+
+
+def test_a_head_loads_nothing(several: Several) -> None:
+    told = several.site.client.head("/models/a/sample", params=QUICK)
+    assert (told.status_code, told.headers["x-seed"]) == (200, "5")
+    assert not {"etag", "x-fingerprint"} & {*told.headers}, "nobody knows them yet"
+    assert several.site.client.head("/models/a/sample?steps=0").status_code == 422
+    assert not several.shelf.engines
+    assert ask(several, "a").status_code == 200
+    several.change("a", "unload")
+    wait_until(lambda: "a" not in loaded(several))
+    told = several.site.client.head("/models/a/sample", params=QUICK)
+    assert told.headers["x-fingerprint"] == OTHERS["a"].fingerprint
+    assert "etag" in told.headers
+    assert not loaded(several)
+
+
+def stream(several: Several, secret: str) -> int:
+    with several.site.client.websocket_connect("/models/a/sample/stream", headers=bearer(secret)) as ws:
+        ws.send_json(QUICK)
+        while "status" not in (message := ws.receive_json()):
+            pass
+        return int(message["status"])
+
+
+DOORS: dict[str, Callable[[Several, dict[str, str]], int]] = {
+    "POST /sample": lambda site, key: site.post("/models/a/sample", json=QUICK, headers=key).status_code,
+    "GET /sample": lambda site, key: site.get("/models/a/sample", params=QUICK, headers=key).status_code,
+    "a durable job": lambda site, key: site.post("/models/a/jobs", json=QUICK, headers=key).status_code,
+    "OpenAI": lambda site, key: site.post(
+        "/v1/images/generations", json={"model": "a", "prompt": "red"}, headers=key).status_code,
+    "Hugging Face": lambda site, key: site.post("/models/a", json={"inputs": "red"}, headers=key).status_code,
+    "KServe": lambda site, key: site.post("/v2/models/a/infer", json={"inputs": []}, headers=key).status_code,
+    "a stream": lambda site, key: stream(site, key["Authorization"].removeprefix("Bearer ")),
+    "POST /noise": lambda site, key: site.post(
+        "/models/a/noise?t=5", content=CAT, headers=key | {"Content-Type": "image/png"}).status_code,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_key_without_quota_loads_nothing(make_site: MakeSite, door: str) -> None:
+    several = on_demand(make_site, key_line("poor", "tm_poor", row_steps_per_minute=1))
+    assert several.post("/sample", json=QUICK, headers=bearer("tm_poor")).status_code == 200
+    assert DOORS[door](several, bearer("tm_poor")) == 429
+    assert several.states()["a"] == "unloaded"
+    assert not several.shelf.engines
+
+
+def test_a_key_with_all_its_jobs_loads_nothing(make_site: MakeSite) -> None:
+    several = on_demand(make_site, key_line("one", "tm_one", jobs=1))
+    several.site.engine.gate.shut()
+    assert several.post("/jobs", json=QUICK, headers=bearer("tm_one")).status_code == 202
+    problem(several.post("/models/a/sample", json=QUICK, headers=bearer("tm_one")), 429, "quota_exceeded")
+    assert several.states()["a"] == "unloaded"
+
+
+def test_a_kept_answer_of_a_model_that_is_out_costs_nothing_and_loads_nothing(make_site: MakeSite) -> None:
+    line = key_line("poor", "tm_poor", row_steps_per_minute=1)
+    several = on_demand(make_site, line, result_cache_bytes=10**6)
+    first = ask(several, "a")
+    several.change("a", "unload")
+    wait_until(lambda: "a" not in loaded(several))
+    assert several.post("/sample", json=QUICK | {"seed": 6}, headers=bearer("tm_poor")).status_code == 200
+    kept = several.post("/models/a/sample", json=QUICK, headers=bearer("tm_poor"))
+    assert (kept.status_code, kept.content, kept.headers["etag"]) == (200, first.content, first.headers["etag"])
+    assert not loaded(several)
+
+
+def test_a_model_that_came_in_stays_for_a_while_and_is_served_meanwhile(
+    several: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several.change("fake", "unload")  # or it would make room
+    wait_until(lambda: several.states()["fake"] == "unloaded")
+    assert [ask(several, name).status_code for name in "ab"] == [200, 200]
+    monkeypatch.setattr(changes, "STAY_S", 3600.0)
+    problem(ask(several, "c", deadline_s=0.3), 503, "model_loading")
+    assert [ask(several, name, seed=7).status_code for name in "ab"] == [200, 200]
+    assert loaded(several) == {"a", "b"}
+    monkeypatch.setattr(changes, "STAY_S", 0.0)
+    wait_until(lambda: loaded(several) == {"b", "c"})
 
 
 def test_where_all_are_busy_a_request_waits_until_one_is_done(several: Several) -> None:

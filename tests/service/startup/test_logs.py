@@ -3,6 +3,7 @@ import json
 import logging
 import string
 from collections.abc import Callable, Iterator
+from html import unescape
 from itertools import product
 from urllib.parse import unquote
 
@@ -15,6 +16,7 @@ from tminus.service.startup.logs import MOST_ERRORS, MOST_OTHERS, WINDOW_S, set_
 
 SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
 CASES: list[Callable[[str], str]] = [str, str.upper, str.lower, str.swapcase, str.capitalize]
+PREFIXES = (PREFIX, "", "tm&#95;", "tm&#x5F;", "tm&lowbar;")
 MakeLog = Callable[..., io.StringIO]
 
 
@@ -38,8 +40,9 @@ def make_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLog]:
 @st.composite
 def spellings(draw: st.DrawFn) -> tuple[str, str]:
     """A secret as `tminus key` makes them, and a spelling of it, with text around it."""
-    secret = PREFIX + draw(st.text(SECRET_CHARACTERS, min_size=43, max_size=43))
-    spelled = draw(st.sampled_from(CASES))(secret)
+    secret = "aB" + draw(st.text(SECRET_CHARACTERS, min_size=41, max_size=41))  # almost every one has both cases
+    prefix = draw(st.sampled_from(PREFIXES))
+    spelled = prefix + secret if prefix != PREFIX else draw(st.sampled_from(CASES))(prefix + secret)
     for encode in draw(st.lists(st.sets(st.sampled_from(SECRET_CHARACTERS + "%"), max_size=20), max_size=3)):
         form = draw(st.sampled_from(["%{:02x}", "%{:02X}"]))
         spelled = "".join(form.format(ord(each)) if each in encode else each for each in spelled)
@@ -78,9 +81,9 @@ def test_no_spelling_of_a_secret_is_written_wherever_in_a_record_it_is(
         assert written.endswith("\n")
         if log_format == "json" and place != "wrong arguments":
             written += "".join(map(str, json.loads(written).values()))
-        while (decoded := unquote(written)) != written:
+        while (decoded := unescape(unquote(written))) != written:
             written = decoded
-        assert secret.lower()[len(PREFIX) :] not in written.lower()
+        assert secret.lower() not in written.lower()
 
     try_one()
 

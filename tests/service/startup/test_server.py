@@ -29,7 +29,8 @@ from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.metrics import Metrics
 from tminus.service.startup.app import Application
 from tminus.service.startup.serve import _run, first_request
-from tminus.service.startup.server import MOST_FOR_METRICS, Opening, Server, bind, serve_metrics
+from tminus.service.startup.server import MOST_FOR_METRICS, Opening, Server, bind, config_of, serve_metrics
+from tminus.service.startup.settings import Settings
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/startup/server.py extends: "
@@ -214,6 +215,33 @@ def test_a_server_that_is_stopped_before_it_could_start_does_not_wait_for_it() -
 
 
 # --- what is relied on in uvicorn ---
+
+
+@pytest.mark.parametrize(
+    ("header", "address"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("spoofed, 203.0.113.9:4711", "203.0.113.9"),
+        ("[2001:db8::1]:80", "2001:db8::1"),
+        ("<b>anything</b>", "127.0.0.1"),
+        ("tm_a-key, 203.0.113", "127.0.0.1"),
+        ("fe80::1%anything", "127.0.0.1"),
+        ("", "127.0.0.1"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_only_an_address_is_taken_for_the_one_that_a_proxy_names(kind: str, header: str, address: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        seen.append(scope["client"][0])
+
+    config = config_of(Settings(), app)
+    config.load()
+    headers = [(b"x-forwarded-for", header.encode())]
+    scope = {"type": kind, "scheme": "http", "client": ("127.0.0.1", 1), "headers": headers}
+    asyncio.run(config.loaded_app(scope, None, None))
+    assert seen == [address]
 
 
 @pytest.mark.parametrize("name", EXTENDED)
