@@ -83,7 +83,7 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
         raise ValueError(f"precision tf32 needs a CUDA device, got {device}")
     if wish.executor == "openvino":
         if not openvino_executor.available():
-            raise ValueError("executor openvino is not installed: pip install 'tminus[openvino]'")
+            raise ValueError("executor openvino is not installed: pip install '.[openvino]' in a checkout")
         if device.type != "cpu":
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
@@ -93,7 +93,8 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
         if device.type == "cpu" and not openvino_executor.available():
             log.warning(
-                "openvino is not installed; on a CPU it is some three times faster: pip install 'tminus[openvino]'"
+                "openvino is not installed; on a CPU it is some three times faster: "
+                "pip install '.[openvino]' in a checkout"
             )
     candidates = []
     for name in names:

@@ -341,7 +341,7 @@ def test_without_openvino_a_cpu_has_eager_and_that_is_told(
 ) -> None:
     monkeypatch.setattr(openvino_executor, "openvino", None)
     assert candidates(checkpoint, Wish()) == {("eager", "float32")}
-    assert "pip install 'tminus[openvino]'" in caplog.text
+    assert "pip install '.[openvino]' in a checkout" in caplog.text
     caplog.clear()
     candidates(checkpoint, Wish(executor="eager"))
     assert caplog.text == "", "it was asked for"
