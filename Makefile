@@ -97,7 +97,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml client/pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[openvino]' --editable ./client
+	$(BIN)/pip install --quiet --editable '.[openvino,hub]' --editable ./client
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml client/pyproject.toml | $(BIN)/pip

@@ -250,7 +250,8 @@ def _client(hub_id: HubId) -> Any:
         import huggingface_hub.constants
     except ModuleNotFoundError:
         raise CheckpointError(
-            f"{hub_id}: no such folder; to fetch it from the Hugging Face hub takes an extra: pip install 'tminus[hub]'"
+            f"{hub_id}: no such folder; to fetch it from the Hugging Face hub takes an extra: "
+            "pip install '.[hub]' in a checkout"
         ) from None
     return huggingface_hub
 

@@ -191,7 +191,10 @@ def _read_tensors(
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
-        raise CheckpointError(f"{file}: truncated or not a weights file ({first_line(error)})") from error
+        # Those are about the reader. Only safetensors, and the system, say what is wrong with the file.
+        tells = file.suffix == ".safetensors" or isinstance(error, OSError)
+        told = f" ({first_line(error)})" if tells else ""
+        raise CheckpointError(f"{file}: truncated or not a weights file{told}") from error
     if isinstance(loaded, dict) and (part := part_of(loaded)) is not None:
         loaded = dict(part)
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):

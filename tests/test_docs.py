@@ -4,13 +4,18 @@ Links and anchors are for `make docs` to check, which also makes the reference o
 """
 
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from docs.site import reference
 from tests import tools
@@ -88,6 +93,33 @@ def test_every_make_verb_command_and_option_of_a_page_is_there(page: Path) -> No
         used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
         known = {flag for name in COMMANDS for flag in flags_of(name)} | OF_OTHERS
         assert used <= known | (OF_DOCKER if page.parent.name == "docker" else set())
+
+
+def test_nothing_says_to_install_tminus_by_its_name() -> None:
+    """No package index has a release, so pip would install what somebody else registered there."""
+    ours = [file for part in ("model", "service", "docker", "docs/examples") for file in (ROOT / part).rglob("*.*")]
+    for file in (*PAGES, ROOT / "Dockerfile", ROOT / "Makefile", *ours):
+        if file.suffix not in (".pyc", ".png") and file.is_file():
+            assert not re.search(r"pip install (-\S+ )*['\"]?tminus", file.read_text("utf-8")), file
+
+
+def test_make_and_pip_install_what_the_readme_asks_of_a_server() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+
+    def whole(names: str) -> set[str]:
+        """Extras, and those that they are made of."""
+        made_of = re.findall(r"tminus\[(.+?)\]", " ".join(line for name in names.split(",") for line in extras[name]))
+        return {*names.split(",")}.union(*map(whole, made_of))
+
+    (by_pip,) = re.findall(r"pip install '\.\[(.+)\]' && tminus serve", README.read_text("utf-8"))
+    by_make = [
+        re.findall(r"--editable '\.\[(.+)\]'", steps)[0]
+        for rule, steps in re.findall(r"^\$\(VENV\)/(\.installed\S*):.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+        if re.search(r"@touch.*\.installed( |$)", steps.replace("$@", rule), re.MULTILINE)
+    ]
+    assert len(by_make) > 1
+    for names in (by_pip, *by_make):
+        assert whole(names) >= {"openvino", "hub"}, "a checkpoint may be named by its id on the hub"
 
 
 def flags_of(command: str) -> set[str]:
@@ -214,6 +246,19 @@ def test_every_sampler_is_in_its_table_of_the_docs_with_the_words_of_the_catalog
     page = (ROOT / "docs" / "samplers.md").read_text("utf-8")
     rows = list(tables(page, "sampler", "when to take it", "source"))
     assert rows == [[f"`{name}`", facts.when, facts.source] for name, facts in SAMPLER_FACTS.items()]
+
+
+@pytest.mark.parametrize("page", ["clients.md", "openai.md", "other-clients.md"])
+def test_a_page_of_clients_names_the_packages_that_its_programs_import(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    words = [word.strip("'") for line in re.findall(r"pip install ([^`#\n]+)", text) for word in line.split()]
+    installed = [Requirement(word.replace("./client", "tminus-client")) for word in words]
+    installed += [Requirement(line) for each in installed for line in metadata.requires(each.name) or []]
+    names = {canonicalize_name(each.name) for each in installed}
+    distributions = metadata.packages_distributions()
+    for program in code_blocks(f"docs/{page}", "python"):
+        for module in {*re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)} - sys.stdlib_module_names:
+            assert names & {canonicalize_name(each) for each in distributions[module]}, module
 
 
 # --- traces ---

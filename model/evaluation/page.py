@@ -53,7 +53,7 @@ section, details { overflow-x: auto; }
 def check_installed() -> None:
     """Raise EvaluateError where there is nothing to draw with."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise EvaluateError("a report has plots, which need matplotlib: pip install 'tminus[evaluate]'")
+        raise EvaluateError("a report has plots, which need matplotlib: pip install '.[evaluate]' in a checkout")
 
 
 def plot_distances(report: Report) -> bytes | None:

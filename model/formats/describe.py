@@ -71,7 +71,7 @@ def describe(path: Path, given: GivenFacts) -> Description:
         lines.append(("latents", f"{size}, by {autoencoder.config.kind} of {parameters / 1e6:.2f} M parameters"))
     if labels.num_classes:
         null = "no null class, so no guidance" if labels.null_class is None else f"null class {labels.null_class}"
-        lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)[:100]}); {null}"))
+        lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)}); {null}"))
     if checkpoint.folded_guidance != 1:
         further = ", which a request's own multiplies" if checkpoint.student is None else ""
         lines.append(("guidance", f"{checkpoint.folded_guidance:g} in the weights{further}"))

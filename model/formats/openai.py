@@ -78,7 +78,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
     head_widths = {width // heads[width] for width in attending}
     of_one_width = len(head_widths) == 1
-    temb_width, proj_width = state["time_embed.0.weight"].shape
+    temb_width, proj_width = (state["time_embed.0.weight"].shape[side] for side in (0, 1))
     unet = UNetConfig(
         sample_size=given.image_size,
         in_channels=in_channels,

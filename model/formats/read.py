@@ -88,8 +88,10 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
         raise
     except ValueError as error:  # of a config: what the file and the facts make is no network, or no noise
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {first_line(error)}") from error
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:  # its weights are not as its format has them
-        what = f"{error} is not there" if isinstance(error, KeyError) else first_line(error)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {error} is not there") from error
+    except (IndexError, TypeError, RuntimeError) as error:
+        what = "the shapes of its weights are not those of that format"
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {what}") from error
     return converted
 

@@ -58,7 +58,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         import ray as library
         from ray.util import list_named_actors
     except ModuleNotFoundError as error:
-        fail(f"`tminus ray` needs the extra ray: {error}; pip install 'tminus[ray]'")
+        fail(f"`tminus ray` needs the extra ray: {error}; pip install '.[ray]' in a checkout")
     host = _check(settings)
     try:
         library.init(address=settings.ray_address, include_dashboard=False)

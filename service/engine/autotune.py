@@ -97,7 +97,7 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
         raise ValueError(f"precision tf32 needs a CUDA device, got {device}")
     if wish.executor == "openvino":
         if not openvino_executor.available():
-            raise ValueError("executor openvino is not installed: pip install 'tminus[openvino]'")
+            raise ValueError("executor openvino is not installed: pip install '.[openvino]' in a checkout")
         if device.type != "cpu":
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)

@@ -154,7 +154,7 @@ def recommend_openvino(executor: str, device: str) -> None:
     if executor == "auto" and choose_device(device).type == "cpu" and not openvino_executor.available():
         log.warning(
             "OpenVINO is missing, which runs networks some three times as fast on this processor: "
-            "pip install 'tminus[openvino]'"
+            "pip install '.[openvino]' in a checkout"
         )
 
 

@@ -264,7 +264,7 @@ def about(setting: str, extra: str = "") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{asked_by(setting)} needs the extra {extra}: {error}; pip install 'tminus[{extra}]'"
+            f"{asked_by(setting)} needs the extra {extra}: {error}; pip install '.[{extra}]' in a checkout"
         ) from None
     except ValueError as error:
         raise ValueError(f"{asked_by(setting)}: {error}") from None

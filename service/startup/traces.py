@@ -45,7 +45,7 @@ def start_traces(version: str) -> "Traces | None":
 
         traces = send_spans(version)
     except ImportError as error:
-        _refuse(named_by, f"this needs the extra otel: pip install 'tminus[otel]' ({error})")
+        _refuse(named_by, f"this needs the extra otel: pip install '.[otel]' in a checkout ({error})")
     except ValueError as error:
         _refuse(named_by, str(error))
     log.info("traces are sent to %s", address)

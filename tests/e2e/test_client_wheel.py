@@ -62,7 +62,7 @@ def test_it_is_small_and_samples_and_submits_without_anything_else_and_watches_w
     assert 1_000_000 < size_bytes < MAX_BYTES, size_bytes
 
     said = ask(python, server, tmp_path)
-    assert said == ["invalid_field", "watch needs websockets: pip install 'tminus-client[watch]'"]
+    assert said == ["invalid_field", "watch needs websockets: pip install './client[watch]' in a checkout of tminus"]
     with_requirements(site, ["tminus-client"], "watch")
     assert ask(python, server, tmp_path) == ["invalid_field"]
     wanted = server.post(json=SPEC).content

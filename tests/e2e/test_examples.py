@@ -31,6 +31,7 @@ STEPS = [40, 80, 120, 160]
 
 HEADINGS = re.findall("^## (.+)$", (ROOT / "docs" / "clients.md").read_text("utf-8"), re.MULTILINE)
 EXAMPLES = [code_blocks("docs/clients.md", section=heading) for heading in HEADINGS]
+START = EXAMPLES[MODELS].pop(0)  # the server that the other examples of this task ask
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,8 @@ def test_a_refusal_is_waited_for_in_every_language(server: RunningServer, tmp_pa
 
 
 def test_one_of_several_models_is_asked_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
+    (_, first), (name, second) = re.findall(r"--checkpoint (?:(\w+)=)?(\S+)", START)
+    assert (name, (ROOT / first).is_dir(), (ROOT / second).is_dir()) == ("colour", True, True)
     expected = httpx.post(f"{server.url}/models/colour/sample", json={"n": 4, "seed": 7}, timeout=60)
     for language, said, made in in_files(server, tmp_path, MODELS, "colour.png"):
         assert made == expected.content

@@ -219,5 +219,5 @@ def test_where_the_extra_is_missing_one_line_names_it(tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("tminus: OTEL_EXPORTER_OTLP_ENDPOINT asks for traces")
-    assert "pip install 'tminus[otel]'" in line
+    assert "pip install '.[otel]' in a checkout" in line
     assert "OTEL_TRACES_EXPORTER=none" in line

@@ -292,7 +292,7 @@ def test_without_the_extra_a_line_says_how_to_get_it(fetch: Fetch, tmp_path: Pat
     path = f"{tmp_path / 'none'}{os.pathsep}{os.getcwd()}"
     refusal = fetch(ID, PYTHONPATH=path).refusal
     assert refusal.startswith(f"{ID}: no such folder; ")
-    assert refusal.endswith("pip install 'tminus[hub]'")
+    assert refusal.endswith("pip install '.[hub]' in a checkout")
 
 
 def test_only_the_files_of_a_checkpoint_are_wanted() -> None:

@@ -146,7 +146,7 @@ class Connection:
             from websockets.sync.client import connect
             from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
         except ModuleNotFoundError as error:
-            needed = f"watch needs {error.name}: pip install 'tminus-client[watch]'"
+            needed = f"watch needs {error.name}: pip install './client[watch]' in a checkout of tminus"
             raise ImportError(needed, name=error.name) from None
         options: dict[str, Any] = {
             "additional_headers": self._headers,

@@ -154,7 +154,7 @@ def test_the_curve_of_the_terms_is_drawn_from_l_0_to_the_last_timestep() -> None
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EvaluateError, match=r"pip install 'tminus\[evaluate\]'"):
+    with pytest.raises(EvaluateError, match=r"pip install '\.\[evaluate\]' in a checkout"):
         check_installed()
     with pytest.raises(EvaluateError, match="matplotlib"):
         plot_terms(Bound(0.0, 0.0, 1.3, 1.3, 0.1, 5, 0, ()))

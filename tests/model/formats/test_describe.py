@@ -1,11 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.guided import Guided
+from tests.tiny import TINY
+from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.describe import describe
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
 from tminus.service.engine.protocol import BUNDLED
 
 
@@ -27,6 +32,14 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert lines["scheduler"] == "ddpm, for requests that name steps and no sampler"
     with pytest.raises(ValueError, match="--heads says nothing about a checkpoint folder"):
         describe(BUNDLED, GivenFacts(heads=2))
+
+
+def test_every_class_of_a_folder_is_named_in_whole(tmp_path: Path) -> None:
+    names = tuple(f"a class of a long name, number {number}" for number in range(1, 7))
+    net = UNet2D(replace(TINY, num_class_embeds=len(names)))
+    save_checkpoint(tmp_path, net.state_dict(), net.config, NoiseConfig(), Labels(names), {})
+    classes = dict(describe(tmp_path, GivenFacts()).lines)["classes"]
+    assert classes == f"6 ({', '.join(names)}); no null class, so no guidance"
 
 
 def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_without_the_extra_the_command_says_which_it_needs(monkeypatch: pytest.M
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_ray)
-    assert "pip install 'tminus[ray]'" in refusal(*RAY_SERVE)
+    assert "pip install '.[ray]' in a checkout" in refusal(*RAY_SERVE)
 
 
 def test_a_cluster_that_is_not_there_ends_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
