@@ -1,6 +1,5 @@
 """Makes pixels of the model's size of an uploaded image. The bounds are checked before anything is decoded."""
 
-import asyncio
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, Inputs
-from tminus.service.threads import started_pool
+from tminus.service.threads import Pulse, started_pool
 from tminus.service.tracing import traced
 
 MAX_PIXELS = 4096 * 4096
@@ -42,6 +41,7 @@ class Decoder:
         # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
         self._pool = started_pool(1, "tminus-decode")
+        self.pulse = Pulse("the decoder of uploads")
         self._ahead = 0  # the work of those that wait or are being decoded, in pixels
         self._rate = FIRST_RATE
 
@@ -65,7 +65,7 @@ class Decoder:
             self._ahead += work
             try:
                 with traced("read upload", {"tminus.bytes": sum(len(data) for _, data in given)}):
-                    result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
+                    result, seconds = await self.pulse.run(self._pool, lambda: _timed(decode))
             finally:
                 self._ahead -= work
         if work >= MAX_PIXELS // 100:  # less says little
@@ -73,8 +73,8 @@ class Decoder:
         return result
 
     def close(self) -> None:
-        """Wait for the image that is being decoded, and end the thread."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the thread after the image that is being decoded."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:

@@ -47,6 +47,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.threads import Pulse
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
@@ -144,7 +145,9 @@ class ServedModels:
             self._loaded(next(self._numbers), prepared, store) for prepared, store in zip(first, taken, strict=True)
         ]
         note = end_file.work_on if end_file is not None else note_nothing
-        self.worker = Worker(loaded, self.admission, self.metrics, note=note)
+        self._pulse = Pulse("the event loop")
+        pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
+        self.worker = Worker(loaded, self.admission, self.metrics, note=note, beside=pulses)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
         self._services = partial(  # what all models share; the rest is of one
@@ -179,6 +182,7 @@ class ServedModels:
     async def start(self) -> None:
         """Start what runs."""
         self._loop = asyncio.get_running_loop()
+        self._beating = self._loop.create_task(self._pulse.beat())
         self.worker.start()
         for one in self._by_number.values():
             await self._start(one)
@@ -196,6 +200,7 @@ class ServedModels:
         await self._other_replicas.close()
         self._decoder.close()
         self._encoder.close()
+        self._beating.cancel()
         if self._end_file is not None:
             self._end_file.close()
 
@@ -212,7 +217,7 @@ class ServedModels:
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,
             streams_open=lambda: self.streams.open,
-            stalled_s=lambda: worker.stalled_s,
+            stalled_s=lambda: stall.seconds if (stall := worker.stall) else 0.0,
             tick_time_ratio=lambda: admission.tick_time_ratio,
             waiting_in_store=self.waiting_in_store,
             models=self._count_models,
