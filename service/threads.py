@@ -64,12 +64,14 @@ class Pulse:
         If the waiting is cancelled before the function has begun, it never begins.
         """
 
+        what = object()
+
         def run() -> Result:
-            self.begin(run)
+            self.begin(what)
             try:
                 return act()
             finally:
-                self.rest(run)
+                self.rest(what)
 
         done = asyncio.get_running_loop().run_in_executor(pool, run)
         try:

@@ -3,7 +3,8 @@
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
 
-An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts nothing.
+An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts nothing, nor
+does a mapped file that was cut or cannot be read, such as that of a converted network.
 """
 
 import faulthandler
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 MACHINE_AT, PARTS_AT, SIGNAL_AT = 0, {"codes": 256, "steps": 1024}, 2**17
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
+OF_MAPPED_FILE = "Bus error"  # faulthandler's name of SIGBUS
 WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
 
 
@@ -144,7 +146,7 @@ def tell_ends(ends: Sequence[End]) -> None:
 def count_ends(ends: Sequence[End], store: JobStore) -> None:
     """Count how processes before this one ended, before a job of the store goes on."""
     for end in ends:
-        if end.cause is not None:
+        if end.cause not in (None, OF_MAPPED_FILE):
             with suppress(StorageFailed):  # which the store has logged
                 store.crashed(end.jobs)
 
