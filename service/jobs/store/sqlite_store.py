@@ -57,6 +57,7 @@ class SqliteStore(JobStore):
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
         self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
+        self._identity: tuple[int, int] | None = None  # of the file; None until it is open
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -88,8 +89,9 @@ class SqliteStore(JobStore):
             with self._transaction() as run:  # no attempt goes on: there was one process, and it has ended
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
-            made = os.stat(file) if file is not None else None
-            self._identity = (made.st_dev, made.st_ino) if made is not None else None
+            if file is not None:
+                made = os.stat(file)
+                self._identity = made.st_dev, made.st_ino
             self._note_kept()
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
@@ -228,7 +230,7 @@ class SqliteStore(JobStore):
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
-        if self._file is not None:
+        if self._file is not None and self._identity is not None:
             with suppress(OSError):
                 kept(self._file).unlink(missing_ok=True)
 
