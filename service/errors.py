@@ -394,15 +394,17 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """The worker hangs: it has been busy with one tick or command for over a minute and over twenty times the longest
-    tick, or with one image in the autoencoder for over a minute. `/healthz` and `/readyz` report it too.
+    """A thread of the server hangs: it has been busy with one thing for over a minute, and for over twenty times as
+    long as that should take. The thread is the worker's, or one that encodes or decodes images. `/healthz` and
+    `/readyz` report it too; while the event loop hangs, only `/healthz` of `--metrics-port` answers.
     """
 
-    status, code, title = 503, "stalled", "The worker hangs"
+    status, code, title = 503, "stalled", "The server hangs"
     remedy = "Restart the server. It continues its durable jobs."
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"the worker has hung for {seconds:.0f} s; the server must be restarted")
+    def __init__(self, seconds: float, what: str = "the worker") -> None:
+        super().__init__(f"{what} has hung for {seconds:.0f} s; the server must be restarted")
+        self.seconds = seconds
 
 
 class Draining(ServiceError):

@@ -301,9 +301,10 @@ METRICS = {
     "tminus_streams_open": Described("gauge", "Open WebSockets and event streams."),
     "tminus_stalled_seconds": Described(
         "gauge",
-        "How long the worker has been busy with one thing that should have ended long ago; 0 while nothing hangs. A "
-        "tick or a command hangs when it takes over a minute and over twenty times the longest tick. An image in an "
-        "autoencoder hangs after a minute.",
+        "How long a thread has been busy with one thing that should have ended long ago; 0 while nothing hangs. A "
+        "tick or a command hangs when it takes over a minute and over twenty times the longest tick; an animation "
+        "after seven minutes; an image in an autoencoder, anything else that is encoded, an upload and the event loop "
+        "after one minute.",
     ),
     "tminus_device_memory_bytes": Described("gauge", "Memory of tensors on the GPU; 0 on a CPU."),
     "tminus_asyncio_tasks": Described("gauge", "Asyncio tasks of the server."),

@@ -1,15 +1,86 @@
-"""Pools of threads that are there before they are needed, and threads that the process does not wait for."""
+"""Pools of threads that are there before they are needed, threads that the process does not wait for, and hangs."""
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
+
+from tminus.service.errors import Stalled
 
 Result = TypeVar("Result")
 
 LOADING = "tminus-load"  # the name of threads that load or measure models
+STALL_S, STALL_TIMES = 60.0, 20.0  # what takes longer than this, and so many times as long as it should, hangs
+LOOK_S = 1.0  # how often it is looked whether what is waited for hangs
+
+
+class Pulse:
+    """Tells for how long a thread hangs: it has been at one thing beyond its time. Any thread may ask.
+
+    The thread says when it begins something, and when it rests. The threads of a pool share a pulse, see `run`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        usual_s: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """name: of the thread, in messages. usual_s: what one thing takes at most."""
+        self.name, self._usual_s, self._clock = name, usual_s, clock
+        self._began_s: dict[object, float] = {}  # when each thing began that is being done; each thread changes its own
+
+    def begin(self, what: object = None) -> None:
+        """Note that something begins now. A thread of its own has ended what it did before."""
+        self._began_s[what] = self._clock()
+
+    def rest(self, what: object = None) -> None:
+        """Note that it has ended."""
+        self._began_s.pop(what, None)
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the thing that began first has taken, or 0.0 while that is not beyond its time."""
+        if not (began_s := tuple(self._began_s.values())):
+            return 0.0
+        took_s = self._clock() - min(began_s)
+        return took_s if took_s > max(STALL_S, STALL_TIMES * self._usual_s()) else 0.0
+
+    async def beat(self) -> None:
+        """Show that an event loop goes on, until this is cancelled."""
+        try:
+            while True:
+                self.begin()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            self.rest()
+
+    async def run(self, pool: Executor, act: Callable[[], Result]) -> Result:
+        """Wait for a function that runs in a thread of a pool. Raises what it raises, and Stalled where a thread hangs.
+
+        If the waiting is cancelled before the function has begun, it never begins.
+        """
+
+        what = object()
+
+        def run() -> Result:
+            self.begin(what)
+            try:
+                return act()
+            finally:
+                self.rest(what)
+
+        done = asyncio.get_running_loop().run_in_executor(pool, run)
+        try:
+            while not (await asyncio.wait((done,), timeout=LOOK_S))[0]:
+                if stalled_s := self.stalled_s:
+                    raise Stalled(stalled_s, self.name)
+            return done.result()
+        finally:
+            done.cancel()
 
 
 def started_pool(threads: int, name: str) -> ThreadPoolExecutor:

@@ -162,7 +162,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         "/{job_id}/image",
         **described("get_job_images"),
         response_class=Response,
-        responses={200: IMAGES_OF_JOB, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
+        responses={200: IMAGES_OF_JOB, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 503, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest, FloatsRequest), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:

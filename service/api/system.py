@@ -13,7 +13,7 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.models import Models
 from tminus.service.api.page import compressed
 from tminus.service.api.request.reading import no_parameters, qualities
-from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError, Stalled
+from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
@@ -101,10 +101,7 @@ def alive(worker: Worker) -> StatusAnswer | Response:
 
 def fatal_error(worker: Worker) -> ServiceError | None:
     """Return the error after which only a restart helps; None while there is none. Any thread may ask."""
-    if worker.crashed:
-        return EngineFailed(CRASHED)
-    stalled_s = worker.stalled_s
-    return Stalled(stalled_s) if stalled_s else None
+    return EngineFailed(CRASHED) if worker.crashed else worker.stall
 
 
 def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:

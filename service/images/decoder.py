@@ -17,7 +17,7 @@ from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, Inputs
-from tminus.service.threads import started_pool
+from tminus.service.threads import Pulse, started_pool
 from tminus.service.tracing import traced
 from tminus.service.turns import CallerTurns
 
@@ -56,6 +56,7 @@ class Decoder:
         self._budget = ByteBudget()
         self._pool = started_pool(1, "tminus-decode")
         self._turns = CallerTurns()
+        self.pulse = Pulse("the decoder of uploads")
         self._rate = FIRST_RATE
 
     async def decode(self, data: bytes, model: ModelInfo, caller: Payer, field: str = "image") -> Images:
@@ -80,7 +81,7 @@ class Decoder:
             caller.pay_for_decoding(work)
             with traced("read upload", {"tminus.bytes": size_bytes}):
                 async with self._turns.taken(caller.name, work / self._rate):
-                    decoding = asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
+                    decoding = asyncio.ensure_future(self.pulse.run(self._pool, lambda: _timed(decode)))
                     try:
                         result, seconds = await asyncio.shield(decoding)
                     finally:
@@ -90,8 +91,8 @@ class Decoder:
         return result
 
     def close(self) -> None:
-        """Wait for the image that is being decoded, and end the thread."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the thread after the image that is being decoded."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:

@@ -1,6 +1,5 @@
 """Pixels to bytes: PNG, contact sheet, zip, JSON, previews. `Encoder` does it in threads of its own."""
 
-import asyncio
 import base64
 import hashlib
 import io
@@ -24,7 +23,7 @@ from tminus.service.images.trajectory import pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, Pixels, SampleSpec
-from tminus.service.threads import started_pool
+from tminus.service.threads import Pulse, started_pool
 from tminus.service.tracing import traced
 from tminus.service.work import JobResult
 
@@ -33,6 +32,7 @@ MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
 BACKGROUND = "background"  # in a recipe: over what an image with alpha was laid
 RESULT_THREADS = 2
+ANIMATION_S = 21.0  # for the largest: 16 MiB of grey pixels take 17 s on a busy core
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
@@ -49,13 +49,19 @@ Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a 
 
 
 class Encoder:
-    """Owns the encoding threads. Its methods run in the event loop and wait for one of them."""
+    """Owns the encoding threads. Its methods run in the event loop and wait for one of them.
+
+    All raise Stalled where a thread hangs.
+    """
 
     def __init__(self, observe: Callable[[str, float], None]) -> None:
         self._observe = observe
         self._pool = started_pool(RESULT_THREADS, "tminus-encode")
         self._animations = started_pool(1, "tminus-animate")  # one may take seconds
         self._frames = started_pool(1, "tminus-frames")  # so that results wait for no preview
+        self._pulse = Pulse("the encoder")
+        self._pulse_of_animations = Pulse("the encoder of animations", lambda: ANIMATION_S)
+        self.pulses = (self._pulse, self._pulse_of_animations)
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
         self._recent: TTLCache[FrameKey, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
@@ -77,9 +83,8 @@ class Encoder:
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
         """Make the pictures of a preview. quality, opaque: see the function `encode_frame`."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._frames, self._encode_frame, (frame, frame_format, layout, quality, opaque)
-        )
+        key = frame, frame_format, layout, quality, opaque
+        return await self._pulse.run(self._frames, lambda: self._encode_frame(key))
 
     async def encode_pictures(
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
@@ -119,13 +124,14 @@ class Encoder:
 
         attributes: dict[str, str | int] = {"tminus.media_type": media_type}
         with traced("encode", attributes if n is None else attributes | {"tminus.images": n}):
-            return await asyncio.get_running_loop().run_in_executor(self._animations if slow else self._pool, encode)
+            if slow:
+                return await self._pulse_of_animations.run(self._animations, encode)
+            return await self._pulse.run(self._pool, encode)
 
     def close(self) -> None:
-        """Wait for running encodings, and end the threads."""
-        self._frames.shutdown(cancel_futures=True)
-        self._animations.shutdown()
-        self._pool.shutdown()
+        """End each thread after what it is at."""
+        for pool in (self._frames, self._animations, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # --- in the thread of frames ---
 

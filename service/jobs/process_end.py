@@ -3,8 +3,8 @@
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
 
-An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts
-nothing, unless the process hung.
+An end counts against the jobs that were worked on then, see lifecycle.py. Two ends count nothing: a kill from outside,
+unless the process hung, and a mapped file that was cut or cannot be read, such as that of a converted network.
 """
 
 import faulthandler
@@ -35,6 +35,7 @@ HANGS = b"\1"
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
 LOOK_S = 0.5  # how often to look whether the process hangs
+OF_MAPPED_FILE = "Bus error"  # faulthandler's name of SIGBUS
 WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
 
 
@@ -175,7 +176,7 @@ def tell_ends(ends: Sequence[End]) -> None:
 def count_ends(ends: Sequence[End], store: JobStore) -> None:
     """Count how processes before this one ended, before a job of the store goes on."""
     for end in ends:
-        if end.cause is not None:
+        if end.cause not in (None, OF_MAPPED_FILE):
             with suppress(StorageFailed):  # which the store has logged
                 store.crashed(end.jobs)
 

@@ -94,8 +94,8 @@ class Replica:
         worker = self._served.worker
         if worker.crashed:
             raise RuntimeError(CRASHED)
-        if stalled_s := worker.stalled_s:
-            raise RuntimeError(f"the worker has hung for {stalled_s:.0f} s")
+        if (stall := worker.stall) is not None:
+            raise RuntimeError(str(stall))
         if worker.draining and self._is_listed:
             raise RuntimeError("this replica takes no more work, though requests are still sent to it")
 

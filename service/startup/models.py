@@ -47,6 +47,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import note_nothing
@@ -145,7 +146,9 @@ class ServedModels:
             self._loaded(next(self._numbers), prepared, store) for prepared, store in zip(first, taken, strict=True)
         ]
         note = end_file.work_on if end_file is not None else note_nothing
-        self.worker = Worker(loaded, self.admission, self.metrics, note=note)
+        self._pulse = Pulse("the event loop")
+        pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
+        self.worker = Worker(loaded, self.admission, self.metrics, note=note, beside=pulses)
         if end_file is not None:
             end_file.watch(lambda: self.worker.stalled_s)
         statuses = JobStatuses(self.worker)
@@ -182,6 +185,7 @@ class ServedModels:
     async def start(self) -> None:
         """Start what runs."""
         self._loop = asyncio.get_running_loop()
+        self._beating = self._loop.create_task(self._pulse.beat())
         self.worker.start()
         for one in self._by_number.values():
             await self._start(one)
@@ -201,6 +205,7 @@ class ServedModels:
         await self._other_replicas.close()
         self._decoder.close()
         self._encoder.close()
+        self._beating.cancel()
 
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
@@ -215,7 +220,7 @@ class ServedModels:
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,
             streams_open=lambda: self.streams.open,
-            stalled_s=lambda: worker.stalled_s,
+            stalled_s=lambda: stall.seconds if (stall := worker.stall) else 0.0,
             tick_time_ratio=lambda: admission.tick_time_ratio,
             waiting_in_store=self.waiting_in_store,
             models=self._count_models,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tminus.service.errors import Draining, EngineFailed, ServiceError
 from tminus.service.scheduling.owners import ClassTimes, OwnerTimes
+from tminus.service.threads import Pulse
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Coding:
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
-        self.task_began_s: float | None = None  # while a task runs, by `time.perf_counter`
+        self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
         """Do a job's tasks. The last thing that is told of it comes with their results, or with what one raised."""
@@ -159,12 +160,13 @@ class Coding:
             with self.turnstile.enter(alone=tasks.alone):
                 if durable:
                     self._note([tasks.name])
-                self.task_began_s = began_s = time.perf_counter()
+                self.pulse.begin()
+                began_s = time.perf_counter()
                 try:
                     tasks.results.append(task())
                 except Exception as raised:  # it ends the job, not the thread
                     error = raised
-                self.task_began_s = None
+                self.pulse.rest()
                 if durable:
                     self._note([])
             took_s = time.perf_counter() - began_s

@@ -21,6 +21,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Pixels
+from tminus.service.threads import Pulse
 from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import Coded
 from tminus.service.worker.loaded_model import LoadedModel
@@ -30,7 +31,6 @@ from tminus.service.worker.running_job import AcceptedJobs, NewJob, RunningJob
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-STALL_S, STALL_TICKS = 60.0, 20.0  # a turn that takes longer than both has stalled: the server is not ready
 SPARE_S = 1.0  # without a job or a command, until models do what no job waits for
 CLOSE_S = 10.0  # for the tick that runs to end, when the worker is closed
 CRASHED = "the worker has stopped; the server's log says why"
@@ -47,8 +47,12 @@ class Worker:
         *,
         clock: Callable[[], float] = time.perf_counter,
         note: Note = note_nothing,
+        beside: Sequence[Pulse] = (),
     ) -> None:
-        """Take what it works with. models: those that it begins with; admission knows their speeds. note: as Loop's."""
+        """Take what it works with. models: those that it begins with; admission knows their speeds. note: as Loop's.
+
+        beside: of other threads; while one of these hangs, no job is taken either.
+        """
         self._models = {model.number: model for model in models}  # changed and read under the gate
         self._admission, self._metrics, self._clock = admission, metrics, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -57,7 +61,8 @@ class Worker:
         self._loop = Loop(clock=clock, tell=self._coded, note=note)
         self.crashed = False  # whether the thread ended by an error of its own
         self.jobs_of_the_crash = frozenset[str]()  # those that were being worked on then
-        self._turn_began_s: float | None = None  # None while the thread waits for work; only the thread sets it
+        self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # one thing is a turn of the thread
+        self._pulses = (self._pulse, self._loop.coding.pulse, *beside)
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
 
@@ -70,7 +75,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether the warm-up is over and jobs are accepted."""
-        return self._ready.is_set() and self.alive and not self._draining.is_set() and not self.stalled_s
+        return self._ready.is_set() and self.alive and not self._draining.is_set() and self.stall is None
 
     @property
     def draining(self) -> bool:
@@ -177,8 +182,8 @@ class Worker:
             raise Draining
         if not self._ready.is_set():
             raise NotReady
-        if stalled_s := self.stalled_s:
-            raise Stalled(stalled_s)
+        if stall := self.stall:
+            raise stall
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
@@ -223,18 +228,18 @@ class Worker:
         return self._closed.is_set() and (self._thread.is_alive() or self._loop.coding_hangs)
 
     @property
-    def stalled_s(self) -> float:
-        """Tell for how long the thread, or that of the autoencoder, has been at one thing beyond its time, or 0.0.
+    def stall(self) -> Stalled | None:
+        """What has hung for longest, as the error by which jobs are refused; None while nothing hangs.
 
-        One thing is a command, a tick with all that follows from it, or an image of an autoencoder.
+        One thing of the worker's thread is a command, or a tick with all that follows from it.
         """
-        began_s = self._turn_began_s
-        took_s = 0.0 if began_s is None else self._clock() - began_s
-        if took_s <= max(STALL_S, STALL_TICKS * self._admission.longest_tick_s):
-            took_s = 0.0
-        coding_began_s = self._loop.coding.task_began_s
-        coding_s = 0.0 if coding_began_s is None else time.perf_counter() - coding_began_s
-        return max(took_s, coding_s if coding_s > STALL_S else 0.0)
+        stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in self._pulses)
+        return Stalled(stalled_s, name) if stalled_s else None
+
+    @property
+    def stalled_s(self) -> float:
+        """How long a step, a command or an image of an autoencoder has hung; 0.0 while none does."""
+        return max(self._pulse.stalled_s, self._loop.coding.pulse.stalled_s)
 
     # --- in the worker's thread ---
 
@@ -267,12 +272,12 @@ class Worker:
         self._loop.give_up_all(failure)
         self._act_on_events()
         self._loop.close()
-        self._turn_began_s = None
+        self._pulse.rest()
 
     def warm_up(self) -> None:
         """Have each model do a tick. Whoever calls this, and the two below, is the worker's thread."""
         for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
-            self._turn_began_s = self._clock()
+            self._pulse.begin()
             self._loop.load(self._models[number])
         self._ready.set()
 
@@ -280,7 +285,7 @@ class Worker:
         """Do what other threads asked for. wait: whether to sleep until there is something."""
         while wait or not self._commands.empty():
             command = self._wait_for_command() if wait else self._commands.get()
-            self._turn_began_s = self._clock()
+            self._pulse.begin()
             command()
             self._act_on_events()
             wait = False
@@ -289,18 +294,18 @@ class Worker:
         """Sleep until there is something to do; models that have spare work do it meanwhile, a portion at a time."""
         patience_s = SPARE_S
         while self._loop.has_spare_work:
-            self._turn_began_s = None
+            self._pulse.rest()
             with suppress(queue.Empty):
                 return self._commands.get(timeout=patience_s)
-            self._turn_began_s = self._clock()
+            self._pulse.begin()
             self._loop.do_spare_work()
             patience_s = 0.0
-        self._turn_began_s = None
+        self._pulse.rest()
         return self._commands.get()
 
     def step(self) -> bool:
         """Do a tick, and what is due before it; False if there was none to do."""
-        self._turn_began_s = self._clock()
+        self._pulse.begin()
         self._loop.end_overdue()
         if self._draining.is_set():
             self._loop.suspend_durable()

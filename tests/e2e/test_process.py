@@ -1,6 +1,7 @@
 """The server as a process: limits, signals, and checkpoints that cannot be served."""
 
 import os
+import re
 import resource
 import select
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -19,11 +20,14 @@ import httpx
 import pytest
 from PIL import Image
 
+from bench.servers import free_port
 from tests.documents import ROOT
 from tests.e2e.conftest import RunningServer, run_cli, serving, start_server
+from tests.trials.injected import hang
 from tminus.service.worker.loop import Loop
 
 Start = Callable[..., RunningServer]
+Hanging = Callable[..., tuple[RunningServer, Path]]
 FEW_THREADS = ("--executor", "eager", "--threads", "1", "--max-batch", "16")
 
 
@@ -136,6 +140,70 @@ def test_a_crash_of_the_worker_ends_the_process_once_its_jobs_have_their_answers
     assert server.process.wait(30) == 1, server.log
     server.wait_until(lambda: "tminus: the worker crashed; the log says why" in server.log)
     assert "RuntimeError: injected" in server.log
+
+
+# --- threads that hang ---
+
+
+@pytest.fixture
+def hanging(small: Path, tmp_path: Path) -> Iterator[Hanging]:
+    """Starts a server of which a part hangs while a file is there."""
+    started: list[RunningServer] = []
+
+    def start(where: str, known_after_s: float, *flags: str) -> tuple[RunningServer, Path]:
+        trigger = tmp_path / "trigger"
+        started.append(start_server(small, *flags, prepare=partial(hang, where, trigger, known_after_s)))
+        return started[-1], trigger
+
+    yield start
+    for running in started:
+        running.process.kill()
+
+
+def test_a_hang_of_the_event_loop_is_told_at_the_port_of_the_metrics_until_it_ends(hanging: Hanging) -> None:
+    port = free_port()
+    server, trigger = hanging("event loop", 3.0, "--metrics-port", str(port))
+    there = f"http://127.0.0.1:{port}"
+    assert httpx.get(f"{there}/healthz").status_code == 200
+    trigger.touch()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.get, f"{server.url}/readyz", timeout=60)
+        server.wait_until(lambda: httpx.get(f"{there}/healthz").status_code == 503)
+        problem = httpx.get(f"{there}/healthz").json()
+        assert problem["code"] == "stalled"
+        assert problem["detail"].startswith("the event loop has hung for ")
+        metrics = httpx.get(f"{there}/metrics").text
+        assert float(re.search(r"^tminus_stalled_seconds (\S+)$", metrics, re.MULTILINE)[1]) > 3  # type: ignore[index]
+        trigger.unlink()
+        asked.result()
+    server.wait_until(lambda: httpx.get(f"{there}/healthz").status_code == 200)
+    assert "tminus_stalled_seconds 0.0" in httpx.get(f"{there}/metrics").text
+
+
+def test_an_encoder_that_hangs_is_told_refuses_work_and_ends_with_the_process(hanging: Hanging) -> None:
+    server, trigger = hanging("encoder", 3.0)
+    trigger.touch()
+    for _ in range(2):  # one that waits for the encoder, and one that comes later
+        answer = server.post(params={"steps": 1})
+        assert (answer.status_code, answer.json()["code"]) == (503, "stalled")
+        assert answer.json()["detail"].startswith("the encoder has hung for ")
+    for path in ("/healthz", "/readyz"):
+        assert httpx.get(f"{server.url}{path}").json()["code"] == "stalled"
+    assert server.metric("tminus_stalled_seconds") > 3
+    server.process.terminate()
+    assert server.process.wait(40) == 1
+
+
+def test_a_server_ends_while_its_encoder_hangs_and_the_clients_that_wait_get_an_answer(hanging: Hanging) -> None:
+    server, trigger = hanging("encoder", 3600.0)
+    trigger.touch()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: server.post(params={"steps": 1}))
+        server.wait_until(lambda: " done: " in server.log)
+        server.process.terminate()
+        answer = asked.result()
+    assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+    assert server.process.wait(40) == 0
 
 
 def test_what_cannot_be_served_ends_in_one_clear_line(server: RunningServer, small: Path, tmp_path: Path) -> None:

@@ -53,6 +53,25 @@ def failing(call: Callable[..., Any], error: Exception, trigger: Path) -> Callab
     return instead
 
 
+def hang(where: Literal["event loop", "encoder"], trigger: Path, known_after_s: float) -> None:
+    """Have /readyz, or an image, hang as long as the file is there. known_after_s: when a hang is taken for one."""
+    from tminus.service import threads
+    from tminus.service.api import system
+    from tminus.service.images import encoder
+
+    owner, name = {"event loop": (system, "why_unready"), "encoder": (encoder, "encode_png")}[where]
+    call = getattr(owner, name)
+
+    @wraps(call)
+    def instead(*arguments: Any) -> Any:
+        while trigger.exists():
+            time.sleep(0.02)
+        return call(*arguments)
+
+    setattr(owner, name, instead)
+    threads.STALL_S = known_after_s
+
+
 def make_deadly(engine: Any, trigger: Path, act: Callable[[], object]) -> None:
     """Have the steps of the jobs of one seed do something, in the thread that steps."""
     add, step, deadly = engine.add, engine.step, set[int]()

@@ -20,7 +20,7 @@ from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
 from tminus.service.api.edge.version import HEADER as VERSION
 from tminus.service.api.edge.version import is_native
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
-from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
+from tminus.service.errors import BodyTooLarge, Draining, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.tracing import TRACER, fail, why
 
@@ -111,7 +111,7 @@ class RequestContext:
     A long answer is sent in pieces.
 
     While the server drains, each answer ends its connection: else the end of the server could meet the next request on
-    its way.
+    its way. A request that is not answered when the server ends is refused.
     """
 
     def __init__(
@@ -154,6 +154,10 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # by uvicorn, which waits no longer
+            if status is not None:
+                raise
+            await render(Draining(), scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s: unhandled error", request_id)
             if status is not None:  # part of a response is sent: the connection can only be closed

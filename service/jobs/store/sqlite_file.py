@@ -68,11 +68,17 @@ def prepare(file: Path) -> None:
     try:
         with _reading(file, BUSY_S) as connection:
             new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
-            _check_wal(file, connection)
+            tells = _check_wal(file, connection)
+            lost = _kept_before(file)
             if not new:
                 _check_pages(file, connection)
+                lost -= number_of_jobs(connection)
                 if wal_bytes <= HEADER and _lacks_wal(connection):
-                    log.warning("the last server left %s, and it is gone: jobs that were only in it are missing", wal)
+                    tells.append(f"the last server left {wal}, and it is gone: jobs that were only in it are missing")
+            if lost > 0:
+                tells.append(f"{file} lacks jobs that were accepted, the last {lost}")
+            if tells:
+                log.warning("%s", "; ".join(tells))
     except sqlite3.Error as error:
         # A first start was interrupted: the store's own connection, which may write, rolls that back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
@@ -105,6 +111,24 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
         if not was_there:
             with suppress(OSError):  # a read-only folder, in which it was not created either
                 index.unlink(missing_ok=True)
+
+
+def number_of_jobs(connection: sqlite3.Connection) -> int:
+    """How many jobs a file has ever had."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone()
+    return int(row[0]) if row is not None else 0
+
+
+def kept(file: Path) -> Path:
+    """The file that says how many jobs were accepted, while a server has the other open, and after a crash."""
+    return file.with_name(f"kept-{file.stem}")
+
+
+def _kept_before(file: Path) -> int:
+    try:
+        return int(kept(file).read_text("ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def unended(file: Path) -> list[str]:
@@ -189,8 +213,10 @@ def _check_header(file: Path) -> None:
         raise ValueError(f"{file} is the database of another program{UNTOUCHED}. Name another --state-dir")
 
 
-def _check_wal(file: Path, connection: sqlite3.Connection) -> None:
+def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
     """Raise ValueError for a WAL in which more than the last transaction does not verify. connection: has read of it.
+
+    Return what is to be told of one that is cut.
 
     SQLite ignores all from the first frame on that does not verify, and tells nobody. A crash can tear only the
     transaction that was being written, the last one. Where more transactions follow, the file was damaged, and jobs
@@ -201,7 +227,7 @@ def _check_wal(file: Path, connection: sqlite3.Connection) -> None:
     wal, index = beside(file, "wal"), beside(file, "shm")
     data = wal.read_bytes() if wal.exists() else b""
     if len(data) < HEADER or not index.exists():  # SQLite has read no WAL
-        return
+        return []
     size = FRAME + int(connection.execute("PRAGMA page_size").fetchone()[0])
     # In the index SQLite notes how many frames verify, up to the last commit.
     sound = HEADER + int.from_bytes(index.read_bytes()[16:20], sys.byteorder) * size
@@ -219,7 +245,8 @@ def _check_wal(file: Path, connection: sqlite3.Connection) -> None:
             f"truncate -s {sound if header_verifies else 0} {shlex.quote(str(wal))}"
         )
     if header_verifies and (len(data) - HEADER) % size and len(frames) == len(starts):
-        log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, len(data) - sound)
+        return [f"{wal} ends inside a frame: its last {len(data) - sound} bytes are ignored"]
+    return []
 
 
 def _wal_header_verifies(data: bytes) -> bool:

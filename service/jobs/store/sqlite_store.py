@@ -27,6 +27,8 @@ from tminus.service.jobs.store.sqlite_file import (
     beside,
     cannot_be_used,
     is_new,
+    kept,
+    number_of_jobs,
     prepare,
     unended,
     upgrade,
@@ -55,6 +57,7 @@ class SqliteStore(JobStore):
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
         self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
+        self._identity: tuple[int, int] | None = None  # of the file; None until it is open
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -86,8 +89,10 @@ class SqliteStore(JobStore):
             with self._transaction() as run:  # no attempt goes on: there was one process, and it has ended
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
-            made = os.stat(file) if file is not None else None
-            self._identity = (made.st_dev, made.st_ino) if made is not None else None
+            if file is not None:
+                made = os.stat(file)
+                self._identity = made.st_dev, made.st_ino
+            self._note_kept()
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
             raise cannot_be_used(file, error.orig) from None
@@ -114,7 +119,20 @@ class SqliteStore(JobStore):
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         self._check_there()
-        return super().add(job, key, inputs, held=held)
+        added = super().add(job, key, inputs, held=held)
+        self._note_kept()
+        return added
+
+    def _note_kept(self) -> None:
+        """Note beside the file how many jobs it has had: a start that finds fewer of them says so."""
+        if self._file is None:
+            return
+        with suppress(OSError):  # no harm: the jobs are in the file
+            descriptor = os.open(kept(self._file), os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(descriptor, b"%-20d" % number_of_jobs(self._driver), 0)
+            finally:
+                os.close(descriptor)
 
     def claim(self, *_asked: object) -> Claimed:
         """Hold all jobs that have not ended: there is no other replica."""
@@ -212,6 +230,9 @@ class SqliteStore(JobStore):
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
+        if self._file is not None and self._identity is not None:
+            with suppress(OSError):
+                kept(self._file).unlink(missing_ok=True)
 
     @contextmanager
     def _transaction(self) -> Iterator[Run]:

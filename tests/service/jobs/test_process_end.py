@@ -18,7 +18,7 @@ from tminus.service.jobs.process_end import End, EndFile, count_ends, take_ends,
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
-import ctypes, sys, threading
+import ctypes, mmap, sys, tempfile, threading
 from pathlib import Path
 from tminus.service.jobs.process_end import EndFile
 
@@ -30,6 +30,12 @@ def work(part, jobs):
     done.wait()
     if dies == part:
         ctypes.string_at(0)
+    if dies == f"mapped {part}":
+        with tempfile.TemporaryFile() as cut:
+            cut.truncate(mmap.PAGESIZE)
+            pages = mmap.mmap(cut.fileno(), 0)
+            cut.truncate(0)
+            pages[0]
     threading.Event().wait()
 
 threading.Thread(target=work, args=("steps", ["a", "b"]), daemon=True).start()
@@ -197,3 +203,19 @@ def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_
     assert "killed, or the machine went, as it worked on a\n" in caplog.text
     assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text
     assert f"{SIGNAL}. It worked on no durable job\n" in caplog.text
+
+
+def test_a_mapped_file_that_was_cut_is_no_jobs_doing(
+    file: FileShelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the weights of a converted network are that another program writes over."""
+    store = file.open()
+    for name in "ab":
+        store.add(job(name))
+    with start(tmp_path, "mapped steps") as process:
+        assert process.wait(60) == -signal.SIGBUS
+    ends = take_ends(tmp_path, "server")
+    tell_ends(ends)
+    count_ends(ends, store)
+    assert "ended by itself: Bus error. It worked on a, b\n" in caplog.text
+    assert [record.crashes for record in store.claim().jobs] == [0, 0]

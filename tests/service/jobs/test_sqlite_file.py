@@ -17,7 +17,7 @@ from tests.service.fakes import make_spec
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.jobs.store import sqlite_file
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key
-from tminus.service.jobs.store.sqlite_file import FRAME, HEADER, VERSION
+from tminus.service.jobs.store.sqlite_file import FRAME, HEADER, VERSION, kept
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 pytestmark = pytest.mark.slow
@@ -239,6 +239,7 @@ def test_one_damaged_byte_is_told_with_the_jobs_in_doubt_and_what_to_do(file: Pa
 
 
 def test_a_torn_last_transaction_is_no_damage(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept(file).write_text(str(len(IN_FILE + IN_WAL) - 1))  # its job was not accepted
     flip(wal_of(file), wal_of(file).stat().st_size - 100)
     assert jobs_of(file) == IN_FILE + IN_WAL[:-1]
     assert told(caplog) == []
@@ -253,8 +254,48 @@ def test_a_log_that_ends_inside_a_frame_is_told_in_one_line(
     left = jobs_of(file)
     (line,) = told(caplog)
     assert line.startswith(f"{wal} ends inside a frame: its last ")
+    assert line.endswith(lacking(file, len(IN_FILE + IN_WAL) - len(left)))
     assert left == (IN_FILE + IN_WAL)[: len(left)]
     assert len(IN_FILE) < len(left) < len(IN_FILE + IN_WAL)
+
+
+def lacking(file: Path, count: int) -> str:
+    return f"{file} lacks jobs that were accepted, the last {count}"
+
+
+def test_a_log_that_is_cut_between_two_frames_is_told_once_with_the_number_of_jobs_that_were_lost(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = (wal_of(file).stat().st_size - HEADER) // (FRAME + PAGE)
+    for left in (1, frames // 2, frames - 1):
+        copy = tmp_path / str(left) / file.name
+        shutil.copytree(file.parent, copy.parent)
+        os.truncate(wal_of(copy), HEADER + left * (FRAME + PAGE))
+        lost = len(IN_FILE + IN_WAL) - len(jobs_of(copy))
+        assert lost > 0
+        assert told(caplog) == [lacking(copy, lost)]
+        caplog.clear()
+        SqliteStore(copy).close()
+        assert told(caplog) == []
+
+
+def test_a_file_that_is_gone_with_its_log_is_told_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for each in file.parent.glob("jobs*"):
+        each.unlink()
+    assert jobs_of(file) == []
+    assert told(caplog) == [lacking(file, len(IN_FILE + IN_WAL))]
+    caplog.clear()
+    SqliteStore(file).close()
+    assert told(caplog) == []
+
+
+def test_a_file_that_is_moved_away_after_a_server_has_ended_well_lacks_nothing(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    SqliteStore(file).close()
+    file.unlink()
+    assert jobs_of(file) == []
+    assert told(caplog) == []
 
 
 @pytest.mark.parametrize("left", [None, 0, HEADER])
@@ -262,7 +303,8 @@ def test_a_log_that_is_gone_is_told_once(file: Path, left: int | None, caplog: p
     wal = wal_of(file)
     wal.unlink() if left is None else os.truncate(wal, left)
     assert jobs_of(file) == IN_FILE
-    assert told(caplog) == [f"the last server left {wal}, and it is gone: jobs that were only in it are missing"]
+    gone = f"the last server left {wal}, and it is gone: jobs that were only in it are missing"
+    assert told(caplog) == [f"{gone}; {lacking(file, len(IN_WAL))}"]
     caplog.clear()
     SqliteStore(file).close()
     assert told(caplog) == []

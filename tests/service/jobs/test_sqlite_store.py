@@ -177,6 +177,7 @@ def test_only_its_user_may_read_the_file_whatever_its_folder_allows(file: Path) 
     assert {each.name: each.stat().st_mode & 0o777 for each in file.parent.iterdir()} == {
         "jobs.sqlite3": 0o600,
         "jobs.sqlite3-wal": 0o600,
+        "kept-jobs": 0o600,
     }
     store.close()
 

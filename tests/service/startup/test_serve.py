@@ -64,7 +64,7 @@ def test_a_start_on_a_cpu_says_first_of_all_that_openvino_is_missing(
             serve.read_models(Settings(checkpoint=[str(tmp_path / "nothing-here")], device="cpu", executor=executor))
     (line,) = caplog.messages  # none if eager is asked for
     assert "OpenVINO is missing" in line
-    assert "pip install 'tminus[openvino]'" in line
+    assert "pip install '.[openvino]' in a checkout" in line
 
 
 @pytest.fixture

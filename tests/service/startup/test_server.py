@@ -26,6 +26,7 @@ from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
+from tminus.service.errors import Stalled
 from tminus.service.metrics import Metrics
 from tminus.service.startup.app import Application
 from tminus.service.startup.serve import _run, first_request
@@ -42,7 +43,7 @@ EXTENDED = sorted(
 class FakeWorker:
     """A worker that ends when it is told to."""
 
-    ready, alive, hangs, crashed, stalled_s = True, True, False, False, 0.0
+    ready, alive, hangs, crashed, stall = True, True, False, False, None
 
     def __init__(self) -> None:
         self.draining, self.closed, self.ended = False, False, threading.Event()
@@ -371,7 +372,7 @@ def test_what_is_wrong_is_told_and_nothing_else_is_asked_for() -> None:
     worker: Any = FakeWorker()
     url = start(Metrics(), worker)
     assert httpx.get(f"{url}/healthz").status_code == 200
-    worker.stalled_s = 90.0
+    worker.stall = Stalled(90.0)
     assert (httpx.get(f"{url}/healthz").status_code, httpx.get(f"{url}/metrics").status_code) == (503, 200)
     worker.crashed = True
     assert httpx.get(f"{url}/healthz").status_code == 500

@@ -198,14 +198,15 @@ def test_a_thread_is_there_only_once_it_is_needed_and_ends(bench: Bench) -> None
 
 def test_who_waits_when_it_is_closed_is_told_and_a_task_that_hangs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tminus.service.worker.coding.JOIN_S", 0.05)
+    monkeypatch.setattr("tminus.service.threads.STALL_S", 0.0)
     bench = Bench()
     bench.gate.shut()
     bench.put("runs", 1)
     wait_until(lambda: bench.order == ["runs"])
-    assert bench.coding.task_began_s is not None
+    assert bench.coding.pulse.stalled_s > 0
     waits = bench.coding.run("noise", lambda: 7)
     assert not bench.coding.close()
     assert isinstance(waits.exception(PATIENCE_S), Draining)
     bench.gate.open()
     wait_until(lambda: bench.coding.close())
-    assert bench.coding.task_began_s is None
+    assert bench.coding.pulse.stalled_s == 0

@@ -29,10 +29,10 @@ from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Images, SampleSpec
+from tminus.service.threads import STALL_S
 from tminus.service.work import Batch, JobResult, Outlook
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Path
-from tminus.service.worker.worker import STALL_S
 
 # --- the start ---
 
