@@ -1,10 +1,11 @@
 """Who asks, by the secret that came with a request: a name with a role, its limits, and what it has used of them."""
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cachetools import TTLCache
 
@@ -18,6 +19,7 @@ PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
 # with a wrong key would lock out all clients of its address.
 MOST_WRONG_LOGINS = 10
 MOST_ADDRESSES = 4096  # with wrong logins that are remembered
+AT_ONCE = 4  # requests of one name for a job's images that are worked on; the others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,12 @@ class Allowance:
 
 @dataclass(slots=True)
 class Usage:
-    """What one name has used: of a bucket that holds a minute's row-steps and fills evenly, and of connections."""
+    """What one name uses: of a bucket that holds a minute's row-steps and fills evenly, of connections, of turns."""
 
     at_s: float
     row_steps: float = 0.0  # missing in a full bucket at that time; more than it holds after one large job
     connections: int = 0
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # at the images of jobs
 
 
 @dataclass(frozen=True, slots=True)

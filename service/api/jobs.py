@@ -47,14 +47,16 @@ from tminus.service.api.request.schemas import (
     WebhookRequest,
     default,
 )
-from tminus.service.api.submission import accept, pixel_headers, spec_headers
+from tminus.service.api.sample import of_images
+from tminus.service.api.submission import accept, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
-from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, form_of, one_image
+from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.store.records import Place
 from tminus.service.jobs.views import STATES
 
 CHOSEN_BOUND = "a UUID, as 6f9619ff-8b86-4011-b42d-00c04fc964ff, in small letters"
 MAX_PAGE = 200
+COPIES = 3  # of a job's images, that are in memory at most while they are read: packed, unpacked, and as an array
 
 
 class JobsRequest(RequestSchema):
@@ -249,27 +251,34 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
     with faults.gathered():
         asked = JobImageRequest.parse(query)
     faults.check()
-    view, images = await while_connected(request, models.default.jobs.images(job_id, caller_of(request).sees))
-    record, services = view.record, models.numbered(view.model)
-    made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec
-    if media_type == NPY and spec.depth != 32:
-        media_type = negotiate(request, MEDIA_TYPES, f"; {NPY} needs a job that was submitted with bit_depth=32")
-    if asked.index is not None:
-        k = asked.index - spec.index
-        if not 0 <= k < spec.n:
-            bound = f"that of an image of this job, {spec.index}..{spec.index + spec.n - 1}"
-            raise InvalidField.of("index", bound, asked.index)
-        spec, images = one_image(spec, k), images[k : k + 1]
-    tag = etag(form_of(media_type, clip=clip), spec, made_by)
-    headers = {
-        "X-Job-ID": job_id,
-        "X-Fingerprint": made_by.fingerprint,
-        "Vary": "Accept",
-    }
-    headers |= cache_headers(tag) | spec_headers(spec, services.model)
-    headers |= pixel_headers(media_type, services.model, clip=clip)
-    if matches(request, tag):
-        return Response(status_code=304, headers=headers)
-    encoding = services.encoder.encode(media_type, spec, lambda: images, made_by, clip=clip)
-    content = await while_connected(request, encoding)
+    return await while_connected(request, _image(models, request, job_id, media_type, asked.index, clip=clip))
+
+
+async def _image(
+    models: Models, request: Request, job_id: str, media_type: str, index: int | None, *, clip: bool
+) -> Response:
+    """Answer when it is the caller's turn, by the job's record if that is enough."""
+    caller, jobs = caller_of(request), models.default.jobs
+    async with caller.usage.turns:
+        view = await jobs.done(job_id, caller.sees)
+        record, services = view.record, models.numbered(view.model)
+        made_by, spec, which = replace(services.model, fingerprint=record.fingerprint or ""), record.spec, slice(None)
+        pixel_bytes = spec.n * made_by.height_px * made_by.width_px * made_by.channels * spec.depth // 8
+        if media_type == NPY and spec.depth != 32:
+            media_type = negotiate(request, MEDIA_TYPES, f"; {NPY} needs a job that was submitted with bit_depth=32")
+        if index is not None:
+            k = index - spec.index
+            if not 0 <= k < spec.n:
+                bound = f"that of an image of this job, {spec.index}..{spec.index + spec.n - 1}"
+                raise InvalidField.of("index", bound, index)
+            spec, which = one_image(spec, k), slice(k, k + 1)
+        answer = of_images(media_type, spec, made_by, clip=clip)
+        tag = etag(answer.kind, spec, made_by)
+        headers = {"X-Job-ID": job_id, "X-Fingerprint": made_by.fingerprint, "Vary": "Accept"}
+        headers |= cache_headers(tag) | spec_headers(spec, services.model) | answer.headers
+        if matches(request, tag):
+            return Response(status_code=304, headers=headers)
+        with services.recordings.taken(COPIES * pixel_bytes + answer.held_bytes, "job_id"):
+            images = await jobs.images(view)
+            content = await services.encoder.make(lambda: images[which], answer.make, answer.label, media_type, spec.n)
     return Response(content, headers=headers, media_type=media_type)

@@ -202,15 +202,17 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
 
 
 def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = True) -> Answer:
-    """Make an answer of the finished images, as PNG, zip, JSON or floats. Raises InvalidField.
-
-    clip: whether floats are clipped to the range.
-    """
+    """Make an answer of the finished images, as `of_images` does. Raises InvalidField."""
     if media_type == NPY:
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
     else:
         check_pictures(spec, model, f"with Accept: {media_type}; {NPY} has 32")
+    return of_images(media_type, spec, model, clip=clip)
+
+
+def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
+    """Make an answer of images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
     kind = form_of(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
     # Beside the pixels, floats are held while they are laid out again.

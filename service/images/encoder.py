@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,19 +65,6 @@ class Encoder:
         # frames' thread only.
         self._recent: TTLCache[FrameKey, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
-    async def encode(
-        self,
-        media_type: str,
-        spec: SampleSpec,
-        read: Callable[[], Pixels],
-        made_by: ModelInfo,
-        *,
-        clip: bool = True,
-    ) -> bytes:
-        """Make the body of a response. Raises NotFinite, as all that read images here."""
-        make = partial(encode_result, media_type, spec, model=made_by, clip=clip)
-        return await self.make(read, make, label_of(media_type), media_type, spec.n)
-
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
@@ -108,7 +94,7 @@ class Encoder:
         *,
         slow: bool = False,
     ) -> Made:
-        """Make something of what `read` returns, which may wait for a GPU.
+        """Make something of what `read` returns, which may wait for a GPU. Raises NotFinite.
 
         kind: of what is made, in the metric of how long that takes; None: it is not told. slow: it may take seconds,
         so that it has a thread of its own.

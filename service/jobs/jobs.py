@@ -9,6 +9,9 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from weakref import WeakValueDictionary
+
+from cachetools import TTLCache
 
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
 from tminus.service.jobs.held_job import HeldJob, HeldState
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # how often a job is looked for that another server may hold
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others who ask for the same job
 
 
 class Jobs:
@@ -37,6 +41,8 @@ class Jobs:
     def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
         self._worker, self._statuses = worker, statuses
         self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
+        self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of images, by the job
+        self._recent: TTLCache[str, Pixels] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=lambda images: images.nbytes)
 
     def put(self, lifecycle: Lifecycle) -> None:
         """Take on the jobs of one more model."""
@@ -184,8 +190,8 @@ class Jobs:
         ]
         return await self.with_deliveries(sorted(views, key=lambda view: view.record.place, reverse=True)[:limit])
 
-    async def images(self, job_id: str, sees: str | None) -> tuple[JobView, Pixels]:
-        """Read what a job has made. Raises JobNotFound, JobNotDone or NoImages."""
+    async def done(self, job_id: str, sees: str | None) -> JobView:
+        """Look up a durable job that has images. Raises JobNotFound, JobNotDone or NoImages."""
         view = await self.find_durable(job_id, sees)
         if view.state in ("waiting", "running"):
             raise JobNotDone(view.state, max(1, math.ceil(view.eta_s or 1)))
@@ -193,11 +199,20 @@ class Jobs:
             raise NoImages(
                 f"this job was {view.state}" if view.state == "cancelled" else "this job failed", view.record.problem
             )
-        lifecycle = self._lifecycles.get(view.model)
-        images = await lifecycle.store.images(job_id) if lifecycle is not None else None
-        if images is None:  # deleted since it was looked up
-            raise _not_found(job_id)
-        return view, images
+        return view
+
+    async def images(self, view: JobView) -> Pixels:
+        """Read the images of a job that is done; one reading is for all who ask for it at once. Raises JobNotFound."""
+        job_id, lifecycle = view.record.id, self._lifecycles.get(view.model)
+        async with self._readings.setdefault(job_id, asyncio.Lock()):
+            images = self._recent.get(job_id)
+            if images is None and lifecycle is not None:
+                images = await lifecycle.store.images(job_id)
+            if images is None:  # deleted since it was looked up
+                raise _not_found(job_id)
+            with suppress(ValueError):  # larger than all that is kept
+                self._recent[job_id] = images
+        return images
 
     async def cancel(self, job_id: str, sees: str | None) -> JobView:
         """Give a durable job up, if it has not ended; what has ended stays as it is.

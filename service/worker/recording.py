@@ -138,7 +138,7 @@ def frame_count(every: int, steps: int) -> int:
 
 
 class RecordingRoom:
-    """Bounds the memory of all frames that are kept for answers being made. In the event loop's thread."""
+    """Bounds the memory that answers take while they are made, of frames and of pixels. In the event loop's thread."""
 
     def __init__(self, budget: ByteBudget) -> None:
         """budget: that of answers, of which those count that are being sent too."""
@@ -146,14 +146,17 @@ class RecordingRoom:
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Hold room for a recording of this size. Raises Overloaded, which names the field that it depends on."""
+        """Hold room for this size: any, while nothing else is held.
+
+        Raises Overloaded, which names the field that it depends on.
+        """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
-        with self._budget.hold() as room:
+        with self._budget.hold(0 if self._budget.held_bytes else size_bytes) as room:
             try:
                 room.add(size_bytes)
             except TooManyBytes:
                 raise Overloaded(
-                    f"{self._budget.held_bytes} bytes of frames, trajectories and answers would be held at once; "
+                    f"{self._budget.held_bytes} bytes of answers would be held at once; "
                     f"the limit is {self._budget.limit_bytes}",
                     retry_after_s=1,
                     field=field,

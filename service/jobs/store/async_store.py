@@ -1,6 +1,8 @@
 """The job store for asyncio: each call runs in a thread of the store's, so that the event loop waits for no disk.
 
-Of a shared store, what clients read runs in a second thread: however much that is, leases are renewed in time.
+Of a shared store, what clients read runs in a second thread: however much that is, leases are renewed in time. Pixels
+have a thread of their own, which unpacks them, and reads those of a shared store. A file is locked for one connection,
+so its thread reads them packed, in milliseconds.
 """
 
 import asyncio
@@ -8,10 +10,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, StoredObject
 from tminus.service.scheduling.cluster import Intake
@@ -50,6 +53,7 @@ class AsyncStore:
         self._store = store
         self._pool = started_pool(1, "tminus-store")
         self._reads = started_pool(1, "tminus-store-reads") if store.shared else self._pool
+        self._pixels = started_pool(1, "tminus-store-pixels")
         self.shared, self.lease_s = store.shared, store.lease_s
         self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
@@ -82,17 +86,20 @@ class AsyncStore:
         return result
 
     async def _answer(self, method: Callable[Concatenate[JobStore, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        pool, limit_s = self._reads if method in READS else self._pool, QUICK_S if method in QUICK else CALL_S
-        try:
-            call: Future[R] = pool.submit(getattr(self._store, method.__name__), *args, **kwargs)
-        except RuntimeError as error:  # a request was looking through the stores as this one was closed
-            raise StorageFailed("the job store is closed") from error
+        is_read, limit_s = method in READS, QUICK_S if method in QUICK else CALL_S
+        pool = self._reads if is_read else self._pool
+        if method == JobStore.images and self.shared:
+            pool = self._pixels
+        call: Future[R] = _submitted(pool, getattr(self._store, method.__name__), *args, **kwargs)
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(asyncio.wrap_future(call))
         except TimeoutError as error:
             call.cancel()  # at once, if its turn has not come: nobody waits for it, and others wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
+        finally:
+            if is_read:
+                call.cancel()  # if its client has gone before its turn came
 
     async def check(self) -> None:
         """See whether jobs can be kept. Writes only while the last attempt to write has failed."""
@@ -130,12 +137,18 @@ class AsyncStore:
 
     async def images(self, job_id: str) -> Pixels | None:
         """Read the images of a job that is done."""
+        if (data := await self._packed_images(job_id)) is None:
+            return None
+        with arrays.reading(f"the images of job {job_id}"):
+            return await asyncio.wrap_future(_submitted(self._pixels, arrays.unpack_images, data))
+
+    async def _packed_images(self, job_id: str) -> bytes | None:
         found = await self._found(job_id)
         if isinstance(found, StoredObject):
             raise StorageFailed("the images of this job are in an object store, which this server was not told of")
         return found
 
-    async def _found(self, job_id: str) -> Pixels | StoredObject | None:
+    async def _found(self, job_id: str) -> bytes | StoredObject | None:
         with traced("store images", {"tminus.job.id": job_id}):
             return await self.call(JobStore.images, job_id)
 
@@ -168,7 +181,15 @@ class AsyncStore:
 
     def close(self) -> None:
         """Finish the calls that have been made, and close the store. Blocks until then."""
+        self._pixels.shutdown()
         if self._reads is not self._pool:
             self._reads.shutdown()
         self._pool.submit(self._store.close)
         self._pool.shutdown()
+
+
+def _submitted(pool: ThreadPoolExecutor, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
+    try:
+        return pool.submit(work, *args, **kwargs)
+    except RuntimeError as error:  # a request was looking through the stores as this one was closed
+        raise StorageFailed("the job store is closed") from error

@@ -50,7 +50,8 @@ SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known a
 class JobStore(DeliveryStore, ABC):
     """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
-    The calls that async_store.py names READS may come from a second thread beside it, where the store is shared.
+    Where the store is shared, the calls that async_store.py names READS may come from a second thread beside it, and
+    `images` from a third.
 
     A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
 
@@ -266,16 +267,15 @@ class JobStore(DeliveryStore, ABC):
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
-    def images(self, job_id: str) -> Pixels | StoredObject | None:
-        """Read the images of a job that is done, or say which object they are."""
+    def images(self, job_id: str) -> bytes | StoredObject | None:
+        """Read the images of a job that is done, still packed, or say which object they are."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
             query = sa.select(objects).where(objects.c.job_id == job_id, objects.c.state == KEPT)
             with self._transaction() as run:
                 row = run(query).one_or_none()
             return StoredObject(row.key, row.bytes, row.sha256) if row is not None else None
-        with arrays.reading(f"the images of job {job_id}"):
-            return arrays.unpack_images(data)
+        return data
 
     def _data(self, table: sa.Table, job_id: str) -> bytes | None:
         with self._transaction() as run:

@@ -75,7 +75,7 @@ def connect(url: str, namespace: str) -> sa.Engine:
         arguments["options"] = " ".join([own_options, *parsed.normalized_query["options"]])
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
-        pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
+        pool_size=3, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
     )  # fmt: skip
 
 

@@ -118,8 +118,7 @@ class ResultStore(AsyncStore):
         except StorageFailed:  # it is known since it was noted, and goes in an hour
             log.warning("the object %s is not needed, and goes later", key)
 
-    async def images(self, job_id: str) -> Pixels | None:
-        """Read the images of a job that is done."""
+    async def _packed_images(self, job_id: str) -> bytes | None:
         found = await self._found(job_id)
         if not isinstance(found, StoredObject):
             return found
@@ -128,7 +127,7 @@ class ResultStore(AsyncStore):
         if data is None and await self._found(job_id) != found:  # it was deleted meanwhile
             return None
         with arrays.reading(f"the images of job {job_id}"):
-            return await asyncio.to_thread(_unpacked, data, found)
+            return await asyncio.to_thread(_checked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """Delete some of the jobs as AsyncStore does, and some of the objects that no job refers to."""
@@ -158,10 +157,10 @@ def _packed(images: Pixels) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def _unpacked(data: bytes | None, stored: StoredObject) -> Pixels:
-    """Raises ValueError for what is not the object that was written."""
+def _checked(data: bytes | None, stored: StoredObject) -> bytes:
+    """Return what is the object that was written. Raises ValueError for anything else."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")
     if len(data) != stored.bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
         raise ValueError(f"the object {stored.key} is not the one that was written")
-    return arrays.unpack_images(data)
+    return data

@@ -308,7 +308,7 @@ def test_who_asks_for_images_and_goes_away_is_not_waited_for(
     if where == "store":
         monkeypatch.setattr(SqliteStore, "images", held(SqliteStore.images))
     else:
-        monkeypatch.setattr("tminus.service.images.encoder.encode_result", held(encode_result))
+        monkeypatch.setattr("tminus.service.api.sample.encode_result", held(encode_result))
     scope = scope_of(f"/jobs/{job_id}/image") | {"method": "GET"}
     no_body = iter([{"type": "http.request", "body": b"", "more_body": False}])
     try:

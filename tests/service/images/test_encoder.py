@@ -232,7 +232,10 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
         encoder = Encoder(observe)
         result = JobResult(read, 0.0, 0.0, 0.0)
         try:
-            return [await encoder.encode(media_type, spec, result.read, INFO) for media_type in MEDIA_TYPES]
+            return [
+                await encoder.make(result.read, partial(encode_result, kind, spec, model=INFO), label_of(kind), kind)
+                for kind in MEDIA_TYPES
+            ]
         finally:
             encoder.close()
 

@@ -1,5 +1,6 @@
 """What every store of durable jobs does: the same tests on a SQLite file and a real PostgreSQL."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from tests.service.jobs.conftest import Shelf
 from tests.service.jobs.kept import PIXELS, SPECS, claim, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
+from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
 from tminus.service.spec import Inputs, SampleSpec
@@ -55,8 +57,8 @@ def test_the_end_of_a_job_is_kept_once_with_its_images_and_takes_its_snapshot_aw
         store.finish(ended(job("a"), "cancelled", at_us=7))
     assert store.get("a") == done
     images = store.images("a")
-    assert images is not None
-    np.testing.assert_array_equal(images, PIXELS)
+    assert isinstance(images, bytes)
+    np.testing.assert_array_equal(arrays.unpack_images(images), PIXELS)
     assert store.snapshot("a", "build") is None
     assert claimed(shelf, store) == []
 
@@ -296,5 +298,12 @@ def test_arrays_that_cannot_be_read(
     assert "the snapshot of job a, which begins anew, cannot be read" in caplog.text
     with pytest.raises(StorageFailed, match="the inputs of job a cannot be read"):
         store.inputs("a")
-    with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
-        store.images("b")
+
+    async def read_images() -> None:
+        shelf.opened.remove(store)
+        above = AsyncStore(store)
+        with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
+            await above.images("b")
+        above.close()
+
+    asyncio.run(read_images())

@@ -98,7 +98,7 @@ def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_tra
     with room.taken(100, "n"):
         pass
     error = caught.value
-    assert error.detail.startswith("101 bytes of frames, trajectories and answers would be held at once")
+    assert error.detail.startswith("101 bytes of answers would be held at once")
     assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
     assert error.bound == "what takes at most 40 bytes at this load"
     assert error.headers["Retry-After"] == "1"
