@@ -42,6 +42,11 @@ class Pulse:
         self._began_s.pop(what, None)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether something is being done."""
+        return bool(self._began_s)
+
+    @property
     def stalled_s(self) -> float:
         """How long the thing that began first has taken, or 0.0 while that is not beyond its time."""
         if not (began_s := tuple(self._began_s.values())):

@@ -207,6 +207,11 @@ class ServedModels:
         self._encoder.close()
         self._beating.cancel()
 
+    @property
+    def codes_images(self) -> bool:
+        """Whether a picture is being encoded or decoded; after the end of all requests nobody waits for it."""
+        return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
+
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
         self.metrics.watch(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import sqlalchemy as sa
@@ -69,7 +69,6 @@ OF_COMMANDS = ("config", "key", "pull_from")  # which the commands read by thems
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 GIB = 2**30
-END_S = 5.0  # for the last threads to end
 UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
@@ -111,23 +110,16 @@ def serve(settings: Settings) -> bool:
     for signum in (signal.SIGTERM, signal.SIGINT):  # a handler is given up as the interpreter ends, and a signal kills
         signal.signal(signum, signal.SIG_IGN)
 
-    worker = opening.application.served.worker if opening.application is not None else None
+    served = opening.application.served if opening.application is not None else None
+    worker = served.worker if served is not None else None
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     code = 1 if worker is not None and (worker.hangs or worker.crashed or worker.stall) else 0
-    if worker is None or worker.hangs or loading:
-        # A thread that measures, or a worker that hangs, cannot be ended from outside, and the interpreter would wait.
-        end_now(code)
-    at_last = threading.Timer(END_S, end_now, (code,))  # where a thread that encodes or decodes hangs
-    at_last.daemon = True
-    at_last.start()
+    if served is None or worker is None or worker.hangs or served.codes_images or loading:
+        # A thread that measures, or one that hangs, cannot be ended from outside, and the interpreter would wait.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
     return not worker.crashed
-
-
-def end_now(code: int) -> NoReturn:
-    """End the process without waiting for its threads."""
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 async def _run(
