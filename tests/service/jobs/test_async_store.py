@@ -125,6 +125,28 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         goes_on.set()
 
 
+def test_what_nobody_waits_to_read_any_more_is_not_read(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(disk, "images", made.append)
+
+    async def ask() -> None:
+        store = AsyncStore(disk)
+        disk.thaw.clear()
+        adding = asyncio.create_task(store.add(job("a"), None, None))
+        await asyncio.sleep(0)
+        reading = asyncio.create_task(store.images("b"))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        disk.thaw.set()
+        assert await adding
+        assert await store.call(JobStore.get, "b") is None
+        assert made == []
+        store.close()
+
+    asyncio.run(ask())
+
+
 def test_whether_jobs_can_be_kept_is_known_from_the_last_attempt_to_write(disk: Disk) -> None:
     async def ask() -> None:
         store = AsyncStore(disk)
