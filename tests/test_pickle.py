@@ -228,7 +228,9 @@ def of_a_column(table: str, column: str, folder: Path, data: bytes) -> None:
             case "snapshots":
                 assert store.snapshot("a", "build") is None
             case "images":
-                refused(StorageFailed, lambda: store.images("b"))
+                packed = store.images("b")
+                assert isinstance(packed, bytes)
+                refused(UNREADABLE, lambda: unpack_images(packed))
             case _:
                 refused(StorageFailed, lambda: store.get("a"))
 

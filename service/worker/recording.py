@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from tminus.model.trajectory import PlanNumbers, Selection, Trajectory
-from tminus.service.byte_budget import ByteBudget
+from tminus.service.byte_budget import SMALL_BYTES, ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Overloaded, TooManyBytes
 from tminus.service.preview import Show
@@ -146,12 +146,12 @@ class RecordingRoom:
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Hold room for this size: any, while nothing else is held.
+        """Hold room for this size: always where it is small, or where nothing else is held.
 
         Raises Overloaded, which names the field that it depends on.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
-        with self._budget.hold(0 if self._budget.held_bytes else size_bytes) as room:
+        with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:
             try:
                 room.add(size_bytes)
             except TooManyBytes:

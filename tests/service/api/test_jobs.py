@@ -3,9 +3,9 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,15 @@ import pytest
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, noise, same
 from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
-from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.access.access import ANYBODY, AT_ONCE
+from tminus.service.api.jobs import COPIES
 from tminus.service.images.encoder import encode_result
+from tminus.service.jobs.store.arrays import unpack_images
+from tminus.service.jobs.store.records import StoredObject
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.views import FORECAST_S
+from tminus.service.spec import Pixels
 from tminus.service.work import JobStatus
 from tminus.service.worker.running_job import AcceptedJobs
 
@@ -317,3 +322,105 @@ def test_who_asks_for_images_and_goes_away_is_not_waited_for(
         go.set()
     assert status in (0, 499)
     assert site.client.get(f"/jobs/{job_id}/image").status_code == 200
+
+
+# --- images ---
+
+
+class Readings:
+    """The readings of images by the store, which wait for the test while it holds them."""
+
+    def __init__(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[str] = []
+        self.held_bytes: list[int] = []  # of answers, when each began
+        self.unpacks = threading.Event()
+        self.unpacks.set()
+        read, unpack = SqliteStore.images, unpack_images
+
+        def noted(store: SqliteStore, job_id: str) -> bytes | StoredObject | None:
+            self.held_bytes.append(site.answers.held_bytes)
+            self.begun.append(job_id)
+            return read(store, job_id)
+
+        def unpacked(data: bytes) -> Pixels:
+            assert self.unpacks.wait(PATIENCE_S)
+            return unpack(data)
+
+        monkeypatch.setattr(SqliteStore, "images", noted)
+        monkeypatch.setattr("tminus.service.jobs.store.arrays.unpack_images", unpacked)
+
+
+@pytest.fixture
+def readings(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readings]:
+    made = Readings(site, monkeypatch)
+    yield made
+    made.unpacks.set()
+
+
+def done(site: Site, **parameters: object) -> str:
+    job_id: str = accepted(site, json={"steps": 2} | parameters).json()["id"]
+    ended(site, job_id)
+    return job_id
+
+
+def test_another_job_is_accepted_while_images_are_unpacked(site: Site, readings: Readings) -> None:
+    job_id = done(site)
+    readings.unpacks.clear()
+    with ThreadPoolExecutor(2) as pool:
+        image = pool.submit(site.client.get, f"/jobs/{job_id}/image")
+        wait_until(lambda: readings.begun == [job_id])
+        other = pool.submit(accepted, site, json={"steps": 2})
+        assert other.result(PATIENCE_S / 2).status_code == 202
+        assert not image.done()
+        readings.unpacks.set()
+        assert image.result(PATIENCE_S).status_code == 200
+
+
+def test_who_has_the_images_gets_304_by_the_record_alone(site: Site, readings: Readings) -> None:
+    job_id = done(site, seed=5)
+    of_sample = site.post(json={"steps": 2, "seed": 5}).headers["etag"]
+    response = site.client.get(f"/jobs/{job_id}/image", headers={"If-None-Match": of_sample})
+    assert (response.status_code, response.headers["etag"], readings.begun) == (304, of_sample, [])
+
+
+def test_images_that_many_ask_for_at_once_are_read_once(site: Site, readings: Readings) -> None:
+    job_id = done(site, n=8, seed=5)
+    readings.unpacks.clear()
+    with ThreadPoolExecutor(8) as pool:
+        each = [pool.submit(site.client.get, f"/jobs/{job_id}/image?index={k}") for k in range(8)]
+        wait_until(lambda: len(waiting_for_a_turn(site)) == 8 - AT_ONCE)
+        readings.unpacks.set()
+        answers = [one.result(PATIENCE_S) for one in each]
+    assert readings.begun == [job_id]
+    expected = fake_pixels(make_spec(n=8, seed=5), 2)
+    for answer, image in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(pixels(answer.content), image[:, :, 0])
+
+
+def test_one_caller_has_the_images_of_a_few_jobs_read_at_a_time(site: Site, readings: Readings) -> None:
+    job_ids = [done(site) for _ in range(AT_ONCE + 2)]
+    readings.unpacks.clear()
+    with ThreadPoolExecutor(len(job_ids)) as pool:
+        each = [pool.submit(site.client.get, f"/jobs/{job_id}/image") for job_id in job_ids]
+        wait_until(lambda: len(readings.begun) == AT_ONCE and len(waiting_for_a_turn(site)) == 2)
+        readings.unpacks.set()
+        assert [one.result(PATIENCE_S).status_code for one in each] == [200] * len(job_ids)
+    assert sorted(readings.begun) == sorted(job_ids)
+
+
+def waiting_for_a_turn(site: Site) -> Collection[object]:
+    return site.application.served.access._usage[ANYBODY].turns._waiters or ()
+
+
+def test_images_are_charged_before_they_are_read_and_refused_where_there_is_no_room(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(info=replace(INFO, height_px=64, width_px=64))
+    readings, job_id = Readings(site, monkeypatch), done(site, n=8)
+    size_bytes = COPIES * 8 * 64 * 64
+    with site.answers.hold() as of_others:
+        of_others.add(site.answers.limit_bytes - size_bytes + 1)
+        document = problem(site.client.get(f"/jobs/{job_id}/image"), 429, "overloaded")
+        assert (document["field"], document["value"], readings.begun) == ("job_id", size_bytes, [])
+    assert site.client.get(f"/jobs/{job_id}/image").status_code == 200
+    assert (readings.held_bytes, site.answers.held_bytes) == ([size_bytes], 0)

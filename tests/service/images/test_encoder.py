@@ -9,6 +9,7 @@ import weakref
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tminus.service.images.encoder import (
     encode_result,
     enlarge,
     etag,
+    label_of,
     one_image,
     recipe,
     sheet_columns,

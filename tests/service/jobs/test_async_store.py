@@ -103,7 +103,6 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
             store.call(JobStore.page, None, no_places, 1),
             store.call(JobStore.number_owed, "", "https://x.example", 1),
             store.call(JobStore.deliveries, ["a"]),
-            store.images("a"),
             store.call(JobStore.open_jobs, ""),
         ]
         asked = [asyncio.create_task(read) for read in reads]
@@ -112,10 +111,11 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         async with asyncio.timeout(PATIENCE_S / 2):
             assert await store.renew("build", ReplicaPace(1.0, 1.0)) == {"a"}
             await store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
+            assert await store.images("a") is None, "pixels have a thread of their own"
         assert not any(each.done() for each in asked), "each waits for the first"
         goes_on.set()
         found = await asyncio.gather(*asked)
-        assert found == [job("a"), (job("a"), True), "a", None, [], 0, {}, None, {"a"}]
+        assert found == [job("a"), (job("a"), True), "a", None, [], 0, {}, {"a"}]
         store.close()
 
     monkeypatch.setattr(async_store, "QUICK_S", PATIENCE_S)
@@ -123,6 +123,28 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         asyncio.run(ask())
     finally:
         goes_on.set()
+
+
+def test_what_nobody_waits_to_read_any_more_is_not_read(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(disk, "images", made.append)
+
+    async def ask() -> None:
+        store = AsyncStore(disk)
+        disk.thaw.clear()
+        adding = asyncio.create_task(store.add(job("a"), None, None))
+        await asyncio.sleep(0)
+        reading = asyncio.create_task(store.images("b"))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        disk.thaw.set()
+        assert await adding
+        assert await store.call(JobStore.get, "b") is None
+        assert made == []
+        store.close()
+
+    asyncio.run(ask())
 
 
 def test_whether_jobs_can_be_kept_is_known_from_the_last_attempt_to_write(disk: Disk) -> None:

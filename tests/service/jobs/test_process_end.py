@@ -217,5 +217,5 @@ def test_a_mapped_file_that_was_cut_is_no_jobs_doing(
     ends = take_ends(tmp_path, "server")
     tell_ends(ends)
     count_ends(ends, store)
-    assert "ended by itself: Bus error. It worked on a, b\n" in caplog.text
+    assert "has failed: Bus error. It worked on a, b\n" in caplog.text
     assert [record.crashes for record in store.claim().jobs] == [0, 0]

@@ -427,6 +427,7 @@ def test_a_server_whose_object_store_goes_keeps_all_ends_when_it_is_back(
 ) -> None:
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
     monkeypatch.setattr("tminus.service.jobs.store.objects.RETRIES", 0)
+    monkeypatch.setattr("tminus.service.jobs.jobs.RECENT_S", 0.0)  # each request reads the object
     with s3_server.running() as s3:
         for name, value in s3.env.items():
             monkeypatch.setenv(name, value)

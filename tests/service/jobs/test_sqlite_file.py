@@ -16,6 +16,7 @@ import pytest
 from tests.service.fakes import make_spec
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.jobs.store import sqlite_file
+from tminus.service.jobs.store.arrays import unpack_images
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key
 from tminus.service.jobs.store.sqlite_file import FRAME, HEADER, VERSION, kept
 from tminus.service.jobs.store.sqlite_store import SqliteStore

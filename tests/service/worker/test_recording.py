@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.fakes import FakeEngine, make_spec
 from tminus.model.trajectory import Selection
-from tminus.service.byte_budget import ByteBudget
+from tminus.service.byte_budget import SMALL_BYTES, ByteBudget
 from tminus.service.errors import Overloaded
 from tminus.service.preview import Show
 from tminus.service.spec import Images, Point, TrajectoryType
@@ -89,16 +89,18 @@ def test_a_path_of_some_passes_reads_rows_around_them_alone(dtype: TrajectoryTyp
 
 
 def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_trace() -> None:
-    room = RecordingRoom(ByteBudget(100))
-    with room.taken(60, "n"):
-        with pytest.raises(Overloaded) as caught, room.taken(41, "every"):
+    budget = ByteBudget(1_000_000)
+    room = RecordingRoom(budget)
+    with room.taken(600_000, "n"):
+        with pytest.raises(Overloaded) as caught, room.taken(400_001, "every"):
             pytest.fail("there is no room")
-        with room.taken(40, "n"):
+        with room.taken(400_000, "n"), room.taken(SMALL_BYTES, "n"):
             pass
-    with room.taken(100, "n"):
+    with room.taken(1_000_001, "n"):  # alone it would be refused for ever
         pass
+    assert budget.held_bytes == 0
     error = caught.value
-    assert error.detail.startswith("101 bytes of answers would be held at once")
-    assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
-    assert error.bound == "what takes at most 40 bytes at this load"
+    assert error.detail.startswith("1000001 bytes of answers would be held at once")
+    assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 400_001)
+    assert error.bound == "what takes at most 400000 bytes at this load"
     assert error.headers["Retry-After"] == "1"
