@@ -59,7 +59,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def threads_left(usual: int) -> int:
-    """Return how many of its usual threads torch can take beside other programs; the log says if they are fewer."""
+    """Return torch's usual number of threads, or the number of free cores if that is lower, and log the latter."""
     threads = min(usual, free_cores()) if usual > 1 else 1
     if threads < usual:
         log.info(

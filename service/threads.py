@@ -13,7 +13,7 @@ from tminus.service.errors import Stalled
 Result = TypeVar("Result")
 
 LOADING = "tminus-load"  # the name of threads that load or measure models
-STALL_S, STALL_TIMES = 60.0, 20.0  # what takes longer than this, and so many times as long as it should, hangs
+STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds both: seconds, and times its usual
 LOOK_S = 1.0  # how often it is looked whether what is waited for hangs
 
 
@@ -48,14 +48,14 @@ class Pulse:
 
     @property
     def stalled_s(self) -> float:
-        """How long the thing that began first has taken, or 0.0 while that is not beyond its time."""
+        """Seconds that the oldest running call has taken; 0.0 while that is within its limit."""
         if not (began_s := tuple(self._began_s.values())):
             return 0.0
         took_s = self._clock() - min(began_s)
         return took_s if took_s > max(STALL_S, STALL_TIMES * self._usual_s()) else 0.0
 
     async def beat(self) -> None:
-        """Show that an event loop goes on, until this is cancelled."""
+        """Beat until cancelled. A missing beat shows that the event loop hangs."""
         try:
             while True:
                 self.begin()

@@ -1,6 +1,6 @@
-"""Turns at what one request may use at a time, so that one caller's requests do not keep another's waiting.
+"""Fair turns at a resource that serves one request at a time.
 
-The next turn is of the caller that has had the least time. Time that a caller did not ask for is not saved for it.
+The next turn goes to the caller that has used the least time. An idle caller saves up no time.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ class CallerTurns:
         self._clock = clock
         self._current: _Turn | None = None
         self._waiting: list[_Turn] = []  # in the order of arrival
-        self._had_s: dict[str, float] = {}  # by caller, since nobody waited last
+        self._had_s: dict[str, float] = {}  # seconds used, by caller; cleared when nobody runs or waits
 
     @asynccontextmanager
     async def taken(self, caller: str, expected_s: float = 0.0) -> AsyncIterator[None]:

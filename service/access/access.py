@@ -19,7 +19,7 @@ PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
 # with a wrong key would lock out all clients of its address.
 MOST_WRONG_LOGINS = 10
 MOST_ADDRESSES = 4096  # with wrong logins that are remembered
-AT_ONCE = 4  # requests of one name for a job's images that are worked on; the others wait
+AT_ONCE = 4  # requests for job images that run at once for one name; further ones wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Allowance:
 
 @dataclass(slots=True)
 class Usage:
-    """What one name uses: of a bucket that holds a minute's row-steps and fills evenly, of connections, of turns."""
+    """Usage of one name: its bucket of row-steps, which refills evenly in a minute, its connections and its turns."""
 
     at_s: float
     row_steps: float = 0.0  # missing in a full bucket at that time; more than it holds after one large job
@@ -83,7 +83,7 @@ class Caller:
             raise
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Count the decoding of an upload as row-steps, whatever it brings. Raises QuotaExceeded."""
+        """Charge the decoding of an upload as row-steps, even if decoding fails. Raises QuotaExceeded."""
         with self.charged(math.ceil(pixels / PIXELS_PER_ROW_STEP), 0):
             pass
 
@@ -147,7 +147,7 @@ class Access:
         return self._caller(key.name, key.role, key.limits)
 
     def login(self, secret: str, address: str) -> Caller:
-        """Return whoever has a secret that came from the page. Raises Unauthorized, or TooManyLogins without a look."""
+        """Return the caller whose secret was entered on the login page. Raises Unauthorized and TooManyLogins."""
         wrong = self._wrong_logins.get(address, 0)
         if wrong >= MOST_WRONG_LOGINS:
             raise TooManyLogins(MOST_WRONG_LOGINS, WINDOW_S)

@@ -92,7 +92,7 @@ class Verdict:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Note for the next start if a signal ends the process in the first attempt. Raises Unfit if refused."""
+        """Keep a mark during the first attempt: if a signal ends the process, the next start finds it. Raises Unfit."""
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file

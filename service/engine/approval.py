@@ -131,7 +131,7 @@ def approve_portions(
 def _deviation(
     checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
 ) -> Generator[None, None, Deviation]:
-    """Measure by how much outputs differ, which bounds by how much they may differ on another processor."""
+    """Measure how far outputs differ. The error allowed on other processors is derived from this."""
     inputs = compared_inputs(checkpoint, device)
     outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
     for forward, outs in outputs.items():

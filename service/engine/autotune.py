@@ -277,7 +277,7 @@ class Builder:
         return executor
 
     def verdict(self, choice: Choice) -> Verdict:
-        """Return what is known of an executor in this precision here."""
+        """Return the verdict on this executor and precision on this machine."""
         return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
 
     def forget_compiled(self) -> None:

@@ -1,6 +1,6 @@
 """What was measured and found on this machine, kept between starts in a folder of small files.
 
-What a file says is not trusted, and a file that cannot be read or written is no error: it is found out once more."""
+File contents are not trusted. If a file cannot be read or written, the next start measures again."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from tminus.service.engine import openvino_executor
 log = logging.getLogger(__name__)
 
 CPU_LINES = ("model name", "flags")  # of /proc/cpuinfo
-GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
+GIVEN = "given"  # subfolder of the cache for answers from another machine; it may be read-only
 NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
 
 
@@ -62,7 +62,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Read the answer of an earlier start if there is one, else one that is given, which holds on any machine."""
+        """Read the answer of an earlier start, or else a given one. A given one counts as made on an idle machine."""
         if self.file is None:
             return None
         self.found = self.file

@@ -103,8 +103,8 @@ def bfloat16_gain() -> float:
 class Graph:
     """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32.
 
-    With a file the graph is kept for later starts, and its weights are mapped from the file. They leave memory once
-    passes are compiled, which hold them in an order of their own. Then the network need not hold them either.
+    With a file, the graph is kept for later starts and its weights are memory-mapped. Compiled passes hold a reordered
+    copy of their own, so the mapped weights then leave memory, and the network can drop its own.
     """
 
     def __init__(

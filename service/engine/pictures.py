@@ -99,7 +99,7 @@ class LatentPictures(PixelPictures):
         self._colours = fit_colours(autoencoder).to(device)
         autoencoder.to(device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # passes have a stream of their own, which must not begin before
+            torch.cuda.synchronize(device)  # passes run in their own stream: the weights must be in place first
         latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
         decode, encode = _Part(autoencoder, autoencoder.decode), _Part(autoencoder, autoencoder.encode)
         self._decode_pass, decoded, decoded_s = self._pass(checkpoint, "decoder", decode, latents, cache)

@@ -202,7 +202,7 @@ class Jobs:
         return view
 
     async def images(self, view: JobView) -> Pixels:
-        """Read the images of a job that is done; one reading is for all who ask for it at once. Raises JobNotFound."""
+        """Read the images of a finished job. Concurrent requests share one read. Raises JobNotFound."""
         job_id, lifecycle = view.record.id, self._lifecycles.get(view.model)
         async with self._readings.setdefault(job_id, asyncio.Lock()):
             images = self._recent.get(job_id)

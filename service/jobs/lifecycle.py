@@ -481,7 +481,7 @@ class Lifecycle:
 
     async def _claim(self, leases: Leases) -> None:
         try:
-            # A replica that can keep nothing would take job after job, and end none.
+            # A replica that cannot store results would claim jobs and finish none.
             if not (leases.ended or self.cannot_keep or (self.retired and leases.others_serve)):
                 async with self.store.turn:
                     self.take_on(await leases.claim())

@@ -1,8 +1,8 @@
 """The job store for asyncio: each call runs in a thread of the store's, so that the event loop waits for no disk.
 
-Of a shared store, what clients read runs in a second thread: however much that is, leases are renewed in time. Pixels
-have a thread of their own, which unpacks them, and reads those of a shared store. A file is locked for one connection,
-so its thread reads them packed, in milliseconds.
+A shared store runs READS in a second thread, so that they never delay the renewal of leases. A third thread unpacks
+pixels, and reads them too if the store is shared. A file is locked for one connection, so the thread of that connection
+reads the packed pixels. That takes milliseconds.
 """
 
 import asyncio

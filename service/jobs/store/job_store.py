@@ -83,11 +83,10 @@ class JobStore(DeliveryStore, ABC):
     ) -> Claimed:
         """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
 
-        First those that were held before, until they make up begun_places: their clients wait for the next step. Of
-        suspects, with which a replica has gone, that is the shortest, and none while another is on trial here; those
-        that were let go come in order of arrival. Then the new ones that the intake takes, the shortest first; and
-        where it does not take all, the oldest if it takes that. Background jobs come after all others, until they are
-        held back no more.
+        Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these the
+        shortest suspect comes first, unless another is on trial here; released jobs follow by arrival. A suspect is a
+        job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and the oldest if
+        the intake accepts it. Background jobs come last until they are held back no more.
 
         One that was begun by another build is left to a replica of that build while one lives, and one with a table
         that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is
@@ -268,7 +267,7 @@ class JobStore(DeliveryStore, ABC):
             return arrays.unpack_inputs(data) if data is not None else None
 
     def images(self, job_id: str) -> bytes | StoredObject | None:
-        """Read the images of a job that is done, still packed, or say which object they are."""
+        """Return the packed images of a finished job, or the object that holds them."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
             query = sa.select(objects).where(objects.c.job_id == job_id, objects.c.state == KEPT)

@@ -31,7 +31,7 @@ from tminus.service.spec import Inputs
 log = logging.getLogger(__name__)
 
 CLAIM_JOBS = 32  # the most that one claim looks at
-MOST_DOUBLINGS = 8  # of the lease, for which a job waits that was left behind again and again
+MOST_DOUBLINGS = 8  # of the lease: the longest wait of a job that lost its replica again and again
 AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others cannot do wait so long for it
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
@@ -65,9 +65,9 @@ class PostgresStore(JobStore):
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # Of jobs that nobody holds. A replica that lets a job go, at the end too, is not named in it any more.
+        # For jobs that no replica holds: a replica that releases or ends a job clears this column.
         self._left_behind = tables.jobs.c.replica.is_not(None)
-        # What a replica was lost with may be the cause of that, until it has ended.
+        # Such a job may have caused the loss of its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # of the jobs that are held
@@ -173,7 +173,7 @@ class PostgresStore(JobStore):
         is_due = sa.or_(jobs.c.takeovers == 0, ~self._left_behind, free_for_s > wait_s)
         here = jobs.alias()
         on_trial = [here.c.replica == self._replica, here.c.outcome.is_(None), here.c.on_trial_at > now - self._lease]
-        # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
+        # The next renewal takes back the jobs whose lease this replica let expire, or leaves them to others.
         not_mine = jobs.c.replica.is_distinct_from(self._replica)
         return sa.and_(jobs.c.fence > 0, self._suspect, not_mine, is_due, ~sa.exists(here.c.id).where(*on_trial))
 

@@ -31,7 +31,7 @@ class JobRecord:
     webhook: Webhook | None = None  # who is told of its events
     background: bool = False  # whether all others go before it, until it has waited for long enough
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
-    suspect: bool = field(default=False, compare=False)  # when it was claimed: a replica had gone with it
+    suspect: bool = field(default=False, compare=False)  # at the claim: an earlier replica was lost with it
     ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
 
     @property

@@ -158,7 +158,7 @@ def _packed(images: Pixels) -> tuple[bytes, str]:
 
 
 def _checked(data: bytes | None, stored: StoredObject) -> bytes:
-    """Return what is the object that was written. Raises ValueError for anything else."""
+    """Return the data if they are those of the stored object. Raises ValueError otherwise."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")
     if len(data) != stored.bytes or hashlib.sha256(data).hexdigest() != stored.sha256:

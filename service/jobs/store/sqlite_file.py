@@ -120,7 +120,7 @@ def number_of_jobs(connection: sqlite3.Connection) -> int:
 
 
 def kept(file: Path) -> Path:
-    """The file that says how many jobs were accepted, while a server has the other open, and after a crash."""
+    """Path of the file that counts accepted jobs. It exists while a database is open, and after a crash."""
     return file.with_name(f"kept-{file.stem}")
 
 
@@ -216,7 +216,7 @@ def _check_header(file: Path) -> None:
 def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
     """Raise ValueError for a WAL in which more than the last transaction does not verify. connection: has read of it.
 
-    Return what is to be told of one that is cut.
+    Return warnings about one that was cut off.
 
     SQLite ignores all from the first frame on that does not verify, and tells nobody. A crash can tear only the
     transaction that was being written, the last one. Where more transactions follow, the file was damaged, and jobs
