@@ -165,6 +165,12 @@ class TminusJson:
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
+    def trained_on(self) -> str | None:
+        """The name of the images that it was trained on; None where the file does not say."""
+        provenance = self.values.get("provenance", {})
+        self.require(isinstance(provenance, dict), "provenance", "an object")
+        return str(provenance["data"]) if provenance.get("data") else None
+
     def alpha(self, channels: int) -> bool:
         """Whether the last channel of an image is alpha: of four it is, unless the file says otherwise."""
         alpha = self.values.get("alpha", channels == RGBA)

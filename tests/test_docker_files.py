@@ -90,7 +90,9 @@ def composed(*names: str, **env: str) -> dict[str, Any]:
 def compose(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
     files = [part for name in ("compose", *names) for part in ("--file", ROOT / "docker" / f"{name}.yaml")]
     command = [needs("docker-compose"), *files, "config", "--format", "json"]
-    bare = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PORT", "KEYS")}
+    bare = {
+        name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PORT", "KEYS", "NAME")
+    }
     return subprocess.run(command, env=bare | env, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -170,7 +172,13 @@ def test_a_server_is_known_by_the_names_by_which_prometheus_asks(files: tuple[st
     assert asked
     for host in asked:
         known.check_host(host)
-    assert ("diffusion.example" in known.hosts) == (files == ("proxy",))
+    assert ("diffusion.example" in known.hosts) == bool({"proxy", "replicas"} & {*files})
+
+
+def test_servers_without_a_public_name_have_no_host_but_those_of_prometheus(services: dict[str, Any]) -> None:
+    hosts = services["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"]
+    assert hosts == "tminus,tminus-tminus-1,tminus-tminus-2"
+    Settings(allowed_hosts=hosts).allowed_sites()
 
 
 def test_what_torch_compiles_can_be_loaded_where_there_is_a_gpu() -> None:

@@ -46,6 +46,8 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
     The file has one line for each key, with a hash in place of the secret. The secret is printed once: give it to the
     client. Without --file the line is printed below the secret. A running server reads a changed file by itself.
 
+    Each server counts the limits for itself: of several behind a proxy, each lets the key have as much.
+
     To replace a key, run the command again for the same NAME without options: the new key gets the role and the limits
     of the earlier line. Both keys are valid until you delete that line.
     """

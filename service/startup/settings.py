@@ -303,13 +303,14 @@ class Settings(BaseSettings):
     keys_file: Path | None = Field(
         None,
         description="File of API keys, one a line, as [`tminus key`](reference/command-line.md#tminus-key) writes "
-        "them. A change of the file takes effect within a second. See [security](security.md).",
+        "them. A change of the file takes effect within a second. Each server counts [quotas](security.md#quotas) for "
+        "itself. See [security](security.md).",
     )
     keys: SecretStr | None = Field(
         None,
         description="API keys as text, in the format of the file, for places where you cannot mount a file. They hold "
-        "until the server ends. Do not use it together with `--keys-file`. It has no flag, since other users of the "
-        "machine could see a flag.",
+        "until the server ends. Each server counts [quotas](security.md#quotas) for itself. Do not use it together "
+        "with `--keys-file`. It has no flag, since other users of the machine could see a flag.",
     )
     open: bool = Field(
         False,

@@ -220,7 +220,7 @@ def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_b
 ) -> None:
     copy, restore = code_blocks("docs/operations.md", "sh", section="Back up")
     state = tmp_path / "state"
-    server = own_server(TMINUS_STATE_DIR=str(state))
+    server, other = own_server(TMINUS_STATE_DIR=str(state)), own_server(TMINUS_STATE_DIR=str(tmp_path / "another"))
     server.slow_down()
     with server.client() as client:
         job_id = client.post("/jobs", json={"n": 6, "steps": 1000, "seed": 7}).json()["id"]
@@ -229,9 +229,9 @@ def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_b
         backup = [needs("sqlite3"), file, ".backup copy"]
         refused = subprocess.run(backup, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "database is locked" in refused.stderr
-        run_shell(
-            copy.replace("$(pgrep -f 'tminus serve')", str(server.process.pid)).replace(HOME, str(state)), tmp_path
-        )
+        # As in a terminal: find fails for processes that end while it looks.
+        stopped = run_shell(f"set +o pipefail\n{copy}echo $PID".replace(HOME, str(state)), tmp_path)
+        assert stopped == f"{server.process.pid}\n", f"and not {other.process.pid}, another server"
         assert client.get(f"/jobs/{job_id}").json()["state"] == "running", "it goes on"
     server.speed_up()
     expected = wait_for_job(server, job_id)

@@ -6,7 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,18 @@ def test_requests_arrive_as_they_were_sent_and_answers_come_back_as_they_are(pro
     with proxied.client() as client:
         assert client.get("/model").status_code == 401
         assert client.get("/model", headers={"Host": "evil.example"}).json()["code"] == "foreign_host"
+
+
+def test_two_instances_are_asked_over_tls(proxied: Proxied, tmp_path: Path) -> None:
+    text, of_server = (CONFIGURATIONS / "two-instances.conf").read_text(), proxied.server.url.removeprefix("http://")
+    two = replace(proxied, port=free_port())
+    text = filled(text, {"listen 443": f"listen 127.0.0.1:{two.port}"})
+    for found, ours in ((r"127\.0\.0\.1:800[12]", of_server), (f"/etc/ssl/{NAME}", str(proxied.certificate.parent))):
+        text = re.sub(found, ours, text)
+    with nginx(tmp_path, text, two.client), two.client(**bearer(KEY)) as client:
+        assert client.post("/sample", json=SPEC).content == proxied.server.post(json=SPEC, headers=bearer(KEY)).content
+        job = client.post("/jobs", json=SPEC)
+        assert job.status_code == 202, job.text
 
 
 def test_a_server_is_found_again_at_another_address(proxied: Proxied) -> None:

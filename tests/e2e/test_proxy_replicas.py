@@ -96,6 +96,7 @@ def url(database: postgres.Postgres) -> str:
 def cluster(small: Path, url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("nginx")
     environment = {name: str(value) for name, value in COMPOSE["tminus"]["environment"].items()}
+    environment["TMINUS_ALLOWED_HOSTS"] = "tminus"  # as Compose fills it in, see tests/test_docker_files.py
     environment |= {"TMINUS_JOB_STORE": url, "PGPASSWORD": PASSWORD, "TMINUS_RESULT_CACHE_MB": "0"}
     environment |= {"TMINUS_JOB_LEASE_S": "1", "TMINUS_JOB_NAMESPACE": f"test_{time.monotonic_ns()}"}
     port, of_proxy = free_port(), free_port()

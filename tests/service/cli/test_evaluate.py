@@ -127,6 +127,26 @@ def test_figures_are_not_lost_where_the_checkpoint_cannot_be_written(
     assert json.loads((tmp_path / "figures.json").read_text())["bound"]
 
 
+@pytest.mark.parametrize(
+    ("provenance", "told"), [({}, "its tminus.json names no data"), ({"data": "photos"}, "it was trained on 'photos'")]
+)
+def test_the_data_is_asked_for_that_the_checkpoint_was_trained_on(
+    provenance: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    toy = toy_checkpoint()
+    save_checkpoint(tmp_path, toy.net.state_dict(), toy.net.config, toy.noise, toy.labels, provenance)
+    line = refusal(["--checkpoint", str(tmp_path)], "--steps", "2")
+    assert line == f"tminus: --data: name the folder of images that {tmp_path} was trained on ({told})"
+
+
+def test_one_that_was_trained_on_fashion_mnist_is_measured_with_it(tmp_path: Path) -> None:
+    toy, nowhere = toy_checkpoint(), tmp_path / "nowhere"
+    data = {"data": "fashion-mnist train"}
+    save_checkpoint(tmp_path, toy.net.state_dict(), toy.net.config, toy.noise, toy.labels, data)
+    line = refusal(["--checkpoint", str(tmp_path)], "--steps", "2", "--data-dir", nowhere)
+    assert line.startswith(f"tminus: {nowhere}: not there (apt-get install dataset-fashion-mnist")
+
+
 @pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("no room")])
 def test_a_full_disk_and_a_full_gpu_are_one_clear_line(
     folders: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch
