@@ -21,15 +21,15 @@ def inject(fault: Fault, trigger: Path) -> None:
     """Have a fault happen once, when the file is there; it is deleted as it happens, but for `death` and `hang`."""
     import torch
 
+    from tminus.service import threads
     from tminus.service.engine.engine import Engine
     from tminus.service.scheduling.scheduler import Scheduler
-    from tminus.service.worker import worker
 
     if fault == "death":
         make_deadly(Engine, trigger, lambda: ctypes.string_at(0))  # reads where no memory is: a SIGSEGV
         return
     if fault == "hang":
-        worker.STALL_S = STALL_S
+        threads.STALL_S = STALL_S
         make_deadly(Engine, trigger, threading.Event().wait)
         return
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -370,6 +370,7 @@ class Kept:
         net = copy.deepcopy(self.checkpoint.net)
         graph = Graph(net, self.checkpoint.row_shape, 50, KeptGraph(self.folder, "key"))
         executor = OpenVINOExecutor(graph, threads=1)
+        graph.free_network()
         return executor(*example_inputs(self.checkpoint, CPU, 2)).numpy().tobytes(), net
 
 

@@ -336,7 +336,7 @@ def test_a_shutdown_in_a_step_counts_a_crash_against_its_jobs_if_that_hangs(
         site.engine.next_begun()
         waiting = post(site, SPEC | {"seed": 2}).json()["id"]
         if hangs:
-            monkeypatch.setattr("tminus.service.worker.worker.STALL_S", 0.0)
+            monkeypatch.setattr("tminus.service.threads.STALL_S", 0.0)
     site.engine.gate.open()
     faulthandler.enable()  # for the other tests
     assert list(folder.iterdir()) == []
