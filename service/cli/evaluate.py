@@ -187,10 +187,16 @@ def load_compared(
 
     It is trained where there is none; None where there are fewer than two classes.
     """
+    from tminus.model.checkpoint import TminusJson
     from tminus.model.evaluation.classifier import load_or_train_classifier
     from tminus.service.engine.devices import choose_device
 
-    data = options["data"] or data_of(checkpoint)
+    if (data := options["data"]) is None:
+        known = TminusJson.read(checkpoint).trained_on()
+        if known != "fashion-mnist train":
+            told = "its tminus.json names no data" if known is None else f"it was trained on {known!r:.100}"
+            fail(f"--data: name the folder of images that {checkpoint} was trained on ({told}), and --test-data")
+        data = "fashion-mnist"
     if data != "fashion-mnist" and options["test_data"] is None:
         fail("--test-data: needed if --data is a folder, or there would be no held-out images")
     device = choose_device(options["device"])
@@ -202,17 +208,6 @@ def load_compared(
     bundled = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
     folder = classifier or bundled or checkpoint / "classifier"
     return train_split, test_split, load_or_train_classifier(folder, train_split, test_split, device=device)
-
-
-def data_of(checkpoint: Path) -> str:
-    """The data that a checkpoint was trained on, where its tminus.json names a set that can be found by its name."""
-    from tminus.model.checkpoint import TminusJson
-
-    known = TminusJson.read(checkpoint).trained_on()
-    if known is None or not known.startswith("fashion-mnist"):
-        told = "its tminus.json names no data" if known is None else f"it was trained on {known!r:.100}"
-        fail(f"--data: name the folder of images that {checkpoint} was trained on ({told})")
-    return "fashion-mnist"
 
 
 def measure(

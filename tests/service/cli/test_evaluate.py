@@ -136,7 +136,7 @@ def test_the_data_is_asked_for_that_the_checkpoint_was_trained_on(
     toy = toy_checkpoint()
     save_checkpoint(tmp_path, toy.net.state_dict(), toy.net.config, toy.noise, toy.labels, provenance)
     line = refusal(["--checkpoint", str(tmp_path)], "--steps", "2")
-    assert line == f"tminus: --data: name the folder of images that {tmp_path} was trained on ({told})"
+    assert line == f"tminus: --data: name the folder of images that {tmp_path} was trained on ({told}), and --test-data"
 
 
 def test_one_that_was_trained_on_fashion_mnist_is_measured_with_it(tmp_path: Path) -> None:
