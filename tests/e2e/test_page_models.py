@@ -33,7 +33,7 @@ def is_of(page: Page, name: str) -> None:
     expect(page.tab).to_have_url(re.compile(rf"/models/{name}/"))
     page.says("#model", f"{name}: ")
     expect(menu(page)).to_have_value(name)
-    expect(page.tab).to_have_title(f"tminus: {name}")
+    expect(page.tab).to_have_title(re.compile(rf"^(\d+ % )?tminus: {name}$"))  # with how far its job is
     page.wait_for_the_opening()
 
 
