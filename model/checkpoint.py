@@ -59,7 +59,7 @@ PIPELINES = (
     LATENT_PIPELINE,
 )
 LAYOUTS = (
-    "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
+    "A checkpoint is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = FOLDERS[0]
