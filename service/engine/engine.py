@@ -146,9 +146,17 @@ class Engine:
         self._first_line[at] = start - spec.start
         self._finite[at] = True
 
-    @torch.inference_mode()
     def step(self, batch: Batch) -> None:
-        """Run one tick. The batch reaches the device in one transfer; nothing here loops over rows or waits."""
+        """Run one tick from its beginning to its end."""
+        self.begin(batch)()
+
+    @torch.inference_mode()
+    def begin(self, batch: Batch) -> Callable[[], None]:
+        """Begin a tick; the function returned ends it: it waits for the network, and updates the rows.
+
+        A second tick of other rows may begin before the first has ended. Until its tick has ended a row is read as it
+        was before, and may not be removed. The batch reaches the device in one transfer; nothing here loops over rows.
+        """
         if torch.get_num_threads() != self._torch_threads:  # it is the process's, and another model may have set it
             torch.set_num_threads(self._torch_threads)
         num_rows, num_guided = len(batch.rows), len(batch.guided)
@@ -178,41 +186,46 @@ class Engine:
         else:
             output = self._forward.start(seen, t, labels)
 
-        # Made while the network runs: all that does not need its output.
+        # Made while the network runs: all that does not need its output. The plans may move before the tick ends.
         z = torch.zeros_like(x)
         if len(noisy):
             drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
             z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
-        x0_previous, lines = self._x0[rows], self._plans.lines[at]
-        if self._known is not None and len(masked):
-            masked_rows = rows[masked_at]
+        x0_previous, lines, matrices = self._x0[rows], self._plans.lines[at], None
+        if len(keeping) and self._plans.matrices is not None:
+            matrices = self._plans.matrices[at[keeping_at]]
+        if len(masked):
+            masked_rows, levels = rows[masked_at], self._plans.known[at[masked_at]]
             eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
 
-        out = output()
-        if num_guided:
-            out, out_u = out[:num_rows], out[num_rows:]
-            strength, out_c = self._guidance[rows[guided]].reshape(-1, 1, 1, 1), out[guided]
-            out_g = guide(out_u, out_c, strength, self._shape[0])
-            if len(rescaled):
-                share = self._rescale[rows[guided[rescaled_at]]].reshape(-1, 1, 1, 1)
-                again = rescale(out_g[rescaled_at], out_c[rescaled_at], share, self._shape[0])
-                out_g = out_g.index_copy(0, rescaled_at, again)
-            out = out.index_copy(0, guided, out_g)
-        new, x0 = denoise(x, out, x0_previous, z, lines)
-        if self._registers is not None and self._plans.matrices is not None and len(keeping):
-            state = [each[keeping_at] for each in (x, x0, x0_previous, z)]
-            matrices = self._plans.matrices[at[keeping_at]]
-            new = new.index_copy(0, keeping_at, self._registers.combine(rows[keeping_at], matrices, state))
-        x = new
-        if self._known is not None and len(masked):
-            restored = self._known.restore(x[masked_at], masked_rows, self._plans.known[at[masked_at]], eps)
-            x = x.index_copy(0, masked_at, restored)
-        self._x[rows], self._x0[rows] = x, x0
-        if self._v is not None:
-            self._v[rows] = out[:, self._shape[0] :]
-        self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
-        if self._ticks is not None:
-            self._ticks.add(self._finite)
+        @torch.inference_mode()
+        def finish() -> None:
+            out = output()
+            if num_guided:
+                out, out_u = out[:num_rows], out[num_rows:]
+                strength, out_c = self._guidance[rows[guided]].reshape(-1, 1, 1, 1), out[guided]
+                out_g = guide(out_u, out_c, strength, self._shape[0])
+                if len(rescaled):
+                    share = self._rescale[rows[guided[rescaled_at]]].reshape(-1, 1, 1, 1)
+                    again = rescale(out_g[rescaled_at], out_c[rescaled_at], share, self._shape[0])
+                    out_g = out_g.index_copy(0, rescaled_at, again)
+                out = out.index_copy(0, guided, out_g)
+            new, x0 = denoise(x, out, x0_previous, z, lines)
+            if self._registers is not None and matrices is not None and len(keeping):
+                state = [each[keeping_at] for each in (x, x0, x0_previous, z)]
+                combined = self._registers.combine(rows[keeping_at], matrices, state)
+                new = new.index_copy(0, keeping_at, combined)
+            if self._known is not None and len(masked):
+                restored = self._known.restore(new[masked_at], masked_rows, levels, eps)
+                new = new.index_copy(0, masked_at, restored)
+            self._x[rows], self._x0[rows] = new, x0
+            if self._v is not None:
+                self._v[rows] = out[:, self._shape[0] :]
+            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
+            if self._ticks is not None:
+                self._ticks.add(self._finite)
+
+        return finish
 
     def wait(self) -> None:
         """Wait until at most one tick is still running on the GPU. Does nothing on a CPU."""
@@ -301,6 +314,11 @@ class Engine:
         self._free_rows.extend(reversed(rows))
         for row in rows if self._inputs else ():
             self._inputs.pop(row, None)
+
+    @property
+    def queues(self) -> bool:
+        """Whether a second tick may begin while one is in flight."""
+        return self._forward.queues
 
     @property
     def runs_ahead(self) -> bool:

@@ -25,6 +25,7 @@ class Executor(Protocol):
     name: str
     precision: str
     details: str  # what else could change a bit: layout, pass sizes, streams
+    queues: bool  # whether passes of a second batch may wait behind those of the first, and begin by themselves
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """x [B, C, H, W] float32, t [B] float32, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
@@ -74,6 +75,7 @@ class EagerExecutor:
     """PyTorch as it is: the reference. With `sizes` None each batch is one pass."""
 
     name = "eager"
+    queues = False
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class CompiledExecutor:
     """torch.compile; on CUDA each size of a pass is captured once as a CUDA graph and replayed."""
 
     name = "compile"
+    queues = False
 
     def __init__(
         self,

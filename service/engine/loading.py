@@ -6,6 +6,7 @@ What is measured is how long ticks of each size take. The test of the bits is in
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
 from tminus.service.model_info import ModelInfo, background_share
+from tminus.service.scheduling.scheduler import TickTimes
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -59,6 +61,7 @@ BUDGET_S = 2.0  # after this no further round begins
 GUESSED_TICK_S = 0.02  # of a network that was never run
 SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
 SLOW_TICKS_S = 0.5  # after ticks of one size that take this long together the first that counts is the last
+LONG_FULL_TICK_S = 0.1  # what Python does for a tick takes a few milliseconds
 LONG_TICK_S = 0.01  # ticks of one row that take this long are not measured again at a later start
 
 
@@ -70,6 +73,7 @@ class Measured:
     max_batch: int
     short_batch: int
     tick_times: tuple[tuple[int, float], ...]
+    overlapped: float | None  # see TickTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class Loaded:
     max_batch: int
     short_batch: int
     tick_times: tuple[tuple[int, float], ...]
+    overlapped: float | None = None  # see TickTimes
     coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
     measured: Measured | None = None
     spare_work: Iterator[None] | None = None  # what is left to do while no job runs
@@ -109,6 +114,7 @@ class Unmeasured:
     max_batch: int
     short_batch: int
     tick_times: tuple[tuple[int, float], ...] = ((1, GUESSED_TICK_S),)  # by which replicas share out its first jobs
+    overlapped: float | None = None
     coding_s: tuple[float, float] = (0.0, 0.0)
 
 
@@ -262,6 +268,8 @@ def prepare_engine(
         spare_work = proof.test(engine, max_batch, inexact, BUSY_TEST_S if busy else TEST_S)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
+    if again.overlapped is not None:
+        log.info("a full tick takes %.2f times as long while another one is in flight", again.overlapped)
     log.info(
         "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
         executor.name, executor.precision, executor.details, max_batch, short_batch,
@@ -270,7 +278,7 @@ def prepare_engine(
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
     spare_work = chain(spare_work, approve_later(checkpoint, executor, device, wish, options, cache))
-    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again, spare_work)
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, again.overlapped, coding_s, again, spare_work)
 
 
 def _load_unmeasured(
@@ -329,7 +337,7 @@ def _build(
         checkpoint,
         executor,
         device,
-        max_rows=max(max_rows + background_share(max_rows), SPARE_ROWS, wish.max_batch),
+        max_rows=max(max_rows + background_share(max_rows), SPARE_ROWS, 2 * wish.max_batch),
         max_jobs=max(options.max_jobs + background_share(options.max_jobs), SPARE_JOBS),
         exact=wish.exact,
         bits=bits,
@@ -352,7 +360,7 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
     if sizes is not None and tick_times is not None:
-        return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
+        return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
     # Where the sizes are known one round is enough.
     tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
     if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
@@ -360,11 +368,13 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times)
+        full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
+        sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
-    return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
+    return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
 
 
-def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, int]:
+def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, Any]:
     """The smallest batches with 95 % (max_batch) and 85 % (short_batch) of the best throughput."""
     return {
         "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
@@ -378,11 +388,13 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) 
     return min(places for places, seconds in points if places / seconds >= share * best)
 
 
-def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, int] | None:
+def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
     """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     possible = all(type(size) is int and MIN_BATCH <= size <= max(MIN_BATCH, largest) for size in sizes.values())
-    return sizes if possible else None
+    overlapped = kept.get("overlapped", 0)  # kept as None where there is none
+    possible = possible and (overlapped is None or (isinstance(overlapped, float) and 0 < overlapped <= 1))
+    return sizes | {"overlapped": overlapped} if possible else None
 
 
 def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float], ...] | None:
@@ -413,6 +425,35 @@ def measure_ticks(
                 sizes = sizes[: sizes.index(places) + 1]
                 break
     return tuple((places, min(measured[places])) for places in sizes)
+
+
+def measure_overlap(
+    engine: RowEngine, places: int, tick_s: float, clock: Callable[[], float] = time.perf_counter
+) -> float | None:
+    """Find the share of its time, tick_s, that a full tick takes while another one is in flight.
+
+    None where two ticks shall not be in flight: the executor has no queue, or what Python does between two passes is
+    nothing beside a tick, for which newcomers would wait.
+    """
+    if not engine.queues or tick_s > LONG_FULL_TICK_S:
+        return None
+    most = SAMPLER_FACTS[engine.info.default_sampler].max_steps(engine.info.num_timesteps)
+    spec = trial_spec(engine.info, places, min(ROUNDS * TICKS, most))
+    groups = [engine.add(spec), engine.add(spec)]
+    ends_s: list[float] = []
+    in_flight: deque[Callable[[], None]] = deque()
+    for step in range(spec.steps):
+        for rows in groups:
+            in_flight.append(engine.begin(Batch(rows, (step,) * places, ())))
+            if len(in_flight) > 1:
+                in_flight.popleft()()
+                ends_s.append(clock())
+    while in_flight:
+        in_flight.popleft()()
+    for rows in groups:
+        engine.remove(rows)
+    took_s = [later - earlier for earlier, later in zip(ends_s, ends_s[2:], strict=False)]  # of two ticks
+    return round(min(1.0, median(took_s) / 2 / tick_s), 3) if took_s else 1.0
 
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:

@@ -43,7 +43,7 @@ except ImportError:  # an extra
     openvino = None
 
 Floats = npt.NDArray[np.float32]
-Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads
+Compiled = dict[tuple[str, int, int, int], "_Passes"]  # by precision, size, streams, threads
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +144,12 @@ class Graph:
         self._file = None  # it cannot be written: the weights stay in memory
         return model
 
-    def compile(self, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
-        """Make passes of one size, one for each stream; the streams share the threads."""
+    def compile(self, precision: str, size: int, streams: int, threads: int) -> "_Passes":
+        """Compile passes of one size for streams, which share the threads."""
         compiled = core().compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
-        passes = deque(_Pass(compiled.create_infer_request()) for _ in range(streams))
         if self._file is not None:
             self._file.release()
-        return passes
+        return _Passes(compiled)
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
@@ -294,6 +293,7 @@ class OpenVINOExecutor:
     """
 
     name = "openvino"
+    queues = True
 
     def __init__(
         self,
@@ -317,11 +317,11 @@ class OpenVINOExecutor:
         how = f"{streams} streams" if streams == threads else f"one stream of {threads} threads"
         self.details = f"openvino {openvino.__version__}, {how}, {passes}"
         self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
-        self._running: deque[tuple[_Pass, int, int]] = deque()
+        self._num_running = 0  # passes that have begun and are not read out
         wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
         made: Compiled = {} if compiled is None else compiled
 
-        def get(size: int, count: int) -> deque[_Pass]:
+        def get(size: int, count: int) -> _Passes:
             key = (precision, size, count, threads)
             if key not in made:
                 made[key] = graph.compile(*key)
@@ -336,7 +336,11 @@ class OpenVINOExecutor:
 
     @torch.inference_mode()
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to run the network on a batch. The first pass of each stream is on its way when this returns."""
+        """Begin to run the network on a batch; a second one may begin before the first has ended.
+
+        Passes of one size wait in a queue, from which a stream that is done takes the next by itself. Passes of other
+        sizes would run beside them and share the cores, so those begin as earlier ones end.
+        """
         graph = self._graph
         temb = graph.embed_time(t)
         if graph.class_table is not None:
@@ -344,32 +348,48 @@ class OpenVINOExecutor:
             temb = temb + graph.class_table[class_labels]
         x_, temb_ = x.contiguous().numpy(), graph.act(temb)[:, : graph.temb_dim].numpy()
         out = np.empty((len(x), *graph.out_shape), np.float32)
-        narrow, wide = split_wide(len(x), self._sizes, self._streams, self._wide)
-        waiting, running = deque([*narrow, *wide]), self._running
-        while running:  # left by a call that raised: a busy request cannot be started
-            with contextlib.suppress(RuntimeError):
-                running.popleft()[0].wait()
+        narrow, wide = split_wide(len(x), self._sizes, self._streams, 0 if self._num_running else self._wide)
+        waiting, running = deque([*narrow, *wide]), deque[tuple[_Passes, _Pass, int, int]]()
 
         def begin() -> None:
             passes = self._passes if len(waiting) > len(wide) else self._wide_passes
             start, end, size = waiting.popleft()
-            one = passes[size][0]
-            passes[size].rotate(-1)  # next time the one that finished longest ago
-            one.start(x_[start:end], temb_[start:end])
-            running.append((one, start, end))
+            one = passes[size].start(x_[start:end], temb_[start:end])
+            running.append((passes[size], one, start, end))
+            self._num_running += 1
 
         def finish() -> Tensor:
-            while running:
-                one, start, end = running.popleft()
-                one.wait()
-                out[start:end] = one.out[: end - start]
-                if len(waiting) > len(wide) or (waiting and not running):  # wide passes need all threads
-                    begin()
+            try:
+                while running:
+                    passes, one, start, end = running[0]
+                    one.wait()
+                    out[start:end] = one.out[: end - start]
+                    running.popleft()
+                    passes.put_back(one)
+                    self._num_running -= 1
+                    if len(waiting) > len(wide) or (waiting and not running):  # wide passes need all threads
+                        begin()
+            finally:
+                self._abandon(running)
             return torch.from_numpy(out)
 
-        for _ in range(min(self._streams, len(narrow)) or 1):
+        try:
             begin()
+            while len(waiting) > len(wide) and (len(running) < self._streams or waiting[0][2] == narrow[0][2]):
+                begin()
+        except BaseException:
+            self._abandon(running)
+            raise
         return finish
+
+    def _abandon(self, running: "deque[tuple[_Passes, _Pass, int, int]]") -> None:
+        """Let passes end whose outputs nobody wants: one that runs cannot be started again."""
+        while running:
+            passes, one, *_ = running.popleft()
+            with contextlib.suppress(RuntimeError):
+                one.wait()
+            passes.put_back(one)
+            self._num_running -= 1
 
 
 def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None = None) -> Callable[[Floats], Floats]:
@@ -411,6 +431,28 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
         # The web server and the encoders share these cores; a pinned stream would wait behind them.
         "ENABLE_CPU_PINNING": False,
     }
+
+
+class _Passes:
+    """Owns the requests of one compiled graph: as many as were ever running at a time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._free: deque[_Pass] = deque()
+
+    def start(self, x: Floats, temb: Floats) -> "_Pass":
+        """Begin a pass, in a request that nobody has."""
+        one = self._free.popleft() if self._free else _Pass(self._compiled.create_infer_request())
+        try:
+            one.start(x, temb)
+        except BaseException:
+            self._free.append(one)
+            raise
+        return one
+
+    def put_back(self, one: "_Pass") -> None:
+        """Give back a request that has ended."""
+        self._free.append(one)
 
 
 class _Pass:

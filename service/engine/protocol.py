@@ -39,6 +39,10 @@ class RowEngine(Protocol):
     info: ModelInfo
 
     @property
+    def queues(self) -> bool:
+        """Whether the passes of a second tick may wait behind those of the first, and begin by themselves."""
+
+    @property
     def runs_ahead(self) -> bool:
         """Whether a tick may still run when `step` and `wait` have returned, as on a GPU."""
 
@@ -48,8 +52,14 @@ class RowEngine(Protocol):
         Raises ValueError for a spec that the model cannot run, and for inputs or a snapshot that do not fit it.
         """
 
+    def begin(self, batch: Batch) -> Callable[[], None]:
+        """Begin a tick; the function returned ends it. Another one of other rows may begin before.
+
+        Until its tick has ended, a row is read as it was before and may not be removed.
+        """
+
     def step(self, batch: Batch) -> None:
-        """Run one tick."""
+        """Run one tick from its beginning to its end."""
 
     def wait(self) -> None:
         """Let the device catch up, so that the host is never far ahead of it."""

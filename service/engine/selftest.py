@@ -159,7 +159,7 @@ def network_keeps_rows_apart(
 class _Standin:
     """A function of a row, its timestep and its class, in place of a network: what it makes of a row is exact."""
 
-    name, precision, details = "stand-in", "float32", ""
+    name, precision, details, queues = "stand-in", "float32", "", False
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._repeats = checkpoint.net.config.out_channels // checkpoint.net.config.in_channels

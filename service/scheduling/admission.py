@@ -233,15 +233,20 @@ class Admission:
 
     # --- from the worker's thread ---
 
-    def stepped(self, model: int, jobs: Iterable[JobRows], places: int, seconds: float) -> None:
-        """Take a tick's work off the ledger, and learn how fast the machine is now."""
+    def stepped(
+        self, model: int, jobs: Iterable[JobRows], places: int, seconds: float, *, overlaps: bool = False
+    ) -> None:
+        """Take a tick's work off the ledger, and learn how fast the machine is now.
+
+        overlaps: whether it began while another tick was in flight.
+        """
         with self._lock:
             for job_id, _, count in jobs:
                 job = self._jobs.get(job_id)
                 if job is not None:
                     self._jobs[job_id] = replace(job, places_left=max(0, job.places_left - count))
             if places > 0:
-                self._speeds[model] = self._speeds[model].observe(places, seconds)
+                self._speeds[model] = self._speeds[model].observe(places, seconds, overlaps=overlaps)
 
     def decoded(self, job_id: str) -> None:
         """Take one image of a latent model off the ledger."""

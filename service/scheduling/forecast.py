@@ -47,21 +47,25 @@ class Speed:
 
     @property
     def place_s(self) -> float:
-        """How long a place takes in a full tick."""
-        return self.longest_tick_s / self.sharing.max_batch
+        """How long a place takes in a full tick under full load."""
+        return self.tick_s(self.sharing.max_batch, overlaps=True) / self.sharing.max_batch
 
     @property
     def longest_tick_s(self) -> float:
         """Predicted seconds of a full tick."""
         return self.tick_s(self.sharing.max_batch)
 
-    def tick_s(self, places: int) -> float:
-        """Predict the duration of a tick, in seconds."""
-        return self.correction * self.sharing.times.seconds(places)
+    def tick_s(self, places: int, *, overlaps: bool = False) -> float:
+        """Predict how long a tick takes, in seconds.
 
-    def observe(self, places: int, seconds: float) -> "Speed":
+        overlaps: while another one is in flight; then it counts from the end of that.
+        """
+        times = self.sharing.times
+        return self.correction * times.seconds(places) * ((times.overlapped or 1.0) if overlaps else 1.0)
+
+    def observe(self, places: int, seconds: float, *, overlaps: bool = False) -> "Speed":
         """Learn from a tick."""
-        predicted_s = self.tick_s(places)
+        predicted_s = self.tick_s(places, overlaps=overlaps)
         if predicted_s <= 0 or not seconds >= 0:
             return self
         ratio = min(max(seconds / predicted_s, 1 / OUTLIER), OUTLIER)
@@ -162,7 +166,7 @@ class Ahead:
         scheduler = self._schedulers[model]
         if (batch := scheduler.next_batch()) is None:
             return None
-        tick_s = self._speeds[model].tick_s(batch.places)
+        tick_s = self._speeds[model].tick_s(batch.places, overlaps=scheduler.overlaps)
         ticks, last = self._ticks(scheduler, batch, tick_s)
         advance = scheduler.advance(batch, ticks)
         self._turns.stepped(model, ticks * tick_s)

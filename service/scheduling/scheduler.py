@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from operator import itemgetter
 from typing import Generic, Literal, TypeVar
 
@@ -30,6 +30,7 @@ Rank = tuple[float, float, int]  # what its owner has had, in seconds; the secon
 RESERVED_SHARE = 0.25  # of the places, for the oldest job
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
+MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
 # For so long after there was another job, a background tick takes at most so many times as long as a tick of one row:
 # a job of twenty steps then waits no longer than a tenth of its time for one to end. After that, they are full.
@@ -47,6 +48,7 @@ class TickTimes:
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
+    overlapped: float | None = None  # of that, what a full tick takes beside another in flight; None: none may be
 
     def __post_init__(self) -> None:
         assert all(a < b for a, b in pairwise([0, *(places for places, _ in self.points)])), self.points
@@ -186,6 +188,7 @@ class QueuedJob:
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
     places_left: int = 0
     started: bool = False
+    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks that have begun and not ended; they are in neither list
     key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
@@ -197,23 +200,28 @@ class QueuedJob:
         self.singles.sort()
         self.doubles.sort()
 
-    def step(self, picked: JobRows, ticks: int) -> int:
-        """Move its rows in a batch on by so many steps, but not past the last; return how many places that took."""
+    def begin(self, picked: JobRows) -> None:
+        """Take its rows in a batch out of the lists."""
         doubles = picked.places - len(picked.steps)
         singles = len(picked.steps) - doubles
         first = (*self.singles[:singles], *self.doubles[:doubles])
         assert first == picked.steps, f"job {self.id} has changed since the batch was chosen"
         del self.singles[:singles], self.doubles[:doubles]
+        self.in_flight += (picked,)
+
+    def end(self, picked: JobRows, ticks: int) -> int:
+        """Move its rows in a batch on by so many steps, but not past the last; return how many places that took."""
+        self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
-            taken = sum(left(step) - left(min(step + ticks, self.work.steps)) for step, _ in first)
+            taken = sum(left(step) - left(min(step + ticks, self.work.steps)) for step, _ in picked.steps)
         self.places_left -= taken
-        self.put(first, ticks)
+        self.put(picked.steps, ticks)
         return taken
 
     @property
     def places_now(self) -> int:
-        """What a step of all its rows takes."""
+        """What a step of all its rows takes that are not in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
@@ -225,7 +233,8 @@ class OwnerQueue:
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._much_longer: float | None = None  # None: a job came or went since it was found
-        # Sorted, the next job last: the jobs that go next change all the time, and changing a list's end is cheap.
+        # The jobs with rows that are not in flight, sorted, the next one last: the jobs that go next change all the
+        # time, and changing a list's end is cheap.
         self._queue: list[tuple[int, int, str]] = []
         self.ticks = 0  # in which it had places
 
@@ -247,13 +256,16 @@ class OwnerQueue:
         self._much_longer = None
 
     def put_back(self, job: QueuedJob) -> None:
-        """Put a job into the queue, by what it has left."""
+        """Put a job into the queue, by what it has left, unless all its rows are in flight."""
+        if not job.singles and not job.doubles:
+            return
         job.key = (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
         insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
-        """Take a job out of the queue, before its rows step."""
-        del self._queue[bisect_left(self._queue, job.key)]
+        """Take a job out of the queue, before its rows change."""
+        if job.singles or job.doubles:
+            del self._queue[bisect_left(self._queue, job.key)]
 
     @property
     def oldest(self) -> QueuedJob:
@@ -262,8 +274,8 @@ class OwnerQueue:
 
     @property
     def next(self) -> QueuedJob:
-        """The job that goes first."""
-        return self._jobs[self._queue[-1][2]]
+        """The job that goes first; the oldest one where all rows are in flight."""
+        return self._jobs[self._queue[-1][2]] if self._queue else self.oldest
 
     @property
     def much_longer(self) -> float:
@@ -281,7 +293,7 @@ class OwnerQueue:
 
     @property
     def places_now(self) -> int:
-        """What a step of all rows takes, or as much as a tick has."""
+        """What a step of all rows takes that are not in flight, or as much as a tick has."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
@@ -371,6 +383,9 @@ class ClassScheduler:
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
         self._owner_times = owner_times
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
+        self.in_flight: list[Batch] = []  # ticks that have begun and not ended
+        self._leaders: list[str | None] = []  # of these
+        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None: not known now
         self.most_places = sharing.max_batch  # in a tick
 
     def add(self, job: QueuedJob) -> None:
@@ -381,6 +396,7 @@ class ClassScheduler:
             self._owners[job.owner] = OwnerQueue(self._sharing)
         self._owners[job.owner].add(job)
         self._owner_times.join(job.owner)
+        self._totals = None
 
     def take(self, job_id: str) -> QueuedJob | None:
         """Remove a job at once, and return it as it is. None if it is not here (any more)."""
@@ -391,8 +407,8 @@ class ClassScheduler:
         return job
 
     def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick, or None when there is nothing to do."""
-        if not self._jobs:
+        """Choose the rows of the next tick; None when there is nothing to do before a tick in flight has ended."""
+        if not self._jobs or (self.in_flight and not self.overlaps):
             return None
         pick, self._leader = _Pick(self.most_places), None
         if len(self._owners) == 1:  # nearly always
@@ -400,15 +416,54 @@ class ClassScheduler:
             queue.fill(pick, pick.free, queue.much_longer)
         else:
             self._share_out(pick)
-        return pick.batch()
+        return pick.batch() if pick.free < self.most_places else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a second tick begins while one is in flight, so that the processor has work between the two.
+
+        That is so where jobs wait for nothing but throughput: they want more places than a tick has, and none is much
+        longer than another. A short job beside much longer ones would wait for two ticks.
+        """
+        sharing = self._sharing
+        if sharing.times.overlapped is None:
+            return False
+        if len(self._jobs) > self.most_places:
+            return True
+        if self._totals is None:
+            totals = [job.total for job in self._jobs.values()]
+            self._totals = min(totals), max(totals)
+        least, most = self._totals
+        if most >= MUCH_LONGER * least:
+            return False
+        in_flight = sum(batch.places for batch in self.in_flight)
+        return in_flight + sum(queue.places_now for queue in self._owners.values()) > self.most_places
+
+    def begin(self, batch: Batch) -> None:
+        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
+        for picked in batch.jobs:
+            job = self._jobs[picked.job_id]
+            queue = self._owners[job.owner]
+            queue.take_out(job)
+            job.begin(picked)
+            queue.put_back(job)
+        self.in_flight.append(batch)
+        self._leaders.append(self._leader)
+
+    def is_in_flight(self, job_id: str) -> bool:
+        """Whether rows of a job are in flight."""
+        return bool(self._jobs[job_id].in_flight)
 
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
         sharing = self._sharing
-        owners = self._in_turn()[: self.most_places + 1]  # each wants a place at least: none is left for others
+        # Each of these wants a place at least: none is left for others.
+        owners = [owner for owner in self._in_turn() if self._owners[owner].places_now][: self.most_places + 1]
+        if not owners:
+            return
         had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
-        if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
+        if len(owners) > 1 and sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
             self._leader = owners[0]
             queue = self._owners[self._leader]
             queue.fill(pick, pick.free, queue.much_longer)
@@ -428,31 +483,36 @@ class ClassScheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.had_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that the batch which was chosen last has stepped.
+        """Record that a batch has stepped: one that is in flight, or the one which was chosen last.
 
-        ticks: so many times, one after the other, for a look ahead.
+        Jobs that were cancelled meanwhile are left out. ticks: so many times, one after the other, for a look ahead.
         """
         assert batch.jobs, "it is not of next_batch"
+        if batch not in self.in_flight:
+            self.begin(batch)
+        at = self.in_flight.index(batch)
+        batch, leader = self.in_flight.pop(at), self._leaders.pop(at)
         started: list[str] = []
         finished: list[str] = []
         places: dict[str, int] = {}  # in one tick, by owner
         taken: dict[str, int] = {}  # by job
         for picked in batch.jobs:
-            job = self._jobs[picked.job_id]
+            job = self._jobs.get(picked.job_id)
+            if job is None:
+                continue
             queue = self._owners[job.owner]
             queue.take_out(job)
-            taken[job.id] = job.step(picked, ticks)
+            taken[job.id] = job.end(picked, ticks)
             places[job.owner] = places.get(job.owner, 0) + picked.places
             if not job.started:
                 job.started = True
                 started.append(job.id)
-            if job.singles or job.doubles:
-                queue.put_back(job)
-            else:
+            queue.put_back(job)
+            if not job.singles and not job.doubles and not job.in_flight:
                 finished.append(job.id)
         for owner in places:
             self._owners[owner].ticks += 1
-        paid_s = self._sharing.paid_s(places, self._leader, alone=self._owner_times.one_alone)
+        paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
         self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
             self._forget(self._jobs[job_id])
@@ -461,6 +521,7 @@ class ClassScheduler:
     def _forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out of its owner's queue."""
         del self._jobs[job.id]
+        self._totals = None
         self._owners[job.owner].forget(job)
         if not self._owners[job.owner]:
             del self._owners[job.owner]
@@ -473,14 +534,14 @@ class ClassScheduler:
         """The step that each row of a job takes next."""
         job = self._jobs[job_id]
         steps = [job.work.steps] * job.work.rows
-        for step, index in (*job.singles, *job.doubles):
+        for step, index in chain(job.singles, job.doubles, *(picked.steps for picked in job.in_flight)):
             steps[index] = step
         return tuple(steps)
 
     def rows_left(self, job_id: str) -> int:
         """How many rows of a job have steps left."""
         job = self._jobs[job_id]
-        return len(job.singles) + len(job.doubles)
+        return len(job.singles) + len(job.doubles) + sum(len(picked.steps) for picked in job.in_flight)
 
     @property
     def has_work(self) -> bool:
@@ -569,6 +630,8 @@ class Scheduler:
         for until_s, job_id in sorted((until_s, job_id) for job_id, until_s in self._held_back.items()):
             if until_s > now_s:
                 break
+            if self.background.is_in_flight(job_id):
+                continue
             del self._held_back[job_id]
             if (job := self.background.take(job_id)) is not None:
                 self.foreground.add(job)
@@ -590,16 +653,24 @@ class Scheduler:
         self._held_back.pop(job_id, None)
 
     def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick, or None when there is nothing to do."""
+        """Choose the rows of the next tick; None when there is nothing to do before a tick in flight has ended."""
+        if len(self.foreground.in_flight) + len(self.background.in_flight) >= MOST_IN_FLIGHT:
+            return None
         return (self.foreground if self.foreground.has_work else self.background).next_batch()
 
-    def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that the batch which was chosen last has stepped.
+    @property
+    def overlaps(self) -> bool:
+        """Whether two ticks are in flight at a time, see ClassScheduler."""
+        return (self.foreground if self.foreground.has_work else self.background).overlaps
 
-        ticks: so many times, one after the other, for a look ahead.
-        """
+    def begin(self, batch: Batch) -> None:
+        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
+        self._of(batch.jobs[0].job_id).begin(batch)
+
+    def advance(self, batch: Batch, ticks: int = 1) -> Advance:
+        """Record that a batch has stepped, see ClassScheduler."""
         assert batch.jobs, "it is not of next_batch"
-        advance = self._of(batch.jobs[0].job_id).advance(batch, ticks)
+        advance = self._class_of(batch).advance(batch, ticks)
         for job_id in advance.finished:
             self._held_back.pop(job_id, None)
         return advance
@@ -616,6 +687,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether there is a next batch."""
         return self.foreground.has_work or self.background.has_work
+
+    def _class_of(self, batch: Batch) -> ClassScheduler:
+        """The jobs that a batch is of. All of them may have been cancelled since it began."""
+        begun = (jobs for jobs in (self.foreground, self.background) if batch in jobs.in_flight)
+        return next(begun, None) or self._of(batch.jobs[0].job_id)
 
     def _of(self, job_id: str) -> ClassScheduler:
         return self.background if job_id in self.background else self.foreground

@@ -548,7 +548,9 @@ class Settings(BaseSettings):
 
     def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:
         """How fast a model is, and how the scheduler gives out the places of its ticks."""
-        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, TickTimes(loaded.tick_times))
+        sharing = Sharing.of(
+            loaded.max_batch, self.policy, loaded.short_batch, TickTimes(loaded.tick_times, loaded.overlapped)
+        )
         return Speed(sharing, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:

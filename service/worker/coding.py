@@ -40,6 +40,12 @@ class Turnstile:
         self._waiting: deque[object] = deque()
         self._inside: list[bool] = []  # of each who is inside, whether it is to be alone
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one who is not to be alone would not have to wait."""
+        with self._changed:
+            return not self._waiting and not any(self._inside)
+
     @contextmanager
     def enter(self, *, alone: bool, before_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Wait until nobody is inside, or if not alone nobody who is. before_wait: is called if it has to wait."""

@@ -8,8 +8,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
@@ -50,14 +50,25 @@ SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next st
 LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_ended_total counts it
 
 
-class Ticked(NamedTuple):
-    """A batch has stepped."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tick:
+    """A tick in flight: its network runs, and its rows are not updated yet."""
 
     model: LoadedModel
     batch: Batch
     jobs: Sequence[RunningJob]  # of the batch, in its order
-    started: Sequence[RunningJob]  # those of which it was the first step
-    seconds: float
+    began_s: float
+    overlaps: bool  # whether it began while another one was in flight
+    finish: Callable[[], None]
+    inside: ExitStack  # what is left when it ends
+
+
+class Ticked(NamedTuple):
+    """A batch has stepped."""
+
+    tick: Tick
+    started: Sequence[RunningJob]  # the jobs that took their first step in it
+    seconds: float  # from its beginning to its end, less the time in which an earlier tick had not ended
     tells: bool  # whether the seconds are how long such a batch takes
 
 
@@ -105,6 +116,8 @@ class Loop:
         self._current: Sequence[RunningJob] = ()  # those of the last tick, or accepted last: possible causes of a crash
         self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
         self._noted = frozenset[str]()  # what `note` was told last
+        self._in_flight: deque[Tick] = deque()  # all of one model; they end in the order in which they began
+        self._ended_s = 0.0  # when the last tick ended
         self.rows_active = 0  # rows in the last tick
         self._spare_work: dict[int, Iterator[None]] = {}  # of each model that has any
         self._idle: set[int] = set()  # models whose next tick is launched on a device that has nothing of them to do
@@ -156,6 +169,8 @@ class Loop:
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
+        if job.new.alone:
+            self._end_ticks()
         with self._at([job]):
             answered = job.future.done() and not job.future.cancelled()  # while the worker hung
             if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
@@ -185,8 +200,8 @@ class Loop:
                 self._note_steps(frozenset())
 
     def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        self._current = jobs
-        self._note_steps(frozenset([job.id for job in jobs if job.new.durable]))
+        self._current = [*jobs, *(job for tick in self._in_flight for job in tick.jobs)] if self._in_flight else jobs
+        self._note_steps(frozenset([job.id for job in self._current if job.new.durable]))
 
     def _note_steps(self, jobs: frozenset[str]) -> None:
         if jobs != self._noted:
@@ -275,6 +290,9 @@ class Loop:
             self._give_up(job, error, reason)
 
     def _give_up(self, job: RunningJob, error: ServiceError, reason: str) -> None:
+        self._end_ticks(job)  # which would write over slots that another job has by then
+        if self._find(job.id) is not job:
+            return
         if job.id in self._jobs:
             job.model.scheduler.cancel(job.id)
             job.model.engine.remove(job.rows)
@@ -295,6 +313,8 @@ class Loop:
 
     def suspend_durable(self) -> None:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
+        if self._durable:
+            self._end_ticks()
         for model in self._models.values():
             self._take_snapshots(model)
         for job in [*self._durable.values(), *(job for job in self._being_coded.values() if job.new.durable)]:
@@ -307,7 +327,7 @@ class Loop:
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
-        for jobs in (self._jobs, self._durable, self._being_coded):
+        for jobs in (self._in_flight, self._jobs, self._durable, self._being_coded):
             jobs.clear()
         self._deadlines.clear()
 
@@ -329,14 +349,30 @@ class Loop:
             self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """Step the next batch, and do what follows from it; False if there is none."""
-        model = self._turns.next(self._clock())
-        batch = model.scheduler.next_batch() if model is not None else None
-        if model is None or batch is None:
+        """End the tick that began first, once all are in flight that may be; False if there is none.
+
+        What follows from a tick is done while the network runs for the next one.
+        """
+        while self._begin_next():
+            pass
+        if not self._in_flight:
             self._now_at([])
             self._ahead_of = ()
             return False
+        self._end(self._in_flight.popleft())
+        return True
+
+    def _begin_next(self) -> bool:
+        """Begin the next tick, if there is one that need not wait for those in flight."""
+        model = self._turns.next(self._clock())
+        if model is None or (self._in_flight and self._in_flight[0].model is not model):
+            return False
+        batch = model.scheduler.next_batch()
+        if batch is None:
+            return False
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
+        if self._in_flight and not self.coding.turnstile.is_open:
+            return False
         if jobs[0].new.alone and self._ahead_of:
             try:
                 self._wait_for_device(model.engine, jobs[0])
@@ -344,9 +380,23 @@ class Loop:
                 if model.engine.is_lost():
                     raise
             self._ahead_of = ()
-        with self._at(jobs):
-            self._tick(model, batch, jobs)
+        with ExitStack() as inside:
+            inside.enter_context(self._at(jobs))
+            began_s = self._clock()
+            try:
+                finish = model.engine.begin(batch)
+            except Exception as error:
+                self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
+                return True
+            model.scheduler.begin(batch)
+            tick = Tick(model, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all())
+            self._in_flight.append(tick)
         return True
+
+    def _end_ticks(self, job: RunningJob | None = None) -> None:
+        """End the ticks in flight, or only as many as it takes until none has rows of a job."""
+        while any(job is None or job in tick.jobs for tick in self._in_flight):
+            self._end(self._in_flight.popleft())
 
     def _wait_for_device(self, engine: RowEngine, job: RunningJob) -> None:
         """Wait until a GPU has done all ticks that it was given, by reading a job's rows. Raises what they have broken.
@@ -356,50 +406,53 @@ class Loop:
         self._idle.update(self._models)  # the next tick is launched on a device that does nothing
         engine.latents(job.rows)
 
-    def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
-        engine, started_s = model.engine, self._clock()
-        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
-        # long it took to launch.
-        tells = not (engine.runs_ahead and model.number in self._idle)
-        self._idle.discard(model.number)
-        self.rows_active = len(batch.rows)
-        alone_ahead = engine.runs_ahead and jobs[0].new.alone
-        try:
-            engine.step(batch)
-            engine.wait()
-            if alone_ahead:  # or the next job would be named with it
-                self._wait_for_device(engine, jobs[0])
-            broken = engine.broken(batch.rows)
-        except Exception as error:
-            self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
-            return
-        self._ahead_of = jobs if engine.runs_ahead and not alone_ahead else ()
-        now_s = self._clock()
-        seconds = now_s - started_s
-        self._turns.stepped(model, seconds)
-        for job, picked in zip(jobs, batch.jobs, strict=True):
-            job.steps_taken += len(picked.steps)
-            if job.span is not None:
-                job.span.add_tick(seconds, batch.places)
-        advance = model.scheduler.advance(batch)
-        started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
-        for job in started:
-            job.start(started_s, now_s)
-        self.events.append(Ticked(model, batch, jobs, started, seconds, tells))
-        for job in jobs if broken else ():
-            if not set(job.rows).isdisjoint(broken):
-                self.give_up(job.id, NotFinite(), NotFinite.code)
-        for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
-            if job.new.recording is not None and job.id in self._jobs:
-                self._record(job, [(step + 1, index) for step, index in picked.steps])
-        for job_id in advance.finished:
-            if job_id in self._jobs:
-                self._deliver(self._jobs[job_id])
-        for job in jobs:
-            if job.watches and job.id in self._jobs:
-                job.show(now_s)
-        if self._durable and model.keeper is not None and model.keeper.due(now_s):
-            self._take_snapshots(model)
+    def _end(self, tick: Tick) -> None:
+        with tick.inside:
+            model, batch, jobs, engine = tick.model, tick.batch, tick.jobs, tick.model.engine
+            # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than
+            # how long it took to launch.
+            tells = not (engine.runs_ahead and model.number in self._idle)
+            self._idle.discard(model.number)
+            self.rows_active = len(batch.rows)
+            alone_ahead = engine.runs_ahead and jobs[0].new.alone
+            try:
+                tick.finish()
+                engine.wait()
+                if alone_ahead:  # or the next job would be named with it
+                    self._wait_for_device(engine, jobs[0])
+                broken = engine.broken(batch.rows)
+            except Exception as error:
+                self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
+                model.scheduler.advance(batch)  # of jobs that are gone
+                return
+            self._ahead_of = jobs if engine.runs_ahead and not alone_ahead else ()
+            now_s = self._clock()
+            seconds = now_s - max(tick.began_s, self._ended_s)
+            self._ended_s = now_s
+            self._turns.stepped(model, seconds)
+            for job, picked in zip(jobs, batch.jobs, strict=True):
+                job.steps_taken += len(picked.steps)
+                if job.span is not None:
+                    job.span.add_tick(seconds, batch.places)
+            advance = model.scheduler.advance(batch)
+            started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
+            for job in started:
+                job.start(tick.began_s, now_s)
+            self.events.append(Ticked(tick, started, seconds, tells))
+            for job in jobs if broken else ():
+                if not set(job.rows).isdisjoint(broken):
+                    self.give_up(job.id, NotFinite(), NotFinite.code)
+            for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
+                if job.new.recording is not None and job.id in self._jobs:
+                    self._record(job, [(step + 1, index) for step, index in picked.steps])
+            for job_id in advance.finished:
+                if job_id in self._jobs:
+                    self._deliver(self._jobs[job_id])
+            for job in jobs:
+                if job.watches and job.id in self._jobs:
+                    job.show(now_s)
+            if self._durable and model.keeper is not None and model.keeper.due(now_s):
+                self._take_snapshots(model)
 
     def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> None:
         """Give the recording of a job the rows that it wants, by the steps that they take next and their indices."""

@@ -353,12 +353,18 @@ class Worker:
 
     def _count(self, ticked: Ticked) -> None:
         """Take a tick's work off the ledger of admission, and count its steps."""
-        batch, row_steps = ticked.batch, dict[str, int]()
-        for job, picked in zip(ticked.jobs, batch.jobs, strict=True):
+        tick, row_steps = ticked.tick, dict[str, int]()
+        for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
-        places = batch.places
-        self._admission.stepped(ticked.model.number, batch.jobs, places if ticked.tells else 0, ticked.seconds)
-        self._metrics.ticked(ticked.model.engine.info.name, ticked.seconds, places, row_steps)
+        places = tick.batch.places
+        self._admission.stepped(
+            tick.model.number,
+            tick.batch.jobs,
+            places if ticked.tells else 0,
+            ticked.seconds,
+            overlaps=tick.overlaps,
+        )
+        self._metrics.ticked(tick.model.engine.info.name, ticked.seconds, places, row_steps)
         for job in ticked.started:
             if job.work.background:  # what it waits tells nothing of how others are served
                 continue
