@@ -103,7 +103,7 @@ class UnknownField(ServiceError):
 class ConflictingField(ServiceError):
     """A parameter has two values: one in the query and another in the body, or several where the parameter is no list.
 
-    Or a request has two images.
+    Or it is given by two of its names, or a request has two images.
     """
 
     status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True

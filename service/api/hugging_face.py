@@ -28,22 +28,23 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_of_prompt, label_of
 from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json
-from tminus.service.api.request.schemas import EDIT_PARAMETERS, SampleRequest, check_names
+from tminus.service.api.request.schemas import (
+    DIFFUSERS_NAMES,
+    EDIT_PARAMETERS,
+    SampleRequest,
+    by_our_names,
+    check_names,
+    named_as_given,
+)
 from tminus.service.api.sample import respond, still
 from tminus.service.api.submission import understand
-from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody
+from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
 PATH = "/"  # of a model, and of the server, which stands for its default model
 BARE_PATH = "/models/{model}"  # the same without the slash
-# What their parameters are called here.
-NAMES = {
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "num_images_per_prompt": "n",
-    "scheduler": "sampler",
-}
+NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # ours, by theirs
 # Parameters of ours that may stand beside theirs: the class is the prompt.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
@@ -80,18 +81,18 @@ async def text_to_image(services: Services, request: Request) -> Response:
         body = await read_json(request, services.limits.max_body_bytes, None)
     except MalformedBody as error:  # their client sends a picture that comes alone as it is
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
-    names = _names_in(body)
-    try:
-        parameters = parameters_of(body, services.model)
-        del body  # it may have a picture
+    parameters, given_as = parameters_of(body, services.model)
+    del body  # it may have a picture
+    with named_as_given(given_as):
         services, new = await understand(services, caller_of(request), parameters, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
-    except (InvalidField, InvalidImage) as error:
-        raise _in_their_words(error, names) from None
 
 
-def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
-    """Turn a body into the parameters of POST /sample. Raises InvalidField, UnknownField, ConflictingField."""
+def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, Any], dict[str, str]]:
+    """Turn a body into the parameters of POST /sample; returns them, and their names in the body, by ours.
+
+    Raises InvalidField, UnknownField, ConflictingField.
+    """
     check_names(body, ("inputs", "parameters"))
     given, inputs = body.get("parameters", {}), body.get("inputs")
     if not isinstance(given, dict):
@@ -101,39 +102,17 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     if not isinstance(prompt, str):
         raise InvalidField.of(field, "text: the name of a class, or empty", prompt)
     check_names(given, (*KNOWN, *OF_EDITS))
-    parameters: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    for name, value in given.items():
-        ours = NAMES.get(name) or name
-        if (other := given_as.setdefault(ours, name)) != name:
-            raise ConflictingField(f"the request has both {name} and {other}", field=name, value=value)
-        if name == "scheduler":
-            parameters[ours] = _sampler(value, model)
-        elif name in CHECKED:
-            _check(name, value, model)
-        elif name != "prompt":
-            parameters[ours] = value
+    parameters, given_as = by_our_names(given, NAMES)
+    for name in CHECKED:
+        if name in parameters:
+            _check(name, parameters.pop(name), model)
+    if "scheduler" in given:
+        parameters["sampler"] = _sampler(given["scheduler"], model)
     if is_edit:
+        parameters.pop("prompt", None)
         parameters["image"] = inputs
     label = label_of(class_of_prompt(prompt, model, field), model.class_names)
-    return parameters if label is None else parameters | {"class_label": label}
-
-
-def _names_in(body: Mapping[str, Any]) -> dict[str, str]:
-    """Their names for parameters that a body has, by ours."""
-    given = body.get("parameters")
-    names = {ours: theirs for theirs, ours in NAMES.items() if isinstance(given, dict) and theirs in given}
-    return {"image": "inputs", **names}
-
-
-def _in_their_words(error: InvalidField | InvalidImage, names: Mapping[str, str]) -> InvalidField | InvalidImage:
-    """Name the parameter as the request does. names: see _names_in."""
-    theirs = names.get(error.field or "")
-    if theirs is None or error.bound is None:
-        return error
-    if isinstance(error, InvalidImage):
-        return InvalidImage.of(theirs, error.bound, str(error.value))
-    return InvalidField.of(theirs, error.bound, error.value)
+    return parameters if label is None else parameters | {"class_label": label}, given_as | {"image": "inputs"}
 
 
 def _sampler(scheduler: object, model: ModelInfo) -> str:

@@ -1,4 +1,4 @@
-"""GET /model, and of the whole server /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
+"""GET /model, and of the whole server its probes and /metrics: what is loaded, and how it is doing."""
 
 from operator import itemgetter
 
@@ -60,6 +60,12 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     async def healthz() -> StatusAnswer | Response:
         return alive(worker)
 
+    @router.get(
+        "/health",
+        **described("get_health"),
+        response_model=StatusAnswer,
+        responses=failures(500, 503, 507),
+    )
     @router.get(
         "/readyz",
         **described("get_readiness"),

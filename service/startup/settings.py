@@ -290,8 +290,8 @@ class Settings(BaseSettings):
         "localhost, IP addresses and the names in `--host` and `TMINUS_METRICS_HOST` are always allowed. A request "
         "with another `Host` header is answered with 403, so that no web page can reach the server by DNS rebinding. "
         "Set it if clients use a name, or if a proxy passes the name on. `*` allows every name. `/healthz`, "
-        "`/readyz`, `/metrics`, `/v2/health/live` and `/v2/health/ready` answer under every name; `/metrics` at "
-        "`--metrics-port` does not.",
+        "`/readyz`, `/health`, `/metrics`, `/v2/health/live` and `/v2/health/ready` answer under every name; "
+        "`/metrics` at `--metrics-port` does not.",
     )
     allowed_origins: str = Field(
         "",

@@ -137,7 +137,7 @@ def test_other_clients_are_given_a_boot_and_make_a_sneaker_of_it(bundled_server:
 def test_the_examples_of_openais_api_run(server: RunningServer, tmp_path: Path) -> None:
     same = {"seed": 7, "sampler": "dpmpp_2m", "guidance": 1.5, "steps": 20}
     images, stream = code_blocks("docs/openai.md", "python")
-    (edit,) = code_blocks("docs/openai.md", "sh")
+    (edit,) = code_blocks("docs/openai.md", "sh", section="Edits")
     said = run_python(images, tmp_path, server.url)
     assert said.splitlines()[2] == "sneaker dpmpp_2m 20 1.5 7 2"
     sneaker = server.post(json=same | {"class_label": "sneaker", "index": 2}).content

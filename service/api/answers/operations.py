@@ -35,7 +35,8 @@ Every error is a problem document (`application/problem+json`, RFC 9457) with a 
 
 **Models.** Each call below works on the server's default model. The same calls exist below `/models/NAME` for each \
 model of the server, except those that are about the whole server: `/v1`, `/v2`, `/models`, `/batch`, `/key`, \
-`/login`, `/logout`, `/healthz`, `/readyz` and `/metrics`. `/models/NAME/openapi.json` has the bounds of that model.
+`/login`, `/logout`, `/health`, `/healthz`, `/readyz` and `/metrics`. \
+`/models/NAME/openapi.json` has the bounds of that model.
 
 **Version.** Native answers have `API-Version: {API_VERSION}`. A request may name the version that it was written \
 for in the same header; a version that the server does not have is refused with 400, `unsupported_api_version`.
@@ -209,6 +210,7 @@ OPERATIONS: Mapping[str, Operation] = {
         "A step has run, jobs can be stored (not asked of a PostgreSQL that servers share), the worker does not hang, "
         "and the server is not shutting down.",
     ),
+    "get_health": Operation("Readiness, as `GET /readyz`", "Other inference servers have this path."),
     "get_metrics": Operation(
         "Get the metrics, for Prometheus",
         "Plain text, or OpenMetrics where `Accept` prefers it.",

@@ -23,7 +23,7 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.connections import counted_address
 from tminus.service.api.edge.middleware import body_of
-from tminus.service.api.edge.origin import OF_A_MODEL, READING, AllowedSites
+from tminus.service.api.edge.origin import HEALTH, OF_A_MODEL, READING, AllowedSites
 from tminus.service.api.edge.version import check_version
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
@@ -33,7 +33,7 @@ from tminus.service.tracing import PROBLEM, note
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
 # Answered to anybody: whether the server is up, and the page's own files, which say nothing of what is served.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/login", "/logout"})
+OPEN_PATHS = frozenset({*HEALTH, "/login", "/logout"})
 PAGE = "/"  # which others POST prompts to
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}

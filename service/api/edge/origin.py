@@ -17,7 +17,8 @@ from tminus.service.api.answers.headers import HEADERS
 from tminus.service.errors import ForeignHost, ForeignOrigin, short
 
 # Asked by whatever name the network has for this machine.
-PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+HEALTH = ("/healthz", "/readyz", "/health", "/v2/health/live", "/v2/health/ready")
+PROBES = (*HEALTH, "/metrics")
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model

@@ -21,7 +21,7 @@ from tminus.service.api.answers.openapi import (
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
 from tminus.service.api.request.multipart import FORM
-from tminus.service.api.request.schemas import PICTURES, SampleRequest
+from tminus.service.api.request.schemas import DIFFUSERS_NAMES, PICTURES, SampleRequest
 from tminus.service.images.encoder import JSON
 from tminus.service.spec import SampleSpec
 
@@ -224,7 +224,10 @@ def _fields(
     more = contract.fields(SampleRequest, as_text=as_text)
     own = contract.fields(schema, as_text=as_text, bounds=bounds)
     assert not own.keys() & {*extensions, *PICTURES}
-    return own | {name: more[name] for name in extensions}
+    others = {
+        name: more[ours] | {"description": f"Another name of `{ours}`."} for name, ours in DIFFUSERS_NAMES.items()
+    }
+    return own | {name: more[name] for name in extensions} | others
 
 
 def _or_null(field: Described) -> Described:

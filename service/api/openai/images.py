@@ -32,7 +32,7 @@ from tminus.service.api.openai.answers import (
     openai_failures,
     recipe_of,
 )
-from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
+from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, ONLY_MODEL, EditsRequest, ImagesRequest
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
@@ -46,7 +46,7 @@ from tminus.service.api.request.reading import (
     read_json,
     while_connected,
 )
-from tminus.service.api.request.schemas import PICTURES
+from tminus.service.api.request.schemas import PICTURES, named_as_given
 from tminus.service.api.submission import create, spec_headers, submit, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
@@ -126,10 +126,15 @@ def openai_routes(models: Models) -> APIRouter:
         openapi_extra={"parameters": [path_parameter("model")]},
     )
     async def get_model_entry(request: Request) -> ModelEntry:
-        services = models.of(request)
+        services = _named(models, request.path_params["model"])
         return ModelEntry(id=services.model.name, created=services.loaded_s)
 
     return router
+
+
+def _named(models: Models, name: str) -> Services:
+    """Return the model that a request names. Raises ModelNotFound."""
+    return models.default if name == ONLY_MODEL and len([*models]) == 1 else models.named(name)
 
 
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
@@ -169,19 +174,20 @@ async def _understand(
     limits = models.default.limits
     given = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
     uploads = {name: given.pop(name) for name in PICTURES if isinstance(given.get(name), bytes)}
-    members, extensions = schema.take_from(given, extension_names)
-    services = models.default if members.model is None else models.named(members.model)
+    members, extensions, given_as = schema.take_from(given, extension_names)
+    services = models.default if members.model is None else _named(models, members.model)
     stack.enter_context(models.using(services))
     if edits:
         if "image" not in uploads:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
         if not ("mask" in uploads or "strength" in extensions):
             uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
-    parameters = members.parameters(extensions, services.model, services.limits) | uploads
-    if members.as_url:
-        view, _ = await create(services, request, parameters, transparent=edits)
-        return services, members, view
-    services, new = await understand(services, caller_of(request), parameters, request, transparent=edits)
+    with named_as_given(given_as):
+        parameters = members.parameters(extensions, services.model, services.limits) | uploads
+        if members.as_url:
+            view, _ = await create(services, request, parameters, transparent=edits)
+            return services, members, view
+        services, new = await understand(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 

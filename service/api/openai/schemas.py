@@ -7,12 +7,23 @@ from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
 from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.schemas import Bool, Int, Percent, RequestSchema, SampleRequest, check_names, default
+from tminus.service.api.request.schemas import (
+    DIFFUSERS_NAMES,
+    Bool,
+    Int,
+    Percent,
+    RequestSchema,
+    SampleRequest,
+    by_our_names,
+    check_names,
+    default,
+)
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # as OpenAI has it, and no more than --max-n
 MAX_PARTIAL_IMAGES = 3
+ONLY_MODEL = "default"  # also names a model that is served alone: vLLM-Omni's benchmark sends it
 # Of POST /sample, beside what OpenAI's members stand for; `extra_body` of its libraries sends them.
 EXTENSIONS = (
     *("seed", "index", "to_seed", "mix", "steps", "sampler", "eta"),
@@ -23,7 +34,7 @@ OF_EDITS = (*EXTENSIONS, "strength")
 NO_EFFECT = "Accepted, without effect."
 _BOUNDS = {
     "prompt": "text: the name of a class, or empty",
-    "model": "the name of a model that GET /v1/models lists",
+    "model": f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
     "n": f"an integer in 1..{MAX_N}",
     "size": "text",
     "quality": "one of auto, low, medium, high",
@@ -44,7 +55,9 @@ class ImagesRequest(RequestSchema):
         description="A class by name or number, in any case; empty for no class. Nothing else is understood."
     )
     model: str | None = Field(
-        None, description="The name of a model that is served.", json_schema_extra=default("the server's default model")
+        None,
+        description=f"The name of a model that is served. `{ONLY_MODEL}` is the model that is served alone.",
+        json_schema_extra=default("the server's default model"),
     )
     n: Int = Field(1, description="The number of images.", json_schema_extra=default("1"))
     size: str = Field(
@@ -92,17 +105,19 @@ class ImagesRequest(RequestSchema):
     moderation: str | None = Field(None, description=NO_EFFECT)
 
     @classmethod
-    def take_from(cls, members: Mapping[str, Any], extensions: tuple[str, ...]) -> tuple[Self, dict[str, Any]]:
-        """Check names and types, and return the extensions apart, not checked. A member that is null is left out.
+    def take_from(
+        cls, members: Mapping[str, Any], extensions: tuple[str, ...]
+    ) -> tuple[Self, dict[str, Any], dict[str, str]]:
+        """Check names and types, and return the extensions apart, not checked, and the names by which they are given.
 
-        Raises InvalidField and UnknownField.
+        A member that is null is left out. Raises InvalidField, UnknownField and ConflictingField.
         """
         rest = {name: value for name, value in members.items() if value is not None}
         own = cls.own_of(rest)
-        check_names(rest, (*cls.model_fields, *extensions))
+        check_names(rest, (*cls.model_fields, *extensions, *DIFFUSERS_NAMES))
         if "prompt" not in own:
             raise InvalidField.of("prompt", "given; empty for no class", None)
-        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "text")), rest
+        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "text")), *by_our_names(rest, DIFFUSERS_NAMES)
 
     @property
     def budget(self) -> Quality:

@@ -3,7 +3,8 @@
 import binascii
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +17,7 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.api.request.faults import Faults
-from tminus.service.errors import MOST_FAULTS, BodyTooLarge, InvalidField, InvalidImage, UnknownField
+from tminus.service.errors import MOST_FAULTS, BodyTooLarge, ConflictingField, InvalidField, InvalidImage, UnknownField
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
@@ -36,6 +37,7 @@ MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
+DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # ours, by those of diffusers
 SHA256 = "^[0-9a-f]{64}$"
 BIT_DEPTHS = (8, 16, 32)
 DEFAULT = "x-default"  # in the JSON schema of a field: what it is where it is left out, in words
@@ -131,6 +133,32 @@ def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
     for name in [name for name in given if name not in known][:MOST_FAULTS]:
         faults.add(UnknownField.of(name, known, given[name]))
     faults.check()
+
+
+def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Name parameters as POST /sample does; returns them, and the name that was given, by ours.
+
+    names: ours, by the others. Raises ConflictingField for a parameter that is given by two names.
+    """
+    given_as: dict[str, str] = {}
+    for name, value in given.items():
+        if (other := given_as.setdefault(names.get(name, name), name)) != name:
+            raise ConflictingField(f"the request has both {name} and {other}", field=name, value=value)
+    return {ours: given[name] for ours, name in given_as.items()}, given_as
+
+
+@contextmanager
+def named_as_given(given_as: Mapping[str, str]) -> Iterator[None]:
+    """Name a parameter in an error as the request does. given_as: see `by_our_names`."""
+    try:
+        yield
+    except (InvalidField, InvalidImage) as error:
+        name = given_as.get(error.field or "")
+        if name is None or name == error.field or error.bound is None:
+            raise
+        if isinstance(error, InvalidImage):
+            raise InvalidImage.of(name, error.bound, str(error.value)) from None
+        raise InvalidField.of(name, error.bound, error.value) from None
 
 
 class RequestSchema(BaseModel):

@@ -65,6 +65,7 @@ def test_every_path_asks_for_a_key_but_those_of_probes_and_of_the_page(keyed: Si
     asked = {path for method, path in paths if not is_open(path, method)}
     assert {("POST", "/"), ("POST", "/models/fake"), ("POST", "/v2/models/fake/infer"), ("GET", "/v2")} <= {*paths}
     assert {"/sample", "/jobs", "/model", "/noise", "/metrics", "/key", "/docs", "/openapi.json"} <= asked
+    assert {"/healthz", "/readyz", "/health"} <= {path for _, path in paths} - asked
     for method, path in paths:
         for sent in ({}, bearer("tm_wrong"), {"Authorization": "Basic YW5uOnRtX2Fubg=="}, {"Cookie": f"{COOKIE}=x"}):
             response = keyed.client.request(method, path, headers=sent)

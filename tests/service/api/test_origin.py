@@ -58,7 +58,7 @@ def test_programs_pages_of_our_own_links_and_probes_are_answered(site: Site) -> 
         assert site.client.get(path, headers=CROSS | {"Sec-Fetch-Mode": "navigate"}).status_code == 200
     for host in ("LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"):
         assert site.client.get("/model", headers={"Host": host}).status_code == 200
-    for path in ("/healthz", "/readyz", "/metrics"):
+    for path in ("/healthz", "/readyz", "/health", "/metrics"):
         assert site.client.get(path, headers={"Host": "tminus.monitoring.svc:8000"}).status_code == 200
     assert site.client.get("/jobs/", follow_redirects=False).status_code == 404, "no redirect to a host of the client"
 

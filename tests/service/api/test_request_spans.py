@@ -125,6 +125,6 @@ def test_a_client_that_goes_away_has_the_status_that_the_metrics_have(make_site:
 
 def test_probes_and_the_lifespan_have_no_span(make_site: MakeSite, kept: Kept) -> None:
     site = make_site(app={"traces": kept.traces})
-    for path in ("/healthz", "/readyz", "/metrics"):
+    for path in ("/healthz", "/readyz", "/health", "/metrics"):
         assert site.client.get(path).status_code == 200
     assert kept.all() == []

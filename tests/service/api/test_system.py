@@ -20,14 +20,14 @@ def test_before_the_warm_up_the_server_lives_but_is_not_ready(make_site: MakeSit
     site = make_site(gate_shut=True)
     site.engine.next_begun()
     assert site.client.get("/healthz").json() == {"status": "alive"}
-    for response in (site.client.get("/readyz"), site.post(json=QUICK)):
+    for response in (site.client.get("/readyz"), site.client.get("/health"), site.post(json=QUICK)):
         problem(response, 503, "not_ready")
         assert int(response.headers["retry-after"]) >= 1
     assert site.client.get("/model").status_code == 200
     assert site.client.get("/metrics").status_code == 200
     site.engine.gate.open()
     wait_until(lambda: site.client.get("/readyz").status_code == 200)
-    assert site.client.get("/readyz").json() == {"status": "ready"}
+    assert site.client.get("/readyz").json() == site.client.get("/health").json() == {"status": "ready"}
     assert site.post(json=QUICK).status_code == 200
 
 
@@ -40,7 +40,8 @@ def test_a_dead_worker_fails_the_liveness_probe(make_site: MakeSite) -> None:
     site.engine.gate.open()
     wait_until(lambda: not site.worker.alive)
     problem(site.client.get("/healthz"), 500, "engine_failed")
-    problem(site.client.get("/readyz"), 500, "engine_failed")
+    for path in ("/readyz", "/health"):
+        problem(site.client.get(path), 500, "engine_failed")
     problem(site.post(json=QUICK), 500, "engine_failed")
     site.engine.jobs.clear()  # the warm-up's own slots died with the worker
 
@@ -50,7 +51,7 @@ def headers_of(response: httpx.Response) -> dict[str, str]:
     return {name: value for name, value in response.headers.items() if name not in ("date", "x-request-id")}
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health"])
 def test_head_of_a_probe_is_get_without_a_body(make_site: MakeSite, path: str) -> None:
     site = make_site(gate_shut=True)
     site.engine.next_begun()

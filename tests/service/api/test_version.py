@@ -42,7 +42,8 @@ def test_another_version_is_refused_before_anything_is_done(site: Site, value: s
 
 def test_other_apis_probes_and_the_websocket_know_no_version(site: Site) -> None:
     for method, path in (
-        ("GET", "/v1/models"), ("GET", "/v2"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
+        ("GET", "/v1/models"), ("GET", "/v2"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/health"),
+        ("GET", "/metrics"),
     ):  # fmt: skip
         assert site.client.request(method, path, headers=OTHER).status_code == 200, path
     assert site.client.post("/", json={"inputs": ""}, headers=OTHER).status_code == 200

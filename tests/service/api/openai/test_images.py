@@ -17,9 +17,9 @@ from PIL import Image
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
 from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same
-from tests.service.conftest import TABLES_OF_50, MakeSite, Site, pixels
+from tests.service.conftest import INSTANT, TABLES_OF_50, MakeSite, Site, pixels, prepare
 from tests.service.durable import events, wait_for
-from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 from tests.service.several import COLOUR, make_several
 from tminus.model.catalogue import Recommended
 from tminus.service.api.answers import progress
@@ -147,6 +147,77 @@ def test_the_model_is_named_in_the_request(make_site: MakeSite) -> None:
     assert (missing["param"], missing["type"]) == ("model", "invalid_request_error")
     assert "colour, fake" in missing["message"]
     assert several.post("/models/colour/v1/images/generations", json=CAT).status_code == 404
+
+
+def test_the_only_model_is_also_the_default_one(make_site: MakeSite) -> None:
+    alone = make_site()
+    for path in ("/v1/models/default", "/v1/models/fake"):
+        assert alone.client.get(path).json()["id"] == "fake"
+    assert [each["id"] for each in alone.client.get("/v1/models").json()["data"]] == ["fake"]
+    assert image(generate(alone, **CAT, model="default").json()["data"][0]) == alone.post(json=SAME).content
+    assert alone.client.get("/models/default/model").status_code == 404, "it is a name of OpenAI's API only"
+    several = make_several(make_site)
+    for refused in (generate(several.site, **CAT, model="default"), several.site.client.get("/v1/models/default")):
+        assert "one of colour, fake" in error_of(refused, 404, "model_not_found")["message"]
+    assert several.change("colour", "unload").status_code == 204
+    assert generate(several.site, **CAT, model="default").status_code == 200
+
+
+@pytest.mark.parametrize("named", ["fake", "colour"])
+def test_a_model_that_is_called_default_has_its_name(make_site: MakeSite, named: str) -> None:
+    first, second = (replace(each, name="default") if each.name == named else each for each in (INFO, COLOUR))
+    site = make_site(info=first, app={"others": [prepare(FakeEngine(second), LIMITS, INSTANT)]})
+    wanted = first if first.name == "default" else second
+    answer = generate(site, prompt=wanted.class_names[0], model="default")
+    assert answer.headers["x-fingerprint"] == wanted.fingerprint
+    assert site.client.get("/v1/models/default").json()["id"] == "default"
+
+
+def test_steps_and_guidance_have_the_names_of_diffusers_too(site: Site) -> None:
+    theirs = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    named = {new: CAT[old] for new, old in theirs.items()} | {"prompt": "cat", "sampler": "ddpm", "seed": 5}
+    wanted = generate(site, **CAT).json()["data"][0]
+    for members in (named, named | {"steps": None}, {**CAT, "guidance_scale": None}):
+        assert image(generate(site, **members).json()["data"][0]) == image(wanted), members
+    edited = [edit(site, {"image": PNG}, **members, strength=0.5) for members in (CAT, named)]
+    first, second = (image(each.json()["data"][0]) for each in edited)
+    assert first == second
+    assert generate(site, prompt="cat", quality="low", num_inference_steps=7).json()["data"][0]["steps"] == 7
+    properties = site.client.get("/openapi.json").json()["components"]["schemas"]
+    for component in ("ImageGenerationRequest", "ImageEditForm"):
+        for new, old in theirs.items():
+            described = properties[component]["properties"]
+            assert described[new] | {"description": ""} == described[old] | {"description": ""}
+
+
+def test_a_setting_is_given_by_one_of_its_names_and_an_error_has_that_name(site: Site) -> None:
+    for members in ({"num_inference_steps": 9}, {"guidance_scale": 1}):
+        (name,) = members
+        error = error_of(generate(site, **CAT, **members), 400, "conflicting_field")
+        assert (error["param"], name in error["message"]) == (name, True)
+        error_of(edit(site, {"image": PNG}, **CAT, **members, strength=0.5), 400, "conflicting_field")
+    twice = b'{"prompt": "cat", "num_inference_steps": 4, "num_inference_steps": 4}'
+    error_of(site.client.post("/v1/images/generations", content=twice), 400, "conflicting_field")
+    form = {"prompt": "cat", "strength": "0.5", "num_inference_steps": ["4", "4"]}
+    both = site.client.post("/v1/images/edits", data=form, files={"image": ("i.png", PNG)})
+    assert error_of(both, 400, "conflicting_field")["param"] == "num_inference_steps"
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({"num_inference_steps": 0}, "num_inference_steps", "an integer in 1..1000, got 0"),
+        ({"num_inference_steps": "many"}, "num_inference_steps", "an integer in 1..1000, got 'many'"),
+        ({"sampler": "heun", "num_inference_steps": 501}, "num_inference_steps", "1..500 for heun"),
+        ({"guidance_scale": 51}, "guidance_scale", "0..50, got 51"),
+        ({"guidance_scale": 2, "prompt": ""}, "guidance_scale", "no class"),
+    ]
+    for members, param, says in wrong:
+        for more in ({}, {"response_format": "url"}):
+            error = error_of(generate(site, **{"prompt": "cat"} | members | more), 400, "invalid_field")
+            assert error["param"] == param
+            assert error["message"].startswith(f"{param} must be ")
+            assert says in error["message"]
+    assert (
+        "num_inference_steps, guidance_scale"
+        in error_of(generate(site, **CAT, nsteps=1), 400, "unknown_field")["message"]
+    )
 
 
 # --- what is refused ---
