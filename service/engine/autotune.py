@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # that the others are compared with
-CPU_SIZES = (1, 2, 4)
+CPU_SIZES = (1, 2, 4, 8)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured

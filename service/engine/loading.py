@@ -452,8 +452,8 @@ def measure_overlap(
         in_flight.popleft()()
     for rows in groups:
         engine.remove(rows)
-    took_s = [later - earlier for earlier, later in zip(ends_s, ends_s[2:], strict=False)]  # of two ticks
-    return round(min(1.0, median(took_s) / 2 / tick_s), 3) if took_s else 1.0
+    took_s = [(ends_s[k + TICKS] - ends_s[k]) / TICKS for k in range(len(ends_s) - TICKS)]
+    return round(min(1.0, min(took_s, default=tick_s) / tick_s), 3)
 
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
