@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 from bench.records import Arrival, Ask
+from tminus.service.cli.bench import Mix, mixed
 
 
 def poisson(asks: Sequence[Ask], seconds: float, seed: int) -> list[Arrival]:
@@ -31,6 +32,12 @@ def long_and_short(long: Ask, long_at_s: Sequence[float], short: Ask, per_s: flo
     """Make long jobs at given times, and short requests at random ones."""
     longs = [Arrival(at_s, long, seed=0) for at_s in long_at_s]
     return renumbered(longs + poisson([short] * round(per_s * seconds), seconds, seed=2))
+
+
+def of_mix(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[Arrival]:
+    """Make requests of a mix at random times, of an exact rate."""
+    comers = mixed(mix, row_steps_per_s, seconds, seed)
+    return [Arrival(at_s, Ask(size.n, size.steps), number) for number, (at_s, size) in enumerate(comers)]
 
 
 def with_hang_ups(arrivals: Sequence[Arrival], share: float, seconds_per_row_step: float) -> list[Arrival]:

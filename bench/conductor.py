@@ -13,14 +13,17 @@ import httpx
 
 from bench import figures, servers
 from bench.loads import Lengths, Turn
-from bench.records import Bare, Pace, Run
+from bench.records import SLO, Bare, Pace, Run
 from bench.result_file import say
 
-EVERY_ROUND = ("idle", "saturation_1", "saturation_16")
-ONCE = ("mixed", "hang_ups")
-LOADS = (*EVERY_ROUND, *ONCE, "bare")
+ALIKE = ("idle", "saturation_1", "saturation_16")
+LOADS = (*ALIKE, "mixed", "hang_ups", "slo", "bare")
 # Who hangs up is the same for a peer whatever executor it has, so one of each is put through it.
 HUNG_UP = ("tminus", "before", "lock", "litserve", "mosec")
+# At rates of tminus' executor only peers with the same graph have a chance; the lock shows what has none.
+AT_RATES = ("tminus", "before", "lock", *servers.SAME_GRAPH)
+TIMES = 3.0  # the time alone of the longest requests of the mix: so long a load `slo` is drained
+HOPELESS = 0.2  # share in time: a contender that has less at a rate is not tried at higher ones
 BARE_BATCHES = (1, 4, 8, 16)
 SCALED = {"saturation_1", "saturation_16", "hang_ups"}  # as many requests come as tminus is fast
 GUESS = 400.0  # row-steps/s, until it is measured
@@ -58,8 +61,10 @@ class Conductor:
         """Run all rounds."""
         if "tminus" in self._contenders:
             self._try("tminus", self._meet)
-        for key in [key for key in self._contenders if key.endswith("_openvino")]:
+        for key in [key for key in self._contenders if key in servers.SAME_GRAPH]:
             self._try(self._contenders[key].title, lambda key=key: self._set_up(key))  # type: ignore[misc]
+        if "slo" in self._plan.loads:
+            self._try("the executor's own rate", self._find_own_rate)
         for number in range(1, self._lengths.rounds + 1):
             turns = [*self._contenders, "bare"]
             shift = (number - 1) * len(turns) // 2  # so that each stands once early and once late
@@ -73,6 +78,8 @@ class Conductor:
             self._run.model = server.model
             if SCALED & set(self._plan.loads):
                 self._run.capacity["tminus"] = asyncio.run(self._turn(server, 0).rate(self._lengths.trial_s))
+            if "slo" in self._plan.loads:
+                self._run.alone_s = asyncio.run(self._turn(server, 0).alone())
 
     def _set_up(self, key: str) -> None:
         """Give a peer the executor and precision that tminus chose, and of the ways to share the cores the faster."""
@@ -96,12 +103,14 @@ class Conductor:
     def _take_turn(self, key: str, number: int) -> None:
         if key == "bare":
             if "bare" in self._plan.loads:
-                self._try("the bare loop", lambda: self._run_bare(number))
+                say(f"round {number}/{self._lengths.rounds}: bare executor loop")
+                self._try("the bare loop", lambda: self._run.bare.append(self._bare(number)))
             return
-        contender, is_first = self._contenders[key], number == 1
-        wanted: tuple[str, ...] = () if key == "tminus_eager_fcfs" else EVERY_ROUND
-        wanted += (ONCE if key in HUNG_UP else ONCE[:1]) if is_first else ()
+        contender = self._contenders[key]
+        wanted: tuple[str, ...] = ("mixed",) if key == "tminus_eager_fcfs" else (*ALIKE, "mixed")
+        wanted += ("hang_ups",) if key in HUNG_UP else ()
         todo = [load for load in wanted if load in self._plan.loads]
+        todo += SLO if self._run.own_rate and key in AT_RATES else ()
         self._try(contender.title, lambda: self._run_loads(contender, number, todo))
 
     def _run_loads(self, contender: servers.Contender, number: int, todo: list[str]) -> None:
@@ -114,19 +123,32 @@ class Conductor:
                     say(f"round {number}/{self._lengths.rounds}: {contender.title}: {load}")
                     started_s = time.monotonic()
                     turn = self._turn(server, number)
-                    self._run_load(turn, load)
+                    if not self._run_load(turn, load):
+                        todo.clear()
                     busy = bool(todo) and not asyncio.run(turn.settled(SETTLE_S))
                     say(f"    {time.monotonic() - started_s:.0f} s")
 
-    def _run_load(self, turn: Turn, load: str) -> None:
+    def _run_load(self, turn: Turn, load: str) -> bool:
+        """Returns whether those after it are worth their time."""
         calls = {"idle": turn.idle, "mixed": turn.mixed, "hang_ups": turn.hang_ups}
-        loaded = asyncio.run(turn.saturation(load) if load not in calls else calls[load]())
+        alone_s = self._run.alone_s
+        if load in SLO:
+            loaded = asyncio.run(turn.slo(load, self._run.own_rate, TIMES * max(alone_s.values())))
+        else:
+            loaded = asyncio.run(turn.saturation(load) if load not in calls else calls[load]())
         self._run.loads.append(loaded)
         if load == "saturation_1":
             self._run.capacity[turn.server.contender.key] = max(1.0, figures.row_steps_per_s(loaded))
+        return load not in SLO or figures.in_time(loaded, figures.WITHIN["within_5"], alone_s) >= HOPELESS
 
-    def _run_bare(self, number: int) -> None:
-        say(f"round {number}/{self._lengths.rounds}: bare executor loop")
+    def _find_own_rate(self) -> None:
+        """Find the rate of which the loads `slo` are shares. The executor and the times alone are those of tminus."""
+        if not self._run.alone_s:
+            raise LookupError("the load slo needs tminus")
+        say("the executor's own rate")
+        self._run.own_rate = max(pace.rows_per_s for pace in self._bare(0).paces.values())
+
+    def _bare(self, number: int) -> Bare:
         executor, precision = self._run.model.get("executor", "eager"), self._run.model.get("precision", "float32")
         batches = sorted({*BARE_BATCHES, self._run.places})
         seconds = self._lengths.bare_s
@@ -138,7 +160,7 @@ class Conductor:
         if (details := self._run.model.get("executor_details")) not in (None, found["details"]):
             self._leave_out(f"The bare loop's executor was {found['details']}, the server's {details}.")
         paces = {int(batch): Pace(**pace) for batch, pace in found["bare"].items()}
-        self._run.bare.append(Bare(number, executor, precision, found["flops_per_row"], paces))
+        return Bare(number, executor, precision, found["flops_per_row"], paces)
 
     def _started(self, contender: servers.Contender) -> Any:
         return servers.running(contender, self._plan.checkpoint, self._plan.threads)

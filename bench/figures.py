@@ -3,16 +3,19 @@
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any
 
-from bench.records import Answer, Loaded, Run
+from bench.records import SLO, Answer, Loaded, Run
 from bench.result_file import ratio, rounds
+from bench.servers import SAME_GRAPH
+from tminus.service.cli.bench import goodput, percentile, share_within
 
 SHORT_STEPS = 50  # a "short" request of the mixed load has fewer
 # Whom each form of tminus is compared with: those of the same executor and precision, and the default with all.
 COMPARED = {
-    "tminus": ("before", "lock", "litserve", "mosec", "litserve_openvino", "mosec_openvino", "tminus_eager"),
+    "tminus": ("before", "lock", "litserve", "mosec", *SAME_GRAPH, "tminus_eager"),
     "tminus_eager": ("lock", "litserve", "mosec"),
     "litserve_openvino": ("tminus",),
 }
@@ -27,6 +30,7 @@ EFFECTS_OF_MIXED = EFFECTS | {
     "batching": ("tminus_eager_fcfs", "lock"),
     "scheduling": ("tminus_eager", "tminus_eager_fcfs"),
 }
+WITHIN = {"within_1_5": 1.5, "within_3": 3.0, "within_5": 5.0}  # times alone; goodput is of 3
 Value = Callable[[Loaded], float | None]
 
 
@@ -53,6 +57,17 @@ def wasted_of_abandoned(loaded: Loaded) -> float | None:
     """Row-steps that were not delivered, over those of the abandoned requests; None where none was abandoned."""
     abandoned = sum(a.row_steps for a in loaded.answers if a.outcome in ("left", "unanswered"))
     return max(0.0, loaded.took_row_steps - received(loaded.answers)) / abandoned if abandoned else None
+
+
+def times_alone(loaded: Loaded, q: int, alone_s: Mapping[str, float]) -> float | None:
+    """Return a percentile of the waits, as multiples of the time alone. One without an answer counts as in `waits`."""
+    ordered = sorted(a.waited_s / alone_s[a.size] for a in loaded.answers if a.outcome in ("ok", "unanswered"))
+    return percentile(ordered, q) if ordered else None
+
+
+def in_time(loaded: Loaded, factor: float, alone_s: Mapping[str, float]) -> float:
+    """Return the share of the requests that were answered within so many times their time alone."""
+    return share_within([a.waited_s / alone_s[a.size] if a.outcome == "ok" else inf for a in loaded.answers], factor)
 
 
 def row_steps_per_s(loaded: Loaded) -> float:
@@ -91,12 +106,16 @@ def summary(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:
         ("long", "mixed", mean_long, True),
     ):
         found[key] = _compared(run, load, value, is_time=is_time)
-    hang_ups = {key: wasted_of_abandoned(one) for key, (one, *_) in _by_contender(run, "hang_ups").items()}
-    found["hang_ups"] = {key: 100 * share for key, share in hang_ups.items() if share is not None}  # %
+    found["hang_ups"] = {
+        key: rounds(100 * share if (share := wasted_of_abandoned(one)) is not None else None for one in turns)  # %
+        for key, turns in _by_contender(run, "hang_ups").items()
+    }
     unanswered = {
-        key: sum(a.outcome != "ok" for a in one.answers) for key, (one, *_) in _by_contender(run, "mixed").items()
+        key: sum(a.outcome != "ok" for one in turns for a in one.answers)
+        for key, turns in _by_contender(run, "mixed").items()
     }
     found["unanswered"] = {key: count for key, count in unanswered.items() if count}
+    found |= _slo(run)
     found["effects"] = {
         key: {name: found[key].get(f"{top}_over_{bottom}") for name, (top, bottom) in wanted.items()}
         for wanted, keys in (
@@ -126,6 +145,52 @@ def _compared(run: Run, load: str, value: Value, *, is_time: bool) -> dict[str, 
             quotient = ratio(theirs, ours) if is_time else ratio(ours, theirs)
             found[f"{top}_over_{bottom}"] = _bounded(quotient, at_least=bottom in least, at_most=top in least)
     return found
+
+
+def _slo(run: Run) -> dict[str, Any]:
+    """Attainment and waits by rate and size, and goodput. The time alone is that on an idle tminus, for everyone."""
+    if not run.own_rate:
+        return {}
+    values: dict[str, Value] = {
+        name: partial(in_time, factor=factor, alone_s=run.alone_s) for name, factor in WITHIN.items()
+    }
+    values |= {f"p{q}": partial(times_alone, q=q, alone_s=run.alone_s) for q in (50, 95)}
+    found: dict[str, Any] = {"own_rate": run.own_rate, "alone_s": run.alone_s}
+    attained: dict[str, dict[float, float]] = {}
+    for load, share in SLO.items():
+        by_contender = _by_contender(run, load)
+        found[load] = {
+            size: {
+                key: {name: _together([_only(one, size) for one in turns], value) for name, value in values.items()}
+                for key, turns in by_contender.items()
+            }
+            for size in ("all", *run.alone_s)
+        }
+        for key, figures in found[load]["all"].items():
+            attained.setdefault(key, {})[share * run.own_rate] = figures["within_3"]["value"]
+    good = {key: goodput(shares) for key, shares in attained.items()}
+    ours = good.get("tminus")
+    ratios = {f"tminus_over_{key}": _quotient(ours, each) for key, each in good.items() if ours and key != "tminus"}
+    return {"slo": found, "goodput": good | ratios}
+
+
+def _only(loaded: Loaded, size: str) -> Loaded:
+    return replace(loaded, answers=tuple(a for a in loaded.answers if size in ("all", a.size)))
+
+
+def _together(turns: Sequence[Loaded], value: Value) -> dict[str, Any] | None:
+    """A figure of the requests of all rounds together, and of each round: one round has too few."""
+    whole = replace(turns[0], answers=tuple(a for one in turns for a in one.answers))
+    by_round = rounds(map(value, turns))
+    return by_round and _bounded(by_round | {"value": value(whole)}, at_least=value(whole) != value(_for_ever(whole)))
+
+
+def _quotient(top: Mapping[str, Any], bottom: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Divide figures that may be bounds; None where nothing is known of the quotient."""
+    at_least, at_most = "at_least" in top or "at_most" in bottom, "at_most" in top or "at_least" in bottom
+    if at_least and at_most:
+        return None
+    return _bounded({"value": top["value"] / bottom["value"]}, at_least=at_least, at_most=at_most)
 
 
 def _for_ever(loaded: Loaded) -> Loaded:

@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import httpx
 
 from bench import arrivals
 from bench.client import drive, meanwhile, open_client
 from bench.figures import row_steps_per_s
-from bench.records import Answer, Arrival, Ask, Counters, Loaded
+from bench.records import SLO, Answer, Arrival, Ask, Counters, Loaded
 from bench.servers import Running
+from tminus.service.cli.bench import ALONE, MIX, Mix, read_mix
 
 IDLE = Ask(n=1, steps=20)
 SATURATION = {"saturation_1": Ask(n=1, steps=50), "saturation_16": Ask(n=16, steps=50)}
@@ -38,12 +40,20 @@ class Lengths:
     mixed_long_at_s: tuple[float, ...] = (0.0, 10.0)
     shorts_per_s: float = 1.0
     hang_ups_s: float = 12.0
+    slo_s: float = 25.0  # a rate
+    slo_mix: str = MIX
     drain_s: float = 120.0
+
+    @property
+    def mix(self) -> Mix:
+        """The requests of the load `slo`."""
+        return read_mix(self.slo_mix)
 
 
 QUICK = Lengths(
     rounds=1, idle_requests=2, warm_up_s=0.5, window_s=1.5, trial_s=0.8, bare_s=0.3, mixed_s=2.0,
-    mixed_long=Ask(n=8, steps=60), mixed_long_at_s=(0.0,), shorts_per_s=2.0, hang_ups_s=2.0, drain_s=10.0,
+    mixed_long=Ask(n=8, steps=60), mixed_long_at_s=(0.0,), shorts_per_s=2.0, hang_ups_s=2.0,
+    slo_s=1.0, slo_mix="2:1x5,1:4x10", drain_s=10.0,
 )  # fmt: skip
 
 
@@ -58,12 +68,21 @@ class Turn:
 
     async def idle(self) -> Loaded:
         """Send one request after the other."""
-        answers: list[Answer] = []
         async with open_client(self.server.url) as http:
             before, before_s = await self.server.read_at(http)
-            for number in range(self.lengths.idle_requests):
-                answers += await drive(http, [Arrival(0.0, IDLE, number)], drain_s=self.lengths.drain_s)
+            answers = await self._one_by_one(http, IDLE, self.lengths.idle_requests)
             return await self._loaded(http, "idle", before, before_s, answers)
+
+    async def alone(self) -> dict[str, float]:
+        """Measure how long a request of each size of the mix takes alone: the median. The server is warm."""
+        found: dict[str, float] = {}
+        async with open_client(self.server.url) as http:
+            for size in self.lengths.mix:
+                answers = await self._one_by_one(http, Ask(size.n, size.steps), ALONE)
+                if any(answer.outcome != "ok" for answer in answers):
+                    raise RuntimeError(f"a request of {size} had no answer on an idle server")
+                found[str(size)] = median(answer.waited_s for answer in answers)
+        return found
 
     async def saturation(self, load: str = "saturation_1") -> Loaded:
         """Send more than it can do, of one size, and count in a window after a warm-up. What is left is given up."""
@@ -100,6 +119,11 @@ class Turn:
         comers = arrivals.with_hang_ups(comers, HANG_UP_SHARE, 1 / (self.capacity * (1 - HANG_UP_LOAD)))
         return await self._open_loop("hang_ups", comers)
 
+    async def slo(self, load: str, own_rate: float, drain_s: float) -> Loaded:
+        """Send the mix at a share of the executor's own rate. What has no answer so long after the last is given up."""
+        comers = arrivals.of_mix(self.lengths.mix, SLO[load] * own_rate, self.lengths.slo_s, seed=self.round)
+        return await replace(self, lengths=replace(self.lengths, drain_s=drain_s))._open_loop(load, comers)
+
     @property
     def still_s(self) -> float:
         """How long nothing may be counted while there is still work."""
@@ -109,6 +133,12 @@ class Turn:
         """Wait until the server counts nothing any more; False if it still does at the limit."""
         async with open_client(self.server.url) as http:
             return await self._settle(http, limit_s)
+
+    async def _one_by_one(self, http: httpx.AsyncClient, ask: Ask, count: int) -> list[Answer]:
+        answers: list[Answer] = []
+        for number in range(count):
+            answers += await drive(http, [Arrival(0.0, ask, number)], drain_s=self.lengths.drain_s)
+        return answers
 
     async def _open_loop(self, name: str, comers: Sequence[Arrival]) -> Loaded:
         async with open_client(self.server.url) as http:
@@ -120,8 +150,8 @@ class Turn:
         self, http: httpx.AsyncClient, name: str, before: Counters, before_s: float, answers: Sequence[Answer]
     ) -> Loaded:
         after, after_s = await self.server.read_at(http)
-        # A server may still work on what its clients have left: that is counted too.
-        if any(answer.outcome in ("left", "unanswered") for answer in answers):
+        # A server may still work on what its clients have left: that is counted too, but for no figure of `slo`.
+        if name not in SLO and any(answer.outcome in ("left", "unanswered") for answer in answers):
             await self._settle(http, min(SETTLE_S, self.lengths.drain_s))
         end, _ = await self.server.read_at(http)
         return Loaded(

@@ -31,6 +31,8 @@ matplotlib.rcParams |= {
 COLOURS = {
     "tminus": "#2f81c7",
     "litserve_openvino": "#8fb8dd",
+    "litserve_steps_openvino": "#8fb8dd",
+    "litserve_queues_openvino": "#8fb8dd",
     "mosec_openvino": "#8fb8dd",
     "tminus_eager": "#d2691e",
     "lock": "#e0ab82",
@@ -38,19 +40,21 @@ COLOURS = {
     "mosec": "#e0ab82",
 }
 NAMES = {"tminus": "tminus, OpenVINO", "litserve": "LitServe, eager float32", "mosec": "mosec, eager float32"}
-PANELS = (
+PANELS = (  # those that the file has
     ("short", "20 steps beside two jobs of 8 x 1000 steps:\nmedian wait, s (log)", True),
     ("saturation_1", "Full load, requests of 1 image:\nrow-steps/s", False),
     ("saturation_16", "Full load, requests of 16 images:\nrow-steps/s", False),
+    ("goodput", "A mix, 95 % within 3 times the time alone:\nrow-steps/s", False),
 )
 MARKERS = "osD^v<>PX*hd"  # one for each sampler that is drawn: there are only ten colours
 
 
 def contenders(serving: Mapping[str, Any], path: Path) -> None:
     """Draw waits and throughput of every contender, as bars."""
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 3.2), layout="constrained", sharey=True)
-    for axes, (row, title, is_log) in zip(panels, PANELS, strict=True):
-        values = {key: serving[row][key]["value"] for key in reversed(COLOURS) if key in serving.get(row, {})}
+    shown = [panel for panel in PANELS if panel[0] in serving]
+    figure, panels = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3.2), layout="constrained", sharey=True)
+    for axes, (row, title, is_log) in zip(panels, shown, strict=True):
+        values = {key: serving[row][key]["value"] for key in reversed(COLOURS) if key in serving[row]}
         names = [NAMES.get(key, TITLES[key]) for key in values]
         bars = axes.barh(names, list(values.values()), color=[COLOURS[key] for key in values], log=is_log)
         axes.bar_label(bars, fmt=label, padding=3)

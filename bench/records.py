@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tminus.service.cli.bench import LADDER, Size
+
 Outcome = Literal["ok", "refused", "failed", "left", "unanswered", "unsent"]
+SLO = {f"slo_{100 * share:.0f}": share for share in LADDER}  # loads, by the share of the executor's own rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Answer:
     def row_steps(self) -> int:
         """The work that was asked for."""
         return self.n * self.steps
+
+    @property
+    def size(self) -> str:
+        """How a mix names what was asked for."""
+        return str(Size(self.n, self.steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,8 @@ class Run:
     trials: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> row-steps/s of each way
     left_out: list[str] = field(default_factory=list)  # sentences
     capacity: dict[str, float] = field(default_factory=dict)  # row-steps/s of each contender, saturated
+    own_rate: float = 0.0  # row-steps/s of the bare executor at its best batch, before the loads
+    alone_s: dict[str, float] = field(default_factory=dict)  # IMAGESxSTEPS of the mix -> seconds on an idle tminus
     loads: list[Loaded] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
 

@@ -32,6 +32,8 @@ HOST = "127.0.0.1"
 PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
 READY_ASK = Ask(n=2, steps=2)
 CHECKPOINT = ROOT / "checkpoints" / "fashion-mnist-32"
+# Peers that get tminus' graph and precision, once it has chosen.
+SAME_GRAPH = ("litserve_openvino", "litserve_steps_openvino", "litserve_queues_openvino", "mosec_openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,18 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
         Contender("mosec", "mosec", (*mosec, *workers), "mosec"),
         Contender("litserve_openvino", "LitServe, OpenVINO", ("bench.peers.litserve_server",), "litserve"),
+        Contender(
+            "litserve_steps_openvino",
+            "LitServe step by step, OpenVINO",
+            ("bench.peers.litserve_server", "--way", "steps"),
+            "litserve",
+        ),
+        Contender(
+            "litserve_queues_openvino",
+            "LitServe with two queues, OpenVINO",
+            ("bench.peers.litserve_server", "--way", "queues"),
+            "litserve",
+        ),
         Contender("mosec_openvino", "mosec, OpenVINO", mosec, "mosec"),
     ]
     if before is not None:

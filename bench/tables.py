@@ -5,6 +5,9 @@ from statistics import median
 from typing import Any
 
 from bench import image_tables
+from bench.figures import WITHIN
+from bench.records import SLO
+from bench.servers import SAME_GRAPH
 
 Result = Mapping[str, Any]
 
@@ -12,6 +15,8 @@ TITLES = {  # those of the same executor and precision stand together
     "tminus": "tminus",
     "before": "tminus before",
     "litserve_openvino": "LitServe, OpenVINO",
+    "litserve_steps_openvino": "LitServe step by step, OpenVINO",
+    "litserve_queues_openvino": "LitServe with two queues, OpenVINO",
     "mosec_openvino": "mosec, OpenVINO",
     "tminus_eager": "tminus, eager float32",
     "tminus_eager_fcfs": "tminus, eager float32, first come, first served",
@@ -25,11 +30,12 @@ COLUMNS = {
     "idle": "idle, s",
     "saturation_1": "full load, 1 image a request, row-steps/s",
     "saturation_16": "full load, 16 images, row-steps/s",
+    "goodput": "goodput, row-steps/s",
     "hang_ups": "computed for clients who left, %",
 }
 # Who is compared with whom: the executor and the precision are the same.
 LIKE_FOR_LIKE = {
-    "tminus": ("litserve_openvino", "mosec_openvino"),
+    "tminus": SAME_GRAPH,
     "tminus_eager": ("lock", "litserve", "mosec"),
 }
 
@@ -60,9 +66,10 @@ def machine(result: Result) -> str:
 def headline(result: Result) -> str:
     """Every contender at every load, those that run the network the same way one after the other."""
     precision = result.get("tminus", {}).get("precision", "")
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    columns = {key: text for key, text in COLUMNS.items() if result.get(key)}
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for key, title in TITLES.items():
-        cells = [_cell(result.get(column, {}).get(key)) for column in COLUMNS]
+        cells = [_cell(result[column].get(key)) for column in columns]
         if any(cells) and key != "tminus_eager_fcfs":
             way = f" {precision}" if "OpenVINO" in title else f", OpenVINO {precision}" if key == "tminus" else ""
             way = way or ("" if "eager" in title else ", eager float32")
@@ -75,13 +82,39 @@ def headline(result: Result) -> str:
 
 def like_for_like(result: Result) -> str:
     """How many times as fast tminus is as each peer that runs the same network the same way."""
-    columns = {key: text.rpartition(", ")[0] for key, text in COLUMNS.items() if key != "hang_ups"}
+    columns = {key: text.rpartition(", ")[0] for key, text in COLUMNS.items() if result.get(key) and key != "hang_ups"}
     lines = ["| times as fast | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for ours, peers in LIKE_FOR_LIKE.items():
         for theirs in peers:
-            cells = [_cell(result.get(column, {}).get(f"{ours}_over_{theirs}")) for column in columns]
+            cells = [_cell(result[column].get(f"{ours}_over_{theirs}")) for column in columns]
             if any(cells):
                 lines.append(f"| {TITLES[ours]} / {TITLES[theirs]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attainment(result: Result) -> str:
+    """The share within three times by rate; and at each rate what tminus reaches, by size. Empty if not measured."""
+    if (slo := result.get("slo")) is None:
+        return ""
+    rates = {load: f"{share:g}" for load, share in SLO.items() if slo[load]["all"]}
+    lines = ["| share within 3 times, by rate | " + " | ".join(rates.values()) + " |", "|---" * (1 + len(rates)) + "|"]
+    for key, title in TITLES.items():
+        if any(cells := [_cell(slo[load]["all"].get(key, {}).get("within_3")) for load in rates]):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    columns = {name: f"within {factor:g} times" for name, factor in WITHIN.items()}
+    columns |= {"p50": "p50, times alone", "p95": "p95, times alone"}
+    alone = ", ".join(f"{size} {_digits(alone_s)} s" for size, alone_s in slo["alone_s"].items())
+    lines += [
+        "",
+        f"The executor's own rate is {_digits(slo['own_rate'])} row-steps/s. Alone: {alone}. At each rate:",
+        "",
+    ]
+    lines += ["| rate | requests | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
+    for load, rate in rates.items():
+        for key in ("tminus", "before", *SAME_GRAPH):
+            for size, found in slo[load].items() if key == "tminus" else [("all", slo[load]["all"])]:
+                if any(cells := [_cell(found.get(key, {}).get(column)) for column in columns]):
+                    lines.append(f"| {rate} | {TITLES[key]}, {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -200,6 +233,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "machine": ("serving", machine),
     "headline": ("serving", headline),
     "like-for-like": ("serving", like_for_like),
+    "attainment": ("serving", attainment),
     "effects": ("serving", effects),
     "limits": ("serving", limits),
     "networks": ("networks", networks),

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,18 @@ import httpx
 import psutil
 import pytest
 import torch
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, networks, servers, tables, traffic
+from bench import arrivals, client, cluster, figures, gpu, lock_step, networks, servers, tables, traffic
 from bench.bare import flops_per_row
+from bench.conductor import Conductor, Plan
 from bench.loads import BATCH, Lengths, Turn
 from bench.measures import Findings, Measure, table
 from bench.peers import encode
-from bench.records import Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
+from bench.records import SLO, Answer, Arrival, Ask, Bare, Counters, Loaded, Pace, Run
 from bench.result_file import ROOT
 from bench.servers import contenders
 from bench.tally import Tally, read_tally
@@ -114,13 +117,18 @@ def test_steps_that_nobody_got_are_wasted() -> None:
     answers = [answer(20), answer(50, outcome="left")]
     noticed = loaded("hang_ups", "tminus", answers=answers, took_row_steps=25.0)
     blind = loaded("hang_ups", "lock", answers=answers, took_row_steps=70.0)
-    assert summary_of(noticed, blind)["hang_ups"] == {"tminus": 10, "lock": 100}
+    again = replace(noticed, round=2, took_row_steps=30.0)
+    assert summary_of(noticed, blind, again)["hang_ups"] == {
+        "tminus": {"value": 15, "rounds": [10, 20]},
+        "lock": {"value": 100},
+    }
     assert figures.wasted_of_abandoned(loaded("hang_ups", "lock", answers=[answer()])) is None
 
 
 def test_a_request_without_an_answer_is_told() -> None:
     answers = [answer(20), answer(1000, 40.0, outcome="unanswered")]
-    assert summary_of(loaded("mixed", "lock", answers=answers))["unanswered"] == {"lock": 1}
+    rounds = [loaded("mixed", "lock", answers=answers, number=number) for number in (1, 2)]
+    assert summary_of(*rounds)["unanswered"] == {"lock": 2}, "in all rounds"
 
 
 def test_a_wait_that_had_not_ended_is_the_least_that_it_can_be() -> None:
@@ -139,6 +147,69 @@ def test_a_wait_that_had_not_ended_is_the_least_that_it_can_be() -> None:
     assert "| > 9 |" in tables.headline(summary_of(few, most))
 
 
+def at_rates(key: str, *in_time: int, number: int = 1) -> list[Loaded]:
+    """A turn at each rate, with twenty requests of 1x20 that take 0.2 s or have no answer after 0.9 s."""
+    late = answer(20, 0.9, outcome="unanswered")
+    return [
+        loaded(load, key, number=number, answers=[answer(20, 0.2)] * good + [late] * (20 - good))
+        for load, good in zip(SLO, in_time, strict=False)
+    ]
+
+
+def slo_summary(*loads: Loaded) -> dict[str, Any]:
+    return figures.summary(a_run(loads, own_rate=1000.0, alone_s={"1x20": 0.1}), {"float32": 10.0})
+
+
+def test_attainment_is_of_all_rounds_and_goodput_lies_where_it_is_95_percent() -> None:
+    found = slo_summary(*at_rates("tminus", 20, 20, 20, 18, 2), *at_rates("tminus", 20, 20, 18, 14, 0, number=2))
+    slo = {load: found["slo"][load]["all"]["tminus"] for load in SLO}
+    assert slo["slo_80"]["within_3"] == {"value": 0.95, "rounds": [1.0, 0.9]}
+    assert slo["slo_90"]["within_3"]["value"] == pytest.approx(0.8)
+    assert found["goodput"]["tminus"] == {"value": pytest.approx(800)}
+    assert slo["slo_40"]["within_1_5"]["value"] == 0
+    assert slo["slo_40"]["p50"] == {"value": pytest.approx(2), "rounds": pytest.approx([2, 2])}
+    late = slo["slo_100"]["p50"]
+    assert (late["value"], late["at_least"]) == (pytest.approx(9), True), "most had no answer"
+
+
+def test_a_goodput_beyond_the_rates_is_a_bound_and_so_is_its_ratio() -> None:
+    loads = [*at_rates("tminus", 20, 20, 20, 19, 0), *at_rates("lock", 18), *at_rates("before", 20, 20, 20, 20, 20)]
+    found = slo_summary(*loads)
+    assert found["goodput"]["lock"] == {"value": 400, "at_most": True}, "it had no turn at higher rates"
+    assert found["goodput"]["tminus_over_lock"] == {"value": pytest.approx(900 / 400), "at_least": True}
+    assert found["goodput"]["tminus_over_before"] == {"value": pytest.approx(0.9), "at_most": True}
+    text = tables.attainment(found)
+    assert "| diffusers behind a lock | 0.9 |  |  |  |  |" in text
+    assert "| 0.8 | tminus, 1x20 | 0 | 1 | 1 | 2 | 2 |" in text
+    assert tables.attainment(summary_of(*at_rates("tminus", 20))) == "", "nothing is known of the rates"
+    assert "| < 400 |" in tables.headline(found)
+
+
+def test_a_contender_that_hardly_answers_in_time_is_not_tried_at_higher_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the requests of a round are the same for all contenders."""
+    driven: list[tuple[str, list[float]]] = []
+
+    async def open_loop(turn: Turn, load: str, comers: Sequence[Arrival]) -> Loaded:
+        driven.append((load, [comer.at_s for comer in comers]))
+        wait_s = {"slo_40": 0.1, "slo_60": 0.4}.get(load, 0.6)
+        return loaded(load, turn.server.contender.key, answers=[answer(20, wait_s)])
+
+    async def settled(_turn: Turn, _limit_s: float) -> bool:
+        return True
+
+    monkeypatch.setattr(Turn, "_open_loop", open_loop)
+    monkeypatch.setattr(Turn, "settled", settled)
+    conductor = Conductor(Plan(Path("toy"), ["tminus", "before"], ["slo"], before=ROOT))
+    running = lambda contender: nullcontext(servers.Running(contender, "", 0, Path(), {}))  # noqa: E731
+    monkeypatch.setattr(conductor, "_started", running)
+    conductor._run.own_rate, conductor._run.alone_s = 1000.0, {"1x20": 0.1}
+    for key in ("tminus", "before"):
+        conductor._take_turn(key, number=2)
+    assert [load for load, _ in driven] == 2 * ["slo_40", "slo_60", "slo_80"]
+    assert driven[:3] == driven[3:]
+    assert conductor._run.left_out == []
+
+
 def test_a_server_of_slow_passes_is_still_only_after_a_pass_of_all_its_workers() -> None:
     server: Any = None
     slow, fast = (Turn(server, 1, Lengths(), capacity) for capacity in (12.0, 400.0))
@@ -154,6 +225,16 @@ def test_who_saturates_comes_at_once_and_then_faster_than_anybody_can_serve() ->
     assert [a.at_s for a in made[:4]] == [0.0] * 4
     assert sum(a.ask.row_steps for a in made[4:]) == 1000
     assert [a.seed for a in made] == list(range(len(made)))
+
+
+def test_a_mix_comes_at_the_rate_that_is_asked_for_and_differs_by_round() -> None:
+    mix = Lengths().mix
+    first, again, other = (arrivals.of_mix(mix, 500.0, 25.0, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert [sorted(a.ask.row_steps for a in each) for each in (first, other)] == 2 * [
+        [20] * 36 + [200] * 14 + [2000] * 5
+    ]
+    assert [a.seed for a in first] == list(range(len(first)))
 
 
 # --- client ---
@@ -247,6 +328,47 @@ def test_the_batching_peers_group_by_steps_and_give_a_row_the_same_noise_alone(f
         Wanted.parse({"steps": 0})
 
 
+def test_requests_that_go_step_by_step_join_and_leave_between_passes_and_get_the_same_images(
+    folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    from bench.peers.denoiser import Denoiser, Wanted
+
+    tallies = tmp_path / "tallies"
+    tallies.mkdir()
+    denoiser = Denoiser(folder, Tally(tallies))
+    wanted = [Wanted(2, 4, "ddpm", 1, None), Wanted(1, 3, "ddim", 2, 1), Wanted(15, 2, "ddpm", 3, 0)]
+    courses = [denoiser.begin(wanted[0])]
+    denoiser.step(courses)
+    courses += map(denoiser.begin, wanted[1:])
+    while left := [course for course in courses if course.timesteps]:
+        denoiser.step(left)
+    assert read_tally(tallies) == (2 * 4 + 3 + 15 * 2, 1 + 2 * 2 + 1), "18 rows took two passes"
+    for course, one in zip(courses, wanted, strict=True):
+        assert far_apart(denoiser.finish(course), denoiser.sample([one])[0]) <= 2
+
+
+def test_a_long_request_goes_to_the_queue_of_long_ones_with_its_body() -> None:
+    pytest.importorskip("litserve")
+    from bench.peers.litserve_server import ByLength
+
+    app = FastAPI()
+    app.add_middleware(ByLength)
+
+    @app.post("/sample")
+    @app.post("/long")
+    async def answered(request: Request) -> list[Any]:
+        return [request.url.path, await request.json()]
+
+    async def go(ask: Ask) -> list[Any]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fake") as http:
+            found: list[Any] = (await http.post("/sample", json=ask.to_body(1))).json()
+            return found
+
+    for ask, path in ((Ask(4, 50), "/sample"), (Ask(8, 250), "/long")):
+        assert asyncio.run(go(ask)) == [path, ask.to_body(1)]
+
+
 def far_apart(png: bytes, other: bytes) -> int:
     """The greatest difference in grey levels."""
     with Image.open(io.BytesIO(png)) as one, Image.open(io.BytesIO(other)) as two:
@@ -258,15 +380,17 @@ def far_apart(png: bytes, other: bytes) -> int:
 def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     """A real server with a tiny model: every figure that needs only tminus is there."""
     command = [sys.executable, "-m", "bench", "--quick", "--checkpoint", str(folder), "--contenders", "tminus"]
-    command += ["--only", "idle,saturation_1,mixed,hang_ups", "--out", str(tmp_path)]
+    command += ["--only", "idle,saturation_1,mixed,hang_ups,slo", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "serving.json").read_bytes())
     assert "left_out" not in found
     assert found["made"]["quick"] is True
-    for figure in ("idle", "saturation_1", "short", "long"):
+    for figure in ("idle", "saturation_1", "short", "long", "goodput"):
         assert found[figure]["tminus"]["value"] > 0
     assert found["hang_ups"].keys() == {"tminus"}
+    assert found["slo"]["alone_s"].keys() == {"1x5", "4x10"}
+    assert found["slo"]["slo_40"]["all"]["tminus"]["p95"]["value"] > 0
 
 
 @needs_openvino
@@ -333,6 +457,37 @@ def test_recorded_traffic_is_what_came_to_a_server(folder: Path, tmp_path: Path)
     assert [work.places for _, work in traffic.read(file)] == [3, 2 * 4 * 2, 3 * 9]
     outcome = cluster.Cluster(1).run(traffic.read(file))
     assert len(outcome.waits()) == 3
+
+
+# --- the lock step ---
+
+
+def test_joined_streams_take_their_passes_together_and_free_ones_do_not_wait() -> None:
+    counts = [0, 0]
+    fifth = threading.Event()
+
+    def fast() -> None:
+        counts[0] += 1
+        if counts[0] == 5:
+            fifth.set()
+
+    def waits_for_the_other() -> None:
+        assert fifth.wait(lock_step.STUCK_S)
+        counts[1] += 1
+
+    assert lock_step.rate([fast, waits_for_the_other], 0.0, 0.05, joined=False) > 0
+    assert counts[0] > counts[1] > 0, "one had five passes while the other had none"
+    counts[:] = [0, 0]
+    assert lock_step.rate([fast, waits_for_the_other], 0.001, 0.05, joined=True) > 0
+    assert counts[0] == counts[1] > 0
+
+
+def test_another_process_takes_a_core_only_as_long_as_it_is_wanted() -> None:
+    with lock_step.taken(0.2):
+        (process,) = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+        before_s = process.cpu_times().user
+        wait_until(lambda: process.cpu_times().user > before_s)
+    assert has_ended(process.pid)
 
 
 # --- large networks, and a GPU ---

@@ -18,6 +18,7 @@ def arguments(text: str | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--openvino", metavar="PRECISION", help="run tminus' own graph with OpenVINO [eager PyTorch]")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--way", choices=("batches", "steps", "queues"), default="batches", help="of LitServe")
     return parser.parse_known_args()[0]
 
 

@@ -4,9 +4,10 @@ The network is diffusers' own in eager PyTorch, or the graph that tminus makes o
 
 A batch of requests falls into groups of the same steps and sampler; each group is one loop over the timesteps, in which
 every row has its own class and its own generator. Groups run one after the other: a diffusers scheduler steps all rows
-of a batch at one timestep.
+of a batch at one timestep. Step by step, each request has a scheduler of its own, and only the passes are shared.
 """
 
+import copy
 import json
 import math
 import time
@@ -69,6 +70,16 @@ class Row:
     label: int
 
 
+@dataclass(slots=True)
+class Course:
+    """A request under way."""
+
+    rows: Sequence[Row]
+    scheduler: Any
+    timesteps: list[Tensor]  # that are left
+    x: Tensor  # [B, C, H, W]
+
+
 class Denoiser:
     """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
 
@@ -98,11 +109,7 @@ class Denoiser:
         """Make every request's PNG, in their order."""
         groups: dict[tuple[int, str], list[Row]] = {}
         for number, wanted in enumerate(requests):
-            rows = groups.setdefault((wanted.steps, wanted.sampler), [])
-            label = self._null_class if wanted.class_label is None else wanted.class_label
-            rows += [
-                Row(number, torch.Generator().manual_seed(wanted.seed + 2**32 * k), label) for k in range(wanted.n)
-            ]
+            groups.setdefault((wanted.steps, wanted.sampler), []).extend(self._rows(number, wanted))
         images: list[list[Image.Image]] = [[] for _ in requests]
         for (steps, sampler), rows in groups.items():
             for part in even_parts(rows, MAX_ROWS):
@@ -111,13 +118,48 @@ class Denoiser:
                     images[row.request].append(image)
         return [encode(answer) for answer in images]
 
+    def begin(self, wanted: Wanted) -> Course:
+        """Begin a request that goes on step by step."""
+        rows, scheduler = self._rows(0, wanted), copy.deepcopy(self._schedulers[wanted.sampler])
+        scheduler.set_timesteps(wanted.steps)
+        return Course(rows, scheduler, list(scheduler.timesteps), self._noise(rows))
+
+    @torch.inference_mode()
+    def step(self, courses: Sequence[Course]) -> None:
+        """Take one step of each request, each at its own timestep."""
+        rows = [row for course in courses for row in course.rows]
+        x = torch.cat([course.x for course in courses]).contiguous(memory_format=self._layout)
+        times = [course.timesteps.pop(0) for course in courses]
+        t = torch.cat([t.expand(len(course.rows)) for t, course in zip(times, courses, strict=True)])
+        outs = []
+        for k in range(0, len(rows), MAX_ROWS):
+            some = slice(k, k + MAX_ROWS)
+            outs.append(self._forward(x[some], t[some], self._labels(rows[some])))
+            self._tally.add(len(outs[-1]))
+        own = torch.cat(outs).split([len(course.rows) for course in courses])  # type: ignore[no-untyped-call]
+        for course, at, out in zip(courses, times, own, strict=True):
+            generators = [row.generator for row in course.rows]
+            course.x = course.scheduler.step(out, at, course.x, generator=generators).prev_sample
+
+    def finish(self, course: Course) -> bytes:
+        """Make the PNG of a request that has no steps left."""
+        return encode(self._read(course.x))
+
+    def _rows(self, number: int, wanted: Wanted) -> list[Row]:
+        label = self._null_class if wanted.class_label is None else wanted.class_label
+        return [Row(number, torch.Generator().manual_seed(wanted.seed + 2**32 * k), label) for k in range(wanted.n)]
+
+    def _noise(self, rows: Sequence[Row]) -> Tensor:
+        return torch.cat([torch.randn(1, *self._shape, generator=row.generator) for row in rows]).to(self._device)
+
+    def _labels(self, rows: Sequence[Row]) -> Tensor | None:
+        return torch.tensor([row.label for row in rows], device=self._device) if self._conditional else None
+
     def _loop(self, rows: Sequence[Row], steps: int, sampler: str) -> Tensor:
         """Take rows [B] from noise to finished rows [B, C, H, W]."""
         scheduler: Any = self._schedulers[sampler]
         scheduler.set_timesteps(steps)
-        generators = [row.generator for row in rows]
-        labels = torch.tensor([row.label for row in rows], device=self._device) if self._conditional else None
-        x = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in generators]).to(self._device)
+        generators, labels, x = [row.generator for row in rows], self._labels(rows), self._noise(rows)
         for t in scheduler.timesteps:
             out = self._forward(x.contiguous(memory_format=self._layout), t, labels)
             x = scheduler.step(out, t, x, generator=generators).prev_sample

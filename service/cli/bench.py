@@ -1,5 +1,8 @@
 """`tminus bench`: a small open-loop load on a running server, and what its users would wait.
 
+With --slo it is the field's yardstick: the share of a mix of requests that is answered within some times the time that
+a request of that size takes alone, by rate. `python -m bench` has the same arithmetic.
+
 A request is sent at the time that was planned for it, whether or not earlier ones are answered, and its latency counts
 from that time: a client that waits for answers before it asks again hides the waits that it makes (coordinated
 omission).
@@ -8,16 +11,19 @@ omission).
 import asyncio
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tminus.service.cli.images import key_of_server, one_line_of_server
-from tminus.service.cli.options import JSON, SAMPLER_NAMES
-from tminus.service.cli.output import fail, say, say_json
+from tminus.service.cli.options import JSON, SAMPLER_NAMES, comma_separated
+from tminus.service.cli.output import aligned, fail, say, say_json
 
 if TYPE_CHECKING:
     from tminus.service.client import Sampled
@@ -27,6 +33,81 @@ SETTINGS = ("sampler", "steps", "guidance")  # that an answer says were taken
 MOST_OUTSTANDING = 500  # connections at once: half of the 1024 open files that a process usually has
 MOST_LATE = 0.05  # share of all latency that may be the client's own lateness, before a line warns
 PERCENTILES = (50, 95, 99)
+MIX = "8:1x20,3:4x50,1:8x250"
+LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates, as shares of what a server is taken to do
+IN_TIME = 0.95  # share of the requests, at goodput
+ALONE = 3  # requests of each size, one after the other, whose median is the time alone
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a request of a mix asks for."""
+
+    n: int
+    steps: int
+
+    @property
+    def row_steps(self) -> int:
+        """The work that it asks for."""
+        return self.n * self.steps
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.steps}"
+
+
+Mix = Mapping[Size, int]  # the weight of each, by number of requests
+
+
+def read_mix(text: str) -> dict[Size, int]:
+    """Read WEIGHT:IMAGESxSTEPS, joined by commas. Raises click.BadParameter."""
+    found: dict[Size, int] = {}
+    for part in map(str.strip, text.split(",")):
+        match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})x([1-9]\d{0,5})", part, re.ASCII)
+        if match is None:
+            raise click.BadParameter(f"each must be WEIGHT:IMAGESxSTEPS of positive integers, got {part!r:.100}")
+        weight, n, steps = map(int, match.groups())
+        found[Size(n, steps)] = found.get(Size(n, steps), 0) + weight
+    return found
+
+
+def mean_row_steps(mix: Mix) -> float:
+    """Return the work of a request of the mix, on average."""
+    return sum(size.row_steps * weight for size, weight in mix.items()) / sum(mix.values())
+
+
+def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[tuple[float, Size]]:
+    """Draw a Poisson process of requests of a mix, for about so many seconds.
+
+    How many there are of each size is fixed, at least one, and the rate is exact: the load is no luck of the seed.
+    """
+    chance = random.Random(seed)  # noqa: S311 (no secret)
+    blocks = row_steps_per_s * seconds / mean_row_steps(mix) / sum(mix.values())
+    sizes = [size for size, weight in mix.items() for _ in range(max(1, round(blocks * weight)))]
+    chance.shuffle(sizes)
+    end_s = sum(size.row_steps for size in sizes) / row_steps_per_s
+    return list(zip(sorted(chance.uniform(0, end_s) for _ in sizes), sizes, strict=True))
+
+
+def share_within(times_alone: Sequence[float], factor: float) -> float:
+    """Return the share of the requests that took at most so many times their time alone."""
+    return sum(each <= factor for each in times_alone) / len(times_alone)
+
+
+def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
+    """Find the highest rate at which 95 % are in time. attained: the share in time at each rate.
+
+    It is interpolated between the last such rate and the next. `at_least` and `at_most` mark a rate that is only a
+    bound: that of the last of the rates, and of the first.
+    """
+    rates = sorted(attained)
+    good = [rate for rate in rates if attained[rate] >= IN_TIME]
+    if not good:
+        return {"value": rates[0], "at_most": True}
+    if good[-1] == rates[-1]:
+        return {"value": rates[-1], "at_least": True}
+    low, high = good[-1], rates[rates.index(good[-1]) + 1]
+    part = (attained[low] - IN_TIME) / (attained[low] - attained[high])
+    return {"value": low + part * (high - low)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +140,11 @@ class Outcome:
     unsent: int = 0  # since MOST_OUTSTANDING others had no answer yet
     last_s: float = 0.0  # when the last answer came, after the start
 
+    @property
+    def missed(self) -> int:
+        """How many requests had no images."""
+        return self.refused.total() + self.unanswered + self.unsent
+
     def report(self, load: Load) -> dict[str, Any]:
         """Return the figures, as --json prints them. A latency is None where that request was given up."""
         answered, total = len(self.latencies_s), sum(self.latencies_s)
@@ -73,7 +159,7 @@ class Outcome:
             "refused": dict(sorted(self.refused.items())),
             "unanswered": self.unanswered,
             "unsent": self.unsent,
-            "latency_s": {name: round(value, 4) if value < math.inf else None for name, value in found.items()},
+            "latency_s": {name: finite(value) for name, value in found.items()},
             "images_per_s": round(images / self.last_s, 3) if self.last_s else 0.0,
             "late_share": round(late, 4),
             "kept_up": self.unsent == 0 and late <= MOST_LATE,
@@ -85,6 +171,73 @@ def percentile(ordered: Sequence[float], q: int) -> float:
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Says what is asked for at each rate, and in which multiples of the time alone it should be answered."""
+
+    mix: Mix
+    alone_s: Mapping[Size, float]
+    factors: tuple[float, ...]
+    seconds: float
+    seed: int
+    give_up_s: float
+
+    def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
+        """Return the figures of a rate. Requests that were not answered are not in time."""
+        times = {
+            str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
+            for size, outcome in outcomes.items()
+        }
+        ended = outcomes.values()
+        latency_s = sum(sum(each.latencies_s) for each in ended)
+        return {
+            "rate": round(rate, 4),
+            "row_steps_per_s": round(rate * mean_row_steps(self.mix), 2),
+            "answered": sum(len(each.latencies_s) for each in ended),
+            "refused": dict(sorted(sum((each.refused for each in ended), Counter[str]()).items())),
+            "unanswered": sum(each.unanswered for each in ended),
+            "unsent": sum(each.unsent for each in ended),
+            "late_share": round(sum(each.late_s for each in ended) / latency_s, 4) if latency_s else 0.0,
+            "all": self._figures([each for own in times.values() for each in own]),
+            **{size: self._figures(own) for size, own in times.items()},
+        }
+
+    def report(self, at_rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the figures of all rates, as --json prints them."""
+        late_share = max(each["late_share"] for each in at_rates)
+        unsent = sum(each["unsent"] for each in at_rates)
+        return {
+            "mix": {str(size): weight for size, weight in self.mix.items()},
+            "alone_s": {str(size): round(alone_s, 4) for size, alone_s in self.alone_s.items()},
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "rates": at_rates,
+            "goodput": {
+                f"{factor:g}": goodput(
+                    {each["row_steps_per_s"]: each["all"]["within"][f"{factor:g}"] for each in at_rates}
+                )
+                for factor in self.factors
+            },
+            "answered": sum(each["answered"] for each in at_rates),
+            "unsent": unsent,
+            "late_share": late_share,
+            "kept_up": unsent == 0 and late_share <= MOST_LATE,
+        }
+
+    def _figures(self, times_alone: Sequence[float]) -> dict[str, Any]:
+        ordered = sorted(times_alone)
+        return {
+            "requests": len(ordered),
+            "within": {f"{factor:g}": round(share_within(ordered, factor), 4) for factor in self.factors},
+            **{f"p{q}": finite(percentile(ordered, q)) for q in PERCENTILES[:2]},
+        }
+
+
+def finite(value: float) -> float | None:
+    """Round a value for --json, which has no infinity."""
+    return round(value, 4) if value < math.inf else None
+
+
 @click.command(
     short_help="Send a small load to a server, and measure its latency.",
     epilog="Exit codes: 0 done; 1 no request was answered with images, or the command failed; 2 wrong command line; "
@@ -92,8 +245,17 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 )
 @click.argument("url", default="http://localhost:8000")
 @click.option("--model", help="Name of one of its models  [default: its default model]")
-@click.option("--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="Requests a second, on average")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, help="Seconds for which requests arrive")
+@click.option(
+    "--rate",
+    "rates",
+    metavar="NUMBER",
+    callback=comma_separated(float, "a number from 0.01 to 1000", lambda rate: 0.01 <= rate <= 1000),
+    help="Requests a second, on average; with --slo several, joined by commas  [default: 1; with --slo from the times "
+    "alone]",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(1, 3600), default=20.0, help="Seconds for which requests arrive, at each rate"
+)
 @click.option("-n", "--n", type=click.IntRange(1), default=1, help="Images in each request")
 @click.option(
     "--sampler",
@@ -101,6 +263,19 @@ def percentile(ordered: Sequence[float], q: int) -> float:
     help="Sampler of the requests  [default: the recommended one; with --steps that of the scheduler]",
 )
 @click.option("--steps", metavar="INTEGER", help="Steps of the requests  [default: the recommended ones]")
+@click.option(
+    "--slo",
+    "factors",
+    metavar="NUMBER",
+    callback=comma_separated(float, "a number from 1 to 1000", lambda factor: 1 <= factor <= 1000),
+    help="Measure the share answered within so many times the time alone, by rate; one or several, joined by commas",
+)
+@click.option(
+    "--mix",
+    metavar="WEIGHT:IMAGESxSTEPS,...",
+    callback=lambda _context, _option, text: text and read_mix(text),
+    help=f"Requests of --slo  [default: {MIX}]",
+)
 @click.option("--class-label", help="Number or name of the class of all images")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the arrival times")
 @click.option(
@@ -110,12 +285,18 @@ def percentile(ordered: Sequence[float], q: int) -> float:
     default=60.0,
     help="Seconds after the last arrival at which unanswered requests are given up",
 )
-@click.option("--warm-up/--no-warm-up", default=True, help="Send one request first, which does not count")
+@click.option(
+    "--warm-up/--no-warm-up",
+    default=True,
+    help="Send one request first, which does not count; with --slo one of each size",
+)
 @JSON
 def bench(
     url: str,
     model: str | None,
-    rate: float,
+    rates: tuple[float, ...] | None,
+    factors: tuple[float, ...] | None,
+    mix: dict[Size, int] | None,
     seconds: float,
     seed: int,
     give_up_s: float,
@@ -128,6 +309,7 @@ def bench(
     \b
       tminus bench http://localhost:8000 --rate 2 --seconds 20
       tminus bench --rate 4 -n 4 --sampler dpmpp_2m --steps 20 --json
+      tminus bench --slo 3 --mix 8:1x20,3:4x50,1:8x250
 
     The load is an open loop: requests arrive as a Poisson process, whether or not earlier ones are answered. A latency
     counts from the planned arrival. So a rate above what the server can do shows as latencies that grow with --seconds,
@@ -150,33 +332,66 @@ def bench(
       sent late   [late_share] lateness of this client, as a share of all
                   latency; above 5 % [kept_up] is false, and a warning says
                   that the client was too slow to measure the server
+
+    With --slo, the requests are those of --mix, and the server is first measured with one request at a time. Rates that
+    are not given are 0.4, 0.6, 0.8, 0.9 and 1 of the most row-steps a second that one request makes alone. A request
+    that is refused or given up is not in time.
+
+    \b
+      mix         [mix, sampler, seconds, seed] weights by size, IMAGESxSTEPS
+      alone       [alone_s] median time of a request alone, in seconds
+      the table   [rates] for each rate, of all requests and of each size: the
+                  share within so many times the time alone, and the p50 and
+                  p95 of that multiple; none (null) as above
+      goodput     [goodput] highest rate in row-steps a second with 95 % within
+                  so many times, interpolated; > [at_least] and < [at_most]
+                  mark a bound: the highest and the lowest of the rates
     """
-    if rate * seconds > MOST_REQUESTS:
-        fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")
     parameters = {name: value for name, value in given.items() if value is not None}
-    load = Load.poisson(rate, seconds, seed, parameters, give_up_s)
-    with one_line_of_server(url):
-        outcome, example = asyncio.run(_bench(url, model, load, warm_up))
-    report = {
-        "url": url,
-        "model": model,
-        **given,
-        **{name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None},
-        "rate": rate,
-        "seconds": seconds,
-        "seed": seed,
-    }
-    report |= outcome.report(load)
+    report: dict[str, Any] = {"url": url, "model": model}
+    if factors is None:
+        if mix is not None or (rates is not None and len(rates) > 1):
+            fail(f"{'--mix' if mix is not None else '--rate, more than one'}: needs --slo")
+        (rate,) = rates or (1.0,)
+        check_number(rate, seconds)
+        load = Load.poisson(rate, seconds, seed, parameters, give_up_s)
+        with one_line_of_server(url):
+            outcome, example = asyncio.run(_bench(url, model, load, warm_up))
+        report |= given | taken(example) | {"rate": rate, "seconds": seconds, "seed": seed}
+        report |= outcome.report(load)
+    else:
+        if parameters.pop("n") != 1 or parameters.pop("steps", None) is not None:
+            fail("--n and --steps: the requests of --slo are those of --mix")
+        mix = mix or read_mix(MIX)
+        with one_line_of_server(url):
+            alone_s, example = asyncio.run(_alone(url, model, mix, parameters, warm_up))
+            most = max(size.row_steps / alone_s[size] for size in mix)
+            rates = rates or tuple(share * most / mean_row_steps(mix) for share in LADDER)
+            check_number(max(rates), seconds)
+            goal = Goal(mix, alone_s, factors, seconds, seed, give_up_s)
+            at_rates = [asyncio.run(_at_rate(url, model, goal, rate, parameters)) for rate in sorted(rates)]
+        report |= {name: (given | taken(example))[name] for name in ("sampler", "class_label")} | goal.report(at_rates)
     if as_json:
         say_json(report)
     else:
-        say(text_of(report))
+        say(text_of(report) if factors is None else text_of_slo(report))
     if not report["kept_up"]:
-        waiting = f", and {outcome.unsent} were not sent" if outcome.unsent else ""
+        waiting = f", and {report['unsent']} were not sent" if report["unsent"] else ""
         say_late = f"{report['late_share']:.0%} of the latency is lateness of this client{waiting}"
         click.echo(f"tminus: the client could not keep up: {say_late}; take a lower --rate", err=True)
-    if not outcome.latencies_s:
+    if not report["answered"]:
         fail(f"{url}: no request was answered with images")
+
+
+def check_number(rate: float, seconds: float) -> None:
+    """Fail where a rate makes too many requests."""
+    if rate * seconds > MOST_REQUESTS:
+        fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")
+
+
+def taken(example: "Sampled | None") -> dict[str, Any]:
+    """Return the settings that a server used, by one of its answers."""
+    return {name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None}
 
 
 def text_of(report: Mapping[str, Any]) -> str:
@@ -196,6 +411,67 @@ def text_of(report: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:>10}  {value}" for name, value in told.items() if value)
 
 
+def text_of_slo(report: Mapping[str, Any]) -> str:
+    """Lay the figures of --slo out as lines and a table."""
+    sampler = f"; sampler {report['sampler']}" if report["sampler"] is not None else ""
+    factors = list(report["goodput"])
+    rows = [["requests/s", "row-steps/s", "size", "requests", *(f"within {each}" for each in factors), "p50", "p95"]]
+    for at_rate in report["rates"]:
+        for size in ("all", *report["mix"]):
+            figures, first = at_rate[size], size == "all"
+            rows.append([f"{at_rate['rate']:.3g}", f"{at_rate['row_steps_per_s']:.0f}"] if first else ["", ""])
+            rows[-1] += [size, str(figures["requests"]), *(f"{share:.0%}" for share in figures["within"].values())]
+            rows[-1] += [f"{figures[q]:.3g}" if figures[q] is not None else "none" for q in ("p50", "p95")]
+    lines = [
+        f"{'mix':>10}  " + ", ".join(f"{weight} of {size}" for size, weight in report["mix"].items()) + sampler,
+        f"{'alone':>10}  " + ", ".join(f"{size} {alone_s:.3f} s" for size, alone_s in report["alone_s"].items()),
+        aligned(rows),
+    ]
+    for factor, found in report["goodput"].items():
+        bound = "> " if "at_least" in found else "< " if "at_most" in found else ""
+        lines.append(f"{'goodput':>10}  {bound}{found['value']:.0f} row-steps/s, {IN_TIME:.0%} within {factor} times")
+    return "\n".join(lines)
+
+
+async def _alone(
+    url: str, model: str | None, mix: Mix, parameters: Mapping[str, Any], warm_up: bool
+) -> "tuple[dict[Size, float], Sampled]":
+    """Measure how long a request of each size takes alone; also return an answer. Raises ClientError."""
+    from tminus.service.client import AsyncClient
+
+    clock = asyncio.get_running_loop().time
+    alone_s: dict[Size, float] = {}
+    async with AsyncClient(url, model=model, key=key_of_server()) as client:
+        for size in mix:
+            seconds = []
+            for _ in range(warm_up + ALONE):
+                asked_s = clock()
+                example = await client.sample(**parameters, n=size.n, steps=size.steps)
+                seconds.append(clock() - asked_s)
+            alone_s[size] = median(seconds[warm_up:])
+    return alone_s, example
+
+
+async def _at_rate(
+    url: str, model: str | None, goal: Goal, rate: float, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Send the mix at a rate, each size as a load of its own, and return the figures."""
+    from tminus.service.client import AsyncClient
+
+    comers = mixed(goal.mix, rate * mean_row_steps(goal.mix), goal.seconds, goal.seed)
+    end_s = comers[-1][0] + goal.give_up_s
+    async with AsyncClient(url, model=model, key=key_of_server()) as client:
+
+        def drive_size(size: Size) -> Awaitable[Outcome]:
+            at_s = tuple(at_s for at_s, comer in comers if comer == size)
+            asked = {**parameters, "n": size.n, "steps": size.steps}
+            load = Load(at_s, asked, end_s - at_s[-1])
+            return drive(load, partial(client.sample, **asked), beside=len(goal.mix) - 1)
+
+        outcomes = await asyncio.gather(*map(drive_size, goal.mix))
+    return goal.at_rate(rate, dict(zip(goal.mix, outcomes, strict=True)))
+
+
 async def _bench(url: str, model: str | None, load: Load, warm_up: bool) -> "tuple[Outcome, Sampled | None]":
     """Send a load to a server. Raises ClientError where the request that warms up fails.
 
@@ -213,8 +489,11 @@ async def _bench(url: str, model: str | None, load: Load, warm_up: bool) -> "tup
         return outcome, examples[0] if examples else None
 
 
-async def drive(load: Load, ask: Callable[[], Awaitable[None]]) -> Outcome:
-    """Send each request of a load at its time, and see what becomes of it. ask: sends one; may raise ClientError."""
+async def drive(load: Load, ask: Callable[[], Awaitable[object]], beside: int = 0) -> Outcome:
+    """Send each request of a load at its time, and see what becomes of it.
+
+    ask: sends one; may raise ClientError. beside: how many other loads the client has at the same time.
+    """
     from tminus.service.client import ClientError, Problem
 
     clock = asyncio.get_running_loop().time
@@ -236,7 +515,7 @@ async def drive(load: Load, ask: Callable[[], Awaitable[None]]) -> Outcome:
 
     for at_s in load.at_s:
         await asyncio.sleep(start_s + at_s - clock())
-        if len(waiting) >= MOST_OUTSTANDING:
+        if len(waiting) >= MOST_OUTSTANDING // (1 + beside):
             outcome.unsent += 1
             continue
         task = asyncio.create_task(one(start_s + at_s))

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import selectors
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +17,7 @@ from tests.service.cli.running import refusal, run
 from tests.service.client.conftest import MakeServed, Served, make_served  # noqa: F401
 from tests.service.client.hostile import IMAGE_HEAD, answering
 from tminus.service.cli import bench
-from tminus.service.cli.bench import Load, Outcome, drive, percentile
+from tminus.service.cli.bench import Goal, Load, Outcome, Size, drive, goodput, mixed, percentile, read_mix
 from tminus.service.client import Problem, Unreachable
 from tminus.service.images.encoder import encode_png
 
@@ -129,6 +131,58 @@ def test_a_percentile_is_the_least_value_that_so_many_do_not_exceed(values: list
     assert 100 * sum(value < found for value in values) < q * len(values)
 
 
+@given(
+    st.dictionaries(st.builds(Size, st.integers(1, 9), st.integers(1, 300)), st.integers(1, 9), min_size=1, max_size=4),
+    st.floats(1, 2000),
+    st.integers(1, 60),
+    st.integers(0, 99),
+)
+def test_a_mix_arrives_at_its_exact_rate_and_every_size_comes(
+    mix: dict[Size, int], row_steps_per_s: float, seconds: int, seed: int
+) -> None:
+    comers = mixed(mix, row_steps_per_s, seconds, seed)
+    assert {size for _, size in comers} == mix.keys()
+    end_s = sum(size.row_steps for _, size in comers) / row_steps_per_s
+    assert [at_s for at_s, _ in comers] == sorted(at_s for at_s, _ in comers)
+    assert all(0 <= at_s <= end_s for at_s, _ in comers)
+    assert comers == mixed(mix, row_steps_per_s, seconds, seed)
+
+
+def test_a_mix_keeps_its_weights_by_requests() -> None:
+    comers = [size for _, size in mixed(read_mix("8:1x20,3:4x50,1:8x250"), 1000.0, 27.6, seed=3)]
+    assert [comers.count(size) for size in (Size(1, 20), Size(4, 50), Size(8, 250))] == [80, 30, 10]
+
+
+@pytest.mark.parametrize("text", ["8:1x20,", "1x20", "0:1x20", "1:1x0", "-1:1x20", "1:1x20;1:2x20", "1:1.5x20", ""])
+def test_a_mix_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="each must be WEIGHT:IMAGESxSTEPS of positive integers, got "):
+        read_mix(text)
+
+
+def test_goodput_is_the_highest_rate_in_time_and_lies_between_two_rates_by_their_shares() -> None:
+    assert goodput({100: 1.0, 200: 0.97, 300: 0.92, 400: 0.2}) == {"value": pytest.approx(240)}
+    assert goodput({100: 1.0, 200: 0.9, 300: 0.95, 400: 0.85}) == {"value": pytest.approx(300)}, "the highest counts"
+    assert goodput({100: 1.0, 200: 0.95}) == {"value": 200, "at_least": True}
+    assert goodput({200: 0.3, 100: 0.94}) == {"value": 100, "at_most": True}
+
+
+def test_a_request_without_images_is_not_in_time_and_a_percentile_at_its_place_is_none() -> None:
+    short, long = Size(1, 20), Size(8, 250)
+    goal = Goal({short: 1, long: 1}, {short: 0.1, long: 4.0}, (1.5, 3), 20, 0, 60)
+    outcomes = {
+        short: Outcome([0.1, 0.2, 0.29, 0.5]),
+        long: Outcome([4.0, 5.9], unanswered=1, unsent=2, refused=Counter({"overloaded (429)": 1})),
+    }
+    found = goal.at_rate(2.0, outcomes)
+    assert found["row_steps_per_s"] == 2 * (20 + 2000) / 2
+    assert found[str(short)] == {"requests": 4, "within": {"1.5": 0.25, "3": 0.75}, "p50": 2.0, "p95": 5.0}
+    assert found[str(long)] == {"requests": 6, "within": {"1.5": 0.3333, "3": 0.3333}, "p50": None, "p95": None}
+    assert found["all"]["within"] == {"1.5": 0.3, "3": 0.5}
+    report = goal.report([found])
+    assert report["goodput"] == {each: {"value": 2020, "at_most": True} for each in ("1.5", "3")}
+    assert not report["kept_up"]
+
+
 # --- the command ---
 
 
@@ -177,3 +231,60 @@ def test_what_is_wrong_is_one_clear_line() -> None:
     assert "url must be http://" in refusal("bench", "localhost:8000")
     line = refusal("bench", "http://127.0.0.1:9", "--rate", "1000", "--seconds", "60")
     assert line == "tminus: --rate times --seconds: must be at most 20000 requests, got 60000"
+
+
+def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
+    make_served: MakeServed,  # noqa: F811
+) -> None:
+    served: Served = make_served()
+    load = (served.url, "--slo", "1000,1", "--mix", "3:1x4,1:2x5", "--rate", "8,4", "--seconds", "1")
+    figures = json.loads(run("bench", *load, "--json").stdout)
+    assert figures["mix"] == {"1x4": 3, "2x5": 1}
+    assert figures["alone_s"].keys() == {"1x4", "2x5"}
+    assert [each["rate"] for each in figures["rates"]] == [4, 8]
+    for at_rate in figures["rates"]:
+        assert at_rate["all"]["within"]["1000"] == 1
+        assert (
+            at_rate["all"]["requests"] == at_rate["1x4"]["requests"] + at_rate["2x5"]["requests"] == at_rate["answered"]
+        )
+    assert figures["goodput"]["1000"] == {"value": 8 * 5.5, "at_least": True}
+    lines = run("bench", *load).stdout.splitlines()
+    assert lines[0] == "       mix  3 of 1x4, 1 of 2x5; sampler ddpm"
+    assert lines[2].split() == [
+        "requests/s",
+        "row-steps/s",
+        "size",
+        "requests",
+        "within",
+        "1000",
+        "within",
+        "1",
+        "p50",
+        "p95",
+    ]
+    assert lines[3].split()[:5] == ["4", "22", "all", "4", "100%"]
+    assert "   goodput  > 44 row-steps/s, 95% within 1000 times" in lines
+
+
+def test_rates_that_are_not_given_are_shares_of_what_one_request_makes_alone(
+    make_served: MakeServed,  # noqa: F811
+) -> None:
+    served: Served = make_served()
+    load = (served.url, "--slo", "1000", "--mix", "1:4x1000", "--seconds", "1", "--no-warm-up")
+    figures = json.loads(run("bench", *load, "--json").stdout)
+    alone = 4000 / figures["alone_s"]["4x1000"]
+    rates = [each["row_steps_per_s"] for each in figures["rates"]]
+    assert rates == pytest.approx([share * alone for share in bench.LADDER], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--mix", "1:1x20"), "--mix: needs --slo"),
+        (("--rate", "1,2"), "--rate, more than one: needs --slo"),
+        (("--slo", "3", "--steps", "20"), "--n and --steps: the requests of --slo are those of --mix"),
+        (("--slo", "3", "-n", "2"), "--n and --steps: the requests of --slo are those of --mix"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(flags: tuple[str, ...], line: str) -> None:
+    assert refusal("bench", "http://127.0.0.1:9", *flags) == f"tminus: {line}"
