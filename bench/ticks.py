@@ -91,7 +91,7 @@ def same_bits(executor: Executor, checkpoint: Checkpoint, device: torch.device, 
 class Instant:
     """An executor whose pass takes no time: it gives the same values each time."""
 
-    name, precision, details = "instant", "float32", ""
+    name, precision, details, queues = "instant", "float32", "", False
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, rows: int) -> None:
         config = checkpoint.net.config

@@ -45,8 +45,9 @@ Progress = Callable[[str, float | None], None]
 # No batch is larger unless --max-batch asks for it: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
+MIN_QUEUED_BATCH = 8  # on a loaded machine, what Python does for a smaller tick takes too much of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
-SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
+SHORT_SHARE = 0.6  # of the best throughput, for a tick that short and much longer jobs share
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
 LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
@@ -367,18 +368,18 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         # A tick that was slow, by chance or not, has ended the round before the size that will be used.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
-        sizes = _batch_sizes(tick_times)
+        sizes = _batch_sizes(tick_times, min(largest, MIN_QUEUED_BATCH) if engine.queues else MIN_BATCH)
         full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
         sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
 
 
-def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, Any]:
-    """The smallest batches with 95 % (max_batch) and 85 % (short_batch) of the best throughput."""
+def _batch_sizes(tick_times: tuple[tuple[int, float], ...], least: int) -> dict[str, Any]:
+    """The smallest batches with 95 % (max_batch, not below `least`) and 60 % (short_batch) of the best throughput."""
     return {
-        "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
-        "short_batch": max(MIN_BATCH, smallest_batch_at(tick_times, SHORT_SHARE)),
+        "max_batch": max(MIN_BATCH, least, smallest_batch_at(tick_times)),
+        "short_batch": smallest_batch_at(tick_times, SHORT_SHARE),
     }
 
 
@@ -391,7 +392,7 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
     """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
-    possible = all(type(size) is int and MIN_BATCH <= size <= max(MIN_BATCH, largest) for size in sizes.values())
+    possible = all(type(size) is int and 1 <= size <= max(MIN_BATCH, largest) for size in sizes.values())
     overlapped = kept.get("overlapped", 0)  # kept as None where there is none
     possible = possible and (overlapped is None or (isinstance(overlapped, float) and 0 < overlapped <= 1))
     return sizes | {"overlapped": overlapped} if possible else None

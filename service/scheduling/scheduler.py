@@ -106,6 +106,13 @@ class Sharing:
         place_s = times.seconds_per_place(max_batch) or 1.0
         return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, times, place_s)
 
+    @property
+    def full_batch(self) -> int:
+        """How many places a tick has while another one is in flight and rows enough wait for both."""
+        if self.times.overlapped is None:
+            return self.max_batch
+        return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
+
     def in_background(self) -> "Sharing":
         """Return how the places of background ticks are shared out.
 
@@ -131,6 +138,10 @@ class Sharing:
         """How many places others may have in a tick of the owner that leads, which has so many."""
         return _beside(self.times, self.max_batch, places)
 
+    def tick_s(self, places: int) -> float:
+        """How long a tick takes, in seconds; as if its places took it one by one where that was not measured."""
+        return self.times.seconds(places) or places * self.place_s
+
     def paid_s(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
         """Return what each owner pays for its places in a tick, in seconds of the machine.
 
@@ -138,7 +149,7 @@ class Sharing:
         is more than half of the machine counts against it when somebody comes.
         """
         total = sum(places.values())
-        tick_s = self.times.seconds(total) or total * self.place_s
+        tick_s = self.tick_s(total)
         if alone:
             return dict.fromkeys(places, max(0.0, total * self.place_s - tick_s / 2))
         if leader is not None and leader in places:
@@ -160,10 +171,10 @@ class Sharing:
         share = kept / needed
         return needed if turn * share % 1 < share and needed <= places else 0
 
-    def short_room(self, free: int) -> int:
-        """How many of the free places a job may take that is held back: it fills up to a multiple of short_batch."""
-        used = self.max_batch - free
-        return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, self.max_batch) - used
+    def short_room(self, size: int, free: int) -> int:
+        """How many free places a job that is held back may take: it fills a tick up to a multiple of short_batch."""
+        used = size - free
+        return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, size) - used
 
 
 @lru_cache(maxsize=4096)
@@ -237,6 +248,7 @@ class OwnerQueue:
         # time, and changing a list's end is cheap.
         self._queue: list[tuple[int, int, str]] = []
         self.ticks = 0  # in which it had places
+        self._owed_s = 0.0  # to the oldest job, while it is held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -306,22 +318,38 @@ class OwnerQueue:
         end, jobs, sharing = pick.free - places, self._jobs, self._sharing  # end: how many are to stay free
         if len(jobs) > 1:
             oldest = self.oldest
-            pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
-        for *_, job_id in islice(reversed(self._queue), sharing.max_batch + 1):
+            if oldest.total < much_longer:
+                pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
+            elif sharing.reserved and self._owed_s >= sharing.tick_s(min(places, oldest.places_now)):
+                pick.take(oldest, places)
+        for *_, job_id in islice(reversed(self._queue), pick.size + 1):
             room = pick.free - end
             if not room:
                 break
             job = jobs[job_id]
             if job.total >= much_longer:
-                room = min(room, sharing.short_room(pick.free))
+                room = min(room, sharing.short_room(pick.size, pick.free))
             pick.take(job, room)
+
+    def stepped(self, seconds: float, places: Mapping[str, int]) -> None:
+        """Note that it had a tick of so many seconds, and what places each of the jobs took in it.
+
+        Where the oldest job is held back, its share is one of the time.
+        """
+        self.ticks += 1
+        if len(self._jobs) < 2 or self.oldest.total < self.much_longer:
+            self._owed_s = 0.0
+        elif self.oldest.id in places:
+            self._owed_s = max(0.0, self._owed_s - seconds)
+        else:
+            self._owed_s += seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
 
 
 class _Pick:
     """A batch being built. A job's rows are the least advanced of each list, so two counts per job identify them."""
 
     def __init__(self, max_batch: int) -> None:
-        self.free = max_batch
+        self.size = self.free = max_batch
         self._rows: list[int] = []
         self._steps: list[int] = []
         self._guided: list[int] = []
@@ -410,13 +438,14 @@ class ClassScheduler:
         """Choose the rows of the next tick; None when there is nothing to do before a tick in flight has ended."""
         if not self._jobs or (self.in_flight and not self.overlaps):
             return None
-        pick, self._leader = _Pick(self.most_places), None
+        is_full = self._wants(2 * self._sharing.full_batch) and self.overlaps
+        pick, self._leader = _Pick(self._sharing.full_batch if is_full else self.most_places), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
         else:
             self._share_out(pick)
-        return pick.batch() if pick.free < self.most_places else None
+        return pick.batch() if pick.free < pick.size else None
 
     @property
     def overlaps(self) -> bool:
@@ -436,8 +465,16 @@ class ClassScheduler:
         least, most = self._totals
         if most >= MUCH_LONGER * least:
             return False
-        in_flight = sum(batch.places for batch in self.in_flight)
-        return in_flight + sum(queue.places_now for queue in self._owners.values()) > self.most_places
+        return self._wants(self.most_places + 1)
+
+    def _wants(self, places: int) -> bool:
+        """Whether a step of all rows takes at least so many places."""
+        wanted = 0
+        for job in self._jobs.values():
+            wanted += job.places_now + sum(picked.places for picked in job.in_flight)
+            if wanted >= places:
+                return True
+        return False
 
     def begin(self, batch: Batch) -> None:
         """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
@@ -458,7 +495,7 @@ class ClassScheduler:
         """Give each of several owners its places."""
         sharing = self._sharing
         # Each of these wants a place at least: none is left for others.
-        owners = [owner for owner in self._in_turn() if self._owners[owner].places_now][: self.most_places + 1]
+        owners = [owner for owner in self._in_turn() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return
         had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
@@ -467,7 +504,7 @@ class ClassScheduler:
             self._leader = owners[0]
             queue = self._owners[self._leader]
             queue.fill(pick, pick.free, queue.much_longer)
-            pick.free = min(pick.free, sharing.beside(self.most_places - pick.free))
+            pick.free = min(pick.free, sharing.beside(pick.size - pick.free))
             del wants[self._leader]
         allotted = allot(pick.free, sharing.place_s, wants, had_s)
         for owner, places in allotted.items():
@@ -510,8 +547,9 @@ class ClassScheduler:
             queue.put_back(job)
             if not job.singles and not job.doubles and not job.in_flight:
                 finished.append(job.id)
+        seconds = ticks * self._sharing.tick_s(sum(places.values()))
         for owner in places:
-            self._owners[owner].ticks += 1
+            self._owners[owner].stepped(seconds, taken)
         paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
         self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
