@@ -177,10 +177,11 @@ def test_a_wide_pass_of_an_image_whose_norms_torch_splits_has_the_bits_of_a_stre
 @pytest.fixture
 def no_threads_left() -> Iterator[None]:
     """Each stream has a thread, which ends with its executor."""
+    before = threading.enumerate()
     yield
     gc.collect()  # as when a model is unloaded: an error knows the frames that it came through
     for thread in threading.enumerate():
-        if thread.name.startswith("tminus-pass"):
+        if thread not in before:
             thread.join(10)
             assert not thread.is_alive()
 
