@@ -88,14 +88,14 @@ class Pulse:
             done.cancel()
 
 
-def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
-    """Make a pool whose threads all run already; name: what theirs begin with.
+def started_pool(threads: int, name: str, begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:
+    """Make a pool whose threads all run already; name: what theirs begin with. Each thread calls `begin` first.
 
     A pool of the standard library starts a thread with the first task that finds none idle. If there is no memory for
     it just then, the thread may end before it has said that it runs, and `Thread.start` waits for that for ever: so did
     the worker, and with it every client.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin)
     all_run = Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(all_run.wait)

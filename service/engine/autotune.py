@@ -27,6 +27,7 @@ from tminus.service.engine.accuracy import Unfit, Verdict
 from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache
 from tminus.service.engine.devices import multiplying
 from tminus.service.engine.executors import (
+    CPU_SIZES,
     MAX_GRAPHS,
     PRECISIONS,
     CompiledExecutor,
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # that the others are compared with
-CPU_SIZES = (1, 2, 4, 8)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
@@ -63,9 +63,9 @@ class Choice:
     precision: str
     channels_last: bool = True
     sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
-    wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
-    streams: int | None = None  # openvino: None is one for each thread; 1 is one for all threads
-    threads: int | None = None  # of torch, where other programs left fewer than the wish's when it was measured
+    wide: int = 0  # up to so many places (openvino: beyond even shares) run in wide passes, on all threads
+    streams: int | None = None  # None is one for each thread; 1 is one for all threads
+    threads: int | None = None  # of torch in one stream, where others left fewer than the wish's when it was measured
 
     @property
     def way(self) -> tuple[str, str]:
@@ -238,7 +238,18 @@ class Builder:
         torch.set_num_threads(choice.threads or self._threads)
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
-        return EagerExecutor(net, device, precision=precision, channels_last=choice.channels_last, sizes=choice.sizes)
+        streams = 1 if device.type == "cuda" else choice.streams or self._threads
+        if streams > 1:  # each has a thread of its own, and so has whoever calls
+            torch.set_num_threads(1)
+        return EagerExecutor(
+            net,
+            device,
+            precision=precision,
+            channels_last=choice.channels_last,
+            sizes=choice.sizes,
+            threads=streams,
+            wide=choice.wide,
+        )
 
     def build_checked(self, choice: Choice) -> Executor:
         """Build the executor of a choice, and compare its outputs with the reference. Raises ValueError if it is unfit.
@@ -374,13 +385,14 @@ def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cac
     sizes: tuple[int, ...] | None = (1,)
     if device.type == "cuda":
         sizes = (wish.max_batch,) if wish.exact else None
-    return Builder(checkpoint, device, 1, cache).build_checked(replace(choice, sizes=sizes))
+    return Builder(checkpoint, device, 1, cache).build_checked(replace(choice, sizes=sizes, streams=1))
 
 
 def _cache_of(
     checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
 ) -> ChoiceCache:
-    return ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
+    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice from fewer is made anew
+    return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 
 def _is_idle() -> bool:
@@ -394,8 +406,9 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
     for candidate in candidates:
         if best is not None and best.choice.executor == "openvino" != candidate.executor:
             break
-        if candidate.executor != "openvino":
-            candidate = replace(candidate, threads=builder.torch_threads)
+        eager_in_streams = candidate.executor == "eager" and wish.exact and builder.device.type == "cpu"
+        if candidate.executor != "openvino" and not eager_in_streams:
+            candidate = replace(candidate, streams=1, threads=builder.torch_threads)
         try:
             with builder.verdict(candidate).attempt() if candidate.way != REFERENCE else nullcontext():
                 measured = _with_sizes(builder, wish, candidate, best, until_s)
@@ -459,9 +472,14 @@ def _with_sizes(
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
         found.append(TimedChoice(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
     fastest = min(found, key=attrgetter("score"))
-    if candidate.executor != "openvino" or fastest.score > hopeless:
+    if 1 in (candidate.streams, wish.threads) or fastest.score > hopeless:
         return fastest
-    return _with_wide(builder, wish, fastest)
+    fastest = _with_wide(builder, wish, fastest)
+    if candidate.executor == "openvino" or fastest.choice.wide or not builder.is_large:
+        return fastest
+    # A lone row of a large network would wait for one thread.
+    together = _with_sizes(builder, wish, replace(candidate, streams=1, threads=builder.torch_threads), best, until_s)
+    return min(fastest, together, key=attrgetter("score"))
 
 
 def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
@@ -522,7 +540,8 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
     """Time a candidate. Passes of one place whose score cannot be below `hopeless` are not timed with a full batch."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
-    full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
+    rows = size * (choice.streams or wish.threads) if size else wish.max_batch  # a pass for each stream
+    full = example_inputs(checkpoint, device, max(AGREE_ROWS, rows))
     lone_s = builder.time(lambda: executor(*rows_of(full, 0, 1)))
     builder.tell(lone_s)
     if lone_s > LONG_S:

@@ -4,16 +4,23 @@ An exact executor gives a place the same bits whatever else is in the batch. Its
 outputs were seen to agree; `autotune.py` picks the executor and these sizes by measuring.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tminus.model.denoiser import Denoiser
+from tminus.model.machine import torch_threads
 from tminus.service.engine.devices import multiplying, streams
+from tminus.service.threads import started_pool
 
+CPU_SIZES = (1, 2, 4, 8)  # of a pass, that are tried
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
@@ -72,10 +79,13 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 
 
 class EagerExecutor:
-    """PyTorch as it is: the reference. With `sizes` None each batch is one pass."""
+    """PyTorch as it is: the reference. With `sizes` None each batch is one pass.
+
+    With several threads a batch is cut into passes for as many streams. Each stream is a thread of its own in which
+    torch has no other, and takes the next pass from one queue, whichever batch it is of: no stream waits for another.
+    """
 
     name = "eager"
-    queues = False
 
     def __init__(
         self,
@@ -85,35 +95,101 @@ class EagerExecutor:
         precision: str = "float32",
         channels_last: bool = True,
         sizes: Sequence[int] | None = None,
+        threads: int = 1,
+        wide: int = 0,
     ) -> None:
+        """threads: how many streams; with 1, passes run in the caller's thread, on all threads that torch has there.
+
+        wide: a batch of so many places runs in the caller's thread too, on as many threads, if no stream is busy.
+        """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
         self._device, self._sizes, self.precision = device, sizes, precision
-        layout = "channels_last" if channels_last else "contiguous"
-        self.details = layout + (f", passes of {', '.join(map(str, sizes))}" if sizes else "")
+        self._threads, self._wide = threads, wide
+        self._pool = started_pool(threads, "tminus-pass", partial(torch.set_num_threads, 1)) if threads > 1 else None
+        self.queues = self._pool is not None
+        self._running: list[Future[Tensor]] = []
+        self.details = "channels_last" if channels_last else "contiguous"
+        if sizes is not None:
+            self.details += f", {threads} streams" if threads > 1 else ""
+            self.details += f", passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
+            if device.type == "cpu":
+                self._net = _of_fixed_kernels(self._net, precision, in_streams=threads > 1)
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """Run the network on a batch."""
-        x = x.contiguous(memory_format=self._format)
-        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with torch.inference_mode(), multiplying(self._device, tf32=self.precision == "tf32"), autocast:
-            if self._sizes is None:
-                out: Tensor = self._net(x, t, class_labels).float()
-                return out
-            passes = split(len(x), self._sizes)
-            return torch.cat([self._pass(x, t, class_labels, *one) for one in passes])
+        return self.start(x, t, class_labels)()
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Run the network. On a CPU the work is done when this returns; a GPU goes on by itself."""
-        out = self(x, t, class_labels)
+        """Begin to run the network. Streams and a GPU go on by themselves; else the work is done when this returns.
+
+        Batches may be started before earlier ones are finished.
+        """
+        places = len(x)
+        x = x.contiguous(memory_format=self._format)
+        passes = [(0, places, places)] if self._sizes is None else split(places, self._sizes, self._threads)
+        run = partial(self._pass, x, t, class_labels)
+        self._running = [future for future in self._running if not future.done()]
+        if self._pool is not None and (self._running or places > self._wide):
+            futures = [self._pool.submit(run, *one) for one in passes]
+            self._running += futures
+            return lambda: torch.cat([future.result() for future in futures])
+        with torch_threads(self._threads if self._pool is not None else None):
+            outs = [run(*one) for one in passes]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return lambda: out
 
     def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
         part = slice(start, end)
         labels = class_labels[part] if class_labels is not None else None
         padding = size - (end - start)
-        out: Tensor = self._net(pad(x[part], padding), pad(t[part], padding), pad(labels, padding)).float()
-        return out[: end - start]
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        with torch.inference_mode(), multiplying(self._device, tf32=self.precision == "tf32"), autocast:
+            out: Tensor = self._net(pad(x[part], padding), pad(t[part], padding), pad(labels, padding)).float()
+            return out[: end - start]
+
+
+def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Denoiser:
+    """Copy a network, with the same weights, so that passes of all sizes run the same kernels on a CPU.
+
+    Torch and MKL choose kernels by the number of rows, and these differ in their last bits.
+    """
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
+    if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        kinds[nn.Conv2d] = _Conv2d
+    if in_streams:  # a wide pass has the bits of those in one thread
+        kinds[nn.GroupNorm] = _GroupNorm
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    net = copy.deepcopy(net, shared)
+    for module in net.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+    return net
+
+
+class _Conv2d(nn.Conv2d):
+    """Always oneDNN's: for one small image, and for 1x1 in one thread, torch takes a kernel of its own."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+
+
+class _Linear(nn.Linear):
+    """One vector a row, as of its timestep, is multiplied in as many rows as the largest pass has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = len(input)
+        if input.dim() > 2 or rows >= CPU_SIZES[-1]:
+            return super().forward(input)
+        return super().forward(F.pad(input, (0, 0, 0, CPU_SIZES[-1] - rows)))[:rows]
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Its sums over a large image are split by the number of threads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch_threads(1):
+            return super().forward(input)
 
 
 class CompiledExecutor:

@@ -248,7 +248,7 @@ def prepare_engine(
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact,
-        "threads": wish.threads if executor.name == "openvino" else torch.get_num_threads(),
+        "threads": (wish.threads, torch.get_num_threads()),
     }  # fmt: skip
     proof = Proof(checkpoint, device, executor, how, cache) if exact else None
     engine = _build(checkpoint, executor, device, options, wish, proof.bits if proof is not None else None)

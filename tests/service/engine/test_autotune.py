@@ -105,7 +105,7 @@ def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch
 def test_only_sizes_that_agree_to_the_bit_go_together(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, exact: bool, expected: tuple[tuple[int, ...], ...]
 ) -> None:
-    times = {1: 0.008, 2: 0.006, 4: 0.004}  # a row
+    times = {1: 0.008, 2: 0.006, 4: 0.004, 8: 0.004}  # a row
 
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
@@ -120,7 +120,7 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 
 
 def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {1: 0.0080, 2: 0.0079, 4: 0.006}
+    times = {1: 0.0080, 2: 0.0079, 4: 0.006, 8: 0.0059}
 
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
@@ -148,7 +148,7 @@ def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
     builder = autotune.Builder(checkpoint, CPU, 1)
     best = autotune._fastest(builder, Wish(), [Choice("eager", "float32", last) for last in (True, False)])
     assert best.channels_last
-    assert seen == [(True, 1), (True, 2), (True, 4), (False, 1)]
+    assert seen == [*((True, size) for size in autotune.CPU_SIZES), (False, 1)]
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -292,6 +292,31 @@ def test_a_large_network_runs_on_all_threads_unless_streams_are_worth_holding_it
     assert builder.told == [1.0]
     if found is not None and len(builder.built) > 1:
         assert builder.forgotten == 2, "neither is held while the other is measured, nor after"
+
+
+@pytest.mark.parametrize(("seconds", "streams"), [({0: 1.0, 1: 0.5}, None), ({0: 1.0, 1: 0.99}, 1)])
+def test_eager_runs_a_large_network_on_all_threads_if_a_lone_row_would_else_wait_for_one(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], streams: int | None
+) -> None:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
+        return TimedChoice(choice, 0.6 if choice.streams == 1 else 1.0, 0.5, b"the same")
+
+    monkeypatch.setattr(autotune, "_try", tried)
+    builder = Widening(checkpoint, seconds)
+    builder.is_large, builder.torch_threads = True, None  # type: ignore[attr-defined]
+    found = autotune._with_sizes(builder, Wish(threads=2), Choice("eager", "float32"))  # type: ignore[arg-type]
+    assert (found.choice.streams, found.choice.wide) == (streams, 0 if streams else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_trial_gives_each_stream_a_whole_pass(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    batches: list[int] = []
+    monkeypatch.setattr(autotune.Builder, "time", lambda _, call: batches.append(len(call())) or 0.01)
+    builder = autotune.Builder(checkpoint, CPU, 8)
+    autotune._try(builder, Wish(threads=8), Choice("eager", "float32", sizes=(rows,)))
+    assert batches == [1, 8 * rows]
 
 
 @pytest.mark.parametrize("max_batch", [1, 17, 4096])

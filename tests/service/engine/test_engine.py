@@ -204,7 +204,8 @@ def assert_steps_are_mean_and_noise(checkpoint: Checkpoint, spec: SampleSpec, tr
         np.testing.assert_allclose(trajectory.x_t[k + 1], found.mean[at] + found.s[at] * z, rtol=1e-5, atol=2e-6)
         s = np.broadcast_to(found.s[at], z.shape).astype(np.float64)
         log_p = (-(z**2) / 2 - np.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3))
-        np.testing.assert_allclose(found.log_p[at], log_p, rtol=0, atol=1e-5 * math.prod(shape))
+        # x is rounded to float32, which a small s magnifies.
+        np.testing.assert_allclose(found.log_p[at], log_p, rtol=0, atol=2e-5 * math.prod(shape))
 
 
 @pytest.mark.usefixtures("floats")

@@ -1,7 +1,10 @@
 """How a batch is cut into passes, and what eager and compiled executors give."""
 
+import gc
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,11 +14,12 @@ from hypothesis import strategies as st
 
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import OnGpu
-from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
+from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16, rows_of
 from tests.tools import needs
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.executors import (
+    CPU_SIZES,
     CompiledExecutor,
     EagerExecutor,
     Executor,
@@ -140,6 +144,92 @@ def test_eager_in_bfloat16_is_exact_and_near(tiny: Checkpoint, size: int) -> Non
     assert out.dtype == torch.float32
     assert not out.equal(expected)
     torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("checkpoint", ["tiny", "unconditional", "colour", "NCSN++"], indirect=True)
+def test_eager_has_the_same_bits_in_passes_of_any_size_in_streams_and_alone(
+    checkpoint: Checkpoint, channels_last: bool
+) -> None:
+    """Torch chooses kernels by the number of rows, and sums are split by the number of threads."""
+    inputs = example_inputs(checkpoint, CPU, 13)
+
+    def eager(*sizes: int, threads: int = 2) -> EagerExecutor:
+        return EagerExecutor(checkpoint.net, CPU, channels_last=channels_last, sizes=sizes, threads=threads)
+
+    torch.set_num_threads(1)
+    outs = [eager(*sizes)(*inputs) for sizes in ((1,), (2,), (8,), CPU_SIZES)]
+    outs.append(eager(1, threads=1)(*inputs))
+    assert all(one.equal(other) for one, other in pairwise(outs))
+    assert_exact(eager(*CPU_SIZES), checkpoint)
+
+
+def test_a_wide_pass_of_an_image_whose_norms_torch_splits_has_the_bits_of_a_stream(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = make_checkpoint(sample_size=32)
+    inputs = example_inputs(checkpoint, CPU, 4)
+    executor = EagerExecutor(checkpoint.net, CPU, sizes=(1, 2), threads=2, wide=1)
+    rows = [executor(*rows_of(inputs, [row])) for row in range(4)]
+    assert torch.cat(rows).equal(executor(*inputs))
+
+
+@pytest.fixture
+def no_threads_left() -> Iterator[None]:
+    """Each stream has a thread, which ends with its executor."""
+    before = threading.enumerate()
+    yield
+    gc.collect()  # as when a model is unloaded: an error knows the frames that it came through
+    for thread in threading.enumerate():
+        if thread not in before:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_batches_of_streams_may_be_started_before_earlier_ones_are_finished(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1, 2), threads=2, wide=1)
+    inputs = example_inputs(tiny, CPU, 13)
+    batches = [rows_of(inputs, rows) for rows in (range(7), range(7, 8), range(8, 13))]
+    finishes = [executor.start(*batch) for batch in batches]
+    assert torch.cat([finish() for finish in finishes]).equal(executor(*inputs))
+    assert torch.get_num_threads() == 1, "as it was"
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_pass_of_a_stream_that_fails_is_told_of_by_its_own_batch_alone(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,), threads=2)
+    x, t, labels = example_inputs(tiny, CPU, 6)
+    assert labels is not None
+    expected, no_class = executor(x, t, labels), labels.clone()
+    no_class[2] = 10**6
+    before, bad, after = (executor.start(x, t, each) for each in (labels, no_class, labels))
+    assert before().equal(expected)
+    with pytest.raises(IndexError):
+        bad()
+    assert after().equal(expected)
+    assert executor(x, t, labels).equal(expected), "it stays usable"
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_stream_takes_the_next_pass_while_another_is_held(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,), threads=2)
+    inputs = example_inputs(tiny, CPU, 2)
+    go_on, run = threading.Event(), EagerExecutor._pass
+
+    def held(each: EagerExecutor, *args: object) -> torch.Tensor:
+        if args[3] == 0:
+            assert go_on.wait(10)
+        return run(each, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EagerExecutor, "_pass", held)
+    first = executor.start(*inputs)  # holds one stream
+    second = executor.start(*rows_of(inputs, [1, 0]))
+    third_done = threading.Event()
+    executor._running[1].add_done_callback(lambda _: third_done.set())
+    assert third_done.wait(10), "the other one goes on"
+    go_on.set()
+    assert first().equal(second()[[1, 0]])
 
 
 # --- compiled ---
