@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # that the others are compared with
-WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
+WORTH = 0.97  # what is not faster than this share is as fast, given how well times are measured
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
 LONG_S = 0.5  # a call that takes this long is measured once
@@ -467,10 +467,11 @@ def _with_sizes(
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
-            if trial.row_s < builder.worth * kept[-1].row_s:
+            # A large pass of a small network that is no slower spares Python some small ones.
+            if trial.row_s < (builder.worth if builder.is_large else 1 / WORTH) * min(each.row_s for each in kept):
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
-        found.append(TimedChoice(replace(candidate, sizes=sizes), group[0].lone_s, kept[-1].row_s))
+        found.append(TimedChoice(replace(candidate, sizes=sizes), group[0].lone_s, min(each.row_s for each in kept)))
     fastest = min(found, key=attrgetter("score"))
     if 1 in (candidate.streams, wish.threads) or fastest.score > hopeless:
         return fastest

@@ -47,6 +47,8 @@ LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
 MIN_QUEUED_BATCH = 8  # on a loaded machine, what Python does for a smaller tick takes too much of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
+FULL_SHARE = 0.95  # of the best throughput, which a full tick has
+QUEUED_SHARE = 0.85  # the same where a second one may be in flight
 SHORT_SHARE = 0.6  # of the best throughput, for a tick that short and much longer jobs share
 CORES = torch.get_num_threads()  # before any executor was built, which sets this
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
@@ -368,22 +370,26 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         # A tick that was slow, by chance or not, has ended the round before the size that will be used.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
-        sizes = _batch_sizes(tick_times, min(largest, MIN_QUEUED_BATCH) if engine.queues else MIN_BATCH)
+        sizes = _batch_sizes(tick_times, queues=engine.queues)
         full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
         sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
 
 
-def _batch_sizes(tick_times: tuple[tuple[int, float], ...], least: int) -> dict[str, Any]:
-    """The smallest batches with 95 % (max_batch, not below `least`) and 60 % (short_batch) of the best throughput."""
+def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:
+    """Find the smallest batches that are fast enough, given the best throughput.
+
+    Where two ticks may be in flight, full ones grow under load: until then newcomers wait for smaller ones.
+    """
+    share, least = (QUEUED_SHARE, MIN_QUEUED_BATCH) if queues else (FULL_SHARE, MIN_BATCH)
     return {
-        "max_batch": max(MIN_BATCH, least, smallest_batch_at(tick_times)),
+        "max_batch": max(MIN_BATCH, min(least, tick_times[-1][0]), smallest_batch_at(tick_times, share)),
         "short_batch": smallest_batch_at(tick_times, SHORT_SHARE),
     }
 
 
-def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
+def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
     """Find the smallest measured batch whose throughput is at least this share of the best one."""
     best = max(places / seconds for places, seconds in points)
     return min(places for places, seconds in points if places / seconds >= share * best)
