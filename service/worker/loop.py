@@ -331,6 +331,8 @@ class Loop:
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
+        for tick in self._in_flight:
+            tick.inside.close()
         for jobs in (self._in_flight, self._jobs, self._durable, self._being_coded):
             jobs.clear()
         self._deadlines.clear()

@@ -101,11 +101,11 @@ def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch
 # --- sizes ---
 
 
-@pytest.mark.parametrize(("exact", "expected"), [(True, ((1,), (2, 4))), (False, ((1, 2, 4),))])
+@pytest.mark.parametrize(("exact", "expected"), [(True, ((1,), (2, 4, 8))), (False, ((1, 2, 4, 8),))])
 def test_only_sizes_that_agree_to_the_bit_go_together(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, exact: bool, expected: tuple[tuple[int, ...], ...]
 ) -> None:
-    times = {1: 0.008, 2: 0.006, 4: 0.004}  # a row
+    times = {1: 0.008, 2: 0.006, 4: 0.004, 8: 0.003}  # a row
 
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
@@ -120,7 +120,7 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 
 
 def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {1: 0.0080, 2: 0.0079, 4: 0.006}
+    times = {1: 0.0080, 2: 0.0079, 4: 0.006, 8: 0.006}
 
     def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> TimedChoice:
         assert choice.sizes is not None
@@ -148,7 +148,7 @@ def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
     builder = autotune.Builder(checkpoint, CPU, 1)
     best = autotune._fastest(builder, Wish(), [Choice("eager", "float32", last) for last in (True, False)])
     assert best.channels_last
-    assert seen == [(True, 1), (True, 2), (True, 4), (False, 1)]
+    assert seen == [(True, 1), (True, 2), (True, 4), (True, 8), (False, 1)]
 
 
 @pytest.mark.parametrize("runs", [True, False])
