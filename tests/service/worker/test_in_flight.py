@@ -17,7 +17,7 @@ from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, JobCan
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
-from tminus.service.spec import SampleSpec
+from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coding import Turnstile
 from tminus.service.worker.loaded_model import LoadedModel
@@ -368,6 +368,24 @@ def test_a_thread_that_waits_to_be_alone_is_let_in_while_ticks_overlap_and_jobs_
             bench.next_command()
 
 
+def test_a_job_that_is_to_be_alone_begins_after_its_picture_though_a_tick_is_in_flight(make_bench: MakeBench) -> None:
+    bench, inputs = make_queue(make_bench, info=LATENT), Inputs(np.zeros((4, 6, 1), np.uint8))
+    futures = accept_all(bench, *(make_spec(seed=seed, n=2, steps=5) for seed in (1, 2)))
+    spec = make_spec(seed=3, steps=2, strength=1.0, image_sha256=inputs.image_sha256)
+    futures.append(bench.accept_spec("3", spec, inputs=inputs, alone=True))
+    wait_until(lambda: not bench.worker._commands.empty() and bench.loop.coding.turnstile.is_open)
+    bench.tick()
+    assert len(bench.engine.in_flight) == 1
+    encoded = threading.Thread(target=bench.next_command, daemon=True)
+    encoded.start()
+    encoded.join(PATIENCE_S)
+    assert not encoded.is_alive()
+    assert bench.engine.in_flight == []
+    while not all(future.done() for future in futures):
+        if not bench.worker.step():
+            bench.next_command()
+
+
 # --- the end ---
 
 
@@ -380,6 +398,7 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
     bench.engine.next_begun()
     bench.engine.gate.let(2)
     wait_until(lambda: len(bench.engine.in_flight) == 2)
+    ticks = list(bench.loop._in_flight)  # as whoever looks at the error may hold them
 
     def fail(_batch: Batch) -> None:
         bench.engine.lost = True
@@ -391,7 +410,7 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
         assert isinstance(failure(future), EngineFailed)
     wait_until(lambda: not bench.worker.alive)
     assert bench.worker.jobs_of_the_crash == {"1", "2"}
-    assert bench.loop.coding.turnstile._inside == []
+    assert bench.loop.coding.turnstile._inside == [], f"{len(ticks)} are inside"
 
 
 def test_closing_gives_up_what_is_in_flight(make_bench: MakeBench) -> None:
@@ -410,7 +429,10 @@ def test_closing_gives_up_what_is_in_flight(make_bench: MakeBench) -> None:
 
 @PATIENT
 @given(seed=st.integers(0, 2**32))
-def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(make_bench: MakeBench, seed: int) -> None:
+def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    caplog.clear()
     rng = random.Random(seed)
     limits = replace(LIMITS, max_batch=rng.choice([2, 3, 4]))
     bench = make_bench(limits=limits, queues=True)
@@ -454,6 +476,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
         bench.tick()
     assert engine.in_flight == []
     assert engine.jobs == {}
+    assert "no snapshot could be taken" not in caplog.text
     for name, (spec, future) in jobs.items():
         error = failure(future) if future.exception(0) else None
         match error:
