@@ -427,6 +427,7 @@ class Loop:
                     self._wait_for_device(engine, jobs[0])
                 broken = engine.broken(batch.rows)
             except Exception as error:
+                self._ended_s = self._clock()
                 self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
                 model.scheduler.advance(batch)  # of jobs that are gone
                 return

@@ -2,9 +2,10 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import Batch, JobResult
+from tminus.service.work import Batch, JobResult, JobRows
 from tminus.service.worker.coding import Turnstile
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Path, Recording
@@ -36,7 +37,7 @@ def seeds_in_flight(bench: Bench) -> list[set[int]]:
     return [bench.engine.seeds(batch) for batch in bench.engine.in_flight]
 
 
-def accept_all(bench: Bench, *jobs: SampleSpec, **kwargs: object) -> "list[Future[JobResult]]":
+def accept_all(bench: Bench, *jobs: SampleSpec, **kwargs: Any) -> "list[Future[JobResult]]":
     """Have jobs accepted, each under its seed as a name."""
     return [bench.accept_spec(str(spec.seed), spec, **kwargs) for spec in jobs]
 
@@ -82,19 +83,29 @@ def test_a_second_tick_begins_before_the_first_ends_where_rows_wait_for_throughp
         assert_images(future, spec)
 
 
-def test_seconds_of_ticks_in_flight_do_not_overlap_and_those_waited_for_are_told_apart(make_bench: MakeBench) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_seconds_of_a_tick_count_from_the_end_of_the_one_in_flight_before_it(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     bench, told = make_queue(make_bench), list[tuple[float, bool]]()
-    bench.engine.on_step = bench.tick_takes_a_second
     stepped = bench.admission.stepped
-    bench.admission.stepped = lambda *given, overlaps=False: (  # type: ignore[method-assign]
-        told.append((given[3], overlaps)),
-        stepped(*given, overlaps=overlaps),
-    )
+
+    def note(model: int, jobs: Iterable[JobRows], places: int, seconds: float, *, overlaps: bool = False) -> None:
+        told.append((seconds, overlaps))
+        stepped(model, jobs, places, seconds, overlaps=overlaps)
+
+    monkeypatch.setattr(bench.admission, "stepped", note)
+    fail = failing_for(bench, 1, times=int(fails))
+
+    def step(batch: Batch) -> None:
+        bench.tick_takes_a_second(batch)
+        fail(batch)
+
+    bench.engine.on_step = step
     accept_all(bench, make_spec(seed=1, n=2, steps=3), make_spec(seed=2, n=2, steps=3))
     bench.finish()
-    assert [seconds for seconds, _ in told] == [1.0] * 6
-    assert [overlaps for _, overlaps in told][:2] == [False, True]
-    assert bench.metric("tick_duration_seconds_sum") == 6
+    assert [seconds for seconds, _ in told] == [1.0] * (3 if fails else 6)
+    assert [overlaps for _, overlaps in told][:2] == ([True, False] if fails else [False, True])
 
 
 # --- failures ---
@@ -205,19 +216,45 @@ def test_a_job_cancelled_while_another_s_tick_is_in_flight_waits_for_nothing(mak
     images(futures[seed - 1])
 
 
+def with_a_last_step_in_flight(bench: Bench, **kwargs: Any) -> "list[Future[JobResult]]":
+    """Two jobs: the last step of the second is in flight, beside a row of the first."""
+    futures = accept_all(bench, make_spec(seed=1, n=3, steps=9), make_spec(seed=2, n=1, steps=4), **kwargs)
+    (last_row,) = (rows[0] for spec, rows in bench.engine.jobs.values() if spec.seed == 2)
+
+    def is_last(batch: Batch) -> bool:
+        return (last_row, 3) in zip(batch.rows, batch.steps, strict=True)
+
+    while not any(is_last(batch) for batch in bench.engine.in_flight):
+        bench.tick()
+        assert not futures[1].done()
+    assert seeds_in_flight(bench) == [{1, 2}]
+    return futures
+
+
 def test_jobs_that_end_with_the_tick_of_another_one_that_is_overdue_are_answered_once(make_bench: MakeBench) -> None:
     bench = make_queue(make_bench)
-    late = bench.accept_spec("1", make_spec(seed=1, n=3, steps=9), deadline_s=100.0)
-    done = bench.accept_spec("2", make_spec(seed=2, n=1, steps=4), deadline_s=100.0)
-    while not (seeds := seeds_in_flight(bench)) or seeds[0] != {1, 2} or max(bench.engine.in_flight[0].steps) < 3:
-        bench.tick()
-        assert not done.done(), "its last step is to be in flight beside a row of the other"
+    late, done = with_a_last_step_in_flight(bench, deadline_s=100.0)
     bench.now_s = 101.0
     bench.loop.end_overdue()
     bench.worker._act_on_events()
     assert isinstance(failure(late), DeadlinePassed)
     assert_images(done, make_spec(seed=2, n=1, steps=4))
     assert bench.metric("jobs_aborted_total", reason="deadline") == 1
+
+
+def test_a_job_whose_last_step_ends_with_a_row_that_is_not_finite_is_done_and_has_no_snapshot(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make_queue(make_bench)
+    sick, done = with_a_last_step_in_flight(bench, durable=True)
+    bench.keeper.rounds.clear()
+    (sick_rows,) = (rows for spec, rows in bench.engine.jobs.values() if spec.seed == 1)
+    bench.engine.nan |= set(sick_rows) & set(bench.engine.in_flight[0].rows)
+    bench.tick()
+    assert isinstance(failure(sick), NotFinite)
+    assert_images(done, make_spec(seed=2, n=1, steps=4))
+    assert [set(taken) for taken in bench.keeper.rounds] == [{"1"}], "of the tick in flight, which ended first"
+    assert "no snapshot could be taken" not in caplog.text
 
 
 def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> None:
@@ -313,8 +350,8 @@ def test_recordings_and_frames_have_each_row_at_its_own_steps_while_others_are_i
         bench.accept_spec("a", spec, recording=recording, watch=Watch(Pace(every=1), ("x_t",), frames.append)),
         bench.accept_spec("b", of_path, recording=path),
     ]
-    in_flight, read = set[int](), bench.engine.on_preview
-    bench.engine.on_preview = lambda rows: (in_flight.update({len(bench.engine.in_flight)}), read(rows))[1]
+    in_flight = set[int]()
+    bench.engine.on_preview = lambda _rows: in_flight.add(len(bench.engine.in_flight))
     bench.finish()
     for future, job in zip(futures, (spec, of_path), strict=True):
         assert_images(future, job)
@@ -429,10 +466,7 @@ def test_closing_gives_up_what_is_in_flight(make_bench: MakeBench) -> None:
 
 @PATIENT
 @given(seed=st.integers(0, 2**32))
-def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(
-    make_bench: MakeBench, caplog: pytest.LogCaptureFixture, seed: int
-) -> None:
-    caplog.clear()
+def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(make_bench: MakeBench, seed: int) -> None:
     rng = random.Random(seed)
     limits = replace(LIMITS, max_batch=rng.choice([2, 3, 4]))
     bench = make_bench(limits=limits, queues=True)
@@ -476,7 +510,6 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(
         bench.tick()
     assert engine.in_flight == []
     assert engine.jobs == {}
-    assert "no snapshot could be taken" not in caplog.text
     for name, (spec, future) in jobs.items():
         error = failure(future) if future.exception(0) else None
         match error:
