@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import pytest
@@ -84,7 +84,9 @@ def overlapping(engine: Engine, jobs: Sequence[Job], rng: random.Random) -> dict
     return latents
 
 
-@pytest.mark.parametrize("make", [lambda tiny: EagerExecutor(tiny.net, CPU, sizes=(1,)), openvino])
+@pytest.mark.parametrize(
+    "make", [lambda tiny: EagerExecutor(tiny.net, CPU, sizes=(1,)), openvino], ids=["eager", "openvino"]
+)
 @needs_openvino
 def test_any_mix_with_two_ticks_in_flight_has_the_bits_of_each_job_alone(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, make: Callable[[Checkpoint], Executor]
@@ -125,7 +127,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return made
 
 
-def breaking(monkeypatch: pytest.MonkeyPatch, at: int, when: str) -> Iterator[int]:
+def breaking(monkeypatch: pytest.MonkeyPatch, at: int, when: str) -> None:
     """Have the pass that begins as the so-manieth fail, as it begins or as it is waited for."""
     begin, calls = openvino_executor._Pass.start, count()
 
@@ -144,7 +146,6 @@ def breaking(monkeypatch: pytest.MonkeyPatch, at: int, when: str) -> Iterator[in
             self.wait = fail
 
     monkeypatch.setattr(openvino_executor._Pass, "start", start)
-    return calls
 
 
 @needs_openvino
