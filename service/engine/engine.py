@@ -4,6 +4,7 @@ Specs and row ids come in, numpy arrays go out, no tensor leaves. Which rows ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -186,17 +187,22 @@ class Engine:
         else:
             output = self._forward.start(seen, t, labels)
 
-        # Made while the network runs: all that does not need its output. The plans may move before the tick ends.
-        z = torch.zeros_like(x)
-        if len(noisy):
-            drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
-            z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
-        x0_previous, lines, matrices = self._x0[rows], self._plans.lines[at], None
-        if len(keeping) and self._plans.matrices is not None:
-            matrices = self._plans.matrices[at[keeping_at]]
-        if len(masked):
-            masked_rows, levels = rows[masked_at], self._plans.known[at[masked_at]]
-            eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
+        try:
+            # Made while the network runs: all that does not need its output. The plans may move before the tick ends.
+            z = torch.zeros_like(x)
+            if len(noisy):
+                drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
+                z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
+            x0_previous, lines, matrices = self._x0[rows], self._plans.lines[at], None
+            if len(keeping) and self._plans.matrices is not None:
+                matrices = self._plans.matrices[at[keeping_at]]
+            if len(masked):
+                masked_rows, levels = rows[masked_at], self._plans.known[at[masked_at]]
+                eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
+        except BaseException:
+            with suppress(Exception):
+                output()  # its passes end, and others may begin in their place
+            raise
 
         @torch.inference_mode()
         def finish() -> None:

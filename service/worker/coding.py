@@ -47,19 +47,26 @@ class Turnstile:
             return not self._waiting and not any(self._inside)
 
     @contextmanager
-    def enter(self, *, alone: bool, before_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Wait until nobody is inside, or if not alone nobody who is. before_wait: is called if it has to wait."""
+    def enter(
+        self, *, alone: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
+    ) -> Iterator[None]:
+        """Wait until nobody is inside, or if not alone nobody who is.
+
+        again: whether the caller is inside already, not alone; it does not wait, as others may wait for it to leave.
+        before_wait: is called if it has to wait.
+        """
         me = object()
 
         def may_go() -> bool:
             return self._waiting[0] is me and not (self._inside if alone else any(self._inside))
 
         with self._changed:
-            self._waiting.append(me)
-            if not may_go():
-                before_wait()
-                self._changed.wait_for(may_go)
-            self._waiting.popleft()
+            if not again:
+                self._waiting.append(me)
+                if not may_go():
+                    before_wait()
+                    self._changed.wait_for(may_go)
+                self._waiting.popleft()
             self._inside.append(alone)
             self._changed.notify_all()
         try:

@@ -169,8 +169,6 @@ class Loop:
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
-        if job.new.alone:
-            self._end_ticks()
         with self._at([job]):
             answered = job.future.done() and not job.future.cancelled()  # while the worker hung
             if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
@@ -184,7 +182,9 @@ class Loop:
                 self._begin(job)
 
     def _at(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
+        """Work on jobs. While one is to be alone, nothing else is in flight or coded, and nobody else is named."""
+        if jobs[0].new.alone:
+            self._end_ticks()
         if self._ever_latent or jobs[0].new.alone:
             return self._in_turn(jobs)
         self._now_at(jobs)
@@ -193,7 +193,8 @@ class Loop:
     @contextmanager
     def _in_turn(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
         alone = jobs[0].new.alone
-        with self.coding.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset())):
+        again, before_wait = bool(self._in_flight), lambda: self._note_steps(frozenset())
+        with self.coding.turnstile.enter(alone=alone, again=again, before_wait=before_wait):
             self._now_at(jobs)
             yield
             if alone:  # but if the worker crashes before its next tick, that may be its doing
@@ -217,7 +218,9 @@ class Loop:
             self._leave(Ended(job, error=InvalidField(str(error), field="sampler", value=job.spec.sampler)))
             return
         except Exception as error:
-            self._failed(error, [job], "this job could not be started", "job %s could not be added", job.id)
+            self._note_error(error, engine, "job %s could not be added", job.id)
+            failure = EngineFailed(f"this job could not be started: {type(error).__name__}")
+            self._leave(Ended(job, error=failure, reason=failure.code))
             return
         if not job.model.scheduler.has_work:
             self._idle.add(job.model.number)
@@ -290,6 +293,7 @@ class Loop:
             self._give_up(job, error, reason)
 
     def _give_up(self, job: RunningJob, error: ServiceError, reason: str) -> None:
+        """End a job with an error, unless it has left, and free its rows."""
         self._end_ticks(job)  # which would write over slots that another job has by then
         if self._find(job.id) is not job:
             return
@@ -327,6 +331,8 @@ class Loop:
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
+        for tick in self._in_flight:
+            tick.inside.close()
         for jobs in (self._in_flight, self._jobs, self._durable, self._being_coded):
             jobs.clear()
         self._deadlines.clear()
@@ -344,9 +350,8 @@ class Loop:
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self._find(job_id)
-            assert job is not None
-            assert job.new.deadline_s is not None
-            self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
+            if job is not None and job.new.deadline_s is not None:  # or it ended with the ticks of one before it
+                self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
         """End the tick that began first, once all are in flight that may be; False if there is none.
@@ -422,6 +427,7 @@ class Loop:
                     self._wait_for_device(engine, jobs[0])
                 broken = engine.broken(batch.rows)
             except Exception as error:
+                self._ended_s = self._clock()
                 self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
                 model.scheduler.advance(batch)  # of jobs that are gone
                 return
@@ -464,9 +470,9 @@ class Loop:
             self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
-        """Hand a model's keeper snapshots of those durable jobs that have stepped since their last one."""
+        """Hand a model's keeper snapshots of durable jobs that have stepped since their last one, and are not done."""
         jobs = [job for job in self._durable.values() if job.model.number == model.number]
-        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
+        moved = [job for job in jobs if job.steps_kept < job.steps_taken < job.spec.n * job.work.steps]
         if model.keeper is None or not moved:
             return
         began_s = self._clock()
@@ -528,13 +534,17 @@ class Loop:
             jobs.pop(job.id, None)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
-        """Give up jobs of one model after an error; clients see its type, not its text.
-
-        It fails the jobs involved, not the server. But where the engine's device is lost it is raised, so that it ends
-        the worker: every further job would fail too, and this is no fault of theirs.
-        """
-        log.error(log_line, *args, exc_info=error)
-        if jobs[0].model.engine.is_lost():
-            raise error
+        """Give up jobs of one model after an error; clients see its type, not its text."""
+        self._note_error(error, jobs[0].model.engine, log_line, *args)
         for job in jobs:
             self._give_up(job, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
+
+    def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
+        """Log an error, which fails the jobs involved and not the server.
+
+        But where the engine's device is lost it is raised, so that it ends the worker: every further job would fail
+        too, and this is no fault of theirs.
+        """
+        log.error(log_line, *args, exc_info=error)
+        if engine.is_lost():
+            raise error

@@ -57,7 +57,9 @@ TABLES_OF_50 = (
 
 
 class Around:
-    """An executor around another. Subclasses do their part in `__call__`."""
+    """An executor around another, without a queue. Subclasses do their part in `__call__`."""
+
+    queues = False
 
     def __init__(self, executor: Executor) -> None:
         self.name, self.precision, self.details = executor.name, executor.precision, executor.details

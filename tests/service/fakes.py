@@ -116,7 +116,8 @@ class FakeEngine:
         self.steps_done: dict[int, int] = {}
         self.inputs: list[Inputs | None] = []  # of each job that came
         self.nan: set[int] = set()  # rows whose latent is not finite
-        self.on_step: Callable[[Batch], None] = lambda batch: None
+        self.on_begin: Callable[[Batch], None] = lambda batch: None
+        self.on_step: Callable[[Batch], None] = lambda batch: None  # as a tick ends, before its rows have stepped
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
@@ -125,7 +126,8 @@ class FakeEngine:
         self.on_decode: Callable[[SampleSpec], None] = lambda spec: None  # of each image, of a latent model
         self.on_encode: Callable[[Inputs], None] = lambda inputs: None
         self.lost = False  # whether the device does nothing any more
-        self.runs_ahead = False
+        self.runs_ahead = self.queues = False
+        self.in_flight: list[Batch] = []  # in the order in which they began, which is that in which they end
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -143,13 +145,33 @@ class FakeEngine:
         return rows
 
     def step(self, batch: Batch) -> None:
-        self.begun.put(batch)
-        self.gate.enter()
-        self.on_step(batch)
+        self.begin(batch)()
+
+    def begin(self, batch: Batch) -> Callable[[], None]:
+        self.on_begin(batch)
+        assert self.queues or not self.in_flight, "it has no queue"
+        assert self.rows_in_flight.isdisjoint(batch.rows), "a row is in one tick at a time"
         for row, step in zip(batch.rows, batch.steps, strict=True):
             assert self.steps_done[row] == step, "a row must take its steps in order"
-            self.steps_done[row] += 1
-        self.batches.append(batch)
+        self.in_flight.append(batch)
+        self.begun.put(batch)
+
+        def finish() -> None:
+            try:
+                assert self.in_flight[0] is batch
+                self.gate.enter()
+                self.on_step(batch)
+            finally:
+                self.in_flight.remove(batch)
+            for row in batch.rows:
+                self.steps_done[row] += 1
+            self.batches.append(batch)
+
+        return finish
+
+    @property
+    def rows_in_flight(self) -> set[int]:
+        return {row for batch in self.in_flight for row in batch.rows}
 
     def wait(self) -> None:
         pass
@@ -234,6 +256,7 @@ class FakeEngine:
 
     def remove(self, rows: Sequence[int]) -> None:
         self.on_remove(rows)
+        assert self.rows_in_flight.isdisjoint(rows), "a tick in flight would write over the next row in the slot"
         _, its_rows = self.jobs.pop(rows[0])
         assert tuple(rows) == its_rows
         for row in rows:

@@ -1,6 +1,6 @@
 """Faults that a test cannot order from outside: put into a server's process before it starts, each waits for a file.
 
-What is replaced is the call that would fail: a step of the engine, the allocation of a job's rows, the worker's own
+What is replaced is the call that would fail: a tick of the engine, the allocation of a job's rows, the worker's own
 code. Everything around it is the server's.
 """
 
@@ -34,8 +34,8 @@ def inject(fault: Fault, trigger: Path) -> None:
         return
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     owner, name, error = {
-        "step": (Engine, "step", RuntimeError("a kernel failed")),
-        "memory of a step": (Engine, "step", out_of_memory),
+        "step": (Engine, "begin", RuntimeError("a kernel failed")),
+        "memory of a step": (Engine, "begin", out_of_memory),
         "memory of a job": (Engine, "add", out_of_memory),
         "worker": (Scheduler, "next_batch", RuntimeError("a mistake of ours")),
     }[fault]
@@ -74,7 +74,7 @@ def hang(where: Literal["event loop", "encoder"], trigger: Path, known_after_s: 
 
 def make_deadly(engine: Any, trigger: Path, act: Callable[[], object]) -> None:
     """Have the steps of the jobs of one seed do something, in the thread that steps."""
-    add, step, deadly = engine.add, engine.step, set[int]()
+    add, begin, deadly = engine.add, engine.begin, set[int]()
 
     def add_and_look(self: Any, spec: Any, *more: Any) -> Any:
         rows = add(self, spec, *more)
@@ -82,12 +82,12 @@ def make_deadly(engine: Any, trigger: Path, act: Callable[[], object]) -> None:
             deadly.update(rows)
         return rows
 
-    def step_or_die(self: Any, batch: Any) -> Any:
+    def begin_or_die(self: Any, batch: Any) -> Any:
         if not deadly.isdisjoint(batch.rows) and trigger.exists():
             act()
-        return step(self, batch)
+        return begin(self, batch)
 
-    engine.add, engine.step = add_and_look, step_or_die
+    engine.add, engine.begin = add_and_look, begin_or_die
 
 
 def pace(between_ticks_s: Any) -> None:

@@ -273,7 +273,7 @@ def test_batches_that_are_larger_than_what_was_tested_are_tested_while_no_job_ru
     """Batch sizes are measured again where they are not kept, and may come out otherwise."""
     sizes = iter([2, 4, 3])
     monkeypatch.setattr(
-        loading, "_measure", lambda *_: loading.Measured({}, size := next(sizes), size, ((1, 0.001), (4, 0.004)))
+        loading, "_measure", lambda *_: loading.Measured({}, size := next(sizes), size, ((1, 0.001), (4, 0.004)), None)
     )
     options = replace(unmeasured, max_batch=None)
     load_engine(options)

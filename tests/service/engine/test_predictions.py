@@ -24,7 +24,7 @@ CPU, ROWS = torch.device("cpu"), 64
 class Counted:
     """An executor whose pass takes no time, and that counts its passes."""
 
-    name, precision, details = "counted", "float32", ""
+    name, precision, details, queues = "counted", "float32", "", False
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._out = torch.zeros(ROWS, checkpoint.net.config.out_channels, *checkpoint.row_shape[1:])

@@ -32,9 +32,10 @@ class Bench:
         limits: Limits = LIMITS,
         *,
         cold: bool = False,
+        queues: bool = False,
         spare_work: Iterator[None] | None = None,
     ) -> None:
-        """cold: whether it is not ready yet."""
+        """cold: whether it is not ready yet. queues: whether two ticks may be in flight, which a second one halves."""
         self.engine, self.keeper, self.limits = FakeEngine(info), FakeKeeper(), limits
         self.admission, self.metrics = Admission(limits), Metrics()
         self.measured([])
@@ -42,7 +43,10 @@ class Bench:
         self.on_clock: Callable[[], None] = lambda: None
         self.notes: list[tuple[str, set[str]]] = []
         self.engine.on_step = self.tick_takes_a_second
-        self.model = LoadedModel(0, self.engine, Scheduler(Sharing.of(limits.max_batch)), self.keeper, spare_work)
+        self.engine.queues = queues
+        times = TickTimes(((1, 1.0), (limits.max_batch, 1.0)), 0.5) if queues else TickTimes()
+        scheduler = Scheduler(Sharing.of(limits.max_batch, times=times))
+        self.model = LoadedModel(0, self.engine, scheduler, self.keeper, spare_work)
         self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock, note=self.note)
         self.loop = self.worker._loop
         if not cold:

@@ -544,7 +544,7 @@ def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: Mak
 
 @pytest.mark.parametrize(
     "at",
-    ["engine.add", "engine.step", "engine.broken", "engine.images", "engine.preview", "engine.remove",
+    ["engine.add", "engine.begin", "engine.broken", "engine.images", "engine.preview", "engine.remove",
      "engine.snapshot", "engine.is_lost", "scheduler.next_batch", "scheduler.advance", "scheduler.cancel"],
 )  # fmt: skip
 def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
