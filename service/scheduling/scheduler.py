@@ -320,7 +320,7 @@ class OwnerQueue:
             oldest = self.oldest
             if oldest.total < much_longer:
                 pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
-            elif sharing.reserved and self._owed_s >= sharing.tick_s(min(places, oldest.places_now)):
+            elif sharing.reserved and self._owed_ticks(sharing.tick_s(min(places, oldest.places_now))) >= 1:
                 pick.take(oldest, places)
         for *_, job_id in islice(reversed(self._queue), pick.size + 1):
             room = pick.free - end
@@ -331,18 +331,28 @@ class OwnerQueue:
                 room = min(room, sharing.short_room(pick.size, pick.free))
             pick.take(job, room)
 
-    def stepped(self, seconds: float, places: Mapping[str, int]) -> None:
-        """Note that it had a tick of so many seconds, and what places each of the jobs took in it.
+    @property
+    def holds_back_oldest(self) -> bool:
+        """Whether the oldest job waits for much shorter ones. Its share is then one of the time, not of the places."""
+        return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
-        Where the oldest job is held back, its share is one of the time.
-        """
+    def stepped(self, seconds: float, places: int, taken: Mapping[str, int]) -> None:
+        """Note that it had a tick of so many seconds and places, and how many of these each job took."""
         self.ticks += 1
-        if len(self._jobs) < 2 or self.oldest.total < self.much_longer:
-            self._owed_s = 0.0
-        elif self.oldest.id in places:
-            self._owed_s = max(0.0, self._owed_s - seconds)
+        if self.holds_back_oldest:
+            share = taken.get(self.oldest.id, 0) / places
+            self._owed_s = max(0.0, self._owed_s + seconds * (RESERVED_SHARE - share))
         else:
-            self._owed_s += seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+            self._owed_s = 0.0
+
+    def turn_ticks(self, tick_s: float) -> int | None:
+        """How many ticks of so many seconds the oldest job may have at once; None while it is not held back."""
+        if not self.holds_back_oldest:
+            return None
+        return int(self._owed_ticks(tick_s))
+
+    def _owed_ticks(self, tick_s: float) -> float:
+        return self._owed_s / (tick_s * (1 - RESERVED_SHARE)) if tick_s else 0.0
 
 
 class _Pick:
@@ -487,6 +497,15 @@ class ClassScheduler:
         self.in_flight.append(batch)
         self._leaders.append(self._leader)
 
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of an oldest job that is held back, with one owner.
+
+        0: it is another's turn. None: no oldest job is held back.
+        """
+        (queue,) = self._owners.values()
+        ticks = queue.turn_ticks(self._sharing.tick_s(batch.places))
+        return ticks if ticks is None or any(job_id == queue.oldest.id for job_id, *_ in batch.jobs) else 0
+
     def is_in_flight(self, job_id: str) -> bool:
         """Whether rows of a job are in flight."""
         return bool(self._jobs[job_id].in_flight)
@@ -549,7 +568,7 @@ class ClassScheduler:
                 finished.append(job.id)
         seconds = ticks * self._sharing.tick_s(sum(places.values()))
         for owner in places:
-            self._owners[owner].stepped(seconds, taken)
+            self._owners[owner].stepped(seconds, ticks * places[owner], taken)
         paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
         self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
@@ -700,6 +719,10 @@ class Scheduler:
     def overlaps(self) -> bool:
         """Whether two ticks are in flight at a time, see ClassScheduler."""
         return (self.foreground if self.foreground.has_work else self.background).overlaps
+
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of an oldest job that is held back, see ClassScheduler."""
+        return self._of(batch.jobs[0].job_id).turn_ticks(batch)
 
     def begin(self, batch: Batch) -> None:
         """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
