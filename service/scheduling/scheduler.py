@@ -1,8 +1,9 @@
 """Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
 
-Shortest remaining work first, so a short job does not wait behind a long one. A tick that a short job shares with much
-longer ones has fewer rows, so that it ends sooner. A share of the places is kept for the oldest job, so that a long one
-is never starved. A row that is not picked just waits: preemption costs nothing.
+Shortest remaining work first, so a short job does not wait behind a long one. A job that is much longer than another is
+held back: it does not fill the ticks of short jobs up, so that these end sooner. A share is kept for the oldest job, so
+that it is never starved: of the time while it is held back, else of the places of each tick. A row that is not picked
+just waits: preemption costs nothing. Two ticks are in flight where jobs wait for nothing but throughput.
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
 first (owners.py). A tick is of one model: which one, the same policy says in seconds.
@@ -27,7 +28,7 @@ from tminus.service.work import Batch, JobRows, Work
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
 
-RESERVED_SHARE = 0.25  # of the places, for the oldest job
+RESERVED_SHARE = 0.25  # of the places, or of the time, for the oldest job
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
@@ -81,11 +82,11 @@ UNMEASURED = TickTimes()
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How the places of a tick are shared out. The oldest job gets its reserve first, whatever short_batch is."""
+    """How the places of a tick are shared out. The oldest job gets its reserve first, unless it is held back."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
-    reserved: int  # places kept for the oldest job
+    reserved: int  # places kept for the oldest job while it is not held back; 0: nor has it a share of the time
     policy: Policy
     times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared

@@ -186,16 +186,16 @@ class Settings(BaseSettings):
     )
     short_batch: int | None = Field(
         None,
-        ge=4,
+        ge=1,
         le=4096,
         description="Maximum number of places that much longer jobs may fill in a pass that they share with a short "
         "job. Lower it to make short jobs faster beside long ones. Set it to the value of `--max-batch` if only "
-        "throughput counts. Default: the fewest places that reach 85 % of the best measured throughput.",
+        "throughput counts. Default: the fewest places that reach 60 % of the best measured throughput.",
     )
     policy: Literal["srpt", "fcfs"] = Field(
         "srpt",
         description="Order in which jobs are served. `srpt` serves the shortest remaining work first, and keeps a "
-        "quarter of the places for the oldest job. `fcfs` serves in order of arrival; use it for comparison. See "
+        "quarter for the oldest job. `fcfs` serves in order of arrival; use it for comparison. See "
         "[scheduling](scheduling.md).",
     )
     max_n: int = Field(
