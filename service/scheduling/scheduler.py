@@ -346,11 +346,12 @@ class OwnerQueue:
         else:
             self._owed_s = 0.0
 
-    def turn_ticks(self, tick_s: float) -> int | None:
-        """How many ticks of so many seconds the oldest job may have at once; None while it is not held back."""
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of the oldest job; None while that is not held back."""
         if not self.holds_back_oldest:
             return None
-        return int(self._owed_ticks(tick_s))
+        is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
+        return int(self._owed_ticks(self._sharing.tick_s(batch.places))) if is_its else 0
 
     def _owed_ticks(self, tick_s: float) -> float:
         return self._owed_s / (tick_s * (1 - RESERVED_SHARE)) if tick_s else 0.0
@@ -499,13 +500,9 @@ class ClassScheduler:
         self._leaders.append(self._leader)
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many ticks like this one it stays the turn of an oldest job that is held back, with one owner.
-
-        0: it is another's turn. None: no oldest job is held back.
-        """
+        """For how many ticks like this one it stays the turn of the one owner's oldest job; see OwnerQueue."""
         (queue,) = self._owners.values()
-        ticks = queue.turn_ticks(self._sharing.tick_s(batch.places))
-        return ticks if ticks is None or any(job_id == queue.oldest.id for job_id, *_ in batch.jobs) else 0
+        return queue.turn_ticks(batch)
 
     def is_in_flight(self, job_id: str) -> bool:
         """Whether rows of a job are in flight."""
@@ -722,7 +719,7 @@ class Scheduler:
         return (self.foreground if self.foreground.has_work else self.background).overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many ticks like this one it stays the turn of an oldest job that is held back, see ClassScheduler."""
+        """For how many ticks like this one it stays the turn of an oldest job, see ClassScheduler."""
         return self._of(batch.jobs[0].job_id).turn_ticks(batch)
 
     def begin(self, batch: Batch) -> None:
