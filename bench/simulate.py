@@ -19,6 +19,7 @@ from bench import result_file
 from bench.cluster import TICKS
 from bench.servers import describe, options_of
 from bench.traffic import MEAN_PLACES, ROWS, at_rate
+from tminus.service.engine.loading import SHORT_SHARE, smallest_batch_at
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
@@ -62,7 +63,7 @@ def serve(
     again when it was told to be.
     """
     times = TickTimes(points)
-    sharing = Sharing.of(limits.max_batch, policy, limits.max_batch // 2, times)
+    sharing = Sharing.of(limits.max_batch, policy, smallest_batch_at(points, SHORT_SHARE), times)
     if reserved is not None:
         sharing = replace(sharing, reserved=reserved)
     scheduler, admission = Scheduler(sharing), Admission(limits)

@@ -189,7 +189,9 @@ class Ahead:
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
         times = self._times.background if turns.in_background else self._times.foreground
         if busy == 1 and times.one_alone:  # else others take turns with the batch
-            ticks = max(ticks, alike[0] if whole else alike[0] // FINE)
+            turn = scheduler.turn_ticks(batch)
+            ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
+            ticks = min(ticks, turn) if turn else ticks
         if tick_s and turns.changes_at_s < self.now_s + ticks * tick_s:
             ticks = math.ceil((turns.changes_at_s - self.now_s) / tick_s)
         return max(1, ticks), last

@@ -1,8 +1,9 @@
 """Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
 
-Shortest remaining work first, so a short job does not wait behind a long one. A tick that a short job shares with much
-longer ones has fewer rows, so that it ends sooner. A share of the places is kept for the oldest job, so that a long one
-is never starved. A row that is not picked just waits: preemption costs nothing.
+Shortest remaining work first, so a short job does not wait behind a long one. A job that is much longer than another is
+held back: it does not fill the ticks of short jobs up, so that these end sooner. A share is kept for the oldest job, so
+that it is never starved: of the time while it is held back, else of the places of each tick. A row that is not picked
+just waits: preemption costs nothing. Two ticks are in flight where jobs wait for nothing but throughput.
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
 first (owners.py). A tick is of one model: which one, the same policy says in seconds.
@@ -27,7 +28,7 @@ from tminus.service.work import Batch, JobRows, Work
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
 
-RESERVED_SHARE = 0.25  # of the places, for the oldest job
+RESERVED_SHARE = 0.25  # of the places, or of the time, for the oldest job
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
@@ -81,11 +82,11 @@ UNMEASURED = TickTimes()
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How the places of a tick are shared out. The oldest job gets its reserve first, whatever short_batch is."""
+    """How the places of a tick are shared out. The oldest job gets its reserve first, unless it is held back."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
-    reserved: int  # places kept for the oldest job
+    reserved: int  # places kept for the oldest job while it is not held back; 0: nor has it a share of the time
     policy: Policy
     times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
@@ -320,7 +321,7 @@ class OwnerQueue:
             oldest = self.oldest
             if oldest.total < much_longer:
                 pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
-            elif sharing.reserved and self._owed_s >= sharing.tick_s(min(places, oldest.places_now)):
+            elif sharing.reserved and self._owed_ticks(sharing.tick_s(min(places, oldest.places_now))) >= 1:
                 pick.take(oldest, places)
         for *_, job_id in islice(reversed(self._queue), pick.size + 1):
             room = pick.free - end
@@ -331,18 +332,29 @@ class OwnerQueue:
                 room = min(room, sharing.short_room(pick.size, pick.free))
             pick.take(job, room)
 
-    def stepped(self, seconds: float, places: Mapping[str, int]) -> None:
-        """Note that it had a tick of so many seconds, and what places each of the jobs took in it.
+    @property
+    def holds_back_oldest(self) -> bool:
+        """Whether the oldest job waits for much shorter ones. Its share is then one of the time, not of the places."""
+        return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
-        Where the oldest job is held back, its share is one of the time.
-        """
+    def stepped(self, seconds: float, places: int, taken: Mapping[str, int]) -> None:
+        """Note that it had a tick of so many seconds and places, and how many of these each job took."""
         self.ticks += 1
-        if len(self._jobs) < 2 or self.oldest.total < self.much_longer:
-            self._owed_s = 0.0
-        elif self.oldest.id in places:
-            self._owed_s = max(0.0, self._owed_s - seconds)
+        if self.holds_back_oldest:
+            share = taken.get(self.oldest.id, 0) / places
+            self._owed_s = max(0.0, self._owed_s + seconds * (RESERVED_SHARE - share))
         else:
-            self._owed_s += seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+            self._owed_s = 0.0
+
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of the oldest job; None while that is not held back."""
+        if not self.holds_back_oldest:
+            return None
+        is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
+        return int(self._owed_ticks(self._sharing.tick_s(batch.places))) if is_its else 0
+
+    def _owed_ticks(self, tick_s: float) -> float:
+        return self._owed_s / (tick_s * (1 - RESERVED_SHARE)) if tick_s else 0.0
 
 
 class _Pick:
@@ -487,6 +499,11 @@ class ClassScheduler:
         self.in_flight.append(batch)
         self._leaders.append(self._leader)
 
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of the one owner's oldest job; see OwnerQueue."""
+        (queue,) = self._owners.values()
+        return queue.turn_ticks(batch)
+
     def is_in_flight(self, job_id: str) -> bool:
         """Whether rows of a job are in flight."""
         return bool(self._jobs[job_id].in_flight)
@@ -549,7 +566,7 @@ class ClassScheduler:
                 finished.append(job.id)
         seconds = ticks * self._sharing.tick_s(sum(places.values()))
         for owner in places:
-            self._owners[owner].stepped(seconds, taken)
+            self._owners[owner].stepped(seconds, ticks * places[owner], taken)
         paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
         self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
@@ -700,6 +717,10 @@ class Scheduler:
     def overlaps(self) -> bool:
         """Whether two ticks are in flight at a time, see ClassScheduler."""
         return (self.foreground if self.foreground.has_work else self.background).overlaps
+
+    def turn_ticks(self, batch: Batch) -> int | None:
+        """For how many ticks like this one it stays the turn of an oldest job, see ClassScheduler."""
+        return self._of(batch.jobs[0].job_id).turn_ticks(batch)
 
     def begin(self, batch: Batch) -> None:
         """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""

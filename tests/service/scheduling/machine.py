@@ -1,6 +1,6 @@
 """The schedulers of some models with a clock of predicted ticks, for the tests of scheduling."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
@@ -44,6 +44,7 @@ class Machine:
         for model, scheduler in self.schedulers.items():
             self.turns.put(model, scheduler)
         self.now_s, self._rows = 0.0, count()
+        self.in_flight: deque[tuple[int, Batch, float]] = deque()  # model, rows, and what it takes from its turn on
         self.works: dict[str, Work] = {}
         self.left: dict[str, int] = {}  # places, by job
         self.since_s: dict[str, float] = {}  # when each job came
@@ -61,14 +62,15 @@ class Machine:
         self.schedulers[work.model].add(job_id, rows, work, owner=job_id[0], since_s=self.now_s)
 
     def step(self) -> tuple[int, Batch] | None:
-        """Do a tick; returns its model and its batch, or None when there is nothing to do."""
-        model = self.turns.next(self.now_s)
-        if model is None:
+        """End the tick that began first, once all are in flight that may be; returns its model and its batch.
+
+        None when there is nothing to do.
+        """
+        while self._begin():
+            pass
+        if not self.in_flight:
             return None
-        if (batch := self.schedulers[model].next_batch()) is None:
-            return None
-        assert batch == self.schedulers[model].next_batch(), "choosing changes nothing"
-        seconds = self.speeds[model].tick_s(batch.places)
+        model, batch, seconds = self.in_flight.popleft()
         self.now_s += seconds
         self.time_s[model] += seconds  # type: ignore[assignment]
         for picked in batch.jobs:
@@ -77,6 +79,18 @@ class Machine:
         self.ends |= dict.fromkeys(self.schedulers[model].advance(batch).finished, self.now_s)
         self.turns.stepped(model, seconds)
         return model, batch
+
+    def _begin(self) -> bool:
+        model = self.turns.next(self.now_s)
+        if model is None or (self.in_flight and self.in_flight[0][0] != model):
+            return False
+        if (batch := self.schedulers[model].next_batch()) is None:
+            return False
+        assert batch == self.schedulers[model].next_batch(), "choosing changes nothing"
+        self.schedulers[model].begin(batch)
+        seconds = self.speeds[model].tick_s(batch.places, overlaps=bool(self.in_flight))
+        self.in_flight.append((model, batch, seconds))
+        return True
 
     def tick(self) -> dict[str, int] | None:
         """Do a tick; returns how many places each owner had."""

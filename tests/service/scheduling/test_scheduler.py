@@ -1,7 +1,7 @@
 import math
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import scheduler as scheduler_module
-from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import (
+    MOST_IN_FLIGHT,
+    MUCH_LONGER,
+    RESERVED_SHARE,
+    Policy,
+    Scheduler,
+    Sharing,
+    TickTimes,
+)
 from tminus.service.work import Batch, Work
 
 
@@ -193,18 +201,19 @@ arrivals = st.lists(
 
 
 @st.composite
-def sharings(draw: st.DrawFn) -> Sharing:
+def sharings(draw: st.DrawFn, overlapped: float | None = None) -> Sharing:
     max_batch = draw(st.integers(2, 12))
     share, policy = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])), draw(st.sampled_from(["srpt", "srpt", "fcfs"]))
     reserved = reserved_places(max_batch, share) if policy == "srpt" else 0
-    return Sharing(max_batch, draw(st.just(max_batch) | st.integers(1, max_batch)), reserved, policy)
+    short_batch = draw(st.just(max_batch) | st.integers(1, max_batch))
+    if overlapped is None:
+        return Sharing(max_batch, short_batch, reserved, policy)
+    times = TickTimes(((1, 1.0), (2 * max_batch - draw(st.integers(0, max_batch)), 4.0)), overlapped)
+    return Sharing(max_batch, short_batch, reserved, policy, times, times.seconds_per_place(max_batch))
 
 
 def reserved_places(max_batch: int, share: float) -> int:
     return max(2, int(max_batch * share)) if share else 0
-
-
-loads = given(arrivals, sharings())
 
 
 def short_end(sharing: Sharing, places: int) -> int:
@@ -228,6 +237,11 @@ class Simulation:
         self.cancelled: dict[str, int] = {}  # with the places it had left
         self.finished: list[str] = []
         self.batches: list[Batch] = []
+        self.in_flight: deque[Batch] = deque()
+        self.overlapped = 0  # ticks that began while another was in flight
+        self.stepped = 0  # places
+        self.oldest: str | None = None  # if it is held back
+        self.owed_s = self.held_s = self.had_s = 0.0  # since it is
         row_ids = iter(range(10_000))
         for name, job in self.jobs.items():
             job.rows[:] = [next(row_ids) for _ in range(job.work.rows)]
@@ -240,7 +254,26 @@ class Simulation:
 
     def waiting(self) -> dict[int, int]:
         """Rows that can step, with the places each takes."""
+        in_flight = {row for batch in self.in_flight for row in batch.rows}
+        return {row: places for row, places in self.wanted().items() if row not in in_flight}
+
+    def wanted(self) -> dict[int, int]:
+        """Rows that have steps left, with the places each takes."""
         return {row: self.jobs[self.job_of[row]].work.places_per_row(step) for row, step in self.next_step.items()}
+
+    def overlaps(self) -> bool:
+        """Whether jobs wait for throughput only, so that two ticks may be in flight."""
+        totals = [job.work.places for job in self.alive.values()]
+        if self.sharing.times.overlapped is None or not totals:
+            return False
+        alike = max(totals) < MUCH_LONGER * min(totals)
+        return len(totals) > self.sharing.max_batch or (alike and sum(self.wanted().values()) > self.sharing.max_batch)
+
+    def size(self) -> int:
+        """How many places the next tick has."""
+        full = self.sharing.full_batch
+        grows = self.overlaps() and sum(self.wanted().values()) >= 2 * full
+        return full if grows else self.sharing.max_batch
 
     def in_turn(self) -> list[str]:
         """The jobs, the first in turn first."""
@@ -249,7 +282,8 @@ class Simulation:
 
     def held_back(self) -> set[str]:
         """The jobs that make a short tick: much longer than the shortest, with a place for every job."""
-        if self.sharing.policy == "fcfs" or len(self.alive) > self.sharing.max_batch:
+        sharing = self.sharing
+        if sharing.policy == "fcfs" or len(self.alive) > sharing.max_batch or sharing.short_batch == sharing.max_batch:
             return set()
         least = MUCH_LONGER * min(job.work.places for job in self.alive.values())
         return {name for name, job in self.alive.items() if job.work.places >= least}
@@ -265,33 +299,76 @@ class Simulation:
                     self.cancelled[name] = self.remaining(name)
                     self.scheduler.cancel(name)
                     self._forget(name)
+            while self.begin():
+                pass
             for name, job in self.alive.items():
                 assert self.scheduler.steps(name) == tuple(self.next_step.get(row, job.work.steps) for row in job.rows)
+                assert self.scheduler.rows_left(name) == sum(row in self.next_step for row in job.rows)
             assert self.scheduler.has_work == bool(self.next_step)
-            batch = self.scheduler.next_batch()
-            if batch is None:
+            if self.in_flight:
+                self.end(self.in_flight.popleft())
+            else:
                 assert not self.next_step
                 if now > 20:
                     return self
-                continue
-            assert self.scheduler.next_batch() == batch, "choosing changes nothing"
-            self.check_rows(batch)
-            self.check_jobs_of(batch)
-            self.check_order(batch)
-            self.check_short_ticks(batch)
-            self.batches.append(batch)
-            advance = self.scheduler.advance(batch)
-            for row, step in zip(batch.rows, batch.steps, strict=True):
-                self.taken[row].append(step)
-                self.next_step[row] = step + 1
-                if step + 1 == self.jobs[self.job_of[row]].work.steps:
-                    del self.next_step[row]
-            done = [name for name, job in self.alive.items() if not any(row in self.next_step for row in job.rows)]
-            assert sorted(advance.finished) == sorted(done)
-            for name in done:
-                self.finished.append(name)
-                self._forget(name)
         raise AssertionError("the load never ended")
+
+    def begin(self) -> bool:
+        """Begin the next tick, if one may begin now."""
+        may = not self.in_flight or (len(self.in_flight) < MOST_IN_FLIGHT and self.overlaps())
+        batch = self.scheduler.next_batch()
+        assert (batch is not None) == (may and bool(self.waiting()))
+        if batch is None:
+            return False
+        assert self.scheduler.next_batch() == batch, "choosing changes nothing"
+        self.check_rows(batch)
+        self.check_jobs_of(batch)
+        self.check_order(batch)
+        self.check_short_ticks(batch)
+        self.batches.append(batch)
+        self.overlapped += bool(self.in_flight)
+        self.scheduler.begin(batch)
+        self.in_flight.append(batch)
+        return True
+
+    def end(self, batch: Batch) -> None:
+        """End a tick. Some of its jobs may have been cancelled since it began."""
+        advance = self.scheduler.advance(batch)
+        wanted = self.wanted()
+        places: Counter[str] = Counter()
+        for row, step in zip(batch.rows, batch.steps, strict=True):
+            if row not in self.next_step:
+                assert self.job_of[row] in self.cancelled
+                continue
+            places[self.job_of[row]] += wanted[row]
+            self.taken[row].append(step)
+            self.next_step[row] = step + 1
+            if step + 1 == self.jobs[self.job_of[row]].work.steps:
+                del self.next_step[row]
+        assert advance.places == places
+        self.stepped += sum(places.values())
+        if places:
+            self.check_share_of_time(places)
+        done = [name for name, job in self.alive.items() if not any(row in self.next_step for row in job.rows)]
+        assert sorted(advance.finished) == sorted(done)
+        for name in done:
+            self.finished.append(name)
+            self._forget(name)
+
+    def check_share_of_time(self, places: Counter[str]) -> None:
+        """While the oldest job is held back, it has a quarter of the time, less one tick."""
+        oldest = next(iter(self.alive))
+        if oldest not in self.held_back():
+            self.oldest, self.owed_s = None, 0.0
+            return
+        if oldest != self.oldest:
+            self.oldest, self.held_s, self.had_s = oldest, 0.0, 0.0
+        seconds, share = self.sharing.tick_s(places.total()), places[oldest] / places.total()
+        self.held_s += seconds
+        self.had_s += seconds * share
+        self.owed_s = max(0.0, self.owed_s + seconds * (RESERVED_SHARE - share))
+        longest_s = self.sharing.tick_s(self.sharing.full_batch)
+        assert not self.sharing.reserved or self.had_s >= RESERVED_SHARE * self.held_s - longest_s
 
     def check_jobs_of(self, batch: Batch) -> None:
         """The rows of a batch by job are just its rows."""
@@ -306,22 +383,25 @@ class Simulation:
             assert picked.places == sum(work.places_per_row(step) for step, _ in picked.steps)
 
     def check_rows(self, batch: Batch) -> None:
-        """No row is in it twice, none that fits is left out, and the oldest job has its reserve."""
-        waiting, held_back, max_batch = self.waiting(), self.held_back(), self.sharing.max_batch
+        """No row is in it twice, none that fits is left out, and the oldest job, if not held back, has its reserve."""
+        waiting, held_back, max_batch, size = self.waiting(), self.held_back(), self.sharing.max_batch, self.size()
         assert max(Counter(batch.rows).values()) == 1
-        assert set(batch.rows) <= waiting.keys(), "nor one that is done, cancelled or not there yet"
-        assert sum(waiting[row] for row in batch.rows) == batch.places <= max_batch
+        assert set(batch.rows) <= waiting.keys(), "nor one that is in flight, done, cancelled or not there yet"
+        assert sum(waiting[row] for row in batch.rows) == batch.places <= size
         assert [batch.rows[at] for at in batch.guided] == [row for row in batch.rows if waiting[row] == 2]
         rank = {name: position for position, name in enumerate(self.in_turn())}
         last = max(rank[self.job_of[row]] for row in batch.rows)
         for row, places in waiting.items() if len(self.alive) <= max_batch else ():  # no more jobs are looked at
-            room = max_batch
+            room = size
             if (name := self.job_of[row]) in held_back:
                 # A job after it may have begun another multiple of short_batch, to which it is not asked again.
                 room = short_end(self.sharing, batch.places) if rank[name] >= last else 0
             assert row in batch.rows or places > room - batch.places
-        mine = [row for row in next(iter(self.alive.values())).rows if row in self.next_step]
-        assert sum(row in batch.rows for row in mine) >= min(len(mine), self.sharing.reserved // 2)
+        oldest, job = next(iter(self.alive.items()))
+        mine = [row for row in job.rows if row in waiting]
+        assert oldest in held_back or sum(row in batch.rows for row in mine) >= min(
+            len(mine), self.sharing.reserved // 2
+        )
 
     def check_order(self, batch: Batch) -> None:
         """With no reserve no row steps while a row that fits of a job before it waits."""
@@ -336,12 +416,16 @@ class Simulation:
             assert not later or one_odd or self.job_of[row] in held_back
 
     def check_short_ticks(self, batch: Batch) -> None:
-        """What much longer jobs add beyond the reserve stays within a short tick."""
-        waiting, held_back, oldest = self.waiting(), self.held_back(), next(iter(self.alive))
+        """What much longer jobs add stays within a short tick, but for the reserve, or the turn of the oldest job."""
+        waiting, held_back, (oldest, job) = self.waiting(), self.held_back(), next(iter(self.alive.items()))
         places: Counter[str] = Counter()
         for row in batch.rows:
             places[self.job_of[row]] += waiting[row]
         reserve = min(places[oldest], self.sharing.reserved)
+        if oldest in held_back and self.sharing.reserved:
+            mine = min(self.sharing.max_batch, sum(waiting.get(row, 0) for row in job.rows))
+            is_turn = self.owed_s >= (1 - RESERVED_SHARE) * self.sharing.tick_s(mine) - 1e-9
+            reserve = places[oldest] if is_turn else 0
         so_far = reserve
         for name in self.in_turn():
             beyond = places[name] - (reserve if name == oldest else 0)
@@ -364,34 +448,148 @@ def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
     sharing = replace(sharing, policy="srpt", reserved=reserved_places(sharing.max_batch, share))
     scheduler = Scheduler(sharing)
     scheduler.add("oldest", range(work.rows), work)
-    rows_a_tick = sharing.reserved // 2
-    # Every tick steps that many rows, or all that are left; and those left when they are fewer take `steps` at most.
-    bound = work.rows * work.steps // rows_a_tick + work.steps
-    row = work.rows
-    for _ in range(bound):
+    rows_a_turn = sharing.reserved // 2
+    # Every turn steps that many rows, or all that are left; and those left when they are fewer take `steps` at most.
+    turns = work.rows * work.steps // rows_a_turn + work.steps
+    # Each tick is a turn where the oldest has its reserve in places. While it is held back, its next full tick comes
+    # after three times as long; and what it is owed is forgotten when its reserve is one in places again.
+    most_s = turns * sharing.tick_s(sharing.max_batch) * (1 if sharing.short_batch == sharing.max_batch else 5)
+    row, time_s = work.rows, 0.0
+    while time_s < most_s:
         for _ in range(random.randint(1, sharing.max_batch)):
             scheduler.add(f"short{row}", [row], Work(1, 1, range(random.randint(0, 1))))
             row += 1
         batch = scheduler.next_batch()
         assert batch is not None
+        time_s += sharing.tick_s(batch.places)
         if "oldest" in scheduler.advance(batch).finished:
             return
-    raise AssertionError(f"not done after {bound} ticks")
+    raise AssertionError(f"not done after {most_s} s")
 
 
-@settings(deadline=None, max_examples=500)
-@loads
-def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[Arrival], sharing: Sharing) -> None:
-    """The simulation checks each batch."""
+def check_load(load: list[Arrival], sharing: Sharing) -> Simulation:
     simulation = Simulation(load, sharing).run()
     for row, steps in simulation.taken.items():
         name = simulation.job_of[row]
         assert steps == list(range(len(steps)))
         assert len(steps) == simulation.jobs[name].work.steps or name in simulation.cancelled
     assert sorted(simulation.finished) == sorted(set(simulation.jobs) - set(simulation.cancelled))
-    stepped = sum(batch.places for batch in simulation.batches)
-    assert stepped + sum(simulation.cancelled.values()) == sum(job.work.places for job in load)
+    assert simulation.stepped + sum(simulation.cancelled.values()) == sum(job.work.places for job in load)
     assert Simulation(load, sharing, names="{0:03d}z").run().batches == simulation.batches, "whatever jobs are called"
+    return simulation
+
+
+@settings(deadline=None, max_examples=400)
+@given(arrivals, sharings())
+def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[Arrival], sharing: Sharing) -> None:
+    """The simulation checks each batch."""
+    assert check_load(load, sharing).overlapped == 0
+
+
+@settings(deadline=None, max_examples=400)
+@given(arrivals, sharings(overlapped=0.9))
+def test_the_same_holds_with_two_ticks_in_flight(load: list[Arrival], sharing: Sharing) -> None:
+    check_load(load, sharing)
+
+
+# --- two ticks in flight ---
+
+OVERLAPPED = TickTimes(((1, 0.003), (8, 0.009), (16, 0.017)), overlapped=0.9)
+
+
+def begin_all(scheduler: Scheduler) -> list[Batch]:
+    """Begin as many ticks as may be in flight."""
+    begun = []
+    while (batch := scheduler.next_batch()) is not None:
+        scheduler.begin(batch)
+        begun.append(batch)
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("jobs", "places"),
+    [
+        pytest.param([(6, 20), (6, 30)], [8, 4], id="two alike that want more than a tick: two, with different rows"),
+        pytest.param([(4, 20), (4, 30)], [8], id="two alike that fit one tick: one"),
+        pytest.param([(40, 20)], [16, 16], id="rows for two larger ticks: two larger ones"),
+        pytest.param([(31, 20)], [8, 8], id="rows for less than these: two"),
+        pytest.param([(12, 1000), (1, 20)], [1], id="a short one beside a much longer one: its own alone"),
+        pytest.param([(1, 1000), *[(1, 20)] * 8], [8, 1], id="more jobs than places, however long: two"),
+    ],
+)
+def test_two_ticks_are_in_flight_where_jobs_wait_for_nothing_but_throughput(
+    jobs: list[tuple[int, int]], places: list[int]
+) -> None:
+    scheduler, first = Scheduler(Sharing.of(8, short_batch=1, times=OVERLAPPED)), 0
+    for rows, steps in jobs:
+        add(scheduler, f"job{first}", range(first, first + rows), steps)
+        first += rows
+    begun = begin_all(scheduler)
+    assert [batch.places for batch in begun] == places
+    assert max(Counter(row for batch in begun for row in batch.rows).values()) == 1
+
+
+def test_jobs_of_several_owners_have_two_ticks_in_flight() -> None:
+    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
+    for owner in "abc":
+        scheduler.add(owner, range(6), Work(6, 20, range(0)), owner=owner)
+    first, second = begin_all(scheduler)
+    assert first.places == second.places == 8
+    taken = Counter(picked.job_id for batch in (first, second) for picked in batch.jobs for _ in picked.steps)
+    assert taken.total() == 16
+    assert max(taken.values()) == 6, "no row is in both"
+    for batch in (first, second):
+        scheduler.advance(batch)
+    assert scheduler.steps("a").count(1) == taken["a"]
+
+
+def test_a_job_that_is_cancelled_in_flight_is_left_out_when_its_tick_ends() -> None:
+    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
+    add(scheduler, "a", range(6), steps=20)
+    add(scheduler, "b", range(6, 12), steps=20)
+    first, second = begin_all(scheduler)
+    scheduler.cancel("a")
+    assert scheduler.steps("b") == (0,) * 6, "nothing has ended"
+    assert scheduler.rows_left("b") == 6
+    assert {**scheduler.advance(first).places, **scheduler.advance(second).places}.keys() == {"b"}
+    assert scheduler.steps("b") == (1,) * 6
+
+
+def test_a_background_job_whose_time_has_come_in_flight_is_held_back_until_its_tick_ends() -> None:
+    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
+    scheduler.add("a", range(4), Work(4, 20, range(0), held_back_s=1.0))
+    scheduler.come_to(0.5)
+    (batch,) = begin_all(scheduler)
+    scheduler.come_to(1.0)
+    assert "a" in scheduler.background
+    scheduler.advance(batch)
+    scheduler.come_to(1.0)
+    assert "a" in scheduler.foreground
+    assert scheduler.steps("a").count(1) == batch.places
+
+
+# --- a job that is held back ---
+
+
+def test_a_much_longer_job_has_a_quarter_of_the_time_beside_short_ones_whose_ticks_are_as_short_as_alone() -> None:
+    times = TickTimes(((1, 0.003), (8, 0.009)))
+    scheduler = Scheduler(Sharing.of(8, short_batch=1, times=times))
+    add(scheduler, "long", range(8), steps=1000)
+    add(scheduler, "short", [8], steps=100)
+    batches = [tick(scheduler) for _ in range(100)]
+    assert {batch.rows for batch in batches} == {(8,), tuple(range(8))}, "each has ticks of its own"
+    long_s = sum(times.seconds(8) for batch in batches if batch.places == 8)
+    total_s = sum(times.seconds(batch.places) for batch in batches)
+    assert long_s == pytest.approx(total_s / 4, abs=times.seconds(8))
+
+
+def test_a_much_longer_job_that_fills_up_a_few_places_has_its_quarter_all_the_same() -> None:
+    scheduler = Scheduler(Sharing.of(8, short_batch=4))
+    add(scheduler, "long", range(8), steps=1000)
+    add(scheduler, "short", range(8, 15), steps=100)
+    batches = [tick(scheduler) for _ in range(80)]
+    of_long = sum(row < 8 for batch in batches for row in batch.rows)
+    assert of_long >= sum(batch.places for batch in batches) / 4 - 8
 
 
 # --- how long ticks take ---
