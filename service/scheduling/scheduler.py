@@ -464,10 +464,11 @@ class ClassScheduler:
         """Whether a second tick begins while one is in flight, so that the processor has work between the two.
 
         That is so where jobs wait for nothing but throughput: they want more places than a tick has, and none is much
-        longer than another. A short job beside much longer ones would wait for two ticks.
+        longer than another. A short job beside much longer ones would wait for two ticks. Nor is it so while background
+        ticks are kept short for jobs that may come.
         """
         sharing = self._sharing
-        if sharing.times.overlapped is None:
+        if sharing.times.overlapped is None or self.most_places < sharing.max_batch:
             return False
         if len(self._jobs) > self.most_places:
             return True

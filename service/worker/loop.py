@@ -369,6 +369,8 @@ class Loop:
 
     def _begin_next(self) -> bool:
         """Begin the next tick, if there is one that need not wait for those in flight."""
+        if self._in_flight and not self._in_flight[0].model.scheduler.overlaps:
+            return False
         model = self._turns.next(self._clock())
         if model is None or (self._in_flight and self._in_flight[0].model is not model):
             return False
