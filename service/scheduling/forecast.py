@@ -163,16 +163,24 @@ class Ahead:
         model = self._turns.next(self.now_s)
         if model is None:
             return None
-        scheduler = self._schedulers[model]
-        if (batch := scheduler.next_batch()) is None:
+        scheduler, batches = self._schedulers[model], list[Batch]()
+        while (batch := scheduler.next_batch()) is not None:  # as many as are in flight together
+            scheduler.begin(batch)
+            batches.append(batch)
+        if not batches:
             return None
-        tick_s = self._speeds[model].tick_s(batch.places, overlaps=scheduler.overlaps)
-        ticks, last = self._ticks(scheduler, batch, tick_s)
-        advance = scheduler.advance(batch, ticks)
-        self._turns.stepped(model, ticks * tick_s)
-        ended = {job_id: self.now_s + min(ticks, last[job_id]) * tick_s for job_id in advance.finished}
-        self.now_s += ticks * tick_s
-        return Stride(model, advance.places, ended)
+        overlaps = scheduler.overlaps
+        round_s = sum(self._speeds[model].tick_s(batch.places, overlaps=overlaps) for batch in batches)
+        found = [self._ticks(scheduler, batch, round_s) for batch in batches]
+        ticks, places, ended = min(ticks for ticks, _ in found), Counter[str](), dict[str, float]()
+        last = {job_id: max(each.get(job_id, 0) for _, each in found) for _, each in found for job_id in each}
+        for batch in batches:
+            advance = scheduler.advance(batch, ticks)
+            places.update(advance.places)
+            ended |= {job_id: self.now_s + min(ticks, last[job_id]) * round_s for job_id in advance.finished}
+        self._turns.stepped(model, ticks * round_s)
+        self.now_s += ticks * round_s
+        return Stride(model, places, ended)
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
         """How many ticks from now on are taken to be alike, and how many the last row of each job needs to its end."""
