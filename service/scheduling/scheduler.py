@@ -489,8 +489,11 @@ class ClassScheduler:
                 return True
         return False
 
-    def begin(self, batch: Batch) -> None:
-        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
+    def begin(self, batch: Batch) -> bool:
+        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends.
+
+        Return whether another one may begin.
+        """
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
             queue = self._owners[job.owner]
@@ -499,6 +502,7 @@ class ClassScheduler:
             queue.put_back(job)
         self.in_flight.append(batch)
         self._leaders.append(self._leader)
+        return self.overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
         """For how many ticks like this one it stays the turn of the one owner's oldest job; see OwnerQueue."""
@@ -723,9 +727,9 @@ class Scheduler:
         """For how many ticks like this one it stays the turn of an oldest job, see ClassScheduler."""
         return self._of(batch.jobs[0].job_id).turn_ticks(batch)
 
-    def begin(self, batch: Batch) -> None:
-        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends."""
-        self._of(batch.jobs[0].job_id).begin(batch)
+    def begin(self, batch: Batch) -> bool:
+        """Note that the batch which was chosen last is in flight, see ClassScheduler."""
+        return self._of(batch.jobs[0].job_id).begin(batch)
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
         """Record that a batch has stepped, see ClassScheduler."""

@@ -368,9 +368,7 @@ class Loop:
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, if there is one that need not wait for those in flight."""
-        if self._in_flight and not self._in_flight[0].model.scheduler.overlaps:
-            return False
+        """Begin the next tick, if there is one that need not wait for those in flight; return whether to try again."""
         model = self._turns.next(self._clock())
         if model is None or (self._in_flight and self._in_flight[0].model is not model):
             return False
@@ -395,10 +393,10 @@ class Loop:
             except Exception as error:
                 self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
                 return True
-            model.scheduler.begin(batch)
+            may_overlap = model.scheduler.begin(batch)
             tick = Tick(model, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all())
             self._in_flight.append(tick)
-        return True
+        return may_overlap
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
         """End the ticks in flight, or only as many as it takes until none has rows of a job."""
