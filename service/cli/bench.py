@@ -362,6 +362,7 @@ def bench(
     else:
         if parameters.pop("n") != 1 or parameters.pop("steps", None) is not None:
             fail("--n and --steps: the requests of --slo are those of --mix")
+        check_number(max(rates or [0.0]), seconds)
         mix = mix or read_mix(MIX)
         with one_line_of_server(url):
             alone_s, example = asyncio.run(_alone(url, model, mix, parameters, warm_up))

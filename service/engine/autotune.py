@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # that the others are compared with
-WORTH = 0.97  # what is not faster than this share is as fast, given how well times are measured
+WORTH = 0.97  # a time above this share of another one counts as equal: times are measured no better
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
 LONG_S = 0.5  # a call that takes this long is measured once

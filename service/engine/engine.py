@@ -153,10 +153,10 @@ class Engine:
 
     @torch.inference_mode()
     def begin(self, batch: Batch) -> Callable[[], None]:
-        """Begin a tick; the function returned ends it: it waits for the network, and updates the rows.
+        """Begin a tick. The function returned waits for the network and updates the rows.
 
-        A second tick of other rows may begin before the first has ended. Until its tick has ended a row is read as it
-        was before, and may not be removed. The batch reaches the device in one transfer; nothing here loops over rows.
+        A second tick, with other rows, may begin in between. Until its tick has ended, reads give a row as it was
+        before, and the row may not be removed. The batch reaches the device in one transfer; nothing loops over rows.
         """
         if torch.get_num_threads() != self._torch_threads:  # it is the process's, and another model may have set it
             torch.set_num_threads(self._torch_threads)

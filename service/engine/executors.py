@@ -7,7 +7,7 @@ outputs were seen to agree; `autotune.py` picks the executor and these sizes by 
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Executor(Protocol):
     name: str
     precision: str
     details: str  # what else could change a bit: layout, pass sizes, streams
-    queues: bool  # whether passes of a second batch may wait behind those of the first, and begin by themselves
+    queues: bool  # whether a second batch may start before the first is finished: its passes wait in a queue
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """x [B, C, H, W] float32, t [B] float32, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
@@ -81,8 +81,8 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 class EagerExecutor:
     """PyTorch as it is: the reference. With `sizes` None each batch is one pass.
 
-    With several threads a batch is cut into passes for as many streams. Each stream is a thread of its own in which
-    torch has no other, and takes the next pass from one queue, whichever batch it is of: no stream waits for another.
+    With several threads, a batch is cut into passes for as many streams. A stream is one thread. All streams take
+    passes from one queue, which has the passes of all batches, so no stream waits for another.
     """
 
     name = "eager"
@@ -100,7 +100,7 @@ class EagerExecutor:
     ) -> None:
         """threads: how many streams; with 1, passes run in the caller's thread, on all threads that torch has there.
 
-        wide: a batch of so many places runs in the caller's thread too, on as many threads, if no stream is busy.
+        wide: while no stream is busy, a batch of at most so many places runs in the caller's thread, on all threads.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
@@ -133,7 +133,12 @@ class EagerExecutor:
         if self._pool is not None and (self._running or places > self._wide):
             futures = [self._pool.submit(run, *one) for one in passes]
             self._running += futures
-            return lambda: torch.cat([future.result() for future in futures])
+
+            def finish() -> Tensor:
+                wait(futures)  # also those beside one that failed
+                return torch.cat([future.result() for future in futures])
+
+            return finish
         with torch_threads(self._threads if self._pool is not None else None):
             outs = [run(*one) for one in passes]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -157,7 +162,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
     if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kinds[nn.Conv2d] = _Conv2d
-    if in_streams:  # a wide pass has the bits of those in one thread
+    if in_streams:  # so that a wide pass has the same bits as a pass in a stream
         kinds[nn.GroupNorm] = _GroupNorm
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = copy.deepcopy(net, shared)
@@ -167,7 +172,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
 
 
 class _Conv2d(nn.Conv2d):
-    """Always oneDNN's: for one small image, and for 1x1 in one thread, torch takes a kernel of its own."""
+    """Always uses oneDNN. Torch has kernels of its own for one small image, and for 1x1 in one thread."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert not isinstance(self.padding, str)
@@ -175,7 +180,7 @@ class _Conv2d(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """One vector a row, as of its timestep, is multiplied in as many rows as the largest pass has."""
+    """Pads a batch of vectors, such as timestep embeddings, to the largest pass: MKL then takes one kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows = len(input)
@@ -185,9 +190,11 @@ class _Linear(nn.Linear):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Its sums over a large image are split by the number of threads."""
+    """Runs in one thread: torch splits the sums over a large image by the number of threads."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.get_num_threads() == 1:
+            return super().forward(input)
         with torch_threads(1):
             return super().forward(input)
 

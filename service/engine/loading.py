@@ -32,7 +32,7 @@ from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
 from tminus.service.model_info import ModelInfo, background_share
-from tminus.service.scheduling.scheduler import TickTimes
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -268,7 +268,8 @@ def prepare_engine(
         if not proof.begun:
             progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
-        spare_work = proof.test(engine, max_batch, inexact, BUSY_TEST_S if busy else TEST_S)
+        full_batch = Sharing.of(max_batch, times=TickTimes(tick_times, again.overlapped)).full_batch
+        spare_work = proof.test(engine, full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     if again.overlapped is not None:
@@ -373,14 +374,16 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         sizes = _batch_sizes(tick_times, queues=engine.queues)
         full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
         sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
+        if sizes["overlapped"] is None:
+            sizes |= _batch_sizes(tick_times, queues=False)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
 
 
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:
-    """Find the smallest batches that are fast enough, given the best throughput.
+    """Find the smallest batches with a given share of the best throughput.
 
-    Where two ticks may be in flight, full ones grow under load: until then newcomers wait for smaller ones.
+    Where two ticks may be in flight this share is lower, so that newcomers wait less: under load the ticks grow.
     """
     share, least = (QUEUED_SHARE, MIN_QUEUED_BATCH) if queues else (FULL_SHARE, MIN_BATCH)
     return {
@@ -398,7 +401,10 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
     """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
-    possible = all(type(size) is int and 1 <= size <= max(MIN_BATCH, largest) for size in sizes.values())
+    leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
+    possible = all(
+        type(size) is int and leasts[name] <= size <= max(MIN_BATCH, largest) for name, size in sizes.items()
+    )
     overlapped = kept.get("overlapped", 0)  # kept as None where there is none
     possible = possible and (overlapped is None or (isinstance(overlapped, float) and 0 < overlapped <= 1))
     return sizes | {"overlapped": overlapped} if possible else None
@@ -437,10 +443,10 @@ def measure_ticks(
 def measure_overlap(
     engine: RowEngine, places: int, tick_s: float, clock: Callable[[], float] = time.perf_counter
 ) -> float | None:
-    """Find the share of its time, tick_s, that a full tick takes while another one is in flight.
+    """Measure a full tick while another one is in flight, as a share of tick_s, its time alone.
 
-    None where two ticks shall not be in flight: the executor has no queue, or what Python does between two passes is
-    nothing beside a tick, for which newcomers would wait.
+    None if only one tick is to be in flight. Either the executor has no queue, or ticks are so long that Python's work
+    between two passes is nothing beside them, and newcomers would wait for another one.
     """
     if not engine.queues or tick_s > LONG_FULL_TICK_S:
         return None

@@ -336,10 +336,10 @@ class OpenVINOExecutor:
 
     @torch.inference_mode()
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to run the network on a batch; a second one may begin before the first has ended.
+        """Begin to run the network on a batch. A second batch may begin before the first has ended.
 
-        Passes of one size wait in a queue, from which a stream that is done takes the next by itself. Passes of other
-        sizes would run beside them and share the cores, so those begin as earlier ones end.
+        Each size of a pass has a queue, and a free stream takes the next pass from it. Two sizes at once share the
+        cores, so a batch begins its other sizes only as its earlier passes end.
         """
         graph = self._graph
         temb = graph.embed_time(t)
@@ -383,7 +383,7 @@ class OpenVINOExecutor:
         return finish
 
     def _abandon(self, running: "deque[tuple[_Passes, _Pass, int, int]]") -> None:
-        """Let passes end whose outputs nobody wants: one that runs cannot be started again."""
+        """Wait for passes whose outputs are not needed: a request that runs cannot be started again."""
         while running:
             passes, one, *_ = running.popleft()
             with contextlib.suppress(RuntimeError):
@@ -434,14 +434,14 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
 
 
 class _Passes:
-    """Owns the requests of one compiled graph: as many as were ever running at a time."""
+    """Owns the requests of one compiled graph. It makes another one when all of them run."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._free: deque[_Pass] = deque()
 
     def start(self, x: Floats, temb: Floats) -> "_Pass":
-        """Begin a pass, in a request that nobody has."""
+        """Begin a pass in a free request."""
         one = self._free.popleft() if self._free else _Pass(self._compiled.create_infer_request())
         try:
             one.start(x, temb)

@@ -40,7 +40,7 @@ class RowEngine(Protocol):
 
     @property
     def queues(self) -> bool:
-        """Whether the passes of a second tick may wait behind those of the first, and begin by themselves."""
+        """Whether a second tick may begin while one is in flight: its passes wait in a queue."""
 
     @property
     def runs_ahead(self) -> bool:
@@ -53,9 +53,9 @@ class RowEngine(Protocol):
         """
 
     def begin(self, batch: Batch) -> Callable[[], None]:
-        """Begin a tick; the function returned ends it. Another one of other rows may begin before.
+        """Begin a tick. The function returned ends it. A tick of other rows may begin in between.
 
-        Until its tick has ended, a row is read as it was before and may not be removed.
+        Until its tick has ended, reads give a row as it was before, and the row may not be removed.
         """
 
     def step(self, batch: Batch) -> None:

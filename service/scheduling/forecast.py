@@ -52,13 +52,13 @@ class Speed:
 
     @property
     def longest_tick_s(self) -> float:
-        """Predicted seconds of a full tick."""
-        return self.tick_s(self.sharing.max_batch)
+        """Predicted seconds of the largest tick."""
+        return self.tick_s(self.sharing.full_batch)
 
     def tick_s(self, places: int, *, overlaps: bool = False) -> float:
         """Predict how long a tick takes, in seconds.
 
-        overlaps: while another one is in flight; then it counts from the end of that.
+        overlaps: whether another tick is in flight. The time then counts from the end of that tick.
         """
         times = self.sharing.times
         return self.correction * times.seconds(places) * ((times.overlapped or 1.0) if overlaps else 1.0)

@@ -1,9 +1,9 @@
 """Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
 
 Shortest remaining work first, so a short job does not wait behind a long one. A job that is much longer than another is
-held back: it does not fill the ticks of short jobs up, so that these end sooner. A share is kept for the oldest job, so
-that it is never starved: of the time while it is held back, else of the places of each tick. A row that is not picked
-just waits: preemption costs nothing. Two ticks are in flight where jobs wait for nothing but throughput.
+held back: it does not fill up the ticks of short jobs, so these end sooner. The oldest job has a share, so that it is
+never starved. While it is held back this is a share of the time, otherwise of the places of each tick. A row that is
+not picked waits: preemption costs nothing. Two ticks are in flight while jobs wait for throughput only.
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
 first (owners.py). A tick is of one model: which one, the same policy says in seconds.
@@ -49,7 +49,7 @@ class TickTimes:
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    overlapped: float | None = None  # of that, what a full tick takes beside another in flight; None: none may be
+    overlapped: float | None = None  # a full tick takes this share beside another one; None: one at a time
 
     def __post_init__(self) -> None:
         assert all(a < b for a, b in pairwise([0, *(places for places, _ in self.points)])), self.points
@@ -86,7 +86,7 @@ class Sharing:
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
-    reserved: int  # places kept for the oldest job while it is not held back; 0: nor has it a share of the time
+    reserved: int  # places kept for the oldest job unless it is held back; 0: it has no share of the time either
     policy: Policy
     times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
@@ -109,7 +109,7 @@ class Sharing:
 
     @property
     def full_batch(self) -> int:
-        """How many places a tick has while another one is in flight and rows enough wait for both."""
+        """The places of a tick while two are in flight and enough rows wait to fill both."""
         if self.times.overlapped is None:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
@@ -165,7 +165,7 @@ class Sharing:
         needed: what a row of that takes. turn: counts the ticks. Of a few places it has enough in some of the ticks.
         """
         if places >= self.max_batch or not self.reserved:
-            return self.reserved
+            return places * self.reserved // self.max_batch
         kept = places * self.reserved / self.max_batch
         if kept >= needed:
             return int(kept)
@@ -200,7 +200,7 @@ class QueuedJob:
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
     places_left: int = 0
     started: bool = False
-    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks that have begun and not ended; they are in neither list
+    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight; neither list has them
     key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
@@ -233,7 +233,7 @@ class QueuedJob:
 
     @property
     def places_now(self) -> int:
-        """What a step of all its rows takes that are not in flight."""
+        """The places that a step of all its rows takes, without rows in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
@@ -245,11 +245,11 @@ class OwnerQueue:
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._much_longer: float | None = None  # None: a job came or went since it was found
-        # The jobs with rows that are not in flight, sorted, the next one last: the jobs that go next change all the
-        # time, and changing a list's end is cheap.
+        # Sorted, the next job last: that end changes all the time, and changing a list's end is cheap. A job with all
+        # its rows in flight is not in it.
         self._queue: list[tuple[int, int, str]] = []
         self.ticks = 0  # in which it had places
-        self._owed_s = 0.0  # to the oldest job, while it is held back
+        self._owed_s = 0.0  # seconds that the oldest job is owed while it is held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -260,11 +260,14 @@ class OwnerQueue:
         self._jobs[job.id] = job
         if not is_newest:  # it was held back, which is seldom over
             self._jobs = OrderedDict(sorted(self._jobs.items(), key=lambda item: item[1].arrival))
+            self._owed_s = 0.0
         self._much_longer = None
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out."""
+        if job is self.oldest:
+            self._owed_s = 0.0
         del self._jobs[job.id]
         self._much_longer = None
 
@@ -306,7 +309,7 @@ class OwnerQueue:
 
     @property
     def places_now(self) -> int:
-        """What a step of all rows takes that are not in flight, or as much as a tick has."""
+        """The places that a step of all rows takes, without rows in flight; at most max_batch."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
@@ -334,20 +337,24 @@ class OwnerQueue:
 
     @property
     def holds_back_oldest(self) -> bool:
-        """Whether the oldest job waits for much shorter ones. Its share is then one of the time, not of the places."""
+        """Whether the oldest job is held back for much shorter ones. Its share is then a share of the time."""
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
-    def stepped(self, seconds: float, places: int, taken: Mapping[str, int]) -> None:
-        """Note that it had a tick of so many seconds and places, and how many of these each job took."""
+    def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
+        """Note a tick, which took so many seconds.
+
+        shares: what each job had of this owner's places, 1.0 for a job whose rows were all in the tick; None where
+        other owners went first, which hold no job back.
+        """
         self.ticks += 1
-        if self.holds_back_oldest:
-            share = taken.get(self.oldest.id, 0) / places
+        if shares is not None and self.holds_back_oldest:
+            share = shares.get(self.oldest.id, 0.0)
             self._owed_s = max(0.0, self._owed_s + seconds * (RESERVED_SHARE - share))
         else:
             self._owed_s = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many ticks like this one it stays the turn of the oldest job; None while that is not held back."""
+        """For how many such ticks the oldest job keeps its turn; None if it is not held back."""
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
@@ -447,10 +454,10 @@ class ClassScheduler:
         return job
 
     def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick; None when there is nothing to do before a tick in flight has ended."""
+        """Choose the rows of the next tick; None if no tick can begin now."""
         if not self._jobs or (self.in_flight and not self.overlaps):
             return None
-        is_full = self._wants(2 * self._sharing.full_batch) and self.overlaps
+        is_full = len(self._owners) == 1 and self.overlaps and self._wants(2 * self._sharing.full_batch)
         pick, self._leader = _Pick(self._sharing.full_batch if is_full else self.most_places), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
@@ -461,11 +468,10 @@ class ClassScheduler:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a second tick begins while one is in flight, so that the processor has work between the two.
+        """Whether a second tick begins while one is in flight, so that the processor always has work.
 
-        That is so where jobs wait for nothing but throughput: they want more places than a tick has, and none is much
-        longer than another. A short job beside much longer ones would wait for two ticks. Nor is it so while background
-        ticks are kept short for jobs that may come.
+        This needs jobs that want more places than a tick has. None may be much longer than another, because a short
+        job would wait for two ticks, unless there are more jobs than places. Short background ticks run one at a time.
         """
         sharing = self._sharing
         if sharing.times.overlapped is None or self.most_places < sharing.max_batch:
@@ -490,9 +496,9 @@ class ClassScheduler:
         return False
 
     def begin(self, batch: Batch) -> bool:
-        """Note that the batch which was chosen last is in flight: its rows are not chosen again until it ends.
+        """Begin the batch that was chosen last. Its rows are not chosen again until it ends.
 
-        Return whether another one may begin.
+        Returns whether another one may begin.
         """
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
@@ -505,7 +511,7 @@ class ClassScheduler:
         return self.overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many ticks like this one it stays the turn of the one owner's oldest job; see OwnerQueue."""
+        """As `OwnerQueue.turn_ticks`. There must be one owner only."""
         (queue,) = self._owners.values()
         return queue.turn_ticks(batch)
 
@@ -542,9 +548,9 @@ class ClassScheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.had_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped: one that is in flight, or the one which was chosen last.
+        """Record that a batch has stepped. It is in flight, or it was chosen last.
 
-        Jobs that were cancelled meanwhile are left out. ticks: so many times, one after the other, for a look ahead.
+        Jobs that were cancelled meanwhile are left out. ticks: how many times it has stepped, for the forecast.
         """
         assert batch.jobs, "it is not of next_batch"
         if batch not in self.in_flight:
@@ -555,12 +561,15 @@ class ClassScheduler:
         finished: list[str] = []
         places: dict[str, int] = {}  # in one tick, by owner
         taken: dict[str, int] = {}  # by job
+        whole: set[str] = set()  # the jobs that have no other rows
         for picked in batch.jobs:
             job = self._jobs.get(picked.job_id)
             if job is None:
                 continue
             queue = self._owners[job.owner]
             queue.take_out(job)
+            if not job.singles and not job.doubles and len(job.in_flight) == 1:
+                whole.add(job.id)
             taken[job.id] = job.end(picked, ticks)
             places[job.owner] = places.get(job.owner, 0) + picked.places
             if not job.started:
@@ -571,7 +580,13 @@ class ClassScheduler:
                 finished.append(job.id)
         seconds = ticks * self._sharing.tick_s(sum(places.values()))
         for owner in places:
-            self._owners[owner].stepped(seconds, ticks * places[owner], taken)
+            shares = None
+            if len(self._owners) == 1 or owner == leader:
+                shares = {
+                    job_id: 1.0 if job_id in whole else count / (ticks * places[owner])
+                    for job_id, count in taken.items()
+                }
+            self._owners[owner].stepped(seconds, shares)
         paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
         self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
         for job_id in finished:
@@ -713,7 +728,7 @@ class Scheduler:
         self._held_back.pop(job_id, None)
 
     def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick; None when there is nothing to do before a tick in flight has ended."""
+        """Choose the rows of the next tick; None if no tick can begin now."""
         if len(self.foreground.in_flight) + len(self.background.in_flight) >= MOST_IN_FLIGHT:
             return None
         return (self.foreground if self.foreground.has_work else self.background).next_batch()
@@ -724,11 +739,11 @@ class Scheduler:
         return (self.foreground if self.foreground.has_work else self.background).overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many ticks like this one it stays the turn of an oldest job, see ClassScheduler."""
+        """As `OwnerQueue.turn_ticks`. There must be one owner only."""
         return self._of(batch.jobs[0].job_id).turn_ticks(batch)
 
     def begin(self, batch: Batch) -> bool:
-        """Note that the batch which was chosen last is in flight, see ClassScheduler."""
+        """Begin the batch that was chosen last, see ClassScheduler."""
         return self._of(batch.jobs[0].job_id).begin(batch)
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
@@ -753,7 +768,7 @@ class Scheduler:
         return self.foreground.has_work or self.background.has_work
 
     def _class_of(self, batch: Batch) -> ClassScheduler:
-        """The jobs that a batch is of. All of them may have been cancelled since it began."""
+        """Find the class of a batch. All its jobs may have been cancelled since it began."""
         begun = (jobs for jobs in (self.foreground, self.background) if batch in jobs.in_flight)
         return next(begun, None) or self._of(batch.jobs[0].job_id)
 

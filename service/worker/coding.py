@@ -42,7 +42,7 @@ class Turnstile:
 
     @property
     def is_open(self) -> bool:
-        """Whether one who is not to be alone would not have to wait."""
+        """Whether a caller that need not be alone can enter at once."""
         with self._changed:
             return not self._waiting and not any(self._inside)
 
@@ -52,7 +52,7 @@ class Turnstile:
     ) -> Iterator[None]:
         """Wait until nobody is inside, or if not alone nobody who is.
 
-        again: whether the caller is inside already, not alone; it does not wait, as others may wait for it to leave.
+        again: the caller is inside already, and not alone. It does not wait, because others may wait for it to leave.
         before_wait: is called if it has to wait.
         """
         me = object()

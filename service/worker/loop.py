@@ -60,7 +60,7 @@ class Tick:
     began_s: float
     overlaps: bool  # whether it began while another one was in flight
     finish: Callable[[], None]
-    inside: ExitStack  # what is left when it ends
+    inside: ExitStack  # closed when it ends
 
 
 class Ticked(NamedTuple):
@@ -68,7 +68,7 @@ class Ticked(NamedTuple):
 
     tick: Tick
     started: Sequence[RunningJob]  # the jobs that took their first step in it
-    seconds: float  # from its beginning to its end, less the time in which an earlier tick had not ended
+    seconds: float  # from its beginning, or the end of the tick before it if that is later, to its end
     tells: bool  # whether the seconds are how long such a batch takes
 
 
@@ -134,7 +134,7 @@ class Loop:
 
     @property
     def current_jobs(self) -> frozenset[str]:
-        """The jobs of the last tick, or what was accepted since: the possible causes of a crash."""
+        """The jobs of the ticks in flight, of the last tick or accepted since: the possible causes of a crash."""
         return frozenset(job.id for job in (*self._ahead_of, *self._current))
 
     # --- between ticks ---
@@ -233,7 +233,7 @@ class Loop:
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
         if job.new.recording is not None:
-            self._record(job, [(step, index) for index, step in enumerate(job.first_steps)])
+            self._act_on_record(job, self._record(job, [(step, index) for index, step in enumerate(job.first_steps)]))
         job.new = replace(job.new, snapshot=None, inputs=None)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
@@ -294,7 +294,7 @@ class Loop:
 
     def _give_up(self, job: RunningJob, error: ServiceError, reason: str) -> None:
         """End a job with an error, unless it has left, and free its rows."""
-        self._end_ticks(job)  # which would write over slots that another job has by then
+        self._end_ticks(job)  # or they would overwrite slots that another job has by then
         if self._find(job.id) is not job:
             return
         if job.id in self._jobs:
@@ -350,13 +350,15 @@ class Loop:
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self._find(job_id)
-            if job is not None and job.new.deadline_s is not None:  # or it ended with the ticks of one before it
+            if (
+                job is not None and job.new.deadline_s is not None
+            ):  # or the give-up of an earlier job has ended its last tick
                 self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """End the tick that began first, once all are in flight that may be; False if there is none.
+        """Begin as many ticks as may be in flight, then end the oldest; False if there is none.
 
-        What follows from a tick is done while the network runs for the next one.
+        The work after a tick is done while the network runs for the next one.
         """
         while self._begin_next():
             pass
@@ -399,7 +401,7 @@ class Loop:
         return may_overlap
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
-        """End the ticks in flight, or only as many as it takes until none has rows of a job."""
+        """End the ticks in flight, the oldest first. job: stop when none has rows of this job."""
         while any(job is None or job in tick.jobs for tick in self._in_flight):
             self._end(self._in_flight.popleft())
 
@@ -445,12 +447,17 @@ class Loop:
             for job in started:
                 job.start(tick.began_s, now_s)
             self.events.append(Ticked(tick, started, seconds, tells))
+            # All rows are recorded first: to give a job up may end another tick, with which jobs of this one are done.
+            recorded = [
+                (job, self._record(job, [(step + 1, index) for step, index in picked.steps]))
+                for job, picked in zip(jobs, batch.jobs, strict=True)
+                if job.new.recording is not None
+            ]
             for job in jobs if broken else ():
                 if not set(job.rows).isdisjoint(broken):
                     self.give_up(job.id, NotFinite(), NotFinite.code)
-            for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
-                if job.new.recording is not None and job.id in self._jobs:
-                    self._record(job, [(step + 1, index) for step, index in picked.steps])
+            for job, failure in recorded:
+                self._act_on_record(job, failure)
             for job_id in advance.finished:
                 if job_id in self._jobs:
                     self._deliver(self._jobs[job_id])
@@ -460,13 +467,18 @@ class Loop:
             if self._durable and model.keeper is not None and model.keeper.due(now_s):
                 self._take_snapshots(model)
 
-    def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> None:
-        """Give the recording of a job the rows that it wants, by the steps that they take next and their indices."""
+    def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
+        """Give a recording its job's rows, by the steps that they take next and their indices; return what failed."""
         assert job.new.recording is not None
         taken = [(step - job.spec.start, index) for step, index in next_steps]
         try:
             job.new.recording.record(job.model.engine, job.rows, taken)
         except Exception as error:
+            return error
+        return None
+
+    def _act_on_record(self, job: RunningJob, error: Exception | None) -> None:
+        if error is not None:
             self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
 
     def _take_snapshots(self, model: LoadedModel) -> None:

@@ -17,7 +17,15 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import DIGITS, class_bound, class_numbers
 from tminus.service.api.request.defaults import DECISIVE, settings_of
 from tminus.service.api.request.faults import Faults
-from tminus.service.errors import MOST_FAULTS, BodyTooLarge, ConflictingField, InvalidField, InvalidImage, UnknownField
+from tminus.service.errors import (
+    MOST_FAULTS,
+    BodyTooLarge,
+    ConflictingField,
+    InvalidField,
+    InvalidImage,
+    ServiceError,
+    UnknownField,
+)
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.webhook import EVENTS, AllowedReceivers, Receiver, Webhook, refused
@@ -153,12 +161,18 @@ def named_as_given(given_as: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (InvalidField, InvalidImage) as error:
-        name = given_as.get(error.field or "")
-        if name is None or name == error.field or error.bound is None:
-            raise
-        if isinstance(error, InvalidImage):
-            raise InvalidImage.of(name, error.bound, str(error.value)) from None
-        raise InvalidField.of(name, error.bound, error.value) from None
+        named: ServiceError = _named(error, given_as)
+        named.others = tuple(_named(other, given_as) for other in error.others)
+        raise named from None
+
+
+def _named(error: ServiceError, given_as: Mapping[str, str]) -> ServiceError:
+    name = given_as.get(error.field or "")
+    if name is None or name == error.field or error.bound is None:
+        return error
+    if isinstance(error, InvalidImage):
+        return InvalidImage.of(name, error.bound, str(error.value))
+    return InvalidField.of(name, error.bound, error.value) if isinstance(error, InvalidField) else error
 
 
 class RequestSchema(BaseModel):
