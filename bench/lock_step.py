@@ -8,22 +8,23 @@ half of it after each pass of their own. Another process takes a share of one co
 takes two minutes on two cores. Prints a table, and writes build/bench/lock_step.json.
 """
 
-import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from multiprocessing.synchronize import Event
 from statistics import median
 
 import torch
 
 from bench.measures import Findings, Measure
 from bench.peers.denoiser import one_stream
-from bench.result_file import TRIALS, begin
-from bench.servers import CHECKPOINT, options_of
+from bench.result_file import ROOT, TRIALS, begin
+from bench.servers import CHECKPOINT, environment, options_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.openvino_executor import precisions
@@ -38,14 +39,17 @@ Pass = Callable[[], object]
 
 def main() -> None:
     """Measure, print and write."""
-    args = options_of(__doc__, checkpoint=CHECKPOINT, precision=precisions()[-1], rows=4, seconds=4.0)
+    args = options_of(__doc__, checkpoint=CHECKPOINT, precision=precisions()[-1], rows=4, seconds=4.0, take=0.0)
+    if args.take:  # it is the other process
+        take(args.take)
+        return
     torch.set_num_threads(1)
     findings = Findings(begin())
     inputs = example_inputs(load_checkpoint(args.checkpoint), torch.device("cpu"), args.rows)
     streams = [partial(one_stream(args.checkpoint, args.precision), *inputs) for _ in range(2)]
     for share in SHARES:
         for python_ms in PYTHON_MS:
-            with taken(share):
+            with taken(share) if share else nullcontext():
                 found = in_turns(streams, python_ms / 1000, args.seconds)
             of, own = f"{share:.0%} of a core taken, {python_ms:g} ms of Python", (args.precision, args.rows)
             measures = [
@@ -100,25 +104,23 @@ def compute(seconds: float) -> None:
 @contextmanager
 def taken(share: float) -> Iterator[None]:
     """Have another process take a share of one core during the block."""
-    spawn = multiprocessing.get_context("spawn")  # torch's threads do not live through a fork
-    begun = spawn.Event()
-    process = spawn.Process(target=take, args=(share, begun), daemon=True)
-    process.start()
-    try:
-        if not begun.wait(STUCK_S):
-            raise RuntimeError("the other process did not start")
-        yield
-    finally:
-        process.terminate()
-        process.join()
+    command = [sys.executable, "-m", "bench.lock_step", "--take", str(share)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError("the other process did not start")
+            yield
+        finally:
+            process.kill()
 
 
-def take(share: float, begun: Event) -> None:
+def take(share: float) -> None:
     """Take a share of one core until the parent ends this process, or has ended itself."""
-    begun.set()
-    parent = multiprocessing.parent_process()
+    parent = os.getppid()
+    print("begun", flush=True)
     period_ends_s = time.monotonic()
-    while parent is not None and parent.is_alive():
+    while os.getppid() == parent:
         compute(share * PERIOD_S)
         period_ends_s = max(time.monotonic(), period_ends_s + PERIOD_S)
         time.sleep(max(0.0, period_ends_s - time.monotonic()))

@@ -61,7 +61,7 @@ def load_quickly(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """An executor is chosen once, and neither ticks are measured nor bits tested: other tests do that."""
 
     def measured(_engine: object, way: dict[str, Any], largest: int, _kept: object) -> loading.Measured:
-        return loading.Measured(way, largest, largest, ((1, 0.001), (largest, 0.001)))
+        return loading.Measured(way, largest, largest, ((1, 0.001), (largest, 0.001)), None)
 
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr(autotune, "TRIAL_S", 0.005)

@@ -255,5 +255,5 @@ def test_sizes_without_the_share_of_an_earlier_version_or_with_a_damaged_one_are
 
 def test_a_queue_s_full_tick_has_eight_places_where_fewer_would_do() -> None:
     times = ((1, 0.001), (2, 0.0017), (4, 0.003), (8, 0.006))
-    assert loading._batch_sizes(times, 8) == {"max_batch": 8, "short_batch": 1}
-    assert loading._batch_sizes(times, 4) == {"max_batch": 4, "short_batch": 1}
+    assert loading._batch_sizes(times, queues=True) == {"max_batch": 8, "short_batch": 1}
+    assert loading._batch_sizes(times, queues=False) == {"max_batch": 4, "short_batch": 1}

@@ -312,7 +312,7 @@ SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
 @pytest.fixture
 def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replicas go on believing in the times that they began with: their ticks take none."""
-    monkeypatch.setattr(Speed, "observe", lambda self, *_: self)
+    monkeypatch.setattr(Speed, "observe", lambda self, *_, **__: self)
 
 
 @pytest.mark.usefixtures("believed")
