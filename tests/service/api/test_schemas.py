@@ -22,6 +22,7 @@ from tminus.service.api.request.schemas import (
     RequestSchema,
     SampleRequest,
     StreamRequest,
+    named_as_given,
     parameters_of,
 )
 from tminus.service.errors import InvalidField, ServiceError
@@ -264,3 +265,11 @@ def test_the_parameters_of_an_edit_lead_back_to_it() -> None:
     assert again.with_inputs(again.to_spec(INFO, LIMITS), INPUTS) == spec
     assert type(spec).from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert hash(spec) != hash(replace(spec, mask_sha256=None))
+
+
+def test_all_faults_of_a_request_have_the_names_that_it_gave() -> None:
+    wrong = InvalidField.of("n", "an integer", "x")
+    wrong.others = (InvalidField.of("steps", "an integer", "y"), InvalidField.of("guidance", "a number", "z"))
+    with pytest.raises(InvalidField) as raised, named_as_given({"steps": "num_inference_steps"}):
+        raise wrong
+    assert [each.field for each in (raised.value, *raised.value.others)] == ["n", "num_inference_steps", "guidance"]

@@ -67,6 +67,21 @@ def test_places_go_to_those_who_have_had_least_and_none_is_left_that_somebody_wa
 # --- the scheduler ---
 
 
+def test_a_long_job_is_owed_nothing_for_the_time_in_which_owners_share_the_ticks() -> None:
+    machine = Machine(speed_of(short_batch=1))
+    machine.add("a0", plain(8, 100_000))
+    machine.add("a1", plain(8, 4000))
+    machine.add("b0", plain(1, 3000))  # leaves seven places, of which the oldest job has one
+    while "b" in machine.owners:
+        machine.step()
+    machine.add("a2", plain(1, 20))
+    before_s = machine.now_s
+    while "a2" not in machine.ends:
+        machine.step()
+    alone_s = 20 * TIMES.seconds(1)
+    assert machine.ends["a2"] - before_s <= alone_s / (1 - 0.25) + 2 * TIMES.seconds(8)
+
+
 def test_two_who_want_all_get_half_of_every_tick_each_however_many_jobs_they_have() -> None:
     machine = Machine(speed_of())
     for number in range(50):
