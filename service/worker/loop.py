@@ -350,9 +350,8 @@ class Loop:
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self._find(job_id)
-            if (
-                job is not None and job.new.deadline_s is not None
-            ):  # or the give-up of an earlier job has ended its last tick
+            # A job may have ended with the ticks of one that was given up before it.
+            if job is not None and job.new.deadline_s is not None:
                 self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
