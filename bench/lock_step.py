@@ -102,15 +102,15 @@ def compute(seconds: float) -> None:
 
 
 @contextmanager
-def taken(share: float) -> Iterator[None]:
-    """Have another process take a share of one core during the block."""
+def taken(share: float) -> Iterator[int]:
+    """Have another process, whose number is given, take a share of one core during the block."""
     command = [sys.executable, "-m", "bench.lock_step", "--take", str(share)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
                 raise RuntimeError("the other process did not start")
-            yield
+            yield process.pid
         finally:
             process.kill()
 
