@@ -40,8 +40,8 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
-from tminus.service.startup.changes import ModelChanges
-from tminus.service.startup.models import Described, Prepared, ServedModels
+from tminus.service.startup.loader import ModelLoader
+from tminus.service.startup.models import Prepared, ServedModels, UnloadedModel
 from tminus.service.startup.server import (
     BACKLOG,
     SWITCH_S,
@@ -200,12 +200,12 @@ class KnownModel:
         """The hash of its weights."""
         return self.unmeasured.info.weights_hash
 
-    def described(self, settings: Settings) -> Described:
+    def as_served(self, settings: Settings) -> UnloadedModel:
         """Return it as it is served."""
         unmeasured = self.unmeasured
         limits = settings.limits(unmeasured.max_rows, unmeasured.max_batch)
         info = replace(unmeasured.info, name=self.name)
-        return Described(info, limits, settings.speed(unmeasured, limits.max_rows))
+        return UnloadedModel(info, limits, settings.speed(unmeasured, limits.max_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +404,7 @@ def webhook_rules(settings: Settings) -> Rules | None:
 # --- what takes long ---
 
 
-class Loader:
+class Preparer:
     """Reads checkpoints and measures them, by the settings. Owns what is known of each model's speed."""
 
     def __init__(self, settings: Settings) -> None:
@@ -465,16 +465,16 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
 
     The app closes the stores. opening: tells those who ask meanwhile what is being done. Raises what measuring raises.
     """
-    settings, loader = opened.settings, Loader(opened.settings)
+    settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}
     named |= {model.name: model.folder for model in opened.known}
     library = Library(named, settings.models)
-    described = [model.described(settings) for model in opened.known]
+    unloaded = [model.as_served(settings) for model in opened.known]
     first = []
     try:
         while opened.models:  # which must not keep what is unloaded later
             name = opened.models[0].name
-            first.append(loader.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
+            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
     except Exception:
         opened.stores.close()
         raise
@@ -491,8 +491,8 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
         opened.access,
         webhooks=opened.webhooks,
         end_file=end_file,
-        described=described,
+        unloaded=unloaded,
     )
-    changes = ModelChanges(served, library, loader.load, loader.room_lacking, settings.idle_unload_s)
-    app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
+    loader = ModelLoader(served, library, preparer.load, preparer.room_lacking, settings.idle_unload_s)
+    app = create_app(served, loader, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
     return Application(app, served)
