@@ -14,7 +14,6 @@ from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.api.request.reading import while_connected
-from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -28,6 +27,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.turns import CallerTurns
 from tminus.service.worker.load_queue import LoadQueue
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
 
@@ -79,7 +79,7 @@ class Services:
 class InMemory:
     """The parts of a model that are there while it is in memory."""
 
-    engine: RowEngine
+    model: LoadedModel
     keeper: SnapshotKeeper
     release: Callable[[], object]  # called when nobody has the engine any more
     memory_bytes: int
@@ -203,10 +203,6 @@ class Models:
     def find(self, name: str) -> ServedModel | None:
         """Return the model that is served under a name."""
         return self._served.get(name)
-
-    def by_number(self, number: int) -> ServedModel | None:
-        """Return a model that is not forgotten."""
-        return self._by_number.get(number)
 
     def put(self, one: ServedModel) -> None:
         """Serve a model, in place of another of its name."""

@@ -176,7 +176,9 @@ class ModelLoader:
     async def _make_room(self, name: str, folder: Path) -> None:
         """Unload models until one more fits. Raises CheckpointRefused where it does not fit alone."""
         while True:
-            lacks = await in_daemon_thread(partial(self._room_lacking, folder, self._served.memory_bytes), LOADING)
+            # Models that only finish their jobs take memory too.
+            used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
+            lacks = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
             if lacks is None:
                 return
             others = [each for each in self._models.in_memory if each.name != name]

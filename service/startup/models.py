@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
+from pathlib import Path
 
 from tminus.service.access.access import Access
 from tminus.service.api.answers.caching import ResultCache
@@ -73,6 +74,7 @@ class Prepared:
 class UnloadedModel:
     """A model that is served and not in memory: what is known of it before it was measured."""
 
+    folder: Path
     info: ModelInfo  # without what only an engine knows: executor, precision and fingerprint are empty
     limits: Limits
     speed: Speed  # before any measurement
@@ -114,12 +116,11 @@ class ServedModels:
         self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
-        made = [self._make(next(self._numbers), prepared, store) for prepared, store in zip(first, taken, strict=True)]
+        loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
         note = end_file.work_on if end_file is not None else note_nothing
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
-        steps = [model for model, _ in made]
-        self.worker = Worker(steps, self.admission, self.metrics, note=note, beside=pulses)
+        self.worker = Worker([each.model for each in loaded], self.admission, self.metrics, note=note, beside=pulses)
         if end_file is not None:
             end_file.watch(lambda: self.worker.stalled_s)
         self.loads = LoadQueue(self.worker, limits.max_backlog_s, [one.info.name for one in unloaded])
@@ -145,12 +146,12 @@ class ServedModels:
             noise_turns=CallerTurns(),
             models=self.models,
         )
-        for (model, loaded), prepared, store in zip(made, first, taken, strict=True):
-            self._put(model.number, model.info, prepared.limits, store, loaded)
-        for each in unloaded:
+        for each, prepared, store in zip(loaded, first, taken, strict=True):
+            self._put(each.model.number, each.model.info, prepared.limits, store, each)
+        for one in unloaded:
             number = next(self._numbers)
-            self.admission.put(number, each.speed)
-            self._put(number, each.info, each.limits, stores.take_first(each.info.weights_hash), None)
+            self.admission.put(number, one.speed)
+            self._put(number, one.info, one.limits, stores.take_first(one.info.weights_hash), None)
         self._watch()
 
     # --- the server ---
@@ -185,11 +186,6 @@ class ServedModels:
         """Whether a picture is being encoded or decoded; after the end of all requests nobody waits for it."""
         return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
 
-    @property
-    def memory_bytes(self) -> int:
-        """Roughly the memory of all models together, with those that only finish their jobs."""
-        return sum(one.loaded.memory_bytes for one in self.models.all if one.loaded is not None)
-
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
         self.metrics.watch(
@@ -216,7 +212,7 @@ class ServedModels:
 
     def _device_memory_bytes(self) -> int:
         loaded = [one.loaded for one in self.models.all]
-        return max((each.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
+        return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
         """The jobs of a shared store that nobody holds, and the seconds that one server takes for them.
@@ -255,12 +251,12 @@ class ServedModels:
         return one
 
     async def _come_back(self, one: ServedModel, prepared: Prepared) -> None:
-        model, loaded = self._make(one.number, prepared, one.lifecycle.store)
-        await asyncio.wrap_future(self.worker.load(model))
+        loaded = self._make(one.number, prepared, one.lifecycle.store)
+        await asyncio.wrap_future(self.worker.load(loaded.model))
         one.loaded = loaded
-        one.change(model.info, prepared.limits)
+        one.change(loaded.model.info, prepared.limits)
         self.loads.mark_loaded(one.name)
-        self.metrics.model_loaded(model.info)
+        self.metrics.model_loaded(loaded.model.info)
 
     async def _join(self, prepared: Prepared) -> ServedModel:
         weights_hash = prepared.engine.info.weights_hash
@@ -269,27 +265,27 @@ class ServedModels:
         except ValueError as error:
             raise StorageFailed(f"the store of the model's durable jobs cannot be opened: {error}") from None
         is_again = self._stores.is_shared(weights_hash)
-        model, loaded = self._make(next(self._numbers), prepared, store)
+        number = next(self._numbers)
+        loaded = self._make(number, prepared, store)
         try:
-            await asyncio.wrap_future(self.worker.load(model))
+            await asyncio.wrap_future(self.worker.load(loaded.model))
         except BaseException:
-            self.admission.remove(model.number)
+            self.admission.remove(number)
             await self._stores.release(weights_hash)
             raise
-        one = self._put(model.number, model.info, prepared.limits, store, loaded)
+        one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
         self.loads.mark_loaded(one.name)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
         await self._start(one, take_on=not is_again)
         return one
 
-    def _make(self, number: int, prepared: Prepared, store: AsyncStore) -> tuple[LoadedModel, InMemory]:
+    def _make(self, number: int, prepared: Prepared, store: AsyncStore) -> InMemory:
         self.admission.put(number, prepared.speed)
-        engine = prepared.engine
-        keeper = SnapshotKeeper(store, engine.info.fingerprint, self.metrics)
+        keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
         scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._times)
         spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
-        model = LoadedModel(number, engine, scheduler, keeper, spare_work)
-        return model, InMemory(engine, keeper, prepared.release, prepared.memory_bytes)
+        model = LoadedModel(number, prepared.engine, scheduler, keeper, spare_work)
+        return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
         """What a model does while no job runs, in the worker's thread. What it finds out is told to clients."""
@@ -302,10 +298,10 @@ class ServedModels:
             yield
 
     def _tell_info(self, number: int, info: ModelInfo) -> None:
-        if (one := self.models.by_number(number)) is not None:
+        one = next((one for one in self.models.all if one.number == number), None)
+        if one is not None and one.loaded is not None:
             one.change(info)
-            if one.loaded is not None:
-                one.loaded.keeper.change(info.fingerprint)
+            one.loaded.keeper.change(info.fingerprint)
             if not one.lifecycle.retired:
                 self.metrics.model_loaded(info)
 
@@ -385,7 +381,7 @@ class ServedModels:
         if (loaded := one.loaded) is None:
             return
         one.loaded, release, keeper = None, loaded.release, loaded.keeper
-        del loaded  # it has the engine
+        del loaded  # its model has the engine
         await asyncio.to_thread(keeper.close)
         await asyncio.to_thread(release)
         log.info("%s, fingerprint %s, is unloaded", one.name, one.services.model.fingerprint)

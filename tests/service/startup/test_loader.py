@@ -37,7 +37,9 @@ def on_demand(make_site: MakeSite, *lines: str, idle_s: float = 3600.0, **kwargs
         "access": access_of(key_line("ops", KEY, "admin"), *lines, is_open=True),
         "library": Library({name: Path(name) for name in ("fake", *OTHERS)}),
         "prepare": prepare_one,
-        "unloaded": [UnloadedModel(replace(info, **unknown), LIMITS, speed) for info in OTHERS.values()],  # type: ignore[arg-type]
+        "unloaded": [
+            UnloadedModel(Path(info.name), replace(info, **unknown), LIMITS, speed) for info in OTHERS.values()
+        ],  # type: ignore[arg-type]
         "room_lacking": lambda _folder, used: None if used < FITTING else "is one too many",
         "idle_unload_s": idle_s,
     }
