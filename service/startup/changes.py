@@ -159,7 +159,7 @@ class ModelChanges:
         """
         services = self._served.models.named(name)
         if self._idle_unload_s is not None:
-            self._served.worker.check_open()
+            self._served.worker.state.check_open()
             if not self._served.is_out(services.number):
                 self._closing.add(services.number)
                 self._spawn(self._put_out(services.number))
@@ -167,7 +167,7 @@ class ModelChanges:
         if services is self._served.models.default:
             raise ModelBusy(f"{name} is the default model, which cannot be unloaded", field="model", value=name)
         self._check_alone(name)
-        self._served.worker.check_open()
+        self._served.worker.state.check_open()
         self._served.models.remove(name)
         self._served.leave(services)
 
@@ -175,7 +175,7 @@ class ModelChanges:
         """Load a model in a task of its own, which goes on where the client goes away."""
         if self._idle_unload_s is None:  # else it waits for its turn
             self._check_alone(name)
-        self._served.worker.check_open()
+        self._served.worker.state.check_open()
         self._changing.append(name)
         return await self._wait_for(self._spawn(self._load_in_turn(name, folder)))
 
@@ -215,7 +215,7 @@ class ModelChanges:
             if (left_s := until_s - time.monotonic()) <= 0:
                 raise TimeoutError
             await asyncio.wait([task], timeout=min(END_LOOK_S, left_s))
-            if self._served.worker.draining and not task.done():
+            if self._served.worker.state.draining and not task.done():
                 raise Draining
         return task.result()
 
@@ -241,7 +241,7 @@ class ModelChanges:
 
     async def bring_in(self, services: Services, deadline_s: float | None, *, of_request: bool) -> None:
         """Wait until a model is in memory. Raises ModelLoading, CheckpointRefused, Draining."""
-        self._served.worker.check_open()
+        self._served.worker.state.check_open()
         number, name, began_s = services.number, services.model.name, time.monotonic()
         want = self._wants.get(number) or self._want(services, "demand")
         if deadline_s is not None and name in self._loads.took_s and self.expected_s(services) > deadline_s:
@@ -301,7 +301,7 @@ class ModelChanges:
                     if closing is None:
                         closing = min(stayed, key=lambda number: (work_left_s(number), self._last_used_s(number)))
                     self._closing.add(closing)
-                self._served.worker.check_open()
+                self._served.worker.state.check_open()
                 await asyncio.sleep(LOOK_S)
         finally:
             if closing is not None:

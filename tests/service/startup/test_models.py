@@ -194,7 +194,7 @@ def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkey
     monkeypatch.undo()
     assert several.shelf.freed == [True], "its memory is given back"
     assert several.states()["third"] == "unloaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
     assert fingerprint(several, "") == INFO.fingerprint
     assert several.change("third", "load").status_code == 200
 
@@ -318,12 +318,12 @@ def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, m
 
 
 def test_before_the_warm_up_nothing_is_unloaded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    several.site.worker._ready.clear()
+    several.site.worker.state.is_warm.clear()
     problem(several.change("colour", "unload"), 503, "not_ready")
     problem(several.change("third", "load"), 503, "not_ready")
-    several.site.worker._ready.set()
+    several.site.worker.state.is_warm.set()
     assert several.states()["colour"] == "loaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
 
 
 def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
