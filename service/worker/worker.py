@@ -118,15 +118,7 @@ class Worker:
     def run(self, act: Callable[[RowEngine], Result], *, model: int = 0) -> "Future[Result]":
         """Do something short with an engine between two ticks. Raises NotReady, Draining, ModelUnloaded, …"""
         engine = self._model(model).engine
-
-        def run() -> Result:
-            try:
-                return act(engine)
-            except Exception as error:
-                log.exception("what was asked of the engine failed")
-                raise EngineFailed(f"the engine could not do it: {type(error).__name__}") from error
-
-        return self._post(run)
+        return self._post(lambda: act(engine))
 
     def load(self, model: LoadedModel) -> "Future[None]":
         """Take on one more model, between two ticks; admission knows its speed. Raises NotReady, Draining, …"""
@@ -168,7 +160,8 @@ class Worker:
             try:
                 result = act()
             except Exception as error:
-                future.set_exception(error)
+                log.exception("what was asked of the engine failed")
+                future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
             else:
                 self._act_on_events()
                 future.set_result(result)

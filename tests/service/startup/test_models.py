@@ -21,7 +21,7 @@ from tminus.service.errors import Draining, Stalled, StorageFailed
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.records import Claimed, JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.worker import loop
+from tminus.service.worker import worker
 from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
@@ -189,7 +189,7 @@ def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkey
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(FakeEngine, "step", fail)
-    monkeypatch.setattr(loop.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
+    monkeypatch.setattr(worker.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
     problem(several.change("third", "load"), 500, "engine_failed")
     monkeypatch.undo()
     assert several.shelf.freed == [True], "its memory is given back"

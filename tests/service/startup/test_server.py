@@ -43,22 +43,21 @@ EXTENDED = sorted(
 class FakeWorker:
     """A worker that ends when it is told to."""
 
-    ready, alive, hangs, crashed, stall = True, True, False, False, None
-
     def __init__(self) -> None:
-        self.draining, self.closed, self.ended = False, False, threading.Event()
+        self.closed, self.ended = False, threading.Event()
+        self.state = SimpleNamespace(ready=True, alive=True, draining=False, hangs=False, crashed=False, stall=None)
 
     def drain(self) -> None:
-        self.draining = True
+        self.state.draining = True
 
     def join(self) -> None:
         self.ended.wait(PATIENCE_S)
 
     def close(self) -> bool:
         self.closed = True
-        if not self.hangs:
+        if not self.state.hangs:
             self.ended.set()
-        return not self.hangs
+        return not self.state.hangs
 
 
 class Running:
