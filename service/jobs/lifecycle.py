@@ -402,7 +402,7 @@ class Lifecycle:
 
         After a crash of the worker leave it for the next start, unless this job causes the crashes.
         """
-        if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(job):
+        if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
                 job.become(HeldState.LEFT)  # it stays held, so that it is not begun anew before the next start
             return
@@ -413,7 +413,7 @@ class Lifecycle:
 
         Each of its jobs counts it for all, as the store may fail for one; of several, the store counts it once.
         """
-        crashed = self._worker.jobs_of_the_crash
+        crashed = self._worker.state.jobs_of_the_crash
         if job.record.id not in crashed:
             return False
         if len(crashed) == 1 and job.record.crashes + 1 >= MOST_CRASHES:

@@ -144,7 +144,7 @@ class NewJobs:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
         if lifecycle.is_unloaded:  # the job waits in the store
-            self._worker.check_open()
+            self._worker.state.check_open()
             outlook = lifecycle.check_room(background=record.background)
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None

@@ -120,7 +120,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.draining)
+    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.state.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)
     return app

@@ -111,13 +111,13 @@ class ModelLoader:
         """
         services = self._models.named(name)
         if self._idle_unload_s is not None:
-            self._served.worker.check_open()
+            self._served.worker.state.check_open()
             self._queue.mark_unloaded(name)
             return
         if services is self._models.default:
             raise ModelBusy(f"{name} is the default model, which cannot be unloaded", field="model", value=name)
         self._check_alone(name)
-        self._served.worker.check_open()
+        self._served.worker.state.check_open()
         self._served.leave(self._models.remove(name))
 
     async def _change(self, name: str) -> Services:
@@ -202,7 +202,7 @@ class ModelLoader:
                     work_left_s = self._served.admission.work_left_s
                     closing = min(still_open, key=lambda one: (work_left_s(one.number), one.last_used_s))
                     self._queue.mark_unloaded(closing.name)
-                self._served.worker.check_open()
+                self._served.worker.state.check_open()
                 await asyncio.sleep(LOOK_S)
         finally:
             if closing is not None:

@@ -44,9 +44,9 @@ from tminus.service.scheduling.owners import ClassTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
+from tminus.service.worker.current_jobs import report_nothing
 from tminus.service.worker.load_queue import LoadQueue
 from tminus.service.worker.loaded_model import LoadedModel
-from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
 
@@ -117,13 +117,15 @@ class ServedModels:
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
-        note = end_file.work_on if end_file is not None else note_nothing
+        report = end_file.work_on if end_file is not None else report_nothing
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
-        self.worker = Worker([each.model for each in loaded], self.admission, self.metrics, note=note, beside=pulses)
+        self.worker = Worker(
+            [each.model for each in loaded], self.admission, self.metrics, report=report, beside=pulses
+        )
         if end_file is not None:
-            end_file.watch(lambda: self.worker.stalled_s)
-        self.loads = LoadQueue(self.worker, limits.max_backlog_s, [one.info.name for one in unloaded])
+            end_file.watch(lambda: self.worker.state.stalled_s)
+        self.loads = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
         self.models = Models(self.loads)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
@@ -199,7 +201,7 @@ class ServedModels:
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,
             streams_open=lambda: self.streams.open,
-            stalled_s=lambda: stall.seconds if (stall := worker.stall) else 0.0,
+            stalled_s=lambda: stall.seconds if (stall := worker.state.stall) else 0.0,
             tick_time_ratio=lambda: admission.tick_time_ratio,
             waiting_in_store=self.waiting_in_store,
             models=self._count_models,

@@ -113,13 +113,13 @@ def serve(settings: Settings) -> bool:
     served = opening.application.served if opening.application is not None else None
     worker = served.worker if served is not None else None
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
-    code = 1 if worker is not None and (worker.hangs or worker.crashed or worker.stall) else 0
-    if served is None or worker is None or worker.hangs or served.codes_images or loading:
+    code = 1 if worker is not None and (worker.state.hangs or worker.state.crashed or worker.state.stall) else 0
+    if served is None or worker is None or worker.state.hangs or served.codes_images or loading:
         # A thread that measures, or one that hangs, cannot be ended from outside, and the interpreter would wait.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
-    return not worker.crashed
+    return not worker.state.crashed
 
 
 async def _run(

@@ -120,10 +120,15 @@ class Coding:
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
+        # Jobs from `put` until `done` or `drop`. Only the worker's thread looks, and so it takes no lock.
+        self.jobs: dict[str, RunningJob] = {}
         self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
         """Do a job's tasks. The last thing that is told of it comes with their results, or with what one raised."""
+        self.jobs[job.id] = job
+        if job.span is not None:
+            job.span.span.add_event(f"{kind} begins")
         until_s = -math.inf if job.work.held_back_s is None else job.submitted_s + job.work.held_back_s
         self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, until_s, job))
 
@@ -148,7 +153,8 @@ class Coding:
             return True
 
     def drop(self, job_id: str) -> None:
-        """Forget what is to be done for a job. A task of it that runs goes on, and is told of when it ends."""
+        """Forget a job. A task of it that runs goes on, and is told of when it ends."""
+        self.jobs.pop(job_id, None)
         with self._changed:
             self._forget(job_id)
 

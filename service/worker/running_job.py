@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tminus.service.errors import ServiceError
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
@@ -175,6 +176,16 @@ class RunningJob:
         since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
         return self.status(Outlook(told.position, max(0.0, told.eta_s - since_s)), now_s)
 
+    def record(self, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
+        """Give its recording the rows, by the steps that they take next and their indices; return what failed."""
+        assert self.new.recording is not None
+        taken = [(step - self.spec.start, index) for step, index in next_steps]
+        try:
+            self.new.recording.record(self.model.engine, self.rows, taken)
+        except Exception as error:
+            return error
+        return None
+
     def show(self, now_s: float) -> None:
         """Give its viewers a frame where one is due. Viewers of the same images share it."""
         frames: dict[tuple[Show, ...], Frame] = {}
@@ -212,12 +223,13 @@ class AcceptedJobs:
             if (job := self._jobs.pop(job_id, None)) is not None:
                 self._owners[job.new.owner, job.new.durable] -= 1
 
-    def remove_all(self) -> list[RunningJob]:
-        """Forget all jobs, and return them."""
+    def fail_all(self, failure: ServiceError) -> None:
+        """Forget all jobs, and answer their clients, without a call of the engine."""
         with self.gate:
             jobs, self._jobs = self._jobs, {}
             self._owners.clear()
-        return list(jobs.values())
+        for job in jobs.values():
+            job.fail(failure)
 
     def number_of(self, owner: str, *, durable: bool | None = None) -> int:
         """How many of them came with a key of this name. durable: only those that are, or that are not."""

@@ -184,7 +184,7 @@ class Site:
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: self.worker.ready)
+        wait_until(lambda: self.worker.state.ready)
         while not self.engine.begun.empty():
             self.engine.begun.get()
 

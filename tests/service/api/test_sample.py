@@ -151,7 +151,7 @@ def test_work_given_up_at_the_end_of_the_grace_period_is_told_so(site: Site) -> 
         running = pool.submit(site.post, json=QUICK)
         site.engine.next_begun()
         closing = pool.submit(site.worker.close)
-        wait_until(lambda: not site.worker.alive)
+        wait_until(lambda: not site.worker.state.alive)
         site.engine.gate.let()
         problem(running.result(PATIENCE_S), 503, "draining")
         closing.result(PATIENCE_S)

@@ -20,7 +20,7 @@ from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining, Stalled, StorageFailed
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.worker import loop
+from tminus.service.worker import worker
 from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
@@ -188,12 +188,12 @@ def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkey
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(FakeEngine, "step", fail)
-    monkeypatch.setattr(loop.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
+    monkeypatch.setattr(worker.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
     problem(several.change("third", "load"), 500, "engine_failed")
     monkeypatch.undo()
     assert several.shelf.freed == [True], "its memory is given back"
     assert several.states()["third"] == "unloaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
     assert fingerprint(several, "") == INFO.fingerprint
     assert several.change("third", "load").status_code == 200
 
@@ -336,7 +336,7 @@ def test_before_the_warm_up_nothing_is_unloaded(make_site: MakeSite) -> None:
     several.site.engine.gate.open()
     several.site.wait_until_ready()
     assert several.states()["colour"] == "loaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
 
 
 def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(

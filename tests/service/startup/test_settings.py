@@ -248,7 +248,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         names = [each.engine.info.name for each in first]
         seen.update(limits=first[0].limits, speed=first[0].speed)
         seen.update(allowed_sites=allowed_sites, access=access, names=names, **more)
-        return SimpleNamespace(worker=SimpleNamespace(hangs=False, crashed=False, stall=None), codes_images=False)
+        return SimpleNamespace(
+            worker=SimpleNamespace(state=SimpleNamespace(hangs=False, crashed=False, stall=None)), codes_images=False
+        )
 
     def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
         seen.update(state_dir=state_dir)

@@ -259,7 +259,7 @@ def test_a_job_whose_last_step_ends_with_a_row_that_is_not_finite_is_done_and_ha
 
 def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> None:
     bench, ticks = make_queue(make_bench), list[tuple[list[set[int]], frozenset[str]]]()
-    look = lambda _batch: ticks.append((seeds_in_flight(bench), bench.loop.current_jobs))  # noqa: E731
+    look = lambda _batch: ticks.append((seeds_in_flight(bench), bench.loop.current.ids))  # noqa: E731
     bench.engine.on_step = look
     others = [make_spec(seed=seed, n=2, steps=6) for seed in (1, 2)]
     futures = accept_all(bench, *others)
@@ -268,7 +268,7 @@ def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> 
     spec = make_spec(seed=666, n=5, steps=6)
     suspect = bench.accept_spec("666", spec, alone=True, durable=True)
     assert bench.engine.in_flight == []
-    assert bench.loop.current_jobs == {"666"}
+    assert bench.loop.current.ids == {"666"}
     bench.finish()
     assert {len(seeds) for seeds, _ in ticks} == {1, 2}
     with_it = [tick for tick in ticks if any(666 in seeds for seeds in tick[0]) or "666" in tick[1]]
@@ -282,7 +282,7 @@ def test_the_jobs_of_all_ticks_in_flight_may_be_the_cause_of_a_crash(make_bench:
 
     def look(_batch: Batch) -> None:
         here = {str(seed) for seeds in seeds_in_flight(bench) for seed in seeds}
-        seen.append((here, bench.notes[-1][1], bench.loop.current_jobs))
+        seen.append((here, bench.notes[-1][1], bench.loop.current.ids))
 
     bench.engine.on_begin = bench.engine.on_step = look
     accept_all(bench, *(make_spec(seed=seed, n=2, steps=4) for seed in (1, 2, 3)), durable=True)
@@ -435,7 +435,7 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
     bench.engine.next_begun()
     bench.engine.gate.let(2)
     wait_until(lambda: len(bench.engine.in_flight) == 2)
-    ticks = list(bench.loop._in_flight)  # as whoever looks at the error may hold them
+    ticks = list(bench.loop.ticks._in_flight)  # as whoever looks at the error may hold them
 
     def fail(_batch: Batch) -> None:
         bench.engine.lost = True
@@ -445,8 +445,8 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
     bench.engine.gate.open()
     for future in futures:
         assert isinstance(failure(future), EngineFailed)
-    wait_until(lambda: not bench.worker.alive)
-    assert bench.worker.jobs_of_the_crash == {"1", "2"}
+    wait_until(lambda: not bench.worker.state.alive)
+    assert bench.worker.state.jobs_of_the_crash == {"1", "2"}
     assert bench.loop.coding.turnstile._inside == [], f"{len(ticks)} are inside"
 
 
