@@ -157,8 +157,8 @@ class ModelLoader:
             elif closing or is_idle:
                 try:
                     await self._unload(one, "admin" if closing else "idle")
-                except ServiceError as error:  # the server ends, or its worker hangs
-                    log.debug("%s stays in memory: %s", one.name, error.detail)
+                except ServiceError:  # the server ends, or its worker hangs and this is tried again
+                    continue
                 except Exception:
                     log.exception("%s could not be unloaded", one.name)
 
@@ -209,12 +209,13 @@ class ModelLoader:
                 self._queue.mark_loaded(closing.name)
 
     async def _unload(self, one: ServedModel, reason: str) -> None:
+        was_closing = self._queue.is_unloaded(one.name)
         self._queue.mark_unloaded(one.name)
         try:
             await self._served.unload(one)
             self._served.metrics.unloaded_while_running(reason)
         finally:
-            if one.loaded is not None:
+            if one.loaded is not None and not was_closing:
                 self._queue.mark_loaded(one.name)
 
     # --- what is loaded ---
