@@ -49,7 +49,7 @@ class ModelLoader:
         room_lacking: says why a model of a folder is too large beside those that take so many bytes, None where it is
         not; raises CheckpointError. idle_unload_s: None where only an admin loads and unloads.
         """
-        self._served, self._models, self._queue = served, served.models, served.loads
+        self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
         self._idle_unload_s = idle_unload_s
         self._look_every_s = None if idle_unload_s is None else min(IDLE_LOOK_S, idle_unload_s / 4)

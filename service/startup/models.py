@@ -125,8 +125,8 @@ class ServedModels:
         )
         if end_file is not None:
             end_file.watch(lambda: self.worker.state.stalled_s)
-        self.loads = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
-        self.models = Models(self.loads)
+        self.load_queue = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
+        self.models = Models(self.load_queue)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
         self._services = partial(  # what all models share; the rest is of one
@@ -257,7 +257,7 @@ class ServedModels:
         await asyncio.wrap_future(self.worker.load(loaded.model))
         one.loaded = loaded
         one.change(loaded.model.info, prepared.limits)
-        self.loads.mark_loaded(one.name)
+        self.load_queue.mark_loaded(one.name)
         self.metrics.model_loaded(loaded.model.info)
 
     async def _join(self, prepared: Prepared) -> ServedModel:
@@ -276,7 +276,7 @@ class ServedModels:
             await self._stores.release(weights_hash)
             raise
         one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
-        self.loads.mark_loaded(one.name)
+        self.load_queue.mark_loaded(one.name)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
         await self._start(one, take_on=not is_again)
         return one
@@ -310,7 +310,7 @@ class ServedModels:
     def _put(
         self, number: int, info: ModelInfo, limits: Limits, store: AsyncStore, loaded: InMemory | None
     ) -> ServedModel:
-        lifecycle = Lifecycle(store, self.worker, self.admission, number, info, limits, self.metrics, self.loads)
+        lifecycle = Lifecycle(store, self.worker, self.admission, number, info, limits, self.metrics, self.load_queue)
         services = self._services(number=number, model=info, limits=limits, loaded_s=int(time.time()))
         self.jobs.put(lifecycle)
         if loaded is not None:
@@ -330,13 +330,13 @@ class ServedModels:
 
     def is_busy(self, one: ServedModel) -> bool:
         """Whether a request or a job needs a model in memory."""
-        pending = self.loads.find(one.name)
+        pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
         """Free the memory of a model that is not busy and takes no jobs, and serve it on. Raises Draining, …"""
-        assert self.loads.is_unloaded(one.name), "no new job may come"
+        assert self.load_queue.is_unloaded(one.name), "no new job may come"
         assert not self.is_busy(one)
         await asyncio.wrap_future(self.worker.unload(one.number))
         self.metrics.model_gone(one.name)
