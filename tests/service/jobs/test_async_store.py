@@ -98,7 +98,6 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         reads: list[Coroutine[Any, Any, object]] = [
             store.call(JobStore.get, "a"),
             store.call(JobStore.find, Key("k", "h")),
-            store.call(JobStore.id_of, Key("k", "h")),
             store.call(JobStore.holder, "a"),
             store.call(JobStore.page, None, no_places, 1),
             store.call(JobStore.number_owed, "", "https://x.example", 1),
