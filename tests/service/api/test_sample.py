@@ -548,7 +548,7 @@ def test_a_deadline_is_answered_though_a_step_hangs(site: Site, monkeypatch: pyt
 def test_a_client_is_warned_exactly_where_noise_is_taken_for_an_image() -> None:
     for sampler, spacing, steps in product(INFO.samplers, SPACINGS, (1, 2, 10)):
         spec = make_spec(sampler=sampler, timestep_spacing=spacing, steps=steps)
-        expected = steps == 1 and not SAMPLER_FACTS[sampler].multistep and spacing in ("leading", "linspace")
+        expected = steps == 1 and not SAMPLER_FACTS[sampler].leaves_out_cleanest and spacing in ("leading", "linspace")
         warning = warning_of(spec, INFO)
         assert (warning is not None) == expected == (timesteps_of(spec, INFO)[0] == 0)
         assert warning is None or "timestep_spacing=trailing" in warning
