@@ -45,28 +45,33 @@ async def understand(
 ) -> tuple[Services, NewJob]:
     """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
-    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
-    work, and `submit` refuses the job.
-
     Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
     is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
-    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
+    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.ensure_loaded do.
     """
     asked = await _parse(services, parameters)
-    waited_s = 0.0
-    is_head = request is not None and request.method == "HEAD"
-    if services.residence.is_out(services.number) and not is_head:
-        spec = asked.to_spec(services.model, services.limits)  # what is wrong is told before a model is loaded
-        began_s = time.monotonic()
-        with suppress(QuotaExceeded):
-            row_steps = work_of(spec, services.model, services.number).places
-            caller.check(row_steps, await _open_jobs(services, caller))
-            services = await services.in_memory(request, asked.deadline_s)
-        waited_s = time.monotonic() - began_s
-    new = await _to_job(services, caller, asked, request, transparent=transparent)
-    if waited_s and new.deadline_s is not None:
+    began_s = time.monotonic()
+    loaded = await _ensure_loaded(services, caller, asked, request)
+    waited_s = time.monotonic() - began_s
+    new = await _to_job(loaded, caller, asked, request, transparent=transparent)
+    if loaded is not services and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
-    return services, new
+    return loaded, new
+
+
+async def _ensure_loaded(services: Services, caller: Caller, asked: SampleRequest, request: Request | None) -> Services:
+    """Wait until the model is in memory, and return what it is then.
+
+    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
+    work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+    """
+    if not services.is_unloaded or (request is not None and request.method == "HEAD"):
+        return services
+    spec = asked.to_spec(services.model, services.limits)
+    with suppress(QuotaExceeded):
+        caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
+        return await services.ensure_loaded(request, asked.deadline_s)
+    return services
 
 
 async def refuse(services: Services, parameters: dict[str, Any], faults: Faults, others: Collection[str] = ()) -> None:

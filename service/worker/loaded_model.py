@@ -1,8 +1,8 @@
 """A model in memory: its engine and its scheduler, which the worker's thread uses."""
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
@@ -11,26 +11,6 @@ from tminus.service.spec import Snapshot, trial_spec
 from tminus.service.work import Batch
 
 ReadSnapshot = Callable[[], Snapshot]  # waits for the copy from a GPU
-
-
-Model = TypeVar("Model", covariant=True)
-
-
-class Residence(Protocol[Model]):
-    """Says which of the models that are served are in memory, and brings one in that is out. In the event loop."""
-
-    def is_out(self, number: int) -> bool:
-        """Whether a model is served and not in memory, or is about to leave it: the worker takes no job of it."""
-
-    def expected_s(self, number: int) -> float:
-        """Return roughly how many seconds it takes until a model that is out is in memory."""
-
-    def bring_in(self, number: int, deadline_s: float | None = None, *, of_request: bool = False) -> Awaitable[Model]:
-        """Wait until a model is in memory, and return it. Raises ModelLoading where that is not in time, and Draining.
-
-        deadline_s: for how long it may be waited for. of_request: whether who waits counts as a user of the model; it
-        does not keep the model in memory until it is there. Raises CheckpointRefused where the model cannot be loaded.
-        """
 
 
 class Keeper(Protocol):
