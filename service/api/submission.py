@@ -22,7 +22,7 @@ from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
-from tminus.service.errors import InvalidField, Overloaded, QuotaExceeded
+from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
@@ -157,14 +157,13 @@ async def create(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    chosen: str | None = None,
     *,
     transparent: bool = False,
     faults: Faults | None = None,
 ) -> tuple[JobView, bool]:
-    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
+    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
 
-    chosen: the UUID that the client has chosen. parameters: may name a webhook; they and transparent: see `understand`.
+    parameters: may name a webhook; they and transparent: see `understand`.
     faults: what is wrong with the parameters so far. Raises it, and what `understand` and NewJobs.create do.
     """
     caller, webhook, faults = caller_of(request), None, faults or Faults()
@@ -174,7 +173,7 @@ async def create(
         await refuse(services, parameters, faults)
     asked = await _parse(services, parameters)
     size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, chosen, transparent=transparent)
+    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, transparent=transparent)
     new = await _to_job(services, caller, asked, request, transparent=transparent)
     del asked  # its pictures are decoded
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
@@ -185,19 +184,15 @@ def _key(
     asked: SampleRequest,
     owner: str,
     webhook: Webhook | None,
-    chosen: str | None,
     *,
     transparent: bool,
 ) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with.
 
-    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
-    None for a request without either. Raises InvalidField.
+    Each owner has keys of its own. transparent: see decode_inputs. None for a request without a key. Raises
+    InvalidField.
     """
-    if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
-        raise InvalidField.of("Idempotency-Key", "absent with PUT: the id of the job takes its place", header)
-    name = key_in_headers(request) if chosen is None else chosen
-    if name is None:
+    if (name := key_in_headers(request)) is None:
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
     given = asked.model_dump(exclude_defaults=True)
@@ -210,21 +205,20 @@ def _key(
     if transparent:  # the same mask then makes another image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-    return Key(name, what, owner, is_chosen=chosen is not None)
+    return Key(name, what, owner)
 
 
 async def accept(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    chosen: str | None = None,
     faults: Faults | None = None,
 ) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
 
-    parameters, chosen, faults: see `create`. A job of a chosen UUID that is here already is answered 200.
+    parameters, faults: see `create`.
     """
-    view, again = await create(services, request, parameters, chosen, faults=faults)
+    view, again = await create(services, request, parameters, faults=faults)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,
@@ -233,8 +227,7 @@ async def accept(
     headers |= spec_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
-    status = 200 if again and chosen is not None else 202
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=status, headers=headers)
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:

@@ -116,7 +116,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(served.allowed_sites.origins),
-            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )

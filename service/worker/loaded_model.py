@@ -1,4 +1,4 @@
-"""A model that the worker's thread steps, with its engine and its scheduler."""
+"""A model in memory: its engine and its scheduler, which the worker's thread uses."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ ReadSnapshot = Callable[[], Snapshot]  # waits for the copy from a GPU
 
 
 class Keeper(Protocol):
-    """Keeps snapshots of running jobs, and says when to take them. Called in the worker's thread; returns at once."""
+    """Decides when to take snapshots of running jobs, and keeps them. The worker's thread calls it; it never waits."""
 
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Keep a round of snapshots, by job id; cost_s: the seconds that it has cost the worker's thread already."""
+        """Keep snapshots, by job id. cost_s: the seconds that taking them has cost the worker's thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """One model. Its number names it in this process, and is never given again.
+    """A model in memory. Its number identifies it in this process and is never reused.
 
-    A job that steps in ticks of its own has the model once more, with a scheduler of its own.
+    An isolated job has the model once more, with a scheduler of its own.
     """
 
     number: int
@@ -35,11 +35,11 @@ class LoadedModel:
     scheduler: Scheduler
     keeper: Keeper | None = None  # takes the snapshots of its durable jobs
     spare_work: Iterator[None] | None = None
-    """Done a portion at a time, of one batch at most, while the worker has nothing else to do."""
+    """Work for an idle worker: one item at a time, each as long as a batch at most."""
 
     @property
     def info(self) -> ModelInfo:
-        """What is loaded."""
+        """Facts of the loaded checkpoint."""
         return self.engine.info
 
     def warm_up(self) -> None:

@@ -1,7 +1,7 @@
-"""What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
+"""The worker's loop over accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
 
-A plain object: the worker calls it in its thread, a test in its own. Decide, then act: the scheduler chooses a batch,
-and the engine steps it. What came of it is a list of events, which the worker acts on.
+The worker calls it in its thread, a test in its own. The scheduler chooses a batch, and the engine steps it. What has
+happened is a list of events, which the worker acts on.
 """
 
 import logging
@@ -34,8 +34,9 @@ from tminus.service.worker.ticks import TickEnd, Ticks
 
 log = logging.getLogger(__name__)
 
-SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
-LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_ended_total counts it
+# Reasons to give up a durable job:
+SUSPENDED = "suspended"  # SIGTERM; the next start goes on with it
+LOST = "lost"  # another server works on it now, or has ended it
 
 
 class Ticked(NamedTuple):
@@ -46,18 +47,18 @@ class Ticked(NamedTuple):
 
 
 class ImageDecoded(NamedTuple):
-    """An image of a latent model's job is there, and others of it are not yet."""
+    """One image of a latent model's job is decoded, and others are not yet."""
 
     job: RunningJob
 
 
 class Ended(NamedTuple):
-    """A job has left, with its images or an error. With neither, nobody waits for it any more."""
+    """A job has ended, with its images or an error. With neither, its client is gone."""
 
     job: RunningJob
     result: JobResult | None = None
     error: ServiceError | None = None
-    reason: str | None = None  # why it was given up; None for a job that has never begun
+    reason: str | None = None  # why it was given up; None if it never began
 
 
 Event = Ticked | ImageDecoded | Ended
@@ -69,10 +70,9 @@ class Loop:
     def __init__(
         self, *, clock: Callable[[], float], on_task_done: Callable[[Coded], None], report: ReportCurrentJobs
     ) -> None:
-        """Take what belongs to the worker's thread.
+        """on_task_done: called in the autoencoder's thread after each task; pass those of jobs to `coded`.
 
-        on_task_done: is called in the coding thread after each of its tasks; hand those of jobs to `coded`. report:
-        each thread tells it the durable jobs that it works on from now on.
+        report: each thread calls it with the durable jobs that it works on now.
         """
         self._models: dict[int, LoadedModel] = {}
         self._has_latent_model = False  # whether one was ever loaded: something may be encoded or decoded
@@ -96,7 +96,7 @@ class Loop:
     # --- between ticks ---
 
     def load(self, model: LoadedModel) -> None:
-        """Take on a model, which is warmed up."""
+        """Warm a model up, and take jobs for it from now on."""
         began_s = self._clock()
         model.warm_up()
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
@@ -107,7 +107,7 @@ class Loop:
             self.spare_work[model.number] = model.spare_work
 
     def do_spare_work(self) -> None:
-        """Do one portion of what a model has to do while no job runs."""
+        """Do one item of the spare work of a model."""
         number, work = next(iter(self.spare_work.items()))
         self.current.set([])
         try:
@@ -115,11 +115,11 @@ class Loop:
         except StopIteration:
             del self.spare_work[number]
         except Exception:
-            log.exception("%s: what was begun while no job ran has failed", self._models[number].info.name)
+            log.exception("%s: spare work has failed", self._models[number].info.name)
             del self.spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
-        """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
+        """Begin a job: its rows step from the next tick, or once its picture is encoded."""
         with self._working_on([job]):
             answered = job.future.done() and not job.future.cancelled()  # while the worker hung
             if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
@@ -208,7 +208,7 @@ class Loop:
         self._leave(Ended(job, error=error, reason=reason))
 
     def unload(self, number: int) -> None:
-        """Forget a model, and give up the jobs that it still has."""
+        """Forget a model, and give up its remaining jobs."""
         for job in [*self._jobs.values(), *self.coding.jobs.values()]:
             if job.model.number == number:
                 self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
@@ -218,7 +218,7 @@ class Loop:
     # --- the end ---
 
     def suspend_durable(self) -> None:
-        """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
+        """Take a last snapshot of the durable jobs and give them up; the next start finishes them."""
         if self._durable:
             self._end_ticks()
         for model in self._models.values():
@@ -227,12 +227,12 @@ class Loop:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
-        """End every job that is left."""
+        """Give up every remaining job."""
         for job in [*self._jobs.values(), *self.coding.jobs.values()]:
             self.give_up(job.id, error, error.code)
 
     def abandon(self) -> None:
-        """Drop every job without a call of the engine, which is not to be trusted after a crash."""
+        """Drop every job without a call of the engine, whose state is unknown after a crash."""
         self.ticks.abandon()
         for jobs in (self._jobs, self._durable, self.coding.jobs, self._deadlines):
             jobs.clear()
@@ -265,7 +265,7 @@ class Loop:
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, if there is one that need not wait for those in flight; return whether to try again."""
+        """Begin the next tick, unless it has to wait for those in flight; return whether another may begin."""
         if (chosen := self.ticks.next()) is None or (self.ticks and not self.coding.turnstile.is_open):
             return False
         model, batch = chosen
@@ -333,7 +333,7 @@ class Loop:
             self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
-        """Hand a model's keeper snapshots of durable jobs that have stepped since their last one, and are not done."""
+        """Give a model's keeper snapshots of unfinished durable jobs that have stepped since their last one."""
         jobs = [job for job in self._durable.values() if job.model.number == model.number]
         moved = [job for job in jobs if job.steps_kept < job.steps_taken < job.spec.n * job.work.steps]
         if model.keeper is None or not moved:
@@ -349,10 +349,10 @@ class Loop:
         model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
+        """Free the rows of a finished job and end it with its images. A latent model's images are decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
-        wanted = job.work.steps == job.spec.end  # or else only what was recorded on the way
+        wanted = job.work.steps == job.spec.end  # or else only the recording was asked for
         if wanted:
             try:
                 # Of a latent model one by one, so that a shorter job may come between them.
@@ -381,7 +381,7 @@ class Loop:
     # --- for all of these ---
 
     def _leave(self, ended: Ended) -> None:
-        """Forget a job that has no rows."""
+        """Forget a job whose rows are free, and report its end."""
         job = ended.job
         self._deadlines.pop(job.id, None)
         self._forget(job)
@@ -400,10 +400,9 @@ class Loop:
             self.give_up(job.id, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
 
     def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
-        """Log an error, which fails the jobs involved and not the server.
+        """Log an error that fails the jobs involved. Raises it where the device is lost, which ends the worker.
 
-        But where the engine's device is lost it is raised, so that it ends the worker: every further job would fail
-        too, and this is no fault of theirs.
+        On a lost device every further job would fail, through no fault of its own.
         """
         log.error(log_line, *args, exc_info=error)
         if engine.is_lost():

@@ -58,7 +58,6 @@ _PREVIEW_BOUNDS = {
     "layout": "one of sheet, images",
     "keep_open": "true or false",
 }
-CHOSEN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 EVENTS_BOUND = f"a list of {', '.join(EVENTS)}, each at most once"
 MOST_EVENTS = 16  # in a list that is looked at
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
@@ -227,8 +226,8 @@ class SampleRequest(RequestSchema):
     )
     steps: Int | None = Field(
         None,
-        description="The number of denoising steps. T at most; T/2 for `heun`, which takes two passes a step; T - 1 "
-        "for `plms`; T - 9 for `pndm`. Samplers of tables take only the steps that they have tables for.",
+        description="The number of denoising steps. T at most, and fewer for a sampler that takes more passes than "
+        "steps: see `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for.",
         json_schema_extra=default("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
     )
     sampler: str | None = Field(

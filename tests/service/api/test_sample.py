@@ -295,16 +295,7 @@ def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite
     assert not site.engine.jobs
 
 
-def test_a_durable_job_keeps_no_frames_and_no_steps_and_a_trajectory_goes_with_no_animation(site: Site) -> None:
-    durable = {"Prefer": "respond-async"}
-    assert (
-        problem(site.post(json=SPEC | {"every": 2}, headers=WEBP | durable), 422, "invalid_field")["field"] == "every"
-    )
-    document = problem(site.post(json=SPEC, headers=AS_TRAJECTORY | durable), 422, "invalid_field")
-    assert (document["field"], document["bound"]) == (
-        "Prefer",
-        f"absent with Accept: {TRAJECTORY}: a job keeps no steps",
-    )
+def test_a_trajectory_goes_with_no_animation(site: Site) -> None:
     problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
 
 
@@ -471,7 +462,6 @@ def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
         for headers in ({}, {"Accept": "application/zip"}):
             document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
             assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
-        problem(site.post(json=SPEC | given, headers={"Prefer": "respond-async"}), 422, "unknown_field")
         document = problem(site.post(json=SPEC | given | {"every": 2}, headers=WEBP), 422, "invalid_field")
         assert document["field"] == name
         problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")
@@ -558,7 +548,7 @@ def test_a_deadline_is_answered_though_a_step_hangs(site: Site, monkeypatch: pyt
 def test_a_client_is_warned_exactly_where_noise_is_taken_for_an_image() -> None:
     for sampler, spacing, steps in product(INFO.samplers, SPACINGS, (1, 2, 10)):
         spec = make_spec(sampler=sampler, timestep_spacing=spacing, steps=steps)
-        expected = steps == 1 and not SAMPLER_FACTS[sampler].multistep and spacing in ("leading", "linspace")
+        expected = steps == 1 and not SAMPLER_FACTS[sampler].leaves_out_cleanest and spacing in ("leading", "linspace")
         warning = warning_of(spec, INFO)
         assert (warning is not None) == expected == (timesteps_of(spec, INFO)[0] == 0)
         assert warning is None or "timestep_spacing=trailing" in warning

@@ -22,7 +22,7 @@ from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, JobResult, JobRows
 from tminus.service.worker.coding import Turnstile
 from tminus.service.worker.loaded_model import LoadedModel
-from tminus.service.worker.recording import Path, Recording
+from tminus.service.worker.recording import Recording, TrajectoryRecorder
 
 TWO = replace(LIMITS, max_batch=2)
 PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -345,7 +345,7 @@ def test_a_drain_ends_the_ticks_in_flight_and_a_suspended_job_goes_on_from_there
 def test_recordings_and_frames_have_each_row_at_its_own_steps_while_others_are_in_flight(make_bench: MakeBench) -> None:
     bench, frames = make_queue(make_bench), list[Frame]()
     spec, of_path = make_spec(n=5, steps=7, seed=40), make_spec(n=3, steps=6, seed=80)
-    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), Path(of_path)
+    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), TrajectoryRecorder(of_path)
     futures = [
         bench.accept_spec("a", spec, recording=recording, watch=Watch(Pace(every=1), ("x_t",), frames.append)),
         bench.accept_spec("b", of_path, recording=path),
@@ -488,7 +488,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
 
     engine.on_begin, engine.on_step = maybe, step
     jobs: dict[int, tuple[SampleSpec, Future[JobResult]]] = {}
-    gone, deadlines, paths = set[int](), set[int](), dict[int, Path]()
+    gone, deadlines, paths = set[int](), set[int](), dict[int, TrajectoryRecorder]()
     while len(jobs) < 12 or bench.loop.has_work:
         if len(jobs) < 12 and rng.random() < 0.5:
             spec = make_spec(
@@ -498,7 +498,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
             if rng.random() < 0.1:
                 more["alone"] = True
             if rng.random() < 0.3:
-                more["recording"] = paths[spec.seed] = Path(spec)
+                more["recording"] = paths[spec.seed] = TrajectoryRecorder(spec)
             if rng.random() < 0.3:
                 more["deadline_s"] = rng.uniform(1, 40)
                 deadlines.add(spec.seed)

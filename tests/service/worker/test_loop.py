@@ -21,7 +21,7 @@ from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import LOST
-from tminus.service.worker.recording import Path, Recording
+from tminus.service.worker.recording import Recording, TrajectoryRecorder
 from tminus.service.worker.running_job import NewJob
 
 # --- work ---
@@ -428,7 +428,7 @@ def test_a_frame_or_snapshot_that_fails_costs_no_job(make_bench: MakeBench, brok
 def test_recordings_have_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2))  # so that the three rows are not level
     spec, spec_of_path = make_spec(n=3, steps=7, seed=40), make_spec(n=3, steps=4, seed=80)
-    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), Path(spec_of_path)
+    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), TrajectoryRecorder(spec_of_path)
     futures = [
         bench.accept_spec("a", spec, recording=recording),
         bench.accept_spec("b", spec_of_path, recording=path),
@@ -459,7 +459,7 @@ def test_a_path_that_fails_costs_its_own_job_only(make_bench: MakeBench, reads: 
             raise RuntimeError("out of memory")
 
     bench.engine.on_preview = fail
-    recorded = bench.accept_spec("recorded", spec, recording=Path(spec))
+    recorded = bench.accept_spec("recorded", spec, recording=TrajectoryRecorder(spec))
     other = bench.accept("other", seed=2)
     bench.finish()
     error = failure(recorded)
