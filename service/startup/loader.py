@@ -247,7 +247,7 @@ class ModelLoader:
             return await self._served.serve(prepared)
         except Exception as error:
             del prepared
-            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            traceback.clear_frames(error.__traceback__)  # their variables hold the model
             await asyncio.to_thread(release)
             raise
 
@@ -263,7 +263,7 @@ class ModelLoader:
 
 @contextmanager
 def _as_refusals(name: str) -> Iterator[None]:
-    """Raise CheckpointRefused for whatever a folder of a model raises."""
+    """Raise CheckpointRefused in place of an error that a model's folder causes."""
     try:
         yield
     except ServiceError:
