@@ -632,18 +632,6 @@ class KeyReused(ServiceError):
     remedy = "Use a new key for a new request."
 
 
-class JobExists(ServiceError):
-    """`PUT /jobs/{id}` has the id of a job with other parameters or of another model."""
-
-    status, code, title = 409, "job_exists", "Another job has this id"
-    remedy = "Use a new UUID for a new request."
-
-    def __init__(self, chosen: str) -> None:
-        bound = "a new UUID for a new request"
-        detail = f"job_id must be {bound}: {short(chosen)} has other parameters, or is of another model"
-        super().__init__(detail, field="job_id", value=chosen, bound=bound)
-
-
 class JobNotDone(ServiceError):
     """The request asks for the images of a job that still waits or runs."""
 

@@ -26,9 +26,9 @@ def document() -> dict[str, Any]:
     from tminus.service.jobs.store.sqlite_store import SqliteStore
     from tminus.service.jobs.stores import Stores
     from tminus.service.startup.app import create_app
-    from tminus.service.startup.changes import ModelChanges
+    from tminus.service.startup.loader import ModelLoader
     from tminus.service.startup.models import Prepared, ServedModels
-    from tminus.service.startup.serve import Loader
+    from tminus.service.startup.serve import Preparer
     from tminus.service.startup.settings import Library, Settings
 
     settings = Settings.model_construct(executor="eager")  # otherwise the defaults, whatever the environment says
@@ -36,8 +36,8 @@ def document() -> dict[str, Any]:
     limits = settings.limits(loaded.max_rows, loaded.max_batch)
     model = Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows))
     served = ServedModels([model], Stores(lambda _: SqliteStore(None)), settings.allowed_sites(), Access())
-    changes = ModelChanges(served, Library(), Loader(settings).load, lambda *_: None, None)
-    return asyncio.run(_document_of(create_app(served, changes)))
+    loader = ModelLoader(served, Library(), Preparer(settings).load)
+    return asyncio.run(_document_of(create_app(served, loader)))
 
 
 async def _document_of(app: FastAPI) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.sse import format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
@@ -22,7 +22,6 @@ from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, patient
 from tminus.service.api.edge.authentication import caller_of
-from tminus.service.api.jobs import job_in_path
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import read_query
@@ -41,7 +40,6 @@ LAST = "end"  # the id of the last event of all
 def event_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the route."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    query, own_id = contract.query(PreviewRequest), Depends(job_in_path(models))
 
     @router.get(
         "/{job_id}/events",
@@ -57,9 +55,9 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
             204: {"description": "The client has the final event"},
             **failures(404, 422, 429, 500, 507),
         },
-        openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
+        openapi_extra={"parameters": [*contract.query(PreviewRequest), LAST_EVENT_ID]},
     )
-    async def get_events(request: Request, job_id: Annotated[str, own_id]) -> Response:
+    async def get_events(request: Request, job_id: str) -> Response:
         preview = read_query(request, PreviewRequest.parse)
         last_id = request.headers.get("last-event-id", "")
         services = models.default  # of which only what all models share is used
@@ -134,7 +132,7 @@ class _Follower:
     @property
     def _is_ending(self) -> bool:
         """Whether this process makes no more of any job."""
-        return self._services.worker.draining or self._services.worker.crashed
+        return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":
         """Have the worker show the job; None if it is not held here."""
@@ -207,7 +205,7 @@ class _Viewer:
                 async with asyncio.timeout(POLL_S):
                     frame = await self.mailbox.take()
             except TimeoutError:
-                if self.services.worker.draining:
+                if self.services.worker.state.draining:
                     return
                 if waiting and (status := await self.services.statuses.of(self.job.record.id)) is not None:
                     waiting = status.state == "waiting"

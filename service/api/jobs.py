@@ -1,9 +1,9 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
@@ -11,8 +11,6 @@ from pydantic import Field
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.documents import JobAnswer, JobPage
 from tminus.service.api.answers.openapi import (
-    ALREADY_HERE,
-    CHOSEN_ID,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OF_JOB,
@@ -37,7 +35,6 @@ from tminus.service.api.request.reading import (
     while_connected,
 )
 from tminus.service.api.request.schemas import (
-    CHOSEN,
     MAX_INDEX,
     FloatsRequest,
     Index,
@@ -54,7 +51,6 @@ from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.store.records import Place
 from tminus.service.jobs.views import STATES
 
-CHOSEN_BOUND = "a UUID, as 6f9619ff-8b86-4011-b42d-00c04fc964ff, in small letters"
 MAX_PAGE = 200
 COPIES = 3  # of a job's images, that are in memory at most while they are read: packed, unpacked, and as an array
 
@@ -118,7 +114,7 @@ class JobImageRequest(RequestSchema):
 def job_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes. Those of one job take the id of any job, whichever model it is of."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    bare, own_id = [Depends(no_parameters)], Depends(job_in_path(models))
+    bare = [Depends(no_parameters)]
     of_job = failures(404, 422, 500, 507)
 
     router.post(
@@ -144,20 +140,8 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         asked = read_query(request, JobsRequest.parse)
         return await page(models.default, asked, caller_of(request).sees, named)
 
-    router.put(
-        "/{job_id}",
-        **described("submit_job_with_id"),
-        status_code=202,
-        response_model=JobAnswer,
-        responses={200: ALREADY_HERE, 202: SUBMITTED, **failures(*OF_BODY, 409, 500, 503, 507)},
-        openapi_extra={
-            "requestBody": JOB_BODY,
-            "parameters": [CHOSEN_ID, *contract.query(SampleRequest, WebhookRequest)],
-        },
-    )(models.handler(put_job, "put_job"))
-
     @router.get("/{job_id}", **described("get_job"), dependencies=bare, responses=of_job)
-    async def get_job(request: Request, job_id: Annotated[str, own_id]) -> JobAnswer:
+    async def get_job(request: Request, job_id: str) -> JobAnswer:
         return await job(models.default, request, job_id)
 
     @router.get(
@@ -167,7 +151,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         responses={200: IMAGES_OF_JOB, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 503, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest, FloatsRequest), IF_NONE_MATCH]},
     )
-    async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:
+    async def get_image(request: Request, job_id: str) -> Response:
         return await image(models, request, job_id)
 
     @router.post(
@@ -176,7 +160,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def cancel_job(request: Request, job_id: Annotated[str, own_id]) -> JobAnswer:
+    async def cancel_job(request: Request, job_id: str) -> JobAnswer:
         return JobAnswer.of(await models.default.jobs.cancel(job_id, caller_of(request).sees))
 
     @router.delete(
@@ -187,21 +171,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def delete_job(request: Request, job_id: Annotated[str, own_id]) -> None:
+    async def delete_job(request: Request, job_id: str) -> None:
         await models.default.jobs.delete(job_id, caller_of(request).sees)
 
     return router
-
-
-def job_in_path(models: Models) -> Callable[[Request, str], Awaitable[str]]:
-    """Make what finds the job's own id, by whichever a path has. It raises JobNotFound for an unknown UUID."""
-
-    async def own_id(request: Request, job_id: str) -> str:
-        if not CHOSEN.fullmatch(job_id):
-            return job_id
-        return await models.default.jobs.id_of_chosen(job_id, caller_of(request).name)
-
-    return own_id
 
 
 async def post_job(services: Services, request: Request) -> Response:
@@ -209,16 +182,6 @@ async def post_job(services: Services, request: Request) -> Response:
     faults = Faults()
     parameters = await read_parameters(request, services.limits, faults)
     return await accept(services, request, parameters, faults=faults)
-
-
-async def put_job(services: Services, request: Request) -> Response:
-    """Accept a durable job under the UUID in the path, or say how the one stands that has it."""
-    chosen = request.path_params["job_id"]
-    if not CHOSEN.fullmatch(chosen):
-        raise InvalidField.of("job_id", CHOSEN_BOUND, chosen)
-    faults = Faults()
-    parameters = await read_parameters(request, services.limits, faults)
-    return await accept(services, request, parameters, chosen, faults)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:

@@ -1,7 +1,7 @@
 """POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,15 +14,12 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.trajectory import LEAST_ETA, Trajectory
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
-    ACCEPTED,
     CACHE_CONTROL,
-    IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OR_STEPS,
     NOT_MODIFIED,
     OF_BODY,
     OF_WORK,
-    PREFER,
     SAMPLE_BODY,
     Contract,
     Described,
@@ -33,7 +30,7 @@ from tminus.service.api.answers.progress import finished_or_gone, head_answer, r
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.faults import Faults
-from tminus.service.api.request.reading import negotiate, prefers_async, read_parameters
+from tminus.service.api.request.reading import negotiate, read_parameters
 from tminus.service.api.request.schemas import (
     AnimationRequest,
     FloatsRequest,
@@ -42,7 +39,7 @@ from tminus.service.api.request.schemas import (
     WebhookRequest,
     check_pictures,
 )
-from tminus.service.api.submission import accept, pixel_headers, refuse, spec_headers, submit, understand
+from tminus.service.api.submission import pixel_headers, refuse, spec_headers, submit, understand
 from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
@@ -65,14 +62,14 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Images, Pixels, SampleSpec
 from tminus.service.work import JobResult, noisy_passes, select_passes, timesteps_of
-from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
+from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecorder, frame_count
 from tminus.service.worker.running_job import NewJob
 
 OF_ANSWERS = frozenset({*TrajectoryRequest.model_fields, *FloatsRequest.model_fields, *WebhookRequest.model_fields})
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
-NOT_DURABLE = "absent without Prefer: respond-async: only a durable job has one"
+NOT_DURABLE = "absent: only a durable job has one, see POST /jobs"
 NOT_WITH_EVERY = f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step"
 WITH_EVERY = ", or image/webp together with the parameter `every`"
 
@@ -92,9 +89,9 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
         "/sample",
         **described("sample_images"),
         response_class=Response,
-        responses=responses | {202: ACCEPTED} | failures(412, 507),
+        responses=responses | failures(412),
         openapi_extra={
-            "parameters": [*query, IF_NONE_MATCH, CACHE_CONTROL, PREFER, IDEMPOTENCY_KEY],
+            "parameters": [*query, IF_NONE_MATCH, CACHE_CONTROL],
             "requestBody": SAMPLE_BODY,
         },
     )(handler)
@@ -124,7 +121,7 @@ class Answer:
 
 
 async def sample(services: Services, request: Request) -> Response:
-    """Sample and wait; or accept a durable job where the client prefers that."""
+    """Sample, and wait for the images."""
     faults = Faults()
     parameters, animation = await read_parameters(request, services.limits, faults), None
     with faults.gathered():
@@ -135,11 +132,6 @@ async def sample(services: Services, request: Request) -> Response:
     media_type = negotiate(request, offered, hint)
     if media_type == NPY:
         parameters.setdefault("bit_depth", 32)
-    if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-        _check_durable(request, animation, media_type, parameters)
-        response = await accept(services, request, parameters)
-        response.headers["Preference-Applied"] = "respond-async"
-        return response
     with faults.gathered():
         if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
             raise refused(NOT_DURABLE, webhook.url)
@@ -298,7 +290,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> 
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
     # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
-    path, held_bytes = Path(spec, selection, asked.dtype), 3 * spec.n * image_bytes
+    path, held_bytes = TrajectoryRecorder(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()
@@ -327,17 +319,3 @@ def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
 def _check_depth(spec: SampleSpec, beside: str) -> None:
     if spec.depth != 8:
         raise InvalidField.of("bit_depth", f"8 or absent with {beside}, whose pictures have 8 bits", spec.depth)
-
-
-def _check_durable(
-    request: Request, animation: AnimationRequest | None, media_type: str, parameters: Mapping[str, Any]
-) -> None:
-    """Raise InvalidField where the answer would need what no job keeps."""
-    if animation is not None:
-        raise InvalidField.of("every", "absent with Prefer: respond-async: a job keeps no frames", animation.every)
-    if media_type == TRAJECTORY:
-        bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
-        raise InvalidField.of("Prefer", bound, request.headers["prefer"])
-    if "clip_output" in parameters:
-        bound = "absent with Prefer: respond-async: give it when you fetch the floats"
-        raise InvalidField.of("clip_output", bound, parameters["clip_output"])

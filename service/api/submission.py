@@ -22,7 +22,7 @@ from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
-from tminus.service.errors import InvalidField, Overloaded, QuotaExceeded
+from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
 from tminus.service.jobs.views import JobView
@@ -45,28 +45,33 @@ async def understand(
 ) -> tuple[Services, NewJob]:
     """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
 
-    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
-    work, and `submit` refuses the job.
-
     Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
     is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
-    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
+    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.ensure_loaded do.
     """
     asked = await _parse(services, parameters)
-    waited_s = 0.0
-    is_head = request is not None and request.method == "HEAD"
-    if services.residence.is_out(services.number) and not is_head:
-        spec = asked.to_spec(services.model, services.limits)  # what is wrong is told before a model is loaded
-        began_s = time.monotonic()
-        with suppress(QuotaExceeded):
-            row_steps = work_of(spec, services.model, services.number).places
-            caller.check(row_steps, await _open_jobs(services, caller))
-            services = await services.in_memory(request, asked.deadline_s)
-        waited_s = time.monotonic() - began_s
-    new = await _to_job(services, caller, asked, request, transparent=transparent)
-    if waited_s and new.deadline_s is not None:
+    began_s = time.monotonic()
+    loaded = await _ensure_loaded(services, caller, asked, request)
+    waited_s = time.monotonic() - began_s
+    new = await _to_job(loaded, caller, asked, request, transparent=transparent)
+    if loaded is not services and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
-    return services, new
+    return loaded, new
+
+
+async def _ensure_loaded(services: Services, caller: Caller, asked: SampleRequest, request: Request | None) -> Services:
+    """Wait until the model is in memory, and return what it is then.
+
+    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
+    work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+    """
+    if not services.is_unloaded or (request is not None and request.method == "HEAD"):
+        return services
+    spec = asked.to_spec(services.model, services.limits)
+    with suppress(QuotaExceeded):
+        caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
+        return await services.ensure_loaded(request, asked.deadline_s)
+    return services
 
 
 async def refuse(services: Services, parameters: dict[str, Any], faults: Faults, others: Collection[str] = ()) -> None:
@@ -152,14 +157,13 @@ async def create(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    chosen: str | None = None,
     *,
     transparent: bool = False,
     faults: Faults | None = None,
 ) -> tuple[JobView, bool]:
-    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
+    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
 
-    chosen: the UUID that the client has chosen. parameters: may name a webhook; they and transparent: see `understand`.
+    parameters: may name a webhook; they and transparent: see `understand`.
     faults: what is wrong with the parameters so far. Raises it, and what `understand` and NewJobs.create do.
     """
     caller, webhook, faults = caller_of(request), None, faults or Faults()
@@ -169,7 +173,7 @@ async def create(
         await refuse(services, parameters, faults)
     asked = await _parse(services, parameters)
     size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, chosen, transparent=transparent)
+    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, transparent=transparent)
     new = await _to_job(services, caller, asked, request, transparent=transparent)
     del asked  # its pictures are decoded
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
@@ -180,19 +184,15 @@ def _key(
     asked: SampleRequest,
     owner: str,
     webhook: Webhook | None,
-    chosen: str | None,
     *,
     transparent: bool,
 ) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with.
 
-    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
-    None for a request without either. Raises InvalidField.
+    Each owner has keys of its own. transparent: see decode_inputs. None for a request without a key. Raises
+    InvalidField.
     """
-    if chosen is not None and (header := request.headers.get("idempotency-key")) is not None:
-        raise InvalidField.of("Idempotency-Key", "absent with PUT: the id of the job takes its place", header)
-    name = key_in_headers(request) if chosen is None else chosen
-    if name is None:
+    if (name := key_in_headers(request)) is None:
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
     given = asked.model_dump(exclude_defaults=True)
@@ -205,21 +205,20 @@ def _key(
     if transparent:  # the same mask then makes another image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-    return Key(name, what, owner, is_chosen=chosen is not None)
+    return Key(name, what, owner)
 
 
 async def accept(
     services: Services,
     request: Request,
     parameters: dict[str, Any],
-    chosen: str | None = None,
     faults: Faults | None = None,
 ) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
 
-    parameters, chosen, faults: see `create`. A job of a chosen UUID that is here already is answered 200.
+    parameters, faults: see `create`.
     """
-    view, again = await create(services, request, parameters, chosen, faults=faults)
+    view, again = await create(services, request, parameters, faults=faults)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,
@@ -228,8 +227,7 @@ async def accept(
     headers |= spec_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
-    status = 200 if again and chosen is not None else 202
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=status, headers=headers)
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, S
 from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, Outcome, Place
+from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Outcome, Place
 from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.delivery_store import Delivery
 from tminus.service.preview import Mailbox, Watch
@@ -101,15 +101,6 @@ class Jobs:
         (told,) = await self.with_deliveries([view])
         return told
 
-    async def id_of_chosen(self, chosen: str, owner: str) -> str:
-        """Return the id of the job that an owner has chosen a UUID for. Raises JobNotFound."""
-        key = Key(chosen, "", owner, is_chosen=True)
-        for lifecycle in self.by_store():
-            with unless_retired(lifecycle):
-                if (job_id := await lifecycle.store.call(JobStore.id_of, key)) is not None:
-                    return job_id
-        raise _not_found(chosen)
-
     async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
         """Say what became of the jobs' webhooks, as far as the stores can say it now."""
         known: dict[str, tuple[Delivery, ...]] = {}
@@ -156,7 +147,7 @@ class Jobs:
     async def ended(self, job_id: str, sees: str | None) -> JobView:
         """Wait until a durable job has ended. Raises JobNotFound, and Draining where this server ends first."""
         while (view := await self.find_durable(job_id, sees)).record.outcome is None:
-            if self._worker.draining:
+            if self._worker.state.draining:
                 raise Draining
             job = self._held(job_id)
             with suppress(TimeoutError):

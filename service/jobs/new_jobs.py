@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFailed
+from tminus.service.errors import KeyReused, Overloaded, StorageFailed
 from tminus.service.jobs.jobs import Jobs, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
@@ -71,7 +71,7 @@ class NewJobs:
         """Accept a job as a durable one. Returns it, and whether the key was used before: it is the earlier job then.
 
         webhook: who is told of it. charged: is entered if a new job is made, not for a repeat, and left by an exception
-        if it is not accepted. Raises KeyReused or JobExists, StorageFailed, and what Worker.submit does.
+        if it is not accepted. Raises KeyReused, StorageFailed, and what Worker.submit does.
         """
         lifecycle = self._jobs.of_model(new.work.model)
 
@@ -89,8 +89,6 @@ class NewJobs:
                 return await create(), False
             except _KeyTaken:  # by a job of another server, at the same time
                 found = await self._find_by_key(key, lifecycle.model_name)
-        if found is None and key.is_chosen:
-            raise JobExists(key.name)  # for another model, which is not served here
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return found, True
@@ -143,8 +141,8 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if lifecycle.is_out:  # it waits in the store, and brings the model in
-            self._worker.check_open()
+        if lifecycle.is_unloaded:  # the job waits in the store
+            self._worker.state.check_open()
             outlook = lifecycle.check_room(background=record.background)
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None
@@ -171,7 +169,7 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused, JobExists if by another request, or model."""
+        """Find the job that was asked for with a key. Raises KeyReused if by another request, or model."""
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):
@@ -180,8 +178,6 @@ class NewJobs:
                 continue
             record, same = found
             if not same or lifecycle.model_name != model_name:
-                if key.is_chosen:
-                    raise JobExists(key.name)
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",
                     field="Idempotency-Key", value=key.name, bound="a new key for a new request",

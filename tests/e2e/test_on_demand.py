@@ -135,13 +135,6 @@ def test_each_way_in_loads_the_model_that_it_names(ten: RunningServer) -> None:
     assert (job.status_code, job.json()["state"]) == (202, "waiting")
     ten.wait_until(lambda: httpx.get(f"{ten.url}/jobs/{job.json()['id']}").json()["state"] == "done")
     name = out()
-    asked = {"prefer": "respond-async"}
-    accepted = httpx.post(f"{ten.url}/models/{name}/sample", json=QUICK, headers=asked)
-    assert accepted.status_code == 202
-    image = f"{ten.url}{accepted.headers['location']}/image"
-    ten.wait_until(lambda: httpx.get(image).status_code == 200)
-    assert httpx.get(image).content == sampled(ten, name)
-    name = out()
     told = httpx.post(f"{ten.url}/v1/images/generations", json={"model": name, "prompt": "bag"}, timeout=60)
     assert told.status_code == 200, told.text
     name = out()

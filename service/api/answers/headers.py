@@ -47,7 +47,6 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     # --- durable jobs ---
     "Location": (TEXT, "Where the job is."),
     "Idempotent-Replayed": (TEXT, "`true` where an earlier request made this job."),
-    "Preference-Applied": (TEXT, "`respond-async` where `Prefer` asked for it."),
     # --- of refusals ---
     "Retry-After": (WHOLE, "Seconds until it makes sense to try again. Absent where the server cannot say."),
     "WWW-Authenticate": (TEXT, "How to send a key."),

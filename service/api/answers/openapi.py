@@ -35,7 +35,6 @@ from tminus.service.api.edge.origin import PROBES
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
-    CHOSEN,
     DEFAULT,
     NUMBER,
     PICTURES,
@@ -71,7 +70,7 @@ FAILURES = {
     404: "There is no such job or model",
     406: "`Accept` allows none of the media types of this call",
     408: "The body came too slowly",
-    409: "The job is not done yet, or another job has this id, or the model cannot be changed now",
+    409: "The job is not done yet, or the model cannot be changed now",
     410: "The job was cancelled or failed, and has no images",
     412: "The client has the answer already: `If-None-Match` names its `ETag`. Nothing was run",
     413: "The body is too large",
@@ -86,7 +85,7 @@ FAILURES = {
 IN_PATHS = {
     "model": "The name of a model that `GET /models` lists.",
     "version": "The first 16 digits of the hash of the weights.",
-    "job_id": "The id of the job: its own, or the UUID that the client chose for it.",
+    "job_id": "The id of the job.",
     "name": "The name of a file.",
 }
 BAD_REQUEST = "A member is invalid, unknown or given twice, or the body cannot be parsed"
@@ -151,22 +150,6 @@ SUBMITTED: Described = {
     "content": {JSON: {"schema": ref("JobAnswer")}},
     **with_headers(*OF_ACCEPTED),
 }
-ACCEPTED: Described = SUBMITTED | {
-    "description": "With `Prefer: respond-async`: a durable job, which is on disk",
-    **with_headers(*OF_ACCEPTED, "Preference-Applied"),
-}
-ALREADY_HERE: Described = {
-    "description": "An earlier request made this job. The answer says where it stands",
-    "content": {JSON: {"schema": ref("JobAnswer")}},
-    **with_headers(*OF_ACCEPTED),
-}
-CHOSEN_ID: Described = {
-    "name": "job_id",
-    "in": "path",
-    "required": True,
-    "schema": {"type": "string", "format": "uuid", "pattern": f"^{CHOSEN.pattern}$"},
-    "description": "A UUID in its usual spelling, in small letters.",
-}
 SAMPLE_BODY: Described = {"content": {JSON: {"schema": ref("SampleRequest")}, FORM: {"schema": ref("SampleForm")}}}
 JOB_BODY: Described = {"content": {JSON: {"schema": ref("JobRequest")}, FORM: {"schema": ref("JobForm")}}}
 NOISE_BODY: Described = {
@@ -195,12 +178,6 @@ VERSION_ASKED = _header(
     f"The version of the API that the request was written for. Default: {API_VERSION}.",
 ) | {DEFAULT: API_VERSION}
 IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has.")
-PREFER = _header(
-    "Prefer",
-    {"type": "string"},
-    "`respond-async`: do as `POST /jobs`, with `Idempotency-Key`, instead of waiting. Refused with `every` or a "
-    "trajectory.",
-)
 CACHE_CONTROL = _header(
     "Cache-Control",
     {"type": "string"},

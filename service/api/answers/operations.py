@@ -141,11 +141,6 @@ OPERATIONS: Mapping[str, Operation] = {
         "Jobs of `POST /sample` and of streams are listed while they wait or run, with `durable` false. Below "
         "`/models/NAME` only jobs of that model are listed.",
     ),
-    "submit_job_with_id": Operation(
-        "Submit a durable job under an id of your own",
-        "Takes what `POST /jobs` takes. The same UUID with the same parameters is the same job. The id is free again "
-        "when the job is deleted. A UUID belongs to the key that it came with.",
-    ),
     "get_job": Operation(
         "Get one job: its state, step, queue position and ETA",
         "A job that is not durable is found while it waits or runs. A job has two ids where the client chose one; both "
@@ -262,9 +257,6 @@ curl -F image=@sneaker.png -F mask=@docs/images/upper-half.png -o boots.png \\
 curl -si localhost:8000/jobs {JSON} -H 'Idempotency-Key: my-first' \\
      -d '{{"n": 4, "steps": 200, "class_label": "sneaker", "seed": 7}}'""",
     "list_jobs": "curl 'localhost:8000/jobs?state=waiting,running&limit=10'",
-    "submit_job_with_id": f"""\
-curl -X PUT localhost:8000/jobs/6f9619ff-8b86-4011-b42d-00c04fc964ff {JSON} \\
-     -d '{{"steps": 50, "class_label": "sneaker", "seed": 7}}'""",
     "get_job": "curl localhost:8000/jobs/JOB",
     "get_job_images": "curl -H 'Accept: application/zip' localhost:8000/jobs/JOB/image -o images.zip",
     "watch_job": "curl -sN 'localhost:8000/jobs/JOB/events?every=50'",

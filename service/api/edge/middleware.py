@@ -223,10 +223,7 @@ class MemoryLimit:
             await self._app(scope, receive, self._counted(scope, receive, send, body, answer))
 
     def _limit_of(self, scope: Scope) -> int:
-        path = OF_A_MODEL.sub("", scope["path"])
-        if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
-            path = path.rpartition("/")[0]
-        return self._max_bytes_by_path.get(path, self._max_bytes)
+        return self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
         """Send an answer while it counts, or a refusal in its place; what is held of the request is released."""

@@ -92,12 +92,6 @@ def _quality(part: str) -> tuple[str, float]:
     return name, 1.0
 
 
-def prefers_async(request: Request) -> bool:
-    """Say whether Prefer has respond-async (RFC 7240, section 4.1)."""
-    headers = ",".join(request.headers.getlist("prefer"))
-    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
-
-
 def check_encoding(request: Request) -> None:
     """Raise UnsupportedEncoding for a compressed body."""
     for encoding in ",".join(request.headers.getlist("content-encoding")).split(","):

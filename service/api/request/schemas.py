@@ -58,7 +58,6 @@ _PREVIEW_BOUNDS = {
     "layout": "one of sheet, images",
     "keep_open": "true or false",
 }
-CHOSEN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 EVENTS_BOUND = f"a list of {', '.join(EVENTS)}, each at most once"
 MOST_EVENTS = 16  # in a list that is looked at
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"

@@ -78,7 +78,6 @@ class AsyncClient:
         self,
         *,
         idempotency_key: str | None = None,
-        chosen_id: str | None = None,
         webhook: str | None = None,
         webhook_events: Sequence[str] | None = None,
         **parameters: Unpack[Parameters],
@@ -88,21 +87,14 @@ class AsyncClient:
         A connection that breaks is retried for a minute: an Idempotency-Key, drawn if none is given, makes that safe.
         Give your own where your process may be started again: the same key and parameters are the same job.
 
-        chosen_id: a UUID, in place of a key, by which `job` finds the job too. webhook: a URL that is sent the job when
-        it starts, when its images are there (output), and when it has ended (completed); or webhook_events of these.
-
-        Raises ValueError for a chosen_id that is no UUID, or beside an idempotency_key.
+        webhook: a URL that is sent the job when it starts, when its images are there (output), and when it has ended
+        (completed); or webhook_events of these.
         """
-        if chosen_id is not None and idempotency_key is not None:
-            raise ValueError("idempotency_key must be absent with chosen_id, which takes its place")
-        headers, method, path = dict(JSON_BODY), "POST", "/jobs"
-        if chosen_id is not None:
-            method, path = "PUT", f"/jobs/{uuid.UUID(chosen_id)}"
-        else:
-            headers["Idempotency-Key"] = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        headers = JSON_BODY | {"Idempotency-Key": key}
         patience = Patience(self._connection.patience_s, durable=True)
         body = text_of(parameters | webhook_members(webhook, webhook_events))
-        response = await self._connection.request(method, path, patience, content=body, headers=headers)
+        response = await self._connection.request("POST", "/jobs", patience, content=body, headers=headers)
         state = JobState.of(object_of(response))
         return AsyncJob(self._connection, state.id, state)
 

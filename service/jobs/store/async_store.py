@@ -30,7 +30,7 @@ Calls = frozenset[Callable[..., Any]]
 # What clients read.
 READS: Calls = frozenset(
     {
-        *(JobStore.find, JobStore.id_of, JobStore.open_jobs, JobStore.get, JobStore.holder, JobStore.page),
+        *(JobStore.find, JobStore.open_jobs, JobStore.get, JobStore.holder, JobStore.page),
         *(JobStore.number_owed, JobStore.deliveries, JobStore.images),
     }
 )

@@ -161,7 +161,7 @@ class JobStore(DeliveryStore, ABC):
             values |= {"key": key.kept_as, "request_hash": key.request_hash}
         try:
             with self._transaction() as run:
-                if key is not None and self._is_taken(run, key):
+                if key is not None and run(self._of_key(key, jobs.c.id)).first() is not None:
                     self._let_go(job.id)
                     return False
                 run(sa.insert(jobs).values(**values))
@@ -177,12 +177,6 @@ class JobStore(DeliveryStore, ABC):
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
-
-    def id_of(self, key: Key) -> str | None:
-        """The id of the job that was added with this key, whatever the request was."""
-        with self._transaction() as run:
-            job_id: str | None = run(self._of_key(key, self._tables.jobs.c.id)).scalar_one_or_none()
-        return job_id
 
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
@@ -402,10 +396,6 @@ class JobStore(DeliveryStore, ABC):
 
     def _let_go(self, job_id: str) -> None:
         """Forget that a job is held: it has ended, or was lost."""
-
-    def _is_taken(self, run: Run, key: Key) -> bool:
-        """Whether a job has this key, as one is about to be added."""
-        return run(self._of_key(key, self._jobs.c.id)).first() is not None
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
         """Return what a new job has in the columns that JobRecord does not have, as of who holds it."""

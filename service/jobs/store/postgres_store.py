@@ -348,14 +348,6 @@ class PostgresStore(JobStore):
     def _let_go(self, job_id: str) -> None:
         self._fences.pop(job_id, None)
 
-    def _is_taken(self, run: Run, key: Key) -> bool:
-        if not key.is_chosen:
-            return super()._is_taken(run, key)
-        # Of all weights, for which no constraint is.
-        run(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tminus {self._schema} {key.kept_as}"))))
-        jobs = self._tables.jobs
-        return run(sa.select(jobs.c.id).where(jobs.c.key == key.kept_as).limit(1)).first() is not None
-
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
         asks = {"weights": self._weights, "format": format_of(job), "places": places, "rows": job.spec.n}

@@ -47,18 +47,16 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What makes a retry safe: the client's Idempotency-Key, or the UUID it chose, and a hash of the request."""
+    """What makes a retry safe: the client's Idempotency-Key, and a hash of the request."""
 
     name: str
     request_hash: str
     owner: str = ""  # whose it is: each has keys of its own
-    is_chosen: bool = False  # the name is a UUID that was chosen
 
     @property
     def kept_as(self) -> str:
         """Under which name it is kept. No client can send the characters that part its parts."""
-        name = f"\x1e{self.name}" if self.is_chosen else self.name
-        return f"{self.owner}\x1f{name}" if self.owner else name
+        return f"{self.owner}\x1f{self.name}" if self.owner else self.name
 
 
 def now_us() -> int:

@@ -130,7 +130,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # from replicas that had gone
         sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # when its holder claimed it; null: it is no suspect
         sa.UniqueConstraint("weights", "key"),
-        # A UUID that a client has chosen is one job among those of all weights.
+        # For servers of earlier versions: they look for a UUID that a client chose among jobs of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
         sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
         sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),

@@ -10,7 +10,6 @@ NOT_IN_A_SCHEMA = {
     "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t", "until", "webhook",
     "output_compression", "output_format", "partial_images", "prompt", "response_format", "size",  # of /v1
     "inputs", "guidance_scale",  # of Hugging Face's
-    "job_id",  # of PUT, where the fuzzer tries the ids of other jobs too
 }  # fmt: skip
 
 

@@ -46,13 +46,12 @@ def test_the_bytes_and_all_that_names_them_are_the_same(make_site: MakeSite) -> 
     assert "background" not in json.dumps(document), "it is no part of the recipe"
 
 
-@pytest.mark.parametrize("way", ["sample", "jobs", "async", "openai", "url", "kserve", "hugging face"])
+@pytest.mark.parametrize("way", ["sample", "jobs", "openai", "url", "kserve", "hugging face"])
 def test_each_way_to_ask_for_images_takes_it(held: Site, way: str) -> None:
     with posting(held) as pool:
         asked = {
             "sample": lambda: held.post(json=LONG),
             "jobs": lambda: held.client.post("/jobs", json=LONG),
-            "async": lambda: held.client.post("/sample?background=true&steps=9", headers={"Prefer": "respond-async"}),
             "openai": lambda: generate(held, **CAT, service_tier="flex"),
             "url": lambda: generate(held, **CAT, service_tier="flex", response_format="url"),
             "kserve": lambda: held.client.post(

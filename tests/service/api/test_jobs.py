@@ -270,9 +270,8 @@ def test_a_key_covers_the_pictures_in_json_and_form_alike(site: Site) -> None:
 
 def test_two_idempotency_keys_are_refused(one_site: Site) -> None:
     twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
-    for path, more in (("/jobs", {}), ("/sample", {"Prefer": "respond-async"})):
-        answer = one_site.client.post(path, json={"steps": 2}, headers=[*twice, *more.items()])
-        assert problem(answer, 400, "malformed_request")["field"] == "Idempotency-Key"
+    answer = one_site.client.post("/jobs", json={"steps": 2}, headers=twice)
+    assert problem(answer, 400, "malformed_request")["field"] == "Idempotency-Key"
     answer = one_site.client.post("/v1/images/generations", json={"prompt": ""}, headers=twice)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_request")
     assert one_site.client.get("/jobs").json()["jobs"] == []

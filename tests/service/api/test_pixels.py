@@ -214,14 +214,6 @@ def test_a_durable_job_that_was_asked_for_floats_has_them_after_a_restart(restar
     assert site.client.get(f"/jobs/{plain['id']}/image", headers=fallback).headers["content-type"] == "image/png"
 
 
-def test_floats_that_are_preferred_to_be_made_later_make_a_job_of_floats(site: Site) -> None:
-    answer = site.post(json=SPEC, headers=NPY | {"Prefer": "respond-async"})
-    assert answer.status_code == 202, answer.text
-    wait_for(site, answer.json()["id"])
-    found = site.client.get(f"/jobs/{answer.json()['id']}/image", headers=NPY)
-    assert found.headers["content-type"] == "application/x-npy"
-
-
 # --- 16 bits ---
 
 
@@ -267,12 +259,6 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str, str]] = {
     "a trajectory of 16 bits": (TRAJECTORY, {"bit_depth": 16}, "bit_depth", "8 or absent"),
     "an unclipped PNG": ({}, {"clip_output": False}, "clip_output", "no values beyond the range"),
     "clip_output in words": (NPY, {"clip_output": "no"}, "clip_output", "true or false"),
-    "clip_output before there is anything": (
-        NPY | {"Prefer": "respond-async"},
-        {"clip_output": False},
-        "clip_output",
-        "when you fetch the floats",
-    ),
 }
 
 

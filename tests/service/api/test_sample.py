@@ -151,7 +151,7 @@ def test_work_given_up_at_the_end_of_the_grace_period_is_told_so(site: Site) -> 
         running = pool.submit(site.post, json=QUICK)
         site.engine.next_begun()
         closing = pool.submit(site.worker.close)
-        wait_until(lambda: not site.worker.alive)
+        wait_until(lambda: not site.worker.state.alive)
         site.engine.gate.let()
         problem(running.result(PATIENCE_S), 503, "draining")
         closing.result(PATIENCE_S)
@@ -295,16 +295,7 @@ def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite
     assert not site.engine.jobs
 
 
-def test_a_durable_job_keeps_no_frames_and_no_steps_and_a_trajectory_goes_with_no_animation(site: Site) -> None:
-    durable = {"Prefer": "respond-async"}
-    assert (
-        problem(site.post(json=SPEC | {"every": 2}, headers=WEBP | durable), 422, "invalid_field")["field"] == "every"
-    )
-    document = problem(site.post(json=SPEC, headers=AS_TRAJECTORY | durable), 422, "invalid_field")
-    assert (document["field"], document["bound"]) == (
-        "Prefer",
-        f"absent with Accept: {TRAJECTORY}: a job keeps no steps",
-    )
+def test_a_trajectory_goes_with_no_animation(site: Site) -> None:
     problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
 
 
@@ -471,7 +462,6 @@ def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
         for headers in ({}, {"Accept": "application/zip"}):
             document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
             assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
-        problem(site.post(json=SPEC | given, headers={"Prefer": "respond-async"}), 422, "unknown_field")
         document = problem(site.post(json=SPEC | given | {"every": 2}, headers=WEBP), 422, "invalid_field")
         assert document["field"] == name
         problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")

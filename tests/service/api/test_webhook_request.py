@@ -102,7 +102,7 @@ def test_a_job_that_fails_or_is_cancelled_is_told_to_have_ended(site: Site) -> N
     assert ends[cancelled]["state"] == answer["state"]
 
 
-def test_a_form_and_sample_with_respond_async_name_one_too_and_the_events_it_is_told(site: Site) -> None:
+def test_a_form_names_one_too_and_the_events_it_is_told(site: Site) -> None:
     with receiver() as there:
         fields = {
             "strength": "0.6",
@@ -114,7 +114,7 @@ def test_a_form_and_sample_with_respond_async_name_one_too_and_the_events_it_is_
         assert answer.status_code == 202, answer.text
         settled(site, answer.json()["id"], 2)
         one = {"webhook": there.url, "webhook_events_filter": "output"}
-        answer = site.post(json=SPEC | one, headers={"Prefer": "respond-async"})
+        answer = site.client.post("/jobs", json=SPEC | one)
         assert answer.status_code == 202, answer.text
         assert [each["event"] for each in settled(site, answer.json()["id"], 1)] == ["output"]
         assert sorted(there.events()) == ["completed", "output", "output"]
@@ -172,7 +172,7 @@ def test_without_a_durable_job_or_a_secret_of_the_server_there_is_none(site: Sit
     document = problem(site.post(json=body), 422, "invalid_field")
     assert (document["field"], document["bound"]) == (
         "webhook",
-        "absent without Prefer: respond-async: only a durable job has one",
+        "absent: only a durable job has one, see POST /jobs",
     )
     assert document["value"] == "https://hooks.example"
     problem(site.client.get("/sample?steps=2&webhook=https://hooks.example/x"), 422, "invalid_field")

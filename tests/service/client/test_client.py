@@ -138,23 +138,7 @@ def test_a_change_whose_answer_is_lost_is_not_asked_for_twice(several: Served, c
     assert "spare" in [model.name for model in tminus.models() if model.state == "loaded"], "it was done all the same"
 
 
-# --- an id of one's own, and webhooks ---
-
-
-def test_a_job_under_a_chosen_id_is_one_job_however_often_it_is_sent(served: Served, connect: Connect) -> None:
-    chosen, transport = "6f9619ff-8b86-4011-b42d-00c04fc964ff", Breaking(0, 0)
-    tminus = connect(served.url, transport=transport)
-    job = tminus.submit(chosen_id=chosen, steps=1)
-    assert [(each.method, each.url.path) for each in transport.requests] == [("PUT", f"/jobs/{chosen}")] * 3
-    assert tminus.submit(chosen_id=chosen.upper(), steps=1).id == job.id
-    assert tminus.job(chosen).wait(PATIENCE_S).id == job.id
-    with pytest.raises(Problem) as caught:
-        tminus.submit(chosen_id=chosen, steps=2)
-    assert (caught.value.status, caught.value.code) == (409, "job_exists")
-    with pytest.raises(ValueError, match="UUID"):
-        tminus.submit(chosen_id="my-job", steps=1)
-    with pytest.raises(ValueError, match="idempotency_key must be absent"):
-        tminus.submit(chosen_id=chosen, idempotency_key="k", steps=1)
+# --- webhooks ---
 
 
 def test_a_webhook_is_named_and_its_state_is_read(connect: Connect) -> None:

@@ -59,16 +59,6 @@ def test_one_image_of_a_job_is_had_alone_by_its_index(site: Site) -> None:
     problem(site.client.get(f"{path}?number=8"), 422, "unknown_field")
 
 
-def test_sample_with_respond_async_is_a_durable_job(site: Site) -> None:
-    response = site.post(json=SPEC, headers={"Prefer": "wait=5, respond-async; x=1"})
-    assert response.status_code == 202
-    assert response.headers["preference-applied"] == "respond-async"
-    job_id = response.headers["location"].rpartition("/")[2]
-    assert wait_for(site, job_id)["durable"]
-    assert site.post(json=SPEC, headers={"Prefer": "respond-asynchronously"}).status_code == 200
-    assert site.client.get("/sample?steps=2", headers={"Prefer": "respond-async"}).status_code == 200
-
-
 def test_a_job_whose_network_gives_nan_has_failed_and_says_why(held: Site) -> None:
     job_id = post(held).json()["id"]
     batch = held.engine.next_begun()

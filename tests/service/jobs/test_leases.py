@@ -124,49 +124,6 @@ def test_a_job_is_seen_at_every_replica_and_ends_the_same_at_each(pair: tuple[Si
         problem(ask("/jobs/%00"), 404, "job_not_found")
 
 
-def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(
-    pair: tuple[Site, Site], replicas: Replicas
-) -> None:
-    chosen, (one, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda site: site.client.put(f"/jobs/{chosen}", json=SPEC), [one, other] * 4))
-    assert {answer.status_code for answer in answers} == {200, 202}
-    assert [answer.status_code for answer in answers].count(202) == 1
-    (job_id,) = {answer.json()["id"] for answer in answers}
-    for site in pair:
-        problem(site.client.put(f"/jobs/{chosen}", json={"steps": 9}), 409, "job_exists")
-        assert site.client.get(f"/jobs/{chosen}").json()["id"] == job_id
-    of_other_weights = replicas.start(info=replace(INFO, weights_hash="cd" * 32))
-    problem(of_other_weights.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
-    one.engine.gate.open()
-    other.engine.gate.open()
-    wait_for(other, chosen)
-    assert one.client.delete(f"/jobs/{chosen}").status_code == 204
-    assert other.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9}).status_code == 202
-
-
-def test_a_chosen_id_that_is_used_again_has_nothing_of_the_job_before_that_another_still_works_on(
-    pair: tuple[Site, Site],
-) -> None:
-    chosen, (holder, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
-    old = holder.client.put(f"/jobs/{chosen}", json=SPEC).json()["id"]
-    holder.engine.next_begun()
-    assert other.client.delete(f"/jobs/{chosen}").status_code == 204
-    problem(holder.client.get(f"/jobs/{chosen}"), 404, "job_not_found")
-    assert old in holder.worker.jobs, "its step does not end"
-    new = other.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9})
-    assert (new.status_code, new.json()["steps"]) == (202, 9)
-    seen = holder.client.get(f"/jobs/{chosen}").json()
-    assert (seen["id"], seen["steps"]) == (new.json()["id"], 9), "though the holder has not noticed yet"
-    assert seen["id"] != old
-    assert holder.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9}).json()["id"] == seen["id"]
-    holder.engine.gate.open()
-    wait_until(lambda: holder.engine.jobs == {})
-    assert state(other, chosen) in ("waiting", "running"), "the end of the old job is not that of the new one"
-    other.engine.gate.open()
-    assert wait_for(holder, chosen)["step"] == 9
-
-
 def test_a_job_is_cancelled_and_deleted_at_another_replica(pair: tuple[Site, Site]) -> None:
     holder, asked = pair
     ids = [post(holder).json()["id"] for _ in range(2)]
@@ -345,7 +302,10 @@ def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> No
         intake.offer(places)
         return Claimed()
 
-    store, worker = SimpleNamespace(holders=[], call=call, now_us=lambda: 0), SimpleNamespace(ready=True)
+    store, worker = (
+        SimpleNamespace(holders=[], call=call, now_us=lambda: 0),
+        SimpleNamespace(state=SimpleNamespace(ready=True)),
+    )
     admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_, **__: intakes.pop(0))
     held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, TUNED, LIMITS, {})
     asyncio.run(held.claim())
