@@ -116,7 +116,6 @@ class NewJobs:
             deadline_us,
             owner=new.owner,
             webhook=webhook,
-            background=new.work.background,
             ahead_us=ahead_us,
         )
         self._entering[new.id] = new.owner  # before anybody else can count
@@ -145,7 +144,7 @@ class NewJobs:
         ticket, leases = None, lifecycle.leases
         if lifecycle.is_out:  # it waits in the store, and brings the model in
             self._worker.check_open()
-            outlook = lifecycle.check_room(background=record.background)
+            outlook = lifecycle.check_room()
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None
             lifecycle.accept_later(record)

@@ -45,7 +45,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import ClassTimes
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
@@ -131,7 +131,7 @@ class ServedModels:
         self._webhooks, self._end_file = webhooks, end_file
         self.limits = limits = first[0].limits
         self.metrics, self.models, self.allowed_sites, self.access = Metrics(), Models(), allowed_sites, access
-        self._numbers, self._arrivals, self._times = count(), count(), ClassTimes()
+        self._numbers, self._arrivals, self._times = count(), count(), OwnerTimes()
         self._stores = stores
         self._by_number: dict[int, _OneModel] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -219,8 +219,6 @@ class ServedModels:
             rows_active=lambda: worker.rows_active,
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
-            background_rows=lambda: admission.background_rows,
-            background_backlog_s=lambda: admission.background_backlog_s,
             device_memory_bytes=self._device_memory_bytes,
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,

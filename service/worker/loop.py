@@ -231,7 +231,7 @@ class Loop:
             job.model = replace(job.model, scheduler=job.model.scheduler.beside())
             self._turns.put(job.model, job.model.scheduler)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
         if job.new.recording is not None:
             self._act_on_record(job, self._record(job, [(step, index) for index, step in enumerate(job.first_steps)]))
         job.new = replace(job.new, snapshot=None, inputs=None)
@@ -370,7 +370,7 @@ class Loop:
 
     def _begin_next(self) -> bool:
         """Begin the next tick, if there is one that need not wait for those in flight; return whether to try again."""
-        model = self._turns.next(self._clock())
+        model = self._turns.next()
         if model is None or (self._in_flight and self._in_flight[0].model is not model):
             return False
         batch = model.scheduler.next_batch()

@@ -111,7 +111,7 @@ class Worker:
         now_s = self._clock()
         job = RunningJob(new, self._model(new.work.model), now_s)
         places_left = sum(map(new.work.places_left, job.first_steps))
-        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left, now_s=now_s)
+        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left)
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:
@@ -366,8 +366,6 @@ class Worker:
         )
         self._metrics.ticked(tick.model.engine.info.name, ticked.seconds, places, row_steps)
         for job in ticked.started:
-            if job.work.background:  # what it waits tells nothing of how others are served
-                continue
             assert job.started_s is not None
             queue_s = job.started_s - job.submitted_s
             self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)
