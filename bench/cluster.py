@@ -12,6 +12,7 @@ and how many statements the database gets.
 
 import argparse
 import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import NONE_REFUSED, ClusterLoad, Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
@@ -85,7 +86,7 @@ class Replica:
     def __init__(self, limits: Limits, points: Sequence[tuple[int, float]]) -> None:
         self._limits, self._times = limits, TickTimes(tuple(points))
         self.jobs: dict[str, Job] = {}
-        self.lives, self.least_waiting = True, NONE_REFUSED
+        self.lives, self.least_waiting = True, math.inf
         self.running: Batch | None = None
         self.tick_s = 0.0  # of what runs
         self._rows = count()
@@ -93,14 +94,14 @@ class Replica:
 
     def restart(self) -> None:
         """Begin with nothing, as a new process does."""
-        sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, self._times)
+        sharing = Sharing.of(self._limits.max_batch, self._limits.max_batch // 2, self._times)
         self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
         self.admission.put(0, Speed(sharing, self._limits.max_rows))
-        self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, NONE_REFUSED
+        self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, math.inf
 
     def takes(self, places: int) -> bool:
         """Tell whether it works on a new job that came to it."""
-        return (False, places) < self.least_waiting and self.admission.intake(0, AHEAD_S).has_room(places)
+        return places < self.least_waiting and self.admission.intake(0, AHEAD_S).has_room(places)
 
     def hold(self, job: Job) -> None:
         """Work on a job that it has admitted."""
@@ -154,7 +155,7 @@ class Waiting:
         taken = [order for places, order in shortest if intake.offer(places)]
         for each in shortest:
             heapq.heappush(self._by_length, each)
-        if intake.refused < NONE_REFUSED:
+        if intake.refused < math.inf:
             oldest = self._oldest()
             if oldest not in taken and intake.offer_oldest(self._jobs[oldest].work.places, oldest):
                 taken.append(oldest)
@@ -304,13 +305,13 @@ class Cluster:
             self.outcome.taken_s.append(now_s - job.died_s)
             intake.add(job.work.places)
         claimed += self._free.offer(intake)
-        self.outcome.renewals += CLAIM + (intake.refused < NONE_REFUSED)
+        self.outcome.renewals += CLAIM + (intake.refused < math.inf)
         replica.least_waiting = intake.refused
         if claimed:
             self.outcome.statements += 1 + RESUME * len(claimed)
         for job in claimed:
             places_left = sum(map(job.work.places_left, job.steps))
-            replica.admission.readmit(job.id, job.work, places_left=places_left, now_s=now_s)
+            replica.admission.readmit(job.id, job.work, places_left=places_left)
             replica.hold(job)
         self._step(replica, now_s)
 

@@ -1,6 +1,6 @@
 """What features cost: the same load without and with each, in turns on one server. Writes bench/results/costs.json.
 
-    python -m bench.costs [--only background,durable,viewers,models] [--rounds 3] [--quick 1]
+    python -m bench.costs [--only durable,viewers,models] [--rounds 3] [--quick 1]
 
 Ten minutes on two cores.
 """
@@ -22,16 +22,13 @@ from typing import Any
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench import arrivals, result_file, servers
-from bench.client import drive, meanwhile
-from bench.figures import quantile
-from bench.loads import SHORT
+from bench import result_file, servers
+from bench.client import meanwhile
 from bench.records import Ask
 from tminus.service.access.keys import Key, digest_of, new_secret, to_line
-from tminus.service.scheduling.scheduler import QUIET_S
 
 JOB = Ask(n=1, steps=1000)
-LONG, LONG_JOBS = Ask(n=8, steps=1000), 4
+LONG = Ask(n=8, steps=1000)
 DURABLE_JOBS = 20
 VIEWERS, DEAF, FPS = 50, 10, 5.0  # viewers, how many of them read nothing, and frames a second for each
 MODEL_JOBS, MODEL_ASK = 6, {"n": 4, "sampler": "ddim"}
@@ -69,50 +66,6 @@ def main() -> None:
     result_file.write("costs", begun.made(machine, quick=bool(args.quick)), found, args.out)
 
 
-# --- background jobs ---
-
-
-async def background(server: servers.Running, rounds: int, window_s: float) -> Found:
-    """Short requests at the same random moments without and with background jobs; and what those do alone."""
-    waits: dict[bool, list[list[float]]] = {False: [], True: []}  # by round
-    alone: dict[bool, list[float]] = {False: [], True: []}  # row-steps/s of other jobs, and of background jobs
-    async with _client(server) as http:
-        for number in range(rounds):
-            await asyncio.sleep(QUIET_S if number else 0.0)
-            for in_background in (True, False):
-                async with long_jobs(http, in_background=in_background, jobs=LONG_JOBS):
-                    alone[in_background].append(await rate(server, http, window_s))
-            comers = arrivals.poisson([SHORT] * round(3 * 2 * window_s), 2 * window_s, seed=number)
-            for in_background in (False, True):
-                async with long_jobs(http, in_background=True, jobs=LONG_JOBS if in_background else 0):
-                    await asyncio.sleep(WARM_UP_S)
-                    answers = await drive(http, comers, drain_s=DRAIN_S)
-                assert all(answer.outcome == "ok" for answer in answers)
-                waits[in_background].append([answer.waited_s for answer in answers])
-    halves, tails = (
-        [[quantile(each, q) for each in waits[in_background]] for in_background in (True, False)] for q in (0.5, 0.99)
-    )
-    return {
-        "median_ratio": result_file.ratio(*halves),
-        "p99_ratio": result_file.ratio(*tails),
-        "rate_ratio": result_file.ratio(alone[True], alone[False]),
-    }
-
-
-@asynccontextmanager
-async def long_jobs(http: httpx.AsyncClient, *, in_background: bool, jobs: int) -> AsyncIterator[None]:
-    """Have some durable jobs of many steps run meanwhile."""
-    body = LONG.to_body(0) | {"background": in_background}
-    answers = await asyncio.gather(*(http.post("/jobs", json=body | {"seed": k}) for k in range(jobs)))
-    ids = [answer.raise_for_status().json()["id"] for answer in answers]
-    try:
-        yield
-    finally:
-        for job_id in 2 * ids:  # cancelled, and forgotten
-            await http.delete(f"/jobs/{job_id}")
-        await _until_none_runs(http)
-
-
 # --- durable jobs ---
 
 
@@ -124,9 +77,22 @@ async def durable(server: servers.Running, rounds: int, window_s: float) -> Foun
             async with meanwhile(*(ask_again(http, k, LONG) for k in range(DURABLE_JOBS))):
                 plain.append(await rate(server, http, window_s))
             await _until_none_runs(http)
-            async with long_jobs(http, in_background=False, jobs=DURABLE_JOBS):
+            async with durable_jobs(http):
                 kept.append(await rate(server, http, window_s))
     return {"ratio": result_file.ratio(kept, plain)}
+
+
+@asynccontextmanager
+async def durable_jobs(http: httpx.AsyncClient) -> AsyncIterator[None]:
+    """Have some durable jobs of many steps run meanwhile."""
+    answers = await asyncio.gather(*(http.post("/jobs", json=LONG.to_body(k)) for k in range(DURABLE_JOBS)))
+    ids = [answer.raise_for_status().json()["id"] for answer in answers]
+    try:
+        yield
+    finally:
+        for job_id in 2 * ids:  # cancelled, and forgotten
+            await http.delete(f"/jobs/{job_id}")
+        await _until_none_runs(http)
 
 
 # --- viewers ---
@@ -333,7 +299,6 @@ async def _until_none_runs(http: httpx.AsyncClient) -> None:
 
 
 PARTS: dict[str, Callable[..., Coroutine[Any, Any, Found]]] = {
-    "background": background,
     "durable": durable,
     "viewers": viewers,
     "models": models,

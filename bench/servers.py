@@ -102,13 +102,13 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     serve += ("--max-backlog-s", "100000", "--result-cache-mb", "0", *tminus_flags)
     eager = (*serve, "--executor", "eager", "--precision", "float32")
     env = {"TMINUS_MAX_JOBS": "4096"}
-    fcfs = env | {"TMINUS_POLICY": "fcfs"}
+    in_order = ("bench.in_order", *eager[1:])
     workers = ways(cores)[0][1]
     mosec = ("bench.peers.mosec_server", "--address", HOST, "--timeout", "3600000", "--log-level", "warning")
     every = [
         Contender("tminus", "tminus", serve, is_peer=False, env=env),
         Contender("tminus_eager", "tminus, eager float32", eager, is_peer=False, env=env),
-        Contender("tminus_eager_fcfs", "the same, first come, first served", eager, is_peer=False, env=fcfs),
+        Contender("tminus_eager_fcfs", "the same, first come, first served", in_order, is_peer=False, env=env),
         Contender("lock", "diffusers behind a lock", ("bench.peers.lock_server",), "diffusers"),
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
         Contender("mosec", "mosec", (*mosec, *workers), "mosec"),

@@ -24,7 +24,7 @@ from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.work import Batch, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
@@ -51,7 +51,6 @@ def serve(
     requests: Sequence[tuple[float, Work]],
     limits: Limits,
     points: tuple[tuple[int, float], ...] = TICKS,
-    policy: Policy = "srpt",
     *,
     reserved: int | None = None,
     comes_back: Callable[[int], bool] = lambda _number: True,
@@ -63,7 +62,7 @@ def serve(
     again when it was told to be.
     """
     times = TickTimes(points)
-    sharing = Sharing.of(limits.max_batch, policy, smallest_batch_at(points, SHORT_SHARE), times)
+    sharing = Sharing.of(limits.max_batch, smallest_batch_at(points, SHORT_SHARE), times)
     if reserved is not None:
         sharing = replace(sharing, reserved=reserved)
     scheduler, admission = Scheduler(sharing), Admission(limits)

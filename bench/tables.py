@@ -232,9 +232,6 @@ NETWORK_ROWS = {
     "memory_mib": "memory of the server, MiB",
 }
 COST_ROWS = {
-    "background.median_ratio": "median wait of a short request: beside background jobs / without them",
-    "background.p99_ratio": "99th percentile of the same waits: beside background jobs / without them",
-    "background.rate_ratio": "row-steps/s: background jobs alone / other jobs alone",
     "durable.ratio": "row-steps/s: durable jobs / the same jobs by `POST /sample`",
     "viewers.ratio": "row-steps/s: 50 jobs with a viewer each, at 5 frames a second / 50 jobs without viewers",
     "viewers.late_ms": "the most that a frame came late there, ms",

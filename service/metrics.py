@@ -100,9 +100,7 @@ METRICS = {
         MODEL | {"sampler": "sampler of the job"},
     ),
     "tminus_rows_active": Described("gauge", "Rows in the last tick; 0 while there is no work."),
-    "tminus_rows_waiting": Described(
-        "gauge", "Rows of accepted jobs, background jobs included, that were not in the last tick."
-    ),
+    "tminus_rows_waiting": Described("gauge", "Rows of accepted jobs that were not in the last tick."),
     "tminus_tick_time_ratio": Described(
         "gauge",
         "How long ticks take now, as a slow average, divided by what was measured at the start. With several models, "
@@ -111,25 +109,12 @@ METRICS = {
     ),
     "tminus_backlog_seconds": Described(
         "gauge",
-        "Predicted seconds until all accepted work is done, without background jobs. --max-backlog-s limits this "
-        "value.",
+        "Predicted seconds until all accepted work is done. --max-backlog-s limits this value.",
         more="scheduling.md",
-    ),
-    "tminus_background_rows": Described(
-        "gauge",
-        "Rows of background jobs that are accepted and not finished. tminus_rows_active and tminus_rows_waiting count "
-        "them too.",
-        more="scheduling.md#background-jobs",
-    ),
-    "tminus_background_backlog_seconds": Described(
-        "gauge",
-        "Predicted seconds until the accepted background jobs are done, if no other work arrives.",
-        more="scheduling.md#background-jobs",
     ),
     "tminus_request_duration_seconds": Described(
         "histogram",
-        "From the head of a request to the end of its response. Every request counts, also one that waits for a "
-        "background job. A WebSocket counts when it closes.",
+        "From the head of a request to the end of its response. A WebSocket counts when it closes.",
         {
             "route": "pattern of the path, or `unmatched`",
             "status": "status of the response; 499 if the client disconnected first; of a WebSocket 101, or that of "
@@ -166,14 +151,12 @@ METRICS = {
     ),
     "tminus_queue_wait_seconds": Described(
         "histogram",
-        "From the acceptance of a job to the start of its first step. Observed once for each job, after that step. "
-        "Background jobs are left out.",
+        "From the acceptance of a job to the start of its first step. Observed once for each job, after that step.",
         buckets=REQUEST_BUCKETS,
     ),
     "tminus_time_to_first_step_seconds": Described(
         "histogram",
-        "From the acceptance of a job to the end of its first step. Observed once for each job, after that step. "
-        "Background jobs are left out.",
+        "From the acceptance of a job to the end of its first step. Observed once for each job, after that step.",
         buckets=REQUEST_BUCKETS,
     ),
     "tminus_images_total": Described("counter", "Finished images. Counted when a job has all of its images.", MODEL),
@@ -214,9 +197,9 @@ METRICS = {
     ),
     "tminus_store_jobs_waiting": Described(
         "gauge",
-        "Jobs in a shared store that no server holds, without background jobs. Every server that shares the store "
-        "reports the same number, which it reads when it renews its leases. There is no series without a shared "
-        "store, or while the store does not answer.",
+        "Jobs in a shared store that no server holds. Every server that shares the store reports the same number, "
+        "which it reads when it renews its leases. There is no series without a shared store, or while the store does "
+        "not answer.",
         more="operations.md#several-machines",
     ),
     "tminus_store_backlog_seconds": Described(
@@ -398,8 +381,6 @@ class Metrics:
         rows_active: Callable[[], int],
         rows_waiting: Callable[[], int],
         backlog_s: Callable[[], float],
-        background_rows: Callable[[], int],
-        background_backlog_s: Callable[[], float],
         device_memory_bytes: Callable[[], int | None],
         keys_up: Callable[[], bool],
         store_up: Callable[[], bool],
@@ -419,8 +400,6 @@ class Metrics:
             "tminus_rows_active": rows_active,
             "tminus_rows_waiting": rows_waiting,
             "tminus_backlog_seconds": backlog_s,
-            "tminus_background_rows": background_rows,
-            "tminus_background_backlog_seconds": background_backlog_s,
             "tminus_keys_up": keys_up,
             "tminus_store_up": store_up,
             "tminus_streams_open": streams_open,

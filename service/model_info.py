@@ -108,35 +108,11 @@ class Limits:
     webhook_retry_s: float = 86_400.0  # how long it is tried to deliver what one owes
     max_streams: int = 2048
     max_streams_per_address: int = 64
-    background_max_wait_s: float = 3600.0  # how long others may go before a background job
-
-    @property
-    def max_background_jobs(self) -> int:
-        """How many background jobs may be held beside the others."""
-        return background_share(self.max_jobs)
-
-    def most_jobs(self, *, background: bool) -> int:
-        """How many jobs of a class may be held."""
-        return self.max_background_jobs if background else self.max_jobs
-
-    @property
-    def max_background_rows(self) -> int:
-        """How many images of background jobs may be held beside the others."""
-        return background_share(self.max_rows)
 
     @property
     def max_edit_bytes(self) -> int:
         """The bound of a body with an image and a mask."""
         return max_edit_bytes(self.max_body_bytes, self.max_image_bytes)
-
-
-def background_share(most: int) -> int:
-    """How many more may be held for background jobs, where so many others may be.
-
-    They have slots of their own, so that no other job is refused because of them: a quarter as many, and enough for one
-    request of the usual bound.
-    """
-    return max(most // 4, min(most, USUAL_MAX_N))
 
 
 def max_edit_bytes(max_body_bytes: int, max_image_bytes: int) -> int:

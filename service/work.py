@@ -23,12 +23,6 @@ class Work:
     start: int = 0
     beside_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
     model: int = 0  # the number of the model whose places they are
-    held_back_s: float | None = None  # of a background job: how long, from its acceptance, it lets all others go first
-
-    @property
-    def background(self) -> bool:
-        """Whether it is the work of a background job."""
-        return self.held_back_s is not None
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -121,7 +115,6 @@ class JobStatus:
     created_us: int  # when it was accepted, Unix time
     model: int  # its number
     model_name: str
-    background: bool = False
 
 
 def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:

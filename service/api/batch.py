@@ -38,7 +38,6 @@ class BatchJob(BaseModel):
     yours: bool = Field(description="Whether the job came with the caller's key. Without keys always true.")
     model: str
     state: str = Field(json_schema_extra={"enum": ["waiting", "running"]})
-    background: bool = Field(description="Whether the job lets all others go first.")
     n: int = Field(description="The number of rows, one for each image.")
     position: int = Field(description="How many jobs go before it. 0 where it runs.")
     eta_s: float = Field(description="Seconds until it should be done.")
@@ -110,7 +109,6 @@ class RunningJobs:
             yours=status.owner == caller.name,
             model=status.model_name,
             state=status.state,
-            background=status.background,
             n=status.spec.n,
             position=0 if status.state == "running" else status.position,
             eta_s=round(max(0.0, status.eta_s), 3),

@@ -193,7 +193,6 @@ class _Stream:
                 "guidance": new.spec.guidance,
                 "eta_s": round(ticket.outlook.eta_s, 3),
                 "position": ticket.outlook.position,
-                "background": new.work.background,
                 "fingerprint": model.fingerprint,
             }
             warning = warning_of(new.spec, model)

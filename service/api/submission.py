@@ -105,13 +105,10 @@ async def _to_job(
         inputs = await (decoding if request is None else while_connected(request, decoding))
     if request is not None:
         body_of(request.scope).release()
-    work = work_of(spec, services.model, services.number)
-    if asked.background and (held_back_s := services.limits.background_max_wait_s) > 0:
-        work = replace(work, held_back_s=held_back_s)
     return NewJob(
         uuid.uuid4().hex,
         asked.with_inputs(spec, inputs),
-        work,
+        work_of(spec, services.model, services.number),
         caller.name,
         asked.deadline_s,
         inputs,

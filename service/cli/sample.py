@@ -101,7 +101,6 @@ ANIMATION_PX = 512  # of its longer side, at most
     default=None,
     help="If the sampler has no table for these steps and this guidance, take its nearest table",
 )
-@click.option("--background", is_flag=True, default=None, help="With --url: let the server's other jobs go first")
 @click.option("--image", type=FILE_TYPE, help="Image to vary (--strength) or to edit (--mask)")
 @click.option(
     "--mask",
@@ -168,8 +167,6 @@ def sample(
     parameters = request_parameters(given) | read_pictures(image, mask)
     if watch is not None and url is None:
         fail("--watch needs --url: a server to look at")
-    if given["background"] and url is None:
-        fail("--background needs --url: a server with other jobs")
     if watch is None and (every is not None or show is not None):
         fail("--every and --show need --watch: a file for the frames")
     check_png(f"--out {out}", out, ", or a folder's name for one file an image")

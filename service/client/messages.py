@@ -17,8 +17,7 @@ CANCEL = '{"type": "cancel"}'  # to the server
 class Accepted:
     """A watched job was accepted. position: how many are ahead; eta_s: seconds until it should be done.
 
-    sampler, steps, guidance: what is taken; None where a server of an earlier version does not say. background: whether
-    it lets all others go first.
+    sampler, steps, guidance: what is taken; None where a server of an earlier version does not say.
     """
 
     id: str
@@ -29,7 +28,6 @@ class Accepted:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
-    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ class Parameters(TypedDict, total=False):
     clip: bool
     bit_depth: int
     deadline_s: float
-    background: bool
     image: Picture
     mask: Picture
     strength: float

@@ -164,7 +164,6 @@ class JobState:
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
     webhook: Mapping[str, Any] | None = None  # who is told of it, and how far that has come
-    background: bool = False  # whether it lets all others go first
 
     @classmethod
     def of(cls, document: Any) -> "JobState":

@@ -31,7 +31,7 @@ from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
-from tminus.service.model_info import ModelInfo, background_share
+from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
@@ -341,8 +341,8 @@ def _build(
         checkpoint,
         executor,
         device,
-        max_rows=max(max_rows + background_share(max_rows), SPARE_ROWS, 2 * wish.max_batch),
-        max_jobs=max(options.max_jobs + background_share(options.max_jobs), SPARE_JOBS),
+        max_rows=max(max_rows, SPARE_ROWS, 2 * wish.max_batch),
+        max_jobs=max(options.max_jobs, SPARE_JOBS),
         exact=wish.exact,
         bits=bits,
         cache=options.cache_dir or default_cache(),

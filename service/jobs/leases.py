@@ -18,7 +18,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import NONE_REFUSED, ClusterLoad
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.room import Line
 from tminus.service.work import Outlook, Work
 from tminus.service.worker.running_job import NewJob
@@ -52,14 +52,13 @@ class Leases:
         self._store, self._worker, self._admission, self._held = store, worker, admission, held
         self._model, self._info = model, info
         self._max_rows, self._max_backlog_s, self.ended = limits.max_rows, limits.max_backlog_s, False
-        self._background_max_wait_us = round(limits.background_max_wait_s * 1e6)
         self._own_tables = frozenset(table.hash for table in info.tables)
         store.holders.append(self._ids)
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
         self._line = Line()  # of those who were told since then when another replica has room
         # The shortest job that the last claim left: only shorter ones go before it.
-        self._least_waiting = NONE_REFUSED
+        self._least_waiting = math.inf  # its places
 
     def change(self, info: ModelInfo, limits: Limits) -> None:
         """Note something else of the model from now on."""
@@ -74,9 +73,7 @@ class Leases:
         """Hold what is held for one more lease, and return what is not held any more. Raises StorageFailed."""
         async with self._store.turn:
             had = list(self._held.values())
-            admission = self._admission
-            places_per_s = admission.places_per_s(self._model)
-            pace = ReplicaPace(places_per_s, admission.backlog_s, admission.background_backlog_s)
+            pace = ReplicaPace(self._admission.places_per_s(self._model), self._admission.backlog_s)
             held = await self._store.renew(self._info.fingerprint, pace)
         return [job for job in had if job.record.id not in held and job.ending is None]
 
@@ -88,21 +85,12 @@ class Leases:
 
     async def claim(self) -> Claimed:
         """Hold what nobody holds and there is room for. The caller has the store's turn, and works on it at once."""
-        records = [job.record for job in self._held.values()]
-        wait_for_slots = {job.record.background for job in self._held.values() if job.state is HeldState.WAITING}
-        if not self._worker.state.ready or False in wait_for_slots:
+        held = self._held.values()
+        if not self._worker.state.ready or any(job.state is HeldState.WAITING for job in held):
             return Claimed()
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
-        held_back_after_us = self._store.now_us() - self._background_max_wait_us
-        not_held_back = (each for each in records if not each.background or each.created_us <= held_back_after_us)
-        intake = self._admission.intake(
-            self._model,
-            AHEAD_S,
-            min((each.created_us for each in not_held_back), default=None),
-            now_s=time.perf_counter(),
-            held_back_after_us=held_back_after_us,
-            takes_background=True not in wait_for_slots,
-        )
+        oldest_us = min((job.record.created_us for job in held), default=None)
+        intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
         claimed = await self._store.call(
             JobStore.claim, self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
         )
@@ -134,8 +122,7 @@ class Leases:
     def takes(self, work: Work) -> bool:
         """Whether a new job is worked on here; else it is left to whichever replica has room first."""
         intake = self._admission.intake(self._model, AHEAD_S)
-        length = work.background, work.places
-        return length < self._least_waiting and intake.has_room(work.places, held_back=work.background)
+        return work.places < self._least_waiting and intake.has_room(work.places)
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
         """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
@@ -148,7 +135,7 @@ class Leases:
 
     async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
         """The refusal of a job that stays where it came in, with the least Retry-After of all replicas."""
-        if error.of_owner or error.field not in LIMITS or work.background:  # of these nothing is known of others
+        if error.of_owner or error.field not in LIMITS:  # of these nothing is known of others
             return error
         now_s = time.perf_counter()
         if now_s > self._asked_s + LOAD_S:  # not for each of a flood

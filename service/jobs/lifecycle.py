@@ -84,8 +84,7 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._beside = set[asyncio.Task[None]]()  # those of the tasks that are given up when the process ends
         self._renewing: asyncio.Task[None] | None = None
-        # Jobs of an earlier process enter the worker in order of arrival. No other waits for slots of background jobs.
-        self._resuming = {background: asyncio.Lock() for background in (False, True)}
+        self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
@@ -182,20 +181,15 @@ class Lifecycle:
         """Whether the model is served and not in memory, so that `accept_later` takes its jobs."""
         return not self.retired and self._load_queue.is_unloaded(self.model_name)
 
-    def check_room(self, *, background: bool) -> Outlook:
-        """Return what a job is told that waits for the model to come in.
-
-        Raises Overloaded where too many of its class do.
-        """
-        left_s, most = self._load_queue.expected_s(self.model_name), self._limits.most_jobs(background=background)
-        waiting = sum(job.record.background == background for job in self._held.values())
+    def check_room(self) -> Outlook:
+        """Return what a job is told that waits for the model to come in. Raises Overloaded where too many do."""
+        left_s, most, waiting = self._load_queue.expected_s(self.model_name), self._limits.max_jobs, len(self._held)
         if waiting >= most:
-            where = " in the background" if background else ""
             raise Overloaded(
-                f"{waiting} jobs{where} wait until the model is in memory", retry_after_s=max(1, math.ceil(left_s)),
+                f"{waiting} jobs wait until the model is in memory", retry_after_s=max(1, math.ceil(left_s)),
                 field="jobs", value=waiting + 1, bound=f"at most {most}",
             )  # fmt: skip
-        return Outlook(len(self._held) if background else waiting, left_s)
+        return Outlook(waiting, left_s)
 
     def accept_later(self, record: JobRecord) -> None:
         """Take on a job that the store keeps, and that enters the worker when the model is in memory."""
@@ -309,7 +303,7 @@ class Lifecycle:
                     log.warning("job %s waits for a start with more --max-rows than %d", job.record.id, rows)
                     await self._leave(job)
                     return
-                async with self._resuming[job.record.background]:
+                async with self._resuming:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
@@ -332,9 +326,6 @@ class Lifecycle:
         await self._ensure_loaded(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
-        if record.background:
-            held_back_s = max(0.0, self._limits.background_max_wait_s - record.age_s)
-            work = replace(work, held_back_s=held_back_s)
         snapshot, inputs = await self._read(record)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)

@@ -114,7 +114,6 @@ class NewJobs:
             deadline_us,
             owner=new.owner,
             webhook=webhook,
-            background=new.work.background,
             ahead_us=ahead_us,
         )
         self._entering[new.id] = new.owner  # before anybody else can count
@@ -143,7 +142,7 @@ class NewJobs:
         ticket, leases = None, lifecycle.leases
         if lifecycle.is_unloaded:  # the job waits in the store
             self._worker.state.check_open()
-            outlook = lifecycle.check_room(background=record.background)
+            outlook = lifecycle.check_room()
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None
             lifecycle.accept_later(record)

@@ -53,7 +53,7 @@ def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
 def passing_view(status: JobStatus) -> JobView:
     """View a job that only the worker knows."""
     record, model = (
-        JobRecord(status.id, status.spec, status.created_us, owner=status.owner, background=status.background),
+        JobRecord(status.id, status.spec, status.created_us, owner=status.owner),
         status.model_name,
     )
     stands = (status.state, status.durable, status.step, status.position, status.eta_s)

@@ -32,8 +32,7 @@ class RaySettings(Settings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds of predicted work for each replica. When there is more, another replica starts. The work "
-        "that replicas hold counts, as a mean of half a minute, and so do jobs in the database that no replica holds. "
-        "Background jobs do not count.",
+        "that replicas hold counts, as a mean of half a minute, and so do jobs in the database that no replica holds.",
     )
     upscale_delay_s: float = Field(
         10.0,

@@ -13,7 +13,7 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecast, stretch
-from tminus.service.scheduling.owners import ClassTimes, Past
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess, load_of
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
@@ -21,32 +21,29 @@ from tminus.service.work import JobRows, Outlook, Work
 RENEW_S = 5.0  # how old a forecast of room may get: jobs that left early since only make it too careful
 ROUNDING = 1e-6  # of a second
 
-Whose = tuple[str | None, bool]  # an owner, or None for all of them, and whether of the background
-
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
     """The accepted jobs at a time, in order of arrival, and how long ticks take."""
 
     jobs: Sequence[Pending]
-    load: Load  # what those of one class come to
+    load: Load  # what they come to
     speeds: Mapping[int, Speed]
-    past: Past
+    had_s: Mapping[str, float]  # by owner, the time of the machine that it has had
 
 
 class Admission:
     """Owns the ledger of accepted work and how long ticks take; refuses what is over the limits or would be late.
 
     The jobs are of all models, and so are the limits of jobs and backlog; each model has slots for rows of its own.
-    Each class of jobs has limits of its own, see room.py.
     """
 
-    def __init__(self, limits: Limits, times: ClassTimes | None = None, *, shared: bool = False) -> None:
+    def __init__(self, limits: Limits, times: OwnerTimes | None = None, *, shared: bool = False) -> None:
         """limits: of which those of jobs and max_backlog_s hold here. times: those of the schedulers.
 
         shared: several owners may come.
         """
-        self._limits, self._times, self._shared = limits, times or ClassTimes(), shared
+        self._limits, self._times, self._shared = limits, times or OwnerTimes(), shared
         # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
         # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread, and only
@@ -55,9 +52,9 @@ class Admission:
         self._speeds: dict[int, Speed] = {}  # by model
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
-        self._lines: defaultdict[Whose, Line] = defaultdict(Line)
-        self._arrivals: defaultdict[Whose, Arrivals] = defaultdict(Arrivals)
-        self._drains: dict[Whose, tuple[Drain, float]] = {}  # with when each was made; none since a job came in
+        self._lines: defaultdict[str | None, Line] = defaultdict(Line)  # by owner, and that of all
+        self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # by owner
+        self._drains: dict[str | None, tuple[Drain, float]] = {}  # with when each was made; none since a job came in
 
     # --- from any thread ---
 
@@ -79,15 +76,14 @@ class Admission:
         time; none is kept for it.
         """
         with self._admitting:
-            server = self._now(owner, background=work.background)
-            job = _pending(job_id, work, owner, server, deadline_s, now_s, has_picture=has_picture)
+            server = self._now(owner)
+            job = _pending(job_id, work, owner, server, deadline_s, has_picture=has_picture)
             self._check_room(job, now_s, server)
-            outlook = forecast([*server.jobs, job], server.speeds, job_id, server.past, now_s=now_s)[job_id]
+            outlook = forecast([*server.jobs, job], server.speeds, job_id, server.had_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
             speed = server.speeds[work.model]
-            for whose in (owner, None):
-                self._arrivals[whose, work.background].add(job.places_left * speed.place_s, now_s)
+            self._arrivals[owner].add(job.places_left * speed.place_s, now_s)
             self._forget_gone(now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
@@ -104,38 +100,37 @@ class Admission:
         """Whether a job can be left to whichever replica has room first. Nothing is counted here. Raises as `enter`."""
         with self._admitting:
             server = self._now()
-            job = _pending("", work, "", server, deadline_s, now_s, has_picture=has_picture)
+            job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
             if (excess := load.excess(work, self._limits)) is not None:
                 room_s = now_s + load.room_in_s(excess)
-                due_s = self._lines[None, work.background].next_s(room_s, work.places / (load.places_per_s or math.inf))
+                due_s = self._lines[None].next_s(room_s, work.places / (load.places_per_s or math.inf))
                 raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
-            before, before_s = load.before(work)
-            eta_s = before_s + forecast([job], server.speeds, now_s=now_s)[""].eta_s
+            eta_s = load.backlog_s + forecast([job], server.speeds)[""].eta_s
             if deadline_s is not None and eta_s > deadline_s:
                 raise _unmeetable(deadline_s, eta_s)
-            return Outlook(before, eta_s)
+            return Outlook(load.jobs, eta_s)
 
-    def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int, now_s: float) -> Outlook:
+    def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
 
         Raises Overloaded while there are no slots for it; its Retry-After is no forecast.
         """
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
-            server = self._now(background=work.background)
+            server = self._now()
             speed = server.speeds[work.model]
             work = speed.with_beside(work, has_picture=False)
             excess = find_excess(server.load, work, slots, speed)
             if excess is not None:
                 raise _overloaded(excess, 1)
-            self._take(Pending(job_id, work, places_left, work.beside_s, owner, now_s))
+            self._take(Pending(job_id, work, places_left, work.beside_s, owner))
         server = self._now()
-        return forecast(server.jobs, server.speeds, job_id, server.past, now_s=now_s)[job_id]
+        return forecast(server.jobs, server.speeds, job_id, server.had_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
         server = self._now()
-        outlooks = forecast(server.jobs, server.speeds, past=server.past, now_s=now_s)
+        outlooks = forecast(server.jobs, server.speeds, had_s=server.had_s)
         with self._admitting:
             return {
                 job.job_id: self._foresee(outlooks[job.job_id], job, now_s, server.speeds[job.work.model])
@@ -144,16 +139,8 @@ class Admission:
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds of accepted work that is not done, at the rate of full ticks; not of background jobs."""
-        return self._backlog_s(background=False)
-
-    @property
-    def background_backlog_s(self) -> float:
-        """The same of background jobs."""
-        return self._backlog_s(background=True)
-
-    def _backlog_s(self, *, background: bool) -> float:
-        load = self._now(background=background).load
+        """Predicted seconds of accepted work that is not done, at the rate of full ticks."""
+        load = self._now().load
         return load.ticks_s + load.beside_s
 
     def places_per_s(self, model: int) -> float:
@@ -167,34 +154,16 @@ class Admission:
         jobs, speeds = self._read()
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
-    def intake(
-        self,
-        model: int,
-        ahead_s: float,
-        oldest_us: int | None = None,
-        *,
-        now_s: float = -math.inf,
-        held_back_after_us: int = 0,
-        takes_background: bool = True,
-    ) -> Intake:
+    def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
         """What jobs of a model can be taken on, so that at most so much work goes before each of them.
 
-        oldest_us and the last two: see Intake.
+        oldest_us: see Intake.
         """
         jobs, speeds = self._read()
-        place_s, policy = speeds[model].place_s, speeds[model].sharing.policy
-        held = [
-            (job.is_held_back(now_s), (job.places_left * speeds[job.work.model].place_s + job.beside_s) / place_s)
-            for job in (jobs if place_s else ())
-        ]
-        return Intake(
-            ahead_s / place_s if place_s else math.inf,
-            held,
-            shortest_first=not place_s or policy == "srpt",
-            oldest_us=oldest_us,
-            held_back_after_us=held_back_after_us,
-            takes_background=takes_background,
-        )
+        if not (place_s := speeds[model].place_s):
+            return Intake(math.inf, oldest_us=oldest_us)
+        held = ((job.places_left * speeds[job.work.model].place_s + job.beside_s) / place_s for job in jobs)
+        return Intake(ahead_s / place_s, held, oldest_us=oldest_us)
 
     @property
     def tick_time_ratio(self) -> float:
@@ -212,11 +181,6 @@ class Admission:
     def rows(self) -> int:
         """Rows accepted and not yet delivered."""
         return sum(job.work.rows for job in self._read()[0])
-
-    @property
-    def background_rows(self) -> int:
-        """Those of background jobs among them."""
-        return sum(job.work.rows for job in self._read()[0] if job.work.background)
 
     # --- of models ---
 
@@ -264,22 +228,19 @@ class Admission:
 
     def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
         """Refuse a job that would pass a limit."""
-        background = job.work.background
         if not server.load.jobs:  # whoever was told a time may be gone, and the next need not come after them
-            self._lines = defaultdict(
-                Line, {whose: line for whose, line in self._lines.items() if whose[1] != background}
-            )
+            self._lines.clear()
         speed = server.speeds[job.work.model]
         excess = find_excess(server.load, job.work, self._limits, speed)
         if excess is None:
             return
         owner = job.owner if self._shared else None
-        drain, made_s = self._drains.get((owner, background), (None, 0.0))
+        drain, made_s = self._drains.get(owner, (None, 0.0))
         if drain is None or now_s > made_s + RENEW_S:
-            drain = Drain(server.jobs, now_s, self._limits, server.speeds, server.past, owner, background=background)
-            self._drains[owner, background] = drain, now_s
+            drain = Drain(server.jobs, now_s, self._limits, server.speeds, server.had_s, owner)
+            self._drains[owner] = drain, now_s
         room_s = max(now_s, drain.room_s(job.work, speed))
-        line = self._lines[job.owner if excess.of_owner else None, background]
+        line = self._lines[job.owner if excess.of_owner else None]
         due_s = line.next_s(room_s, drain.share_s(excess, job.work, speed))
         raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
 
@@ -293,57 +254,41 @@ class Admission:
         """Forget what is kept of owners that are gone, once these are most."""
         owners = {None, *(job.owner for job in self._read()[0])}
         if len(self._lines) + len(self._arrivals) > 8 * len(owners) + 16:
-            self._lines = defaultdict(Line, {key: line for key, line in self._lines.items() if key[0] in owners})
-            kept = {key: own for key, own in self._arrivals.items() if key[0] in owners or not own.are_over(now_s)}
+            self._lines = defaultdict(Line, {key: line for key, line in self._lines.items() if key in owners})
+            kept = {key: own for key, own in self._arrivals.items() if key in owners or not own.are_over(now_s)}
             self._arrivals = defaultdict(Arrivals, kept)
 
     # --- the forecast ---
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
-        """Count on as much work as has come lately, where it overtakes a job.
-
-        One that is held back waits for all of it, but ends no later than as any other job after its wait.
-        """
-        srpt = speed.sharing.policy == "srpt"
-        held_back = job.is_held_back(now_s)
-        if not (srpt or held_back) or not speed.sharing.times.points:
+        """Count on as much work as has come lately, where it overtakes a job."""
+        if not speed.sharing.times.points:
             return outlook
-        left_s, least_share = job.places_left * speed.place_s, RESERVED_SHARE if srpt else 1.0
-        shorter = {
-            background: self._arrivals[job.owner, background].share(left_s, now_s) if srpt else 0.0
-            for background in (False, held_back)
-        }
-        eta_s = stretch(shorter[False], least_share) * outlook.eta_s
-        if held_back:
-            assert job.work.held_back_s is not None
-            at_last_s = job.since_s + job.work.held_back_s - now_s + eta_s
-            share = shorter[True] + self._arrivals[None, False].share(math.inf, now_s)
-            eta_s = min(stretch(share, 0.0) * outlook.eta_s, at_last_s)
-        return replace(outlook, eta_s=eta_s)
+        shorter = self._arrivals[job.owner].share(job.places_left * speed.place_s, now_s)
+        return replace(outlook, eta_s=stretch(shorter, RESERVED_SHARE) * outlook.eta_s)
 
     def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed]]:
         with self._lock:
             return tuple(self._jobs.values()), dict(self._speeds)
 
-    def _now(self, owner: str = "", *, background: bool = False) -> _Moment:
-        """Look at the accepted jobs as they are now. owner: who asks. background: of which class it counts the load."""
+    def _now(self, owner: str = "") -> _Moment:
+        """Look at the accepted jobs as they are now. owner: who asks."""
         jobs, speeds = self._read()
-        of_class = [job for job in jobs if job.work.background == background]
-        load = load_of(of_class, speeds, owner if self._shared else None)
+        load = load_of(jobs, speeds, owner if self._shared else None)
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
 
 
 def _pending(
-    job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, now_s: float, *, has_picture: bool
+    job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
 ) -> Pending:
     """Return a new job as the ledger has it. Raises InvalidField if even an idle server could not do it, or in time."""
     speed = server.speeds[work.model]
-    if work.rows > (most := speed.most_rows(background=work.background)):
-        raise InvalidField.of("n", f"at most {most}{' in the background' if work.background else ''}", work.rows)
+    if work.rows > speed.max_rows:
+        raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
     work = speed.with_beside(work, has_picture=has_picture)
-    job = Pending(job_id, work, work.places, work.beside_s, owner, now_s)
+    job = Pending(job_id, work, work.places, work.beside_s, owner)
     if deadline_s is not None:
-        alone_s = forecast([job], server.speeds, now_s=now_s)[job_id].eta_s
+        alone_s = forecast([job], server.speeds)[job_id].eta_s
         if not deadline_s >= alone_s:  # not `<`, so that NaN is refused
             least_s = math.ceil(alone_s * 1000) / 1000
             raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
@@ -361,8 +306,6 @@ def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
 
 def _overloaded(excess: Excess, wait_s: int) -> Overloaded:
     whose, limit = ("of this key ", "limit of a key now") if excess.of_owner else ("", "limit")
-    if excess.background:
-        whose = f"in the background {whose}"
     if excess.field == "backlog_s":
         detail = f"{excess.value:.1f} s of work {whose}would be waiting; the {limit} is {excess.limit:g} s"
     else:

@@ -4,7 +4,6 @@ The policy is written once, in the schedulers: here these run ahead of the clock
 their ticks are like the one before, so they take strides of many ticks at once.
 """
 
-import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from statistics import median
 
-from tminus.service.model_info import background_share
-from tminus.service.scheduling.owners import ClassTimes, Past
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, Turns
 from tminus.service.work import Batch, Outlook, Work
 
@@ -36,14 +34,10 @@ class Speed:
     """What admission and forecast know of one model."""
 
     sharing: Sharing  # until its ticks are measured nothing is refused for time
-    max_rows: int  # images that its engine holds, beside those of background jobs
+    max_rows: int  # images that its engine holds
     decode_s: float = 0.0  # of one image of a latent model
     encode_s: float = 0.0
     correction: float = 1.0  # how much longer ticks take now than was measured at the start
-
-    def most_rows(self, *, background: bool) -> int:
-        """How many images of the jobs of a class its engine holds."""
-        return background_share(self.max_rows) if background else self.max_rows
 
     @property
     def place_s(self) -> float:
@@ -87,12 +81,6 @@ class Pending:
     places_left: int  # of all its rows
     beside_s: float = 0.0  # of a latent model, what is left to encode and decode, in seconds
     owner: str = ""
-    since_s: float = 0.0  # when it was accepted
-
-    def is_held_back(self, now_s: float) -> bool:
-        """Whether all others go first: it is a background job, and has not been held back for long enough."""
-        held_back_s = self.work.held_back_s
-        return held_back_s is not None and now_s < self.since_s + held_back_s
 
     @property
     def steps(self) -> Sequence[int] | None:
@@ -119,19 +107,11 @@ class Ahead:
     """The jobs of all models, if no other job comes. Owns its state: a time from 0 s on, and the jobs of that time."""
 
     def __init__(
-        self,
-        jobs: Sequence[Pending],
-        speeds: Mapping[int, Speed],
-        past: Past | None = None,
-        *,
-        start_s: float = 0.0,
+        self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], had_s: Mapping[str, float] | None = None
     ) -> None:
-        """jobs: in order of arrival, each of one of the models in speeds.
-
-        past: what has been, by the clock of the jobs. start_s: what 0 s is by that clock.
-        """
+        """jobs: in order of arrival, each of one of the models in speeds. had_s: by owner, the time it has had."""
         self._speeds, self._turns = speeds, Turns[int]()
-        self._times = ClassTimes(foreground_at_s=-math.inf if past is None else past.foreground_at_s - start_s)
+        self._times = OwnerTimes()
         self._schedulers: dict[int, Scheduler] = {}
         self._works = {job.job_id: job.work for job in jobs}
         self.now_s, arrivals = 0.0, count()
@@ -141,11 +121,9 @@ class Ahead:
                 self._schedulers[model] = Scheduler(speeds[model].sharing, arrivals, self._times)
                 self._turns.put(model, self._schedulers[model], speeds[model].longest_tick_s)
             if job.places_left > 0:
-                rows, since_s = range(job.work.rows), job.since_s - start_s
-                self._schedulers[model].add(job.job_id, rows, job.work, job.steps, job.owner, since_s)
-        self._turns.come_to(0.0)
-        if past is not None:
-            self._times.start_from(past)
+                self._schedulers[model].add(job.job_id, range(job.work.rows), job.work, job.steps, job.owner)
+        if had_s is not None:
+            self._times.stepped({owner: had_s[owner] for owner in self._times.owners})
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
@@ -160,9 +138,9 @@ class Ahead:
 
     def step(self) -> Stride | None:
         """Go on by some ticks that are alike; None when all work is done."""
-        model = self._turns.next(self.now_s)
-        if model is None:
+        if (turn := self._turns.next()) is None:
             return None
+        model = turn.model
         scheduler, batches = self._schedulers[model], list[Batch]()
         while (batch := scheduler.next_batch()) is not None:  # as many as are in flight together
             scheduler.begin(batch)
@@ -178,13 +156,13 @@ class Ahead:
             advance = scheduler.advance(batch, ticks)
             places.update(advance.places)
             ended |= {job_id: self.now_s + min(ticks, last[job_id]) * round_s for job_id in advance.finished}
-        self._turns.stepped(model, ticks * round_s)
+        self._turns.stepped(turn, ticks * round_s)
         self.now_s += ticks * round_s
         return Stride(model, places, ended)
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
         """How many ticks from now on are taken to be alike, and how many the last row of each job needs to its end."""
-        busy, turns = len(self._turns.busy()), self._turns
+        busy = len(self._turns.busy())
         whole = True  # whether the batch has all rows of its jobs, so that no other row's turn comes until one ends
         alike, last = [], {}
         for job_id, rows, _ in batch.jobs:
@@ -195,13 +173,10 @@ class Ahead:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        times = self._times.background if turns.in_background else self._times.foreground
-        if busy == 1 and times.one_alone:  # else others take turns with the batch
+        if busy == 1 and self._times.one_alone:  # else others take turns with the batch
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks
-        if tick_s and turns.changes_at_s < self.now_s + ticks * tick_s:
-            ticks = math.ceil((turns.changes_at_s - self.now_s) / tick_s)
         return max(1, ticks), last
 
 
@@ -215,24 +190,16 @@ def forecast(
     jobs: Sequence[Pending],
     speeds: Mapping[int, Speed],
     until: str | None = None,
-    past: Past | None = None,
-    *,
-    now_s: float = 0.0,
+    had_s: Mapping[str, float] | None = None,
 ) -> dict[str, Outlook]:
     """Predict each job's outlook, by its id, if no other job comes.
 
-    jobs: in order of arrival. until: a job; only it and those that end before it are predicted. past: what has
-    been. now_s: the time, by the clock of both.
+    jobs: in order of arrival. until: a job; only it and those that end before it are predicted. had_s: by owner, the
+    time of the machine that it has had.
     """
-    ahead = Ahead(jobs, speeds, past, start_s=now_s)
+    ahead = Ahead(jobs, speeds, had_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
-    srpt = any(speed.sharing.policy == "srpt" for speed in speeds.values())
-
-    def turn(job: Pending) -> tuple[bool, float]:
-        left_s = job.places_left * speeds[job.work.model].sharing.place_s if srpt else 0.0
-        return job.is_held_back(now_s), left_s
-
-    in_turn = sorted(jobs, key=turn)
+    in_turn = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].sharing.place_s)
     ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
     running = ahead.running()
     ended_ranks: list[int] = []
@@ -246,26 +213,23 @@ def forecast(
 
 
 def _with_beside(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
-    """Add what comes beside the ticks: one job at a time, as their ticks end, of the owner that has had least of it.
-
-    Those of background jobs come after the others.
-    """
+    """Add what comes beside the ticks: one job at a time, as their ticks end, of the owner that has had least of it."""
     beside = [job for job in jobs if job.beside_s and job.job_id in outlooks]
     coming = deque(sorted(beside, key=lambda job: outlooks[job.job_id].eta_s))
-    waiting: defaultdict[tuple[bool, str], deque[Pending]] = defaultdict(deque)  # by class and owner
-    had_s: Counter[tuple[bool, str]] = Counter()
+    waiting: defaultdict[str, deque[Pending]] = defaultdict(deque)  # by owner
+    had_s: Counter[str] = Counter()
     free_s = 0.0
     while coming or waiting:
         if not waiting:
             free_s = max(free_s, outlooks[coming[0].job_id].eta_s)
         while coming and outlooks[coming[0].job_id].eta_s <= free_s:
-            waiting[coming[0].work.background, coming[0].owner].append(coming.popleft())
-        whose = min(waiting, key=lambda whose: (whose[0], had_s[whose]))
-        job = waiting[whose].popleft()
-        if not waiting[whose]:
-            del waiting[whose]
+            waiting[coming[0].owner].append(coming.popleft())
+        owner = min(waiting, key=had_s.__getitem__)
+        job = waiting[owner].popleft()
+        if not waiting[owner]:
+            del waiting[owner]
         free_s += job.beside_s
-        had_s[whose] += job.beside_s  # type: ignore[assignment]
+        had_s[owner] += job.beside_s  # type: ignore[assignment]
         outlooks[job.job_id] = replace(outlooks[job.job_id], eta_s=free_s)
     return outlooks
 

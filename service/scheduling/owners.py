@@ -7,16 +7,14 @@ goes before them until it has caught up.
 """
 
 import heapq
-import math
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 BURST_S = 10.0  # how far an owner may be behind the one that has had most
 
 
 class OwnerTimes:
-    """Owns how much time of the machine each owner of jobs of one class has had.
+    """Owns how much time of the machine each owner of jobs has had.
 
     The worker's thread changes it; any thread may read.
     """
@@ -81,37 +79,6 @@ class OwnerTimes:
             return 0.0
         most_s = max(map(self._had_s.__getitem__, self._jobs))
         return min(max(self._had_s.get(owner, 0.0), most_s - BURST_S), most_s + BURST_S)
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """What schedulers go by of what has been: what each owner has had, of each class."""
-
-    foreground: Mapping[str, float] = field(default_factory=dict)
-    background: Mapping[str, float] = field(default_factory=dict)
-    foreground_at_s: float = -math.inf  # when there was last a job that was none of the background
-
-
-@dataclass(slots=True)
-class ClassTimes:
-    """The times of owners, of each class by itself: background work takes what nobody else wants, and so costs nothing.
-
-    All schedulers of a server have the same one. The worker's thread changes it; any thread may read.
-    """
-
-    foreground: OwnerTimes = field(default_factory=OwnerTimes)
-    background: OwnerTimes = field(default_factory=OwnerTimes)
-    foreground_at_s: float = -math.inf  # when there was last a job that was none of the background
-
-    def of(self, owners: Iterable[str]) -> Past:
-        """Return what each owner has had, or will have had once it has a job."""
-        owners = tuple(owners)
-        return Past(self.foreground.of(owners), self.background.of(owners), self.foreground_at_s)
-
-    def start_from(self, past: Past) -> None:
-        """Note what the owners that have jobs have had before."""
-        for times, had_s in ((self.foreground, past.foreground), (self.background, past.background)):
-            times.stepped({owner: had_s[owner] for owner in times.owners})
 
 
 def allot(places: int, place_s: float, wants: Mapping[str, int], had_s: Mapping[str, float]) -> dict[str, int]:

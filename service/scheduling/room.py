@@ -1,7 +1,5 @@
 """Whether there is room for a job, and when one that was refused should come again. Pure: no torch, no clock, no lock.
 
-Background jobs have slots of their own, and no bound of seconds: no other job is refused because of them.
-
 A refusal keeps no room: who does not come back costs nobody anything. It only tells each of many a time of its own.
 """
 
@@ -14,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from tminus.service.byte_budget import SHARE
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Ahead, Pending, Speed, Stride
-from tminus.service.scheduling.owners import Past
 from tminus.service.work import Work
 
 PARTS = 1000  # of the time between two events, to which a forecast of room is exact
@@ -26,7 +23,7 @@ ROUNDING = 1e-6  # of seconds and of limits
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the limits count, of all jobs of one class or of those of one owner."""
+    """What the limits count, of all jobs or of those of one owner."""
 
     jobs: int = 0
     rows: Mapping[int, int] = field(default_factory=dict)  # by model, each of which has slots of its own
@@ -71,38 +68,32 @@ class Excess:
     value: float
     limit: float
     of_owner: bool = False  # the limit is of what one owner may hold, not of all
-    background: bool = False  # it is of background jobs, not of the others
 
 
 def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess | None:
-    """The first limit that one more job would pass. A server that has no job of its class has room for any.
+    """The first limit that one more job would pass. A server that has no job has room for any.
 
-    load: of the jobs of its class. speed: of the job's model. Where several owners share the server, one that has jobs
+    load: of its jobs. speed: of the job's model. Where several owners share the server, one that has jobs
     may hold no more than SHARE of what the others leave, so that there is always some room for others.
     """
     if not load.jobs:
         return None
-    background = work.background
-    bounds = {
-        "backlog_s": math.inf if background else limits.max_backlog_s,
-        "jobs": limits.most_jobs(background=background),
-        "rows": speed.most_rows(background=background),
-    }
+    bounds = {"backlog_s": limits.max_backlog_s, "jobs": limits.max_jobs, "rows": speed.max_rows}
     values = load.values(work, speed)
     if load.own is not None and load.own.jobs:
         for name, value in load.own.values(work, speed).items():
             limit = SHARE * (bounds[name] - (values[name] - value))
             limit = limit if name == "backlog_s" else math.floor(limit + ROUNDING)
             if value > limit * (1 + ROUNDING):
-                return Excess(name, value, limit, of_owner=True, background=background)
+                return Excess(name, value, limit, of_owner=True)
     for name, value in values.items():
         if value > bounds[name] * (1 + ROUNDING):
-            return Excess(name, value, bounds[name], background=background)
+            return Excess(name, value, bounds[name])
     return None
 
 
 class Drain:
-    """How the accepted work of a class goes down if nobody else comes: what is left after each stride of a look ahead.
+    """How the accepted work goes down if nobody else comes: what is left after each stride of a look ahead.
 
     What comes beside the ticks is taken to go on from now, a second's work in a second: the decoder seldom waits for
     latents where it is what a limit is reached by.
@@ -114,18 +105,12 @@ class Drain:
         now_s: float,
         limits: Limits,
         speeds: Mapping[int, Speed],
-        past: Past | None = None,
+        had_s: Mapping[str, float] | None = None,
         owner: str | None = None,
-        *,
-        background: bool = False,
     ) -> None:
-        """jobs: of both classes. past: what has been. owner: who asks, where several share the server.
-
-        background: of which class the job is that was refused.
-        """
+        """had_s: by owner, the time it has had. owner: who asks, where several share the server."""
         self._limits, self._speeds, self._owner = limits, speeds, owner
-        ahead = Ahead(jobs, speeds, past, start_s=now_s)
-        jobs = [job for job in jobs if job.work.background == background]
+        ahead = Ahead(jobs, speeds, had_s)
         self._jobs = {job.job_id: job for job in jobs}
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
@@ -151,8 +136,7 @@ class Drain:
 
     def _less(self, load: Load, stride: Stride, owner: str | None = None) -> Load:
         """What is left after a stride of the jobs of one owner, or of all."""
-        of_class = [self._jobs[job_id] for job_id in stride.places if job_id in self._jobs]
-        stepped = [job for job in of_class if owner in (None, job.owner)]
+        stepped = [job for job_id in stride.places if owner in (None, (job := self._jobs[job_id]).owner)]
         ended = [job for job in stepped if job.job_id in stride.ended]
         ended_rows = sum(job.work.rows for job in ended)
         rows = {**load.rows, stride.model: load.rows.get(stride.model, 0) - ended_rows}  # one owner may have none

@@ -7,25 +7,21 @@ not picked waits: preemption costs nothing. Two ticks are in flight while jobs w
 
 That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
 first (owners.py). A tick is of one model: which one, the same policy says in seconds.
-
-Before all that comes the class. Background jobs step in ticks of their own, and only while no other job waits, until
-they have been held back for as long as they may be: from then on they are jobs like any other.
 """
 
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, count, islice, pairwise
 from operator import itemgetter
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-from tminus.service.scheduling.owners import BURST_S, ClassTimes, OwnerTimes, allot
+from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
-Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
 
 RESERVED_SHARE = 0.25  # of the places, or of the time, for the oldest job
@@ -33,9 +29,6 @@ LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks b
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
-# For so long after there was another job, a background tick takes at most so many times as long as a tick of one row:
-# a job of twenty steps then waits no longer than a tenth of its time for one to end. After that, they are full.
-QUIET_S, BACKGROUND_TICKS = 60.0, 2.0
 LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
 
 Model = TypeVar("Model")
@@ -87,25 +80,16 @@ class Sharing:
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job unless it is held back; 0: it has no share of the time either
-    policy: Policy
     times: TickTimes = UNMEASURED  # at the start
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
-    background_ticks: float = BACKGROUND_TICKS  # see there
 
     @classmethod
-    def of(
-        cls,
-        max_batch: int,
-        policy: Policy = "srpt",
-        short_batch: int | None = None,
-        times: TickTimes = UNMEASURED,
-    ) -> "Sharing":
+    def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "Sharing":
         """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
-        assert policy in ("srpt", "fcfs")
-        reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
+        reserved = max(2, int(max_batch * RESERVED_SHARE))
         place_s = times.seconds_per_place(max_batch) or 1.0
-        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, times, place_s)
+        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, times, place_s)
 
     @property
     def full_batch(self) -> int:
@@ -113,20 +97,6 @@ class Sharing:
         if self.times.overlapped is None:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
-
-    def in_background(self) -> "Sharing":
-        """Return how the places of background ticks are shared out.
-
-        Nothing is reserved for the oldest job: it need not wait for longer than background jobs are held back.
-        """
-        return replace(self, short_batch=self.max_batch, reserved=0)
-
-    @property
-    def short_background(self) -> int:
-        """How many places a background tick has where other jobs come, which wait for its end."""
-        most_s = self.background_ticks * self.times.seconds(1)
-        short = [size for size, seconds in self.times.points if size <= self.max_batch and seconds <= most_s]
-        return max(2, *short) if short else self.max_batch
 
     def leads(self, ahead_s: float) -> bool:
         """Whether the owner that has had least goes before the next one, which has had so much more.
@@ -164,7 +134,7 @@ class Sharing:
 
         needed: what a row of that takes. turn: counts the ticks. Of a few places it has enough in some of the ticks.
         """
-        if places >= self.max_batch or not self.reserved:
+        if places >= self.max_batch:
             return places * self.reserved // self.max_batch
         kept = places * self.reserved / self.max_batch
         if kept >= needed:
@@ -256,11 +226,7 @@ class OwnerQueue:
 
     def add(self, job: QueuedJob) -> None:
         """Take on a job, with rows that have steps left."""
-        is_newest = not self._jobs or next(reversed(self._jobs.values())).arrival < job.arrival
         self._jobs[job.id] = job
-        if not is_newest:  # it was held back, which is seldom over
-            self._jobs = OrderedDict(sorted(self._jobs.items(), key=lambda item: item[1].arrival))
-            self._owed_s = 0.0
         self._much_longer = None
         self.put_back(job)
 
@@ -275,7 +241,7 @@ class OwnerQueue:
         """Put a job into the queue, by what it has left, unless all its rows are in flight."""
         if not job.singles and not job.doubles:
             return
-        job.key = (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
+        job.key = (-job.places_left, -job.arrival, job.id)
         insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
@@ -303,7 +269,7 @@ class OwnerQueue:
         if self._much_longer is None:
             sharing = self._sharing
             full = len(self._jobs) > sharing.max_batch or sharing.short_batch == sharing.max_batch
-            jobs = () if full or sharing.policy == "fcfs" else self._jobs.values()
+            jobs = () if full else self._jobs.values()
             self._much_longer = MUCH_LONGER * min((job.total for job in jobs), default=math.inf)
         return self._much_longer
 
@@ -417,48 +383,66 @@ class Advance:
     places: Mapping[str, int]
 
 
-class ClassScheduler:
-    """Owns the rows of the jobs of one class, and which step each is at. It never sees a latent.
+class Scheduler:
+    """Owns the rows of the jobs of one model, and which step each is at. It never sees a latent.
 
     However many jobs of an owner wait, a tick looks at no more than it has places. Where there are several owners it
     looks at each of these.
     """
 
-    def __init__(self, sharing: Sharing, owner_times: OwnerTimes) -> None:
+    def __init__(
+        self, sharing: Sharing, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
+    ) -> None:
+        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
         self._sharing = sharing
+        self._arrivals = count() if arrivals is None else arrivals
         self._jobs: dict[str, QueuedJob] = {}
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
-        self._owner_times = owner_times
+        self._owner_times = OwnerTimes() if owner_times is None else owner_times
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
-        self.in_flight: list[Batch] = []  # ticks that have begun and not ended
+        self._in_flight: list[Batch] = []  # ticks that have begun and not ended
         self._leaders: list[str | None] = []  # of these
         self._totals: tuple[int, int] | None = None  # least and most total work of a job; None: not known now
-        self.most_places = sharing.max_batch  # in a tick
 
-    def add(self, job: QueuedJob) -> None:
-        """Take on a job; its rows may step from the next tick on."""
-        assert job.id not in self._jobs
-        self._jobs[job.id] = job
-        if job.owner not in self._owners:
-            self._owners[job.owner] = OwnerQueue(self._sharing)
-        self._owners[job.owner].add(job)
-        self._owner_times.join(job.owner)
+    def beside(self) -> "Scheduler":
+        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
+        return Scheduler(self._sharing, self._arrivals, self._owner_times)
+
+    def add(
+        self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
+    ) -> None:
+        """Take on a job of these rows; they may step from the next tick on.
+
+        steps: for a job that goes on where it was, each row's next step; at least one row has steps left.
+        """
+        steps = (work.start,) * work.rows if steps is None else steps
+        assert job_id not in self._jobs
+        assert len(rows) == len(steps) == work.rows > 0
+        assert min(steps) < work.steps
+        places_left = sum(map(work.places_left, steps))
+        job = QueuedJob(job_id, owner, next(self._arrivals), work, work.places, tuple(rows), places_left=places_left)
+        job.put((step, index) for index, step in enumerate(steps))
+        self._jobs[job_id] = job
+        if owner not in self._owners:
+            self._owners[owner] = OwnerQueue(self._sharing)
+        self._owners[owner].add(job)
+        self._owner_times.join(owner)
         self._totals = None
 
-    def take(self, job_id: str) -> QueuedJob | None:
-        """Remove a job at once, and return it as it is. None if it is not here (any more)."""
+    def cancel(self, job_id: str) -> None:
+        """Remove a job at once. Nothing happens if it is not here (any more)."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._owners[job.owner].take_out(job)
             self._forget(job)
-        return job
 
     def next_batch(self) -> Batch | None:
         """Choose the rows of the next tick; None if no tick can begin now."""
-        if not self._jobs or (self.in_flight and not self.overlaps):
+        begun = len(self._in_flight)
+        if not self._jobs or begun >= MOST_IN_FLIGHT or (begun and not self.overlaps):
             return None
         is_full = len(self._owners) == 1 and self.overlaps and self._wants(2 * self._sharing.full_batch)
-        pick, self._leader = _Pick(self._sharing.full_batch if is_full else self.most_places), None
+        pick, self._leader = _Pick(self._sharing.full_batch if is_full else self._sharing.max_batch), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
@@ -471,12 +455,12 @@ class ClassScheduler:
         """Whether a second tick begins while one is in flight, so that the processor always has work.
 
         This needs jobs that want more places than a tick has. None may be much longer than another, because a short
-        job would wait for two ticks, unless there are more jobs than places. Short background ticks run one at a time.
+        job would wait for two ticks, unless there are more jobs than places.
         """
         sharing = self._sharing
-        if sharing.times.overlapped is None or self.most_places < sharing.max_batch:
+        if sharing.times.overlapped is None:
             return False
-        if len(self._jobs) > self.most_places:
+        if len(self._jobs) > sharing.max_batch:
             return True
         if self._totals is None:
             totals = [job.total for job in self._jobs.values()]
@@ -484,7 +468,7 @@ class ClassScheduler:
         least, most = self._totals
         if most >= MUCH_LONGER * least:
             return False
-        return self._wants(self.most_places + 1)
+        return self._wants(sharing.max_batch + 1)
 
     def _wants(self, places: int) -> bool:
         """Whether a step of all rows takes at least so many places."""
@@ -506,7 +490,7 @@ class ClassScheduler:
             queue.take_out(job)
             job.begin(picked)
             queue.put_back(job)
-        self.in_flight.append(batch)
+        self._in_flight.append(batch)
         self._leaders.append(self._leader)
         return self.overlaps
 
@@ -514,10 +498,6 @@ class ClassScheduler:
         """As `OwnerQueue.turn_ticks`. There must be one owner only."""
         (queue,) = self._owners.values()
         return queue.turn_ticks(batch)
-
-    def is_in_flight(self, job_id: str) -> bool:
-        """Whether rows of a job are in flight."""
-        return bool(self._jobs[job_id].in_flight)
 
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
@@ -553,10 +533,10 @@ class ClassScheduler:
         Jobs that were cancelled meanwhile are left out. ticks: how many times it has stepped, for the forecast.
         """
         assert batch.jobs, "it is not of next_batch"
-        if batch not in self.in_flight:
+        if batch not in self._in_flight:
             self.begin(batch)
-        at = self.in_flight.index(batch)
-        batch, leader = self.in_flight.pop(at), self._leaders.pop(at)
+        at = self._in_flight.index(batch)
+        batch, leader = self._in_flight.pop(at), self._leaders.pop(at)
         started: list[str] = []
         finished: list[str] = []
         places: dict[str, int] = {}  # in one tick, by owner
@@ -602,9 +582,6 @@ class ClassScheduler:
             del self._owners[job.owner]
         self._owner_times.leave(job.owner)
 
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._jobs
-
     def steps(self, job_id: str) -> tuple[int, ...]:
         """The step that each row of a job takes next."""
         job = self._jobs[job_id]
@@ -625,21 +602,15 @@ class ClassScheduler:
 
     @property
     def next_rank(self) -> Rank:
-        """The rank of the job that goes next; in order of arrival what is left counts as nothing."""
+        """The rank of the job that goes next."""
         owner = self.owners[0]
         job = self._owners[owner].next
-        left_s = job.places_left * self._sharing.place_s if self._sharing.policy == "srpt" else 0.0
-        return self._owner_times.had_s(owner), left_s, job.arrival
+        return self._owner_times.had_s(owner), job.places_left * self._sharing.place_s, job.arrival
 
     @property
     def oldest(self) -> int:
         """The number of the oldest job of the owner whose job goes next."""
         return self._owners[self.owners[0]].oldest.arrival
-
-    @property
-    def reserves(self) -> bool:
-        """Whether places are kept for the oldest job."""
-        return self._sharing.reserved > 0
 
     @property
     def owners(self) -> list[str]:
@@ -651,145 +622,25 @@ class ClassScheduler:
         return owner in self._owners
 
 
-class Scheduler:
-    """Owns the jobs of one model in two classes: background jobs step only while it has no other.
+@dataclass(frozen=True, slots=True)
+class Turn(Generic[Model]):
+    """A model's turn to tick."""
 
-    A job is of the background until it has been held back for as long as its work says.
-    """
-
-    def __init__(
-        self, sharing: Sharing, arrivals: Iterator[int] | None = None, times: ClassTimes | None = None
-    ) -> None:
-        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
-        self._sharing = sharing
-        self._arrivals = count() if arrivals is None else arrivals
-        self._times = ClassTimes() if times is None else times
-        self.foreground = ClassScheduler(sharing, self._times.foreground)
-        self.background = ClassScheduler(sharing.in_background(), self._times.background)
-        self._held_back: dict[str, float] = {}  # until when each background job is
-        self._short_background = sharing.short_background
-
-    def beside(self) -> "Scheduler":
-        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
-        return Scheduler(self._sharing, self._arrivals, self._times)
-
-    def add(
-        self,
-        job_id: str,
-        rows: Sequence[int],
-        work: Work,
-        steps: Sequence[int] | None = None,
-        owner: str = "",
-        since_s: float = 0.0,
-    ) -> None:
-        """Take on a job of these rows; they may step from the next tick on.
-
-        steps: for a job that goes on where it was, each row's next step; at least one row has steps left. since_s: from
-        when on a background job is held back, by the clock of `come_to`.
-        """
-        steps = (work.start,) * work.rows if steps is None else steps
-        assert job_id not in self.foreground
-        assert len(rows) == len(steps) == work.rows > 0
-        assert min(steps) < work.steps
-        places_left = sum(map(work.places_left, steps))
-        job = QueuedJob(job_id, owner, next(self._arrivals), work, work.places, tuple(rows), places_left=places_left)
-        job.put((step, index) for index, step in enumerate(steps))
-        if work.held_back_s is None:
-            self.foreground.add(job)
-        else:
-            self.background.add(job)
-            self._held_back[job_id] = since_s + work.held_back_s
-
-    def come_to(self, now_s: float) -> None:
-        """Take note of the time: background jobs are held back no more, or their ticks become full ones."""
-        for until_s, job_id in sorted((until_s, job_id) for job_id, until_s in self._held_back.items()):
-            if until_s > now_s:
-                break
-            if self.background.is_in_flight(job_id):
-                continue
-            del self._held_back[job_id]
-            if (job := self.background.take(job_id)) is not None:
-                self.foreground.add(job)
-        if self.foreground.has_work:
-            self._times.foreground_at_s = now_s
-        is_quiet = now_s >= self._times.foreground_at_s + QUIET_S
-        self.background.most_places = self._sharing.max_batch if is_quiet else self._short_background
-
-    @property
-    def changes_at_s(self) -> float:
-        """When `come_to` may next have something to do, if only background jobs step."""
-        held_back_until_s = min(self._held_back.values(), default=math.inf)
-        is_full = self.background.most_places == self._sharing.max_batch
-        return min(held_back_until_s, math.inf if is_full else self._times.foreground_at_s + QUIET_S)
-
-    def cancel(self, job_id: str) -> None:
-        """Remove a job at once. Nothing happens if it is not here (any more)."""
-        self._of(job_id).take(job_id)
-        self._held_back.pop(job_id, None)
-
-    def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick; None if no tick can begin now."""
-        if len(self.foreground.in_flight) + len(self.background.in_flight) >= MOST_IN_FLIGHT:
-            return None
-        return (self.foreground if self.foreground.has_work else self.background).next_batch()
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether two ticks are in flight at a time, see ClassScheduler."""
-        return (self.foreground if self.foreground.has_work else self.background).overlaps
-
-    def turn_ticks(self, batch: Batch) -> int | None:
-        """As `OwnerQueue.turn_ticks`. There must be one owner only."""
-        return self._of(batch.jobs[0].job_id).turn_ticks(batch)
-
-    def begin(self, batch: Batch) -> bool:
-        """Begin the batch that was chosen last, see ClassScheduler."""
-        return self._of(batch.jobs[0].job_id).begin(batch)
-
-    def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped, see ClassScheduler."""
-        assert batch.jobs, "it is not of next_batch"
-        advance = self._class_of(batch).advance(batch, ticks)
-        for job_id in advance.finished:
-            self._held_back.pop(job_id, None)
-        return advance
-
-    def steps(self, job_id: str) -> tuple[int, ...]:
-        """The step that each row of a job takes next."""
-        return self._of(job_id).steps(job_id)
-
-    def rows_left(self, job_id: str) -> int:
-        """How many rows of a job have steps left."""
-        return self._of(job_id).rows_left(job_id)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether there is a next batch."""
-        return self.foreground.has_work or self.background.has_work
-
-    def _class_of(self, batch: Batch) -> ClassScheduler:
-        """Find the class of a batch. All its jobs may have been cancelled since it began."""
-        begun = (jobs for jobs in (self.foreground, self.background) if batch in jobs.in_flight)
-        return next(begun, None) or self._of(batch.jobs[0].job_id)
-
-    def _of(self, job_id: str) -> ClassScheduler:
-        return self.background if job_id in self.background else self.foreground
+    model: Model
+    owed: tuple[str, Model] | None  # the owner and model of the oldest job, if the tick counts for its share
 
 
 class Turns(Generic[Model]):
     """Says which model has the next tick: the one of the job that goes first, and sometimes that of the oldest job.
 
-    While a model has other jobs, no background job of any model steps. Owns how much time the model of each owner's
-    oldest job is owed: a share of it is kept for that job, unless it is of the background. Each model has a scheduler
-    of its own; a job that is to step alone counts as a model here.
+    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job. Each model has
+    a scheduler of its own; a job that is to step alone counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took, but for background ticks
+        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
         self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
-        self._owed: tuple[str, Model] | None = None  # which of these the tick that was chosen last counts for
-        self._stepping_background = False  # in the tick that was chosen last
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
         """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
@@ -801,7 +652,6 @@ class Turns(Generic[Model]):
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
-        self._owed = None  # or it would hold the model, which holds its engine's memory
         self._forget_settled()
 
     @property
@@ -809,29 +659,9 @@ class Turns(Generic[Model]):
         """Whether a model has a next tick."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
-    @property
-    def in_background(self) -> bool:
-        """Whether there are none but background jobs."""
-        return not any(scheduler.foreground.has_work for scheduler in self._schedulers.values())
-
-    def come_to(self, now_s: float) -> None:
-        """Have all schedulers take note of the time."""
-        for scheduler in self._schedulers.values():
-            scheduler.come_to(now_s)
-
-    @property
-    def changes_at_s(self) -> float:
-        """When `come_to` may next have something to do, if only background jobs step."""
-        return min((scheduler.changes_at_s for scheduler in self._schedulers.values()), default=math.inf)
-
-    def busy(self) -> dict[Model, ClassScheduler]:
-        """Return the models that have jobs of the class whose turn it is, with these jobs."""
-        in_background = self.in_background
-        return {
-            model: jobs
-            for model, scheduler in self._schedulers.items()
-            if (jobs := scheduler.background if in_background else scheduler.foreground).has_work
-        }
+    def busy(self) -> dict[Model, Scheduler]:
+        """Return the schedulers of the models that have jobs."""
+        return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
         """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
@@ -848,40 +678,35 @@ class Turns(Generic[Model]):
             if scheduler.owners[0] in owners and ranks[model][0] <= ranks[first][0] + LEVEL_S
         ]
         oldest = min(level, key=lambda model: busy[model].oldest)
-        reserves = any(scheduler.reserves for scheduler in busy.values())
-        return [first, oldest] if reserves and first != oldest else [first]
+        return [first, oldest] if first != oldest else [first]
 
-    def next(self, now_s: float = 0.0) -> Model | None:
-        """The model of the next tick. Where there is nothing to do it is None, or has no next batch."""
-        self.come_to(now_s)
-        self._owed, self._stepping_background = None, self.in_background
+    def next(self) -> Turn[Model] | None:
+        """The turn of the next tick. Without work it is None, or its model has no next batch."""
         if len(self._schedulers) == 1:  # nearly always
             (model,) = self._schedulers
-            return model
+            return Turn(model, None)
         models = self.shares()
         if len(models) < 2:
-            return models[0] if models else None
+            return Turn(models[0], None) if models else None
         first, oldest = models
-        self._owed = self._schedulers[oldest].foreground.owners[0], oldest
-        owed_s = self._owed_s.setdefault(self._owed, 0.0)
-        return first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest
+        owed = self._schedulers[oldest].owners[0], oldest
+        owed_s = self._owed_s.setdefault(owed, 0.0)
+        return Turn(first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest, owed)
 
-    def stepped(self, model: Model, seconds: float) -> None:
-        """Note how long the tick took that a model has had."""
-        if self._stepping_background:  # which changes no turn of other jobs
-            return
-        self._tick_s[model] = seconds
-        if self._owed is not None:
-            owed_s = self._owed_s.get(self._owed, 0.0)
-            if model == self._owed[1]:
-                self._owed_s[self._owed] = max(0.0, owed_s - seconds)
+    def stepped(self, turn: Turn[Model], seconds: float) -> None:
+        """Record how long the tick of a turn took."""
+        self._tick_s[turn.model] = seconds
+        if turn.owed is not None:
+            owed_s = self._owed_s.get(turn.owed, 0.0)
+            if turn.model == turn.owed[1]:
+                self._owed_s[turn.owed] = max(0.0, owed_s - seconds)
             else:
-                self._owed_s[self._owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+                self._owed_s[turn.owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
         if self._owed_s:
             self._forget_settled()
 
     def _forget_settled(self) -> None:
         """Forget what was owed to owners that have no job there any more."""
         for owner, model in list(self._owed_s):
-            if model not in self._schedulers or not self._schedulers[model].foreground.has_jobs_of(owner):
+            if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
                 del self._owed_s[owner, model]

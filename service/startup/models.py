@@ -40,7 +40,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import ClassTimes
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
@@ -106,7 +106,7 @@ class ServedModels:
         self._stores, self._webhooks, self._end_file = stores, webhooks, end_file
         self.limits = limits = first[0].limits
         self.metrics, self.allowed_sites, self.access = Metrics(), allowed_sites, access
-        self._numbers, self._arrivals, self._times = count(), count(), ClassTimes()
+        self._numbers, self._arrivals, self._times = count(), count(), OwnerTimes()
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self.admission = Admission(limits, self._times, shared=access.has_keys)
@@ -193,8 +193,6 @@ class ServedModels:
             rows_active=lambda: worker.rows_active,
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
-            background_rows=lambda: admission.background_rows,
-            background_backlog_s=lambda: admission.background_backlog_s,
             device_memory_bytes=self._device_memory_bytes,
             keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure() is None,

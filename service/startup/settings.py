@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
 # Secrets, which other users of the machine might see in a flag, and what is set in trials only.
-NO_FLAG = frozenset({"keys", "webhook_secret", "policy", "short_batch", "max_jobs", "metrics_host"})
+NO_FLAG = frozenset({"keys", "webhook_secret", "short_batch", "max_jobs", "metrics_host"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
@@ -193,12 +193,6 @@ class Settings(BaseSettings):
         "job step alone. Raise it if throughput counts more than the wait of short jobs, up to the value of "
         "`--max-batch`. Default: the fewest places that reach 60 % of the best measured throughput.",
     )
-    policy: Literal["srpt", "fcfs"] = Field(
-        "srpt",
-        description="Order in which jobs are served. `srpt` serves the shortest remaining work first, and keeps a "
-        "quarter for the oldest job. `fcfs` serves in order of arrival; use it for comparison. See "
-        "[scheduling](scheduling.md).",
-    )
     max_n: int = Field(
         USUAL_MAX_N,
         ge=1,
@@ -209,10 +203,10 @@ class Settings(BaseSettings):
         None,
         ge=4,
         le=1_000_000,
-        description="Maximum number of images of accepted jobs, waiting and running together. [Background "
-        "jobs](scheduling.md#background-jobs) may add a quarter. Raise it for many small images; lower it if memory is "
-        "short. A grey image of 32 x 32 takes 8 KiB or more, a colour image of 256 x 256 takes 1.5 MiB or more; see "
-        "[memory](operations.md#memory). Default: as many as fit into 512 MiB, at most 4096.",
+        description="Maximum number of images of accepted jobs, waiting and running together. Raise it for many small "
+        "images; lower it if memory is short. A grey image of 32 x 32 takes 8 KiB or more, a colour image of 256 x 256 "
+        "takes 1.5 MiB or more; see [memory](operations.md#memory). Default: as many as fit into 512 MiB, at most "
+        "4096.",
     )
     max_jobs: int = Field(
         1024,
@@ -228,14 +222,6 @@ class Settings(BaseSettings):
         description="Maximum seconds of predicted work that may wait. Further requests are refused with 429 and the "
         "time after which to try again. Lower it to refuse earlier. One key may hold three quarters of what the other "
         "keys leave free, of this and of `--max-rows` and `TMINUS_MAX_JOBS`; see [security](security.md).",
-    )
-    background_max_wait_s: float = Field(
-        3600,
-        ge=0,
-        le=604_800,
-        description="Seconds for which a background job lets all other jobs go first. After that it is served like "
-        "them. Raise it if interactive work may fill the machine for longer than an hour. With 0, background jobs "
-        "never wait for others. See [background jobs](scheduling.md#background-jobs).",
     )
     max_body_bytes: int = Field(
         1 << 20, ge=1024, description="Maximum size of a request's body in bytes, without the images in it."
@@ -544,14 +530,12 @@ class Settings(BaseSettings):
             keep_jobs_s=self.keep_jobs_s,
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
             webhook_retry_s=self.webhook_retry_s,
-            background_max_wait_s=self.background_max_wait_s,
         )
 
     def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:
         """How fast a model is, and how the scheduler gives out the places of its ticks."""
-        sharing = Sharing.of(
-            loaded.max_batch, self.policy, loaded.short_batch, TickTimes(loaded.tick_times, loaded.overlapped)
-        )
+        times = TickTimes(loaded.tick_times, loaded.overlapped)
+        sharing = Sharing.of(loaded.max_batch, loaded.short_batch, times)
         return Speed(sharing, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:

@@ -1,12 +1,10 @@
 """The autoencoder's thread: it encodes pictures and decodes latents for jobs of latent models, beside the ticks.
 
 It does one task at a time, for the owner with the least service so far. Of this owner's jobs, it mostly picks the one
-with the fewest tasks left, so short jobs do not wait for long ones. Tasks of background jobs come after all others,
-until they have waited for their limit.
+with the fewest tasks left, so short jobs do not wait for long ones.
 """
 
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from tminus.service.errors import Draining, EngineFailed, ServiceError
-from tminus.service.scheduling.owners import ClassTimes, OwnerTimes
+from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.threads import Pulse
 from tminus.service.worker.running_job import RunningJob
 
@@ -96,15 +94,9 @@ class _Tasks:
     tasks: deque[Task]
     owner: str = ""
     alone: bool = False  # nothing steps while one of the tasks runs
-    held_back_until_s: float = -math.inf  # by `time.perf_counter`; -inf once that is over
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
-
-    @property
-    def is_held_back(self) -> bool:
-        """Whether all others go first."""
-        return self.held_back_until_s > -math.inf
 
 
 class Coding:
@@ -116,7 +108,7 @@ class Coding:
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
-        self._times = ClassTimes()
+        self._owner_times = OwnerTimes()
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -129,8 +121,7 @@ class Coding:
         self.jobs[job.id] = job
         if job.span is not None:
             job.span.span.add_event(f"{kind} begins")
-        until_s = -math.inf if job.work.held_back_s is None else job.submitted_s + job.work.held_back_s
-        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, until_s, job))
+        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Run a task that belongs to no job."""
@@ -145,7 +136,7 @@ class Coding:
             if self._closed:
                 return False
             self._waiting[tasks.name] = tasks
-            self._times_of(tasks).join(tasks.owner)
+            self._owner_times.join(tasks.owner)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
                 self._thread.start()
@@ -191,7 +182,7 @@ class Coding:
             took_s = time.perf_counter() - began_s
             over = error is not None or not tasks.tasks
             with self._changed:
-                self._times_of(tasks).stepped({tasks.owner: took_s})
+                self._owner_times.stepped({tasks.owner: took_s})
                 wanted = self._waiting.get(tasks.name) is tasks
                 if over and wanted:
                     self._forget(tasks.name)
@@ -205,31 +196,17 @@ class Coding:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            self._hold_back_no_more(time.perf_counter())
-            first = [tasks for tasks in self._waiting.values() if not tasks.is_held_back]
-            waiting = first or list(self._waiting.values())
-            owner = min(waiting, key=lambda tasks: self._times_of(tasks).had_s(tasks.owner)).owner
-            of_owner = [tasks for tasks in waiting if tasks.owner == owner]
+            owner = min((tasks.owner for tasks in self._waiting.values()), key=self._owner_times.had_s)
+            of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
             picked = of_owner[0]  # the oldest
             if self._tasks_begun[owner] % OLDEST_EVERY:
                 picked = min(of_owner, key=lambda tasks: len(tasks.tasks))
             self._tasks_begun[owner] += 1
             return picked, picked.tasks.popleft()
 
-    def _hold_back_no_more(self, now_s: float) -> None:
-        """Treat tasks that were held back for long enough as those of any other job."""
-        for tasks in self._waiting.values():
-            if tasks.is_held_back and tasks.held_back_until_s <= now_s:
-                self._times.background.leave(tasks.owner)
-                tasks.held_back_until_s = -math.inf
-                self._times.foreground.join(tasks.owner)
-
-    def _times_of(self, tasks: _Tasks) -> OwnerTimes:
-        return self._times.background if tasks.is_held_back else self._times.foreground
-
     def _forget(self, name: str) -> None:
         if (tasks := self._waiting.pop(name, None)) is not None:
-            self._times_of(tasks).leave(tasks.owner)
+            self._owner_times.leave(tasks.owner)
             if not self._waiting:
                 self._tasks_begun.clear()
 

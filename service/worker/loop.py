@@ -160,7 +160,7 @@ class Loop:
             job.model = replace(job.model, scheduler=job.model.scheduler.beside())
             self.ticks.put(job.model)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
         if job.new.recording is not None:
             self._act_on_record(job, job.record([(step, index) for index, step in enumerate(job.first_steps)]))
         job.new = replace(job.new, snapshot=None, inputs=None)
@@ -268,14 +268,14 @@ class Loop:
         """Begin the next tick, unless it has to wait for those in flight; return whether another may begin."""
         if (chosen := self.ticks.next()) is None or (self.ticks and not self.coding.turnstile.is_open):
             return False
-        model, batch = chosen
+        turn, batch = chosen
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         if jobs[0].new.alone:
             self.ticks.settle(jobs[0])
         with ExitStack() as inside:
             inside.enter_context(self._working_on(jobs))
             try:
-                return self.ticks.begin(model, batch, jobs, inside)
+                return self.ticks.begin(turn, batch, jobs, inside)
             except Exception as error:
                 self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
                 return True

@@ -55,8 +55,6 @@ class Outcomes:
         )
         self._metrics.ticked(tick.model.engine.info.name, end.seconds, places, row_steps)
         for job in ticked.started:
-            if job.work.background:  # what it waits tells nothing of how others are served
-                continue
             assert job.started_s is not None
             queue_s = job.started_s - job.submitted_s
             self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)

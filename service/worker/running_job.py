@@ -93,7 +93,6 @@ class RunningJob:
             "tminus.sampler": spec.sampler,
             "tminus.guidance": spec.guidance,
             **({"tminus.key": new.owner} if new.owner else {}),
-            **({"tminus.background": True} if self.work.background else {}),
         }
 
     def fail(self, error: Exception) -> None:
@@ -166,7 +165,6 @@ class RunningJob:
             created_us=self.created_us,
             model=self.model.number,
             model_name=self.model.info.name,
-            background=self.work.background,
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tminus.service.scheduling.scheduler import Advance, Turns
+from tminus.service.scheduling.scheduler import Advance, Turn, Turns
 from tminus.service.work import Batch
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
@@ -15,13 +15,18 @@ from tminus.service.worker.running_job import RunningJob
 class Tick:
     """A tick in flight: its network runs, and its rows are not updated yet."""
 
-    model: LoadedModel
+    turn: Turn[LoadedModel]
     batch: Batch
     jobs: Sequence[RunningJob]  # of the batch, in its order
     began_s: float
     overlaps: bool  # whether it began while another one was in flight
     finish: Callable[[], None]
     inside: ExitStack  # closed when it ends
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model of its rows."""
+        return self.turn.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +94,23 @@ class Ticks:
     def __len__(self) -> int:
         return len(self._in_flight)
 
-    def next(self) -> tuple[LoadedModel, Batch] | None:
+    def next(self) -> tuple[Turn[LoadedModel], Batch] | None:
         """Return the next batch, unless it has to wait for the ticks in flight."""
-        model = self._turns.next(self._clock())
-        if model is None or (self._in_flight and self._in_flight[0].model is not model):
+        turn = self._turns.next()
+        if turn is None or (self._in_flight and self._in_flight[0].model is not turn.model):
             return None
-        batch = model.scheduler.next_batch()
-        return None if batch is None else (model, batch)
+        batch = turn.model.scheduler.next_batch()
+        return None if batch is None else (turn, batch)
 
-    def begin(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob], inside: ExitStack) -> bool:
+    def begin(self, turn: Turn[LoadedModel], batch: Batch, jobs: Sequence[RunningJob], inside: ExitStack) -> bool:
         """Begin a tick; return whether one more may begin. Raises what the engine raises, and then nothing has begun.
 
         inside: closed when the tick ends.
         """
         began_s = self._clock()
-        finish = model.engine.begin(batch)
-        may_overlap = model.scheduler.begin(batch)
-        self._in_flight.append(Tick(model, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all()))
+        finish = turn.model.engine.begin(batch)
+        may_overlap = turn.model.scheduler.begin(batch)
+        self._in_flight.append(Tick(turn, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all()))
         return may_overlap
 
     def end(self) -> TickEnd:
@@ -131,7 +136,7 @@ class Ticks:
         now_s = self._clock()
         seconds = now_s - max(tick.began_s, self._ended_s)
         self._ended_s = now_s
-        self._turns.stepped(model, seconds)
+        self._turns.stepped(tick.turn, seconds)
         return TickEnd(tick, model.scheduler.advance(batch), now_s, seconds, is_measurement, frozenset(broken))
 
     def settle(self, job: RunningJob) -> None:

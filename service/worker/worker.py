@@ -93,7 +93,7 @@ class Worker:
         now_s = self._clock()
         job = RunningJob(new, self._model(new.work.model), now_s)
         places_left = sum(map(new.work.places_left, job.first_steps))
-        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left, now_s=now_s)
+        outlook = self._admission.readmit(new.id, new.work, new.owner, places_left=places_left)
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:

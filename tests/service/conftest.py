@@ -33,7 +33,7 @@ from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.startup import app as startup_app
 from tminus.service.startup.app import Application
 from tminus.service.startup.loader import ModelLoader
@@ -113,12 +113,10 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return make_checkpoint()
 
 
-def prepare(
-    engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
-) -> Prepared:
+def prepare(engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]]) -> Prepared:
     """A model as the app takes it."""
     times = TickTimes(tuple(tick_times))
-    sharing = Sharing.of(limits.max_batch, policy, max(2, limits.max_batch // 2), times)
+    sharing = Sharing.of(limits.max_batch, max(2, limits.max_batch // 2), times)
     return Prepared(engine, limits, Speed(sharing, limits.max_rows))
 
 
@@ -163,14 +161,13 @@ class Site:
         info: ModelInfo,
         limits: Limits,
         tick_times: Sequence[tuple[int, float]],
-        policy: Policy = "srpt",
         allowed_sites: AllowedSites | None = None,
         state_file: Path | dict[str, Path] | Callable[[str], JobStore] | None = None,
         **more: Any,
     ) -> None:
         """more: for create_app, and `others`, models beside the first."""
         self.engine = FakeEngine(info)
-        prepared = prepare(self.engine, limits, tick_times, policy)
+        prepared = prepare(self.engine, limits, tick_times)
         first = [prepared, *more.pop("others", ())]
 
         def open_store(weights_hash: str) -> JobStore:

@@ -39,8 +39,6 @@ def moved() -> dict[str, Metric]:
         rows_active=lambda: 1,
         rows_waiting=lambda: 1,
         backlog_s=lambda: 1.0,
-        background_rows=lambda: 1,
-        background_backlog_s=lambda: 1.0,
         device_memory_bytes=lambda: 1,
         keys_up=lambda: True,
         store_up=lambda: True,

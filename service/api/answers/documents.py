@@ -21,7 +21,6 @@ JOB_EXAMPLE: dict[str, Any] = {  # without null members, which FastAPI would lea
     "model": "fashion-mnist-32",
     "state": "running",
     "durable": True,
-    "background": False,
     "step": 57,
     "steps": 200,
     "n": 4,
@@ -83,7 +82,6 @@ class JobAnswer(BaseModel):
     model: str = Field(description="The name of the model.")
     state: str = Field(json_schema_extra={"enum": list(STATES)})
     durable: bool = Field(description="Whether the job is finished even if the client or the server stops.")
-    background: bool = Field(default=False, description="Whether the job lets all others go first.")
     step: int | None = Field(description="How many steps the images have taken, on average, counted in passes.")
     steps: int = Field(description="How many passes each image takes.")
     n: int = Field(description="The number of images.")
@@ -109,7 +107,6 @@ class JobAnswer(BaseModel):
             model=view.model_name,
             state=view.state,
             durable=view.durable,
-            background=record.background,
             step=view.step,
             steps=record.spec.num_passes,
             n=record.spec.n,
@@ -196,9 +193,6 @@ class LimitsAnswer(BaseModel):
     max_rows: int = Field(description="The most images that wait and run at once.")
     max_jobs: int = Field(description="The most jobs that wait and run at once.")
     max_backlog_s: float = Field(description="The most seconds of work that may wait.")
-    max_background_rows: int = Field(description="The most images of background jobs at once, beside `max_rows`.")
-    max_background_jobs: int = Field(description="The most background jobs at once, beside `max_jobs`.")
-    background_max_wait_s: float = Field(description="Seconds for which a background job lets all others go first.")
     max_body_bytes: int = Field(description="The most bytes of a body, not counting its images.")
     max_image_bytes: int = Field(description="The most bytes of an uploaded image.")
     result_cache_bytes: int = Field(description="The size of the result cache.")

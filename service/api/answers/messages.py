@@ -18,7 +18,6 @@ MEMBERS: Mapping[str, tuple[str | None, str]] = {  # the type, None for any; and
     "guidance": ("number", "The guidance that is taken. 1.0 is off."),
     "eta_s": ("number", "Seconds until the job should be done."),
     "position": ("integer", "How many jobs go before it."),
-    "background": ("boolean", "Whether it lets all other jobs go first."),
     "fingerprint": ("string", "What the bytes depend on besides the request."),
     "warning": ("string", "Why the images are probably not what was wanted. Absent where there is no reason."),
     "step": (
@@ -99,7 +98,7 @@ STREAM: Described = {
     "server": {
         "accepted": _message(
             "The job was accepted.",
-            *("id", "seed", "sampler", "steps_taken", "guidance", "eta_s", "position", "background", "fingerprint"),
+            *("id", "seed", "sampler", "steps_taken", "guidance", "eta_s", "position", "fingerprint"),
             "warning",
             kind="accepted",
         ),

@@ -42,7 +42,6 @@ _BOUNDS = {
     "output_format": "one of png, jpeg, webp",
     "output_compression": "an integer in 0..100",
     "background": "one of auto, opaque, transparent",
-    "service_tier": "one of auto, default, flex: flex lets all other jobs go first",
     "stream": "true or false",
     "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
 }
@@ -86,11 +85,6 @@ class ImagesRequest(RequestSchema):
         description="For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` "
         "keeps it where `output_format` can. Images of other models are opaque.",
         json_schema_extra=default("`auto`"),
-    )
-    service_tier: Literal["auto", "default", "flex"] = Field(
-        "auto",
-        description="`flex`: a background job, which lets all others go first.",
-        json_schema_extra=default("`auto`: not a background job"),
     )
     stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=default("false"))
     partial_images: Int = Field(
@@ -165,8 +159,6 @@ class ImagesRequest(RequestSchema):
         can_guide = label is not None and model.null_class is not None
         filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
         meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}
-        if self.service_tier == "flex":
-            meant["background"] = True
         return meant | filled | dict(extensions)
 
     def about(self, model: ModelInfo) -> dict[str, Any]:

@@ -325,12 +325,6 @@ class SampleRequest(RequestSchema):
         "504.",
         json_schema_extra=default("none"),
     )
-    background: Bool = Field(
-        False,
-        description="Let all other jobs go first, until this one has waited for `background_max_wait_s` of "
-        "`GET /model`. The images are the same.",
-        json_schema_extra=default("false"),
-    )
     strength: PositiveShare | None = Field(
         None,
         description="With `image`: the share of the denoising steps that run again.",
@@ -560,7 +554,6 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "clip": "true or false",
         "bit_depth": "8, 16 or 32" if model.channels == 1 else f"8 or 32 for {model.channels} channels; 16 is for one",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
-        "background": "true or false",
         "strength": "a number above 0, at most 1",
         "image": ENCODED_IMAGE,
         "mask": ENCODED_IMAGE,

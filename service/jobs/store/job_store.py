@@ -86,7 +86,7 @@ class JobStore(DeliveryStore, ABC):
         Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these the
         shortest suspect comes first, unless another is on trial here; released jobs follow by arrival. A suspect is a
         job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and the oldest if
-        the intake accepts it. Background jobs come last until they are held back no more.
+        the intake accepts it.
 
         One that was begun by another build is left to a replica of that build while one lives, and one with a table
         that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is

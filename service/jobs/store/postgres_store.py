@@ -25,7 +25,7 @@ from tminus.service.jobs.store.postgres_database import connect, prepare_schema
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, now_us
 from tminus.service.jobs.store.tables import make_postgres_tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run, kept_bytes, webhook_of
-from tminus.service.scheduling.cluster import NONE_REFUSED, ClusterLoad, Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
@@ -115,18 +115,17 @@ class PostgresStore(JobStore):
         }
         arrival, length = jobs.c.arrival, jobs.c.places
         new, released = jobs.c.fence == 0, sa.and_(jobs.c.fence > 0, ~self._suspect)
-        held_back = sa.and_(jobs.c.background, jobs.c.created_us > intake.held_back_after_us).label("held_back")
-        free = partial(self._free, (fingerprint, rows, tables), intake, held_back)
+        free = partial(self._free, (fingerprint, rows, tables))
         with self._transaction() as run:
             suspect = run(free(self._may_be_tried(), length, arrival).limit(1)).all()
             chosen = _first([*suspect, *run(free(released, arrival)).all()], begun_places)
             for row in chosen:
-                intake.add(row.places, held_back=row.held_back)
+                intake.add(row.places)
             shortest = run(free(new, length, arrival)).all()
-            chosen += [row for row in shortest if intake.offer(row.places, held_back=row.held_back)]
-            if intake.refused < NONE_REFUSED:
+            chosen += [row for row in shortest if intake.offer(row.places)]
+            if intake.refused < math.inf:
                 oldest = run(free(new, arrival).limit(1)).first()  # None: one with its table has just started
-                is_next = oldest is not None and not oldest.held_back and oldest not in chosen
+                is_next = oldest is not None and oldest not in chosen
                 if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
             if chosen:
@@ -135,32 +134,22 @@ class PostgresStore(JobStore):
         return self._claimed(chosen)
 
     def _free(
-        self,
-        can: tuple[str, int, Collection[str]],
-        intake: Intake,
-        held_back: sa.ColumnElement[bool],
-        which: sa.ColumnElement[bool],
-        *order: Any,
+        self, can: tuple[str, int, Collection[str]], which: sa.ColumnElement[bool], *order: Any
     ) -> sa.Select[Any]:
-        """Lock the first of these jobs that this replica may claim with its build, rows and tables.
-
-        In some order, and those last that are held back.
-        """
+        """Lock the first of these jobs, in some order, that this replica may claim with its build, rows and tables."""
         fingerprint, rows, tables = can
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
         lease_left = replicas.c.lease_until - sa.func.clock_timestamp()
         may_have_it = sa.exists(replicas.c.id).where(*other_builds, lease_left > -AWAY)
-        query = sa.select(*self._record_columns, self._suspect.label("suspect"), held_back, jobs.c.fence, jobs.c.places)
+        query = sa.select(*self._record_columns, self._suspect.label("suspect"), jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), ~self._living, which)
         query = query.where(jobs.c.rows <= rows, *self._understood(), *self._here())
         query = query.where(~(_lacks_table(jobs.c.spec, tables) & may_have_it))
-        if not intake.takes_background:
-            query = query.where(~jobs.c.background)
         began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
         began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
         query = query.where(sa.or_(jobs.c.fence == 0, ~began.exists()))
-        return query.order_by(held_back, *order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+        return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def _may_be_tried(self) -> sa.ColumnElement[bool]:
         """Choose the suspects whose wait is over, if none is on trial here. A trial lasts a lease at most.
@@ -221,7 +210,7 @@ class PostgresStore(JobStore):
 
     def load(self) -> ClusterLoad:
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
-        columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.background_s, replicas.c.lease_until)
+        columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         # A replica with two builds of the same weights, during a reload, counts once.
@@ -229,14 +218,13 @@ class PostgresStore(JobStore):
         # How long ago it told its backlog.
         told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
         least = sa.func.min(sa.func.greatest(0, living.c.backlog_s - told_s)).filter(living.c.id != self._replica)
-        held, in_background = sa.func.avg(living.c.backlog_s), sa.func.avg(living.c.background_s)
-        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, in_background, least)
-        sums = (sa.func.count(), sa.func.sum(jobs.c.places))
-        waiting = sa.select(*(each.filter(which) for which in (~jobs.c.background, jobs.c.background) for each in sums))
+        held = sa.func.avg(living.c.backlog_s)
+        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, least)
+        waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
         waiting = waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._understood(), *self._here())
         with self._transaction() as run:
-            count, pace, held_s, background_held_s, least_s = run(those).one()
-            jobs_free, places, background_jobs, background_places = run(waiting).one()
+            count, pace, held_s, least_s = run(those).one()
+            jobs_free, places = run(waiting).one()
         return ClusterLoad(
             count,
             float(pace or 0),
@@ -244,9 +232,6 @@ class PostgresStore(JobStore):
             jobs_free,
             float(places or 0),
             math.inf if least_s is None else float(least_s),
-            float(background_held_s or 0),
-            background_jobs,
-            float(background_places or 0),
         )
 
     def release(self, job_id: str) -> None:
@@ -414,10 +399,10 @@ class _Taken(Exception):
 def format_of(job: JobRecord) -> int:
     """The least version that can do a job.
 
-    Those before the fourth do not know pndm and no bit depth, and would let no others go before a background job; those
-    before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
+    Those before the fourth do not know pndm and no bit depth; those before the third know no noise between two seeds.
+    The first knows no webhooks, and would owe them nothing.
     """
-    if job.background or job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
+    if job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
         return 4
     if job.spec.to_seed is not None:
         return 3

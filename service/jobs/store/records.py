@@ -29,7 +29,6 @@ class JobRecord:
     owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker, or of the whole process, while it worked on this job
     webhook: Webhook | None = None  # who is told of its events
-    background: bool = False  # whether all others go before it, until it has waited for long enough
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
     suspect: bool = field(default=False, compare=False)  # at the claim: an earlier replica was lost with it
     ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
@@ -69,8 +68,7 @@ class ReplicaPace:
     """What the replicas that share a store tell each other of themselves."""
 
     places_per_s: float
-    backlog_s: float  # of all that it has to do, durable or not, but for background jobs
-    background_s: float = 0.0  # of background jobs
+    backlog_s: float  # of all that it has to do, durable or not
 
 
 @dataclass(frozen=True, slots=True)

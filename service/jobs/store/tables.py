@@ -46,7 +46,7 @@ def make_tables(
         sa.Column("key", sa.Text),
         sa.Column("request_hash", sa.Text),
         sa.Column("webhook", sa.Text),
-        sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # only earlier versions use it
         *of_jobs,
         sqlite_autoincrement=True,
         # Leases change every few seconds. With room in its page a row's new version needs no entry in the indices.
@@ -158,6 +158,6 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("address", sa.Text),
         sa.Column("places_per_s", sa.Float, nullable=False),
         sa.Column("backlog_s", sa.Float, nullable=False),
-        sa.Column("background_s", sa.Float, nullable=False, server_default="0"),
+        sa.Column("background_s", sa.Float, nullable=False, server_default="0"),  # only earlier versions use it
     )
     return replicas, tables

@@ -12,7 +12,7 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
 from tminus.service.model_info import LatentInfo
 
 JOB = [
-    "id", "model", "state", "durable", "background", "step", "steps", "n", "sampler", "seed", "position", "eta_s",
+    "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s",
     "age_s", "created", "finished", "fingerprint", "parameters", "problem", "webhook",
 ]  # fmt: skip
 PAGE = ["jobs", "next"]
@@ -70,9 +70,6 @@ MODEL: dict[str, Any] = {
         "max_rows": 256,
         "max_jobs": 16,
         "max_backlog_s": 1e9,
-        "max_background_rows": 64,
-        "max_background_jobs": 16,
-        "background_max_wait_s": 3600.0,
         "max_body_bytes": 4096,
         "max_image_bytes": 8 * 2**20,
         "result_cache_bytes": 0,

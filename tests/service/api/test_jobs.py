@@ -78,7 +78,7 @@ def test_waiting_and_running_jobs_are_listed_with_position_and_time(asked: Asked
     asked.site.engine.next_begun()
     one, two = asked.jobs()
     members = {"id", "model", "state", "durable", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
-    members |= {"created", "finished", "fingerprint", "parameters", "problem", "webhook", "background"}
+    members |= {"created", "finished", "fingerprint", "parameters", "problem", "webhook"}
     assert one.keys() == two.keys() == members
     assert not one["durable"]
     assert (one["state"], one["position"], one["n"], one["steps"]) == ("running", 0, 2, 4)

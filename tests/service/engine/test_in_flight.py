@@ -22,7 +22,7 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.loading import LONG_FULL_TICK_S, measure_overlap
 from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
-from tminus.service.scheduling.scheduler import ClassScheduler, Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Inputs
 from tminus.service.work import Batch, work_of
 
@@ -94,7 +94,7 @@ def test_any_mix_with_two_ticks_in_flight_has_the_bits_of_each_job_alone(
 ) -> None:
     executor = make(tiny)
     own = [together(make_engine(tiny, executor=executor), [job], max_batch=16, read=Engine.latents)[0] for job in JOBS]
-    monkeypatch.setattr(ClassScheduler, "overlaps", True)
+    monkeypatch.setattr(Scheduler, "overlaps", True)
     monkeypatch.setattr(plan_store, "FIRST_LINES", 8)  # so that plans move while ticks are in flight
 
     @settings(max_examples=5, deadline=None)

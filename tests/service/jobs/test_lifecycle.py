@@ -155,41 +155,13 @@ def test_jobs_of_an_earlier_start_wait_for_room_in_order_and_can_be_cancelled_an
     assert finished == sorted(finished)
 
 
-def test_a_background_job_stays_one_over_a_restart_for_what_is_left_of_its_wait(restarts: Restarts) -> None:
-    site = restarts.start(shut=True)
-    background = {"steps": 500, "seed": 1, "background": True}
-    held_back = post(site, background).json()["id"]
-    restarts.stop()
+def test_a_job_that_an_earlier_version_kept_as_a_background_job_is_done_like_any_other(restarts: Restarts) -> None:
     store = SqliteStore(restarts.file)
-    long_ago = JobRecord("a" * 32, make_spec(steps=500, seed=3), now_us() - 50_000_000, background=True)
-    store.add(long_ago)
+    store.add(JobRecord("a" * 32, make_spec(), now_us()))
     store.close()
-    site = restarts.start(shut=True, background_max_wait_s=40.0)
-    other = post(site, {"steps": 500, "seed": 2}).json()["id"]
-    wait_until(lambda: len(site.worker.jobs) == 3)
-    site.engine.gate.let(3)
-    for _ in range(4):
-        batch = site.engine.next_begun()
-    assert site.engine.seeds(batch) == {2, 3}, "one of both has waited for long enough"
-    assert [site.client.get(f"/jobs/{each}").json()["background"] for each in (held_back, "a" * 32, other)] == [
-        True, True, False,
-    ]  # fmt: skip
-    site.engine.gate.open()
-    finished = [wait_for(site, each)["finished"] for each in (other, "a" * 32, held_back)]
-    assert finished[-1] == max(finished)
-
-
-def test_no_other_job_of_an_earlier_start_waits_for_slots_of_the_background(restarts: Restarts) -> None:
-    site = restarts.start(shut=True)
-    first, second = (post(site, {"steps": 500, "seed": k, "background": True}).json()["id"] for k in range(2))
-    other = post(site, {"steps": 500, "seed": 2}).json()["id"]
-    restarts.stop()
-    site = restarts.start(shut=True, max_jobs=1)
-    wait_until(lambda: other in site.worker.jobs)
-    assert (first in site.worker.jobs, second in site.worker.jobs) == (True, False)
-    site.engine.gate.open()
-    for each in (other, first, second):
-        wait_for(site, each)
+    with closing(sqlite3.connect(restarts.file)) as connection, connection:
+        connection.execute("UPDATE jobs SET background = 1")
+    wait_for(restarts.start(), "a" * 32)
 
 
 def test_a_deadline_goes_on_while_the_server_is_down(restarts: Restarts) -> None:

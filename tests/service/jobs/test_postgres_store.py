@@ -201,7 +201,7 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
     store = database.open()
 
     def claimed(places: float, rows: int = ROWS) -> int:
-        intake = Intake(0.0 if begun else places, [(False, 0.0)], oldest_us=0)
+        intake = Intake(0.0 if begun else places, [0.0], oldest_us=0)
         return len(store.claim("build", intake, places if begun else 0.0, rows).jobs)
 
     assert claimed(MANY, rows=2) == 0, "none of more rows than it takes"
@@ -228,53 +228,15 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
         first.add(job(name, replace(SPECS[0], n=n)), held=False)
     first.close()
     length = float(SPECS[0].num_passes)
-    busy = Intake(length, [(False, length)], oldest_us=0)
+    busy = Intake(length, [length], oldest_us=0)
     assert store.claim("build", busy, MANY, ROWS).jobs == []
     assert busy.refused == (False, length)
-    with_longer = Intake(length, [(False, 9 * length)], oldest_us=0)
+    with_longer = Intake(length, [9 * length], oldest_us=0)
     assert taken(store, with_longer) == ["short"]
-    assert with_longer.refused == (False, length)
-    newer = Intake(length, [(False, length)], oldest_us=2**60)
+    assert with_longer.refused == length
+    newer = Intake(length, [length], oldest_us=2**60)
     assert taken(store, newer) == ["long"]
     assert taken(store) == ["short later", "middle"]
-
-
-def test_background_jobs_are_claimed_after_all_others_until_they_have_waited_for_long_enough(
-    database: DatabaseShelf,
-) -> None:
-    first, store = database.open(), database.open()
-    background = replace(job("background"), background=True)
-    waited = replace(job("waited"), background=True, created_us=background.created_us - 10_000_000)
-    others = [job("long", replace(SPECS[0], n=3)), job("other")]
-    for each in (waited, background, *others):
-        first.add(each, held=False)
-    begun = [job("begun"), replace(job("begun background"), background=True)]
-    for each in reversed(begun):
-        first.add(each)
-    first.close()
-    after_us, length = background.created_us - 1, SPECS[0].num_passes
-    assert (store.load().jobs, store.load().background_jobs) == (3, 3)
-    assert (store.load().places, store.load().background_places) == (5.0 * length, 3.0 * length)
-    assert store.get("background") == background
-    full = Intake(0.0, takes_background=False, held_back_after_us=after_us)
-    (record,) = store.claim("build", full, 1.0, 1).jobs
-    assert record == begun[0], "of what was begun too the others come first"
-    store.release("begun")
-    everything = store.claim("build", Intake(MANY, held_back_after_us=after_us), MANY, ROWS).jobs
-    assert [each.id for each in everything][:2] == ["begun", "begun background"]
-    assert [each.id for each in everything][2:] == ["waited", "other", "long", "background"]
-
-
-def test_a_background_job_is_taken_on_where_nothing_goes_before_it(database: DatabaseShelf) -> None:
-    first, store = database.open(), database.open()
-    length = float(SPECS[0].num_passes)
-    for name, in_background in (("background", True), ("other", False)):
-        first.add(replace(job(name), background=in_background), held=False)
-    first.close()
-    with_longer = Intake(length, [(False, 9 * length)])
-    assert taken(store, with_longer) == ["other"], "nine times as much goes before the other, though it is longer"
-    assert with_longer.refused == (True, length)
-    assert taken(store, Intake(length, [(True, 9 * length)])) == ["background"]
 
 
 def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
@@ -320,17 +282,17 @@ def _but_least(load: ClusterLoad) -> ClusterLoad:
 def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     assert one.load() == ClusterLoad()
-    renew(one, "build", ReplicaPace(100.0, 40.0, 10.0))
+    renew(one, "build", ReplicaPace(100.0, 40.0))
     renew(other, "build", ReplicaPace(300.0, 80.0))
     renew(other, "another build", ReplicaPace(200.0, 80.0))
     one.add(job("held"))
     for name in ("a", "b"):
         assert one.add(job(name, SPECS[1]), held=False)
     places = 2 * 3 * 2 * SPECS[1].num_passes
-    assert _but_least(other.load()) == ClusterLoad(2, 400.0, 60.0, 2, places, background_held_s=5.0)
+    assert _but_least(other.load()) == ClusterLoad(2, 400.0, 60.0, 2, places)
     assert [store.load().least_s for store in (one, other)] == pytest.approx([80.0, 40.0], abs=10.0), "of the others"
     assert taken(other, Intake(1.0)) == ["a"]
-    assert _but_least(one.load()) == ClusterLoad(2, 400.0, 60.0, 1, places / 2, background_held_s=5.0)
+    assert _but_least(one.load()) == ClusterLoad(2, 400.0, 60.0, 1, places / 2)
     database.expire()
     database.change("UPDATE replicas SET lease_until = now() - interval '1 second'")
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -514,9 +476,8 @@ def test_a_job_is_of_the_format_that_it_needs() -> None:
     walk = replace(plain, spec=replace(plain.spec, to_seed=9, mix=0.5))
     told = replace(plain, webhook=Webhook("https://hooks.example/x"))
     start = replace(plain, spec=replace(plain.spec, sampler="pndm"))
-    background = replace(told, background=True)
     deep = replace(told, spec=replace(plain.spec, bit_depth=32))
-    assert [format_of(each) for each in (plain, told, walk, background, start, deep)] == [1, 2, 3, 4, 4, 4]
+    assert [format_of(each) for each in (plain, told, walk, start, deep)] == [1, 2, 3, 4, 4]
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:

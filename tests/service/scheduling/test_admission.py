@@ -11,8 +11,8 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.owners import ClassTimes
-from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
+from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.work import JobRows, Outlook, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
@@ -22,17 +22,16 @@ SECONDS_PER_PLACE = 1 / 64
 
 def make_admission(
     points: Sequence[tuple[int, float]] = RATE,
-    policy: Policy = "srpt",
     decode_s: float = 0.0,
     encode_s: float = 0.0,
-    times_of_owners: ClassTimes | None = None,
+    times_of_owners: OwnerTimes | None = None,
     shared: bool = False,
     **limits: float,
 ) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
     admission = Admission(held, times_of_owners, shared=shared)
     times = TickTimes(tuple(points))
-    sharing = Sharing.of(held.max_batch, policy, 4, times)
+    sharing = Sharing.of(held.max_batch, 4, times)
     admission.put(0, Speed(sharing, held.max_rows, decode_s, encode_s))
     return admission
 
@@ -173,16 +172,16 @@ def test_a_deadline_that_even_an_idle_server_misses_is_a_bad_field(deadline_s: f
 
 
 def test_a_deadline_that_the_load_prevents_is_refused_with_the_earliest_that_can_be_met() -> None:
-    admission = make_admission(policy="fcfs")
+    admission = make_admission()
     admission.enter("a", plain(8, 80), now_s=0.0)
     with pytest.raises(DeadlineUnmeetable) as caught:
-        admission.enter("b", plain(8, 8), now_s=0.0, deadline_s=4.0)
+        admission.enter("b", plain(8, 160), now_s=0.0, deadline_s=25.0)
     error = caught.value
-    assert (error.status, error.code, error.field, error.value) == (429, "deadline_unmeetable", "deadline_s", 4.0)
-    assert error.bound == "at least 11 s at this load"
+    assert (error.status, error.code, error.field, error.value) == (429, "deadline_unmeetable", "deadline_s", 25.0)
+    assert error.bound == "at least 30 s at this load"
     assert "Retry-After" not in error.headers
     assert len(admission.outlooks(0.0)) == 1
-    assert admission.enter("b", plain(8, 8), now_s=0.0, deadline_s=11.0) == Outlook(1, pytest.approx(11.0))
+    assert admission.enter("b", plain(8, 160), now_s=0.0, deadline_s=30.0) == Outlook(1, pytest.approx(30.0))
 
 
 # --- latent models: images are decoded after their steps ---
@@ -207,7 +206,7 @@ def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_t
     admission = make_admission(decode_s=0.5, encode_s=0.25)
     admission.enter("a", plain(2, 10), now_s=0.0, has_picture=True)
     assert admission.backlog_s == 20 * SECONDS_PER_PLACE + 1.25
-    admission.readmit("b", plain(2, 10), places_left=6, now_s=0.0)
+    admission.readmit("b", plain(2, 10), places_left=6)
     assert admission.backlog_s == 26 * SECONDS_PER_PLACE + 2.25
 
 
@@ -261,21 +260,20 @@ def test_a_job_for_which_no_replica_has_room_or_time_is_refused_and_each_is_told
             admission.leave_to_any(work, idle, now_s=0.0, deadline_s=deadline_s)
 
 
-@pytest.mark.parametrize(("policy", "has_room"), [("srpt", [True, True, False]), ("fcfs", [False, False, False])])
-def test_a_job_is_taken_on_where_little_goes_before_it_by_the_policy(policy: Policy, has_room: list[bool]) -> None:
-    admission = make_admission(policy=policy)
+def test_a_job_is_taken_on_where_little_goes_before_it() -> None:
+    admission = make_admission()
     admission.enter("long", plain(1, 640), now_s=0.0)  # 10 s
     admission.enter("short", plain(1, 64), now_s=0.0)
     admission.stepped(0, [JobRows("long", (), 320)], 0, 0.0)  # 5 s are left
     intake = admission.intake(0, 6.0)
-    assert [intake.has_room(places) for places in (1, 319, 320)] == has_room
+    assert [intake.has_room(places) for places in (1, 319, 320)] == [True, True, False]
     assert admission.intake(0, 6.1).has_room(320)
 
 
 def test_work_of_other_models_goes_before_a_job_by_the_seconds_it_takes() -> None:
     admission = make_admission()
     slower = TickTimes(((8, 1.0),))  # 8 times as slow
-    admission.put(1, Speed(Sharing.of(8, "srpt", 4, slower), 256))
+    admission.put(1, Speed(Sharing.of(8, 4, slower), 256))
     admission.enter("other", Work(1, 8, range(0), model=1), now_s=0.0)  # a second, 64 places of the first model
     assert admission.intake(0, 1.0).has_room(63)
     assert not admission.intake(0, 1.0).has_room(64)
@@ -323,7 +321,7 @@ def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_fo
 
 def test_a_key_is_told_a_time_where_another_has_jobs_of_another_model() -> None:
     admission = shared(max_backlog_s=80.0)
-    admission.put(1, Speed(Sharing.of(8, "srpt", 4, TickTimes(RATE)), 256))
+    admission.put(1, Speed(Sharing.of(8, 4, TickTimes(RATE)), 256))
     assert enter(admission, "flood", 20) == 6
     admission.enter("other", replace(WORK, model=1), "b", now_s=0.0)
     with pytest.raises(Overloaded) as caught:
@@ -364,15 +362,15 @@ def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
 
 
 def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline() -> None:
-    owner_times = ClassTimes()
-    owner_times.foreground.join("flood")
+    owner_times = OwnerTimes()
+    owner_times.join("flood")
     admission = make_admission(RATE, times_of_owners=owner_times, shared=True, max_backlog_s=1e6)
     admission.enter("f0", plain(64, 1000), "flood", now_s=0.0)
     for number in range(1, 8):
         admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
     for _ in range(200):
         admission.stepped(0, [JobRows("f0", (), 8)], 8, 1 / 8)
-    owner_times.foreground.stepped({"flood": 25.0})
+    owner_times.stepped({"flood": 25.0})
     outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
     assert outlook.eta_s == pytest.approx(10.0, rel=0.1)
 
@@ -380,4 +378,4 @@ def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline
 def test_a_job_of_an_earlier_process_is_refused_for_no_share() -> None:
     admission = shared(max_jobs=8)
     for number in range(8):
-        admission.readmit(f"f{number}", WORK, "flood", places_left=10, now_s=0.0)
+        admission.readmit(f"f{number}", WORK, "flood", places_left=10)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.fakes import LIMITS
-from tminus.service.scheduling.cluster import NONE_REFUSED, ClusterLoad, Intake
+from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.room import Excess
 from tminus.service.work import Work
 
@@ -88,9 +88,7 @@ def test_after_the_time_that_is_told_there_is_room(
 @given(PLACES, st.lists(PLACES), PLACES)
 def test_only_what_is_not_longer_goes_before_a_job(room: float, held: list[float], places: float) -> None:
     before = sum(sorted(each for each in held if each <= places))
-    others = [(False, each) for each in held]
-    assert Intake(room, others).has_room(places) == (before < room)
-    assert Intake(room, others, shortest_first=False).has_room(places) == (sum(sorted(held)) < room)
+    assert Intake(room, held).has_room(places) == (before < room)
 
 
 @given(st.floats(1.0, 1e6), st.lists(PLACES))
@@ -102,11 +100,11 @@ def test_of_jobs_that_come_in_order_of_length_those_are_taken_before_which_there
     taken = [intake.offer(places) for places in offered]
     assert taken == [total < room for total in before[:-1]] or len(set(offered)) < len(offered)
     refused = [places for places, was in zip(offered, taken, strict=True) if not was]
-    assert intake.refused == min(((False, places) for places in refused), default=NONE_REFUSED)
+    assert intake.refused == min(refused, default=math.inf)
 
 
 def test_the_oldest_of_all_is_taken_by_who_has_none_that_is_older() -> None:
-    assert not Intake(8.0, [(False, 9.0)], oldest_us=5).offer_oldest(10.0, 6)
-    assert Intake(8.0, [(False, 9.0)], oldest_us=5).offer_oldest(10.0, 4)
+    assert not Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 6)
+    assert Intake(8.0, [9.0], oldest_us=5).offer_oldest(10.0, 4)
     assert Intake(0.0).offer_oldest(10.0, 4), "who has nothing takes any"
-    assert Intake(8.0, [(False, 7.0)], oldest_us=5).offer_oldest(10.0, 6), "and who has room"
+    assert Intake(8.0, [7.0], oldest_us=5).offer_oldest(10.0, 6), "and who has room"

@@ -12,7 +12,6 @@ from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
 from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed, stretch
-from tminus.service.scheduling.owners import Past
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 from tminus.service.work import Outlook, Work
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.slow
 SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
 FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longer for more rows
 SLOW = TickTimes(((1, 0.05), (8, 0.1)))
-SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing(8, 8, 0, "srpt")
+SRPT, NO_RESERVE = Sharing.of(8), Sharing(8, 8, 0)
 
 
 def forecast(*works: Work, sharing: Sharing = SRPT, times: TickTimes = SAME) -> dict[str, Outlook]:
@@ -95,12 +94,11 @@ def test_an_oldest_job_that_is_held_back_is_foretold_its_quarter_and_the_short_o
 @st.composite
 def machines(draw: st.DrawFn, overlapped: float | None = None) -> Machine:
     """Jobs of one to three owners on one or two models, some of them begun."""
-    policy = draw(st.sampled_from(["srpt", "srpt", "srpt", "fcfs"]))
     max_batch = draw(st.sampled_from([2, 4, 8, 8, 16, 64]))
     short_batch = draw(st.sampled_from([max_batch, max(2, max_batch // 2), 1]))
     times = replace(draw(st.sampled_from([TIMES, FLAT])), overlapped=overlapped)
-    slow = [speed_of(8, policy, times=SLOW)] * draw(st.sampled_from([0, 0, 1]))
-    machine = Machine(speed_of(max_batch, policy, short_batch, times), *slow)
+    slow = [speed_of(8, times=SLOW)] * draw(st.sampled_from([0, 0, 1]))
+    machine = Machine(speed_of(max_batch, short_batch, times), *slow)
     owners = draw(st.sampled_from(["a", "a", "ab", "abc"]))
     for number in range(draw(st.integers(1, 12))):
         steps = draw(st.sampled_from([5, 20, 50, 400]) | st.integers(1, 100))
@@ -109,10 +107,8 @@ def machines(draw: st.DrawFn, overlapped: float | None = None) -> Machine:
         on = draw(st.sampled_from([range(0), range(0), range(steps), range(start, stop)]))
         rows = draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 2 * max_batch))
         model = draw(st.sampled_from([*machine.speeds]))
-        back_s = draw(st.sampled_from([None, None, 0.0, 0.2, 1e9]) | st.floats(0.0, 5.0))
-        machine.add(f"{draw(st.sampled_from(owners))}{number}", Work(rows, steps, on, model=model, held_back_s=back_s))
-    for times in (machine.times.foreground, machine.times.background):
-        times.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in times.owners})
+        machine.add(f"{draw(st.sampled_from(owners))}{number}", Work(rows, steps, on, model=model))
+    machine.times.stepped({owner: draw(st.sampled_from([0, 0, 0.5, 3.0])) for owner in machine.times.owners})
     for _ in range(draw(st.sampled_from([0, 0, 3, 40]))):
         machine.step()
     return machine
@@ -163,7 +159,7 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(owners: 
     def strides(jobs: int) -> int:
         works = [plain(1 + number % 5, 1 + 37 * number % 200) for number in range(jobs)]
         pending = [Pending(f"{n}", work, work.places, owner=f"{n % owners}") for n, work in enumerate(works)]
-        ahead = Ahead(pending, {0: speed_of()}, Past({f"{n}": float(n) for n in range(owners)}))
+        ahead = Ahead(pending, {0: speed_of()}, {f"{n}": float(n) for n in range(owners)})
         count = 0
         while ahead.step() is not None:
             count += 1

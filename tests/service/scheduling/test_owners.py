@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
-from tminus.service.scheduling.scheduler import Policy, TickTimes
+from tminus.service.scheduling.scheduler import TickTimes
 from tminus.service.work import Work
 
 FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longer for more rows
@@ -190,12 +190,12 @@ def test_who_leads_pays_for_the_places_that_others_could_not_have() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.randoms(use_true_random=False), st.sampled_from(["srpt", "fcfs"]))
+@given(st.randoms(use_true_random=False))
 def test_all_work_is_done_and_who_has_had_more_does_not_go_before_one_who_could_use_it(
-    rng: random.Random, policy: Policy
+    rng: random.Random,
 ) -> None:
     max_batch = rng.choice([2, 4, 8, 16])
-    machine = Machine(speed_of(max_batch, policy, rng.choice([max_batch, 2])))
+    machine = Machine(speed_of(max_batch, rng.choice([max_batch, 2])))
     for number in range(rng.randint(2, 15)):
         steps = rng.choice([1, 5, 20, 50])
         on = rng.choice([range(0), range(steps)])
@@ -205,12 +205,12 @@ def test_all_work_is_done_and_who_has_had_more_does_not_go_before_one_who_could_
     for job_id, work in machine.works.items():
         wanted[job_id[0]] += work.places
     while True:
-        had_s = machine.times.foreground.of(machine.owners)
-        can_use = {owner: scheduler.foreground._owners[owner].places_now for owner in had_s}
+        had_s = machine.times.of(machine.owners)
+        can_use = {owner: scheduler._owners[owner].places_now for owner in had_s}
         if (places := machine.tick()) is None:
             break
         assert sum(places.values()) <= max_batch
-        for other in had_s if scheduler.foreground._leader is None else ():
+        for other in had_s if scheduler._leader is None else ():
             if places.get(other, 0) + 1 < can_use[other]:  # a guided row may have to wait for a second place
                 for owner in places:
                     before_last_s = had_s[owner] + (places[owner] - 2) * place_s

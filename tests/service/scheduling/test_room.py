@@ -17,7 +17,7 @@ from tests.service.scheduling.test_admission import LIMITS, make_admission, refu
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.room import SPREAD_S, Line
-from tminus.service.scheduling.scheduler import Policy, TickTimes
+from tminus.service.scheduling.scheduler import TickTimes
 from tminus.service.work import Work
 
 # --- the line ---
@@ -87,11 +87,10 @@ def serve(
     requests: Sequence[tuple[float, Work]],
     limits: Limits,
     points: tuple[tuple[int, float], ...] = TICKS,
-    policy: Policy = "srpt",
     comes_back: Callable[[int], bool] = lambda _number: True,
 ) -> Outcome:
     on_refusal = check_refusal(limits, points)
-    return simulate.serve(requests, limits, points, policy, comes_back=comes_back, on_refusal=on_refusal)
+    return simulate.serve(requests, limits, points, comes_back=comes_back, on_refusal=on_refusal)
 
 
 @st.composite
@@ -115,19 +114,17 @@ tick_points = st.sampled_from([((8, 1 / 8),), TICKS, ((1, 0.02), (8, 0.022)), ((
     requests(),
     tick_points,
     st.sampled_from([{"max_backlog_s": 0.1}, {"max_backlog_s": 2.0}, {"max_jobs": 1}, {"max_jobs": 4, "max_rows": 24}]),
-    st.sampled_from(["srpt", "fcfs"]),
     st.sampled_from([2, 3, 1000]),
 )
 def test_nobody_is_refused_while_there_is_room_and_who_comes_back_gets_in(
     load: list[tuple[float, Work]],
     points: tuple[tuple[int, float], ...],
     limits: dict[str, float],
-    policy: Policy,
     leaves: int,
 ) -> None:
     """`serve` checks each refusal. Every so many clients never come back."""
     held = replace(LIMITS, **{"max_jobs": 1000, "max_rows": 10_000} | limits)  # type: ignore[arg-type]
-    outcome = serve(load, held, points, policy, lambda number: number % leaves != 0)
+    outcome = serve(load, held, points, lambda number: number % leaves != 0)
     returning = {number for number in range(len(load)) if number % leaves}
     assert returning <= outcome.entered.keys()
     places, times = sum(work.places for _, work in load), TickTimes(points)

@@ -14,7 +14,6 @@ from tminus.service.scheduling.scheduler import (
     MOST_IN_FLIGHT,
     MUCH_LONGER,
     RESERVED_SHARE,
-    Policy,
     Scheduler,
     Sharing,
     TickTimes,
@@ -65,7 +64,7 @@ def test_a_long_job_does_not_hold_up_a_short_one() -> None:
 
 
 def test_more_rows_than_places_advance_together() -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
+    scheduler = Scheduler(Sharing(2, 2, 0))
     add(scheduler, "a", range(6), steps=4)
     for _ in range(3):
         tick(scheduler)
@@ -85,7 +84,7 @@ def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
 
 
 def test_advance_tells_once_of_each_job_that_it_has_started_and_finished() -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
+    scheduler = Scheduler(Sharing(2, 2, 0))
     add(scheduler, "long", [0, 1], steps=2)
     add(scheduler, "short", [2], steps=1)
     seen = []
@@ -107,11 +106,9 @@ def test_only_the_batch_that_was_chosen_last_may_be_recorded() -> None:
         scheduler.advance(Batch(batch.rows, (1, 1), ()))
 
 
-@pytest.mark.parametrize(
-    ("max_batch", "policy", "places"), [(64, "srpt", 16), (4, "srpt", 2), (2, "srpt", 2), (8, "fcfs", 0)]
-)
-def test_the_reserve_is_a_share_and_at_least_a_guided_row(max_batch: int, policy: Policy, places: int) -> None:
-    assert Sharing.of(max_batch, policy).reserved == places
+@pytest.mark.parametrize(("max_batch", "places"), [(64, 16), (4, 2), (2, 2)])
+def test_the_reserve_is_a_share_and_at_least_a_guided_row(max_batch: int, places: int) -> None:
+    assert Sharing.of(max_batch).reserved == places
 
 
 def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_the_short_one_is_done() -> None:
@@ -146,11 +143,10 @@ def lines_run(act: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("policy", ["srpt", "fcfs"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bool) -> None:
+def test_a_tick_costs_the_same_however_many_jobs_wait(guided: bool) -> None:
     def ticks(waiting: int) -> int:
-        scheduler = Scheduler(Sharing.of(7, policy=policy, short_batch=4))
+        scheduler = Scheduler(Sharing.of(7, short_batch=4))
         for i in range(waiting):
             add(scheduler, f"w{i}", [i], steps=50 + i % 3, guided=guided)
         return lines_run(lambda: [tick(scheduler) for _ in range(10)])
@@ -159,7 +155,7 @@ def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bo
 
 
 def test_finding_the_oldest_job_costs_the_same_after_many_jobs_ended() -> None:
-    scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
+    scheduler = Scheduler(Sharing.of(4))
     for i in range(10_000):
         add(scheduler, f"w{i}", [i], steps=1)
     first = lines_run(lambda: tick(scheduler))
@@ -203,13 +199,12 @@ arrivals = st.lists(
 @st.composite
 def sharings(draw: st.DrawFn, overlapped: float | None = None) -> Sharing:
     max_batch = draw(st.integers(2, 12))
-    share, policy = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])), draw(st.sampled_from(["srpt", "srpt", "fcfs"]))
-    reserved = reserved_places(max_batch, share) if policy == "srpt" else 0
+    reserved = reserved_places(max_batch, draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])))
     short_batch = draw(st.just(max_batch) | st.integers(1, max_batch))
     if overlapped is None:
-        return Sharing(max_batch, short_batch, reserved, policy)
+        return Sharing(max_batch, short_batch, reserved)
     times = TickTimes(((1, 1.0), (2 * max_batch - draw(st.integers(0, max_batch)), 4.0)), overlapped)
-    return Sharing(max_batch, short_batch, reserved, policy, times, times.seconds_per_place(max_batch))
+    return Sharing(max_batch, short_batch, reserved, times, times.seconds_per_place(max_batch))
 
 
 def reserved_places(max_batch: int, share: float) -> int:
@@ -277,13 +272,12 @@ class Simulation:
 
     def in_turn(self) -> list[str]:
         """The jobs, the first in turn first."""
-        names = list(self.alive)
-        return sorted(names, key=self.remaining) if self.sharing.policy == "srpt" else names
+        return sorted(self.alive, key=self.remaining)
 
     def held_back(self) -> set[str]:
         """The jobs that make a short tick: much longer than the shortest, with a place for every job."""
         sharing = self.sharing
-        if sharing.policy == "fcfs" or len(self.alive) > sharing.max_batch or sharing.short_batch == sharing.max_batch:
+        if len(self.alive) > sharing.max_batch or sharing.short_batch == sharing.max_batch:
             return set()
         least = MUCH_LONGER * min(job.work.places for job in self.alive.values())
         return {name for name, job in self.alive.items() if job.work.places >= least}
@@ -445,7 +439,7 @@ class Simulation:
 def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
     work: Work, sharing: Sharing, share: float, random: random.Random
 ) -> None:
-    sharing = replace(sharing, policy="srpt", reserved=reserved_places(sharing.max_batch, share))
+    sharing = replace(sharing, reserved=reserved_places(sharing.max_batch, share))
     scheduler = Scheduler(sharing)
     scheduler.add("oldest", range(work.rows), work)
     rows_a_turn = sharing.reserved // 2
@@ -553,19 +547,6 @@ def test_a_job_that_is_cancelled_in_flight_is_left_out_when_its_tick_ends() -> N
     assert scheduler.rows_left("b") == 6
     assert {**scheduler.advance(first).places, **scheduler.advance(second).places}.keys() == {"b"}
     assert scheduler.steps("b") == (1,) * 6
-
-
-def test_a_background_job_whose_time_has_come_in_flight_is_held_back_until_its_tick_ends() -> None:
-    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
-    scheduler.add("a", range(4), Work(4, 20, range(0), held_back_s=1.0))
-    scheduler.come_to(0.5)
-    (batch,) = begin_all(scheduler)
-    scheduler.come_to(1.0)
-    assert "a" in scheduler.background
-    scheduler.advance(batch)
-    scheduler.come_to(1.0)
-    assert "a" in scheduler.foreground
-    assert scheduler.steps("a").count(1) == batch.places
 
 
 # --- a job that is held back ---

@@ -6,15 +6,15 @@ from itertools import count
 import pytest
 
 from tests.service.scheduling.machine import Machine, plain, speed_of
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler, TickTimes, Turns
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Scheduler, TickTimes, Turn, Turns
 
 FAST, SLOW = 0, 1  # a model of which a tick takes 10 ms, and one of which it takes 100 ms
 TICK_S = {FAST: 0.01, SLOW: 0.1}
 
 
-def machine_of(policy: Policy = "srpt") -> Machine:
+def machine_of() -> Machine:
     times = [TickTimes(((1, tick_s / 2), (8, tick_s))) for tick_s in TICK_S.values()]
-    return Machine(*(speed_of(8, policy, times=each) for each in times))
+    return Machine(*(speed_of(8, times=each) for each in times))
 
 
 def test_the_shortest_job_in_seconds_goes_first_whichever_model_it_is_of() -> None:
@@ -23,17 +23,9 @@ def test_the_shortest_job_in_seconds_goes_first_whichever_model_it_is_of() -> No
     assert machine.turns.next() is None
     machine.add("slow", plain(1, 10, SLOW))  # 10 places of 12.5 ms
     machine.add("sfast", plain(8, 10, FAST))  # 80 places of 1.25 ms: more places, and less time
-    assert machine.turns.next() == FAST
+    assert machine.turns.next() == Turn(FAST, ("s", SLOW))
     machine.run()
     assert machine.ends["sfast"] < machine.ends["slow"]
-
-
-def test_in_order_of_arrival_the_first_job_goes_first() -> None:
-    machine = machine_of("fcfs")
-    machine.add("slow", plain(8, 10, SLOW))
-    machine.add("sfast", plain(1, 1, FAST))
-    machine.run()
-    assert machine.ends == {"slow": pytest.approx(1.0), "sfast": pytest.approx(1.005)}
 
 
 @pytest.mark.parametrize(("oldest", "others"), [(SLOW, FAST), (FAST, SLOW)])
@@ -98,7 +90,7 @@ def test_a_model_may_come_and_go_and_is_not_held_then() -> None:
         scheduler.add(f"{steps} steps", range(1), plain(1, steps))
     with pytest.raises(AssertionError):
         turns.put(oldest, schedulers[0])
-    assert turns.next() is other
+    assert turns.next() == Turn(other, ("", oldest))
     with pytest.raises(AssertionError):
         turns.remove(oldest)
     schedulers[0].cancel("50 steps")

@@ -242,17 +242,11 @@ def test_a_durable_job_is_accepted_at_once_and_loads_its_model(several: Several)
 
 def test_no_more_jobs_wait_for_a_model_than_the_server_holds(several: Several) -> None:
     several.shelf.gate.clear()
-    for _ in range(LIMITS.max_background_jobs):
-        assert several.post("/models/b/jobs", json=QUICK | {"background": True}).status_code == 202
-    refusal = problem(several.post("/models/b/jobs", json=QUICK | {"background": True}), 429, "overloaded")
-    assert "in the background" in refusal["detail"]
     assert several.post("/models/b/jobs", json=QUICK).json()["position"] == 0
     for _ in range(LIMITS.max_jobs):
         assert several.post("/models/a/jobs", json=QUICK).status_code == 202
     problem(refused := several.post("/models/a/jobs", json=QUICK), 429, "overloaded")
     assert int(refused.headers["retry-after"]) >= 1
-    background = several.post("/models/a/jobs", json=QUICK | {"background": True})
-    assert (background.status_code, background.json()["position"]) == (202, LIMITS.max_jobs), "it has slots of its own"
     several.shelf.gate.set()
     wait_until(lambda: all(job["state"] == "done" for job in several.get("/jobs").json()["jobs"]))
 

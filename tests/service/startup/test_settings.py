@@ -58,7 +58,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "precision": ("bfloat16", "bfloat16"),
     "approve_when_idle": ("true", True),
     "exact": ("false", False),
-    "policy": ("fcfs", "fcfs"),
     "cache_dir": ("some/cache", Path("some/cache")),
     "max_n": ("7", 7),
     "max_batch": ("9", 9),
@@ -70,7 +69,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "allowed_hosts": ("a.example,b", "a.example,b"),
     "allowed_origins": ("https://a.example,https://b.example:8080", "https://a.example,https://b.example:8080"),
     "max_rows": ("13", 13),
-    "background_max_wait_s": ("60", 60.0),
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
     "state_dir": ("some/state", "some/state"),
@@ -338,7 +336,7 @@ def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
     for name in ("max_n", "max_jobs", "max_backlog_s", "max_body_bytes", "max_image_bytes", "max_streams_per_address"):
         assert getattr(limits, name) == GIVEN[name][1], name
     assert (limits.keep_jobs_s, limits.keep_jobs_bytes, limits.result_cache_bytes) == (1.5, 5 * 2**20, 5 * 2**20)
-    assert (served["speed"].sharing.policy, served["speed"].sharing.short_batch) == ("fcfs", 7)
+    assert served["speed"].sharing.short_batch == 7
     assert served["access"].with_secret("the-secret").name == "studio"
     assert not served["access"].is_open
     assert (served["results"].objects, served["results"].above_bytes) == ("s3://bucket/jobs", 5 * 1024)

@@ -1,9 +1,7 @@
 """The thread that encodes and decodes: fewest left first, one thing at a time, errors that end one job."""
 
-import math
 import queue
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +37,6 @@ class Bench:
         *,
         alone: bool = False,
         owner: str = "",
-        held_back_s: float | None = None,
     ) -> None:
         def task(number: int) -> Callable[[], str]:
             def act() -> str:
@@ -51,19 +48,16 @@ class Bench:
 
             return act
 
-        self.coding.put(
-            make_job(name, alone=alone, owner=owner, held_back_s=held_back_s), "decode", [task(k) for k in range(count)]
-        )
+        self.coding.put(make_job(name, alone=alone, owner=owner), "decode", [task(k) for k in range(count)])
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
 
 
-def make_job(name: str, *, alone: bool, owner: str, held_back_s: float | None = None) -> RunningJob:
+def make_job(name: str, *, alone: bool, owner: str) -> RunningJob:
     model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
     spec = make_spec()
-    work = replace(work_of(spec, model.info), held_back_s=held_back_s)
-    return RunningJob(NewJob(name, spec, work, alone=alone, owner=owner), model, 0.0)
+    return RunningJob(NewJob(name, spec, work_of(spec, model.info), alone=alone, owner=owner), model, 0.0)
 
 
 @pytest.fixture
@@ -88,33 +82,6 @@ def test_a_short_job_does_not_wait_for_a_long_one(bench: Bench) -> None:
     bench.gate.open()
     assert [bench.next_done()[0] for _ in range(2)] == ["short", "long"]
     assert bench.order[:3] == ["long", "short", "short"]
-
-
-def test_images_of_background_jobs_come_after_all_others_until_their_wait_is_over(bench: Bench) -> None:
-    bench.gate.shut()
-    bench.put("first", 1)
-    wait_until(lambda: bench.order == ["first"])
-    bench.put("held back", 1, held_back_s=math.inf)
-    bench.put("no more", 1, held_back_s=0.0)
-    bench.put("other", 3, owner="b")
-    bench.gate.open()
-    assert {bench.next_done()[0] for _ in range(4)} == {"first", "held back", "no more", "other"}
-    assert bench.order[-1] == "held back"
-    assert not bench.coding._times.foreground.owners
-    assert not bench.coding._times.background.owners
-
-
-def test_once_a_job_is_held_back_no_more_what_its_owner_had_in_the_background_does_not_count(bench: Bench) -> None:
-    bench.gate.shut()
-    bench.put("first", 1, owner="b")
-    wait_until(lambda: bench.order == ["first"])
-    bench.put("held back", 1, owner="a", held_back_s=math.inf)
-    bench.coding._times.background.stepped({"a": 60.0})
-    bench.coding._times.foreground.stepped({"b": 1.0})
-    bench.put("other", 2, owner="b")
-    bench.put("no more", 1, owner="a", held_back_s=0.0)
-    bench.gate.open()
-    assert [bench.next_done()[0] for _ in range(4)] == ["first", "no more", "other", "held back"]
 
 
 def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_for_no_more_than_one(

@@ -18,11 +18,10 @@ from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
 from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
-from tminus.service.work import Batch, JobResult, work_of
+from tminus.service.work import Batch, JobResult
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.recording import Recording, TrajectoryRecorder
-from tminus.service.worker.running_job import NewJob
 
 # --- work ---
 
@@ -89,29 +88,6 @@ def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_ben
     assert {job_id for taken in bench.keeper.rounds for job_id in taken} == {"s", "t"}, "it is kept whoever steps"
     bench.accept("next", steps=1)
     bench.finish()
-
-
-def test_a_background_job_goes_on_as_others_when_its_wait_is_over_alone_or_not(make_bench: MakeBench) -> None:
-    for alone in (False, True):
-        bench = make_bench()
-        spec = make_spec(n=2, steps=6)
-        work = replace(work_of(spec, bench.engine.info), held_back_s=3.0)
-        new = NewJob("b", spec, work, alone=alone, durable=True)
-        ticket = bench.worker.resume(new) if alone else bench.worker.submit(new)
-        bench.do_commands()
-        other = bench.accept("other", n=1, steps=20)
-        assert bench.status()["b"].background
-        ticks = list[frozenset[str]]()
-        bench.engine.on_step = lambda batch, bench=bench, ticks=ticks: (
-            ticks.append(bench.loop.current.ids),
-            bench.tick_takes_a_second(batch),
-        )
-        bench.finish()
-        images(ticket.future)
-        images(other)
-        assert ticks[:3] == [frozenset({"other"})] * 3, "a tick takes a second"
-        assert ticks[3] == frozenset({"b"} if alone else {"b", "other"})
-        assert len(ticks) == (26 if alone else 20)
 
 
 def test_a_job_that_is_to_be_alone_can_be_given_up(make_bench: MakeBench) -> None:
