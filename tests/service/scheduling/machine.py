@@ -37,7 +37,7 @@ class Machine:
         for model, scheduler in self.schedulers.items():
             self.turns.put(model, scheduler)
         self.now_s, self._rows = 0.0, count()
-        self.in_flight: deque[tuple[Turn[int], Batch, float]] = deque()  # model, rows, and what it takes from its turn on
+        self.in_flight: deque[tuple[Turn[int], Batch, float]] = deque()  # with what each takes
         self.works: dict[str, Work] = {}
         self.left: dict[str, int] = {}  # places, by job
         self.ends: dict[str, float] = {}
