@@ -7,6 +7,7 @@ import torch
 
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Checkpoint, Labels, save_checkpoint
+from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig
 from tminus.model.tuning.fit import Fitter
 from tminus.model.tuning.tune import TuneConfig, make_rows
@@ -27,8 +28,10 @@ def save_net(folder: Path) -> Path:
     return folder
 
 
-def fitter_of(checkpoint: Checkpoint, config: TuneConfig = CONFIG, guidance: float = 1.0) -> Fitter:
+def fitter_of(
+    checkpoint: Checkpoint, config: TuneConfig = CONFIG, guidance: float = 1.0, forward: Forward | None = None
+) -> Fitter:
     rows = make_rows(checkpoint, config.seed, range(config.rows + config.held_out), guidance, CPU)
-    fitter = Fitter(checkpoint, checkpoint.net, rows, guidance, held_out=config.held_out, batch_size=5)
+    fitter = Fitter(checkpoint, forward or checkpoint.net, rows, guidance, held_out=config.held_out, batch_size=5)
     fitter.solve(checkpoint.plan("dpmpp_2m", 25, spacing="trailing"))
     return fitter
