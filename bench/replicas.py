@@ -84,7 +84,7 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
     save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), Labels((), None), {})
-    with started(checkpoint, place, database, count, *ONE_THREAD, TMINUS_SHORT_BATCH="4") as running:
+    with started(checkpoint, place, database, count, *ONE_THREAD) as running:
         alone = [alone_of(running[0], rows) for rows in PLACES]
         share = load * min(1.0, (os.cpu_count() or 1) / count)
         points = [(rows, each.elapsed_s) for rows, each in zip(PLACES, alone, strict=True)]

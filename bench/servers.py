@@ -101,14 +101,13 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     serve: tuple[str, ...] = ("tminus", "serve", "--log-level", "warning", "--grace-s", "0")
     serve += ("--max-backlog-s", "100000", "--result-cache-mb", "0", *tminus_flags)
     eager = (*serve, "--executor", "eager", "--precision", "float32")
-    env = {"TMINUS_MAX_JOBS": "4096"}
     in_order = ("bench.in_order", *eager[1:])
     workers = ways(cores)[0][1]
     mosec = ("bench.peers.mosec_server", "--address", HOST, "--timeout", "3600000", "--log-level", "warning")
     every = [
-        Contender("tminus", "tminus", serve, is_peer=False, env=env),
-        Contender("tminus_eager", "tminus, eager float32", eager, is_peer=False, env=env),
-        Contender("tminus_eager_fcfs", "the same, first come, first served", in_order, is_peer=False, env=env),
+        Contender("tminus", "tminus", serve, is_peer=False),
+        Contender("tminus_eager", "tminus, eager float32", eager, is_peer=False),
+        Contender("tminus_eager_fcfs", "the same, first come, first served", in_order, is_peer=False),
         Contender("lock", "diffusers behind a lock", ("bench.peers.lock_server",), "diffusers"),
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
         Contender("mosec", "mosec", (*mosec, *workers), "mosec"),
@@ -129,7 +128,7 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     ]
     if before is not None:
         command = (entry(before) or "tminus", *serve[1:])
-        every.insert(1, Contender("before", "tminus before", command, is_peer=False, tree=before, env=env))
+        every.insert(1, Contender("before", "tminus before", command, is_peer=False, tree=before))
     return {contender.key: contender for contender in every}
 
 

@@ -10,6 +10,7 @@ from tminus.model.pixels import shown_channels
 from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
 
+MAX_JOBS = 1024  # accepted jobs of a server; the backlog in seconds is nearly always full first
 USUAL_MAX_N = 64  # images in one request, unless a setting says otherwise
 
 
@@ -98,14 +99,13 @@ class Limits:
     max_n: int
     max_batch: int  # places in one forward pass
     max_rows: int
-    max_jobs: int
     max_backlog_s: float
     max_body_bytes: int
+    max_jobs: int = MAX_JOBS
     max_image_bytes: int = 8 * 2**20
     result_cache_bytes: int = 0
     keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
     keep_jobs_bytes: int = 2**30  # and what all of them may take
-    webhook_retry_s: float = 86_400.0  # how long it is tried to deliver what one owes
     max_streams: int = 2048
     max_streams_per_address: int = 64
 

@@ -132,8 +132,7 @@ def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
 
     info = _in_thread(make)
     info = replace(info, fingerprint="", executor="", precision="", executor_details="")
-    short_batch = min(options.short_batch or wish.max_batch, wish.max_batch)
-    return Unmeasured(info, max_rows, wish.max_batch, short_batch)
+    return Unmeasured(info, max_rows, wish.max_batch, wish.max_batch)
 
 
 def load_engine(
@@ -234,8 +233,8 @@ def prepare_engine(
     plan_lines = options.max_jobs * checkpoint.noise.num_train_timesteps
     if plan_lines > MAX_PLAN_LINES:
         raise ValueError(
-            f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
-            f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
+            f"num_train_timesteps must be at most {MAX_PLAN_LINES // options.max_jobs} to serve a checkpoint, got "
+            f"{checkpoint.noise.num_train_timesteps}: the plans of {options.max_jobs} jobs are held"
         )
     wish = wish_of(options, device)
     largest, exact = wish.max_batch, wish.exact
@@ -262,7 +261,7 @@ def prepare_engine(
         again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
     tick_times = again.tick_times
     max_batch = options.max_batch or again.max_batch
-    short_batch = min(options.short_batch or again.short_batch, max_batch)
+    short_batch = min(again.short_batch, max_batch)
     spare_work: Iterator[None] = iter(())
     if proof is not None:
         if not proof.begun:

@@ -26,7 +26,6 @@ class LoadOptions:
     exact: bool | None = None
     threads: int | None = None
     max_batch: int | None = None
-    short_batch: int | None = None
     max_rows: int | None = None
     max_jobs: int = 1
     cache_dir: Path | None = None

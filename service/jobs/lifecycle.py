@@ -34,6 +34,7 @@ from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, LeaseLost, Outcome
+from tminus.service.jobs.webhooks.deliverer import DELIVERY_S
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Mailbox, Pace, Watch
@@ -483,7 +484,7 @@ class Lifecycle:
     async def _sweep_until_closed(self) -> None:
         """Delete jobs that ended long ago, or of which there are too many, now and then."""
         keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
-        owed_us = round((self._limits.webhook_retry_s + LATE_S) * 1e6)
+        owed_us = round((DELIVERY_S + LATE_S) * 1e6)
         while True:
             with suppress(StorageFailed):
                 await self.store.check()

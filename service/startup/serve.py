@@ -377,7 +377,7 @@ def webhook_rules(settings: Settings) -> Rules | None:
     else:
         return None
     try:
-        return Rules.of(secrets, settings.webhook_allow, settings.webhook_retry_s)
+        return Rules.of(secrets, settings.webhook_allow)
     except OSError as error:
         raise ValueError(f"SSL_CERT_FILE: the certificates for webhooks cannot be read: {error}") from None
 

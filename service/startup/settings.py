@@ -25,7 +25,7 @@ from tminus.service.access.keys import KeyRing
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
-from tminus.service.model_info import USUAL_MAX_N, Limits
+from tminus.service.model_info import MAX_JOBS, USUAL_MAX_N, Limits
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Sharing, TickTimes
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
 # Secrets, which other users of the machine might see in a flag, and what is set in trials only.
-NO_FLAG = frozenset({"keys", "webhook_secret", "short_batch", "max_jobs", "metrics_host"})
+NO_FLAG = frozenset({"keys", "webhook_secret", "metrics_host"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
@@ -185,14 +185,6 @@ class Settings(BaseSettings):
         "tick that is running. Default: the fewest places that reach 95 % of the best measured throughput; on a CPU "
         "where two ticks may run at a time 85 %, and twice as many under full load.",
     )
-    short_batch: int | None = Field(
-        None,
-        ge=1,
-        le=4096,
-        description="Number of places up to which much longer jobs fill a tick that has a short job: 1 lets a short "
-        "job step alone. Raise it if throughput counts more than the wait of short jobs, up to the value of "
-        "`--max-batch`. Default: the fewest places that reach 60 % of the best measured throughput.",
-    )
     max_n: int = Field(
         USUAL_MAX_N,
         ge=1,
@@ -208,20 +200,14 @@ class Settings(BaseSettings):
         "takes 1.5 MiB or more; see [memory](operations.md#memory). Default: as many as fit into 512 MiB, at most "
         "4096.",
     )
-    max_jobs: int = Field(
-        1024,
-        ge=1,
-        le=10_000,
-        description="Maximum number of accepted jobs, waiting and running together. `--max-backlog-s` is nearly always "
-        "reached first, so you need not change it.",
-    )
     max_backlog_s: float = Field(
         600,
         gt=0,
         allow_inf_nan=False,
         description="Maximum seconds of predicted work that may wait. Further requests are refused with 429 and the "
         "time after which to try again. Lower it to refuse earlier. One key may hold three quarters of what the other "
-        "keys leave free, of this and of `--max-rows` and `TMINUS_MAX_JOBS`; see [security](security.md).",
+        "keys leave free, of this, of `--max-rows`, and of the 1024 jobs that a server accepts; see "
+        "[security](security.md).",
     )
     max_body_bytes: int = Field(
         1 << 20, ge=1024, description="Maximum size of a request's body in bytes, without the images in it."
@@ -401,12 +387,6 @@ class Settings(BaseSettings):
         "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. A URL may use "
         "plain HTTP if its host is listed by name, or is an address in a listed network.",
     )
-    webhook_retry_s: float = Field(
-        86_400,
-        ge=0,
-        le=604_800,
-        description="Seconds for which the server retries to deliver an event. With 0 it tries once.",
-    )
     open_browser: bool = Field(
         False,
         description="Open the page in a browser when the server is ready. It takes the browser of the desktop, or the "
@@ -502,9 +482,8 @@ class Settings(BaseSettings):
             exact=self.exact,
             threads=self.threads,
             max_batch=self.max_batch,
-            short_batch=self.short_batch,
             max_rows=self.max_rows,
-            max_jobs=self.max_jobs,
+            max_jobs=MAX_JOBS,
             cache_dir=self.cache_dir,
             approve_when_idle=self.approve_when_idle,
         )
@@ -520,7 +499,6 @@ class Settings(BaseSettings):
             max_n=min(self.max_n, max_rows),
             max_batch=max_batch,
             max_rows=max_rows,
-            max_jobs=self.max_jobs,
             max_backlog_s=self.max_backlog_s,
             max_body_bytes=self.max_body_bytes,
             max_image_bytes=self.max_image_bytes,
@@ -529,7 +507,6 @@ class Settings(BaseSettings):
             max_streams_per_address=self.max_streams_per_address,
             keep_jobs_s=self.keep_jobs_s,
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
-            webhook_retry_s=self.webhook_retry_s,
         )
 
     def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:

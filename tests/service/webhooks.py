@@ -1,5 +1,6 @@
 """Sites that send webhooks to receivers on this machine."""
 
+from dataclasses import replace
 from typing import Any
 
 from tests.receivers import SECRET
@@ -9,7 +10,7 @@ from tminus.service.jobs.webhooks.sender import read_secrets
 
 
 def rules(allow: str = "127.0.0.1", retry_s: float = 86_400.0) -> Rules:
-    return Rules.of(read_secrets(SECRET), allow, retry_s)
+    return replace(Rules.of(read_secrets(SECRET), allow), retry_s=retry_s)
 
 
 def make_telling(make_site: MakeSite, **kwargs: Any) -> Site:

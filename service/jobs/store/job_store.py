@@ -236,7 +236,7 @@ class JobStore(DeliveryStore, ABC):
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite takes 32,766 variables in a statement; TMINUS_MAX_JOBS is at most 10,000.
+            # SQLite takes 32,766 variables in a statement; a server has at most MAX_JOBS.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))

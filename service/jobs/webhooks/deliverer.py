@@ -34,6 +34,7 @@ from tminus.service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 HELD_S = ATTEMPT_S + 5.0  # a claim
+DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
 LOOK_S = 5.0  # how often it is looked for what other servers left, or an earlier start
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
 JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
@@ -51,13 +52,13 @@ class Rules:
 
     sender: Sender
     allowed: AllowedReceivers
-    retry_s: float  # from the event to the last attempt
+    retry_s: float = DELIVERY_S
 
     @classmethod
-    def of(cls, secrets: tuple[bytes, ...], allow: str, retry_s: float) -> "Rules":
+    def of(cls, secrets: tuple[bytes, ...], allow: str) -> "Rules":
         """Trust certificates as httpx does: those of SSL_CERT_FILE, else of the package certifi. Raises OSError."""
         allowed = AllowedReceivers.parse(allow)
-        return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed, retry_s)
+        return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed)
 
 
 def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:

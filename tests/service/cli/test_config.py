@@ -36,11 +36,11 @@ def lines(*arguments: str | Path, **variables: str) -> list[str]:
 
 
 def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(file: Path) -> None:
-    file.write_text('port = 1\nmax-n = 2\nmax_jobs = 3\nhost = "::1"\n')
+    file.write_text('port = 1\nmax-n = 2\nmax_rows = 33\nhost = "::1"\n')
     found = lines("--config", file, "--port", "11", "--changed", TMINUS_PORT="12", TMINUS_MAX_N="13")
     assert found == [
         "max_n = 13  # variable TMINUS_MAX_N",
-        "max_jobs = 3  # file " + str(file),
+        "max_rows = 33  # file " + str(file),
         'host = "::1"  # file ' + str(file),
         "port = 11  # flag --port",
     ]

@@ -61,8 +61,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "cache_dir": ("some/cache", Path("some/cache")),
     "max_n": ("7", 7),
     "max_batch": ("9", 9),
-    "short_batch": ("7", 7),
-    "max_jobs": ("11", 11),
     "max_connections": ("99", 99),
     "max_connections_per_address": ("17", 17),
     "max_streams_per_address": ("17", 17),
@@ -83,7 +81,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "webhook_secret": (SECRET, SECRET),
     "webhook_secret_file": (str(WEBHOOK_SECRETS), WEBHOOK_SECRETS),
     "webhook_allow": ("hooks.internal,10.0.0.0/8", "hooks.internal,10.0.0.0/8"),
-    "webhook_retry_s": ("5", 5.0),
     "max_body_bytes": ("2048", 2048),
     "max_image_bytes": ("4096", 4096),
     "metrics": ("false", False),
@@ -225,7 +222,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     ) -> Loaded:
         assert not busy
         progress("measuring how it runs fastest", 2.4)
-        places = options.max_batch or 16, options.short_batch or 8
+        places = options.max_batch or 16, 8
         return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
     def folders(library: Library) -> dict[str, Path]:
@@ -309,7 +306,6 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
         max_n=64,
         max_batch=16,
         max_rows=100,
-        max_jobs=1024,
         max_backlog_s=600,
         max_body_bytes=2**20,
         max_image_bytes=8 * 2**20,
@@ -319,7 +315,7 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
     sharing = served["speed"].sharing
     assert sharing == Sharing.of(16, short_batch=8, times=TickTimes(TICK_TIMES))
     assert {served[name] for name in ("device", "executor", "precision")} == {"auto"}
-    by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
+    by_measuring = "exact", "threads", "max_batch", "max_rows", "cache_dir"
     assert {served[name] for name in by_measuring} == {None}, "left to the machine"
     assert (served["traces"], served["with_metrics"], served["with_docs"]) == ("what sends spans", True, True)
     assert (served["results"], served["webhooks"]) == (None, None)
@@ -329,20 +325,19 @@ def test_each_setting_comes_to_the_part_that_it_is_for(served: Served) -> None:
     once = {"keys", "webhook_secret", "state_dir", "metrics_port", "models", "models_memory_gb", "idle_unload", "open"}
     assert module.serve(given(*(GIVEN.keys() - once)))
     assert served["checkpoint"] == Path("/some/folder")
-    of_loading = ("device", "threads", "executor", "precision", "exact", "max_batch", "short_batch", "max_rows")
+    of_loading = ("device", "threads", "executor", "precision", "exact", "max_batch", "max_rows")
     for name in (*of_loading, "cache_dir", "job_store", "job_namespace", "job_lease_s", "job_address"):
         assert served[name] == GIVEN[name][1], name
     limits = served["limits"]
-    for name in ("max_n", "max_jobs", "max_backlog_s", "max_body_bytes", "max_image_bytes", "max_streams_per_address"):
+    for name in ("max_n", "max_backlog_s", "max_body_bytes", "max_image_bytes", "max_streams_per_address"):
         assert getattr(limits, name) == GIVEN[name][1], name
     assert (limits.keep_jobs_s, limits.keep_jobs_bytes, limits.result_cache_bytes) == (1.5, 5 * 2**20, 5 * 2**20)
-    assert served["speed"].sharing.short_batch == 7
     assert served["access"].with_secret("the-secret").name == "studio"
     assert not served["access"].is_open
     assert (served["results"].objects, served["results"].above_bytes) == ("s3://bucket/jobs", 5 * 1024)
     webhooks = served["webhooks"]
     assert webhooks.sender._secrets == (b64decode(SECRET.removeprefix("whsec_")),)
-    assert (webhooks.allowed, webhooks.retry_s) == (AllowedReceivers.parse("hooks.internal,10.0.0.0/8"), 5.0)
+    assert webhooks.allowed == AllowedReceivers.parse("hooks.internal,10.0.0.0/8")
     assert served["allowed_sites"].hosts == {"a.example", "b", "0.0.0.0", "::1"}, "the names to listen on are of them"
     assert served["allowed_sites"].origins == {"https://a.example", "https://b.example:8080"}
     assert (served["listened"], served["with_metrics"], served["with_docs"]) == ([("0.0.0.0", 0)], False, False)
