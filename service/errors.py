@@ -72,7 +72,7 @@ class ServiceError(Exception):
         return members
 
 
-class InvalidField(ServiceError):
+class InvalidField(ServiceError, ValueError):
     """A parameter has the wrong type, is out of bounds, or does not go with the model, with another parameter or with
     the `Accept` header.
     """
@@ -178,7 +178,7 @@ class UnsupportedEncoding(ServiceError):
         self.headers["Accept-Encoding"] = "identity"
 
 
-class InvalidImage(ServiceError):
+class InvalidImage(ServiceError, ValueError):
     """An image is not a PNG, JPEG or WebP, or is broken, too large, an animation, not base64, or missing from the form.
     Or a mask has transparency and no white pixel; see [editing](editing.md).
     """

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import format_sse_event
@@ -24,7 +24,7 @@ from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Prog
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
-from tminus.service.api.request.reading import read_query
+from tminus.service.api.request.reading import in_query
 from tminus.service.api.request.schemas import PreviewRequest
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
@@ -57,8 +57,9 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         },
         openapi_extra={"parameters": [*contract.query(PreviewRequest), LAST_EVENT_ID]},
     )
-    async def get_events(request: Request, job_id: str) -> Response:
-        preview = read_query(request, PreviewRequest.parse)
+    async def get_events(
+        request: Request, job_id: str, preview: Annotated[PreviewRequest, in_query(PreviewRequest)]
+    ) -> Response:
         last_id = request.headers.get("last-event-id", "")
         services = models.default  # of which only what all models share is used
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)

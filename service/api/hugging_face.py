@@ -26,8 +26,8 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json
+from tminus.service.api.request.classes import class_label_of, class_of_prompt
+from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, parsed, read_json
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
     EDIT_PARAMETERS,
@@ -37,7 +37,7 @@ from tminus.service.api.request.schemas import (
     named_as_given,
 )
 from tminus.service.api.sample import respond, still
-from tminus.service.api.submission import understand
+from tminus.service.api.submission import prepare_job
 from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
@@ -84,7 +84,9 @@ async def text_to_image(services: Services, request: Request) -> Response:
     parameters, given_as = parameters_of(body, services.model)
     del body  # it may have a picture
     with named_as_given(given_as):
-        services, new = await understand(services, caller_of(request), parameters, request)
+        asked = await parsed(SampleRequest, parameters, services.bounds)
+        del parameters
+        services, new = await prepare_job(services, caller_of(request), asked, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
 
 
@@ -111,7 +113,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, 
     if is_edit:
         parameters.pop("prompt", None)
         parameters["image"] = inputs
-    label = label_of(class_of_prompt(prompt, model, field), model.class_names)
+    label = class_label_of(class_of_prompt(prompt, model, field), model.class_names)
     return parameters if label is None else parameters | {"class_label": label}, given_as | {"image": "inputs"}
 
 

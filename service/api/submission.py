@@ -3,11 +3,10 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -19,9 +18,9 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.defaults import named_by
-from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
-from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import JobCall, SampleRequest
+from tminus.service.api.request.specs import spec_of, with_inputs
 from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
@@ -35,69 +34,48 @@ from tminus.service.worker.running_job import NewJob
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 
 
-async def understand(
+async def prepare_job(
     services: Services,
     caller: Caller,
-    parameters: dict[str, Any],
+    parameters: SampleRequest,
     request: Request | None = None,
     *,
     transparent: bool = False,
 ) -> tuple[Services, NewJob]:
-    """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
+    """Wait until the model is in memory, make the spec, and decode the images; returns the model as it is then, too.
 
     Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
     work, and `submit` refuses the job.
 
-    Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
-    is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
-    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.in_memory do.
+    request: whose client may go away meanwhile; None for a message of a WebSocket. transparent: see decode_inputs.
+    Raises what spec_of, Decoder.inputs and Services.in_memory do.
     """
-    asked = await _parse(services, parameters)
     waited_s = 0.0
     is_head = request is not None and request.method == "HEAD"
     if services.residence.is_out(services.number) and not is_head:
-        spec = asked.to_spec(services.model, services.limits)  # what is wrong is told before a model is loaded
+        spec = spec_of(parameters, services.model, services.limits)  # what is wrong is told before a model is loaded
         began_s = time.monotonic()
         with suppress(QuotaExceeded):
             row_steps = work_of(spec, services.model, services.number).places
             caller.check(row_steps, await _open_jobs(services, caller))
-            services = await services.in_memory(request, asked.deadline_s)
+            services = await services.in_memory(request, parameters.deadline_s)
         waited_s = time.monotonic() - began_s
-    new = await _to_job(services, caller, asked, request, transparent=transparent)
+    new = await _new_job(services, caller, parameters, request, transparent=transparent)
     if waited_s and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
     return services, new
 
 
-async def refuse(services: Services, parameters: dict[str, Any], faults: Faults, others: Collection[str] = ()) -> None:
-    """Raise what is wrong already, with what else is wrong with the parameters of SampleRequest.
-
-    parameters: are taken. others: names in them that other schemas check.
-    """
-    for name in others:
-        parameters.pop(name, None)
-    with faults.gathered():
-        # No more: what goes together cannot be told while some of it is wrong.
-        (await _parse(services, parameters)).check_bounds(services.model, services.limits, faults)
-    faults.check()
-
-
-async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
-    """Check names and types, in a thread where there is much base64 to decode."""
-    size_bytes = sum(len(parameters[name]) for name in PICTURES if isinstance(parameters.get(name), str))
-    asked = await off_loop(size_bytes, SampleRequest.parse, parameters, services.model, services.limits)
-    parameters.clear()
-    return asked
-
-
-async def _to_job(
+async def _new_job(
     services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
 ) -> NewJob:
-    spec, inputs = asked.to_spec(services.model, services.limits), None
+    """Make the spec and decode the images, which the parameters do not hold afterwards."""
+    spec, inputs = spec_of(asked, services.model, services.limits), None
     services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
     if asked.image is not None:
         decoding = services.decoder.inputs(asked.image, asked.mask, services.model, caller, transparent=transparent)
         inputs = await (decoding if request is None else while_connected(request, decoding))
+        asked.image = asked.mask = None
     if request is not None:
         body_of(request.scope).release()
     work = work_of(spec, services.model, services.number)
@@ -105,7 +83,7 @@ async def _to_job(
         work = replace(work, held_back_s=held_back_s)
     return NewJob(
         uuid.uuid4().hex,
-        asked.with_inputs(spec, inputs),
+        with_inputs(spec, asked, inputs),
         work,
         caller.name,
         asked.deadline_s,
@@ -149,38 +127,21 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 
 
 async def create(
-    services: Services,
-    request: Request,
-    parameters: dict[str, Any],
-    *,
-    transparent: bool = False,
-    faults: Faults | None = None,
+    services: Services, request: Request, parameters: JobCall, *, transparent: bool = False
 ) -> tuple[JobView, bool]:
     """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
 
-    parameters: may name a webhook; they and transparent: see `understand`.
-    faults: what is wrong with the parameters so far. Raises it, and what `understand` and NewJobs.create do.
+    transparent: see decode_inputs. Raises what `prepare_job` and NewJobs.create do.
     """
-    caller, webhook, faults = caller_of(request), None, faults or Faults()
-    with faults.gathered():
-        webhook = WebhookRequest.take_from(parameters, services.webhooks)
-    if faults:
-        await refuse(services, parameters, faults)
-    asked = await _parse(services, parameters)
-    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, transparent=transparent)
-    new = await _to_job(services, caller, asked, request, transparent=transparent)
-    del asked  # its pictures are decoded
+    caller, webhook = caller_of(request), parameters.receiver
+    size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
+    key = await off_loop(size_bytes, _key, request, parameters, caller.name, webhook, transparent=transparent)
+    new = await _new_job(services, caller, parameters, request, transparent=transparent)
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 
 def _key(
-    request: Request,
-    asked: SampleRequest,
-    owner: str,
-    webhook: Webhook | None,
-    *,
-    transparent: bool,
+    request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with.
 
@@ -190,7 +151,7 @@ def _key(
     if (name := key_in_headers(request)) is None:
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
-    given = asked.model_dump(exclude_defaults=True)
+    given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
     # An earlier version left guidance 1 out of the hash. With steps it still means the same.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
@@ -203,17 +164,9 @@ def _key(
     return Key(name, what, owner)
 
 
-async def accept(
-    services: Services,
-    request: Request,
-    parameters: dict[str, Any],
-    faults: Faults | None = None,
-) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
-
-    parameters, faults: see `create`.
-    """
-    view, again = await create(services, request, parameters, faults=faults)
+async def accept(services: Services, request: Request, parameters: JobCall) -> Response:
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    view, again = await create(services, request, parameters)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

@@ -138,7 +138,7 @@ def read_recipe(png: bytes) -> Recipe:
 def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
     from tminus.service.api.request.classes import NUMBER
-    from tminus.service.api.request.schemas import parameters_of
+    from tminus.service.api.request.specs import parameters_of
     from tminus.service.images.encoder import BACKGROUND
     from tminus.service.spec import SampleSpec
 

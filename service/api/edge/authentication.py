@@ -4,9 +4,8 @@ A cookie goes with pictures, event streams and WebSockets too, to which a page c
 and HttpOnly: no other site's page can make a browser send it, and no script can read it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
@@ -141,11 +140,6 @@ class LoginRequest(RequestSchema):
     """What POST /login takes, in the body alone: a query would be in logs."""
 
     key: str = Field(max_length=512, description="The key, as it would be sent in a header.")
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
-        """Check names and types. Raises InvalidField or UnknownField."""
-        return cls.from_parameters(parameters, lambda _name: "text of at most 512 characters")
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:

@@ -39,12 +39,13 @@ from tminus.service.api.request.reading import (
     check_encoding,
     no_parameters,
     off_loop,
+    parsed,
     read_body,
     read_json,
 )
-from tminus.service.api.request.schemas import check_names
+from tminus.service.api.request.schemas import SampleRequest, check_names
 from tminus.service.api.sample import Answer, respond
-from tminus.service.api.submission import understand
+from tminus.service.api.submission import prepare_job
 from tminus.service.api.system import fatal_error, why_unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -247,7 +248,8 @@ async def infer(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     asked = await _read(services, request)
-    services, new = await understand(services, caller_of(request), asked.parameters, request)
+    parameters = await parsed(SampleRequest, asked.parameters, services.bounds)
+    services, new = await prepare_job(services, caller_of(request), parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)
     try:
         response = await respond(services, request, new, Answer(made.media_type, made.kind, "tensors", made.body))

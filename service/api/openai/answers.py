@@ -20,6 +20,7 @@ from tminus.service.api.answers.openapi import (
     ref,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
+from tminus.service.api.request.bounds import Bound
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.schemas import DIFFUSERS_NAMES, PICTURES, SampleRequest
 from tminus.service.images.encoder import JSON
@@ -220,7 +221,7 @@ def components(contract: Contract) -> dict[str, Described]:
 def _fields(
     contract: Contract, schema: type[ImagesRequest], extensions: tuple[str, ...], *, as_text: bool
 ) -> dict[str, Described]:
-    bounds = {"n": {"integer": {"minimum": 1, "maximum": min(MAX_N, contract.limits.max_n)}}}
+    bounds = {"n": Bound({"minimum": 1, "maximum": min(MAX_N, contract.limits.max_n)})}
     more = contract.fields(SampleRequest, as_text=as_text)
     own = contract.fields(schema, as_text=as_text, bounds=bounds)
     assert not own.keys() & {*extensions, *PICTURES}

@@ -33,7 +33,7 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, ONLY_MODEL, EditsRequest, ImagesRequest
-from tminus.service.api.request.faults import Faults
+from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -42,12 +42,13 @@ from tminus.service.api.request.reading import (
     key_in_headers,
     no_parameters,
     off_loop,
+    parsed,
     read_form,
     read_json,
     while_connected,
 )
-from tminus.service.api.request.schemas import PICTURES, named_as_given
-from tminus.service.api.submission import create, spec_headers, submit, understand
+from tminus.service.api.request.schemas import PICTURES, JobCall, named_as_given
+from tminus.service.api.submission import create, prepare_job, spec_headers, submit
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
 from tminus.service.jobs.views import JobView
@@ -143,9 +144,9 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
         raise UnsupportedMediaType.of(request.headers.get("content-type", ""), (FORM,))
     names = [*PICTURES, PICTURES[0] + LIST]
     form = await read_form(request, limits.max_image_bytes, names)
-    faults = Faults()
-    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form", faults)
-    faults.check()
+    errors = ValidationErrors()
+    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form", errors)
+    errors.check()
     if {"image", "image" + LIST} <= form.files.keys():
         raise ConflictingField("image is in the form twice", field="image", value="2 files")
     return members | {name.removesuffix(LIST): data for name, data in form.files.items()}
@@ -183,11 +184,13 @@ async def _understand(
         if not ("mask" in uploads or "strength" in extensions):
             uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
     with named_as_given(given_as):
-        parameters = members.parameters(extensions, services.model, services.limits) | uploads
+        values = members.parameters(extensions, services.model, services.limits) | uploads
+        parameters = await parsed(JobCall, values, services.bounds)
+        del values, uploads
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
             return services, members, view
-        services, new = await understand(services, caller_of(request), parameters, request, transparent=edits)
+        services, new = await prepare_job(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 

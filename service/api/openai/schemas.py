@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
-from tminus.service.api.request.classes import class_of_prompt, label_of
+from tminus.service.api.request.bounds import BOUND, Bound, bounds_of
+from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
     Bool,
@@ -16,7 +17,7 @@ from tminus.service.api.request.schemas import (
     SampleRequest,
     by_our_names,
     check_names,
-    default,
+    said,
 )
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
@@ -32,73 +33,63 @@ EXTENSIONS = (
 )
 OF_EDITS = (*EXTENSIONS, "strength")
 NO_EFFECT = "Accepted, without effect."
-_BOUNDS = {
-    "prompt": "text: the name of a class, or empty",
-    "model": f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
-    "n": f"an integer in 1..{MAX_N}",
-    "size": "text",
-    "quality": "one of auto, low, medium, high",
-    "response_format": "b64_json or url",
-    "output_format": "one of png, jpeg, webp",
-    "output_compression": "an integer in 0..100",
-    "background": "one of auto, opaque, transparent",
-    "service_tier": "one of auto, default, flex: flex lets all other jobs go first",
-    "stream": "true or false",
-    "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
-}
 
 
 class ImagesRequest(RequestSchema):
     """What OpenAI's clients send to have images made."""
 
     prompt: str = Field(
-        description="A class by name or number, in any case; empty for no class. Nothing else is understood."
+        description="A class by name or number, in any case; empty for no class. Nothing else is understood.",
+        json_schema_extra={BOUND: "text: the name of a class, or empty"},
     )
     model: str | None = Field(
         None,
         description=f"The name of a model that is served. `{ONLY_MODEL}` is the model that is served alone.",
-        json_schema_extra=default("the server's default model"),
+        json_schema_extra=said(
+            "the server's default model",
+            f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
+        ),
     )
-    n: Int = Field(1, description="The number of images.", json_schema_extra=default("1"))
+    n: Int = Field(1, description="The number of images.", json_schema_extra=said("1"))
     size: str = Field(
-        "auto", description="`auto`, or the model's own size, such as `32x32`.", json_schema_extra=default("`auto`")
+        "auto", description="`auto`, or the model's own size, such as `32x32`.", json_schema_extra=said("`auto`")
     )
     quality: Literal["auto", "low", "medium", "high"] = Field(
         "auto",
         description="How many steps. `medium` takes what `POST /sample` takes by default.",
-        json_schema_extra=default("`auto`, which is `medium`"),
+        json_schema_extra=said("`auto`, which is `medium`"),
     )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json",
         description="`b64_json`: the images as base64. `url`: the addresses of the images of a durable job.",
-        json_schema_extra=default("`b64_json`"),
+        json_schema_extra=said("`b64_json`"),
     )
     output_format: Literal["png", "jpeg", "webp"] = Field(
-        "png", description="The format of the images.", json_schema_extra=default("`png`")
+        "png", description="The format of the images.", json_schema_extra=said("`png`")
     )
     output_compression: Percent | None = Field(
         None,
         description="The quality of `jpeg` and `webp`. PNGs take only 100.",
-        json_schema_extra=default("100"),
+        json_schema_extra=said("100"),
     )
     background: Literal["auto", "opaque", "transparent"] = Field(
         "auto",
         description="For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` "
         "keeps it where `output_format` can. Images of other models are opaque.",
-        json_schema_extra=default("`auto`"),
+        json_schema_extra=said("`auto`"),
     )
     service_tier: Literal["auto", "default", "flex"] = Field(
         "auto",
         description="`flex`: a background job, which lets all others go first.",
-        json_schema_extra=default("`auto`: not a background job"),
+        json_schema_extra=said("`auto`: not a background job"),
     )
-    stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=default("false"))
+    stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=said("false"))
     partial_images: Int = Field(
         0,
         ge=0,
         le=MAX_PARTIAL_IMAGES,
         description="With `stream`: how often the estimate of x_0 is shown on the way.",
-        json_schema_extra=default("0"),
+        json_schema_extra=said("0"),
     )
     user: str | None = Field(None, description=NO_EFFECT)
     style: str | None = Field(None, description=NO_EFFECT)
@@ -113,11 +104,11 @@ class ImagesRequest(RequestSchema):
         A member that is null is left out. Raises InvalidField, UnknownField and ConflictingField.
         """
         rest = {name: value for name, value in members.items() if value is not None}
-        own = cls.own_of(rest)
+        own = {name: rest.pop(name) for name in cls.model_fields if name in rest}
         check_names(rest, (*cls.model_fields, *extensions, *DIFFUSERS_NAMES))
         if "prompt" not in own:
             raise InvalidField.of("prompt", "given; empty for no class", None)
-        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "text")), *by_our_names(rest, DIFFUSERS_NAMES)
+        return cls.parse(own, {"n": Bound({"minimum": 1, "maximum": MAX_N})}), *by_our_names(rest, DIFFUSERS_NAMES)
 
     @property
     def budget(self) -> Quality:
@@ -160,8 +151,10 @@ class ImagesRequest(RequestSchema):
         ):
             if not ok:
                 raise InvalidField.of(name, bound, getattr(self, name))
-        label = label_of(class_of_prompt(self.prompt, model), model.class_names)
-        given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
+        label = class_label_of(class_of_prompt(self.prompt, model), model.class_names)
+        given = SampleRequest.parse(extensions, bounds_of(model, limits)).model_dump(
+            exclude_none=True, exclude_unset=True
+        )
         can_guide = label is not None and model.null_class is not None
         filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
         meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}

@@ -71,7 +71,7 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
     raise InvalidField.of(field, f"{readings}: where names are numbers, {text} may be either", label)
 
 
-def label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
+def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
     """Name the class of this number: by the number, after NUMBER where another class has that for a name.
 
     None is no class.

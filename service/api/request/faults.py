@@ -1,4 +1,4 @@
-"""All that is wrong with the parameters of a request, gathered so that one answer tells it. Pure."""
+"""All that is wrong with the parameters of a request, so that one answer tells it. Pure."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,15 @@ from typing import NoReturn
 from tminus.service.errors import ServiceError
 
 
-class Faults:
-    """Collects what is wrong with parameters, the first fault of each. One request, or message, owns it."""
+class ValidationErrors:
+    """Collects what is wrong with parameters, the first error of each. One request, or message, owns it."""
 
     def __init__(self) -> None:
         self._found: dict[str | None, ServiceError] = {}  # by field
 
-    def __contains__(self, field: str) -> bool:
-        return field in self._found
+    def has(self, *fields: str) -> bool:
+        """Whether something is wrong with one of these."""
+        return any(field in self._found for field in fields)
 
     def __iter__(self) -> Iterator[str]:
         return (field for field in self._found if field is not None)
@@ -28,7 +29,7 @@ class Faults:
             self._found.setdefault(each.field, each)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def collect(self) -> Iterator[None]:
         """Go on after a block that finds something wrong with a parameter. Any other error is raised."""
         try:
             yield
@@ -43,7 +44,7 @@ class Faults:
             self.refuse()
 
     def refuse(self) -> NoReturn:
-        """Raise the first of what was found, which names the others."""
+        """Raise the first error, which names the others."""
         first, *others = self._found.values()
         first.others = tuple(others)
         raise first from None
