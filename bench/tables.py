@@ -8,6 +8,7 @@ from bench import image_tables
 from bench.figures import WITHIN
 from bench.records import SLO
 from bench.servers import SAME_GRAPH
+from tminus.model.catalogue import SAMPLER_FACTS, SamplerFacts
 
 Result = Mapping[str, Any]
 
@@ -197,6 +198,22 @@ def gpu(results: Mapping[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def samplers(_results: Mapping[str, Result]) -> str:
+    """What the catalogue says of each sampler."""
+    lines = ["| sampler | when to take it | passes of S steps | | source |", "|---|---|---|---|---|"]
+    for name, facts in SAMPLER_FACTS.items():
+        notes = ("needs signal", facts.needs_signal), ("fractional timesteps", facts.fractional)
+        said = ", ".join(note for note, holds in notes if holds)
+        lines.append(f"| `{name}` | {facts.when} | {_passes(facts)} | {said} | {facts.source} |")
+    return "\n".join(lines)
+
+
+def _passes(facts: SamplerFacts) -> str:
+    per_step = f"{facts.passes_per_step} S" if facts.passes_per_step > 1 else "S"
+    more = facts.passes_to_start - (facts.passes_per_step - 1)
+    return f"{per_step} {'+' if more > 0 else '-'} {abs(more)}" if more else per_step
+
+
 NETWORK_ROWS = {
     "parameters_m": "parameters, millions",
     "gflop_a_row": "GFLOP a row",
@@ -240,6 +257,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "networks-machine": ("networks", machine),
     "costs": ("costs", costs),
     "gpu": ("", gpu),
+    "samplers": ("", samplers),
     **image_tables.TABLES,
 }
 

@@ -21,12 +21,20 @@ class SamplerFacts:
     passes_per_step: int = 1
     passes_to_start: int = 0  # beyond those, for the first `steps_to_start` steps; only where more steps follow
     steps_to_start: int = 1
-    multistep: bool = False  # of diffusers' multistep solvers, which share their timesteps
+    leaves_out_cleanest: bool = False  # leading and linspace spread one point more, as diffusers' multistep solvers do
     fractional: bool = False  # whether it visits timesteps between whole ones, where the network takes them
     spacing: str | None = None  # its own, where the checkpoint's config is of another kind of sampler
     noise: Literal["none", "eta", "always"] = (
         "none"  # whether all steps but the last add some; eta: where it is above 0
     )
+    looks_back: int = 0  # how many earlier predictions of x_0 the mean of a step that adds noise depends on
+    needs_signal: bool = False  # its first step is not defined at alpha_bar = 0
+    may_end_at_alpha_bar_0: bool = False  # instead of at 1, where the config has set_alpha_to_one false
+
+    @property
+    def can_teach(self) -> bool:
+        """Whether x_T determines x_0, by one pass a step: such samplers teach tables and students."""
+        return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
         """How often a row goes through the network, unguided. The last step of heun takes one pass."""
@@ -54,41 +62,43 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         "Song et al. 2021, eq. 12",
         50,
         noise="eta",
+        may_end_at_alpha_bar_0=True,
     ),
     "dpmpp_2m": SamplerFacts(
         "the one to begin with: 20 steps",
         "Lu et al. 2022, DPM-Solver++ 2M",
         20,
-        multistep=True,
+        leaves_out_cleanest=True,
         spacing="karras",
     ),
     "dpmpp_3m": SamplerFacts(
         "dpmpp_2m of third order: 30 steps and more; in 20, dpmpp_2m is better",
         "Lu et al. 2022, DPM-Solver++ 3M",
         30,
-        multistep=True,
+        leaves_out_cleanest=True,
         spacing="karras",
     ),
     "dpmpp_2m_sde": SamplerFacts(
         "dpmpp_2m with fresh noise at each step: 20 steps and more",
         "Lu et al. 2022, SDE-DPM-Solver++ 2M",
         30,
-        multistep=True,
+        leaves_out_cleanest=True,
         spacing="karras",
         noise="always",
+        looks_back=1,
     ),
     "unipc": SamplerFacts(
         "dpmpp_2m with a corrector that costs no pass: 10 to 20 steps",
         "Zhao et al. 2023, UniPC, order 2, B(h) = e^h - 1",
         10,
-        multistep=True,
+        leaves_out_cleanest=True,
         spacing="karras",
     ),
     "deis": SamplerFacts(
         "multistep in eps instead of x_0: 15 steps and more",
         "Zhang & Chen 2023, DEIS",
         15,
-        multistep=True,
+        leaves_out_cleanest=True,
         spacing="karras",
     ),
     "plms": SamplerFacts(
@@ -96,6 +106,8 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         "Liu et al. 2022, PNDM without its Runge-Kutta start",
         50,
         passes_to_start=1,
+        needs_signal=True,
+        may_end_at_alpha_bar_0=True,
     ),
     "pndm": SamplerFacts(
         "plms after three Runge-Kutta steps: 50 steps, 59 passes",
@@ -103,6 +115,8 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         50,
         passes_to_start=9,
         steps_to_start=3,
+        needs_signal=True,
+        may_end_at_alpha_bar_0=True,
     ),
     "euler": SamplerFacts(
         "ddim at exact noise levels: 40 steps and more",
@@ -118,6 +132,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         passes_per_step=2,
         fractional=True,
         spacing="karras",
+        needs_signal=True,
     ),
     "tuned": SamplerFacts("fitted to this checkpoint: the best in few steps", "tminus tune", 8, spacing=TABLE),
     "consistency": SamplerFacts(
@@ -128,10 +143,9 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
 }
-# Without fresh noise, and each step one pass: whose points determine where they end, for tune and distill.
-PLAIN_SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "euler")
 TABLE_SAMPLERS = ("tuned", "consistency")  # of checkpoints that have tables for them, see sampler_tables.py
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # of every checkpoint
+TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for tune and distill
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS, DEFAULT_TIMESTEPS = 100_000, 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# The samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1.
-END_AT_FIRST = ("ddim", "plms", "pndm")
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -348,7 +346,7 @@ class NoiseConfig(Checked):
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
         if self.is_continuous:
             return TABLE if facts.spacing == TABLE else "linspace"
-        alike = (facts.multistep and own.multistep) or (facts.fractional and own.fractional)
+        alike = (facts.leaves_out_cleanest and own.leaves_out_cleanest) or (facts.fractional and own.fractional)
         return self.timestep_spacing if facts.spacing is None or alike else facts.spacing
 
     def schedule(self) -> NoiseSchedule:

@@ -14,15 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import SAMPLERS
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.guidance import Forward, guided
-from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
+from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.parametrization import parametrize
 from tminus.model.sampler_tables import Table
 from tminus.model.solvers import (
     H1,
     LINEAR_SOLVERS,
-    NEED_SIGNAL,
     X0,
     X0_PREVIOUS,
     Levels,
@@ -111,6 +110,7 @@ def compile_plan(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
+    facts = SAMPLER_FACTS[sampler]
     spacing = spacing or noise.default_spacing(sampler)
     log_sigmas, offset = schedule.log_sigmas, noise.steps_offset
     of_steps = make_timesteps(
@@ -126,9 +126,9 @@ def compile_plan(
     assert len(of_steps) > 0
     one = torch.ones(1, dtype=torch.float64)
     alpha_bar = schedule.alpha_bar_at(of_steps)
-    last = schedule.alpha_bar[:1] if sampler in END_AT_FIRST and not noise.set_alpha_to_one else one
+    last = schedule.alpha_bar[:1] if facts.may_end_at_alpha_bar_0 and not noise.set_alpha_to_one else one
     levels = Levels(alpha_bar, torch.cat([alpha_bar[1:], last]))
-    if sampler in NEED_SIGNAL and alpha_bar[0] <= 0:
+    if facts.needs_signal and alpha_bar[0] <= 0:
         elsewhere = "timestep_spacing leading, or a strength below 1, may start elsewhere"
         raise ValueError(f"{sampler} cannot start from alpha_bar = 0, where its step is not defined; {elsewhere}")
     r = torch.zeros(1, dtype=torch.float64)

@@ -314,4 +314,3 @@ LINEAR_SOLVERS: Mapping[str, Callable[[Levels], Tensor]] = {
     "euler": ddim,
     "heun": heun,
 }
-NEED_SIGNAL = frozenset({"plms", "pndm", "heun"})  # their first step is not defined at alpha_bar = 0

@@ -59,7 +59,7 @@ def make_timesteps(
         second = num_timesteps - num_timesteps / steps
         stride = num_timesteps - second  # rounded as numpy's arange does, so that halves round as theirs do
         return [round(num_timesteps - k * stride) - 1 for k in range(steps)]
-    points = steps + 1 if facts.multistep and steps < num_timesteps else steps
+    points = steps + 1 if facts.leaves_out_cleanest and steps < num_timesteps else steps
     t: list[float]
     if spacing == "leading":
         t = [k * (num_timesteps // points) for k in range(points)]

@@ -179,7 +179,7 @@ def select_passes(keep: Sequence[int] | None, spec: SampleSpec, model: ModelInfo
         _, _, c, d, _ = zip(*model.table(spec.table).started(spec.start), strict=True)
         looks_back = 2 if any(d) else 1 if any(c) else 0
     else:
-        looks_back = 1 if SAMPLER_FACTS[spec.sampler].multistep else 0
+        looks_back = SAMPLER_FACTS[spec.sampler].looks_back
     selection = Selection.of(keep, spec.num_passes, looks_back)
     if not {*noisy_passes(spec, model)}.intersection(keep):
         raise ValueError("numbers of passes of which one or more add noise; the others have no log p")

@@ -249,12 +249,6 @@ def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
         assert answer.headers["content-type"] == media_type
 
 
-def test_every_sampler_is_in_its_table_of_the_docs_with_the_words_of_the_catalogue() -> None:
-    page = (ROOT / "docs" / "samplers.md").read_text("utf-8")
-    rows = list(tables(page, "sampler", "when to take it", "source"))
-    assert rows == [[f"`{name}`", facts.when, facts.source] for name, facts in SAMPLER_FACTS.items()]
-
-
 @pytest.mark.parametrize("page", ["clients.md", "openai.md", "other-clients.md"])
 def test_a_page_of_clients_names_the_packages_that_its_programs_import(page: str) -> None:
     text = (ROOT / "docs" / page).read_text("utf-8")

@@ -1,23 +1,18 @@
-"""Build the documentation site, or look whether the links to other hosts still lead somewhere.
-
-    python -m docs.site
-    python -m docs.site --external
+"""Build the documentation site: `python -m docs.site`. The exit status is 1 if a link leads nowhere.
 
 The site is in site/. The pages as Zensical reads them are in build/docs/pages/.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+from nbconvert import MarkdownExporter
 
-from docs.site import api, notebook, pages, reference
+from docs.site import api, pages, reference
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -25,15 +20,16 @@ BUILD = ROOT / "build" / "docs"
 SITE = ROOT / "site"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ABORTED = "--strict"  # Zensical's last words where it has warned
-# Addresses of examples, and of servers that run where the reader is.
-NOWHERE = ("http://localhost", "http://127.", "https://example.", "http://example.", "mailto:")
-
-
-def main() -> int:
-    """Run the command; the exit status is 1 if a link leads nowhere."""
-    parser = argparse.ArgumentParser(prog="python -m docs.site", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--external", action="store_true", help="ask the other hosts that pages link to; build nothing")
-    return external() if parser.parse_args().external else build()
+# Pictures stand in the page, of the size that the notebook gives them.
+NOTEBOOK = """\
+{% extends 'markdown/index.md.j2' %}
+{% block data_priority scoped %}
+{% for kind in output.data if kind.startswith('image/') %}
+<img src="data:{{ kind }};base64,{{ output.data[kind] | replace('\n', '') }}" alt="What the cell shows"
+     width="{{ output.metadata[kind].width }}">
+{% else %}{{ super() }}{% endfor %}
+{% endblock %}
+"""
 
 
 def build() -> int:
@@ -70,11 +66,16 @@ def build() -> int:
 
 def read_pages() -> dict[Path, str]:
     """Return every page as Markdown, by its file: of a notebook too, and of the reference with what the code says."""
-    texts = {file: (ROOT / file).read_text("utf-8") for file in pages.find_pages(ROOT)}
-    for file, text in texts.items():
+    texts: dict[Path, str] = {}
+    exporter = MarkdownExporter(raw_template=NOTEBOOK)  # type: ignore[no-untyped-call]
+    for file in pages.find_pages(ROOT):
         if file.suffix == ".ipynb":
+            text, _ = exporter.from_filename(str(ROOT / file))
             address = f"{PROJECT['urls']['Source']}/blob/main/{file.as_posix()}"
-            texts[file] = notebook.as_page(file.name, text, address)
+            text += f"\n*This page shows the notebook [{file.name}]({address}).*\n"
+        else:
+            text = (ROOT / file).read_text("utf-8")
+        texts[file] = text
     made = reference.pages() | {"api.md": api.page()}
     return texts | {pages.REFERENCE / name: text for name, text in made.items()}
 
@@ -96,32 +97,5 @@ def configuration(titles: dict[Path, str]) -> str:
     return text
 
 
-def external() -> int:
-    """Ask for each address that a page links to; print those that do not answer, with the pages."""
-    found: dict[str, list[str]] = {}
-    for file, text in read_pages().items():
-        for target in pages.targets(text):
-            if pages.is_external(target) and not target.startswith(NOWHERE):
-                found.setdefault(target.partition("#")[0], []).append(file.as_posix())
-    with ThreadPoolExecutor(8) as pool:
-        problems = dict(zip(found, pool.map(ask, found), strict=True))
-    for address, problem in sorted(problems.items()):
-        if problem:
-            print(f"{address}: {problem}, in {', '.join(sorted(set(found[address])))}")
-    failed = sum(map(bool, problems.values()))
-    print(f"{len(problems)} addresses, {failed} that do not answer")
-    return int(failed > 0)
-
-
-def ask(address: str) -> str:
-    """Return what is wrong with an address; nothing if it answers."""
-    try:
-        with httpx.stream("GET", address, follow_redirects=True, timeout=20) as answer:
-            # 403 and 429 are for programs: a browser is let in.
-            return "" if answer.status_code < 400 or answer.status_code in (403, 429) else str(answer.status_code)
-    except httpx.HTTPError as error:
-        return type(error).__name__
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build())

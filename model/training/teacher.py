@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import PLAIN_SOLVERS
+from tminus.model.catalogue import TEACHERS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian
 from tminus.model.guidance import Forward
@@ -143,8 +143,8 @@ def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidanc
         raise TrainError(f"{folder}: has {predicts}, and only networks of epsilon, sample or v are distilled")
     if guidance != 1 and teacher.labels.null_class is None:
         raise TrainError(f"guidance must be 1 (off) for a checkpoint without a null class, got {guidance:g}")
-    if sampler not in PLAIN_SOLVERS:
-        raise TrainError(f"teacher_sampler must be among {', '.join(PLAIN_SOLVERS)}, got {sampler!r}")
+    if sampler not in TEACHERS:
+        raise TrainError(f"teacher_sampler must be among {', '.join(TEACHERS)}, got {sampler!r}")
     limit = teacher.noise.num_train_timesteps
     if steps > limit:
         raise TrainError(f"teacher_steps must be 1..{limit}, got {steps}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tminus.model.catalogue import MAX_GUIDANCE, PLAIN_SOLVERS, usual_settings
+from tminus.model.catalogue import MAX_GUIDANCE, TEACHERS, usual_settings
 from tminus.model.checkpoint import Checkpoint, recommend
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
@@ -82,8 +82,8 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
 def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) -> Plan:
     """The plan of the teacher. Raises TuneError for one that cannot be."""
     sampler, _, steps = config.teacher.partition(":")
-    bound = f"SAMPLER:STEPS, the sampler one of {', '.join(PLAIN_SOLVERS)}"
-    if sampler not in PLAIN_SOLVERS or not steps.isdecimal():
+    bound = f"SAMPLER:STEPS, the sampler one of {', '.join(TEACHERS)}"
+    if sampler not in TEACHERS or not steps.isdecimal():
         raise TuneError(f"teacher must be {bound}, got {config.teacher!r}")
     try:
         return checkpoint.plan(sampler, int(steps), guidance=guidance)
@@ -100,7 +100,7 @@ def default_teacher(checkpoint: Checkpoint) -> str:
     for table in checkpoint.tables:
         if (table.sampler, table.steps, table.guidance) == (own.sampler, own.steps, own.guidance):
             return str(table.about.get("teacher") or default_teacher(dataclasses.replace(checkpoint, tables=())))
-    if own.sampler not in PLAIN_SOLVERS:
+    if own.sampler not in TEACHERS:
         own = usual_settings(T)
     return f"{own.sampler}:{min(max(own.steps, TEACHER_STEPS), T)}"
 

@@ -20,7 +20,7 @@ BARE = [Depends(no_parameters)]
 class Changes(Protocol):
     """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
 
-    def unserved(self) -> Awaitable[Mapping[str, str]]:
+    def unloaded_models(self) -> Awaitable[Mapping[str, str]]:
         """Return the models that can be loaded and are not served, and what is going on with each."""
 
     def state(self, services: Services) -> str:
@@ -74,7 +74,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         loaded = [summary(request, services) for services in models]
         others = [
             ModelSummary(name=name, default=False, state=state, url=None, model=None)
-            for name, state in (await changes.unserved()).items()
+            for name, state in (await changes.unloaded_models()).items()
         ]
         return ModelList(models=loaded + others)
 

@@ -133,7 +133,7 @@ class _Follower:
     @property
     def _is_ending(self) -> bool:
         """Whether this process makes no more of any job."""
-        return self._services.worker.draining or self._services.worker.crashed
+        return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":
         """Have the worker show the job; None if it is not held here."""
@@ -206,7 +206,7 @@ class _Viewer:
                 async with asyncio.timeout(POLL_S):
                     frame = await self.mailbox.take()
             except TimeoutError:
-                if self.services.worker.draining:
+                if self.services.worker.state.draining:
                     return
                 if waiting and (status := await self.services.statuses.of(self.job.record.id)) is not None:
                     waiting = status.state == "waiting"

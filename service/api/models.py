@@ -1,10 +1,9 @@
 """Which models are served, by name, and what answers their requests. A request without a name is of the default one."""
 
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fastapi import Request, Response
 from starlette.requests import HTTPConnection
@@ -20,13 +19,16 @@ from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
+from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.turns import CallerTurns
-from tminus.service.worker.loaded_model import Residence
+from tminus.service.worker.load_queue import LoadQueue
+from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
 
@@ -54,56 +56,103 @@ class Services:
     webhooks: AllowedReceivers | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time
     noise_turns: CallerTurns  # the worker gets one image of POST /noise at a time
-    residence: "Residence[Services]"  # of all models
+    models: "Models"  # all of them
 
     @property
     def bounds(self) -> Bounds:
         """The bounds of parameters that depend on the model."""
         return bounds_of(self.model, self.limits)
 
-    async def in_memory(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory; returns what it is then. Raises as Residence.bring_in does.
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether a request has to wait until the model is in memory."""
+        return self.models.loads.is_unloaded(self.model.name)
 
-        request: whose client may go away meanwhile; None for a message of a WebSocket.
+    async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
+        """Wait until the model is in memory, and return what is served under its name then.
+
+        request: whose client may go away meanwhile; None for a message of a WebSocket. Raises as
+        LoadQueue.ensure_loaded does.
         """
-        if not self.residence.is_out(self.number):
+        if not self.is_unloaded:
             return self
-        coming = self.residence.bring_in(self.number, deadline_s, of_request=True)
-        return await (coming if request is None else while_connected(request, coming))
+        loading = self.models.loads.ensure_loaded(self.model.name, deadline_s)
+        await (loading if request is None else while_connected(request, loading))
+        return self.models.named(self.model.name)
+
+
+@dataclass(slots=True)
+class InMemory:
+    """The parts of a model that are there while it is in memory."""
+
+    model: LoadedModel
+    keeper: SnapshotKeeper
+    release: Callable[[], object]  # called when nobody has the engine any more
+    memory_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class ServedModel:
+    """A model for as long as something of it is there. Only ServedModels and the loader change it."""
+
+    services: Services
+    lifecycle: Lifecycle
+    loaded: InMemory | None  # None while it is unloaded, and once it has left
+    users: int = 0  # requests that are being answered
+    loaded_s: float = float("-inf")  # when it was last loaded while the server ran, by time.monotonic
+    last_used_s: float = field(default_factory=time.monotonic)  # when it was last seen busy, or was loaded
+
+    @property
+    def name(self) -> str:
+        """The name by which requests ask for it."""
+        return self.services.model.name
+
+    @property
+    def number(self) -> int:
+        """Its number in this process."""
+        return self.services.number
+
+    def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
+        """Tell something else of the model from now on."""
+        self.services = replace(self.services, model=info, limits=limits or self.services.limits)
+        self.lifecycle.change(info, limits)
 
 
 Handler = Callable[[Services, Request], Awaitable[Response]]
 
 
 class Models:
-    """Owns the names, and who uses which model now. In the event loop's thread only."""
+    """The registry: owns the names, and the models that are served or whose jobs are still kept.
 
-    def __init__(self) -> None:
-        self._served: dict[str, Services] = {}  # by name; the first is the default
-        # By number, also those that were replaced or unloaded, for as long as their jobs are kept.
-        self._by_number: dict[int, Services] = {}
-        self._users: Counter[int] = Counter()
-        self._last_used_s: dict[int, float] = {}  # when the last user left, by time.monotonic
+    In the event loop's thread only.
+    """
+
+    def __init__(self, loads: LoadQueue) -> None:
+        self.loads = loads
+        self._served: dict[str, ServedModel] = {}  # by name; the first is the default
+        self._by_number: dict[int, ServedModel] = {}  # also those that were replaced or unloaded
+
+    # --- for requests ---
 
     @property
     def default(self) -> Services:
         """Return the model of a request that names none."""
-        return next(iter(self._served.values()))
+        return next(iter(self))
 
     def __iter__(self) -> Iterator[Services]:
-        return iter(self._served.values())
+        return (one.services for one in self._served.values())
 
     def named(self, name: str) -> Services:
         """Return the model that is served under a name. Raises ModelNotFound."""
-        if (services := self._served.get(name)) is None:
+        if (one := self._served.get(name)) is None:
             raise ModelNotFound.of(name, self._served)
-        return services
+        return one.services
 
     def numbered(self, number: int) -> Services:
-        """Return a model that is loaded, or still has jobs. Raises ModelUnloaded for one that was forgotten since."""
-        if (services := self._by_number.get(number)) is None:
+        """Return a model that is served, or still has jobs. Raises ModelUnloaded for one that was forgotten since."""
+        if (one := self._by_number.get(number)) is None:
             raise ModelUnloaded
-        return services
+        return one.services
 
     def of(self, request: HTTPConnection) -> Services:
         """Return the model that a request is for. Raises ModelNotFound."""
@@ -117,12 +166,13 @@ class Models:
     @contextmanager
     def using(self, services: Services) -> Iterator[Services]:
         """Note that a model that is served is used; it is not unloaded meanwhile."""
-        self._users[services.number] += 1
+        one = self._by_number[services.number]
+        one.users += 1
         try:
             yield services
         finally:
-            self._users[services.number] -= 1
-            self._last_used_s[services.number] = time.monotonic()
+            one.users -= 1
+            one.last_used_s = time.monotonic()
 
     def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
         """Make a handler of a route from one that takes the services too. name: of the operation in OpenAPI."""
@@ -134,35 +184,41 @@ class Models:
         with_services.__name__ = name
         return with_services
 
-    # --- when models change ---
+    # --- for what loads and unloads ---
 
-    def change(self, services: Services, info: ModelInfo, limits: Limits | None = None) -> Services:
-        """Tell something else of a model from now on, whether it is served or only has jobs; returns what tells it."""
-        changed = replace(services, model=info, limits=limits or services.limits)
-        if self._served.get(info.name) is services:
-            self._served[info.name] = changed
-        self._by_number[services.number] = changed
-        return changed
+    @property
+    def served(self) -> list[ServedModel]:
+        """The models that are served, the default one first."""
+        return list(self._served.values())
 
-    def put(self, services: Services) -> None:
+    @property
+    def all(self) -> list[ServedModel]:
+        """All models, in the order of their loads; any thread may ask."""
+        return list(self._by_number.values())
+
+    @property
+    def left(self) -> list[ServedModel]:
+        """The models that are served no more, the oldest first."""
+        return [one for one in self.all if self._served.get(one.name) is not one]
+
+    @property
+    def in_memory(self) -> list[ServedModel]:
+        """The models that are served and in memory."""
+        return [one for one in self.served if one.loaded is not None]
+
+    def find(self, name: str) -> ServedModel | None:
+        """Return the model that is served under a name."""
+        return self._served.get(name)
+
+    def put(self, one: ServedModel) -> None:
         """Serve a model, in place of another of its name."""
-        self._served[services.model.name] = services
-        self._by_number[services.number] = services
+        self._served[one.name] = self._by_number[one.number] = one
 
-    def remove(self, name: str) -> None:
-        """Serve a model no more. It must not be the default one."""
-        assert self._served[name] is not self.default
-        del self._served[name]
-
-    def users(self, number: int) -> int:
-        """How many requests of a model are being answered."""
-        return self._users[number]
-
-    def last_used_s(self, number: int) -> float:
-        """When the last of them was answered, by time.monotonic; minus infinity if none was."""
-        return self._last_used_s.get(number, float("-inf"))
+    def remove(self, name: str) -> ServedModel:
+        """Serve a model no more, and return it. It must not be the default one."""
+        assert name != self.default.model.name
+        return self._served.pop(name)
 
     def forget(self, number: int) -> None:
         """Forget a model that is not served and has no jobs any more."""
-        del self._by_number[number], self._users[number]
-        self._last_used_s.pop(number, None)
+        del self._by_number[number]

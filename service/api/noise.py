@@ -70,9 +70,9 @@ async def add_noise(services: Services, request: Request) -> Response:
     asked.check_bounds(services.bounds, errors)
     errors.check()
     caller = caller_of(request)
-    if services.residence.is_out(services.number):  # a key without quota loads no model
+    if services.is_unloaded:  # a key without quota loads no model
         caller.check(row_steps=1, jobs=0)
-        services = await services.in_memory(request)
+        services = await services.ensure_loaded(request)
         model = services.model
     image = await while_connected(request, services.decoder.decode(data, model, caller))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed

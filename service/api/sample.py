@@ -54,7 +54,7 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Images, Pixels, SampleSpec
 from tminus.service.work import JobResult, noisy_passes, select_passes, timesteps_of
-from tminus.service.worker.recording import Path, Recorder, Recording, frame_count
+from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecorder, frame_count
 from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
@@ -267,7 +267,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
     # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
-    path, held_bytes = Path(spec, selection, asked.dtype), 3 * spec.n * image_bytes
+    path, held_bytes = TrajectoryRecorder(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()

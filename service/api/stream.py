@@ -58,7 +58,7 @@ def stream_routes(models: Models) -> APIRouter:
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
             services = models.of(ws) if known else services  # whoever has yet to say who it is learns no names
-            services.worker.check_open()  # now, so that a proxy can still ask another server
+            services.worker.state.check_open()  # now, so that a proxy can still ask another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()

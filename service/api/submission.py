@@ -44,26 +44,31 @@ async def prepare_job(
 ) -> tuple[Services, NewJob]:
     """Wait until the model is in memory, make the spec, and decode the images; returns the model as it is then, too.
 
-    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
-    work, and `submit` refuses the job.
-
     request: whose client may go away meanwhile; None for a message of a WebSocket. transparent: see decode_inputs.
-    Raises what spec_of, Decoder.inputs and Services.in_memory do.
+    Raises what spec_of, Decoder.inputs and Services.ensure_loaded do.
     """
-    waited_s = 0.0
-    is_head = request is not None and request.method == "HEAD"
-    if services.residence.is_out(services.number) and not is_head:
-        spec = spec_of(parameters, services.model, services.limits)  # what is wrong is told before a model is loaded
-        began_s = time.monotonic()
-        with suppress(QuotaExceeded):
-            row_steps = work_of(spec, services.model, services.number).places
-            caller.check(row_steps, await _open_jobs(services, caller))
-            services = await services.in_memory(request, parameters.deadline_s)
-        waited_s = time.monotonic() - began_s
-    new = await _new_job(services, caller, parameters, request, transparent=transparent)
-    if waited_s and new.deadline_s is not None:
+    began_s = time.monotonic()
+    loaded = await _ensure_loaded(services, caller, parameters, request)
+    waited_s = time.monotonic() - began_s
+    new = await _new_job(loaded, caller, parameters, request, transparent=transparent)
+    if loaded is not services and new.deadline_s is not None:
         new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
-    return services, new
+    return loaded, new
+
+
+async def _ensure_loaded(services: Services, caller: Caller, asked: SampleRequest, request: Request | None) -> Services:
+    """Wait until the model is in memory, and return what it is then.
+
+    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
+    work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+    """
+    if not services.is_unloaded or (request is not None and request.method == "HEAD"):
+        return services
+    spec = spec_of(asked, services.model, services.limits)
+    with suppress(QuotaExceeded):
+        caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
+        return await services.ensure_loaded(request, asked.deadline_s)
+    return services
 
 
 async def _new_job(

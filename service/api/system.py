@@ -17,7 +17,8 @@ from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
-from tminus.service.worker.worker import CRASHED, Worker
+from tminus.service.worker.state import CRASHED
+from tminus.service.worker.worker import Worker
 
 OPENMETRICS = "application/openmetrics-text"
 METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}, **with_headers("Vary")}
@@ -107,16 +108,16 @@ def alive(worker: Worker) -> StatusAnswer | Response:
 
 def fatal_error(worker: Worker) -> ServiceError | None:
     """Return the error after which only a restart helps; None while there is none. Any thread may ask."""
-    return EngineFailed(CRASHED) if worker.crashed else worker.stall
+    return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 
 def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
     """Return the error by which work is refused now; None while it is taken."""
     if (reason := fatal_error(worker)) is not None:
         return reason
-    if worker.draining:
+    if worker.state.draining:
         return Draining()
-    if not worker.ready:
+    if not worker.state.ready:
         return NotReady()
     # A shared store fails all servers alike: if each were taken out, nobody would answer what needs no store.
     return jobs.store_failure(of_shared=False)

@@ -223,7 +223,7 @@ def check(
     """
     from tminus.service.images.trajectory import arrays_of, read_trajectory
     from tminus.service.work import noisy_passes, select_passes
-    from tminus.service.worker.recording import Path as Recorded
+    from tminus.service.worker.recording import TrajectoryRecorder
 
     with failing_in_one_line(str(file)):
         found = read_trajectory(read_bounded(file))
@@ -255,7 +255,7 @@ def check(
     wanted, got = (len(selection.points), spec.n, *row), found.arrays.get("x_t")
     if got is None or got.shape != wanted:  # before so much is made again
         fail(f"{file}: x_t must be of shape {wanted}, got {'none' if got is None else got.shape}")
-    path = Recorded(spec, selection, "float16" if got.dtype == "float16" else "float32")
+    path = TrajectoryRecorder(spec, selection, "float16" if got.dtype == "float16" else "float32")
     images = job.run(path.record)
     again = arrays_of(path.trajectory(), images, spec, info)
     differs = first_difference(found.arrays, again)

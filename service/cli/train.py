@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tminus.model.catalogue import TEACHERS
 from tminus.service.cli.options import BACKGROUND, CHECKPOINT_TYPE, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
@@ -347,7 +348,7 @@ def train_autoencoder(**options: Any) -> None:
 @click.option(
     "--teacher-sampler",
     default="dpmpp_2m",
-    help="Sampler of the teacher: ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler",
+    help=f"Sampler of the teacher: {', '.join(TEACHERS)}",
 )
 @click.option("--teacher-steps", default=20, help="Steps of the teacher's sampler")
 @click.option("--trajectories", default=512, help="Trajectories that the teacher computes at a time")

@@ -147,7 +147,7 @@ class Jobs:
     async def ended(self, job_id: str, sees: str | None) -> JobView:
         """Wait until a durable job has ended. Raises JobNotFound, and Draining where this server ends first."""
         while (view := await self.find_durable(job_id, sees)).record.outcome is None:
-            if self._worker.draining:
+            if self._worker.state.draining:
                 raise Draining
             job = self._held(job_id)
             with suppress(TimeoutError):

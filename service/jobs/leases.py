@@ -90,7 +90,7 @@ class Leases:
         """Hold what nobody holds and there is room for. The caller has the store's turn, and works on it at once."""
         records = [job.record for job in self._held.values()]
         wait_for_slots = {job.record.background for job in self._held.values() if job.state is HeldState.WAITING}
-        if not self._worker.ready or False in wait_for_slots:
+        if not self._worker.state.ready or False in wait_for_slots:
             return Claimed()
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
         held_back_after_us = self._store.now_us() - self._background_max_wait_us
@@ -139,7 +139,7 @@ class Leases:
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
         """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
-        self._worker.check_open()
+        self._worker.state.check_open()
         load, has_picture = await self._store.call(JobStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(
             new.work, load, now_s=time.perf_counter(), deadline_s=new.deadline_s, has_picture=has_picture

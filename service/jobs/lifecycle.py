@@ -41,7 +41,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Outlook, Ticket, check_table, work_of
-from tminus.service.worker.loaded_model import Residence
+from tminus.service.worker.load_queue import LoadQueue
 from tminus.service.worker.loop import LOST
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
@@ -70,15 +70,15 @@ class Lifecycle:
         info: ModelInfo,
         limits: Limits,
         metrics: Metrics,
-        residence: Residence[object],
+        loads: LoadQueue,
     ) -> None:
-        """model: its number. store: of the jobs of its weights. residence: brings the model in where it is out."""
+        """model: its number. store: of the jobs of its weights. loads: where the jobs of an unloaded model wait."""
         self.store, self.model, self.model_name = store, model, info.name
         self._worker = worker
         self._info = info  # what is told of the model, which may change while no job runs
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self.metrics, self._residence = limits, metrics, residence
+        self._limits, self.metrics, self._loads = limits, metrics, loads
         self._held: dict[str, HeldJob] = {}  # changed here only
         self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -100,7 +100,7 @@ class Lifecycle:
     @property
     def needs_model(self) -> bool:
         """Whether a job is in the worker, or waits for it and not until the model is back in memory."""
-        states = (HeldState.IN_WORKER,) if self.is_out else (HeldState.IN_WORKER, HeldState.WAITING)
+        states = (HeldState.IN_WORKER,) if self.is_unloaded else (HeldState.IN_WORKER, HeldState.WAITING)
         return any(job.state in states for job in self._held.values())
 
     async def start(self, *, take_on: bool = True) -> None:
@@ -178,16 +178,16 @@ class Lifecycle:
         self._spawn(self._run(job, ticket))
 
     @property
-    def is_out(self) -> bool:
-        """Whether the model is not in memory, so that `accept_later` takes its jobs."""
-        return self._residence.is_out(self.model)
+    def is_unloaded(self) -> bool:
+        """Whether the model is served and not in memory, so that `accept_later` takes its jobs."""
+        return not self.retired and self._loads.is_unloaded(self.model_name)
 
     def check_room(self, *, background: bool) -> Outlook:
         """Return what a job is told that waits for the model to come in.
 
         Raises Overloaded where too many of its class do.
         """
-        left_s, most = self._residence.expected_s(self.model), self._limits.most_jobs(background=background)
+        left_s, most = self._loads.expected_s(self.model_name), self._limits.most_jobs(background=background)
         waiting = sum(job.record.background == background for job in self._held.values())
         if waiting >= most:
             where = " in the background" if background else ""
@@ -329,7 +329,7 @@ class Lifecycle:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = job.record
         alone = record.crashes > 0 or record.suspect
-        await self._until_in(job)  # only then its fingerprint is known, by which there may be a snapshot
+        await self._ensure_loaded(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
         if record.background:
@@ -358,7 +358,7 @@ class Lifecycle:
             except ModelUnloaded:
                 if self.retired:
                     raise
-                await self._until_in(job)
+                await self._ensure_loaded(job)
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
@@ -366,22 +366,21 @@ class Lifecycle:
         self._enter_worker(job)
         return ticket
 
-    async def _until_in(self, job: HeldJob) -> None:
-        """Wait until the model is in memory, or the job is not to be worked on any more."""
-        while self.is_out and not self.retired and job.state is HeldState.WAITING:
-            await self._bring_in()
+    async def _ensure_loaded(self, job: HeldJob) -> None:
+        """Wait until the model is in memory, or the job is not to be worked on any more. Raises Draining.
 
-    async def _bring_in(self) -> None:
-        """Wait until the model is in memory; a checkpoint that cannot be loaded is tried again. Raises Draining."""
-        try:
-            await self._residence.bring_in(self.model)
-        except NotReady:
-            await self.pause(ROOM_S)
-        except (Draining, EngineFailed):
-            raise
-        except ServiceError as error:
-            log.warning("jobs of %s wait, and it is tried again in %g s: %s", self.model_name, LOAD_RETRY_S, error)
-            await self.pause(LOAD_RETRY_S)
+        A checkpoint that cannot be loaded is tried again.
+        """
+        while self.is_unloaded and job.state is HeldState.WAITING:
+            try:
+                await self._loads.load(self.model_name)
+            except NotReady:
+                await self.pause(ROOM_S)
+            except (Draining, EngineFailed):
+                raise
+            except ServiceError as error:
+                log.warning("jobs of %s wait, and it is tried again in %g s: %s", self.model_name, LOAD_RETRY_S, error)
+                await self.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
         """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed where they cannot be read.
@@ -403,7 +402,7 @@ class Lifecycle:
 
         After a crash of the worker leave it for the next start, unless this job causes the crashes.
         """
-        if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(job):
+        if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
                 job.become(HeldState.LEFT)  # it stays held, so that it is not begun anew before the next start
             return
@@ -414,7 +413,7 @@ class Lifecycle:
 
         Each of its jobs counts it for all, as the store may fail for one; of several, the store counts it once.
         """
-        crashed = self._worker.jobs_of_the_crash
+        crashed = self._worker.state.jobs_of_the_crash
         if job.record.id not in crashed:
             return False
         if len(crashed) == 1 and job.record.crashes + 1 >= MOST_CRASHES:

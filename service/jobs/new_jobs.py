@@ -141,8 +141,8 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if lifecycle.is_out:  # it waits in the store, and brings the model in
-            self._worker.check_open()
+        if lifecycle.is_unloaded:  # the job waits in the store
+            self._worker.state.check_open()
             outlook = lifecycle.check_room(background=record.background)
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None

@@ -24,7 +24,7 @@ from pathlib import Path
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
-from tminus.service.worker.loop import Part
+from tminus.service.worker.current_jobs import WorkerThread
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class EndFile:
         faulthandler.enable(self._descriptor)
         self._changed = threading.Condition()
         self._unwritten: dict[int, bytes] = {}  # by its place
-        self._worked_on: dict[Part, frozenset[str]] = {}
+        self._worked_on: dict[WorkerThread, frozenset[str]] = {}
         self._hangs = self._closed = self._late = self._told = False
         self._stalled_s: Callable[[], float] = lambda: 0.0
         threading.Thread(target=self._write, name="tminus-end-file", daemon=True).start()
@@ -82,7 +82,7 @@ class EndFile:
         """Note from now on whether the process hangs. stalled_s: for how long; any thread may call it."""
         self._stalled_s = stalled_s
 
-    def work_on(self, part: Part, jobs: Collection[str]) -> None:
+    def work_on(self, part: WorkerThread, jobs: Collection[str]) -> None:
         """Note what the thread that calls works on from now on. Nothing is raised where the disk cannot keep it."""
         text, place = "\n".join([f"{threading.get_ident():x}", *jobs]).encode(), PARTS_AT[part]
         room = SIGNAL_AT - PARTS_AT["steps"] if part == "steps" else PARTS_AT["steps"] - PARTS_AT["codes"]

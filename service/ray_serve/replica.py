@@ -33,7 +33,8 @@ from tminus.service.startup.server import (
 )
 from tminus.service.startup.traces import start_traces
 from tminus.service.threads import LOADING, in_daemon_thread
-from tminus.service.worker.worker import CLOSE_S, CRASHED
+from tminus.service.worker.state import CRASHED
+from tminus.service.worker.worker import CLOSE_S
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Replica:
             app, self._served = application.app, application.served
             await self._stack.enter_async_context(app.router.lifespan_context(app))
             await is_ready(self._served.worker)
-            if self._served.worker.crashed:
+            if self._served.worker.state.crashed:
                 raise RuntimeError(CRASHED)
         except BaseException:
             await self._stack.aclose()
@@ -92,17 +93,17 @@ class Replica:
     async def check_health(self) -> None:
         """Raise what makes Serve start another replica in place of this one."""
         worker = self._served.worker
-        if worker.crashed:
+        if worker.state.crashed:
             raise RuntimeError(CRASHED)
-        if (stall := worker.stall) is not None:
+        if (stall := worker.state.stall) is not None:
             raise RuntimeError(str(stall))
-        if worker.draining and self._is_listed:
+        if worker.state.draining and self._is_listed:
             raise RuntimeError("this replica takes no more work, though requests are still sent to it")
 
     async def record_routing_stats(self) -> dict[str, float]:
         """What BacklogRouter chooses by."""
         worker = self._served.worker
-        return Standing(self._backlog_s, len(worker.jobs), worker.ready).told()
+        return Standing(self._backlog_s, len(worker.jobs), worker.state.ready).told()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What BacklogPolicy counts."""
@@ -124,7 +125,7 @@ class Replica:
         """
         worker = self._served.worker
         worker.join()
-        if not worker.crashed:
+        if not worker.state.crashed:
             return
         ending = asyncio.run_coroutine_threadsafe(self._end_crashed(), self._loop)
         with suppress(Exception):
@@ -174,10 +175,10 @@ class Replica:
     async def _end_work(self) -> None:
         """Take no more work, leave durable jobs to others, and finish the rest within the grace period."""
         worker, until_s = self._served.worker, time.monotonic() + self._settings.grace_s
-        if not worker.draining:
+        if not worker.state.draining:
             log.info("this replica takes no more work, and ends when what runs is done")
             worker.drain()
-        while worker.alive and time.monotonic() < until_s:  # noqa: ASYNC110  it is another thread's
+        while worker.state.alive and time.monotonic() < until_s:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(LOOK_S)
         await asyncio.to_thread(worker.close)
         await self._served.streams.quiet(ANSWER_S)

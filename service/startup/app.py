@@ -32,7 +32,7 @@ from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.system import model_routes, system_routes
-from tminus.service.startup.changes import ModelChanges
+from tminus.service.startup.loader import ModelLoader
 from tminus.service.startup.models import ServedModels
 from tminus.service.tracing import TRACER
 
@@ -53,7 +53,7 @@ class Application:
 
 def create_app(
     served: ServedModels,
-    changes: ModelChanges,
+    loader: ModelLoader,
     *,
     with_metrics: bool = True,
     with_docs: bool = True,
@@ -71,9 +71,9 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         TRACER.set(tracer)  # for the tasks that go on with durable jobs
         await served.start()
-        changes.start()
+        loader.start()
         yield
-        await changes.close()
+        await loader.close()
         await served.close()
         if traces is not None:
             await asyncio.to_thread(traces.close)
@@ -84,7 +84,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
 
-    general = partial(_general_routes, served, changes, with_metrics=with_metrics)
+    general = partial(_general_routes, served, loader, with_metrics=with_metrics)
     contract = Contract(models.default.model, limits)
     absent = [name for name, answered in (("docs", with_docs), ("metrics", with_metrics)) if not answered]
     of_a_model = _model_routes(models, contract, absent)
@@ -120,25 +120,25 @@ def create_app(
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.draining)
+    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: served.worker.state.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)
     return app
 
 
 def _general_routes(
-    served: ServedModels, changes: ModelChanges, contract: Contract, *, with_metrics: bool
+    served: ServedModels, loader: ModelLoader, contract: Contract, *, with_metrics: bool
 ) -> list[APIRouter]:
     """Make the routes of the whole server."""
     models, metrics = served.models, served.metrics if with_metrics else None
     return [
-        admin_routes(models, changes, served.access),
+        admin_routes(models, loader, served.access),
         batch_routes(models),
         authentication_routes(served.access, served.limits.max_body_bytes),
         openai_routes(models),
         system_routes(served.worker, served.jobs, metrics),
         hugging_face_routes(models, contract, BARE_PATH),
-        kserve_routes(models, changes, served.worker, served.jobs, VERSION),
+        kserve_routes(models, loader, served.worker, served.jobs, VERSION),
     ]
 
 

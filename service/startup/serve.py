@@ -40,8 +40,8 @@ from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.startup.app import VERSION, Application, create_app
-from tminus.service.startup.changes import ModelChanges
-from tminus.service.startup.models import Described, Prepared, ServedModels
+from tminus.service.startup.loader import ModelLoader
+from tminus.service.startup.models import Prepared, ServedModels, UnloadedModel
 from tminus.service.startup.server import (
     BACKLOG,
     SWITCH_S,
@@ -59,7 +59,7 @@ from tminus.service.threads import LOADING, in_daemon_thread, started_pool
 from tminus.service.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from tminus.service.engine.loading import Measured, ReadModel, Unmeasured
+    from tminus.service.engine.loading import Measured, ReadModel
     from tminus.service.startup.telemetry import Traces
 
 log = logging.getLogger(__name__)
@@ -113,13 +113,13 @@ def serve(settings: Settings) -> bool:
     served = opening.application.served if opening.application is not None else None
     worker = served.worker if served is not None else None
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
-    code = 1 if worker is not None and (worker.hangs or worker.crashed or worker.stall) else 0
-    if served is None or worker is None or worker.hangs or served.codes_images or loading:
+    code = 1 if worker is not None and (worker.state.hangs or worker.state.crashed or worker.state.stall) else 0
+    if served is None or worker is None or worker.state.hangs or served.codes_images or loading:
         # A thread that measures, or one that hangs, cannot be ended from outside, and the interpreter would wait.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
-    return not worker.crashed
+    return not worker.state.crashed
 
 
 async def _run(
@@ -188,34 +188,13 @@ def first_request(url: str, model: ModelInfo) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class KnownModel:
-    """A model that is not in memory, with the name that it has here."""
-
-    name: str
-    folder: Path
-    unmeasured: "Unmeasured"
-
-    @property
-    def weights_hash(self) -> str:
-        """The hash of its weights."""
-        return self.unmeasured.info.weights_hash
-
-    def described(self, settings: Settings) -> Described:
-        """Return it as it is served."""
-        unmeasured = self.unmeasured
-        limits = settings.limits(unmeasured.max_rows, unmeasured.max_batch)
-        info = replace(unmeasured.info, name=self.name)
-        return Described(info, limits, settings.speed(unmeasured, limits.max_rows))
-
-
-@dataclass(frozen=True, slots=True)
 class Opened:
     """What is read and open before anything is measured."""
 
     settings: Settings
     access: Access  # who may ask
     models: "list[ReadModel]"  # in memory from the start, the default one first
-    known: "list[KnownModel]"  # those that are loaded when they are asked for
+    unloaded: list[UnloadedModel]  # loaded when they are asked for
     stores: Stores
     webhooks: Rules | None  # how they are sent, if they are
     end_place: tuple[Path, str] | None  # where the file of how this process ends is made, and how its name begins
@@ -229,11 +208,11 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     if unknown := unknown_variables(settings):
         log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
     access = settings.access(address[0])
-    models, known = read_models(settings)
+    models, unloaded = read_models(settings)
     open_store, results, webhooks = opener_of_stores(settings, address), open_results(settings), webhook_rules(settings)
     first: dict[str, JobStore] = {}
     with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
-        for weights_hash in [each.weights_hash for each in models] + [each.weights_hash for each in known]:
+        for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
         opened.pop_all()  # all are open, and stay so
     end_place, ends = look_at_ends(settings, models[0].folder)
@@ -244,7 +223,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
             log.warning(
                 "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
             )
-    return Opened(settings, access, models, known, stores, webhooks, end_place)
+    return Opened(settings, access, models, unloaded, stores, webhooks, end_place)
 
 
 def unknown_variables(settings: Settings) -> list[str]:
@@ -272,17 +251,16 @@ def about(setting: str, extra: str = "") -> Iterator[None]:
         raise ValueError(f"{asked_by(setting)}: {error}") from None
 
 
-def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]":
+def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedModel]]":
     """Read all checkpoints, with their names. Raises ValueError for what is wrong with one.
 
-    Returns those that are in memory from the start, and what is known of those that are not: with --idle-unload all but
-    the default one.
+    Returns the models that are in memory from the start, and the unloaded ones: with --idle-unload all but the default.
     """
     from tminus.service.engine.loading import ReadModel, describe, read_checkpoint, recommend_openvino
 
     recommend_openvino(settings.executor, settings.device)
     models: list[ReadModel] = []
-    known: list[KnownModel] = []
+    unloaded: list[UnloadedModel] = []
     taken: dict[str, str] = {}  # the hash of the weights, by name
     used_bytes, smallest = 0, (sys.maxsize, "")
     on_demand = settings.idle_unload is not None
@@ -309,8 +287,11 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]
                 raise ValueError(f"{name} has the weights of {other}; serve one of them")
         taken[name] = weights_hash
         if on_demand and models:
-            known.append(KnownModel(name, folder, describe(checkpoint, settings.load_options(folder))))
+            unmeasured = describe(checkpoint, settings.load_options(folder))
             del checkpoint  # its weights
+            limits = settings.limits(unmeasured.max_rows, unmeasured.max_batch)
+            speed = settings.speed(unmeasured, limits.max_rows)
+            unloaded.append(UnloadedModel(folder, replace(unmeasured.info, name=name), limits, speed))
         else:
             models.append(ReadModel(name, folder, checkpoint))
     if not models:
@@ -319,7 +300,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[KnownModel]]
             f"{asked_by('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
             f"{name}, takes about {need_bytes / GIB:.2g}"
         )
-    return models, known
+    return models, unloaded
 
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
@@ -404,7 +385,7 @@ def webhook_rules(settings: Settings) -> Rules | None:
 # --- what takes long ---
 
 
-class Loader:
+class Preparer:
     """Reads checkpoints and measures them, by the settings. Owns what is known of each model's speed."""
 
     def __init__(self, settings: Settings) -> None:
@@ -465,16 +446,15 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
 
     The app closes the stores. opening: tells those who ask meanwhile what is being done. Raises what measuring raises.
     """
-    settings, loader = opened.settings, Loader(opened.settings)
+    settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}
-    named |= {model.name: model.folder for model in opened.known}
+    named |= {model.info.name: model.folder for model in opened.unloaded}
     library = Library(named, settings.models)
-    described = [model.described(settings) for model in opened.known]
     first = []
     try:
         while opened.models:  # which must not keep what is unloaded later
             name = opened.models[0].name
-            first.append(loader.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
+            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
     except Exception:
         opened.stores.close()
         raise
@@ -491,8 +471,8 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
         opened.access,
         webhooks=opened.webhooks,
         end_file=end_file,
-        described=described,
+        unloaded=opened.unloaded,
     )
-    changes = ModelChanges(served, library, loader.load, loader.room_lacking, settings.idle_unload_s)
-    app = create_app(served, changes, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
+    loader = ModelLoader(served, library, preparer.load, preparer.room_lacking, settings.idle_unload_s)
+    app = create_app(served, loader, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
     return Application(app, served)

@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
         application = self._opening.application
         if application is not None and not self.force_exit:
             await application.served.streams.quiet(ANSWER_S)
-            if application.served.worker.draining and not application.served.worker.crashed:
+            if application.served.worker.state.draining and not application.served.worker.state.crashed:
                 await self._end_kept_connections()
         await super().shutdown(sockets)
 
@@ -145,7 +145,7 @@ class Server(uvicorn.Server):
         application = self._opening.application
         if application is None:
             super().handle_exit(sig, frame)
-        elif not application.served.worker.draining:
+        elif not application.served.worker.state.draining:
             application.served.worker.drain()
             self._give_up.start()
         else:
@@ -232,9 +232,9 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
 
 async def is_ready(worker: Worker) -> bool:
     """Wait for the end of the warm-up; return whether the worker takes jobs then."""
-    while not worker.ready and worker.alive:  # noqa: ASYNC110  it is another thread's
+    while not worker.state.ready and worker.state.alive:  # noqa: ASYNC110  it is another thread's
         await asyncio.sleep(WARM_LOOK_S)
-    return worker.ready
+    return worker.state.ready
 
 
 def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: AllowedSites) -> None:

@@ -1,8 +1,8 @@
-"""Pictures to latents and latents to pixels for jobs of a latent model: a thread of its own, beside the ticks.
+"""The autoencoder's thread: it encodes pictures and decodes latents for jobs of latent models, beside the ticks.
 
-It does one thing at a time, for the owner that has had least; of its jobs mostly for the one that has the fewest left,
-so that short jobs do not wait for long ones. Those of background jobs come after all others, until they have waited for
-as long as these may.
+It does one task at a time, for the owner with the least service so far. Of this owner's jobs, it mostly picks the one
+with the fewest tasks left, so short jobs do not wait for long ones. Tasks of background jobs come after all others,
+until they have waited for their limit.
 """
 
 import logging
@@ -25,24 +25,24 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # so many tasks, one is of the job that came first, so that it always moves
-JOIN_S = 10.0  # for the task that runs to end, when the thread is closed
+OLDEST_EVERY = 4  # tasks: one of these is of the oldest job, so that it always moves
+JOIN_S = 10.0  # how long `close` waits for the running task
 
 
 class Turnstile:
-    """Lets the ticks and the coding thread go on beside each other, but a job that is to be alone only by itself.
+    """Lets ticks and autoencoder tasks run at the same time, but an isolated job only by itself.
 
-    Whoever came first goes first, so that neither thread waits for more than one thing that the other does.
+    Threads enter in order of arrival, so neither waits for more than one turn of the other.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        self._inside: list[bool] = []  # of each who is inside, whether it is to be alone
+        self._inside: list[bool] = []  # for each caller inside: whether it is isolated
 
     @property
     def is_open(self) -> bool:
-        """Whether a caller that need not be alone can enter at once."""
+        """Whether a caller that is not isolated can enter at once."""
         with self._changed:
             return not self._waiting and not any(self._inside)
 
@@ -50,10 +50,10 @@ class Turnstile:
     def enter(
         self, *, alone: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Wait until nobody is inside, or if not alone nobody who is.
+        """Enter, once no isolated caller is inside; an isolated caller waits until nobody is.
 
-        again: the caller is inside already, and not alone. It does not wait, because others may wait for it to leave.
-        before_wait: is called if it has to wait.
+        again: the caller is inside already, and not isolated. It enters at once, because others may wait for it to
+        leave. before_wait: called if it has to wait.
         """
         me = object()
 
@@ -78,18 +78,18 @@ class Turnstile:
 
 
 class Coded(NamedTuple):
-    """A task is done, or has failed, which ends its job."""
+    """A task is done, or it has failed, which ends its job."""
 
     kind: str
     seconds: float
-    job: RunningJob | None  # None for what is no job's
-    results: Sequence[Any] | None  # of all tasks of the job; None while some are left
+    job: RunningJob | None  # None if the task belongs to no job
+    results: Sequence[Any] | None  # of all the job's tasks; None while some are left
     error: Exception | None
 
 
 @dataclass(slots=True, eq=False)
 class _Tasks:
-    """What is to be done for a job, or for somebody who waits."""
+    """Tasks of a job, or the one task of a caller that waits for a future."""
 
     name: str
     kind: str
@@ -108,11 +108,11 @@ class _Tasks:
 
 
 class Coding:
-    """Owns a thread, which starts with the first task. Any thread may call."""
+    """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call."""
 
-    def __init__(self, tell: Callable[[Coded], None], note: Callable[[Collection[str]], None]) -> None:
-        """Both are called in the coding thread: tell after each task, note before and after one of a durable job."""
-        self._tell, self._note = tell, note
+    def __init__(self, on_task_done: Callable[[Coded], None], report: Callable[[Collection[str]], None]) -> None:
+        """The thread calls both: on_task_done after each task, report before and after one of a durable job."""
+        self._on_task_done, self._report = on_task_done, report
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
@@ -120,17 +120,22 @@ class Coding:
         self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
+        # Jobs from `put` until `done` or `drop`. Only the worker's thread looks, and so it takes no lock.
+        self.jobs: dict[str, RunningJob] = {}
         self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
-        """Do a job's tasks. The last thing that is told of it comes with their results, or with what one raised."""
+        """Do a job's tasks. The last `Coded` of the job has all results, or the error that one task raised."""
+        self.jobs[job.id] = job
+        if job.span is not None:
+            job.span.span.add_event(f"{kind} begins")
         until_s = -math.inf if job.work.held_back_s is None else job.submitted_s + job.work.held_back_s
         self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, until_s, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
-        """Do something that is no job's."""
+        """Run a task that belongs to no job."""
         future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()  # or setting the result raises once whoever waits is gone
+        future.set_running_or_notify_cancel()  # or setting the result raises once the waiting client is gone
         if not self._put(_Tasks(f"{kind} {id(future)}", kind, deque([task]), future=future)):
             future.set_exception(Draining())
         return future
@@ -148,12 +153,13 @@ class Coding:
             return True
 
     def drop(self, job_id: str) -> None:
-        """Forget what is to be done for a job. A task of it that runs goes on, and is told of when it ends."""
+        """Forget a job. Its running task goes on, and is reported when it ends."""
+        self.jobs.pop(job_id, None)
         with self._changed:
             self._forget(job_id)
 
     def close(self) -> bool:
-        """End the thread after the task that runs; who waits for something is told Draining. False if it hangs."""
+        """End the thread after the running task; tasks left fail with Draining. Return False if the thread hangs."""
         with self._changed:
             self._closed = True
             left, self._waiting = list(self._waiting.values()), {}
@@ -172,7 +178,7 @@ class Coding:
             durable = tasks.job is not None and tasks.job.new.durable
             with self.turnstile.enter(alone=tasks.alone):
                 if durable:
-                    self._note([tasks.name])
+                    self._report([tasks.name])
                 self.pulse.begin()
                 began_s = time.perf_counter()
                 try:
@@ -181,7 +187,7 @@ class Coding:
                     error = raised
                 self.pulse.rest()
                 if durable:
-                    self._note([])
+                    self._report([])
             took_s = time.perf_counter() - began_s
             over = error is not None or not tasks.tasks
             with self._changed:
@@ -189,12 +195,12 @@ class Coding:
                 wanted = self._waiting.get(tasks.name) is tasks
                 if over and wanted:
                     self._forget(tasks.name)
-            self._tell(Coded(tasks.kind, took_s, tasks.job, tasks.results if over else None, error))
+            self._on_task_done(Coded(tasks.kind, took_s, tasks.job, tasks.results if over else None, error))
             if tasks.future is not None and wanted:
                 _answer(tasks.future, tasks.results, error)
 
     def _next(self) -> tuple[_Tasks, Task] | None:
-        """Wait for a task; None once it is closed."""
+        """Wait for the next task; None once this is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -211,7 +217,7 @@ class Coding:
             return picked, picked.tasks.popleft()
 
     def _hold_back_no_more(self, now_s: float) -> None:
-        """Have tasks that were held back for long enough go on as those of any other job."""
+        """Treat tasks that were held back for long enough as those of any other job."""
         for tasks in self._waiting.values():
             if tasks.is_held_back and tasks.held_back_until_s <= now_s:
                 self._times.background.leave(tasks.owner)

@@ -1,8 +1,8 @@
-"""A model that the worker's thread steps, with its engine and its scheduler."""
+"""A model in memory: its engine and its scheduler, which the worker's thread uses."""
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
@@ -13,41 +13,21 @@ from tminus.service.work import Batch
 ReadSnapshot = Callable[[], Snapshot]  # waits for the copy from a GPU
 
 
-Model = TypeVar("Model", covariant=True)
-
-
-class Residence(Protocol[Model]):
-    """Says which of the models that are served are in memory, and brings one in that is out. In the event loop."""
-
-    def is_out(self, number: int) -> bool:
-        """Whether a model is served and not in memory, or is about to leave it: the worker takes no job of it."""
-
-    def expected_s(self, number: int) -> float:
-        """Return roughly how many seconds it takes until a model that is out is in memory."""
-
-    def bring_in(self, number: int, deadline_s: float | None = None, *, of_request: bool = False) -> Awaitable[Model]:
-        """Wait until a model is in memory, and return it. Raises ModelLoading where that is not in time, and Draining.
-
-        deadline_s: for how long it may be waited for. of_request: whether who waits counts as a user of the model; it
-        does not keep the model in memory until it is there. Raises CheckpointRefused where the model cannot be loaded.
-        """
-
-
 class Keeper(Protocol):
-    """Keeps snapshots of running jobs, and says when to take them. Called in the worker's thread; returns at once."""
+    """Decides when to take snapshots of running jobs, and keeps them. The worker's thread calls it; it never waits."""
 
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Keep a round of snapshots, by job id; cost_s: the seconds that it has cost the worker's thread already."""
+        """Keep snapshots, by job id. cost_s: the seconds that taking them has cost the worker's thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """One model. Its number names it in this process, and is never given again.
+    """A model in memory. Its number identifies it in this process and is never reused.
 
-    A job that steps in ticks of its own has the model once more, with a scheduler of its own.
+    An isolated job has the model once more, with a scheduler of its own.
     """
 
     number: int
@@ -55,11 +35,11 @@ class LoadedModel:
     scheduler: Scheduler
     keeper: Keeper | None = None  # takes the snapshots of its durable jobs
     spare_work: Iterator[None] | None = None
-    """Done a portion at a time, of one batch at most, while the worker has nothing else to do."""
+    """Work for an idle worker: one item at a time, each as long as a batch at most."""
 
     @property
     def info(self) -> ModelInfo:
-        """What is loaded."""
+        """Facts of the loaded checkpoint."""
         return self.engine.info
 
     def warm_up(self) -> None:

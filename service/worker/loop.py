@@ -1,17 +1,16 @@
-"""What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
+"""The worker's loop over accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
 
-A plain object: the worker calls it in its thread, a test in its own. Decide, then act: the scheduler chooses a batch,
-and the engine steps it. What came of it is a list of events, which the worker acts on.
+The worker calls it in its thread, a test in its own. The scheduler chooses a batch, and the engine steps it. What has
+happened is a list of events, which the worker acts on.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,66 +24,41 @@ from tminus.service.errors import (
     NotFinite,
     ServiceError,
 )
-from tminus.service.preview import Watch
-from tminus.service.scheduling.scheduler import Turns
 from tminus.service.spec import Pixels
-from tminus.service.work import Batch, JobResult
+from tminus.service.work import JobResult
 from tminus.service.worker.coding import Coded, Coding
+from tminus.service.worker.current_jobs import CurrentJobs, ReportCurrentJobs
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.ticks import TickEnd, Ticks
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-Part = Literal[
-    "steps", "codes"
-]  # a part of the server: the worker's thread, or the one that encodes and decodes latents
-Note = Callable[[Part, Collection[str]], None]
-
-
-def note_nothing(_part: Part, _jobs: Collection[str]) -> None:
-    """Note nothing: after the end of the process nobody wants to know what it worked on."""
-
-
-SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
-LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_ended_total counts it
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tick:
-    """A tick in flight: its network runs, and its rows are not updated yet."""
-
-    model: LoadedModel
-    batch: Batch
-    jobs: Sequence[RunningJob]  # of the batch, in its order
-    began_s: float
-    overlaps: bool  # whether it began while another one was in flight
-    finish: Callable[[], None]
-    inside: ExitStack  # closed when it ends
+# Reasons to give up a durable job:
+SUSPENDED = "suspended"  # SIGTERM; the next start goes on with it
+LOST = "lost"  # another server works on it now, or has ended it
 
 
 class Ticked(NamedTuple):
     """A batch has stepped."""
 
-    tick: Tick
+    end: TickEnd
     started: Sequence[RunningJob]  # the jobs that took their first step in it
-    seconds: float  # from its beginning, or the end of the tick before it if that is later, to its end
-    tells: bool  # whether the seconds are how long such a batch takes
 
 
 class ImageDecoded(NamedTuple):
-    """An image of a latent model's job is there, and others of it are not yet."""
+    """One image of a latent model's job is decoded, and others are not yet."""
 
     job: RunningJob
 
 
 class Ended(NamedTuple):
-    """A job has left, with its images or an error. With neither, nobody waits for it any more."""
+    """A job has ended, with its images or an error. With neither, its client is gone."""
 
     job: RunningJob
     result: JobResult | None = None
     error: ServiceError | None = None
-    reason: str | None = None  # why it was given up; None for a job that has never begun
+    reason: str | None = None  # why it was given up; None if it never began
 
 
 Event = Ticked | ImageDecoded | Ended
@@ -93,83 +67,60 @@ Event = Ticked | ImageDecoded | Ended
 class Loop:
     """Runs the jobs that were accepted. Only one thread may call it."""
 
-    def __init__(self, *, clock: Callable[[], float], tell: Callable[[Coded], None], note: Note) -> None:
-        """Take what belongs to the worker's thread.
+    def __init__(
+        self, *, clock: Callable[[], float], on_task_done: Callable[[Coded], None], report: ReportCurrentJobs
+    ) -> None:
+        """on_task_done: called in the autoencoder's thread after each task; pass those of jobs to `coded`.
 
-        tell: is called in the coding thread after each of its tasks; those of jobs are to be handed to `coded`. note:
-        is told which durable jobs a thread works on from now on, by that thread.
+        report: each thread calls it with the durable jobs that it works on now.
         """
         self._models: dict[int, LoadedModel] = {}
-        self._turns: Turns[LoadedModel] = Turns()
-        self._ever_latent = False  # whether a latent model was among them: something may be encoded or decoded
-        self._clock, self._note = clock, note
-        self.events: deque[Event] = deque()  # what has happened, until somebody acts on it
-        # The jobs whose rows an engine holds, in order of arrival, and of these the durable ones. This loop is their
-        # owner.
+        self._has_latent_model = False  # whether one was ever loaded: something may be encoded or decoded
+        self._clock = clock
+        self.events: deque[Event] = deque()  # what has happened, until the worker acts on it
+        # The jobs whose rows an engine holds, in order of arrival, and the durable ones among them. This loop is their
+        # owner. `coding` has those of a latent model whose picture is being encoded or whose images are being decoded.
         self._jobs: dict[str, RunningJob] = {}
         self._durable: dict[str, RunningJob] = {}
-        # Of a latent model, those whose picture is being encoded or whose images are being decoded.
-        self._being_coded: dict[str, RunningJob] = {}
-        self.coding = Coding(tell, partial(note, "codes"))
-        self.coding_hangs = False  # when it was closed
-        self._deadlines: dict[str, float] = {}  # when that of each job passes which has one
-        self._current: Sequence[RunningJob] = ()  # those of the last tick, or accepted last: possible causes of a crash
-        self._ahead_of: Sequence[RunningJob] = ()  # of the tick before, which may still run on a GPU, or break there
-        self._noted = frozenset[str]()  # what `note` was told last
-        self._in_flight: deque[Tick] = deque()  # all of one model; they end in the order in which they began
-        self._ended_s = 0.0  # when the last tick ended
-        self.rows_active = 0  # rows in the last tick
-        self._spare_work: dict[int, Iterator[None]] = {}  # of each model that has any
-        self._idle: set[int] = set()  # models whose next tick is launched on a device that has nothing of them to do
+        self._deadlines: dict[str, float] = {}  # by job, if it has one
+        self.coding = Coding(on_task_done, partial(report, "codes"))
+        self.ticks = Ticks(clock)
+        self.current = CurrentJobs(self.ticks, self.coding.turnstile, report)
+        self.spare_work: dict[int, Iterator[None]] = {}  # by model
 
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.has_ticks or bool(self._being_coded)
-
-    @property
-    def has_ticks(self) -> bool:
-        """Whether there is a next tick."""
-        return self._turns.has_work
-
-    @property
-    def current_jobs(self) -> frozenset[str]:
-        """The jobs of the ticks in flight, of the last tick or accepted since: the possible causes of a crash."""
-        return frozenset(job.id for job in (*self._ahead_of, *self._current))
+        return self.ticks.has_next or bool(self.coding.jobs)
 
     # --- between ticks ---
 
     def load(self, model: LoadedModel) -> None:
-        """Take on a model, which is warmed up."""
+        """Warm a model up, and take jobs for it from now on."""
         began_s = self._clock()
         model.warm_up()
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
         self._models[model.number] = model
-        self._ever_latent |= model.info.latent is not None
-        self._turns.put(model, model.scheduler)
+        self._has_latent_model |= model.info.latent is not None
+        self.ticks.put(model)
         if model.spare_work is not None:
-            self._spare_work[model.number] = model.spare_work
-
-    @property
-    def has_spare_work(self) -> bool:
-        """Whether there is something to do that no job waits for, and no job to do it before."""
-        return bool(self._spare_work) and not self.has_work
+            self.spare_work[model.number] = model.spare_work
 
     def do_spare_work(self) -> None:
-        """Do one portion of what a model has to do while no job runs."""
-        number, work = next(iter(self._spare_work.items()))
-        self._now_at([])
+        """Do one item of the spare work of a model."""
+        number, work = next(iter(self.spare_work.items()))
+        self.current.set([])
         try:
             next(work)
         except StopIteration:
-            del self._spare_work[number]
+            del self.spare_work[number]
         except Exception:
-            log.exception("%s: what was begun while no job ran has failed", self._models[number].info.name)
-            del self._spare_work[number]
+            log.exception("%s: spare work has failed", self._models[number].info.name)
+            del self.spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
-        """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
-        with self._at([job]):
+        """Begin a job: its rows step from the next tick, or once its picture is encoded."""
+        with self._working_on([job]):
             answered = job.future.done() and not job.future.cancelled()  # while the worker hung
             if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
                 self.events.append(Ended(job))
@@ -177,37 +128,15 @@ class Loop:
             if job.new.deadline_s is not None:
                 self._deadlines[job.id] = job.submitted_s + job.new.deadline_s
             if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
-                self._code(job, "encode", [job.model.engine.encoder(job.new.inputs)])
+                self.coding.put(job, "encode", [job.model.engine.encoder(job.new.inputs)])
             else:
                 self._begin(job)
 
-    def _at(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Work on jobs. While one is to be alone, nothing else is in flight or coded, and nobody else is named."""
+    def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
+        """Work on jobs. An isolated one waits until nothing else is in flight or coded."""
         if jobs[0].new.alone:
             self._end_ticks()
-        if self._ever_latent or jobs[0].new.alone:
-            return self._in_turn(jobs)
-        self._now_at(jobs)
-        return nullcontext()
-
-    @contextmanager
-    def _in_turn(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
-        alone = jobs[0].new.alone
-        again, before_wait = bool(self._in_flight), lambda: self._note_steps(frozenset())
-        with self.coding.turnstile.enter(alone=alone, again=again, before_wait=before_wait):
-            self._now_at(jobs)
-            yield
-            if alone:  # but if the worker crashes before its next tick, that may be its doing
-                self._note_steps(frozenset())
-
-    def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        self._current = [*jobs, *(job for tick in self._in_flight for job in tick.jobs)] if self._in_flight else jobs
-        self._note_steps(frozenset([job.id for job in self._current if job.new.durable]))
-
-    def _note_steps(self, jobs: frozenset[str]) -> None:
-        if jobs != self._noted:
-            self._noted = jobs
-            self._note("steps", jobs)
+        return self.current.working_on(jobs, beside_coding=self._has_latent_model)
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
@@ -223,123 +152,90 @@ class Loop:
             self._leave(Ended(job, error=failure, reason=failure.code))
             return
         if not job.model.scheduler.has_work:
-            self._idle.add(job.model.number)
+            self.ticks.device_idles(job.model)
         self._jobs[job.id] = job
         if job.new.durable:
             self._durable[job.id] = job
         if job.new.alone:
             job.model = replace(job.model, scheduler=job.model.scheduler.beside())
-            self._turns.put(job.model, job.model.scheduler)
+            self.ticks.put(job.model)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner, job.submitted_s)
         if job.new.recording is not None:
-            self._act_on_record(job, self._record(job, [(step, index) for index, step in enumerate(job.first_steps)]))
+            self._act_on_record(job, job.record([(step, index) for index, step in enumerate(job.first_steps)]))
         job.new = replace(job.new, snapshot=None, inputs=None)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
-    def _code(self, job: RunningJob, kind: str, tasks: Sequence[Callable[[], object]]) -> None:
-        self._being_coded[job.id] = job
-        if job.span is not None:
-            job.span.span.add_event(f"{kind} begins")
-        self.coding.put(job, kind, tasks)
-
     def coded(self, coded: Coded) -> None:
-        """Go on with a job of which the coding thread has done a task, unless it has left meanwhile."""
+        """Go on with a job after one of its coding tasks, unless it has left meanwhile."""
         job = coded.job
-        if job is None or self._being_coded.get(job.id) is not job:
+        if job is None or self.coding.jobs.get(job.id) is not job:
             return
         if coded.results is None:
             self.events.append(ImageDecoded(job))
-            return
-        if isinstance(coded.error, ServiceError):
-            self._give_up(job, coded.error, coded.error.code)
-            return
-        if coded.error is not None:
-            self._now_at([job])
+        elif isinstance(coded.error, ServiceError):
+            self.give_up(job.id, coded.error, coded.error.code)
+        elif coded.error is not None:
+            self.current.set([job])
             detail, told = "its images could not be encoded or decoded", "an image of job %s could not be coded"
             self._failed(coded.error, [job], detail, told, job.id)
-            return
-        del self._being_coded[job.id]
-        if coded.kind == "encode":
-            with self._at([job]):
+        elif coded.kind == "encode":
+            self.coding.drop(job.id)
+            with self._working_on([job]):
                 job.new = replace(job.new, inputs=coded.results[0])
                 self._begin(job)
         else:
+            self.coding.drop(job.id)
             images: Pixels = np.concatenate(coded.results)
             self._finish(job, lambda: images)
 
-    def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
-        """Do something short with an engine; the future, which is running, gets the result."""
-        self._now_at([])
-        try:
-            future.set_result(act())
-        except Exception as error:
-            log.exception("what was asked of the engine failed")
-            future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
-
-    def watch(self, job_id: str, watch: Watch) -> None:
-        """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
-        if (job := self._find(job_id)) is not None:
-            job.watches.append(watch)
-
-    def unwatch(self, job_id: str, watch: Watch) -> None:
-        """Stop showing a job to a viewer."""
-        if (job := self._find(job_id)) is not None and watch in job.watches:
-            job.watches.remove(watch)
+    def find(self, job_id: str) -> RunningJob | None:
+        """Return a job that has not ended."""
+        return self._jobs.get(job_id) or self.coding.jobs.get(job_id)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
-        if (job := self._find(job_id)) is not None:
-            self._give_up(job, error, reason)
-
-    def _give_up(self, job: RunningJob, error: ServiceError, reason: str) -> None:
-        """End a job with an error, unless it has left, and free its rows."""
-        self._end_ticks(job)  # or they would overwrite slots that another job has by then
-        if self._find(job.id) is not job:
+        if (job := self.find(job_id)) is None:
             return
-        if job.id in self._jobs:
-            job.model.scheduler.cancel(job.id)
+        self._end_ticks(job)  # or they would overwrite slots that another job has by then
+        if self.find(job_id) is not job:
+            return
+        if job_id in self._jobs:
+            job.model.scheduler.cancel(job_id)
             job.model.engine.remove(job.rows)
         else:
-            self.coding.drop(job.id)
+            self.coding.drop(job_id)
         self._leave(Ended(job, error=error, reason=reason))
 
     def unload(self, number: int) -> None:
-        """Forget a model, and give up the jobs that it still has."""
-        for job in [*self._jobs.values(), *self._being_coded.values()]:
+        """Forget a model, and give up its remaining jobs."""
+        for job in [*self._jobs.values(), *self.coding.jobs.values()]:
             if job.model.number == number:
-                self._give_up(job, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
-        self._turns.remove(self._models.pop(number))
-        self._spare_work.pop(number, None)
-        self._ahead_of = [job for job in self._ahead_of if job.model.number != number]  # or they would hold its memory
+                self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
+        self.ticks.remove(self._models.pop(number))
+        self.spare_work.pop(number, None)
 
     # --- the end ---
 
     def suspend_durable(self) -> None:
-        """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
+        """Take a last snapshot of the durable jobs and give them up; the next start finishes them."""
         if self._durable:
             self._end_ticks()
         for model in self._models.values():
             self._take_snapshots(model)
-        for job in [*self._durable.values(), *(job for job in self._being_coded.values() if job.new.durable)]:
-            self._give_up(job, Draining(), SUSPENDED)
+        for job in [*self._durable.values(), *(job for job in self.coding.jobs.values() if job.new.durable)]:
+            self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
-        """End every job that is left."""
-        for job in [*self._jobs.values(), *self._being_coded.values()]:
-            self._give_up(job, error, error.code)
+        """Give up every remaining job."""
+        for job in [*self._jobs.values(), *self.coding.jobs.values()]:
+            self.give_up(job.id, error, error.code)
 
     def abandon(self) -> None:
-        """Drop every job without a call of the engine, which is not to be trusted after a crash."""
-        for tick in self._in_flight:
-            tick.inside.close()
-        for jobs in (self._in_flight, self._jobs, self._durable, self._being_coded):
+        """Drop every job without a call of the engine, whose state is unknown after a crash."""
+        self.ticks.abandon()
+        for jobs in (self._jobs, self._durable, self.coding.jobs, self._deadlines):
             jobs.clear()
-        self._deadlines.clear()
-
-    def close(self) -> None:
-        """End the coding thread, when all jobs have their answers: it waits for the image that is being made."""
-        self.coding_hangs = not self.coding.close()
 
     # --- a tick ---
 
@@ -349,10 +245,10 @@ class Loop:
             return
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
-            job = self._find(job_id)
+            job = self.find(job_id)
             # A job may have ended with the ticks of one that was given up before it.
             if job is not None and job.new.deadline_s is not None:
-                self._give_up(job, DeadlinePassed.of(job.new.deadline_s), "deadline")
+                self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
         """Begin as many ticks as may be in flight, then end the oldest; False if there is none.
@@ -361,127 +257,83 @@ class Loop:
         """
         while self._begin_next():
             pass
-        if not self._in_flight:
-            self._now_at([])
-            self._ahead_of = ()
+        if not self.ticks:
+            self.current.set([])
+            self.ticks.rest()
             return False
-        self._end(self._in_flight.popleft())
+        self._end_tick()
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, if there is one that need not wait for those in flight; return whether to try again."""
-        model = self._turns.next(self._clock())
-        if model is None or (self._in_flight and self._in_flight[0].model is not model):
+        """Begin the next tick, unless it has to wait for those in flight; return whether another may begin."""
+        if (chosen := self.ticks.next()) is None or (self.ticks and not self.coding.turnstile.is_open):
             return False
-        batch = model.scheduler.next_batch()
-        if batch is None:
-            return False
+        model, batch = chosen
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
-        if self._in_flight and not self.coding.turnstile.is_open:
-            return False
-        if jobs[0].new.alone and self._ahead_of:
-            try:
-                self._wait_for_device(model.engine, jobs[0])
-            except Exception:  # it is of the ticks before
-                if model.engine.is_lost():
-                    raise
-            self._ahead_of = ()
+        if jobs[0].new.alone:
+            self.ticks.settle(jobs[0])
         with ExitStack() as inside:
-            inside.enter_context(self._at(jobs))
-            began_s = self._clock()
+            inside.enter_context(self._working_on(jobs))
             try:
-                finish = model.engine.begin(batch)
+                return self.ticks.begin(model, batch, jobs, inside)
             except Exception as error:
                 self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
                 return True
-            may_overlap = model.scheduler.begin(batch)
-            tick = Tick(model, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all())
-            self._in_flight.append(tick)
-        return may_overlap
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
         """End the ticks in flight, the oldest first. job: stop when none has rows of this job."""
-        while any(job is None or job in tick.jobs for tick in self._in_flight):
-            self._end(self._in_flight.popleft())
+        while self.ticks and (job is None or job in self.ticks.jobs_in_flight):
+            self._end_tick()
 
-    def _wait_for_device(self, engine: RowEngine, job: RunningJob) -> None:
-        """Wait until a GPU has done all ticks that it was given, by reading a job's rows. Raises what they have broken.
-
-        The device as a whole may not be waited for: another thread may be recording a CUDA graph.
-        """
-        self._idle.update(self._models)  # the next tick is launched on a device that does nothing
-        engine.latents(job.rows)
-
-    def _end(self, tick: Tick) -> None:
+    def _end_tick(self) -> None:
+        """End the oldest tick in flight, and do what follows from it for its jobs."""
+        tick = self.ticks.oldest
         with tick.inside:
-            model, batch, jobs, engine = tick.model, tick.batch, tick.jobs, tick.model.engine
-            # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than
-            # how long it took to launch.
-            tells = not (engine.runs_ahead and model.number in self._idle)
-            self._idle.discard(model.number)
-            self.rows_active = len(batch.rows)
-            alone_ahead = engine.runs_ahead and jobs[0].new.alone
-            try:
-                tick.finish()
-                engine.wait()
-                if alone_ahead:  # or the next job would be named with it
-                    self._wait_for_device(engine, jobs[0])
-                broken = engine.broken(batch.rows)
-            except Exception as error:
-                self._ended_s = self._clock()
-                self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
-                model.scheduler.advance(batch)  # of jobs that are gone
-                return
-            self._ahead_of = jobs if engine.runs_ahead and not alone_ahead else ()
-            now_s = self._clock()
-            seconds = now_s - max(tick.began_s, self._ended_s)
-            self._ended_s = now_s
-            self._turns.stepped(model, seconds)
-            for job, picked in zip(jobs, batch.jobs, strict=True):
-                job.steps_taken += len(picked.steps)
-                if job.span is not None:
-                    job.span.add_tick(seconds, batch.places)
-            advance = model.scheduler.advance(batch)
-            started = [self._jobs[job_id] for job_id in advance.started] if advance.started else []
-            for job in started:
-                job.start(tick.began_s, now_s)
-            self.events.append(Ticked(tick, started, seconds, tells))
-            # All rows are recorded first: to give a job up may end another tick, with which jobs of this one are done.
-            recorded = [
-                (job, self._record(job, [(step + 1, index) for step, index in picked.steps]))
-                for job, picked in zip(jobs, batch.jobs, strict=True)
-                if job.new.recording is not None
-            ]
-            for job in jobs if broken else ():
-                if not set(job.rows).isdisjoint(broken):
-                    self.give_up(job.id, NotFinite(), NotFinite.code)
-            for job, failure in recorded:
-                self._act_on_record(job, failure)
-            for job_id in advance.finished:
-                if job_id in self._jobs:
-                    self._deliver(self._jobs[job_id])
-            for job in jobs:
-                if job.watches and job.id in self._jobs:
-                    job.show(now_s)
-            if self._durable and model.keeper is not None and model.keeper.due(now_s):
-                self._take_snapshots(model)
+            end = self.ticks.end()
+            if end.error is None:
+                self._act_on(end)
+            else:
+                self._failed(
+                    end.error, tick.jobs, "a step of this job failed", "tick of %d rows failed", len(tick.batch.rows)
+                )
 
-    def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
-        """Give a recording its job's rows, by the steps that they take next and their indices; return what failed."""
-        assert job.new.recording is not None
-        taken = [(step - job.spec.start, index) for step, index in next_steps]
-        try:
-            job.new.recording.record(job.model.engine, job.rows, taken)
-        except Exception as error:
-            return error
-        return None
+    def _act_on(self, end: TickEnd) -> None:
+        """Record, fail, deliver and show the jobs of a tick that has ended."""
+        tick, now_s = end.tick, end.now_s
+        for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
+            job.steps_taken += len(picked.steps)
+            if job.span is not None:
+                job.span.add_tick(end.seconds, tick.batch.places)
+        started = [self._jobs[job_id] for job_id in end.advance.started]
+        for job in started:
+            job.start(tick.began_s, now_s)
+        self.events.append(Ticked(end, started))
+        # All rows are recorded first: to give a job up may end another tick, with which jobs of this one are done.
+        recorded = [
+            (job, job.record([(step + 1, index) for step, index in picked.steps]))
+            for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True)
+            if job.new.recording is not None
+        ]
+        for job in tick.jobs if end.broken else ():
+            if not end.broken.isdisjoint(job.rows):
+                self.give_up(job.id, NotFinite(), NotFinite.code)
+        for job, failure in recorded:
+            self._act_on_record(job, failure)
+        for job_id in end.advance.finished:
+            if job_id in self._jobs:
+                self._deliver(self._jobs[job_id])
+        for job in tick.jobs:
+            if job.watches and job.id in self._jobs:
+                job.show(now_s)
+        if self._durable and tick.model.keeper is not None and tick.model.keeper.due(now_s):
+            self._take_snapshots(tick.model)
 
     def _act_on_record(self, job: RunningJob, error: Exception | None) -> None:
         if error is not None:
             self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
-        """Hand a model's keeper snapshots of durable jobs that have stepped since their last one, and are not done."""
+        """Give a model's keeper snapshots of unfinished durable jobs that have stepped since their last one."""
         jobs = [job for job in self._durable.values() if job.model.number == model.number]
         moved = [job for job in jobs if job.steps_kept < job.steps_taken < job.spec.n * job.work.steps]
         if model.keeper is None or not moved:
@@ -497,10 +349,10 @@ class Loop:
         model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
+        """Free the rows of a finished job and end it with its images. A latent model's images are decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
-        wanted = job.work.steps == job.spec.end  # or else only what was recorded on the way
+        wanted = job.work.steps == job.spec.end  # or else only the recording was asked for
         if wanted:
             try:
                 # Of a latent model one by one, so that a shorter job may come between them.
@@ -515,7 +367,7 @@ class Loop:
         job.denoised_s = self._clock()
         if latent and wanted:
             self._forget(job)
-            self._code(job, "decode", reads)
+            self.coding.put(job, "decode", reads)
         else:
             self._finish(job, reads[0])
 
@@ -528,33 +380,29 @@ class Loop:
 
     # --- for all of these ---
 
-    def _find(self, job_id: str) -> RunningJob | None:
-        return self._jobs.get(job_id) or self._being_coded.get(job_id)
-
     def _leave(self, ended: Ended) -> None:
-        """Forget a job that has no rows."""
+        """Forget a job whose rows are free, and report its end."""
         job = ended.job
         self._deadlines.pop(job.id, None)
         self._forget(job)
         if job.new.alone and job.model is not self._models[job.model.number]:
-            self._turns.remove(job.model)
+            self.ticks.remove(job.model)
         self.events.append(ended)
 
     def _forget(self, job: RunningJob) -> None:
-        for jobs in (self._jobs, self._durable, self._being_coded):
+        for jobs in (self._jobs, self._durable):
             jobs.pop(job.id, None)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
         """Give up jobs of one model after an error; clients see its type, not its text."""
         self._note_error(error, jobs[0].model.engine, log_line, *args)
         for job in jobs:
-            self._give_up(job, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
+            self.give_up(job.id, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
 
     def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
-        """Log an error, which fails the jobs involved and not the server.
+        """Log an error that fails the jobs involved. Raises it where the device is lost, which ends the worker.
 
-        But where the engine's device is lost it is raised, so that it ends the worker: every further job would fail
-        too, and this is no fault of theirs.
+        On a lost device every further job would fail, through no fault of its own.
         """
         log.error(log_line, *args, exc_info=error)
         if engine.is_lost():

@@ -1,4 +1,4 @@
-"""What is kept of a running job's steps, each row at its own, so that it is the same under any load. No torch."""
+"""Recorders keep frames or latents of a running job. Each row is kept at its own steps, so load changes nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,27 +18,27 @@ Kept = TypeVar("Kept")
 
 
 class Recorder(ABC, Generic[Kept]):
-    """Keeps something of the rows of one job. The worker's thread puts, the encoder reads.
+    """Keeps something of one job's rows. The worker's thread records, the encoder reads.
 
-    A preview shows all rows at one moment, so their steps may differ. What is kept here is of all rows after the same
+    A preview shows all rows at one moment, so their steps may differ. A recorded frame shows all rows after the same
     step.
     """
 
     def __init__(self) -> None:
-        # By step: indices of rows in the job, their positions in what is read, and what waits for the copy from a GPU.
+        # By step: indices of rows in the job, their positions in the array, and the function that returns the array.
         self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
-        self.until: int | None = None  # the step after which the job ends without images, as nobody wants them
+        self.until: int | None = None  # if no images were asked for: the step after which the job ends
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to keep a row that has taken so many steps; 0 is before the first."""
+        """Whether to keep a row after `step` steps; 0 is before the first."""
 
     @abstractmethod
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Kept]:
-        """Read what is to be kept of rows."""
+        """Read rows from the engine; the function returned may wait for a GPU."""
 
     def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
-        """Read and keep those that are due of a job's rows, each by the steps it has taken and its index."""
+        """Read and keep the rows that are due. taken: steps taken and index in the job, for each row."""
         due = [each for each in taken if self.due(each[0])]
         if not due:
             return
@@ -62,25 +62,25 @@ class Recording(Recorder[Mapping[Show, Images]]):
         from_noise: bool = False,
         until: int | None = None,
     ) -> None:
-        """from_noise: also what the rows begin with. until: the last step whose frame is wanted; None: all."""
+        """from_noise: record the first noise too. until: the last step to record; None: all."""
         super().__init__()
         self._shows = shows
         self._every, self._n, self._steps = every, n, steps
         self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Whether a row is kept after so many steps: not after the last, which gives the job's own result."""
+        """Whether a frame is due after `step` steps. The last step gives the job's result, which is no frame."""
         wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
         return wanted and step % self._every == 0
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Mapping[Show, Images]]:
-        """Read pictures of rows."""
+        """Read previews of rows."""
         return engine.preview(rows, self._shows)
 
     def frames(self) -> dict[int, dict[Show, Images]]:
-        """Read the frames, by step and in its order, uint8 [n, H, W, C] each.
+        """Return the frames by step, in order: uint8 [n, H, W, C] each.
 
-        For a job that is done, in a thread that may wait.
+        Call it when the job is done, in a thread that may wait for a GPU.
         """
         frames: dict[int, dict[Show, Images]] = {}
         for step in sorted(self._parts):
@@ -92,18 +92,18 @@ class Recording(Recorder[Mapping[Show, Images]]):
         return frames
 
 
-class Path(Recorder[Point]):
-    """The trajectory of a job: its rows before the first step, and after each; or around the passes selected."""
+class TrajectoryRecorder(Recorder[Point]):
+    """Records the trajectory of a job: its rows before the first step and after each, or around selected passes."""
 
     def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
-        """dtype: what x_t and x_0 are rounded to. They are read from the engine, and held until then, in float32."""
+        """dtype: x_t and x_0 are rounded to it in the trajectory. Until then they are held in float32."""
         super().__init__()
         self._spec, self._selection, self._dtype = spec, selection or Selection.whole(spec.num_passes), dtype
         self._due = {*self._selection.points, *(each + 1 for each in self._selection.predictions)}
         self._plan: PlanNumbers | None = None  # None until its first rows are read
 
     def due(self, step: int) -> bool:
-        """Whether a row has then an x_t, or the x_0 of its last pass, that is wanted."""
+        """Whether the x_t after `step` steps, or the x_0 of the last pass, is selected."""
         return step in self._due
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:
@@ -113,7 +113,7 @@ class Path(Recorder[Point]):
         return engine.point(rows)
 
     def trajectory(self) -> Trajectory:
-        """Read all of it, once. For a job that is done, in a thread that may wait."""
+        """Return the trajectory, once. Call it when the job is done, in a thread that may wait for a GPU."""
         assert self._plan is not None
         selection, shape = self._selection, (self._spec.n, *self._parts[min(self._due)][0][2]().x.shape[1:])
         point, prediction = ({k: at for at, k in enumerate(each)} for each in (selection.points, selection.predictions))
@@ -133,22 +133,22 @@ class Path(Recorder[Point]):
 
 
 def frame_count(every: int, steps: int) -> int:
-    """How many frames a recording has, including the result."""
+    """Return the number of frames of a recording, including the result."""
     return (steps - 1) // every + 1
 
 
 class RecordingRoom:
-    """Bounds the memory that answers take while they are made, of frames and of pixels. In the event loop's thread."""
+    """Bounds the memory that frames and pixels of answers take while they are made. In the event loop's thread."""
 
     def __init__(self, budget: ByteBudget) -> None:
-        """budget: that of answers, of which those count that are being sent too."""
+        """budget: of all answers, including those being sent."""
         self._budget = budget
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Hold room for this size: always where it is small, or where nothing else is held.
+        """Hold room for an answer. A small one, or the only one, always fits.
 
-        Raises Overloaded, which names the field that it depends on.
+        Raises Overloaded, which names `field`: the parameter that the size depends on.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:

@@ -1,4 +1,4 @@
-"""A job: as it is asked for, and from its acceptance to its end; and the list of those that are accepted. No torch."""
+"""A job: as requested, and from its acceptance to its end; and the list of accepted jobs. No torch."""
 
 import logging
 import threading
@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tminus.service.errors import ServiceError
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
@@ -24,23 +25,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job that is wanted: made where a request is understood, and carried as it is to the engine."""
+    """A job as requested: made from the request's parameters, and passed unchanged to the engine."""
 
-    id: str  # no other job ever has it: what is late, of a job that was deleted, must not meet another
+    id: str  # never given again, so a late message about a deleted job meets no other
     spec: SampleSpec
     work: Work  # what it costs, and the number of its model
-    owner: str = ""  # the name of the key that it came with
-    deadline_s: float | None = None  # from its acceptance; it is refused if this cannot be met
+    owner: str = ""  # the name of its API key
+    deadline_s: float | None = None  # counted from acceptance; the job is refused if the forecast is later
     inputs: Inputs | None = None  # the pixels whose hashes are in the spec
-    durable: bool = False  # snapshots are kept of it
+    durable: bool = False  # its snapshots are kept
     watch: Watch | None = None  # its first viewer
-    recording: Recorder[Any] | None = None  # is given the rows that it wants
-    snapshot: Snapshot | None = None  # where it goes on from, if an earlier process began it
+    recording: Recorder[Any] | None = None  # keeps rows of chosen steps
+    snapshot: Snapshot | None = None  # where to go on, if an earlier process began it
     is_repeatable: bool = True  # the same request makes the same images: its seed was given, not drawn
-    alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
+    alone: bool = False  # it steps in ticks of its own, because it may be the cause of a crash
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
-        """Return the job with what is recorded of it, which may end it before its images."""
+        """Return the job with a recorder, which may end it before its images."""
         if recording is None:
             return self
         return replace(self, recording=recording, work=self.work.ending_at(recording.until))
@@ -48,16 +49,16 @@ class NewJob:
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """One job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
+    """An accepted job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
 
-    new: NewJob  # as it was asked for; without its pixels once the engine has them
+    new: NewJob  # as requested; without its pixels once the engine has them
     model: LoadedModel
     submitted_s: float
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
     work: Work = field(init=False)
     created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
-    outlook: Outlook | None = None  # what was forecast when it was accepted
+    outlook: Outlook | None = None  # the forecast at acceptance
     future: "Future[JobResult]" = field(default_factory=Future)
     watches: list[Watch] = field(init=False)
     request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
@@ -120,23 +121,23 @@ class RunningJob:
         self.span.end(started_s, self.first_step_s, denoised_s, ended_s, decoded=decoded, error=error)
 
     def start(self, started_s: float, now_s: float) -> None:
-        """Note when its first step began, and that it is over."""
+        """Record when its first step began and ended."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """What a log of JSON has of it."""
+        """Fields of its lines in a JSON log."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
     @property
     def exemplar(self) -> dict[str, str]:
-        """The labels by which metrics name its request."""
+        """Labels that link a metric to its request."""
         return exemplar(self.request_id, None if self.span is None else self.span.span)
 
     @property
     def needs_picture(self) -> bool:
-        """Whether the engine will look at its inputs: a job that goes on from a snapshot only has those of a mask."""
+        """Whether the engine needs its picture: after a snapshot, only a job with a mask does."""
         inputs = self.new.inputs
         return inputs is not None and (self.new.snapshot is None or inputs.mask is not None)
 
@@ -147,11 +148,11 @@ class RunningJob:
 
     @property
     def step(self) -> int:
-        """How many steps its rows have taken, on average; the scheduler keeps them nearly level."""
+        """Steps that its rows have taken, on average. The scheduler keeps them nearly level."""
         return self.steps_taken // self.spec.n - self.spec.start
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
-        """What clients are told of it."""
+        """Its status, as clients see it."""
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
@@ -169,14 +170,24 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """Tell its status by an earlier forecast; a job that came since has what it was told on acceptance."""
+        """Its status by an earlier forecast. For a newer job it is the forecast of its acceptance."""
         told: JobStatus | Outlook | None = forecast.get(self.id, self.outlook)
         assert told is not None
         since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
         return self.status(Outlook(told.position, max(0.0, told.eta_s - since_s)), now_s)
 
+    def record(self, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
+        """Give its recording the rows, by the steps that they take next and their indices; return what failed."""
+        assert self.new.recording is not None
+        taken = [(step - self.spec.start, index) for step, index in next_steps]
+        try:
+            self.new.recording.record(self.model.engine, self.rows, taken)
+        except Exception as error:
+            return error
+        return None
+
     def show(self, now_s: float) -> None:
-        """Give its viewers a frame where one is due. Viewers of the same images share it."""
+        """Give its viewers a frame if one is due. Viewers of the same images share it."""
         frames: dict[tuple[Show, ...], Frame] = {}
         for watch in self.watches:
             if not watch.due(self.step, now_s):
@@ -190,37 +201,38 @@ class RunningJob:
 
 
 class AcceptedJobs:
-    """Owns the list of accepted jobs: those in the worker's queue, and those that the loop has.
+    """Owns the list of accepted jobs: those in the worker's queue and those in the loop.
 
-    Any thread may call. `gate` is held by whoever adds a job, so that others can add or refuse under it.
+    Any thread may call. Hold `gate` to add a job.
     """
 
     def __init__(self, admission: Admission, clock: Callable[[], float]) -> None:
         self.gate = threading.Lock()
         self._admission, self._clock = admission, clock
         self._jobs: dict[str, RunningJob] = {}
-        self._owners: Counter[tuple[str, bool]] = Counter()  # of those: the name of their key, and if they are durable
+        self._owners: Counter[tuple[str, bool]] = Counter()  # number of jobs by API key and durability
 
     def add(self, job: RunningJob) -> None:
-        """Note a job. Call it with the gate held."""
+        """Add a job. Call it with the gate held."""
         self._jobs[job.id] = job
         self._owners[job.new.owner, job.new.durable] += 1
 
     def remove(self, job_id: str) -> None:
-        """Forget a job. It is not here if its client was answered while the worker hung."""
+        """Forget a job. It is already gone if its client was answered while the worker hung."""
         with self.gate:
             if (job := self._jobs.pop(job_id, None)) is not None:
                 self._owners[job.new.owner, job.new.durable] -= 1
 
-    def remove_all(self) -> list[RunningJob]:
-        """Forget all jobs, and return them."""
+    def fail_all(self, failure: ServiceError) -> None:
+        """Forget all jobs, and answer their clients, without a call of the engine."""
         with self.gate:
             jobs, self._jobs = self._jobs, {}
             self._owners.clear()
-        return list(jobs.values())
+        for job in jobs.values():
+            job.fail(failure)
 
     def number_of(self, owner: str, *, durable: bool | None = None) -> int:
-        """How many of them came with a key of this name. durable: only those that are, or that are not."""
+        """Count the jobs of one API key. durable: count only durable jobs (True) or the others (False)."""
         with self.gate:
             return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
 
@@ -233,7 +245,7 @@ class AcceptedJobs:
             return job_id in self._jobs
 
     def statuses(self) -> list[JobStatus]:
-        """Every job that is waiting or running, in order of arrival, with its position and when it should be done."""
+        """Status of every waiting or running job, in order of arrival, by a new forecast."""
         outlooks = self._admission.outlooks(self._clock())
         with self.gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
@@ -246,7 +258,7 @@ class AcceptedJobs:
         return [job.quick_status(forecast, now_s) for job in jobs]
 
     def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
-        """One of them; None if it is not here (any more)."""
+        """Status of one job, by an earlier forecast; None if it has ended."""
         with self.gate:
             job = self._jobs.get(job_id)
         return job.quick_status(forecast, self._clock()) if job is not None else None

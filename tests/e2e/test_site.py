@@ -43,5 +43,8 @@ def test_the_site_is_built_without_a_warning_and_read_without_a_network(
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390, page
     tab.goto(swagger_ui.as_uri())
     tab.locator("#operations-tag-jobs").wait_for()
+    tab.goto((swagger_ui.parent / "api.html").as_uri())
+    tab.get_by_role("link", name="POST /jobs", exact=True).click()
+    tab.locator("#operations-jobs-submit_job.is-open").wait_for()
     context.close()
     assert trouble == []

@@ -35,7 +35,6 @@ from tminus.model.guidance import Forward
 from tminus.model.loss import variational_bound
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
-from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import make_timesteps
 
 STEPS = 12
@@ -238,7 +237,7 @@ def run(name: str, sampler: str, steps: int, std: float) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_ends_in_the_one_image_of_a_data_set(name: str, sampler: str) -> None:
-    if name == "flow" and sampler in NEED_SIGNAL:
+    if name == "flow" and SAMPLER_FACTS[sampler].needs_signal:
         with pytest.raises(ValueError, match=f"{sampler} cannot start from alpha_bar = 0"):
             run(name, sampler, 5, std=0.0)
         return
@@ -251,7 +250,7 @@ def test_every_sampler_ends_in_the_one_image_of_a_data_set(name: str, sampler: s
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if SAMPLER_FACTS[name].noise != "always"])
 def test_every_sampler_without_noise_comes_to_the_exact_image_of_a_gaussian(name: str, sampler: str) -> None:
     """The probability flow keeps a normal variable's quantile: an image is its mean and std at the level of x_T."""
-    if name == "flow" and sampler in NEED_SIGNAL:
+    if name == "flow" and SAMPLER_FACTS[sampler].needs_signal:
         return
     errors = []
     for steps in (10, 160):

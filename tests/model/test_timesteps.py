@@ -29,7 +29,7 @@ SOME = (1, 2, 3, 7, 14, 15, 20, 48, 50, 100, 250, 333, 499, 500, 501, 667, 999)
 @pytest.mark.parametrize("spacing", EVEN_SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_timesteps: int, steps: range) -> None:
-    multistep = SAMPLER_FACTS[sampler].multistep
+    multistep = SAMPLER_FACTS[sampler].leaves_out_cleanest
     cls = DPMSolverMultistepScheduler if multistep else DDPMScheduler
     scheduler = cls(num_train_timesteps=num_timesteps, timestep_spacing=spacing)
     for count in steps:

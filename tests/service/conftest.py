@@ -36,8 +36,8 @@ from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import Policy, Sharing, TickTimes
 from tminus.service.startup import app as startup_app
 from tminus.service.startup.app import Application
-from tminus.service.startup.changes import ModelChanges
-from tminus.service.startup.models import Described, Prepared, ServedModels
+from tminus.service.startup.loader import ModelLoader
+from tminus.service.startup.models import Prepared, ServedModels, UnloadedModel
 from tminus.service.startup.settings import Library
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
@@ -132,7 +132,7 @@ def create_app(
     results: Results | None = None,
     library: Library | None = None,
     prepare: Callable[[str, Path], Prepared] | None = None,
-    described: Sequence[Described] = (),
+    unloaded: Sequence[UnloadedModel] = (),
     end_file: EndFile | None = None,
     room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
     idle_unload_s: float | None = None,
@@ -146,10 +146,10 @@ def create_app(
         access or Access(),
         webhooks=webhooks,
         end_file=end_file,
-        described=described,
+        unloaded=unloaded,
     )
-    changes = ModelChanges(served, library or Library(), prepare, room_lacking, idle_unload_s)  # type: ignore[arg-type]
-    return Application(startup_app.create_app(served, changes, **more), served)
+    loader = ModelLoader(served, library or Library(), prepare, room_lacking, idle_unload_s)  # type: ignore[arg-type]
+    return Application(startup_app.create_app(served, loader, **more), served)
 
 
 TEST_HOSTS = frozenset({"testserver"})  # as WebSockets of Starlette's client call it
@@ -184,7 +184,7 @@ class Site:
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: self.worker.ready)
+        wait_until(lambda: self.worker.state.ready)
         while not self.engine.begun.empty():
             self.engine.begun.get()
 

@@ -104,7 +104,7 @@ def pace(between_ticks_s: Any) -> None:
         wait_s = last_s + between_ticks_s.value - time.monotonic()
         if between_ticks_s.value and wait_s > 0:
             time.sleep(min(wait_s, 0.005))
-            return loop.has_ticks
+            return loop.ticks.has_next
         last_s = time.monotonic()
         return tick(loop)
 

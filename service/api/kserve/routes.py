@@ -191,7 +191,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
             ModelInIndex(name=each.model.name, version=version_of(each.model), state=state, reason=why)
             for each in models
         ]
-        for name, going_on in (await changes.unserved()).items():
+        for name, going_on in (await changes.unloaded_models()).items():
             unloaded = "UNAVAILABLE" if going_on == "unloaded" else going_on.upper()
             found.append(ModelInIndex(name=name, state=unloaded, reason=going_on))
         return [each for each in found if each.state == "READY" or not only_ready]

@@ -273,8 +273,8 @@ class SampleRequest(RequestSchema):
     )
     steps: Int | None = Field(
         None,
-        description="The number of denoising steps. T at most; T/2 for `heun`, which takes two passes a step; T - 1 "
-        "for `plms`; T - 9 for `pndm`. Samplers of tables take only the steps that they have tables for.",
+        description="The number of denoising steps. T at most, and fewer for a sampler that takes more passes than "
+        "steps: see `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for.",
         json_schema_extra=said("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
     )
     sampler: str | None = Field(

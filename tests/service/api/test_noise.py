@@ -112,7 +112,7 @@ def real(tiny: Checkpoint) -> Iterator[TestClient]:
     limits = replace(LIMITS, max_rows=8)
     made = create_app([prepare(engine, limits, ((1, 1e-6), (8, 1e-6)))], lambda _: SqliteStore(None))
     with TestClient(made.app, base_url="http://localhost") as client:
-        wait_until(lambda: made.served.worker.ready)
+        wait_until(lambda: made.served.worker.state.ready)
         yield client
 
 

@@ -151,7 +151,7 @@ def test_work_given_up_at_the_end_of_the_grace_period_is_told_so(site: Site) -> 
         running = pool.submit(site.post, json=QUICK)
         site.engine.next_begun()
         closing = pool.submit(site.worker.close)
-        wait_until(lambda: not site.worker.alive)
+        wait_until(lambda: not site.worker.state.alive)
         site.engine.gate.let()
         problem(running.result(PATIENCE_S), 503, "draining")
         closing.result(PATIENCE_S)
@@ -548,7 +548,7 @@ def test_a_deadline_is_answered_though_a_step_hangs(site: Site, monkeypatch: pyt
 def test_a_client_is_warned_exactly_where_noise_is_taken_for_an_image() -> None:
     for sampler, spacing, steps in product(INFO.samplers, SPACINGS, (1, 2, 10)):
         spec = make_spec(sampler=sampler, timestep_spacing=spacing, steps=steps)
-        expected = steps == 1 and not SAMPLER_FACTS[sampler].multistep and spacing in ("leading", "linspace")
+        expected = steps == 1 and not SAMPLER_FACTS[sampler].leaves_out_cleanest and spacing in ("leading", "linspace")
         warning = warning_of(spec, INFO)
         assert (warning is not None) == expected == (timesteps_of(spec, INFO)[0] == 0)
         assert warning is None or "timestep_spacing=trailing" in warning

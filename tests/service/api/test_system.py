@@ -38,7 +38,7 @@ def test_a_dead_worker_fails_the_liveness_probe(make_site: MakeSite) -> None:
     site = make_site(gate_shut=True)
     site.engine.on_step = break_
     site.engine.gate.open()
-    wait_until(lambda: not site.worker.alive)
+    wait_until(lambda: not site.worker.state.alive)
     problem(site.client.get("/healthz"), 500, "engine_failed")
     for path in ("/readyz", "/health"):
         problem(site.client.get(path), 500, "engine_failed")

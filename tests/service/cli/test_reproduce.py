@@ -38,7 +38,7 @@ from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.spec import TrajectoryType
 from tminus.service.work import select_passes
-from tminus.service.worker.recording import Path as Recorded
+from tminus.service.worker.recording import TrajectoryRecorder
 
 pytestmark = pytest.mark.slow
 
@@ -474,7 +474,7 @@ def made(
     """What a server that has this checkpoint answers."""
     job = as_served(folder, **{"n": 1, "seed": 5, "steps": 4} | parameters)
     info = job.loaded.engine.info
-    path = Recorded(job.spec, select_passes(keep, job.spec, info), dtype)
+    path = TrajectoryRecorder(job.spec, select_passes(keep, job.spec, info), dtype)
     pixels = job.run(path.record)
     return pack_trajectory(path.trajectory(), pixels, job.spec, info, recipe(job.spec, info))
 

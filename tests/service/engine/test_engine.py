@@ -46,7 +46,7 @@ from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, noisy_passes, select_passes, work_of
-from tminus.service.worker.recording import Path
+from tminus.service.worker.recording import TrajectoryRecorder
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +179,7 @@ def walked(
 ) -> list[Trajectory]:
     """The trajectories of jobs that share the engine and its batches."""
     scheduler = Scheduler(Sharing.of(max_batch))
-    paths = [Path(spec, select_passes(keep, spec, engine.info)) for spec in specs]
+    paths = [TrajectoryRecorder(spec, select_passes(keep, spec, engine.info)) for spec in specs]
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))

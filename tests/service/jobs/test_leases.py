@@ -302,7 +302,10 @@ def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> No
         intake.offer(places)
         return Claimed()
 
-    store, worker = SimpleNamespace(holders=[], call=call, now_us=lambda: 0), SimpleNamespace(ready=True)
+    store, worker = (
+        SimpleNamespace(holders=[], call=call, now_us=lambda: 0),
+        SimpleNamespace(state=SimpleNamespace(ready=True)),
+    )
     admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_, **__: intakes.pop(0))
     held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, TUNED, LIMITS, {})
     asyncio.run(held.claim())

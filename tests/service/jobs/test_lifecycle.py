@@ -260,7 +260,7 @@ def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
     worker = site.worker
     worker.drain()
     site.engine.gate.open()
-    wait_until(lambda: not worker.alive)
+    wait_until(lambda: not worker.state.alive)
     metrics = site.metrics()
     assert metrics["tminus_row_steps_saved_total"] == 0
     assert 'tminus_jobs_aborted_total{"reason": "suspended"}' not in metrics
@@ -293,7 +293,7 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
     for _ in range(2):
         crash_with_poison(site)
         site.engine.gate.open()
-        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
+        wait_until(lambda site=site: site.worker.state.crashed)  # type: ignore[misc]
         site.engine.jobs.clear()
         restarts.stop()
         site = restarts.start(shut=True)
@@ -303,7 +303,7 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
     assert {len(job_ids) for job_ids in counted} == {4}, "the first crash; the second convicts one"
     for seed in (0, 1, 3):
         assert wait_for(site, ids[seed])["state"] == "done"
-    assert not site.worker.crashed
+    assert not site.worker.state.crashed
 
 
 def test_a_job_that_ended_the_server_twice_fails_and_one_that_did_once_shares_no_tick(restarts: Restarts) -> None:

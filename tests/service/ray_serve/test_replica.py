@@ -16,7 +16,7 @@ class Worker:
     """A worker whose thread has ended."""
 
     def __init__(self, *, crashed: bool) -> None:
-        self.crashed = crashed
+        self.state = SimpleNamespace(crashed=crashed)
 
     def join(self) -> None:
         """It has."""

@@ -18,10 +18,9 @@ from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixel
 from tests.service.several import COLOUR, QUICK, Several, make_several, version_of
 from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining, Stalled, StorageFailed
-from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.records import Claimed, JobRecord
+from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.worker import loop
+from tminus.service.worker import worker
 from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
@@ -189,12 +188,12 @@ def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkey
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(FakeEngine, "step", fail)
-    monkeypatch.setattr(loop.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
+    monkeypatch.setattr(worker.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
     problem(several.change("third", "load"), 500, "engine_failed")
     monkeypatch.undo()
     assert several.shelf.freed == [True], "its memory is given back"
     assert several.states()["third"] == "unloaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
     assert fingerprint(several, "") == INFO.fingerprint
     assert several.change("third", "load").status_code == 200
 
@@ -256,6 +255,25 @@ def test_an_unloaded_model_finishes_its_jobs_first_and_can_be_loaded_again(sever
 # --- when more goes wrong ---
 
 
+class Disks:
+    """Opens a store for each set of weights. Those whose weights are in `away` fail."""
+
+    def __init__(self, files: dict[str, Path] | None = None) -> None:
+        self.files, self.away = files or {}, set[str]()
+
+    def open(self, weights_hash: str) -> Any:
+        store, away = SqliteStore(self.files.get(weights_hash)), self.away
+
+        class Disk:
+            def __getattr__(self, name: str) -> Any:
+                value = getattr(store, name)
+                if weights_hash in away and callable(value) and name not in ("now_us", "close"):
+                    raise StorageFailed("the disk is away")
+                return value
+
+        return Disk()
+
+
 def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_reload(
     make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,20 +281,14 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
     file = tmp_path / "jobs.sqlite3"
     with closing(SqliteStore(file)) as store:
         store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
-    claim, fails = SqliteStore.claim, True
-
-    def sometimes(self: SqliteStore, *args: object) -> Claimed:
-        if fails and self._file is not None and hasattr(self, "_identity"):
-            raise StorageFailed("the disk is away")
-        return claim(self, *args)
-
-    monkeypatch.setattr(SqliteStore, "claim", sometimes)
+    disks = Disks({INFO.weights_hash: file})
+    disks.away.add(INFO.weights_hash)
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
-    several = make_several(make_site, state_file={INFO.weights_hash: file})
+    several = make_several(make_site, state_file=disks.open)
     several.shelf.found = {"fake": version_of(INFO, 1)}
     assert several.change("fake", "reload").status_code == 200
     assert several.post("/sample", json=QUICK).status_code == 200
-    fails = False
+    disks.away.clear()
     wait_until(lambda: several.get(f"/jobs/{'a' * 32}").json().get("state") == "done")
     assert several.get(f"/jobs/{'a' * 32}").json()["fingerprint"] == INFO.fingerprint
 
@@ -317,13 +329,14 @@ def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, m
         several.colour = several.shelf.engines[-1]
 
 
-def test_before_the_warm_up_nothing_is_unloaded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
-    several.site.worker._ready.clear()
+def test_before_the_warm_up_nothing_is_unloaded(make_site: MakeSite) -> None:
+    several = make_several(make_site, gate_shut=True)
     problem(several.change("colour", "unload"), 503, "not_ready")
     problem(several.change("third", "load"), 503, "not_ready")
-    several.site.worker._ready.set()
+    several.site.engine.gate.open()
+    several.site.wait_until_ready()
     assert several.states()["colour"] == "loaded"
-    assert several.site.worker.alive
+    assert several.site.worker.state.alive
 
 
 def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
@@ -341,24 +354,14 @@ def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
     assert [job["id"] for job in several.get("/jobs").json()["jobs"]] == ids[:-3:-1]
 
 
-def test_a_store_of_earlier_weights_that_fails_harms_no_other(
-    several: Several, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_of_earlier_weights_that_fails_harms_no_other(make_site: MakeSite) -> None:
+    disks = Disks()
+    several = make_several(make_site, state_file=disks.open)
+    several.shelf.found = {"colour": version_of(COLOUR, 2)}
     job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
     wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
     several.change("colour", "reload")
-
-    jobs = several.site.application.served.jobs
-    old = next(each.store for each in jobs._lifecycles.values() if each.retired)
-    old._failure = StorageFailed("the file is gone")
-    really = AsyncStore.call
-
-    async def failing(self: AsyncStore, method: Any, *args: Any, **more: Any) -> Any:
-        if self is old:
-            raise StorageFailed("the file is gone")
-        return await really(self, method, *args, **more)
-
-    monkeypatch.setattr(AsyncStore, "call", failing)
+    disks.away.add(COLOUR.weights_hash)
     assert several.get("/readyz").status_code == 200
     assert several.get("/jobs").status_code == 200
     problem(several.get(f"/jobs/{'b' * 32}"), 404, "job_not_found")

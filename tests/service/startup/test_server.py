@@ -43,22 +43,21 @@ EXTENDED = sorted(
 class FakeWorker:
     """A worker that ends when it is told to."""
 
-    ready, alive, hangs, crashed, stall = True, True, False, False, None
-
     def __init__(self) -> None:
-        self.draining, self.closed, self.ended = False, False, threading.Event()
+        self.closed, self.ended = False, threading.Event()
+        self.state = SimpleNamespace(ready=True, alive=True, draining=False, hangs=False, crashed=False, stall=None)
 
     def drain(self) -> None:
-        self.draining = True
+        self.state.draining = True
 
     def join(self) -> None:
         self.ended.wait(PATIENCE_S)
 
     def close(self) -> bool:
         self.closed = True
-        if not self.hangs:
+        if not self.state.hangs:
             self.ended.set()
-        return not self.hangs
+        return not self.state.hangs
 
 
 class Running:
@@ -189,7 +188,7 @@ def test_requests_are_passed_on_as_soon_as_the_model_is_there_until_its_worker_e
     assert httpx.post(f"{running.url}/sample", json={"steps": 1}, trust_env=False).status_code == 200
     site.worker.drain()
     assert running.has_ended()
-    assert not site.worker.alive
+    assert not site.worker.state.alive
     assert not running.failure
     running.stop()
 
@@ -265,7 +264,7 @@ def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
 
 def test_the_first_signal_drains_and_the_server_answers_until_the_worker_has_ended(running: Working) -> None:
     running.server.handle_exit(signal.SIGTERM, None)
-    assert running.worker.draining
+    assert running.worker.state.draining
     assert running.answers()
     assert not running.worker.closed
     running.worker.ended.set()
@@ -282,7 +281,7 @@ def test_the_second_signal_ends_the_grace_period(running: Working) -> None:
 @pytest.mark.parametrize("hangs", [False, True])
 def test_work_is_given_up_after_the_grace_period_also_by_a_worker_that_hangs(hangs: bool) -> None:
     running = Working(grace_s=0.05)
-    running.worker.hangs = hangs
+    running.worker.state.hangs = hangs
     running.server.handle_exit(signal.SIGTERM, None)
     assert running.has_ended(), "a worker that hangs does not keep the process"
     assert (running.worker.closed, running.worker.ended.is_set()) == (True, not hangs)
@@ -372,9 +371,9 @@ def test_what_is_wrong_is_told_and_nothing_else_is_asked_for() -> None:
     worker: Any = FakeWorker()
     url = start(Metrics(), worker)
     assert httpx.get(f"{url}/healthz").status_code == 200
-    worker.stall = Stalled(90.0)
+    worker.state.stall = Stalled(90.0)
     assert (httpx.get(f"{url}/healthz").status_code, httpx.get(f"{url}/metrics").status_code) == (503, 200)
-    worker.crashed = True
+    worker.state.crashed = True
     assert httpx.get(f"{url}/healthz").status_code == 500
     for path in ("/", "/model", "/metrics/x", "/readyz"):
         assert httpx.get(f"{url}{path}").status_code == 404

@@ -248,7 +248,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         names = [each.engine.info.name for each in first]
         seen.update(limits=first[0].limits, speed=first[0].speed)
         seen.update(allowed_sites=allowed_sites, access=access, names=names, **more)
-        return SimpleNamespace(worker=SimpleNamespace(hangs=False, crashed=False, stall=None), codes_images=False)
+        return SimpleNamespace(
+            worker=SimpleNamespace(state=SimpleNamespace(hangs=False, crashed=False, stall=None)), codes_images=False
+        )
 
     def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
         seen.update(state_dir=state_dir)
@@ -283,8 +285,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     for name, fake in {
         "listen": listen,
         "ServedModels": serve_models,
-        "ModelChanges": lambda _served, library, _load, _room, idle_s: seen.update(library=library, idle_s=idle_s),
-        "create_app": lambda _served, _changes, **values: seen.update(values),
+        "ModelLoader": lambda _served, library, _load, _room, idle_s: seen.update(library=library, idle_s=idle_s),
+        "create_app": lambda _served, _loader, **values: seen.update(values),
         "open_store": open_store,
         "look_at_ends": lambda _settings, _folder: (None, []),
         "serve_metrics": lambda _listener, _opening, allowed_sites: seen.update(metrics_hosts=allowed_sites.hosts),

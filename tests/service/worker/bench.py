@@ -47,7 +47,7 @@ class Bench:
         times = TickTimes(((1, 1.0), (limits.max_batch, 1.0)), 0.5) if queues else TickTimes()
         scheduler = Scheduler(Sharing.of(limits.max_batch, times=times))
         self.model = LoadedModel(0, self.engine, scheduler, self.keeper, spare_work)
-        self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock, note=self.note)
+        self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock, report=self.note)
         self.loop = self.worker._loop
         if not cold:
             self.worker.warm_up()
@@ -136,7 +136,7 @@ class Bench:
         if shut:
             self.engine.gate.shut()
         self.worker.start()
-        wait_until(lambda: self.worker.ready)
+        wait_until(lambda: self.worker.state.ready)
         return self
 
     def close(self) -> None:
@@ -146,8 +146,8 @@ class Bench:
         if self.worker._thread.ident is None:
             self.worker.start()
             self.worker.join()
-        assert not self.worker.alive
-        if self.worker.crashed:
+        assert not self.worker.state.alive
+        if self.worker.state.crashed:
             return  # everybody was answered; engine and ledger are given up as they are
         assert self.engine.jobs == {}
         assert self.worker.jobs.statuses() == []

@@ -22,7 +22,7 @@ from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, JobResult, JobRows
 from tminus.service.worker.coding import Turnstile
 from tminus.service.worker.loaded_model import LoadedModel
-from tminus.service.worker.recording import Path, Recording
+from tminus.service.worker.recording import Recording, TrajectoryRecorder
 
 TWO = replace(LIMITS, max_batch=2)
 PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -259,7 +259,7 @@ def test_a_job_whose_last_step_ends_with_a_row_that_is_not_finite_is_done_and_ha
 
 def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> None:
     bench, ticks = make_queue(make_bench), list[tuple[list[set[int]], frozenset[str]]]()
-    look = lambda _batch: ticks.append((seeds_in_flight(bench), bench.loop.current_jobs))  # noqa: E731
+    look = lambda _batch: ticks.append((seeds_in_flight(bench), bench.loop.current.ids))  # noqa: E731
     bench.engine.on_step = look
     others = [make_spec(seed=seed, n=2, steps=6) for seed in (1, 2)]
     futures = accept_all(bench, *others)
@@ -268,7 +268,7 @@ def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> 
     spec = make_spec(seed=666, n=5, steps=6)
     suspect = bench.accept_spec("666", spec, alone=True, durable=True)
     assert bench.engine.in_flight == []
-    assert bench.loop.current_jobs == {"666"}
+    assert bench.loop.current.ids == {"666"}
     bench.finish()
     assert {len(seeds) for seeds, _ in ticks} == {1, 2}
     with_it = [tick for tick in ticks if any(666 in seeds for seeds in tick[0]) or "666" in tick[1]]
@@ -282,7 +282,7 @@ def test_the_jobs_of_all_ticks_in_flight_may_be_the_cause_of_a_crash(make_bench:
 
     def look(_batch: Batch) -> None:
         here = {str(seed) for seeds in seeds_in_flight(bench) for seed in seeds}
-        seen.append((here, bench.notes[-1][1], bench.loop.current_jobs))
+        seen.append((here, bench.notes[-1][1], bench.loop.current.ids))
 
     bench.engine.on_begin = bench.engine.on_step = look
     accept_all(bench, *(make_spec(seed=seed, n=2, steps=4) for seed in (1, 2, 3)), durable=True)
@@ -345,7 +345,7 @@ def test_a_drain_ends_the_ticks_in_flight_and_a_suspended_job_goes_on_from_there
 def test_recordings_and_frames_have_each_row_at_its_own_steps_while_others_are_in_flight(make_bench: MakeBench) -> None:
     bench, frames = make_queue(make_bench), list[Frame]()
     spec, of_path = make_spec(n=5, steps=7, seed=40), make_spec(n=3, steps=6, seed=80)
-    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), Path(of_path)
+    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), TrajectoryRecorder(of_path)
     futures = [
         bench.accept_spec("a", spec, recording=recording, watch=Watch(Pace(every=1), ("x_t",), frames.append)),
         bench.accept_spec("b", of_path, recording=path),
@@ -435,7 +435,7 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
     bench.engine.next_begun()
     bench.engine.gate.let(2)
     wait_until(lambda: len(bench.engine.in_flight) == 2)
-    ticks = list(bench.loop._in_flight)  # as whoever looks at the error may hold them
+    ticks = list(bench.loop.ticks._in_flight)  # as whoever looks at the error may hold them
 
     def fail(_batch: Batch) -> None:
         bench.engine.lost = True
@@ -445,8 +445,8 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
     bench.engine.gate.open()
     for future in futures:
         assert isinstance(failure(future), EngineFailed)
-    wait_until(lambda: not bench.worker.alive)
-    assert bench.worker.jobs_of_the_crash == {"1", "2"}
+    wait_until(lambda: not bench.worker.state.alive)
+    assert bench.worker.state.jobs_of_the_crash == {"1", "2"}
     assert bench.loop.coding.turnstile._inside == [], f"{len(ticks)} are inside"
 
 
@@ -488,7 +488,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
 
     engine.on_begin, engine.on_step = maybe, step
     jobs: dict[int, tuple[SampleSpec, Future[JobResult]]] = {}
-    gone, deadlines, paths = set[int](), set[int](), dict[int, Path]()
+    gone, deadlines, paths = set[int](), set[int](), dict[int, TrajectoryRecorder]()
     while len(jobs) < 12 or bench.loop.has_work:
         if len(jobs) < 12 and rng.random() < 0.5:
             spec = make_spec(
@@ -498,7 +498,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
             if rng.random() < 0.1:
                 more["alone"] = True
             if rng.random() < 0.3:
-                more["recording"] = paths[spec.seed] = Path(spec)
+                more["recording"] = paths[spec.seed] = TrajectoryRecorder(spec)
             if rng.random() < 0.3:
                 more["deadline_s"] = rng.uniform(1, 40)
                 deadlines.add(spec.seed)

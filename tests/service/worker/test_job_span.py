@@ -145,7 +145,7 @@ def test_a_job_that_was_answered_while_the_worker_hung_ends_its_span_once(
     bench = make_bench()
     bench.accept("a")
     bench.tick()
-    bench.worker._answer_all(Draining())
+    bench.worker.jobs.fail_all(Draining())
     bench.finish()
     assert attributes(kept.by_name()["job"])["tminus.outcome"] == "draining"
     assert "ended span" not in caplog.text

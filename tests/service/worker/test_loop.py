@@ -21,7 +21,7 @@ from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import LOST
-from tminus.service.worker.recording import Path, Recording
+from tminus.service.worker.recording import Recording, TrajectoryRecorder
 from tminus.service.worker.running_job import NewJob
 
 # --- work ---
@@ -76,7 +76,7 @@ def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_ben
     suspects = [bench.accept_spec(name, make_spec(n=2, steps=6), alone=True, durable=True) for name in ("s", "t")]
     others = [bench.accept(name, n=1, steps=4 + 2 * k) for k, name in enumerate("ab")]
     ticks = list[frozenset[str]]()
-    bench.engine.on_step = lambda _: ticks.append(bench.loop.current_jobs)
+    bench.engine.on_step = lambda _: ticks.append(bench.loop.current.ids)
     bench.finish()
     for future in (*suspects, *others):
         images(future)
@@ -103,7 +103,7 @@ def test_a_background_job_goes_on_as_others_when_its_wait_is_over_alone_or_not(m
         assert bench.status()["b"].background
         ticks = list[frozenset[str]]()
         bench.engine.on_step = lambda batch, bench=bench, ticks=ticks: (
-            ticks.append(bench.loop.current_jobs),
+            ticks.append(bench.loop.current.ids),
             bench.tick_takes_a_second(batch),
         )
         bench.finish()
@@ -117,7 +117,7 @@ def test_a_background_job_goes_on_as_others_when_its_wait_is_over_alone_or_not(m
 def test_a_job_that_is_to_be_alone_can_be_given_up(make_bench: MakeBench) -> None:
     bench = make_bench()
     future = bench.accept_spec("s", make_spec(n=2, steps=9), alone=True, durable=True)
-    assert bench.loop.current_jobs == {"s"}, "what breaks before its first tick may be its doing"
+    assert bench.loop.current.ids == {"s"}, "what breaks before its first tick may be its doing"
     bench.tick()
     bench.cancel("s", "deleted")
     assert isinstance(failure(future), JobCancelled)
@@ -428,7 +428,7 @@ def test_a_frame_or_snapshot_that_fails_costs_no_job(make_bench: MakeBench, brok
 def test_recordings_have_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2))  # so that the three rows are not level
     spec, spec_of_path = make_spec(n=3, steps=7, seed=40), make_spec(n=3, steps=4, seed=80)
-    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), Path(spec_of_path)
+    recording, path = Recording(2, ("x_t",), spec.n, spec.steps), TrajectoryRecorder(spec_of_path)
     futures = [
         bench.accept_spec("a", spec, recording=recording),
         bench.accept_spec("b", spec_of_path, recording=path),
@@ -459,7 +459,7 @@ def test_a_path_that_fails_costs_its_own_job_only(make_bench: MakeBench, reads: 
             raise RuntimeError("out of memory")
 
     bench.engine.on_preview = fail
-    recorded = bench.accept_spec("recorded", spec, recording=Path(spec))
+    recorded = bench.accept_spec("recorded", spec, recording=TrajectoryRecorder(spec))
     other = bench.accept("other", seed=2)
     bench.finish()
     error = failure(recorded)
@@ -523,13 +523,13 @@ def test_where_the_host_runs_ahead_the_tick_before_may_be_the_cause_of_a_crash(
     bench.engine.runs_ahead = runs_ahead
     last, seen = bench.accept("last", n=2, steps=1), list[frozenset[str]]()
     next_one = bench.accept("next", n=2, steps=2)
-    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current_jobs)
+    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current.ids)
     bench.finish()
     assert seen[0] == {"last"}
     assert seen[1] == ({"last", "next"} if runs_ahead else {"next"})
-    assert bench.loop.current_jobs == {"next"}
+    assert bench.loop.current.ids == {"next"}
     bench.tick()
-    assert bench.loop.current_jobs == set()
+    assert bench.loop.current.ids == set()
     images(last), images(next_one)
 
 
@@ -542,11 +542,11 @@ def test_where_the_host_runs_ahead_a_job_that_is_to_be_alone_is_waited_for_and_s
     for name in "ab":
         bench.accept(name, n=2, steps=6)
     bench.accept_spec("s", make_spec(n=2, steps=6), alone=True, durable=True)
-    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current_jobs)
+    bench.engine.on_step = lambda _batch: seen.append(bench.loop.current.ids)
 
     def latents(_rows: Sequence[int]) -> Floats:
-        bench.engine.lost = bench.loop.current_jobs == broken and len(seen) >= 3  # not by the first ticks
-        if bench.engine.lost or bench.loop.current_jobs == frozenset("ab"):
+        bench.engine.lost = bench.loop.current.ids == broken and len(seen) >= 3  # not by the first ticks
+        if bench.engine.lost or bench.loop.current.ids == frozenset("ab"):
             raise RuntimeError("the device is lost, or has no memory for the copy")
         return np.zeros((2, 1, 4, 6), np.float32)
 
@@ -555,7 +555,7 @@ def test_where_the_host_runs_ahead_a_job_that_is_to_be_alone_is_waited_for_and_s
         bench.finish()
     assert broken in seen
     assert set(seen) <= {frozenset("ab"), frozenset("s")}, "nobody is named with it"
-    assert bench.loop.current_jobs == broken
+    assert bench.loop.current.ids == broken
 
 
 def test_a_model_that_goes_is_held_by_no_tick_of_which_the_end_is_not_known(make_bench: MakeBench) -> None:
@@ -633,7 +633,7 @@ def test_while_an_image_of_a_job_that_is_to_be_alone_is_decoded_nothing_steps(ma
     bench.engine.on_decode = lambda _spec: gate.enter()
     bench.accept_spec("s", make_spec(steps=1), alone=True, durable=True)
     bench.accept("a", steps=3)
-    while not bench.loop._being_coded:
+    while not bench.loop.coding.jobs:
         bench.tick()
     wait_until(lambda: ("codes", {"s"}) in bench.notes)
     stepped = len(bench.engine.batches)
@@ -652,7 +652,7 @@ def test_a_job_that_is_to_be_alone_steps_only_while_nothing_is_decoded(make_benc
     bench.engine.on_decode = lambda _spec: gate.enter()
     bench.accept_spec("s", make_spec(steps=3), alone=True, durable=True)
     bench.accept_spec("a", make_spec(steps=1), durable=True)
-    while not bench.loop._being_coded:
+    while not bench.loop.coding.jobs:
         bench.tick()
     wait_until(lambda: ("codes", {"a"}) in bench.notes)
     del bench.notes[:]
@@ -762,5 +762,5 @@ def test_what_is_no_jobs_is_done_beside_too(make_bench: MakeBench) -> None:
     assert not left.cancel(), "its client may go away, and the thread goes on"
     gate.open()
     assert bench.worker.run_beside("noise", lambda: 8).result(PATIENCE_S) == 8
-    bench.loop.close()
+    bench.loop.coding.close()
     assert isinstance(bench.loop.coding.run("noise", lambda: 7).exception(PATIENCE_S), Draining)

@@ -10,7 +10,7 @@ from tminus.service.byte_budget import SMALL_BYTES, ByteBudget
 from tminus.service.errors import Overloaded
 from tminus.service.preview import Show
 from tminus.service.spec import Images, Point, TrajectoryType
-from tminus.service.worker.recording import Path, Recording, RecordingRoom, frame_count
+from tminus.service.worker.recording import Recording, RecordingRoom, TrajectoryRecorder, frame_count
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])
@@ -44,7 +44,7 @@ def test_frames_may_begin_with_the_noise_and_end_early() -> None:
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: float | None) -> None:
     spec, engine, rng = make_spec(n=3, steps=5, strength=strength), FakeEngine(), random.Random(0)
-    path, passes = Path(spec), spec.num_passes
+    path, passes = TrajectoryRecorder(spec), spec.num_passes
     taken = [0] * spec.n
 
     def point(rows: Sequence[int]) -> Callable[[], Point]:
@@ -69,7 +69,7 @@ def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: flo
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_path_of_some_passes_reads_rows_around_them_alone(dtype: TrajectoryType) -> None:
     spec, engine, asked = make_spec(n=2, steps=9), FakeEngine(), []
-    path = Path(spec, Selection.of([1, 4, 5], 9, 1), dtype)
+    path = TrajectoryRecorder(spec, Selection.of([1, 4, 5], 9, 1), dtype)
 
     def point(rows: Sequence[int]) -> Callable[[], Point]:
         asked.append(step)

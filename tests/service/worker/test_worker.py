@@ -32,27 +32,27 @@ from tminus.service.spec import Images, SampleSpec
 from tminus.service.threads import STALL_S
 from tminus.service.work import Batch, JobResult, Outlook
 from tminus.service.worker.loaded_model import LoadedModel
-from tminus.service.worker.recording import Path
+from tminus.service.worker.recording import TrajectoryRecorder
 
 # --- the start ---
 
 
 def test_a_worker_is_not_ready_before_its_warm_up(make_bench: MakeBench) -> None:
     bench = make_bench(cold=True)
-    assert not bench.worker.ready
-    assert not bench.worker.alive
+    assert not bench.worker.state.ready
+    assert not bench.worker.state.alive
     with pytest.raises(NotReady):
         bench.submit("a")
     bench.engine.gate.shut()
     bench.worker.start()
     bench.engine.next_begun()
-    assert bench.worker.alive
-    assert not bench.worker.ready
+    assert bench.worker.state.alive
+    assert not bench.worker.state.ready
     with pytest.raises(NotReady) as caught:
         bench.submit("a")
     assert caught.value.headers["Retry-After"] == "1"
     bench.engine.gate.open()
-    wait_until(lambda: bench.worker.ready)
+    wait_until(lambda: bench.worker.state.ready)
     assert images(bench.submit("a")).shape == (1, 4, 6, 1)
 
 
@@ -64,8 +64,8 @@ def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: Ma
 
     bench.engine.on_step = fail
     bench.worker.start()
-    wait_until(lambda: not bench.worker.alive)
-    assert not bench.worker.ready
+    wait_until(lambda: not bench.worker.state.alive)
+    assert not bench.worker.state.ready
     with pytest.raises(ServiceError) as caught:
         bench.submit("a")
     assert caught.value.status in (500, 503)
@@ -116,12 +116,12 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         assert isinstance(error, ServiceError)
         assert error.status in (500, 503)
         assert "the device is gone" not in error.detail
-    wait_until(lambda: bench.worker.crashed)
+    wait_until(lambda: bench.worker.state.crashed)
     bench.worker.join()
     for future in queued[::2]:
         assert isinstance(failure(future), EngineFailed)
     assert bench.worker.jobs.statuses() == []
-    assert not bench.worker.ready
+    assert not bench.worker.state.ready
     assert len(removed) == 1, "the engine is called no more"
     with pytest.raises(EngineFailed):
         bench.submit("after")
@@ -155,10 +155,10 @@ def test_a_lost_device_ends_the_worker_and_tells_whose_doing_it_may_be(make_benc
 
     setattr(bench.engine, where, fail)
     spec = make_spec(steps=1)
-    future = bench.submit_spec("job", spec, recording=Path(spec)).future
+    future = bench.submit_spec("job", spec, recording=TrajectoryRecorder(spec)).future
     assert isinstance(failure(future), EngineFailed)
-    wait_until(lambda: bench.worker.crashed)
-    assert bench.worker.jobs_of_the_crash == {"job"}
+    wait_until(lambda: bench.worker.state.crashed)
+    assert bench.worker.state.jobs_of_the_crash == {"job"}
 
 
 def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wait_get_an_answer(
@@ -183,7 +183,9 @@ def test_a_device_whose_loss_several_readers_find_ends_the_worker_and_all_who_wa
     bench.engine.gate.open()
     assert isinstance(failure(running), EngineFailed)
     assert isinstance(asked.exception(PATIENCE_S), EngineFailed)
-    assert {"a", "running"} <= bench.worker.jobs_of_the_crash, "the last step of one that is read may be the cause"
+    assert {"a", "running"} <= bench.worker.state.jobs_of_the_crash, (
+        "the last step of one that is read may be the cause"
+    )
 
 
 def test_who_is_given_up_at_the_end_does_not_wait_for_an_image_that_is_decoded(make_bench: MakeBench) -> None:
@@ -259,15 +261,15 @@ def test_spare_work_is_done_while_no_job_runs_and_a_job_waits_for_one_portion_of
     gate.release()
     job.result(PATIENCE_S)
     gate.release(2)
-    wait_until(lambda: not bench.loop.has_spare_work)
+    wait_until(lambda: not bench.loop.spare_work)
     assert events == ["tminus-worker", "step", "step", "tminus-worker", "tminus-worker"]
 
 
 def test_a_worker_with_endless_spare_work_ends_when_it_is_asked_to(make_bench: MakeBench) -> None:
     bench = make_bench(spare_work=itertools.repeat(None)).start()
     bench.worker.drain()
-    bench.worker._thread.join(PATIENCE_S)
-    assert not bench.worker.alive
+    bench.worker.join()
+    assert not bench.worker.state.alive
 
 
 def test_spare_work_that_fails_is_told_in_the_log_and_jobs_go_on(
@@ -275,8 +277,8 @@ def test_spare_work_that_fails_is_told_in_the_log_and_jobs_go_on(
 ) -> None:
     monkeypatch.setattr("tminus.service.worker.worker.SPARE_S", 0.0)
     bench = make_bench(spare_work=(1 / number for number in [1, 0, 1])).start()  # type: ignore[arg-type]
-    wait_until(lambda: not bench.loop.has_spare_work)
-    assert "while no job ran has failed" in caplog.text
+    wait_until(lambda: not bench.loop.spare_work)
+    assert "spare work has failed" in caplog.text
     assert images(bench.submit("a")).shape == (1, 4, 6, 1)
 
 
@@ -352,9 +354,9 @@ def test_draining_refuses_new_jobs_and_finishes_the_old(make_bench: MakeBench) -
     running, queued = bench.submit("running", seed=1), bench.submit("queued", seed=2)
     bench.engine.next_begun()
     bench.worker.drain()
-    assert bench.worker.draining
-    assert bench.worker.alive
-    assert not bench.worker.ready
+    assert bench.worker.state.draining
+    assert bench.worker.state.alive
+    assert not bench.worker.state.ready
     with pytest.raises(Draining) as caught:
         bench.submit("late")
     assert "Retry-After" in caught.value.headers
@@ -362,7 +364,7 @@ def test_draining_refuses_new_jobs_and_finishes_the_old(make_bench: MakeBench) -
     np.testing.assert_array_equal(images(running), fake_pixels(make_spec(seed=1), 3))
     np.testing.assert_array_equal(images(queued), fake_pixels(make_spec(seed=2), 3))
     bench.worker.join()
-    assert not bench.worker.crashed
+    assert not bench.worker.state.crashed
 
 
 def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBench) -> None:
@@ -372,7 +374,7 @@ def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBe
     queued = bench.submit("queued", seed=2, n=3, steps=10)
     closing = threading.Thread(target=bench.worker.close)
     closing.start()
-    wait_until(lambda: not bench.worker.alive)
+    wait_until(lambda: not bench.worker.state.alive)
     with pytest.raises(Draining):
         bench.submit("late")
     bench.engine.gate.let()
@@ -391,7 +393,7 @@ def test_a_job_whose_last_step_runs_at_closing_is_delivered(make_bench: MakeBenc
     bench.engine.next_begun()
     closing = threading.Thread(target=bench.worker.close)
     closing.start()
-    wait_until(lambda: not bench.worker.alive)
+    wait_until(lambda: not bench.worker.state.alive)
     bench.engine.gate.let()
     images(future)
     closing.join(PATIENCE_S)
@@ -404,11 +406,11 @@ def test_a_worker_may_be_closed_during_its_warm_up(make_bench: MakeBench) -> Non
     bench.engine.next_begun()
     closing = threading.Thread(target=bench.worker.close)
     closing.start()
-    wait_until(lambda: bench.worker.draining)
+    wait_until(lambda: bench.worker.state.draining)
     bench.engine.gate.open()
     closing.join(PATIENCE_S)
     assert not closing.is_alive()
-    assert not bench.worker.ready
+    assert not bench.worker.state.ready
 
 
 # --- all at once ---
@@ -486,7 +488,7 @@ def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_ot
     (last,) = bench.keeper.rounds
     assert set(last) == {"durable"}
     assert 1 <= last["durable"].steps[0] < 10
-    wait_until(lambda: not bench.worker.alive)
+    wait_until(lambda: not bench.worker.state.alive)
 
 
 def test_a_resumed_job_is_refused_for_lack_of_slots_and_for_nothing_else(make_bench: MakeBench) -> None:
@@ -531,12 +533,12 @@ def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: Mak
     bench.submit("short", n=2, steps=1)
     bench.engine.next_begun()
     long = bench.submit("long", n=2, steps=50)
-    assert bench.worker.jobs_of_the_crash == frozenset()
+    assert bench.worker.state.jobs_of_the_crash == frozenset()
     bench.engine.on_remove = crash
     bench.engine.gate.open()
     assert isinstance(failure(long), EngineFailed)
-    wait_until(lambda: bench.worker.crashed)
-    assert bench.worker.jobs_of_the_crash == {"short"}
+    wait_until(lambda: bench.worker.state.crashed)
+    assert bench.worker.state.jobs_of_the_crash == {"short"}
 
 
 # --- a worker that hangs ---
@@ -572,16 +574,16 @@ def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
         assert hangs.wait(PATIENCE_S)
         bench.now_s += STALL_S - 1
         assert fatal_error(bench.worker) is None
-        assert bench.worker.ready
+        assert bench.worker.state.ready
         bench.now_s += 3
         assert isinstance(fatal_error(bench.worker), Stalled)
-        assert not bench.worker.ready
+        assert not bench.worker.state.ready
         with pytest.raises(Stalled):
             bench.submit("late")
     finally:
         go_on.set()
     wait_until(running.done)
-    wait_until(lambda: bench.worker.ready)
+    wait_until(lambda: bench.worker.state.ready)
     asked.result(PATIENCE_S)
 
 
@@ -589,9 +591,9 @@ def test_a_worker_that_waits_for_work_does_not_hang(make_bench: MakeBench) -> No
     bench = make_bench().start()
     images(bench.submit("a", steps=2))
     for _ in range(2):
-        wait_until(lambda: bench.worker.ready)  # at the end of the turn that it is in
+        wait_until(lambda: bench.worker.state.ready)  # at the end of the turn that it is in
         bench.now_s += 10 * STALL_S
-    wait_until(lambda: bench.worker.ready)
+    wait_until(lambda: bench.worker.state.ready)
     images(bench.submit("b", steps=2))
 
 
@@ -601,9 +603,9 @@ def test_a_tick_is_given_twenty_times_what_it_should_take(make_bench: MakeBench)
     running = bench.submit("running", steps=1)
     bench.engine.next_begun()
     bench.now_s += 199
-    assert bench.worker.ready
+    assert bench.worker.state.ready
     bench.now_s += 2
-    assert not bench.worker.ready
+    assert not bench.worker.state.ready
     bench.engine.gate.open()
     images(running)
 
@@ -617,7 +619,7 @@ def test_closing_does_not_wait_for_a_step_that_hangs_and_its_jobs_get_an_answer(
     bench.engine.next_begun()
     queued = bench.submit("queued", steps=2)
     assert not bench.worker.close()
-    assert bench.worker.hangs
+    assert bench.worker.state.hangs
     assert isinstance(failure(running), Draining)
     assert isinstance(failure(queued), Draining)
 
@@ -631,7 +633,7 @@ def test_an_exit_in_the_worker_s_thread_is_a_crash(make_bench: MakeBench, error:
 
     bench.engine.on_remove = leave
     running = bench.submit("running", steps=1)
-    wait_until(lambda: bench.worker.crashed)
+    wait_until(lambda: bench.worker.state.crashed)
     assert running.done()
 
 

@@ -15,8 +15,8 @@ from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import ADMIN, COLOUR, KEY, QUICK, Several, Shelf
 from tminus.model.files import CheckpointError
 from tminus.service.errors import Draining
-from tminus.service.startup import changes
-from tminus.service.startup.models import Described, Prepared
+from tminus.service.startup import loader
+from tminus.service.startup.models import Prepared, UnloadedModel
 from tminus.service.startup.settings import Library
 
 FITTING = 2  # beside the default model
@@ -37,7 +37,9 @@ def on_demand(make_site: MakeSite, *lines: str, idle_s: float = 3600.0, **kwargs
         "access": access_of(key_line("ops", KEY, "admin"), *lines, is_open=True),
         "library": Library({name: Path(name) for name in ("fake", *OTHERS)}),
         "prepare": prepare_one,
-        "described": [Described(replace(info, **unknown), LIMITS, speed) for info in OTHERS.values()],  # type: ignore[arg-type]
+        "unloaded": [
+            UnloadedModel(Path(info.name), replace(info, **unknown), LIMITS, speed) for info in OTHERS.values()
+        ],  # type: ignore[arg-type]
         "room_lacking": lambda _folder, used: None if used < FITTING else "is one too many",
         "idle_unload_s": idle_s,
     }
@@ -46,7 +48,7 @@ def on_demand(make_site: MakeSite, *lines: str, idle_s: float = 3600.0, **kwargs
 
 @pytest.fixture(autouse=True)
 def _may_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "STAY_S", 0.0)
+    monkeypatch.setattr(loader, "STAY_S", 0.0)
 
 
 @pytest.fixture
@@ -164,11 +166,11 @@ def test_a_model_that_came_in_stays_for_a_while_and_is_served_meanwhile(
     several.change("fake", "unload")  # or it would make room
     wait_until(lambda: several.states()["fake"] == "unloaded")
     assert [ask(several, name).status_code for name in "ab"] == [200, 200]
-    monkeypatch.setattr(changes, "STAY_S", 3600.0)
+    monkeypatch.setattr(loader, "STAY_S", 3600.0)
     problem(ask(several, "c", deadline_s=0.3), 503, "model_loading")
     assert [ask(several, name, seed=7).status_code for name in "ab"] == [200, 200]
     assert loaded(several) == {"a", "b"}
-    monkeypatch.setattr(changes, "STAY_S", 0.0)
+    monkeypatch.setattr(loader, "STAY_S", 0.0)
     wait_until(lambda: loaded(several) == {"b", "c"})
 
 

@@ -1,0 +1,274 @@
+"""Loads, reloads and unloads models while the server runs: for an admin, on demand, for room, when idle.
+
+In the event loop's thread only; a folder is read and measured in a thread of its own.
+"""
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tminus.model.files import CheckpointError
+from tminus.service.api.models import ServedModel, Services
+from tminus.service.errors import CheckpointRefused, ModelBusy, ModelNotFound, ServiceError, short
+from tminus.service.startup.models import LOOK_S, Prepared, ServedModels
+from tminus.service.startup.settings import Library
+from tminus.service.threads import LOADING, in_daemon_thread
+from tminus.service.worker.load_queue import PendingLoad, Reason
+
+log = logging.getLogger(__name__)
+
+IDLE_LOOK_S = 1.0  # how often it is looked which models are idle
+# A model stays at least this long after a load. A small one loads in half a second, so models that take turns on too
+# little room spend most of the time on work, and a request for the next one waits hardly longer.
+STAY_S = 3.0
+
+
+class ModelLoader:
+    """Changes which models are in memory, one at a time: its task does all loads of the queue, and all unloads.
+
+    With `idle_unload_s`, unloaded models are loaded when they are asked for, in the order in which they were asked for
+    first. For room, the model that was used the longest ago is unloaded. Where all are busy, the one with the least
+    work left takes no new requests until it is unloaded; requests for it wait in the queue like all others.
+    """
+
+    def __init__(
+        self,
+        served: ServedModels,
+        library: Library,
+        prepare: Callable[[str, Path], Prepared],
+        room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
+        idle_unload_s: float | None = None,
+    ) -> None:
+        """prepare: reads a folder and measures the model, under a name.
+
+        room_lacking: says why a model of a folder is too large beside those that take so many bytes, None where it is
+        not; raises CheckpointError. idle_unload_s: None where only an admin loads and unloads.
+        """
+        self._served, self._models, self._queue = served, served.models, served.loads
+        self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
+        self._idle_unload_s = idle_unload_s
+        self._look_every_s = None if idle_unload_s is None else min(IDLE_LOOK_S, idle_unload_s / 4)
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to do what is asked for."""
+        self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Change nothing any more."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        self._queue.close()
+
+    # --- what clients are told ---
+
+    async def unloaded_models(self) -> dict[str, str]:
+        """The models that an admin can load and that are not served, and the state of each."""
+        folders = await asyncio.to_thread(self._library.folders)
+        leaving = {one.name for one in self._models.left if one.loaded is not None}
+        return {
+            name: "loading" if self._queue.find(name) else "unloading" if name in leaving else "unloaded"
+            for name in sorted(folders)
+            if self._models.find(name) is None
+        }
+
+    def state(self, services: Services) -> str:
+        """Return the state of a model that is served."""
+        one = self._models.find(services.model.name)
+        if one is not None and one.loaded is not None:
+            return "unloading" if self._queue.is_unloaded(one.name) else "loaded"
+        return "loading" if self._queue.find(services.model.name) else "unloaded"
+
+    # --- for an admin ---
+
+    async def load(self, name: str) -> Services:
+        """Bring a model into memory. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
+        if self._models.find(name) is None:
+            return await self._change(name)
+        if not self._queue.is_unloaded(name):
+            raise ModelBusy(f"{name} is loaded already; reload reads its folder again", field="model", value=name)
+        await self._queue.load(name, "admin")
+        return self._models.named(name)
+
+    async def reload(self, name: str) -> Services:
+        """Read a model's folder again, and serve what is there now. Its jobs end on the weights they began with.
+
+        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then what was served is served on.
+        """
+        self._models.named(name)
+        return await self._change(name)
+
+    async def unload(self, name: str) -> None:
+        """Free a model's memory when its jobs have ended; without `idle_unload_s` it is served no more.
+
+        Raises ModelBusy, ModelNotFound.
+        """
+        services = self._models.named(name)
+        if self._idle_unload_s is not None:
+            self._served.worker.state.check_open()
+            self._queue.mark_unloaded(name)
+            return
+        if services is self._models.default:
+            raise ModelBusy(f"{name} is the default model, which cannot be unloaded", field="model", value=name)
+        self._check_alone(name)
+        self._served.worker.state.check_open()
+        self._served.leave(self._models.remove(name))
+
+    async def _change(self, name: str) -> Services:
+        await self._folder(name)
+        if self._idle_unload_s is None:  # else it waits for its turn
+            self._check_alone(name)
+        await self._queue.load(name, "admin", again=True)
+        return self._models.named(name)
+
+    def _check_alone(self, name: str) -> None:
+        """One change at a time. Raises ModelBusy."""
+        if self._queue.pending:
+            detail = f"{self._queue.pending[0].name} is being loaded; try again when it is done"
+            raise ModelBusy(detail, field="model", value=name)
+
+    # --- the task ---
+
+    async def _run(self) -> None:
+        while True:
+            await self._unload_unused()
+            closing = {one.name for one in self._models.in_memory if self._queue.is_unloaded(one.name)}
+            found = (each for each in self._queue.pending if each.again or each.name not in closing)
+            if (pending := next(found, None)) is not None:
+                await self._do(pending)
+            elif closing:
+                await asyncio.sleep(LOOK_S)
+            else:
+                await self._queue.wait(self._look_every_s)
+
+    async def _unload_unused(self) -> None:
+        """Unload what an admin has asked for, and what has been idle for long, unless it is busy."""
+        for one in self._models.in_memory:
+            now_s, closing = time.monotonic(), self._queue.is_unloaded(one.name)
+            is_idle = self._idle_unload_s is not None and now_s - one.last_used_s >= self._idle_unload_s
+            if self._served.is_busy(one):
+                one.last_used_s = now_s
+            elif closing or is_idle:
+                try:
+                    await self._unload(one, "admin" if closing else "idle")
+                except ServiceError as error:  # the server ends, or its worker hangs
+                    log.debug("%s stays in memory: %s", one.name, error.detail)
+                except Exception:
+                    log.exception("%s could not be unloaded", one.name)
+
+    async def _do(self, pending: PendingLoad) -> None:
+        try:
+            if pending.again or self._queue.is_unloaded(pending.name):
+                await self._load(pending.name, pending.reason)
+        except Exception as error:
+            self._queue.end(pending, error)
+        else:
+            self._queue.end(pending)
+
+    # --- what is unloaded ---
+
+    async def _make_room(self, name: str, folder: Path) -> None:
+        """Unload models until one more fits. Raises CheckpointRefused where it does not fit alone."""
+        while True:
+            # Models that only finish their jobs take memory too.
+            used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
+            lacks = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
+            if lacks is None:
+                return
+            others = [each for each in self._models.in_memory if each.name != name]
+            if self._idle_unload_s is None or not others:
+                unload = "; unload another model first" if self._idle_unload_s is None else ""
+                detail = f"{name} cannot be loaded: it {lacks}{unload}"
+                raise CheckpointRefused(detail, field="model", value=name)
+            await self._unload(await self._wait_for_idle(others), "room")
+
+    async def _wait_for_idle(self, others: list[ServedModel]) -> ServedModel:
+        """Wait until one of the models has stayed long enough and is idle, and return it. Raises Draining, …"""
+        closing: ServedModel | None = None
+        try:
+            while True:
+                now_s = time.monotonic()
+                stayed = [one for one in others if now_s - one.loaded_s >= STAY_S]
+                if idle := [one for one in stayed if not self._served.is_busy(one)]:
+                    return min(idle, key=lambda one: one.last_used_s)
+                still_open = [one for one in stayed if not self._queue.is_unloaded(one.name)]
+                if closing is None and still_open:
+                    work_left_s = self._served.admission.work_left_s
+                    closing = min(still_open, key=lambda one: (work_left_s(one.number), one.last_used_s))
+                    self._queue.mark_unloaded(closing.name)
+                self._served.worker.state.check_open()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            if closing is not None:
+                self._queue.mark_loaded(closing.name)
+
+    async def _unload(self, one: ServedModel, reason: str) -> None:
+        self._queue.mark_unloaded(one.name)
+        try:
+            await self._served.unload(one)
+            self._served.metrics.unloaded_while_running(reason)
+        finally:
+            if one.loaded is not None:
+                self._queue.mark_loaded(one.name)
+
+    # --- what is loaded ---
+
+    async def _load(self, name: str, reason: Reason) -> None:
+        folder = await self._folder(name)
+        log.info("loading %s from %s", name, folder)
+        try:
+            with _as_refusals(name):
+                await self._make_room(name, folder)
+            with self._queue.times.measure(name):
+                one = await self._read_and_serve(name, folder)
+        except ServiceError as error:
+            self._served.metrics.loaded_while_running("refused", reason)
+            log.warning("%s cannot be loaded: %s", name, error.detail)
+            raise
+        one.loaded_s = one.last_used_s = time.monotonic()
+        self._served.metrics.loaded_while_running("done", reason)
+        log.info(
+            "%s, fingerprint %s, is served after %.1f s",
+            name, one.services.model.fingerprint, self._queue.times.expected_s(name),
+        )  # fmt: skip
+
+    async def _read_and_serve(self, name: str, folder: Path) -> ServedModel:
+        with _as_refusals(name):
+            prepared = await in_daemon_thread(lambda: self._prepare(name, folder), LOADING)
+        release = prepared.release
+        try:
+            return await self._served.serve(prepared)
+        except Exception as error:
+            del prepared
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            await asyncio.to_thread(release)
+            raise
+
+    async def _folder(self, name: str) -> Path:
+        folders = await asyncio.to_thread(self._library.folders)
+        if name in folders:
+            return folders[name]
+        if self._models.find(name) is not None:
+            raise CheckpointRefused(f"the folder of {name} is gone", field="model", value=name)
+        detail = f"no model {short(name)!r} can be loaded; those that can: {', '.join(sorted(folders)) or 'none'}"
+        raise ModelNotFound(detail, field="model", value=name, bound="a model that GET /models lists")
+
+
+@contextmanager
+def _as_refusals(name: str) -> Iterator[None]:
+    """Raise CheckpointRefused for whatever a folder of a model raises."""
+    try:
+        yield
+    except ServiceError:
+        raise
+    except Exception as error:  # torch and OpenVINO raise RuntimeError, for want of memory too
+        if not isinstance(error, (CheckpointError, ValueError, OSError)):
+            log.exception("%s cannot be loaded", name)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointRefused(f"{name} cannot be loaded: {reason}", field="model", value=name) from None

@@ -1,0 +1,160 @@
+"""The loads of models that are asked for, and which models are unloaded. startup/loader.py does the loads."""
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from tminus.service.errors import Draining, ModelLoading
+from tminus.service.worker.worker import Worker
+
+Reason = Literal["admin", "demand"]
+END_LOOK_S = 0.2  # how often a call that waits for a load looks whether the server ends
+LOAD_S = 10.0  # the expected time of a load before the first one
+
+
+class LoadTimes:
+    """How long the last load of each model took, and when the running one began."""
+
+    def __init__(self) -> None:
+        self._took_s: dict[str, float] = {}  # by the model's name
+        self._running: str | None = None
+        self._began_s = 0.0
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure a load, and keep its time unless it raises."""
+        self._running, self._began_s = name, time.monotonic()
+        try:
+            yield
+            self._took_s[name] = time.monotonic() - self._began_s
+        finally:
+            self._running = None
+
+    def knows(self, name: str) -> bool:
+        """Whether a model has been loaded before."""
+        return name in self._took_s
+
+    def expected_s(self, name: str) -> float:
+        """Return roughly how long a load takes from now on."""
+        took_s = self._took_s.get(name) or (median(self._took_s.values()) if self._took_s else LOAD_S)
+        return max(0.0, took_s - (time.monotonic() - self._began_s)) if name == self._running else took_s
+
+
+@dataclass(slots=True, eq=False)
+class PendingLoad:
+    """A load that has not ended, and the number of requests that wait for it."""
+
+    name: str
+    reason: Reason
+    again: bool  # whether the folder is read also where the model is in memory
+    done: "asyncio.Future[None]"
+    requests: int = 0
+
+
+class LoadQueue:
+    """Owns which served models are unloaded, and the pending loads, oldest first. In the event loop's thread only.
+
+    Requests and jobs of an unloaded model wait here. The loader takes each pending load and ends it.
+    """
+
+    def __init__(self, worker: Worker, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:
+        """max_wait_s: for a request. unloaded: the names of the models that begin so."""
+        self.times = LoadTimes()
+        self.pending: list[PendingLoad] = []
+        self._worker, self._max_wait_s, self._unloaded = worker, max_wait_s, set(unloaded)
+        self._changed = asyncio.Event()
+
+    def is_unloaded(self, name: str) -> bool:
+        """Whether a model is served and not in memory, or about to leave it: the worker takes no job of it."""
+        return name in self._unloaded
+
+    def mark_unloaded(self, name: str) -> None:
+        """Let no job of a model into the worker until it is loaded."""
+        self._unloaded.add(name)
+        self._changed.set()
+
+    def mark_loaded(self, name: str) -> None:
+        """Let the worker have jobs of a model."""
+        self._unloaded.discard(name)
+
+    async def wait(self, most_s: float | None) -> None:
+        """Wait until a load is asked for or a model is marked as unloaded, for so many seconds at most."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), most_s)
+        self._changed.clear()
+
+    def find(self, name: str) -> PendingLoad | None:
+        """Return the next load of a model."""
+        return next((each for each in self.pending if each.name == name), None)
+
+    def expected_s(self, name: str) -> float:
+        """Return roughly how many seconds it takes until a model is in memory, after the loads before it."""
+        total_s = 0.0
+        for each in self.pending:
+            total_s += self.times.expected_s(each.name)
+            if each.name == name:
+                return total_s
+        return total_s + self.times.expected_s(name)
+
+    async def ensure_loaded(self, name: str, deadline_s: float | None = None) -> None:
+        """Wait for a request until an unloaded model is in memory. Raises as `load` does, and ModelLoading.
+
+        The request is no reason to keep the model in memory before the load has ended. deadline_s: of the request.
+        """
+        pending, began_s = self._find_or_add(name, "demand"), time.monotonic()
+        expected_s = self.expected_s(name)
+        if deadline_s is not None and self.times.knows(name) and expected_s > deadline_s:
+            raise ModelLoading(name, deadline_s, expected_s)
+        pending.requests += 1
+        try:
+            await self._wait(pending, min(self._max_wait_s, deadline_s or self._max_wait_s))
+        except TimeoutError:
+            raise ModelLoading(name, time.monotonic() - began_s, self.expected_s(name)) from None
+        finally:
+            pending.requests -= 1
+
+    async def load(self, name: str, reason: Reason = "demand", *, again: bool = False) -> None:
+        """Wait until a model is in memory. again: read its folder also where it is.
+
+        Raises CheckpointRefused and what else the load raises, Draining, NotReady.
+        """
+        await self._wait(self._find_or_add(name, reason, again=again), math.inf)
+
+    def end(self, pending: PendingLoad, error: Exception | None = None) -> None:
+        """Take a load from the queue, and wake the tasks that wait for it."""
+        self.pending.remove(pending)
+        if error is None:
+            pending.done.set_result(None)
+        else:
+            pending.done.set_exception(error)
+            pending.done.exception()  # or asyncio complains where no task waits any more
+
+    def close(self) -> None:
+        """End all loads."""
+        for pending in list(self.pending):
+            self.end(pending, Draining())
+
+    def _find_or_add(self, name: str, reason: Reason, *, again: bool = False) -> PendingLoad:
+        self._worker.state.check_open()
+        if not again and (found := self.find(name)) is not None:
+            return found
+        pending = PendingLoad(name, reason, again, asyncio.get_running_loop().create_future())
+        self.pending.append(pending)
+        self._changed.set()
+        return pending
+
+    async def _wait(self, pending: PendingLoad, most_s: float) -> None:
+        """Wait for a load, which goes on if the waiting is cancelled. Raises what it raises, Draining, TimeoutError."""
+        until_s = time.monotonic() + most_s
+        while not pending.done.done():
+            if (left_s := until_s - time.monotonic()) <= 0:
+                raise TimeoutError
+            await asyncio.wait([pending.done], timeout=min(END_LOOK_S, left_s))
+            if self._worker.state.draining and not pending.done.done():
+                raise Draining
+        pending.done.result()

@@ -1,0 +1,163 @@
+"""Ticks: which model steps next, and which batches of it are in flight. No job is failed or delivered here."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tminus.service.scheduling.scheduler import Advance, Turns
+from tminus.service.work import Batch
+from tminus.service.worker.loaded_model import LoadedModel
+from tminus.service.worker.running_job import RunningJob
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tick:
+    """A tick in flight: its network runs, and its rows are not updated yet."""
+
+    model: LoadedModel
+    batch: Batch
+    jobs: Sequence[RunningJob]  # of the batch, in its order
+    began_s: float
+    overlaps: bool  # whether it began while another one was in flight
+    finish: Callable[[], None]
+    inside: ExitStack  # closed when it ends
+
+
+@dataclass(frozen=True, slots=True)
+class TickEnd:
+    """A tick that has ended: the rows of its jobs have stepped, unless it failed."""
+
+    tick: Tick
+    advance: Advance
+    now_s: float = 0.0
+    seconds: float = 0.0  # from its beginning, or the end of the tick before it if that is later
+    is_measurement: bool = False  # whether the seconds are how long such a batch takes
+    broken: frozenset[int] = frozenset()  # rows that are not finite any more
+    error: Exception | None = None
+
+
+class Ticks:
+    """Owns the ticks in flight, all of one model. They end in the order in which they began."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._turns: Turns[LoadedModel] = Turns()
+        self._in_flight: deque[Tick] = deque()
+        self._ended_s = 0.0  # when the last tick ended
+        self._on_device: Sequence[RunningJob] = ()  # jobs of the last tick, if a GPU may still run it, or break there
+        self._running: set[int] = set()  # models whose last tick the device may still run when the next is launched
+        self.rows_active = 0  # rows in the last tick
+
+    # --- models ---
+
+    def put(self, model: LoadedModel) -> None:
+        """Give a model its turns."""
+        self._turns.put(model, model.scheduler)
+
+    def remove(self, model: LoadedModel) -> None:
+        """Forget a model, which has no jobs any more. Nothing here keeps its memory."""
+        self._turns.remove(model)
+        self._on_device = [job for job in self._on_device if job.model.number != model.number]
+
+    def device_idles(self, model: LoadedModel) -> None:
+        """Note that the device has nothing of a model to do until its next tick."""
+        self._running.discard(model.number)
+
+    # --- ticks ---
+
+    @property
+    def has_next(self) -> bool:
+        """Whether a model has rows to step."""
+        return self._turns.has_work
+
+    @property
+    def jobs_in_flight(self) -> list[RunningJob]:
+        """Jobs of all ticks in flight."""
+        return [job for tick in self._in_flight for job in tick.jobs]
+
+    @property
+    def jobs_on_device(self) -> Sequence[RunningJob]:
+        """Jobs of the last tick, if a GPU may still run it."""
+        return self._on_device
+
+    @property
+    def oldest(self) -> Tick:
+        """The tick that ends next."""
+        return self._in_flight[0]
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def next(self) -> tuple[LoadedModel, Batch] | None:
+        """Return the next batch, unless it has to wait for the ticks in flight."""
+        model = self._turns.next(self._clock())
+        if model is None or (self._in_flight and self._in_flight[0].model is not model):
+            return None
+        batch = model.scheduler.next_batch()
+        return None if batch is None else (model, batch)
+
+    def begin(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob], inside: ExitStack) -> bool:
+        """Begin a tick; return whether one more may begin. Raises what the engine raises, and then nothing has begun.
+
+        inside: closed when the tick ends.
+        """
+        began_s = self._clock()
+        finish = model.engine.begin(batch)
+        may_overlap = model.scheduler.begin(batch)
+        self._in_flight.append(Tick(model, batch, jobs, began_s, bool(self._in_flight), finish, inside.pop_all()))
+        return may_overlap
+
+    def end(self) -> TickEnd:
+        """End the oldest tick. The caller closes its `inside`."""
+        tick = self._in_flight.popleft()
+        model, batch, engine = tick.model, tick.batch, tick.model.engine
+        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
+        # long it took to launch.
+        is_measurement = not engine.runs_ahead or model.number in self._running
+        self._running.add(model.number)
+        self.rows_active = len(batch.rows)
+        alone = tick.jobs[0].new.alone
+        try:
+            tick.finish()
+            engine.wait()
+            if engine.runs_ahead and alone:  # or the next job would be named with it
+                self._wait_for_device(tick.jobs[0])
+            broken = engine.broken(batch.rows)
+        except Exception as error:
+            self._ended_s = self._clock()
+            return TickEnd(tick, model.scheduler.advance(batch), error=error)
+        self._on_device = tick.jobs if engine.runs_ahead and not alone else ()
+        now_s = self._clock()
+        seconds = now_s - max(tick.began_s, self._ended_s)
+        self._ended_s = now_s
+        self._turns.stepped(model, seconds)
+        return TickEnd(tick, model.scheduler.advance(batch), now_s, seconds, is_measurement, frozenset(broken))
+
+    def settle(self, job: RunningJob) -> None:
+        """Wait for the ticks that a GPU still runs before an isolated job begins one. Raises if the GPU is lost."""
+        if self._on_device:
+            try:
+                self._wait_for_device(job)
+            except Exception:  # it is of the ticks before
+                if job.model.engine.is_lost():
+                    raise
+            self._on_device = ()
+
+    def _wait_for_device(self, job: RunningJob) -> None:
+        """Wait until a GPU has done all its ticks, by reading a job's rows. Raises what they have broken.
+
+        The device as a whole may not be waited for: another thread may be recording a CUDA graph.
+        """
+        self._running.clear()
+        job.model.engine.latents(job.rows)
+
+    def rest(self) -> None:
+        """Note that no model has rows to step: what the last tick has broken was told by now."""
+        self._on_device = ()
+
+    def abandon(self) -> None:
+        """Drop the ticks in flight without a call of the engine."""
+        for tick in self._in_flight:
+            tick.inside.close()
+        self._in_flight.clear()
