@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -209,6 +209,7 @@ class RequestSchema(BaseModel):
     """The parameters of one kind of call."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    other_names: ClassVar[Collection[str]] = ()  # that are taken too, and are not those of fields
 
     @classmethod
     def parse(
@@ -225,7 +226,7 @@ class RequestSchema(BaseModel):
         """
         errors, bounds, parsed = errors or ValidationErrors(), bounds or {}, None
         with errors.collect():
-            check_names(values, cls.model_fields)
+            check_names(values, (*cls.model_fields, *cls.other_names))
         given = {name: value for name, value in values.items() if name in cls.model_fields}
         for name, value in list(given.items()):
             schema, bound = _schema_of(cls)[name], bounds.get(name, Bound())
@@ -265,8 +266,8 @@ def _schema_of(kind: type[RequestSchema]) -> Mapping[str, Schema]:
     return kind.model_json_schema()["properties"]  # type: ignore[no-any-return]
 
 
-class SampleRequest(RequestSchema):
-    """What to sample. GET /model tells the bounds that vary by model."""
+class Sampling(RequestSchema):
+    """How to sample. GET /model tells the bounds that vary by model."""
 
     n: Int = Field(
         1, description="The number of images. The server's `--max-n` sets the maximum.", json_schema_extra=said("1")
@@ -308,13 +309,6 @@ class SampleRequest(RequestSchema):
         None,
         description="How far the noise is from `seed` (0) to `to_seed` (1). `mix` and `to_seed` need each other.",
         json_schema_extra=said("none"),
-    )
-    class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
-        None,
-        description="The class of all images, or a list with the class of each. A class is its number, or its name in "
-        "any case. Where names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the "
-        "parameter for a list.",
-        json_schema_extra=said("no class"),
     )
     guidance: Scale | None = Field(
         None,
@@ -358,24 +352,27 @@ class SampleRequest(RequestSchema):
         description="Whether x_0 is clipped to the data range at every step. Latent models cannot turn it on.",
         json_schema_extra=said("the checkpoint's, `clip` in `GET /model`"),
     )
-    bit_depth: Int | None = Field(
-        None,
-        description="The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats "
-        "of `application/x-npy`.",
-        json_schema_extra=said("8, or 32 with `Accept: application/x-npy`"),
-    )
     deadline_s: Deadline | None = Field(
         None,
         description="Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered "
         "504.",
         json_schema_extra=said("none"),
     )
-    background: Bool = Field(
-        False,
-        description="Let all other jobs go first, until this one has waited for `background_max_wait_s` of "
-        "`GET /model`. The images are the same.",
-        json_schema_extra=said("false"),
-    )
+
+    def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
+        """Add the parameters that are out of the model's bounds, whatever the others are."""
+        super().check_bounds(bounds, errors)
+        if self.index > MAX_INDEX + 1 - self.n:
+            errors.add(InvalidField.of("index", f"an integer in 0..{MAX_INDEX} less n - 1", self.index))
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
+        return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
+
+
+class Edit(RequestSchema):
+    """What to begin with instead of noise."""
+
     strength: PositiveShare | None = Field(
         None,
         description="With `image`: the share of the denoising steps that run again.",
@@ -392,6 +389,30 @@ class SampleRequest(RequestSchema):
         description="With `image`: white where the image is made new. PNG, JPEG or WebP, given as `image` is.",
         json_schema_extra=said("none"),
     )
+
+
+class SampleRequest(Edit, Sampling):
+    """What to sample, and how."""
+
+    class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
+        None,
+        description="The class of all images, or a list with the class of each. A class is its number, or its name in "
+        "any case. Where names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the "
+        "parameter for a list.",
+        json_schema_extra=said("no class"),
+    )
+    bit_depth: Int | None = Field(
+        None,
+        description="The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats "
+        "of `application/x-npy`.",
+        json_schema_extra=said("8, or 32 with `Accept: application/x-npy`"),
+    )
+    background: Bool = Field(
+        False,
+        description="Let all other jobs go first, until this one has waited for `background_max_wait_s` of "
+        "`GET /model`. The images are the same.",
+        json_schema_extra=said("false"),
+    )
     image_sha256: Sha256 | None = Field(
         None,
         description="The SHA-256 that the pixels of `image` must have, decoded and at the model's size.",
@@ -402,16 +423,6 @@ class SampleRequest(RequestSchema):
         description="The SHA-256 that the pixels of `mask` must have, decoded and at the model's size.",
         json_schema_extra=said("any", HEXADECIMAL),
     )
-
-    def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
-        """Add the parameters that are out of the model's bounds, whatever the others are."""
-        super().check_bounds(bounds, errors)
-        if self.index > MAX_INDEX + 1 - self.n:
-            errors.add(InvalidField.of("index", f"an integer in 0..{MAX_INDEX} less n - 1", self.index))
-
-    def decisive(self) -> dict[str, Any]:
-        """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
-        return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
 
 
 class NoiseCall(RequestSchema):
