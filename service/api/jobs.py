@@ -33,7 +33,7 @@ from tminus.service.api.request.reading import (
     read_parameters,
     while_connected,
 )
-from tminus.service.api.request.schemas import FloatsRequest, Index, Int, JobCall, RequestSchema, said
+from tminus.service.api.request.schemas import AsInteger, FloatsRequest, Index, JobCall, RequestSchema, said
 from tminus.service.api.sample import of_images
 from tminus.service.api.submission import accept, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
@@ -48,19 +48,18 @@ COPIES = 3  # of a job's images, that are in memory at most while they are read:
 class JobsCall(RequestSchema):
     """Which jobs are to be listed; in the query."""
 
-    state: str | None = Field(
-        None,
-        pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
-        description=f"Only jobs in these states, separated by commas: {', '.join(STATES)}.",
-        json_schema_extra=said("all", f"one or more of {', '.join(STATES)}, separated by commas"),
-    )
-    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="The most jobs in an answer.", json_schema_extra=said("50"))
-    before: str | None = Field(
-        None,
-        pattern="^[0-9]{1,18}-[0-9a-f]{32}$",
-        description="The `next` of an earlier answer: the jobs that follow it.",
-        json_schema_extra=said("the newest jobs", "`next` of an earlier answer"),
-    )
+    state: Annotated[
+        str | None,
+        Field(pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$"),
+        said("all", f"one or more of {', '.join(STATES)}, separated by commas"),
+    ] = None
+    """Only jobs in these states, separated by commas: waiting, running, done, failed, cancelled."""
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), AsInteger, said("50")] = 50
+    """The most jobs in an answer."""
+    before: Annotated[
+        str | None, Field(pattern="^[0-9]{1,18}-[0-9a-f]{32}$"), said("the newest jobs", "`next` of an earlier answer")
+    ] = None
+    """The `next` of an earlier answer: the jobs that follow it."""
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -79,11 +78,8 @@ class JobsCall(RequestSchema):
 class JobImageCall(FloatsRequest):
     """Which image of a durable job is wanted; in the query."""
 
-    index: Index | None = Field(
-        None,
-        description="The index of the one image to answer.",
-        json_schema_extra=said("all images"),
-    )
+    index: Annotated[Index | None, said("all images")] = None
+    """The index of the one image to answer."""
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:

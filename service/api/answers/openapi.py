@@ -286,9 +286,10 @@ KEPT_LENGTHS = ("maxLength", "minItems", "maxItems", "uniqueItems")
 
 def _described(field: Described) -> Described:
     """Say what a field is for, and what it is where it is left out."""
+    description = field["description"].replace("\n", " ")
     if DEFAULT not in field:
-        return {"description": field["description"]}
-    return {"description": f"{field['description']} Default: {field[DEFAULT]}.", DEFAULT: field[DEFAULT]}
+        return {"description": description}
+    return {"description": f"{description} Default: {field[DEFAULT]}.", DEFAULT: field[DEFAULT]}
 
 
 def _field(field: Described, bound: Bound, component: Described | None = None, *, as_text: bool) -> Described:

@@ -6,6 +6,7 @@ and HttpOnly: no other site's page can make a browser send it, and no script can
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
@@ -139,7 +140,8 @@ class WhoAnswer(BaseModel):
 class LoginRequest(RequestSchema):
     """What POST /login takes, in the body alone: a query would be in logs."""
 
-    key: str = Field(max_length=512, description="The key, as it would be sent in a header.")
+    key: Annotated[str, Field(max_length=512)]
+    """The key, as it would be sent in a header."""
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:

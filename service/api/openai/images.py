@@ -160,7 +160,7 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
 
 async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
     with ExitStack() as stack:
-        services, members, wanted = await _understand(models, request, stack, edits=edits)
+        services, members, wanted = await _prepare(models, request, stack, edits=edits)
         if isinstance(wanted, JobView):
             return await _with_urls(services, request, members, wanted)
         if members.stream:
@@ -168,7 +168,7 @@ async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
         return await _with_images(services, request, wanted)
 
 
-async def _understand(
+async def _prepare(
     models: Models, request: Request, stack: ExitStack, *, edits: bool
 ) -> tuple[Services, ImagesCall, Wanted | JobView]:
     """Read and check a request; returns a durable job where addresses are wanted, which is accepted by then.
@@ -191,6 +191,8 @@ async def _understand(
             services = _named(models, members.model)
         stack.enter_context(models.using(services))
         parameters = members.sampling(services.model, services.limits)
+        if isinstance(members, EditsCall):
+            members.image = members.mask = None
         if edits and parameters.image is None:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
         if edits and parameters.mask is None and parameters.strength is None:

@@ -1,7 +1,7 @@
 """The members of requests below /v1/images, as pydantic models, and the parameters of POST /sample that they mean."""
 
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
+    AsInteger,
     Bool,
     Edit,
     Int,
@@ -26,67 +27,46 @@ from tminus.service.model_info import Limits, ModelInfo
 MAX_N = 10  # as OpenAI has it, and no more than --max-n
 MAX_PARTIAL_IMAGES = 3
 ONLY_MODEL = "default"  # also names a model that is served alone: vLLM-Omni's benchmark sends it
-NO_EFFECT = "Accepted, without effect."
 
 
 class Members(RequestSchema):
     """OpenAI's members of a call for images."""
 
-    prompt: str = Field(
-        description="A class by name or number, in any case; empty for no class. Nothing else is understood.",
-        json_schema_extra={BOUND: "given, as text: the name of a class, or empty"},
-    )
-    model: str | None = Field(
-        None,
-        description=f"The name of a model that is served. `{ONLY_MODEL}` is the model that is served alone.",
-        json_schema_extra=said(
+    prompt: Annotated[str, Field(json_schema_extra={BOUND: "given, as text: the name of a class, or empty"})]
+    """A class by name or number, in any case; empty for no class. Nothing else is understood."""
+    model: Annotated[
+        str | None,
+        said(
             "the server's default model",
             f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
         ),
-    )
-    size: str = Field(
-        "auto", description="`auto`, or the model's own size, such as `32x32`.", json_schema_extra=said("`auto`")
-    )
-    quality: Literal["auto", "low", "medium", "high"] = Field(
-        "auto",
-        description="How many steps. `medium` takes what `POST /sample` takes by default.",
-        json_schema_extra=said("`auto`, which is `medium`"),
-    )
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json",
-        description="`b64_json`: the images as base64. `url`: the addresses of the images of a durable job.",
-        json_schema_extra=said("`b64_json`"),
-    )
-    output_format: Literal["png", "jpeg", "webp"] = Field(
-        "png", description="The format of the images.", json_schema_extra=said("`png`")
-    )
-    output_compression: Percent | None = Field(
-        None,
-        description="The quality of `jpeg` and `webp`. PNGs take only 100.",
-        json_schema_extra=said("100"),
-    )
-    background: Literal["auto", "opaque", "transparent"] = Field(
-        "auto",
-        description="For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` "
-        "keeps it where `output_format` can. Images of other models are opaque.",
-        json_schema_extra=said("`auto`"),
-    )
-    service_tier: Literal["auto", "default", "flex"] = Field(
-        "auto",
-        description="`flex`: a background job, which lets all others go first.",
-        json_schema_extra=said("`auto`: not a background job"),
-    )
-    stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=said("false"))
-    partial_images: Int = Field(
-        0,
-        ge=0,
-        le=MAX_PARTIAL_IMAGES,
-        description="With `stream`: how often the estimate of x_0 is shown on the way.",
-        json_schema_extra=said("0"),
-    )
-    user: str | None = Field(None, description=NO_EFFECT)
-    style: str | None = Field(None, description=NO_EFFECT)
-    moderation: str | None = Field(None, description=NO_EFFECT)
+    ] = None
+    """The name of a model that is served. `default` is the model that is served alone."""
+    size: Annotated[str, said("`auto`")] = "auto"
+    """`auto`, or the model's own size, such as `32x32`."""
+    quality: Annotated[Literal["auto", "low", "medium", "high"], said("`auto`, which is `medium`")] = "auto"
+    """How many steps. `medium` takes what `POST /sample` takes by default."""
+    response_format: Annotated[Literal["b64_json", "url"], said("`b64_json`")] = "b64_json"
+    """`b64_json`: the images as base64. `url`: the addresses of the images of a durable job."""
+    output_format: Annotated[Literal["png", "jpeg", "webp"], said("`png`")] = "png"
+    """The format of the images."""
+    output_compression: Annotated[Percent | None, said("100")] = None
+    """The quality of `jpeg` and `webp`. PNGs take only 100."""
+    background: Annotated[Literal["auto", "opaque", "transparent"], said("`auto`")] = "auto"
+    """For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` keeps it where
+    `output_format` can. Images of other models are opaque."""
+    service_tier: Annotated[Literal["auto", "default", "flex"], said("`auto`: not a background job")] = "auto"
+    """`flex`: a background job, which lets all others go first."""
+    stream: Annotated[Bool, said("false")] = False
+    """Answer by server-sent events."""
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), AsInteger, said("0")] = 0
+    """With `stream`: how often the estimate of x_0 is shown on the way."""
+    user: str | None = None
+    """Accepted, without effect."""
+    style: str | None = None
+    """Accepted, without effect."""
+    moderation: str | None = None
+    """Accepted, without effect."""
 
     @property
     def budget(self) -> Quality:
@@ -121,7 +101,8 @@ class ImagesCall(Sampling, Members):
 
     other_names: ClassVar[Collection[str]] = DIFFUSERS_NAMES
 
-    n: Int = Field(1, description="The number of images.", json_schema_extra=said("1"))
+    n: Annotated[Int, said("1")] = 1
+    """The number of images."""
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
         """Check the members against the model, and say what to sample. Raises InvalidField, with all that is wrong."""
@@ -169,7 +150,8 @@ class ImagesCall(Sampling, Members):
 class EditsCall(Edit, ImagesCall):
     """What OpenAI's clients send to have an image edited."""
 
-    input_fidelity: str | None = Field(None, description=NO_EFFECT)
+    input_fidelity: str | None = None
+    """Accepted, without effect."""
 
 
 def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:

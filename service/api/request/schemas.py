@@ -124,23 +124,25 @@ def _each_once(values: list[Any]) -> list[Any]:
     return values
 
 
-def said(default: str, bound: str = "") -> dict[str, Any]:
+def said(default: str, bound: str = "") -> Any:
     """Say a field's default in words, and its bound where it does not follow from the type.
 
     A `default` in the OpenAPI document would be sent by generated clients.
     """
-    return {DEFAULT: default} | ({BOUND: bound} if bound else {})
+    words = {DEFAULT: default, BOUND: bound}
+    return Field(json_schema_extra={name: text for name, text in words.items() if text})
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
-Int = Annotated[int, BeforeValidator(_integer)]
+AsInteger = BeforeValidator(_integer)
+Int = Annotated[int, AsInteger]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
 # The bounds come before the validator, or they would be missing in OpenAPI.
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_integer)]
-Index = Annotated[int, Field(ge=0, le=MAX_INDEX), BeforeValidator(_integer)]
-Step = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
-Percent = Annotated[int, Field(ge=0, le=100), BeforeValidator(_integer)]
-Every = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AsInteger]
+Index = Annotated[int, Field(ge=0, le=MAX_INDEX), AsInteger]
+Step = Annotated[int, Field(ge=0), AsInteger]
+Percent = Annotated[int, Field(ge=0, le=100), AsInteger]
+Every = Annotated[int, Field(ge=1), AsInteger]
 Rate = Annotated[float, Field(gt=0, le=MAX_FPS), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 PositiveShare = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
@@ -208,7 +210,7 @@ def _named(error: ServiceError, given_as: Mapping[str, str]) -> ServiceError:
 class RequestSchema(BaseModel):
     """The parameters of one kind of call."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     other_names: ClassVar[Collection[str]] = ()  # that are taken too, and are not those of fields
 
     @classmethod
@@ -269,95 +271,57 @@ def _schema_of(kind: type[RequestSchema]) -> Mapping[str, Schema]:
 class Sampling(RequestSchema):
     """How to sample. GET /model tells the bounds that vary by model."""
 
-    n: Int = Field(
-        1, description="The number of images. The server's `--max-n` sets the maximum.", json_schema_extra=said("1")
-    )
-    steps: Int | None = Field(
-        None,
-        description="The number of denoising steps. T at most, and fewer for a sampler that takes more passes than "
-        "steps: see `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for.",
-        json_schema_extra=said("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
-    )
-    sampler: str | None = Field(
-        None,
-        description="The sampler. `sampler_details` of `GET /model` says when to take which.",
-        json_schema_extra=said("recommended for the model; where `steps` is given, `default_sampler` of `GET /model`"),
-    )
-    eta: Share | None = Field(
-        None,
-        description="The noise that `ddim` adds at each step. Other samplers refuse it.",
-        json_schema_extra=said("0"),
-    )
-    seed: Seed | None = Field(
-        None,
-        description="The seed of the noise. The answer has it in `X-Seed`. In JSON, JavaScript has to send a seed "
-        "above 2^53 as text.",
-        json_schema_extra=said("drawn"),
-    )
-    index: Index = Field(
-        0,
-        description="The index of the first image. `index=k` with `n=1` makes image k of a larger request alone. The "
-        "last image's index has the same bound.",
-        json_schema_extra=said("0", f"an integer in 0..{MAX_INDEX} less n - 1"),
-    )
-    to_seed: Seed | None = Field(
-        None,
-        description="A second seed. With `mix`, the noise lies between the noises of the two seeds.",
-        json_schema_extra=said("none"),
-    )
-    mix: Share | None = Field(
-        None,
-        description="How far the noise is from `seed` (0) to `to_seed` (1). `mix` and `to_seed` need each other.",
-        json_schema_extra=said("none"),
-    )
-    guidance: Scale | None = Field(
-        None,
-        description="The scale of classifier-free guidance. 1 turns it off; any other value needs a class for each "
-        "image. Samplers of tables take only the guidance that they have tables for.",
-        json_schema_extra=said(
+    n: Annotated[Int, said("1")] = 1
+    """The number of images. The server's `--max-n` sets the maximum."""
+    steps: Annotated[
+        Int | None,
+        said("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
+    ] = None
+    """The number of denoising steps. T at most, and fewer for a sampler that takes more passes than steps: see
+    `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for."""
+    sampler: Annotated[
+        str | None, said("recommended for the model; where `steps` is given, `default_sampler` of `GET /model`")
+    ] = None
+    """The sampler. `sampler_details` of `GET /model` says when to take which."""
+    eta: Annotated[Share | None, said("0")] = None
+    """The noise that `ddim` adds at each step. Other samplers refuse it."""
+    seed: Annotated[Seed | None, said("drawn")] = None
+    """The seed of the noise. The answer has it in `X-Seed`. In JSON, JavaScript has to send a seed above 2^53 as
+    text."""
+    index: Annotated[Index, said("0", f"an integer in 0..{MAX_INDEX} less n - 1")] = 0
+    """The index of the first image. `index=k` with `n=1` makes image k of a larger request alone. The last image's
+    index has the same bound."""
+    to_seed: Annotated[Seed | None, said("none")] = None
+    """A second seed. With `mix`, the noise lies between the noises of the two seeds."""
+    mix: Annotated[Share | None, said("none")] = None
+    """How far the noise is from `seed` (0) to `to_seed` (1). `mix` and `to_seed` need each other."""
+    guidance: Annotated[
+        Scale | None,
+        said(
             "recommended for the model where `steps` is not given and the sampler is the recommended one; with `table` "
             "that of the table; otherwise 1"
         ),
-    )
-    guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
-        None,
-        description="The lowest and the highest timestep at which guidance is on. Only with guidance. In a query or a "
-        "form, give the parameter twice.",
-        json_schema_extra=said("all timesteps"),
-    )
-    guidance_rescale: Share | None = Field(
-        None,
-        description="How far a guided output is brought back to the spread of the conditional one. Only with guidance.",
-        json_schema_extra=said("0"),
-    )
-    timestep_spacing: str | None = Field(
-        None,
-        description="How the steps are spread over the timesteps. Samplers of tables refuse it.",
-        json_schema_extra=said("by sampler, in `timestep_spacings` of `GET /model`"),
-    )
-    nearest: Bool | None = Field(
-        None,
-        description="With a sampler of tables (`tuned`, `consistency`): take the nearest steps and guidance that have "
-        "a table, where those asked for have none. Other samplers refuse it.",
-        json_schema_extra=said("false"),
-    )
-    table: str | None = Field(
-        None,
-        pattern="^[0-9a-f]{16}$",
-        description="With a sampler of tables: the hash that the table must have.",
-        json_schema_extra=said("any", "16 hexadecimal digits, in small letters"),
-    )
-    clip: Bool | None = Field(
-        None,
-        description="Whether x_0 is clipped to the data range at every step. Latent models cannot turn it on.",
-        json_schema_extra=said("the checkpoint's, `clip` in `GET /model`"),
-    )
-    deadline_s: Deadline | None = Field(
-        None,
-        description="Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered "
-        "504.",
-        json_schema_extra=said("none"),
-    )
+    ] = None
+    """The scale of classifier-free guidance. 1 turns it off; any other value needs a class for each image. Samplers of
+    tables take only the guidance that they have tables for."""
+    guidance_interval: Annotated[Annotated[list[Int], Field(fail_fast=True)] | None, said("all timesteps")] = None
+    """The lowest and the highest timestep at which guidance is on. Only with guidance. In a query or a form, give the
+    parameter twice."""
+    guidance_rescale: Annotated[Share | None, said("0")] = None
+    """How far a guided output is brought back to the spread of the conditional one. Only with guidance."""
+    timestep_spacing: Annotated[str | None, said("by sampler, in `timestep_spacings` of `GET /model`")] = None
+    """How the steps are spread over the timesteps. Samplers of tables refuse it."""
+    nearest: Annotated[Bool | None, said("false")] = None
+    """With a sampler of tables (`tuned`, `consistency`): take the nearest steps and guidance that have a table, where
+    those asked for have none. Other samplers refuse it."""
+    table: Annotated[
+        str | None, Field(pattern="^[0-9a-f]{16}$"), said("any", "16 hexadecimal digits, in small letters")
+    ] = None
+    """With a sampler of tables: the hash that the table must have."""
+    clip: Annotated[Bool | None, said("the checkpoint's, `clip` in `GET /model`")] = None
+    """Whether x_0 is clipped to the data range at every step. Latent models cannot turn it on."""
+    deadline_s: Annotated[Deadline | None, said("none")] = None
+    """Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered 504."""
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
         """Add the parameters that are out of the model's bounds, whatever the others are."""
@@ -373,76 +337,50 @@ class Sampling(RequestSchema):
 class Edit(RequestSchema):
     """What to begin with instead of noise."""
 
-    strength: PositiveShare | None = Field(
-        None,
-        description="With `image`: the share of the denoising steps that run again.",
-        json_schema_extra=said("none"),
-    )
-    image: Picture | None = Field(
-        None,
-        description="An image to start from (with `strength`), or to keep where `mask` is black. PNG, JPEG or WebP; "
-        "base64 or a `data:` URL in JSON, a file in a form.",
-        json_schema_extra=said("none"),
-    )
-    mask: Picture | None = Field(
-        None,
-        description="With `image`: white where the image is made new. PNG, JPEG or WebP, given as `image` is.",
-        json_schema_extra=said("none"),
-    )
+    strength: Annotated[PositiveShare | None, said("none")] = None
+    """With `image`: the share of the denoising steps that run again."""
+    image: Annotated[Picture | None, said("none")] = None
+    """An image to start from (with `strength`), or to keep where `mask` is black. PNG, JPEG or WebP; base64 or a
+    `data:` URL in JSON, a file in a form."""
+    mask: Annotated[Picture | None, said("none")] = None
+    """With `image`: white where the image is made new. PNG, JPEG or WebP, given as `image` is."""
 
 
 class SampleRequest(Edit, Sampling):
     """What to sample, and how."""
 
-    class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
-        None,
-        description="The class of all images, or a list with the class of each. A class is its number, or its name in "
-        "any case. Where names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the "
-        "parameter for a list.",
-        json_schema_extra=said("no class"),
-    )
-    bit_depth: Int | None = Field(
-        None,
-        description="The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats "
-        "of `application/x-npy`.",
-        json_schema_extra=said("8, or 32 with `Accept: application/x-npy`"),
-    )
-    background: Bool = Field(
-        False,
-        description="Let all other jobs go first, until this one has waited for `background_max_wait_s` of "
-        "`GET /model`. The images are the same.",
-        json_schema_extra=said("false"),
-    )
-    image_sha256: Sha256 | None = Field(
-        None,
-        description="The SHA-256 that the pixels of `image` must have, decoded and at the model's size.",
-        json_schema_extra=said("any", HEXADECIMAL),
-    )
-    mask_sha256: Sha256 | None = Field(
-        None,
-        description="The SHA-256 that the pixels of `mask` must have, decoded and at the model's size.",
-        json_schema_extra=said("any", HEXADECIMAL),
-    )
+    class_label: Annotated[
+        Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None, said("no class")
+    ] = None
+    """The class of all images, or a list with the class of each. A class is its number, or its name in any case. Where
+    names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the parameter for a list."""
+    bit_depth: Annotated[Int | None, said("8, or 32 with `Accept: application/x-npy`")] = None
+    """The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats of
+    `application/x-npy`."""
+    background: Annotated[Bool, said("false")] = False
+    """Let all other jobs go first, until this one has waited for `background_max_wait_s` of `GET /model`. The images
+    are the same."""
+    image_sha256: Annotated[Sha256 | None, said("any", HEXADECIMAL)] = None
+    """The SHA-256 that the pixels of `image` must have, decoded and at the model's size."""
+    mask_sha256: Annotated[Sha256 | None, said("any", HEXADECIMAL)] = None
+    """The SHA-256 that the pixels of `mask` must have, decoded and at the model's size."""
 
 
 class NoiseCall(RequestSchema):
     """How far an image is to go towards noise, and with which noise; in the query or in the form."""
 
-    t: Int = Field(description="The timestep, from 0 (least noise) to T - 1. Required.")
-    seed: Seed | None = Field(
-        None, description="The seed of the noise. The answer has it in `X-Seed`.", json_schema_extra=said("drawn")
-    )
+    t: Int
+    """The timestep, from 0 (least noise) to T - 1. Required."""
+    seed: Annotated[Seed | None, said("drawn")] = None
+    """The seed of the noise. The answer has it in `X-Seed`."""
 
 
 class FloatsRequest(RequestSchema):
     """What is asked of an answer of floats. The context of its validators is the media type of the answer."""
 
-    clip_output: Bool = Field(
-        True,
-        description="With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not "
-        "to be confused with `clip`, which acts on x_0 at every step.",
-        json_schema_extra=said("true"),
-    )
+    clip_output: Annotated[Bool, said("true")] = True
+    """With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not to be confused
+    with `clip`, which acts on x_0 at every step."""
 
     @field_validator("clip_output", mode="before")
     @classmethod
@@ -456,38 +394,29 @@ class FloatsRequest(RequestSchema):
 class PreviewRequest(RequestSchema):
     """The frames of a running job: how often, of what, and how encoded."""
 
-    every: Every | None = Field(
-        None,
-        description="Send a frame after every so many steps, counted in passes.",
-        json_schema_extra=said("none"),
-    )
-    fps: Rate | None = Field(
-        None,
-        description="Send so many frames a second. Give `every` or `fps`, not both.",
-        json_schema_extra=said("10"),
-    )
-    show: Shows = Field(
-        "x_t",
-        description="What the frames show: `x_t`, the noisy image; `x_0`, the network's current estimate of the image; "
-        "or a list of both.",
-        json_schema_extra=said(
+    every: Annotated[Every | None, said("none")] = None
+    """Send a frame after every so many steps, counted in passes."""
+    fps: Annotated[Rate | None, said("10")] = None
+    """Send so many frames a second. Give `every` or `fps`, not both."""
+    show: Annotated[
+        Shows,
+        said(
             "`x_t` in a stream; for the events of a job none, which then have no pictures",
             f"one of {', '.join(SHOWS)}, or a list of both",
         ),
-    )
-    frame_format: Literal["png", "webp", "jpeg"] = Field(
-        "png",
-        description="The format of the frames. `jpeg` is lossy and shows transparent parts over white.",
-        json_schema_extra=said(
+    ] = "x_t"
+    """What the frames show: `x_t`, the noisy image; `x_0`, the network's current estimate of the image; or a list of
+    both."""
+    frame_format: Annotated[
+        Literal["png", "webp", "jpeg"],
+        said(
             "`png`",
             "one of png, webp, jpeg, as a preview is a picture; a trajectory has the floats of each step",
         ),
-    )
-    layout: Literal["sheet", "images"] = Field(
-        "sheet",
-        description="`sheet`: one picture of all images. `images`: a picture for each image.",
-        json_schema_extra=said("`sheet`"),
-    )
+    ] = "png"
+    """The format of the frames. `jpeg` is lossy and shows transparent parts over white."""
+    layout: Annotated[Literal["sheet", "images"], said("`sheet`")] = "sheet"
+    """`sheet`: one picture of all images. `images`: a picture for each image."""
 
     @field_validator("fps")
     @classmethod
@@ -510,44 +439,28 @@ class PreviewRequest(RequestSchema):
 class StreamCall(PreviewRequest, SampleRequest):
     """What a message of a WebSocket asks for."""
 
-    keep_open: Bool = Field(
-        False, description="After the job, wait for another one instead of closing.", json_schema_extra=said("false")
-    )
+    keep_open: Annotated[Bool, said("false")] = False
+    """After the job, wait for another one instead of closing."""
 
 
 class SampleCall(FloatsRequest, SampleRequest):
     """What POST /sample and GET /sample ask for. The context of its validators is the media type of the answer."""
 
-    every: Every | None = Field(
-        None,
-        description="With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, "
-        "counted in passes. Required for `image/webp`.",
-        json_schema_extra=said("no frames"),
-    )
-    show: Shows = Field(
-        "x_t",
-        description="With `every`: what the frames show, `x_t` (the noisy image) or `x_0` (the network's estimate). "
-        "With `application/json` also a list of both.",
-        json_schema_extra=said("`x_t`", f"one of {', '.join(SHOWS)}, or with application/json a list of both"),
-    )
-    until: Step | None = Field(
-        None,
-        description="With `every` and `Accept: application/json`: the last step whose frame is wanted. No further "
-        "step is taken or counted in a quota, and the answer has no images.",
-        json_schema_extra=said("all steps"),
-    )
+    every: Annotated[Every | None, said("no frames")] = None
+    """With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, counted in
+    passes. Required for `image/webp`."""
+    show: Annotated[Shows, said("`x_t`", f"one of {', '.join(SHOWS)}, or with application/json a list of both")] = "x_t"
+    """With `every`: what the frames show, `x_t` (the noisy image) or `x_0` (the network's estimate). With
+    `application/json` also a list of both."""
+    until: Annotated[Step | None, said("all steps")] = None
+    """With `every` and `Accept: application/json`: the last step whose frame is wanted. No further step is taken or
+    counted in a quota, and the answer has no images."""
 
-    keep: Annotated[list[Int], BeforeValidator(_listed)] | None = Field(
-        None,
-        description=f"With `Accept: {TRAJECTORY}`: the passes that the file has, counted from 0, in rising order. At "
-        "least one of them has to add noise.",
-        json_schema_extra=said("all"),
-    )
-    dtype: TrajectoryType = Field(
-        "float32",
-        description=f"With `Accept: {TRAJECTORY}`: the type that x_t, x_0 and the mean are rounded to.",
-        json_schema_extra=said("`float32`"),
-    )
+    keep: Annotated[Annotated[list[Int], BeforeValidator(_listed)] | None, said("all")] = None
+    """With `Accept: application/vnd.tminus.trajectory`: the passes that the file has, counted from 0, in rising order.
+    At least one of them has to add noise."""
+    dtype: Annotated[TrajectoryType, said("`float32`")] = "float32"
+    """With `Accept: application/vnd.tminus.trajectory`: the type that x_t, x_0 and the mean are rounded to."""
 
     @field_validator("show", "until", mode="before")
     @classmethod
@@ -575,17 +488,14 @@ class JobCall(SampleRequest):
     The context of its validators is the receivers that may be told beside public ones; None: nobody may be told.
     """
 
-    webhook: Url | None = Field(
-        None,
-        description="The URL that is sent the job when something happens to it. Only for durable jobs, and only in the "
-        "body, not in the query.",
-        json_schema_extra=said("none"),
-    )
-    webhook_events_filter: Event | Annotated[EachOnce[Event], Field(max_length=len(EVENTS))] | None = Field(
-        None,
-        description="The events that `webhook` is told.",
-        json_schema_extra=said("all", f"a list of {', '.join(EVENTS)}, each at most once"),
-    )
+    webhook: Annotated[Url | None, said("none")] = None
+    """The URL that is sent the job when something happens to it. Only for durable jobs, and only in the body, not in
+    the query."""
+    webhook_events_filter: Annotated[
+        Event | Annotated[EachOnce[Event], Field(max_length=len(EVENTS))] | None,
+        said("all", f"a list of {', '.join(EVENTS)}, each at most once"),
+    ] = None
+    """The events that `webhook` is told."""
 
     @field_validator("webhook", mode="before")
     @classmethod

@@ -31,7 +31,7 @@ from tminus.service.api import submission
 from tminus.service.api.request import reading as request
 from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.reading import merge, negotiate
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import Edit
 from tminus.service.byte_budget import Hold
 from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody
 from tminus.service.work import Ticket
@@ -355,7 +355,7 @@ IN_JSON, IN_FORM = {"image": b64(CAT), "strength": 0.5, "steps": 4}, {"data": {"
 
 def holds_pictures() -> bool:
     """Whether the parameters of a request have their upload, still."""
-    asked = [each for each in gc.get_objects() if isinstance(each, SampleRequest)]
+    asked = [each for each in gc.get_objects() if isinstance(each, Edit)]
     return any(each.image or each.mask for each in asked)
 
 
