@@ -20,7 +20,7 @@ from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.messages import EVENTS
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.operations import described
-from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, patient
+from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, none_when_quiet
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
@@ -161,7 +161,7 @@ class _Follower:
         One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
         """
         sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
-        async with aclosing(patient(sent, POLL_S)) as parts:
+        async with aclosing(none_when_quiet(sent, POLL_S)) as parts:
             async for part in parts:
                 if part is not None:
                     events, self._last_id = part

@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.model.scheduler_kinds import CLASS_NAMES, FAMILY_OF, scheduler_kind
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IF_NONE_MATCH,
     IMAGES,
-    OF_BODY,
-    OF_WORK,
+    WORK_ERRORS,
     Contract,
     Described,
     closed_object,
@@ -37,7 +37,7 @@ from tminus.service.api.request.schemas import (
     named_as_given,
 )
 from tminus.service.api.sample import respond, still
-from tminus.service.api.submission import prepare_job
+from tminus.service.api.submission import ensure_loaded, prepare_job
 from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
@@ -62,7 +62,7 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
         response_class=Response,
         responses={
             200: IMAGES,
-            **failures(406, 412, *OF_BODY, *OF_WORK, *([404] if of_path else [])),
+            **failures(406, 412, *BODY_ERRORS, *WORK_ERRORS, *([404] if of_path else [])),
         },
         openapi_extra={
             "parameters": [*of_path, IF_NONE_MATCH],
@@ -86,7 +86,8 @@ async def text_to_image(services: Services, request: Request) -> Response:
     with named_as_given(given_as):
         asked = await parsed(SampleRequest, parameters, services.bounds)
         del parameters
-        services, new = await prepare_job(services, caller_of(request), asked, request)
+        services = await ensure_loaded(services, caller_of(request), asked, request)
+        new = await prepare_job(services, caller_of(request), asked, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
 
 

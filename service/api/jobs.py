@@ -10,12 +10,12 @@ from pydantic import Field
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.documents import JobAnswer, JobPage
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OF_JOB,
     JOB_BODY,
     NOT_MODIFIED,
-    OF_BODY,
     SUBMITTED,
     Contract,
     failures,
@@ -93,7 +93,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         **described("submit_job"),
         status_code=202,
         response_model=JobAnswer,
-        responses={202: SUBMITTED, **failures(*OF_BODY, 500, 503, 507)},
+        responses={202: SUBMITTED, **failures(*BODY_ERRORS, 500, 503, 507)},
         openapi_extra={
             "requestBody": JOB_BODY,
             "parameters": [*contract.query(JobCall), IDEMPOTENCY_KEY],
@@ -204,12 +204,14 @@ async def _image(
                 raise InvalidField.of("index", bound, index)
             spec, which = one_image(spec, k), slice(k, k + 1)
         answer = of_images(media_type, spec, made_by, clip=clip)
-        tag = etag(answer.kind, spec, made_by)
+        tag = etag(answer.etag_form, spec, made_by)
         headers = {"X-Job-ID": job_id, "X-Fingerprint": made_by.fingerprint, "Vary": "Accept"}
         headers |= cache_headers(tag) | spec_headers(spec, services.model) | answer.headers
         if matches(request, tag):
             return Response(status_code=304, headers=headers)
         with services.recordings.taken(COPIES * pixel_bytes + answer.held_bytes, "job_id"):
             images = await jobs.images(view)
-            content = await services.encoder.make(lambda: images[which], answer.make, answer.label, media_type, spec.n)
+            content = await services.encoder.make(
+                lambda: images[which], answer.make, answer.metric_label, media_type, spec.n
+            )
     return Response(content, headers=headers, media_type=media_type)

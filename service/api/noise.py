@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IF_NONE_MATCH,
     NOISE_BODY,
     NOISED,
-    OF_BODY,
     Contract,
     failures,
 )
@@ -49,7 +49,7 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
         "/noise",
         **described("add_noise"),
         response_class=Response,
-        responses={200: NOISED, **failures(406, 412, *OF_BODY, 500, 503)},
+        responses={200: NOISED, **failures(406, 412, *BODY_ERRORS, 500, 503)},
         openapi_extra={
             "parameters": [*contract.query(NoiseCall), IF_NONE_MATCH],
             "requestBody": NOISE_BODY,

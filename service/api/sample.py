@@ -14,13 +14,13 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.trajectory import LEAST_ETA, Trajectory
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     CACHE_CONTROL,
     IF_NONE_MATCH,
     IMAGES_OR_STEPS,
     NOT_MODIFIED,
-    OF_BODY,
-    OF_WORK,
     SAMPLE_BODY,
+    WORK_ERRORS,
     Contract,
     Described,
     failures,
@@ -32,7 +32,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import negotiate, parsed, read_parameters
 from tminus.service.api.request.schemas import SampleCall
 from tminus.service.api.request.specs import refuse_float_depth
-from tminus.service.api.submission import pixel_headers, prepare_job, spec_headers, submit
+from tminus.service.api.submission import ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
 from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
@@ -46,8 +46,8 @@ from tminus.service.images.encoder import (
     encode_sheets,
     encode_trajectory,
     etag,
-    form_of,
-    label_of,
+    etag_form,
+    metric_label,
 )
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
 from tminus.service.model_info import ModelInfo
@@ -71,7 +71,7 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
     handler, query = models.handler(sample, "sample"), contract.query(SampleCall)
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
-        **failures(406, *OF_BODY, *OF_WORK),
+        **failures(406, *BODY_ERRORS, *WORK_ERRORS),
     }
     router.post(
         "/sample",
@@ -98,8 +98,8 @@ class Answer:
     """An answer that can be made once its job is done: what the job must record for it, and how it is encoded."""
 
     media_type: str
-    kind: str  # what the bytes depend on beside the spec
-    label: str  # in the metric of encoding
+    etag_form: str  # what the bytes depend on beside the spec
+    metric_label: str  # of the time of encoding
     make: Callable[[Any], bytes]  # encodes what `read` returns
     read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
     recording: Recorder[Any] | None = None  # is given rows on the way
@@ -117,7 +117,8 @@ async def sample(services: Services, request: Request) -> Response:
         values = {"bit_depth": 32} | values
     parameters = await parsed(SampleCall, values, services.bounds, errors, media_type)
     del values  # it may have a picture
-    services, new = await prepare_job(services, caller_of(request), parameters, request)
+    services = await ensure_loaded(services, caller_of(request), parameters, request)
+    new = await prepare_job(services, caller_of(request), parameters, request)
     return await respond(services, request, new, answer_of(parameters, media_type, new.spec, services.model))
 
 
@@ -134,7 +135,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
     model, metrics = services.model, services.metrics
     is_known = model.fingerprint != ""  # of a model that was never loaded it is not
-    tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact and is_known else None
+    tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
     directives = cache_directives(request)
@@ -155,7 +156,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
         started_s = loop.time()
         content = await services.encoder.make(
-            lambda: answer.read(result), answer.make, answer.label, answer.media_type, new.spec.n,
+            lambda: answer.read(result), answer.make, answer.metric_label, answer.media_type, new.spec.n,
             slow=answer.recording is not None,
         )  # fmt: skip
         encode_s = loop.time() - started_s
@@ -182,12 +183,12 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
 
 def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
     """Make an answer of images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
-    kind = form_of(media_type, clip=clip)
+    form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
     # Beside the pixels, floats are held while they are laid out again.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
-    return Answer(media_type, kind, label_of(media_type), make, held_bytes=held_bytes, headers=headers)
+    return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
 def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
@@ -203,8 +204,8 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
     def read(result: JobResult) -> list[Pixels]:
         return [*(frame[show] for frame in recording.frames().values()), as_pictures(result.read(), model)]
 
-    kind = f"{WEBP}; every={every}; show={show}; {WEBP_VERSION}"
-    return Answer(WEBP, kind, "animation", encode_sheets, read, recording, held_bytes, "every")
+    form = f"{WEBP}; every={every}; show={show}; {WEBP_VERSION}"
+    return Answer(WEBP, form, "animation", encode_sheets, read, recording, held_bytes, "every")
 
 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
@@ -217,8 +218,8 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
     def read(result: JobResult) -> tuple[dict[int, dict[Show, Images]], Pixels | None]:
         return recording.frames(), result.read() if until is None else None
 
-    kind = f"{JSON}; from noise; every={every}; until={until}; show={','.join(asked.shows)}"
-    return Answer(JSON, kind, "path", make, read, recording, held_bytes, "every")
+    form = f"{JSON}; from noise; every={every}; until={until}; show={','.join(asked.shows)}"
+    return Answer(JSON, form, "path", make, read, recording, held_bytes, "every")
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
@@ -272,9 +273,9 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()
 
-    kind = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
+    form = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
     make = partial(encode_trajectory, spec=spec, model=model)
-    return Answer(TRAJECTORY, kind, "trajectory", make, read, path, held_bytes)
+    return Answer(TRAJECTORY, form, "trajectory", make, read, path, held_bytes)
 
 
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:

@@ -34,47 +34,40 @@ from tminus.service.worker.running_job import NewJob
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 
 
-async def prepare_job(
-    services: Services,
-    caller: Caller,
-    parameters: SampleRequest,
-    request: Request | None = None,
-    *,
-    transparent: bool = False,
-) -> tuple[Services, NewJob]:
-    """Wait until the model is in memory, make the spec, and decode the images; returns the model as it is then, too.
-
-    request: whose client may go away meanwhile; None for a message of a WebSocket. transparent: see decode_inputs.
-    Raises what spec_of, Decoder.inputs and Services.ensure_loaded do.
-    """
-    began_s = time.monotonic()
-    loaded = await _ensure_loaded(services, caller, parameters, request)
-    waited_s = time.monotonic() - began_s
-    new = await _new_job(loaded, caller, parameters, request, transparent=transparent)
-    if loaded is not services and new.deadline_s is not None:
-        new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
-    return loaded, new
-
-
-async def _ensure_loaded(services: Services, caller: Caller, asked: SampleRequest, request: Request | None) -> Services:
-    """Wait until the model is in memory, and return what it is then.
+async def ensure_loaded(
+    services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
+) -> Services:
+    """Wait until the model is in memory, and return what it is then. The wait is taken off the deadline.
 
     Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
     work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+
+    request: whose client may go away meanwhile; None for a message of a WebSocket. Raises what spec_of and
+    Services.ensure_loaded do.
     """
     if not services.is_unloaded or (request is not None and request.method == "HEAD"):
         return services
-    spec = spec_of(asked, services.model, services.limits)
+    spec, began_s = spec_of(parameters, services.model, services.limits), time.monotonic()
     with suppress(QuotaExceeded):
         caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
-        return await services.ensure_loaded(request, asked.deadline_s)
+        services = await services.ensure_loaded(request, parameters.deadline_s)
+    if parameters.deadline_s is not None:
+        parameters.deadline_s = max(1e-3, parameters.deadline_s - (time.monotonic() - began_s))
     return services
 
 
-async def _new_job(
-    services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
+async def prepare_job(
+    services: Services,
+    caller: Caller,
+    asked: SampleRequest,
+    request: Request | None = None,
+    *,
+    transparent: bool = False,
 ) -> NewJob:
-    """Make the spec and decode the images, which the parameters do not hold afterwards."""
+    """Make the spec, and decode the images, which the parameters do not hold afterwards.
+
+    request, transparent: see `ensure_loaded` and decode_inputs. Raises what spec_of and Decoder.inputs do.
+    """
     spec, inputs = spec_of(asked, services.model, services.limits), None
     services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
     if asked.image is not None:
@@ -141,7 +134,7 @@ async def create(
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
     key = await off_loop(size_bytes, _key, request, parameters, caller.name, webhook, transparent=transparent)
-    new = await _new_job(services, caller, parameters, request, transparent=transparent)
+    new = await prepare_job(services, caller, parameters, request, transparent=transparent)
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 

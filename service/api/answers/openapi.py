@@ -30,9 +30,9 @@ from tminus.service.api.answers.headers import (
 )
 from tminus.service.api.answers.messages import WEBSOCKETS
 from tminus.service.api.answers.operations import API_VERSION, EXAMPLES, TAGS
-from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
+from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, error_form
 from tminus.service.api.edge.origin import PROBES
-from tminus.service.api.request.bounds import Bound, Bounds, bounds_of
+from tminus.service.api.request.bounds import BOUND, Bound, Bounds, bounds_of
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
@@ -98,7 +98,7 @@ SCHEMES: Described = {
         "description": "The key, as `POST /login` keeps it for a page.",
     },
 }
-OF_BODY, OF_WORK = (408, 413, 415, 422, 429), (500, 503, 504)
+BODY_ERRORS, WORK_ERRORS = (408, 413, 415, 422, 429), (500, 503, 504)
 
 
 def ref(component: str) -> Described:
@@ -280,8 +280,7 @@ def closed_object(description: str, properties: dict[str, Described]) -> Describ
 
 
 TOLD = ("description", DEFAULT)
-KEPT = ("type", "format", "pattern", "enum", "minimum", "maximum", "exclusiveMinimum")
-KEPT_LENGTHS = ("maxLength", "minItems", "maxItems", "uniqueItems")
+OF_FIELDS = ("title", "default", "anyOf", BOUND, *TOLD)  # what a field says beside the type of its values
 
 
 def _described(field: Described) -> Described:
@@ -299,7 +298,7 @@ def _field(field: Described, bound: Bound, component: Described | None = None, *
         name = kind["type"]
         if name == "null" and as_text:
             continue
-        kept = {key: kind[key] for key in (*KEPT, *KEPT_LENGTHS) if key in kind} | bound.of_kind(name)
+        kept = {key: value for key, value in kind.items() if key not in OF_FIELDS} | bound.of_kind(name)
         if name == "array":
             kept["items"] = _field(kind["items"], bound, as_text=as_text)
         kinds.append(component if component is not None and name == "string" else kept)
@@ -329,7 +328,7 @@ def _add(responses: dict[str, Described], *statuses: int) -> None:
 
 def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
     """Add to an operation what all have: keys, sites, the version, and headers."""
-    responses, form = operation["responses"], form_of(method, path)
+    responses, form = operation["responses"], error_form(method, path)
     common = OF_ANY if form is None else OF_OTHERS
     if form is None and path not in PROBES:
         operation["parameters"] = [*operation.get("parameters", ()), {"$ref": "#/components/parameters/API-Version"}]

@@ -346,7 +346,7 @@ class Tensors:
         return BINARY if any(self.outputs.values()) else JSON
 
     @property
-    def kind(self) -> str:
+    def etag_form(self) -> str:
         """Name all that the bytes depend on beside the spec."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 

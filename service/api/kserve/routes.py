@@ -11,10 +11,10 @@ from tminus.service.api.admin import Changes
 from tminus.service.api.answers import problems
 from tminus.service.api.answers.headers import NAMED, OF_FORECAST, OF_JOB, with_headers
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     FILE,
     IF_NONE_MATCH,
-    OF_BODY,
-    OF_WORK,
+    WORK_ERRORS,
     Described,
     failures,
     path_parameter,
@@ -45,7 +45,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import SampleRequest, check_names
 from tminus.service.api.sample import Answer, respond
-from tminus.service.api.submission import prepare_job
+from tminus.service.api.submission import ensure_loaded, prepare_job
 from tminus.service.api.system import fatal_error, why_unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -177,7 +177,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
 
     @router.post(
         "/v2/repository/index", **described("kserve_list_models"), response_model=list[ModelInIndex],
-        response_model_exclude_none=True, dependencies=BARE, responses=failures(*OF_BODY),
+        response_model_exclude_none=True, dependencies=BARE, responses=failures(*BODY_ERRORS),
         openapi_extra={"requestBody": INDEX_BODY},
     )  # fmt: skip
     async def get_index(request: Request) -> list[ModelInIndex]:
@@ -236,7 +236,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
         )(get_config)  # fmt: skip
         router.post(
             f"{path}/infer", **described(f"kserve_infer{of_version}"), response_class=Response,
-            responses={200: ANSWER, **failures(404, 412, *OF_BODY, *OF_WORK)},
+            responses={200: ANSWER, **failures(404, 412, *BODY_ERRORS, *WORK_ERRORS)},
             openapi_extra={"parameters": [*in_path["parameters"], IF_NONE_MATCH], "requestBody": BODY},
         )(models.handler(infer, "infer"))  # fmt: skip
     return router
@@ -249,10 +249,11 @@ async def infer(services: Services, request: Request) -> Response:
     check_encoding(request)
     asked = await _read(services, request)
     parameters = await parsed(SampleRequest, asked.parameters, services.bounds)
-    services, new = await prepare_job(services, caller_of(request), parameters, request)
+    services = await ensure_loaded(services, caller_of(request), parameters, request)
+    new = await prepare_job(services, caller_of(request), parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)
     try:
-        response = await respond(services, request, new, Answer(made.media_type, made.kind, "tensors", made.body))
+        response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes

@@ -41,9 +41,9 @@ class ValidationErrors:
     def check(self) -> None:
         """Raise what was found, if anything was."""
         if self._found:
-            self.refuse()
+            self.raise_all()
 
-    def refuse(self) -> NoReturn:
+    def raise_all(self) -> NoReturn:
         """Raise the first error, which names the others."""
         first, *others = self._found.values()
         first.others = tuple(others)

@@ -231,9 +231,9 @@ class RequestSchema(BaseModel):
             check_names(values, (*cls.model_fields, *cls.other_names))
         given = {name: value for name, value in values.items() if name in cls.model_fields}
         for name, value in list(given.items()):
-            schema, bound = _schema_of(cls)[name], bounds.get(name, Bound())
-            if isinstance(value, list) and len(value) > max_items(schema, bound):  # pydantic would look at each item
-                words = words_of(schema, bound)
+            most = max_items(_schema_of(cls)[name], bounds.get(name, Bound()))
+            if isinstance(value, list) and len(value) > most:  # pydantic would look at each item
+                words = cls.words(name, bounds)
                 detail = f"{name} must be {words}, got a list of {len(value)}"
                 errors.add(InvalidField(detail, field=name, value=given.pop(name), bound=words))
         try:
@@ -245,14 +245,13 @@ class RequestSchema(BaseModel):
                 if name in errors:  # a list that is left out, where it is required
                     continue
                 if not isinstance(error, ServiceError):
-                    words = words_of(_schema_of(cls)[name], bounds.get(name, Bound()))
-                    error = InvalidField.of(name, words, values.get(name))
+                    error = InvalidField.of(name, cls.words(name, bounds), values.get(name))
                 errors.add(error)
         if parsed is None or errors:
             right = {name: value for name, value in given.items() if name not in (*PICTURES, *errors)}
             with suppress(ValidationError):  # what is required may be wrong
                 cls.model_validate(right, context=context).check_bounds(bounds, errors)
-            errors.refuse()
+            errors.raise_all()
         return parsed
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
@@ -260,7 +259,12 @@ class RequestSchema(BaseModel):
         for name in OF_MODEL:
             value = getattr(self, name, None)
             if value is not None and not bounds[name].allows(value):
-                errors.add(InvalidField.of(name, words_of(_schema_of(type(self))[name], bounds[name]), value))
+                errors.add(InvalidField.of(name, self.words(name, bounds), value))
+
+    @classmethod
+    def words(cls, name: str, bounds: Bounds) -> str:
+        """Say what a parameter must be."""
+        return words_of(_schema_of(cls)[name], bounds.get(name, Bound()))
 
 
 @cache
@@ -327,7 +331,7 @@ class Sampling(RequestSchema):
         """Add the parameters that are out of the model's bounds, whatever the others are."""
         super().check_bounds(bounds, errors)
         if self.index > MAX_INDEX + 1 - self.n:
-            errors.add(InvalidField.of("index", f"an integer in 0..{MAX_INDEX} less n - 1", self.index))
+            errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
 
     def decisive(self) -> dict[str, Any]:
         """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""

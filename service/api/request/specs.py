@@ -43,7 +43,7 @@ def spec_of(
         errors.add(InvalidField.of("clip", "absent or false: latents have no range to clip to", parameters.clip))
     interval = parameters.guidance_interval
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < model.num_timesteps):
-        errors.add(InvalidField.of("guidance_interval", bounds["guidance_interval"].words, interval))
+        errors.add(InvalidField.of("guidance_interval", parameters.words("guidance_interval", bounds), interval))
     if "sampler" in errors:  # all else depends on it
         errors.check()
     can_guide = model.null_class is not None and labels is not None and None not in labels
@@ -54,7 +54,7 @@ def spec_of(
             table = _table_of(parameters, model, settings)
     spacing = parameters.timestep_spacing or model.timestep_spacings[sampler]
     if sampler not in TABLE_SAMPLERS and spacing not in SPACINGS:
-        errors.add(InvalidField.of("timestep_spacing", f"one of {', '.join(SPACINGS)}", spacing))
+        errors.add(InvalidField.of("timestep_spacing", parameters.words("timestep_spacing", bounds), spacing))
     if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
         errors.add(InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps))
     if parameters.eta is not None and sampler != "ddim":

@@ -22,7 +22,7 @@ from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
-from tminus.service.api.answers.problems import as_error_text, form_of
+from tminus.service.api.answers.problems import as_error_text, error_form
 from tminus.service.api.request.bounds import bounds_of
 from tminus.service.api.request.schemas import (
     JobCall,
@@ -98,7 +98,7 @@ def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_
         for method, operation in methods.items():
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    form = form_of(method.upper(), path)
+                    form = error_form(method.upper(), path)
                     media_type = JSON if form is not None else "application/problem+json"
                     assert response["content"].keys() == {media_type}, (path, method, status)
                     assert form is not as_error_text or status != "422"

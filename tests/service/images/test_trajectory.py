@@ -67,7 +67,7 @@ def test_the_same_trajectory_is_the_same_bytes() -> None:
 
 def test_the_etag_names_all_whose_other_version_may_make_other_bytes() -> None:
     for name, version in {"safetensors": safetensors.__version__, "numpy": np.__version__}.items():
-        assert f"{name} {version}" in trajectory(make_spec(sampler="ddpm"), INFO, SampleCall()).kind
+        assert f"{name} {version}" in trajectory(make_spec(sampler="ddpm"), INFO, SampleCall()).etag_form
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.999])
