@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from tminus.model.timesteps import SPACINGS
@@ -39,27 +40,34 @@ class Bound:
 Bounds = Mapping[str, Bound]
 
 
-def bit_depths(model: ModelInfo) -> tuple[int, ...]:
-    """List the bit depths that a model's images come in: no format of pictures but PNG, of grey, is read in 16."""
-    return BIT_DEPTHS if model.channels == 1 else (8, 32)
+def bit_depths(channels: int) -> tuple[int, ...]:
+    """List the bit depths that images come in: no format of pictures but PNG, of grey, is read in 16."""
+    return BIT_DEPTHS if channels == 1 else (8, 32)
 
 
 def bounds_of(model: ModelInfo, limits: Limits) -> Bounds:
     """Return the bounds that depend on the model and the settings, by parameter."""
-    last = model.num_timesteps - 1
+    return _bounds(model.num_timesteps, model.samplers, model.class_names, model.channels, limits.max_n)
+
+
+@lru_cache(maxsize=64)  # the same for each request of a model
+def _bounds(
+    num_timesteps: int, samplers: tuple[str, ...], class_names: tuple[str, ...], channels: int, max_n: int
+) -> Bounds:
+    last = num_timesteps - 1
     timesteps = {"minimum": 0, "maximum": last}
     return {
-        "n": Bound({"minimum": 1, "maximum": limits.max_n}),
-        "steps": Bound({"minimum": 1, "maximum": model.num_timesteps}),
-        "sampler": Bound(string={"enum": list(model.samplers)}),
+        "n": Bound({"minimum": 1, "maximum": max_n}),
+        "steps": Bound({"minimum": 1, "maximum": num_timesteps}),
+        "sampler": Bound(string={"enum": list(samplers)}),
         "class_label": Bound(
-            {"minimum": 0, "maximum": max(0, len(model.class_names) - 1)},
-            array={"minItems": 1, "maxItems": limits.max_n},
-            words=class_bound(model),
+            {"minimum": 0, "maximum": max(0, len(class_names) - 1)},
+            array={"minItems": 1, "maxItems": max_n},
+            words=class_bound(class_names),
         ),
         "bit_depth": Bound(
-            {"enum": list(bit_depths(model))},
-            words="8, 16 or 32" if model.channels == 1 else f"8 or 32 for {model.channels} channels; 16 is for one",
+            {"enum": list(bit_depths(channels))},
+            words="8, 16 or 32" if channels == 1 else f"8 or 32 for {channels} channels; 16 is for one",
         ),
         "guidance_interval": Bound(
             timesteps,

@@ -130,7 +130,7 @@ def _check_guidance(parameters: SampleRequest, guidance: float, model: ModelInfo
 def refuse_float_depth(spec: SampleSpec, model: ModelInfo, where: str) -> None:
     """Raise InvalidField for floats, where pictures alone are given."""
     if spec.depth == 32:
-        depths = " or ".join(str(depth) for depth in bit_depths(model) if depth != 32)
+        depths = " or ".join(str(depth) for depth in bit_depths(model.channels) if depth != 32)
         raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
 
 
