@@ -146,13 +146,6 @@ def test_every_file_that_architecture_names_exists() -> None:
         assert any(ROOT.glob(f"{part}/**/{name}") for part in ("service", "model", "tests")), name
 
 
-def test_wherever_quotas_are_set_up_it_is_said_that_each_server_counts_for_itself() -> None:
-    security = (ROOT / "docs" / "security.md").read_text("utf-8").partition("\n## Quotas\n")[2].partition("\n## ")[0]
-    fields = [str(Settings.model_fields[name].description) for name in ("keys", "keys_file")]
-    for text in (security, *fields, str(COMMANDS["key"].help)):
-        assert re.search(r"Each server counts .*for\s+itself", text), text
-
-
 # --- calls ---
 
 

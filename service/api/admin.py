@@ -17,14 +17,14 @@ from tminus.service.api.request.reading import no_parameters
 BARE = [Depends(no_parameters)]
 
 
-class Changes(Protocol):
-    """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
+class Loader(Protocol):
+    """Loads and unloads models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
 
     def unloaded_models(self) -> Awaitable[Mapping[str, str]]:
-        """Return the models that can be loaded and are not served, and what is going on with each."""
+        """Return the models that can be loaded and are not served, and the state of each."""
 
     def state(self, services: Services) -> str:
-        """Return what is going on with a model that is served."""
+        """Return the state of a model that is served."""
 
     def load(self, name: str) -> Awaitable[Services]:
         """Bring a model into memory, and serve it."""
@@ -52,7 +52,7 @@ class ModelList(BaseModel):
     models: list[ModelSummary]
 
 
-def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
+def admin_routes(models: Models, loader: Loader, access: Access) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/models", tags=["models"])
     refusals = failures(401, 403, 404, 409, 422, 500, 503)
@@ -66,7 +66,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         name = services.model.name
         url = f"{request.scope.get('root_path', '')}/models/{name}/"
         answer = ModelAnswer.of(services.model, services.limits)
-        is_default, state = services.number == models.default.number, changes.state(services)
+        is_default, state = services.number == models.default.number, loader.state(services)
         return ModelSummary(name=name, default=is_default, state=state, url=url, model=answer)
 
     @router.get("", **described("list_models"), dependencies=BARE, responses=failures(422))
@@ -74,7 +74,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         loaded = [summary(request, services) for services in models]
         others = [
             ModelSummary(name=name, default=False, state=state, url=None, model=None)
-            for name, state in (await changes.unloaded_models()).items()
+            for name, state in (await loader.unloaded_models()).items()
         ]
         return ModelList(models=loaded + others)
 
@@ -95,7 +95,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         responses=refusals,
     )
     async def load(request: Request, model: str) -> ModelSummary:
-        return summary(request, await changes.load(model))
+        return summary(request, await loader.load(model))
 
     @router.post(
         "/{model}/reload",
@@ -104,7 +104,7 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         responses=refusals,
     )
     async def reload(request: Request, model: str) -> ModelSummary:
-        return summary(request, await changes.reload(model))
+        return summary(request, await loader.reload(model))
 
     @router.post(
         "/{model}/unload",
@@ -114,6 +114,6 @@ def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
         responses=refusals,
     )
     async def unload(model: str) -> None:
-        await changes.unload(model)
+        await loader.unload(model)
 
     return router

@@ -66,7 +66,7 @@ class Services:
     @property
     def is_unloaded(self) -> bool:
         """Whether a request has to wait until the model is in memory."""
-        return self.models.loads.is_unloaded(self.model.name)
+        return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
         """Wait until the model is in memory, and return what is served under its name then.
@@ -76,7 +76,7 @@ class Services:
         """
         if not self.is_unloaded:
             return self
-        loading = self.models.loads.ensure_loaded(self.model.name, deadline_s)
+        loading = self.models.load_queue.ensure_loaded(self.model.name, deadline_s)
         await (loading if request is None else while_connected(request, loading))
         return self.models.named(self.model.name)
 
@@ -127,8 +127,8 @@ class Models:
     In the event loop's thread only.
     """
 
-    def __init__(self, loads: LoadQueue) -> None:
-        self.loads = loads
+    def __init__(self, load_queue: LoadQueue) -> None:
+        self.load_queue = load_queue
         self._served: dict[str, ServedModel] = {}  # by name; the first is the default
         self._by_number: dict[int, ServedModel] = {}  # also those that were replaced or unloaded
 

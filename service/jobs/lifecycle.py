@@ -70,15 +70,15 @@ class Lifecycle:
         info: ModelInfo,
         limits: Limits,
         metrics: Metrics,
-        loads: LoadQueue,
+        load_queue: LoadQueue,
     ) -> None:
-        """model: its number. store: of the jobs of its weights. loads: where the jobs of an unloaded model wait."""
+        """model: its number. store: of the jobs of its weights. load_queue: where jobs of an unloaded model wait."""
         self.store, self.model, self.model_name = store, model, info.name
         self._worker = worker
         self._info = info  # what is told of the model, which may change while no job runs
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self.metrics, self._loads = limits, metrics, loads
+        self._limits, self.metrics, self._load_queue = limits, metrics, load_queue
         self._held: dict[str, HeldJob] = {}  # changed here only
         self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -180,14 +180,14 @@ class Lifecycle:
     @property
     def is_unloaded(self) -> bool:
         """Whether the model is served and not in memory, so that `accept_later` takes its jobs."""
-        return not self.retired and self._loads.is_unloaded(self.model_name)
+        return not self.retired and self._load_queue.is_unloaded(self.model_name)
 
     def check_room(self, *, background: bool) -> Outlook:
         """Return what a job is told that waits for the model to come in.
 
         Raises Overloaded where too many of its class do.
         """
-        left_s, most = self._loads.expected_s(self.model_name), self._limits.most_jobs(background=background)
+        left_s, most = self._load_queue.expected_s(self.model_name), self._limits.most_jobs(background=background)
         waiting = sum(job.record.background == background for job in self._held.values())
         if waiting >= most:
             where = " in the background" if background else ""
@@ -373,7 +373,7 @@ class Lifecycle:
         """
         while self.is_unloaded and job.state is HeldState.WAITING:
             try:
-                await self._loads.load(self.model_name)
+                await self._load_queue.load(self.model_name)
             except NotReady:
                 await self.pause(ROOM_S)
             except (Draining, EngineFailed):

@@ -49,7 +49,7 @@ class ModelLoader:
         room_lacking: says why a model of a folder is too large beside those that take so many bytes, None where it is
         not; raises CheckpointError. idle_unload_s: None where only an admin loads and unloads.
         """
-        self._served, self._models, self._queue = served, served.models, served.loads
+        self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
         self._idle_unload_s = idle_unload_s
         self._look_every_s = None if idle_unload_s is None else min(IDLE_LOOK_S, idle_unload_s / 4)
@@ -157,8 +157,8 @@ class ModelLoader:
             elif closing or is_idle:
                 try:
                     await self._unload(one, "admin" if closing else "idle")
-                except ServiceError as error:  # the server ends, or its worker hangs
-                    log.debug("%s stays in memory: %s", one.name, error.detail)
+                except ServiceError:  # the server ends, or its worker hangs and this is tried again
+                    continue
                 except Exception:
                     log.exception("%s could not be unloaded", one.name)
 
@@ -209,12 +209,13 @@ class ModelLoader:
                 self._queue.mark_loaded(closing.name)
 
     async def _unload(self, one: ServedModel, reason: str) -> None:
+        was_closing = self._queue.is_unloaded(one.name)
         self._queue.mark_unloaded(one.name)
         try:
             await self._served.unload(one)
             self._served.metrics.unloaded_while_running(reason)
         finally:
-            if one.loaded is not None:
+            if one.loaded is not None and not was_closing:
                 self._queue.mark_loaded(one.name)
 
     # --- what is loaded ---
@@ -246,7 +247,7 @@ class ModelLoader:
             return await self._served.serve(prepared)
         except Exception as error:
             del prepared
-            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            traceback.clear_frames(error.__traceback__)  # their variables hold the model
             await asyncio.to_thread(release)
             raise
 
@@ -262,7 +263,7 @@ class ModelLoader:
 
 @contextmanager
 def _as_refusals(name: str) -> Iterator[None]:
-    """Raise CheckpointRefused for whatever a folder of a model raises."""
+    """Raise CheckpointRefused in place of an error that a model's folder causes."""
     try:
         yield
     except ServiceError:

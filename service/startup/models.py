@@ -100,10 +100,8 @@ class ServedModels:
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
-        The default one's limits are those of the whole server. unloaded: more models, not in memory. stores: of
-        durable jobs, closed with this. access: who may ask; allowed_sites: by what names, and for which pages.
-        webhooks: how they are sent, if they are. end_file: outlives the process where that fails; it is closed with
-        this.
+        The limits of the default model are those of the whole server. unloaded: more models, not in memory. stores: of
+        durable jobs; closed with this, as is end_file. webhooks: how they are sent; None where they are not.
         """
         self._stores, self._webhooks, self._end_file = stores, webhooks, end_file
         self.limits = limits = first[0].limits
@@ -113,7 +111,7 @@ class ServedModels:
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
+        self.answers = ByteBudget()  # of answers: their frames, and their bodies until they are sent
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
@@ -125,11 +123,11 @@ class ServedModels:
         )
         if end_file is not None:
             end_file.watch(lambda: self.worker.state.stalled_s)
-        self.loads = LoadQueue(self.worker, limits.max_backlog_s, [one.info.name for one in unloaded])
-        self.models = Models(self.loads)
+        self.load_queue = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
+        self.models = Models(self.load_queue)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
-        self._services = partial(  # what all models share; the rest is of one
+        self._services = partial(  # the parts that all models share
             Services,
             allowed_sites=allowed_sites,
             access=access,
@@ -159,7 +157,7 @@ class ServedModels:
     # --- the server ---
 
     async def start(self) -> None:
-        """Start what runs."""
+        """Start the worker, and take on the durable jobs of earlier processes."""
         self._loop = asyncio.get_running_loop()
         self._beating = self._loop.create_task(self._pulse.beat())
         self.worker.start()
@@ -167,7 +165,7 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """End what runs, when requests are over."""
+        """End the worker and keep how jobs ended. Call it when all requests are answered."""
         self.worker.close()
         if self._end_file is not None:
             await self._stores.count_crash(self._end_file.close())  # before others may have the jobs
@@ -185,7 +183,7 @@ class ServedModels:
 
     @property
     def codes_images(self) -> bool:
-        """Whether a picture is being encoded or decoded; after the end of all requests nobody waits for it."""
+        """Whether a picture is being encoded or decoded; after the last answer no request waits for it."""
         return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
 
     def _watch(self) -> None:
@@ -217,10 +215,10 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """The jobs of a shared store that nobody holds, and the seconds that one server takes for them.
+        """The number of jobs of a shared store that no server holds, and the seconds that one server takes for them.
 
-        As of the last renewal; None without such a store, or while it does not answer. Of all weights that are served.
-        What is loaded twice, as after a reload of the same weights, counts once.
+        As of the last renewal; None without such a store, or while it does not answer. Models of the same weights count
+        once.
         """
         loads = {
             one.services.model.weights_hash: one.lifecycle.leases.load
@@ -257,7 +255,7 @@ class ServedModels:
         await asyncio.wrap_future(self.worker.load(loaded.model))
         one.loaded = loaded
         one.change(loaded.model.info, prepared.limits)
-        self.loads.mark_loaded(one.name)
+        self.load_queue.mark_loaded(one.name)
         self.metrics.model_loaded(loaded.model.info)
 
     async def _join(self, prepared: Prepared) -> ServedModel:
@@ -276,7 +274,7 @@ class ServedModels:
             await self._stores.release(weights_hash)
             raise
         one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
-        self.loads.mark_loaded(one.name)
+        self.load_queue.mark_loaded(one.name)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
         await self._start(one, take_on=not is_again)
         return one
@@ -290,7 +288,7 @@ class ServedModels:
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
-        """What a model does while no job runs, in the worker's thread. What it finds out is told to clients."""
+        """Do a model's spare work, in the worker's thread, and tell clients when it changes the model's facts."""
         assert prepared.spare_work is not None
         info = prepared.engine.info
         for _ in chain(prepared.spare_work, (None,)):
@@ -310,7 +308,7 @@ class ServedModels:
     def _put(
         self, number: int, info: ModelInfo, limits: Limits, store: AsyncStore, loaded: InMemory | None
     ) -> ServedModel:
-        lifecycle = Lifecycle(store, self.worker, self.admission, number, info, limits, self.metrics, self.loads)
+        lifecycle = Lifecycle(store, self.worker, self.admission, number, info, limits, self.metrics, self.load_queue)
         services = self._services(number=number, model=info, limits=limits, loaded_s=int(time.time()))
         self.jobs.put(lifecycle)
         if loaded is not None:
@@ -330,13 +328,13 @@ class ServedModels:
 
     def is_busy(self, one: ServedModel) -> bool:
         """Whether a request or a job needs a model in memory."""
-        pending = self.loads.find(one.name)
+        pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
         """Free the memory of a model that is not busy and takes no jobs, and serve it on. Raises Draining, …"""
-        assert self.loads.is_unloaded(one.name), "no new job may come"
+        assert self.load_queue.is_unloaded(one.name), "no new job may come"
         assert not self.is_busy(one)
         await asyncio.wrap_future(self.worker.unload(one.number))
         self.metrics.model_gone(one.name)
@@ -379,7 +377,7 @@ class ServedModels:
         return True
 
     async def _release(self, one: ServedModel) -> None:
-        """Free what a model took that the worker has forgotten."""
+        """Free the memory of a model that the worker has unloaded."""
         if (loaded := one.loaded) is None:
             return
         one.loaded, release, keeper = None, loaded.release, loaded.keeper
@@ -389,7 +387,7 @@ class ServedModels:
         log.info("%s, fingerprint %s, is unloaded", one.name, one.services.model.fingerprint)
 
     async def _forget(self, one: ServedModel) -> None:
-        """Forget a model that is freed, once clients can ask for nothing that it has made."""
+        """Forget a model that is freed, once no job of it is kept."""
         weights_hash = one.services.model.weights_hash
         while (  # noqa: ASYNC110
             not self._stores.is_shared(weights_hash) and await self._keeps_jobs(one) and not self._too_old(one)
@@ -401,7 +399,7 @@ class ServedModels:
         await self._stores.release(weights_hash)
 
     def _too_old(self, one: ServedModel) -> bool:
-        """Whether so many later models were replaced that this one's store is not to be kept open."""
+        """Whether this is the oldest of too many models whose jobs are kept."""
         freed = [each for each in self.models.left if each.loaded is None]
         return len(freed) > MOST_KEPT and one is freed[0]
 

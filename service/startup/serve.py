@@ -1,7 +1,7 @@
 """From settings to a running server: `serve`, from top to bottom. torch is imported when the functions run.
 
-What is wrong with a checkpoint, the keys or a store is told before the server listens. Then it does, and a thread
-measures; probes are answered meanwhile, and all else is told to come back. Then the app gets every request.
+A checkpoint, key or store that cannot be used ends the command before the server listens. Then the server listens, and
+a thread measures the models. Until that is done, probes are answered and other requests are refused with 503.
 """
 
 import asyncio
@@ -73,8 +73,8 @@ UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
 def serve(settings: Settings) -> bool:
-    """Serve until SIGTERM or SIGINT; False if the worker crashed. Raises ValueError for what is wrong, in one line."""
-    # What can be found out at once is, before anything is measured.
+    """Serve until SIGTERM or SIGINT; False if the worker crashed. Raises ValueError for an unusable setting."""
+    # Every error that needs no measurement comes before the first one.
     traces = start_traces(VERSION)
     settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
     listener = listen(settings.host, settings.port)
@@ -86,12 +86,12 @@ def serve(settings: Settings) -> bool:
     except ValueError:
         listener.close()
         raise
-    # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
+    # The worker needs the interpreter for a moment after each pass; another thread may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
     opening = Opening()
     server = Server(config_of(settings, opening), opening, settings.grace_s)
-    # These stop uvicorn until it installs its own handlers. When it has stopped it raises the signal again, which must
-    # have no effect: to stop when asked is no failure.
+    # These stop uvicorn until it installs its own handlers. When uvicorn has stopped it raises the signal again, which
+    # must have no effect: stopping on a signal is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: server.end())
     if metrics_listener is not None:
@@ -100,14 +100,14 @@ def serve(settings: Settings) -> bool:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening on %s", url)
-    if ip_address(host).is_unspecified:  # where it listens, but for some clients no address
+    if ip_address(host).is_unspecified:  # a browser cannot open 0.0.0.0 on every system
         url = f"http://localhost:{port}"
 
     build = partial(
         measure_and_build, opened, traces, opening, with_metrics=settings.metrics and metrics_listener is None
     )
     asyncio.run(_run(server, opening, listener, build, url, open_browser=settings.open_browser))
-    for signum in (signal.SIGTERM, signal.SIGINT):  # a handler is given up as the interpreter ends, and a signal kills
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the interpreter drops handlers as it ends; a signal would kill it
         signal.signal(signum, signal.SIG_IGN)
 
     served = opening.application.served if opening.application is not None else None
@@ -115,7 +115,7 @@ def serve(settings: Settings) -> bool:
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     code = 1 if worker is not None and (worker.state.hangs or worker.state.crashed or worker.state.stall) else 0
     if served is None or worker is None or worker.state.hangs or served.codes_images or loading:
-        # A thread that measures, or one that hangs, cannot be ended from outside, and the interpreter would wait.
+        # The interpreter would wait for a thread that measures or hangs, and nothing can end it from outside.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
@@ -131,16 +131,16 @@ async def _run(
     *,
     open_browser: bool = False,
 ) -> None:
-    """Listen, build the application meanwhile, and pass requests on to it until its worker has ended.
+    """Listen, build the application meanwhile, and pass requests to it until its worker has ended.
 
-    Raises what building raises.
+    Raises what `build` raises.
     """
     asyncio.get_running_loop().set_default_executor(started_pool(min(32, (os.cpu_count() or 1) + 4), "asyncio"))
     serving = asyncio.create_task(server.serve([listener]))
     building = asyncio.create_task(in_daemon_thread(build, LOADING))
     await asyncio.wait((serving, building), return_when=asyncio.FIRST_COMPLETED)
     try:
-        if not building.done():  # stopped before there was anything to serve
+        if not building.done():  # a signal came first
             building.cancel()
             return
         application = building.result()
@@ -165,11 +165,11 @@ async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_b
 
 
 def open_page(url: str) -> None:
-    """Open a page, if there is a display, or if BROWSER says what to open it with; the log says where it is not opened.
+    """Open a page in a browser, and log where that is not possible. May block for as long as the browser runs.
 
-    This may last as long as the browser runs.
+    A browser needs a display, or the variable BROWSER.
     """
-    # Without a display webbrowser takes browsers for terminals, and this one is the server's.
+    # Without a display webbrowser would run a text browser in the server's terminal.
     if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
         log.warning("--open-browser: there is no display here; open %s yourself", url)
     elif not webbrowser.open(url):
@@ -177,31 +177,31 @@ def open_page(url: str) -> None:
 
 
 def first_request(url: str, model: ModelInfo) -> str:
-    """Return a first command, which this model takes."""
+    """Return a command for a first request to this model."""
     query: dict[str, object] = {"n": 8}
     if model.conditional and model.null_class is None:  # each image needs a class
         query["class_label"] = class_label_of(0, model.class_names)
     return f"Try: curl -X POST '{url}/sample?{urlencode(query)}' -o out.png"
 
 
-# --- what can be found out before anything is measured ---
+# --- before anything is measured ---
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is read and open before anything is measured."""
+    """The parts of a server that are open before anything is measured."""
 
     settings: Settings
-    access: Access  # who may ask
+    access: Access
     models: "list[ReadModel]"  # in memory from the start, the default one first
     unloaded: list[UnloadedModel]  # loaded when they are asked for
     stores: Stores
-    webhooks: Rules | None  # how they are sent, if they are
-    end_place: tuple[Path, str] | None  # where the file of how this process ends is made, and how its name begins
+    webhooks: Rules | None
+    end_place: tuple[Path, str] | None  # folder of the file of how this process ends, and how the file's name begins
 
 
 def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
-    """Read the keys and the checkpoints, and open the stores. Raises ValueError for what cannot be used.
+    """Read the keys and the checkpoints, and open the stores. Raises ValueError for one that cannot be used.
 
     address: where the server listens.
     """
@@ -227,7 +227,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
 
 
 def unknown_variables(settings: Settings) -> list[str]:
-    """Return the names of variables that begin as those of settings do, and are none, as where one is misspelt."""
+    """Return the names of variables that begin like a setting and are none, as a misspelt one."""
     known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
     return sorted(
         name
@@ -252,7 +252,7 @@ def about(setting: str, extra: str = "") -> Iterator[None]:
 
 
 def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedModel]]":
-    """Read all checkpoints, with their names. Raises ValueError for what is wrong with one.
+    """Read all checkpoints. Raises ValueError for one that cannot be served.
 
     Returns the models that are in memory from the start, and the unloaded ones: with --idle-unload all but the default.
     """
@@ -304,14 +304,14 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
 
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
-    """Roughly what a model takes while it is served; 0 where there is no bound. Raises CheckpointError."""
+    """Return roughly how much memory a model takes; 0 without --models-memory-gb. Raises CheckpointError."""
     from tminus.service.engine.loading import serving_bytes
 
     return serving_bytes(folder) if settings.models_memory_gb is not None else 0
 
 
 def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | None:
-    """Say why a model is too large beside those that take so many bytes already; None where it is not."""
+    """Return why a model does not fit beside others of `used_bytes`; None where it does."""
     if settings.models_memory_gb is None or need_bytes + used_bytes <= settings.models_memory_gb * GIB:
         return None
     left = settings.models_memory_gb - used_bytes / GIB
@@ -322,9 +322,9 @@ def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | 
 
 
 def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
-    """Read how servers before this one ended; return also where this one has its file, and how the name begins.
+    """Return where this process has its file of how it ends, and how earlier processes ended.
 
-    folder: of the default model. By it the file is found again, whatever is loaded or reloaded meanwhile.
+    folder: of the default model. The file's name depends on it, so that the next start finds it after any reload.
     """
     store = ""
     if settings.job_store is not None:
@@ -340,7 +340,7 @@ def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | N
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
-    """What opens the store of some weights' durable jobs. Raises ValueError for a database that cannot be used."""
+    """Return the function that opens a store by the hash of its weights. Raises ValueError for an unusable database."""
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):
@@ -353,7 +353,7 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
 
 
 def open_results(settings: Settings) -> Results | None:
-    """Where large results go, if not into the store. Raises ValueError for an object store that cannot be used."""
+    """Open the object store of large results, if there is one. Raises ValueError for one that cannot be used."""
     if settings.job_results is None:
         return None
     with about("job_results", "s3"):
@@ -364,7 +364,7 @@ def open_results(settings: Settings) -> Results | None:
 
 
 def webhook_rules(settings: Settings) -> Rules | None:
-    """How webhooks are sent; None without a secret that signs them. Raises ValueError for one that is none."""
+    """Return how webhooks are sent; None without a secret that signs them. Raises ValueError for an invalid secret."""
     text, file = settings.webhook_secret, settings.webhook_secret_file
     if text is not None and file is not None:
         raise ValueError(f"{asked_by('webhook_secret')} and {asked_by('webhook_secret_file')} exclude each other")
@@ -382,11 +382,11 @@ def webhook_rules(settings: Settings) -> Rules | None:
         raise ValueError(f"SSL_CERT_FILE: the certificates for webhooks cannot be read: {error}") from None
 
 
-# --- what takes long ---
+# --- measuring ---
 
 
 class Preparer:
-    """Reads checkpoints and measures them, by the settings. Owns what is known of each model's speed."""
+    """Reads checkpoints and measures models. Owns the measurements: no network is measured twice."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -400,7 +400,7 @@ class Preparer:
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
     def room_lacking(self, folder: Path, used_bytes: int) -> str | None:
-        """Say why a model is too large beside those that take so many bytes; None where it is not.
+        """Return why a model does not fit beside others of `used_bytes`; None where it does.
 
         Raises CheckpointError.
         """
@@ -411,9 +411,9 @@ class Preparer:
     def measure(
         self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] = lambda *_: None
     ) -> Prepared:
-        """Measure a model, and give it its name. busy: whether others are served meanwhile.
+        """Measure a model under its name. busy: whether other models are served meanwhile.
 
-        progress: is told what is being done, and roughly how many seconds are left.
+        progress: called with what is being measured, and roughly how many seconds are left.
         """
         from tminus.service.engine.devices import release_memory
         from tminus.service.engine.loading import prepare_engine
@@ -424,7 +424,7 @@ class Preparer:
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
-            traceback.clear_frames(error.__traceback__)  # whose variables hold it too
+            traceback.clear_frames(error.__traceback__)  # their variables hold the model too
             release_memory()
             raise
         if loaded.measured is not None:
@@ -444,7 +444,7 @@ class Preparer:
 def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening, *, with_metrics: bool) -> Application:
     """Measure the models, and build the app around them. with_metrics: whether it answers /metrics.
 
-    The app closes the stores. opening: tells those who ask meanwhile what is being done. Raises what measuring raises.
+    The app closes the stores. opening: shows the progress to clients. Raises what measuring raises.
     """
     settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}

@@ -1,8 +1,7 @@
-"""What listens: uvicorn, with the answers while there is no app yet, and with the end of the work after SIGTERM.
+"""The uvicorn server: its answers while there is no app yet, and the end of the work after SIGTERM.
 
-uvicorn has no hook for doing something between the signal and the end of serving, so three methods of its Server are
-extended. They are not documented: pyproject.toml bounds uvicorn's version, and tests/service/startup/test_server.py
-names what is missing if they change.
+uvicorn has no hook between the signal and the end of serving, so three methods of its Server are extended. They are not
+documented: pyproject.toml bounds uvicorn's version, and tests/service/startup/test_server.py fails if they change.
 """
 
 import asyncio
@@ -63,17 +62,17 @@ PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http
 
 
 class Opening:
-    """The ASGI app that is there before the model: it answers probes and says that the model is being measured.
+    """The ASGI app of a server that is starting. Once `application` is set, every request goes to that.
 
-    A first start measures for seconds or minutes. The socket listens meanwhile, `/healthz` is 200, `/readyz` and all
-    else 503, and the page opens by itself when the model is ready. From then on the app itself gets every request.
+    A first start measures for seconds or minutes. Meanwhile `/healthz` is 200, any other path 503, and the page opens
+    by itself when the model is ready.
     """
 
     application: Application | None = None  # None while the model is measured
     detail = DETAIL  # what is being done until then
 
     def tell(self, model: str, what: str, left_s: float | None) -> None:
-        """Tell those who ask, and the log, what is being done, and roughly how long it takes. Any thread may call."""
+        """Show clients and the log what is being measured and how long it takes. Any thread may call."""
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
@@ -110,19 +109,19 @@ class Server(uvicorn.Server):
         self._give_up.daemon = True
 
     def end(self) -> None:
-        """Take no more connections, and stop when those that there are have ended. Any thread may call."""
+        """Take no more connections, and stop when the open ones have ended. Any thread may call."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections, as many in a turn as uvicorn is told, and have the kernel hold more than that."""
+        """Start as uvicorn does, with a longer queue of connections in the kernel."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests.
+        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits for HTTP answers only.
 
-        Before it stops to listen, whoever keeps a connection has a moment for one more request, which is refused.
+        Before that, a client that keeps its connection has a moment for one more request, which is refused.
         """
         self._give_up.cancel()
         application = self._opening.application
@@ -133,7 +132,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _end_kept_connections(self) -> None:
-        """Answer on kept connections, each of which ends with its answer; those that stay silent end later."""
+        """Answer one more request on each kept connection; a silent connection ends later."""
         until_s, connections = time.monotonic() + KEPT_S, self.server_state.connections
         while (  # noqa: ASYNC110  uvicorn tells nobody when one ends
             time.monotonic() < until_s and any(isinstance(each, H11Protocol) for each in connections)
@@ -141,7 +140,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(LOOK_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more work and start the grace period; a second signal ends it, so that what runs is given up."""
+        """Take no more work and start the grace period. A second signal ends the period and the running jobs."""
         application = self._opening.application
         if application is None:
             super().handle_exit(sig, frame)
@@ -155,7 +154,7 @@ class Server(uvicorn.Server):
     def _close_worker(self) -> None:
         application = self._opening.application
         assert application is not None
-        if not application.served.worker.close():  # it hangs: nothing that waits for it will ever end
+        if not application.served.worker.close():  # it hangs, and so does every request that waits for it
             self.should_exit = True
 
 
@@ -181,9 +180,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allow_connections(asked: int) -> int:
-    """Return for how many connections the limit of open files has room, after raising it as far as the system allows.
+    """Raise the limit of open files as far as the system allows, and return how many connections it has room for.
 
-    Raises ValueError if that is hardly any.
+    Raises ValueError for fewer than a few.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = asked + SPARE_FILES
@@ -205,7 +204,7 @@ def allow_connections(asked: int) -> int:
 
 
 def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
-    """Say how uvicorn serves an app here. It does not run the app's lifespan."""
+    """Return the configuration of uvicorn, which does not run the app's lifespan."""
     config = uvicorn.Config(
         app,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
@@ -231,7 +230,7 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
 
 
 async def is_ready(worker: Worker) -> bool:
-    """Wait for the end of the warm-up; return whether the worker takes jobs then."""
+    """Wait for the end of the warm-up, and return whether the worker takes jobs then."""
     while not worker.state.ready and worker.state.alive:  # noqa: ASYNC110  it is another thread's
         await asyncio.sleep(WARM_LOOK_S)
     return worker.state.ready
@@ -240,8 +239,8 @@ async def is_ready(worker: Worker) -> bool:
 def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: AllowedSites) -> None:
     """Answer /metrics and /healthz on a port of their own, in a thread, until the process ends.
 
-    Clients do not come here, so that a supervisor gets an answer also when they hold all connections of the server.
-    Metrics need no key here, and have the names of all keys. So a page must not reach them by DNS rebinding.
+    A supervisor gets an answer there even when clients hold all connections of the server. Metrics need no key there,
+    and name all keys, so a web page must not reach them by DNS rebinding: the Host header is checked.
     """
 
     async def get_metrics(request: Request) -> Response:

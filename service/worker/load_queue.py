@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal
 
 from tminus.service.errors import Draining, ModelLoading
-from tminus.service.worker.worker import Worker
+from tminus.service.worker.state import WorkerState
 
 Reason = Literal["admin", "demand"]
 END_LOOK_S = 0.2  # how often a call that waits for a load looks whether the server ends
@@ -62,11 +62,11 @@ class LoadQueue:
     Requests and jobs of an unloaded model wait here. The loader takes each pending load and ends it.
     """
 
-    def __init__(self, worker: Worker, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:
+    def __init__(self, state: WorkerState, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:
         """max_wait_s: for a request. unloaded: the names of the models that begin so."""
         self.times = LoadTimes()
         self.pending: list[PendingLoad] = []
-        self._worker, self._max_wait_s, self._unloaded = worker, max_wait_s, set(unloaded)
+        self._state, self._max_wait_s, self._unloaded = state, max_wait_s, set(unloaded)
         self._changed = asyncio.Event()
 
     def is_unloaded(self, name: str) -> bool:
@@ -140,7 +140,7 @@ class LoadQueue:
             self.end(pending, Draining())
 
     def _find_or_add(self, name: str, reason: Reason, *, again: bool = False) -> PendingLoad:
-        self._worker.state.check_open()
+        self._state.check_open()
         if not again and (found := self.find(name)) is not None:
             return found
         pending = PendingLoad(name, reason, again, asyncio.get_running_loop().create_future())
@@ -155,6 +155,6 @@ class LoadQueue:
             if (left_s := until_s - time.monotonic()) <= 0:
                 raise TimeoutError
             await asyncio.wait([pending.done], timeout=min(END_LOOK_S, left_s))
-            if self._worker.state.draining and not pending.done.done():
+            if self._state.draining and not pending.done.done():
                 raise Draining
         pending.done.result()

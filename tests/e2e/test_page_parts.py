@@ -41,12 +41,10 @@ def time_shown(page: Page) -> float:
     return float(re.search(r"t = ([\d.]+)$", page.at("#frame-text").text_content())[1])
 
 
-# --- the first view ---
+# --- the first sample, and its way from noise ---
 
 
-def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_step_again(
-    open_page: OpenPage, server: RunningServer
-) -> None:
+def test_a_visitor_moves_through_the_time_of_the_first_sample(open_page: OpenPage, server: RunningServer) -> None:
     before = job_ids(server)
     page = open_page()
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
@@ -64,136 +62,12 @@ def test_the_page_opens_with_a_sample_that_leaves_nothing_behind_and_costs_no_st
     expect(page.at("#x_t")).to_be_visible()
     assert server.metric("tminus_row_steps_total") == steps
 
+    for width, height in ((390, 844), (360, 740), (1280, 800)):
+        page.tab.set_viewport_size({"width": width, "height": height})
+        expect(page.at("#x_t")).to_be_in_viewport(ratio=1)
+        expect(page.at("#go")).to_be_in_viewport(ratio=1)
+        expect(page.at("[name=steps]")).to_be_hidden()
 
-def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(open_page: OpenPage) -> None:
-    page, held = open_page(), []
-    page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
-    page.tab.reload()
-    page.go_on_until(lambda: bool(held))
-    page.make(steps=5, n=1, sampler="ddim", seed=3)
-    picture = page.picture("#x_t img")
-    held[0].abort()
-    assert page.picture("#x_t img") == picture == page.picture("#gallery img")
-    page.lost = "net::ERR_FAILED"
-
-
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (360, 740), (1280, 800)])
-def test_the_first_view_has_a_large_picture_and_the_button(open_page: OpenPage, width: int, height: int) -> None:
-    page = open_page(viewport={"width": width, "height": height})
-    expect(page.at("body")).to_have_attribute("data-opening", "shown")
-    expect(page.at("#x_t")).to_be_in_viewport(ratio=1)
-    expect(page.at("#go")).to_be_in_viewport(ratio=1)
-    expect(page.at("[name=steps]")).to_be_hidden()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_results_cover_nothing_and_stand_with_form_and_actions_in_one_column(
-    open_page: OpenPage, width: int
-) -> None:
-    page = open_page(viewport={"width": width, "height": 800})
-    page.make(steps=5, n=1, sampler="ddim")
-    page.has(1, "#gallery img")
-    for section in ("film", "batch"):
-        page.at(f"#{section}").scroll_into_view_if_needed()
-        results, other = (page.at(selector).bounding_box() for selector in ("#results", f"#{section}"))
-        assert results["y"] + results["height"] <= other["y"]
-    boxes = [page.at(selector).bounding_box() for selector in ("#form", "#beside", "#results")]
-    assert len({(box["x"], box["width"]) for box in boxes}) == 1
-
-
-# --- what was made ---
-
-
-def test_each_image_opens_large_with_its_own_png_link_and_calls(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page()
-    asked = {"n": 3, "steps": 6, "sampler": "ddim", "seed": 5, "class_label": "bag", "guidance": 1}
-    page.make(**asked)
-    spec = asked | {"class_label": 8}
-    assert downloaded(page) == server.post(json=spec).content
-    expect(page.at("#vary")).to_be_hidden()
-    page.press("Image 2 of 3")
-    page.has(1, "#x_t .tile:visible")
-    alone = spec | {"n": 1, "index": 1}
-    expect(page.at("#png")).to_have_attribute("download", "tminus-5-2.png")
-    assert downloaded(page) == server.post(json=alone).content
-    page.says("#caption", "bag, 6 steps of ddim, seed 5, index 1.")
-    page.says("#curl", '"index":1')
-    np.testing.assert_array_equal(shown_pixels(page), pixels(server.post(json=alone).content))
-    link = httpx.QueryParams(copied_by(page, page.at("#share")).partition("#")[2])
-    assert link == httpx.QueryParams({name: value for name, value in alone.items() if name != "guidance"})
-    page.at("#scrub").fill("3")  # on its way it is large too, and there is nothing to take
-    page.has(1, "#x_0 .tile:visible")
-    expect(page.at("#made")).to_be_hidden()
-    page.at("#scrub").press("End")
-    page.press("All 3")
-    page.has(3, "#x_t .tile:visible")
-    assert downloaded(page) == server.post(json=spec).content
-
-
-def downloaded(page: Page) -> bytes:
-    """What the link beside the image gives."""
-    expect(page.at("#png[href]")).to_be_visible()
-    with page.tab.expect_download() as download:
-        page.at("#png").click()
-    return download.value.path().read_bytes()
-
-
-def shown_pixels(page: Page) -> Any:
-    """The image of the tile that is to be seen, by what its place in the sheet is."""
-    place = page.at("#x_t .tile:visible").evaluate(
-        """(tile) => { const image = tile.querySelector("img"), [box, frame] = [image, tile.querySelector(".crop")].map(
-        (each) => each.getBoundingClientRect()); const scale = image.naturalWidth / box.width;
-        return [(frame.left - box.left) * scale, (frame.top - box.top) * scale, frame.width * scale]; }"""
-    )
-    left, top, width = map(round, place)
-    return pixels(page.picture("#x_t img"))[top : top + width, left : left + width]
-
-
-def test_an_image_leads_to_others_of_its_kind_and_to_an_edit(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page()
-    page.make(n=2, steps=8, sampler="ddim", seed=5, class_label="bag", guidance=1)
-    page.press("Another seed")
-    page.has(2, "#gallery img")
-    page.wait_until(DONE)
-    parameters = httpx.get(f"{server.url}/jobs/{page.job_id}").json()["parameters"]
-    assert (parameters["n"], parameters["steps"], parameters["class_label"]) == (2, 8, [8, 8])
-    assert parameters["seed"] != 5
-    page.press("Image 2 of 2")
-    chosen = shown_pixels(page)
-    page.press("Edit this")
-    page.says("#noise-name", "The image above. Paint")
-    expect(page.at("#canvas")).to_be_in_viewport()
-    page.at("#noise-t").fill("0")
-    page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
-    page.press("Variation")
-    page.has(3, "#gallery img")
-    page.wait_until(DONE)
-    job = httpx.get(f"{server.url}/jobs/{page.job_id}").json()
-    assert (job["parameters"]["strength"], job["parameters"]["n"], job["parameters"]["class_label"]) == (0.6, 2, [8, 8])
-    page.says("#caption", "from a picture")
-
-
-def test_a_result_of_the_session_is_shown_again_by_its_place_in_the_strip(
-    open_page: OpenPage, server: RunningServer
-) -> None:
-    page = open_page()
-    for seed in (1, 2):
-        page.make(n=1, steps=5, sampler="ddim", seed=seed)
-        page.has(seed, "#gallery img")
-    page.at("#gallery button").last.click()
-    page.says("#caption", "seed 1.")
-    page.wait_until(DONE)
-    expect(page.at("#gallery button").last).to_have_attribute("aria-current", "true")
-    page.has(1, "#gallery [aria-current]")
-    assert page.picture("#x_t img") == page.picture("#gallery li:last-child img")
-    assert page.form["seed"] == "1"
-
-
-# --- film, plot and player ---
-
-
-def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page()
     frames = way(server, **OPENING)["frames"]
     page.at("#strip button").first.click()
     assert frame_numbers(page) == (1, 21)
@@ -236,9 +110,6 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     assert frame_numbers(page) == (21, 21)
     expect(plot).to_have_attribute("aria-valuenow", "999")
 
-
-def test_the_film_is_scrubbed_by_dragging_and_by_the_wheel(open_page: OpenPage) -> None:
-    page = open_page()
     strip = page.at("#strip")
     strip.scroll_into_view_if_needed()
     box = strip.bounding_box()
@@ -282,30 +153,21 @@ def nearest(frames: list[dict[str, Any]], t: float) -> int:
     return min(range(len(frames)), key=lambda k: abs(frames[k]["t"] - t))
 
 
-def test_the_way_is_played_paused_and_looped(open_page: OpenPage) -> None:
-    page = open_page()
-    page.tab.clock.install(time=0)
-    page.tab.clock.pause_at(60_000)
-    page.at("#play").click()
-    page.tab.clock.run_for(2000)
-    assert 8 <= frame_numbers(page)[0] <= 13, "half of it"
-    page.tab.get_by_role("button", name="Pause").click()
-    paused = frame_numbers(page)
-    page.tab.clock.run_for(5000)
-    assert frame_numbers(page) == paused
-    page.at("#speed").select_option("2")
-    page.at("#play").click()
-    page.tab.clock.run_for(3000)
-    assert frame_numbers(page) == (21, 21)
+def test_the_way_is_played_until_something_else_is_moved(open_page: OpenPage) -> None:
+    page = open_page(reduced_motion="no-preference")
+    page.context.add_init_script(KEEP_FRAMES)
+    page.tab.reload()
+    page.wait_for_the_opening()
     expect(page.at("#play")).to_have_attribute("aria-label", "Play")
-    page.at("#loop").check()
-    page.at("#play").click()
-    page.tab.clock.run_for(2600 + 1000)
-    assert 8 <= frame_numbers(page)[0] <= 13, "it has begun again"
+    assert frame_numbers(page) == (21, 21)
+    texts = page.tab.evaluate("() => window.frames_shown.filter((text) => text)")
+    # The frames come one after the other, and the last of them stays.
+    came = next(number for number, text in enumerate(texts) if text.startswith("Frame 21 of 21"))
+    assert any(text.startswith("Frame 1 of 21") for text in texts[came:])
+    page.tab.emulate_media(reduced_motion="reduce")
+    page.tab.reload()
+    page.wait_for_the_opening()
 
-
-def test_whatever_else_is_moved_takes_over_from_a_player(open_page: OpenPage) -> None:
-    page = open_page()
     play, lanes_play = page.at("#play"), page.at("#compare-play")
     page.press("Compare")
     expect(page.at("#compare-status")).to_have_text("Done.")
@@ -335,6 +197,23 @@ def test_whatever_else_is_moved_takes_over_from_a_player(open_page: OpenPage) ->
         page.tab.clock.run_for(300)
         expect(begun).to_have_attribute("aria-label", "Pause")
         expect(paused).to_have_attribute("aria-label", "Play")
+    page.at("#scrub").press("End")
+    page.at("#play").click()
+    page.tab.clock.run_for(2000)
+    assert 8 <= frame_numbers(page)[0] <= 13, "half of it"
+    page.tab.get_by_role("button", name="Pause").click()
+    paused = frame_numbers(page)
+    page.tab.clock.run_for(5000)
+    assert frame_numbers(page) == paused
+    page.at("#speed").select_option("2")
+    page.at("#play").click()
+    page.tab.clock.run_for(3000)
+    assert frame_numbers(page) == (21, 21)
+    expect(page.at("#play")).to_have_attribute("aria-label", "Play")
+    page.at("#loop").check()
+    page.at("#play").click()
+    page.tab.clock.run_for(2600 + 1000)
+    assert 8 <= frame_numbers(page)[0] <= 13, "it has begun again"
 
 
 KEEP_FRAMES = """window.frames_shown = []; addEventListener('DOMContentLoaded', () => {
@@ -342,25 +221,129 @@ KEEP_FRAMES = """window.frames_shown = []; addEventListener('DOMContentLoaded', 
     new MutationObserver(() => window.frames_shown.push(text.textContent)).observe(text, {childList: true}); });"""
 
 
-def test_it_plays_by_itself_for_those_who_like_motion(open_page: OpenPage) -> None:
-    page = open_page(reduced_motion="no-preference")
-    page.context.add_init_script(KEEP_FRAMES)
+# --- what was made ---
+
+
+def test_a_user_samples_and_goes_on_from_what_was_made(open_page: OpenPage, server: RunningServer) -> None:
+    page, held = open_page(), []
+    page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
     page.tab.reload()
-    page.wait_for_the_opening()
-    expect(page.at("#play")).to_have_attribute("aria-label", "Play")
-    assert frame_numbers(page) == (21, 21)
-    texts = page.tab.evaluate("() => window.frames_shown.filter((text) => text)")
-    # The frames come one after the other, and the last of them stays.
-    came = next(number for number, text in enumerate(texts) if text.startswith("Frame 21 of 21"))
-    assert any(text.startswith("Frame 1 of 21") for text in texts[came:])
+    page.go_on_until(lambda: bool(held))
+    page.make(steps=5, n=1, sampler="ddim", seed=1)
+    picture = page.picture("#x_t img")
+    held[0].abort()
+    assert page.picture("#x_t img") == picture == page.picture("#gallery img")
+    page.lost = "net::ERR_FAILED"
+    page.tab.unroute_all()
+
+    page.make(n=1, steps=5, sampler="ddim", seed=2)
+    page.has(2, "#gallery img")
+    page.at("#gallery button").last.click()
+    page.says("#caption", "seed 1.")
+    page.wait_until(DONE)
+    expect(page.at("#gallery button").last).to_have_attribute("aria-current", "true")
+    page.has(1, "#gallery [aria-current]")
+    assert page.picture("#x_t img") == page.picture("#gallery li:last-child img")
+    assert page.form["seed"] == "1"
+
+    for width in (390, 1280):
+        page.tab.set_viewport_size({"width": width, "height": 800})
+        for section in ("film", "batch"):
+            page.at(f"#{section}").scroll_into_view_if_needed()
+            results, other = (page.at(selector).bounding_box() for selector in ("#results", f"#{section}"))
+            assert results["y"] + results["height"] <= other["y"]
+        boxes = [page.at(selector).bounding_box() for selector in ("#form", "#beside", "#results")]
+        assert len({(box["x"], box["width"]) for box in boxes}) == 1
+
+    asked = {"n": 3, "steps": 6, "sampler": "ddim", "seed": 5, "class_label": "bag", "guidance": 1}
+    page.make(**asked)
+    spec = asked | {"class_label": 8}
+    assert downloaded(page) == server.post(json=spec).content
+    expect(page.at("#vary")).to_be_hidden()
+    page.press("Image 2 of 3")
+    page.has(1, "#x_t .tile:visible")
+    alone = spec | {"n": 1, "index": 1}
+    expect(page.at("#png")).to_have_attribute("download", "tminus-5-2.png")
+    assert downloaded(page) == server.post(json=alone).content
+    page.says("#caption", "bag, 6 steps of ddim, seed 5, index 1.")
+    page.says("#curl", '"index":1')
+    np.testing.assert_array_equal(shown_pixels(page), pixels(server.post(json=alone).content))
+    link = httpx.QueryParams(copied_by(page, page.at("#share")).partition("#")[2])
+    assert link == httpx.QueryParams({name: value for name, value in alone.items() if name != "guidance"})
+    page.at("#scrub").fill("3")  # on its way it is large too, and there is nothing to take
+    page.has(1, "#x_0 .tile:visible")
+    expect(page.at("#made")).to_be_hidden()
+    page.at("#scrub").press("End")
+    page.press("All 3")
+    page.has(3, "#x_t .tile:visible")
+    assert downloaded(page) == server.post(json=spec).content
+
+    page.make(n=2, steps=8, sampler="ddim", seed=5, class_label="bag", guidance=1)
+    page.press("Another seed")
+    page.has(5, "#gallery img")
+    page.wait_until(DONE)
+    parameters = httpx.get(f"{server.url}/jobs/{page.job_id}").json()["parameters"]
+    assert (parameters["n"], parameters["steps"], parameters["class_label"]) == (2, 8, [8, 8])
+    assert parameters["seed"] != 5
+    page.press("Image 2 of 2")
+    chosen = shown_pixels(page)
+    page.press("Edit this")
+    page.says("#noise-name", "The image above. Paint")
+    expect(page.at("#canvas")).to_be_in_viewport()
+    page.at("#noise-t").fill("0")
+    page.wait_for_picture("#noise-image", noised(server, png_of(chosen), page))
+    page.press("Variation")
+    page.has(6, "#gallery img")
+    page.wait_until(DONE)
+    job = httpx.get(f"{server.url}/jobs/{page.job_id}").json()
+    assert (job["parameters"]["strength"], job["parameters"]["n"], job["parameters"]["class_label"]) == (0.6, 2, [8, 8])
+    page.says("#caption", "from a picture")
+
+    page.make(steps=5, n=2, sampler="ddim", seed=3)
+    page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
+    page.wait_for_picture("#x_t img", server.post(json=OPENING | {"class_label": 8}).content)
+    page.wait_until("Press Sample to make your own.")
+    page.says("#caption", "bag, 20 steps of dpmpp_2m")
+
+    held.clear()
+    asked_before = len(page.requests)
+    expect(page.at("#noise-image")).to_be_visible()
+    page.fill(n=1, steps=5, sampler="ddim")
+    page.tab.route(re.compile(POSTED), lambda route: held.append(route))
+    page.tab.evaluate(  # and have a blob read after those of the edits
+        """() => { ['edit', 'edit', 'go', 'go'].forEach((id) => document.getElementById(id).click());
+        return new Blob(['later']).arrayBuffer().then(String); }"""
+    )
+    page.go_on_until(lambda: bool(held))
+    held[0].continue_()
+    page.wait_until(DONE)
+    assert [url for url in page.requests[asked_before:] if url.endswith("/jobs")] == [f"{server.url}/jobs"]
+    page.has(8, "#gallery img")
+
+
+def downloaded(page: Page) -> bytes:
+    """What the link beside the image gives."""
+    expect(page.at("#png[href]")).to_be_visible()
+    with page.tab.expect_download() as download:
+        page.at("#png").click()
+    return download.value.path().read_bytes()
+
+
+def shown_pixels(page: Page) -> Any:
+    """The image of the tile that is to be seen, by what its place in the sheet is."""
+    place = page.at("#x_t .tile:visible").evaluate(
+        """(tile) => { const image = tile.querySelector("img"), [box, frame] = [image, tile.querySelector(".crop")].map(
+        (each) => each.getBoundingClientRect()); const scale = image.naturalWidth / box.width;
+        return [(frame.left - box.left) * scale, (frame.top - box.top) * scale, frame.width * scale]; }"""
+    )
+    left, top, width = map(round, place)
+    return pixels(page.picture("#x_t img"))[top : top + width, left : left + width]
 
 
 # --- presets, links and recipes ---
 
 
-def test_presets_fill_in_the_form_and_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
-    open_page: OpenPage, bundled_server: RunningServer
-) -> None:
+def test_presets_and_tables_fill_in_the_form(open_page: OpenPage, bundled_server: RunningServer) -> None:
     page = open_page(bundled_server.url)
     of_table = {"sampler": "tuned", "steps": "8", "guidance": "1"}
     settings = lambda: {name: page.form[name] for name in of_table}  # noqa: E731
@@ -378,11 +361,6 @@ def test_presets_fill_in_the_form_and_where_a_table_is_recommended_more_guidance
     page.fill(sampler="ddim")
     expect(page.at("[name=guidance]")).to_be_enabled()
 
-
-def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
-    open_page: OpenPage, bundled_server: RunningServer
-) -> None:
-    page = open_page(bundled_server.url)
     page.fill(sampler="tuned", steps=7, seed=1, n=1)
     said = "No table of tuned has 7 steps: the nearest has 8 steps."
     address = copied_by(page, page.at("#link"))
@@ -431,7 +409,9 @@ ALL_OF_IT = {
 }  # fmt: skip
 
 
-def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, server: RunningServer) -> None:
+def test_a_link_opens_with_what_it_says_unless_that_costs_much_or_is_nonsense(
+    open_page: OpenPage, server: RunningServer
+) -> None:
     query = httpx.QueryParams(ALL_OF_IT | {"clip": "false"})
     page = open_page(f"{server.url}/#{query}")
     expect(page.at("body")).to_have_attribute("data-opening", "shown")
@@ -444,21 +424,6 @@ def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, serv
     other = open_page(copied_by(page, page.at("#share")))
     other.wait_for_picture("#x_t img", picture)
 
-
-def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
-    open_page: OpenPage, server: RunningServer
-) -> None:
-    page = open_page()
-    page.make(steps=5, n=2, sampler="ddim", seed=3)
-    page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
-    page.wait_for_picture("#x_t img", server.post(json=OPENING | {"class_label": 8}).content)
-    page.wait_until("Press Sample to make your own.")
-    page.says("#caption", "bag, 20 steps of dpmpp_2m")
-
-
-def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_said_to_be(
-    open_page: OpenPage, server: RunningServer
-) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
     page.says("#caption", "Press Sample to see the result.")
@@ -470,7 +435,7 @@ def test_a_link_to_what_costs_much_waits_for_the_user_and_one_of_nonsense_is_sai
     assert server.metric("tminus_row_steps_total") == steps
 
 
-def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_changed(
+def test_a_png_restores_its_recipe_where_it_has_one_and_nothing_else(
     open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
     page, file, made = open_page(), tmp_path / "made.png", server.post(json=ALL_OF_IT).content
@@ -512,9 +477,7 @@ def test_a_png_of_tminus_restores_its_recipe_and_is_made_again_unless_it_was_cha
     page.press("Make it again")
     page.says("#recipe-answer", "Not the same: the sizes differ.")
 
-
-def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp_path: Path) -> None:
-    page, file = open_page(), tmp_path / "crafted.png"
+    file = tmp_path / "crafted.png"
     spec = {"sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "eta": 0.5, "guidance": 1}
     spec |= {"class_labels": [2], "table": None}
     crafted = spec | {"image": "AAAA", "mask": "AAAA", "deadline_s": 1, "webhook": "http://127.0.0.1/", "strength": 0.5}
@@ -526,29 +489,12 @@ def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp
         "sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "class_label": 2, "eta": 0.5, "guidance": 1,
     }  # fmt: skip
     page.says("#recipe-answer", "Not the same: the sizes differ.")
-    other = tmp_path / "other.png"
+    other = tmp_path / "magic.png"
     save_with(other, np.zeros((8, 8), np.uint8), json.dumps({"spec": spec | {"sampler": "<b>magic</b>"}}))
     page.give(other)
     page.says("#recipe-text", "This model has no sampler <b>magic</b>.")
     expect(page.at("#again")).to_be_disabled()
 
-
-def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
-    info = PngInfo()
-    info.add_itxt("tminus", text)
-    Image.fromarray(pixels).save(file, pnginfo=info, compress_level=1)
-
-
-NO_RECIPES = (
-    "{", "[]", '{"spec": 5}', '{"noise": {}}', '{"spec": {"sampler": "ddim", "class_labels": 5}}',
-    json.dumps({"spec": {"sampler": "ddim", "class_labels": [1] * 65}}),
-)  # fmt: skip
-
-
-def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
-    open_page: OpenPage, server: RunningServer, tmp_path: Path
-) -> None:
-    page = open_page()
     made = server.post(json=OPENING).content
     grey = np.full((32, 32), 128, np.uint8)
     page.tab.evaluate("() => document.getElementById('recipe').hidden = false")
@@ -567,19 +513,135 @@ def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
         expect(page.at("#recipe")).to_be_hidden()
 
 
+def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
+    info = PngInfo()
+    info.add_itxt("tminus", text)
+    Image.fromarray(pixels).save(file, pnginfo=info, compress_level=1)
+
+
+NO_RECIPES = (
+    "{", "[]", '{"spec": 5}', '{"noise": {}}', '{"spec": {"sampler": "ddim", "class_labels": 5}}',
+    json.dumps({"spec": {"sampler": "ddim", "class_labels": [1] * 65}}),
+)  # fmt: skip
+
+
 def noised(server: RunningServer, picture: bytes, page: Page) -> bytes:
     """The picture at the timestep that the page shows."""
     query = {"t": page.at("#noise-t").input_value(), "seed": 0}
     return httpx.post(f"{server.url}/noise", params=query, files={"image": picture}).content
 
 
-# --- lanes ---
+# --- one's own picture ---
 
 
-def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refused_says_why(
-    open_page: OpenPage, server: RunningServer
+def picture_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    drawn, file = np.random.default_rng(5).integers(0, 256, (32, 32), dtype=np.uint8), tmp_path / "own.png"
+    file.write_bytes(png_of(drawn))
+    return file, drawn
+
+
+def edited(server: RunningServer, picture: bytes, mask: np.ndarray, **fields: object) -> bytes:
+    """What the page asks for, by POST /sample."""
+    data = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8} | fields
+    return server.post(
+        files={"image": picture, "mask": png_of(np.where(mask, 255, 0).astype(np.uint8))}, data=data
+    ).content
+
+
+def test_a_picture_is_denoised_where_its_mask_is(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
+    page = open_page()
+    file, drawn = picture_file(tmp_path)
+    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
+    page.give(file)
+    expect(page.at("#noise-name")).to_have_text("own.png")
+    page.at("#mask-preset").select_option("rectangle")
+    for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
+        page.at(f"#rect-{name}").fill(str(value))
+    made_new = np.zeros((32, 32), bool)
+    made_new[5:25, 3:13] = True
+    page.at("#strength").fill("1")
+    page.press("Denoise it")
+    page.wait_until(DONE)
+    assert page.picture("#gallery img") == edited(server, file.read_bytes(), made_new)
+    final = pixels(page.picture("#gallery img"))
+    np.testing.assert_array_equal(final[~made_new], drawn[~made_new])
+    assert (final[made_new] != drawn[made_new]).mean() > 0.5
+    page.says("#caption", "from a picture")
+    expect(page.at("#code")).to_be_hidden()
+    page.tab.reload()
+    page.wait_until(DONE)
+
+    page = open_page()
+    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
+    page.press("Clear")
+    expect(page.at("#noise-image")).to_be_hidden()
+    page.press("Denoise it")
+    page.says("#noise-error", "There is no picture yet")
+    page.at("#size").fill("4")
+    page.at("#canvas").scroll_into_view_if_needed()
+    box = page.at("#canvas").bounding_box()
+    pixel = box["width"] / 32
+
+    def draw(*points: tuple[float, float]) -> None:
+        for number, (x, y) in enumerate(points):
+            page.tab.mouse.move(box["x"] + x * pixel, box["y"] + y * pixel)
+            if number == 0:
+                page.tab.mouse.down()
+        page.tab.mouse.up()
+
+    draw((4, 16), (28, 16))
+    expect(page.at("#noise-name")).to_have_text("Drawn here.")
+    page.at("#brush").select_option("mask")
+    draw((16, 4), (16, 28))
+    page.at("#strength").fill("0.5")
+    drawn = np.zeros((32, 32), np.uint8)
+    drawn[14:18, 2:30] = 255
+    made_new = np.zeros((32, 32), bool)
+    made_new[2:30, 14:18] = True
+    page.press("Denoise it")
+    page.wait_until(DONE)
+    assert page.picture("#gallery img") == edited(server, png_of(drawn), made_new, strength=0.5)
+    expect(page.at("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
+    page.at("#scrub").fill("0")
+    expect(page.at("#x_t img")).to_have_attribute("alt", "x_t after step 0 of 5")
+
+
+# --- lanes, the grid and the batch ---
+
+
+def test_samplers_classes_seeds_and_jobs_are_compared(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
-    page, held = open_page(), []
+    page = open_page()
+    assert not [url for url in page.requests if url.endswith("/batch")], "nobody sees it"
+    page.refuse(r"/batch$", 401)
+    page.at("#batch").scroll_into_view_if_needed()
+    expect(page.at("#batch-text")).to_have_text("The server's work cannot be shown: it needs a key.")
+    expect(page.at("#key-dialog")).to_be_hidden()
+    page.tab.unroute_all()
+    page.says("#batch-text", "The server is idle.")
+    with ThreadPoolExecutor(1) as pool:
+        slow_down(server)
+        asked = pool.submit(server.post, json=LONG | {"n": 3})
+        page.has(1, "#jobs li")
+        expect(page.at("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
+        expect(page.at("#jobs .where")).to_have_text(
+            re.compile(r"^3 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$")
+        )
+        page.has(3, "#jobs .dots i")
+        first = page.at("#jobs .where").text_content()
+        expect(page.at("#jobs .where")).not_to_have_text(first)
+        (job,) = httpx.get(f"{server.url}/jobs?state=running").json()["jobs"]
+        httpx.delete(f"{server.url}/jobs/{job['id']}")
+        asked.result()
+    page.has(0, "#jobs li")
+    page.press("Send three different requests")
+    expect(page.at("#jobs .own")).not_to_have_count(0)
+    server.speed_up()
+    expect(page.at("#load")).to_have_attribute("aria-disabled", "false")
+    page.has(0, "#jobs li")
+
+    held: list[Any] = []
     page.at("#lanes").scroll_into_view_if_needed()
     expect(page.at(".lane:nth-child(1) img.x_t")).to_be_visible()
     expect(page.at(".lane:nth-child(2) img.x_0")).to_be_visible()
@@ -624,139 +686,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time_and_one_that_is_refus
     expect(page.at(".lane .told").first).to_contain_text("Not done: steps must be")
     expect(page.at(".lane:nth-child(2) img.x_t")).to_be_visible()
 
-
-# --- one's own picture ---
-
-
-def picture_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    drawn, file = np.random.default_rng(5).integers(0, 256, (32, 32), dtype=np.uint8), tmp_path / "own.png"
-    file.write_bytes(png_of(drawn))
-    return file, drawn
-
-
-def edited(server: RunningServer, picture: bytes, mask: np.ndarray, **fields: object) -> bytes:
-    """What the page asks for, by POST /sample."""
-    data = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8} | fields
-    return server.post(
-        files={"image": picture, "mask": png_of(np.where(mask, 255, 0).astype(np.uint8))}, data=data
-    ).content
-
-
-def test_a_masked_picture_is_denoised_where_the_mask_is(
-    open_page: OpenPage, server: RunningServer, tmp_path: Path
-) -> None:
-    page = open_page()
-    file, drawn = picture_file(tmp_path)
-    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
-    page.give(file)
-    expect(page.at("#noise-name")).to_have_text("own.png")
-    page.at("#mask-preset").select_option("rectangle")
-    for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
-        page.at(f"#rect-{name}").fill(str(value))
-    made_new = np.zeros((32, 32), bool)
-    made_new[5:25, 3:13] = True
-    page.at("#strength").fill("1")
-    page.press("Denoise it")
-    page.wait_until(DONE)
-    assert page.picture("#gallery img") == edited(server, file.read_bytes(), made_new)
-    final = pixels(page.picture("#gallery img"))
-    np.testing.assert_array_equal(final[~made_new], drawn[~made_new])
-    assert (final[made_new] != drawn[made_new]).mean() > 0.5
-    page.says("#caption", "from a picture")
-    expect(page.at("#code")).to_be_hidden()
-    page.tab.reload()
-    page.wait_until(DONE)
-
-
-def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningServer) -> None:
-    page = open_page()
-    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
-    page.press("Clear")
-    expect(page.at("#noise-image")).to_be_hidden()
-    page.press("Denoise it")
-    page.says("#noise-error", "There is no picture yet")
-    page.at("#size").fill("4")
-    page.at("#canvas").scroll_into_view_if_needed()
-    box = page.at("#canvas").bounding_box()
-    pixel = box["width"] / 32
-
-    def draw(*points: tuple[float, float]) -> None:
-        for number, (x, y) in enumerate(points):
-            page.tab.mouse.move(box["x"] + x * pixel, box["y"] + y * pixel)
-            if number == 0:
-                page.tab.mouse.down()
-        page.tab.mouse.up()
-
-    draw((4, 16), (28, 16))
-    expect(page.at("#noise-name")).to_have_text("Drawn here.")
-    page.at("#brush").select_option("mask")
-    draw((16, 4), (16, 28))
-    page.at("#strength").fill("0.5")
-    drawn = np.zeros((32, 32), np.uint8)
-    drawn[14:18, 2:30] = 255
-    made_new = np.zeros((32, 32), bool)
-    made_new[2:30, 14:18] = True
-    page.press("Denoise it")
-    page.wait_until(DONE)
-    assert page.picture("#gallery img") == edited(server, png_of(drawn), made_new, strength=0.5)
-    expect(page.at("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
-    page.at("#scrub").fill("0")
-    expect(page.at("#x_t img")).to_have_attribute("alt", "x_t after step 0 of 5")
-
-
-def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
-    page, held = open_page(), []
-    expect(page.at("#noise-image")).to_be_visible()
-    page.fill(n=1, steps=5, sampler="ddim")
-    page.tab.route(re.compile(POSTED), lambda route: held.append(route))
-    page.tab.evaluate(  # and have a blob read after those of the edits
-        """() => { ['edit', 'edit', 'go', 'go'].forEach((id) => document.getElementById(id).click());
-        return new Blob(['later']).arrayBuffer().then(String); }"""
-    )
-    page.go_on_until(lambda: bool(held))
-    held[0].continue_()
-    page.wait_until(DONE)
-    assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
-    page.has(1, "#gallery img")
-
-
-# --- the grid ---
-
-
-def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
-    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
-) -> None:
-    page = open_page()
-    page.at("#grid-class").select_option(label="sneaker")
-    page.at("#grid-rows").fill("9")  # there are three from there on
-    page.at("#grid-columns").fill("2")
-    page.press("Make the grid")
-    page.says("#grid-status", "Done.")
-    expect(page.at("#cells th")).to_have_text(["sneaker", "bag", "ankle-boot"])
-    for row, label in enumerate((7, 8, 9), 1):
-        for column in range(2):
-            alone = OPENING | {"class_label": label, "index": column}
-            cell = f"#cells tr:nth-child({row}) td:nth-child({column + 2}) img"
-            assert page.picture(cell) == server.post(json=alone).content
-    page.at("#cells tr:nth-child(2) td:nth-child(3) button").click()
-    page.says("#caption", "bag")
-    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
-    assert frame_numbers(page) == (21, 21)
-    assert page.form["class_label"] == "8"
-    slow_down(server)
-    page.sample(**LONG)
-    page.wait_for_step()
-    page.at("#cells button").first.click()
-    page.says("#caption", "sneaker, 20 steps")  # and the job goes on
-    page.at("#gallery button").first.click()
-    page.wait_for_step()
-    page.cancel()
-
-
-def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
-    open_page: OpenPage, server: RunningServer
-) -> None:
-    page, held = open_page(), []
+    held.clear()
     page.at("#grid-rows").fill("1")
     page.at("#grid-columns").fill("2")
     page.at("#grid-seed").fill("007")
@@ -779,12 +709,8 @@ def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
     page.says("#caption", "index 1.")
     expect(page.at("#grid-status")).to_have_text("")
     assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
+    page.tab.unroute_all()
 
-
-def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
-    open_page: OpenPage, server: RunningServer
-) -> None:
-    page = open_page()
     for field, value in {"rows": "2", "columns": "5", "seed": "7", "to": str(2**64 - 1)}.items():
         page.at(f"#grid-{field}").fill(value)
     page.press("Make the grid")
@@ -805,39 +731,31 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
     page.make()
     assert page.picture("#x_t img") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
 
-
-# --- the batch ---
-
-
-def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
-    page = open_page()
-    assert not [url for url in page.requests if url.endswith("/batch")], "nobody sees it"
-    page.refuse(r"/batch$", 401)
-    page.at("#batch").scroll_into_view_if_needed()
-    expect(page.at("#batch-text")).to_have_text("The server's work cannot be shown: it needs a key.")
-    expect(page.at("#key-dialog")).to_be_hidden()
-    page.tab.unroute_all()
-    page.says("#batch-text", "The server is idle.")
-    with ThreadPoolExecutor(1) as pool:
-        slow_down(server)
-        asked = pool.submit(server.post, json=LONG | {"n": 3})
-        page.has(1, "#jobs li")
-        expect(page.at("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
-        expect(page.at("#jobs .where")).to_have_text(
-            re.compile(r"^3 rows, step \d+ of 1000, t = \d+, \S+ (s|min) left$")
-        )
-        page.has(3, "#jobs .dots i")
-        first = page.at("#jobs .where").text_content()
-        expect(page.at("#jobs .where")).not_to_have_text(first)
-        (job,) = httpx.get(f"{server.url}/jobs?state=running").json()["jobs"]
-        httpx.delete(f"{server.url}/jobs/{job['id']}")
-        asked.result()
-    page.has(0, "#jobs li")
-    page.press("Send three different requests")
-    expect(page.at("#jobs .own")).not_to_have_count(0)
-    server.speed_up()
-    expect(page.at("#load")).to_have_attribute("aria-disabled", "false")
-    page.has(0, "#jobs li")
+    page.at("#grid-class").select_option(label="sneaker")
+    page.at("#grid-rows").fill("9")  # there are three from there on
+    page.at("#grid-columns").fill("2")
+    page.at("#grid-to").fill("")
+    page.press("Make the grid")
+    page.says("#grid-status", "Done.")
+    expect(page.at("#cells th")).to_have_text(["sneaker", "bag", "ankle-boot"])
+    for row, label in enumerate((7, 8, 9), 1):
+        for column in range(2):
+            alone = OPENING | {"class_label": label, "index": column}
+            cell = f"#cells tr:nth-child({row}) td:nth-child({column + 2}) img"
+            assert page.picture(cell) == server.post(json=alone).content
+    page.at("#cells tr:nth-child(2) td:nth-child(3) button").click()
+    page.says("#caption", "bag")
+    assert page.picture("#x_t img") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
+    assert frame_numbers(page) == (21, 21)
+    assert page.form["class_label"] == "8"
+    slow_down(server)
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.at("#cells button").first.click()
+    page.says("#caption", "sneaker, 20 steps")  # and the job goes on
+    page.at("#gallery button").first.click()
+    page.wait_for_step()
+    page.cancel()
 
 
 # --- everybody, and every screen ---

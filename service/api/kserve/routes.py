@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
-from tminus.service.api.admin import Changes
+from tminus.service.api.admin import Loader
 from tminus.service.api.answers import problems
 from tminus.service.api.answers.headers import NAMED, OF_FORECAST, OF_JOB, with_headers
 from tminus.service.api.answers.openapi import (
@@ -150,7 +150,7 @@ class ModelConfig(BaseModel):
     output: list[TensorConfig]
 
 
-def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
+def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
     """Make the routes. version: of the server."""
     router = APIRouter(tags=["kserve"])
 
@@ -191,7 +191,7 @@ def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, 
             ModelInIndex(name=each.model.name, version=version_of(each.model), state=state, reason=why)
             for each in models
         ]
-        for name, going_on in (await changes.unloaded_models()).items():
+        for name, going_on in (await loader.unloaded_models()).items():
             unloaded = "UNAVAILABLE" if going_on == "unloaded" else going_on.upper()
             found.append(ModelInIndex(name=name, state=unloaded, reason=going_on))
         return [each for each in found if each.state == "READY" or not only_ready]

@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -333,11 +334,24 @@ def test_long_ticks_are_not_measured_again_at_a_later_start(
     assert first.tick_times == second.tick_times == times
 
 
-@pytest.mark.parametrize(
-    "times", [None, 3, [], [[1, "0.3"], [1, 0.4]], [[1, float("nan")]], [[1, -1.0]], [[2, 0.5]], [[1, 0.3], [2]]]
-)
-def test_damaged_times_of_ticks_are_not_taken(times: object) -> None:
-    assert loading._kept_times({"tick_times": times}, 16) is None
+def test_damaged_sizes_and_times_of_ticks_are_measured_again(
+    unmeasured: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    times = ((1, 0.3), (2, 0.6), (4, 1.2))
+    monkeypatch.setattr(loading, "measure_ticks", lambda *_, rounds: measured.append(rounds) or times)
+    load_engine(unmeasured)
+    (file,) = [each for each in (tmp_path / "cache").iterdir() if "short_batch" in json.loads(each.read_bytes())]
+    kept = json.loads(file.read_bytes())
+    for name, values in {
+        "tick_times": (None, 3, [], [[1, "0.3"], [1, 0.4]], [[1, math.nan]], [[1, -1.0]], [[2, 0.5]], [[1, 0.3], [2]]),
+        "overlapped": (0.0, 1.5, -0.5, "0.7", True, math.nan, [], {}),
+    }.items():
+        for value in values:
+            measured.clear()
+            file.write_text(json.dumps(kept | {name: value}))
+            load_engine(unmeasured)
+            assert measured, (name, value)
 
 
 def test_a_gpu_that_is_not_the_first_is_refused_with_the_way_to_get_it(

@@ -284,6 +284,15 @@ def test_idle_models_go_out_and_come_back_for_the_next_request(make_site: MakeSi
     assert several.site.metrics()['tminus_model_unloads_total{"reason": "idle"}'] >= 2
 
 
+def test_memory_that_cannot_be_freed_keeps_no_later_model_out(several: Several) -> None:
+    assert ask(several, "a").status_code == 200
+    several.shelf.freed = None  # type: ignore[assignment]  # so that `release` fails
+    several.change("a", "unload")
+    wait_until(lambda: "a" not in loaded(several))
+    several.shelf.freed = []
+    assert [ask(several, name).status_code for name in "ab"] == [200, 200]
+
+
 def test_other_weights_in_the_folder_are_served_from_the_next_load_on(several: Several) -> None:
     assert ask(several, "a").status_code == 200
     assert several.change("a", "unload").status_code == 204
