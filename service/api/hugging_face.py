@@ -27,7 +27,7 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.classes import class_label_of, class_of_prompt
-from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, parsed, read_json
+from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, parse_call, read_json
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
     EDIT_PARAMETERS,
@@ -84,7 +84,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     parameters, given_as = parameters_of(body, services.model)
     del body  # it may have a picture
     with named_as_given(given_as):
-        asked = await parsed(SampleRequest, parameters, services.bounds)
+        asked = await parse_call(SampleRequest, parameters, services.bounds)
         del parameters
         services = await ensure_loaded(services, caller_of(request), asked, request)
         new = await prepare_job(services, caller_of(request), asked, request)

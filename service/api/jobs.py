@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from tminus.service.api.answers.caching import cache_headers, matches
@@ -29,13 +30,13 @@ from tminus.service.api.request.reading import (
     in_query,
     negotiate,
     no_parameters,
-    parsed,
+    parse_call,
     read_parameters,
     while_connected,
 )
-from tminus.service.api.request.schemas import AsInteger, FloatsRequest, Index, JobCall, RequestSchema, said
+from tminus.service.api.request.schemas import AsInteger, FloatsRequest, Index, JobCall, RequestSchema, in_words
 from tminus.service.api.sample import of_images
-from tminus.service.api.submission import accept, spec_headers
+from tminus.service.api.submission import create, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.store.records import Place
@@ -51,13 +52,15 @@ class JobsCall(RequestSchema):
     state: Annotated[
         str | None,
         Field(pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$"),
-        said("all", f"one or more of {', '.join(STATES)}, separated by commas"),
+        in_words("all", f"one or more of {', '.join(STATES)}, separated by commas"),
     ] = None
     """Only jobs in these states, separated by commas: waiting, running, done, failed, cancelled."""
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), AsInteger, said("50")] = 50
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), AsInteger, in_words("50")] = 50
     """The most jobs in an answer."""
     before: Annotated[
-        str | None, Field(pattern="^[0-9]{1,18}-[0-9a-f]{32}$"), said("the newest jobs", "`next` of an earlier answer")
+        str | None,
+        Field(pattern="^[0-9]{1,18}-[0-9a-f]{32}$"),
+        in_words("the newest jobs", "`next` of an earlier answer"),
     ] = None
     """The `next` of an earlier answer: the jobs that follow it."""
 
@@ -78,7 +81,7 @@ class JobsCall(RequestSchema):
 class JobImageCall(FloatsRequest):
     """Which image of a durable job is wanted; in the query."""
 
-    index: Annotated[Index | None, said("all images")] = None
+    index: Annotated[Index | None, in_words("all images")] = None
     """The index of the one image to answer."""
 
 
@@ -148,11 +151,20 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def post_job(services: Services, request: Request) -> Response:
-    """Accept a durable job."""
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
     values, errors = await read_parameters(request, services.limits)
-    parameters = await parsed(JobCall, values, services.bounds, errors, services.webhooks)
+    parameters = await parse_call(JobCall, values, services.bounds, errors, services.webhooks)
     del values  # it may have a picture
-    return await accept(services, request, parameters)
+    view, again = await create(services, request, parameters)
+    headers = {
+        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
+        "X-Job-ID": view.record.id,
+        "Cache-Control": "no-store",
+    }
+    headers |= spec_headers(view.record.spec, services.model)
+    if again:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:

@@ -29,7 +29,7 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import finished_or_gone, head_answer, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.reading import negotiate, parsed, read_parameters
+from tminus.service.api.request.reading import negotiate, parse_call, read_parameters
 from tminus.service.api.request.schemas import SampleCall
 from tminus.service.api.request.specs import refuse_float_depth
 from tminus.service.api.submission import ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
@@ -112,10 +112,10 @@ async def sample(services: Services, request: Request) -> Response:
     """Sample, and wait for the images."""
     values, errors = await read_parameters(request, services.limits)
     offered, hint = WITH_FRAMES if "every" in values else WITHOUT_FRAMES
-    media_type = offered[0] if errors else negotiate(request, offered, hint)
+    media_type = offered[0] if errors else negotiate(request, offered, hint)  # what is wrong with the body goes first
     if media_type == NPY:
         values = {"bit_depth": 32} | values
-    parameters = await parsed(SampleCall, values, services.bounds, errors, media_type)
+    parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
     del values  # it may have a picture
     services = await ensure_loaded(services, caller_of(request), parameters, request)
     new = await prepare_job(services, caller_of(request), parameters, request)

@@ -17,7 +17,7 @@ from tminus.service.api.answers.progress import Progress, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.reading import from_body, no_parameters, off_loop, parsed
+from tminus.service.api.request.reading import from_body, no_parameters, off_loop, parse_call
 from tminus.service.api.request.schemas import StreamCall
 from tminus.service.api.request.specs import refuse_float_depth
 from tminus.service.api.submission import ensure_loaded, prepare_job, submit, warning_of
@@ -95,7 +95,7 @@ class _Stream:
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        asked = await parsed(StreamCall, values, self._services.bounds)
+                        asked = await parse_call(StreamCall, values, self._services.bounds)
                         del values  # it may be megabytes, and the job take an hour
                         self._services = await ensure_loaded(self._services, caller, asked)
                         new = await prepare_job(self._services, caller, asked)

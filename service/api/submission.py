@@ -8,12 +8,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import Request
 
 from tminus.model.pixels import VALUE_RANGE
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
@@ -59,7 +57,7 @@ async def ensure_loaded(
 async def prepare_job(
     services: Services,
     caller: Caller,
-    asked: SampleRequest,
+    parameters: SampleRequest,
     request: Request | None = None,
     *,
     transparent: bool = False,
@@ -68,25 +66,27 @@ async def prepare_job(
 
     request, transparent: see `ensure_loaded` and decode_inputs. Raises what spec_of and Decoder.inputs do.
     """
-    spec, inputs = spec_of(asked, services.model, services.limits), None
-    services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
-    if asked.image is not None:
-        decoding = services.decoder.inputs(asked.image, asked.mask, services.model, caller, transparent=transparent)
+    spec, inputs = spec_of(parameters, services.model, services.limits), None
+    services.metrics.asked_for(services.model.name, spec.sampler, named_by(parameters.decisive()))
+    if parameters.image is not None:
+        decoding = services.decoder.inputs(
+            parameters.image, parameters.mask, services.model, caller, transparent=transparent
+        )
         inputs = await (decoding if request is None else while_connected(request, decoding))
-        asked.image = asked.mask = None
+        parameters.image = parameters.mask = None
     if request is not None:
         body_of(request.scope).release()
     work = work_of(spec, services.model, services.number)
-    if asked.background and (held_back_s := services.limits.background_max_wait_s) > 0:
+    if parameters.background and (held_back_s := services.limits.background_max_wait_s) > 0:
         work = replace(work, held_back_s=held_back_s)
     return NewJob(
         uuid.uuid4().hex,
-        with_inputs(spec, asked, inputs),
+        with_inputs(spec, parameters, inputs),
         work,
         caller.name,
-        asked.deadline_s,
+        parameters.deadline_s,
         inputs,
-        is_repeatable=asked.seed is not None,
+        is_repeatable=parameters.seed is not None,
     )
 
 
@@ -160,20 +160,6 @@ def _key(
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
-
-
-async def accept(services: Services, request: Request, parameters: JobCall) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
-    view, again = await create(services, request, parameters)
-    headers = {
-        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
-        "X-Job-ID": view.record.id,
-        "Cache-Control": "no-store",
-    }
-    headers |= spec_headers(view.record.spec, services.model)
-    if again:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:

@@ -39,7 +39,7 @@ from tminus.service.api.request.reading import (
     check_encoding,
     no_parameters,
     off_loop,
-    parsed,
+    parse_call,
     read_body,
     read_json,
 )
@@ -248,7 +248,7 @@ async def infer(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     asked = await _read(services, request)
-    parameters = await parsed(SampleRequest, asked.parameters, services.bounds)
+    parameters = await parse_call(SampleRequest, asked.parameters, services.bounds)
     services = await ensure_loaded(services, caller_of(request), parameters, request)
     new = await prepare_job(services, caller_of(request), parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)

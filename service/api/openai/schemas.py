@@ -19,7 +19,7 @@ from tminus.service.api.request.schemas import (
     Percent,
     RequestSchema,
     Sampling,
-    said,
+    in_words,
 )
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import Limits, ModelInfo
@@ -36,30 +36,30 @@ class Members(RequestSchema):
     """A class by name or number, in any case; empty for no class. Nothing else is understood."""
     model: Annotated[
         str | None,
-        said(
+        in_words(
             "the server's default model",
             f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
         ),
     ] = None
     """The name of a model that is served. `default` is the model that is served alone."""
-    size: Annotated[str, said("`auto`")] = "auto"
+    size: Annotated[str, in_words("`auto`")] = "auto"
     """`auto`, or the model's own size, such as `32x32`."""
-    quality: Annotated[Literal["auto", "low", "medium", "high"], said("`auto`, which is `medium`")] = "auto"
+    quality: Annotated[Literal["auto", "low", "medium", "high"], in_words("`auto`, which is `medium`")] = "auto"
     """How many steps. `medium` takes what `POST /sample` takes by default."""
-    response_format: Annotated[Literal["b64_json", "url"], said("`b64_json`")] = "b64_json"
+    response_format: Annotated[Literal["b64_json", "url"], in_words("`b64_json`")] = "b64_json"
     """`b64_json`: the images as base64. `url`: the addresses of the images of a durable job."""
-    output_format: Annotated[Literal["png", "jpeg", "webp"], said("`png`")] = "png"
+    output_format: Annotated[Literal["png", "jpeg", "webp"], in_words("`png`")] = "png"
     """The format of the images."""
-    output_compression: Annotated[Percent | None, said("100")] = None
+    output_compression: Annotated[Percent | None, in_words("100")] = None
     """The quality of `jpeg` and `webp`. PNGs take only 100."""
-    background: Annotated[Literal["auto", "opaque", "transparent"], said("`auto`")] = "auto"
+    background: Annotated[Literal["auto", "opaque", "transparent"], in_words("`auto`")] = "auto"
     """For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` keeps it where
     `output_format` can. Images of other models are opaque."""
-    service_tier: Annotated[Literal["auto", "default", "flex"], said("`auto`: not a background job")] = "auto"
+    service_tier: Annotated[Literal["auto", "default", "flex"], in_words("`auto`: not a background job")] = "auto"
     """`flex`: a background job, which lets all others go first."""
-    stream: Annotated[Bool, said("false")] = False
+    stream: Annotated[Bool, in_words("false")] = False
     """Answer by server-sent events."""
-    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), AsInteger, said("0")] = 0
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), AsInteger, in_words("0")] = 0
     """With `stream`: how often the estimate of x_0 is shown on the way."""
     user: str | None = None
     """Accepted, without effect."""
@@ -101,7 +101,7 @@ class ImagesCall(Sampling, Members):
 
     other_names: ClassVar[Collection[str]] = DIFFUSERS_NAMES
 
-    n: Annotated[Int, said("1")] = 1
+    n: Annotated[Int, in_words("1")] = 1
     """The number of images."""
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:

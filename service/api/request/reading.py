@@ -150,7 +150,7 @@ async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, A
     return merge(query, body, errors), errors
 
 
-async def parsed(
+async def parse_call(
     kind: type[Kind],
     values: dict[str, Any],
     bounds: Bounds,

@@ -124,7 +124,7 @@ def _each_once(values: list[Any]) -> list[Any]:
     return values
 
 
-def said(default: str, bound: str = "") -> Any:
+def in_words(default: str, bound: str = "") -> Any:
     """Say a field's default in words, and its bound where it does not follow from the type.
 
     A `default` in the OpenAPI document would be sent by generated clients.
@@ -275,56 +275,56 @@ def _schema_of(kind: type[RequestSchema]) -> Mapping[str, Schema]:
 class Sampling(RequestSchema):
     """How to sample. GET /model tells the bounds that vary by model."""
 
-    n: Annotated[Int, said("1")] = 1
+    n: Annotated[Int, in_words("1")] = 1
     """The number of images. The server's `--max-n` sets the maximum."""
     steps: Annotated[
         Int | None,
-        said("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
+        in_words("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
     ] = None
     """The number of denoising steps. T at most, and fewer for a sampler that takes more passes than steps: see
     `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for."""
     sampler: Annotated[
-        str | None, said("recommended for the model; where `steps` is given, `default_sampler` of `GET /model`")
+        str | None, in_words("recommended for the model; where `steps` is given, `default_sampler` of `GET /model`")
     ] = None
     """The sampler. `sampler_details` of `GET /model` says when to take which."""
-    eta: Annotated[Share | None, said("0")] = None
+    eta: Annotated[Share | None, in_words("0")] = None
     """The noise that `ddim` adds at each step. Other samplers refuse it."""
-    seed: Annotated[Seed | None, said("drawn")] = None
+    seed: Annotated[Seed | None, in_words("drawn")] = None
     """The seed of the noise. The answer has it in `X-Seed`. In JSON, JavaScript has to send a seed above 2^53 as
     text."""
-    index: Annotated[Index, said("0", f"an integer in 0..{MAX_INDEX} less n - 1")] = 0
+    index: Annotated[Index, in_words("0", f"an integer in 0..{MAX_INDEX} less n - 1")] = 0
     """The index of the first image. `index=k` with `n=1` makes image k of a larger request alone. The last image's
     index has the same bound."""
-    to_seed: Annotated[Seed | None, said("none")] = None
+    to_seed: Annotated[Seed | None, in_words("none")] = None
     """A second seed. With `mix`, the noise lies between the noises of the two seeds."""
-    mix: Annotated[Share | None, said("none")] = None
+    mix: Annotated[Share | None, in_words("none")] = None
     """How far the noise is from `seed` (0) to `to_seed` (1). `mix` and `to_seed` need each other."""
     guidance: Annotated[
         Scale | None,
-        said(
+        in_words(
             "recommended for the model where `steps` is not given and the sampler is the recommended one; with `table` "
             "that of the table; otherwise 1"
         ),
     ] = None
     """The scale of classifier-free guidance. 1 turns it off; any other value needs a class for each image. Samplers of
     tables take only the guidance that they have tables for."""
-    guidance_interval: Annotated[Annotated[list[Int], Field(fail_fast=True)] | None, said("all timesteps")] = None
+    guidance_interval: Annotated[Annotated[list[Int], Field(fail_fast=True)] | None, in_words("all timesteps")] = None
     """The lowest and the highest timestep at which guidance is on. Only with guidance. In a query or a form, give the
     parameter twice."""
-    guidance_rescale: Annotated[Share | None, said("0")] = None
+    guidance_rescale: Annotated[Share | None, in_words("0")] = None
     """How far a guided output is brought back to the spread of the conditional one. Only with guidance."""
-    timestep_spacing: Annotated[str | None, said("by sampler, in `timestep_spacings` of `GET /model`")] = None
+    timestep_spacing: Annotated[str | None, in_words("by sampler, in `timestep_spacings` of `GET /model`")] = None
     """How the steps are spread over the timesteps. Samplers of tables refuse it."""
-    nearest: Annotated[Bool | None, said("false")] = None
+    nearest: Annotated[Bool | None, in_words("false")] = None
     """With a sampler of tables (`tuned`, `consistency`): take the nearest steps and guidance that have a table, where
     those asked for have none. Other samplers refuse it."""
     table: Annotated[
-        str | None, Field(pattern="^[0-9a-f]{16}$"), said("any", "16 hexadecimal digits, in small letters")
+        str | None, Field(pattern="^[0-9a-f]{16}$"), in_words("any", "16 hexadecimal digits, in small letters")
     ] = None
     """With a sampler of tables: the hash that the table must have."""
-    clip: Annotated[Bool | None, said("the checkpoint's, `clip` in `GET /model`")] = None
+    clip: Annotated[Bool | None, in_words("the checkpoint's, `clip` in `GET /model`")] = None
     """Whether x_0 is clipped to the data range at every step. Latent models cannot turn it on."""
-    deadline_s: Annotated[Deadline | None, said("none")] = None
+    deadline_s: Annotated[Deadline | None, in_words("none")] = None
     """Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered 504."""
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
@@ -341,12 +341,12 @@ class Sampling(RequestSchema):
 class Edit(RequestSchema):
     """What to begin with instead of noise."""
 
-    strength: Annotated[PositiveShare | None, said("none")] = None
+    strength: Annotated[PositiveShare | None, in_words("none")] = None
     """With `image`: the share of the denoising steps that run again."""
-    image: Annotated[Picture | None, said("none")] = None
+    image: Annotated[Picture | None, in_words("none")] = None
     """An image to start from (with `strength`), or to keep where `mask` is black. PNG, JPEG or WebP; base64 or a
     `data:` URL in JSON, a file in a form."""
-    mask: Annotated[Picture | None, said("none")] = None
+    mask: Annotated[Picture | None, in_words("none")] = None
     """With `image`: white where the image is made new. PNG, JPEG or WebP, given as `image` is."""
 
 
@@ -354,19 +354,19 @@ class SampleRequest(Edit, Sampling):
     """What to sample, and how."""
 
     class_label: Annotated[
-        Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None, said("no class")
+        Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None, in_words("no class")
     ] = None
     """The class of all images, or a list with the class of each. A class is its number, or its name in any case. Where
     names are numbers, put `name:` or `number:` before it. In a query or a form, repeat the parameter for a list."""
-    bit_depth: Annotated[Int | None, said("8, or 32 with `Accept: application/x-npy`")] = None
+    bit_depth: Annotated[Int | None, in_words("8, or 32 with `Accept: application/x-npy`")] = None
     """The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats of
     `application/x-npy`."""
-    background: Annotated[Bool, said("false")] = False
+    background: Annotated[Bool, in_words("false")] = False
     """Let all other jobs go first, until this one has waited for `background_max_wait_s` of `GET /model`. The images
     are the same."""
-    image_sha256: Annotated[Sha256 | None, said("any", HEXADECIMAL)] = None
+    image_sha256: Annotated[Sha256 | None, in_words("any", HEXADECIMAL)] = None
     """The SHA-256 that the pixels of `image` must have, decoded and at the model's size."""
-    mask_sha256: Annotated[Sha256 | None, said("any", HEXADECIMAL)] = None
+    mask_sha256: Annotated[Sha256 | None, in_words("any", HEXADECIMAL)] = None
     """The SHA-256 that the pixels of `mask` must have, decoded and at the model's size."""
 
 
@@ -375,14 +375,14 @@ class NoiseCall(RequestSchema):
 
     t: Int
     """The timestep, from 0 (least noise) to T - 1. Required."""
-    seed: Annotated[Seed | None, said("drawn")] = None
+    seed: Annotated[Seed | None, in_words("drawn")] = None
     """The seed of the noise. The answer has it in `X-Seed`."""
 
 
 class FloatsRequest(RequestSchema):
     """What is asked of an answer of floats. The context of its validators is the media type of the answer."""
 
-    clip_output: Annotated[Bool, said("true")] = True
+    clip_output: Annotated[Bool, in_words("true")] = True
     """With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not to be confused
     with `clip`, which acts on x_0 at every step."""
 
@@ -398,13 +398,13 @@ class FloatsRequest(RequestSchema):
 class PreviewRequest(RequestSchema):
     """The frames of a running job: how often, of what, and how encoded."""
 
-    every: Annotated[Every | None, said("none")] = None
+    every: Annotated[Every | None, in_words("none")] = None
     """Send a frame after every so many steps, counted in passes."""
-    fps: Annotated[Rate | None, said("10")] = None
+    fps: Annotated[Rate | None, in_words("10")] = None
     """Send so many frames a second. Give `every` or `fps`, not both."""
     show: Annotated[
         Shows,
-        said(
+        in_words(
             "`x_t` in a stream; for the events of a job none, which then have no pictures",
             f"one of {', '.join(SHOWS)}, or a list of both",
         ),
@@ -413,13 +413,13 @@ class PreviewRequest(RequestSchema):
     both."""
     frame_format: Annotated[
         Literal["png", "webp", "jpeg"],
-        said(
+        in_words(
             "`png`",
             "one of png, webp, jpeg, as a preview is a picture; a trajectory has the floats of each step",
         ),
     ] = "png"
     """The format of the frames. `jpeg` is lossy and shows transparent parts over white."""
-    layout: Annotated[Literal["sheet", "images"], said("`sheet`")] = "sheet"
+    layout: Annotated[Literal["sheet", "images"], in_words("`sheet`")] = "sheet"
     """`sheet`: one picture of all images. `images`: a picture for each image."""
 
     @field_validator("fps")
@@ -443,27 +443,29 @@ class PreviewRequest(RequestSchema):
 class StreamCall(PreviewRequest, SampleRequest):
     """What a message of a WebSocket asks for."""
 
-    keep_open: Annotated[Bool, said("false")] = False
+    keep_open: Annotated[Bool, in_words("false")] = False
     """After the job, wait for another one instead of closing."""
 
 
 class SampleCall(FloatsRequest, SampleRequest):
     """What POST /sample and GET /sample ask for. The context of its validators is the media type of the answer."""
 
-    every: Annotated[Every | None, said("no frames")] = None
+    every: Annotated[Every | None, in_words("no frames")] = None
     """With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, counted in
     passes. Required for `image/webp`."""
-    show: Annotated[Shows, said("`x_t`", f"one of {', '.join(SHOWS)}, or with application/json a list of both")] = "x_t"
+    show: Annotated[Shows, in_words("`x_t`", f"one of {', '.join(SHOWS)}, or with application/json a list of both")] = (
+        "x_t"
+    )
     """With `every`: what the frames show, `x_t` (the noisy image) or `x_0` (the network's estimate). With
     `application/json` also a list of both."""
-    until: Annotated[Step | None, said("all steps")] = None
+    until: Annotated[Step | None, in_words("all steps")] = None
     """With `every` and `Accept: application/json`: the last step whose frame is wanted. No further step is taken or
     counted in a quota, and the answer has no images."""
 
-    keep: Annotated[Annotated[list[Int], BeforeValidator(_listed)] | None, said("all")] = None
+    keep: Annotated[Annotated[list[Int], BeforeValidator(_listed)] | None, in_words("all")] = None
     """With `Accept: application/vnd.tminus.trajectory`: the passes that the file has, counted from 0, in rising order.
     At least one of them has to add noise."""
-    dtype: Annotated[TrajectoryType, said("`float32`")] = "float32"
+    dtype: Annotated[TrajectoryType, in_words("`float32`")] = "float32"
     """With `Accept: application/vnd.tminus.trajectory`: the type that x_t, x_0 and the mean are rounded to."""
 
     @field_validator("show", "until", mode="before")
@@ -492,12 +494,12 @@ class JobCall(SampleRequest):
     The context of its validators is the receivers that may be told beside public ones; None: nobody may be told.
     """
 
-    webhook: Annotated[Url | None, said("none")] = None
+    webhook: Annotated[Url | None, in_words("none")] = None
     """The URL that is sent the job when something happens to it. Only for durable jobs, and only in the body, not in
     the query."""
     webhook_events_filter: Annotated[
         Event | Annotated[EachOnce[Event], Field(max_length=len(EVENTS))] | None,
-        said("all", f"a list of {', '.join(EVENTS)}, each at most once"),
+        in_words("all", f"a list of {', '.join(EVENTS)}, each at most once"),
     ] = None
     """The events that `webhook` is told."""
 
