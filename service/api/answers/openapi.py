@@ -155,19 +155,6 @@ NOISE_BODY: Described = {
         FORM: {"schema": ref("NoiseForm")},
     },
 }
-LOGIN_BODY: Described = {
-    "required": True,
-    "content": {
-        JSON: {
-            "schema": {
-                "type": "object",
-                "properties": {"key": {"type": "string", "maxLength": 512, "description": "The key."}},
-                "required": ["key"],
-                "additionalProperties": False,
-            }
-        }
-    },
-}
 VERSION_ASKED = _header(
     "API-Version",
     {"type": "string", "enum": [API_VERSION]},
@@ -267,11 +254,15 @@ class Contract:
 
         bounds: what narrows its fields where that is not as for POST /sample.
         """
-        narrower = {**bounds_of(self.model, self.limits), **(bounds or {})}
-        return {
-            name: _field(field, narrower.get(name, Bound()), REFS.get(name), as_text=as_text) | _described(field)
-            for name, field in kind.model_json_schema()["properties"].items()
-        }
+        return fields_of(kind, {**bounds_of(self.model, self.limits), **(bounds or {})}, as_text=as_text)
+
+
+def fields_of(kind: type[RequestSchema], bounds: Bounds, *, as_text: bool = False) -> dict[str, Described]:
+    """Describe the fields of a kind of call, within bounds."""
+    return {
+        name: _field(field, bounds.get(name, Bound()), REFS.get(name), as_text=as_text) | _described(field)
+        for name, field in kind.model_json_schema()["properties"].items()
+    }
 
 
 def closed_object(description: str, properties: dict[str, Described]) -> Described:

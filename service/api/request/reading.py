@@ -171,7 +171,7 @@ def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationError
 def in_query(kind: type[Kind]) -> Any:
     """Make the dependency that reads a call's parameters from the query."""
 
-    def parse(request: Request) -> Kind:
+    async def parse(request: Request) -> Kind:  # FastAPI would run it in a thread otherwise
         values, errors = from_query(request)
         return kind.parse(values, errors=errors)
 

@@ -167,8 +167,8 @@ Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise UnknownField for names that are not known: for as many as an answer lists."""
-    errors = ValidationErrors()
-    for name in [name for name in given if name not in known][:MOST_FAULTS]:
+    errors, names = ValidationErrors(), {*known}
+    for name in [name for name in given if name not in names][:MOST_FAULTS]:
         # A webhook's URL may have secrets, and errors are logged.
         value = origin_of(str(given[name])) if name == "webhook" else given[name]
         errors.add(UnknownField.of(name, known, value))
@@ -258,7 +258,7 @@ class RequestSchema(BaseModel):
         """Add the parameters that are out of the model's bounds, whatever the others are."""
         for name in OF_MODEL:
             value = getattr(self, name, None)
-            if value is not None and not bounds[name].allows(value):
+            if value is not None and name in bounds and not bounds[name].allows(value):
                 errors.add(InvalidField.of(name, self.words(name, bounds), value))
 
     @classmethod
