@@ -21,7 +21,6 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -37,7 +36,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import NoiseCall
 from tminus.service.api.request.specs import SEED_BITS, check_uploads
-from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType
+from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType, ValidationErrors
 from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
 

@@ -33,7 +33,6 @@ from tminus.service.api.openai.answers import (
     recipe_of,
 )
 from tminus.service.api.openai.schemas import ONLY_MODEL, EditsCall, ImagesCall, bounds_of_images
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -55,6 +54,7 @@ from tminus.service.errors import (
     NoImages,
     ServiceError,
     UnsupportedMediaType,
+    ValidationErrors,
 )
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
 from tminus.service.jobs.views import JobView

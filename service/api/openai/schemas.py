@@ -8,7 +8,6 @@ from pydantic import Field
 from tminus.service.api.openai.quality import Quality, settings_of_quality
 from tminus.service.api.request.bounds import BOUND, Bound, Bounds
 from tminus.service.api.request.classes import class_label_of, class_of_prompt
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
     AsInteger,
@@ -21,7 +20,7 @@ from tminus.service.api.request.schemas import (
     Sampling,
     in_words,
 )
-from tminus.service.errors import InvalidField
+from tminus.service.errors import InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # as OpenAI has it, and no more than --max-n

@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.request.bounds import Bounds
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.multipart import FORM, Form, parse_form
 from tminus.service.api.request.schemas import NUMBER, PICTURES, RequestSchema
 from tminus.service.errors import (
@@ -29,6 +28,7 @@ from tminus.service.errors import (
     UnknownField,
     UnsupportedEncoding,
     UnsupportedMediaType,
+    ValidationErrors,
     short,
 )
 from tminus.service.images.encoder import JSON

@@ -26,7 +26,6 @@ from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.api.request.bounds import BOUND, Bound, Bounds, Schema, max_items, words_of
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.defaults import DECISIVE
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.errors import (
     MOST_FAULTS,
     ConflictingField,
@@ -34,6 +33,7 @@ from tminus.service.errors import (
     InvalidImage,
     ServiceError,
     UnknownField,
+    ValidationErrors,
 )
 from tminus.service.images.encoder import NPY
 from tminus.service.images.trajectory import TRAJECTORY

@@ -12,9 +12,8 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.bounds import bit_depths, bounds_of
 from tminus.service.api.request.classes import class_numbers
 from tminus.service.api.request.defaults import settings_of
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.schemas import SampleRequest
-from tminus.service.errors import BodyTooLarge, InvalidField
+from tminus.service.errors import BodyTooLarge, InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 

@@ -29,11 +29,10 @@ from tests.service.api.pictures import (
 from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import submission
 from tminus.service.api.request import reading as request
-from tminus.service.api.request.faults import ValidationErrors
 from tminus.service.api.request.reading import merge, negotiate
 from tminus.service.api.request.schemas import Edit
 from tminus.service.byte_budget import Hold
-from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody
+from tminus.service.errors import ConflictingField, MalformedBody, NotAcceptable, SlowBody, ValidationErrors
 from tminus.service.work import Ticket
 from tminus.service.worker.running_job import NewJob
 
