@@ -116,6 +116,9 @@ class ValidationErrors:
         raise first from None
 
 
+# What validators raise is a ValueError, so that pydantic collects it.
+
+
 class InvalidField(ServiceError, ValueError):
     """A parameter has the wrong type, is out of bounds, or does not go with the model, with another parameter or with
     the `Accept` header.

@@ -111,7 +111,7 @@ class Answer:
 async def sample(services: Services, request: Request) -> Response:
     """Sample, and wait for the images."""
     values, errors = await read_parameters(request, services.limits)
-    offered, hint = WITH_FRAMES if "every" in values else WITHOUT_FRAMES
+    offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
     media_type = offered[0] if errors else negotiate(request, offered, hint)  # what is wrong with the body goes first
     if media_type == NPY:
         values = {"bit_depth": 32} | values

@@ -105,10 +105,10 @@ class ImagesCall(Sampling, Members):
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
         """Check the members against the model, and say what to sample. Raises InvalidField, with all that is wrong."""
-        most, size, errors = min(MAX_N, limits.max_n), size_of(model), ValidationErrors()
+        size, errors = size_of(model), ValidationErrors()
+        self.check_bounds(bounds_of_images({}, limits), errors)
         lossless, streamed = self.output_format == "png", self.stream
         for name, ok, bound in (
-            ("n", 1 <= self.n <= most, f"an integer in 1..{most}"),
             ("size", self.size in ("auto", size), f"auto or {size}, the size of this model's images"),
             (
                 "output_compression",

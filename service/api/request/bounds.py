@@ -106,7 +106,9 @@ def words_of(schema: Schema, bound: Bound) -> str:
     low, most = (_number(kind.get(name)) for name in ("minimum", "maximum"))
     if "exclusiveMinimum" in kind:
         return f"{noun} above {_number(kind['exclusiveMinimum'])}, at most {most}"
-    return f"{noun} in {low}..{most}" if most else f"{noun} of at least {low}" if low else noun
+    if most:
+        return f"{noun} in {low}..{most}"
+    return f"{noun} of at least {low}" if low else noun
 
 
 def _number(value: float | None) -> str:

@@ -51,7 +51,7 @@ def spec_of(
     if not errors.has("n", "steps", "class_label"):
         with errors.collect():
             table = _table_of(parameters, model, settings)
-    spacing = parameters.timestep_spacing or model.timestep_spacings[sampler]
+    spacing = model.timestep_spacings[sampler] if parameters.timestep_spacing is None else parameters.timestep_spacing
     if sampler not in TABLE_SAMPLERS and spacing not in SPACINGS:
         errors.add(InvalidField.of("timestep_spacing", parameters.words("timestep_spacing", bounds), spacing))
     if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):

@@ -13,6 +13,7 @@ from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
 from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLERS
+from tminus.model.timesteps import SPACINGS
 from tminus.service.api.jobs import JobsCall
 from tminus.service.api.request import specs
 from tminus.service.api.request.bounds import MAX_ITEMS, bounds_of
@@ -117,6 +118,7 @@ def test_numbers_and_classes_may_come_as_text_and_bounds_are_included() -> None:
         ({"index": -1}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"index": 2**32 - 1, "n": 2}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"clip": "perhaps"}, "clip", "true or false"),
+        ({"timestep_spacing": ""}, "timestep_spacing", f"one of {', '.join(SPACINGS)}"),
         ({"class_label": "bird"}, "class_label", CLASSES),
         ({"class_label": 3}, "class_label", CLASSES),
         ({"class_label": "-1"}, "class_label", CLASSES),
