@@ -8,8 +8,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NoReturn
 
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 # Without tm_ a secret is 43 characters of base64url: a name or a hash of that length has no letters of both cases.
@@ -72,7 +73,53 @@ class ServiceError(Exception):
         return members
 
 
-class InvalidField(ServiceError):
+class ValidationErrors:
+    """Collects what is wrong with parameters, the first error of each. One request, or message, owns it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str | None, ServiceError] = {}  # by field
+
+    def has(self, *fields: str) -> bool:
+        """Whether something is wrong with one of these."""
+        return any(field in self._found for field in fields)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field for field in self._found if field is not None)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, error: ServiceError) -> None:
+        """Add an error, with the others that were found beside it."""
+        for each in (error, *error.others):
+            self._found.setdefault(each.field, each)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Go on after a block that finds something wrong with a parameter. Any other error is raised."""
+        try:
+            yield
+        except ServiceError as error:
+            if not error.of_parameters:
+                raise
+            self.add(error)
+
+    def check(self) -> None:
+        """Raise what was found, if anything was."""
+        if self._found:
+            self.raise_all()
+
+    def raise_all(self) -> NoReturn:
+        """Raise the first error, which names the others."""
+        first, *others = self._found.values()
+        first.others = tuple(others)
+        raise first from None
+
+
+# What validators raise is a ValueError, so that pydantic collects it.
+
+
+class InvalidField(ServiceError, ValueError):
     """A parameter has the wrong type, is out of bounds, or does not go with the model, with another parameter or with
     the `Accept` header.
     """
@@ -178,7 +225,7 @@ class UnsupportedEncoding(ServiceError):
         self.headers["Accept-Encoding"] = "identity"
 
 
-class InvalidImage(ServiceError):
+class InvalidImage(ServiceError, ValueError):
     """An image is not a PNG, JPEG or WebP, or is broken, too large, an animation, not base64, or missing from the form.
     Or a mask has transparency and no white pixel; see [editing](editing.md).
     """

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import format_sse_event
@@ -20,11 +20,11 @@ from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.messages import EVENTS
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.operations import described
-from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, patient
+from tminus.service.api.answers.progress import EVENT_HEADERS, EventStream, Progress, head_answer, none_when_quiet
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
-from tminus.service.api.request.reading import read_query
+from tminus.service.api.request.reading import in_query
 from tminus.service.api.request.schemas import PreviewRequest
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
@@ -57,8 +57,9 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         },
         openapi_extra={"parameters": [*contract.query(PreviewRequest), LAST_EVENT_ID]},
     )
-    async def get_events(request: Request, job_id: str) -> Response:
-        preview = read_query(request, PreviewRequest.parse)
+    async def get_events(
+        request: Request, job_id: str, preview: Annotated[PreviewRequest, in_query(PreviewRequest)]
+    ) -> Response:
         last_id = request.headers.get("last-event-id", "")
         services = models.default  # of which only what all models share is used
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
@@ -160,7 +161,7 @@ class _Follower:
         One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
         """
         sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
-        async with aclosing(patient(sent, POLL_S)) as parts:
+        async with aclosing(none_when_quiet(sent, POLL_S)) as parts:
             async for part in parts:
                 if part is not None:
                     events, self._last_id = part

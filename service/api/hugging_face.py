@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.model.scheduler_kinds import CLASS_NAMES, FAMILY_OF, scheduler_kind
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IF_NONE_MATCH,
     IMAGES,
-    OF_BODY,
-    OF_WORK,
+    WORK_ERRORS,
     Contract,
     Described,
     closed_object,
@@ -26,8 +26,8 @@ from tminus.service.api.answers.openapi import (
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.classes import class_of_prompt, label_of
-from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, read_json
+from tminus.service.api.request.classes import class_label_of, class_of_prompt
+from tminus.service.api.request.reading import check_encoding, negotiate, no_parameters, parse_call, read_json
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
     EDIT_PARAMETERS,
@@ -37,7 +37,7 @@ from tminus.service.api.request.schemas import (
     named_as_given,
 )
 from tminus.service.api.sample import respond, still
-from tminus.service.api.submission import understand
+from tminus.service.api.submission import ensure_loaded, prepare_job
 from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
@@ -62,7 +62,7 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
         response_class=Response,
         responses={
             200: IMAGES,
-            **failures(406, 412, *OF_BODY, *OF_WORK, *([404] if of_path else [])),
+            **failures(406, 412, *BODY_ERRORS, *WORK_ERRORS, *([404] if of_path else [])),
         },
         openapi_extra={
             "parameters": [*of_path, IF_NONE_MATCH],
@@ -84,7 +84,10 @@ async def text_to_image(services: Services, request: Request) -> Response:
     parameters, given_as = parameters_of(body, services.model)
     del body  # it may have a picture
     with named_as_given(given_as):
-        services, new = await understand(services, caller_of(request), parameters, request)
+        asked = await parse_call(SampleRequest, parameters, services.bounds)
+        del parameters
+        services = await ensure_loaded(services, caller_of(request), asked, request)
+        new = await prepare_job(services, caller_of(request), asked, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
 
 
@@ -111,7 +114,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, 
     if is_edit:
         parameters.pop("prompt", None)
         parameters["image"] = inputs
-    label = label_of(class_of_prompt(prompt, model, field), model.class_names)
+    label = class_label_of(class_of_prompt(prompt, model, field), model.class_names)
     return parameters if label is None else parameters | {"class_label": label}, given_as | {"image": "inputs"}
 
 

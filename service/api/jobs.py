@@ -1,22 +1,22 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.documents import JobAnswer, JobPage
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OF_JOB,
     JOB_BODY,
     NOT_MODIFIED,
-    OF_BODY,
     SUBMITTED,
     Contract,
     failures,
@@ -25,27 +25,18 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
-from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import (
-    from_items,
+    from_query,
+    in_query,
     negotiate,
     no_parameters,
+    parse_call,
     read_parameters,
-    read_query,
     while_connected,
 )
-from tminus.service.api.request.schemas import (
-    MAX_INDEX,
-    FloatsRequest,
-    Index,
-    Int,
-    RequestSchema,
-    SampleRequest,
-    WebhookRequest,
-    default,
-)
+from tminus.service.api.request.schemas import AsInteger, FloatsRequest, Index, JobCall, RequestSchema, in_words
 from tminus.service.api.sample import of_images
-from tminus.service.api.submission import accept, spec_headers
+from tminus.service.api.submission import create, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.store.records import Place
@@ -55,34 +46,23 @@ MAX_PAGE = 200
 COPIES = 3  # of a job's images, that are in memory at most while they are read: packed, unpacked, and as an array
 
 
-class JobsRequest(RequestSchema):
+class JobsCall(RequestSchema):
     """Which jobs are to be listed; in the query."""
 
-    state: str | None = Field(
-        None,
-        pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
-        description=f"Only jobs in these states, separated by commas: {', '.join(STATES)}.",
-        json_schema_extra=default("all"),
-    )
-    limit: Int = Field(
-        50, ge=1, le=MAX_PAGE, description="The most jobs in an answer.", json_schema_extra=default("50")
-    )
-    before: str | None = Field(
-        None,
-        pattern="^[0-9]{1,18}-[0-9a-f]{32}$",
-        description="The `next` of an earlier answer: the jobs that follow it.",
-        json_schema_extra=default("the newest jobs"),
-    )
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> "JobsRequest":
-        """Check names, types and bounds. Raises UnknownField or InvalidField, with all that is wrong."""
-        bounds = {
-            "state": f"one or more of {', '.join(STATES)}, separated by commas",
-            "limit": f"an integer in 1..{MAX_PAGE}",
-            "before": "`next` of an earlier answer",
-        }
-        return cls.from_parameters(parameters, bounds.__getitem__)
+    state: Annotated[
+        str | None,
+        Field(pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$"),
+        in_words("all", f"one or more of {', '.join(STATES)}, separated by commas"),
+    ] = None
+    """Only jobs in these states, separated by commas: waiting, running, done, failed, cancelled."""
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), AsInteger, in_words("50")] = 50
+    """The most jobs in an answer."""
+    before: Annotated[
+        str | None,
+        Field(pattern="^[0-9]{1,18}-[0-9a-f]{32}$"),
+        in_words("the newest jobs", "`next` of an earlier answer"),
+    ] = None
+    """The `next` of an earlier answer: the jobs that follow it."""
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -98,17 +78,11 @@ class JobsRequest(RequestSchema):
         return int(created_us), job_id
 
 
-class JobImageRequest(RequestSchema):
+class JobImageCall(FloatsRequest):
     """Which image of a durable job is wanted; in the query."""
 
-    index: Index | None = Field(
-        None, description="The index of the one image to answer.", json_schema_extra=default("all images")
-    )
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> "JobImageRequest":
-        """Check names and types. Raises InvalidField or UnknownField."""
-        return cls.from_parameters(parameters, lambda _name: f"an integer in 0..{MAX_INDEX}")
+    index: Annotated[Index | None, in_words("all images")] = None
+    """The index of the one image to answer."""
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
@@ -122,10 +96,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         **described("submit_job"),
         status_code=202,
         response_model=JobAnswer,
-        responses={202: SUBMITTED, **failures(*OF_BODY, 500, 503, 507)},
+        responses={202: SUBMITTED, **failures(*BODY_ERRORS, 500, 503, 507)},
         openapi_extra={
             "requestBody": JOB_BODY,
-            "parameters": [*contract.query(SampleRequest, WebhookRequest), IDEMPOTENCY_KEY],
+            "parameters": [*contract.query(JobCall), IDEMPOTENCY_KEY],
         },
     )(models.handler(post_job, "post_job"))
 
@@ -133,11 +107,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         "",
         **described("list_jobs"),
         responses=failures(422, 429, 500, 507),
-        openapi_extra={"parameters": contract.query(JobsRequest)},
+        openapi_extra={"parameters": contract.query(JobsCall)},
     )
-    async def list_jobs(request: Request) -> JobPage:
+    async def list_jobs(request: Request, asked: Annotated[JobsCall, in_query(JobsCall)]) -> JobPage:
         named = models.of(request).model.name if "model" in request.path_params else None
-        asked = read_query(request, JobsRequest.parse)
         return await page(models.default, asked, caller_of(request).sees, named)
 
     @router.get("/{job_id}", **described("get_job"), dependencies=bare, responses=of_job)
@@ -149,7 +122,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         **described("get_job_images"),
         response_class=Response,
         responses={200: IMAGES_OF_JOB, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 503, 507)},
-        openapi_extra={"parameters": [*contract.query(JobImageRequest, FloatsRequest), IF_NONE_MATCH]},
+        openapi_extra={"parameters": [*contract.query(JobImageCall), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: str) -> Response:
         return await image(models, request, job_id)
@@ -178,10 +151,20 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def post_job(services: Services, request: Request) -> Response:
-    """Accept a durable job."""
-    faults = Faults()
-    parameters = await read_parameters(request, services.limits, faults)
-    return await accept(services, request, parameters, faults=faults)
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    values, errors = await read_parameters(request, services.limits)
+    parameters = await parse_call(JobCall, values, services.bounds, errors, services.webhooks)
+    del values  # it may have a picture
+    view, again = await create(services, request, parameters)
+    headers = {
+        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
+        "X-Job-ID": view.record.id,
+        "Cache-Control": "no-store",
+    }
+    headers |= spec_headers(view.record.spec, services.model)
+    if again:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
@@ -195,7 +178,7 @@ async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
     return answer or JobAnswer.of(view)
 
 
-async def page(services: Services, asked: JobsRequest, sees: str | None, model_name: str | None) -> JobPage:
+async def page(services: Services, asked: JobsCall, sees: str | None, model_name: str | None) -> JobPage:
     """One page of the jobs in some states, of one owner and model or of all."""
     views = await services.jobs.page(asked.place, asked.states, asked.limit + 1, sees, model_name)
     jobs = [JobAnswer.of(view) for view in views[: asked.limit]]
@@ -207,14 +190,11 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type, faults = negotiate(request, (*MEDIA_TYPES, NPY)), Faults()
-    query = from_items(request.query_params.multi_items(), "the query", faults)
-    with faults.gathered():
-        clip = FloatsRequest.take_from(query, media_type)
-    with faults.gathered():
-        asked = JobImageRequest.parse(query)
-    faults.check()
-    return await while_connected(request, _image(models, request, job_id, media_type, asked.index, clip=clip))
+    media_type = negotiate(request, (*MEDIA_TYPES, NPY))
+    values, errors = from_query(request)
+    asked = JobImageCall.parse(values, errors=errors, context=media_type)
+    making = _image(models, request, job_id, media_type, asked.index, clip=asked.clip_output)
+    return await while_connected(request, making)
 
 
 async def _image(
@@ -236,12 +216,14 @@ async def _image(
                 raise InvalidField.of("index", bound, index)
             spec, which = one_image(spec, k), slice(k, k + 1)
         answer = of_images(media_type, spec, made_by, clip=clip)
-        tag = etag(answer.kind, spec, made_by)
+        tag = etag(answer.etag_form, spec, made_by)
         headers = {"X-Job-ID": job_id, "X-Fingerprint": made_by.fingerprint, "Vary": "Accept"}
         headers |= cache_headers(tag) | spec_headers(spec, services.model) | answer.headers
         if matches(request, tag):
             return Response(status_code=304, headers=headers)
         with services.recordings.taken(COPIES * pixel_bytes + answer.held_bytes, "job_id"):
             images = await jobs.images(view)
-            content = await services.encoder.make(lambda: images[which], answer.make, answer.label, media_type, spec.n)
+            content = await services.encoder.make(
+                lambda: images[which], answer.make, answer.metric_label, media_type, spec.n
+            )
     return Response(content, headers=headers, media_type=media_type)

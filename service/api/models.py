@@ -13,6 +13,7 @@ from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
+from tminus.service.api.request.bounds import Bounds, bounds_of
 from tminus.service.api.request.reading import while_connected
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
@@ -56,6 +57,11 @@ class Services:
     loaded_s: int  # when the model was loaded, Unix time
     noise_turns: CallerTurns  # the worker gets one image of POST /noise at a time
     models: "Models"  # all of them
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds of parameters that depend on the model."""
+        return bounds_of(self.model, self.limits)
 
     @property
     def is_unloaded(self) -> bool:

@@ -11,21 +11,21 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     IF_NONE_MATCH,
     NOISE_BODY,
     NOISED,
-    OF_BODY,
     Contract,
     failures,
 )
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.reading import (
     check_encoding,
     from_items,
+    from_query,
     is_form,
     media_type_of,
     merge,
@@ -34,8 +34,9 @@ from tminus.service.api.request.reading import (
     read_form,
     while_connected,
 )
-from tminus.service.api.request.schemas import SEED_BITS, NoiseRequest, check_uploads
-from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType
+from tminus.service.api.request.schemas import NoiseCall
+from tminus.service.api.request.specs import SEED_BITS, check_uploads
+from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType, ValidationErrors
 from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
 
@@ -47,9 +48,9 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
         "/noise",
         **described("add_noise"),
         response_class=Response,
-        responses={200: NOISED, **failures(406, 412, *OF_BODY, 500, 503)},
+        responses={200: NOISED, **failures(406, 412, *BODY_ERRORS, 500, 503)},
         openapi_extra={
-            "parameters": [*contract.query(NoiseRequest), IF_NONE_MATCH],
+            "parameters": [*contract.query(NoiseCall), IF_NONE_MATCH],
             "requestBody": NOISE_BODY,
         },
     )(models.handler(add_noise, "noise"))
@@ -62,13 +63,11 @@ async def add_noise(services: Services, request: Request) -> Response:
     negotiate(request, (PNG,))
     check_encoding(request)
     check_uploads(model)
-    faults = Faults()
-    query = from_items(request.query_params.multi_items(), "the query", faults)
-    data, fields = await _read_upload(request, services.limits.max_image_bytes, faults)
-    parameters = merge(query, fields, faults)
-    with faults.gathered():
-        asked = NoiseRequest.parse(parameters, model)
-    faults.check()
+    query, errors = from_query(request)
+    data, fields = await _read_upload(request, services.limits.max_image_bytes, errors)
+    asked = NoiseCall.parse(merge(query, fields, errors), services.bounds, errors)
+    asked.check_bounds(services.bounds, errors)
+    errors.check()
     caller = caller_of(request)
     if services.is_unloaded:  # a key without quota loads no model
         caller.check(row_steps=1, jobs=0)
@@ -91,7 +90,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     return Response(content, headers=headers, media_type=PNG)
 
 
-async def _read_upload(request: Request, max_bytes: int, faults: Faults) -> tuple[bytes, dict[str, Any]]:
+async def _read_upload(request: Request, max_bytes: int, errors: ValidationErrors) -> tuple[bytes, dict[str, Any]]:
     """Read the image, which is the body or the file `image` of a form, and the fields that come with it.
 
     Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and what read_form does.
@@ -100,7 +99,7 @@ async def _read_upload(request: Request, max_bytes: int, faults: Faults) -> tupl
         form = await read_form(request, max_bytes, ("image",))
         if "image" not in form.files:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
-        return form.files["image"], from_items(form.fields, "the form", faults)
+        return form.files["image"], from_items(form.fields, "the form", errors)
     if (media_type := media_type_of(request)) not in ("", BYTES) and not media_type.startswith("image/"):
         raise UnsupportedMediaType.of(request.headers["content-type"], ("image/*", BYTES, FORM))
     data = await read_body(request)

@@ -14,13 +14,13 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.trajectory import LEAST_ETA, Trajectory
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     CACHE_CONTROL,
     IF_NONE_MATCH,
     IMAGES_OR_STEPS,
     NOT_MODIFIED,
-    OF_BODY,
-    OF_WORK,
     SAMPLE_BODY,
+    WORK_ERRORS,
     Contract,
     Described,
     failures,
@@ -29,17 +29,10 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import finished_or_gone, head_answer, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.faults import Faults
-from tminus.service.api.request.reading import negotiate, read_parameters
-from tminus.service.api.request.schemas import (
-    AnimationRequest,
-    FloatsRequest,
-    SampleRequest,
-    TrajectoryRequest,
-    WebhookRequest,
-    check_pictures,
-)
-from tminus.service.api.submission import pixel_headers, refuse, spec_headers, submit, understand
+from tminus.service.api.request.reading import negotiate, parse_call, read_parameters
+from tminus.service.api.request.schemas import SampleCall
+from tminus.service.api.request.specs import refuse_float_depth
+from tminus.service.api.submission import ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
 from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
@@ -53,11 +46,10 @@ from tminus.service.images.encoder import (
     encode_sheets,
     encode_trajectory,
     etag,
-    form_of,
-    label_of,
+    etag_form,
+    metric_label,
 )
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
-from tminus.service.jobs.webhooks.webhook import refused
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Images, Pixels, SampleSpec
@@ -65,25 +57,21 @@ from tminus.service.work import JobResult, noisy_passes, select_passes, timestep
 from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecorder, frame_count
 from tminus.service.worker.running_job import NewJob
 
-OF_ANSWERS = frozenset({*TrajectoryRequest.model_fields, *FloatsRequest.model_fields, *WebhookRequest.model_fields})
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
+# What is offered, and what an error says of the rest.
+WITHOUT_FRAMES = (WITHOUT_EVERY, ", or image/webp together with the parameter `every`")
+WITH_FRAMES = ((WEBP, JSON), f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step")
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
-NOT_DURABLE = "absent: only a durable job has one, see POST /jobs"
-NOT_WITH_EVERY = f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step"
-WITH_EVERY = ", or image/webp together with the parameter `every`"
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-    handler, query = (
-        models.handler(sample, "sample"),
-        contract.query(SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest),
-    )
+    handler, query = models.handler(sample, "sample"), contract.query(SampleCall)
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_STEPS,
-        **failures(406, *OF_BODY, *OF_WORK),
+        **failures(406, *BODY_ERRORS, *WORK_ERRORS),
     }
     router.post(
         "/sample",
@@ -110,8 +98,8 @@ class Answer:
     """An answer that can be made once its job is done: what the job must record for it, and how it is encoded."""
 
     media_type: str
-    kind: str  # what the bytes depend on beside the spec
-    label: str  # in the metric of encoding
+    etag_form: str  # what the bytes depend on beside the spec
+    metric_label: str  # of the time of encoding
     make: Callable[[Any], bytes]  # encodes what `read` returns
     read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
     recording: Recorder[Any] | None = None  # is given rows on the way
@@ -122,42 +110,32 @@ class Answer:
 
 async def sample(services: Services, request: Request) -> Response:
     """Sample, and wait for the images."""
-    faults = Faults()
-    parameters, animation = await read_parameters(request, services.limits, faults), None
-    with faults.gathered():
-        animation = AnimationRequest.take_from(parameters)
-    if faults:
-        await refuse(services, parameters, faults, OF_ANSWERS)
-    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), NOT_WITH_EVERY)
-    media_type = negotiate(request, offered, hint)
+    values, errors = await read_parameters(request, services.limits)
+    offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
+    media_type = offered[0] if errors else negotiate(request, offered, hint)  # what is wrong with the body goes first
     if media_type == NPY:
-        parameters.setdefault("bit_depth", 32)
-    with faults.gathered():
-        if (webhook := WebhookRequest.take_from(parameters, services.webhooks)) is not None:
-            raise refused(NOT_DURABLE, webhook.url)
-    with faults.gathered():
-        walk = TrajectoryRequest.take_from(
-            parameters, services.model.num_timesteps, is_wanted=animation is None and media_type == TRAJECTORY
-        )
-    with faults.gathered():
-        clip = FloatsRequest.take_from(parameters, media_type)
-    if faults:
-        await refuse(services, parameters, faults)
-    services, new = await understand(services, caller_of(request), parameters, request)
-    if animation is not None:
-        answer = (animated if media_type == WEBP else frames)(new.spec, animation, services.model)
-    elif media_type == TRAJECTORY:
-        answer = trajectory(new.spec, services.model, walk)
-    else:
-        answer = still(media_type, new.spec, services.model, clip=clip)
-    return await respond(services, request, new, answer)
+        values = {"bit_depth": 32} | values
+    parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
+    del values  # it may have a picture
+    services = await ensure_loaded(services, caller_of(request), parameters, request)
+    new = await prepare_job(services, caller_of(request), parameters, request)
+    return await respond(services, request, new, answer_of(parameters, media_type, new.spec, services.model))
+
+
+def answer_of(parameters: SampleCall, media_type: str, spec: SampleSpec, model: ModelInfo) -> Answer:
+    """Make the answer in a media type. Raises InvalidField."""
+    if parameters.every is not None:
+        return (animated if media_type == WEBP else frames)(spec, parameters, parameters.every, model)
+    if media_type == TRAJECTORY:
+        return trajectory(spec, model, parameters)
+    return still(media_type, spec, model, clip=parameters.clip_output)
 
 
 async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
     """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
     model, metrics = services.model, services.metrics
     is_known = model.fingerprint != ""  # of a model that was never loaded it is not
-    tag = etag(answer.kind, new.spec, model) if new.is_repeatable and model.exact and is_known else None
+    tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
     directives = cache_directives(request)
@@ -178,7 +156,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         result = await finished_or_gone(request, services.worker, new.id, result_of(ticket, new.deadline_s))
         started_s = loop.time()
         content = await services.encoder.make(
-            lambda: answer.read(result), answer.make, answer.label, answer.media_type, new.spec.n,
+            lambda: answer.read(result), answer.make, answer.metric_label, answer.media_type, new.spec.n,
             slow=answer.recording is not None,
         )  # fmt: skip
         encode_s = loop.time() - started_s
@@ -199,66 +177,66 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
     else:
-        check_pictures(spec, model, f"with Accept: {media_type}; {NPY} has 32")
+        refuse_float_depth(spec, model, f"with Accept: {media_type}; {NPY} has 32")
     return of_images(media_type, spec, model, clip=clip)
 
 
 def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
     """Make an answer of images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
-    kind = form_of(media_type, clip=clip)
+    form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
     # Beside the pixels, floats are held while they are laid out again.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
-    return Answer(media_type, kind, label_of(media_type), make, held_bytes=held_bytes, headers=headers)
+    return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
-def animated(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
+def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
     """Make an answer of the steps from noise to the images, as an animated WebP. Raises InvalidField."""
     _check_depth(spec, "every")
     if len(asked.shows) > 1:
         raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
     if asked.until is not None:
         raise InvalidField.of("until", "absent in an animation", asked.until)
-    (show,), held_bytes = asked.shows, _frame_bytes(spec, asked, model)
-    recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes)
+    (show,), held_bytes = asked.shows, _frame_bytes(spec, asked, every, model)
+    recording = Recording(every, asked.shows, spec.n, spec.num_passes)
 
     def read(result: JobResult) -> list[Pixels]:
         return [*(frame[show] for frame in recording.frames().values()), as_pictures(result.read(), model)]
 
-    kind = f"{WEBP}; every={asked.every}; show={show}; {WEBP_VERSION}"
-    return Answer(WEBP, kind, "animation", encode_sheets, read, recording, held_bytes, "every")
+    form = f"{WEBP}; every={every}; show={show}; {WEBP_VERSION}"
+    return Answer(WEBP, form, "animation", encode_sheets, read, recording, held_bytes, "every")
 
 
-def frames(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> Answer:
+def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
     """Make an answer of the frames as PNGs in JSON, and of the images unless it ends before. Raises InvalidField."""
     _check_depth(spec, "every")
-    until, held_bytes = asked.until, _frame_bytes(spec, asked, model, from_noise=True)
-    recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes, from_noise=True, until=until)
+    until, held_bytes = asked.until, _frame_bytes(spec, asked, every, model, from_noise=True)
+    recording = Recording(every, asked.shows, spec.n, spec.num_passes, from_noise=True, until=until)
     make = partial(encode_path, spec=spec, timesteps=timesteps_of(spec, model), model=model)
 
     def read(result: JobResult) -> tuple[dict[int, dict[Show, Images]], Pixels | None]:
         return recording.frames(), result.read() if until is None else None
 
-    kind = f"{JSON}; from noise; every={asked.every}; until={until}; show={','.join(asked.shows)}"
-    return Answer(JSON, kind, "path", make, read, recording, held_bytes, "every")
+    form = f"{JSON}; from noise; every={every}; until={until}; show={','.join(asked.shows)}"
+    return Answer(JSON, form, "path", make, read, recording, held_bytes, "every")
 
 
-def _frame_bytes(spec: SampleSpec, asked: AnimationRequest, model: ModelInfo, *, from_noise: bool = False) -> int:
+def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
     """Count what the frames before the result take, with x_T where `from_noise`. Raises InvalidField: too many.
 
     The bound, MAX_FRAME_BYTES, is for the frames after a step, that of the result too.
     """
     frame_bytes = len(asked.shows) * spec.n * model.height_px * model.width_px * model.channels
     steps = spec.num_passes if asked.until is None else min(spec.num_passes, asked.until + 1)
-    most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(asked.every, steps)
+    most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(every, steps)
     if count > most:
         least = -(-steps // most)
-        raise InvalidField.of("every", f"at least {least} for this number of images and steps", asked.every)
+        raise InvalidField.of("every", f"at least {least} for this number of images and steps", every)
     return frame_bytes * (count - 1 + from_noise)
 
 
-def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> Answer:
+def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     """Make an answer of the latents of every step, or those asked for, and of what the noisy ones drew from.
 
     Raises InvalidField where they add too little noise, or are too many.
@@ -295,9 +273,9 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: TrajectoryRequest) -> 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
         return path.trajectory(), result.read()
 
-    kind = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
+    form = f"{TRAJECTORY}; keep={asked.keep}; dtype={asked.dtype}; {TRAJECTORY_VERSION}"
     make = partial(encode_trajectory, spec=spec, model=model)
-    return Answer(TRAJECTORY, kind, "trajectory", make, read, path, held_bytes)
+    return Answer(TRAJECTORY, form, "trajectory", make, read, path, held_bytes)
 
 
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:

@@ -17,10 +17,10 @@ from tminus.service.api.answers.progress import Progress, result_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.faults import Faults
-from tminus.service.api.request.reading import from_body, no_parameters, off_loop
-from tminus.service.api.request.schemas import StreamRequest, check_pictures
-from tminus.service.api.submission import refuse, submit, understand, warning_of
+from tminus.service.api.request.reading import from_body, no_parameters, off_loop, parse_call
+from tminus.service.api.request.schemas import StreamCall
+from tminus.service.api.request.specs import refuse_float_depth
+from tminus.service.api.submission import ensure_loaded, prepare_job, submit, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
     JobCancelled,
@@ -88,23 +88,21 @@ class _Stream:
                     await self._introduce()
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
-                    parameters = await self._next_spec(patience_s)
+                    values = await self._next_spec(patience_s)
                     caller = self._caller()
                     with (
                         caller.connected(),
                         self._services.streams.busy(),
                         self._models.used(self._ws) as self._services,
                     ):
-                        faults = Faults()
-                        with faults.gathered():
-                            preview = StreamRequest.parse(StreamRequest.own_of(parameters))
-                        if faults:
-                            await refuse(self._services, parameters, faults)
-                        # It takes the parameters: they may be megabytes, and the job take an hour.
-                        self._services, new = await understand(self._services, caller, parameters)
-                        check_pictures(new.spec, self._services.model, "in a stream, whose images are PNGs")
-                        await self._job(preview, new, caller)
-                    keep_open = preview.keep_open
+                        asked = await parse_call(StreamCall, values, self._services.bounds)
+                        del values  # it may be megabytes, and the job take an hour
+                        self._services = await ensure_loaded(self._services, caller, asked)
+                        new = await prepare_job(self._services, caller, asked)
+                        where = "in a stream, whose images are PNGs"
+                        refuse_float_depth(new.spec, self._services.model, where)
+                        await self._job(asked, new, caller)
+                    keep_open = asked.keep_open
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
             except (WebSocketDisconnect, TimeoutError):
@@ -173,7 +171,7 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _job(self, preview: StreamRequest, new: NewJob, caller: Caller) -> None:
+    async def _job(self, preview: StreamCall, new: NewJob, caller: Caller) -> None:
         """Run one job, and send what comes of it."""
         model = self._services.model
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
@@ -251,7 +249,7 @@ class _Stream:
                     await self._send(picture)
             self._services.metrics.frame_sent()
 
-    async def _deliver(self, preview: StreamRequest, spec: SampleSpec, result: JobResult, dropped: int) -> None:
+    async def _deliver(self, preview: StreamCall, spec: SampleSpec, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
         pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result, self._services.model)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}

@@ -3,25 +3,21 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from hashlib import sha256
-from typing import Any
 
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import Request
 
 from tminus.model.pixels import VALUE_RANGE
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.documents import JobAnswer
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.defaults import named_by
-from tminus.service.api.request.faults import Faults
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
-from tminus.service.api.request.schemas import PICTURES, SampleRequest, WebhookRequest
+from tminus.service.api.request.schemas import JobCall, SampleRequest
+from tminus.service.api.request.specs import spec_of, with_inputs
 from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key
@@ -35,84 +31,59 @@ from tminus.service.worker.running_job import NewJob
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 
 
-async def understand(
-    services: Services,
-    caller: Caller,
-    parameters: dict[str, Any],
-    request: Request | None = None,
-    *,
-    transparent: bool = False,
-) -> tuple[Services, NewJob]:
-    """Check the parameters, wait until the model is in memory, decode the images, and make the job that is wanted.
-
-    Returns what the model is then, too. The job holds nothing else of the body. parameters: are taken, so that the dict
-    is empty afterwards. request: whose client may go away meanwhile; None for a message of a WebSocket. transparent:
-    see decode_inputs. Raises what SampleRequest, Decoder.inputs and Services.ensure_loaded do.
-    """
-    asked = await _parse(services, parameters)
-    began_s = time.monotonic()
-    loaded = await _ensure_loaded(services, caller, asked, request)
-    waited_s = time.monotonic() - began_s
-    new = await _to_job(loaded, caller, asked, request, transparent=transparent)
-    if loaded is not services and new.deadline_s is not None:
-        new = replace(new, deadline_s=max(1e-3, new.deadline_s - waited_s))
-    return loaded, new
-
-
-async def _ensure_loaded(services: Services, caller: Caller, asked: SampleRequest, request: Request | None) -> Services:
-    """Wait until the model is in memory, and return what it is then.
+async def ensure_loaded(
+    services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
+) -> Services:
+    """Wait until the model is in memory, and return what it is then. The wait is taken off the deadline.
 
     Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
     work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+
+    request: whose client may go away meanwhile; None for a message of a WebSocket. Raises what spec_of and
+    Services.ensure_loaded do.
     """
     if not services.is_unloaded or (request is not None and request.method == "HEAD"):
         return services
-    spec = asked.to_spec(services.model, services.limits)
+    spec, began_s = spec_of(parameters, services.model, services.limits), time.monotonic()
     with suppress(QuotaExceeded):
         caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
-        return await services.ensure_loaded(request, asked.deadline_s)
+        services = await services.ensure_loaded(request, parameters.deadline_s)
+    if parameters.deadline_s is not None:
+        parameters.deadline_s = max(1e-3, parameters.deadline_s - (time.monotonic() - began_s))
     return services
 
 
-async def refuse(services: Services, parameters: dict[str, Any], faults: Faults, others: Collection[str] = ()) -> None:
-    """Raise what is wrong already, with what else is wrong with the parameters of SampleRequest.
-
-    parameters: are taken. others: names in them that other schemas check.
-    """
-    for name in others:
-        parameters.pop(name, None)
-    with faults.gathered():
-        # No more: what goes together cannot be told while some of it is wrong.
-        (await _parse(services, parameters)).check_bounds(services.model, services.limits, faults)
-    faults.check()
-
-
-async def _parse(services: Services, parameters: dict[str, Any]) -> SampleRequest:
-    """Check names and types, in a thread where there is much base64 to decode."""
-    size_bytes = sum(len(parameters[name]) for name in PICTURES if isinstance(parameters.get(name), str))
-    asked = await off_loop(size_bytes, SampleRequest.parse, parameters, services.model, services.limits)
-    parameters.clear()
-    return asked
-
-
-async def _to_job(
-    services: Services, caller: Caller, asked: SampleRequest, request: Request | None, *, transparent: bool
+async def prepare_job(
+    services: Services,
+    caller: Caller,
+    parameters: SampleRequest,
+    request: Request | None = None,
+    *,
+    transparent: bool = False,
 ) -> NewJob:
-    spec, inputs = asked.to_spec(services.model, services.limits), None
-    services.metrics.asked_for(services.model.name, spec.sampler, named_by(asked.decisive()))
-    if asked.image is not None:
-        decoding = services.decoder.inputs(asked.image, asked.mask, services.model, caller, transparent=transparent)
+    """Make the spec, and decode the images, which the parameters do not hold afterwards.
+
+    request, transparent: see `ensure_loaded` and decode_inputs. Raises what spec_of and Decoder.inputs do.
+    """
+    spec, inputs = spec_of(parameters, services.model, services.limits), None
+    services.metrics.asked_for(services.model.name, spec.sampler, named_by(parameters.decisive()))
+    if parameters.image is not None:
+        decoding = services.decoder.inputs(
+            parameters.image, parameters.mask, services.model, caller, transparent=transparent
+        )
         inputs = await (decoding if request is None else while_connected(request, decoding))
+        parameters.image = parameters.mask = None
     if request is not None:
         body_of(request.scope).release()
+    work = work_of(spec, services.model, services.number)
     return NewJob(
         uuid.uuid4().hex,
-        asked.with_inputs(spec, inputs),
-        work_of(spec, services.model, services.number),
+        with_inputs(spec, parameters, inputs),
+        work,
         caller.name,
-        asked.deadline_s,
+        parameters.deadline_s,
         inputs,
-        is_repeatable=asked.seed is not None,
+        is_repeatable=parameters.seed is not None,
     )
 
 
@@ -151,38 +122,21 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 
 
 async def create(
-    services: Services,
-    request: Request,
-    parameters: dict[str, Any],
-    *,
-    transparent: bool = False,
-    faults: Faults | None = None,
+    services: Services, request: Request, parameters: JobCall, *, transparent: bool = False
 ) -> tuple[JobView, bool]:
     """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
 
-    parameters: may name a webhook; they and transparent: see `understand`.
-    faults: what is wrong with the parameters so far. Raises it, and what `understand` and NewJobs.create do.
+    transparent: see decode_inputs. Raises what `prepare_job` and NewJobs.create do.
     """
-    caller, webhook, faults = caller_of(request), None, faults or Faults()
-    with faults.gathered():
-        webhook = WebhookRequest.take_from(parameters, services.webhooks)
-    if faults:
-        await refuse(services, parameters, faults)
-    asked = await _parse(services, parameters)
-    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, _key, request, asked, caller.name, webhook, transparent=transparent)
-    new = await _to_job(services, caller, asked, request, transparent=transparent)
-    del asked  # its pictures are decoded
+    caller, webhook = caller_of(request), parameters.receiver
+    size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
+    key = await off_loop(size_bytes, _key, request, parameters, caller.name, webhook, transparent=transparent)
+    new = await prepare_job(services, caller, parameters, request, transparent=transparent)
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 
 def _key(
-    request: Request,
-    asked: SampleRequest,
-    owner: str,
-    webhook: Webhook | None,
-    *,
-    transparent: bool,
+    request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with.
 
@@ -192,7 +146,7 @@ def _key(
     if (name := key_in_headers(request)) is None:
         return None
     # Defaults are left out, so that the hash outlives a version that knows more parameters.
-    given = asked.model_dump(exclude_defaults=True)
+    given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
     # An earlier version left guidance 1 out of the hash. With steps it still means the same.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
@@ -203,28 +157,6 @@ def _key(
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
-
-
-async def accept(
-    services: Services,
-    request: Request,
-    parameters: dict[str, Any],
-    faults: Faults | None = None,
-) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
-
-    parameters, faults: see `create`.
-    """
-    view, again = await create(services, request, parameters, faults=faults)
-    headers = {
-        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
-        "X-Job-ID": view.record.id,
-        "Cache-Control": "no-store",
-    }
-    headers |= spec_headers(view.record.spec, services.model)
-    if again:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:

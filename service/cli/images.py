@@ -104,7 +104,9 @@ class LocalJob:
         It is loaded as by a server with default settings, or unmeasured if the job is little work; see `load_engine`.
         fingerprint: that of the engine that is to make the images again.
         """
+        from tminus.service.api.request.bounds import bounds_of
         from tminus.service.api.request.schemas import SampleRequest
+        from tminus.service.api.request.specs import spec_of, with_inputs
         from tminus.service.engine.loading import load_engine
         from tminus.service.images.decoder import decode_inputs
         from tminus.service.model_info import Limits
@@ -122,14 +124,15 @@ class LocalJob:
         )
 
         def places_of(info: "ModelInfo") -> int:
-            return work_of(SampleRequest.parse(parameters, info, limits).to_spec(info, limits), info).places
+            request = SampleRequest.parse(parameters, bounds_of(info, limits))
+            return work_of(spec_of(request, info, limits), info).places
 
         with failing_in_one_line():
             loaded = load_engine(replace(options, max_rows=n), places_of, fingerprint)
             info = loaded.engine.info
-            request = SampleRequest.parse(parameters, info, limits)
+            request = SampleRequest.parse(parameters, bounds_of(info, limits))
             inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
-            return cls(loaded, request.with_inputs(request.to_spec(info, limits), inputs), inputs)
+            return cls(loaded, with_inputs(spec_of(request, info, limits), request, inputs), inputs)
 
     def run(self, record: "Record | None" = None) -> "Pixels":
         """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""

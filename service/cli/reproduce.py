@@ -85,7 +85,7 @@ def reproduce(
     with failing_in_one_line(str(png)):
         original = read_bounded(png)
         recipe = read_recipe(original)
-    check_pictures(png, recipe, image, mask)
+    check_recipe_pictures(png, recipe, image, mask)
     parameters = recipe.parameters | read_pictures(image, mask)  # their hashes are compared where the image is made
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
@@ -112,7 +112,7 @@ def read_bounded(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def check_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
+def check_recipe_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
     """Fail unless the pictures that an edit needs are given, and no others."""
     for name, file in (("image", image), ("mask", mask)):
         digest = recipe.parameters.get(f"{name}_sha256")
@@ -138,7 +138,7 @@ def read_recipe(png: bytes) -> Recipe:
 def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
     from tminus.service.api.request.classes import NUMBER
-    from tminus.service.api.request.schemas import parameters_of
+    from tminus.service.api.request.specs import parameters_of
     from tminus.service.images.encoder import BACKGROUND
     from tminus.service.spec import SampleSpec
 
@@ -228,7 +228,7 @@ def check(
     with failing_in_one_line(str(file)):
         found = read_trajectory(read_bounded(file))
         recipe, keep = _recipe_of(found), _keep_of(found)
-    check_pictures(file, recipe, image, None)
+    check_recipe_pictures(file, recipe, image, None)
     made_by = _made_by(found)
     exact = True if made_by.get("exact") else None
     # As a server with default settings would run it, and if that is another build, as the file says.

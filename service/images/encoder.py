@@ -243,12 +243,12 @@ def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 
-def form_of(media_type: str, *, clip: bool) -> str:
+def etag_form(media_type: str, *, clip: bool) -> str:
     """Name the form of a job's images for their ETag: floats beyond the model's range are others than clipped ones."""
     return media_type if clip else f"{media_type}; unclipped"
 
 
-def label_of(media_type: str) -> str:
+def metric_label(media_type: str) -> str:
     """Name a media type in the metric of encoding: png, zip, json or npy."""
     return media_type.rpartition("/")[2].removeprefix("x-")
 

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from tminus.model.files import CheckpointError
 from tminus.model.hub import HubId, checkpoint_folder
 from tminus.service.access.access import Access
-from tminus.service.api.request.classes import label_of
+from tminus.service.api.request.classes import class_label_of
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.job_store import JobStore
@@ -180,7 +180,7 @@ def first_request(url: str, model: ModelInfo) -> str:
     """Return a command for a first request to this model."""
     query: dict[str, object] = {"n": 8}
     if model.conditional and model.null_class is None:  # each image needs a class
-        query["class_label"] = label_of(0, model.class_names)
+        query["class_label"] = class_label_of(0, model.class_names)
     return f"Try: curl -X POST '{url}/sample?{urlencode(query)}' -o out.png"
 
 

@@ -30,27 +30,23 @@ from tminus.service.api.answers.headers import (
 )
 from tminus.service.api.answers.messages import WEBSOCKETS
 from tminus.service.api.answers.operations import API_VERSION, EXAMPLES, TAGS
-from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
+from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, error_form
 from tminus.service.api.edge.origin import PROBES
+from tminus.service.api.request.bounds import BOUND, Bound, Bounds, bounds_of
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
     DEFAULT,
     NUMBER,
     PICTURES,
-    AnimationRequest,
-    FloatsRequest,
-    NoiseRequest,
+    JobCall,
+    NoiseCall,
     RequestSchema,
-    SampleRequest,
-    StreamRequest,
-    TrajectoryRequest,
-    WebhookRequest,
-    bit_depths,
+    SampleCall,
+    StreamCall,
 )
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, NPY, WEBP
 from tminus.service.images.trajectory import TRAJECTORY
-from tminus.service.jobs.webhooks.webhook import EVENTS, MAX_URL
 from tminus.service.model_info import Limits, ModelInfo
 
 Described = dict[str, Any]  # a part of an OpenAPI document
@@ -102,7 +98,7 @@ SCHEMES: Described = {
         "description": "The key, as `POST /login` keeps it for a page.",
     },
 }
-OF_BODY, OF_WORK = (408, 413, 415, 422, 429), (500, 503, 504)
+BODY_ERRORS, WORK_ERRORS = (408, 413, 415, 422, 429), (500, 503, 504)
 
 
 def ref(component: str) -> Described:
@@ -159,19 +155,6 @@ NOISE_BODY: Described = {
         FORM: {"schema": ref("NoiseForm")},
     },
 }
-LOGIN_BODY: Described = {
-    "required": True,
-    "content": {
-        JSON: {
-            "schema": {
-                "type": "object",
-                "properties": {"key": {"type": "string", "maxLength": 512, "description": "The key."}},
-                "required": ["key"],
-                "additionalProperties": False,
-            }
-        }
-    },
-}
 VERSION_ASKED = _header(
     "API-Version",
     {"type": "string", "enum": [API_VERSION]},
@@ -216,6 +199,9 @@ LAST_EVENT_ID = _header(
 )
 
 
+REFS = {"sampler": ref("Sampler"), "timestep_spacing": ref("TimestepSpacing")}
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """The schemas of requests, with the bounds that the model and the settings have."""
@@ -223,18 +209,16 @@ class Contract:
     model: ModelInfo
     limits: Limits
 
-    def query(self, *schemas: type[RequestSchema]) -> list[Described]:
-        """Describe the parameters that these schemas have in a query; pictures and secrets have no place there."""
+    def query(self, kind: type[RequestSchema]) -> list[Described]:
+        """Describe the parameters of a kind of call in a query; pictures and secrets have no place there."""
         return [
             {"name": name, "in": "query", "schema": field, **{key: field.pop(key) for key in TOLD if key in field}}
-            for schema in schemas
-            for name, field in self.fields(schema, as_text=True).items()
+            for name, field in self.fields(kind, as_text=True).items()
             if name not in (*PICTURES, "webhook")
         ]
 
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
-        of_sample = (SampleRequest, AnimationRequest, TrajectoryRequest, FloatsRequest, WebhookRequest)
         examples = {"examples": [self._example()]}
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
@@ -244,18 +228,13 @@ class Contract:
             **answers["$defs"],
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
-            "SampleRequest": self._body("What to sample.", *of_sample) | examples,
-            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest) | examples,
-            "StreamRequest": self._body("What to sample, and what to show on the way.", SampleRequest, StreamRequest),
-            "SampleForm": self._form("The same, with images as files.", PICTURES, *of_sample),
-            "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
-            "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
-            | {"required": ["image"]},
+            "SampleRequest": closed_object("What to sample.", self.fields(SampleCall)) | examples,
+            "JobRequest": closed_object("What a durable job is to sample.", self.fields(JobCall)) | examples,
+            "StreamRequest": closed_object("What to sample, and what to show on the way.", self.fields(StreamCall)),
+            "SampleForm": self._form("The same, with images as files.", PICTURES, SampleCall),
+            "JobForm": self._form("The same, with images as files.", PICTURES, JobCall),
+            "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseCall) | {"required": ["image"]},
         }
-
-    def _body(self, description: str, *schemas: type[RequestSchema]) -> Described:
-        fields = [self.fields(schema) for schema in schemas]
-        return closed_object(description, {name: field for each in fields for name, field in each.items()})
 
     def _example(self) -> Described:
         """Make a body that this model answers."""
@@ -263,58 +242,27 @@ class Contract:
         of_class = {"class_label": names[min(7, len(names) - 1)]} if names else {}
         return {"n": min(4, self.limits.max_n), "sampler": own.sampler, "steps": own.steps, "seed": 7} | of_class
 
-    def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
-        fields = [self.fields(schema, as_text=True) for schema in schemas]
-        properties = {name: field for each in fields for name, field in each.items()}
+    def _form(self, description: str, files: tuple[str, ...], kind: type[RequestSchema]) -> Described:
+        properties = self.fields(kind, as_text=True)
         described = {name: {"description": properties.get(name, {}).get("description", "The image.")} for name in files}
         return closed_object(description, properties | {name: FILE | described[name] for name in files})
 
     def fields(
-        self,
-        schema: type[RequestSchema],
-        *,
-        as_text: bool = False,
-        bounds: Mapping[str, dict[str, Described]] | None = None,
+        self, kind: type[RequestSchema], *, as_text: bool = False, bounds: Bounds | None = None
     ) -> dict[str, Described]:
-        """Describe the fields of a schema, as text (of a query or a form) or as JSON.
+        """Describe the fields of a kind of call, as text (of a query or a form) or as JSON.
 
         bounds: what narrows its fields where that is not as for POST /sample.
         """
-        bounds = {**self._bounds(), **(bounds or {})}
-        return {
-            name: _field(field, bounds.get(name, {}), as_text=as_text) | _described(field)
-            for name, field in schema.model_json_schema()["properties"].items()
-        }
+        return fields_of(kind, {**bounds_of(self.model, self.limits), **(bounds or {})}, as_text=as_text)
 
-    def _bounds(self) -> dict[str, dict[str, Described]]:
-        """Say what narrows a field beside the bounds that it declares, by the type that it narrows."""
-        last, classes = self.model.num_timesteps - 1, len(self.model.class_names)
-        return {
-            "n": {"integer": {"minimum": 1, "maximum": self.limits.max_n}},
-            "steps": {"integer": {"minimum": 1, "maximum": self.model.num_timesteps}},
-            "sampler": {"string": ref("Sampler")},
-            "class_label": {
-                "integer": {"minimum": 0, "maximum": max(0, classes - 1)},
-                "array": {"minItems": 1, "maxItems": self.limits.max_n},
-            },
-            "bit_depth": {"integer": {"enum": list(bit_depths(self.model))}},
-            "guidance_interval": {
-                "integer": {"minimum": 0, "maximum": last},
-                "array": {"minItems": 2, "maxItems": 2},
-            },
-            "keep": {
-                "integer": {"minimum": 0, "maximum": last},
-                "array": {"minItems": 1, "maxItems": last + 1, "uniqueItems": True},
-            },
-            "timestep_spacing": {"string": ref("TimestepSpacing")},
-            "t": {"integer": {"minimum": 0, "maximum": last}},
-            "webhook": {"string": {"format": "uri", "maxLength": MAX_URL}},
-            "webhook_events_filter": {
-                "string": {"enum": list(EVENTS)},
-                "array": {"minItems": 1, "maxItems": len(EVENTS), "uniqueItems": True},
-            },
-            "show": {"array": {"minItems": 1, "maxItems": 2, "uniqueItems": True}},
-        }
+
+def fields_of(kind: type[RequestSchema], bounds: Bounds, *, as_text: bool = False) -> dict[str, Described]:
+    """Describe the fields of a kind of call, within bounds."""
+    return {
+        name: _field(field, bounds.get(name, Bound()), REFS.get(name), as_text=as_text) | _described(field)
+        for name, field in kind.model_json_schema()["properties"].items()
+    }
 
 
 def closed_object(description: str, properties: dict[str, Described]) -> Described:
@@ -323,29 +271,29 @@ def closed_object(description: str, properties: dict[str, Described]) -> Describ
 
 
 TOLD = ("description", DEFAULT)
-KEPT = ("type", "format", "pattern", "enum", "minimum", "maximum", "exclusiveMinimum")
+OF_FIELDS = ("title", "default", "anyOf", BOUND, *TOLD)  # what a field says beside the type of its values
 
 
 def _described(field: Described) -> Described:
     """Say what a field is for, and what it is where it is left out."""
+    description = field["description"].replace("\n", " ")
     if DEFAULT not in field:
-        return {"description": field["description"]}
-    return {"description": f"{field['description']} Default: {field[DEFAULT]}.", DEFAULT: field[DEFAULT]}
+        return {"description": description}
+    return {"description": f"{description} Default: {field[DEFAULT]}.", DEFAULT: field[DEFAULT]}
 
 
-def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
+def _field(field: Described, bound: Bound, component: Described | None = None, *, as_text: bool) -> Described:
     """Narrow each of a field's types. As text there is no null; as JSON numbers and booleans may be text."""
     kinds: list[Described] = []
     for kind in field.get("anyOf", [field]):
         name = kind["type"]
         if name == "null" and as_text:
             continue
-        narrow = bounds.get(name, {})
-        kept = {key: kind[key] for key in KEPT if key in kind}
+        kept = {key: value for key, value in kind.items() if key not in OF_FIELDS} | bound.of_kind(name)
         if name == "array":
-            kept["items"] = _field(kind["items"], bounds, as_text=as_text)
-        kinds.append(narrow if "$ref" in narrow else kept | narrow)
-    if not as_text and not any(kind.get("type") == "string" for kind in kinds):
+            kept["items"] = _field(kind["items"], bound, as_text=as_text)
+        kinds.append(component if component is not None and name == "string" else kept)
+    if not as_text and not any(kind.get("type", "string") == "string" for kind in kinds):
         kinds += [AS_TEXT[kind["type"]] for kind in kinds if kind.get("type") in AS_TEXT]
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
@@ -371,7 +319,7 @@ def _add(responses: dict[str, Described], *statuses: int) -> None:
 
 def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
     """Add to an operation what all have: keys, sites, the version, and headers."""
-    responses, form = operation["responses"], form_of(method, path)
+    responses, form = operation["responses"], error_form(method, path)
     common = OF_ANY if form is None else OF_OTHERS
     if form is None and path not in PROBES:
         operation["parameters"] = [*operation.get("parameters", ()), {"$ref": "#/components/parameters/API-Version"}]

@@ -59,12 +59,12 @@ def render(error: ServiceError, scope: Scope | None = None) -> Response:
 def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
     """Return the response for a problem document, in the form that the clients of a request's API read."""
     status, body, media_type = problem["status"], problem, PROBLEM_JSON
-    if scope is not None and (form := form_of(scope["method"], scope["path"])) is not None:
+    if scope is not None and (form := error_form(scope["method"], scope["path"])) is not None:
         (status, body), media_type = form(problem), JSON
     return Response(json.dumps(body, ensure_ascii=False), status, dict(headers), media_type=media_type)
 
 
-def form_of(method: str, path: str) -> Form | None:
+def error_form(method: str, path: str) -> Form | None:
     """How the errors of a request are written; None: as problem documents."""
     if method == "POST" and HUGGING_FACE.fullmatch(path):
         return as_error_text

@@ -121,7 +121,7 @@ async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:
         raise DeadlinePassed.of(deadline_s) from None
 
 
-async def patient(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
+async def none_when_quiet(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
     """Yield the items as they come, and None whenever none has come for so long."""
     coming = asyncio.ensure_future(anext(items, None))
     try:
@@ -142,7 +142,7 @@ async def patient(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenera
 
 
 async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    async with aclosing(patient(events, QUIET_S)) as parts:
+    async with aclosing(none_when_quiet(events, QUIET_S)) as parts:
         async for part in parts:
             yield KEEPALIVE_COMMENT if part is None else part
 

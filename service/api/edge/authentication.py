@@ -4,9 +4,9 @@ A cookie goes with pictures, event streams and WebSockets too, to which a page c
 and HttpOnly: no other site's page can make a browser send it, and no script can read it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tminus.service.access.access import WINDOW_S, Access, Caller
 from tminus.service.access.keys import ROLES
 from tminus.service.api.answers.headers import with_headers
-from tminus.service.api.answers.openapi import LOGIN_BODY, failures
+from tminus.service.api.answers.openapi import closed_object, failures, fields_of
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.connections import counted_address
@@ -28,6 +28,7 @@ from tminus.service.api.edge.version import check_version
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
+from tminus.service.images.encoder import JSON
 from tminus.service.tracing import PROBLEM, note
 
 COOKIE = "tminus_key"
@@ -140,18 +141,15 @@ class WhoAnswer(BaseModel):
 class LoginRequest(RequestSchema):
     """What POST /login takes, in the body alone: a query would be in logs."""
 
-    key: str = Field(max_length=512, description="The key, as it would be sent in a header.")
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
-        """Check names and types. Raises InvalidField or UnknownField."""
-        return cls.from_parameters(parameters, lambda _name: "text of at most 512 characters")
+    key: Annotated[str, Field(max_length=512)]
+    """The key, as it would be sent in a header."""
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
     """Make the routes by which a client asks who it is, and by which the page keeps a key."""
     router = APIRouter(tags=["keys"])
     bare = [Depends(no_parameters)]
+    key_body = closed_object("A key.", fields_of(LoginRequest, {})) | {"required": ["key"]}
 
     @router.get("/key", **described("get_key"), dependencies=bare, responses=failures(422))
     async def get_key(request: Request) -> WhoAnswer:
@@ -162,7 +160,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         **described("login"),
         response_model=WhoAnswer,
         responses={200: SET_COOKIE, **failures(400, 401, 408, 413, 415, 422, 429)},
-        openapi_extra={"requestBody": LOGIN_BODY},
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": key_body}}}},
     )
     async def login(request: Request) -> Response:
         check_encoding(request)

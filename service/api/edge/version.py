@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from tminus.service.api.answers.operations import API_VERSION
-from tminus.service.api.answers.problems import form_of
+from tminus.service.api.answers.problems import error_form
 from tminus.service.api.edge.origin import PROBES
 from tminus.service.errors import UnsupportedVersion
 
@@ -16,7 +16,7 @@ HEADER = "API-Version"
 
 def is_native(scope: Scope) -> bool:
     """Whether an HTTP request is of the native API."""
-    return form_of(scope["method"], scope["path"]) is None
+    return error_form(scope["method"], scope["path"]) is None
 
 
 def check_version(scope: Scope) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tminus.service.api.request.classes import DIGITS, class_of_prompt, label_of
+from tminus.service.api.request.classes import DIGITS, class_label_of, class_of_prompt
 from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.request.reading import from_body
 from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, MAX_EXACT, SampleRequest, check_names
@@ -301,7 +301,7 @@ def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: M
 
 def _class(value: int | str, model: ModelInfo) -> int | str | None:
     if isinstance(value, str):
-        return label_of(class_of_prompt(value, model, CLASS_LABEL), model.class_names)
+        return class_label_of(class_of_prompt(value, model, CLASS_LABEL), model.class_names)
     return None if value == NO_CLASS else value
 
 
@@ -346,7 +346,7 @@ class Tensors:
         return BINARY if any(self.outputs.values()) else JSON
 
     @property
-    def kind(self) -> str:
+    def etag_form(self) -> str:
         """Name all that the bytes depend on beside the spec."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 

@@ -11,10 +11,10 @@ from tminus.service.api.admin import Loader
 from tminus.service.api.answers import problems
 from tminus.service.api.answers.headers import NAMED, OF_FORECAST, OF_JOB, with_headers
 from tminus.service.api.answers.openapi import (
+    BODY_ERRORS,
     FILE,
     IF_NONE_MATCH,
-    OF_BODY,
-    OF_WORK,
+    WORK_ERRORS,
     Described,
     failures,
     path_parameter,
@@ -39,12 +39,13 @@ from tminus.service.api.request.reading import (
     check_encoding,
     no_parameters,
     off_loop,
+    parse_call,
     read_body,
     read_json,
 )
-from tminus.service.api.request.schemas import check_names
+from tminus.service.api.request.schemas import SampleRequest, check_names
 from tminus.service.api.sample import Answer, respond
-from tminus.service.api.submission import understand
+from tminus.service.api.submission import ensure_loaded, prepare_job
 from tminus.service.api.system import fatal_error, why_unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -176,7 +177,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
 
     @router.post(
         "/v2/repository/index", **described("kserve_list_models"), response_model=list[ModelInIndex],
-        response_model_exclude_none=True, dependencies=BARE, responses=failures(*OF_BODY),
+        response_model_exclude_none=True, dependencies=BARE, responses=failures(*BODY_ERRORS),
         openapi_extra={"requestBody": INDEX_BODY},
     )  # fmt: skip
     async def get_index(request: Request) -> list[ModelInIndex]:
@@ -235,7 +236,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
         )(get_config)  # fmt: skip
         router.post(
             f"{path}/infer", **described(f"kserve_infer{of_version}"), response_class=Response,
-            responses={200: ANSWER, **failures(404, 412, *OF_BODY, *OF_WORK)},
+            responses={200: ANSWER, **failures(404, 412, *BODY_ERRORS, *WORK_ERRORS)},
             openapi_extra={"parameters": [*in_path["parameters"], IF_NONE_MATCH], "requestBody": BODY},
         )(models.handler(infer, "infer"))  # fmt: skip
     return router
@@ -247,10 +248,12 @@ async def infer(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     asked = await _read(services, request)
-    services, new = await understand(services, caller_of(request), asked.parameters, request)
+    parameters = await parse_call(SampleRequest, asked.parameters, services.bounds)
+    services = await ensure_loaded(services, caller_of(request), parameters, request)
+    new = await prepare_job(services, caller_of(request), parameters, request)
     made = Tensors(new.spec, services.model, asked.outputs)
     try:
-        response = await respond(services, request, new, Answer(made.media_type, made.kind, "tensors", made.body))
+        response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))
     except ServiceError as error:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes

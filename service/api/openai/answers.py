@@ -19,9 +19,9 @@ from tminus.service.api.answers.openapi import (
     closed_object,
     ref,
 )
-from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
+from tminus.service.api.openai.schemas import EditsCall, ImagesCall, bounds_of_images
 from tminus.service.api.request.multipart import FORM
-from tminus.service.api.request.schemas import DIFFUSERS_NAMES, PICTURES, SampleRequest
+from tminus.service.api.request.schemas import DIFFUSERS_NAMES
 from tminus.service.images.encoder import JSON
 from tminus.service.spec import SampleSpec
 
@@ -203,10 +203,10 @@ def components(contract: Contract) -> dict[str, Described]:
     """Make the components that the above refers to."""
     shown = [(model, "serialization") for model in (ErrorAnswer, ImagesAnswer, PartialImage, CompletedImage)]
     _, answers = models_json_schema(shown, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    members = _fields(contract, ImagesRequest, EXTENSIONS, as_text=False)
+    members = _fields(contract, ImagesCall, as_text=False)
     # A member that is null counts as left out.
     members = {name: field if name == "prompt" else _or_null(field) for name, field in members.items()}
-    fields = _fields(contract, EditsRequest, OF_EDITS, as_text=True)
+    fields = _fields(contract, EditsCall, as_text=True)
     files = {name: FILE | {"description": described} for name, described in FILES.items()}
     return {
         **answers["$defs"],
@@ -217,17 +217,13 @@ def components(contract: Contract) -> dict[str, Described]:
     }
 
 
-def _fields(
-    contract: Contract, schema: type[ImagesRequest], extensions: tuple[str, ...], *, as_text: bool
-) -> dict[str, Described]:
-    bounds = {"n": {"integer": {"minimum": 1, "maximum": min(MAX_N, contract.limits.max_n)}}}
-    more = contract.fields(SampleRequest, as_text=as_text)
-    own = contract.fields(schema, as_text=as_text, bounds=bounds)
-    assert not own.keys() & {*extensions, *PICTURES}
+def _fields(contract: Contract, kind: type[ImagesCall], *, as_text: bool) -> dict[str, Described]:
+    bounds = bounds_of_images({}, contract.limits)
+    fields = contract.fields(kind, as_text=as_text, bounds=bounds)
     others = {
-        name: more[ours] | {"description": f"Another name of `{ours}`."} for name, ours in DIFFUSERS_NAMES.items()
+        name: fields[ours] | {"description": f"Another name of `{ours}`."} for name, ours in DIFFUSERS_NAMES.items()
     }
-    return own | {name: more[name] for name in extensions} | others
+    return fields | others
 
 
 def _or_null(field: Described) -> Described:

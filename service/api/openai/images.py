@@ -32,8 +32,7 @@ from tminus.service.api.openai.answers import (
     openai_failures,
     recipe_of,
 )
-from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, ONLY_MODEL, EditsRequest, ImagesRequest
-from tminus.service.api.request.faults import Faults
+from tminus.service.api.openai.schemas import ONLY_MODEL, EditsCall, ImagesCall, bounds_of_images
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
     check_encoding,
@@ -46,9 +45,17 @@ from tminus.service.api.request.reading import (
     read_json,
     while_connected,
 )
-from tminus.service.api.request.schemas import PICTURES, named_as_given
-from tminus.service.api.submission import create, spec_headers, submit, understand
-from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType
+from tminus.service.api.request.schemas import DIFFUSERS_NAMES, PICTURES, by_our_names, named_as_given
+from tminus.service.api.submission import create, ensure_loaded, prepare_job, spec_headers, submit
+from tminus.service.errors import (
+    ConflictingField,
+    InvalidImage,
+    ModelNotFound,
+    NoImages,
+    ServiceError,
+    UnsupportedMediaType,
+    ValidationErrors,
+)
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
@@ -68,7 +75,7 @@ class Wanted:
     """A job that is wanted, and how its images are to be told."""
 
     name: str  # of its events: image_generation or image_edit
-    members: ImagesRequest
+    members: ImagesCall
     new: NewJob
 
     def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
@@ -143,9 +150,9 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
         raise UnsupportedMediaType.of(request.headers.get("content-type", ""), (FORM,))
     names = [*PICTURES, PICTURES[0] + LIST]
     form = await read_form(request, limits.max_image_bytes, names)
-    faults = Faults()
-    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form", faults)
-    faults.check()
+    errors = ValidationErrors()
+    members = from_items(((name.removesuffix(LIST), value) for name, value in form.fields), "the form", errors)
+    errors.check()
     if {"image", "image" + LIST} <= form.files.keys():
         raise ConflictingField("image is in the form twice", field="image", value="2 files")
     return members | {name.removesuffix(LIST): data for name, data in form.files.items()}
@@ -153,7 +160,7 @@ async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
 
 async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
     with ExitStack() as stack:
-        services, members, wanted = await _understand(models, request, stack, edits=edits)
+        services, members, wanted = await _prepare(models, request, stack, edits=edits)
         if isinstance(wanted, JobView):
             return await _with_urls(services, request, members, wanted)
         if members.stream:
@@ -161,33 +168,41 @@ async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
         return await _with_images(services, request, wanted)
 
 
-async def _understand(
+async def _prepare(
     models: Models, request: Request, stack: ExitStack, *, edits: bool
-) -> tuple[Services, ImagesRequest, Wanted | JobView]:
+) -> tuple[Services, ImagesCall, Wanted | JobView]:
     """Read and check a request; returns a durable job where addresses are wanted, which is accepted by then.
 
     stack: notes that the model is used. The uploads are not kept: the job may take long.
     """
     check_encoding(request)
     key_in_headers(request)  # its libraries send one with each retry, where there is no job too
-    schema, extension_names = (EditsRequest, OF_EDITS) if edits else (ImagesRequest, EXTENSIONS)
     limits = models.default.limits
-    given = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
-    uploads = {name: given.pop(name) for name in PICTURES if isinstance(given.get(name), bytes)}
-    members, extensions, given_as = schema.take_from(given, extension_names)
-    services = models.default if members.model is None else _named(models, members.model)
-    stack.enter_context(models.using(services))
-    if edits:
-        if "image" not in uploads:
-            raise InvalidImage.of("image", "a file in the form", "a form without it")
-        if not ("mask" in uploads or "strength" in extensions):
-            uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
+    values = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
+    # A member that is null is left out.
+    values, given_as = by_our_names({k: v for k, v in values.items() if v is not None}, DIFFUSERS_NAMES)
+    named, services = values.get("model"), models.default
+    with suppress(ModelNotFound):  # it is told if nothing else is wrong
+        services = _named(models, named) if isinstance(named, str) else services
     with named_as_given(given_as):
-        parameters = members.parameters(extensions, services.model, services.limits) | uploads
+        bounds = bounds_of_images(services.bounds, services.limits)
+        members = (EditsCall if edits else ImagesCall).parse(values, bounds)
+        if members.model is not None:
+            services = _named(models, members.model)
+        stack.enter_context(models.using(services))
+        parameters = members.sampling(services.model, services.limits)
+        if isinstance(members, EditsCall):
+            members.image = members.mask = None
+        if edits and parameters.image is None:
+            raise InvalidImage.of("image", "a file in the form", "a form without it")
+        if edits and parameters.mask is None and parameters.strength is None:
+            parameters.mask = parameters.image  # as OpenAI has it: what is transparent in the image is made new
+        del values
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
             return services, members, view
-        services, new = await understand(services, caller_of(request), parameters, request, transparent=edits)
+        services = await ensure_loaded(services, caller_of(request), parameters, request)
+        new = await prepare_job(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 
@@ -214,7 +229,7 @@ async def _with_images(services: Services, request: Request, wanted: Wanted) -> 
     return Response(content, headers=headers | {"Server-Timing": timing}, media_type=JSON)
 
 
-async def _with_urls(services: Services, request: Request, members: ImagesRequest, view: JobView) -> Response:
+async def _with_urls(services: Services, request: Request, members: ImagesCall, view: JobView) -> Response:
     """Wait for a durable job, and answer with the addresses of its images. It goes on if the client goes away."""
     ended = await while_connected(request, services.jobs.ended(view.record.id, caller_of(request).sees))
     record, model = ended.record, services.model
@@ -235,7 +250,7 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
     return Response(_document(members, model, data, without="b64_json"), headers=headers, media_type=JSON)
 
 
-def _document(members: ImagesRequest, model: ModelInfo, data: list[ImageEntry], without: str) -> bytes:
+def _document(members: ImagesCall, model: ModelInfo, data: list[ImageEntry], without: str) -> bytes:
     answer = ImagesAnswer(created=int(time.time()), data=data, **members.about(model))
     return answer.model_dump_json(exclude={"data": {"__all__": {without}}}).encode()
 

@@ -1,132 +1,112 @@
 """The members of requests below /v1/images, as pydantic models, and the parameters of POST /sample that they mean."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
-from tminus.service.api.request.classes import class_of_prompt, label_of
+from tminus.service.api.request.bounds import BOUND, Bound, Bounds
+from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.schemas import (
     DIFFUSERS_NAMES,
+    AsInteger,
     Bool,
+    Edit,
     Int,
+    JobCall,
     Percent,
     RequestSchema,
-    SampleRequest,
-    by_our_names,
-    check_names,
-    default,
+    Sampling,
+    in_words,
 )
-from tminus.service.errors import InvalidField
+from tminus.service.errors import InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # as OpenAI has it, and no more than --max-n
 MAX_PARTIAL_IMAGES = 3
 ONLY_MODEL = "default"  # also names a model that is served alone: vLLM-Omni's benchmark sends it
-# Of POST /sample, beside what OpenAI's members stand for; `extra_body` of its libraries sends them.
-EXTENSIONS = (
-    *("seed", "index", "to_seed", "mix", "steps", "sampler", "eta"),
-    *("guidance", "guidance_interval", "guidance_rescale"),
-    *("timestep_spacing", "nearest", "table", "clip", "deadline_s"),
-)
-OF_EDITS = (*EXTENSIONS, "strength")
-NO_EFFECT = "Accepted, without effect."
-_BOUNDS = {
-    "prompt": "text: the name of a class, or empty",
-    "model": f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
-    "n": f"an integer in 1..{MAX_N}",
-    "size": "text",
-    "quality": "one of auto, low, medium, high",
-    "response_format": "b64_json or url",
-    "output_format": "one of png, jpeg, webp",
-    "output_compression": "an integer in 0..100",
-    "background": "one of auto, opaque, transparent",
-    "stream": "true or false",
-    "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
-}
 
 
-class ImagesRequest(RequestSchema):
-    """What OpenAI's clients send to have images made."""
+class Members(RequestSchema):
+    """OpenAI's members of a call for images."""
 
-    prompt: str = Field(
-        description="A class by name or number, in any case; empty for no class. Nothing else is understood."
-    )
-    model: str | None = Field(
-        None,
-        description=f"The name of a model that is served. `{ONLY_MODEL}` is the model that is served alone.",
-        json_schema_extra=default("the server's default model"),
-    )
-    n: Int = Field(1, description="The number of images.", json_schema_extra=default("1"))
-    size: str = Field(
-        "auto", description="`auto`, or the model's own size, such as `32x32`.", json_schema_extra=default("`auto`")
-    )
-    quality: Literal["auto", "low", "medium", "high"] = Field(
-        "auto",
-        description="How many steps. `medium` takes what `POST /sample` takes by default.",
-        json_schema_extra=default("`auto`, which is `medium`"),
-    )
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json",
-        description="`b64_json`: the images as base64. `url`: the addresses of the images of a durable job.",
-        json_schema_extra=default("`b64_json`"),
-    )
-    output_format: Literal["png", "jpeg", "webp"] = Field(
-        "png", description="The format of the images.", json_schema_extra=default("`png`")
-    )
-    output_compression: Percent | None = Field(
-        None,
-        description="The quality of `jpeg` and `webp`. PNGs take only 100.",
-        json_schema_extra=default("100"),
-    )
-    background: Literal["auto", "opaque", "transparent"] = Field(
-        "auto",
-        description="For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` "
-        "keeps it where `output_format` can. Images of other models are opaque.",
-        json_schema_extra=default("`auto`"),
-    )
-    stream: Bool = Field(False, description="Answer by server-sent events.", json_schema_extra=default("false"))
-    partial_images: Int = Field(
-        0,
-        ge=0,
-        le=MAX_PARTIAL_IMAGES,
-        description="With `stream`: how often the estimate of x_0 is shown on the way.",
-        json_schema_extra=default("0"),
-    )
-    user: str | None = Field(None, description=NO_EFFECT)
-    style: str | None = Field(None, description=NO_EFFECT)
-    moderation: str | None = Field(None, description=NO_EFFECT)
-
-    @classmethod
-    def take_from(
-        cls, members: Mapping[str, Any], extensions: tuple[str, ...]
-    ) -> tuple[Self, dict[str, Any], dict[str, str]]:
-        """Check names and types, and return the extensions apart, not checked, and the names by which they are given.
-
-        A member that is null is left out. Raises InvalidField, UnknownField and ConflictingField.
-        """
-        rest = {name: value for name, value in members.items() if value is not None}
-        own = cls.own_of(rest)
-        check_names(rest, (*cls.model_fields, *extensions, *DIFFUSERS_NAMES))
-        if "prompt" not in own:
-            raise InvalidField.of("prompt", "given; empty for no class", None)
-        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "text")), *by_our_names(rest, DIFFUSERS_NAMES)
+    prompt: Annotated[str, Field(json_schema_extra={BOUND: "given, as text: the name of a class, or empty"})]
+    """A class by name or number, in any case; empty for no class. Nothing else is understood."""
+    model: Annotated[
+        str | None,
+        in_words(
+            "the server's default model",
+            f"the name of a model that GET /v1/models lists, or {ONLY_MODEL} if it lists one",
+        ),
+    ] = None
+    """The name of a model that is served. `default` is the model that is served alone."""
+    size: Annotated[str, in_words("`auto`")] = "auto"
+    """`auto`, or the model's own size, such as `32x32`."""
+    quality: Annotated[Literal["auto", "low", "medium", "high"], in_words("`auto`, which is `medium`")] = "auto"
+    """How many steps. `medium` takes what `POST /sample` takes by default."""
+    response_format: Annotated[Literal["b64_json", "url"], in_words("`b64_json`")] = "b64_json"
+    """`b64_json`: the images as base64. `url`: the addresses of the images of a durable job."""
+    output_format: Annotated[Literal["png", "jpeg", "webp"], in_words("`png`")] = "png"
+    """The format of the images."""
+    output_compression: Annotated[Percent | None, in_words("100")] = None
+    """The quality of `jpeg` and `webp`. PNGs take only 100."""
+    background: Annotated[Literal["auto", "opaque", "transparent"], in_words("`auto`")] = "auto"
+    """For a model with alpha: `transparent` keeps it, `opaque` lays the images over white, and `auto` keeps it where
+    `output_format` can. Images of other models are opaque."""
+    stream: Annotated[Bool, in_words("false")] = False
+    """Answer by server-sent events."""
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), AsInteger, in_words("0")] = 0
+    """With `stream`: how often the estimate of x_0 is shown on the way."""
+    user: str | None = None
+    """Accepted, without effect."""
+    style: str | None = None
+    """Accepted, without effect."""
+    moderation: str | None = None
+    """Accepted, without effect."""
 
     @property
     def budget(self) -> Quality:
         """The quality that is meant."""
         return "medium" if self.quality == "auto" else self.quality
 
-    def parameters(self, extensions: Mapping[str, Any], model: ModelInfo, limits: Limits) -> dict[str, Any]:
-        """Check the members against the model, and make the parameters of POST /sample. Raises InvalidField.
+    def about(self, model: ModelInfo) -> dict[str, Any]:
+        """Make the members of an answer that say in which form the images are."""
+        background = "transparent" if self.keeps_alpha(model) else "opaque"
+        form = {"output_format": self.output_format, "background": background}
+        return {"size": size_of(model), "quality": self.budget, **form}
 
-        extensions: their names are known to be right, and no more.
-        """
-        most, size = min(MAX_N, limits.max_n), size_of(model)
+    def keeps_alpha(self, model: ModelInfo) -> bool:
+        """Whether the images come with alpha."""
+        return model.alpha and self.background != "opaque" and self.output_format != "jpeg"
+
+    @property
+    def lossy_quality(self) -> int | None:
+        """The quality of jpegs or webps, 0..100; None for PNGs."""
+        if self.output_format == "png":
+            return None
+        return 100 if self.output_compression is None else self.output_compression
+
+    @property
+    def as_url(self) -> bool:
+        """Whether an address of each image is wanted, in place of the image."""
+        return self.response_format == "url"
+
+
+class ImagesCall(Sampling, Members):
+    """What OpenAI's clients send to have images made, and what their `extra_body` adds of POST /sample."""
+
+    other_names: ClassVar[Collection[str]] = DIFFUSERS_NAMES
+
+    n: Annotated[Int, in_words("1")] = 1
+    """The number of images."""
+
+    def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
+        """Check the members against the model, and say what to sample. Raises InvalidField, with all that is wrong."""
+        size, errors = size_of(model), ValidationErrors()
+        self.check_bounds(bounds_of_images({}, limits), errors)
         lossless, streamed = self.output_format == "png", self.stream
         for name, ok, bound in (
-            ("n", 1 <= self.n <= most, f"an integer in 1..{most}"),
             ("size", self.size in ("auto", size), f"auto or {size}, the size of this model's images"),
             (
                 "output_compression",
@@ -153,41 +133,25 @@ class ImagesRequest(RequestSchema):
             ("output_format", lossless or not self.as_url, "png with response_format url: a job gives its images so"),
         ):
             if not ok:
-                raise InvalidField.of(name, bound, getattr(self, name))
-        label = label_of(class_of_prompt(self.prompt, model), model.class_names)
-        given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_none=True, exclude_unset=True)
+                errors.add(InvalidField.of(name, bound, getattr(self, name)))
+        errors.check()
+        label = class_label_of(class_of_prompt(self.prompt, model), model.class_names)
+        given = self.model_dump(include={*Sampling.model_fields, *Edit.model_fields}, exclude_unset=True)
         can_guide = label is not None and model.null_class is not None
-        filled = settings_of_quality(self.budget, given, model, can_guide=can_guide)
-        meant: dict[str, Any] = {"n": self.n} if label is None else {"n": self.n, "class_label": label}
-        return meant | filled | dict(extensions)
-
-    def about(self, model: ModelInfo) -> dict[str, Any]:
-        """Make the members of an answer that say in which form the images are."""
-        background = "transparent" if self.keeps_alpha(model) else "opaque"
-        form = {"output_format": self.output_format, "background": background}
-        return {"size": size_of(model), "quality": self.budget, **form}
-
-    def keeps_alpha(self, model: ModelInfo) -> bool:
-        """Whether the images come with alpha."""
-        return model.alpha and self.background != "opaque" and self.output_format != "jpeg"
-
-    @property
-    def lossy_quality(self) -> int | None:
-        """The quality of jpegs or webps, 0..100; None for PNGs."""
-        if self.output_format == "png":
-            return None
-        return 100 if self.output_compression is None else self.output_compression
-
-    @property
-    def as_url(self) -> bool:
-        """Whether an address of each image is wanted, in place of the image."""
-        return self.response_format == "url"
+        meant: dict[str, Any] = settings_of_quality(self.budget, given, model, can_guide=can_guide)
+        return JobCall(**meant | given, class_label=label)
 
 
-class EditsRequest(ImagesRequest):
-    """What OpenAI's clients send, beside image and mask, to have an image edited."""
+class EditsCall(Edit, ImagesCall):
+    """What OpenAI's clients send to have an image edited."""
 
-    input_fidelity: str | None = Field(None, description=NO_EFFECT)
+    input_fidelity: str | None = None
+    """Accepted, without effect."""
+
+
+def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:
+    """Return the bounds of a call: OpenAI has one of its own for n."""
+    return {**bounds, "n": Bound({"minimum": 1, "maximum": min(MAX_N, limits.max_n)})}
 
 
 def size_of(model: ModelInfo) -> str:

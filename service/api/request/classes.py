@@ -36,13 +36,13 @@ def class_numbers(
     numbers = tuple(_number(label, model) for label in (given if isinstance(given, list) else [given]))
     numbers = numbers if isinstance(given, list) else numbers * n
     if model.null_class is None and None in numbers:
-        raise InvalidField.of("class_label", f"given, {class_bound(model)}", given)
+        raise InvalidField.of("class_label", f"given, {class_bound(model.class_names)}", given)
     return numbers
 
 
-def class_bound(model: ModelInfo) -> str:
+def class_bound(names: tuple[str, ...]) -> str:
     """What class_label must be, in words."""
-    return f"a class, or a list of n of them: {known_classes(model.class_names)}"
+    return f"a class, or a list of n of them: {known_classes(names)}"
 
 
 def known_classes(names: tuple[str, ...]) -> str:
@@ -71,7 +71,7 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
     raise InvalidField.of(field, f"{readings}: where names are numbers, {text} may be either", label)
 
 
-def label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
+def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
     """Name the class of this number: by the number, after NUMBER where another class has that for a name.
 
     None is no class.
@@ -99,7 +99,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
     if label is None:
         return None
     if (number := find_class(label, model.class_names)) is None:
-        raise InvalidField.of("class_label", class_bound(model), label)
+        raise InvalidField.of("class_label", class_bound(model.class_names), label)
     return number
 
 

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.edge.middleware import body_of
-from tminus.service.api.request.faults import Faults
+from tminus.service.api.request.bounds import Bounds
 from tminus.service.api.request.multipart import FORM, Form, parse_form
-from tminus.service.api.request.schemas import NUMBER, PICTURES
+from tminus.service.api.request.schemas import NUMBER, PICTURES, RequestSchema
 from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
@@ -28,6 +28,7 @@ from tminus.service.errors import (
     UnknownField,
     UnsupportedEncoding,
     UnsupportedMediaType,
+    ValidationErrors,
     short,
 )
 from tminus.service.images.encoder import JSON
@@ -36,6 +37,7 @@ from tminus.service.model_info import Limits
 
 Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
+Kind = TypeVar("Kind", bound=RequestSchema)
 P = ParamSpec("P")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")  # of an Idempotency-Key
 MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
@@ -127,42 +129,62 @@ def is_form(request: Request) -> bool:
     return media_type_of(request) == FORM
 
 
-async def read_parameters(request: Request, limits: Limits, faults: Faults) -> dict[str, Any]:
-    """Read the parameters in query and body. What is wrong with any goes into faults, and it is left out.
+async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, Any], ValidationErrors]:
+    """Read the parameters in query and body; returns them, and what is wrong with those that are left out.
 
     Raises UnsupportedEncoding, UnsupportedMediaType, and what is wrong with a body.
     """
     check_encoding(request)
-    query = from_items(request.query_params.multi_items(), "the query", faults)
+    query, errors = from_query(request)
     for name in PICTURES:
         if name in query:
             bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
-            faults.add(InvalidField.of(name, bound, query.pop(name)))
+            errors.add(InvalidField.of(name, bound, query.pop(name)))
     if "webhook" in query:  # whose secrets logs and histories would have
-        faults.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
+        errors.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
     if is_form(request):
         form = await read_form(request, limits.max_image_bytes, PICTURES)
-        return merge(query, {**from_items(form.fields, "the form", faults), **form.files}, faults)
-    return merge(query, await read_json(request, limits.max_body_bytes, (JSON, FORM)), faults)
+        body = {**from_items(form.fields, "the form", errors), **form.files}
+    else:
+        body = await read_json(request, limits.max_body_bytes, (JSON, FORM))
+    return merge(query, body, errors), errors
 
 
-def read_query(request: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
-    """Read the parameters in the query, and check them by `parse`. Raises what it does, with all that is wrong."""
-    faults = Faults()
-    parameters = from_items(request.query_params.multi_items(), "the query", faults)
-    with faults.gathered():
-        parsed = parse(parameters)
-    faults.check()
-    return parsed
+async def parse_call(
+    kind: type[Kind],
+    values: dict[str, Any],
+    bounds: Bounds,
+    errors: ValidationErrors | None = None,
+    context: object = None,
+) -> Kind:
+    """Check the parameters of a call, in a thread where there is much base64. Raises as RequestSchema.parse."""
+    size_bytes = sum(len(values[name]) for name in PICTURES if isinstance(values.get(name), str))
+    return await off_loop(size_bytes, kind.parse, values, bounds, errors, context)
+
+
+def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationErrors]:
+    """Read the parameters in the query; returns them, and what is wrong with those that are left out."""
+    errors = ValidationErrors()
+    return from_items(request.query_params.multi_items(), "the query", errors), errors
+
+
+def in_query(kind: type[Kind]) -> Any:
+    """Make the dependency that reads a call's parameters from the query."""
+
+    async def parse(request: Request) -> Kind:  # FastAPI would run it in a thread otherwise
+        values, errors = from_query(request)
+        return kind.parse(values, errors=errors)
+
+    return Depends(parse)
 
 
 async def no_parameters(request: HTTPConnection) -> None:
     """Raise UnknownField if the query of a call without parameters has any."""
-    faults = Faults()
+    errors = ValidationErrors()
     for name, value in request.query_params.multi_items():
         detail = f"there is no parameter {short(name)!r}; known: none"
-        faults.add(UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters"))
-    faults.check()
+        errors.add(UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters"))
+    errors.check()
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
@@ -213,10 +235,10 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
     return await off_loop(len(body), from_body, bytes(body), max_bytes)
 
 
-def from_items(items: Iterable[tuple[str, str]], where: str, faults: Faults) -> dict[str, Any]:
+def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationErrors) -> dict[str, Any]:
     """Turn the items of a query or a form into parameters; lists repeat their name.
 
-    Another field that comes twice is left out: a ConflictingField goes into faults.
+    Another field that comes twice is left out: a ConflictingField goes into errors.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -225,7 +247,7 @@ def from_items(items: Iterable[tuple[str, str]], where: str, faults: Faults) -> 
     for name, given in values.items():
         if len(given) > 1 and name not in LIST_FIELDS:
             detail = f"{short(name)} is given {len(given)} times in {where}"
-            faults.add(ConflictingField(detail, field=name, value=given))
+            errors.add(ConflictingField(detail, field=name, value=given))
             continue
         parameters[name] = given if len(given) > 1 else given[0]
     return parameters
@@ -261,13 +283,13 @@ def _parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def merge(query: dict[str, Any], body: dict[str, Any], faults: Faults) -> dict[str, Any]:
-    """Join query and body. A field with two values is left out: a ConflictingField goes into faults."""
+def merge(query: dict[str, Any], body: dict[str, Any], errors: ValidationErrors) -> dict[str, Any]:
+    """Join query and body. A field with two values is left out: a ConflictingField goes into errors."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):
             detail = f"{short(name)} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
-            faults.add(ConflictingField(detail, field=name, value=query[name]))
+            errors.add(ConflictingField(detail, field=name, value=query[name]))
             del merged[name]
     return merged
 

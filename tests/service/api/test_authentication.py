@@ -16,7 +16,7 @@ from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import MOST_WRONG_LOGINS, Access
 from tminus.service.access.keys import LOOK_S, KeyRing
 from tminus.service.api import stream as routes_stream
-from tminus.service.api.answers.problems import form_of
+from tminus.service.api.answers.problems import error_form
 from tminus.service.api.edge.authentication import COOKIE, is_open
 
 ANN, BEN, OPS = "tm_ann", "tm_ben", "tm_ops"
@@ -72,7 +72,7 @@ def test_every_path_asks_for_a_key_but_those_of_probes_and_of_the_page(keyed: Si
             if is_open(path, method):
                 assert response.status_code != 401 or path == "/login"
             else:
-                if form_of(method, path) is not None:
+                if error_form(method, path) is not None:
                     document = response.json()
                     code = document["code"] if "code" in document else document["error"]["code"]
                     assert (response.status_code, code) == (401, "unauthorized")

@@ -12,6 +12,8 @@ from tests.service.api.test_tables import table
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.service.api.answers.documents import SamplerAnswer
+from tminus.service.api.request import specs
+from tminus.service.api.request.bounds import bounds_of
 from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.errors import InvalidField
@@ -75,7 +77,7 @@ def classes(model: ModelInfo) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def spec_of(model: ModelInfo, parameters: dict[str, Any]) -> SampleSpec:
-    return SampleRequest.parse({"seed": 1, **parameters}, model, LIMITS).to_spec(model, LIMITS)
+    return specs.spec_of(SampleRequest.parse({"seed": 1, **parameters}, bounds_of(model, LIMITS)), model, LIMITS)
 
 
 def spec_if_taken(model: ModelInfo, asked: dict[str, Any]) -> SampleSpec:

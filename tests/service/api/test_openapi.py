@@ -22,15 +22,15 @@ from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
-from tminus.service.api.answers.problems import as_error_text, form_of
+from tminus.service.api.answers.problems import as_error_text, error_form
+from tminus.service.api.request.bounds import bounds_of
 from tminus.service.api.request.schemas import (
-    AnimationRequest,
-    FloatsRequest,
+    JobCall,
+    SampleCall,
     SampleRequest,
-    StreamRequest,
-    TrajectoryRequest,
-    WebhookRequest,
+    StreamCall,
 )
+from tminus.service.api.request.specs import spec_of
 from tminus.service.images.encoder import JSON
 
 
@@ -40,28 +40,22 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     OpenAPI.model_validate(document)
     assert {"/jobs", "/jobs/{job_id}"} <= document["paths"].keys()
     assert {"/sample", "/model", "/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
-    of_answers = (AnimationRequest, TrajectoryRequest, FloatsRequest)
-    of_sample = {name for each in of_answers for name in each.model_fields}
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]
         parameters = {each["name"]: each for each in operation["parameters"] if each.get("in") == "query"}
-        assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | of_sample
+        assert parameters.keys() == SampleCall.model_fields.keys() - {"image", "mask"}
         for name, parameter in parameters.items():
             assert parameter["description"], name
             assert parameter["schema"], name
         content = operation["responses"]["200"]["content"]
         assert {"image/png", "application/zip", "application/json"} <= content.keys()
     assert "requestBody" not in document["paths"]["/sample"]["get"]
-    of_webhooks = WebhookRequest.model_fields.keys()
-    for path, method, more in (
-        ("/sample", "post", of_webhooks | of_sample),
-        ("/jobs", "post", of_webhooks),
-    ):
-        content = document["paths"][path][method]["requestBody"]["content"]
+    for path, call in (("/sample", SampleCall), ("/jobs", JobCall)):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
         for kind in ("application/json", "multipart/form-data"):
             component = content[kind]["schema"]["$ref"].rpartition("/")[2]
             properties = document["components"]["schemas"][component]["properties"]
-            assert properties.keys() == SampleRequest.model_fields.keys() | more
+            assert properties.keys() == call.model_fields.keys()
         assert properties["image"]["format"] == properties["mask"]["format"] == "binary"
 
 
@@ -104,7 +98,7 @@ def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_
         for method, operation in methods.items():
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    form = form_of(method.upper(), path)
+                    form = error_form(method.upper(), path)
                     media_type = JSON if form is not None else "application/problem+json"
                     assert response["content"].keys() == {media_type}, (path, method, status)
                     assert form is not as_error_text or status != "422"
@@ -205,14 +199,14 @@ def test_the_example_of_a_body_is_one_that_the_model_takes() -> None:
     without_null = replace(INFO, null_class=None)
     for model in (INFO, student, without_null, replace(without_null, class_names=(), conditional=False)):
         (example,) = Contract(model, LIMITS).components()["SampleRequest"]["examples"]
-        SampleRequest.parse(example, model, LIMITS).to_spec(model, LIMITS)
+        spec_of(SampleRequest.parse(example, bounds_of(model, LIMITS)), model, LIMITS)
 
 
 def test_messages_that_openapi_cannot_express_are_in_extensions(site: Site) -> None:
     document = site.client.get("/openapi.json").json()
     stream = document["x-websockets"]["/sample/stream"]
     fields = document["components"]["schemas"]["StreamRequest"]["properties"]
-    assert fields.keys() == StreamRequest.model_fields.keys() | SampleRequest.model_fields.keys()
+    assert fields.keys() == StreamCall.model_fields.keys()
     with site.client.websocket_connect("/sample/stream") as ws:
         ws.send_json({"steps": 2, "every": 1, "keep_open": True})
         seen = {}

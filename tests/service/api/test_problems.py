@@ -78,11 +78,11 @@ def test_one_answer_tells_all_that_is_wrong(one_site: Site) -> None:
 
 def test_what_an_answer_takes_beside_the_images_is_told_together_with_the_rest(one_site: Site) -> None:
     document = problem(one_site.post(json={"every": 0, "show": "x", "n": 0, "keep": [3]}), 422, "invalid_field")
-    assert [each["field"] for each in document["errors"]] == ["every", "show", "n"]
+    assert [each["field"] for each in document["errors"]] == ["every", "show", "keep", "n"]
     document = problem(
-        one_site.post(json={"keep": [3], "clip_output": False, "webhook": "x", "eta": 2}), 422, "invalid_field"
+        one_site.post(json={"keep": [3], "clip_output": False, "webhook": "x", "eta": 2}), 422, "unknown_field"
     )
-    assert [each["field"] for each in document["errors"]] == ["webhook", "keep", "clip_output", "eta"]
+    assert [each["field"] for each in document["errors"]] == ["webhook", "eta", "clip_output", "keep"]
     document = problem(
         one_site.client.get("/jobs?limit=0&state=odd&more=1&before=x&before=y"), 422, "conflicting_field"
     )

@@ -444,8 +444,8 @@ def test_parts_of_a_trajectory_are_other_answers_that_are_kept_apart(site: Site)
         ({"keep": 3}, "keep", "a list of at most"),
         ({"keep": [1.5]}, "keep", "a list of at most"),
         ({"keep": "1,2"}, "keep", "a list of at most"),
-        ({"dtype": "bfloat16"}, "dtype", "float32 or float16"),
-        ({"dtype": None}, "dtype", "float32 or float16"),
+        ({"dtype": "bfloat16"}, "dtype", "one of float32, float16"),
+        ({"dtype": None}, "dtype", "one of float32, float16"),
     ],
 )
 def test_what_cannot_be_kept_of_a_trajectory_is_refused_by_name(

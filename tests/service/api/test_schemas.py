@@ -13,18 +13,20 @@ from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
 from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLERS
-from tminus.service.api.jobs import JobsRequest
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.jobs import JobsCall
+from tminus.service.api.request import specs
+from tminus.service.api.request.bounds import MAX_ITEMS, bounds_of
 from tminus.service.api.request.schemas import (
     MAX_SEED,
-    SEED_BITS,
-    AnimationRequest,
-    NoiseRequest,
+    NoiseCall,
     RequestSchema,
+    SampleCall,
     SampleRequest,
-    StreamRequest,
+    StreamCall,
     named_as_given,
-    parameters_of,
 )
+from tminus.service.api.request.specs import SEED_BITS, parameters_of, with_inputs
 from tminus.service.errors import InvalidField, ServiceError
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
@@ -37,7 +39,7 @@ ALL_SAMPLERS = "one of " + ", ".join(SAMPLERS)
 
 
 def spec_of(parameters: dict[str, Any], model: ModelInfo = INFO, **kwargs: Any) -> SampleSpec:
-    return SampleRequest.parse(parameters, model, LIMITS).to_spec(model, LIMITS, **kwargs)
+    return specs.spec_of(SampleRequest.parse(parameters, bounds_of(model, LIMITS)), model, LIMITS, **kwargs)
 
 
 def refusal(parameters: dict[str, Any], model: ModelInfo = INFO) -> InvalidField:
@@ -116,6 +118,7 @@ def test_numbers_and_classes_may_come_as_text_and_bounds_are_included() -> None:
         ({"index": -1}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"index": 2**32 - 1, "n": 2}, "index", "an integer in 0..4294967295 less n - 1"),
         ({"clip": "perhaps"}, "clip", "true or false"),
+        ({"timestep_spacing": ""}, "timestep_spacing", f"one of {', '.join(SPACINGS)}"),
         ({"class_label": "bird"}, "class_label", CLASSES),
         ({"class_label": 3}, "class_label", CLASSES),
         ({"class_label": "-1"}, "class_label", CLASSES),
@@ -150,11 +153,10 @@ class Untouched(list[object]):
 @pytest.mark.parametrize(
     ("parse", "schema", "longest"),
     [
-        (lambda fields: SampleRequest.parse(fields, INFO, LIMITS), SampleRequest, LIMITS.max_n),
-        (lambda fields: NoiseRequest.parse(fields, INFO), NoiseRequest, 2),
-        (JobsRequest.parse, JobsRequest, 2),
-        (StreamRequest.parse, StreamRequest, 2),
-        (lambda fields: AnimationRequest.take_from({"every": 1} | fields), AnimationRequest, 2),
+        (lambda fields: SampleCall.parse(fields, bounds_of(INFO, LIMITS)), SampleCall, INFO.num_timesteps),
+        (NoiseCall.parse, NoiseCall, MAX_ITEMS),
+        (JobsCall.parse, JobsCall, MAX_ITEMS),
+        (lambda fields: StreamCall.parse(fields, bounds_of(INFO, LIMITS)), StreamCall, LIMITS.max_n),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -258,11 +260,11 @@ def test_what_does_not_go_together_is_refused_with_what_to_do(
 
 def test_the_parameters_of_an_edit_lead_back_to_it() -> None:
     body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
-    asked = SampleRequest.parse(body, INFO, LIMITS)
-    spec = asked.with_inputs(asked.to_spec(INFO, LIMITS), INPUTS)
+    asked = SampleRequest.parse(body, bounds_of(INFO, LIMITS))
+    spec = with_inputs(specs.spec_of(asked, INFO, LIMITS), asked, INPUTS)
     told = parameters_of(spec)
-    again = SampleRequest.parse(told | {"image": b64(CAT), "mask": b64(MASK)}, INFO, LIMITS)
-    assert again.with_inputs(again.to_spec(INFO, LIMITS), INPUTS) == spec
+    again = SampleRequest.parse(told | {"image": b64(CAT), "mask": b64(MASK)}, bounds_of(INFO, LIMITS))
+    assert with_inputs(specs.spec_of(again, INFO, LIMITS), again, INPUTS) == spec
     assert type(spec).from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert hash(spec) != hash(replace(spec, mask_sha256=None))
 

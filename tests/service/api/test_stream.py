@@ -284,7 +284,7 @@ def test_a_bad_spec_is_one_error_and_a_close(site: Site) -> None:
     with connect(site) as client:
         client.send(**SPEC | {"steps": 0, "every": 0, "eta": 2})
         errors = client.refused("invalid_field", 1008)["errors"]
-        assert [each["field"] for each in errors] == ["every", "eta", "steps"]
+        assert [each["field"] for each in errors] == ["eta", "every", "steps"]
     edits: tuple[tuple[dict[str, Any], str, int], ...] = (
         ({"strength": 0.5}, "invalid_field", 1008),
         ({"image": "%", "strength": 0.5}, "invalid_image", 1008),

@@ -10,7 +10,10 @@ from tests.service.durable import post, wait_for
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.catalogue import SAMPLERS, TABLE, Recommended
 from tminus.model.sampler_tables import Table
-from tminus.service.api.request.schemas import SampleRequest, choose_table, parameters_of
+from tminus.service.api.request import specs
+from tminus.service.api.request.bounds import bounds_of
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.specs import choose_table, parameters_of
 from tminus.service.errors import InvalidField
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of, work_of
@@ -45,7 +48,8 @@ def tuned(make_site: MakeSite) -> Site:  # noqa: F811
 
 
 def spec_of(**parameters: Any) -> SampleSpec:
-    return SampleRequest.parse({"sampler": "tuned", **parameters}, TUNED, LIMITS).to_spec(TUNED, LIMITS)
+    asked = SampleRequest.parse({"sampler": "tuned", **parameters}, bounds_of(TUNED, LIMITS))
+    return specs.spec_of(asked, TUNED, LIMITS)
 
 
 def test_a_request_takes_the_table_of_its_steps_and_guidance() -> None:
@@ -62,7 +66,7 @@ def test_a_request_takes_the_table_of_its_steps_and_guidance() -> None:
         assert (spec.steps, spec.guidance, spec.table) == (expected.steps, expected.guidance, expected.hash)
         assert list(timesteps_of(spec, TUNED)) == list(expected.timesteps)
         assert work_of(spec, TUNED).places == expected.steps * (2 if expected.guidance != 1 else 1)
-        again = SampleRequest.parse(parameters_of(spec), TUNED, LIMITS).to_spec(TUNED, LIMITS)
+        again = specs.spec_of(SampleRequest.parse(parameters_of(spec), bounds_of(TUNED, LIMITS)), TUNED, LIMITS)
         assert again == spec, "the parameters that a job is listed with, and that a PNG has, make it again"
 
 

@@ -23,7 +23,9 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
-from tminus.service.api.request.schemas import SampleRequest, parameters_of
+from tminus.service.api.request.bounds import bounds_of
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.specs import parameters_of, spec_of
 from tminus.service.cli import images
 from tminus.service.cli.images import LocalJob, opaque_png
 from tminus.service.cli.reproduce import first_difference, read_recipe
@@ -424,7 +426,8 @@ def test_the_recipe_read_from_a_png_makes_its_spec_again(spec: Any) -> None:
     found = read_recipe(encode_png(np.zeros((4, 6, 1), np.uint8), recipe(spec, INFO)))
     labels = [None if label is None else f"number:{label}" for label in spec.class_labels]
     assert found.parameters == parameters_of(spec) | {"class_label": labels}
-    assert SampleRequest.parse(found.parameters, INFO, LIMITS).to_spec(INFO, LIMITS) == spec
+    asked = SampleRequest.parse(found.parameters, bounds_of(INFO, LIMITS))
+    assert spec_of(asked, INFO, LIMITS) == spec
     assert (found.weights, found.fingerprint) == (INFO.weights_hash, INFO.fingerprint)
 
 

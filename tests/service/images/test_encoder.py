@@ -33,7 +33,7 @@ from tminus.service.images.encoder import (
     encode_result,
     enlarge,
     etag,
-    label_of,
+    metric_label,
     one_image,
     recipe,
     sheet_columns,
@@ -235,7 +235,9 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
         result = JobResult(read, 0.0, 0.0, 0.0)
         try:
             return [
-                await encoder.make(result.read, partial(encode_result, kind, spec, model=INFO), label_of(kind), kind)
+                await encoder.make(
+                    result.read, partial(encode_result, kind, spec, model=INFO), metric_label(kind), kind
+                )
                 for kind in MEDIA_TYPES
             ]
         finally:
@@ -243,7 +245,7 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
 
     spec, images = make_spec(n=2), noise(2)
     assert asyncio.run(encode_all()) == [encode_result(media_type, spec, images, INFO) for media_type in MEDIA_TYPES]
-    assert [kind for kind, _, _ in seen] == [label_of(media_type) for media_type in MEDIA_TYPES]
+    assert [kind for kind, _, _ in seen] == [metric_label(media_type) for media_type in MEDIA_TYPES]
     assert all(seconds > 0 for _, seconds, _ in seen)
     assert all(name.startswith("tminus-encode") for _, _, name in seen)
     assert readers == {"tminus-encode"}

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from tests.service.fakes import INFO, FakeEngine, fake_pixels, make_spec
 from tminus.model.trajectory import Trajectory, transitions
-from tminus.service.api.request.schemas import TrajectoryRequest
+from tminus.service.api.request.schemas import SampleCall
 from tminus.service.api.sample import trajectory
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import FORMAT, MAX_METADATA_BYTES, METADATA_KEY, pack_trajectory, read_trajectory
@@ -67,7 +67,7 @@ def test_the_same_trajectory_is_the_same_bytes() -> None:
 
 def test_the_etag_names_all_whose_other_version_may_make_other_bytes() -> None:
     for name, version in {"safetensors": safetensors.__version__, "numpy": np.__version__}.items():
-        assert f"{name} {version}" in trajectory(make_spec(sampler="ddpm"), INFO, TrajectoryRequest()).kind
+        assert f"{name} {version}" in trajectory(make_spec(sampler="ddpm"), INFO, SampleCall()).etag_form
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.999])

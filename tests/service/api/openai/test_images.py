@@ -245,7 +245,7 @@ def test_a_wrong_member_is_named_with_its_bound(site: Site) -> None:
     for name in ("class_label", "every"):
         error = error_of(generate(site, **CAT, **{name: "x"}), 400, "unknown_field")
         assert error["param"] == name
-        assert "prompt, model, n" in error["message"]
+        assert "prompt, model, size" in error["message"]
 
 
 def test_a_body_that_is_no_object_is_refused(site: Site) -> None:

@@ -1,0 +1,201 @@
+"""From the parameters of a request to a spec: what depends on the model, and on each other, is checked here. Pure."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended
+from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.request.bounds import bit_depths, bounds_of
+from tminus.service.api.request.classes import class_numbers
+from tminus.service.api.request.defaults import settings_of
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.errors import BodyTooLarge, InvalidField, ValidationErrors
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.spec import Inputs, SampleSpec
+
+SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+Labels = tuple[int | None, ...] | None
+
+
+def spec_of(
+    parameters: SampleRequest, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits
+) -> SampleSpec:
+    """Check the parameters against the model and the limits, and fill in what was left out.
+
+    Raises InvalidField, with all that is wrong, and BodyTooLarge.
+    """
+    errors, bounds = ValidationErrors(), bounds_of(model, limits)
+    parameters.check_bounds(bounds, errors)
+    labels: Labels = None
+    if "n" not in errors:
+        with errors.collect():
+            labels = class_numbers(parameters.class_label, parameters.n, model)
+    seed = draw(SEED_BITS) if parameters.seed is None else parameters.seed
+    for check in (partial(_check_seed_mix, seed), partial(_check_edit, limits.max_image_bytes, model)):
+        with errors.collect():
+            check(parameters)
+    if parameters.clip and model.latent is not None and not model.clip:
+        errors.add(InvalidField.of("clip", "absent or false: latents have no range to clip to", parameters.clip))
+    interval = parameters.guidance_interval
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < model.num_timesteps):
+        errors.add(InvalidField.of("guidance_interval", parameters.words("guidance_interval", bounds), interval))
+    if "sampler" in errors:  # all else depends on it
+        errors.check()
+    can_guide = model.null_class is not None and labels is not None and None not in labels
+    settings = settings_of(parameters.decisive(), model, can_guide=can_guide)
+    sampler, steps, table = settings.sampler, settings.steps, None
+    if not errors.has("n", "steps", "class_label"):
+        with errors.collect():
+            table = _table_of(parameters, model, settings)
+    spacing = model.timestep_spacings[sampler] if parameters.timestep_spacing is None else parameters.timestep_spacing
+    if sampler not in TABLE_SAMPLERS and spacing not in SPACINGS:
+        errors.add(InvalidField.of("timestep_spacing", parameters.words("timestep_spacing", bounds), spacing))
+    if steps > (most := SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)):
+        errors.add(InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps))
+    if parameters.eta is not None and sampler != "ddim":
+        errors.add(InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", parameters.eta))
+    if not errors.has("n", "steps", "class_label", "guidance"):
+        with errors.collect():
+            _check_guidance(parameters, settings.guidance, model, labels)
+    errors.check()
+    return SampleSpec(
+        n=parameters.n,
+        steps=steps if table is None else table.steps,
+        sampler=sampler,
+        eta=parameters.eta or 0.0,
+        seed=seed,
+        index=parameters.index,
+        class_labels=labels,
+        guidance=settings.guidance if table is None else table.guidance,
+        guidance_interval=None if interval is None else (interval[0], interval[1]),
+        guidance_rescale=parameters.guidance_rescale,
+        timestep_spacing=spacing,
+        clip=model.clip if parameters.clip is None else parameters.clip,
+        strength=parameters.strength,
+        table=table.hash if table is not None else None,
+        to_seed=parameters.to_seed,
+        mix=parameters.mix,
+        bit_depth=None if parameters.bit_depth == 8 else parameters.bit_depth,
+    )
+
+
+def _check_seed_mix(seed: int, parameters: SampleRequest) -> None:
+    if (parameters.to_seed is None) != (parameters.mix is None):
+        missing, given = ("to_seed", "mix") if parameters.to_seed is None else ("mix", "to_seed")
+        raise InvalidField.of(missing, f"given together with {given}", None)
+    if parameters.to_seed == seed:  # the sum of a noise with itself is no noise
+        raise InvalidField.of("to_seed", "different from seed", parameters.to_seed)
+
+
+def _check_edit(max_image_bytes: int, model: ModelInfo, parameters: SampleRequest) -> None:
+    image, mask = parameters.image, parameters.mask
+    if image is not None:
+        check_uploads(model)
+    for name in ("strength", "mask", "image_sha256", "mask_sha256"):
+        if image is None and getattr(parameters, name) is not None:
+            raise InvalidField.of("image", f"given together with {name}", None)
+    if mask is None and parameters.mask_sha256 is not None:
+        raise InvalidField.of("mask", "given together with mask_sha256", None)
+    if image is not None and mask is None and parameters.strength is None:
+        raise InvalidField.of("strength", "given with an image, or else a mask: it says how much is to change", None)
+    for name, data in (("image", image), ("mask", mask)):
+        if data is not None and len(data) > max_image_bytes:
+            raise BodyTooLarge(len(data), max_image_bytes, name)
+
+
+def check_uploads(model: ModelInfo) -> None:
+    """Raise InvalidField where no picture that can be sent is an image of the model."""
+    if not model.fits_pictures:
+        bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
+        raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
+
+
+def _check_guidance(parameters: SampleRequest, guidance: float, model: ModelInfo, labels: Labels) -> None:
+    if guidance == 1.0:
+        for name in ("guidance_interval", "guidance_rescale"):
+            if getattr(parameters, name) is not None:
+                raise InvalidField.of(name, "absent if guidance is 1 (off)", getattr(parameters, name))
+    elif labels is None or model.null_class is None:
+        what = "has no classes" if labels is None else "has no null class"
+        raise InvalidField.of("guidance", f"1 (off): this model {what}", guidance)
+    elif None in labels:
+        raise InvalidField.of("guidance", "1 (off) if an image has no class_label", guidance)
+
+
+def refuse_float_depth(spec: SampleSpec, model: ModelInfo, where: str) -> None:
+    """Raise InvalidField for floats, where pictures alone are given."""
+    if spec.depth == 32:
+        depths = " or ".join(str(depth) for depth in bit_depths(model.channels) if depth != 32)
+        raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
+
+
+def with_inputs(spec: SampleSpec, parameters: SampleRequest, inputs: Inputs | None) -> SampleSpec:
+    """Add the hashes of the inputs to the spec. Raises InvalidField where the request names other hashes."""
+    if inputs is None:
+        return spec
+    for name, wanted, got in (
+        ("image_sha256", parameters.image_sha256, inputs.image_sha256),
+        ("mask_sha256", parameters.mask_sha256, inputs.mask_sha256),
+    ):
+        if wanted not in (None, got):
+            raise InvalidField.of(name, f"that of the pixels sent, {got}", wanted)
+    return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
+
+
+def _table_of(parameters: SampleRequest, model: ModelInfo, settings: Recommended) -> Table | None:
+    """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
+    sampler = settings.sampler
+    if sampler not in TABLE_SAMPLERS:
+        for name in ("nearest", "table"):
+            if getattr(parameters, name) is not None:
+                raise InvalidField.of(
+                    name, f"absent for sampler {sampler}, which has no tables", getattr(parameters, name)
+                )
+        return None
+    if parameters.timestep_spacing is not None:
+        bound = f"absent for sampler {sampler}: its table has the timesteps"
+        raise InvalidField.of("timestep_spacing", bound, parameters.timestep_spacing)
+    return choose_table(model, settings, take_nearest=bool(parameters.nearest), table_hash=parameters.table)
+
+
+def choose_table(
+    model: ModelInfo, settings: Recommended, *, take_nearest: bool = False, table_hash: str | None = None
+) -> Table:
+    """Choose the table for these settings.
+
+    take_nearest: of the tables that are guided, or not, as asked. Raises InvalidField, which lists what there is.
+    """
+    sampler, steps, guidance = settings.sampler, settings.steps, settings.guidance
+    tables = [table for table in model.tables if table.sampler == sampler]
+    there = steps_and_guidances(tables)
+    of_kind = [table for table in tables if (table.guidance == 1) == (guidance == 1)]
+    if not of_kind:
+        raise InvalidField.of("guidance", f"one that {sampler} has a table for: {there}", guidance)
+    if take_nearest:
+        table = nearest(of_kind, steps, guidance)
+    else:
+        with_steps = [table for table in tables if table.steps == steps]
+        fitting = [table for table in with_steps if table.guidance == guidance]
+        if not fitting:
+            field, value = ("guidance", guidance) if with_steps else ("steps", steps)
+            raise InvalidField.of(field, f"one that {sampler} has a table for, or nearest=true: {there}", value)
+        (table,) = fitting
+    if table_hash not in (None, table.hash):
+        raise InvalidField.of("table", f"that of the chosen table, {table.hash}", table_hash)
+    return table
+
+
+def parameters_of(spec: SampleSpec) -> dict[str, Any]:
+    """List the parameters that make this spec again, but for the pixels; the way back from `spec_of`."""
+    parameters = spec.to_json()
+    parameters["class_label"] = parameters.pop("class_labels")
+    if spec.sampler != "ddim":
+        del parameters["eta"]
+    if spec.table is not None:
+        del parameters["timestep_spacing"]
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
+    return {name: value for name, value in as_json.items() if value is not None}
