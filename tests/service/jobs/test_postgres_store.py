@@ -230,7 +230,7 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
     length = float(SPECS[0].num_passes)
     busy = Intake(length, [length], oldest_us=0)
     assert store.claim("build", busy, MANY, ROWS).jobs == []
-    assert busy.refused == (False, length)
+    assert busy.refused == length
     with_longer = Intake(length, [9 * length], oldest_us=0)
     assert taken(store, with_longer) == ["short"]
     assert with_longer.refused == length
