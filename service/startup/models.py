@@ -30,10 +30,10 @@ from tminus.service.errors import (
 )
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.crash_report import CrashFile
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
@@ -118,17 +118,17 @@ class ServedModels:
         allowed_sites: AllowedSites,
         access: Access,
         webhooks: Rules | None = None,
-        end_file: EndFile | None = None,
+        crash_file: CrashFile | None = None,
         described: Sequence[Described] = (),
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
         The default one's limits are those of the whole server. described: more models, out of memory. stores: of
         durable jobs, closed with this. access: who may ask; allowed_sites: by what names, and for which pages.
-        webhooks: how they are sent, if they are. end_file: outlives the process where that fails; it is closed with
+        webhooks: how they are sent, if they are. crash_file: outlives the process where that fails; it is closed with
         this.
         """
-        self._webhooks, self._end_file = webhooks, end_file
+        self._webhooks, self._end_file = webhooks, crash_file
         self.limits = limits = first[0].limits
         self.metrics, self.models, self.allowed_sites, self.access = Metrics(), Models(), allowed_sites, access
         self._numbers, self._arrivals, self._times = count(), count(), ClassTimes()
@@ -145,12 +145,12 @@ class ServedModels:
         loaded = [
             self._loaded(next(self._numbers), prepared, store) for prepared, store in zip(first, taken, strict=True)
         ]
-        note = end_file.work_on if end_file is not None else note_nothing
+        note = crash_file.work_on if crash_file is not None else note_nothing
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
         self.worker = Worker(loaded, self.admission, self.metrics, note=note, beside=pulses)
-        if end_file is not None:
-            end_file.watch(lambda: self.worker.stalled_s)
+        if crash_file is not None:
+            crash_file.watch(lambda: self.worker.stalled_s)
         statuses = JobStatuses(self.worker)
         self.jobs = Jobs(self.worker, statuses)
         self._services = partial(  # what all models share; the rest is of one
@@ -474,7 +474,7 @@ class ServedModels:
     @staticmethod
     async def _keeps_jobs(one: _OneModel) -> bool:
         try:
-            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.all())
+            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.held)
         except StorageFailed:
             return True
 

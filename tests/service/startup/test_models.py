@@ -271,7 +271,7 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
         return claim(self, *args)
 
     monkeypatch.setattr(SqliteStore, "claim", sometimes)
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.retention.RETRY_S", 0.05)
     several = make_several(make_site, state_file={INFO.weights_hash: file})
     several.shelf.found = {"fake": version_of(INFO, 1)}
     assert several.change("fake", "reload").status_code == 200
