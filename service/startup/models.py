@@ -25,10 +25,10 @@ from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import CheckpointRefused, Draining, EngineFailed, ServiceError, StorageFailed
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.crash_report import CrashFile
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
@@ -95,15 +95,15 @@ class ServedModels:
         allowed_sites: AllowedSites,
         access: Access,
         webhooks: Rules | None = None,
-        end_file: EndFile | None = None,
+        crash_file: CrashFile | None = None,
         unloaded: Sequence[UnloadedModel] = (),
     ) -> None:
         """Serve the first models, the default one first, when `start` is called.
 
         The limits of the default model are those of the whole server. unloaded: more models, not in memory. stores: of
-        durable jobs; closed with this, as is end_file. webhooks: how they are sent; None where they are not.
+        durable jobs; closed with this, as is crash_file. webhooks: how they are sent; None where they are not.
         """
-        self._stores, self._webhooks, self._end_file = stores, webhooks, end_file
+        self._stores, self._webhooks, self._crash_file = stores, webhooks, crash_file
         self.limits = limits = first[0].limits
         self.metrics, self.allowed_sites, self.access = Metrics(), allowed_sites, access
         self._numbers, self._arrivals, self._times = count(), count(), OwnerTimes()
@@ -115,14 +115,14 @@ class ServedModels:
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
-        report = end_file.work_on if end_file is not None else report_nothing
+        report = crash_file.work_on if crash_file is not None else report_nothing
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
         self.worker = Worker(
             [each.model for each in loaded], self.admission, self.metrics, report=report, beside=pulses
         )
-        if end_file is not None:
-            end_file.watch(lambda: self.worker.state.stalled_s)
+        if crash_file is not None:
+            crash_file.watch(lambda: self.worker.state.stalled_s)
         self.load_queue = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
         self.models = Models(self.load_queue)
         statuses = JobStatuses(self.worker)
@@ -167,8 +167,8 @@ class ServedModels:
     async def close(self) -> None:
         """End the worker and keep how jobs ended. Call it when all requests are answered."""
         self.worker.close()
-        if self._end_file is not None:
-            await self._stores.count_crash(self._end_file.close())  # before others may have the jobs
+        if self._crash_file is not None:
+            await self._stores.count_crash(self._crash_file.close())  # before others may have the jobs
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -404,6 +404,6 @@ class ServedModels:
     @staticmethod
     async def _keeps_jobs(one: ServedModel) -> bool:
         try:
-            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.all())
+            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.held)
         except StorageFailed:
             return True

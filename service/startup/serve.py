@@ -30,7 +30,7 @@ from tminus.model.hub import HubId, checkpoint_folder
 from tminus.service.access.access import Access
 from tminus.service.api.request.classes import class_label_of
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
+from tminus.service.jobs.crash_report import CrashFile, CrashReport, log_crash_reports, prefix_of, take_crash_reports
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
@@ -197,7 +197,7 @@ class Opened:
     unloaded: list[UnloadedModel]  # loaded when they are asked for
     stores: Stores
     webhooks: Rules | None
-    end_place: tuple[Path, str] | None  # folder of the file of how this process ends, and how the file's name begins
+    crash_file_place: tuple[Path, str] | None  # the folder of this process's crash file, and how the file's name begins
 
 
 def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
@@ -215,15 +215,15 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
         for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
         opened.pop_all()  # all are open, and stay so
-    end_place, ends = look_at_ends(settings, models[0].folder)
-    tell_ends(ends)
+    crash_file_place, ends = read_crash_reports(settings, models[0].folder)
+    log_crash_reports(ends)
     stores = Stores(open_store, results, first, ends)
     with suppress(StorageFailed):
         for weights, job_ids in first[models[0].weights_hash].left_behind(first).items():
             log.warning(
                 "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
             )
-    return Opened(settings, access, models, unloaded, stores, webhooks, end_place)
+    return Opened(settings, access, models, unloaded, stores, webhooks, crash_file_place)
 
 
 def unknown_variables(settings: Settings) -> list[str]:
@@ -321,8 +321,8 @@ def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | 
     )
 
 
-def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
-    """Return where this process has its file of how it ends, and how earlier processes ended.
+def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[CrashReport]]:
+    """Return where this process has its crash file, and the reports that earlier processes left.
 
     folder: of the default model. The file's name depends on it, so that the next start finds it after any reload.
     """
@@ -333,7 +333,7 @@ def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | N
     prefix = prefix_of(store, settings.job_namespace, str(folder.absolute()))
     try:
         if (state := state_folder(settings.state_dir)) is not None:
-            return (state, prefix), take_ends(state, prefix)
+            return (state, prefix), take_crash_reports(state, prefix)
     except ValueError as error:  # without a file in it a server needs no folder
         log.warning(UNTOLD, error)
     return None, []
@@ -458,10 +458,10 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
     except Exception:
         opened.stores.close()
         raise
-    end_file = None
+    crash_file = None
     try:
-        if opened.end_place is not None:
-            end_file = EndFile(*opened.end_place)
+        if opened.crash_file_place is not None:
+            crash_file = CrashFile(*opened.crash_file_place)
     except OSError as error:
         log.warning(UNTOLD, error)
     served = ServedModels(
@@ -470,7 +470,7 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
         settings.allowed_sites(),
         opened.access,
         webhooks=opened.webhooks,
-        end_file=end_file,
+        crash_file=crash_file,
         unloaded=opened.unloaded,
     )
     loader = ModelLoader(served, library, preparer.load, preparer.room_lacking, settings.idle_unload_s)

@@ -283,7 +283,7 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
         store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
     disks = Disks({INFO.weights_hash: file})
     disks.away.add(INFO.weights_hash)
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.retention.RETRY_S", 0.05)
     several = make_several(make_site, state_file=disks.open)
     several.shelf.found = {"fake": version_of(INFO, 1)}
     assert several.change("fake", "reload").status_code == 200

@@ -15,8 +15,8 @@ from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading, openvino_executor
-from tminus.service.jobs.process_end import EndFile
-from tminus.service.jobs.store.sqlite_store import open_store
+from tminus.service.jobs.crash_report import CrashFile
+from tminus.service.jobs.store.sqlite_store import SqliteStore, open_store
 from tminus.service.jobs.stores import Stores
 from tminus.service.startup import serve
 from tminus.service.startup.server import Opening
@@ -109,9 +109,9 @@ def test_with_an_idle_time_only_the_default_model_is_in_memory_from_the_start(th
 DIES = """
 import ctypes, sys
 from pathlib import Path
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 
-EndFile(Path(sys.argv[1]), sys.argv[2]).work_on("steps", ["a"])
+CrashFile(Path(sys.argv[1]), sys.argv[2]).work_on("steps", ["a"])
 ctypes.string_at(0)
 """
 
@@ -127,39 +127,39 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
         store.add(job("a"))
         store.close()
 
-    def start(weights: str) -> tuple[Stores, EndFile]:
+    def start(weights: str) -> tuple[Stores, CrashFile]:
         def read_models(_settings: Settings) -> tuple[list[loading.ReadModel], list[object]]:
             checkpoint: Any = SimpleNamespace(weights_hash=weights)
             return [loading.ReadModel("a", tmp_path / "model", checkpoint)], []
 
         monkeypatch.setattr(serve, "read_models", read_models)
         opened = serve.open_all(Settings(state_dir=states), ("127.0.0.1", 8000))
-        assert opened.end_place is not None
-        return opened.stores, EndFile(*opened.end_place)
+        assert opened.crash_file_place is not None
+        return opened.stores, CrashFile(*opened.crash_file_place)
 
-    stores, end_file = start(reloaded)
+    stores, crash_file = start(reloaded)
     stores.close()
-    end_file.close()
-    prefix = end_file._file.name.rpartition("-")[0]
+    crash_file.close()
+    prefix = crash_file._file.name.rpartition("-")[0]
     subprocess.run([sys.executable, "-c", DIES, states, prefix], check=False, timeout=60)
 
-    stores, end_file = start(served)
+    stores, crash_file = start(served)
 
     async def crashes(weights: str) -> list[int]:
         store = await stores.take(weights)
-        claimed = await store.claim_all()
+        claimed = await store.call(SqliteStore.claim_all)
         await stores.release(weights)
         return [record.crashes for record in claimed.jobs]
 
     for weights in (served, reloaded, reloaded):
         assert asyncio.run(crashes(weights)) == [1]
-    end_file.close()
+    crash_file.close()
     assert not list(Path(states).glob("*.end"))
 
 
 def test_the_password_of_a_database_may_change_but_another_database_has_other_ends(tmp_path: Path) -> None:
     def place(url: str, folder: str = "a") -> object:
-        return serve.look_at_ends(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
+        return serve.read_crash_reports(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
 
     one = place("postgresql://me:secret@host/one")
     assert place("postgresql://me:changed@host/one") == one

@@ -283,7 +283,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         "ModelLoader": lambda _served, library, _load, _room, idle_s: seen.update(library=library, idle_s=idle_s),
         "create_app": lambda _served, _loader, **values: seen.update(values),
         "open_store": open_store,
-        "look_at_ends": lambda _settings, _folder: (None, []),
+        "read_crash_reports": lambda _settings, _folder: (None, []),
         "serve_metrics": lambda _listener, _opening, allowed_sites: seen.update(metrics_hosts=allowed_sites.hosts),
         "start_traces": lambda _version: "what sends spans",
         "_run": listen_and_serve,
