@@ -195,8 +195,7 @@ class Replica:
 
 
 def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
-    traces = start_traces(VERSION)
-    return measure_and_build(open_all(settings, address), traces, Opening(), with_metrics=settings.metrics)
+    return measure_and_build(open_all(settings, address), start_traces(VERSION), Opening())
 
 
 # --- the port of its own, for the other replicas and for Prometheus ---

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import traceback
-import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -80,8 +79,8 @@ def serve(settings: Settings) -> bool:
     listener = listen(settings.host, settings.port)
     try:
         metrics_listener = None
-        if settings.metrics and settings.metrics_port is not None:
-            metrics_listener = listen(settings.metrics_host or settings.host, settings.metrics_port)
+        if settings.metrics_port is not None:
+            metrics_listener = listen(settings.host, settings.metrics_port)
         opened = open_all(settings, listener.getsockname()[:2])
     except ValueError:
         listener.close()
@@ -103,10 +102,8 @@ def serve(settings: Settings) -> bool:
     if ip_address(host).is_unspecified:  # a browser cannot open 0.0.0.0 on every system
         url = f"http://localhost:{port}"
 
-    build = partial(
-        measure_and_build, opened, traces, opening, with_metrics=settings.metrics and metrics_listener is None
-    )
-    asyncio.run(_run(server, opening, listener, build, url, open_browser=settings.open_browser))
+    build = partial(measure_and_build, opened, traces, opening)
+    asyncio.run(_run(server, opening, listener, build, url))
     for signum in (signal.SIGTERM, signal.SIGINT):  # the interpreter drops handlers as it ends; a signal would kill it
         signal.signal(signum, signal.SIG_IGN)
 
@@ -123,13 +120,7 @@ def serve(settings: Settings) -> bool:
 
 
 async def _run(
-    server: Server,
-    opening: Opening,
-    listener: socket.socket,
-    build: Callable[[], Application],
-    url: str,
-    *,
-    open_browser: bool = False,
+    server: Server, opening: Opening, listener: socket.socket, build: Callable[[], Application], url: str
 ) -> None:
     """Listen, build the application meanwhile, and pass requests to it until its worker has ended.
 
@@ -149,7 +140,7 @@ async def _run(
             worker, model = application.served.worker, application.served.models.default.model
             ended = asyncio.create_task(in_daemon_thread(worker.join, "tminus-watch"))
             ended.add_done_callback(lambda _: server.end())
-            telling = asyncio.create_task(_tell_when_ready(worker, url, model, open_browser=open_browser))
+            telling = asyncio.create_task(_tell_when_ready(worker, url, model))
             await serving
             telling.cancel()
     finally:
@@ -157,23 +148,9 @@ async def _run(
         await serving
 
 
-async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_browser: bool) -> None:
+async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo) -> None:
     if await is_ready(worker):
         log.info("ready: open %s in a browser. By default: %s. %s", url, model.recommended, first_request(url, model))
-        if open_browser:
-            threading.Thread(target=open_page, args=(url,), name="tminus-browser", daemon=True).start()
-
-
-def open_page(url: str) -> None:
-    """Open a page in a browser, and log where that is not possible. May block for as long as the browser runs.
-
-    A browser needs a display, or the variable BROWSER.
-    """
-    # Without a display webbrowser would run a text browser in the server's terminal.
-    if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
-        log.warning("--open-browser: there is no display here; open %s yourself", url)
-    elif not webbrowser.open(url):
-        log.warning("--open-browser: no browser could be opened; open %s yourself", url)
 
 
 def first_request(url: str, model: ModelInfo) -> str:
@@ -359,8 +336,7 @@ def open_results(settings: Settings) -> Results | None:
     with about("job_results", "s3"):
         from tminus.service.jobs.store.objects import open_objects
 
-        objects = open_objects(settings.job_results, settings.job_namespace)
-    return Results(objects, settings.job_results_above_kb * 1024)
+        return Results(open_objects(settings.job_results, settings.job_namespace))
 
 
 def webhook_rules(settings: Settings) -> Rules | None:
@@ -441,10 +417,10 @@ class Preparer:
         return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
 
 
-def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening, *, with_metrics: bool) -> Application:
-    """Measure the models, and build the app around them. with_metrics: whether it answers /metrics.
+def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening) -> Application:
+    """Measure the models, and build the app around them. The app closes the stores. Raises what measuring raises.
 
-    The app closes the stores. opening: shows the progress to clients. Raises what measuring raises.
+    opening: shows the progress to clients.
     """
     settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}
@@ -474,5 +450,5 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
         unloaded=opened.unloaded,
     )
     loader = ModelLoader(served, library, preparer.load, preparer.room_lacking, settings.idle_unload_s)
-    app = create_app(served, loader, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
+    app = create_app(served, loader, with_metrics=settings.metrics_port is None, traces=traces)
     return Application(app, served)

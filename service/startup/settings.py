@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
-# Secrets, which other users of the machine might see in a flag, and what is set in trials only.
-NO_FLAG = frozenset({"keys", "webhook_secret", "metrics_host"})
+# Secrets, which other users of the machine might see in a flag.
+NO_FLAG = frozenset({"keys", "webhook_secret"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+LEAST_BODY_BYTES = 2**20
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
 
 
@@ -94,7 +95,7 @@ GROUPS = {
     "keys_file": "Access",
     "state_dir": "Durable jobs",
     "webhook_secret": "Webhooks",
-    "open_browser": "Running the server",
+    "grace_s": "Running the server",
     "ray_address": "Replicas on Ray",
 }
 
@@ -209,14 +210,12 @@ class Settings(BaseSettings):
         "keys leave free, of this, of `--max-rows`, and of the 1024 jobs that a server accepts; see "
         "[security](security.md).",
     )
-    max_body_bytes: int = Field(
-        1 << 20, ge=1024, description="Maximum size of a request's body in bytes, without the images in it."
-    )
     max_image_bytes: int = Field(
         8 << 20,
         ge=1024,
         le=1 << 28,
-        description="Maximum size of an uploaded image in bytes. Raise it to edit large pictures.",
+        description="Maximum size of an uploaded image in bytes. Raise it to edit large pictures. The rest of a body "
+        "may have 1 MiB, or an eighth of this if it is more.",
     )
     result_cache_mb: int = Field(
         64,
@@ -260,11 +259,10 @@ class Settings(BaseSettings):
     allowed_hosts: str = Field(
         "",
         description="Names by which clients may address the server, separated by commas, such as `diffusion.example`. "
-        "localhost, IP addresses and the names in `--host` and `TMINUS_METRICS_HOST` are always allowed. A request "
-        "with another `Host` header is answered with 403, so that no web page can reach the server by DNS rebinding. "
-        "Set it if clients use a name, or if a proxy passes the name on. `*` allows every name. `/healthz`, "
-        "`/readyz`, `/health`, `/metrics`, `/v2/health/live` and `/v2/health/ready` answer under every name; "
-        "`/metrics` at `--metrics-port` does not.",
+        "localhost, IP addresses and the name in `--host` are always allowed. A request with another `Host` header is "
+        "answered with 403, so that no web page can reach the server by DNS rebinding. Set it if clients use a name, "
+        "or if a proxy passes the name on. `*` allows every name. `/healthz`, `/readyz`, `/health`, `/metrics`, "
+        "`/v2/health/live` and `/v2/health/ready` answer under every name; `/metrics` at `--metrics-port` does not.",
     )
     allowed_origins: str = Field(
         "",
@@ -290,21 +288,14 @@ class Settings(BaseSettings):
         description="Let clients without a key sample. A server that has no keys is open to its own machine anyway; to "
         "listen on any other address it needs this flag or keys.",
     )
-    metrics: bool = Field(True, description="Answer `/metrics`, and open `--metrics-port`.")
     metrics_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="Answer `/metrics` on this port instead, without a key. Use it for a Prometheus that has no key. "
-        "Clients must ask by an IP address or a name in `--allowed-hosts`. The port also answers `/healthz`, even "
-        "while all connections of the main port are taken.",
+        description="Answer `/metrics` on this port of `--host` instead, without a key. Use it for a Prometheus that "
+        "has no key. Clients must ask by an IP address or a name in `--allowed-hosts`. The port also answers "
+        "`/healthz`, even while all connections of the main port are taken.",
     )
-    metrics_host: str | None = Field(
-        None,
-        description="Address to listen on for `--metrics-port`. `127.0.0.1` shows the metrics to this machine only. "
-        "Default: the address of `--host`.",
-    )
-    docs: bool = Field(True, description="Answer `/docs` and `/openapi.json`.")
     state_dir: str = Field(
         "",
         description="Folder of the durable jobs, with one file for each checkpoint. `:memory:` keeps them until the "
@@ -340,7 +331,8 @@ class Settings(BaseSettings):
     )
     job_results: str | None = Field(
         None,
-        description="Object store for large results of durable jobs: `s3://bucket/prefix`. It needs the extra `s3`; "
+        description="Object store for results of durable jobs with more than 256 KiB of pixels: `s3://bucket/prefix`. "
+        "64 grey images of 32 x 32 have 64 KiB, one colour image of 256 x 256 has 192 KiB. It needs the extra `s3`; "
         "see [results in an object store](operations.md#results-in-an-object-store). The endpoint is "
         "`AWS_ENDPOINT_URL`, or Amazon's for `AWS_REGION`. Credentials are `AWS_ACCESS_KEY_ID` and "
         "`AWS_SECRET_ACCESS_KEY`, else a web identity (EKS), or the role of the container (ECS) or machine (EC2). "
@@ -349,13 +341,6 @@ class Settings(BaseSettings):
         "minute and a second for each megabyte; allow your supervisor that time. A job whose object is missing or "
         "damaged answers 507; you can delete it. The right `s3:ListBucket` is not needed; with it the log can tell a "
         "missing object from a forbidden one. Default: all results are kept where the jobs are.",
-    )
-    job_results_above_kb: int = Field(
-        256,
-        ge=0,
-        le=1_048_576,
-        description="Size in KiB of pixels above which a result goes to `--job-results`. 64 grey images of 32 x 32 "
-        "have 64 KiB, one colour image of 256 x 256 has 192 KiB. With 0 every result goes there.",
     )
     keep_jobs_s: float = Field(
         86_400,
@@ -386,11 +371,6 @@ class Settings(BaseSettings):
         description="Receivers of webhooks in your own network: names, addresses and networks, separated by commas, "
         "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. A URL may use "
         "plain HTTP if its host is listed by name, or is an address in a listed network.",
-    )
-    open_browser: bool = Field(
-        False,
-        description="Open the page in a browser when the server is ready. It takes the browser of the desktop, or the "
-        "one in the variable `BROWSER`. Without a display, the log says so and the server goes on.",
     )
     grace_s: float = Field(
         30,
@@ -489,6 +469,11 @@ class Settings(BaseSettings):
         )
 
     @property
+    def max_body_bytes(self) -> int:
+        """The largest body, without the images in it."""
+        return max(LEAST_BODY_BYTES, self.max_image_bytes // 8)
+
+    @property
     def idle_unload_s(self) -> float | None:
         """The seconds after which an idle model is unloaded; None where none is."""
         return None if self.idle_unload is None else seconds_of(self.idle_unload)
@@ -537,6 +522,6 @@ class Settings(BaseSettings):
         """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in given.split(",") if each.strip())
-            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
+            for given in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
         )
         return AllowedSites(hosts, origins)

@@ -51,7 +51,7 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     monkeypatch.setattr(devices, "release_memory", release_memory)
     opened = serve.open_all(Settings(state_dir=str(tmp_path / "state")), ("127.0.0.1", 8000))
     with pytest.raises(ValueError, match="the same bits"):
-        serve.measure_and_build(opened, None, Opening(), with_metrics=False)
+        serve.measure_and_build(opened, None, Opening())
     assert freed == [True, True]
 
 
