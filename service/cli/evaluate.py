@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.cli.options import (
     BACKGROUND,
-    CHECKPOINT_TYPE,
+    CHECKPOINT,
     DATA_FOLDERS,
     DEVICE,
     EXECUTOR,
@@ -21,7 +21,6 @@ from tminus.service.cli.options import (
 )
 from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.cli.train import DATA_DIR, load_training_data
-from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 
 
 @click.command(short_help="Measure a checkpoint, compare samplers.")
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint")
+@CHECKPOINT
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,

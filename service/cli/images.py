@@ -4,7 +4,7 @@ import base64
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE_NAMES, EXECUTOR_NAMES, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT, DEVICE, EXECUTOR, PRECISION, options
 from tminus.service.cli.output import fail, failing_in_one_line
-from tminus.service.engine.protocol import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,40 +33,17 @@ MAX_LOCAL_N = 4096  # images made without a server in one command
 MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # of a PNG that is read or written
 MAX_SCALE = 64
 SCALE = "scale"  # in a recipe: by what the PNG was enlarged
-LOCAL_MODEL = (
+# Which model makes images: one of a server, or one that is loaded here.
+model_options = options(
     click.option("--url", help="Server to ask, instead of loading a checkpoint"),
     click.option("--model", help="With --url: name of one of its models  [default: its default model]"),
-    click.option(
-        "--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint; not with --url"
-    ),
-    click.option(
-        "--device",
-        shell_complete=DEVICE_NAMES,
-        default="auto",
-        help="Device: auto, cpu or cuda; auto takes a GPU if there is one; not with --url",
-    ),
-    click.option(
-        "--executor",
-        shell_complete=EXECUTOR_NAMES,
-        default="auto",
-        help="What runs the network: auto, eager, compile or openvino; not with --url",
-    ),
-    click.option(
-        "--precision",
-        shell_complete=PRECISION_NAMES,
-        default="auto",
-        help="Number format: auto, float32, tf32 (CUDA) or bfloat16; not with --url",
-    ),
+    CHECKPOINT,
+    DEVICE,
+    EXECUTOR,
+    PRECISION,
 )
-LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
+LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that do not go with --url
 MAX_LOCAL_IMAGE_BYTES = 2**30
-
-
-def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which model makes images: a server's, or one loaded here."""
-    for option in reversed(LOCAL_MODEL):
-        command = option(command)
-    return command
 
 
 def check_model(url: str | None, model: str | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import OfSettings, read_settings, settings_options
+from tminus.service.cli.configuration import SettingsCommand, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
@@ -34,7 +34,7 @@ def ray() -> None:
 
 
 @ray.command(
-    cls=OfSettings,
+    cls=SettingsCommand,
     short_help="Serve from replicas on a Ray cluster.",
     epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the application has left the cluster; "
     "2 wrong command line.",

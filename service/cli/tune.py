@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, PRECISION_NAMES, comma_separated
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, PRECISION, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
@@ -44,12 +44,7 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 @click.option("--iterations", default=200, help="Most iterations of refining the coefficients by gradients")
 @click.option("--batch-size", default=64, help="Images in one forward pass")
 @EXECUTOR
-@click.option(
-    "--precision",
-    shell_complete=PRECISION_NAMES,
-    default="auto",
-    help="Number format: auto, float32, tf32 (CUDA) or bfloat16",
-)
+@PRECISION
 @DEVICE
 def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] | None, **options: Any) -> None:
     """Fit samplers with few steps to a checkpoint, and recommend one of them.

@@ -52,7 +52,7 @@ from tminus.service.startup.server import (
     listen,
     serve_metrics,
 )
-from tminus.service.startup.settings import Library, Settings, asked_by, name_of
+from tminus.service.startup.settings import Library, Settings, name_of, named, variable_of
 from tminus.service.startup.traces import start_traces
 from tminus.service.threads import LOADING, in_daemon_thread, started_pool
 from tminus.service.worker.worker import Worker
@@ -63,8 +63,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OF_COMMANDS = ("config", "key", "pull_from")  # which the commands read by themselves
-# What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
+COMMAND_SETTINGS = ("config", "key", "pull_from")  # variables that commands read
+# Variables that Docker and Kubernetes set for a service named tminus or tminus-….
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 GIB = 2**30
@@ -204,8 +204,8 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
 
 
 def unknown_variables(settings: Settings) -> list[str]:
-    """Return the names of variables that begin like a setting and are none, as a misspelt one."""
-    known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
+    """Return the names of variables that begin with TMINUS_ and are no setting."""
+    known = {variable_of(name) for name in (*type(settings).model_fields, *COMMAND_SETTINGS)}
     return sorted(
         name
         for name, value in os.environ.items()
@@ -217,15 +217,15 @@ def unknown_variables(settings: Settings) -> list[str]:
 
 @contextmanager
 def about(setting: str, extra: str = "") -> Iterator[None]:
-    """Name the setting that a ValueError is about, or the extra that it needs."""
+    """Raise a ValueError of the block with the setting's name, and a missing module as the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{asked_by(setting)} needs the extra {extra}: {error}; pip install '.[{extra}]' in a checkout"
+            f"{named(setting)} needs the extra {extra}: {error}; pip install '.[{extra}]' in a checkout"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{asked_by(setting)}: {error}") from None
+        raise ValueError(f"{named(setting)}: {error}") from None
 
 
 def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedModel]]":
@@ -274,7 +274,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
     if not models:
         need_bytes, name = smallest
         raise ValueError(
-            f"{asked_by('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
+            f"{named('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
             f"{name}, takes about {need_bytes / GIB:.2g}"
         )
     return models, unloaded
@@ -294,7 +294,7 @@ def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | 
     left = settings.models_memory_gb - used_bytes / GIB
     return (
         f"takes about {need_bytes / GIB:.2f} GiB, and {max(0.0, left):.2f} of the {settings.models_memory_gb:g} GiB of "
-        f"{asked_by('models_memory_gb')} are left"
+        f"{named('models_memory_gb')} are left"
     )
 
 
@@ -343,7 +343,7 @@ def webhook_rules(settings: Settings) -> Rules | None:
     """Return how webhooks are sent; None without a secret that signs them. Raises ValueError for an invalid secret."""
     text, file = settings.webhook_secret, settings.webhook_secret_file
     if text is not None and file is not None:
-        raise ValueError(f"{asked_by('webhook_secret')} and {asked_by('webhook_secret_file')} exclude each other")
+        raise ValueError(f"{named('webhook_secret')} and {named('webhook_secret_file')} exclude each other")
     if text is not None:
         with about("webhook_secret"):
             secrets = read_secrets(text.get_secret_value())
