@@ -370,9 +370,8 @@ def bench(
             check_number(max(rates), seconds)
             goal = Goal(mix, alone_s, factors, seconds, seed, give_up_s)
             at_rates = [asyncio.run(_at_rate(url, model, goal, rate, parameters)) for rate in sorted(rates)]
-        report |= {name: (flags | used_settings(example))[name] for name in ("sampler", "class_label")} | goal.report(
-            at_rates
-        )
+        settings = flags | used_settings(example)
+        report |= {"sampler": settings["sampler"], "class_label": settings["class_label"]} | goal.report(at_rates)
     if as_json:
         say_json(report)
     else:

@@ -274,7 +274,7 @@ def _number(text: Any) -> int:
 
 
 def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]], Sequence[bytes]]:
-    """Read the messages of a job to its end. Returns the accepted job, the pictures of each step, and the final PNGs."""
+    """Read a job's messages to its end. Returns the accepted job, the pictures of each step, and the final PNGs."""
     from tqdm import tqdm
 
     from tminus.service.client import Accepted, ClientError, Done, Frame
