@@ -1,4 +1,4 @@
-"""`tminus approve`: bfloat16 is approved for a checkpoint, or refused, by comparing images."""
+"""`tminus approve`: approve or refuse bfloat16 for a checkpoint, by comparing images."""
 
 import sys
 from dataclasses import replace

@@ -36,12 +36,12 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
 class CheckpointType(click.Path):
-    """A checkpoint: its folder, or its id on the hub, from which it is fetched if it is not there already."""
+    """A checkpoint: its folder, or its id on the hub, from which it is fetched once."""
 
     name = "checkpoint"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the folder; one clear line and exit code 1 where there is none."""
+        """Return the folder. A failure is one line and exit code 1."""
         with failing_in_one_line():
             folder = checkpoint_folder(value)
         return super().convert(folder, parameter, context)

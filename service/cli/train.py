@@ -1,4 +1,4 @@
-"""`tminus train`, `train-autoencoder` and `distill`: their options, handed to model/training/."""
+"""`tminus train`, `train-autoencoder` and `distill`: the command line of model/training/."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
 MOST_ON_SHEET = 64  # samples
-ROWS_PER_CLASS = 2  # of a sheet of samples
+ROWS_PER_CLASS = 2  # on a sheet of samples
 IMAGES_WITHOUT_CLASSES = 16
-RECONSTRUCTIONS = 8  # a row of the sheet
+RECONSTRUCTIONS = 8  # in a row of the sheet
 KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
-# Of the last two the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
+# Their noise levels are a formula of t, and their scheduler_config.json has no clip.
 CONTINUOUS = ("flow", "edm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
@@ -401,17 +401,17 @@ def distill(**flags: Any) -> None:
 
 
 def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = "") -> None:
-    """Say whether a run has come to its end, or was interrupted and can be resumed."""
+    """Print whether a run is done, or was interrupted and can be resumed."""
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
     if done and served:
         say(f"{more}Try: tminus serve --checkpoint {out}")
 
 
-# --- what they share: the images they learn from, and the sheets of samples that a run draws ---
+# --- shared: the training images, and the sheets of samples ---
 
 
 def kind_of(data: "ImageSet") -> str:
-    """Say how many images there are, and of which kind, for people."""
+    """Describe the number, size and kind of the images."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
@@ -419,11 +419,11 @@ def kind_of(data: "ImageSet") -> str:
 def load_training_data(
     data: str, split: str, idx_folder: Path | None, size_px: int, channels: int | str | None, background: str
 ) -> "ImageSet":
-    """Load a split (train, test) of Fashion-MNIST, or all of the folder that `data` names.
+    """Load a split (train, test) of Fashion-MNIST, or all images of the folder `data`.
 
-    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px, channels (None: by what they are)
-    and background, the colour that transparent pixels are laid over, are those of a folder's images. Raises DataError,
-    and ValueError for a background that is no colour.
+    idx_folder: of Fashion-MNIST's files; None: Debian's. size_px, channels (None: those of the images) and background,
+    the colour behind transparent pixels, are for a folder's images. Raises DataError, and ValueError for an invalid
+    colour.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
@@ -438,9 +438,9 @@ def load_training_data(
 def sheet_writer(
     folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
 ) -> Callable[["Denoiser", "Plan", int], None]:
-    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
+    """Return a function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
 
-    autoencoder: of a latent model, makes images of the samples.
+    autoencoder: of a latent model; decodes the samples.
     """
     import torch
 
@@ -451,7 +451,7 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    assert unet.size_px is not None  # which every network that is trained, or loaded, has
+    assert unet.size_px is not None  # every network that is trained or loaded has it
     shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
@@ -465,7 +465,7 @@ def sheet_writer(
 def reconstruction_writer(
     folder: Path, data: "ImageSet", device: "torch.device"
 ) -> Callable[["Autoencoder", int], None]:
-    """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
+    """Return a function that draws some images of the data above their reconstructions."""
     import torch
 
     from tminus.model.latent.autoencoder import images_of, latents_of
@@ -481,7 +481,7 @@ def reconstruction_writer(
 
 
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
-    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the one that shows the run as it is now."""
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the run's newest sheet."""
     from tminus.model.files import write_bytes
     from tminus.model.pixels import RGBA, shown_channels, to_uint8
     from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale

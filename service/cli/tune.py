@@ -1,4 +1,4 @@
-"""`tminus tune`: its options, handed to model/tuning/."""
+"""`tminus tune`: the command line of model/tuning/."""
 
 import math
 from pathlib import Path
@@ -74,7 +74,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
             threads = torch.get_num_threads()
             wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
             loaded.net.to(device)
-            # Loaded apart, since an executor may keep the network it is given.
+            # Loaded a second time, since an executor may keep its network.
             executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:

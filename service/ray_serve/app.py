@@ -55,7 +55,7 @@ def cores_each(nodes: Sequence[float], replicas: int) -> int:
 
 
 def options(settings: RaySettings) -> dict[str, Any]:
-    """What Serve is told of the replicas."""
+    """Return the options of the deployment for Serve."""
     least, most = settings.min_replicas, settings.most_replicas
     policy: dict[str, Any] = {
         "policy_function": BacklogPolicy,
@@ -63,7 +63,7 @@ def options(settings: RaySettings) -> dict[str, Any]:
     }
     routing: dict[str, Any] = {
         "request_router_class": BacklogRouter,
-        "request_router_kwargs": {"told_after_s": TOLD_EVERY_S + ON_ITS_WAY_S},
+        "request_router_kwargs": {"report_age_s": TOLD_EVERY_S + ON_ITS_WAY_S},
         "request_routing_stats_period_s": TOLD_EVERY_S,
     }
     autoscaling = AutoscalingConfig(
