@@ -38,7 +38,7 @@ class Front:
             await self._app(scope, receive, _without_id(send))
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app on a WebSocket until it ends. If the replica ends first, the close code asks for a new attempt."""
+        """Run the app on a WebSocket until it ends. If the replica ends first, the code asks for a new attempt."""
         ending = asyncio.ensure_future(self._ending.wait())
         receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, so that no message is lost
         ended = False
