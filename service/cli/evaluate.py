@@ -2,12 +2,12 @@
 
 import json
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.cli.options import (
@@ -156,7 +156,7 @@ def evaluate(
             figures = report.to_flat_dict() if single else report.to_dict()
             write_file(f"--json {json_file}", json_file, (json.dumps(figures, indent=2) + "\n").encode())
         if report_folder is not None:
-            for name, content in report_files(report, command_line(click.get_current_context())).items():
+            for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
         if reference is not None:  # last: it writes into the checkpoint, and that may fail
@@ -275,20 +275,3 @@ def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> 
         approve(checkpoint, check)
     say(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
     say(verdict.reason)
-
-
-def command_line(context: click.Context) -> str:
-    """The command with the options that were given, as a shell reads it."""
-    words = ["tminus", context.info_name or ""]
-    for option in context.command.params:
-        if context.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[option.name or ""]
-        words.append(max(option.opts, key=len))
-        if option.nargs > 1:
-            words += map(str, value)
-        elif isinstance(value, tuple):
-            words.append(",".join(map(str, value)))
-        elif value is not True:
-            words.append(str(value))
-    return shlex.join(words)
