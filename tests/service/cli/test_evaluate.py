@@ -107,15 +107,6 @@ def test_what_cannot_be_measured_is_one_clear_line(folders: list[str], arguments
     assert says in refusal(folders, *arguments)
 
 
-def test_a_bad_value_of_a_list_is_named_with_its_bound(folders: list[str]) -> None:
-    for option, text, bound in (
-        ("--guidance", "1,51", "a number, 0..50, got '51'"),
-        ("--seeds", str(2**64), "a whole number, 0..2^64-1, got"),
-    ):
-        result = evaluate(folders, option, text)
-        assert (result.exit_code, option in result.output, bound in result.output) == (2, True, True)
-
-
 def test_figures_are_not_lost_where_the_checkpoint_cannot_be_written(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -331,12 +331,6 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
     one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
 
 
-def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path) -> None:
-    for command, name in ((["sample"], "checkpoint"), (["reproduce", kept], "precision")):
-        result = run(*command, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
-        one_line(result, f"--{name} is for a model that this command loads; with --url the server has its own")
-
-
 # --- the parts ---
 
 
