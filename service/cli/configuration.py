@@ -142,7 +142,8 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        got = "" if is_secret(kind.model_fields[name]) else f", got {first['input']!r}"
+        is_secret = SecretStr in get_args(kind.model_fields[name].annotation)
+        got = "" if is_secret else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
         what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's words
         fail(f"{named(name)}{where}: {what}{got}")
@@ -206,8 +207,3 @@ def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> N
         else:
             line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
         say(f"{line}  # {f'{source.kind} {source.name}'.strip()}")
-
-
-def is_secret(field: "FieldInfo") -> bool:
-    """Whether the value of a setting may not be printed."""
-    return SecretStr in get_args(field.annotation)
