@@ -1,4 +1,4 @@
-"""`tminus bench`: a small open-loop load on a running server, and what its users would wait.
+"""`tminus bench`: a small open-loop load on a running server, and the latency of its requests.
 
 With --slo it measures, by rate, the share of requests that are answered within some multiple of the time that a request
 of that size takes alone. `python -m bench` uses the same functions.

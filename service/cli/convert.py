@@ -139,7 +139,7 @@ def _costs(found: "Description") -> dict[str, Any]:
 
 
 def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say in lines what an image costs."""
+    """Describe the costs of an image in lines."""
     if not costs or (own := found.settings) is None:
         return []
     weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB

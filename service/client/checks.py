@@ -1,4 +1,4 @@
-"""Checks of the types and sizes of what a server sends. Pure; every check raises ValueError."""
+"""Checks of the types and sizes in a server's answers. Pure; every check raises ValueError."""
 
 import base64
 import binascii

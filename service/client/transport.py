@@ -1,4 +1,4 @@
-"""Addresses, keys, limits, and what the errors of httpx and of websockets mean. No I/O."""
+"""Addresses, keys and limits, and the meaning of errors of httpx and websockets. No I/O."""
 
 import re
 import warnings

@@ -148,7 +148,7 @@ class ModelLoader:
                 await self._queue.wait(self._idle_interval_s)
 
     async def _unload_unused(self) -> None:
-        """Unload the models that an admin unloads, and those that have been idle for long, unless they are busy."""
+        """Unload models for an admin, and models that have been idle for long, unless they are busy."""
         for one in self._models.in_memory:
             now_s, closing = time.monotonic(), self._queue.is_unloaded(one.name)
             is_idle = self._idle_unload_s is not None and now_s - one.last_used_s >= self._idle_unload_s

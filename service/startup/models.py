@@ -63,7 +63,7 @@ class Prepared:
     """A model that is ready to be served."""
 
     engine: RowEngine
-    limits: Limits  # of its requests
+    limits: Limits
     speed: Speed
     release: Callable[[], object] = gc.collect  # called when no reference to the engine is left
     spare_work: Iterator[None] | None = None  # done while no job runs; it may change the engine's `info`

@@ -433,7 +433,7 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening)
     try:
         while opened.models:  # which may not keep a model that is unloaded later
             name = opened.models[0].name
-            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
+            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.report, name)))
     except Exception:
         opened.stores.close()
         raise

@@ -71,7 +71,7 @@ class Opening:
     application: Application | None = None  # None while the model is measured
     detail = DETAIL  # the present step of the start
 
-    def tell(self, model: str, what: str, left_s: float | None) -> None:
+    def report(self, model: str, what: str, left_s: float | None) -> None:
         """Report to clients and the log what is being measured, and the time left. Any thread may call."""
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""

@@ -1,12 +1,9 @@
 """How commands end: Ctrl-C, failures in a line; tests/e2e/test_train.py has `train`, which saves before Ctrl-C."""
 
-import io
 import json
-import logging
 import re
 import shlex
 import signal
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +15,7 @@ from tminus.model import checkpoint
 from tminus.service.cli.main import SECTIONS, main
 from tminus.service.cli.output import fail, say, say_json
 from tminus.service.engine import loading
-from tminus.service.request_id import REQUEST_ID
-from tminus.service.startup.logs import MAX_LINE, printable, set_up_log
+from tminus.service.startup.logs import MAX_LINE, printable
 
 
 @pytest.mark.parametrize(
@@ -159,41 +155,3 @@ def test_what_could_drive_a_terminal_is_escaped_in_lines_and_text_of_any_script_
     assert line[:-1].isascii()
     assert line[:-1].isprintable()
     assert json.loads(line) == document
-
-
-def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is logged of a checkpoint has its name, which is from a file."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [])
-    assert "needs a --precision" in run("evaluate", "--approve").output  # it has ended at once
-    (handler,) = root.handlers
-    record = logging.LogRecord("x", logging.INFO, "", 0, "serving %s\nand", ("\x1b[2J",), None)
-    assert handler.format(record) == "serving \\x1b[2J\nand"
-
-
-def test_a_log_of_json_has_an_object_a_line_with_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, text = logging.getLogger(), io.StringIO()
-    monkeypatch.setattr(root, "handlers", [])
-    monkeypatch.setattr("sys.stderr", text)
-    set_up_log("INFO", "%(message)s", "json")
-    log = logging.getLogger("tminus.x")
-    log.info("a\n%s", "b\x1b[2J", extra={"job_id": "j", "status": 200, "unknown": 1})
-    token = REQUEST_ID.set("r")
-    try:
-        raise RuntimeError("oh")
-    except RuntimeError:
-        log.exception("it failed")
-    finally:
-        REQUEST_ID.reset(token)
-    first, second = map(json.loads, text.getvalue().splitlines())
-    assert first == first | {
-        "level": "info",
-        "logger": "tminus.x",
-        "message": "a\nb\x1b[2J",
-        "job_id": "j",
-        "status": 200,
-    }
-    assert first.keys() == {"time", "level", "logger", "message", "job_id", "status"}
-    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
-    assert (second["request_id"], second["level"]) == ("r", "error")
-    assert "RuntimeError: oh" in second["traceback"]
