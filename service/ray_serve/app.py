@@ -40,10 +40,10 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
     cpus = settings.replica_cpus
     if cpus is None:
         cpus = 1.0 if gpus else float(cores_each([node.get("CPU", 0) for node in nodes], settings.most_replicas))
-    chosen: dict[str, Any] = {"replica_gpus": gpus, "replica_cpus": cpus}
+    resources: dict[str, Any] = {"replica_gpus": gpus, "replica_cpus": cpus}
     if not gpus:
-        chosen |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
-    return settings.model_copy(update=chosen)
+        resources |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
+    return settings.model_copy(update=resources)
 
 
 def cores_each(nodes: Sequence[float], replicas: int) -> int:

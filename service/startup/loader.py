@@ -178,13 +178,13 @@ class ModelLoader:
         while True:
             # Models that leave take memory until their jobs have ended.
             used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
-            lacks = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
-            if lacks is None:
+            reason = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
+            if reason is None:
                 return
             others = [each for each in self._models.in_memory if each.name != name]
             if self._idle_unload_s is None or not others:
                 unload = "; unload another model first" if self._idle_unload_s is None else ""
-                detail = f"{name} cannot be loaded: it {lacks}{unload}"
+                detail = f"{name} cannot be loaded: it {reason}{unload}"
                 raise CheckpointRefused(detail, field="model", value=name)
             await self._unload(await self._wait_for_idle(others), "room")
 

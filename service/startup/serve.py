@@ -249,10 +249,10 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
         try:
             folder = checkpoint_folder(place) if isinstance(place, HubId) else place
             need_bytes = needed_bytes(settings, folder)
-            if lacks := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
+            if reason := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
                 if number < len(settings.checkpoint):
-                    raise CheckpointError(f"{folder}: it {lacks}")
-                log.warning("%s is not loaded: it %s", own_name, lacks)  # a model of the folder
+                    raise CheckpointError(f"{folder}: it {reason}")
+                log.warning("%s is not loaded: it %s", own_name, reason)  # a model of the folder
                 smallest = min(smallest, (need_bytes, str(own_name)))
                 continue
             used_bytes += need_bytes
