@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.service.conftest import MakeCheckpoint
-from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading, openvino_executor
@@ -51,7 +51,7 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     monkeypatch.setattr(devices, "release_memory", release_memory)
     opened = serve.open_all(Settings(state_dir=str(tmp_path / "state")), ("127.0.0.1", 8000))
     with pytest.raises(ValueError, match="the same bits"):
-        serve.measure_and_build(opened, None, Opening(), with_metrics=False)
+        serve.measure_and_build(opened, None, Opening())
     assert freed == [True, True]
 
 
@@ -117,10 +117,11 @@ ctypes.string_at(0)
 
 
 def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_loaded_later(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """The job "a" was of the model that was served before a reload, whose weights nobody names at the start."""
-    served, reloaded = INFO.weights_hash, "cd" * 32
+    """The job "a" was of the model that was served before a reload, whose weights no checkpoint has at the start."""
+    checkpoints = {made.weights_hash: made for made in (make_checkpoint(seed=seed) for seed in (0, 1))}
+    served, reloaded = checkpoints
     states = str(tmp_path / "states")
     for weights in (served, reloaded):
         store = open_store(states, weights)
@@ -128,12 +129,10 @@ def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_l
         store.close()
 
     def start(weights: str) -> tuple[Stores, CrashFile]:
-        def read_models(_settings: Settings) -> tuple[list[loading.ReadModel], list[object]]:
-            checkpoint: Any = SimpleNamespace(weights_hash=weights)
-            return [loading.ReadModel("a", tmp_path / "model", checkpoint)], []
-
-        monkeypatch.setattr(serve, "read_models", read_models)
-        opened = serve.open_all(Settings(state_dir=states), ("127.0.0.1", 8000))
+        made, folder = checkpoints[weights], tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(folder, made.net.state_dict(), made.net.config, made.noise, made.labels, {})
+        opened = serve.open_all(Settings(state_dir=states, checkpoint=str(folder)), ("127.0.0.1", 8000))
         assert opened.crash_file_place is not None
         return opened.stores, CrashFile(*opened.crash_file_place)
 
