@@ -323,7 +323,7 @@ class Lifecycle:
     async def _resume(self, job: HeldJob) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = job.record
-        alone = record.crashes > 0 or record.suspect
+        isolated = record.crashes > 0 or record.suspect
         await self._ensure_loaded(job)  # only then its fingerprint is known, by which there may be a snapshot
         check_table(record.spec, self._info)
         work = work_of(record.spec, self._info, self.model)
@@ -342,7 +342,7 @@ class Lifecycle:
                 ticket = self._worker.resume(
                     NewJob(
                         record.id, record.spec, work, record.owner, deadline_s,
-                        inputs=inputs, durable=True, snapshot=snapshot, alone=alone,
+                        inputs=inputs, durable=True, snapshot=snapshot, isolated=isolated,
                     )
                 )  # fmt: skip
             except (NotReady, Overloaded):
@@ -354,7 +354,7 @@ class Lifecycle:
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
-        log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if alone else "")
+        log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if isolated else "")
         self._enter_worker(job)
         return ticket
 

@@ -27,7 +27,7 @@ from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.startup import serve as module
 from tminus.service.startup.models import Prepared
 from tminus.service.startup.settings import NAME, NO_FLAG, Library, Settings, name_of
@@ -312,8 +312,8 @@ def test_without_flags_and_variables_the_defaults_hold(served: Served) -> None:
         result_cache_bytes=64 * 2**20,
     )
     assert served["state_dir"] == ""
-    sharing = served["speed"].sharing
-    assert sharing == Sharing.of(16, short_batch=8, times=TickTimes(TICK_TIMES))
+    policy = served["speed"].policy
+    assert policy == BatchPolicy.of(16, short_batch=8, times=TickTimes(TICK_TIMES))
     assert {served[name] for name in ("device", "executor", "precision")} == {"auto"}
     by_measuring = "exact", "threads", "max_batch", "max_rows", "cache_dir"
     assert {served[name] for name in by_measuring} == {None}, "left to the machine"
