@@ -29,7 +29,7 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
@@ -94,9 +94,9 @@ class Replica:
 
     def restart(self) -> None:
         """Begin with nothing, as a new process does."""
-        sharing = Sharing.of(self._limits.max_batch, self._limits.max_batch // 2, self._times)
-        self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
-        self.admission.put(0, Speed(sharing, self._limits.max_rows))
+        policy = BatchPolicy.of(self._limits.max_batch, self._limits.max_batch // 2, self._times)
+        self.scheduler, self.admission = Scheduler(policy), Admission(self._limits)
+        self.admission.put(0, Speed(policy, self._limits.max_rows))
         self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, math.inf
 
     def takes(self, places: int) -> bool:

@@ -24,7 +24,7 @@ from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.work import Batch, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
@@ -62,11 +62,11 @@ def serve(
     again when it was told to be.
     """
     times = TickTimes(points)
-    sharing = Sharing.of(limits.max_batch, smallest_batch_at(points, SHORT_SHARE), times)
+    policy = BatchPolicy.of(limits.max_batch, smallest_batch_at(points, SHORT_SHARE), times)
     if reserved is not None:
-        sharing = replace(sharing, reserved=reserved)
-    scheduler, admission = Scheduler(sharing), Admission(limits)
-    admission.put(0, Speed(sharing, limits.max_rows))
+        policy = replace(policy, reserved=reserved)
+    scheduler, admission = Scheduler(policy), Admission(limits)
+    admission.put(0, Speed(policy, limits.max_rows))
     place_s = times.seconds_per_place(limits.max_batch)
     coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
     heapq.heapify(coming)

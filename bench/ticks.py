@@ -19,7 +19,7 @@ from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.devices import choose_device
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import trial_spec
 from tminus.service.work import work_of
 
@@ -111,7 +111,7 @@ class Ticks:
         """watched: whether a call that waits for the GPU is an error."""
         self._engine = engine
         self._spec = trial_spec(engine.info, rows, steps, sampler="ddpm")
-        self._scheduler = Scheduler(Sharing.of(max(2, rows)))
+        self._scheduler = Scheduler(BatchPolicy.of(max(2, rows)))
         self._watched = watched
         self._rows: tuple[int, ...] = ()
 

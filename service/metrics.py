@@ -482,7 +482,7 @@ class Metrics:
         """Record that images were encoded."""
         self._encode.labels(kind).observe(seconds)
 
-    def coded(self, direction: str, seconds: float) -> None:
+    def task_done(self, direction: str, seconds: float) -> None:
         """Record that an image was encoded to latents (encode) or made of them (decode)."""
         self._coding.labels(direction).observe(seconds)
 

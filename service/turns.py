@@ -25,13 +25,13 @@ class CallerTurns:
         self._clock = clock
         self._current: _Turn | None = None
         self._waiting: list[_Turn] = []  # in the order of arrival
-        self._had_s: dict[str, float] = {}  # seconds used, by caller; cleared when nobody runs or waits
+        self._used_s: dict[str, float] = {}  # seconds used, by caller; cleared when nobody runs or waits
 
     @asynccontextmanager
     async def taken(self, caller: str, expected_s: float = 0.0) -> AsyncIterator[None]:
         """Wait for a turn, which the block takes. expected_s: how long it will take, for `wait_s`."""
         turn = _Turn(caller, expected_s)
-        self._had_s[caller] = self._had(caller)
+        self._used_s[caller] = self._used_by(caller)
         self._waiting.append(turn)
         self._begin_next()
         try:
@@ -39,7 +39,7 @@ class CallerTurns:
             yield
         finally:
             if turn is self._current:
-                self._had_s[caller] += self._clock() - turn.began_s
+                self._used_s[caller] += self._clock() - turn.began_s
                 self._current = None
                 self._begin_next()
             else:
@@ -47,28 +47,28 @@ class CallerTurns:
 
     def wait_s(self, caller: str) -> float:
         """Predict the wait for one more turn of a caller, by the expected seconds of the turns before it."""
-        had_s, wait_s = {**self._had_s, caller: self._had(caller)}, 0.0
+        used_s, wait_s = {**self._used_s, caller: self._used_by(caller)}, 0.0
         if self._current is not None:
             wait_s = self._current.expected_s
-            had_s[self._current.caller] += wait_s
-        until_s = had_s[caller] + sum(turn.expected_s for turn in self._waiting if turn.caller == caller)
+            used_s[self._current.caller] += wait_s
+        until_s = used_s[caller] + sum(turn.expected_s for turn in self._waiting if turn.caller == caller)
         for turn in self._waiting:
-            if had_s[turn.caller] <= until_s:
+            if used_s[turn.caller] <= until_s:
                 wait_s += turn.expected_s
-                had_s[turn.caller] += turn.expected_s
+                used_s[turn.caller] += turn.expected_s
         return wait_s
 
-    def _had(self, caller: str) -> float:
+    def _used_by(self, caller: str) -> float:
         active = {turn.caller for turn in (self._current, *self._waiting) if turn is not None}
-        return max(self._had_s.get(caller, 0.0), min((self._had_s[each] for each in active), default=0.0))
+        return max(self._used_s.get(caller, 0.0), min((self._used_s[each] for each in active), default=0.0))
 
     def _begin_next(self) -> None:
         if self._current is not None:
             return
         if not self._waiting:
-            self._had_s.clear()
+            self._used_s.clear()
             return
-        self._current = turn = min(self._waiting, key=lambda turn: self._had_s[turn.caller])  # the first of equals
+        self._current = turn = min(self._waiting, key=lambda turn: self._used_s[turn.caller])  # the first of equals
         self._waiting.remove(turn)
         turn.began_s = self._clock()
         turn.has_come.set()

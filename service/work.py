@@ -21,7 +21,7 @@ class Work:
     steps: int  # passes of the plan: the rows take those from `start` on
     guided: range
     start: int = 0
-    beside_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
+    autoencoder_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
     model: int = 0  # the number of the model whose places they are
 
     def places_per_row(self, step: int) -> int:

@@ -124,7 +124,7 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
         read = await asyncio.wrap_future(noising)
         if services.model.latent is not None:
-            noised = await asyncio.wrap_future(services.worker.run_beside("noise", read))
+            noised = await asyncio.wrap_future(services.worker.run_autoencoder("noise", read))
             return lambda: noised[0]
     return lambda: read()[0]
 

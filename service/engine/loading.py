@@ -32,7 +32,7 @@ from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -267,7 +267,7 @@ def prepare_engine(
         if not proof.begun:
             progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
-        full_batch = Sharing.of(max_batch, times=TickTimes(tick_times, again.overlapped)).full_batch
+        full_batch = BatchPolicy.of(max_batch, times=TickTimes(tick_times, again.overlapped)).full_batch
         spare_work = proof.test(engine, full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)

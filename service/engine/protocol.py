@@ -8,7 +8,7 @@ from typing import Protocol
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Show
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch, work_of
 
@@ -117,7 +117,7 @@ def sample_locally(
     record: is called before the first tick with all rows, and after each with those in it. Raises ValueError as
     Engine.add does, and NotFinite.
     """
-    scheduler = Scheduler(Sharing.of(max_batch))
+    scheduler = Scheduler(BatchPolicy.of(max_batch))
     rows = engine.add(spec, inputs=inputs)
     scheduler.add("local", rows, work_of(spec, engine.info))
     if record is not None:

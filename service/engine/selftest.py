@@ -26,7 +26,7 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Floats, SampleSpec, trial_spec
 from tminus.service.work import work_of
 
@@ -214,7 +214,7 @@ def _possible(engine: RowEngine, specs: Sequence[SampleSpec]) -> list[SampleSpec
 
 
 def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Floats]:
-    scheduler = Scheduler(Sharing.of(max(2, max_batch)))
+    scheduler = Scheduler(BatchPolicy.of(max(2, max_batch)))
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))

@@ -193,7 +193,7 @@ class JobRunner:
     async def _resume(self, job: HeldJob) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = job.record
-        alone = record.crashes > 0 or record.suspect
+        isolated = record.crashes > 0 or record.suspect
         await self._ensure_loaded(job)  # a snapshot is found by the fingerprint, which is known only then
         check_table(record.spec, self._model.info)
         work = work_of(record.spec, self._model.info, self._model.number)
@@ -212,7 +212,7 @@ class JobRunner:
                 ticket = self._worker.resume(
                     NewJob(
                         record.id, record.spec, work, record.owner, deadline_s,
-                        inputs=inputs, durable=True, snapshot=snapshot, alone=alone,
+                        inputs=inputs, durable=True, snapshot=snapshot, isolated=isolated,
                     )
                 )  # fmt: skip
             except (NotReady, Overloaded):
@@ -224,7 +224,7 @@ class JobRunner:
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
-        log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if alone else "")
+        log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if isolated else "")
         self._held.move(job, HeldState.IN_WORKER)
         return ticket
 

@@ -22,7 +22,7 @@ from tminus.service.jobs.tasks import Tasks
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.room import Line
+from tminus.service.scheduling.room import RetryQueue
 from tminus.service.work import Outlook, Work
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
@@ -64,7 +64,7 @@ class Leases:
         self._renewing: asyncio.Task[None] | None = None
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
-        self._line = Line()  # of those who were told since then when another replica has room
+        self._retry_queue = RetryQueue()  # of those who were told since then when another replica has room
         # The shortest job that the last claim left: only shorter ones go before it.
         self._least_waiting = math.inf  # its places
 
@@ -112,7 +112,7 @@ class Leases:
 
     async def _look(self) -> None:
         """See what all replicas have to do. Raises StorageFailed."""
-        self._asked_s, self._line = time.perf_counter(), Line()
+        self._asked_s, self._retry_queue = time.perf_counter(), RetryQueue()
         load = await self._store.call(SharedStore.load)
         self.load = None if self._ended else load
 
@@ -207,5 +207,5 @@ class Leases:
         in_s = load.room_elsewhere_in_s(work, self._model.limits.max_backlog_s if error.field == "backlog_s" else 0.0)
         if in_s >= error.retry_after_s:
             return error
-        due_s = self._line.next_s(now_s + in_s, work.places / (load.places_per_s or math.inf))
+        due_s = self._retry_queue.next_s(now_s + in_s, work.places / (load.places_per_s or math.inf))
         return error.sooner(max(1, math.ceil(due_s - now_s)))

@@ -1,37 +1,34 @@
-"""Fair shares where jobs of several owners wait: whoever has had less goes first. Pure: no torch, no clock.
+"""Fair shares among the owners of jobs: the owner with the least service goes first. Pure: no torch, no clock.
 
-An owner is the name of an API key, or nobody's. What it has had is counted in seconds of the machine, and a place goes
-to the owner that has had least, so that all who ask for more than they get have the same (the max-min fair shares of
-fair queueing: Demers, Keshav and Shenker 1989). Who asked for little of late is behind the others by up to BURST_S, and
-goes before them until it has caught up.
+An owner is the name of an API key, or empty. Its service time is counted in seconds of the machine. Each place goes to
+the owner with the least service, so that all owners that ask for more than they get have the same (the max-min fair
+shares of fair queueing: Demers, Keshav and Shenker 1989). An owner that was idle is behind the others by up to BURST_S,
+and goes first until it has caught up.
 """
 
 import heapq
 import threading
 from collections.abc import Iterable, Mapping
 
-BURST_S = 10.0  # how far an owner may be behind the one that has had most
+BURST_S = 10.0  # how far an owner may be behind the one with the most service
 
 
 class OwnerTimes:
-    """Owns how much time of the machine each owner of jobs has had.
-
-    The worker's thread changes it; any thread may read.
-    """
+    """Owns the service time of each owner. The worker's thread changes it; any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._had_s: dict[str, float] = {}  # of those who left, too, until all have left
+        self._service_time_s: dict[str, float] = {}  # also of owners without jobs, until no owner has one
         self._jobs: dict[str, int] = {}
 
     def join(self, owner: str) -> None:
         """Note that an owner has one more job."""
         with self._lock:
             if owner not in self._jobs:
-                had_s = self._on_joining(owner)
+                service_time_s = self._on_joining(owner)
                 if not self._jobs:
-                    self._had_s.clear()
-                self._had_s[owner], self._jobs[owner] = had_s, 0
+                    self._service_time_s.clear()
+                self._service_time_s[owner], self._jobs[owner] = service_time_s, 0
             self._jobs[owner] += 1
 
     def leave(self, owner: str) -> None:
@@ -41,23 +38,23 @@ class OwnerTimes:
             if not self._jobs[owner]:
                 del self._jobs[owner]
 
-    def stepped(self, seconds: Mapping[str, float]) -> None:
-        """Note what the rows of each owner in a tick have taken."""
+    def stepped(self, seconds: Mapping[str, float], ticks: int = 1) -> None:
+        """Note the seconds that each owner is charged for a tick, or for each of several."""
         with self._lock:
-            for owner, taken_s in seconds.items():
-                self._had_s[owner] = self._had_s.get(owner, 0.0) + taken_s
+            for owner, charged_s in seconds.items():
+                self._service_time_s[owner] = self._service_time_s.get(owner, 0.0) + ticks * charged_s
             if len(self._jobs) > 1:
-                least_s = max(map(self._had_s.__getitem__, self._jobs)) - BURST_S
+                least_s = max(map(self._service_time_s.__getitem__, self._jobs)) - BURST_S
                 for owner in self._jobs:
-                    if self._had_s[owner] < least_s:
-                        self._had_s[owner] = least_s
+                    if self._service_time_s[owner] < least_s:
+                        self._service_time_s[owner] = least_s
 
-    def had_s(self, owner: str) -> float:
-        """How much an owner has had, from a moment on that is the same for all who have jobs."""
-        return self._had_s.get(owner, 0.0)
+    def service_time_s(self, owner: str) -> float:
+        """Return the service time of an owner, counted from the same moment for all owners that have jobs."""
+        return self._service_time_s.get(owner, 0.0)
 
     def of(self, owners: Iterable[str]) -> dict[str, float]:
-        """Return what each owner has had, or will have had once it has a job."""
+        """Return the service time of each owner, or the time that it will begin with once it has a job."""
         with self._lock:
             return {owner: self._on_joining(owner) for owner in owners}
 
@@ -68,29 +65,29 @@ class OwnerTimes:
             return tuple(self._jobs)
 
     @property
-    def one_alone(self) -> bool:
-        """Whether all jobs are of one owner."""
+    def has_one_owner(self) -> bool:
+        """Whether all jobs belong to one owner."""
         return len(self._jobs) == 1
 
     def _on_joining(self, owner: str) -> float:
         if owner in self._jobs:
-            return self._had_s[owner]
+            return self._service_time_s[owner]
         if not self._jobs:
             return 0.0
-        most_s = max(map(self._had_s.__getitem__, self._jobs))
-        return min(max(self._had_s.get(owner, 0.0), most_s - BURST_S), most_s + BURST_S)
+        most_s = max(map(self._service_time_s.__getitem__, self._jobs))
+        return min(max(self._service_time_s.get(owner, 0.0), most_s - BURST_S), most_s + BURST_S)
 
 
-def allot(places: int, place_s: float, wants: Mapping[str, int], had_s: Mapping[str, float]) -> dict[str, int]:
-    """Share the places of a tick out, each to the owner that has had least. wants: how many each can use."""
-    heap = [(had_s[owner], turn, owner) for turn, owner in enumerate(wants)]
+def allot(places: int, place_s: float, wants: Mapping[str, int], service_time_s: Mapping[str, float]) -> dict[str, int]:
+    """Give each place of a tick to the owner with the least service. wants: how many places each owner can use."""
+    heap = [(service_time_s[owner], turn, owner) for turn, owner in enumerate(wants)]
     heapq.heapify(heap)
     allotted = dict.fromkeys(wants, 0)
     while places and heap:
         had, turn, owner = heapq.heappop(heap)
         ahead_s = heap[0][0] - had if heap else float("inf")
         left = min(wants[owner] - allotted[owner], places)
-        # All at once that it gets before another's turn comes.
+        # All places that it gets before another owner's turn, at once.
         count = left if ahead_s >= left * place_s else min(left, int(ahead_s / place_s) + 1)
         allotted[owner] += count
         places -= count

@@ -1,12 +1,12 @@
 """Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
 
-Shortest remaining work first, so a short job does not wait behind a long one. A job that is much longer than another is
-held back: it does not fill up the ticks of short jobs, so these end sooner. The oldest job has a share, so that it is
-never starved. While it is held back this is a share of the time, otherwise of the places of each tick. A row that is
-not picked waits: preemption costs nothing. Two ticks are in flight while jobs wait for throughput only.
+The job with the least work left goes first, so a short job does not wait behind a long one. A job that is much longer
+than another is held back: it does not fill up the ticks of short jobs, so these end sooner. The oldest job has a share,
+so that it is never starved. While it is held back this is a share of the time, otherwise of the places of each tick. A
+row that is not picked waits: preemption costs nothing. Two ticks are in flight only while jobs wait for throughput.
 
-That is so among the jobs of one owner. Where several owners have jobs, the places of a tick are shared out among these
-first (owners.py). A tick is of one model: which one, the same policy says in seconds.
+This orders the jobs of one owner. Where several owners have jobs, the places of a tick are first shared among the
+owners (owners.py). A tick runs one model, which the same policy picks, counting in seconds.
 """
 
 import math
@@ -22,14 +22,14 @@ from typing import Generic, TypeVar
 from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
-Rank = tuple[float, float, int]  # what its owner has had, in seconds; the seconds of work it has left; its number
+Rank = tuple[float, float, int]  # its owner's service time, the seconds of work it has left, its number
 
 RESERVED_SHARE = 0.25  # of the places, or of the time, for the oldest job
-LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
-LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
+LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # the leader is this many full ticks behind the next owner, or this long
+LONGER = 1.25  # other owners' rows may make a tick of the leader this many times as long
 MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
-MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
-LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
+MUCH_LONGER = 8  # a job is much longer than another if its total work is this many times as much
+LEVEL_S = 0.5  # owners whose service times differ by less are level
 
 Model = TypeVar("Model")
 
@@ -74,17 +74,17 @@ UNMEASURED = TickTimes()
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
-    """How the places of a tick are shared out. The oldest job gets its reserve first, unless it is held back."""
+class BatchPolicy:
+    """How the places of a tick are shared. The oldest job gets its reserve first, unless it is held back."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job unless it is held back; 0: it has no share of the time either
-    times: TickTimes = UNMEASURED  # at the start
-    place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
+    times: TickTimes = UNMEASURED  # measured at the start
+    place_s: float = 1.0  # the time of a place in a full tick, by which jobs of several models are compared
 
     @classmethod
-    def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "Sharing":
+    def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "BatchPolicy":
         """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
         reserved = max(2, int(max_batch * RESERVED_SHARE))
@@ -98,30 +98,30 @@ class Sharing:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
-    def leads(self, ahead_s: float) -> bool:
-        """Whether the owner that has had least goes before the next one, which has had so much more.
+    def is_leader(self, ahead_s: float) -> bool:
+        """Whether the owner with the least service leads, being so far behind the next one.
 
-        Its ticks are then not to become much longer by others' rows.
+        Other owners' rows may not make the ticks of a leader much longer.
         """
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
-    def beside(self, places: int) -> int:
-        """How many places others may have in a tick of the owner that leads, which has so many."""
-        return _beside(self.times, self.max_batch, places)
+    def places_for_others(self, places: int) -> int:
+        """Return how many places others may have in a tick in which the leader has so many."""
+        return _places_for_others(self.times, self.max_batch, places)
 
     def tick_s(self, places: int) -> float:
-        """How long a tick takes, in seconds; as if its places took it one by one where that was not measured."""
+        """Return the seconds of a tick; where none was measured, its places take `place_s` each."""
         return self.times.seconds(places) or places * self.place_s
 
-    def paid_s(self, places: Mapping[str, int], leader: str | None = None, *, alone: bool = False) -> dict[str, float]:
-        """Return what each owner pays for its places in a tick, in seconds of the machine.
+    def charge(self, places: Mapping[str, int], leader: str | None, *, only_owner: bool) -> dict[str, float]:
+        """Return the seconds that each owner is charged for its places in a tick.
 
-        The one that leads pays for what others could not have, too. alone: nobody else has a job, so that only what
-        is more than half of the machine counts against it when somebody comes.
+        The leader is also charged for the places that others could not have. only_owner: no other owner has a job. Then
+        only what exceeds half of the machine is charged, and counts when another owner comes.
         """
         total = sum(places.values())
         tick_s = self.tick_s(total)
-        if alone:
+        if only_owner:
             return dict.fromkeys(places, max(0.0, total * self.place_s - tick_s / 2))
         if leader is not None and leader in places:
             taken_s = {owner: count * self.place_s for owner, count in places.items()}
@@ -130,9 +130,9 @@ class Sharing:
         return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
-        """How many of an owner's places in a tick are kept for the oldest of its jobs.
+        """Return how many of an owner's places in a tick are kept for the oldest of its jobs.
 
-        needed: what a row of that takes. turn: counts the ticks. Of a few places it has enough in some of the ticks.
+        needed: the places of one of its rows. turn: counts the ticks. A smaller share gives it a row in some ticks.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch
@@ -143,13 +143,13 @@ class Sharing:
         return needed if turn * share % 1 < share and needed <= places else 0
 
     def short_room(self, size: int, free: int) -> int:
-        """How many free places a job that is held back may take: it fills a tick up to a multiple of short_batch."""
+        """Return how many free places a held-back job may take: it fills a tick up to a multiple of short_batch."""
         used = size - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, size) - used
 
 
 @lru_cache(maxsize=4096)
-def _beside(times: TickTimes, max_batch: int, places: int) -> int:
+def _places_for_others(times: TickTimes, max_batch: int, places: int) -> int:
     most_s, total = LONGER * times.seconds(places), places
     while total < max_batch and times.seconds(total + 1) <= most_s:
         total += 1
@@ -158,7 +158,7 @@ def _beside(times: TickTimes, max_batch: int, places: int) -> int:
 
 @dataclass(slots=True)
 class QueuedJob:
-    """A job and the rows of it that have steps left, in two sorted lists: the least advanced row is the first."""
+    """A job, with its rows that have steps left in two sorted lists: the least advanced row is the first."""
 
     id: str
     owner: str
@@ -170,11 +170,11 @@ class QueuedJob:
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
     places_left: int = 0
     started: bool = False
-    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight; neither list has them
+    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight, which are in neither list
     key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
-        """List rows by their next steps, so many ticks after these, but those that have taken their last one."""
+        """List rows by their next steps, moved on by so many ticks. A row that has taken its last step is left out."""
         guided, steps = self.work.guided, self.work.steps
         for before, index in rows:
             if (step := before + ticks) < steps:
@@ -192,7 +192,7 @@ class QueuedJob:
         self.in_flight += (picked,)
 
     def end(self, picked: JobRows, ticks: int) -> int:
-        """Move its rows in a batch on by so many steps, but not past the last; return how many places that took."""
+        """Move its rows in a batch on by so many steps, at most to the last; return the places that this took."""
         self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
@@ -203,23 +203,23 @@ class QueuedJob:
 
     @property
     def places_now(self) -> int:
-        """The places that a step of all its rows takes, without rows in flight."""
+        """The places that a step of all its rows takes, except rows in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
 class OwnerQueue:
-    """Owns the jobs of one owner that have rows left to step, and which goes next."""
+    """Owns the unfinished jobs of one owner, and their order."""
 
-    def __init__(self, sharing: Sharing) -> None:
-        self._sharing = sharing
+    def __init__(self, policy: BatchPolicy) -> None:
+        self._policy = policy
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
-        self._much_longer: float | None = None  # None: a job came or went since it was found
-        # Sorted, the next job last: that end changes all the time, and changing a list's end is cheap. A job with all
-        # its rows in flight is not in it.
+        self._much_longer: float | None = None  # None: a job came or went since it was computed
+        # Sorted, the next job last, because this end changes all the time and changing a list's end is cheap. A job
+        # with all its rows in flight is not in it.
         self._queue: list[tuple[int, int, str]] = []
-        self.ticks = 0  # in which it had places
-        self._owed_s = 0.0  # seconds that the oldest job is owed while it is held back
+        self.ticks = 0  # ticks in which it had places
+        self._owed_seconds = 0.0  # time that the oldest job is owed while it is held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -231,14 +231,14 @@ class OwnerQueue:
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
-        """Forget a job that was taken out."""
+        """Forget a job that was taken out of the queue."""
         if job is self.oldest:
-            self._owed_s = 0.0
+            self._owed_seconds = 0.0
         del self._jobs[job.id]
         self._much_longer = None
 
     def put_back(self, job: QueuedJob) -> None:
-        """Put a job into the queue, by what it has left, unless all its rows are in flight."""
+        """Put a job into the queue by its remaining work, unless all its rows are in flight."""
         if not job.singles and not job.doubles:
             return
         job.key = (-job.places_left, -job.arrival, job.id)
@@ -256,41 +256,41 @@ class OwnerQueue:
 
     @property
     def next(self) -> QueuedJob:
-        """The job that goes first; the oldest one where all rows are in flight."""
+        """The job that goes first; the oldest one if all rows are in flight."""
         return self._jobs[self._queue[-1][2]] if self._queue else self.oldest
 
     @property
     def much_longer(self) -> float:
         """The total work, in places, from which a job is much longer than the shortest.
 
-        Infinite where there are more jobs than places: then all of them wait for throughput, which full ticks give.
-        The total work of a job never changes, so the answer changes only when a job comes or goes.
+        Infinite if there are more jobs than places: then all jobs wait for throughput, which full ticks give. The total
+        work of a job never changes, so this changes only when a job comes or goes.
         """
         if self._much_longer is None:
-            sharing = self._sharing
-            full = len(self._jobs) > sharing.max_batch or sharing.short_batch == sharing.max_batch
+            policy = self._policy
+            full = len(self._jobs) > policy.max_batch or policy.short_batch == policy.max_batch
             jobs = () if full else self._jobs.values()
             self._much_longer = MUCH_LONGER * min((job.total for job in jobs), default=math.inf)
         return self._much_longer
 
     @property
     def places_now(self) -> int:
-        """The places that a step of all rows takes, without rows in flight; at most max_batch."""
+        """The places that a step of all rows takes, except rows in flight; at most max_batch."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
-            if places >= self._sharing.max_batch:
-                return self._sharing.max_batch
+            if places >= self._policy.max_batch:
+                return self._policy.max_batch
         return places
 
     def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
-        """Put rows into a batch, in no more than so many places of it."""
-        end, jobs, sharing = pick.free - places, self._jobs, self._sharing  # end: how many are to stay free
+        """Put rows into at most so many places of a batch."""
+        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: how many are to stay free
         if len(jobs) > 1:
             oldest = self.oldest
             if oldest.total < much_longer:
-                pick.take(oldest, sharing.reserve(places, 1 if oldest.singles else 2, self.ticks))
-            elif sharing.reserved and self._owed_ticks(sharing.tick_s(min(places, oldest.places_now))) >= 1:
+                pick.take(oldest, policy.reserve(places, 1 if oldest.singles else 2, self.ticks))
+            elif policy.reserved and self._owed_ticks(policy.tick_s(min(places, oldest.places_now))) >= 1:
                 pick.take(oldest, places)
         for *_, job_id in islice(reversed(self._queue), pick.size + 1):
             room = pick.free - end
@@ -298,40 +298,40 @@ class OwnerQueue:
                 break
             job = jobs[job_id]
             if job.total >= much_longer:
-                room = min(room, sharing.short_room(pick.size, pick.free))
+                room = min(room, policy.short_room(pick.size, pick.free))
             pick.take(job, room)
 
     @property
     def holds_back_oldest(self) -> bool:
-        """Whether the oldest job is held back for much shorter ones. Its share is then a share of the time."""
+        """Whether the oldest job is held back for much shorter ones, and has a share of the time."""
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
     def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
-        """Note a tick, which took so many seconds.
+        """Note a tick that took so many seconds.
 
-        shares: what each job had of this owner's places, 1.0 for a job whose rows were all in the tick; None where
-        other owners went first, which hold no job back.
+        shares: each job's share of this owner's places, 1.0 for a job whose rows were all in the tick; None if another
+        owner went first, which holds no job back.
         """
         self.ticks += 1
         if shares is not None and self.holds_back_oldest:
             share = shares.get(self.oldest.id, 0.0)
-            self._owed_s = max(0.0, self._owed_s + seconds * (RESERVED_SHARE - share))
+            self._owed_seconds = max(0.0, self._owed_seconds + seconds * (RESERVED_SHARE - share))
         else:
-            self._owed_s = 0.0
+            self._owed_seconds = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """For how many such ticks the oldest job keeps its turn; None if it is not held back."""
+        """Return for how many such ticks the oldest job keeps its turn; None if it is not held back."""
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
-        return int(self._owed_ticks(self._sharing.tick_s(batch.places))) if is_its else 0
+        return int(self._owed_ticks(self._policy.tick_s(batch.places))) if is_its else 0
 
     def _owed_ticks(self, tick_s: float) -> float:
-        return self._owed_s / (tick_s * (1 - RESERVED_SHARE)) if tick_s else 0.0
+        return self._owed_seconds / (tick_s * (1 - RESERVED_SHARE)) if tick_s else 0.0
 
 
 class _Pick:
-    """A batch being built. A job's rows are the least advanced of each list, so two counts per job identify them."""
+    """A batch being built. It takes the least advanced rows of each list, so two counts per job identify them."""
 
     def __init__(self, max_batch: int) -> None:
         self.size = self.free = max_batch
@@ -342,7 +342,7 @@ class _Pick:
         self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
     def take(self, job: QueuedJob, places: int) -> None:
-        """Put rows of a job that fit so many places into the batch, the least advanced first."""
+        """Put the least advanced rows of a job into at most so many places of the batch."""
         _, single, double = self._taken.get(job.id, (job, 0, 0))
         singles, doubles = job.singles[single : single + places], job.doubles[double : double + places // 2]
         if not singles and not doubles:
@@ -366,7 +366,7 @@ class _Pick:
         self._taken[job.id] = (job, single, double)
 
     def batch(self) -> Batch:
-        """The rows as they were picked, and by job."""
+        """Return the batch."""
         jobs = [
             JobRows(job.id, (*job.singles[:single], *job.doubles[:double]), single + 2 * double)
             for job, single, double in self._taken.values()
@@ -376,44 +376,43 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a tick changed: jobs that took their first step in it, jobs that are done, and what places each job took."""
+    """What a tick changed."""
 
-    started: tuple[str, ...]
+    started: tuple[str, ...]  # jobs that took their first step
     finished: tuple[str, ...]
-    places: Mapping[str, int]
+    places: Mapping[str, int]  # that each job took
 
 
 class Scheduler:
-    """Owns the rows of the jobs of one model, and which step each is at. It never sees a latent.
+    """Owns the rows of one model's jobs, and the step each row is at. It never sees a latent.
 
-    However many jobs of an owner wait, a tick looks at no more than it has places. Where there are several owners it
-    looks at each of these.
+    To choose a tick, it looks at each owner, and at no more jobs of an owner than the tick has places.
     """
 
     def __init__(
-        self, sharing: Sharing, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
+        self, policy: BatchPolicy, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
     ) -> None:
-        """arrivals: numbers the jobs in order of arrival. Schedulers of one server share it, and the owners' times."""
-        self._sharing = sharing
+        """arrivals: numbers the jobs in order of arrival. The schedulers of a server share it, and owner_times."""
+        self._policy = policy
         self._arrivals = count() if arrivals is None else arrivals
         self._jobs: dict[str, QueuedJob] = {}
-        self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
+        self._owners: dict[str, OwnerQueue] = {}  # the owners that have jobs
         self._owner_times = OwnerTimes() if owner_times is None else owner_times
-        self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
+        self._leader: str | None = None  # the leader of the tick that was chosen last
         self._in_flight: list[Batch] = []  # ticks that have begun and not ended
-        self._leaders: list[str | None] = []  # of these
-        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None: not known now
+        self._leaders: list[str | None] = []  # the leader of each tick in flight
+        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None: to be computed
 
-    def beside(self) -> "Scheduler":
-        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
-        return Scheduler(self._sharing, self._arrivals, self._owner_times)
+    def isolated_scheduler(self) -> "Scheduler":
+        """Return a scheduler for jobs of the same model and owners that step in ticks of their own."""
+        return Scheduler(self._policy, self._arrivals, self._owner_times)
 
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
     ) -> None:
         """Take on a job of these rows; they may step from the next tick on.
 
-        steps: for a job that goes on where it was, each row's next step; at least one row has steps left.
+        steps: each row's next step, for a resumed job; at least one row has steps left.
         """
         steps = (work.start,) * work.rows if steps is None else steps
         assert job_id not in self._jobs
@@ -424,7 +423,7 @@ class Scheduler:
         job.put((step, index) for index, step in enumerate(steps))
         self._jobs[job_id] = job
         if owner not in self._owners:
-            self._owners[owner] = OwnerQueue(self._sharing)
+            self._owners[owner] = OwnerQueue(self._policy)
         self._owners[owner].add(job)
         self._owner_times.join(owner)
         self._totals = None
@@ -441,8 +440,8 @@ class Scheduler:
         begun = len(self._in_flight)
         if not self._jobs or begun >= MOST_IN_FLIGHT or (begun and not self.overlaps):
             return None
-        is_full = len(self._owners) == 1 and self.overlaps and self._wants(2 * self._sharing.full_batch)
-        pick, self._leader = _Pick(self._sharing.full_batch if is_full else self._sharing.max_batch), None
+        is_full = len(self._owners) == 1 and self.overlaps and self._wants(2 * self._policy.full_batch)
+        pick, self._leader = _Pick(self._policy.full_batch if is_full else self._policy.max_batch), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
@@ -454,13 +453,13 @@ class Scheduler:
     def overlaps(self) -> bool:
         """Whether a second tick begins while one is in flight, so that the processor always has work.
 
-        This needs jobs that want more places than a tick has. None may be much longer than another, because a short
-        job would wait for two ticks, unless there are more jobs than places.
+        This needs jobs that fill more than one tick. Unless there are more jobs than places, none may be much longer
+        than another, because a short job would wait for two ticks.
         """
-        sharing = self._sharing
-        if sharing.times.overlapped is None:
+        policy = self._policy
+        if policy.times.overlapped is None:
             return False
-        if len(self._jobs) > sharing.max_batch:
+        if len(self._jobs) > policy.max_batch:
             return True
         if self._totals is None:
             totals = [job.total for job in self._jobs.values()]
@@ -468,7 +467,7 @@ class Scheduler:
         least, most = self._totals
         if most >= MUCH_LONGER * least:
             return False
-        return self._wants(sharing.max_batch + 1)
+        return self._wants(policy.max_batch + 1)
 
     def _wants(self, places: int) -> bool:
         """Whether a step of all rows takes at least so many places."""
@@ -495,44 +494,44 @@ class Scheduler:
         return self.overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """As `OwnerQueue.turn_ticks`. There must be one owner only."""
+        """Return `OwnerQueue.turn_ticks` of the only owner."""
         (queue,) = self._owners.values()
         return queue.turn_ticks(batch)
 
     def _share_out(self, pick: "_Pick") -> None:
-        """Give each of several owners its places."""
-        sharing = self._sharing
-        # Each of these wants a place at least: none is left for others.
-        owners = [owner for owner in self._in_turn() if self._owners[owner].places_now][: pick.size + 1]
+        """Share the places of a batch among several owners."""
+        policy = self._policy
+        # Every owner needs at least one place, so no more owners than places are looked at.
+        owners = [owner for owner in self._owners_by_service_time() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return
-        had_s = {owner: self._owner_times.had_s(owner) for owner in owners}
+        service_time_s = {owner: self._owner_times.service_time_s(owner) for owner in owners}
         wants = {owner: self._owners[owner].places_now for owner in owners}
-        if len(owners) > 1 and sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
+        if len(owners) > 1 and policy.is_leader(service_time_s[owners[1]] - service_time_s[owners[0]]):
             self._leader = owners[0]
             queue = self._owners[self._leader]
             queue.fill(pick, pick.free, queue.much_longer)
-            pick.free = min(pick.free, sharing.beside(pick.size - pick.free))
+            pick.free = min(pick.free, policy.places_for_others(pick.size - pick.free))
             del wants[self._leader]
-        allotted = allot(pick.free, sharing.place_s, wants, had_s)
+        allotted = allot(pick.free, policy.place_s, wants, service_time_s)
         for owner, places in allotted.items():
             if places:
                 self._owners[owner].fill(pick, places)
-        for owner in wants:  # of two single places a guided row could use neither
+        for owner in wants:  # places that an owner could not use, such as a single one for a guided row
             if not pick.free:
                 break
             self._owners[owner].fill(pick, pick.free)
 
-    def _in_turn(self) -> list[str]:
+    def _owners_by_service_time(self) -> list[str]:
         owners = self._owners
-        return sorted(owners, key=lambda owner: (self._owner_times.had_s(owner), owners[owner].oldest.arrival))
+        return sorted(owners, key=lambda owner: (self._owner_times.service_time_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
         """Record that a batch has stepped. It is in flight, or it was chosen last.
 
-        Jobs that were cancelled meanwhile are left out. ticks: how many times it has stepped, for the forecast.
+        Cancelled jobs are left out. ticks: how many times it has stepped, in a forecast.
         """
-        assert batch.jobs, "it is not of next_batch"
+        assert batch.jobs, "it does not come from next_batch"
         if batch not in self._in_flight:
             self.begin(batch)
         at = self._in_flight.index(batch)
@@ -558,7 +557,7 @@ class Scheduler:
             queue.put_back(job)
             if not job.singles and not job.doubles and not job.in_flight:
                 finished.append(job.id)
-        seconds = ticks * self._sharing.tick_s(sum(places.values()))
+        seconds = ticks * self._policy.tick_s(sum(places.values()))
         for owner in places:
             shares = None
             if len(self._owners) == 1 or owner == leader:
@@ -567,14 +566,13 @@ class Scheduler:
                     for job_id, count in taken.items()
                 }
             self._owners[owner].stepped(seconds, shares)
-        paid_s = self._sharing.paid_s(places, leader, alone=self._owner_times.one_alone) if places else {}
-        self._owner_times.stepped({owner: ticks * tick_s for owner, tick_s in paid_s.items()} if ticks > 1 else paid_s)
+        only_owner = self._owner_times.has_one_owner
+        self._owner_times.stepped(self._policy.charge(places, leader, only_owner=only_owner), ticks)
         for job_id in finished:
             self._forget(self._jobs[job_id])
         return Advance(tuple(started), tuple(finished), taken)
 
     def _forget(self, job: QueuedJob) -> None:
-        """Forget a job that was taken out of its owner's queue."""
         del self._jobs[job.id]
         self._totals = None
         self._owners[job.owner].forget(job)
@@ -583,7 +581,7 @@ class Scheduler:
         self._owner_times.leave(job.owner)
 
     def steps(self, job_id: str) -> tuple[int, ...]:
-        """The step that each row of a job takes next."""
+        """Return the step that each row of a job takes next."""
         job = self._jobs[job_id]
         steps = [job.work.steps] * job.work.rows
         for step, index in chain(job.singles, job.doubles, *(picked.steps for picked in job.in_flight)):
@@ -591,7 +589,7 @@ class Scheduler:
         return tuple(steps)
 
     def rows_left(self, job_id: str) -> int:
-        """How many rows of a job have steps left."""
+        """Return how many rows of a job have steps left."""
         job = self._jobs[job_id]
         return len(job.singles) + len(job.doubles) + sum(len(picked.steps) for picked in job.in_flight)
 
@@ -605,17 +603,17 @@ class Scheduler:
         """The rank of the job that goes next."""
         owner = self.owners[0]
         job = self._owners[owner].next
-        return self._owner_times.had_s(owner), job.places_left * self._sharing.place_s, job.arrival
+        return self._owner_times.service_time_s(owner), job.places_left * self._policy.place_s, job.arrival
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest job of the owner whose job goes next."""
+        """The number of the oldest job of the next owner."""
         return self._owners[self.owners[0]].oldest.arrival
 
     @property
     def owners(self) -> list[str]:
-        """The owners that have jobs here, the one that has had least first."""
-        return list(self._owners) if len(self._owners) == 1 else self._in_turn()
+        """The owners that have jobs here, the least served first."""
+        return list(self._owners) if len(self._owners) == 1 else self._owners_by_service_time()
 
     def has_jobs_of(self, owner: str) -> bool:
         """Whether an owner has a job here."""
@@ -627,23 +625,23 @@ class Turn(Generic[Model]):
     """A model's turn to tick."""
 
     model: Model
-    owed: tuple[str, Model] | None  # the owner and model of the oldest job, if the tick counts for its share
+    creditor: tuple[str, Model] | None  # the owner and model of the oldest job, if the tick counts for its share
 
 
-class Turns(Generic[Model]):
-    """Says which model has the next tick: the one of the job that goes first, and sometimes that of the oldest job.
+class ModelScheduler(Generic[Model]):
+    """Picks the model of each tick: that of the job that goes first, or sometimes that of the oldest job.
 
-    Owns how much time the model of each owner's oldest job is owed: a share of it is kept for that job. Each model has
-    a scheduler of its own; a job that is to step alone counts as a model here.
+    Owns the time that the model of each owner's oldest job is owed: this job has a share of the time. Each model has a
+    scheduler of its own. An isolated job counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
         self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
-        self._owed_s: dict[tuple[str, Model], float] = {}  # by owner, and model of its oldest job
+        self._owed_seconds: dict[tuple[str, Model], float] = {}  # by owner and model of its oldest job
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
-        """Take on a model. tick_s: how long a tick of it is taken to be until one has stepped."""
+        """Take on a model. tick_s: the assumed duration of a tick until one has stepped."""
         assert model not in self._schedulers
         self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
@@ -664,14 +662,14 @@ class Turns(Generic[Model]):
         return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
-        """The models that have a share of the time now: that of the job that goes first, and that of the oldest job."""
+        """Return the models that share the time now: that of the job that goes first, and that of the oldest job."""
         busy = self.busy()
         if len(busy) < 2:
             return list(busy)
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
         first = min(ranks, key=ranks.__getitem__)
         owners = busy[first].owners
-        # Not those of an owner that has had more, or has no job of the first model: its turn is yet to come.
+        # Models whose next owner was served more, or has no job of the first model, wait for their turn.
         level = [
             model
             for model, scheduler in busy.items()
@@ -681,7 +679,7 @@ class Turns(Generic[Model]):
         return [first, oldest] if first != oldest else [first]
 
     def next(self) -> Turn[Model] | None:
-        """The turn of the next tick. Without work it is None, or its model has no next batch."""
+        """Return the turn of the next tick. Without work it is None, or its model has no next batch."""
         if len(self._schedulers) == 1:  # nearly always
             (model,) = self._schedulers
             return Turn(model, None)
@@ -689,24 +687,24 @@ class Turns(Generic[Model]):
         if len(models) < 2:
             return Turn(models[0], None) if models else None
         first, oldest = models
-        owed = self._schedulers[oldest].owners[0], oldest
-        owed_s = self._owed_s.setdefault(owed, 0.0)
-        return Turn(first if owed_s <= 0 or owed_s < self._tick_s[oldest] else oldest, owed)
+        creditor = self._schedulers[oldest].owners[0], oldest
+        owed_seconds = self._owed_seconds.setdefault(creditor, 0.0)
+        return Turn(first if owed_seconds <= 0 or owed_seconds < self._tick_s[oldest] else oldest, creditor)
 
     def stepped(self, turn: Turn[Model], seconds: float) -> None:
         """Record how long the tick of a turn took."""
         self._tick_s[turn.model] = seconds
-        if turn.owed is not None:
-            owed_s = self._owed_s.get(turn.owed, 0.0)
-            if turn.model == turn.owed[1]:
-                self._owed_s[turn.owed] = max(0.0, owed_s - seconds)
+        if turn.creditor is not None:
+            owed_seconds = self._owed_seconds.get(turn.creditor, 0.0)
+            if turn.model == turn.creditor[1]:
+                self._owed_seconds[turn.creditor] = max(0.0, owed_seconds - seconds)
             else:
-                self._owed_s[turn.owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
-        if self._owed_s:
+                self._owed_seconds[turn.creditor] = owed_seconds + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+        if self._owed_seconds:
             self._forget_settled()
 
     def _forget_settled(self) -> None:
-        """Forget what was owed to owners that have no job there any more."""
-        for owner, model in list(self._owed_s):
+        """Forget what was owed to owners that have no job of the model any more."""
+        for owner, model in list(self._owed_seconds):
             if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
-                del self._owed_s[owner, model]
+                del self._owed_seconds[owner, model]

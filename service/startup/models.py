@@ -119,7 +119,7 @@ class ServedModels:
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
         self.worker = Worker(
-            [each.model for each in loaded], self.admission, self.metrics, report=report, beside=pulses
+            [each.model for each in loaded], self.admission, self.metrics, report=report, other_pulses=pulses
         )
         if crash_file is not None:
             crash_file.watch(lambda: self.worker.state.stalled_s)
@@ -280,7 +280,7 @@ class ServedModels:
     def _make(self, number: int, prepared: Prepared, store: AsyncStore) -> InMemory:
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
-        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._times)
+        scheduler = Scheduler(prepared.speed.policy, self._arrivals, self._times)
         spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
         model = LoadedModel(number, prepared.engine, scheduler, keeper, spare_work)
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)

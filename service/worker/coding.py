@@ -1,7 +1,7 @@
-"""The autoencoder's thread: it encodes pictures and decodes latents for jobs of latent models, beside the ticks.
+"""The autoencoder's thread encodes pictures and decodes latents for jobs of latent models, while ticks go on.
 
-It does one task at a time, for the owner with the least service so far. Of this owner's jobs, it mostly picks the one
-with the fewest tasks left, so short jobs do not wait for long ones.
+It does one task at a time, for the owner with the least service. Among this owner's jobs, it mostly picks the one with
+the fewest tasks left, so short jobs do not wait for long ones.
 """
 
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # tasks: one of these is of the oldest job, so that it always moves
+OLDEST_EVERY = 4  # one task in so many belongs to the oldest job, so that it always moves
 JOIN_S = 10.0  # how long `close` waits for the running task
 
 
@@ -46,7 +46,7 @@ class Turnstile:
 
     @contextmanager
     def enter(
-        self, *, alone: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
+        self, *, isolated: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
         """Enter, once no isolated caller is inside; an isolated caller waits until nobody is.
 
@@ -56,7 +56,7 @@ class Turnstile:
         me = object()
 
         def may_go() -> bool:
-            return self._waiting[0] is me and not (self._inside if alone else any(self._inside))
+            return self._waiting[0] is me and not (self._inside if isolated else any(self._inside))
 
         with self._changed:
             if not again:
@@ -65,23 +65,23 @@ class Turnstile:
                     before_wait()
                     self._changed.wait_for(may_go)
                 self._waiting.popleft()
-            self._inside.append(alone)
+            self._inside.append(isolated)
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._inside.remove(alone)
+                self._inside.remove(isolated)
                 self._changed.notify_all()
 
 
-class Coded(NamedTuple):
+class TaskDone(NamedTuple):
     """A task is done, or it has failed, which ends its job."""
 
     kind: str
     seconds: float
     job: RunningJob | None  # None if the task belongs to no job
-    results: Sequence[Any] | None  # of all the job's tasks; None while some are left
+    results: Sequence[Any] | None  # for all of the job's tasks; None while some are left
     error: Exception | None
 
 
@@ -93,16 +93,16 @@ class _Tasks:
     kind: str
     tasks: deque[Task]
     owner: str = ""
-    alone: bool = False  # nothing steps while one of the tasks runs
+    isolated: bool = False  # nothing steps while one of the tasks runs
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
 
 
-class Coding:
+class AutoencoderThread:
     """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call."""
 
-    def __init__(self, on_task_done: Callable[[Coded], None], report: Callable[[Collection[str]], None]) -> None:
+    def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
         """The thread calls both: on_task_done after each task, report before and after one of a durable job."""
         self._on_task_done, self._report = on_task_done, report
         self.turnstile = Turnstile()  # a task is done inside
@@ -117,11 +117,11 @@ class Coding:
         self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
-        """Do a job's tasks. The last `Coded` of the job has all results, or the error that one task raised."""
+        """Do a job's tasks. The last `TaskDone` of the job has all results, or the error that one task raised."""
         self.jobs[job.id] = job
         if job.span is not None:
             job.span.span.add_event(f"{kind} begins")
-        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.alone, job))
+        self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.isolated, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Run a task that belongs to no job."""
@@ -167,7 +167,7 @@ class Coding:
             tasks, task = picked
             error: Exception | None = None
             durable = tasks.job is not None and tasks.job.new.durable
-            with self.turnstile.enter(alone=tasks.alone):
+            with self.turnstile.enter(isolated=tasks.isolated):
                 if durable:
                     self._report([tasks.name])
                 self.pulse.begin()
@@ -186,7 +186,7 @@ class Coding:
                 wanted = self._waiting.get(tasks.name) is tasks
                 if over and wanted:
                     self._forget(tasks.name)
-            self._on_task_done(Coded(tasks.kind, took_s, tasks.job, tasks.results if over else None, error))
+            self._on_task_done(TaskDone(tasks.kind, took_s, tasks.job, tasks.results if over else None, error))
             if tasks.future is not None and wanted:
                 _answer(tasks.future, tasks.results, error)
 
@@ -196,7 +196,7 @@ class Coding:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            owner = min((tasks.owner for tasks in self._waiting.values()), key=self._owner_times.had_s)
+            owner = min((tasks.owner for tasks in self._waiting.values()), key=self._owner_times.service_time_s)
             of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
             picked = of_owner[0]  # the oldest
             if self._tasks_begun[owner] % OLDEST_EVERY:

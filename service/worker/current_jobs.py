@@ -1,4 +1,4 @@
-"""Jobs that the worker works on now: if the process crashes, one of them may be the cause."""
+"""The jobs that the worker works on now. If the process crashes, one of them may be the cause."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +19,7 @@ def report_nothing(_thread: WorkerThread, _jobs: Collection[str]) -> None:
 class CurrentJobs:
     """Owns the jobs that the worker's thread works on, and reports the durable ones.
 
-    While an isolated job is worked on, nothing else steps or is coded, so no other job can be the cause of a crash.
+    While an isolated job is worked on, nothing else steps, is encoded or decoded, so no other job can cause a crash.
     """
 
     def __init__(self, ticks: Ticks, turnstile: Turnstile, report: ReportCurrentJobs) -> None:
@@ -29,35 +29,35 @@ class CurrentJobs:
 
     @property
     def ids(self) -> frozenset[str]:
-        """Ids of the possible causes of a crash: jobs in flight, of the last tick, or accepted since."""
+        """Ids of the jobs that may cause a crash: in flight, in the last tick, or accepted since."""
         return frozenset(job.id for job in (*self._ticks.jobs_on_device, *self._jobs))
 
     def set(self, jobs: Sequence[RunningJob]) -> None:
-        """Work on these jobs now, beside those of the ticks in flight."""
+        """Work on these jobs now, and on those of the ticks in flight."""
         self._jobs = [*jobs, *self._ticks.jobs_in_flight] if self._ticks else jobs
         self._report_steps(frozenset(job.id for job in self._jobs if job.new.durable))
 
-    def working_on(self, jobs: Sequence[RunningJob], *, beside_coding: bool) -> AbstractContextManager[None]:
-        """Work on jobs of one model. Waits for the coding thread where one of the two has an isolated job.
+    def working_on(self, jobs: Sequence[RunningJob], *, autoencoder_may_run: bool) -> AbstractContextManager[None]:
+        """Work on jobs of one model. Waits for the autoencoder's thread if either has an isolated job.
 
-        beside_coding: whether the coding thread may have tasks.
+        autoencoder_may_run: whether the autoencoder's thread may have tasks.
         """
-        if beside_coding or jobs[0].new.alone:
-            return self._in_turn(jobs)
+        if autoencoder_may_run or jobs[0].new.isolated:
+            return self._with_turnstile(jobs)
         self.set(jobs)
         return nullcontext()
 
     @contextmanager
-    def _in_turn(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
-        alone = jobs[0].new.alone
+    def _with_turnstile(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
+        isolated = jobs[0].new.isolated
 
         def report_none() -> None:
             self._report_steps(frozenset())
 
-        with self._turnstile.enter(alone=alone, again=bool(self._ticks), before_wait=report_none):
+        with self._turnstile.enter(isolated=isolated, again=bool(self._ticks), before_wait=report_none):
             self.set(jobs)
             yield
-            if alone:  # but if the worker crashes before its next tick, that may be its doing
+            if isolated:  # but it may still cause a crash of the worker before the next tick
                 report_none()
 
     def _report_steps(self, jobs: frozenset[str]) -> None:

@@ -1,7 +1,6 @@
 """The worker's loop over accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
 
-The worker calls it in its thread, a test in its own. The scheduler chooses a batch, and the engine steps it. What has
-happened is a list of events, which the worker acts on.
+The scheduler chooses a batch, and the engine steps it. The loop appends events to a list, and the worker acts on them.
 """
 
 import logging
@@ -26,7 +25,7 @@ from tminus.service.errors import (
 )
 from tminus.service.spec import Pixels
 from tminus.service.work import JobResult
-from tminus.service.worker.coding import Coded, Coding
+from tminus.service.worker.coding import AutoencoderThread, TaskDone
 from tminus.service.worker.current_jobs import CurrentJobs, ReportCurrentJobs
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
@@ -37,6 +36,10 @@ log = logging.getLogger(__name__)
 # Reasons to give up a durable job:
 SUSPENDED = "suspended"  # SIGTERM; the next start goes on with it
 LOST = "lost"  # another server works on it now, or has ended it
+# What is told to the clients of jobs that fail, and the line of the log:
+NOT_STEPPED = "a step of this job failed", "tick of %d rows failed"
+NOT_RECORDED = "its steps could not be read", "job %s could not be recorded"
+NOT_CODED = "its images could not be encoded or decoded", "an image of job %s could not be encoded or decoded"
 
 
 class Ticked(NamedTuple):
@@ -68,30 +71,30 @@ class Loop:
     """Runs the jobs that were accepted. Only one thread may call it."""
 
     def __init__(
-        self, *, clock: Callable[[], float], on_task_done: Callable[[Coded], None], report: ReportCurrentJobs
+        self, *, clock: Callable[[], float], on_task_done: Callable[[TaskDone], None], report: ReportCurrentJobs
     ) -> None:
-        """on_task_done: called in the autoencoder's thread after each task; pass those of jobs to `coded`.
+        """on_task_done: called in the autoencoder's thread after each task; pass those of jobs to `on_task_done`.
 
-        report: each thread calls it with the durable jobs that it works on now.
+        report: called in each thread with the durable jobs that the thread works on now.
         """
         self._models: dict[int, LoadedModel] = {}
-        self._has_latent_model = False  # whether one was ever loaded: something may be encoded or decoded
+        self._has_latent_model = False  # whether one was ever loaded, so that the autoencoder may run
         self._clock = clock
-        self.events: deque[Event] = deque()  # what has happened, until the worker acts on it
-        # The jobs whose rows an engine holds, in order of arrival, and the durable ones among them. This loop is their
-        # owner. `coding` has those of a latent model whose picture is being encoded or whose images are being decoded.
+        self.events: deque[Event] = deque()  # until the worker acts on them
+        # Owned here: the jobs whose rows an engine holds, in order of arrival, and the durable ones among them.
+        # `autoencoder` has the jobs whose picture is being encoded or whose images are being decoded.
         self._jobs: dict[str, RunningJob] = {}
         self._durable: dict[str, RunningJob] = {}
         self._deadlines: dict[str, float] = {}  # by job, if it has one
-        self.coding = Coding(on_task_done, partial(report, "codes"))
+        self.autoencoder = AutoencoderThread(on_task_done, partial(report, "codes"))
         self.ticks = Ticks(clock)
-        self.current = CurrentJobs(self.ticks, self.coding.turnstile, report)
+        self.current = CurrentJobs(self.ticks, self.autoencoder.turnstile, report)
         self.spare_work: dict[int, Iterator[None]] = {}  # by model
 
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.ticks.has_next or bool(self.coding.jobs)
+        return self.ticks.has_next or bool(self.autoencoder.jobs)
 
     # --- between ticks ---
 
@@ -128,15 +131,15 @@ class Loop:
             if job.new.deadline_s is not None:
                 self._deadlines[job.id] = job.submitted_s + job.new.deadline_s
             if job.model.info.latent and job.new.inputs is not None and job.needs_picture:
-                self.coding.put(job, "encode", [job.model.engine.encoder(job.new.inputs)])
+                self.autoencoder.put(job, "encode", [job.model.engine.encoder(job.new.inputs)])
             else:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Work on jobs. An isolated one waits until nothing else is in flight or coded."""
-        if jobs[0].new.alone:
+        """Work on jobs. An isolated one waits until nothing else is in flight, encoded or decoded."""
+        if jobs[0].new.isolated:
             self._end_ticks()
-        return self.current.working_on(jobs, beside_coding=self._has_latent_model)
+        return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
@@ -156,42 +159,43 @@ class Loop:
         self._jobs[job.id] = job
         if job.new.durable:
             self._durable[job.id] = job
-        if job.new.alone:
-            job.model = replace(job.model, scheduler=job.model.scheduler.beside())
+        if job.new.isolated:
+            job.model = replace(job.model, scheduler=job.model.scheduler.isolated_scheduler())
             self.ticks.put(job.model)
         steps = job.new.snapshot.steps if job.new.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.new.owner)
         if job.new.recording is not None:
-            self._act_on_record(job, job.record([(step, index) for index, step in enumerate(job.first_steps)]))
+            not_read = job.record([(step, index) for index, step in enumerate(job.first_steps)])
+            if not_read is not None:
+                self._failed(not_read, [job], *NOT_RECORDED, job.id)
         job.new = replace(job.new, snapshot=None, inputs=None)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
-    def coded(self, coded: Coded) -> None:
-        """Go on with a job after one of its coding tasks, unless it has left meanwhile."""
-        job = coded.job
-        if job is None or self.coding.jobs.get(job.id) is not job:
+    def on_task_done(self, done: TaskDone) -> None:
+        """Go on with a job after one of its autoencoder tasks, unless it has left meanwhile."""
+        job = done.job
+        if job is None or self.autoencoder.jobs.get(job.id) is not job:
             return
-        if coded.results is None:
+        if done.results is None:
             self.events.append(ImageDecoded(job))
-        elif isinstance(coded.error, ServiceError):
-            self.give_up(job.id, coded.error, coded.error.code)
-        elif coded.error is not None:
+        elif isinstance(done.error, ServiceError):
+            self.give_up(job.id, done.error, done.error.code)
+        elif done.error is not None:
             self.current.set([job])
-            detail, told = "its images could not be encoded or decoded", "an image of job %s could not be coded"
-            self._failed(coded.error, [job], detail, told, job.id)
-        elif coded.kind == "encode":
-            self.coding.drop(job.id)
+            self._failed(done.error, [job], *NOT_CODED, job.id)
+        elif done.kind == "encode":
+            self.autoencoder.drop(job.id)
             with self._working_on([job]):
-                job.new = replace(job.new, inputs=coded.results[0])
+                job.new = replace(job.new, inputs=done.results[0])
                 self._begin(job)
         else:
-            self.coding.drop(job.id)
-            images: Pixels = np.concatenate(coded.results)
-            self._finish(job, lambda: images)
+            self.autoencoder.drop(job.id)
+            images: Pixels = np.concatenate(done.results)
+            self._leave(Ended(job, job.result(lambda: images, self._clock())))
 
     def find(self, job_id: str) -> RunningJob | None:
         """Return a job that has not ended."""
-        return self._jobs.get(job_id) or self.coding.jobs.get(job_id)
+        return self._jobs.get(job_id) or self.autoencoder.jobs.get(job_id)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
@@ -204,14 +208,18 @@ class Loop:
             job.model.scheduler.cancel(job_id)
             job.model.engine.remove(job.rows)
         else:
-            self.coding.drop(job_id)
+            self.autoencoder.drop(job_id)
         self._leave(Ended(job, error=error, reason=reason))
+
+    def give_up_all(self, error: ServiceError, model: int | None = None) -> None:
+        """Give up every remaining job, or those of one model."""
+        for job in [*self._jobs.values(), *self.autoencoder.jobs.values()]:
+            if model in (None, job.model.number):
+                self.give_up(job.id, error, error.code)
 
     def unload(self, number: int) -> None:
         """Forget a model, and give up its remaining jobs."""
-        for job in [*self._jobs.values(), *self.coding.jobs.values()]:
-            if job.model.number == number:
-                self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
+        self.give_up_all(ModelUnloaded(self._models[number].info.name), number)
         self.ticks.remove(self._models.pop(number))
         self.spare_work.pop(number, None)
 
@@ -223,18 +231,13 @@ class Loop:
             self._end_ticks()
         for model in self._models.values():
             self._take_snapshots(model)
-        for job in [*self._durable.values(), *(job for job in self.coding.jobs.values() if job.new.durable)]:
+        for job in [*self._durable.values(), *(job for job in self.autoencoder.jobs.values() if job.new.durable)]:
             self.give_up(job.id, Draining(), SUSPENDED)
-
-    def give_up_all(self, error: ServiceError) -> None:
-        """Give up every remaining job."""
-        for job in [*self._jobs.values(), *self.coding.jobs.values()]:
-            self.give_up(job.id, error, error.code)
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, whose state is unknown after a crash."""
         self.ticks.abandon()
-        for jobs in (self._jobs, self._durable, self.coding.jobs, self._deadlines):
+        for jobs in (self._jobs, self._durable, self.autoencoder.jobs, self._deadlines):
             jobs.clear()
 
     # --- a tick ---
@@ -266,18 +269,18 @@ class Loop:
 
     def _begin_next(self) -> bool:
         """Begin the next tick, unless it has to wait for those in flight; return whether another may begin."""
-        if (chosen := self.ticks.next()) is None or (self.ticks and not self.coding.turnstile.is_open):
+        if (chosen := self.ticks.next()) is None or (self.ticks and not self.autoencoder.turnstile.is_open):
             return False
         turn, batch = chosen
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
-        if jobs[0].new.alone:
+        if jobs[0].new.isolated:
             self.ticks.settle(jobs[0])
         with ExitStack() as inside:
             inside.enter_context(self._working_on(jobs))
             try:
                 return self.ticks.begin(turn, batch, jobs, inside)
             except Exception as error:
-                self._failed(error, jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
+                self._failed(error, jobs, *NOT_STEPPED, len(batch.rows))
                 return True
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
@@ -293,9 +296,7 @@ class Loop:
             if end.error is None:
                 self._act_on(end)
             else:
-                self._failed(
-                    end.error, tick.jobs, "a step of this job failed", "tick of %d rows failed", len(tick.batch.rows)
-                )
+                self._failed(end.error, tick.jobs, *NOT_STEPPED, len(tick.batch.rows))
 
     def _act_on(self, end: TickEnd) -> None:
         """Record, fail, deliver and show the jobs of a tick that has ended."""
@@ -318,7 +319,8 @@ class Loop:
             if not end.broken.isdisjoint(job.rows):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
         for job, failure in recorded:
-            self._act_on_record(job, failure)
+            if failure is not None:
+                self._failed(failure, [job], *NOT_RECORDED, job.id)
         for job_id in end.advance.finished:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
@@ -327,10 +329,6 @@ class Loop:
                 job.show(now_s)
         if self._durable and tick.model.keeper is not None and tick.model.keeper.due(now_s):
             self._take_snapshots(tick.model)
-
-    def _act_on_record(self, job: RunningJob, error: Exception | None) -> None:
-        if error is not None:
-            self._failed(error, [job], "its steps could not be read", "job %s could not be recorded", job.id)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
         """Give a model's keeper snapshots of unfinished durable jobs that have stepped since their last one."""
@@ -349,13 +347,13 @@ class Loop:
         model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """Free the rows of a finished job and end it with its images. A latent model's images are decoded first."""
+        """Free the rows of a finished job, and end it with its images. Latents are decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
-        wanted = job.work.steps == job.spec.end  # or else only the recording was asked for
+        wanted = job.work.steps == job.spec.end  # otherwise only the recording was requested
         if wanted:
             try:
-                # Of a latent model one by one, so that a shorter job may come between them.
+                # Latents are read one by one, so that a shorter job's may be decoded between them.
                 reads = [
                     engine.images(rows, job.spec.depth)
                     for rows in ([(row,) for row in job.rows] if latent else [job.rows])
@@ -366,32 +364,22 @@ class Loop:
         engine.remove(job.rows)
         job.denoised_s = self._clock()
         if latent and wanted:
-            self._forget(job)
-            self.coding.put(job, "decode", reads)
+            del self._jobs[job.id]
+            self._durable.pop(job.id, None)
+            self.autoencoder.put(job, "decode", reads)
         else:
-            self._finish(job, reads[0])
-
-    def _finish(self, job: RunningJob, read: Callable[[], Pixels]) -> None:
-        assert job.started_s is not None
-        assert job.denoised_s is not None
-        queue_s, denoise_s = job.started_s - job.submitted_s, job.denoised_s - job.started_s
-        decode_s = self._clock() - job.denoised_s
-        self._leave(Ended(job, JobResult(read, queue_s, job.first_step_s, denoise_s, decode_s)))
+            self._leave(Ended(job, job.result(reads[0], job.denoised_s)))
 
     # --- for all of these ---
 
     def _leave(self, ended: Ended) -> None:
         """Forget a job whose rows are free, and report its end."""
         job = ended.job
-        self._deadlines.pop(job.id, None)
-        self._forget(job)
-        if job.new.alone and job.model is not self._models[job.model.number]:
+        for jobs in (self._jobs, self._durable, self._deadlines):
+            jobs.pop(job.id, None)
+        if job.new.isolated and job.model is not self._models[job.model.number]:
             self.ticks.remove(job.model)
         self.events.append(ended)
-
-    def _forget(self, job: RunningJob) -> None:
-        for jobs in (self._jobs, self._durable):
-            jobs.pop(job.id, None)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
         """Give up jobs of one model after an error; clients see its type, not its text."""

@@ -1,6 +1,7 @@
-"""What follows from the loop's events: admission and metrics are told, and clients get their answers."""
+"""Acts on the loop's events: updates admission and metrics, and gives clients their answers."""
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,23 +23,24 @@ class Outcomes:
     def __init__(
         self, jobs: AcceptedJobs, admission: Admission, metrics: Metrics, on_device_lost: Callable[[str], None]
     ) -> None:
-        """on_device_lost: is called with a job's id, in any thread, where its images cannot be read for that."""
+        """on_device_lost: called in any thread with a job's id, if its images cannot be read for a lost device."""
         self._jobs, self._admission, self._metrics, self._on_device_lost = jobs, admission, metrics, on_device_lost
 
-    def act_on(self, event: Event) -> None:
-        """Do what follows from an event."""
-        match event:
-            case Ticked():
-                self._count(event)
-            case ImageDecoded(job):
-                self._admission.decoded(job.id)
-            case Ended(job):
-                self._jobs.remove(job.id)
-                self._admission.leave(job.id)
-                if event.error is not None:
-                    self._fail(job, event.error, event.reason)
-                elif event.result is not None:
-                    self._finish(job, event.result)
+    def act_on(self, events: deque[Event]) -> None:
+        """Take all events from a queue, and act on each."""
+        while events:
+            match event := events.popleft():
+                case Ticked():
+                    self._count(event)
+                case ImageDecoded(job):
+                    self._admission.decoded(job.id)
+                case Ended(job):
+                    self._jobs.remove(job.id)
+                    self._admission.leave(job.id)
+                    if event.error is not None:
+                        self._fail(job, event.error, event.reason)
+                    elif event.result is not None:
+                        self._finish(job, event.result)
 
     def _count(self, ticked: Ticked) -> None:
         """Take a tick's work off the ledger of admission, and count its steps."""
@@ -76,10 +78,10 @@ class Outcomes:
         job.finish(replace(result, read=partial(self._read, result.read, job)))
 
     def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
-        """Read a job's images in another thread, and end the worker where the device is lost.
+        """Read a job's images in another thread, and end the worker if the device is lost.
 
-        A GPU tells of an error when it is waited for, which may be here first. What was to be read is then as
-        unfinished as if the server had ended before.
+        A GPU reports an error only when it is waited for, which may first happen here. The job is then unfinished, as
+        if the server had ended before.
         """
         try:
             return read()
@@ -88,6 +90,6 @@ class Outcomes:
         except Exception as error:
             if not job.model.engine.is_lost():
                 raise
-            log.exception("what was made could not be read")
+            log.exception("the images of job %s could not be read", job.id)
             self._on_device_lost(job.id)
             raise Draining from error

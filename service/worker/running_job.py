@@ -14,7 +14,7 @@ from tminus.service.errors import ServiceError
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 from tminus.service.tracing import TRACER, JobSpan, exemplar, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.loaded_model import LoadedModel
@@ -38,7 +38,7 @@ class NewJob:
     recording: Recorder[Any] | None = None  # keeps rows of chosen steps
     snapshot: Snapshot | None = None  # where to go on, if an earlier process began it
     is_repeatable: bool = True  # the same request makes the same images: its seed was given, not drawn
-    alone: bool = False  # it steps in ticks of its own, because it may be the cause of a crash
+    isolated: bool = False  # it steps in ticks of its own, because it may be the cause of a crash
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
         """Return the job with a recorder, which may end it before its images."""
@@ -106,6 +106,13 @@ class RunningJob:
         with suppress(InvalidStateError):
             self.future.set_result(result)
             self._end_span(None, result.decode_s)
+
+    def result(self, read: Callable[[], Pixels], now_s: float) -> JobResult:
+        """Make its result, once its images are there to be read."""
+        assert self.started_s is not None
+        assert self.denoised_s is not None
+        queue_s, denoise_s = self.started_s - self.submitted_s, self.denoised_s - self.started_s
+        return JobResult(read, queue_s, self.first_step_s, denoise_s, now_s - self.denoised_s)
 
     def _end_span(self, error: Exception | None, decode_s: float = 0.0) -> None:
         if self.span is None:

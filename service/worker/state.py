@@ -1,4 +1,4 @@
-"""Whether the worker takes jobs: warming up, ready, draining, hanging, closed or crashed. Any thread may ask."""
+"""The state of the worker: warming up, ready, draining, hanging, closed or crashed. Any thread may read it."""
 
 from collections.abc import Sequence
 from threading import Event, Thread
@@ -13,12 +13,12 @@ class WorkerState:
     """Owns the flags of a worker; its threads set them."""
 
     def __init__(self, thread: Thread, own: Sequence[Pulse], others: Sequence[Pulse]) -> None:
-        """own: pulses of the worker's threads. others: those of other threads; no job is taken while one hangs."""
+        """own: pulses of the worker's threads. others: of other threads; no job is taken while one of them hangs."""
         self._thread, self._own, self._others = thread, own, others
         self.is_warm, self.is_draining, self.is_closed = Event(), Event(), Event()
-        self.crashed = False  # whether the thread ended by an error of its own
-        self.jobs_of_the_crash = frozenset[str]()  # jobs that were being worked on then
-        self.coding_hangs = False  # whether the coding thread still ran when it was closed
+        self.crashed = False  # whether an error ended the thread
+        self.jobs_of_the_crash = frozenset[str]()  # jobs that may have caused it
+        self.autoencoder_hangs = False  # whether the autoencoder's thread still ran after it was closed
 
     @property
     def ready(self) -> bool:
@@ -38,7 +38,7 @@ class WorkerState:
     @property
     def hangs(self) -> bool:
         """Whether the worker was closed and a thread of it still runs."""
-        return self.is_closed.is_set() and (self._thread.is_alive() or self.coding_hangs)
+        return self.is_closed.is_set() and (self._thread.is_alive() or self.autoencoder_hangs)
 
     @property
     def stall(self) -> Stalled | None:
@@ -52,7 +52,7 @@ class WorkerState:
         return max(pulse.stalled_s for pulse in self._own)
 
     def check_open(self) -> None:
-        """Raise what a job would be refused with now: NotReady, Draining, Stalled or EngineFailed."""
+        """Raise the error that would refuse a job now: NotReady, Draining, Stalled or EngineFailed."""
         if self.crashed:
             raise EngineFailed(CRASHED)
         if self.draining or self.is_closed.is_set():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tminus.service.scheduling.scheduler import Advance, Turn, Turns
+from tminus.service.scheduling.scheduler import Advance, ModelScheduler, Turn
 from tminus.service.work import Batch
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
@@ -47,7 +47,7 @@ class Ticks:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._turns: Turns[LoadedModel] = Turns()
+        self._model_scheduler: ModelScheduler[LoadedModel] = ModelScheduler()
         self._in_flight: deque[Tick] = deque()
         self._ended_s = 0.0  # when the last tick ended
         self._on_device: Sequence[RunningJob] = ()  # jobs of the last tick, if a GPU may still run it, or break there
@@ -58,11 +58,11 @@ class Ticks:
 
     def put(self, model: LoadedModel) -> None:
         """Give a model its turns."""
-        self._turns.put(model, model.scheduler)
+        self._model_scheduler.put(model, model.scheduler)
 
     def remove(self, model: LoadedModel) -> None:
-        """Forget a model, which has no jobs any more. Nothing here keeps its memory."""
-        self._turns.remove(model)
+        """Forget a model that has no jobs, so that nothing here keeps its memory."""
+        self._model_scheduler.remove(model)
         self._on_device = [job for job in self._on_device if job.model.number != model.number]
 
     def device_idles(self, model: LoadedModel) -> None:
@@ -74,7 +74,7 @@ class Ticks:
     @property
     def has_next(self) -> bool:
         """Whether a model has rows to step."""
-        return self._turns.has_work
+        return self._model_scheduler.has_work
 
     @property
     def jobs_in_flight(self) -> list[RunningJob]:
@@ -96,7 +96,7 @@ class Ticks:
 
     def next(self) -> tuple[Turn[LoadedModel], Batch] | None:
         """Return the next batch, unless it has to wait for the ticks in flight."""
-        turn = self._turns.next()
+        turn = self._model_scheduler.next()
         if turn is None or (self._in_flight and self._in_flight[0].model is not turn.model):
             return None
         batch = turn.model.scheduler.next_batch()
@@ -117,26 +117,26 @@ class Ticks:
         """End the oldest tick. The caller closes its `inside`."""
         tick = self._in_flight.popleft()
         model, batch, engine = tick.model, tick.batch, tick.model.engine
-        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
-        # long it took to launch.
+        # If the engine runs ahead, a tick is waited for while the next is launched. The seconds of the first are those
+        # of its launch.
         is_measurement = not engine.runs_ahead or model.number in self._running
         self._running.add(model.number)
         self.rows_active = len(batch.rows)
-        alone = tick.jobs[0].new.alone
+        isolated = tick.jobs[0].new.isolated
         try:
             tick.finish()
             engine.wait()
-            if engine.runs_ahead and alone:  # or the next job would be named with it
+            if engine.runs_ahead and isolated:  # or the next job would be blamed too
                 self._wait_for_device(tick.jobs[0])
             broken = engine.broken(batch.rows)
         except Exception as error:
             self._ended_s = self._clock()
             return TickEnd(tick, model.scheduler.advance(batch), error=error)
-        self._on_device = tick.jobs if engine.runs_ahead and not alone else ()
+        self._on_device = tick.jobs if engine.runs_ahead and not isolated else ()
         now_s = self._clock()
         seconds = now_s - max(tick.began_s, self._ended_s)
         self._ended_s = now_s
-        self._turns.stepped(tick.turn, seconds)
+        self._model_scheduler.stepped(tick.turn, seconds)
         return TickEnd(tick, model.scheduler.advance(batch), now_s, seconds, is_measurement, frozenset(broken))
 
     def settle(self, job: RunningJob) -> None:
@@ -144,13 +144,13 @@ class Ticks:
         if self._on_device:
             try:
                 self._wait_for_device(job)
-            except Exception:  # it is of the ticks before
+            except Exception:  # an error of the ticks before
                 if job.model.engine.is_lost():
                     raise
             self._on_device = ()
 
     def _wait_for_device(self, job: RunningJob) -> None:
-        """Wait until a GPU has done all its ticks, by reading a job's rows. Raises what they have broken.
+        """Wait until a GPU has done all its ticks, by reading a job's rows. Raises their error.
 
         The device as a whole may not be waited for: another thread may be recording a CUDA graph.
         """
@@ -158,7 +158,7 @@ class Ticks:
         job.model.engine.latents(job.rows)
 
     def rest(self) -> None:
-        """Note that no model has rows to step: what the last tick has broken was told by now."""
+        """Note that no model has rows to step, so errors of the last tick were reported."""
         self._on_device = ()
 
     def abandon(self) -> None:

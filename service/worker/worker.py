@@ -1,7 +1,6 @@
-"""The worker's thread, and what other threads call: they talk to it by commands and futures, never directly.
+"""The worker's thread, and the calls of other threads, which reach it by commands and futures only.
 
-What the thread does with jobs is in loop.py. Here are the queue of commands, and the lock under which jobs are let in
-or refused.
+Here are the queue of commands, and the lock under which jobs are accepted or refused. loop.py runs the jobs.
 """
 
 import logging
@@ -20,7 +19,7 @@ from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.threads import Pulse
 from tminus.service.work import Outlook, Ticket
-from tminus.service.worker.coding import Coded
+from tminus.service.worker.coding import TaskDone
 from tminus.service.worker.current_jobs import ReportCurrentJobs, report_nothing
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.loop import Loop
@@ -46,11 +45,11 @@ class Worker:
         *,
         clock: Callable[[], float] = time.perf_counter,
         report: ReportCurrentJobs = report_nothing,
-        beside: Sequence[Pulse] = (),
+        other_pulses: Sequence[Pulse] = (),
     ) -> None:
-        """Take what it works with. models: those that it begins with; admission knows their speeds. report: as Loop's.
+        """models: loaded at the start; admission knows their speeds. report: see Loop.
 
-        beside: of other threads; while one of these hangs, no job is taken either.
+        other_pulses: of other threads; while one of them hangs, no job is taken either.
         """
         self._models = {model.number: model for model in models}  # changed and read under the gate
         self._admission, self._metrics, self._clock = admission, metrics, clock
@@ -61,7 +60,7 @@ class Worker:
         self._outcomes = Outcomes(self.jobs, admission, metrics, self._on_device_lost)
         self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # one thing is a turn of the thread
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
-        self.state = WorkerState(self._thread, (self._pulse, self._loop.coding.pulse), beside)
+        self.state = WorkerState(self._thread, (self._pulse, self._loop.autoencoder.pulse), other_pulses)
 
     # --- from any thread ---
 
@@ -78,7 +77,7 @@ class Worker:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …"""
         self.state.check_open()
         model, now_s = self._model(new.work.model), self._clock()
-        # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
+        # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for each job that ends.
         outlook = self._admission.enter(
             new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
         )
@@ -163,7 +162,7 @@ class Worker:
                 log.exception("what was asked of the engine failed")
                 future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
             else:
-                self._act_on_events()
+                self._outcomes.act_on(self._loop.events)
                 future.set_result(result)
 
         with self._gate:
@@ -171,10 +170,10 @@ class Worker:
             self._commands.put(do)
         return future
 
-    def run_beside(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
-        """Do something of a latent model's autoencoder, in the thread that does it for jobs."""
+    def run_autoencoder(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
+        """Run a task of a latent model's autoencoder in its thread."""
         self.state.check_open()
-        return self._loop.coding.run(kind, task)
+        return self._loop.autoencoder.run(kind, task)
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
@@ -243,7 +242,7 @@ class Worker:
             drained = not state.crashed and not state.is_closed.is_set()
             state.is_closed.set()
         try:
-            self._act_on_events()  # some jobs may have had their last step before a crash
+            self._outcomes.act_on(self._loop.events)  # some jobs may have had their last step before a crash
         finally:
             if state.crashed:  # the engine is not to be trusted any more, but every job gets an answer
                 self._loop.abandon()
@@ -252,28 +251,28 @@ class Worker:
         if drained:  # a durable job may have been queued since the last look
             self._loop.suspend_durable()
         self._loop.give_up_all(failure)
-        self._act_on_events()
-        state.coding_hangs = not self._loop.coding.close()  # all jobs have their answers
+        self._outcomes.act_on(self._loop.events)
+        state.autoencoder_hangs = not self._loop.autoencoder.close()  # all jobs have their answers
         self._pulse.rest()
 
     def warm_up(self) -> None:
-        """Have each model do a tick. Whoever calls this, and the two below, is the worker's thread."""
+        """Have each model do a tick. The thread that calls this and the two methods below is the worker's."""
         for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
             self._pulse.begin()
             self._loop.load(self._models[number])
         self.state.is_warm.set()
 
     def take_commands(self, *, wait: bool) -> None:
-        """Do what other threads asked for. wait: whether to sleep until there is something."""
+        """Run the commands of other threads. wait: whether to sleep until there is one."""
         while wait or not self._commands.empty():
             command = self._wait_for_command() if wait else self._commands.get()
             self._pulse.begin()
             command()
-            self._act_on_events()
+            self._outcomes.act_on(self._loop.events)
             wait = False
 
     def _wait_for_command(self) -> Callable[[], object]:
-        """Sleep until there is something to do; models that have spare work do it meanwhile, a portion at a time."""
+        """Sleep until there is a command. Meanwhile models do their spare work, an item at a time."""
         patience_s = SPARE_S
         while self._loop.spare_work and not self._loop.has_work:
             self._pulse.rest()
@@ -292,26 +291,24 @@ class Worker:
         if self.state.draining:
             self._loop.suspend_durable()
         if self._loop.events:
-            self._act_on_events()  # whoever was given up does not wait for the tick
+            self._outcomes.act_on(self._loop.events)  # clients of jobs given up do not wait for the tick
         ticked = not self.state.is_closed.is_set() and self._loop.tick()
-        self._act_on_events()
+        self._outcomes.act_on(self._loop.events)
         return ticked
 
-    def _act_on_events(self) -> None:
-        while self._loop.events:
-            self._outcomes.act_on(self._loop.events.popleft())
-
-    def _on_task_done(self, coded: Coded) -> None:
-        """Note that a task of the coding thread is done. Called in that thread."""
-        self._metrics.coded(coded.kind, coded.seconds)
-        if coded.job is not None:
-            self._commands.put(lambda: self._loop.coded(coded))
+    def _on_task_done(self, done: TaskDone) -> None:
+        """Note that an autoencoder task is done. Called in the autoencoder's thread."""
+        self._metrics.task_done(done.kind, done.seconds)
+        if done.job is not None:
+            self._commands.put(lambda: self._loop.on_task_done(done))
 
     def _on_device_lost(self, job_id: str) -> None:
-        self._commands.put(lambda: self._end_for_lost_device(job_id))
+        """End the worker. Called in a thread that could not read a job's images."""
 
-    def _end_for_lost_device(self, job_id: str) -> None:
-        self.state.jobs_of_the_crash |= {job_id}  # its last step may have been the cause
-        # Several may have read: what waits behind their commands gets an answer too.
-        if not self.state.is_closed.is_set():
-            raise RuntimeError("the device is lost")
+        def end() -> None:
+            self.state.jobs_of_the_crash |= {job_id}  # its last step may have been the cause
+            # Several threads may have called this: only the first command ends the thread.
+            if not self.state.is_closed.is_set():
+                raise RuntimeError("the device is lost")
+
+        self._commands.put(end)

@@ -33,7 +33,7 @@ from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.startup import app as startup_app
 from tminus.service.startup.app import Application
 from tminus.service.startup.loader import ModelLoader
@@ -116,8 +116,8 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Checkpoint:
 def prepare(engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]]) -> Prepared:
     """A model as the app takes it."""
     times = TickTimes(tuple(tick_times))
-    sharing = Sharing.of(limits.max_batch, max(2, limits.max_batch // 2), times)
-    return Prepared(engine, limits, Speed(sharing, limits.max_rows))
+    policy = BatchPolicy.of(limits.max_batch, max(2, limits.max_batch // 2), times)
+    return Prepared(engine, limits, Speed(policy, limits.max_rows))
 
 
 def create_app(

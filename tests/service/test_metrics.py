@@ -64,7 +64,7 @@ def moved() -> dict[str, Metric]:
     metrics.asked_for("fake", "ddpm", "steps")
     metrics.answered_without_work("cache_hit")
     metrics.encoded("png", 1.0)
-    metrics.coded("decode", 1.0)
+    metrics.task_done("decode", 1.0)
     metrics.requested("/sample", 200, 1.0)
     metrics.requested("/sample", 500, 1.0)
     return exposed(metrics.render()[0].decode())

@@ -15,7 +15,7 @@ from tminus.model.samplers import compile_plan, table_plan
 from tminus.model.timesteps import make_timesteps
 from tminus.model.trajectory import Selection
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.work import Work, noisy_passes, select_passes, timesteps_of, work_of
 
 
@@ -59,7 +59,7 @@ def test_the_forecast_of_an_edit_is_what_its_steps_take(steps: int, strength: fl
     work = work_of(spec, INFO)
     times = TickTimes(((1, 1.0), (8, 8.0)))
     expected = sum(times.seconds(n * work.places_per_row(step)) for step in range(work.start, steps))
-    found = forecast([Pending("a", work, work.places)], {0: Speed(Sharing.of(8, times=times), 100)})["a"]
+    found = forecast([Pending("a", work, work.places)], {0: Speed(BatchPolicy.of(8, times=times), 100)})["a"]
     assert found.eta_s == pytest.approx(expected)
     assert work.places == n * sum(work.places_per_row(step) for step in range(work.start, steps))
 

@@ -7,7 +7,7 @@ import numpy as np
 from tests.service.engine.engines import Job, make_engine, spec_of, ticks
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.protocol import sample_locally
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Images, Inputs
 from tminus.service.work import work_of
 
@@ -37,7 +37,7 @@ def edited_alone(checkpoint: Checkpoint, job: Job) -> Images:
 def states(checkpoint: Checkpoint, job: Job) -> list[np.ndarray]:
     """x of a job's rows before each of its steps and after the last."""
     engine, (spec, inputs) = make_engine(checkpoint), job
-    scheduler = Scheduler(Sharing.of(64))
+    scheduler = Scheduler(BatchPolicy.of(64))
     rows = engine.add(spec, inputs=inputs)
     scheduler.add("a", rows, work_of(spec, engine.info))
     found = [engine.latents(rows)]

@@ -18,7 +18,7 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.plan_store import PlanCompiler
 from tminus.service.engine.protocol import sample_locally
-from tminus.service.scheduling.scheduler import Advance, Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Advance, BatchPolicy, Scheduler
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, work_of
 
@@ -101,7 +101,7 @@ def together(
     read: Callable[[Engine, Sequence[int]], Floats] = read_images,
 ) -> list[Floats]:
     """The images of jobs that arrive at random ticks and share the engine and its batches."""
-    rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
+    rng, scheduler = random.Random(seed), Scheduler(BatchPolicy.of(max_batch))
     order = list(range(len(jobs)))
     rng.shuffle(order)
     rows: dict[str, tuple[int, ...]] = {}

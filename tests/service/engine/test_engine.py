@@ -43,7 +43,7 @@ from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.plan_store import FIRST_LINES
 from tminus.service.engine.protocol import sample_locally
 from tminus.service.errors import NotFinite
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, noisy_passes, select_passes, work_of
 from tminus.service.worker.recording import TrajectoryRecorder
@@ -178,7 +178,7 @@ def walked(
     engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int, keep: Sequence[int] | None = None
 ) -> list[Trajectory]:
     """The trajectories of jobs that share the engine and its batches."""
-    scheduler = Scheduler(Sharing.of(max_batch))
+    scheduler = Scheduler(BatchPolicy.of(max_batch))
     paths = [TrajectoryRecorder(spec, select_passes(keep, spec, engine.info)) for spec in specs]
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
@@ -471,7 +471,7 @@ def interrupted(
 ) -> Floats:
     """What is read of a job that went on in another engine after so many ticks of three places."""
     spec, inputs = job
-    first, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(3))
+    first, scheduler = make_engine(checkpoint), Scheduler(BatchPolicy.of(3))
     rows = first.add(spec, inputs=inputs)
     work = work_of(spec, first.info)
     scheduler.add("a", rows, work)
@@ -481,7 +481,7 @@ def interrupted(
     snapshot = first.snapshot(rows, scheduler.steps("a"))()
     first.remove(rows)
     first.add(spec_of(n=spec.n, seed=99))  # whose slots have others now
-    second, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(4))
+    second, scheduler = make_engine(checkpoint), Scheduler(BatchPolicy.of(4))
     second.add(spec_of(n=3))  # so that the rows have other slots
     rows = second.add(spec, snapshot, inputs)
     scheduler.add("a", rows, work, snapshot.steps)

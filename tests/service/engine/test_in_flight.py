@@ -22,7 +22,7 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.loading import LONG_FULL_TICK_S, measure_overlap
 from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Inputs
 from tminus.service.work import Batch, work_of
 
@@ -49,7 +49,7 @@ def overlapping(engine: Engine, jobs: Sequence[Job], rng: random.Random) -> dict
 
     A job that comes may have the slots of one that has gone while ticks of others are in flight.
     """
-    scheduler, order = Scheduler(Sharing.of(rng.choice([2, 5, 7]))), list(range(len(jobs)))
+    scheduler, order = Scheduler(BatchPolicy.of(rng.choice([2, 5, 7]))), list(range(len(jobs)))
     rng.shuffle(order)
     rows: dict[str, tuple[int, ...]] = {}
     latents: dict[int, Floats] = {}

@@ -13,7 +13,7 @@ from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.service.engine.engine import Engine
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import trial_spec
 from tminus.service.work import work_of
 
@@ -66,7 +66,7 @@ def most_in_a_tick(checkpoint: Checkpoint) -> tuple[int, int]:
     """Put a job of every sampler, and a guided one, in shared ticks; the most passes and operations that a tick has."""
     executor = Counted(checkpoint)
     engine = Engine(checkpoint, executor, CPU, max_rows=ROWS, max_jobs=ROWS)
-    scheduler, most = Scheduler(Sharing.of(ROWS)), (0, 0)
+    scheduler, most = Scheduler(BatchPolicy.of(ROWS)), (0, 0)
     for k, sampler in enumerate(name for name in engine.info.samplers if name in SAMPLERS):
         guidance = 2.0 if k == 0 and engine.info.null_class is not None else 1.0
         spec = trial_spec(engine.info, 1, 4 + k, sampler=sampler, seed=k, guidance=guidance)

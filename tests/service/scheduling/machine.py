@@ -6,7 +6,7 @@ from itertools import count
 
 from tminus.service.scheduling.forecast import Pending, Speed, forecast
 from tminus.service.scheduling.owners import OwnerTimes
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes, Turn, Turns
+from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler, TickTimes, Turn
 from tminus.service.work import Batch, Outlook, Work
 
 TIMES = TickTimes(((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009), (16, 0.017)))
@@ -21,7 +21,7 @@ def guided(rows: int, steps: int) -> Work:
 
 
 def speed_of(max_batch: int = 8, short_batch: int | None = None, times: TickTimes = TIMES) -> Speed:
-    return Speed(Sharing.of(max_batch, short_batch, times), 1000)
+    return Speed(BatchPolicy.of(max_batch, short_batch, times), 1000)
 
 
 class Machine:
@@ -30,10 +30,8 @@ class Machine:
     def __init__(self, *speeds: Speed) -> None:
         self.speeds: Mapping[int, Speed] = dict(enumerate(speeds))
         arrivals, self.times = count(), OwnerTimes()
-        self.schedulers = {
-            model: Scheduler(speed.sharing, arrivals, self.times) for model, speed in self.speeds.items()
-        }
-        self.turns = Turns[int]()
+        self.schedulers = {model: Scheduler(speed.policy, arrivals, self.times) for model, speed in self.speeds.items()}
+        self.turns = ModelScheduler[int]()
         for model, scheduler in self.schedulers.items():
             self.turns.put(model, scheduler)
         self.now_s, self._rows = 0.0, count()

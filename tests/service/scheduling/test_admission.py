@@ -12,7 +12,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import OwnerTimes
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.work import JobRows, Outlook, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
@@ -31,8 +31,8 @@ def make_admission(
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
     admission = Admission(held, times_of_owners, shared=shared)
     times = TickTimes(tuple(points))
-    sharing = Sharing.of(held.max_batch, 4, times)
-    admission.put(0, Speed(sharing, held.max_rows, decode_s, encode_s))
+    policy = BatchPolicy.of(held.max_batch, 4, times)
+    admission.put(0, Speed(policy, held.max_rows, decode_s, encode_s))
     return admission
 
 
@@ -273,7 +273,7 @@ def test_a_job_is_taken_on_where_little_goes_before_it() -> None:
 def test_work_of_other_models_goes_before_a_job_by_the_seconds_it_takes() -> None:
     admission = make_admission()
     slower = TickTimes(((8, 1.0),))  # 8 times as slow
-    admission.put(1, Speed(Sharing.of(8, 4, slower), 256))
+    admission.put(1, Speed(BatchPolicy.of(8, 4, slower), 256))
     admission.enter("other", Work(1, 8, range(0), model=1), now_s=0.0)  # a second, 64 places of the first model
     assert admission.intake(0, 1.0).has_room(63)
     assert not admission.intake(0, 1.0).has_room(64)
@@ -321,7 +321,7 @@ def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_fo
 
 def test_a_key_is_told_a_time_where_another_has_jobs_of_another_model() -> None:
     admission = shared(max_backlog_s=80.0)
-    admission.put(1, Speed(Sharing.of(8, 4, TickTimes(RATE)), 256))
+    admission.put(1, Speed(BatchPolicy.of(8, 4, TickTimes(RATE)), 256))
     assert enter(admission, "flood", 20) == 6
     admission.enter("other", replace(WORK, model=1), "b", now_s=0.0)
     with pytest.raises(Overloaded) as caught:

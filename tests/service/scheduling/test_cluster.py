@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.service.fakes import LIMITS
 from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.scheduling.room import Excess
+from tminus.service.scheduling.room import Overload
 from tminus.service.work import Work
 
 PLACES = st.floats(0.0, 1e6)
@@ -29,25 +29,25 @@ def test_what_nobody_holds_is_shared_evenly_and_takes_one_replica_as_many_times_
 
 
 @pytest.mark.parametrize(
-    ("load", "places", "excess"),
+    ("load", "places", "overload"),
     [
         (ClusterLoad(2, 400.0, 6.0, 1, 800.0), 800, None),  # 10 s, just within
-        (ClusterLoad(2, 400.0, 6.0, 1, 800.0), 804, Excess("backlog_s", 10.01, 10.0)),
+        (ClusterLoad(2, 400.0, 6.0, 1, 800.0), 804, Overload("backlog_s", 10.01, 10.0)),
         (ClusterLoad(2, 400.0, 6.0, 7, 40.0), 4, None),
-        (ClusterLoad(2, 400.0, 6.0, 8, 40.0), 4, Excess("jobs", 9, 8)),
+        (ClusterLoad(2, 400.0, 6.0, 8, 40.0), 4, Overload("jobs", 9, 8)),
         (ClusterLoad(2, 400.0, 0.0, 0, 0.0), 10**9, None),  # where nothing waits any job is taken
         (ClusterLoad(0, 0.0, 0.0, 3, 900.0), 100, None),  # nobody has told its pace yet
-        (ClusterLoad(0, 0.0, 0.0, 4, 900.0), 100, Excess("jobs", 5, 4)),
+        (ClusterLoad(0, 0.0, 0.0, 4, 900.0), 100, Overload("jobs", 5, 4)),
     ],
 )
-def test_a_job_has_room_while_no_limit_is_passed(load: ClusterLoad, places: int, excess: Excess | None) -> None:
-    found = load.excess(work(places), BOUNDS)
-    if excess is None:
+def test_a_job_has_room_while_no_limit_is_passed(load: ClusterLoad, places: int, overload: Overload | None) -> None:
+    found = load.overload(work(places), BOUNDS)
+    if overload is None:
         assert found is None
     else:
         assert found is not None
-        assert (found.field, found.limit) == (excess.field, excess.limit)
-        assert found.value == pytest.approx(excess.value)
+        assert (found.field, found.limit) == (overload.field, overload.limit)
+        assert found.value == pytest.approx(overload.value)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_after_the_time_that_is_told_there_is_room(
 ) -> None:
     load = ClusterLoad(replicas, places_per_s, held_s, jobs, jobs * each)
     places = data.draw(st.integers(1, 10**6))
-    if (excess := load.excess(work(places), BOUNDS)) is None:
+    if (overload := load.overload(work(places), BOUNDS)) is None:
         return
-    seconds = load.room_in_s(excess)
+    seconds = load.room_in_s(overload)
     assert 0 < seconds < math.inf
-    if excess.field == "jobs":
+    if overload.field == "jobs":
         return
     left_s = load.backlog_s - seconds
     assert left_s + places / places_per_s == pytest.approx(BOUNDS.max_backlog_s) or left_s < 0

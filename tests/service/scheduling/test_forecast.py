@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from bench.simulate import LIMITS, mixed, serve
 from tests.service.scheduling.machine import TIMES, Machine, guided, plain, speed_of
 from tminus.service.scheduling import forecast as forecasts
-from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Ahead, Arrivals, Pending, Speed, stretch
-from tminus.service.scheduling.scheduler import Sharing, TickTimes
+from tminus.service.scheduling.forecast import WINDOW_S, WINDOWS, Arrivals, Pending, Simulation, Speed, stretch
+from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.work import Outlook, Work
 
 pytestmark = pytest.mark.slow
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.slow
 SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
 FLAT = TickTimes(((1, 0.009), (8, 0.009)))  # as on a GPU: a tick takes no longer for more rows
 SLOW = TickTimes(((1, 0.05), (8, 0.1)))
-SRPT, NO_RESERVE = Sharing.of(8), Sharing(8, 8, 0)
+SRPT, NO_RESERVE = BatchPolicy.of(8), BatchPolicy(8, 8, 0)
 
 
-def forecast(*works: Work, sharing: Sharing = SRPT, times: TickTimes = SAME) -> dict[str, Outlook]:
+def forecast(*works: Work, policy: BatchPolicy = SRPT, times: TickTimes = SAME) -> dict[str, Outlook]:
     jobs = [Pending(f"job{number}", work, work.places) for number, work in enumerate(works)]
-    return forecasts.forecast(jobs, {0: Speed(replace(sharing, times=times), 1000)})
+    return forecasts.forecast(jobs, {0: Speed(replace(policy, times=times), 1000)})
 
 
 # --- by hand ---
@@ -36,7 +36,7 @@ def test_a_job_alone_takes_its_steps_in_ticks() -> None:
     assert forecast(plain(3, 10)) == {"job0": Outlook(0, pytest.approx(10.0))}
     assert forecast(plain(12, 10))["job0"].eta_s == pytest.approx(15.0, abs=1), "the rows take turns"
     assert forecast(plain(9, 1))["job0"].eta_s == pytest.approx(2.0), "a part of a tick counts as one"
-    assert forecast(Work(4, 10, range(2, 5)), sharing=Sharing.of(4))["job0"].eta_s == pytest.approx(13.0)
+    assert forecast(Work(4, 10, range(2, 5)), policy=BatchPolicy.of(4))["job0"].eta_s == pytest.approx(13.0)
 
 
 @pytest.mark.parametrize("work", [plain(3, 7), guided(3, 7), Work(3, 7, range(2, 4)), Work(3, 7, range(4, 7), start=2)])
@@ -54,7 +54,7 @@ def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
 
 
 def test_the_position_counts_those_before_it_that_end_before_it_and_is_zero_where_all_rows_run() -> None:
-    outlooks = forecast(*[plain(8, steps) for steps in (30, 20, 10)], sharing=NO_RESERVE)
+    outlooks = forecast(*[plain(8, steps) for steps in (30, 20, 10)], policy=NO_RESERVE)
     assert [outlooks[f"job{number}"].position for number in range(3)] == [2, 1, 0]
     assert {outlook.position for outlook in forecast(*[plain(2, steps) for steps in (30, 20, 10, 40)]).values()} == {0}
 
@@ -66,13 +66,13 @@ def test_a_job_that_only_waits_for_delivery_is_done_now() -> None:
 
 
 def test_before_calibration_every_eta_is_zero_and_positions_are_right() -> None:
-    outlooks = forecast(plain(8, 100), plain(8, 6), sharing=NO_RESERVE, times=TickTimes())
+    outlooks = forecast(plain(8, 100), plain(8, 6), policy=NO_RESERVE, times=TickTimes())
     assert outlooks == {"job0": Outlook(1, 0.0), "job1": Outlook(0, 0.0)}
 
 
 def test_what_comes_beside_the_ticks_is_done_one_job_at_a_time_as_their_ticks_end() -> None:
-    jobs = [Pending("a", plain(1, 10), 10, beside_s=4.0), Pending("b", plain(1, 12), 12, beside_s=3.0)]
-    jobs += [Pending("c", plain(1, 20), 20), Pending("d", plain(1, 5), 0, beside_s=2.0)]
+    jobs = [Pending("a", plain(1, 10), 10, autoencoder_s=4.0), Pending("b", plain(1, 12), 12, autoencoder_s=3.0)]
+    jobs += [Pending("c", plain(1, 20), 20), Pending("d", plain(1, 5), 0, autoencoder_s=2.0)]
     found = forecasts.forecast(jobs, {0: Speed(replace(SRPT, times=SAME), 1000)})
     assert {name: outlook.eta_s for name, outlook in found.items()} == {"d": 2.0, "a": 14.0, "b": 17.0, "c": 20.0}
 
@@ -159,7 +159,7 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(owners: 
     def strides(jobs: int) -> int:
         works = [plain(1 + number % 5, 1 + 37 * number % 200) for number in range(jobs)]
         pending = [Pending(f"{n}", work, work.places, owner=f"{n % owners}") for n, work in enumerate(works)]
-        ahead = Ahead(pending, {0: speed_of()}, {f"{n}": float(n) for n in range(owners)})
+        ahead = Simulation(pending, {0: speed_of()}, {f"{n}": float(n) for n in range(owners)})
         count = 0
         while ahead.step() is not None:
             count += 1

@@ -28,7 +28,7 @@ def test_who_comes_later_is_behind_by_no_more_than_a_burst_and_who_returns_soon_
     owner_times.stepped({"flood": 1.0, "b": 3.0})
     owner_times.leave("b")
     owner_times.join("b")
-    assert owner_times.had_s("b") == 100.0 - BURST_S + 3.0
+    assert owner_times.service_time_s("b") == 100.0 - BURST_S + 3.0
     for owner in ("flood", "b"):
         owner_times.leave(owner)
     owner_times.join("c")
@@ -41,11 +41,11 @@ def test_nobody_saves_up_or_owes_more_than_a_burst() -> None:
     owner_times.join("b")
     for _ in range(100):
         owner_times.stepped({"flood": 0.9, "b": 0.1})
-    assert owner_times.had_s("flood") - owner_times.had_s("b") == pytest.approx(BURST_S)
+    assert owner_times.service_time_s("flood") - owner_times.service_time_s("b") == pytest.approx(BURST_S)
     owner_times.leave("flood")
     owner_times.stepped({"flood": 5000.0})
     owner_times.join("flood")
-    assert owner_times.had_s("flood") - owner_times.had_s("b") == pytest.approx(BURST_S)
+    assert owner_times.service_time_s("flood") - owner_times.service_time_s("b") == pytest.approx(BURST_S)
 
 
 @given(st.integers(0, 64), st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 40), st.floats(0, 9))))
@@ -53,15 +53,15 @@ def test_places_go_to_those_who_have_had_least_and_none_is_left_that_somebody_wa
     places: int, owners: dict[str, tuple[int, float]]
 ) -> None:
     wants = {owner: want for owner, (want, _) in owners.items()}
-    had_s = {owner: had for owner, (_, had) in owners.items()}
-    allotted = allot(places, 0.25, wants, had_s)
+    service_time_s = {owner: had for owner, (_, had) in owners.items()}
+    allotted = allot(places, 0.25, wants, service_time_s)
     assert all(0 <= allotted[owner] <= wants[owner] for owner in wants)
     assert sum(allotted.values()) == min(places, sum(wants.values()))
     for owner in wants:
         for other in wants:
             if allotted[owner] < wants[owner] and allotted[other] > 0:
-                before_last_s = had_s[other] + (allotted[other] - 1) * 0.25
-                assert before_last_s <= had_s[owner] + allotted[owner] * 0.25 + 1e-9, "it went before its turn"
+                before_last_s = service_time_s[other] + (allotted[other] - 1) * 0.25
+                assert before_last_s <= service_time_s[owner] + allotted[owner] * 0.25 + 1e-9, "it went before its turn"
 
 
 # --- the scheduler ---
@@ -176,7 +176,7 @@ def test_of_many_owners_each_ones_oldest_job_moves_on() -> None:
 
 
 def test_on_a_slow_machine_too_somebody_leads() -> None:
-    assert speed_of(times=TickTimes(((1, 3.0), (8, 6.0)))).sharing.leads(BURST_S)
+    assert speed_of(times=TickTimes(((1, 3.0), (8, 6.0)))).policy.is_leader(BURST_S)
 
 
 def test_who_leads_pays_for_the_places_that_others_could_not_have() -> None:
@@ -200,20 +200,23 @@ def test_all_work_is_done_and_who_has_had_more_does_not_go_before_one_who_could_
         steps = rng.choice([1, 5, 20, 50])
         on = rng.choice([range(0), range(steps)])
         machine.add(f"{rng.choice('abc')}{number}", Work(rng.choice([1, 2, 8]), steps, on))
-    place_s, scheduler = machine.speeds[0].sharing.place_s, machine.schedulers[0]
+    place_s, scheduler = machine.speeds[0].policy.place_s, machine.schedulers[0]
     wanted: Counter[str] = Counter()
     for job_id, work in machine.works.items():
         wanted[job_id[0]] += work.places
     while True:
-        had_s = machine.times.of(machine.owners)
-        can_use = {owner: scheduler._owners[owner].places_now for owner in had_s}
+        service_time_s = machine.times.of(machine.owners)
+        can_use = {owner: scheduler._owners[owner].places_now for owner in service_time_s}
         if (places := machine.tick()) is None:
             break
         assert sum(places.values()) <= max_batch
-        for other in had_s if scheduler._leader is None else ():
+        for other in service_time_s if scheduler._leader is None else ():
             if places.get(other, 0) + 1 < can_use[other]:  # a guided row may have to wait for a second place
                 for owner in places:
-                    before_last_s = had_s[owner] + (places[owner] - 2) * place_s
-                    assert owner == other or before_last_s <= had_s[other] + (places.get(other, 0) + 3) * place_s + 1e-9
+                    before_last_s = service_time_s[owner] + (places[owner] - 2) * place_s
+                    assert (
+                        owner == other
+                        or before_last_s <= service_time_s[other] + (places.get(other, 0) + 3) * place_s + 1e-9
+                    )
     assert machine.places == wanted
     assert not any(machine.left.values())

@@ -16,7 +16,7 @@ from tests.service.scheduling.machine import plain
 from tests.service.scheduling.test_admission import LIMITS, make_admission, refusal, wait_of
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.room import SPREAD_S, Line
+from tminus.service.scheduling.room import SPREAD_S, RetryQueue
 from tminus.service.scheduling.scheduler import TickTimes
 from tminus.service.work import Work
 
@@ -47,7 +47,7 @@ def test_a_server_that_decodes_longer_than_it_steps_is_idle_in_the_end(
 
 
 def test_the_line_is_of_a_bounded_length_and_the_rest_is_spread_evenly_in_it() -> None:
-    line = Line()
+    line = RetryQueue()
     times = [line.next_s(100.0, 10.0) for _ in range(1000)]
     assert times[:31] == [100.0 + 10 * k for k in range(31)]
     assert all(100 <= time_s <= 100 + SPREAD_S for time_s in times)

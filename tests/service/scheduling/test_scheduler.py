@@ -14,8 +14,8 @@ from tminus.service.scheduling.scheduler import (
     MOST_IN_FLIGHT,
     MUCH_LONGER,
     RESERVED_SHARE,
+    BatchPolicy,
     Scheduler,
-    Sharing,
     TickTimes,
 )
 from tminus.service.work import Batch, Work
@@ -44,7 +44,7 @@ def add(scheduler: Scheduler, job_id: str, rows: Sequence[int], steps: int, guid
 
 
 def test_a_job_goes_on_from_the_steps_its_rows_have_taken() -> None:
-    scheduler = Scheduler(Sharing.of(8))
+    scheduler = Scheduler(BatchPolicy.of(8))
     scheduler.add("a", [0, 1, 2], Work(3, 6, range(2, 4)), (3, 6, 5))
     assert scheduler.steps("a") == (3, 6, 5)
     assert tick(scheduler) == Batch((0, 2), (3, 5), (0,))
@@ -53,7 +53,7 @@ def test_a_job_goes_on_from_the_steps_its_rows_have_taken() -> None:
 
 
 def test_a_long_job_does_not_hold_up_a_short_one() -> None:
-    scheduler = Scheduler(Sharing.of(8))
+    scheduler = Scheduler(BatchPolicy.of(8))
     add(scheduler, "long", range(8), steps=1000)
     tick(scheduler)
     add(scheduler, "short", [8], steps=20)
@@ -64,7 +64,7 @@ def test_a_long_job_does_not_hold_up_a_short_one() -> None:
 
 
 def test_more_rows_than_places_advance_together() -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0))
+    scheduler = Scheduler(BatchPolicy(2, 2, 0))
     add(scheduler, "a", range(6), steps=4)
     for _ in range(3):
         tick(scheduler)
@@ -74,7 +74,7 @@ def test_more_rows_than_places_advance_together() -> None:
 
 
 def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
-    scheduler = Scheduler(Sharing.of(4))
+    scheduler = Scheduler(BatchPolicy.of(4))
     add(scheduler, "a", [0], steps=5)
     scheduler.cancel("nobody")
     assert tick(scheduler).rows == (0,)
@@ -84,7 +84,7 @@ def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
 
 
 def test_advance_tells_once_of_each_job_that_it_has_started_and_finished() -> None:
-    scheduler = Scheduler(Sharing(2, 2, 0))
+    scheduler = Scheduler(BatchPolicy(2, 2, 0))
     add(scheduler, "long", [0, 1], steps=2)
     add(scheduler, "short", [2], steps=1)
     seen = []
@@ -95,7 +95,7 @@ def test_advance_tells_once_of_each_job_that_it_has_started_and_finished() -> No
 
 
 def test_only_the_batch_that_was_chosen_last_may_be_recorded() -> None:
-    scheduler = Scheduler(Sharing.of(4))
+    scheduler = Scheduler(BatchPolicy.of(4))
     add(scheduler, "a", [0, 1], steps=3)
     batch = scheduler.next_batch()
     assert batch is not None
@@ -108,11 +108,11 @@ def test_only_the_batch_that_was_chosen_last_may_be_recorded() -> None:
 
 @pytest.mark.parametrize(("max_batch", "places"), [(64, 16), (4, 2), (2, 2)])
 def test_the_reserve_is_a_share_and_at_least_a_guided_row(max_batch: int, places: int) -> None:
-    assert Sharing.of(max_batch).reserved == places
+    assert BatchPolicy.of(max_batch).reserved == places
 
 
 def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_the_short_one_is_done() -> None:
-    scheduler = Scheduler(Sharing.of(8, short_batch=4))
+    scheduler = Scheduler(BatchPolicy.of(8, short_batch=4))
     add(scheduler, "long", range(8), steps=100)
     assert tick(scheduler).places == 8
     add(scheduler, "short", [8], steps=3)
@@ -146,7 +146,7 @@ def lines_run(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_tick_costs_the_same_however_many_jobs_wait(guided: bool) -> None:
     def ticks(waiting: int) -> int:
-        scheduler = Scheduler(Sharing.of(7, short_batch=4))
+        scheduler = Scheduler(BatchPolicy.of(7, short_batch=4))
         for i in range(waiting):
             add(scheduler, f"w{i}", [i], steps=50 + i % 3, guided=guided)
         return lines_run(lambda: [tick(scheduler) for _ in range(10)])
@@ -155,7 +155,7 @@ def test_a_tick_costs_the_same_however_many_jobs_wait(guided: bool) -> None:
 
 
 def test_finding_the_oldest_job_costs_the_same_after_many_jobs_ended() -> None:
-    scheduler = Scheduler(Sharing.of(4))
+    scheduler = Scheduler(BatchPolicy.of(4))
     for i in range(10_000):
         add(scheduler, f"w{i}", [i], steps=1)
     first = lines_run(lambda: tick(scheduler))
@@ -197,32 +197,32 @@ arrivals = st.lists(
 
 
 @st.composite
-def sharings(draw: st.DrawFn, overlapped: float | None = None) -> Sharing:
+def sharings(draw: st.DrawFn, overlapped: float | None = None) -> BatchPolicy:
     max_batch = draw(st.integers(2, 12))
     reserved = reserved_places(max_batch, draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])))
     short_batch = draw(st.just(max_batch) | st.integers(1, max_batch))
     if overlapped is None:
-        return Sharing(max_batch, short_batch, reserved)
+        return BatchPolicy(max_batch, short_batch, reserved)
     times = TickTimes(((1, 1.0), (2 * max_batch - draw(st.integers(0, max_batch)), 4.0)), overlapped)
-    return Sharing(max_batch, short_batch, reserved, times, times.seconds_per_place(max_batch))
+    return BatchPolicy(max_batch, short_batch, reserved, times, times.seconds_per_place(max_batch))
 
 
 def reserved_places(max_batch: int, share: float) -> int:
     return max(2, int(max_batch * share)) if share else 0
 
 
-def short_end(sharing: Sharing, places: int) -> int:
+def short_end(policy: BatchPolicy, places: int) -> int:
     """The least multiple of short_batch that so many places fit in, but for the end of the tick."""
-    multiples = range(sharing.short_batch, sharing.max_batch, sharing.short_batch)
-    return next((end for end in multiples if end >= places), sharing.max_batch)
+    multiples = range(policy.short_batch, policy.max_batch, policy.short_batch)
+    return next((end for end in multiples if end >= places), policy.max_batch)
 
 
 class Simulation:
     """Runs a load to its end by its own books, which the tests hold against what the scheduler chose."""
 
-    def __init__(self, load: list[Arrival], sharing: Sharing, names: str = "job{}") -> None:
-        self.sharing = sharing
-        self.scheduler = Scheduler(sharing)
+    def __init__(self, load: list[Arrival], policy: BatchPolicy, names: str = "job{}") -> None:
+        self.policy = policy
+        self.scheduler = Scheduler(policy)
         self.load = sorted(load, key=lambda job: job.tick)
         self.jobs = {names.format(i): job for i, job in enumerate(self.load)}
         self.alive: dict[str, Arrival] = {}  # in order of arrival
@@ -236,7 +236,7 @@ class Simulation:
         self.overlapped = 0  # ticks that began while another was in flight
         self.stepped = 0  # places
         self.oldest: str | None = None  # if it is held back
-        self.owed_s = self.held_s = self.had_s = 0.0  # since it is
+        self.owed_seconds = self.held_s = self.service_time_s = 0.0  # since it is
         row_ids = iter(range(10_000))
         for name, job in self.jobs.items():
             job.rows[:] = [next(row_ids) for _ in range(job.work.rows)]
@@ -259,16 +259,16 @@ class Simulation:
     def overlaps(self) -> bool:
         """Whether jobs wait for throughput only, so that two ticks may be in flight."""
         totals = [job.work.places for job in self.alive.values()]
-        if self.sharing.times.overlapped is None or not totals:
+        if self.policy.times.overlapped is None or not totals:
             return False
         alike = max(totals) < MUCH_LONGER * min(totals)
-        return len(totals) > self.sharing.max_batch or (alike and sum(self.wanted().values()) > self.sharing.max_batch)
+        return len(totals) > self.policy.max_batch or (alike and sum(self.wanted().values()) > self.policy.max_batch)
 
     def size(self) -> int:
         """How many places the next tick has."""
-        full = self.sharing.full_batch
+        full = self.policy.full_batch
         grows = self.overlaps() and sum(self.wanted().values()) >= 2 * full
-        return full if grows else self.sharing.max_batch
+        return full if grows else self.policy.max_batch
 
     def in_turn(self) -> list[str]:
         """The jobs, the first in turn first."""
@@ -276,8 +276,8 @@ class Simulation:
 
     def held_back(self) -> set[str]:
         """The jobs that make a short tick: much longer than the shortest, with a place for every job."""
-        sharing = self.sharing
-        if len(self.alive) > sharing.max_batch or sharing.short_batch == sharing.max_batch:
+        policy = self.policy
+        if len(self.alive) > policy.max_batch or policy.short_batch == policy.max_batch:
             return set()
         least = MUCH_LONGER * min(job.work.places for job in self.alive.values())
         return {name for name, job in self.alive.items() if job.work.places >= least}
@@ -353,16 +353,16 @@ class Simulation:
         """While the oldest job is held back, it has a quarter of the time, less one tick."""
         oldest = next(iter(self.alive))
         if oldest not in self.held_back():
-            self.oldest, self.owed_s = None, 0.0
+            self.oldest, self.owed_seconds = None, 0.0
             return
         if oldest != self.oldest:
-            self.oldest, self.held_s, self.had_s = oldest, 0.0, 0.0
-        seconds, share = self.sharing.tick_s(places.total()), places[oldest] / places.total()
+            self.oldest, self.held_s, self.service_time_s = oldest, 0.0, 0.0
+        seconds, share = self.policy.tick_s(places.total()), places[oldest] / places.total()
         self.held_s += seconds
-        self.had_s += seconds * share
-        self.owed_s = max(0.0, self.owed_s + seconds * (RESERVED_SHARE - share))
-        longest_s = self.sharing.tick_s(self.sharing.full_batch)
-        assert not self.sharing.reserved or self.had_s >= RESERVED_SHARE * self.held_s - longest_s
+        self.service_time_s += seconds * share
+        self.owed_seconds = max(0.0, self.owed_seconds + seconds * (RESERVED_SHARE - share))
+        longest_s = self.policy.tick_s(self.policy.full_batch)
+        assert not self.policy.reserved or self.service_time_s >= RESERVED_SHARE * self.held_s - longest_s
 
     def check_jobs_of(self, batch: Batch) -> None:
         """The rows of a batch by job are just its rows."""
@@ -378,7 +378,7 @@ class Simulation:
 
     def check_rows(self, batch: Batch) -> None:
         """No row is in it twice, none that fits is left out, and the oldest job, if not held back, has its reserve."""
-        waiting, held_back, max_batch, size = self.waiting(), self.held_back(), self.sharing.max_batch, self.size()
+        waiting, held_back, max_batch, size = self.waiting(), self.held_back(), self.policy.max_batch, self.size()
         assert max(Counter(batch.rows).values()) == 1
         assert set(batch.rows) <= waiting.keys(), "nor one that is in flight, done, cancelled or not there yet"
         assert sum(waiting[row] for row in batch.rows) == batch.places <= size
@@ -389,17 +389,17 @@ class Simulation:
             room = size
             if (name := self.job_of[row]) in held_back:
                 # A job after it may have begun another multiple of short_batch, to which it is not asked again.
-                room = short_end(self.sharing, batch.places) if rank[name] >= last else 0
+                room = short_end(self.policy, batch.places) if rank[name] >= last else 0
             assert row in batch.rows or places > room - batch.places
         oldest, job = next(iter(self.alive.items()))
         mine = [row for row in job.rows if row in waiting]
         assert oldest in held_back or sum(row in batch.rows for row in mine) >= min(
-            len(mine), self.sharing.reserved // 2
+            len(mine), self.policy.reserved // 2
         )
 
     def check_order(self, batch: Batch) -> None:
         """With no reserve no row steps while a row that fits of a job before it waits."""
-        if self.sharing.reserved:
+        if self.policy.reserved:
             return
         rank = {name: position for position, name in enumerate(self.in_turn())}
         waiting, held_back = self.waiting(), self.held_back()
@@ -415,18 +415,18 @@ class Simulation:
         places: Counter[str] = Counter()
         for row in batch.rows:
             places[self.job_of[row]] += waiting[row]
-        reserve = min(places[oldest], self.sharing.reserved)
-        if oldest in held_back and self.sharing.reserved:
-            mine = min(self.sharing.max_batch, sum(waiting.get(row, 0) for row in job.rows))
-            is_turn = self.owed_s >= (1 - RESERVED_SHARE) * self.sharing.tick_s(mine) - 1e-9
+        reserve = min(places[oldest], self.policy.reserved)
+        if oldest in held_back and self.policy.reserved:
+            mine = min(self.policy.max_batch, sum(waiting.get(row, 0) for row in job.rows))
+            is_turn = self.owed_seconds >= (1 - RESERVED_SHARE) * self.policy.tick_s(mine) - 1e-9
             reserve = places[oldest] if is_turn else 0
         so_far = reserve
         for name in self.in_turn():
             beyond = places[name] - (reserve if name == oldest else 0)
-            end = short_end(self.sharing, so_far)
+            end = short_end(self.policy, so_far)
             so_far += beyond
             # One more may come last, into the single place that no guided row before it fits.
-            last = batch.places == self.sharing.max_batch == short_end(self.sharing, batch.places - 1)
+            last = batch.places == self.policy.max_batch == short_end(self.policy, batch.places - 1)
             assert name not in held_back or beyond == 0 or so_far - last <= end
 
     def _forget(self, name: str) -> None:
@@ -437,53 +437,53 @@ class Simulation:
 @settings(deadline=None, max_examples=60)
 @given(works(max_rows=9, max_steps=30), sharings(), st.sampled_from([0.1, 0.25, 0.5]), st.randoms())
 def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
-    work: Work, sharing: Sharing, share: float, random: random.Random
+    work: Work, policy: BatchPolicy, share: float, random: random.Random
 ) -> None:
-    sharing = replace(sharing, reserved=reserved_places(sharing.max_batch, share))
-    scheduler = Scheduler(sharing)
+    policy = replace(policy, reserved=reserved_places(policy.max_batch, share))
+    scheduler = Scheduler(policy)
     scheduler.add("oldest", range(work.rows), work)
-    rows_a_turn = sharing.reserved // 2
+    rows_a_turn = policy.reserved // 2
     # Every turn steps that many rows, or all that are left; and those left when they are fewer take `steps` at most.
     turns = work.rows * work.steps // rows_a_turn + work.steps
     # Each tick is a turn where the oldest has its reserve in places. While it is held back, its next full tick comes
     # after three times as long; and what it is owed is forgotten when its reserve is one in places again.
-    most_s = turns * sharing.tick_s(sharing.max_batch) * (1 if sharing.short_batch == sharing.max_batch else 5)
+    most_s = turns * policy.tick_s(policy.max_batch) * (1 if policy.short_batch == policy.max_batch else 5)
     row, time_s = work.rows, 0.0
     while time_s < most_s:
-        for _ in range(random.randint(1, sharing.max_batch)):
+        for _ in range(random.randint(1, policy.max_batch)):
             scheduler.add(f"short{row}", [row], Work(1, 1, range(random.randint(0, 1))))
             row += 1
         batch = scheduler.next_batch()
         assert batch is not None
-        time_s += sharing.tick_s(batch.places)
+        time_s += policy.tick_s(batch.places)
         if "oldest" in scheduler.advance(batch).finished:
             return
     raise AssertionError(f"not done after {most_s} s")
 
 
-def check_load(load: list[Arrival], sharing: Sharing) -> Simulation:
-    simulation = Simulation(load, sharing).run()
+def check_load(load: list[Arrival], policy: BatchPolicy) -> Simulation:
+    simulation = Simulation(load, policy).run()
     for row, steps in simulation.taken.items():
         name = simulation.job_of[row]
         assert steps == list(range(len(steps)))
         assert len(steps) == simulation.jobs[name].work.steps or name in simulation.cancelled
     assert sorted(simulation.finished) == sorted(set(simulation.jobs) - set(simulation.cancelled))
     assert simulation.stepped + sum(simulation.cancelled.values()) == sum(job.work.places for job in load)
-    assert Simulation(load, sharing, names="{0:03d}z").run().batches == simulation.batches, "whatever jobs are called"
+    assert Simulation(load, policy, names="{0:03d}z").run().batches == simulation.batches, "whatever jobs are called"
     return simulation
 
 
 @settings(deadline=None, max_examples=400)
 @given(arrivals, sharings())
-def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[Arrival], sharing: Sharing) -> None:
+def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[Arrival], policy: BatchPolicy) -> None:
     """The simulation checks each batch."""
-    assert check_load(load, sharing).overlapped == 0
+    assert check_load(load, policy).overlapped == 0
 
 
 @settings(deadline=None, max_examples=400)
 @given(arrivals, sharings(overlapped=0.9))
-def test_the_same_holds_with_two_ticks_in_flight(load: list[Arrival], sharing: Sharing) -> None:
-    check_load(load, sharing)
+def test_the_same_holds_with_two_ticks_in_flight(load: list[Arrival], policy: BatchPolicy) -> None:
+    check_load(load, policy)
 
 
 # --- two ticks in flight ---
@@ -514,7 +514,7 @@ def begin_all(scheduler: Scheduler) -> list[Batch]:
 def test_two_ticks_are_in_flight_where_jobs_wait_for_nothing_but_throughput(
     jobs: list[tuple[int, int]], places: list[int]
 ) -> None:
-    scheduler, first = Scheduler(Sharing.of(8, short_batch=1, times=OVERLAPPED)), 0
+    scheduler, first = Scheduler(BatchPolicy.of(8, short_batch=1, times=OVERLAPPED)), 0
     for rows, steps in jobs:
         add(scheduler, f"job{first}", range(first, first + rows), steps)
         first += rows
@@ -524,7 +524,7 @@ def test_two_ticks_are_in_flight_where_jobs_wait_for_nothing_but_throughput(
 
 
 def test_jobs_of_several_owners_have_two_ticks_in_flight() -> None:
-    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
+    scheduler = Scheduler(BatchPolicy.of(8, times=OVERLAPPED))
     for owner in "abc":
         scheduler.add(owner, range(6), Work(6, 20, range(0)), owner=owner)
     first, second = begin_all(scheduler)
@@ -538,7 +538,7 @@ def test_jobs_of_several_owners_have_two_ticks_in_flight() -> None:
 
 
 def test_a_job_that_is_cancelled_in_flight_is_left_out_when_its_tick_ends() -> None:
-    scheduler = Scheduler(Sharing.of(8, times=OVERLAPPED))
+    scheduler = Scheduler(BatchPolicy.of(8, times=OVERLAPPED))
     add(scheduler, "a", range(6), steps=20)
     add(scheduler, "b", range(6, 12), steps=20)
     first, second = begin_all(scheduler)
@@ -554,7 +554,7 @@ def test_a_job_that_is_cancelled_in_flight_is_left_out_when_its_tick_ends() -> N
 
 def test_a_much_longer_job_has_a_quarter_of_the_time_beside_short_ones_whose_ticks_are_as_short_as_alone() -> None:
     times = TickTimes(((1, 0.003), (8, 0.009)))
-    scheduler = Scheduler(Sharing.of(8, short_batch=1, times=times))
+    scheduler = Scheduler(BatchPolicy.of(8, short_batch=1, times=times))
     add(scheduler, "long", range(8), steps=1000)
     add(scheduler, "short", [8], steps=100)
     batches = [tick(scheduler) for _ in range(100)]
@@ -565,7 +565,7 @@ def test_a_much_longer_job_has_a_quarter_of_the_time_beside_short_ones_whose_tic
 
 
 def test_a_much_longer_job_that_fills_up_a_few_places_has_its_quarter_all_the_same() -> None:
-    scheduler = Scheduler(Sharing.of(8, short_batch=4))
+    scheduler = Scheduler(BatchPolicy.of(8, short_batch=4))
     add(scheduler, "long", range(8), steps=1000)
     add(scheduler, "short", range(8, 15), steps=100)
     batches = [tick(scheduler) for _ in range(80)]

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from tests.service.scheduling.machine import Machine, plain, speed_of
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Scheduler, TickTimes, Turn, Turns
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, ModelScheduler, Scheduler, TickTimes, Turn
 
 FAST, SLOW = 0, 1  # a model of which a tick takes 10 ms, and one of which it takes 100 ms
 TICK_S = {FAST: 0.01, SLOW: 0.1}
@@ -82,8 +82,8 @@ def test_a_model_may_come_and_go_and_is_not_held_then() -> None:
     class Model:
         pass
 
-    arrivals, turns = count(), Turns[Model]()
-    schedulers = [Scheduler(speed_of().sharing, arrivals) for _ in range(2)]
+    arrivals, turns = count(), ModelScheduler[Model]()
+    schedulers = [Scheduler(speed_of().policy, arrivals) for _ in range(2)]
     oldest, other = Model(), Model()
     for model, scheduler, steps in zip((oldest, other), schedulers, (50, 2), strict=True):
         turns.put(model, scheduler)

@@ -13,7 +13,7 @@ from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import Batch, JobResult, JobStatus, Ticket, Work, work_of
 from tminus.service.worker.loaded_model import LoadedModel
@@ -45,7 +45,7 @@ class Bench:
         self.engine.on_step = self.tick_takes_a_second
         self.engine.queues = queues
         times = TickTimes(((1, 1.0), (limits.max_batch, 1.0)), 0.5) if queues else TickTimes()
-        scheduler = Scheduler(Sharing.of(limits.max_batch, times=times))
+        scheduler = Scheduler(BatchPolicy.of(limits.max_batch, times=times))
         self.model = LoadedModel(0, self.engine, scheduler, self.keeper, spare_work)
         self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock, report=self.note)
         self.loop = self.worker._loop
@@ -68,8 +68,8 @@ class Bench:
 
     def measured(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0) -> None:
         """Tell admission how long ticks take. Without points it refuses nothing for its time."""
-        sharing = Sharing.of(self.limits.max_batch, times=TickTimes(tuple(points)))
-        self.admission.put(0, Speed(sharing, self.limits.max_rows, decode_s))
+        policy = BatchPolicy.of(self.limits.max_batch, times=TickTimes(tuple(points)))
+        self.admission.put(0, Speed(policy, self.limits.max_rows, decode_s))
 
     def a_tick_is_known_to_take_a_second(self) -> None:
         self.measured([(1, 1.0), (self.limits.max_batch, 1.0)])
@@ -81,7 +81,7 @@ class Bench:
         model, recording = kwargs.pop("model", 0), kwargs.pop("recording", None)
         work = work_of(spec, self.engine.info, model)  # type: ignore[arg-type]
         new = NewJob(name, spec, work, deadline_s=deadline_s, **kwargs).recorded_by(recording)  # type: ignore[arg-type]
-        return self.worker.resume(new) if kwargs.keys() & {"alone", "snapshot"} else self.worker.submit(new)
+        return self.worker.resume(new) if kwargs.keys() & {"isolated", "snapshot"} else self.worker.submit(new)
 
     def submit(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
         return self.submit_spec(name, make_spec(**fields), deadline_s).future

@@ -8,9 +8,9 @@ import pytest
 
 from tests.service.fakes import PATIENCE_S, FakeEngine, Gate, make_spec, wait_until
 from tminus.service.errors import Draining
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.work import work_of
-from tminus.service.worker.coding import Coded, Coding
+from tminus.service.worker.coding import AutoencoderThread, TaskDone
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import NewJob, RunningJob
 
@@ -21,10 +21,10 @@ class Bench:
     def __init__(self) -> None:
         self.gate, self.done = Gate(), queue.SimpleQueue[tuple[str, list[Any], Exception | None]]()
         self.order: list[str] = []
-        self.told: list[Coded] = []
-        self.coding = Coding(self.tell, lambda _ids: None)
+        self.told: list[TaskDone] = []
+        self.coding = AutoencoderThread(self.tell, lambda _ids: None)
 
-    def tell(self, coded: Coded) -> None:
+    def tell(self, coded: TaskDone) -> None:
         self.told.append(coded)
         if coded.results is not None and coded.job is not None:
             self.done.put((coded.job.id, list(coded.results), coded.error))
@@ -35,7 +35,7 @@ class Bench:
         count: int,
         fails: Exception | None = None,
         *,
-        alone: bool = False,
+        isolated: bool = False,
         owner: str = "",
     ) -> None:
         def task(number: int) -> Callable[[], str]:
@@ -48,16 +48,16 @@ class Bench:
 
             return act
 
-        self.coding.put(make_job(name, alone=alone, owner=owner), "decode", [task(k) for k in range(count)])
+        self.coding.put(make_job(name, isolated=isolated, owner=owner), "decode", [task(k) for k in range(count)])
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
 
 
-def make_job(name: str, *, alone: bool, owner: str) -> RunningJob:
-    model = LoadedModel(0, FakeEngine(), Scheduler(Sharing.of(8)))
+def make_job(name: str, *, isolated: bool, owner: str) -> RunningJob:
+    model = LoadedModel(0, FakeEngine(), Scheduler(BatchPolicy.of(8)))
     spec = make_spec()
-    return RunningJob(NewJob(name, spec, work_of(spec, model.info), alone=alone, owner=owner), model, 0.0)
+    return RunningJob(NewJob(name, spec, work_of(spec, model.info), isolated=isolated, owner=owner), model, 0.0)
 
 
 @pytest.fixture
@@ -90,15 +90,15 @@ def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_fo
     bench.gate.shut()
     bench.put("first", 1)
     wait_until(lambda: bench.order == ["first"])
-    bench.put("alone", 1, alone=True)
+    bench.put("isolated", 1, isolated=True)
     turnstile = bench.coding.turnstile
-    with turnstile.enter(alone=False):  # a tick
+    with turnstile.enter(isolated=False):  # a tick
         bench.gate.open()
         assert bench.next_done()[0] == "first"
         wait_until(lambda: bool(turnstile._waiting))
         assert bench.order == ["first"]
-    with turnstile.enter(alone=False):
-        assert bench.order == ["first", "alone"]
+    with turnstile.enter(isolated=False):
+        assert bench.order == ["first", "isolated"]
 
 
 def test_an_error_ends_its_job_alone(bench: Bench) -> None:

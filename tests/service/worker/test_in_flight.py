@@ -17,7 +17,7 @@ from tests.service.worker.bench import LATENT, Bench, MakeBench, failure, images
 from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, JobCancelled, ModelUnloaded, NotFinite
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, JobResult, JobRows
 from tminus.service.worker.coding import Turnstile
@@ -266,7 +266,7 @@ def test_a_job_that_is_to_be_alone_is_alone_in_flight(make_bench: MakeBench) -> 
     bench.tick()
     assert len(bench.engine.in_flight) == 1
     spec = make_spec(seed=666, n=5, steps=6)
-    suspect = bench.accept_spec("666", spec, alone=True, durable=True)
+    suspect = bench.accept_spec("666", spec, isolated=True, durable=True)
     assert bench.engine.in_flight == []
     assert bench.loop.current.ids == {"666"}
     bench.finish()
@@ -299,9 +299,9 @@ def test_the_jobs_of_all_ticks_in_flight_may_be_the_cause_of_a_crash(make_bench:
 def test_a_model_that_goes_with_a_tick_in_flight_ends_it(make_bench: MakeBench) -> None:
     bench, engine = make_queue(make_bench), FakeEngine()
     engine.queues = True
-    sharing = Sharing.of(2, times=TickTimes(((1, 1.0), (2, 1.0)), 0.5))
-    bench.admission.put(1, Speed(sharing, LIMITS.max_rows))
-    bench.worker.load(LoadedModel(1, engine, Scheduler(sharing)))
+    policy = BatchPolicy.of(2, times=TickTimes(((1, 1.0), (2, 1.0)), 0.5))
+    bench.admission.put(1, Speed(policy, LIMITS.max_rows))
+    bench.worker.load(LoadedModel(1, engine, Scheduler(policy)))
     bench.do_commands()
     futures = [bench.accept_spec(str(seed), make_spec(seed=seed, n=2, steps=4), model=1) for seed in (1, 2)]
     bench.tick()
@@ -375,16 +375,16 @@ def test_a_thread_that_waits_to_be_alone_is_let_in_while_ticks_overlap_and_jobs_
     futures = accept_all(bench, *(make_spec(seed=seed, n=2, steps=5) for seed in (1, 2)))
     bench.tick()
     assert len(bench.engine.in_flight) == 1
-    turnstile = bench.loop.coding.turnstile
+    turnstile = bench.loop.autoencoder.turnstile
 
     def code() -> None:
-        with turnstile.enter(alone=True):
+        with turnstile.enter(isolated=True):
             assert bench.engine.in_flight == []
             entered.set()
 
     def work() -> None:
         if comes.startswith("a job"):
-            more = {"alone": True} if comes != "a job" else {}
+            more = {"isolated": True} if comes != "a job" else {}
             futures.append(bench.accept_spec("3", make_spec(seed=3, steps=2), **more))
         bench.tick()
         monkeypatch.undo()
@@ -409,8 +409,8 @@ def test_a_job_that_is_to_be_alone_begins_after_its_picture_though_a_tick_is_in_
     bench, inputs = make_queue(make_bench, info=LATENT), Inputs(np.zeros((4, 6, 1), np.uint8))
     futures = accept_all(bench, *(make_spec(seed=seed, n=2, steps=5) for seed in (1, 2)))
     spec = make_spec(seed=3, steps=2, strength=1.0, image_sha256=inputs.image_sha256)
-    futures.append(bench.accept_spec("3", spec, inputs=inputs, alone=True))
-    wait_until(lambda: not bench.worker._commands.empty() and bench.loop.coding.turnstile.is_open)
+    futures.append(bench.accept_spec("3", spec, inputs=inputs, isolated=True))
+    wait_until(lambda: not bench.worker._commands.empty() and bench.loop.autoencoder.turnstile.is_open)
     bench.tick()
     assert len(bench.engine.in_flight) == 1
     encoded = threading.Thread(target=bench.next_command, daemon=True)
@@ -447,7 +447,7 @@ def test_a_lost_device_with_a_tick_in_flight_ends_the_worker_and_all_are_answere
         assert isinstance(failure(future), EngineFailed)
     wait_until(lambda: not bench.worker.state.alive)
     assert bench.worker.state.jobs_of_the_crash == {"1", "2"}
-    assert bench.loop.coding.turnstile._inside == [], f"{len(ticks)} are inside"
+    assert bench.loop.autoencoder.turnstile._inside == [], f"{len(ticks)} are inside"
 
 
 def test_closing_gives_up_what_is_in_flight(make_bench: MakeBench) -> None:
@@ -496,7 +496,7 @@ def test_whatever_fails_comes_and_goes_every_job_is_answered_once_and_rightly(ma
             )
             more: dict[str, object] = {"durable": rng.random() < 0.4}
             if rng.random() < 0.1:
-                more["alone"] = True
+                more["isolated"] = True
             if rng.random() < 0.3:
                 more["recording"] = paths[spec.seed] = TrajectoryRecorder(spec)
             if rng.random() < 0.3:

@@ -16,7 +16,7 @@ from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, Invali
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.loaded_model import LoadedModel
@@ -61,7 +61,7 @@ def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) ->
 def test_a_model_that_comes_runs_a_tick_and_frees_its_slot(info: ModelInfo, labels: tuple[int, ...] | None) -> None:
     engine, added = FakeEngine(info), list[SampleSpec]()
     engine.on_add = added.append
-    LoadedModel(0, engine, Scheduler(Sharing.of(8))).warm_up()
+    LoadedModel(0, engine, Scheduler(BatchPolicy.of(8))).warm_up()
     assert [(batch.places, batch.steps) for batch in engine.batches] == [(1, (0,))]
     assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(1, labels, "ddpm")]
     assert engine.jobs == {}
@@ -72,7 +72,7 @@ def test_a_model_that_comes_runs_a_tick_and_frees_its_slot(info: ModelInfo, labe
 
 def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_bench: MakeBench) -> None:
     bench = make_bench()
-    suspects = [bench.accept_spec(name, make_spec(n=2, steps=6), alone=True, durable=True) for name in ("s", "t")]
+    suspects = [bench.accept_spec(name, make_spec(n=2, steps=6), isolated=True, durable=True) for name in ("s", "t")]
     others = [bench.accept(name, n=1, steps=4 + 2 * k) for k, name in enumerate("ab")]
     ticks = list[frozenset[str]]()
     bench.engine.on_step = lambda _: ticks.append(bench.loop.current.ids)
@@ -92,7 +92,7 @@ def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_ben
 
 def test_a_job_that_is_to_be_alone_can_be_given_up(make_bench: MakeBench) -> None:
     bench = make_bench()
-    future = bench.accept_spec("s", make_spec(n=2, steps=9), alone=True, durable=True)
+    future = bench.accept_spec("s", make_spec(n=2, steps=9), isolated=True, durable=True)
     assert bench.loop.current.ids == {"s"}, "what breaks before its first tick may be its doing"
     bench.tick()
     bench.cancel("s", "deleted")
@@ -471,9 +471,9 @@ def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped
     bench = make_bench()
     bench.measured([(1, 1.0), (LIMITS.max_batch, 1.0)])
     busy = FakeEngine()
-    sharing = Sharing.of(LIMITS.max_batch, times=TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))))
-    other = LoadedModel(1, busy, Scheduler(sharing))
-    bench.admission.put(1, Speed(sharing, LIMITS.max_rows))
+    policy = BatchPolicy.of(LIMITS.max_batch, times=TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))))
+    other = LoadedModel(1, busy, Scheduler(policy))
+    bench.admission.put(1, Speed(policy, LIMITS.max_rows))
     loading = bench.worker.load(other)
     bench.do_commands()
     loading.result(timeout=0)
@@ -517,7 +517,7 @@ def test_where_the_host_runs_ahead_a_job_that_is_to_be_alone_is_waited_for_and_s
     bench.engine.runs_ahead = True
     for name in "ab":
         bench.accept(name, n=2, steps=6)
-    bench.accept_spec("s", make_spec(n=2, steps=6), alone=True, durable=True)
+    bench.accept_spec("s", make_spec(n=2, steps=6), isolated=True, durable=True)
     bench.engine.on_step = lambda _batch: seen.append(bench.loop.current.ids)
 
     def latents(_rows: Sequence[int]) -> Floats:
@@ -538,8 +538,8 @@ def test_a_model_that_goes_is_held_by_no_tick_of_which_the_end_is_not_known(make
     bench = make_bench()
     ahead = FakeEngine()
     ahead.runs_ahead = True
-    bench.admission.put(1, Speed(Sharing.of(8), LIMITS.max_rows))
-    bench.worker.load(LoadedModel(1, ahead, Scheduler(Sharing.of(8))))
+    bench.admission.put(1, Speed(BatchPolicy.of(8), LIMITS.max_rows))
+    bench.worker.load(LoadedModel(1, ahead, Scheduler(BatchPolicy.of(8))))
     bench.do_commands()
     bench.accept_spec("job", make_spec(steps=4), model=1)
     bench.tick()
@@ -599,7 +599,7 @@ def tick_that_waits(bench: Bench) -> threading.Thread:
     """Begin a tick in a thread, and return when it waits for what the coding thread does."""
     thread = threading.Thread(target=bench.tick)
     thread.start()
-    wait_until(lambda: bool(bench.loop.coding.turnstile._waiting))
+    wait_until(lambda: bool(bench.loop.autoencoder.turnstile._waiting))
     return thread
 
 
@@ -607,9 +607,9 @@ def test_while_an_image_of_a_job_that_is_to_be_alone_is_decoded_nothing_steps(ma
     bench, gate = make_bench(info=LATENT), Gate()
     gate.shut()
     bench.engine.on_decode = lambda _spec: gate.enter()
-    bench.accept_spec("s", make_spec(steps=1), alone=True, durable=True)
+    bench.accept_spec("s", make_spec(steps=1), isolated=True, durable=True)
     bench.accept("a", steps=3)
-    while not bench.loop.coding.jobs:
+    while not bench.loop.autoencoder.jobs:
         bench.tick()
     wait_until(lambda: ("codes", {"s"}) in bench.notes)
     stepped = len(bench.engine.batches)
@@ -626,9 +626,9 @@ def test_a_job_that_is_to_be_alone_steps_only_while_nothing_is_decoded(make_benc
     bench, gate = make_bench(info=LATENT), Gate()
     gate.shut()
     bench.engine.on_decode = lambda _spec: gate.enter()
-    bench.accept_spec("s", make_spec(steps=3), alone=True, durable=True)
+    bench.accept_spec("s", make_spec(steps=3), isolated=True, durable=True)
     bench.accept_spec("a", make_spec(steps=1), durable=True)
-    while not bench.loop.coding.jobs:
+    while not bench.loop.autoencoder.jobs:
         bench.tick()
     wait_until(lambda: ("codes", {"a"}) in bench.notes)
     del bench.notes[:]
@@ -724,19 +724,19 @@ def test_a_job_that_goes_on_from_a_snapshot_is_encoded_only_for_its_mask(make_be
 
 def test_what_is_no_jobs_is_done_beside_too(make_bench: MakeBench) -> None:
     bench = make_bench(info=LATENT)
-    assert bench.worker.run_beside("noise", lambda: 7).result(PATIENCE_S) == 7
+    assert bench.worker.run_autoencoder("noise", lambda: 7).result(PATIENCE_S) == 7
 
     def fail() -> None:
         raise RuntimeError("secret")
 
-    error = bench.worker.run_beside("noise", fail).exception(PATIENCE_S)
+    error = bench.worker.run_autoencoder("noise", fail).exception(PATIENCE_S)
     assert isinstance(error, EngineFailed)
     assert "secret" not in str(error)
     gate = Gate()
     gate.shut()
-    left = bench.worker.run_beside("noise", gate.enter)
+    left = bench.worker.run_autoencoder("noise", gate.enter)
     assert not left.cancel(), "its client may go away, and the thread goes on"
     gate.open()
-    assert bench.worker.run_beside("noise", lambda: 8).result(PATIENCE_S) == 8
-    bench.loop.coding.close()
-    assert isinstance(bench.loop.coding.run("noise", lambda: 7).exception(PATIENCE_S), Draining)
+    assert bench.worker.run_autoencoder("noise", lambda: 8).result(PATIENCE_S) == 8
+    bench.loop.autoencoder.close()
+    assert isinstance(bench.loop.autoencoder.run("noise", lambda: 7).exception(PATIENCE_S), Draining)

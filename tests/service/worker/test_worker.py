@@ -27,7 +27,7 @@ from tminus.service.errors import (
 )
 from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.threads import STALL_S
 from tminus.service.work import Batch, JobResult, Outlook
@@ -654,8 +654,8 @@ def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_b
 
 def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_bench: MakeBench) -> None:
     bench = make_bench().start()
-    other = LoadedModel(1, FakeEngine(), Scheduler(Sharing.of(LIMITS.max_batch)), None)
-    bench.admission.put(1, Speed(Sharing.of(LIMITS.max_batch), LIMITS.max_rows))
+    other = LoadedModel(1, FakeEngine(), Scheduler(BatchPolicy.of(LIMITS.max_batch)), None)
+    bench.admission.put(1, Speed(BatchPolicy.of(LIMITS.max_batch), LIMITS.max_rows))
     bench.worker.load(other).result(PATIENCE_S)
     bench.engine.gate.shut()
     busy = bench.submit("busy", steps=2)
