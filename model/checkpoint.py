@@ -23,11 +23,21 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Reco
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.files import (
+    AUTOENCODERS,
+    WEIGHTS_NAME,
+    CheckpointError,
+    first_line,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from tminus.model.hub import hub_name
-from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
-from tminus.model.latent.folder import (
-    FOLDERS,
+from tminus.model.latent.autoencoder import (
+    KL,
+    VQ,
+    Autoencoder,
+    AutoencoderConfig,
     check_place,
     find_autoencoder,
     load_autoencoder,
@@ -62,9 +72,9 @@ LAYOUTS = (
     "A checkpoint is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
-LATENT_FOLDER = FOLDERS[0]
+LATENT_FOLDER = AUTOENCODERS[0]
 # A mel says how a spectrogram is made sound: it changes no image.
-OWN_PARTS = frozenset({"unet", "scheduler", "mel", *FOLDERS})
+OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",

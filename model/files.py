@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # as diffusers calls the file of weights
+AUTOENCODERS = ("vqvae", "vae")  # folders in a checkpoint: LDMPipeline's name, whatever the class, and that of others
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 

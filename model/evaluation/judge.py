@@ -9,7 +9,18 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation.classifier import Classifier, Reading
-from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
+from tminus.model.evaluation.distances import (
+    FITTED_VALUES,
+    Components,
+    Gaussian,
+    class_variance,
+    fit_components,
+    fit_gaussian,
+    frechet_distance,
+    nearest_distances,
+    share_within,
+    variance_ratio,
+)
 from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
@@ -22,14 +33,6 @@ from tminus.model.evaluation.figures import (
     PixelFigures,
     Reconstruction,
     SampleFigures,
-)
-from tminus.model.evaluation.pixel_judge import (
-    FITTED_VALUES,
-    Components,
-    class_variance,
-    fit_components,
-    share_within,
-    variance_ratio,
 )
 from tminus.model.evaluation.samples import (
     EvaluateError,

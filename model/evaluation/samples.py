@@ -6,7 +6,6 @@ are matched by name, not by number.
 
 import dataclasses
 import io
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.figures import LeftOut
-from tminus.model.evaluation.result_cache import BatchCache
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import images_of
 from tminus.model.pixels import RGBA, shown_channels, to_uint8
@@ -173,15 +171,12 @@ def draw_samples(
     *,
     device: torch.device,
     forward: Forward | None = None,
-    cache: BatchCache | None = None,
 ) -> Tensor:
     """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
 
     forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
-    The batches that `cache` has are not made again, and the others are kept there.
-    Raises EvaluateError for samples that are not finite, and OSError where a batch cannot be kept.
+    Raises EvaluateError for samples that are not finite.
     """
-    cache = cache or BatchCache(None, {})
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape
     classes = sample_classes(checkpoint, options.num_samples)
@@ -191,11 +186,6 @@ def draw_samples(
     with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
         for start in starts:
             indices = range(start, min(start + options.batch_size, options.num_samples))
-            if (batch := cache.read(indices)) is not None:
-                images.append(batch)
-                progress.update(len(plan))
-                continue
-            started_s = time.perf_counter()
 
             def z_of(k: int, indices: range = indices) -> Tensor:
                 return image_noise(options.seed, indices, k + 1, shape, device)
@@ -220,7 +210,6 @@ def draw_samples(
                 with torch.autocast(device.type, enabled=False):
                     x_0 = images_of(checkpoint.autoencoder, x_0.float())
             images.append(to_uint8(x_0).cpu())
-            cache.write(indices, images[-1], time.perf_counter() - started_s)
     return torch.cat(images)
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import TMINUS_FILE
 from tminus.model.files import write_json
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of
-from tminus.model.latent.folder import save_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of, save_autoencoder
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet, evenly
 from tminus.model.training.run import Run, RunConfig, TrainError, averaged, step_seed

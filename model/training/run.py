@@ -24,13 +24,12 @@ from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically, write_text
 from tminus.model.machine import threads_left
-from tminus.model.training.curve import LossCurve, loss_svg, sparkline
+from tminus.model.training.curve import LossCurve, loss_svg
 from tminus.model.training.data import listed
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training-state.safetensors"
-FORMER_FILE = "training-state.pt"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
 USUAL_BATCH = 64
@@ -78,17 +77,12 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
     head = {"format": "pt", "state": json.dumps(rest)}
     write_atomically(folder / STATE_FILE, lambda path: save_file(tensors, path, metadata=head))
-    (folder / FORMER_FILE).unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read what was written, on the CPU. Raises whatever a damaged file makes its reader raise."""
-    file = folder / STATE_FILE
-    if not file.is_file():
-        former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)
-        return former
+    """Read what `write_state` wrote, on the CPU. A damaged file raises errors of many kinds."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(folder / STATE_FILE, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])
         channels_last = set(state.pop("channels_last"))
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)
@@ -104,15 +98,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the settings that a run in this folder was saved with; none where no run is, or none that can be read."""
+    """Return the settings of the run that is saved in this folder; empty where none is, or its file is damaged."""
     try:
-        if not (folder / STATE_FILE).is_file():
-            state = read_state(folder)
-        else:
-            with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
-                state = json.loads(opened.metadata()["state"])
-        return dict(state["config"])
-    except Exception:  # whatever a damaged file makes its reader raise; the run that resumes it says so
+        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
+            return dict(json.loads(opened.metadata()["state"])["config"])
+    except Exception:  # of many kinds; the run that resumes it says what is wrong
         return {}
 
 
@@ -175,7 +165,7 @@ class Run:
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
         self.curve = LossCurve()
         self._received: list[int] = []  # signals
-        self.begun = (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()  # was a run saved here?
+        self.begun = (folder / STATE_FILE).is_file()  # was a run saved here?
 
     def begin(
         self,
@@ -306,7 +296,7 @@ class Run:
         folder = self.folder
         try:
             state = read_state(folder)
-            began = state.get("command", "train")  # the first state files did not tell
+            began = state["command"]
             if began != self.command:
                 raise TrainError(
                     f"{folder}: holds a run of tminus {began}, which tminus {self.command} cannot go on with"
@@ -314,12 +304,11 @@ class Run:
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = dataclasses.replace(config, precision=was["precision"])
-            if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
-                config = dataclasses.replace(config, threads=was.get("threads", 0))
+            if config.threads == 0 and was["threads"] <= torch.get_num_threads():  # not on a smaller machine
+                config = dataclasses.replace(config, threads=was["threads"])
             # Tuples are lists in the file.
             now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
-            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
-            usual["class_names"] = now.get("class_names")  # of states that did not tell it
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that came later
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
@@ -331,13 +320,12 @@ class Run:
             if self.remembered is not None:
                 self.remembered.load_state_dict(state["remembered"])
             self.step, self.origin = int(state["step"]), state["init_from"]
-            if "losses" in state:  # the first state files had none
-                self.curve.load(state["losses"])
+            self.curve.load(state["losses"])
         except TrainError:
             raise
         except Exception as error:
-            file = folder / (STATE_FILE if (folder / STATE_FILE).is_file() else FORMER_FILE)
-            raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
+            message = f"cannot resume from it ({error}); remove it or choose another folder"
+            raise TrainError(f"{folder / STATE_FILE}: {message}") from error
         return config
 
 
@@ -348,7 +336,7 @@ def _told(value: Any) -> str:
 
 
 class Progress:
-    """Show progress to people: a line with a curve on a terminal, lines in the log elsewhere."""
+    """Show the progress of a run: a bar on a terminal, lines in the log elsewhere."""
 
     def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]", curve: LossCurve) -> None:
         self._config, self._bar, self._curve = config, bar, curve
@@ -370,8 +358,7 @@ class Progress:
             raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
         rate = f"{config.batch_size / seconds:.0f}"
         if not bar.disable:
-            drawn = f" {sparkline(self._curve.points)}" if not bar.ascii else ""
-            bar.set_postfix_str(f"loss {mean:.4g}{drawn}, {rate} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {mean:.4g}, {rate} images/s", refresh=False)
         elif step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps) or config.looks_at(step):
             passed = time.perf_counter() - self._began_s
             left = tqdm.format_interval((config.steps - step) * passed / (step - self._began_at))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import Forward, guided
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.folder import hash_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, hash_autoencoder
 from tminus.model.loss import training_target
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.training.data import Examples

@@ -17,8 +17,7 @@ from torch import Tensor
 from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.folder import check_place, hash_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, check_place, hash_autoencoder
 from tminus.model.loss import draw_timesteps, l_simple, lognormal_timesteps, velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.parametrization import as_ours
