@@ -53,7 +53,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """What the autoencoder of a latent model loses of real images: no sample can be better than that."""
+    """The loss of real images in the autoencoder of a latent model: a bound on the quality of samples."""
 
     rms: float  # of pixels in [-1, 1], of held-out images
     psnr_db: float
@@ -107,7 +107,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class PixelFigures:
-    """What the pixels alone tell, without a network (see distances.py).
+    """Figures of the pixels alone, without a network (see distances.py).
 
     frechet_distance: of the Gaussians in the first principal components of the training images' pixels (Heusel et al.
     2017 for the distance of Gaussians). variance_ratio: the pixels' variance within a class, by that of the test split;
@@ -142,7 +142,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """The classifier that judged."""
+    """The classifier that judged the samples."""
 
     weights_hash: str
     test_accuracy: float
@@ -152,7 +152,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """What was measured on the samples of one seed. A figure is None where checkpoint or data does not allow it."""
+    """The figures of the samples of one seed; None where checkpoint or data does not allow one."""
 
     seed: int
     class_accuracy: ClassAccuracy | None

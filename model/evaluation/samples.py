@@ -35,7 +35,7 @@ class EvaluateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """How samples are made and how much is measured. Sample i is asked to be of class i % K."""
+    """How samples are made and how much is measured. The class of sample i is i % K."""
 
     num_samples: int = 1000
     sampler: str = "ddim"
@@ -83,7 +83,7 @@ class Point:
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
-    """Every combination, once; `all` stands for every sampler. Raises ValueError for a sampler that is none."""
+    """Every combination, once; `all` stands for every sampler. Raises ValueError for an unknown sampler."""
     known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
@@ -94,7 +94,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """The points of a checkpoint that has no null class, and the guidance scales that are left out."""
+    """The points of a checkpoint without a null class, and the guidance scales that are left out."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -214,7 +214,7 @@ def draw_samples(
 
 
 def strip_length(checkpoint: Checkpoint) -> int:
-    """How many images a strip shows: each class as often as the others where they fit, and no more than 1024 px."""
+    """The number of images in a strip: of each class the same where they fit, and at most 1024 px wide."""
     most = max(MIN_STRIP, min(MAX_STRIP, MAX_STRIP_PX // checkpoint.size_px[1]))
     classes = max(1, checkpoint.labels.num_classes)
     return most // classes * classes or most

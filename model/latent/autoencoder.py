@@ -50,7 +50,7 @@ RIDGE = 1e-3  # keeps the fit finite where a channel of the latents says nothing
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderConfig(Checked):
-    """The fields and defaults of both classes; those of one alone are left at their defaults in the other.
+    """The fields and defaults of both classes. Fields of the other class keep their defaults.
 
     Raises ValueError, naming the field and its value, for an autoencoder that cannot be built.
     """
@@ -71,7 +71,7 @@ class AutoencoderConfig(Checked):
     scaling_factor: float = USUAL_SCALE
     """Latents are multiplied by it before the network of eps sees them: 1 / their standard deviation."""
     shift_factor: float = 0.0
-    """What is taken off them before that; AutoencoderKL only."""
+    """It is subtracted from latents before that; AutoencoderKL only."""
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -114,7 +114,7 @@ class AutoencoderConfig(Checked):
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Roughly what decoding one image of (height, width) takes in float32."""
+        """Estimate the bytes of decoding one image of (height, width) in float32."""
         height, width = size_px
         last = len(self.block_out_channels) - 1
         total = 0
@@ -382,10 +382,10 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
     patches = torch.cat([colours, (greys + tints).clamp(-1, 1), black_and_white])
     images = F.interpolate(patches, size=LATENTS * config.factor, mode="nearest")
     latents = autoencoder.encode(images).movedim(1, -1).flatten(0, -2).double()  # [N, c]
-    wanted = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
+    target = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
     known = F.pad(latents, (0, 1), value=1.0)
     square = known.T @ known + RIDGE * torch.eye(known.shape[1], dtype=torch.float64)
-    fitted: Tensor = torch.linalg.solve(square, known.T @ wanted).T.float()
+    fitted: Tensor = torch.linalg.solve(square, known.T @ target).T.float()
     return fitted
 
 
@@ -399,12 +399,12 @@ def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
 
 
 def find_autoencoder(folder: Path) -> Path | None:
-    """Where a checkpoint's autoencoder is; None where it has none, as a pixel model."""
+    """The folder of a checkpoint's autoencoder; None for a pixel model."""
     return next((folder / name for name in AUTOENCODERS if (folder / name).is_dir()), None)
 
 
 def check_place(folder: Path, autoencoder: Autoencoder | None) -> None:
-    """Raise CheckpointError where a model of pixels would lie beside an autoencoder, with which it would be served."""
+    """Raise CheckpointError for a pixel model in a folder with an autoencoder, by which it would be decoded."""
     if autoencoder is None and (found := find_autoencoder(folder)) is not None:
         why = f"has an autoencoder in {found.name}/, and this model is one of pixels"
         raise CheckpointError(f"{folder}: {why}; remove it or choose another folder")
@@ -427,14 +427,14 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
-    """The hash of all weights of a checkpoint: a network's, and those of its autoencoder where it has one."""
+    """Hash all weights of a checkpoint: the network's, and those of its autoencoder if it has one."""
     if autoencoder is None:
         return weights_hash
     return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
 
 
 def hash_autoencoder(autoencoder: Autoencoder) -> str:
-    """Hash its weights and its config, of which the scale of the latents is as much a part of it."""
+    """Hash its weights and its config, which holds the scale of the latents."""
     parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

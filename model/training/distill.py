@@ -1,8 +1,8 @@
 """Distillation: a student of few passes learns where the trajectories of its teacher end, guidance folded in.
 
-It learns the end of each trajectory, and that its images together be distributed as real ones, or its teacher's: the
-first alone leaves them soft, the second alone takes no notice of x_T. As in `train`, what is random in step k is seeded
-by (seed, k).
+One loss is the distance from the end of each trajectory, the other that of the distribution of images from real ones,
+or the teacher's: the first alone leaves images soft, the second alone ignores x_T. As in `train`, random numbers of
+step k are seeded by (seed, k).
 """
 
 import logging

@@ -1,6 +1,6 @@
 """A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
 
-What all commands that train share: the settings of a loop, its state on the disk, its signals and its progress.
+All commands that train share this: the settings of the loop, its state on the disk, its signals and its progress.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Ema:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of PARTS and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
+    """Write a state, whole or not at all: PARTS and `optimizer` are state dicts, the rest is written as JSON."""
     moments = state["optimizer"]["state"]
     tensors: dict[str, Tensor] = {
         **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
@@ -112,7 +112,7 @@ class TrainError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RunConfig(Checked):
-    """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
+    """The settings of any run. A resumed run may change only FREE_TO_CHANGE."""
 
     steps: int
     batch_size: int = USUAL_BATCH
@@ -155,7 +155,7 @@ class RunConfig(Checked):
 
 
 class Run:
-    """What changes as a run goes on: weights, their average, the optimiser's moments, the step; and its folder."""
+    """The state of a run: weights, their average, the optimiser's moments, the step; and its folder."""
 
     net: nn.Module
     ema: Ema
@@ -177,11 +177,11 @@ class Run:
         forward: Callable[[], Tensor],
         remembered: nn.Module | None = None,
     ) -> Config:
-        """Begin with this network and optimiser, or go on from what was saved, and make the network ready to train.
+        """Begin with this network and optimiser, or load the saved state, and make the network ready to train.
 
-        identity: what must be the same when the run goes on, beside the config. forward: a pass of a batch, by which
-        the precisions are timed. remembered: what the loss knows besides, of the steps before, or a teacher. Returns
-        the config with what the run chose when it began: the threads, and the precision. Raises TrainError.
+        identity: values that must be the same when the run goes on, beside the config. forward: a pass of a batch, by
+        which the precisions are timed. remembered: a module that is saved with the state, as a teacher. Returns the
+        config with the threads and the precision that the run chose when it began. Raises TrainError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
@@ -265,7 +265,7 @@ class Run:
         return grad_norm
 
     def provenance(self, config: RunConfig, **origins: str | None) -> dict[str, Any]:
-        """What tminus.json tells of where the weights came from."""
+        """The provenance of the weights, for tminus.json."""
         seen = {"step": self.step, "images_seen": self.step * config.batch_size, "config": dataclasses.asdict(config)}
         return {"trained_by": f"tminus {self.command}", **origins, **seen}
 
@@ -292,7 +292,7 @@ class Run:
             write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
     def _resume(self, config: Config) -> Config:
-        """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
+        """Load the saved state; returns the config with the precision that the run chose. Raises TrainError."""
         folder = self.folder
         try:
             state = read_state(folder)
@@ -312,7 +312,7 @@ class Run:
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
-                    differs = f"this run was begun with {field}={_told(begun)}, got {_told(now[field])}"
+                    differs = f"this run was begun with {field}={_quoted(begun)}, got {_quoted(now[field])}"
                     raise TrainError(f"{folder}: {differs}; choose another folder to begin anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
@@ -329,8 +329,8 @@ class Run:
         return config
 
 
-def _told(value: Any) -> str:
-    """Write a setting into a message, though not very many names."""
+def _quoted(value: Any) -> str:
+    """Quote a setting in a message, with some of very many names."""
     names = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return f"[{listed(value)}]" if names else repr(value)
 
@@ -344,9 +344,9 @@ class Progress:
         bar.bar_format = "step {n_fmt}/{total_fmt} {percentage:3.0f}%, {remaining} left{postfix}"
 
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
-        """Tell of step `step`, which took `seconds`; the losses are looked at every ten steps, where saved and at last.
+        """Show step `step`, which took `seconds`. The loss is read every ten steps, at saves and at the end.
 
-        Looking makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
+        Reading it makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
         """
         config, bar = self._config, self._bar
         self._curve.add(step, loss)
