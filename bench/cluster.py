@@ -24,7 +24,7 @@ from bench.figures import quantile
 from bench.servers import describe
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
-from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
+from tminus.service.jobs.store.shared_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad, Intake

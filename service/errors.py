@@ -336,9 +336,9 @@ class SlowBody(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """The body, without the images in it, is over [`--max-body-bytes`](reference/settings.md#max-body-bytes), or an
-    image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes). The server did not read the rest, and
-    the connection closes after the answer.
+    """An image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes), or the rest of the body over
+    1 MiB, or over an eighth of that if it is more. The server did not read the rest, and the connection closes after
+    the answer.
     """
 
     status, code, title = 413, "body_too_large", "The body is too large"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 import click
 
 from tminus.service import errors as errors_of_the_service
-from tminus.service.cli.configuration import default_of, flag_of, variable
+from tminus.service.cli.configuration import default_of
 from tminus.service.cli.main import EXIT_CODES, SECTIONS, main
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.errors import ServiceError
 from tminus.service.metrics import GROUPS as METRIC_GROUPS
 from tminus.service.metrics import METRICS
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.startup.settings import GROUPS, NO_FLAG
+from tminus.service.startup.settings import GROUPS, NO_FLAG, flag_of, variable_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -74,11 +74,11 @@ def _settings() -> Iterator[str]:
 def setting(name: str, field: "FieldInfo") -> str:
     """Return a setting: its names, values and default in a line, and its description."""
     flag, of_bool = flag_of(name), field.annotation in (bool, bool | None)
-    told = [f"`{variable(name)}`"]
+    told = [f"`{variable_of(name)}`"]
     if of_bool:
         told.append(f"`{flag}` or `--no-{flag[2:]}`")
     told += [values_of_setting(field), f"default: {default_in_words(name, field)}"]
-    title = variable(name) if name in NO_FLAG else flag
+    title = variable_of(name) if name in NO_FLAG else flag
     if name in NO_FLAG:
         told[0] = "no flag"
     assert field.description, name

@@ -3,7 +3,7 @@
 All of it is served from here; nothing comes from elsewhere.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,16 @@ class _Compressed(Response):
         await self._compressing(scope, receive, send)
 
 
-def page_routes(without: Collection[str] = ()) -> APIRouter:
-    """Make the routes. without: links of the page that lead nowhere here, as docs and metrics may."""
+def page_routes(*, with_metrics: bool = True) -> APIRouter:
+    """Make the routes. with_metrics: whether /metrics is answered, and the page shows a link to it."""
     router = APIRouter(tags=["page"])
     files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
-    page = (FOLDER / "index.html").read_text("utf-8")
-    for link in without:
-        page = page.replace(f'<a id="{link}"', f'<a id="{link}" hidden')
+    unlinked = (FOLDER / "index.html").read_text("utf-8").replace('<a id="metrics"', '<a id="metrics" hidden')
 
     @router.get("/", **described("get_page"), response_class=HTMLResponse)
     async def get_page(request: Request) -> Response:
-        if without:
-            return _with_headers(HTMLResponse(page))
+        if not with_metrics:
+            return _with_headers(HTMLResponse(unlinked))
         return _with_headers(await files.get_response("index.html", request.scope))
 
     @router.get("/page/{name}", include_in_schema=False)

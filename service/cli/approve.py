@@ -1,4 +1,4 @@
-"""`tminus approve`: bfloat16 is approved for a checkpoint, or refused, by comparing images."""
+"""`tminus approve`: approve or refuse bfloat16 for a checkpoint, by comparing images."""
 
 import sys
 from dataclasses import replace
@@ -46,15 +46,15 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
 
     with failing_in_one_line():
         options = LoadOptions(checkpoint, device, executor)
-        chosen, cache = choose_device(device), cache_dir or default_cache()
-        loaded = replace(read_checkpoint(options), approved={})  # so that what is chosen runs in float32
+        torch_device, cache = choose_device(device), cache_dir or default_cache()
+        loaded = replace(read_checkpoint(options), approved={})  # so that the executor runs in float32
         check_comparable(loaded)
-        wish = wish_of(options, chosen)
+        wish = wish_of(options, torch_device)
         if executor != "auto":
-            check_able(loaded, chosen, executor)
-        exact = choose_executor(loaded, chosen, wish, cache)
-        check_able(loaded, chosen, exact.name)
-        portions = approve_portions(checkpoint, exact, chosen, wish.threads, cache, num_images=images)
+            check_able(loaded, torch_device, executor)
+        exact = choose_executor(loaded, torch_device, wish, cache)
+        check_able(loaded, torch_device, exact.name)
+        portions = approve_portions(checkpoint, exact, torch_device, wish.threads, cache, num_images=images)
         try:
             while True:
                 next(portions)

@@ -1,11 +1,10 @@
-"""`tminus bench`: a small open-loop load on a running server, and what its users would wait.
+"""`tminus bench`: a small open-loop load on a running server, and the latency of its requests.
 
-With --slo it is the field's yardstick: the share of a mix of requests that is answered within some times the time that
-a request of that size takes alone, by rate. `python -m bench` has the same arithmetic.
+With --slo it measures, by rate, the share of requests that are answered within some multiple of the time that a request
+of that size takes alone. `python -m bench` uses the same functions.
 
-A request is sent at the time that was planned for it, whether or not earlier ones are answered, and its latency counts
-from that time: a client that waits for answers before it asks again hides the waits that it makes (coordinated
-omission).
+A request is sent at its planned time, whether or not earlier ones are answered, and its latency counts from that time.
+A client that waits for an answer before the next request would hide the waiting (coordinated omission).
 """
 
 import asyncio
@@ -29,26 +28,26 @@ if TYPE_CHECKING:
     from tminus.service.client import Sampled
 
 MOST_REQUESTS = 20_000
-SETTINGS = ("sampler", "steps", "guidance")  # that an answer says were taken
+SETTINGS = ("sampler", "steps", "guidance")  # that an answer names
 MOST_OUTSTANDING = 500  # connections at once: half of the 1024 open files that a process usually has
-MOST_LATE = 0.05  # share of all latency that may be the client's own lateness, before a line warns
+MOST_LATE = 0.05  # the client's own lateness as a share of all latency; above it a line warns
 PERCENTILES = (50, 95, 99)
 MIX = "8:1x20,3:4x50,1:8x250"
-LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates, as shares of what a server is taken to do
+LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates, as shares of the estimated capacity
 IN_TIME = 0.95  # share of the requests, at goodput
-ALONE = 3  # requests of each size, one after the other, whose median is the time alone
+ALONE = 3  # requests of each size, one after the other; their median is the time alone
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a request of a mix asks for."""
+    """The size of a request in a mix."""
 
     n: int
     steps: int
 
     @property
     def row_steps(self) -> int:
-        """The work that it asks for."""
+        """The work of the request."""
         return self.n * self.steps
 
     def __str__(self) -> str:
@@ -71,14 +70,14 @@ def read_mix(text: str) -> dict[Size, int]:
 
 
 def mean_row_steps(mix: Mix) -> float:
-    """Return the work of a request of the mix, on average."""
+    """Return the mean work of a request of the mix."""
     return sum(size.row_steps * weight for size, weight in mix.items()) / sum(mix.values())
 
 
 def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[tuple[float, Size]]:
     """Draw a Poisson process of requests of a mix, for about so many seconds.
 
-    How many there are of each size is fixed, at least one, and the rate is exact: the load is no luck of the seed.
+    The number of each size, at least one, and the rate are fixed, so that the load does not depend on the seed.
     """
     chance = random.Random(seed)  # noqa: S311 (no secret)
     blocks = row_steps_per_s * seconds / mean_row_steps(mix) / sum(mix.values())
@@ -89,15 +88,15 @@ def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[t
 
 
 def share_within(times_alone: Sequence[float], factor: float) -> float:
-    """Return the share of the requests that took at most so many times their time alone."""
+    """Return the share of requests that took at most `factor` times their time alone."""
     return sum(each <= factor for each in times_alone) / len(times_alone)
 
 
 def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
     """Find the highest rate at which 95 % are in time. attained: the share in time at each rate.
 
-    It is interpolated between the last such rate and the next. `at_least` and `at_most` mark a rate that is only a
-    bound: that of the last of the rates, and of the first.
+    The value is interpolated between the last such rate and the next one. `at_least` marks the highest rate measured,
+    `at_most` the lowest one: the goodput lies beyond it.
     """
     rates = sorted(attained)
     good = [rate for rate in rates if attained[rate] >= IN_TIME]
@@ -112,17 +111,17 @@ def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Says what is asked for, and when: seconds after the start, rising."""
+    """Requests with the same parameters, and when each is sent: seconds after the start, rising."""
 
     at_s: tuple[float, ...]
     parameters: Mapping[str, Any]
-    give_up_s: float  # after the last one
+    give_up_s: float  # after the last request
 
     @classmethod
     def poisson(cls, rate: float, seconds: float, seed: int, parameters: Mapping[str, Any], give_up_s: float) -> "Load":
-        """Draw a Poisson process of a given number of arrivals, so that the load is no luck of the seed.
+        """Draw a Poisson process with a fixed number of arrivals, so that the load does not depend on the seed.
 
-        Then each arrival is at a time of its own, independent and uniform.
+        Given their number, the arrivals are independent and uniform.
         """
         chance = random.Random(seed)  # noqa: S311 (no secret)
         count = max(1, round(rate * seconds))
@@ -131,24 +130,24 @@ class Load:
 
 @dataclass(slots=True)
 class Outcome:
-    """Counts what becomes of the requests of a load, as they end."""
+    """Counts how the requests of a load end."""
 
-    latencies_s: list[float] = field(default_factory=list)  # of those answered with images
-    late_s: float = 0.0  # by how much all that were answered were sent after their time
+    latencies_s: list[float] = field(default_factory=list)  # of requests that were answered with images
+    late_s: float = 0.0  # how late these requests were sent, in all
     refused: Counter[str] = field(default_factory=Counter)  # by code
     unanswered: int = 0  # given up at the end
-    unsent: int = 0  # since MOST_OUTSTANDING others had no answer yet
+    unsent: int = 0  # because MOST_OUTSTANDING others waited
     last_s: float = 0.0  # when the last answer came, after the start
 
     @property
     def missed(self) -> int:
-        """How many requests had no images."""
+        """The number of requests without images."""
         return self.refused.total() + self.unanswered + self.unsent
 
     def report(self, load: Load) -> dict[str, Any]:
-        """Return the figures, as --json prints them. A latency is None where that request was given up."""
+        """Return the figures of --json. A percentile is None if the request at that place was given up."""
         answered, total = len(self.latencies_s), sum(self.latencies_s)
-        # Without those, the longest waits would be left out of the percentiles.
+        # Without the given up ones, the percentiles would leave out the longest waits.
         ordered = sorted([*self.latencies_s, *[math.inf] * self.unanswered])
         found = {f"p{q}": percentile(ordered, q) if ordered else math.inf for q in PERCENTILES}
         images = answered * load.parameters.get("n", 1)
@@ -173,7 +172,7 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Says what is asked for at each rate, and in which multiples of the time alone it should be answered."""
+    """The requests at each rate, and the multiples of the time alone within which they should be answered."""
 
     mix: Mix
     alone_s: Mapping[Size, float]
@@ -183,7 +182,7 @@ class Goal:
     give_up_s: float
 
     def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
-        """Return the figures of a rate. Requests that were not answered are not in time."""
+        """Return the figures of a rate. A request without an answer is not in time."""
         times = {
             str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
             for size, outcome in outcomes.items()
@@ -203,7 +202,7 @@ class Goal:
         }
 
     def report(self, at_rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the figures of all rates, as --json prints them."""
+        """Return the figures of all rates for --json."""
         late_share = max(each["late_share"] for each in at_rates)
         unsent = sum(each["unsent"] for each in at_rates)
         return {
@@ -234,7 +233,7 @@ class Goal:
 
 
 def finite(value: float) -> float | None:
-    """Round a value for --json, which has no infinity."""
+    """Round a value for --json; None for infinity, which JSON cannot hold."""
     return round(value, 4) if value < math.inf else None
 
 
@@ -302,7 +301,7 @@ def bench(
     give_up_s: float,
     warm_up: bool,
     as_json: bool,
-    **given: Any,
+    **flags: Any,
 ) -> None:
     """Send requests at random times to the server at URL, and print their latencies.
 
@@ -347,7 +346,7 @@ def bench(
                   so many times, interpolated; > [at_least] and < [at_most]
                   mark a bound: the highest and the lowest of the rates
     """
-    parameters = {name: value for name, value in given.items() if value is not None}
+    parameters = {name: value for name, value in flags.items() if value is not None}
     report: dict[str, Any] = {"url": url, "model": model}
     if factors is None:
         if mix is not None or (rates is not None and len(rates) > 1):
@@ -357,7 +356,7 @@ def bench(
         load = Load.poisson(rate, seconds, seed, parameters, give_up_s)
         with one_line_of_server(url):
             outcome, example = asyncio.run(_bench(url, model, load, warm_up))
-        report |= given | taken(example) | {"rate": rate, "seconds": seconds, "seed": seed}
+        report |= flags | used_settings(example) | {"rate": rate, "seconds": seconds, "seed": seed}
         report |= outcome.report(load)
     else:
         if parameters.pop("n") != 1 or parameters.pop("steps", None) is not None:
@@ -371,7 +370,8 @@ def bench(
             check_number(max(rates), seconds)
             goal = Goal(mix, alone_s, factors, seconds, seed, give_up_s)
             at_rates = [asyncio.run(_at_rate(url, model, goal, rate, parameters)) for rate in sorted(rates)]
-        report |= {name: (given | taken(example))[name] for name in ("sampler", "class_label")} | goal.report(at_rates)
+        settings = flags | used_settings(example)
+        report |= {"sampler": settings["sampler"], "class_label": settings["class_label"]} | goal.report(at_rates)
     if as_json:
         say_json(report)
     else:
@@ -385,12 +385,12 @@ def bench(
 
 
 def check_number(rate: float, seconds: float) -> None:
-    """Fail where a rate makes too many requests."""
+    """Fail if a rate makes too many requests."""
     if rate * seconds > MOST_REQUESTS:
         fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")
 
 
-def taken(example: "Sampled | None") -> dict[str, Any]:
+def used_settings(example: "Sampled | None") -> dict[str, Any]:
     """Return the settings that a server used, by one of its answers."""
     return {name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None}
 
@@ -399,7 +399,7 @@ def text_of(report: Mapping[str, Any]) -> str:
     """Lay the figures out as lines."""
     images = f"{report['n']} image{'s' * (report['n'] > 1)}"
     how = "".join(f", {name} {report[name]}" for name in SETTINGS if report.get(name) is not None)
-    told = {
+    lines = {
         "load": f"{report['requests']} requests of {images}{how}; {report['rate']:g} a second",
         "answered": str(report["answered"]),
         "refused": ", ".join(f"{count} {code}" for code, count in report["refused"].items()),
@@ -409,7 +409,7 @@ def text_of(report: Mapping[str, Any]) -> str:
         "images/s": f"{report['images_per_s']:g}",
         "sent late": f"{report['late_share']:.1%} of the latency",
     }
-    return "\n".join(f"{name:>10}  {value}" for name, value in told.items() if value)
+    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items() if value)
 
 
 def text_of_slo(report: Mapping[str, Any]) -> str:
@@ -437,7 +437,7 @@ def text_of_slo(report: Mapping[str, Any]) -> str:
 async def _alone(
     url: str, model: str | None, mix: Mix, parameters: Mapping[str, Any], warm_up: bool
 ) -> "tuple[dict[Size, float], Sampled]":
-    """Measure how long a request of each size takes alone; also return an answer. Raises ClientError."""
+    """Return the time that a request of each size takes alone, and an answer. Raises ClientError."""
     from tminus.service.client import AsyncClient
 
     clock = asyncio.get_running_loop().time
@@ -446,9 +446,9 @@ async def _alone(
         for size in mix:
             seconds = []
             for _ in range(warm_up + ALONE):
-                asked_s = clock()
+                sent_s = clock()
                 example = await client.sample(**parameters, n=size.n, steps=size.steps)
-                seconds.append(clock() - asked_s)
+                seconds.append(clock() - sent_s)
             alone_s[size] = median(seconds[warm_up:])
     return alone_s, example
 
@@ -456,7 +456,7 @@ async def _alone(
 async def _at_rate(
     url: str, model: str | None, goal: Goal, rate: float, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Send the mix at a rate, each size as a load of its own, and return the figures."""
+    """Send the mix at a rate, one load for each size, and return the figures."""
     from tminus.service.client import AsyncClient
 
     comers = mixed(goal.mix, rate * mean_row_steps(goal.mix), goal.seconds, goal.seed)
@@ -465,18 +465,18 @@ async def _at_rate(
 
         def drive_size(size: Size) -> Awaitable[Outcome]:
             at_s = tuple(at_s for at_s, comer in comers if comer == size)
-            asked = {**parameters, "n": size.n, "steps": size.steps}
-            load = Load(at_s, asked, end_s - at_s[-1])
-            return drive(load, partial(client.sample, **asked), beside=len(goal.mix) - 1)
+            of_size = {**parameters, "n": size.n, "steps": size.steps}
+            load = Load(at_s, of_size, end_s - at_s[-1])
+            return drive(load, partial(client.sample, **of_size), other_loads=len(goal.mix) - 1)
 
         outcomes = await asyncio.gather(*map(drive_size, goal.mix))
     return goal.at_rate(rate, dict(zip(goal.mix, outcomes, strict=True)))
 
 
 async def _bench(url: str, model: str | None, load: Load, warm_up: bool) -> "tuple[Outcome, Sampled | None]":
-    """Send a load to a server. Raises ClientError where the request that warms up fails.
+    """Send a load to a server. Returns the outcome and an answer, if there was one.
 
-    Also returns an answer, if there was one, which says how its images were made.
+    Raises ClientError if the request that warms up fails.
     """
     from tminus.service.client import AsyncClient
 
@@ -490,10 +490,10 @@ async def _bench(url: str, model: str | None, load: Load, warm_up: bool) -> "tup
         return outcome, examples[0] if examples else None
 
 
-async def drive(load: Load, ask: Callable[[], Awaitable[object]], beside: int = 0) -> Outcome:
-    """Send each request of a load at its time, and see what becomes of it.
+async def drive(load: Load, ask: Callable[[], Awaitable[object]], other_loads: int = 0) -> Outcome:
+    """Send each request of a load at its time, and count how it ends.
 
-    ask: sends one; may raise ClientError. beside: how many other loads the client has at the same time.
+    ask: sends one; may raise ClientError. other_loads: the number of loads that the client drives at the same time.
     """
     from tminus.service.client import ClientError, Problem
 
@@ -516,7 +516,7 @@ async def drive(load: Load, ask: Callable[[], Awaitable[object]], beside: int = 
 
     for at_s in load.at_s:
         await asyncio.sleep(start_s + at_s - clock())
-        if len(waiting) >= MOST_OUTSTANDING // (1 + beside):
+        if len(waiting) >= MOST_OUTSTANDING // (1 + other_loads):
             outcome.unsent += 1
             continue
         task = asyncio.create_task(one(start_s + at_s))

@@ -1,13 +1,10 @@
-"""The settings of the server from four places, of which the first wins: a flag, its variable, a file, the default.
-
-And `tminus config`, which prints them with the place of each.
-"""
+"""Where settings come from: a flag wins over a variable, over a file, over the default. `tminus config` prints them."""
 
 import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -16,32 +13,30 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic import SecretStr, ValidationError
 
-from tminus.service.cli.options import JSON, Complete, completing
+from tminus.service.cli.options import JSON, Complete, Option, completing, options
 from tminus.service.cli.output import fail, say, say_json
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings, asked_by
+from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings, flag_of, named, variable_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
 FILE = "TMINUS_CONFIG"  # the variable that names the file
-MOST_BYTES = 2**20  # of a file
-SECRET = ("keys", "job_store", "webhook_secret")
+MAX_FILE_BYTES = 2**20
 LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")  # of Markdown
-Command = Callable[..., None]
 Kind = TypeVar("Kind", bound=Settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a setting in force comes from."""
+    """Where the value of a setting comes from."""
 
     kind: Literal["flag", "variable", "file", "default"]
     name: str  # the flag, the variable, the file's path; empty for a default
 
 
-class OfSettings(click.Command):
+class SettingsCommand(click.Command):
     """A command whose help lists the settings by their groups, after its other options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -59,68 +54,47 @@ class OfSettings(click.Command):
                 formatter.write_dl(records)
 
 
-def settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
-    """Give a command one option for each field of the settings that has a flag, and one for a file of them."""
-
-    def decorate(command: Command) -> Command:
-        for name, field in reversed(kind.model_fields.items()):
-            if name in NO_FLAG:
-                continue
-            flag = flag_of(name)
-            if field.annotation in (bool, bool | None):
-                flag += f"/--no-{name.replace('_', '-')}"
-            default = f" [default: {told}]" if (told := default_of(field).replace("`", "")) else ""
-            text = f"{summary_of(field)} {default} [env: {variable(name)}]"
-            several = field.default == ()
-            option = click.option(
-                flag,
-                name,
-                default=None,
-                help=text,
-                show_default=False,
-                metavar=values_of(field),
-                multiple=several,
-                shell_complete=completion_of(field),
-            )
-            command = option(command)
-        text = "File of settings in TOML; flags and variables win over it "
-        file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
-        return file(command)
-
-    return decorate
+def settings_options(kind: type[Settings]) -> Option:
+    """Return the options of a command with settings: a file of them, and one for each setting that has a flag."""
+    text = f"File of settings in TOML; flags and variables win over it  [env: {FILE}]"
+    file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=text)
+    return options(
+        file, *(setting_option(name, field) for name, field in kind.model_fields.items() if name not in NO_FLAG)
+    )
 
 
-def flag_of(name: str) -> str:
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
-
-
-def variable(name: str) -> str:
-    """The variable of a setting."""
-    return f"TMINUS_{name.upper()}"
+def setting_option(name: str, field: "FieldInfo") -> Option:
+    """Return the option of a setting. Settings checks its value."""
+    is_switch = field.annotation in (bool, bool | None)
+    default = f" [default: {text}]" if (text := default_of(field).replace("`", "")) else ""
+    return click.option(
+        f"{flag_of(name)}/{flag_of(f'no_{name}')}" if is_switch else flag_of(name),
+        name,
+        default=None,
+        help=f"{summary_of(field)} {default} [env: {variable_of(name)}]",
+        show_default=False,
+        metavar=values_of(field),
+        multiple=field.default == (),
+        shell_complete=completion_of(field),
+    )
 
 
 def summary_of(field: "FieldInfo") -> str:
-    """What --help says of a setting: the first sentence of its description, without links and code marks."""
+    """The first sentence of a setting's description, without links and code marks."""
     text = (field.description or "").partition(" Default: ")[0]
     first = re.split(r"(?<=\.)\s", LINK.sub(r"\1", text), maxsplit=1)[0]
     return first.replace("`", "").removesuffix(".")
 
 
 def default_of(field: "FieldInfo") -> str:
-    """The default of a setting: its value, or in words what its description says; empty where there is none."""
+    """The default of a setting: its value, or its description's last sentence. Empty if there is none."""
     if field.default not in (None, (), ""):
-        return str(shown(field.default))
+        return {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return (field.description or "").partition(" Default: ")[2].removesuffix(".")
 
 
-def shown(default: object) -> object:
-    """How help and docs write a default."""
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
-
-
 def values_of(field: "FieldInfo") -> str | None:
-    """What a flag takes, as --help shows it: the choices, or the type and its bounds. Settings checks the value."""
+    """The values of a flag as --help shows them: the choices, or the type and its bounds."""
     if get_origin(field.annotation) is tuple:
         return "[NAME=]PATH"
     if get_origin(field.annotation) is Literal:
@@ -138,7 +112,7 @@ def values_of(field: "FieldInfo") -> str | None:
 
 
 def completion_of(field: "FieldInfo") -> Complete | None:
-    """Say how a shell completes a flag's value: by its choices, or by files and folders."""
+    """How a shell completes a flag's value: by its choices, or by files and folders."""
     if get_origin(field.annotation) is Literal:
         return completing(*map(str, get_args(field.annotation)))
     if get_origin(field.annotation) is tuple:  # checkpoints
@@ -147,57 +121,58 @@ def completion_of(field: "FieldInfo") -> Complete | None:
 
 
 def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
-    """Build the settings, and say where each comes from; a bad value ends in a line with its flag, variable and value.
+    """Build the settings, and return where each comes from. A bad value ends the command with one line that names it.
 
-    config: the file of settings. flags: the options that the command was given, None or () for each that it was not.
+    config: the file of settings. flags: the values of all flags; None or () where a flag is absent.
     """
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
     in_file = read_file(config, kind) if config is not None else {}
-    sources = {name: _source(name, given, in_file, config) for name in kind.model_fields}
-    from_file = {name: value for name, value in in_file.items() if sources[name].kind == "file"}
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    for name in kind.model_fields:
+        if flags.get(name) not in (None, ()):
+            values[name], sources[name] = flags[name], Source("flag", flag_of(name))
+        elif variable_of(name) in os.environ:  # pydantic-settings reads it
+            sources[name] = Source("variable", variable_of(name))
+        elif name in in_file:
+            values[name], sources[name] = in_file[name], Source("file", str(config))
+        else:
+            sources[name] = Source("default", "")
     try:
-        return kind(**given, **from_file), sources
+        return kind(**values), sources
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        got = "" if name in SECRET else f", got {first['input']!r}"
+        is_secret = SecretStr in get_args(kind.model_fields[name].annotation)
+        got = "" if is_secret else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
         what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's words
-        fail(f"{asked_by(name)}{where}: {what}{got}")
-
-
-def _source(name: str, given: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> Source:
-    if name in given:
-        return Source("flag", flag_of(name))
-    if variable(name) in os.environ:
-        return Source("variable", variable(name))
-    return Source("file", str(config)) if name in in_file else Source("default", "")
+        fail(f"{named(name)}{where}: {what}{got}")
 
 
 def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
-    """Read settings from a TOML file, named as flags are, with - or _. What is wrong ends in one line."""
+    """Read settings from a TOML file, whose keys may have - or _. A mistake ends the command with one line."""
     try:
         with file.open("rb") as opened:
-            data = opened.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            fail(f"--config ({FILE}): {file} has more than {MOST_BYTES} bytes")
+            data = opened.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            fail(f"--config ({FILE}): {file} has more than {MAX_FILE_BYTES} bytes")
         document = tomllib.loads(data.decode())
     except OSError as error:
         fail(f"--config ({FILE}): {file}: {error.strerror}")
     except ValueError as error:  # no UTF-8, or no TOML
         fail(f"--config ({FILE}): {file} is not TOML: {error}")
     values: dict[str, Any] = {}
-    for given, value in document.items():
-        name = given.replace("-", "_")
+    for key, value in document.items():
+        name = key.replace("-", "_")
         if name not in kind.model_fields:
-            fail(f"--config ({FILE}): {file} has {given!r}, and there is no such setting")
+            fail(f"--config ({FILE}): {file} has {key!r}, and there is no such setting")
         if name in values:
-            fail(f"--config ({FILE}): {file} has {given!r} twice")
+            fail(f"--config ({FILE}): {file} has {key!r} twice")
         values[name] = ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
     return values
 
 
-@click.command(cls=OfSettings, short_help="Print the settings that a server would have, and where they come from.")
+@click.command(cls=SettingsCommand, short_help="Print the settings that a server would have, and where they come from.")
 @settings_options(Settings)
 @click.option("--changed", is_flag=True, help="Print only the settings that are not the default")
 @JSON
@@ -214,31 +189,21 @@ def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> N
     secret), secret, source (flag, variable, file or default) and given_by (the name of the flag, variable or file).
     """
     settings, sources = read_settings(Settings, config, flags)
-    told = {name: source for name, source in sources.items() if not (source.kind == "default" and changed)}
+    values = settings.model_dump(mode="json")
+    printed = {name: source for name, source in sources.items() if not (source.kind == "default" and changed)}
     if as_json:
-        say_json(
-            {"settings": {name: setting_document(getattr(settings, name), source) for name, source in told.items()}}
-        )
+        documents = {}
+        for name, source in printed.items():
+            secret = isinstance(getattr(settings, name), SecretStr)
+            given_by = {"source": source.kind, "given_by": source.name or None}
+            documents[name] = {"value": None if secret else values[name], "secret": secret, **given_by}
+        say_json({"settings": documents})
         return
-    for name, source in told.items():
-        say(f"{toml_line(name, getattr(settings, name))}  # {f'{source.kind} {source.name}'.strip()}")
-
-
-def setting_document(value: Any, source: Source) -> dict[str, Any]:
-    """Describe one setting as --json has it: its value, None where not set or secret, and where it comes from."""
-    secret = isinstance(value, SecretStr)
-    if isinstance(value, tuple):
-        value = list(map(str, value))
-    value = None if secret else str(value) if isinstance(value, Path) else value
-    return {"value": value, "secret": secret, "source": source.kind, "given_by": source.name or None}
-
-
-def toml_line(name: str, value: Any) -> str:
-    """One setting as a line of TOML; a comment, where there is no value or it is secret."""
-    if value is None:
-        return f"# {name} is not set"
-    if isinstance(value, SecretStr):
-        return f"# {name} is secret: give it by {variable(name)}"
-    if isinstance(value, tuple):
-        value = list(map(str, value))
-    return f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"
+    for name, source in printed.items():
+        if values[name] is None:
+            line = f"# {name} is not set"
+        elif isinstance(getattr(settings, name), SecretStr):
+            line = f"# {name} is secret: give it by {variable_of(name)}"
+        else:
+            line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
+        say(f"{line}  # {f'{source.kind} {source.name}'.strip()}")

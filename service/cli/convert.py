@@ -1,17 +1,13 @@
-"""`tminus convert` and `tminus inspect`: checkpoints of other projects, and what they lack.
-
-The first writes a folder that tminus, and often diffusers, loads; the second says what a checkpoint is.
-"""
+"""`tminus convert` writes files of other projects as checkpoints; `tminus inspect` describes them."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tminus.model.formats.flags import FACTS, flag
-from tminus.service.cli.options import FOLDER_TYPE, JSON, CheckpointType
+from tminus.service.cli.options import FOLDER_TYPE, JSON, CheckpointType, options
 from tminus.service.cli.output import failing_in_one_line, say, say_json
 from tminus.service.model_info import Limits
 
@@ -22,29 +18,25 @@ if TYPE_CHECKING:
 MIB = 2**20
 TIMED_PASSES = 3
 NO_LIMITS = Limits(max_n=1, max_batch=1, max_rows=1, max_jobs=1, max_backlog_s=0, max_body_bytes=0)
-# What the checkpoint alone does not decide.
-OF_A_SERVER = {"limits", "device", "executor", "precision", "executor_details", "exact", "fingerprint"}
+# Members of GET /model that depend on the server.
+SERVER_FACTS = {"limits", "device", "executor", "precision", "executor_details", "exact", "fingerprint"}
 
 
-def fact_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags for what a file does not say to a command."""
-    for name, fact in reversed(list(FACTS.items())):
-        command = click.option(flag(name), type=fact.type, help=fact.text)(command)
-    return command
+fact_options = options(*(click.option(flag(name), type=fact.type, help=fact.text) for name, fact in FACTS.items()))
 
 
-def given_facts(options: dict[str, Any]) -> "GivenFacts":
-    """The facts that were given. Raises FactsError for a value out of bounds."""
+def given_facts(flags: dict[str, Any]) -> "GivenFacts":
+    """Take the facts out of the flags of a command. Raises FactsError for a value out of bounds."""
     from tminus.model.formats.conversion import GivenFacts
 
-    return GivenFacts(**{name: options.pop(name) for name in FACTS})
+    return GivenFacts(**{name: flags.pop(name) for name in FACTS})
 
 
 @click.command(short_help="Write a file of another project as a checkpoint.")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("folder", type=FOLDER_TYPE)
 @fact_options
-def convert(source: Path, folder: Path, **options: Any) -> None:
+def convert(source: Path, folder: Path, **facts: Any) -> None:
     """Write SOURCE, a file of another project or a U-Net without a scheduler, as the checkpoint FOLDER.
 
     \b
@@ -62,7 +54,7 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     from tminus.model.unet_config import CLASS_NAME
 
     with failing_in_one_line():
-        converted = run(source, folder, given_facts(options))
+        converted = run(source, folder, given_facts(facts))
     say(f"{folder}: written from {converted.format}")
     for note in converted.notes:
         say(f"taken: {note}")
@@ -75,7 +67,7 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
 @click.argument("path", type=CheckpointType(exists=True, path_type=Path))
 @fact_options
 @JSON
-def inspect(path: Path, as_json: bool, **options: Any) -> None:
+def inspect(path: Path, as_json: bool, **facts: Any) -> None:
     """Say what PATH is: a checkpoint (a folder or a hub id), or a file of another project, for `tminus convert`.
 
     \b
@@ -92,7 +84,7 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
     from tminus.model.formats.describe import describe
 
     with failing_in_one_line():
-        found = describe(path, given_facts(options))
+        found = describe(path, given_facts(facts))
         costs = _costs(found)
         if as_json:
             say_json(_document(found, costs))
@@ -103,7 +95,7 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
 
 
 def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
-    """Return a description as --json prints it: the model as GET /model tells of it, but for what a server decides."""
+    """Return a description as --json prints it. The model is that of GET /model without SERVER_FACTS."""
     import torch
 
     from tminus.service.api.answers.documents import ModelAnswer
@@ -114,13 +106,13 @@ def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
     if (checkpoint := found.checkpoint) is not None:
         cpu = torch.device("cpu")
         info = make_model_info(checkpoint, cpu, EagerExecutor(checkpoint.net, cpu), exact=False)
-        model = ModelAnswer.of(info, NO_LIMITS).model_dump(exclude=OF_A_SERVER)
-    told = {"format": found.format, "missing": found.missing, "taken": found.notes, "model": model}
-    return told | {"costs": costs or None}
+        model = ModelAnswer.of(info, NO_LIMITS).model_dump(exclude=SERVER_FACTS)
+    described = {"format": found.format, "missing": found.missing, "taken": found.notes, "model": model}
+    return described | {"costs": costs or None}
 
 
 def _costs(found: "Description") -> dict[str, Any]:
-    """Measure memory and time of one image: the network as it is, on the CPU in float32; nothing without one."""
+    """Measure the memory and time of one image, on the CPU in float32. Empty if the network is not known."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS
@@ -147,7 +139,7 @@ def _costs(found: "Description") -> dict[str, Any]:
 
 
 def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say in lines what an image costs."""
+    """Describe the costs of an image in lines."""
     if not costs or (own := found.settings) is None:
         return []
     weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB

@@ -1,18 +1,18 @@
-"""`tminus evaluate`: its options, handed to model/evaluation/, the report's folder, and the approval of a precision."""
+"""`tminus evaluate`: its options, the folder of its report, and the approval of a precision."""
 
 import json
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from tminus.model.catalogue import MAX_GUIDANCE
 from tminus.service.cli.options import (
     BACKGROUND,
-    CHECKPOINT_TYPE,
+    CHECKPOINT,
     DATA_FOLDERS,
     DEVICE,
     EXECUTOR,
@@ -21,7 +21,6 @@ from tminus.service.cli.options import (
 )
 from tminus.service.cli.output import fail, failing_in_one_line, make_folder, say, write_file
 from tminus.service.cli.train import DATA_DIR, load_training_data
-from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
 
 
 @click.command(short_help="Measure a checkpoint, compare samplers.")
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint")
+@CHECKPOINT
 @click.option(
     "--data",
     shell_complete=DATA_FOLDERS,
@@ -157,7 +156,7 @@ def evaluate(
             figures = report.to_flat_dict() if single else report.to_dict()
             write_file(f"--json {json_file}", json_file, (json.dumps(figures, indent=2) + "\n").encode())
         if report_folder is not None:
-            for name, content in report_files(report, command_line(click.get_current_context())).items():
+            for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
         if reference is not None:  # last: it writes into the checkpoint, and that may fail
@@ -165,17 +164,14 @@ def evaluate(
 
 
 def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple[Point, ...], tuple[Point, ...]]":
-    """Every combination of samplers, steps and guidance, and those they are drawn beside.
-
-    Raises ValueError for a sampler that is none.
-    """
+    """Return every combination of samplers, steps and guidance, and the references. Raises ValueError."""
     from tminus.model.evaluation.samples import make_points
 
     references: tuple[Point, ...] = ()
-    if (wanted := options["reference"]) is not None:
-        name, _, steps = wanted.partition(":")
+    if (reference := options["reference"]) is not None:
+        name, _, steps = reference.partition(":")
         if not steps.isdecimal() or int(steps) < 1:
-            fail(f"--reference: must be a sampler and a number of steps, as ddpm:1000, got {wanted!r:.100}")
+            fail(f"--reference: must be a sampler and a number of steps, as ddpm:1000, got {reference!r:.100}")
         references = make_points(loaded, [name], [int(steps)], options["guidance"])
     return make_points(loaded, options["sampler"], options["steps"], options["guidance"]), references
 
@@ -183,9 +179,9 @@ def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple
 def load_compared(
     checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]
 ) -> "tuple[ImageSet, ImageSet, Classifier | None]":
-    """Load the images that were trained on, those held out, and the classifier that judges.
+    """Load the training images, the held-out images, and the classifier.
 
-    It is trained where there is none; None where there are fewer than two classes.
+    A missing classifier is trained. It is None if there are fewer than two classes.
     """
     from tminus.model.checkpoint import TminusJson
     from tminus.model.evaluation.classifier import load_or_train_classifier
@@ -194,8 +190,8 @@ def load_compared(
     if (data := options["data"]) is None:
         known = TminusJson.read(checkpoint).trained_on()
         if known != "fashion-mnist train":
-            told = "its tminus.json names no data" if known is None else f"it was trained on {known!r:.100}"
-            fail(f"--data: name the folder of images that {checkpoint} was trained on ({told}), and --test-data")
+            trained = "its tminus.json names no data" if known is None else f"it was trained on {known!r:.100}"
+            fail(f"--data: name the folder of images that {checkpoint} was trained on ({trained}), and --test-data")
         data = "fashion-mnist"
     if data != "fashion-mnist" and options["test_data"] is None:
         fail("--test-data: needed if --data is a folder, or there would be no held-out images")
@@ -218,7 +214,7 @@ def measure(
     references: "tuple[Point, ...]",
     options: dict[str, Any],
 ) -> "Report":
-    """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
+    """Evaluate a checkpoint, with samples in options["precision"] from the executor that `serve` would choose."""
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
@@ -231,13 +227,13 @@ def measure(
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
-    # Loaded apart from the one that is measured, since an executor may keep the network it is given.
+    # Loaded a second time, since an executor may keep its network.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-    # OpenVINO has threads of its own, and torch's beside them double the time of a pass on a busy machine. Judging
-    # needs torch's.
+    # OpenVINO has its own threads; with torch's beside them a pass takes twice as long on a busy machine. The
+    # classifier needs torch's.
     draw_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
-    if device.type == "cuda":  # judging is in float32; an executor says for each pass what it multiplies in
+    if device.type == "cuda":  # the classifier runs in float32; an executor sets this for each pass
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
@@ -279,20 +275,3 @@ def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> 
         approve(checkpoint, check)
     say(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
     say(verdict.reason)
-
-
-def command_line(context: click.Context) -> str:
-    """The command with the options that were given, as a shell reads it."""
-    words = ["tminus", context.info_name or ""]
-    for option in context.command.params:
-        if context.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[option.name or ""]
-        words.append(max(option.opts, key=len))
-        if option.nargs > 1:
-            words += map(str, value)
-        elif isinstance(value, tuple):
-            words.append(",".join(map(str, value)))
-        elif value is not True:
-            words.append(str(value))
-    return shlex.join(words)

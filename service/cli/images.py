@@ -1,10 +1,10 @@
-"""The PNG files of a request: made in this process, or asked from a server. Used by `sample` and `reproduce`."""
+"""The PNG files of a request: made in this process, or by a server. For `sample` and `reproduce`."""
 
 import base64
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE_NAMES, EXECUTOR_NAMES, PRECISION_NAMES
+from tminus.service.cli.options import CHECKPOINT, DEVICE, EXECUTOR, PRECISION, options
 from tminus.service.cli.output import fail, failing_in_one_line
-from tminus.service.engine.protocol import BUNDLED, LoadOptions
+from tminus.service.engine.protocol import LoadOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,49 +28,26 @@ if TYPE_CHECKING:
     from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Inputs, Pixels, SampleSpec
 
-KEY = "TMINUS_KEY"  # the variable that has the key of the server
-MAX_LOCAL_N = 4096  # images made without a server in one command
+KEY = "TMINUS_KEY"  # the variable with the key that commands send
+MAX_LOCAL_N = 4096  # images of a command without a server
 MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # of a PNG that is read or written
 MAX_SCALE = 64
-SCALE = "scale"  # in a recipe: by what the PNG was enlarged
-LOCAL_MODEL = (
+SCALE = "scale"  # in a recipe: the factor by which the PNG was enlarged
+# Which model makes images: one of a server, or one that is loaded here.
+model_options = options(
     click.option("--url", help="Server to ask, instead of loading a checkpoint"),
     click.option("--model", help="With --url: name of one of its models  [default: its default model]"),
-    click.option(
-        "--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint; not with --url"
-    ),
-    click.option(
-        "--device",
-        shell_complete=DEVICE_NAMES,
-        default="auto",
-        help="Device: auto, cpu or cuda; auto takes a GPU if there is one; not with --url",
-    ),
-    click.option(
-        "--executor",
-        shell_complete=EXECUTOR_NAMES,
-        default="auto",
-        help="What runs the network: auto, eager, compile or openvino; not with --url",
-    ),
-    click.option(
-        "--precision",
-        shell_complete=PRECISION_NAMES,
-        default="auto",
-        help="Number format: auto, float32, tf32 (CUDA) or bfloat16; not with --url",
-    ),
+    CHECKPOINT,
+    DEVICE,
+    EXECUTOR,
+    PRECISION,
 )
-LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
+LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that do not go with --url
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
 
-def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which model makes images: a server's, or one loaded here."""
-    for option in reversed(LOCAL_MODEL):
-        command = option(command)
-    return command
-
-
 def check_model(url: str | None, model: str | None) -> None:
-    """Fail where --model names a model of no server, and where a flag beside --url says what to load here."""
+    """Fail if --model comes without --url, or if --url comes with an option of a local model."""
     if model is not None and url is None:
         fail("--model needs --url: a server that has it")
     context = click.get_current_context()
@@ -80,7 +57,7 @@ def check_model(url: str | None, model: str | None) -> None:
 
 
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
-    """Read the files of the parameters image and mask, as base64; one clear line and exit code 1 where that fails."""
+    """Read the files of the parameters image and mask as base64. A failure is one line and exit code 1."""
     parameters = {}
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
@@ -99,10 +76,10 @@ class LocalJob:
 
     @classmethod
     def of(cls, options: LoadOptions, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
-        """Load a model and check the parameters of a job for it; one clear line and exit code 1 where that fails.
+        """Load a model, and check the parameters of a job for it. A failure is one line and exit code 1.
 
-        It is loaded as by a server with default settings, or unmeasured if the job is little work; see `load_engine`.
-        fingerprint: that of the engine that is to make the images again.
+        The model is loaded as by a server with default settings, or unmeasured if the job is little work; see
+        `load_engine`. fingerprint: of the engine that has to make the images again.
         """
         from tminus.service.api.request.bounds import bounds_of
         from tminus.service.api.request.schemas import SampleRequest
@@ -135,7 +112,7 @@ class LocalJob:
             return cls(loaded, with_inputs(spec_of(request, info, limits), request, inputs), inputs)
 
     def run(self, record: "Record | None" = None) -> "Pixels":
-        """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
+        """Sample with a progress bar. A failure is one line and exit code 1. record: see sample_locally."""
         from tqdm import tqdm
 
         from tminus.service.engine.protocol import sample_locally
@@ -162,7 +139,7 @@ def read_png_header(png: bytes) -> "ImageHeader":
 
 
 def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
-    """Decode a PNG: its pixels [H, W, C], and the text in it that says how it was made. Raises ValueError."""
+    """Decode a PNG. Returns its pixels [H, W, C] and the text of its recipe. Raises ValueError."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
@@ -175,7 +152,7 @@ def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
             pixels = np.asarray(opened)
             return pixels[:, :, None] if pixels.ndim == 2 else pixels, opened.info.get(PNG_TEXT_KEY)
-    except UnidentifiedImageError:  # which would name the object that holds the bytes
+    except UnidentifiedImageError:  # its message names a BytesIO
         raise ValueError("not a PNG that can be read") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"not a PNG that can be read ({error})") from None
@@ -186,16 +163,16 @@ class TooLarge(ValueError):
 
 
 def check_enlarged(height_px: int, width_px: int, scale: int) -> None:
-    """Raise TooLarge where a PNG of this size cannot be enlarged by this scale."""
+    """Raise TooLarge if a PNG of this size cannot be enlarged by this scale."""
     pixels = height_px * width_px * scale**2
     if scale > 1 and pixels > MAX_PIXELS:
         raise TooLarge(f"the PNG would have {pixels} pixels, and may have {MAX_PIXELS}")
 
 
 def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
-    """Enlarge a PNG of n images that tminus made; its recipe says so, for `tminus reproduce`.
+    """Enlarge a PNG of n images that tminus made, and note that in its recipe for `tminus reproduce`.
 
-    scale: None for as large as a person sees it. Raises TooLarge, and ValueError for what is no such PNG.
+    scale: None for a size that is easy to see. Raises TooLarge, and ValueError for any other file.
     """
     from tminus.service.client import checks
     from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
@@ -205,7 +182,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
     header = read_png_header(png)
     size = header.height_px, header.width_px
     scale = scale or viewing_scale(n, *size)
-    if scale == 1:  # also where it is too large to be decoded here
+    if scale == 1:  # also if it is too large to be decoded here
         return png
     check_enlarged(*size, scale)
     pixels, text = decode_png(png)
@@ -214,7 +191,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
 
 
 def opaque_png(png: bytes) -> bytes:
-    """Lay a PNG with alpha that tminus made over white, as /v1/images does. Raises ValueError for what is no PNG."""
+    """Lay a PNG with alpha over white, as /v1/images does. Raises ValueError for any other file."""
     from tminus.service.client import checks
     from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
 
@@ -226,10 +203,10 @@ def opaque_png(png: bytes) -> bytes:
 def make_images(
     options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, scale: int = 1, fingerprint: str | None = None
 ) -> "tuple[dict[str, bytes], SampleSpec]":
-    """Sample in this process: PNG files by name (one, "sheet", or one per image), and what was made.
+    """Sample in this process. Returns PNG files by name (one, "sheet", or one per image), and their spec.
 
-    scale: by what they are to be enlarged; raises TooLarge before it samples where they cannot be. fingerprint: that of
-    the engine that is to make the images again.
+    scale: by which they will be enlarged; raises TooLarge before sampling if they cannot be. fingerprint: of the engine
+    that has to make the images again.
     """
     from tminus.service.images.encoder import PNG, ZIP, encode_result, sheet_grid
 
@@ -246,7 +223,7 @@ def make_images(
 
 @contextmanager
 def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
-    """A client of what --url and --model name, with the key in TMINUS_KEY; what goes wrong ends in one clear line."""
+    """A client of --url and --model, with the key in TMINUS_KEY. A failure is one line and exit code 1."""
     from tminus.service.client import Client
 
     with one_line_of_server(url), Client(url, model=model, key=key_of_server()) as client:
@@ -254,13 +231,13 @@ def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
 
 
 def key_of_server() -> str | None:
-    """Return the key that commands send to a server; None: none."""
+    """Return the key that commands send to a server, if there is one."""
     return os.environ.get(KEY) or None
 
 
 @contextmanager
 def one_line_of_server(url: str) -> Iterator[None]:
-    """End in one clear line, with advice, where the client in the block raises."""
+    """End the command with one line and advice if the client in the block raises."""
     from tminus.service.client import ClientError, Problem, Unreachable
 
     try:
@@ -273,12 +250,12 @@ def one_line_of_server(url: str) -> Iterator[None]:
         elif isinstance(error, Unreachable) and not error.reached:
             advice = "; is a server running there? tminus serve starts one"
         fail(f"{url}: {error}{advice}")
-    except (ValueError, RecursionError) as error:  # what cannot be an address, a model, a key, or JSON
+    except (ValueError, RecursionError) as error:  # an invalid address, model, key or JSON
         fail(str(error))
 
 
 def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
-    """Ask a server; one clear line and exit code 1 where it does not answer with images, or with fewer or more."""
+    """Let a server sample. A failure, and a wrong number of images, is one line and exit code 1."""
     from tminus.service.client import ClientError
 
     with server_at(url, model) as tminus:

@@ -69,10 +69,10 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
 
 
 def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
-    """Add a key to a file, in one step, so that a server never reads half of it. Others that do so wait.
+    """Add a key to a file in one step, so that a server never reads half of it. A lock makes other commands wait.
 
-    like_the_earlier: its role and limits are those of the name's earlier line, if there is one. Raises ValueError for
-    what would be no file of keys, and OSError.
+    like_the_earlier: take role and limits from an earlier line of the name. Raises OSError, and ValueError for a file
+    that would be invalid.
     """
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -90,17 +90,17 @@ def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file anew, with the owner and the rights that it had; a new one is for its owner alone."""
-    had = file.stat() if file.exists() else None
+    """Replace a file, and keep its owner and permissions. A new file is for its owner alone."""
+    before = file.stat() if file.exists() else None
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
             opened.write(text)
             opened.flush()
-            if had is not None:
-                os.fchmod(opened.fileno(), had.st_mode & 0o777)
-                with suppress(PermissionError):  # who may not give files away owns it now
-                    os.fchown(opened.fileno(), had.st_uid, had.st_gid)
+            if before is not None:
+                os.fchmod(opened.fileno(), before.st_mode & 0o777)
+                with suppress(PermissionError):  # only root may give files away
+                    os.fchown(opened.fileno(), before.st_uid, before.st_gid)
             os.fsync(opened.fileno())
         beside.replace(file)
     finally:

@@ -59,7 +59,7 @@ def table(models: "Sequence[ModelState]") -> str:
 
 
 def _cells(model: "ModelState") -> tuple[str, ...]:
-    """One row. Raises ClientError where the description is not that of a model."""
+    """Return the cells of a row. Raises ClientError for a malformed description."""
     from tminus.service.client import ClientError
 
     state, info = model.state + ", default" * model.default, model.info

@@ -1,4 +1,4 @@
-"""Options, their types, defaults and bounds, that several commands have, and those that take several values."""
+"""Options that several commands have, and the types of options."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,13 @@ from click.shell_completion import CompletionItem
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
 from tminus.model.hub import checkpoint_folder
 from tminus.service.cli.output import failing_in_one_line
+from tminus.service.engine.protocol import BUNDLED
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def completing(*words: str, files: str | None = None) -> Complete:
-    """Make the function by which a shell completes the value of an option: words, and `file`s or folders (`dir`)."""
+    """Return a function that completes an option's value in a shell: by words, or by files (`file`, or `dir`)."""
 
     def complete(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
@@ -24,7 +25,7 @@ def completing(*words: str, files: str | None = None) -> Complete:
     return complete
 
 
-# Values that are checked where those of requests and files are, so that they are no click.Choice.
+# Names that are completed only: the code that checks requests and files checks them too.
 DEVICE_NAMES = completing("auto", "cpu", "cuda")
 EXECUTOR_NAMES = completing("auto", "eager", "compile", "openvino")
 PRECISION_NAMES = completing("auto", "float32", "tf32", "bfloat16")
@@ -35,18 +36,21 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
 class CheckpointType(click.Path):
-    """A checkpoint: its folder, or its id on the hub, from which it is fetched if it is not there already."""
+    """A checkpoint: its folder, or its id on the hub, from which it is fetched once."""
 
     name = "checkpoint"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the folder; one clear line and exit code 1 where there is none."""
+        """Return the folder. A failure is one line and exit code 1."""
         with failing_in_one_line():
             folder = checkpoint_folder(value)
         return super().convert(folder, parameter, context)
 
 
 CHECKPOINT_TYPE = CheckpointType(file_okay=False, path_type=Path)
+CHECKPOINT = click.option(
+    "--checkpoint", type=CHECKPOINT_TYPE, default=BUNDLED, help="Folder or hub id of the checkpoint"
+)
 BACKGROUND = click.option(
     "--background", default="black", help="Colour behind the transparent pixels of a folder's images"
 )
@@ -62,13 +66,31 @@ EXECUTOR = click.option(
     default="auto",
     help="What runs the network: auto, eager, compile or openvino",
 )
+PRECISION = click.option(
+    "--precision",
+    shell_complete=PRECISION_NAMES,
+    default="auto",
+    help="Number format: auto, float32, tf32 (CUDA) or bfloat16",
+)
 THREADS = click.option(
     "--threads",
     default=0,
     help="CPU threads of PyTorch; 0 takes one for each core that is free at the start",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on one line, and nothing else")
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]
+
+
+def options(*several: Option) -> Option:
+    """Make one decorator of several options, which --help lists in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def integers(flag: str, text: str) -> tuple[int, ...]:
@@ -80,9 +102,9 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def comma_separated(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
-    """Make a callback that reads a list, each value once, and leaves None as it is.
+    """Return a callback that reads a list without repetitions; None stays None.
 
-    `bound` says what each value must be, `allows` whether it is.
+    bound: what each value must be, in words. allows: whether it is.
     """
 
     def convert(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:

@@ -1,6 +1,6 @@
-"""How commands end and write: a failure is one clear line on stderr and exit code 1, never a traceback.
+"""How commands print and end: a failure is one line on stderr and exit code 1, never a traceback.
 
-What a server or a file says is shown with its control characters escaped, so that none of them reaches the terminal.
+Control characters are escaped, so that text from a server or a file cannot drive the terminal.
 """
 
 import json
@@ -31,7 +31,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def say_json(document: dict[str, Any]) -> None:
-    """Print a document for programs, on one line, in printable ASCII alone. Raises ValueError for NaN and infinity."""
+    """Print a JSON document on one line of printable ASCII. Raises ValueError for NaN and infinity."""
     click.echo(json.dumps(document, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
@@ -43,9 +43,9 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def failing_in_one_line(where: str = "") -> Iterator[None]:
-    """End in one line where the block raises what a user can bring about: a bad file or value, a full disk or GPU.
+    """End the command with one line for errors that a user can cause: a bad file or value, a full disk or GPU.
 
-    where: what stands before the message, as the flag or the file that it is about.
+    where: the flag or the file of the error, which stands before the message.
     """
     try:
         yield
@@ -62,18 +62,18 @@ def failing_in_one_line(where: str = "") -> Iterator[None]:
 
 
 def check_png(option: str, file: Path, otherwise: str = "") -> None:
-    """Fail where the name of a file to be written says that it is something else than a PNG."""
+    """Fail if the name of a new file has the suffix of another format than PNG."""
     if file.suffix.lower() in NO_PICTURES:
-        fail(f"{option}: what is written is PNG, so give a name that ends in .png{otherwise}")
+        fail(f"{option}: the file is a PNG, so give a name that ends in .png{otherwise}")
 
 
 def make_folder(option: str, folder: Path) -> None:
-    """Make a folder and its parents; `option` names the flag in the line of a failure."""
+    """Make a folder and its parents. option: the flag, for the line of a failure."""
     with failing_in_one_line(option):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(option: str, file: Path, data: bytes) -> None:
-    """Write a file; `option` names the flag in the line of a failure."""
+    """Write a file. option: the flag, for the line of a failure."""
     with failing_in_one_line(option):
         file.write_bytes(data)

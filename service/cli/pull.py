@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 FROM = "TMINUS_PULL_FROM"
 MOST_REDIRECTS = 5
-PATIENCE_S = 30.0  # without a byte; and over so long it is seen whether enough have come
+PATIENCE_S = 30.0  # without a byte; the speed is checked over the same time
 LEAST_BYTES_PER_S = 8192
 
 
 class NotFetched(Exception):
-    """A server did not give the file; the message says why not."""
+    """A server did not send the file; the message says why."""
 
 
 @click.command(short_help="Fetch another checkpoint of this project.")
@@ -73,7 +73,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
 
 
 def fetch(url: str, archive: Archive, file: Path) -> None:
-    """Write what an address has to a file; one clear line and exit code 1 where it is not the archive."""
+    """Download an archive to a file. A failure is one line and exit code 1."""
     import httpx
 
     shown = url
@@ -93,7 +93,7 @@ def fetch(url: str, archive: Archive, file: Path) -> None:
 
 @contextmanager
 def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
-    """Ask an address, and what it leads to by https. httpx's own following would read the body of each redirect."""
+    """Request an address, and follow redirects to https. httpx itself would read the body of each redirect."""
     request = client.build_request("GET", url)
     for _ in range(MOST_REDIRECTS + 1):
         answer = client.send(request, stream=True)
@@ -110,17 +110,17 @@ def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
 
 
 def check_head(answer: "httpx.Response", archive: Archive) -> None:
-    """Raise NotFetched where an answer cannot be the archive, before anything of its body is read."""
+    """Raise NotFetched if an answer cannot be the archive, before its body is read."""
     if answer.status_code != 200:
         raise NotFetched(f"the answer is {answer.status_code} {answer.reason_phrase}".rstrip())
     if answer.headers.get("Content-Type", "").startswith("text/html"):
         raise NotFetched("is a web page, not an archive")
-    if (said := answer.headers.get("Content-Length", str(archive.size_bytes))) != str(archive.size_bytes):
-        raise NotFetched(f"has {said} bytes, must have {archive.size_bytes}")
+    if (length := answer.headers.get("Content-Length", str(archive.size_bytes))) != str(archive.size_bytes):
+        raise NotFetched(f"has {length} bytes, must have {archive.size_bytes}")
 
 
 def write_body(answer: "httpx.Response", archive: Archive, file: Path) -> None:
-    """Write the body of an answer, with a progress bar. Raises NotFetched where it is not the archive, or too slow."""
+    """Write the body of an answer, with a progress bar. Raises NotFetched if it is not the archive, or too slow."""
     from tqdm import tqdm
 
     size_bytes, came_bytes, digest = archive.size_bytes, 0, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""`tminus ray serve`: replicas of the server on a Ray cluster, for as long as the command runs."""
+"""`tminus ray serve`: replicas of the server on a Ray cluster, while the command runs."""
 
 import logging
 import os
@@ -13,16 +13,16 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import OfSettings, read_settings, settings_options
+from tminus.service.cli.configuration import SettingsCommand, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 5.0  # how often it is looked whether the replicas are still there
-GONE_S = 0.2  # how often that is looked at while they end
-SLACK_S = 15.0  # for Serve to see that they have ended, and to kill those that have not
+POLL_INTERVAL_S = 5.0  # between checks whether the replicas are there
+ENDING_INTERVAL_S = 0.2  # between checks while they end
+SLACK_S = 15.0  # for Serve to see that replicas have ended, and to kill the others
 # No usage statistics, and no deduplication of log lines.
 QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -34,7 +34,7 @@ def ray() -> None:
 
 
 @ray.command(
-    cls=OfSettings,
+    cls=SettingsCommand,
     short_help="Serve from replicas on a Ray cluster.",
     epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the application has left the cluster; "
     "2 wrong command line.",
@@ -76,7 +76,7 @@ def serve(config: Path | None, **flags: Any) -> None:
 
 
 def _check(settings: RaySettings) -> str:
-    """Return the numeric address to listen on. What can be seen to be wrong here ends in one line."""
+    """Check the settings, and return the numeric address to listen on. A failure is one line and exit code 1."""
     host, _ = _free_port(settings.host, 0)
     try:
         settings.access(host)
@@ -87,7 +87,7 @@ def _check(settings: RaySettings) -> str:
 
 
 def _free_port(host: str, port: int) -> tuple[str, int]:
-    """Return the numeric address, with a port that is free there. Where it cannot be listened on, one clear line."""
+    """Return the numeric address and a free port. A failure is one line and exit code 1."""
     from tminus.service.startup.server import listen
 
     try:
@@ -99,7 +99,7 @@ def _free_port(host: str, port: int) -> tuple[str, int]:
 
 
 def _exit_on_signals() -> None:
-    """Let a signal raise SystemExit, until there are replicas that have to drain."""
+    """Raise SystemExit on a signal, until there are replicas to drain."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: sys.exit(0))
 
@@ -120,23 +120,23 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda _signum, _frame: stopped.set())
     except BaseException as error:  # also SystemExit: Serve would go on to start them
-        said = ""
-        if deployed:  # else one of that name is another's
+        messages = ""
+        if deployed:  # otherwise an application of this name is not ours
             with suppress(Exception):
                 deployments = ray_serve.status().applications[NAME].deployments
-                said = "".join(each.message for each in deployments.values())
+                messages = "".join(each.message for each in deployments.values())
             with suppress(Exception):
                 _end(NAME, within_s=0)
         if isinstance(error, RuntimeError):
-            fail(f"the replicas cannot start: {last_line(said) or error}")
+            fail(f"the replicas cannot start: {last_line(messages) or error}")
         raise
     client: Any = _get_global_client()
     log.info(
         "listening on %s, with %d to %d replicas",
-        client.root_url or "no HTTP port of Serve's",  # another than ours where Serve ran already
+        client.root_url or "no HTTP port of Serve's",  # not ours if Serve ran already
         settings.min_replicas, settings.most_replicas,
     )  # fmt: skip
-    while not stopped.wait(LOOK_S):
+    while not stopped.wait(POLL_INTERVAL_S):
         if NAME not in ray_serve.status().applications:
             fail("the application is no longer on the Ray cluster")
     log.info("the replicas drain")
@@ -146,7 +146,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
 
 
 def _end(name: str, within_s: float) -> bool:
-    """Have Serve end an application; whether it is gone within so many seconds.
+    """Let Serve end an application. Returns whether it is gone within so many seconds.
 
     Serve's own waiting ends in an error after 60 s, however long the grace period is.
     """
@@ -154,14 +154,14 @@ def _end(name: str, within_s: float) -> bool:
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # asked once at least: then Serve has got the call before it
+    while name in ray_serve.status().applications:  # at least once, so that Serve has received the call before
         if time.monotonic() >= until_s:
             return False
-        time.sleep(GONE_S)
+        time.sleep(ENDING_INTERVAL_S)
     return True
 
 
 def last_line(text: str) -> str:
-    """What a traceback ends in, without the kind of the error; empty where there is nothing."""
+    """The message at the end of a traceback; empty for empty text."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1]) if lines else ""

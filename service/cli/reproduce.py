@@ -1,8 +1,9 @@
-"""`tminus reproduce image.png` and `tminus trajectory check`: make again what a file's recipe says, and compare."""
+"""`tminus reproduce` and `tminus trajectory check`: make a file again from the recipe in it, and compare."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from tminus.service.cli.images import (
     check_model,
     decode_png,
     enlarge_png,
-    local_model_options,
     make_images,
+    model_options,
     opaque_png,
     read_pictures,
     sample_from,
@@ -33,22 +34,22 @@ if TYPE_CHECKING:
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
 MAX_FILE_BYTES = 256 * 2**20
-# The arrays that are compared to the bit, and by how much their steps are more than `at`.
+# Arrays that are compared to the bit, and how many steps their first element is ahead.
 BY_STEP = {"x_t": 0, "x_0": 1}
-# How near others have to be, relative and absolute: they follow from those, and another NumPy may round another way.
+# Tolerances of other arrays, relative and absolute: they follow from these, and NumPy versions round differently.
 CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p may be about 0
 PLAN_CLOSE = (1e-12, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an image was made, as its PNG says: parameters, the hash of the weights and the fingerprint."""
+    """How an image was made: parameters, the hash of the weights, and the fingerprint."""
 
     parameters: dict[str, Any]
     weights: str
     fingerprint: str
-    scale: int = 1  # by which the PNG was enlarged
-    opaque: bool = False  # whether it was laid over white
+    scale: int = 1  # the PNG was enlarged by this
+    opaque: bool = False  # the PNG was laid over white
 
 
 @click.command(
@@ -59,7 +60,7 @@ class Recipe:
 @click.argument("png", type=FILE_TYPE)
 @click.option("--image", type=FILE_TYPE, help="Of an edit: the picture that it was made from")
 @click.option("--mask", type=FILE_TYPE, help="Of an edit with a mask: that mask")
-@local_model_options
+@model_options
 @click.option("--out", type=FILE_TYPE, help="File for the new PNG")
 def reproduce(
     png: Path,
@@ -113,7 +114,7 @@ def read_bounded(file: Path) -> bytes:
 
 
 def check_recipe_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
-    """Fail unless the pictures that an edit needs are given, and no others."""
+    """Fail if a picture that the recipe needs is missing, or one is given that it does not need."""
     for name, file in (("image", image), ("mask", mask)):
         digest = recipe.parameters.get(f"{name}_sha256")
         if digest is not None and file is None:
@@ -123,20 +124,27 @@ def check_recipe_pictures(png: Path, recipe: Recipe, image: Path | None, mask: P
 
 
 def read_recipe(png: bytes) -> Recipe:
-    """Read the recipe in a PNG. Raises ValueError where there is none, or none that can be read."""
+    """Read the recipe in a PNG. Raises ValueError if there is none that this version can read."""
     from tminus.service.images.encoder import PNG_TEXT_KEY
 
     _, text = decode_png(png)  # damaged pixels are found here, not when they are compared
     if text is None:
         raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
-    try:
+    with _reading_recipe(f"its {PNG_TEXT_KEY!r} text"):
         return recipe_of(json.loads(text, parse_constant=_finite, parse_float=_finite))
+
+
+@contextmanager
+def _reading_recipe(source: str) -> Iterator[None]:
+    """Raise one ValueError for whatever reading a recipe raises. source: names the text in the message."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None
+        raise ValueError(f"{source} is no recipe of this version ({error!r:.200})") from None
 
 
 def recipe_of(document: Any) -> Recipe:
-    """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
+    """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
     from tminus.service.api.request.classes import NUMBER
     from tminus.service.api.request.specs import parameters_of
     from tminus.service.images.encoder import BACKGROUND
@@ -157,7 +165,7 @@ def recipe_of(document: Any) -> Recipe:
 
 
 def _finite(text: str) -> float:
-    """A number of JSON, without NaN and infinity, which Python's JSON knows and nobody else's."""
+    """Read a number. Python's JSON also takes NaN and infinity, which are refused."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text:.20} is no number")
@@ -165,7 +173,7 @@ def _finite(text: str) -> float:
 
 
 def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
-    """Say how two PNGs differ, and why they may: other weights, another build, or altered pixels."""
+    """Describe how two PNGs differ, and the reasons: other weights, or another build."""
     import numpy as np
 
     mine = read_recipe(again)
@@ -227,14 +235,16 @@ def check(
 
     with failing_in_one_line(str(file)):
         found = read_trajectory(read_bounded(file))
-        recipe, keep = _recipe_of(found), _keep_of(found)
+        with _reading_recipe("its metadata"):
+            recipe = recipe_of(found.document)
+        keep = _keep_of(found)
     check_recipe_pictures(file, recipe, image, None)
     made_by = _made_by(found)
     exact = True if made_by.get("exact") else None
-    # As a server with default settings would run it, and if that is another build, as the file says.
+    # As a server with default settings runs it; if that is another build, as the file says.
     for how in dict.fromkeys(
-        (executor or str(said.get("executor", "auto")), precision or str(said.get("precision", "auto")))
-        for said in ({}, made_by)
+        (executor or str(by.get("executor", "auto")), precision or str(by.get("precision", "auto")))
+        for by in ({}, made_by)
     ):
         options = LoadOptions(checkpoint, device, *how, exact)
         job = LocalJob.of(options, recipe.parameters | read_pictures(image, None), recipe.fingerprint)
@@ -252,10 +262,10 @@ def check(
     row = (info.channels, info.height_px, info.width_px)
     if info.latent is not None:
         row = (info.latent.channels, info.latent.height, info.latent.width)
-    wanted, got = (len(selection.points), spec.n, *row), found.arrays.get("x_t")
-    if got is None or got.shape != wanted:  # before so much is made again
-        fail(f"{file}: x_t must be of shape {wanted}, got {'none' if got is None else got.shape}")
-    path = TrajectoryRecorder(spec, selection, "float16" if got.dtype == "float16" else "float32")
+    shape, x_t = (len(selection.points), spec.n, *row), found.arrays.get("x_t")
+    if x_t is None or x_t.shape != shape:  # before the trajectory is made again
+        fail(f"{file}: x_t must be of shape {shape}, got {'none' if x_t is None else x_t.shape}")
+    path = TrajectoryRecorder(spec, selection, "float16" if x_t.dtype == "float16" else "float32")
     images = job.run(path.record)
     again = arrays_of(path.trajectory(), images, spec, info)
     differs = first_difference(found.arrays, again)
@@ -273,15 +283,8 @@ def check(
     fail(f"{file}: {differs}; weights and build are the same: the file was changed")
 
 
-def _recipe_of(file: "TrajectoryFile") -> Recipe:
-    try:
-        return recipe_of(file.document)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its metadata is no recipe of this version ({error!r:.200})") from None
-
-
 def _keep_of(file: "TrajectoryFile") -> list[int] | None:
-    """Return the passes that the file has; None: all. Raises ValueError."""
+    """Return the passes that the file holds; None: all. Raises ValueError."""
     keep = file.document.get("keep")
     if keep is not None and not (isinstance(keep, list) and all(type(each) is int for each in keep)):
         raise ValueError(f"`keep` in its metadata must be a list of integers, got {keep!r:.80}")
@@ -289,18 +292,18 @@ def _keep_of(file: "TrajectoryFile") -> list[int] | None:
 
 
 def _made_by(file: "TrajectoryFile") -> Mapping[str, Any]:
-    """How the file says that the network was run, as far as it is known here."""
+    """Return how the network was run: the members of `made_by` that this version knows."""
     from tminus.service.engine.autotune import EXECUTORS
     from tminus.service.engine.executors import PRECISIONS
 
-    said = file.document.get("made_by")
-    said = said if isinstance(said, dict) else {}
+    made_by = file.document.get("made_by")
+    made_by = made_by if isinstance(made_by, dict) else {}
     known: dict[str, tuple[object, ...]] = {"executor": EXECUTORS, "precision": PRECISIONS, "exact": (True, False)}
-    return {name: said[name] for name, among in known.items() if said.get(name) in among}
+    return {name: made_by[name] for name, values in known.items() if made_by.get(name) in values}
 
 
 def first_difference(file: "Arrays", again: "Arrays") -> str | None:
-    """Say where the arrays of a file first differ from those that were made again; None: nowhere."""
+    """Describe the first difference between a file's arrays and the new ones; None: they are the same."""
     import numpy as np
 
     for name, mine in again.items():

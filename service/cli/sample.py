@@ -1,4 +1,4 @@
-"""`tminus sample`: sample images to PNG files, offline or from a server; `--watch` keeps its frames as an animation."""
+"""`tminus sample`: sample images to PNG files, here or on a server. `--watch` writes the frames as an animation."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from tminus.service.cli.images import (
     TooLarge,
     check_model,
     enlarge_png,
-    local_model_options,
     make_images,
+    model_options,
     read_pictures,
     sample_from,
     server_at,
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from tminus.service.client.results import Sampled
     from tminus.service.spec import SampleSpec
 
-MOST_FRAMES = 100  # unless --every says so
+MOST_FRAMES = 100  # without --every
 FORMATS = (".webp", ".gif")
-MAX_FRAME_BYTES = 2**28  # of all frames of a job, as they come
-MAX_PIXELS = 2**26  # of all frames of a job
-ANIMATION_PX = 512  # of its longer side, at most
+MAX_FRAME_BYTES = 2**28  # in all frames of a job, before they are decoded
+MAX_PIXELS = 2**26  # in all frames of a job
+ANIMATION_PX = 512  # the longer side of an animation, at most
 
 
 @click.command(short_help="Sample images to PNG files, offline or from a server.")
-@local_model_options
+@model_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -137,7 +137,7 @@ def sample(
     show: str | None,
     image: Path | None,
     mask: Path | None,
-    **given: Any,
+    **flags: Any,
 ) -> None:
     """Sample images to PNG files, offline or from a server.
 
@@ -164,7 +164,7 @@ def sample(
     to 256 MiB and 64 megapixels; raise --every for fewer frames.
     """
     check_model(url, model)
-    parameters = request_parameters(given) | read_pictures(image, mask)
+    parameters = request_parameters(flags) | read_pictures(image, mask)
     if watch is not None and url is None:
         fail("--watch needs --url: a server to look at")
     if watch is None and (every is not None or show is not None):
@@ -184,13 +184,13 @@ def sample(
         files = {"sheet": made.data} if sheet else made.files
     else:
         files, made, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
-    n, too_large = given["n"], None
+    n, too_large = flags["n"], None
     for name, data in files.items():
         shown = data
         with failing_in_one_line(f"--out {out}"):
             try:
                 shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
-            except TooLarge as error:  # of a server's, whose size nobody knew before
+            except TooLarge as error:  # the size of a server's images is not known before
                 too_large = error
         write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
@@ -205,9 +205,9 @@ def sample(
         fail(f"--scale {scale}: {too_large}; {out} is not enlarged")
 
 
-def request_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a request, as its JSON body has them, from the options that were given."""
-    parameters = {name: value for name, value in given.items() if value not in (None, ())}
+def request_parameters(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the flags of the command line into the parameters of a JSON body."""
+    parameters = {name: value for name, value in flags.items() if value not in (None, ())}
     if interval := parameters.pop("guidance_interval", None):
         parameters["guidance_interval"] = list(interval)
     if labels := parameters.pop("class_label", None):
@@ -224,7 +224,7 @@ def follow(
     every: int | None,
     show: str,
 ) -> tuple[dict[str, bytes], "Accepted", list["Image"]]:
-    """Run a job on a server with a progress bar; returns its PNG files by name, what it is, and its frames."""
+    """Run a job on a server with a progress bar. Returns the PNG files by name, the accepted job, and its frames."""
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
     every = every or max(1, _number(parameters.get("steps", 0)) // MOST_FRAMES)
@@ -243,7 +243,7 @@ def follow(
 def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Image"]:
     """Enlarge the frames of an animation of n images, but not beyond MAX_PIXELS in all.
 
-    scale: None for as large as a person sees them.
+    scale: None for a size that is easy to see.
     """
     from tminus.service.images.encoder import viewing_scale
 
@@ -255,7 +255,7 @@ def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Im
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
-    """Write the frames to a file; one clear line and exit code 1 where that fails."""
+    """Write the frames to a file. A failure is one line and exit code 1."""
     from tminus.service.images.encoder import encode_animation
 
     with failing_in_one_line(f"--watch {file}"):
@@ -265,16 +265,16 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
     say(f"{file}: {len(frames)} frames")
 
 
-def _number(given: Any) -> int:
-    """An option as a number, or 0 for a text that is none: the server refuses it and says why."""
+def _number(text: Any) -> int:
+    """Read an option as a number; 0 for other text, which the server refuses with a reason."""
     try:
-        return int(float(given))
+        return int(float(text))
     except (ValueError, OverflowError):
         return 0
 
 
 def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]], Sequence[bytes]]:
-    """Read a job's messages to its end: what was accepted, the pictures of each step that was shown, and the PNGs."""
+    """Read a job's messages to its end. Returns the accepted job, the pictures of each step, and the final PNGs."""
     from tqdm import tqdm
 
     from tminus.service.client import Accepted, ClientError, Done, Frame
@@ -302,7 +302,7 @@ def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]],
 
 
 def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
-    """Decode the pictures of each step into one. Raises ClientError where they are none, or of several sizes."""
+    """Decode the pictures of each step into one. Raises ClientError if one is no PNG, or their sizes differ."""
     from PIL import Image
 
     from tminus.service.client import ClientError
@@ -322,7 +322,7 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
 
 
 def _sheet(pictures: Sequence["Image"]) -> "Image":
-    """Lay pictures of one size out as a contact sheet, unless it is one."""
+    """Lay pictures of one size out as a contact sheet; one picture stays as it is."""
     import numpy as np
     from PIL import Image
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import OfSettings, read_settings, settings_options
+from tminus.service.cli.configuration import SettingsCommand, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.settings import Settings
 
 
 @click.command(
-    cls=OfSettings,
+    cls=SettingsCommand,
     short_help="Serve a model over HTTP, with a web page.",
     epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the worker crashed; 2 wrong command "
     "line.",

@@ -1,4 +1,4 @@
-"""`tminus train`, `train-autoencoder` and `distill`: their options, handed to model/training/."""
+"""`tminus train`, `train-autoencoder` and `distill`: the command line of model/training/."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tminus.model.catalogue import TEACHERS
-from tminus.service.cli.options import BACKGROUND, CHECKPOINT_TYPE, DATA_FOLDERS, DEVICE, FOLDER_TYPE, THREADS, integers
+from tminus.service.cli.options import (
+    BACKGROUND,
+    CHECKPOINT_TYPE,
+    DATA_FOLDERS,
+    DEVICE,
+    FOLDER_TYPE,
+    THREADS,
+    Option,
+    integers,
+    options,
+)
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.startup.logs import set_up_log
 
@@ -22,14 +32,14 @@ if TYPE_CHECKING:
 
 SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
 MOST_ON_SHEET = 64  # samples
-ROWS_PER_CLASS = 2  # of a sheet of samples
+ROWS_PER_CLASS = 2  # on a sheet of samples
 IMAGES_WITHOUT_CLASSES = 16
-RECONSTRUCTIONS = 8  # a row of the sheet
+RECONSTRUCTIONS = 8  # in a row of the sheet
 KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
-# Of the last two the noise levels are a formula of t: a scheduler_config.json of theirs holds no clip.
+# Their noise levels are a formula of t, and their scheduler_config.json has no clip.
 CONTINUOUS = ("flow", "edm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
@@ -39,32 +49,43 @@ CHANNELS = click.option(
 )
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the run; a run in it is resumed")
 STEPS = click.option("--steps", default=10_000, help="Optimiser steps in all")
-EMA_DECAY = click.option(
-    "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which is what the checkpoint gets"
-)
-GRAD_CLIP = click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient")
-PRECISION = click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="Number format; auto takes the faster one",
-)
-SAVE_EVERY = click.option("--save-every", default=200, help="Steps between saves")
 LAYERS = click.option("--layers", default=1, help="Layers in each block")
 GROUPS = click.option("--groups", default=8, help="Groups of the group norms")
-Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def size(default: int) -> Option:
-    """Make the option for the size of images, whose usual value differs by command."""
+    """Return the option for the size of images."""
     what = "Side in pixels of the square images, which are cut from the centre of a folder's images"
     return click.option("--size", "size_px", default=default, help=what)
 
 
-def decay_fraction(default: float) -> Option:
-    """Make the option for the end of a run, whose usual length differs by command."""
-    what = "Share of the run, at its end, over which the learning rate falls to zero"
-    return click.option("--decay-fraction", default=default, help=what)
+def run_options(*, learning_rate: float, warmup_steps: int, decay_fraction: float, sheets: str) -> Option:
+    """Return the options of every training run. sheets: what --sheet-every counts the steps between."""
+    return options(
+        click.option("--learning-rate", default=learning_rate, help="Highest learning rate"),
+        click.option("--warmup-steps", default=warmup_steps, help="Steps over which the learning rate rises from zero"),
+        click.option(
+            "--decay-fraction",
+            default=decay_fraction,
+            help="Share of the run, at its end, over which the learning rate falls to zero",
+        ),
+        click.option(
+            "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which the checkpoint gets"
+        ),
+        click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient"),
+        click.option("--seed", default=0, help="Seed of all that is random in the run"),
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "fp32", "bf16"]),
+            default="auto",
+            help="Number format; auto takes the faster one",
+        ),
+        click.option("--compile", is_flag=True, help="Compile the networks with torch.compile"),
+        THREADS,
+        click.option("--save-every", default=200, help="Steps between saves"),
+        click.option("--sheet-every", default=1000, help=f"Steps between {sheets}"),
+        DEVICE,
+    )
 
 
 @click.command(short_help="Train a model on a folder of images.")
@@ -98,10 +119,6 @@ def decay_fraction(default: float) -> Option:
     "images if they are fewer than 128]",
 )
 @click.option("--optimizer", default="adam", help="Optimiser: adam, or muon, which learns more in a step")
-@click.option("--learning-rate", default=1e-3, help="Highest learning rate")
-@click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
-@decay_fraction(0.2)
-@EMA_DECAY
 @click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which guidance needs")
 @click.option(
     "--weighting",
@@ -121,15 +138,6 @@ def decay_fraction(default: float) -> Option:
 )
 @click.option("--guidance", default=1.0, help="Scale of guidance to fold into the weights of --init-from; 1 is off")
 @click.option("--flip", is_flag=True, help="Mirror half of the images")
-@GRAD_CLIP
-@click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
-@PRECISION
-@click.option("--compile", is_flag=True, help="Compile the network with torch.compile")
-@THREADS
-@SAVE_EVERY
-@click.option(
-    "--sheet-every", default=1000, help="Steps between sample sheets, and between measurements of the held-out images"
-)
 @click.option(
     "--widths", default="32,64,128", help="Channels at each resolution (block_out_channels), separated by commas"
 )
@@ -147,8 +155,13 @@ def decay_fraction(default: float) -> Option:
 )
 @click.option("--timesteps", default=1000, help="Number T of timesteps")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), default="v_prediction", help="What the network predicts")
-@DEVICE
-def train(**options: Any) -> None:
+@run_options(
+    learning_rate=1e-3,
+    warmup_steps=100,
+    decay_fraction=0.2,
+    sheets="sample sheets, and between measurements of the held-out images",
+)
+def train(**flags: Any) -> None:
     """Train a model on a folder of images, or resume a run.
 
     \b
@@ -170,36 +183,36 @@ def train(**options: Any) -> None:
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
-    out, data_dir = options["out"], options["data_dir"]
+    out, data_dir = flags["out"], flags["data_dir"]
     with failing_in_one_line():
-        device = choose_device(options["device"])
-        autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
-        if options["channels"] is None and autoencoder is not None:
-            options["channels"] = autoencoder.config.in_channels
-        like = options["size_px"], options["channels"], options["background"]
-        data = load_training_data(options["data"], "train", data_dir, *like)
+        device = choose_device(flags["device"])
+        autoencoder = load_autoencoder(flags["latent"]) if flags["latent"] is not None else None
+        if flags["channels"] is None and autoencoder is not None:
+            flags["channels"] = autoencoder.config.in_channels
+        like = flags["size_px"], flags["channels"], flags["background"]
+        data = load_training_data(flags["data"], "train", data_dir, *like)
         begun = saved_config(out)
         for name, usual in (("steps", usual_steps), ("batch_size", usual_batch)):
-            if options[name] is None:
-                options[name] = begun.get(name) or usual(len(data))
-        like = options["size_px"], data.images.shape[1], options["background"]
+            if flags[name] is None:
+                flags[name] = begun.get(name) or usual(len(data))
+        like = flags["size_px"], data.images.shape[1], flags["background"]
         held_out = None
-        if options["test_data"] is not None or options["data"] == "fashion-mnist":
-            held_out = load_training_data(str(options["test_data"] or options["data"]), "test", data_dir, *like)
-        unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
-        continuous = options["prediction"] in CONTINUOUS
-        if continuous and options["beta_schedule"] != "linear":
-            raise ValueError(f"--beta-schedule: --prediction {options['prediction']} has noise levels of its own")
+        if flags["test_data"] is not None or flags["data"] == "fashion-mnist":
+            held_out = load_training_data(str(flags["test_data"] or flags["data"]), "test", data_dir, *like)
+        unet = _architecture(flags, data, autoencoder.config if autoencoder is not None else None)
+        continuous = flags["prediction"] in CONTINUOUS
+        if continuous and flags["beta_schedule"] != "linear":
+            raise ValueError(f"--beta-schedule: --prediction {flags['prediction']} has noise levels of its own")
         noise = NoiseConfig(
-            num_train_timesteps=options["timesteps"],
-            beta_schedule=options["beta_schedule"],
-            prediction_type=options["prediction"],
+            num_train_timesteps=flags["timesteps"],
+            beta_schedule=flags["beta_schedule"],
+            prediction_type=flags["prediction"],
             clip_sample=autoencoder is None and not continuous,  # latents have no bounds
             default_sampler="euler" if continuous else "ddpm",
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
         say(f"{kind_of(data)}, {classes}")
-        say(f"{out}: {options['steps']} steps of {options['batch_size']} images; see samples.png and loss.svg in it")
+        say(f"{out}: {flags['steps']} steps of {flags['batch_size']} images; see samples.png and loss.svg in it")
         write = sheet_writer(out, unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), SHEET_SAMPLER, min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
@@ -207,9 +220,9 @@ def train(**options: Any) -> None:
             data,
             unet,
             noise,
-            TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__}),
+            TrainConfig(**{name: flags[name] for name in TrainConfig.__dataclass_fields__}),
             device=device,
-            init_from=options["init_from"],
+            init_from=flags["init_from"],
             autoencoder=autoencoder,
             held_out=held_out,
             on_sheet=lambda net, step: write(net, plan, step),
@@ -217,10 +230,10 @@ def train(**options: Any) -> None:
     say_how_it_ended(out, done, more="More --steps go on from here. ")
 
 
-def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
+def _architecture(flags: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
     from tminus.model.unet_config import UNetConfig
 
-    widths, attends = integers("--widths", options["widths"]), integers("--attention-at", options["attention_at"])
+    widths, attends = integers("--widths", flags["widths"]), integers("--attention-at", flags["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]
     if latent is not None:
         if latent.in_channels != channels or size_px % latent.factor:
@@ -233,12 +246,12 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
         in_channels=channels,
         out_channels=channels,
         block_out_channels=widths,
-        layers_per_block=options["layers"],
+        layers_per_block=flags["layers"],
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at_level),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(at_level)),
-        attention_head_dim=options["head_dim"],
-        norm_num_groups=options["groups"],
-        dropout=options["dropout"],
+        attention_head_dim=flags["head_dim"],
+        norm_num_groups=flags["groups"],
+        dropout=flags["dropout"],
         num_class_embeds=len(data.class_names) + 1 if data.class_names else None,
     )
     if size_px % config.size_multiple:
@@ -275,19 +288,13 @@ def _architecture(options: dict[str, Any], data: "ImageSet", latent: "Autoencode
 @click.option("--kl-weight", default=1e-3, help="Weight of the divergence of an AutoencoderKL's latents from N(0, I)")
 @STEPS
 @click.option("--batch-size", default=32, help="Images in an optimiser step")
-@click.option("--learning-rate", default=1e-3, help="Highest learning rate of Adam")
-@click.option("--warmup-steps", default=200, help="Steps over which the learning rate rises from zero")
-@decay_fraction(0.5)
-@EMA_DECAY
-@GRAD_CLIP
-@click.option("--seed", default=0, help="Seed of the first weights, the order of the images and the noise")
-@PRECISION
-@click.option("--compile", is_flag=True, help="Compile the autoencoder with torch.compile")
-@THREADS
-@SAVE_EVERY
-@click.option("--sheet-every", default=1000, help="Steps between sheets, which show images above their reconstructions")
-@DEVICE
-def train_autoencoder(**options: Any) -> None:
+@run_options(
+    learning_rate=1e-3,
+    warmup_steps=200,
+    decay_fraction=0.5,
+    sheets="sheets, which show images above their reconstructions",
+)
+def train_autoencoder(**flags: Any) -> None:
     """Train an autoencoder for latent diffusion, or resume a run.
 
     \b
@@ -303,26 +310,26 @@ def train_autoencoder(**options: Any) -> None:
     from tminus.model.training.autoencoder import train_autoencoder as run
     from tminus.service.engine.devices import choose_device
 
-    out = options["out"]
+    out = flags["out"]
     with failing_in_one_line():
-        device = choose_device(options["device"])
-        config = AutoencoderTrainConfig(**{name: options[name] for name in AutoencoderTrainConfig.__dataclass_fields__})
-        like = options["size_px"], options["channels"], options["background"]
-        data = load_training_data(options["data"], "train", options["data_dir"], *like)
-        widths = integers("--widths", options["widths"])
+        device = choose_device(flags["device"])
+        config = AutoencoderTrainConfig(**{name: flags[name] for name in AutoencoderTrainConfig.__dataclass_fields__})
+        like = flags["size_px"], flags["channels"], flags["background"]
+        data = load_training_data(flags["data"], "train", flags["data_dir"], *like)
+        widths = integers("--widths", flags["widths"])
         model = AutoencoderConfig(
-            kind={"kl": KL, "vq": VQ}[options["kind"]],
+            kind={"kl": KL, "vq": VQ}[flags["kind"]],
             in_channels=data.images.shape[1],
             out_channels=data.images.shape[1],
             down_block_types=DOWN_BLOCKS[:1] * len(widths),
             up_block_types=UP_BLOCKS[:1] * len(widths),
             block_out_channels=widths,
-            layers_per_block=options["layers"],
-            latent_channels=options["latent_channels"],
+            layers_per_block=flags["layers"],
+            latent_channels=flags["latent_channels"],
             sample_size=data.images.shape[-1],
-            norm_num_groups=options["groups"],
+            norm_num_groups=flags["groups"],
             scaling_factor=1.0,
-            num_vq_embeddings=options["codes"],
+            num_vq_embeddings=flags["codes"],
         )
         if data.images.shape[-1] % model.factor:
             raise ValueError(f"the side of the images must divide by {model.factor}, got {data.images.shape[-1]}")
@@ -359,20 +366,9 @@ def train_autoencoder(**options: Any) -> None:
 )
 @STEPS
 @click.option("--batch-size", default=64, help="Images in an optimiser step")
-@click.option("--learning-rate", default=3e-4, help="Highest learning rate of Adam")
-@click.option("--warmup-steps", default=100, help="Steps over which the learning rate rises from zero")
-@decay_fraction(0.5)
-@EMA_DECAY
 @click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which is not guided")
-@GRAD_CLIP
-@click.option("--seed", default=0, help="Seed of the order of the images and of the noise")
-@PRECISION
-@click.option("--compile", is_flag=True, help="Compile the networks with torch.compile")
-@THREADS
-@SAVE_EVERY
-@click.option("--sheet-every", default=1000, help="Steps between sample sheets")
-@DEVICE
-def distill(**options: Any) -> None:
+@run_options(learning_rate=3e-4, warmup_steps=100, decay_fraction=0.5, sheets="sample sheets")
+def distill(**flags: Any) -> None:
     """Train a student that samples in 1 to 4 steps, or resume a run.
 
     \b
@@ -388,34 +384,34 @@ def distill(**options: Any) -> None:
     from tminus.model.training.distill import distill as run
     from tminus.service.engine.devices import choose_device
 
-    out, teacher = options["out"], options["checkpoint"]
+    out, teacher = flags["out"], flags["checkpoint"]
     with failing_in_one_line():
-        device = choose_device(options["device"])
-        options["student_steps"] = integers("--student-steps", options["student_steps"])
-        config = DistillConfig(**{name: options[name] for name in DistillConfig.__dataclass_fields__})
+        device = choose_device(flags["device"])
+        flags["student_steps"] = integers("--student-steps", flags["student_steps"])
+        config = DistillConfig(**{name: flags[name] for name in DistillConfig.__dataclass_fields__})
         loaded = load_checkpoint(teacher)
         data = None
-        if options["data"] is not None:
+        if flags["data"] is not None:
             (height, width), channels = loaded.size_px, loaded.image_shape[0]
-            like = max(height, width), channels, options["background"]
-            data = load_training_data(options["data"], "train", options["data_dir"], *like)
+            like = max(height, width), channels, flags["background"]
+            data = load_training_data(flags["data"], "train", flags["data_dir"], *like)
         write = sheet_writer(out, loaded.net.config, device, loaded.autoencoder)
         done = run(out, teacher, config, device=device, data=data, on_sheet=write)
     say_how_it_ended(out, done)
 
 
 def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = "") -> None:
-    """Say whether a run has come to its end, or was interrupted and can be resumed."""
+    """Print whether a run is done, or was interrupted and can be resumed."""
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
     if done and served:
         say(f"{more}Try: tminus serve --checkpoint {out}")
 
 
-# --- what they share: the images they learn from, and the sheets of samples that a run draws ---
+# --- shared: the training images, and the sheets of samples ---
 
 
 def kind_of(data: "ImageSet") -> str:
-    """Say how many images there are, and of which kind, for people."""
+    """Describe the number, size and kind of the images."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
@@ -423,11 +419,11 @@ def kind_of(data: "ImageSet") -> str:
 def load_training_data(
     data: str, split: str, idx_folder: Path | None, size_px: int, channels: int | str | None, background: str
 ) -> "ImageSet":
-    """Load a split (train, test) of Fashion-MNIST, or all of the folder that `data` names.
+    """Load a split (train, test) of Fashion-MNIST, or all images of the folder `data`.
 
-    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px, channels (None: by what they are)
-    and background, the colour that transparent pixels are laid over, are those of a folder's images. Raises DataError,
-    and ValueError for a background that is no colour.
+    idx_folder: of Fashion-MNIST's files; None: Debian's. size_px, channels (None: those of the images) and background,
+    the colour behind transparent pixels, are for a folder's images. Raises DataError, and ValueError for an invalid
+    colour.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
@@ -442,9 +438,9 @@ def load_training_data(
 def sheet_writer(
     folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
 ) -> Callable[["Denoiser", "Plan", int], None]:
-    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
+    """Return a function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
 
-    autoencoder: of a latent model, makes images of the samples.
+    autoencoder: of a latent model; decodes the samples.
     """
     import torch
 
@@ -455,7 +451,7 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    assert unet.size_px is not None  # which every network that is trained, or loaded, has
+    assert unet.size_px is not None  # every network that is trained or loaded has it
     shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
@@ -469,7 +465,7 @@ def sheet_writer(
 def reconstruction_writer(
     folder: Path, data: "ImageSet", device: "torch.device"
 ) -> Callable[["Autoencoder", int], None]:
-    """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
+    """Return a function that draws some images of the data above their reconstructions."""
     import torch
 
     from tminus.model.latent.autoencoder import images_of, latents_of
@@ -485,7 +481,7 @@ def reconstruction_writer(
 
 
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
-    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the one that shows the run as it is now."""
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the run's newest sheet."""
     from tminus.model.files import write_bytes
     from tminus.model.pixels import RGBA, shown_channels, to_uint8
     from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale

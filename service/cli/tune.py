@@ -1,4 +1,4 @@
-"""`tminus tune`: its options, handed to model/tuning/."""
+"""`tminus tune`: the command line of model/tuning/."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, PRECISION_NAMES, comma_separated
+from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR, PRECISION, comma_separated
 from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
@@ -44,12 +44,7 @@ NUMBERS = comma_separated(float, "a number", math.isfinite)
 @click.option("--iterations", default=200, help="Most iterations of refining the coefficients by gradients")
 @click.option("--batch-size", default=64, help="Images in one forward pass")
 @EXECUTOR
-@click.option(
-    "--precision",
-    shell_complete=PRECISION_NAMES,
-    default="auto",
-    help="Number format: auto, float32, tf32 (CUDA) or bfloat16",
-)
+@PRECISION
 @DEVICE
 def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] | None, **options: Any) -> None:
     """Fit samplers with few steps to a checkpoint, and recommend one of them.
@@ -79,7 +74,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
             threads = torch.get_num_threads()
             wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
             loaded.net.to(device)
-            # Loaded apart, since an executor may keep the network it is given.
+            # Loaded a second time, since an executor may keep its network.
             executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a server sent, held to the types and sizes that it should have. Pure; every check raises ValueError."""
+"""Checks of the types and sizes in a server's answers. Pure; every check raises ValueError."""
 
 import base64
 import binascii
@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 
-MOST = 2**64 - 1  # a seed; nothing that is counted is larger
+MOST = 2**64 - 1  # the largest seed; no count is larger
 LONGEST_S = 1e12
-MAX_VALUES = 2**20  # in a JSON document: each takes some 50 bytes of memory, and may be sent in two
+MAX_VALUES = 2**20  # in a JSON document: two bytes of text may become 50 bytes of memory
 MAX_TOKEN = 200
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SIGNATURES = {
@@ -56,7 +56,7 @@ yes_or_no = _of(bool, "neither true nor false")
 
 
 def token(value: object) -> str:
-    """A text that may be a part of an address, a header or a line: printable ASCII, not empty, not long."""
+    """Text that may stand in an address, a header or a line: short printable ASCII, not empty."""
     found = text(value)
     if not (found.isascii() and found.isprintable() and 0 < len(found) <= MAX_TOKEN):
         raise ValueError(f"no token: {found!r:.40}")
@@ -64,7 +64,7 @@ def token(value: object) -> str:
 
 
 def model_name(value: object) -> str:
-    """A name of a model, which may be a part of an address."""
+    """A model's name, which may stand in an address."""
     found = text(value)
     if not MODEL_NAME.fullmatch(found):
         raise ValueError(f"model must be 1..64 of A-Z a-z 0-9 . _ -, a letter or digit first, got {found!r:.100}")
@@ -72,7 +72,7 @@ def model_name(value: object) -> str:
 
 
 def one_of(known: Sequence[T], value: object) -> T:
-    """One of the texts that are known."""
+    """One of the known values."""
     if value not in known:
         raise ValueError(f"none of {', '.join(map(str, known))}: {value!r:.40}")
     return known[known.index(value)]
@@ -86,34 +86,35 @@ def whole(value: object) -> int:
 
 
 def number(value: object) -> float:
-    """A finite number from 0 up, as all times are."""
+    """A finite number, 0 or more."""
     if type(value) not in (int, float) or not 0 <= value <= LONGEST_S:  # type: ignore[operator]
         raise ValueError(f"no number: {value!r:.40}")
     return value  # type: ignore[return-value]
 
 
-def members_of(kind: type[Any], value: object) -> dict[str, Any]:
-    """The members of a JSON object that a dataclass has fields for, each held to the type or the check of its field.
+def read(kind: type[T], value: object) -> T:
+    """Read a JSON object into a dataclass. Each member is checked by its field's type, or by the field's own check.
 
-    A field with a default may be missing; other members, which a newer server adds, are ignored. Raises KeyError too.
+    A field with a default may be missing. Unknown members, which a newer server may add, are ignored. Raises KeyError
+    for a missing member.
     """
     document, found = mapping(value), {}
-    for each in fields(kind):
+    for each in fields(kind):  # type: ignore[arg-type]
         if each.name in document or (each.default is MISSING and each.init):
             types = get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
             check = each.metadata.get("check") or CHECKS.get(types[0]) or partial(one_of, get_args(types[0]))
-            given = document[each.name]
-            found[each.name] = None if given is None and NoneType in types else check(given)
-    return found
+            member = document[each.name]
+            found[each.name] = None if member is None and NoneType in types else check(member)
+    return kind(**found)
 
 
 def optional(check: Callable[[object], T], value: object) -> T | None:
-    """Nothing, or what a check takes."""
+    """None, or a value that passes a check."""
     return None if value is None else check(value)
 
 
 def picture(value: bytes, media_type: str) -> bytes:
-    """Bytes that begin as a file of this type does."""
+    """Bytes that begin like a file of this type."""
     if not value.startswith(SIGNATURES[media_type], SIGNATURE_AT.get(media_type, 0)):
         raise ValueError(f"no {media_type}: {value[:16]!r}")
     return value

@@ -8,7 +8,7 @@ from . import checks
 
 PROBLEM_JSON = "application/problem+json"
 SWITCHING_PROTOCOLS = 101
-GONE = (502, 503)  # from a proxy: the server behind it cannot be reached
+GONE = (502, 503)  # from a proxy that cannot reach the server
 
 
 class ClientError(Exception):
@@ -16,11 +16,11 @@ class ClientError(Exception):
 
 
 class Problem(ClientError):
-    """The server refused or failed, and said why; the errors page of the docs lists the codes.
+    """The server refused the call or failed. The errors page of the docs lists the codes.
 
-    `field`, `value` and `bound` name what to change, where that is one thing. `errors` has all that is wrong with the
-    parameters, each with `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again.
-    `document` has all members, also those of one code only, as the `cause` of `no_images`.
+    `field`, `value` and `bound` name one thing to change. `errors` lists all mistakes in the parameters, each with
+    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again. `document` has all members,
+    also those of single codes, such as the `cause` of `no_images`.
     """
 
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
@@ -46,9 +46,9 @@ class Unreachable(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is not from a tminus server, perhaps from a proxy in front of one. `status` is that of the answer.
+    """The answer is not that of a tminus server; perhaps it comes from a proxy. `status` is that of the answer.
 
-    It has members of other types than a tminus server sends, or more of anything than the call asked for.
+    Members have other types than a tminus server sends, or there is more of something than the call asked for.
     """
 
     def __init__(self, status: int, reason: object = "") -> None:
@@ -59,7 +59,7 @@ class UnexpectedAnswer(ClientError):
 
 @contextmanager
 def expecting(status: int) -> Iterator[None]:
-    """Turn what the checks of an answer raise, ValueError and KeyError, into UnexpectedAnswer."""
+    """Raise UnexpectedAnswer for the ValueError and KeyError of an answer's checks."""
     try:
         yield
     except (KeyError, ValueError) as error:
@@ -80,7 +80,7 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientE
 
 
 def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Problem:
-    """The problem that a document tells of. Raises ValueError where its members are not of their types."""
+    """Read a problem document. Raises ValueError if a member has the wrong type."""
     checks.whole(members.get("status", 0))
     for name in ("code", "detail"):
         checks.text(members.get(name, ""))

@@ -1,4 +1,4 @@
-"""What the server reports while a job runs, over the WebSocket and as server-sent events. No I/O."""
+"""Messages of the WebSocket and server-sent events, which report on a job. No I/O."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from .errors import UnexpectedAnswer, problem_of
 from .results import JobState
 from .sse import ServerSentEvent
 
-AS_IT_IS = {"check": lambda value: value}  # what is no JSON
-CANCEL = '{"type": "cancel"}'  # to the server
+AS_IT_IS = {"check": lambda value: value}  # no JSON
+CANCEL = '{"type": "cancel"}'  # the client sends it
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A watched job was accepted. position: how many are ahead; eta_s: seconds until it should be done.
+    """A watched job was accepted. position: the number of jobs ahead; eta_s: expected seconds until it is done.
 
-    sampler, steps, guidance: what is taken; None where a server of an earlier version does not say.
+    sampler, steps, guidance: those of the job; None from a server of an earlier version.
     """
 
     id: str
@@ -67,7 +67,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A durable job waits. position: how many are ahead; eta_s: seconds until it should be done; None if unknown."""
+    """A durable job waits. position: jobs ahead; eta_s: expected seconds until it is done; None: unknown."""
 
     position: int | None
     eta_s: float | None
@@ -95,7 +95,7 @@ Event = Waiting | Progress | Frame | Ended
 
 
 def images_after(members: Mapping[str, Any]) -> int:
-    """How many binary messages follow the JSON part of a message. Raises KeyError, ValueError."""
+    """The number of binary messages that follow a JSON message. Raises KeyError, ValueError."""
     match checks.text(members["type"]):
         case "frame":
             return 1
@@ -105,16 +105,16 @@ def images_after(members: Mapping[str, Any]) -> int:
 
 
 def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Message:
-    """Read a message. Raises Problem for an error that the server reports; KeyError, ValueError."""
+    """Read a message. Raises Problem for a message of type `error`, KeyError and ValueError for a malformed one."""
     match members["type"]:
         case "accepted":
-            return Accepted(**checks.members_of(Accepted, members))
+            return checks.read(Accepted, members)
         case "frame":
             return frame(members, pictures[0])
         case "done":
-            return Done(**checks.members_of(Done, {**members, "images": pictures}))
+            return checks.read(Done, {**members, "images": pictures})
         case "cancelled":
-            return Cancelled(**checks.members_of(Cancelled, members))
+            return checks.read(Cancelled, members)
         case "error":
             raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
     raise ValueError(f"a message of type {members['type']!r:.40}")
@@ -122,18 +122,21 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
     """Read a frame. Raises KeyError, ValueError."""
-    return Frame(**checks.members_of(Frame, {"image": None, **members, "data": data}))
+    return checks.read(Frame, {"image": None, **members, "data": data})
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
-    """Read a server-sent event of a job; None for a kind that a newer server may add. Raises UnexpectedAnswer."""
+    """Read a server-sent event of a job; None for an unknown kind, which a newer server may add.
+
+    Raises UnexpectedAnswer.
+    """
     try:
         members = checks.mapping(checks.loads(sent.data))
         match sent.event:
             case "waiting":
-                return Waiting(**checks.members_of(Waiting, members))
+                return checks.read(Waiting, members)
             case "progress":
-                return Progress(**checks.members_of(Progress, members))
+                return checks.read(Progress, members)
             case "frame":
                 return frame(members, checks.decoded(members["data"]))
             case "done" | "failed" | "cancelled":

@@ -1,4 +1,4 @@
-"""The parameters of a job, as users give them and as the server takes them."""
+"""The parameters of a job, and how they are sent."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 
 class Parameters(TypedDict, total=False):
-    """The parameters of POST /sample; the API reference says what each means. The server has a default for each.
+    """The parameters of POST /sample, as the API reference describes them. The server has a default for each.
 
     A Picture is the bytes of a PNG, JPEG or WebP, the Path of such a file, or its base64.
     """
@@ -43,9 +43,9 @@ class Parameters(TypedDict, total=False):
 
 
 class Preview(TypedDict, total=False):
-    """Which frames of a job are sent.
+    """The frames of a job.
 
-    every: a frame after so many steps; fps: so many a second (10 if neither is given). show: `x_t`, the latent (the
+    every: steps between frames; fps: frames a second (10 if neither is given). show: `x_t`, the latent (the
     default of `watch`; `events` sends no frames by default), `x_0`, the network's guess, or a list of both.
     frame_format: `png`, `webp` or `jpeg`. layout: `sheet`, one picture of all images, or `images`, one each.
     """
@@ -58,10 +58,11 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`.
+    """The parameters of `sample`.
 
-    accept="application/vnd.tminus.trajectory" gives the passes of `keep`, or all of them; `dtype`: float32 or float16.
-    clip_output: whether the floats of accept="application/x-npy" are clipped to the model's range; they are by default.
+    every, show: steps between the frames of accept="image/webp", and x_t or x_0. keep, dtype: the passes that
+    accept="application/vnd.tminus.trajectory" has (all by default), in float32 or float16. clip_output: whether the
+    floats of accept="application/x-npy" are clipped to the model's range (yes by default).
     """
 
     every: int
@@ -87,10 +88,10 @@ def text_of(parameters: Mapping[str, Any]) -> str:
 
 def webhook_members(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
     """The parameters of a webhook."""
-    given = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
-    return {name: value for name, value in given.items() if value is not None}
+    members = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def bytes_of(image: bytes | Path) -> bytes:
-    """The bytes of an image. Raises OSError where a file cannot be read."""
+    """The bytes of an image. Raises OSError for an unreadable file."""
     return image.read_bytes() if isinstance(image, Path) else image

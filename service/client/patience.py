@@ -1,4 +1,4 @@
-"""How long a call goes on trying, and when it looks again. No I/O but a clock."""
+"""When a call is tried again, and when a job is polled again. No I/O but a clock."""
 
 import math
 import random
@@ -9,19 +9,19 @@ from .errors import ClientError, Problem, Unreachable
 from .results import JobState
 
 RESTART_S = 60.0  # a server that stopped answering may be starting again
-FIRST_S, LONGEST_S = 0.25, 4.0  # between two attempts to connect
+FIRST_S, LONGEST_S = 0.25, 4.0  # pauses between attempts to connect
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 2.0
 LAST_LOOK_S = 1.0
 WORTH_WAITING = (429, 503, 507)
 
 
 class Patience:
-    """The patience of one call: told each failure, it says how long to wait, or raises.
+    """Decides after each failure of a call how long to wait before the next attempt, or raises.
 
-    patience_s: how long in all, from the first failure on; this holds for broken connections too, since a call is safe
-    to repeat. once: not this one, so that what the server may have got is not sent again. durable: what is asked for
-    outlasts the server's process, so that a restart is waited for; known: the server is known to exist, so that a first
-    failure to connect may be a restart.
+    patience_s: seconds in all, from the first failure on; also for broken connections, since a call is safe to repeat.
+    once: the call is not, so it is not sent again if the server may have got it. durable: the call's object outlasts
+    the server's process, so a restart is waited for. known: the server exists, so a first failure to connect may be a
+    restart.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Patience:
         limit_s, now_s = self._patience_s, self._clock()
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
-            wait_s = error.retry_after_s  # the server tells each client another time
+            wait_s = error.retry_after_s  # the server spreads these over clients
         elif isinstance(error, Unreachable) and not (self._once and error.reached):
             self._known |= error.reached
-            wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  so that clients do not return all at once
+            wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  clients do not come back at the same moment
             self._next_s = min(2 * self._next_s, LONGEST_S)
             if self._durable and self._known:
                 limit_s = max(limit_s, RESTART_S)
@@ -63,22 +63,22 @@ class Patience:
 
 
 class Polling:
-    """When to look at a job again that has not ended: when it should have, at most timeout_s from now on."""
+    """Decides when a running job is read again: at its expected end, and at most timeout_s after the start."""
 
     def __init__(self, job_id: str, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._job_id, self._timeout_s, self._clock, self._began = job_id, timeout_s, clock, clock()
 
     def look_s(self, longest_s: float) -> float:
-        """How long the next look may take, the last one a little even where the time is up."""
+        """Seconds that the next request may take. When the time is up, a last one gets LAST_LOOK_S."""
         return longest_s if self._timeout_s is None else min(longest_s, max(self._left_s(), LAST_LOOK_S))
 
     def pause_s(self, job: JobState) -> float:
-        """Seconds until the next look. Raises TimeoutError."""
+        """Seconds until the next request. Raises TimeoutError."""
         pause_s = min(max(job.eta_s or 0, SHORTEST_POLL_S), LONGEST_POLL_S)
         return self._cut(pause_s, f"is {job.state}")
 
     def pause_after_s(self, error: ClientError, patience: Patience) -> float:
-        """Seconds until the next look after one that failed. Raises TimeoutError, or the error as `patience` does."""
+        """Seconds until the next request after a failure. Raises TimeoutError, or the error as `patience` does."""
         return self._cut(patience.pause_s(error), f"could not be looked at ({error})")
 
     def _cut(self, pause_s: float, known: str) -> float:

@@ -1,6 +1,6 @@
-"""What a server sends of a job, held to what was asked for and to the order it must come in: messages, events. No I/O.
+"""Reads the messages and events of a job, and checks that they are those of the request, in order. No I/O.
 
-Without this a server could send frames without end, and whoever keeps them would run out of memory.
+A server could otherwise send frames without end, and a caller that keeps them would run out of memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,28 +17,28 @@ from .sse import Decoder, ServerSentEvent
 MIB = 2**20
 IMAGE_BYTES = 16 * MIB  # one image in a file: 2048 x 2048 pixels in colour, with its text
 ANSWER_BYTES = 512 * MIB  # any answer or message
-ANIMATION_BYTES = 64 * MIB  # which a server makes of 16 MiB of pixels at most
-TRAJECTORY_BYTES = 64 * MIB  # of which a server makes 32 MiB at most
+ANIMATION_BYTES = 64 * MIB  # a server encodes at most 16 MiB of pixels
+TRAJECTORY_BYTES = 64 * MIB  # a server makes at most 32 MiB
 DOCUMENT_BYTES = 16 * MIB  # JSON without images
-MAX_STEPS = 100_000  # of a request that does not say
+MAX_STEPS = 100_000  # where the request gives no number
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request asks for, as far as it bounds what answers it."""
+class Expected:
+    """The bounds of the answer to a request."""
 
     images: int  # n
-    passes: int  # that an image takes, at most; frames count these as steps
+    passes: int  # of an image, at most; frames count them as steps
     every: int  # steps between two frames, at least
-    shows: frozenset[str]  # what frames may show
-    in_sheets: bool  # one picture of all images, not one each
+    shows: frozenset[str]  # x_t, x_0
+    in_sheets: bool  # a picture shows all images, not one
     frame_type: str  # media type of a frame
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Asked":
-        """Read it from the parameters of a call; `show` holds where they have none."""
+    def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Expected":
+        """Derive them from the parameters of a call. show: what is shown by default."""
         shows = parameters.get("show", show)
         # A sampler takes two passes a step and one more at most; with `nearest` the server chooses the steps.
         passes = MAX_STEPS if parameters.get("nearest") else 2 * _whole(parameters.get("steps"), MAX_STEPS) + 1
@@ -53,16 +53,16 @@ class Asked:
 
     @property
     def pictures(self) -> int:
-        """How many pictures a step is shown in, for each of `shows`."""
+        """The number of pictures of a step, for each of `shows`."""
         return 1 if self.in_sheets else self.images
 
     @property
     def picture_bytes(self) -> int:
-        """How long one of them may be."""
+        """The largest size of a picture."""
         return min(self.images * IMAGE_BYTES, ANSWER_BYTES) if self.in_sheets else IMAGE_BYTES
 
     def answer_bytes(self, media_type: str) -> int:
-        """How long an answer of a media type may be."""
+        """The largest size of an answer of a media type."""
         if media_type == "image/webp":
             return ANIMATION_BYTES
         if media_type == "application/vnd.tminus.trajectory":
@@ -71,59 +71,59 @@ class Asked:
         return min(self.images * encoded, ANSWER_BYTES)
 
 
-def _whole(given: object, otherwise: int) -> int:
-    """A parameter as a number; another value than a number from 1 up is for the server to refuse."""
+def _whole(parameter: object, default: int) -> int:
+    """Read a parameter as a number of 1 or more. The server refuses other values, so the default will do for them."""
     try:
-        number = int(given)  # type: ignore[call-overload]
+        number = int(parameter)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
-        return otherwise
-    return number if number >= 1 else otherwise
+        return default
+    return number if number >= 1 else default
 
 
 class FrameOrder:
-    """Frames show one step after the other, and each step at most once in each of the pictures that were asked for."""
+    """Checks that the steps of frames rise, and that no step has more pictures than the request asks for."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked, self._step, self._shown = asked, 0, set[tuple[str, int | None]]()
+    def __init__(self, expected: Expected) -> None:
+        self._expected, self._step, self._shown = expected, 0, set[tuple[str, int | None]]()
 
     def check(self, frame: Frame) -> None:
-        """Raise ValueError for a frame that cannot come now."""
-        asked, each = self._asked, (frame.show, frame.image)
-        if not frame.step <= frame.steps <= asked.passes:
-            raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {asked.passes} are the most")
-        if frame.show not in asked.shows or (frame.image is None) != asked.in_sheets:
+        """Raise ValueError for a frame that is out of order."""
+        expected, each = self._expected, (frame.show, frame.image)
+        if not frame.step <= frame.steps <= expected.passes:
+            raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {expected.passes} are the most")
+        if frame.show not in expected.shows or (frame.image is None) != expected.in_sheets:
             raise ValueError(f"a frame of {frame.show!r:.40}, image {frame.image}, which was not asked for")
         if frame.step != self._step:
-            if frame.step // asked.every <= self._step // asked.every:
+            if frame.step // expected.every <= self._step // expected.every:
                 raise ValueError(f"a frame of step {frame.step} after one of step {self._step}")
             self._step, self._shown = frame.step, set()
-        if each in self._shown or len(self._shown) >= len(asked.shows) * asked.pictures:
+        if each in self._shown or len(self._shown) >= len(expected.shows) * expected.pictures:
             raise ValueError(f"more frames of step {frame.step} than were asked for")
         self._shown.add(each)
-        checks.picture(frame.data, asked.frame_type)
+        checks.picture(frame.data, expected.frame_type)
 
 
 class Reading:
-    """The messages of one watched job: Accepted, then frames, then the end with as many images as were asked for."""
+    """Reads the messages of a watched job: Accepted, then frames, then the end with all images."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked, self._frames, self._accepted = asked, FrameOrder(asked), False
+    def __init__(self, expected: Expected) -> None:
+        self._expected, self._frames, self._accepted = expected, FrameOrder(expected), False
         self._members: Mapping[str, Any] = {}
 
     def begin(self, text: str | bytes) -> int:
-        """Check the JSON part of a message; returns how many images follow it. Raises UnexpectedAnswer."""
+        """Check the JSON part of a message, and return the number of images that follow. Raises UnexpectedAnswer."""
         with expecting(SWITCHING_PROTOCOLS):
             self._members = checks.mapping(checks.loads(text))
             kind, images = checks.text(self._members["type"]), images_after(self._members)
             if kind != "error" and (kind == "accepted") == self._accepted:
                 raise ValueError(f"{kind!r:.40} came at the wrong time")
-            if kind == "done" and images != self._asked.pictures:
-                raise ValueError(f"{images} images, where {self._asked.pictures} were asked for")
+            if kind == "done" and images != self._expected.pictures:
+                raise ValueError(f"{images} images, where {self._expected.pictures} were asked for")
         self._accepted = True
         return images
 
     def end(self, images: Sequence[str | bytes]) -> Message:
-        """Read the message that began, with its images. Raises Problem, UnexpectedAnswer."""
+        """Read the rest of the message, with its images. Raises Problem, UnexpectedAnswer."""
         with expecting(SWITCHING_PROTOCOLS):
             pictures = tuple(image for image in images if isinstance(image, bytes))
             if len(pictures) < len(images):
@@ -138,26 +138,26 @@ class Reading:
 
 
 class Following:
-    """Reads GET /jobs/{id}/events over several connections; `ended` once the job has.
+    """Reads GET /jobs/{id}/events over several connections, until the job has `ended`.
 
-    The patience starts over whenever the server says something.
+    The patience starts over whenever an event comes.
     """
 
-    def __init__(self, last_id: str, patience: Patience, asked: Asked) -> None:
+    def __init__(self, last_id: str, patience: Patience, expected: Expected) -> None:
         self.ended = False
-        self._last_id, self._patience, self._asked = last_id, patience, asked
-        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(asked), False
+        self._last_id, self._patience, self._expected = last_id, patience, expected
+        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(expected), False
 
     def begin_connection(self) -> dict[str, str]:
-        """Discard an incomplete event of the last connection; returns the headers of the next request."""
-        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(self._asked), False
+        """Discard an incomplete event of the last connection, and return the headers of the next request."""
+        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(self._expected), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 
     def read(self, chunk: bytes) -> Iterator[Event]:
-        """Give the events that end in a chunk. Raises UnexpectedAnswer."""
+        """Yield the events that are complete with this chunk. Raises UnexpectedAnswer."""
         with expecting(OK):
             received = self._decoder.feed(chunk)
-        if received or self._heard:  # the first chunk is only a greeting, which a server about to stop sends too
+        if received or self._heard:  # the first chunk is a greeting, which even a stopping server sends
             self._patience.renew()
         self._heard = True
         for sent in received:
@@ -174,11 +174,11 @@ class Following:
         event = event_of(sent)
         with expecting(OK):
             if sent.id:
-                checks.token(sent.id)  # it is sent back in a header
+                checks.token(sent.id)  # the next request has it in a header
             if isinstance(event, Frame):
                 self._frames.check(event)
             elif isinstance(event, Waiting | Progress):
-                # Beside frames these come only first: from a server that begins to work on the job. It may be another
-                # one, whose events come over the same connection, and which goes on from a snapshot: steps come again.
-                self._frames = FrameOrder(self._asked)
+                # A server sends these before its first frame. Another server may have taken over the job over the same
+                # connection, and it goes on from a snapshot, so that steps come again.
+                self._frames = FrameOrder(self._expected)
         return event

@@ -1,4 +1,4 @@
-"""What the server's responses hold."""
+"""The results of calls, read from the server's responses."""
 
 import io
 import math
@@ -27,7 +27,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 NAME = {"check": checks.model_name}
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
-ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
+ZIP_END = struct.Struct("<4s4xHHLLH")  # last record of a zip without a comment; PKZIP's APPNOTE.TXT, 4.3.16
 # NumPy's format, version 1.0: float32 of four dimensions, in the order of C.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, "
@@ -36,7 +36,7 @@ NPY_HEADER = re.compile(
 )
 ZIP64_LOCATOR = b"PK\x06\x07"
 OK = 200
-MAX_IMAGES = 4096  # of a request that does not say
+MAX_IMAGES = 4096  # where the request gives no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Sampled:
     """The images of a job: `data` is one sheet, a zip, JSON, floats or a trajectory, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer from the server's cache. `sampler`, `steps` and `guidance` are what was taken; None where a server of an
-    earlier version does not say. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
+    an answer from the server's cache. `sampler`, `steps` and `guidance` are those of the job; None from a server of an
+    earlier version. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
     `encode` in seconds; it is empty for an answer from the cache and for the image of a durable job.
     """
 
@@ -96,9 +96,9 @@ class Sampled:
 
     @property
     def floats(self) -> "memoryview[float]":
-        """The floats of application/x-npy, [n, C, H, W], of which `numpy.asarray` makes an array without a copy.
+        """The floats of application/x-npy, [n, C, H, W]; `numpy.asarray` makes an array of them without a copy.
 
-        Raises UnexpectedAnswer where there are none.
+        Raises UnexpectedAnswer if the data are no such array.
         """
         found = NPY_HEADER.match(self.data)
         shape = [int(side) for side in found[1].split(b",")] if found is not None else []
@@ -108,7 +108,7 @@ class Sampled:
 
     @property
     def pngs(self) -> list[bytes]:
-        """The PNGs, one an image; for `image/png` one sheet of all. Raises UnexpectedAnswer where there are none."""
+        """The PNGs, one an image; for `image/png` one sheet of all. Raises UnexpectedAnswer if there are none."""
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:
@@ -163,13 +163,13 @@ class JobState:
     fingerprint: str | None
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
-    webhook: Mapping[str, Any] | None = None  # who is told of it, and how far that has come
+    webhook: Mapping[str, Any] | None = None  # its receiver, and the state of the delivery
 
     @classmethod
     def of(cls, document: Any) -> "JobState":
         """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         with expecting(OK):
-            return cls(**checks.members_of(cls, document))
+            return checks.read(cls, document)
 
     @property
     def ended(self) -> bool:
@@ -184,7 +184,7 @@ def object_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
-    """Some jobs, and where the next page begins; None: nowhere. Raises UnexpectedAnswer."""
+    """The jobs of a page, and where the next page begins; None: this is the last. Raises UnexpectedAnswer."""
     document = object_of(response)
     with expecting(response.status_code):
         jobs = [JobState.of(job) for job in checks.items(document["jobs"])]
@@ -195,7 +195,7 @@ def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
 
 
 def _files(data: bytes) -> dict[str, bytes]:
-    """Unpack a zip of PNGs as the server makes it: stored, one after the other. Raises ValueError, BadZipFile."""
+    """Unpack a zip of uncompressed PNGs, as the server makes it. Raises ValueError, BadZipFile and the like."""
     end = data[-ZIP_END.size :]
     if len(end) < ZIP_END.size or not end.startswith(b"PK\x05\x06"):
         raise ValueError("its end is missing")
@@ -211,7 +211,7 @@ def _files(data: bytes) -> dict[str, bytes]:
                 raise ValueError(f"{entry.filename!r:.40} is no name of an image")
         if len({entry.filename for entry in entries}) < len(entries):
             raise ValueError("a name comes twice")
-        if sum(entry.file_size for entry in entries) > len(data):  # entries that lie over each other
+        if sum(entry.file_size for entry in entries) > len(data):  # entries overlap
             raise ValueError("its files are larger than itself")
         return {entry.filename: checks.picture(archive.read(entry), PNG) for entry in entries}
 
@@ -224,30 +224,30 @@ def _timings_s(header: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model as GET /models describes it. `info` is what GET /model says of it, and None where it is not served.
+    """A model as GET /models describes it. `info` is the answer of GET /model; None if it is not served.
 
     A server may serve a model that is `unloaded`: the first request loads it.
     """
 
     name: str = field(metadata=NAME)
-    default: bool  # whether calls that name no model are of it
+    default: bool  # calls that name no model use it
     state: Loaded
     info: Mapping[str, Any] | None
-    url: str | None = None  # the path below which its page and its whole API are; None where it is not served
+    url: str | None = None  # the path of its page and its API; None if it is not served
 
     @classmethod
     def of(cls, document: Any) -> "ModelState":
         """Read a model's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         with expecting(OK):
             members = checks.mapping(document)
-            model = cls(**checks.members_of(cls, members | {"info": members["model"]}))
+            model = checks.read(cls, members | {"info": members["model"]})
             if model.state == "loaded" and model.info is None:
                 raise ValueError(f"{model.name} is {model.state}, with no description")
         return model
 
 
 def models_of(response: httpx.Response) -> list[ModelState]:
-    """The models in a list, each of another name. Raises UnexpectedAnswer."""
+    """The models of a list. Raises UnexpectedAnswer, also if a name comes twice."""
     document = object_of(response)
     with expecting(response.status_code):
         models = [ModelState.of(model) for model in checks.items(document["models"])]

@@ -1,4 +1,4 @@
-"""Addresses, keys, limits, and what the errors of httpx and of websockets mean. No I/O."""
+"""Addresses, keys and limits, and the meaning of errors of httpx and websockets. No I/O."""
 
 import re
 import warnings
@@ -13,18 +13,18 @@ from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreacha
 if TYPE_CHECKING:  # at run time all but `watch` does without websockets
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-VERSION = {"API-Version": "1"}  # that this client is written for; a server that does not have it says so
-UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
+VERSION = {"API-Version": "1"}  # a server without this version refuses the call
+UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and an unpacked size is hard to bound
 CONNECT_S = 10.0
-CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
-# For the answer to a ping over a WebSocket. It is not read while the caller is busy with what came before it, so this
-# is longer than a server lets a client be silent, and the server decides.
+CLOSE_S = 1.0  # for the closing handshake of a WebSocket: nothing more is read
+# For the answer to a ping over a WebSocket, which is not read while the caller is busy with earlier messages. It is
+# longer than the server's own limit, so that the server decides.
 PONG_S = 90.0
 QUIET_S = 60.0
-# Long requests take no room from others. httpx bounds connections to 100, and lets 20 wait for the next request.
+# By default httpx allows 100 connections, so that long requests would delay others.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
-OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UTF-8, larger than asked for
+OUR_COMPLAINTS = (1002, 1007, 1009)  # the client closes: protocol error, no UTF-8, too large
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -46,12 +46,12 @@ def ws_address(url: str) -> str:
 
 
 def model_address(address: str, model: str | None) -> str:
-    """Make the address of one model; None: of the default one, which is that of the server. Raises ValueError."""
+    """Make the address of a model; that of the default one (None) is the server's. Raises ValueError."""
     return address if model is None else f"{address}/models/{checks.model_name(model)}"
 
 
 def authorization(key: str) -> dict[str, str]:
-    """Make the header that sends a key. Raises ValueError, which does not show it, for one that no header can hold."""
+    """Make the header for a key. Raises ValueError, which does not show the key, if no header can hold it."""
     if not KEY.fullmatch(key):
         raise ValueError("a key must be printable ASCII, without spaces or line ends around it")
     return {"Authorization": f"Bearer {key}"}
@@ -72,7 +72,7 @@ class KeyAuth(httpx.Auth):
 def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Mapping[str, str] | None:
     """Add a key to the headers that go with everything, in place of another Authorization.
 
-    Raises ValueError for a key that no header can hold, and where the url has credentials, which take the same header.
+    Raises ValueError for a key that no header can hold, and for a url with credentials, which take the same header.
     """
     if key is None:
         return headers
@@ -83,24 +83,24 @@ def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Ma
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
-    """Make the time limits of a request. quiet_s: how long the server may send nothing; None: as long as it takes."""
+    """Make the time limits of a request. quiet_s: seconds that the server may be silent; None: no limit."""
     return httpx.Timeout(quiet_s, connect=CONNECT_S if quiet_s is None else min(CONNECT_S, quiet_s))
 
 
 def check_coding(response: httpx.Response) -> None:
-    """Refuse a response that is compressed all the same, before anything of it is unpacked. Raises UnexpectedAnswer."""
+    """Raise UnexpectedAnswer for a compressed response, before it is unpacked."""
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
         raise UnexpectedAnswer(response.status_code, f"compressed ({coding!r:.40}), which was not asked for")
 
 
 def too_large(status: int, max_bytes: int) -> UnexpectedAnswer:
-    """Make the error for an answer that is longer than one to this request can be."""
+    """Make the error for an answer that is too long for its request."""
     return UnexpectedAnswer(status, f"longer than an answer to this can be ({max_bytes} bytes)")
 
 
 def warn_of_deprecation(method: str, response: httpx.Response) -> None:
-    """Warn where the server says that a call goes away (RFC 9745 and 8594). The warning names no query."""
+    """Warn of a call that the server calls deprecated (RFC 9745 and 8594). The warning names no query."""
     if "deprecation" in response.headers:
         until = response.headers.get("sunset")
         what = f"{method} {response.url.path} is deprecated" + (f", and works until {until:.40}" if until else "")
@@ -108,7 +108,7 @@ def warn_of_deprecation(method: str, response: httpx.Response) -> None:
 
 
 def check(response: httpx.Response) -> None:
-    """Raise the ClientError that a response stands for, unless it is 2xx. Its content must have been read."""
+    """Raise the ClientError of a response that is not 2xx. Its content must have been read."""
     if not response.is_success:
         raise error_of(response.status_code, response.headers, response.content)
 

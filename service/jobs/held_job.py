@@ -1,25 +1,27 @@
-"""A durable job that this process holds: its states, and which of them may follow which.
+"""The durable jobs that this process holds: their states, and which state may follow which.
 
-The life of one is in lifecycle.py. In the event loop's thread only.
+job_runner.py takes a job from one state to the next. In the event loop's thread only.
 """
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.preview import Mailbox, Watch
+from tminus.service.worker.worker import Worker
 
 
 class HeldState(Enum):
     """Where a job is between its acceptance, or its claim, and its end."""
 
-    WAITING = auto()  # for the worker to have room for it
-    IN_WORKER = auto()  # the worker has it, or what it has made is being read
+    WAITING = auto()  # until the worker has room for it
+    IN_WORKER = auto()  # the worker has the job, or its images are being read
     LEFT = auto()  # for another start: this process has no room for it, or its worker ends or has crashed
-    ENDING = auto()  # it has ended, and that is being kept
-    ENDED = auto()  # that is kept
-    LOST = auto()  # it is not held any more: another replica has it, or it was cancelled or deleted at one
+    ENDING = auto()  # it has ended, and the store does not have the end yet
+    ENDED = auto()  # the store has the end
+    LOST = auto()  # another replica has the job, or it was cancelled or deleted at another
 
 
 TRANSITIONS: dict[HeldState, frozenset[HeldState]] = {
@@ -35,22 +37,22 @@ LAST_STATES = {state for state, following in TRANSITIONS.items() if not followin
 
 @dataclass(slots=True, eq=False)
 class HeldJob:
-    """A durable job that is held here. Only Lifecycle changes it."""
+    """A durable job that is held here."""
 
     record: JobRecord
-    model: int  # the number of its model, on whose weights it ends
+    model: int  # the number of its model
     model_name: str
     state: HeldState = HeldState.WAITING
     ending: JobRecord | None = None  # how it ended, from ENDING on
-    over: asyncio.Event = field(default_factory=asyncio.Event)  # set in the last states: nothing is made of it here
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # set in the last states
     viewers: dict[Watch, Mailbox] = field(default_factory=dict)
 
     def may_become(self, state: HeldState) -> bool:
-        """Whether a state may follow the one that it is in."""
+        """Whether a state may follow the current one."""
         return state in TRANSITIONS[self.state]
 
     def become(self, state: HeldState) -> None:
-        """Enter the next state. Viewers of a job that will make no more steps here are told so."""
+        """Enter the next state. Mailboxes of a job that takes no more steps here are closed."""
         assert self.may_become(state), f"{self.state} -> {state}"
         self.state = state
         if state in LAST_STATES:
@@ -58,3 +60,64 @@ class HeldJob:
         if state in LAST_STATES or state is HeldState.LEFT:
             for mailbox in self.viewers.values():
                 mailbox.close()
+
+
+class HeldJobs:
+    """Owns the durable jobs of one model that are held here, and who watches them."""
+
+    def __init__(self, worker: Worker, model: int, model_name: str) -> None:
+        self._worker, self._model, self._model_name = worker, model, model_name
+        self._jobs: dict[str, HeldJob] = {}
+        self._idle = asyncio.Event()  # while every job is left for another start, or there is none
+        self._idle.set()
+
+    def __iter__(self) -> Iterator[HeldJob]:
+        return iter(self._jobs.values())
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def ids(self) -> list[str]:
+        """Return the ids of the jobs."""
+        return list(self._jobs)
+
+    def find(self, job_id: str) -> HeldJob | None:
+        """Look up one job; None if it is not held here."""
+        return self._jobs.get(job_id)
+
+    def hold(self, record: JobRecord) -> HeldJob:
+        """Hold one more job."""
+        job = self._jobs[record.id] = HeldJob(record, self._model, self._model_name)
+        self._idle.clear()
+        return job
+
+    def move(self, job: HeldJob, state: HeldState) -> None:
+        """Move a job to its next state. In a last state it is held no more."""
+        job.become(state)
+        if state is HeldState.IN_WORKER:
+            for watch in job.viewers:
+                self._worker.watch(job.record.id, watch)
+        if state in LAST_STATES:
+            self._jobs.pop(job.record.id, None)
+        if all(each.state is HeldState.LEFT for each in self):
+            self._idle.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no job, or none that this process ends."""
+        return self._idle.is_set()
+
+    async def idle(self) -> None:
+        """Wait until `is_idle`."""
+        await self._idle.wait()
+
+    def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
+        """Show a job to a viewer. The mailbox is closed when the job takes no more steps here."""
+        job.viewers[watch] = mailbox
+        if job.state is HeldState.IN_WORKER:
+            self._worker.watch(job.record.id, watch)
+
+    def unwatch(self, job: HeldJob, watch: Watch) -> None:
+        """Show a job to a viewer no more."""
+        job.viewers.pop(watch, None)
+        self._worker.unwatch(job.record.id, watch)

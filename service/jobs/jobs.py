@@ -18,6 +18,7 @@ from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Outcome, Place
+from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.delivery_store import Delivery
 from tminus.service.preview import Mailbox, Watch
@@ -26,7 +27,7 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # how often a job is looked for that another server may hold
+POLL_INTERVAL_S = 1.0  # between two look-ups of a job that another server may hold
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others who ask for the same job
 
@@ -54,7 +55,7 @@ class Jobs:
 
     def all_held(self) -> list[HeldJob]:
         """Return every durable job that has not ended and is held here."""
-        return [job for each in self._lifecycles.values() for job in each.all()]
+        return [job for each in self._lifecycles.values() for job in each.held]
 
     def remove(self, model: int) -> None:
         """Forget the jobs of a model."""
@@ -71,7 +72,7 @@ class Jobs:
 
     def _held(self, job_id: str, sees: str | None = None) -> HeldJob | None:
         """Look up a durable job that has not ended and is held here."""
-        found = (job for each in self._lifecycles.values() if (job := each.find(job_id)) is not None)
+        found = (job for each in self._lifecycles.values() if (job := each.held.find(job_id)) is not None)
         return next((job for job in found if sees in (None, job.record.owner)), None)
 
     def by_store(self, job_id: str = "") -> list[Lifecycle]:
@@ -151,7 +152,7 @@ class Jobs:
                 raise Draining
             job = self._held(job_id)
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(POLL_INTERVAL_S):
                     await (job.over if job is not None else asyncio.Event()).wait()
         return view
 
@@ -214,13 +215,14 @@ class Jobs:
         if job is None:
             return await self._cancel_elsewhere(job_id, sees)
         lifecycle = self._lifecycles[job.model]
-        lifecycle.cancel(job)
+        lifecycle.runner.cancel(job)
         try:
             async with asyncio.timeout(CANCEL_S):
                 await job.over.wait()
         except TimeoutError:
             if job.ending is not None and job.ending.outcome != "cancelled":  # its result takes long to be kept
-                await lifecycle.cancel_elsewhere(job.record)
+                if lifecycle.leases is not None:
+                    await lifecycle.leases.cancel(job.record)
                 if (view := await self.find_durable(job_id, sees)).record.outcome is not None:
                     return view
                 raise StorageFailed("the job has ended, and its result cannot be stored at the moment") from None
@@ -232,7 +234,8 @@ class Jobs:
 
     async def _cancel_elsewhere(self, job_id: str, sees: str | None) -> JobView:
         view = await self.find_durable(job_id, sees)
-        if view.record.outcome is None and await self._lifecycles[view.model].cancel_elsewhere(view.record):
+        leases = self._lifecycles[view.model].leases
+        if leases is not None and view.record.outcome is None and await leases.cancel(view.record):
             view = await self.find_durable(job_id, sees)
         return view
 
@@ -255,15 +258,15 @@ class Jobs:
     async def held_at(self, view: JobView) -> str | None:
         """Return the address of the replica that works on a job, if it is another and has one. Raises StorageFailed."""
         lifecycle = self._lifecycles.get(view.model)
-        if lifecycle is None or not view.record.held or self._held(view.record.id):
+        if lifecycle is None or not view.record.held or self._held(view.record.id):  # a file's records are not held
             return None
-        return await lifecycle.store.call(JobStore.holder, view.record.id)
+        return await lifecycle.store.call(SharedStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
         """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or is not held here."""
         job = self._held(job_id)
         if job is not None:
-            self._lifecycles[job.model].watch(job, watch, mailbox)
+            self._lifecycles[job.model].held.watch(job, watch, mailbox)
         return job
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
@@ -300,7 +303,7 @@ async def _kept_views(
 
 async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:
     """End a job of a shared store that has not ended, if there is one and what is kept of it is not damaged."""
-    if not lifecycle.store.shared:
+    if lifecycle.leases is None:
         return
     try:
         record = await lifecycle.store.call(JobStore.get, job_id)
@@ -309,7 +312,7 @@ async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) 
             return
         raise
     if record is not None and record.outcome is None and sees in (None, record.owner):
-        await lifecycle.cancel_elsewhere(record)
+        await lifecycle.leases.cancel(record)
 
 
 def _not_found(job_id: str) -> JobNotFound:

@@ -14,6 +14,7 @@ from tminus.service.jobs.jobs import Jobs, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord, Key, now_us
+from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.work import Outlook
@@ -50,7 +51,7 @@ class NewJobs:
             for store in [each.store for each in self._jobs.by_store()]:
                 if store.shared and store.failure is None:
                     with suppress(StorageFailed):
-                        found.update(await store.call(JobStore.open_jobs, owner))
+                        found.update(await store.call(SharedStore.open_jobs, owner))
         finally:
             self._counts = [each for each in self._counts if each is not count]
         return len(found - self._known(owner))
@@ -100,7 +101,7 @@ class NewJobs:
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
         """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
-        if lifecycle.cannot_keep:
+        if lifecycle.retention.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )
@@ -140,12 +141,12 @@ class NewJobs:
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if lifecycle.is_unloaded:  # the job waits in the store
+        if lifecycle.runner.is_unloaded:  # the job waits in the store
             self._worker.state.check_open()
-            outlook = lifecycle.check_room()
+            outlook = lifecycle.runner.check_room()
             if not await lifecycle.store.add(record, key, new.inputs):
                 return None
-            lifecycle.accept_later(record)
+            lifecycle.runner.accept(record, None)
             return outlook
         if leases is None or leases.takes(new.work):
             try:
@@ -164,7 +165,7 @@ class NewJobs:
                 self._worker.cancel(new.id, "not_kept")
         if not kept:
             return None
-        lifecycle.accept(record, ticket)
+        lifecycle.runner.accept(record, ticket)
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tminus.service.jobs.process_end import End, count_ends
+from tminus.service.jobs.crash_report import CrashReport, count_crashes
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results, ResultStore
@@ -21,7 +21,7 @@ class Stores:
         open_store: Callable[[str], JobStore],
         results: Results | None = None,
         first: Mapping[str, JobStore] | None = None,
-        ends: Sequence[End] = (),
+        ends: Sequence[CrashReport] = (),
     ) -> None:
         """open_store: opens one, by the hash of the weights. results: where large ones go, if not there.
 
@@ -48,7 +48,7 @@ class Stores:
     def _made(self, weights_hash: str, store: JobStore) -> AsyncStore:
         if weights_hash not in self._counted:
             self._counted.add(weights_hash)
-            count_ends(self._ends, store)
+            count_crashes(self._ends, store)
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:

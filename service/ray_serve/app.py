@@ -40,10 +40,10 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
     cpus = settings.replica_cpus
     if cpus is None:
         cpus = 1.0 if gpus else float(cores_each([node.get("CPU", 0) for node in nodes], settings.most_replicas))
-    chosen: dict[str, Any] = {"replica_gpus": gpus, "replica_cpus": cpus}
+    resources: dict[str, Any] = {"replica_gpus": gpus, "replica_cpus": cpus}
     if not gpus:
-        chosen |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
-    return settings.model_copy(update=chosen)
+        resources |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
+    return settings.model_copy(update=resources)
 
 
 def cores_each(nodes: Sequence[float], replicas: int) -> int:
@@ -55,7 +55,7 @@ def cores_each(nodes: Sequence[float], replicas: int) -> int:
 
 
 def options(settings: RaySettings) -> dict[str, Any]:
-    """What Serve is told of the replicas."""
+    """Return the options of the deployment for Serve."""
     least, most = settings.min_replicas, settings.most_replicas
     policy: dict[str, Any] = {
         "policy_function": BacklogPolicy,
@@ -63,7 +63,7 @@ def options(settings: RaySettings) -> dict[str, Any]:
     }
     routing: dict[str, Any] = {
         "request_router_class": BacklogRouter,
-        "request_router_kwargs": {"told_after_s": TOLD_EVERY_S + ON_ITS_WAY_S},
+        "request_router_kwargs": {"report_age_s": TOLD_EVERY_S + ON_ITS_WAY_S},
         "request_routing_stats_period_s": TOLD_EVERY_S,
     }
     autoscaling = AutoscalingConfig(

@@ -12,19 +12,19 @@ REQUEST_ID = b"x-request-id"
 
 
 class Front:
-    """An ASGI app for Serve, which has no say in the life of the app behind it. In one event loop only.
+    """An ASGI app for Serve. It keeps Serve's lifespan events from the app behind it. In one event loop only.
 
-    Without keys it answers those only who asked a loopback address, as a server does that listens there: which
-    addresses Ray's proxies listen to is in Ray's settings, not in ours.
+    Without keys it answers only requests to a loopback address, like a server that listens there: Ray's own settings
+    say where its proxies listen.
     """
 
     def __init__(self, app: ASGIApp, *, anybody: bool) -> None:
-        """anybody: whether requests of other machines are let through to the app, which asks for keys."""
+        """anybody: whether other machines may reach the app, which checks keys."""
         self._app, self._anybody = app, anybody
         self._ending = asyncio.Event()
 
     def end_streams(self) -> None:
-        """Close the WebSockets that are open: no job runs on them."""
+        """Close the open WebSockets, on which no job runs."""
         self._ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,9 +38,9 @@ class Front:
             await self._app(scope, receive, _without_id(send))
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app on a WebSocket until it ends, or the replica does: then the client is told to come back."""
+        """Run the app on a WebSocket until it ends. If the replica ends first, the code asks for a new attempt."""
         ending = asyncio.ensure_future(self._ending.wait())
-        receiving: asyncio.Future[Message] | None = None  # is kept where the app gives up waiting: no message is lost
+        receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, so that no message is lost
         ended = False
 
         async def receive_until_the_end() -> Message:
@@ -78,7 +78,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _asked_here(scope: Scope) -> bool:
-    """Whether the proxy was asked by a loopback address of its machine."""
+    """Whether the request came to a loopback address of the proxy's machine."""
     try:
         return ip_address(scope["server"][0]).is_loopback
     except (LookupError, TypeError, ValueError):
@@ -86,7 +86,7 @@ def _asked_here(scope: Scope) -> bool:
 
 
 def _without_id(send: Send) -> Send:
-    """Send without X-Request-ID, which Ray's proxy adds: it gave the request the id that the app has used."""
+    """Send without X-Request-ID, since Ray's proxy adds it, with the same id."""
 
     async def send_without(message: Message) -> None:
         if message["type"] == "http.response.start":

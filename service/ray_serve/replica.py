@@ -1,4 +1,4 @@
-"""One server as a replica of Ray Serve: how it starts, what it tells Ray, and how it ends."""
+"""One server as a replica of Ray Serve: its start, its reports to Ray, and its end."""
 
 import asyncio
 import errno
@@ -38,13 +38,13 @@ from tminus.service.worker.worker import CLOSE_S
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.05
+POLL_INTERVAL_S = 0.05
 LEAVE_S = 2.0  # until every proxy has learned that this replica ends
 FAILED_S = 0.5  # after a crash, for the answers that say so to leave
 
 
 def ending_s(grace_s: float) -> float:
-    """How long a replica may take to end."""
+    """Seconds that a replica may take to end."""
     return LEAVE_S + grace_s + ANSWER_S + CLOSE_S + LEAVE_S
 
 
@@ -61,12 +61,11 @@ class Replica:
         self._waiting_s = 0.0  # of jobs that no replica holds, as far as is known
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Load and measure; return, when jobs are accepted, what is given requests. Raises ValueError and the like."""
-        self._loop, asked = asyncio.get_running_loop(), self._settings.max_connections
-        settings = self._settings
+        """Load and measure. Returns the app when jobs are accepted. Raises ValueError and the like."""
+        self._loop, settings = asyncio.get_running_loop(), self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
-        settings = settings.model_copy(update={"max_connections": allow_connections(asked)})
+        settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
         listener = listen_on_one(settings.host, settings.own_ports)
         self._stack.callback(listener.close)
         try:
@@ -88,10 +87,10 @@ class Replica:
         self._following = self._loop.create_task(self._follow())
         return self._front
 
-    # --- what Serve asks ---
+    # --- called by Serve ---
 
     async def check_health(self) -> None:
-        """Raise what makes Serve start another replica in place of this one."""
+        """Raise RuntimeError if Serve should replace this replica."""
         worker = self._served.worker
         if worker.state.crashed:
             raise RuntimeError(CRASHED)
@@ -101,12 +100,12 @@ class Replica:
             raise RuntimeError("this replica takes no more work, though requests are still sent to it")
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """What BacklogRouter chooses by."""
+        """Report to BacklogRouter."""
         worker = self._served.worker
-        return Standing(self._backlog_s, len(worker.jobs), worker.state.ready).told()
+        return Standing(self._backlog_s, len(worker.jobs), worker.state.ready).report()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What BacklogPolicy counts."""
+        """Report to BacklogPolicy."""
         if (known := self._served.waiting_in_store()) is not None:
             self._waiting_s = known[1]
         return {BACKLOG_S: self._backlog_s, WAITING_S: self._waiting_s}
@@ -120,8 +119,8 @@ class Replica:
     def _watch(self) -> None:
         """End the process if the worker crashes: Serve routes to no actor that is dead, and starts another.
 
-        While the process lived, it would be sent requests until Serve has asked for its health three times, and would
-        renew the leases of its jobs.
+        A living process would get requests until Serve has checked its health three times, and would renew the leases
+        of its jobs.
         """
         worker = self._served.worker
         worker.join()
@@ -135,19 +134,19 @@ class Replica:
         os._exit(1)
 
     async def _end_crashed(self) -> None:
-        """Answer what was asked, and close the stores, in which the jobs of the crash are noted."""
+        """Finish the answers, and close the stores, which note the jobs of the crash."""
         await asyncio.sleep(FAILED_S)
         self._front.end_streams()
         await self._peers.stop()
         await self._stack.aclose()
 
     async def is_there(self) -> None:
-        """Answer: the first call of a handle makes its router."""
+        """Answer. The first call of a handle makes its router."""
 
     async def _follow(self) -> None:
-        """Have a router of this deployment in this process too: it is told which replicas there are, and tells us.
+        """Make a router of this deployment in this process, which learns the list of replicas and passes it on.
 
-        Serve calls nothing of a replica that is to end before its last request has ended, and a WebSocket may not.
+        Serve itself calls a replica that it removes only after its last request, and a WebSocket may never end.
         """
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
@@ -157,7 +156,7 @@ class Replica:
             log.exception("this replica will learn late that it is to end")
 
     def replicas_changed(self, names: set[str]) -> None:
-        """Learn which replicas requests are sent to. Any thread may call."""
+        """Take the list of replicas that get requests. Any thread may call."""
         self._loop.call_soon_threadsafe(self._see, names)
 
     def _see(self, names: set[str]) -> None:
@@ -179,7 +178,7 @@ class Replica:
             log.info("this replica takes no more work, and ends when what runs is done")
             worker.drain()
         while worker.state.alive and time.monotonic() < until_s:  # noqa: ASYNC110  it is another thread's
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
         await asyncio.to_thread(worker.close)
         await self._served.streams.quiet(ANSWER_S)
         self._front.end_streams()
@@ -195,8 +194,7 @@ class Replica:
 
 
 def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
-    traces = start_traces(VERSION)
-    return measure_and_build(open_all(settings, address), traces, Opening(), with_metrics=settings.metrics)
+    return measure_and_build(open_all(settings, address), start_traces(VERSION), Opening())
 
 
 # --- the port of its own, for the other replicas and for Prometheus ---
@@ -236,7 +234,7 @@ class PeerServer(uvicorn.Server):
         self._task = asyncio.get_running_loop().create_task(self.serve([self._listener]))
 
     async def stop(self) -> None:
-        """Answer what was asked, and listen no more."""
+        """Finish the answers, and stop listening."""
         self.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)

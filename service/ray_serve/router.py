@@ -15,47 +15,46 @@ from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-BACKLOG_S, WAITING_S = "backlog_s", "waiting_s"  # what replicas tell for the policy
+BACKLOG_S, WAITING_S = "backlog_s", "waiting_s"  # figures of replicas for the policy
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How much a replica has to do, as it told last."""
+    """The work of a replica, as it last reported."""
 
     backlog_s: float = 0.0  # predicted, of all its jobs
     jobs: int = 0
-    ready: bool = True  # takes more of them
+    ready: bool = True  # takes more jobs
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "Standing":
-        """Read what came from a replica; one that has told nothing yet is ready, and has nothing to do."""
-        return cls(float(told.get("backlog_s", 0.0)), int(told.get("jobs", 0)), bool(told.get("ready", True)))
+    def of(cls, report: Mapping[str, Any]) -> "Standing":
+        """Read the report of a replica. One without a report is ready and idle."""
+        return cls(float(report.get("backlog_s", 0.0)), int(report.get("jobs", 0)), bool(report.get("ready", True)))
 
-    def told(self) -> dict[str, float]:
-        """Return what `of` reads."""
+    def report(self) -> dict[str, float]:
+        """Return the report that `of` reads."""
         return {"backlog_s": self.backlog_s, "jobs": self.jobs, "ready": self.ready}
 
 
 @dataclass(slots=True)
 class _Sent:
-    """A request on its way, or a moment after."""
+    """A request that was sent a moment ago."""
 
     at_s: float
     request: str | None = None  # its id, once the replica has accepted it
 
 
 class Balance:
-    """Owns what was sent to which replica lately.
+    """Owns the requests that were lately sent to each replica.
 
-    A replica tells how much it has to do a moment after that was so. What was sent within that moment, and is not
-    answered yet, counts as so many jobs of the mean size of those that there are, so that a burst does not go to one
-    replica as a whole.
+    The report of a replica is a moment old. A request that was sent within that moment, and is not answered yet, counts
+    as a job of mean size, so that a burst does not go to one replica as a whole.
     """
 
-    def __init__(self, told_after_s: float) -> None:
-        """told_after_s: how old what a replica told may be."""
-        self._told_after_s = told_after_s
+    def __init__(self, report_age_s: float) -> None:
+        """report_age_s: the largest age of a report."""
+        self._report_age_s = report_age_s
         self._sent: defaultdict[str, list[_Sent]] = defaultdict(list)
         self._last_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
 
@@ -65,7 +64,7 @@ class Balance:
         self._last_s[replica] = now_s
 
     def accepted(self, replica: str, request: str) -> None:
-        """Note the id of the first that was sent there and has none."""
+        """Note the id of the first request to this replica without one."""
         for each in self._sent[replica]:
             if each.request is None:
                 each.request = request
@@ -76,9 +75,9 @@ class Balance:
         self._sent[replica] = [each for each in self._sent[replica] if each.request != request]
 
     def order(self, replicas: Mapping[str, Standing], now_s: float) -> list[str]:
-        """Return the replicas, the best one first; of equal ones that which was sent something longest ago.
+        """Return the replicas, the best one first. Among equals, the one with the oldest last request comes first.
 
-        Those that would refuse a job come last.
+        Replicas that would refuse a job come last.
         """
         for gone in (self._sent.keys() | self._last_s.keys()) - replicas.keys():
             self._sent.pop(gone, None)
@@ -94,17 +93,17 @@ class Balance:
         )
 
     def _open(self, replica: str, now_s: float) -> int:
-        lately = [each for each in self._sent[replica] if each.at_s > now_s - self._told_after_s]
+        lately = [each for each in self._sent[replica] if each.at_s > now_s - self._report_age_s]
         self._sent[replica] = lately
         return len(lately)
 
 
 class BacklogRouter(RequestRouter):
-    """Owns what was sent from here. The replicas' own figures come by Serve's controller."""
+    """Owns the requests that this proxy has sent. Serve's controller brings the reports of the replicas."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """told_after_s: how old what a replica told may be."""
-        self._balance = Balance(kwargs["told_after_s"])
+        """report_age_s: the largest age of a report."""
+        self._balance = Balance(kwargs["report_age_s"])
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Count a request."""
@@ -112,7 +111,7 @@ class BacklogRouter(RequestRouter):
         self._balance.sent(replica_id.unique_id, time.monotonic())
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Know which request it was."""
+        """Note the id of the request."""
         super().on_request_routed(pending_request, replica_id, result)
         self._balance.accepted(replica_id.unique_id, pending_request.metadata.internal_request_id)
 
@@ -128,11 +127,11 @@ class BacklogRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Return the replicas by predicted work; Serve takes the first that has room for a request."""
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
-        told = {name: Standing.of(each.routing_stats) for name, each in replicas.items()}
-        return [[replicas[name]] for name in self._balance.order(told, time.monotonic())]
+        standings = {name: Standing.of(each.routing_stats) for name, each in replicas.items()}
+        return [[replicas[name]] for name in self._balance.order(standings, time.monotonic())]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Route to these from now on. In a replica's own process also tell it.
+        """Route to these from now on. In a replica's own process, pass them to it too.
 
         Serve does not notify a replica that it is being removed.
         """
@@ -146,21 +145,21 @@ class BacklogRouter(RequestRouter):
 
 
 class BacklogPolicy:
-    """Answers Ray's question how many replicas there should be: as many as bring the work of each to the target.
+    """Decides how many replicas there should be: as many as bring the work of each to the target.
 
-    Serve calls it several times a second, and waits before it does what is answered.
+    Serve calls it several times a second, and follows it after the delays of the settings.
     """
 
     def __init__(self, target_backlog_s: float) -> None:
-        """target_backlog_s: of predicted work for each replica."""
+        """target_backlog_s: seconds of predicted work for each replica."""
         self._target_s = target_backlog_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return how many, and no state. While no replica has told anything, as many as there should have been."""
-        told = context.aggregated_metrics or {}
-        if not (backlogs_s := told.get(BACKLOG_S)):
+        """Return their number, and no state. Without a report the number stays."""
+        reports = context.aggregated_metrics or {}
+        if not (backlogs_s := reports.get(BACKLOG_S)):
             return context.target_num_replicas, {}
-        # Durable jobs that no replica holds: each replica tells of the same table of them.
-        waiting_s = max(told.get(WAITING_S, {}).values(), default=0.0)
-        wanted = math.ceil((sum(backlogs_s.values()) + waiting_s) / self._target_s - ROUNDING)
-        return min(context.capacity_adjusted_max_replicas, max(context.capacity_adjusted_min_replicas, wanted)), {}
+        # Durable jobs that no replica holds: all replicas report the same table.
+        waiting_s = max(reports.get(WAITING_S, {}).values(), default=0.0)
+        needed = math.ceil((sum(backlogs_s.values()) + waiting_s) / self._target_s - ROUNDING)
+        return min(context.capacity_adjusted_max_replicas, max(context.capacity_adjusted_min_replicas, needed)), {}

@@ -1,7 +1,7 @@
 """The app: the routes and the middleware around the models that are served. Nothing is global."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,13 +56,11 @@ def create_app(
     loader: ModelLoader,
     *,
     with_metrics: bool = True,
-    with_docs: bool = True,
     traces: "Traces | None" = None,
 ) -> FastAPI:
     """Build the app around the models of a server; its lifespan is theirs.
 
-    with_metrics, with_docs: whether /metrics, and /docs with /openapi.json, are answered. traces: sends spans, and is
-    closed at the end.
+    with_metrics: whether /metrics is answered. traces: sends spans, and is closed at the end.
     """
     models, access, metrics, limits = served.models, served.access, served.metrics, served.limits
     tracer = traces.tracer if traces is not None else None
@@ -86,10 +84,8 @@ def create_app(
 
     general = partial(_general_routes, served, loader, with_metrics=with_metrics)
     contract = Contract(models.default.model, limits)
-    absent = [name for name, answered in (("docs", with_docs), ("metrics", with_metrics)) if not answered]
-    of_a_model = _model_routes(models, contract, absent)
-    if with_docs:
-        of_a_model.append(docs_routes(_Documents(models, general)))
+    of_a_model = _model_routes(models, contract, with_metrics=with_metrics)
+    of_a_model.append(docs_routes(_Documents(models, general)))
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general(contract)]), (OF_A_MODEL, of_a_model)):
         for router in routers:
@@ -142,7 +138,7 @@ def _general_routes(
     ]
 
 
-def _model_routes(models: Models, contract: Contract, absent: Collection[str] = ()) -> list[APIRouter]:
+def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = True) -> list[APIRouter]:
     """Make the routes of a model: those of the default one, and below a prefix those of one that the path names."""
     return [
         sample_routes(models, contract),
@@ -152,7 +148,7 @@ def _model_routes(models: Models, contract: Contract, absent: Collection[str] = 
         event_routes(models, contract),
         model_routes(models),
         hugging_face_routes(models, contract),
-        page_routes(absent),
+        page_routes(with_metrics=with_metrics),
     ]
 
 

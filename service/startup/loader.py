@@ -1,4 +1,4 @@
-"""Loads, reloads and unloads models while the server runs: for an admin, on demand, for room, when idle.
+"""Loads, reloads and unloads models while the server runs: for an admin, on demand, to make room, and when idle.
 
 In the event loop's thread only; a folder is read and measured in a thread of its own.
 """
@@ -15,25 +15,25 @@ from pathlib import Path
 from tminus.model.files import CheckpointError
 from tminus.service.api.models import ServedModel, Services
 from tminus.service.errors import CheckpointRefused, ModelBusy, ModelNotFound, ServiceError, short
-from tminus.service.startup.models import LOOK_S, Prepared, ServedModels
+from tminus.service.startup.models import POLL_INTERVAL_S, Prepared, ServedModels
 from tminus.service.startup.settings import Library
 from tminus.service.threads import LOADING, in_daemon_thread
 from tminus.service.worker.load_queue import PendingLoad, Reason
 
 log = logging.getLogger(__name__)
 
-IDLE_LOOK_S = 1.0  # how often it is looked which models are idle
-# A model stays at least this long after a load. A small one loads in half a second, so models that take turns on too
-# little room spend most of the time on work, and a request for the next one waits hardly longer.
+IDLE_INTERVAL_S = 1.0  # between checks for idle models
+# A loaded model stays at least this long, so that models that take turns on little memory spend most of the time on
+# work. A small model loads in half a second, so the next one hardly waits longer.
 STAY_S = 3.0
 
 
 class ModelLoader:
-    """Changes which models are in memory, one at a time: its task does all loads of the queue, and all unloads.
+    """Changes which models are in memory. One task does all loads of the queue and all unloads, one at a time.
 
-    With `idle_unload_s`, unloaded models are loaded when they are asked for, in the order in which they were asked for
-    first. For room, the model that was used the longest ago is unloaded. Where all are busy, the one with the least
-    work left takes no new requests until it is unloaded; requests for it wait in the queue like all others.
+    With `idle_unload_s`, a request loads an unloaded model; models are loaded in the order of their first requests. To
+    make room, the least recently used model is unloaded. If all are busy, the one with the least work left takes no new
+    requests until it is unloaded; requests for it wait in the queue like all others.
     """
 
     def __init__(
@@ -46,30 +46,30 @@ class ModelLoader:
     ) -> None:
         """prepare: reads a folder and measures the model, under a name.
 
-        room_lacking: says why a model of a folder is too large beside those that take so many bytes, None where it is
-        not; raises CheckpointError. idle_unload_s: None where only an admin loads and unloads.
+        room_lacking: returns why the model in a folder does not fit beside others of so many bytes, or None; raises
+        CheckpointError. idle_unload_s: None: only an admin loads and unloads.
         """
         self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
         self._idle_unload_s = idle_unload_s
-        self._look_every_s = None if idle_unload_s is None else min(IDLE_LOOK_S, idle_unload_s / 4)
+        self._idle_interval_s = None if idle_unload_s is None else min(IDLE_INTERVAL_S, idle_unload_s / 4)
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to do what is asked for."""
+        """Start the task."""
         self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Change nothing any more."""
+        """Stop the task; loads that wait are refused."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
         self._queue.close()
 
-    # --- what clients are told ---
+    # --- states ---
 
     async def unloaded_models(self) -> dict[str, str]:
-        """The models that an admin can load and that are not served, and the state of each."""
+        """The models that are not served and that an admin can load, with the state of each."""
         folders = await asyncio.to_thread(self._library.folders)
         leaving = {one.name for one in self._models.left if one.loaded is not None}
         return {
@@ -79,7 +79,7 @@ class ModelLoader:
         }
 
     def state(self, services: Services) -> str:
-        """Return the state of a model that is served."""
+        """Return the state of a served model."""
         one = self._models.find(services.model.name)
         if one is not None and one.loaded is not None:
             return "unloading" if self._queue.is_unloaded(one.name) else "loaded"
@@ -97,15 +97,15 @@ class ModelLoader:
         return self._models.named(name)
 
     async def reload(self, name: str) -> Services:
-        """Read a model's folder again, and serve what is there now. Its jobs end on the weights they began with.
+        """Read a model's folder again, and serve its new content. Running jobs end on the weights they began with.
 
-        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then what was served is served on.
+        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then the old weights are still served.
         """
         self._models.named(name)
         return await self._change(name)
 
     async def unload(self, name: str) -> None:
-        """Free a model's memory when its jobs have ended; without `idle_unload_s` it is served no more.
+        """Free a model's memory when its jobs have ended. Without `idle_unload_s` it is no longer served.
 
         Raises ModelBusy, ModelNotFound.
         """
@@ -116,19 +116,19 @@ class ModelLoader:
             return
         if services is self._models.default:
             raise ModelBusy(f"{name} is the default model, which cannot be unloaded", field="model", value=name)
-        self._check_alone(name)
+        self._check_no_load(name)
         self._served.worker.state.check_open()
         self._served.leave(self._models.remove(name))
 
     async def _change(self, name: str) -> Services:
         await self._folder(name)
-        if self._idle_unload_s is None:  # else it waits for its turn
-            self._check_alone(name)
+        if self._idle_unload_s is None:  # otherwise it waits in the queue
+            self._check_no_load(name)
         await self._queue.load(name, "admin", again=True)
         return self._models.named(name)
 
-    def _check_alone(self, name: str) -> None:
-        """One change at a time. Raises ModelBusy."""
+    def _check_no_load(self, name: str) -> None:
+        """Raise ModelBusy while another model is being loaded."""
         if self._queue.pending:
             detail = f"{self._queue.pending[0].name} is being loaded; try again when it is done"
             raise ModelBusy(detail, field="model", value=name)
@@ -143,12 +143,12 @@ class ModelLoader:
             if (pending := next(found, None)) is not None:
                 await self._do(pending)
             elif closing:
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_INTERVAL_S)
             else:
-                await self._queue.wait(self._look_every_s)
+                await self._queue.wait(self._idle_interval_s)
 
     async def _unload_unused(self) -> None:
-        """Unload what an admin has asked for, and what has been idle for long, unless it is busy."""
+        """Unload models for an admin, and models that have been idle for long, unless they are busy."""
         for one in self._models.in_memory:
             now_s, closing = time.monotonic(), self._queue.is_unloaded(one.name)
             is_idle = self._idle_unload_s is not None and now_s - one.last_used_s >= self._idle_unload_s
@@ -157,7 +157,7 @@ class ModelLoader:
             elif closing or is_idle:
                 try:
                     await self._unload(one, "admin" if closing else "idle")
-                except ServiceError:  # the server ends, or its worker hangs and this is tried again
+                except ServiceError:  # the server ends, or its worker hangs: tried again later
                     continue
                 except Exception:
                     log.exception("%s could not be unloaded", one.name)
@@ -171,20 +171,20 @@ class ModelLoader:
         else:
             self._queue.end(pending)
 
-    # --- what is unloaded ---
+    # --- unloading ---
 
     async def _make_room(self, name: str, folder: Path) -> None:
-        """Unload models until one more fits. Raises CheckpointRefused where it does not fit alone."""
+        """Unload models until this one fits. Raises CheckpointRefused if it does not fit alone."""
         while True:
-            # Models that only finish their jobs take memory too.
+            # Models that leave take memory until their jobs have ended.
             used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
-            lacks = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
-            if lacks is None:
+            reason = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
+            if reason is None:
                 return
             others = [each for each in self._models.in_memory if each.name != name]
             if self._idle_unload_s is None or not others:
                 unload = "; unload another model first" if self._idle_unload_s is None else ""
-                detail = f"{name} cannot be loaded: it {lacks}{unload}"
+                detail = f"{name} cannot be loaded: it {reason}{unload}"
                 raise CheckpointRefused(detail, field="model", value=name)
             await self._unload(await self._wait_for_idle(others), "room")
 
@@ -203,7 +203,7 @@ class ModelLoader:
                     closing = min(still_open, key=lambda one: (work_left_s(one.number), one.last_used_s))
                     self._queue.mark_unloaded(closing.name)
                 self._served.worker.state.check_open()
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_INTERVAL_S)
         finally:
             if closing is not None:
                 self._queue.mark_loaded(closing.name)
@@ -218,7 +218,7 @@ class ModelLoader:
             if one.loaded is not None and not was_closing:
                 self._queue.mark_loaded(one.name)
 
-    # --- what is loaded ---
+    # --- loading ---
 
     async def _load(self, name: str, reason: Reason) -> None:
         folder = await self._folder(name)
@@ -263,12 +263,12 @@ class ModelLoader:
 
 @contextmanager
 def _as_refusals(name: str) -> Iterator[None]:
-    """Raise CheckpointRefused in place of an error that a model's folder causes."""
+    """Raise CheckpointRefused for an error that a model's folder causes."""
     try:
         yield
     except ServiceError:
         raise
-    except Exception as error:  # torch and OpenVINO raise RuntimeError, for want of memory too
+    except Exception as error:  # torch and OpenVINO raise RuntimeError, also if memory is short
         if not isinstance(error, (CheckpointError, ValueError, OSError)):
             log.exception("%s cannot be loaded", name)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

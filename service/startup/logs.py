@@ -1,6 +1,6 @@
-"""The log of a process: lines of text whose control characters are escaped, or one JSON object a line, to stderr.
+"""The log of a process on stderr: text with escaped control characters, or one JSON object a line.
 
-One handler writes what all loggers say, those of libraries too: no line has the secret of an API key, and none is
+One handler writes the lines of all loggers, those of libraries too. No line has the secret of an API key, and none is
 repeated without end.
 """
 
@@ -19,24 +19,24 @@ from tminus.service.errors import masked
 from tminus.service.request_id import NO_ID, REQUEST_ID
 from tminus.service.tracing import ids_of
 
-# What a line of the log may have beside its message: of a request, of a job.
+# Fields of requests and jobs that a line may have.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
 TRACE_FIELDS = ("trace_id", "span_id")
 MAX_LINE = 2000  # characters; a server may send megabytes
 WINDOW_S = 10.0
-# Of one line in a window. Each request has one at INFO; errors may have tracebacks of kilobytes.
+# Similar lines in a window. Each request has a line at INFO; errors may have tracebacks of kilobytes.
 MOST_ERRORS, MOST_OTHERS = 100, 5000
 SERVER_FORM = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def printable(text: str) -> str:
-    """Escape line ends and whatever else is no visible character, and shorten what is too long for a line."""
+    """Escape line ends and other invisible characters, and shorten long text."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_LINE + 1])
     return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "…"
 
 
 class _Json(logging.Formatter):
-    """Formats a line as one JSON object. Line ends and the like are escaped, as JSON has them anyway."""
+    """Formats a line as one JSON object, which escapes line ends and the like."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -56,10 +56,10 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to stderr, without the secrets of API keys, and holds to a rate what is said again and again.
+    """Writes to stderr without the secrets of API keys, and bounds the rate of similar lines.
 
-    Lines of one logger that differ only in what is filled in are counted together. What is over their bound in a window
-    is left out, and the next line after the window, or the end of the process, says how many.
+    Lines of a logger that differ only in their arguments are similar. Lines over the bound are left out, and the first
+    line after the window, or the end of the process, says how many.
     """
 
     def __init__(self, formatter: logging.Formatter) -> None:
@@ -70,12 +70,12 @@ class _Handler(logging.StreamHandler[TextIO]):
         self._until_s = 0.0
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record; text of a client, a server or a file may be anywhere in it."""
+        """Format a record. It may have text of a client, a server or a file anywhere."""
         text = masked(super().format(record))
         return text if isinstance(self.formatter, _Json) else "\n".join(map(printable, text.split("\n")))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless too many like it were written in this window. The lock is held."""
+        """Write a record, unless too many similar ones were written in this window. The lock is held."""
         if (now_s := time.monotonic()) >= self._until_s:
             self._end_window()
             self._until_s = now_s + WINDOW_S
@@ -93,7 +93,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         self._counts.clear()
 
     def close(self) -> None:
-        """Say what is left out, at the end of the process."""
+        """Report the lines that are left out, at the end of the process."""
         self.acquire()
         try:
             self._end_window()
@@ -102,7 +102,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say where a line could not be written, but not what is in it, as logging would."""
+        """Report where a line could not be written, without its content, which logging would print."""
         with suppress(OSError, ValueError):
             kind = type(sys.exception()).__name__
             self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")
@@ -110,22 +110,22 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """What the records of one line have in common."""
+    """The common part of similar records."""
 
     logger: str
     level: int
-    message: str  # before anything is filled in; asyncio adds lines that differ each time
+    message: str  # its first line without arguments; asyncio adds lines that differ each time
     error: type[BaseException] | None
 
     @classmethod
     def of(cls, record: logging.LogRecord) -> "_Line":
-        """Read a record."""
+        """Take it from a record."""
         error = record.exc_info[0] if record.exc_info else None
         return cls(record.name, record.levelno, str(record.msg).partition("\n")[0][:MAX_LINE], error)
 
     @property
     def most(self) -> int:
-        """How many are written in a window."""
+        """The number of records that are written in a window."""
         return MOST_ERRORS if self.level >= logging.WARNING else MOST_OTHERS
 
 

@@ -1,4 +1,4 @@
-"""The models of a server: what they share, and how one is put into memory, taken out of it, and forgotten.
+"""The models of a server, and the parts that they share: how a model is served, unloaded and forgotten.
 
 In the event loop's thread only. loader.py decides when.
 """
@@ -25,10 +25,10 @@ from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import CheckpointRefused, Draining, EngineFailed, ServiceError, StorageFailed
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.crash_report import CrashFile
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
@@ -52,10 +52,10 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.05  # how often it is looked whether a model is still used
-KEPT_S = 10.0  # and whether jobs of a model that left are still kept
-RETRY_S = 1.0  # until a worker that hangs is asked again
-MOST_KEPT = 8  # models that have left whose jobs can still be asked for; those of earlier ones stay on the disk
+POLL_INTERVAL_S = 0.05  # between checks whether a model is still in use
+KEPT_JOBS_INTERVAL_S = 10.0  # between checks whether jobs of a model that left are still kept
+RETRY_S = 1.0  # between attempts while the worker hangs
+MAX_LEFT_MODELS = 8  # models that have left and still answer for their jobs; earlier ones leave them on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +63,29 @@ class Prepared:
     """A model that is ready to be served."""
 
     engine: RowEngine
-    limits: Limits  # of its requests
+    limits: Limits
     speed: Speed
-    release: Callable[[], object] = gc.collect  # called when nobody has the engine any more
+    release: Callable[[], object] = gc.collect  # called when no reference to the engine is left
     spare_work: Iterator[None] | None = None  # done while no job runs; it may change the engine's `info`
-    memory_bytes: int = 0  # that the model takes, roughly
+    memory_bytes: int = 0  # roughly
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadedModel:
-    """A model that is served and not in memory: what is known of it before it was measured."""
+    """A model that is served but not in memory, as described before its first measurement."""
 
     folder: Path
-    info: ModelInfo  # without what only an engine knows: executor, precision and fingerprint are empty
+    info: ModelInfo  # executor, precision and fingerprint are empty: only an engine has them
     limits: Limits
     speed: Speed  # before any measurement
 
 
 class ServedModels:
-    """Owns what all models share, and puts models into the registry and the worker, and takes them out.
+    """Owns the parts that all models share. Adds models to the registry and the worker, and removes them.
 
-    A model joins when its store is open and the worker has run a tick of it; from then on requests find it. It may be
-    unloaded and come back, and is served all the while. It leaves when its last request and its last job have ended:
-    then its memory is freed. It is forgotten, and its store given back, when clients can ask for none of its jobs.
+    A model is served from the moment when its store is open and the worker has run its first tick. It may be unloaded
+    and loaded again, and is served meanwhile. It leaves when its last request and its last job have ended; then its
+    memory is freed. When no job of it is kept any more, it is forgotten, and its store closed.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class ServedModels:
         allowed_sites: AllowedSites,
         access: Access,
         webhooks: Rules | None = None,
-        end_file: EndFile | None = None,
+        crash_file: CrashFile | None = None,
         unloaded: Sequence[UnloadedModel] = (),
     ) -> None:
-        """Serve the first models, the default one first, when `start` is called.
+        """Prepare to serve the first models, the default one first.
 
         The limits of the default model are those of the whole server. unloaded: more models, not in memory. stores: of
-        durable jobs; closed with this, as is end_file. webhooks: how they are sent; None where they are not.
+        durable jobs. webhooks: how they are sent; None: not at all. `close` also closes the stores and crash_file.
         """
-        self._stores, self._webhooks, self._end_file = stores, webhooks, end_file
+        self._stores, self._webhooks, self._crash_file = stores, webhooks, crash_file
         self.limits = limits = first[0].limits
         self.metrics, self.allowed_sites, self.access = Metrics(), allowed_sites, access
         self._numbers, self._arrivals, self._times = count(), count(), OwnerTimes()
@@ -111,18 +111,18 @@ class ServedModels:
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.answers = ByteBudget()  # of answers: their frames, and their bodies until they are sent
+        self.answers = ByteBudget()  # frames, and bodies until they are sent
         self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
-        report = end_file.work_on if end_file is not None else report_nothing
+        report = crash_file.work_on if crash_file is not None else report_nothing
         self._pulse = Pulse("the event loop")
         pulses = (self._pulse, self._decoder.pulse, *self._encoder.pulses)
         self.worker = Worker(
             [each.model for each in loaded], self.admission, self.metrics, report=report, beside=pulses
         )
-        if end_file is not None:
-            end_file.watch(lambda: self.worker.state.stalled_s)
+        if crash_file is not None:
+            crash_file.watch(lambda: self.worker.state.stalled_s)
         self.load_queue = LoadQueue(self.worker.state, limits.max_backlog_s, [one.info.name for one in unloaded])
         self.models = Models(self.load_queue)
         statuses = JobStatuses(self.worker)
@@ -157,7 +157,7 @@ class ServedModels:
     # --- the server ---
 
     async def start(self) -> None:
-        """Start the worker, and take on the durable jobs of earlier processes."""
+        """Start the worker, and resume the durable jobs of earlier processes."""
         self._loop = asyncio.get_running_loop()
         self._beating = self._loop.create_task(self._pulse.beat())
         self.worker.start()
@@ -165,10 +165,10 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """End the worker and keep how jobs ended. Call it when all requests are answered."""
+        """End the worker, and store how its jobs ended. Call it when all requests are answered."""
         self.worker.close()
-        if self._end_file is not None:
-            await self._stores.count_crash(self._end_file.close())  # before others may have the jobs
+        if self._crash_file is not None:
+            await self._stores.count_crash(self._crash_file.close())  # before other servers claim the jobs
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -183,7 +183,7 @@ class ServedModels:
 
     @property
     def codes_images(self) -> bool:
-        """Whether a picture is being encoded or decoded; after the last answer no request waits for it."""
+        """Whether an image is being encoded or decoded. After the last answer, no request waits for that."""
         return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
 
     def _watch(self) -> None:
@@ -204,7 +204,7 @@ class ServedModels:
         )
 
     def _count_models(self) -> Mapping[str, int]:
-        """Count the models that are served, by whether they are in memory."""
+        """The number of models by state: in memory or not."""
         loaded = len(self.models.in_memory)
         return {"loaded": loaded, "unloaded": len(self.models.served) - loaded}
 
@@ -213,10 +213,10 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """The number of jobs of a shared store that no server holds, and the seconds that one server takes for them.
+        """The number of unclaimed jobs in a shared store, and the seconds that one server takes for them.
 
-        As of the last renewal; None without such a store, or while it does not answer. Models of the same weights count
-        once.
+        As of the last renewal. None without a shared store, and while it does not answer. Models with the same weights
+        count once.
         """
         loads = {
             one.services.model.weights_hash: one.lifecycle.leases.load
@@ -229,10 +229,10 @@ class ServedModels:
     # --- models that come ---
 
     async def serve(self, prepared: Prepared) -> ServedModel:
-        """Serve a model, in place of another of its name. One that is unloaded comes back under its number.
+        """Serve a model, and replace the one of its name. An unloaded model with these weights comes back.
 
-        Raises CheckpointRefused where another name has its weights, Draining and the like, what its first tick raises,
-        and StorageFailed where its store cannot be opened.
+        Raises CheckpointRefused if another model has its weights, StorageFailed if its store cannot be opened, Draining
+        and the like, and the errors of its first tick.
         """
         name, weights_hash = prepared.engine.info.name, prepared.engine.info.weights_hash
         for other in self.models:
@@ -273,7 +273,7 @@ class ServedModels:
             raise
         one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
         self.load_queue.mark_loaded(one.name)
-        # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
+        # If the weights are loaded a second time, their unfinished jobs stay with the engine that began them.
         await self._start(one, take_on=not is_again)
         return one
 
@@ -286,16 +286,16 @@ class ServedModels:
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
-        """Do a model's spare work, in the worker's thread, and tell clients when it changes the model's facts."""
+        """Do a model's spare work, in the worker's thread, and publish its changes to the model's info."""
         assert prepared.spare_work is not None
         info = prepared.engine.info
         for _ in chain(prepared.spare_work, (None,)):
             if prepared.engine.info is not info and self._loop is not None:
                 info = prepared.engine.info
-                self._loop.call_soon_threadsafe(self._tell_info, number, info)
+                self._loop.call_soon_threadsafe(self._publish_info, number, info)
             yield
 
-    def _tell_info(self, number: int, info: ModelInfo) -> None:
+    def _publish_info(self, number: int, info: ModelInfo) -> None:
         one = next((one for one in self.models.all if one.number == number), None)
         if one is not None and one.loaded is not None:
             one.change(info)
@@ -325,13 +325,13 @@ class ServedModels:
     # --- models that go ---
 
     def is_busy(self, one: ServedModel) -> bool:
-        """Whether a request or a job needs a model in memory."""
+        """Whether a request or a job needs the model in memory."""
         pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
-        """Free the memory of a model that is not busy and takes no jobs, and serve it on. Raises Draining, …"""
+        """Free the memory of a model that is not busy and takes no jobs. It is still served. Raises Draining, …"""
         assert self.load_queue.is_unloaded(one.name), "no new job may come"
         assert not self.is_busy(one)
         await asyncio.wrap_future(self.worker.unload(one.number))
@@ -339,7 +339,7 @@ class ServedModels:
         await self._release(one)
 
     def leave(self, one: ServedModel) -> None:
-        """Free a model that is served no more, when its jobs have ended."""
+        """Stop serving a model, and free its memory when its jobs have ended."""
         one.lifecycle.retired = True
         task = asyncio.get_running_loop().create_task(self._leave(one))
         self._leaving.add(task)
@@ -353,10 +353,10 @@ class ServedModels:
             log.exception("%s could not be unloaded", one.name)
 
     async def _free(self, one: ServedModel) -> bool:
-        """Wait for the end of a model's jobs, and free its memory; False if the server ends before."""
+        """Wait for the end of a model's jobs, and free its memory. False if the server ends first."""
         while one.users:  # noqa: ASYNC110  requests come and go in many places
-            await asyncio.sleep(LOOK_S)
-        if one.loaded is not None:  # or else what jobs it has wait for a start with its weights
+            await asyncio.sleep(POLL_INTERVAL_S)
+        if one.loaded is not None:  # otherwise its jobs wait for a start with its weights
             await one.lifecycle.idle()
         if one.lifecycle.leases is not None:
             one.lifecycle.leases.end()
@@ -366,7 +366,7 @@ class ServedModels:
                 break
             except (Draining, EngineFailed):
                 return False
-            except ServiceError:  # a tick hangs: if it ends after all, the model goes
+            except ServiceError:  # a tick hangs; if it ends after all, the model can go
                 await asyncio.sleep(RETRY_S)
         self.admission.remove(one.number)
         if self.models.find(one.name) is None:
@@ -385,25 +385,25 @@ class ServedModels:
         log.info("%s, fingerprint %s, is unloaded", one.name, one.services.model.fingerprint)
 
     async def _forget(self, one: ServedModel) -> None:
-        """Forget a model that is freed, once no job of it is kept."""
+        """Forget a model that is freed, when no job of it is kept any more."""
         weights_hash = one.services.model.weights_hash
         while (  # noqa: ASYNC110
             not self._stores.is_shared(weights_hash) and await self._keeps_jobs(one) and not self._too_old(one)
         ):
-            await asyncio.sleep(KEPT_S)
+            await asyncio.sleep(KEPT_JOBS_INTERVAL_S)
         self.jobs.remove(one.number)
         self.models.forget(one.number)
         await one.lifecycle.close()
         await self._stores.release(weights_hash)
 
     def _too_old(self, one: ServedModel) -> bool:
-        """Whether this is the oldest of too many models whose jobs are kept."""
+        """Whether more than MAX_LEFT_MODELS have left, and this one is the oldest."""
         freed = [each for each in self.models.left if each.loaded is None]
-        return len(freed) > MOST_KEPT and one is freed[0]
+        return len(freed) > MAX_LEFT_MODELS and one is freed[0]
 
     @staticmethod
     async def _keeps_jobs(one: ServedModel) -> bool:
         try:
-            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.all())
+            return bool(await one.lifecycle.store.call(JobStore.page, None, OUTCOMES, 1) or one.lifecycle.held)
         except StorageFailed:
             return True

@@ -1,7 +1,7 @@
-"""From settings to a running server: `serve`, from top to bottom. torch is imported when the functions run.
+"""`serve`: from settings to a running server. torch is imported when the functions run.
 
-A checkpoint, key or store that cannot be used ends the command before the server listens. Then the server listens, and
-a thread measures the models. Until that is done, probes are answered and other requests are refused with 503.
+An unusable checkpoint, key or store ends the command before the server listens. Then a thread measures the models.
+Meanwhile probes are answered, and other requests are refused with 503.
 """
 
 import asyncio
@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import traceback
-import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from tminus.model.hub import HubId, checkpoint_folder
 from tminus.service.access.access import Access
 from tminus.service.api.request.classes import class_label_of
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends, tell_ends
+from tminus.service.jobs.crash_report import CrashFile, CrashReport, log_crash_reports, prefix_of, take_crash_reports
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
 from tminus.service.jobs.store.results import Results
@@ -53,7 +52,7 @@ from tminus.service.startup.server import (
     listen,
     serve_metrics,
 )
-from tminus.service.startup.settings import Library, Settings, asked_by, name_of
+from tminus.service.startup.settings import Library, Settings, name_of, named, variable_of
 from tminus.service.startup.traces import start_traces
 from tminus.service.threads import LOADING, in_daemon_thread, started_pool
 from tminus.service.worker.worker import Worker
@@ -64,24 +63,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OF_COMMANDS = ("config", "key", "pull_from")  # which the commands read by themselves
-# What Docker and Kubernetes set for a service that is called tminus, or tminus-…: it is no misspelt setting.
+COMMAND_SETTINGS = ("config", "key", "pull_from")  # variables that commands read
+# Variables that Docker and Kubernetes set for a service named tminus or tminus-….
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 GIB = 2**30
-UNTOLD = "if a job ends this process, it will not be known which: %s"
+NO_END_FILE = "if a job ends this process, it will not be known which: %s"
 
 
 def serve(settings: Settings) -> bool:
     """Serve until SIGTERM or SIGINT; False if the worker crashed. Raises ValueError for an unusable setting."""
-    # Every error that needs no measurement comes before the first one.
+    # All errors that can be found without measuring come first.
     traces = start_traces(VERSION)
     settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
     listener = listen(settings.host, settings.port)
     try:
         metrics_listener = None
-        if settings.metrics and settings.metrics_port is not None:
-            metrics_listener = listen(settings.metrics_host or settings.host, settings.metrics_port)
+        if settings.metrics_port is not None:
+            metrics_listener = listen(settings.host, settings.metrics_port)
         opened = open_all(settings, listener.getsockname()[:2])
     except ValueError:
         listener.close()
@@ -90,24 +89,25 @@ def serve(settings: Settings) -> bool:
     sys.setswitchinterval(SWITCH_S)
     opening = Opening()
     server = Server(config_of(settings, opening), opening, settings.grace_s)
-    # These stop uvicorn until it installs its own handlers. When uvicorn has stopped it raises the signal again, which
-    # must have no effect: stopping on a signal is no failure.
+    # Until uvicorn installs its own handlers. When it has stopped, it raises the signal again, which must have no
+    # effect: stopping on a signal is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: server.end())
     if metrics_listener is not None:
         serve_metrics(metrics_listener, opening, settings.allowed_sites())
-    listener.listen(BACKLOG)  # from here on a client waits instead of being refused
+    listener.listen(BACKLOG)  # from here on clients wait and are not refused
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening on %s", url)
     if ip_address(host).is_unspecified:  # a browser cannot open 0.0.0.0 on every system
         url = f"http://localhost:{port}"
 
-    build = partial(
-        measure_and_build, opened, traces, opening, with_metrics=settings.metrics and metrics_listener is None
-    )
-    asyncio.run(_run(server, opening, listener, build, url, open_browser=settings.open_browser))
-    for signum in (signal.SIGTERM, signal.SIGINT):  # the interpreter drops handlers as it ends; a signal would kill it
+    build = partial(measure_and_build, opened, traces, opening)
+    asyncio.run(_run(server, opening, listener, build, url))
+    for signum in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # the interpreter drops handlers as it ends; a signal would kill it
         signal.signal(signum, signal.SIG_IGN)
 
     served = opening.application.served if opening.application is not None else None
@@ -115,7 +115,7 @@ def serve(settings: Settings) -> bool:
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     code = 1 if worker is not None and (worker.state.hangs or worker.state.crashed or worker.state.stall) else 0
     if served is None or worker is None or worker.state.hangs or served.codes_images or loading:
-        # The interpreter would wait for a thread that measures or hangs, and nothing can end it from outside.
+        # The interpreter would wait for a thread that measures or hangs, which cannot be ended.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
@@ -123,15 +123,9 @@ def serve(settings: Settings) -> bool:
 
 
 async def _run(
-    server: Server,
-    opening: Opening,
-    listener: socket.socket,
-    build: Callable[[], Application],
-    url: str,
-    *,
-    open_browser: bool = False,
+    server: Server, opening: Opening, listener: socket.socket, build: Callable[[], Application], url: str
 ) -> None:
-    """Listen, build the application meanwhile, and pass requests to it until its worker has ended.
+    """Listen, build the application, and pass requests to it until its worker has ended.
 
     Raises what `build` raises.
     """
@@ -149,31 +143,17 @@ async def _run(
             worker, model = application.served.worker, application.served.models.default.model
             ended = asyncio.create_task(in_daemon_thread(worker.join, "tminus-watch"))
             ended.add_done_callback(lambda _: server.end())
-            telling = asyncio.create_task(_tell_when_ready(worker, url, model, open_browser=open_browser))
+            ready_line = asyncio.create_task(_log_when_ready(worker, url, model))
             await serving
-            telling.cancel()
+            ready_line.cancel()
     finally:
         server.end()
         await serving
 
 
-async def _tell_when_ready(worker: Worker, url: str, model: ModelInfo, *, open_browser: bool) -> None:
+async def _log_when_ready(worker: Worker, url: str, model: ModelInfo) -> None:
     if await is_ready(worker):
         log.info("ready: open %s in a browser. By default: %s. %s", url, model.recommended, first_request(url, model))
-        if open_browser:
-            threading.Thread(target=open_page, args=(url,), name="tminus-browser", daemon=True).start()
-
-
-def open_page(url: str) -> None:
-    """Open a page in a browser, and log where that is not possible. May block for as long as the browser runs.
-
-    A browser needs a display, or the variable BROWSER.
-    """
-    # Without a display webbrowser would run a text browser in the server's terminal.
-    if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
-        log.warning("--open-browser: there is no display here; open %s yourself", url)
-    elif not webbrowser.open(url):
-        log.warning("--open-browser: no browser could be opened; open %s yourself", url)
 
 
 def first_request(url: str, model: ModelInfo) -> str:
@@ -189,19 +169,19 @@ def first_request(url: str, model: ModelInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The parts of a server that are open before anything is measured."""
+    """The parts of a server that are opened before anything is measured."""
 
     settings: Settings
     access: Access
     models: "list[ReadModel]"  # in memory from the start, the default one first
-    unloaded: list[UnloadedModel]  # loaded when they are asked for
+    unloaded: list[UnloadedModel]  # loaded by their first request
     stores: Stores
     webhooks: Rules | None
-    end_place: tuple[Path, str] | None  # folder of the file of how this process ends, and how the file's name begins
+    crash_file_place: tuple[Path, str] | None  # folder and prefix of the file that records how this process ends
 
 
 def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
-    """Read the keys and the checkpoints, and open the stores. Raises ValueError for one that cannot be used.
+    """Read the keys and the checkpoints, and open the stores. Raises ValueError for an unusable one.
 
     address: where the server listens.
     """
@@ -214,21 +194,21 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
         for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
-        opened.pop_all()  # all are open, and stay so
-    end_place, ends = look_at_ends(settings, models[0].folder)
-    tell_ends(ends)
+        opened.pop_all()  # all are open: leave them so
+    crash_file_place, ends = read_crash_reports(settings, models[0].folder)
+    log_crash_reports(ends)
     stores = Stores(open_store, results, first, ends)
     with suppress(StorageFailed):
         for weights, job_ids in first[models[0].weights_hash].left_behind(first).items():
             log.warning(
                 "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
             )
-    return Opened(settings, access, models, unloaded, stores, webhooks, end_place)
+    return Opened(settings, access, models, unloaded, stores, webhooks, crash_file_place)
 
 
 def unknown_variables(settings: Settings) -> list[str]:
-    """Return the names of variables that begin like a setting and are none, as a misspelt one."""
-    known = {f"TMINUS_{name.upper()}" for name in (*type(settings).model_fields, *OF_COMMANDS)}
+    """Return the names of variables that begin with TMINUS_ and are no setting."""
+    known = {variable_of(name) for name in (*type(settings).model_fields, *COMMAND_SETTINGS)}
     return sorted(
         name
         for name, value in os.environ.items()
@@ -240,52 +220,52 @@ def unknown_variables(settings: Settings) -> list[str]:
 
 @contextmanager
 def about(setting: str, extra: str = "") -> Iterator[None]:
-    """Name the setting that a ValueError is about, or the extra that it needs."""
+    """Raise a ValueError of the block with the setting's name, and a missing module as the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{asked_by(setting)} needs the extra {extra}: {error}; pip install '.[{extra}]' in a checkout"
+            f"{named(setting)} needs the extra {extra}: {error}; pip install '.[{extra}]' in a checkout"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{asked_by(setting)}: {error}") from None
+        raise ValueError(f"{named(setting)}: {error}") from None
 
 
 def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedModel]]":
     """Read all checkpoints. Raises ValueError for one that cannot be served.
 
-    Returns the models that are in memory from the start, and the unloaded ones: with --idle-unload all but the default.
+    Returns the models in memory, and the unloaded ones: with --idle-unload all but the default one.
     """
     from tminus.service.engine.loading import ReadModel, describe, read_checkpoint, recommend_openvino
 
     recommend_openvino(settings.executor, settings.device)
     models: list[ReadModel] = []
     unloaded: list[UnloadedModel] = []
-    taken: dict[str, str] = {}  # the hash of the weights, by name
+    hashes: dict[str, str] = {}  # of the weights, by name
     used_bytes, smallest = 0, (sys.maxsize, "")
     on_demand = settings.idle_unload is not None
-    for number, (given, place) in enumerate(settings.checkpoints()):
+    for number, (own_name, place) in enumerate(settings.checkpoints()):
         log.debug("loading %s", place)
         try:
             folder = checkpoint_folder(place) if isinstance(place, HubId) else place
             need_bytes = needed_bytes(settings, folder)
-            if lacks := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
+            if reason := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
                 if number < len(settings.checkpoint):
-                    raise CheckpointError(f"{folder}: it {lacks}")
-                log.warning("%s is not loaded: it %s", given, lacks)  # one of those in the folder of models
-                smallest = min(smallest, (need_bytes, str(given)))
+                    raise CheckpointError(f"{folder}: it {reason}")
+                log.warning("%s is not loaded: it %s", own_name, reason)  # a model of the folder
+                smallest = min(smallest, (need_bytes, str(own_name)))
                 continue
             used_bytes += need_bytes
             checkpoint = read_checkpoint(settings.load_options(folder))
         except CheckpointError as error:
             raise ValueError(str(error)) from None
-        name, weights_hash = given or name_of(checkpoint.name), checkpoint.weights_hash
-        for other, hashed in taken.items():
+        name, weights_hash = own_name or name_of(checkpoint.name), checkpoint.weights_hash
+        for other, other_hash in hashes.items():
             if other == name:
                 raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME={folder}")
-            if hashed == weights_hash:
+            if other_hash == weights_hash:
                 raise ValueError(f"{name} has the weights of {other}; serve one of them")
-        taken[name] = weights_hash
+        hashes[name] = weights_hash
         if on_demand and models:
             unmeasured = describe(checkpoint, settings.load_options(folder))
             del checkpoint  # its weights
@@ -297,7 +277,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
     if not models:
         need_bytes, name = smallest
         raise ValueError(
-            f"{asked_by('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
+            f"{named('models_memory_gb')}: {settings.models_memory_gb:g} GiB, and the smallest of the models, "
             f"{name}, takes about {need_bytes / GIB:.2g}"
         )
     return models, unloaded
@@ -311,18 +291,18 @@ def needed_bytes(settings: Settings, folder: Path) -> int:
 
 
 def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | None:
-    """Return why a model does not fit beside others of `used_bytes`; None where it does."""
+    """Return why a model does not fit beside others of `used_bytes`; None: it fits."""
     if settings.models_memory_gb is None or need_bytes + used_bytes <= settings.models_memory_gb * GIB:
         return None
     left = settings.models_memory_gb - used_bytes / GIB
     return (
         f"takes about {need_bytes / GIB:.2f} GiB, and {max(0.0, left):.2f} of the {settings.models_memory_gb:g} GiB of "
-        f"{asked_by('models_memory_gb')} are left"
+        f"{named('models_memory_gb')} are left"
     )
 
 
-def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
-    """Return where this process has its file of how it ends, and how earlier processes ended.
+def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[CrashReport]]:
+    """Return folder and prefix of the file that records how this process ends, and the records of earlier processes.
 
     folder: of the default model. The file's name depends on it, so that the next start finds it after any reload.
     """
@@ -333,14 +313,14 @@ def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | N
     prefix = prefix_of(store, settings.job_namespace, str(folder.absolute()))
     try:
         if (state := state_folder(settings.state_dir)) is not None:
-            return (state, prefix), take_ends(state, prefix)
-    except ValueError as error:  # without a file in it a server needs no folder
-        log.warning(UNTOLD, error)
+            return (state, prefix), take_crash_reports(state, prefix)
+    except ValueError as error:  # the server can do without this folder
+        log.warning(NO_END_FILE, error)
     return None, []
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
-    """Return the function that opens a store by the hash of its weights. Raises ValueError for an unusable database."""
+    """Return a function that opens the store of a weights' hash. Raises ValueError for an unusable database."""
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):
@@ -353,21 +333,20 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
 
 
 def open_results(settings: Settings) -> Results | None:
-    """Open the object store of large results, if there is one. Raises ValueError for one that cannot be used."""
+    """Open the object store of large results, if there is one. Raises ValueError if it cannot be used."""
     if settings.job_results is None:
         return None
     with about("job_results", "s3"):
         from tminus.service.jobs.store.objects import open_objects
 
-        objects = open_objects(settings.job_results, settings.job_namespace)
-    return Results(objects, settings.job_results_above_kb * 1024)
+        return Results(open_objects(settings.job_results, settings.job_namespace))
 
 
 def webhook_rules(settings: Settings) -> Rules | None:
-    """Return how webhooks are sent; None without a secret that signs them. Raises ValueError for an invalid secret."""
+    """Return how webhooks are sent; None without a secret. Raises ValueError for an invalid secret."""
     text, file = settings.webhook_secret, settings.webhook_secret_file
     if text is not None and file is not None:
-        raise ValueError(f"{asked_by('webhook_secret')} and {asked_by('webhook_secret_file')} exclude each other")
+        raise ValueError(f"{named('webhook_secret')} and {named('webhook_secret_file')} exclude each other")
     if text is not None:
         with about("webhook_secret"):
             secrets = read_secrets(text.get_secret_value())
@@ -386,7 +365,7 @@ def webhook_rules(settings: Settings) -> Rules | None:
 
 
 class Preparer:
-    """Reads checkpoints and measures models. Owns the measurements: no network is measured twice."""
+    """Reads checkpoints and measures models. Owns the measurements, so that no network is measured twice."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -400,7 +379,7 @@ class Preparer:
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
     def room_lacking(self, folder: Path, used_bytes: int) -> str | None:
-        """Return why a model does not fit beside others of `used_bytes`; None where it does.
+        """Return why a model does not fit beside others of `used_bytes`; None: it fits.
 
         Raises CheckpointError.
         """
@@ -411,9 +390,9 @@ class Preparer:
     def measure(
         self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] = lambda *_: None
     ) -> Prepared:
-        """Measure a model under its name. busy: whether other models are served meanwhile.
+        """Measure a model. busy: whether other models are served meanwhile.
 
-        progress: called with what is being measured, and roughly how many seconds are left.
+        progress: called with the present measurement, and about how many seconds are left.
         """
         from tminus.service.engine.devices import release_memory
         from tminus.service.engine.loading import prepare_engine
@@ -424,7 +403,7 @@ class Preparer:
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
-            traceback.clear_frames(error.__traceback__)  # their variables hold the model too
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
             release_memory()
             raise
         if loaded.measured is not None:
@@ -436,15 +415,15 @@ class Preparer:
         )  # fmt: skip
         limits = self._settings.limits(loaded.max_rows, loaded.max_batch)
         del model
-        release_memory()  # the network, where the executor has it in an order of its own
+        release_memory()  # of the network, if the executor has a copy
         speed = self._settings.speed(loaded, limits.max_rows)
         return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
 
 
-def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening, *, with_metrics: bool) -> Application:
-    """Measure the models, and build the app around them. with_metrics: whether it answers /metrics.
+def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening) -> Application:
+    """Measure the models, and build the app around them. The app closes the stores. Raises what measuring raises.
 
-    The app closes the stores. opening: shows the progress to clients. Raises what measuring raises.
+    opening: shows the progress to clients.
     """
     settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}
@@ -452,27 +431,27 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening,
     library = Library(named, settings.models)
     first = []
     try:
-        while opened.models:  # which must not keep what is unloaded later
+        while opened.models:  # which may not keep a model that is unloaded later
             name = opened.models[0].name
-            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.tell, name)))
+            first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.report, name)))
     except Exception:
         opened.stores.close()
         raise
-    end_file = None
+    crash_file = None
     try:
-        if opened.end_place is not None:
-            end_file = EndFile(*opened.end_place)
+        if opened.crash_file_place is not None:
+            crash_file = CrashFile(*opened.crash_file_place)
     except OSError as error:
-        log.warning(UNTOLD, error)
+        log.warning(NO_END_FILE, error)
     served = ServedModels(
         first,
         opened.stores,
         settings.allowed_sites(),
         opened.access,
         webhooks=opened.webhooks,
-        end_file=end_file,
+        crash_file=crash_file,
         unloaded=opened.unloaded,
     )
     loader = ModelLoader(served, library, preparer.load, preparer.room_lacking, settings.idle_unload_s)
-    app = create_app(served, loader, with_metrics=with_metrics, with_docs=settings.docs, traces=traces)
+    app = create_app(served, loader, with_metrics=settings.metrics_port is None, traces=traces)
     return Application(app, served)

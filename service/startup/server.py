@@ -1,4 +1,4 @@
-"""The uvicorn server: its answers while there is no app yet, and the end of the work after SIGTERM.
+"""The uvicorn server: the answers before the app is ready, and the end of the work after SIGTERM.
 
 uvicorn has no hook between the signal and the end of serving, so three methods of its Server are extended. They are not
 documented: pyproject.toml bounds uvicorn's version, and tests/service/startup/test_server.py fails if they change.
@@ -41,19 +41,19 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-SPARE_FILES = 384  # beside the connections: for libraries, logs, the encoders, and connections that are turned away
+SPARE_FILES = 384  # for libraries, logs, encoders, and connections that are refused
 LEAST_CONNECTIONS = 8
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
-PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
+PONG_S = 40.0  # for the answer, which a slow reader sends after earlier messages
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
-KEPT_S = 1.0  # after that, for connections that are kept: a request that is on its way is answered with a refusal
-LOOK_S = 0.02  # how often kept connections are looked at
-WARM_LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
-MOST_FOR_METRICS = 16  # connections at once: a Prometheus and a supervisor have one each, and a person now and then
+KEPT_S = 1.0  # after that, for a last request on each kept connection, which is refused
+KEPT_INTERVAL_S = 0.02  # between checks of the kept connections
+WARM_UP_INTERVAL_S = 0.05  # between checks whether the warm-up is over
+MOST_FOR_METRICS = 16  # connections at once; a Prometheus and a supervisor have one each
 REFRESH_S = 2
 ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
-A_PAGE = re.compile(r"/(models/[^/]+/)?(?P<style>page/page\.css)?")
+PAGE_PATH = re.compile(r"/(models/[^/]+/)?(?P<style>page/page\.css)?")
 DETAIL = "the model is being measured, to find the fastest way of running it on this machine"
 PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="page/page.css">
@@ -69,10 +69,10 @@ class Opening:
     """
 
     application: Application | None = None  # None while the model is measured
-    detail = DETAIL  # what is being done until then
+    detail = DETAIL  # the present step of the start
 
-    def tell(self, model: str, what: str, left_s: float | None) -> None:
-        """Show clients and the log what is being measured and how long it takes. Any thread may call."""
+    def report(self, model: str, what: str, left_s: float | None) -> None:
+        """Report to clients and the log what is being measured, and the time left. Any thread may call."""
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
@@ -91,8 +91,8 @@ class Opening:
 def _early_answer(scope: Scope, detail: str) -> Response:
     if scope["path"] in ALIVE:
         return JSONResponse(ALIVE[scope["path"]])
-    if scope["method"] in READING and (asked := A_PAGE.fullmatch(scope["path"])):
-        if asked["style"]:
+    if scope["method"] in READING and (page := PAGE_PATH.fullmatch(scope["path"])):
+        if page["style"]:
             return FileResponse(FOLDER / "page.css", headers=HEADERS)
         sentence = html.escape(detail[0].upper() + detail[1:])
         return HTMLResponse(PAGE % sentence, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
@@ -100,7 +100,7 @@ def _early_answer(scope: Scope, detail: str) -> Response:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that goes on answering until the worker has ended: drained after a signal, or crashed."""
+    """A uvicorn server that answers until the worker has ended: drained after a signal, or crashed."""
 
     def __init__(self, config: uvicorn.Config, opening: Opening, grace_s: float) -> None:
         super().__init__(config)
@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits for HTTP answers only.
 
-        Before that, a client that keeps its connection has a moment for one more request, which is refused.
+        A kept connection has a moment for one more request, which is refused.
         """
         self._give_up.cancel()
         application = self._opening.application
@@ -132,12 +132,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _end_kept_connections(self) -> None:
-        """Answer one more request on each kept connection; a silent connection ends later."""
+        """Give each kept connection a moment for one more request; silent ones stay open."""
         until_s, connections = time.monotonic() + KEPT_S, self.server_state.connections
-        while (  # noqa: ASYNC110  uvicorn tells nobody when one ends
+        while (  # noqa: ASYNC110  uvicorn has no event for the end of one
             time.monotonic() < until_s and any(isinstance(each, H11Protocol) for each in connections)
         ):
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(KEPT_INTERVAL_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more work and start the grace period. A second signal ends the period and the running jobs."""
@@ -154,12 +154,12 @@ class Server(uvicorn.Server):
     def _close_worker(self) -> None:
         application = self._opening.application
         assert application is not None
-        if not application.served.worker.close():  # it hangs, and so does every request that waits for it
+        if not application.served.worker.close():  # it hangs, and its requests with it
             self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Reserve the address, before anything slow is done. Raises OSError if that fails."""
+    """Reserve an address, without listening yet. Raises OSError if that fails."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -179,18 +179,18 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host}:{port}: {error}") from None
 
 
-def allow_connections(asked: int) -> int:
-    """Raise the limit of open files as far as the system allows, and return how many connections it has room for.
+def allow_connections(connections: int) -> int:
+    """Raise the limit of open files as far as the system allows, and return the number of connections that it permits.
 
-    Raises ValueError for fewer than a few.
+    Raises ValueError for fewer than LEAST_CONNECTIONS.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = asked + SPARE_FILES
+    needed = connections + SPARE_FILES
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and allowed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed == needed:
-        return asked
+        return connections
     if allowed < LEAST_CONNECTIONS + SPARE_FILES:
         raise ValueError(
             f"the hard limit of open files (ulimit -Hn) must be at least {LEAST_CONNECTIONS + SPARE_FILES}, got {hard}"
@@ -198,13 +198,13 @@ def allow_connections(asked: int) -> int:
     log.warning(
         "at most %d connections instead of %d: the hard limit of open files (ulimit -Hn) is %d, of which %d are for "
         "other things",
-        allowed - SPARE_FILES, asked, hard, SPARE_FILES,
+        allowed - SPARE_FILES, connections, hard, SPARE_FILES,
     )  # fmt: skip
     return allowed - SPARE_FILES
 
 
 def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
-    """Return the configuration of uvicorn, which does not run the app's lifespan."""
+    """Return the configuration of uvicorn. `serve` runs the app's lifespan itself."""
     config = uvicorn.Config(
         app,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
@@ -230,17 +230,17 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
 
 
 async def is_ready(worker: Worker) -> bool:
-    """Wait for the end of the warm-up, and return whether the worker takes jobs then."""
+    """Wait for the end of the warm-up, and return whether the worker takes jobs."""
     while not worker.state.ready and worker.state.alive:  # noqa: ASYNC110  it is another thread's
-        await asyncio.sleep(WARM_LOOK_S)
+        await asyncio.sleep(WARM_UP_INTERVAL_S)
     return worker.state.ready
 
 
 def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: AllowedSites) -> None:
     """Answer /metrics and /healthz on a port of their own, in a thread, until the process ends.
 
-    A supervisor gets an answer there even when clients hold all connections of the server. Metrics need no key there,
-    and name all keys, so a web page must not reach them by DNS rebinding: the Host header is checked.
+    A supervisor gets an answer there even if clients hold all connections of the server. Metrics need no key there and
+    name all keys, so the Host header is checked against DNS rebinding.
     """
 
     async def get_metrics(request: Request) -> Response:

@@ -1,9 +1,9 @@
-"""The settings of `tminus serve`, each by flag or by TMINUS_ variable, and the values that the parts are built with.
+"""The settings of `tminus serve`, and the values that the parts of the server are built with.
 
-Built once, in the entry point. The parts get values, never Settings.
+Settings are built once, in the entry point. The parts get values, never Settings.
 
-The description of a setting is what the docs say of it, in Markdown, with links relative to docs/. Its first sentence
-is what `--help` says. Where the default is no value, the last sentence has it in words: "Default: one for each core."
+A setting's description is Markdown for the docs, with links relative to docs/. `--help` prints its first sentence. If
+the default is no plain value, the last sentence describes it: "Default: one for each core."
 """
 
 import logging
@@ -34,42 +34,52 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a model's name, which stands in addresses and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
-# Secrets, which other users of the machine might see in a flag, and what is set in trials only.
-NO_FLAG = frozenset({"keys", "webhook_secret", "metrics_host"})
+# Secrets: other users of the machine can see flags.
+NO_FLAG = frozenset({"keys", "webhook_secret"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+LEAST_BODY_BYTES = 2**20
 ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
 
 
-def asked_by(setting: str) -> str:
-    """The flag and the variable by which a setting is given, as messages name them."""
-    variable = f"TMINUS_{setting.upper()}"
-    return variable if setting in NO_FLAG else f"--{setting.replace('_', '-')} ({variable})"
+def flag_of(setting: str) -> str:
+    """The flag of a setting."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def variable_of(setting: str) -> str:
+    """The environment variable of a setting."""
+    return f"TMINUS_{setting.upper()}"
+
+
+def named(setting: str) -> str:
+    """The flag and the variable of a setting, as messages name them."""
+    return variable_of(setting) if setting in NO_FLAG else f"{flag_of(setting)} ({variable_of(setting)})"
 
 
 def seconds_of(time: str) -> float:
-    """Read a time: a number with a unit, without one of seconds; NaN for what is none."""
+    """Read a time: a number and its unit, or seconds without a unit. NaN for other text."""
     found = TIME.fullmatch(time.strip())
     return float(found[1]) * UNITS_S[found[2]] if found is not None else math.nan
 
 
 def name_of(text: str) -> str:
-    """Make a name that may stand in addresses of what a checkpoint calls itself."""
+    """Turn the name in a checkpoint into one that may stand in addresses."""
     return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Where the models are that may be loaded, by name. No request names a path."""
+    """The folders of the models that may be loaded, by name. No request names a path."""
 
     named: Mapping[str, Path] = field(default_factory=dict)
-    folder: Path | None = None  # each of its folders is a model of that name
+    folder: Path | None = None  # each folder in it is a model of that name
 
     def folders(self) -> dict[str, Path]:
-        """The folder of each model, as they are now."""
+        """The folder of each model, as the disk has them now."""
         found = dict(self.named)
         try:
             paths = sorted(self.folder.iterdir()) if self.folder is not None else []
@@ -85,7 +95,7 @@ class Library:
         return found
 
 
-# A group of settings, for --help and the docs, begins with the setting that its heading is keyed by.
+# Headings of --help and the docs, by the first setting below each.
 GROUPS = {
     "checkpoint": "Models and device",
     "max_batch": "Batching and scheduling",
@@ -94,13 +104,13 @@ GROUPS = {
     "keys_file": "Access",
     "state_dir": "Durable jobs",
     "webhook_secret": "Webhooks",
-    "open_browser": "Running the server",
+    "grace_s": "Running the server",
     "ray_address": "Replicas on Ray",
 }
 
 
 class Settings(BaseSettings):
-    """One field is one variable (TMINUS_MAX_BATCH) and, unless it is in NO_FLAG, one flag (--max-batch), which wins."""
+    """A field has a variable (TMINUS_MAX_BATCH), and a flag (--max-batch) that wins, unless it is in NO_FLAG."""
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
@@ -209,14 +219,12 @@ class Settings(BaseSettings):
         "keys leave free, of this, of `--max-rows`, and of the 1024 jobs that a server accepts; see "
         "[security](security.md).",
     )
-    max_body_bytes: int = Field(
-        1 << 20, ge=1024, description="Maximum size of a request's body in bytes, without the images in it."
-    )
     max_image_bytes: int = Field(
         8 << 20,
         ge=1024,
         le=1 << 28,
-        description="Maximum size of an uploaded image in bytes. Raise it to edit large pictures.",
+        description="Maximum size of an uploaded image in bytes. Raise it to edit large pictures. The rest of a body "
+        "may have 1 MiB, or an eighth of this if it is more.",
     )
     result_cache_mb: int = Field(
         64,
@@ -260,11 +268,10 @@ class Settings(BaseSettings):
     allowed_hosts: str = Field(
         "",
         description="Names by which clients may address the server, separated by commas, such as `diffusion.example`. "
-        "localhost, IP addresses and the names in `--host` and `TMINUS_METRICS_HOST` are always allowed. A request "
-        "with another `Host` header is answered with 403, so that no web page can reach the server by DNS rebinding. "
-        "Set it if clients use a name, or if a proxy passes the name on. `*` allows every name. `/healthz`, "
-        "`/readyz`, `/health`, `/metrics`, `/v2/health/live` and `/v2/health/ready` answer under every name; "
-        "`/metrics` at `--metrics-port` does not.",
+        "localhost, IP addresses and the name in `--host` are always allowed. A request with another `Host` header is "
+        "answered with 403, so that no web page can reach the server by DNS rebinding. Set it if clients use a name, "
+        "or if a proxy passes the name on. `*` allows every name. `/healthz`, `/readyz`, `/health`, `/metrics`, "
+        "`/v2/health/live` and `/v2/health/ready` answer under every name; `/metrics` at `--metrics-port` does not.",
     )
     allowed_origins: str = Field(
         "",
@@ -290,21 +297,14 @@ class Settings(BaseSettings):
         description="Let clients without a key sample. A server that has no keys is open to its own machine anyway; to "
         "listen on any other address it needs this flag or keys.",
     )
-    metrics: bool = Field(True, description="Answer `/metrics`, and open `--metrics-port`.")
     metrics_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="Answer `/metrics` on this port instead, without a key. Use it for a Prometheus that has no key. "
-        "Clients must ask by an IP address or a name in `--allowed-hosts`. The port also answers `/healthz`, even "
-        "while all connections of the main port are taken.",
+        description="Answer `/metrics` on this port of `--host` instead, without a key. Use it for a Prometheus that "
+        "has no key. Clients must ask by an IP address or a name in `--allowed-hosts`. The port also answers "
+        "`/healthz`, even while all connections of the main port are taken.",
     )
-    metrics_host: str | None = Field(
-        None,
-        description="Address to listen on for `--metrics-port`. `127.0.0.1` shows the metrics to this machine only. "
-        "Default: the address of `--host`.",
-    )
-    docs: bool = Field(True, description="Answer `/docs` and `/openapi.json`.")
     state_dir: str = Field(
         "",
         description="Folder of the durable jobs, with one file for each checkpoint. `:memory:` keeps them until the "
@@ -340,7 +340,8 @@ class Settings(BaseSettings):
     )
     job_results: str | None = Field(
         None,
-        description="Object store for large results of durable jobs: `s3://bucket/prefix`. It needs the extra `s3`; "
+        description="Object store for results of durable jobs with more than 256 KiB of pixels: `s3://bucket/prefix`. "
+        "64 grey images of 32 x 32 have 64 KiB, one colour image of 256 x 256 has 192 KiB. It needs the extra `s3`; "
         "see [results in an object store](operations.md#results-in-an-object-store). The endpoint is "
         "`AWS_ENDPOINT_URL`, or Amazon's for `AWS_REGION`. Credentials are `AWS_ACCESS_KEY_ID` and "
         "`AWS_SECRET_ACCESS_KEY`, else a web identity (EKS), or the role of the container (ECS) or machine (EC2). "
@@ -349,13 +350,6 @@ class Settings(BaseSettings):
         "minute and a second for each megabyte; allow your supervisor that time. A job whose object is missing or "
         "damaged answers 507; you can delete it. The right `s3:ListBucket` is not needed; with it the log can tell a "
         "missing object from a forbidden one. Default: all results are kept where the jobs are.",
-    )
-    job_results_above_kb: int = Field(
-        256,
-        ge=0,
-        le=1_048_576,
-        description="Size in KiB of pixels above which a result goes to `--job-results`. 64 grey images of 32 x 32 "
-        "have 64 KiB, one colour image of 256 x 256 has 192 KiB. With 0 every result goes there.",
     )
     keep_jobs_s: float = Field(
         86_400,
@@ -386,11 +380,6 @@ class Settings(BaseSettings):
         description="Receivers of webhooks in your own network: names, addresses and networks, separated by commas, "
         "such as `hooks.internal,10.1.0.0/16`. Other receivers must have public addresses. A URL may use "
         "plain HTTP if its host is listed by name, or is an address in a listed network.",
-    )
-    open_browser: bool = Field(
-        False,
-        description="Open the page in a browser when the server is ready. It takes the browser of the desktop, or the "
-        "one in the variable `BROWSER`. Without a display, the log says so and the server goes on.",
     )
     grace_s: float = Field(
         30,
@@ -452,9 +441,9 @@ class Settings(BaseSettings):
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
-        """The checkpoints that are served, in order, with the names that were given to them.
+        """The checkpoints to serve, in order, each with the name that the settings give it.
 
-        Raises ValueError for a folder of models without any, and for two models of one name.
+        Raises ValueError for a folder without models, and for two models of one name.
         """
         found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
@@ -489,12 +478,17 @@ class Settings(BaseSettings):
         )
 
     @property
+    def max_body_bytes(self) -> int:
+        """The largest body, without the images in it."""
+        return max(LEAST_BODY_BYTES, self.max_image_bytes // 8)
+
+    @property
     def idle_unload_s(self) -> float | None:
-        """The seconds after which an idle model is unloaded; None where none is."""
+        """Seconds after which an unused model is unloaded; None: never."""
         return None if self.idle_unload is None else seconds_of(self.idle_unload)
 
     def limits(self, max_rows: int, max_batch: int) -> Limits:
-        """The bounds of requests; those that were left to the machine are what loading found."""
+        """The bounds of requests. max_rows, max_batch: as loading has found them."""
         return Limits(
             max_n=min(self.max_n, max_rows),
             max_batch=max_batch,
@@ -510,15 +504,15 @@ class Settings(BaseSettings):
         )
 
     def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:
-        """How fast a model is, and how the scheduler gives out the places of its ticks."""
+        """A model's speed, and how the scheduler shares out the places of its ticks."""
         times = TickTimes(loaded.tick_times, loaded.overlapped)
         sharing = Sharing.of(loaded.max_batch, loaded.short_batch, times)
         return Speed(sharing, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:
-        """Who may ask a server that listens on this address.
+        """The keys of a server that listens on this address, and whether it is open to all.
 
-        Raises ValueError for keys with a mistake, and for other machines' requests without keys.
+        Raises ValueError for a mistake in the keys, and for an address that other machines reach without keys.
         """
         if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
             raise ValueError(
@@ -526,17 +520,17 @@ class Settings(BaseSettings):
                 "some by --keys-file (see `tminus key --help`), or let anybody in by --open"
             )
         if self.keys_file is not None and self.keys is not None:
-            raise ValueError(f"{asked_by('keys')} and {asked_by('keys_file')} exclude each other")
+            raise ValueError(f"{named('keys')} and {named('keys_file')} exclude each other")
         try:
             ring = KeyRing(None if self.keys is None else self.keys.get_secret_value(), self.keys_file)
         except ValueError as error:
-            raise ValueError(f"{asked_by('keys' if self.keys is not None else 'keys_file')}: {error}") from None
+            raise ValueError(f"{named('keys' if self.keys is not None else 'keys_file')}: {error}") from None
         return Access(ring, is_open=self.open or not ring.keys)
 
     def allowed_sites(self) -> AllowedSites:
-        """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
+        """The hosts and origins that requests may name, in lower case, as browsers send them."""
         hosts, origins = (
-            frozenset(each.strip().lower() for each in given.split(",") if each.strip())
-            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
+            frozenset(each.strip().lower() for each in names.split(",") if each.strip())
+            for names in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
         )
         return AllowedSites(hosts, origins)

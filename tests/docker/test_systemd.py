@@ -36,7 +36,7 @@ def test_folders_that_systemd_makes_are_those_of_the_server() -> None:
 
 def test_the_timer_asks_at_the_port_of_the_metrics() -> None:
     alive = (FOLDER / "tminus-alive.service").read_text("utf-8")
-    assert f"http://{GIVEN['metrics-host']}:{GIVEN['metrics-port']}/healthz" in alive
+    assert f"http://127.0.0.1:{GIVEN['metrics-port']}/healthz" in alive
 
 
 def test_systemd_finds_no_fault(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def serving(
 
 # For tests that do a server no harm. No memory for repeats, so that each answer is made; and nothing is too much work,
 # however slow the machine.
-SHARED = ("--max-body-bytes", "65536", "--result-cache-mb", "0", "--max-backlog-s", "6000")
+SHARED = ("--result-cache-mb", "0", "--max-backlog-s", "6000")
 
 
 SlowDown = Callable[..., None]

@@ -105,22 +105,6 @@ def test_signals_that_come_until_the_process_has_ended_are_no_failure(small: Pat
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_the_page_is_opened_in_a_browser_or_the_log_says_why_not_and_the_server_serves(
-    own_server: Start, tmp_path: Path, is_there: bool
-) -> None:
-    browser, opened = tmp_path / "browser", tmp_path / "opened"
-    browser.write_text(f'#!/bin/sh\necho "$*" >{opened}.part && mv {opened}.part {opened}\n')
-    browser.chmod(0o755)
-    screen = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "BROWSER": str(browser) if is_there else ""}
-    server = own_server("--open-browser", **screen)
-    server.wait_until(lambda: opened.exists() if is_there else "there is no display" in server.log)
-    if is_there:
-        assert opened.read_text() == f"{server.url}\n"
-    assert (f"open {server.url} yourself" in server.log) == (not is_there)
-    assert server.post(params={"steps": 1}).status_code == 200
-
-
 def crash_on_the_first_job() -> None:
     """Have the worker's thread fail by an error of its own."""
     tick = Loop.tick

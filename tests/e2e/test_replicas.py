@@ -300,9 +300,9 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
 def test_a_result_that_is_an_object_is_read_at_another_replica_and_goes_with_its_job(
     start: Start, s3: s3_server.S3
 ) -> None:
-    results = s3.env | {"TMINUS_JOB_RESULTS": f"s3://{s3_server.BUCKET}/jobs", "TMINUS_JOB_RESULTS_ABOVE_KB": "0"}
+    results = s3.env | {"TMINUS_JOB_RESULTS": f"s3://{s3_server.BUCKET}/jobs", "TMINUS_MAX_N": "512"}
     maker, asked, bare = start(**results), start(**results), start()
-    spec = {"n": 2, "steps": 20, "seed": 3}
+    spec = {"n": 300, "steps": 2, "seed": 3}  # 300 KiB of pixels
     job_id = post(maker.url, spec)
     url = f"{asked.url}/jobs/{job_id}"
     asked.wait_until(lambda: httpx.get(url).json()["state"] == "done")

@@ -25,7 +25,7 @@ from tminus.service.access.access import Access
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import SqliteStore
@@ -131,7 +131,7 @@ def create_app(
     library: Library | None = None,
     prepare: Callable[[str, Path], Prepared] | None = None,
     unloaded: Sequence[UnloadedModel] = (),
-    end_file: EndFile | None = None,
+    crash_file: CrashFile | None = None,
     room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
     idle_unload_s: float | None = None,
     **more: Any,
@@ -143,7 +143,7 @@ def create_app(
         allowed_sites or AllowedSites(),
         access or Access(),
         webhooks=webhooks,
-        end_file=end_file,
+        crash_file=crash_file,
         unloaded=unloaded,
     )
     loader = ModelLoader(served, library or Library(), prepare, room_lacking, idle_unload_s)  # type: ignore[arg-type]

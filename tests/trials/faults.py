@@ -347,7 +347,7 @@ def status_of(answer: "Future[httpx.Response]") -> str:
 )
 def memory_limit(bench: Bench) -> str:
     """A real limit on the address space of the process, for a while: the allocator itself refuses."""
-    server = bench.serve("--max-n", "1024", "--max-body-bytes", "200000000")
+    server = bench.serve("--max-n", "1024")
     bench.post(server, 3)
     server.server.speed_up()
     pid = server.server.process.pid

@@ -123,8 +123,9 @@ STREAM: Described = {
         "1007": "A text message is not UTF-8.",
         "1008": "The request or its key was refused; or more than 64 pings and pongs came in a second; or nothing was "
         "asked for within ten seconds of connecting, or within a minute of the last job (`silence`).",
-        "1009": "The message had too many fragments, or was over `--max-body-bytes`, images not counted, or an image "
-        "over `--max-image-bytes`. If the server stops reading the message for its size, no `error` comes first.",
+        "1009": "The message had too many fragments, or an image over `--max-image-bytes`, or besides its images over "
+        "1 MiB, or over an eighth of that if it is more. If the server stops reading the message for its size, no "
+        "`error` comes first.",
         "1011": "The job failed, or its deadline passed.",
         "1012": "The server stopped. A running job first gets `--grace-s` seconds.",
         "1013": "Try again later: the server is overloaded or shutting down, a quota is used up, a deadline cannot be "

@@ -52,7 +52,8 @@ parameters are refused, except by the probes, `/metrics`, `/docs`, `/openapi.jso
 query.
 
 **Bodies.** A body of JSON has `Content-Type: application/json`, or none. A `Content-Encoding` other than `identity` \
-is refused. `--max-body-bytes` bounds a body without its images; `--max-image-bytes` bounds each image.
+is refused. `--max-image-bytes` bounds each image. The rest of a body may have 1 MiB, \
+or an eighth of that if it is more.
 """
 
 TAGS: Mapping[str, str] = {

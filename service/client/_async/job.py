@@ -1,4 +1,4 @@
-"""Durable jobs: their state, their events over as many connections as that takes, their images."""
+"""Durable jobs: their state, events and images."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,14 +9,14 @@ from ..errors import ClientError, Problem, Unreachable
 from ..messages import Event
 from ..parameters import Preview
 from ..patience import Patience, Polling
-from ..reading import EVENTS_QUIET_S, NO_CONTENT, Asked, Following
+from ..reading import EVENTS_QUIET_S, NO_CONTENT, Expected, Following
 from ..results import MAX_IMAGES, JobState, MediaType, Sampled, object_of
 from ..transport import QUIET_S, timeouts
 from .connection import AsyncConnection
 
 
 class AsyncJob:
-    """A durable job. `latest` is its state as last read; None before the first time."""
+    """A durable job. `latest` is the state that was read last; None before that."""
 
     def __init__(self, connection: AsyncConnection, job_id: str, latest: JobState | None = None) -> None:
         assert job_id, "a job has an id"
@@ -29,13 +29,13 @@ class AsyncJob:
         return self.latest
 
     async def wait(self, timeout_s: float | None = None) -> JobState:
-        """Wait until it is done, failed or cancelled; a restart of the server of up to a minute too.
+        """Wait until it is done, failed or cancelled. A restart of the server may take up to a minute.
 
-        Raises TimeoutError after timeout_s, a second or two later where the server is silent; the job goes on.
+        Raises TimeoutError after timeout_s, or a second or two later if the server is silent; the job goes on.
         """
         patience, polling = self._patience(), Polling(self.id, timeout_s)
         while True:
-            # One attempt at a time, since the time may be up before the patience is.
+            # One attempt at a time, since timeout_s may be over before the patience.
             once, limits = Patience(0), timeouts(polling.look_s(QUIET_S))
             try:
                 job = JobState.of(object_of(await self._connection.request("GET", self._path, once, timeout=limits)))
@@ -49,13 +49,13 @@ class AsyncJob:
             await asyncio.sleep(polling.pause_s(job))
 
     async def events(self, *, last_id: str = "", **preview: Unpack[Preview]) -> AsyncIterator[Event]:
-        """Iterate over what happens: Waiting, Progress or, with `show`, Frames, and Ended as the last.
+        """Iterate over the job's events: Waiting, Progress or, with `show`, Frames, and at last Ended.
 
-        Goes on where the connection breaks or the server is started again within a minute; with layout `images` some
-        frames may come twice then.
+        A broken connection is opened again, and a restart of the server may take up to a minute; with layout `images`
+        some frames may come twice then.
         """
         patience, path = self._patience(), f"{self._path}/events"
-        following = Following(last_id, patience, Asked.of(preview | self._known(), show=None))
+        following = Following(last_id, patience, Expected.of(preview | self._known(), show=None))
         while True:
             headers = following.begin_connection()
             try:
@@ -74,19 +74,19 @@ class AsyncJob:
     async def image(self, accept: MediaType = "image/png", *, clip_output: bool = True) -> Sampled:
         """Read the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found.
 
-        clip_output: of the floats that a job of bit_depth=32 has, whether they are clipped to the model's range.
+        clip_output: whether the floats of a job with bit_depth=32 are clipped to the model's range.
         """
-        limit = Asked.of(self._known()).answer_bytes(accept)
+        limit = Expected.of(self._known()).answer_bytes(accept)
         options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
         path = f"{self._path}/image{'' if clip_output else '?clip_output=false'}"
         return Sampled.of(await self._connection.request("GET", path, **options), accept)
 
     async def cancel(self) -> JobState:
-        """Cancel it if it has not ended; returns the job as it ended."""
+        """Cancel it if it has not ended, and return its last state."""
         return JobState.of(object_of(await self._connection.request("POST", f"{self._path}/cancel")))
 
     async def delete(self) -> None:
-        """Delete it; if it has not ended, it is cancelled. No error if it is not there."""
+        """Delete it, and cancel it if it has not ended. A missing job is no error."""
         try:
             await self._connection.request("DELETE", self._path, Patience(self._connection.patience_s))
         except Problem as problem:
@@ -94,7 +94,7 @@ class AsyncJob:
                 raise
 
     def _known(self) -> dict[str, Any]:
-        """What bounds its images and frames, as far as its state was read."""
+        """The parameters that bound its images and frames, as far as they are known."""
         return {"n": MAX_IMAGES} if self.latest is None else {"n": self.latest.n, "steps": self.latest.steps}
 
     def _patience(self) -> Patience:

@@ -9,7 +9,7 @@ from ..errors import ClientError
 from ..messages import CANCEL, Cancelled, Done, Message
 from ..parameters import text_of
 from ..patience import Patience
-from ..reading import Asked, Reading
+from ..reading import Expected, Reading
 from .connection import AsyncConnection
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ class AsyncWatching:
         if self._begun:  # a second loop would make a second job
             return
         self._begun = True
-        accepted, text, asked = False, text_of(self._parameters), Asked.of(self._parameters)
+        accepted, text, expected = False, text_of(self._parameters), Expected.of(self._parameters)
         patience = Patience(self._connection.patience_s)
         while True:
             try:
-                async with self._connection.websocket("/sample/stream", asked.picture_bytes) as ws:
+                async with self._connection.websocket("/sample/stream", expected.picture_bytes) as ws:
                     await ws.send(text)
-                    self._ws, reading = ws, Reading(asked)
+                    self._ws, reading = ws, Reading(expected)
                     while True:
                         images = reading.begin(await ws.recv())
                         message = reading.end([await ws.recv() for _ in range(images)])

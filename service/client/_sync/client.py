@@ -11,7 +11,7 @@ import httpx
 from .. import checks
 from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, webhook_members
 from ..patience import Patience
-from ..reading import IMAGE_BYTES, Asked
+from ..reading import IMAGE_BYTES, Expected
 from ..results import PNG, JobState, MediaType, ModelState, Noised, Sampled, models_of, object_of, page_of
 from ..transport import KeyAuth, timeouts, with_key
 from .connection import Connection
@@ -24,14 +24,13 @@ PAGE = 200  # jobs a request, the most that the server lists at once
 class Client:
     """A client of one tminus server. Threads may share it.
 
-    url: `http://host:port`, with a path where a proxy puts the server under one. model: the name of the model that
-    calls are of, where the server has several; None: its default one. patience_s: how long in all a call may wait where
-    the server answers 429, 503 or 507 with a Retry-After, or cannot be reached; 0 raises such an error at once. key: of
-    the server, sent with every request and WebSocket; no error shows it. headers: sent with them too, for a proxy that
-    asks for them. transport: in place of httpx's own.
+    url: `http://host:port`, and a path if a proxy serves it under one. model: the name of the model to use; None: the
+    server's default. patience_s: seconds in all that a call may wait if the server answers 429, 503 or 507 with a
+    Retry-After, or cannot be reached; 0 raises such an error at once. key: sent with every request and WebSocket; no
+    error shows it. headers: sent with them too, for a proxy that needs them. transport: replaces httpx's own.
 
-    Calls raise Problem where the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for a
-    url, a model or a key that is not one.
+    Calls raise Problem if the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for an
+    invalid url, model or key.
     """
 
     def __init__(
@@ -58,12 +57,12 @@ class Client:
 
     def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
         """Sample and wait: the images as a PNG sheet, a zip or JSON of PNGs, or floats; an animation; a trajectory."""
-        # The server drops a job whose connection breaks, so that asking again does no harm.
+        # The server drops a job whose connection breaks, so a second attempt does no harm.
         options: dict[str, Any] = {
             "content": text_of(parameters),
             "headers": JSON_BODY | {"Accept": accept},
             "timeout": timeouts(None),
-            "max_bytes": Asked.of(parameters).answer_bytes(accept),
+            "max_bytes": Expected.of(parameters).answer_bytes(accept),
         }
         return Sampled.of(self._connection.request("POST", "/sample", **options), accept)
 
@@ -85,11 +84,11 @@ class Client:
     ) -> Job:
         """Submit a durable job, which is finished whatever happens to client and server.
 
-        A connection that breaks is retried for a minute: an Idempotency-Key, drawn if none is given, makes that safe.
-        Give your own where your process may be started again: the same key and parameters are the same job.
+        A broken connection is retried for a minute. An Idempotency-Key makes that safe; without one the client draws
+        it. Give your own if your process may be restarted: the same key and parameters are the same job.
 
-        webhook: a URL that is sent the job when it starts, when its images are there (output), and when it has ended
-        (completed); or webhook_events of these.
+        webhook: a URL that gets the job when it starts (start), when its images are ready (output), and when it has
+        ended (completed). webhook_events: only these events.
         """
         key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         headers = JSON_BODY | {"Idempotency-Key": key}
@@ -100,13 +99,13 @@ class Client:
         return Job(self._connection, state.id, state)
 
     def job(self, job_id: str) -> Job:
-        """Make the handle of a job by its id, whichever model it is of. Sends nothing yet."""
+        """Return the handle of a job of any model, by its id. Sends nothing."""
         return Job(self._connection, job_id)
 
     def jobs(self, *, state: str | Sequence[str] | None = None) -> Iterator[JobState]:
-        """Iterate over all jobs, or those in one state or several, the newest first.
+        """Iterate over the jobs, the newest first: those of the client's model, if it has one.
 
-        Of a client with a model, those of this model; else those of all.
+        state: one state or several; None: all.
         """
         params: dict[str, Any] = {"limit": PAGE}
         if state is not None:
@@ -130,30 +129,29 @@ class Client:
         return Noised.of(self._connection.request("POST", "/noise", **options))
 
     def model(self) -> dict[str, Any]:
-        """Read what is loaded, and the limits, as GET /model says."""
+        """Read the description of the model and its limits, as GET /model has it."""
         return object_of(self._connection.request("GET", "/model"))
 
-    # --- the models of the server, whichever this client is of ---
+    # --- all models of the server ---
 
     def models(self) -> list[ModelState]:
-        """List the models that are loaded, and those that can be."""
+        """List the models that are served, and those that can be loaded."""
         return models_of(self._connection.request("GET", f"{self._connection.server}/models"))
 
     def load_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Load a model that is not loaded. Returns when it is served, which may take minutes.
+        """Load a model. Returns when it is served, which may take minutes.
 
-        admin_key: a key of the role admin, for this request alone, in place of the client's own. Raises Problem:
-        unauthorized, forbidden, admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for a name or a
-        key that is not one.
+        admin_key: a key of the role admin for this request, in place of the client's own. Raises Problem: unauthorized,
+        forbidden, admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for an invalid name or key.
         """
         return ModelState.of(object_of(self._change(name, "load", admin_key)))
 
     def reload_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Read a loaded model's folder again. Returns when what is there now is served; in all else as load_model."""
+        """Read a loaded model's folder again. Returns when its new content is served. Otherwise like load_model."""
         return ModelState.of(object_of(self._change(name, "reload", admin_key)))
 
     def unload_model(self, name: str, admin_key: str | None = None) -> None:
-        """Unload a model; the server still finishes the jobs that it has. Raises as load_model does."""
+        """Unload a model; its jobs are still finished. Raises as load_model does."""
         self._change(name, "unload", admin_key)
 
     def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:

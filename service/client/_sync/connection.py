@@ -36,25 +36,23 @@ if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
 
-MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
-# A request that may take as long as it takes has no other way to find that the server is silently gone: after a minute
-# and a half. Not all systems have all of these: macOS calls the first TCP_KEEPALIVE, and only Linux has the last, which
-# holds while the server has not even confirmed the request.
+MESSAGES_AHEAD = 2  # messages of a WebSocket that are buffered; each may be as large as is allowed
+# A request without a time limit finds by these, after a minute and a half, that the server is silently gone. Systems
+# differ: macOS calls the first TCP_KEEPALIVE, and only Linux has the last, for a request that is not confirmed.
 KEEP_ALIVE = {
     "TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000
 }  # fmt: skip
 
 
 def _keep_alive(event: str, info: Mapping[str, Any]) -> None:
-    """Let TCP itself ask whether the server is there, on each connection that is opened.
+    """Turn on TCP's keep-alive for each new connection, through httpx's `trace`.
 
-    For httpx's `trace`. Its transports take socket options too, but with a transport of our own it would not ask the
-    environment for a proxy.
+    httpx's transports take socket options too, but a client with its own transport ignores the environment's proxies.
     """
     opened = info["return_value"].get_extra_info("socket") if event.endswith(".connect_tcp.complete") else None
     if opened is None:
         return
-    with suppress(OSError):  # a system that refuses one does without
+    with suppress(OSError):  # a system may refuse one
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEP_ALIVE.items():
             if hasattr(socket, name):
@@ -67,8 +65,8 @@ TRACED = {"trace": _keep_alive}
 class Connection:
     """Connects to one server, and turns the errors of httpx and websockets into ClientErrors.
 
-    Paths are below the address of `model`, None: below that of the server. Raises ValueError for a url or a model that
-    is not one. `patience_s` is that of the client.
+    Paths are relative to the address of `model`, or of the server if it is None. patience_s: of the client. Raises
+    ValueError for an invalid url or model.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Connection:
     ) -> httpx.Response:
         """Send a request until the response is 2xx; `options` are those of httpx. Raises ClientError.
 
-        path: or a whole URL. max_bytes: of its content; no more is read.
+        path: or a whole URL. max_bytes: of the content; a longer answer is not read.
         """
         patience = patience or Patience(self.patience_s)
         while True:
@@ -125,7 +123,7 @@ class Connection:
     def stream(
         self, path: str, params: Mapping[str, Any], headers: Mapping[str, str], quiet_s: float
     ) -> Iterator[httpx.Response]:
-        """Open a response of 2xx that is read while it is sent. Raises ClientError, also where it breaks off later."""
+        """Open a 2xx response that is read while it arrives. Raises ClientError, also if it breaks off later."""
         options: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": timeouts(quiet_s)}
         try:
             with self._http.stream("GET", path, extensions=TRACED, **options) as response:
@@ -140,7 +138,7 @@ class Connection:
     def websocket(self, path: str, max_bytes: int) -> Iterator["ClientConnection"]:
         """Open a WebSocket, with messages of at most max_bytes.
 
-        Raises ClientError, also where it is closed by the server while it is used; ImportError without websockets.
+        Raises ClientError, also if the server closes it while it is in use; ImportError without websockets.
         """
         try:
             from websockets.sync.client import connect
@@ -162,7 +160,7 @@ class Connection:
                 try:
                     yield ws
                 finally:
-                    ws.close()  # with 1000: leaving early is not the internal error that `with` would report
+                    ws.close()  # with 1000; after an exception `with` would send 1011
         except ConnectionClosed as error:
             raise closed(error, max_bytes) from None
         except InvalidStatus as error:
@@ -172,7 +170,7 @@ class Connection:
 
 
 def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
-    """Read a response to its end; one of 2xx, with its content. Raises ClientError, httpx.HTTPError."""
+    """Read a response to its end. Raises ClientError if it is not 2xx or too long, and httpx.HTTPError."""
     check_coding(response)
     limit = max_bytes if response.is_success else DOCUMENT_BYTES
     content = bytearray()

@@ -10,7 +10,7 @@ from ..errors import ClientError
 from ..messages import CANCEL, Cancelled, Done, Message
 from ..parameters import text_of
 from ..patience import Patience
-from ..reading import Asked, Reading
+from ..reading import Expected, Reading
 from .connection import Connection
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class Watching:
         if self._begun:  # a second loop would make a second job
             return
         self._begun = True
-        accepted, text, asked = False, text_of(self._parameters), Asked.of(self._parameters)
+        accepted, text, expected = False, text_of(self._parameters), Expected.of(self._parameters)
         patience = Patience(self._connection.patience_s)
         while True:
             try:
-                with self._connection.websocket("/sample/stream", asked.picture_bytes) as ws:
+                with self._connection.websocket("/sample/stream", expected.picture_bytes) as ws:
                     ws.send(text)
-                    self._ws, reading = ws, Reading(asked)
+                    self._ws, reading = ws, Reading(expected)
                     while True:
                         images = reading.begin(ws.recv())
                         message = reading.end([ws.recv() for _ in range(images)])

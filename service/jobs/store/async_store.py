@@ -1,23 +1,23 @@
 """The job store for asyncio: each call runs in a thread of the store's, so that the event loop waits for no disk.
 
-A shared store runs READS in a second thread, so that they never delay the renewal of leases. A third thread unpacks
-pixels, and reads them too if the store is shared. A file is locked for one connection, so the thread of that connection
-reads the packed pixels. That takes milliseconds.
+A shared store has a second thread for what clients read, so that reading never delays the renewal of leases. A third
+thread unpacks pixels, and reads them too if the store is shared. A file is locked for one connection, so the thread of
+that connection reads the packed pixels. That takes milliseconds. A method's `Call` says which thread makes it.
 """
 
 import asyncio
 import math
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace, StoredObject
-from tminus.service.scheduling.cluster import Intake
+from tminus.service.jobs.store.records import Call, JobRecord, Key, ReplicaPace, StoredObject, Thread
+from tminus.service.jobs.store.shared_store import SharedStore
+from tminus.service.jobs.webhooks.delivery_store import DeliveryStore
 from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
@@ -26,24 +26,7 @@ CALL_S = 30.0  # a call that takes longer is not waited for
 QUICK_S = 1.0  # the same, of one without which a request can be answered
 P = ParamSpec("P")
 R = TypeVar("R")
-Calls = frozenset[Callable[..., Any]]
-# What clients read.
-READS: Calls = frozenset(
-    {
-        *(JobStore.find, JobStore.open_jobs, JobStore.get, JobStore.holder, JobStore.page),
-        *(JobStore.number_owed, JobStore.deliveries, JobStore.images),
-    }
-)
-# Whether the last of these could be done is known as `failure`.
-WRITES: Calls = frozenset(
-    {
-        *(JobStore.check, JobStore.add, JobStore.renew, JobStore.release, JobStore.cancel, JobStore.crashed),
-        *(JobStore.finish, JobStore.started, JobStore.settle, JobStore.delete),
-        *(JobStore.note_object, JobStore.give_up_object),
-    }
-)
-QUICK: Calls = frozenset({JobStore.open_jobs})
-OWES: Calls = frozenset({JobStore.cancel, JobStore.started})  # after which a webhook may be to be told something
+S = TypeVar("S", bound=DeliveryStore)  # the lowest class with calls
 
 
 class AsyncStore:
@@ -51,10 +34,12 @@ class AsyncStore:
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._pool = started_pool(1, "tminus-store")
-        self._reads = started_pool(1, "tminus-store-reads") if store.shared else self._pool
-        self._pixels = started_pool(1, "tminus-store-pixels")
-        self.shared, self.lease_s = store.shared, store.lease_s
+        self.shared = isinstance(store, SharedStore)
+        self.lease_s = store.lease_s if isinstance(store, SharedStore) else math.inf
+        self._pool, self._pixels = started_pool(1, "tminus-store"), started_pool(1, "tminus-store-pixels")
+        self._pools: dict[Thread, ThreadPoolExecutor] = {"store": self._pool, "reads": self._pool, "pixels": self._pool}
+        if self.shared:
+            self._pools |= {"reads": started_pool(1, "tminus-store-reads"), "pixels": self._pixels}
         self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
         self.owes = asyncio.Event()  # set where a webhook may be to be told something
@@ -67,30 +52,27 @@ class AsyncStore:
         """Why the last attempt to write failed; None after one that did not."""
         return self._failure
 
-    async def call(self, method: Callable[Concatenate[JobStore, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a method of the store, and wait for it, though not for a disk that does not answer.
+    async def call(self, method: Callable[Concatenate[S, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a method of the store in a thread, and wait for it, though not for a disk that does not answer.
 
-        Raises StorageFailed, and what the method does.
+        method: as the class declares it that decorates it with `Call`. Raises StorageFailed, and what the method does.
         """
-        assert method == getattr(JobStore, method.__name__), "by a subclass's own it would be in none of the sets above"
+        how, its_own = Call.of(method), cast(Callable[P, R], getattr(self._store, method.__name__))
         try:
-            result = await self._answer(method, *args, **kwargs)
+            result = await self._answer(how, its_own, *args, **kwargs)
         except StorageFailed as error:
-            if method in WRITES:
+            if how.writes:
                 self._failure = error
             raise
-        if method in WRITES:
+        if how.writes:
             self._failure = None
-        if method in OWES:
+        if how.owes:
             self.owes.set()
         return result
 
-    async def _answer(self, method: Callable[Concatenate[JobStore, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        is_read, limit_s = method in READS, QUICK_S if method in QUICK else CALL_S
-        pool = self._reads if is_read else self._pool
-        if method == JobStore.images and self.shared:
-            pool = self._pixels
-        call: Future[R] = _submitted(pool, getattr(self._store, method.__name__), *args, **kwargs)
+    async def _answer(self, how: Call, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        limit_s = QUICK_S if how.quick else CALL_S
+        call = _submitted(self._pools[how.thread], method, *args, **kwargs)
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(asyncio.wrap_future(call))
@@ -98,7 +80,7 @@ class AsyncStore:
             call.cancel()  # at once, if its turn has not come: nobody waits for it, and others wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
         finally:
-            if is_read:
+            if how.thread != "store":
                 call.cancel()  # if its client has gone before its turn came
 
     async def check(self) -> None:
@@ -119,14 +101,10 @@ class AsyncStore:
         finally:
             self._adding.discard(job.id)
 
-    async def claim_all(self) -> Claimed:
-        """Hold every job that has not ended, of a store that no other process shares."""
-        return await self.call(JobStore.claim, "", Intake(math.inf), math.inf, sys.maxsize)
-
     async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
-        """Hold the jobs of all `holders` for one more lease, and those that are being added."""
+        """Hold the jobs of all `holders`, and those that are being added, for one more lease."""
         known = self._adding.union(*(ids() for ids in self.holders))
-        return await self.call(JobStore.renew, fingerprint, pace, known)
+        return await self.call(SharedStore.renew, fingerprint, pace, known)
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
         """Keep how a job ended."""
@@ -181,9 +159,8 @@ class AsyncStore:
 
     def close(self) -> None:
         """Finish the calls that have been made, and close the store. Blocks until then."""
-        self._pixels.shutdown()
-        if self._reads is not self._pool:
-            self._reads.shutdown()
+        for pool in {self._pixels, self._pools["reads"]} - {self._pool}:
+            pool.shutdown()
         self._pool.submit(self._store.close)
         self._pool.shutdown()
 

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import arrays
 from tminus.service.jobs.store.records import (
+    Call,
     Claimed,
     JobRecord,
     Key,
@@ -20,78 +21,47 @@ from tminus.service.jobs.store.records import (
     ObjectGone,
     Outcome,
     Place,
-    ReplicaPace,
     StoredObject,
 )
+from tminus.service.jobs.store.removal import KEPT, PENDING, Removal
 from tminus.service.jobs.store.tables import Tables
-from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run, kept_bytes, webhook_of
+from tminus.service.jobs.webhooks.delivery_store import Conditions, Run, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
 RECORD_BYTES = 1024  # roughly what a job takes without its images and its webhook
-# The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
-SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
     "done": ("start", "output", "completed"),  # it has begun, even if that was not noted
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
-# An object is about to be written, or was; the row of its job refers to it; nobody does, and it is to be deleted.
-PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
-ORPHAN_US = 3600 * 10**6  # after which nobody is waited for who noted an object
-AGAIN_US = 60 * 10**6  # after which another may try to delete what one has not
-MOST_KEYS = 100  # that are taken at a time
 SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
 
 
-class JobStore(DeliveryStore, ABC):
+class JobStore(Removal):
     """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
-    Where the store is shared, the calls that async_store.py names READS may come from a second thread beside it, and
-    `images` from a third.
+    The calls of a shared store come from as many threads as `Call.thread` names.
 
     A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
 
-    A store is one replica's hand on the jobs: it holds those that it has added or claimed until they end, or until
-    they are another's because it has not renewed its lease in time. It alone may write their snapshots and their end.
+    A store holds the jobs that its server has added or claimed, until they end. It alone writes their snapshots and
+    their ends. In a shared store another replica may take them over, see shared_store.py.
 
-    A subclass has the connection and its transactions, and says who may write.
+    A subclass makes the engine, and claims jobs in its own way.
     """
 
-    lease_s: float  # how long a job is held without a renewal
-    shared: bool  # whether other replicas may have the same jobs; else what is claimed once is held until the end
+    _engine: sa.Engine
+    _name = "the job store"  # in the log
 
     def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-        self._jobs = jobs = tables.jobs
-        self._deliveries = tables.deliveries
+        super().__init__(tables)
         fields = JobRecord.__dataclass_fields__
-        self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
+        self._record_columns: list[sa.ColumnElement[Any]] = [column for column in self._jobs.c if column.name in fields]
 
-    # --- what the stores do each in its own way ---
-
-    @abstractmethod
-    def now_us(self) -> int:
-        """The Unix time by the store's clock, in microseconds: one for all replicas."""
-
-    @abstractmethod
-    def claim(
-        self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
-    ) -> Claimed:
-        """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
-
-        Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these the
-        shortest suspect comes first, unless another is on trial here; released jobs follow by arrival. A suspect is a
-        job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and the oldest if
-        the intake accepts it.
-
-        One that was begun by another build is left to a replica of that build while one lives, and one with a table
-        that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is
-        damaged is ended as failed.
-        """
+    # --- what each store does in its own way ---
 
     @abstractmethod
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
@@ -100,16 +70,7 @@ class JobStore(DeliveryStore, ABC):
         served: hashes of weights that this server serves.
         """
 
-    @abstractmethod
-    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
-
-        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much;
-        those of events before owed_after_us are not waited for: nobody tries them, as without a secret to sign them.
-        The room of deleted jobs is given back to the disk.
-        One call does a part of this, so that other calls need not wait long; returns whether to call again.
-        """
-
+    @Call(writes=True)
     @abstractmethod
     def check(self, *, write: bool) -> None:
         """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""
@@ -118,33 +79,9 @@ class JobStore(DeliveryStore, ABC):
     def close(self) -> None:
         """Hold nothing any more, and close the store; no call may follow."""
 
-    # --- what only a shared store is asked ---
-
-    def holder(self, job_id: str) -> str | None:  # noqa: ARG002
-        """The address of the replica that holds a job, if it lives and has one."""
-        return None
-
-    def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
-        """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it.
-
-        known: the jobs that are worked on; what is held beside them, since an answer was lost, is left to others.
-        """
-        raise NotImplementedError
-
-    def load(self) -> ClusterLoad:
-        """What all replicas have to do."""
-        raise NotImplementedError
-
-    def release(self, job_id: str) -> None:
-        """Leave a job to whoever claims it; until then its snapshot can still be kept."""
-        raise NotImplementedError
-
-    def cancel(self, job_id: str) -> bool:
-        """End a job as cancelled, whoever holds it; False if it has ended. Its holder learns it when it renews."""
-        raise NotImplementedError
-
     # --- what they have in common ---
 
+    @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         """Keep a new job, and hold it, or leave it to whoever claims it.
 
@@ -167,11 +104,14 @@ class JobStore(DeliveryStore, ABC):
                 run(sa.insert(jobs).values(**values))
                 if data is not None:
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
-        except StorageFailed:
+        except StorageFailed as error:
             self._let_go(job.id)
+            if isinstance(error.__cause__, sa.exc.IntegrityError):  # another replica took the key after this one looked
+                return False
             raise
         return True
 
+    @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """Find the job that was added with this key, and say whether the request was the same."""
         with self._transaction() as run:
@@ -181,13 +121,7 @@ class JobStore(DeliveryStore, ABC):
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
 
-    def open_jobs(self, owner: str) -> frozenset[str]:
-        """The ids of an owner's jobs that have not ended."""
-        jobs = self._tables.jobs
-        query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
-        with self._transaction() as run:
-            return frozenset(run(query).scalars())
-
+    @Call("reads")
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
         query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())
@@ -195,6 +129,7 @@ class JobStore(DeliveryStore, ABC):
             row = run(query).one_or_none()
         return self._record(row) if row is not None else None
 
+    @Call("reads")
     def page(
         self,
         before: Place | None,
@@ -260,6 +195,7 @@ class JobStore(DeliveryStore, ABC):
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
+    @Call("pixels")
     def images(self, job_id: str) -> bytes | StoredObject | None:
         """Return the packed images of a finished job, or the object that holds them."""
         if (data := self._data(self._tables.images, job_id)) is None:
@@ -275,6 +211,7 @@ class JobStore(DeliveryStore, ABC):
             data: bytes | None = run(sa.select(table.c.data).where(table.c.job_id == job_id)).scalar_one_or_none()
         return data
 
+    @Call(writes=True)
     def crashed(self, job_ids: Collection[str]) -> None:
         """Count an end of the server against these jobs, whoever holds them now.
 
@@ -288,6 +225,7 @@ class JobStore(DeliveryStore, ABC):
         with self._transaction() as run:
             run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
 
+    @Call(writes=True)
     def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
         """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
@@ -326,76 +264,11 @@ class JobStore(DeliveryStore, ABC):
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
 
-    def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
-        jobs = self._tables.jobs
-        mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
-        with self._transaction() as run:
-            deleted = self._delete(run, run(sa.select(jobs.c.id).where(*mine)).scalars().all()) > 0
-        self._let_go(job_id)
-        return deleted
-
-    # --- objects: each is a row of the table, from before it is written until it is deleted ---
-    # They are found by this table, and never by listing a bucket: what it does not know may be another's, as where two
-    # databases share a bucket.
-
-    def note_object(self, job_id: str, key: str) -> None:
-        """Note that an object is about to be written for a job that is held. Raises LeaseLost and ObjectGone.
-
-        From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
-        """
-        jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
-        again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
-        new = {"key": key, "job_id": job_id, "state": PENDING, "since_us": now_us, "bytes": 0, "sha256": ""}
-        with self._transaction() as run:
-            if not run(sa.select(jobs.c.id).where(*self._held([job_id]))).first():
-                raise LeaseLost(job_id)
-            if not run(again).rowcount:
-                if run(sa.select(objects.c.key).where(objects.c.key == key)).first() is not None:
-                    raise ObjectGone(key)
-                run(sa.insert(objects).values(**new))
-
-    def give_up_object(self, key: str) -> None:
-        """Note that no job will refer to an object."""
-        objects = self._tables.objects
-        noted = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING)
-        with self._transaction() as run:
-            run(noted.values(state=UNNEEDED, since_us=0))
-
-    def take_unneeded_objects(self) -> list[str]:
-        """The keys of some objects that no job refers to, to be deleted now. Others are told the same after a minute.
-
-        From then on no job can come to refer to them.
-        """
-        objects, now_us = self._tables.objects, self.now_us()
-        orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
-        unneeded = sa.and_(objects.c.state == UNNEEDED, objects.c.since_us < now_us - AGAIN_US)
-        oldest = sa.select(objects.c.key).where(sa.or_(orphaned, unneeded)).order_by(objects.c.since_us)
-        with self._transaction() as run:
-            query = oldest.limit(MOST_KEYS).with_for_update(skip_locked=True)
-            keys: list[str] = list(run(query).scalars().all())
-            if keys:
-                run(sa.update(objects).where(objects.c.key.in_(keys)).values(state=UNNEEDED, since_us=now_us))
-        return keys
-
-    def forget_objects(self, keys: Sequence[str]) -> None:
-        """Know no more of objects that were deleted."""
-        objects = self._tables.objects
-        with self._transaction() as run:
-            run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
-
     # --- what a shared store says otherwise ---
 
-    def _now(self) -> sa.ColumnElement[int]:
-        """The store's time as an expression: of the database's own clock, where several look at it."""
-        return sa.literal(self.now_us(), sa.BigInteger)
-
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Choose the jobs that a replica that lives holds, or that none does; None chooses all."""
+        """Choose the jobs that a living replica holds, or that none does; None chooses all."""
         return ()
-
-    def _let_go(self, job_id: str) -> None:
-        """Forget that a job is held: it has ended, or was lost."""
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
         """Return what a new job has in the columns that JobRecord does not have, as of who holds it."""
@@ -403,36 +276,19 @@ class JobStore(DeliveryStore, ABC):
 
     # --- parts of calls ---
 
-    def _sweep(
-        self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
-    ) -> int:
-        """One part of a sweep; how many jobs were deleted. which: of others' jobs than those of this store."""
-        jobs = self._tables.jobs
-        ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
-        owed = self._is_owed(owed_after_us)
-        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
-        oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
-        chosen: list[str] = []
-        total = left = int(run(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(*ended)).scalar_one())
-        for row in run(oldest if total > max_bytes else oldest.where(~owed)).all():
-            too_much = left > max_bytes and left > row.bytes
-            if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
-                break
-            if too_much or not row.owed:
-                chosen.append(row.id)
-                left -= row.bytes
-        if chosen:
-            self._delete(run, chosen)
-            log.info("%d jobs that had ended were deleted", len(chosen))
-        return len(chosen)
-
-    def _delete(self, run: Run, job_ids: Sequence[str]) -> int:
-        tables = self._tables
-        for table in (tables.snapshots, tables.inputs, tables.images, tables.deliveries):
-            run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
-        let_go = sa.update(tables.objects).where(tables.objects.c.job_id.in_(job_ids), tables.objects.c.state == KEPT)
-        run(let_go.values(state=UNNEEDED, since_us=0))
-        return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
+    @contextmanager
+    def _transaction(self) -> Iterator[Run]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection.execute
+        except sa.exc.IntegrityError as error:
+            raise StorageFailed("the job store has a row with this key already") from error
+        except sa.exc.DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            log.error("%s: %s", self._name, reason)
+            raise StorageFailed(f"the job store cannot do it: {reason}") from None
+        except sa.exc.TimeoutError:
+            raise StorageFailed("the job store has no connection free") from None
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:
         """The records of rows. One that is damaged is ended as failed, and left out."""

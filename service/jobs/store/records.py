@@ -1,9 +1,9 @@
-"""What a store of durable jobs is given and returns: plain values. What it does is said in job_store.py."""
+"""What a store of durable jobs is given and returns, and how each of its calls is made. Plain values."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import SampleSpec
@@ -12,6 +12,29 @@ Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
 Place = tuple[int, str]  # in the order of creation: created_us and id
 MOST_LISTED = 20  # jobs, in a message
+Thread = Literal["store", "reads", "pixels"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How AsyncStore makes a call of a store. Decorates the method; one without it is a plain Call()."""
+
+    thread: Thread = "store"  # of a shared store. A call outside "store" is dropped when its client goes away
+    writes: bool = False  # its success or failure tells whether jobs can be kept
+    owes: bool = False  # a message of a webhook may be due after it
+    quick: bool = False  # a request can be answered without it, and does not wait long for it
+
+    def __call__(self, method: F) -> F:
+        """Note this at a method."""
+        vars(method)["call"] = self
+        return method
+
+    @classmethod
+    def of(cls, method: Callable[..., Any]) -> "Call":
+        """Return what was noted at a method."""
+        noted: Call = vars(method).get("call", cls())
+        return noted
 
 
 @dataclass(frozen=True, slots=True)

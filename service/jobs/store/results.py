@@ -39,7 +39,7 @@ class Results:
     """Where large results go, and which ones are large."""
 
     objects: "S3Objects"
-    above_bytes: int  # of pixels: results of no more stay in the database
+    above_bytes: int = 256 * 1024  # of pixels: results of no more stay in the database
 
 
 @dataclass(slots=True)

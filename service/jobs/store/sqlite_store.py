@@ -1,7 +1,6 @@
 """Durable jobs in one SQLite file, in WAL mode: a commit is on the disk when its call returns."""
 
 import logging
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,12 +47,10 @@ SPARE_BYTES = 8 * 2**20  # a WAL is copied too where it and the file have more r
 class SqliteStore(JobStore):
     """Owns one connection, which locks out all other processes. Raises ValueError for a file that cannot be used."""
 
-    shared, lease_s = False, math.inf
-
     def __init__(self, file: Path | None) -> None:
         """file: None keeps everything in memory, no longer than the process lives."""
         super().__init__(make_sqlite_tables())
-        self._file = file
+        self._file, self._name = file, f"the job store {file}"
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
         self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
@@ -134,8 +131,8 @@ class SqliteStore(JobStore):
             finally:
                 os.close(descriptor)
 
-    def claim(self, *_asked: object) -> Claimed:
-        """Hold all jobs that have not ended: there is no other replica."""
+    def claim_all(self) -> Claimed:
+        """Hold all jobs that have not ended: no other server has the file. A damaged one is ended as failed."""
         return self._claimed(self._unended())
 
     def _unended(self) -> Sequence[Any]:
@@ -236,13 +233,8 @@ class SqliteStore(JobStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[Run]:
-        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
-        try:
-            with self._connection.begin():
-                yield self._connection.execute
-        except sa.exc.DBAPIError as error:
-            log.error("the job store %s: %s", self._file, error.orig)
-            raise StorageFailed(f"the job store cannot do it: {error.orig}") from None
+        with super()._transaction() as run:
+            yield run
         if self._wal_bytes() > self._most_wal_bytes:
             self._begin_wal()
 
@@ -293,8 +285,6 @@ def state_folder(state_dir: str) -> Path | None:
 
 class LateStore:
     """A JobStore whose file cannot be opened, as its disk is full. Each call tries again, and raises StorageFailed."""
-
-    shared, lease_s = SqliteStore.shared, SqliteStore.lease_s
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file

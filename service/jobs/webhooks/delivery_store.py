@@ -1,9 +1,11 @@
-"""What a store does about deliveries: what is owed of jobs' webhooks, from the transaction in which an event happens
-until it is delivered or given up. The rest of a store is in store/job_store.py.
+"""The deliveries of a job store: messages to the webhooks of jobs, from the event until they are delivered or given up.
+
+The rest of a store is in store/job_store.py.
 """
 
 import json
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from tminus.service.jobs.store.arrays import UNREADABLE
-from tminus.service.jobs.store.records import JobRecord
+from tminus.service.jobs.store.records import Call, JobRecord
+from tminus.service.jobs.store.tables import Tables
 from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 
 Run = Callable[..., Any]  # runs a statement in a transaction
@@ -56,32 +59,40 @@ class Room:
     full_of_failing: frozenset[str] = frozenset()  # and those of which nothing to receivers that failed last
 
 
-class DeliveryStore:
-    """The calls of a JobStore that are about deliveries. Subclasses say what a transaction is, and whose jobs are."""
+class DeliveryStore(ABC):
+    """The calls of a JobStore that are about deliveries, and what they and its other calls stand on."""
 
-    _deliveries: sa.Table
-    _jobs: sa.Table
+    def __init__(self, tables: Tables) -> None:
+        self._tables, self._jobs, self._deliveries = tables, tables.jobs, tables.deliveries
 
+    @abstractmethod
+    def now_us(self) -> int:
+        """The Unix time by the store's clock, in microseconds: one for all replicas."""
+
+    @abstractmethod
     def _transaction(self) -> AbstractContextManager[Run]:
         """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
-        raise NotImplementedError
 
     def _now(self) -> sa.ColumnElement[int]:
-        """Make the expression of the store's clock, in microseconds."""
-        raise NotImplementedError
+        """The store's time as an expression: by the database's own clock, where several servers use it."""
+        return sa.literal(self.now_us(), sa.BigInteger)
 
     def _here(self) -> Conditions:
-        """Which jobs of the table are of this store."""
+        """Choose the jobs of this store from all in the table."""
         return ()
 
     def _understood(self) -> Conditions:
-        """Which jobs are of no newer version, where there may be such ones."""
+        """Choose the jobs that no newer version of tminus has made."""
         return ()
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Which of these jobs this store may write: none that has ended, nor one that others have taken over."""
+        """Choose the jobs that this store may write: they have not ended, and no other replica has taken them over."""
         return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
+    def _let_go(self, job_id: str) -> None:  # noqa: B027
+        """Forget that a job is held: it has ended, or was lost."""
+
+    @Call(writes=True, owes=True)
     def started(self, job: JobRecord) -> None:
         """Owe it to a job's webhook that the job has begun, if it is held and has not ended, and that is wanted."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
@@ -135,6 +146,7 @@ class DeliveryStore:
                 run(sa.update(table).where(table.c.id.in_([row.id for row in rows])).values(**holding))
         return [_delivery(row, row.attempts + 1, row.owner) for row in rows]
 
+    @Call(writes=True)
     def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
         """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
 
@@ -149,6 +161,7 @@ class DeliveryStore:
         with self._transaction() as run:
             return int(run(sa.update(table).where(*held).values(**ending)).rowcount) > 0
 
+    @Call("reads")
     def number_owed(self, owner: str, receiver: str, most: int) -> int:
         """Count the deliveries of an owner's jobs to a receiver that are pending, up to this number."""
         table, jobs = self._deliveries, self._jobs
@@ -157,6 +170,7 @@ class DeliveryStore:
         with self._transaction() as run:
             return int(run(sa.select(sa.func.count()).select_from(pending.subquery())).scalar_one())
 
+    @Call("reads")
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
         """Return all that was owed of jobs so far, by job, in the order of their events."""
         found = dict[str, list[Delivery]]()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.service.cli.running import refusal, run
+from tests.service.cli.running import run
 from tests.service.client.conftest import MakeServed, Served, make_served  # noqa: F401
 from tests.service.client.hostile import IMAGE_HEAD, answering
 from tminus.service.cli import bench
@@ -225,14 +225,6 @@ def test_figures_of_answers_without_a_recipe_are_told_without_a_sampler() -> Non
     assert (figures["answered"], figures["sampler"], figures["steps"]) == (3, None, None)
 
 
-def test_what_is_wrong_is_one_clear_line() -> None:
-    assert "connect" in refusal("bench", "http://127.0.0.1:9").lower()
-    assert "is a server running there? tminus serve starts one" in refusal("bench", "http://127.0.0.1:9")
-    assert "url must be http://" in refusal("bench", "localhost:8000")
-    line = refusal("bench", "http://127.0.0.1:9", "--rate", "1000", "--seconds", "60")
-    assert line == "tminus: --rate times --seconds: must be at most 20000 requests, got 60000"
-
-
 def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
     make_served: MakeServed,  # noqa: F811
 ) -> None:
@@ -275,16 +267,3 @@ def test_rates_that_are_not_given_are_shares_of_what_one_request_makes_alone(
     alone = 4000 / figures["alone_s"]["4x1000"]
     rates = [each["row_steps_per_s"] for each in figures["rates"]]
     assert rates == pytest.approx([share * alone for share in bench.LADDER], rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (("--mix", "1:1x20"), "--mix: needs --slo"),
-        (("--rate", "1,2"), "--rate, more than one: needs --slo"),
-        (("--slo", "3", "--steps", "20"), "--n and --steps: the requests of --slo are those of --mix"),
-        (("--slo", "3", "-n", "2"), "--n and --steps: the requests of --slo are those of --mix"),
-    ],
-)
-def test_options_that_do_not_go_together_are_named(flags: tuple[str, ...], line: str) -> None:
-    assert refusal("bench", "http://127.0.0.1:9", *flags) == f"tminus: {line}"

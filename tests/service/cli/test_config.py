@@ -107,16 +107,3 @@ def test_what_is_wrong_with_a_file_is_one_line(file: Path, text: bytes | None, s
         line = refusal(command, "--config", file)
         assert said in line
         assert str(file) in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["config", "--port", "abc"], 1),
-        (["serve", "--port", "abc"], 1),
-        (["config", "--prot", "1"], 2),
-        (["sample", "-n", "abc"], 2),
-    ],
-)
-def test_exit_codes_are_those_that_the_docs_tell(arguments: list[str], code: int) -> None:
-    assert run(*arguments).exit_code == code

@@ -1,24 +1,21 @@
 """How commands end: Ctrl-C, failures in a line; tests/e2e/test_train.py has `train`, which saves before Ctrl-C."""
 
-import io
 import json
-import logging
 import re
+import shlex
 import signal
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.service.cli.running import refusal, run
+from tests.service.cli.running import line_of, refusal, run
 from tminus.model import checkpoint
 from tminus.service.cli.main import SECTIONS, main
 from tminus.service.cli.output import fail, say, say_json
 from tminus.service.engine import loading
-from tminus.service.request_id import REQUEST_ID
-from tminus.service.startup.logs import MAX_LINE, printable, set_up_log
+from tminus.service.startup.logs import MAX_LINE, printable
 
 
 @pytest.mark.parametrize(
@@ -52,6 +49,64 @@ def test_a_run_that_cannot_be_written_is_one_clear_line(command: list[str], tmp_
     small = ["--size", "8", "--widths", "8,8", "--groups", "4", "--steps", "1", "--batch-size", "2", "--device", "cpu"]
     data = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "file" / "run"), "--precision", "fp32"]
     assert "Not a directory" in refusal(*command, *data, *small)
+
+
+# A command line in an empty folder, its exit code, and a part of what it says.
+REFUSALS = [
+    ("config --port abc", 1, "--port (TMINUS_PORT): must be a valid integer"),
+    ("config --prot 1", 2, "No such option"),
+    ("serve --port abc", 1, "--port (TMINUS_PORT): must be a valid integer"),
+    ("sample -n abc", 2, "'abc' is not a valid integer range"),
+    ("sample --out a.JPEG", 1, "PNG, so give a name that ends in .png, or a folder's name"),
+    ("sample --out a.tar.gz", 1, "PNG, so give a name that ends in .png"),
+    ("sample --model colour", 1, "--model needs --url: a server that has it"),
+    ("sample --url http://127.0.0.1:9 --model ../x", 1, "model must be 1..64"),
+    ("sample --url http://127.0.0.1:9 --checkpoint cpu", 1, "--checkpoint is for a model that this command loads"),
+    ("sample --watch a.webp", 1, "--watch needs --url"),
+    ("sample --every 2", 1, "--every and --show need --watch"),
+    ("reproduce a.png --model colour", 1, "--model needs --url: a server that has it"),
+    ("reproduce a.png --url http://127.0.0.1:9 --precision cpu", 1, "--precision is for a model that this command"),
+    ("reproduce a.png --out a.npy", 1, "PNG, so give a name that ends in .png"),
+    ("reproduce a.png", 1, "a.png"),
+    ("bench --mix 1:1x20", 1, "--mix: needs --slo"),
+    ("bench --rate 1,2", 1, "--rate, more than one: needs --slo"),
+    ("bench --slo 3 --steps 20", 1, "--n and --steps: the requests of --slo are those of --mix"),
+    ("bench --slo 3 -n 2", 1, "--n and --steps: the requests of --slo are those of --mix"),
+    ("bench --rate 1000 --seconds 60", 1, "--rate times --seconds: must be at most 20000 requests, got 60000"),
+    ("bench http://127.0.0.1:9", 1, "is a server running there? tminus serve starts one"),
+    ("bench localhost:8000", 1, "url must be http://"),
+    ("models --url localhost:8000", 1, "url must be http://"),
+    ("models load", 2, "load needs the NAME of a model"),
+    ("evaluate --guidance 1,51", 2, "a number, 0..50, got '51'"),
+    ("evaluate --seeds 18446744073709551616", 2, "a whole number, 0..2^64-1, got"),
+    ("tune --steps 0", 1, "steps must be in 1..1000, got 0"),
+    ("tune --steps two", 2, "each must be an integer, got 'two'"),
+    ("tune --guidance nan", 2, "each must be a number, got 'nan'"),
+    ("tune --teacher ddpm:20", 1, "teacher must be SAMPLER:STEPS"),
+    ("tune --checkpoint /nowhere", 1, "/nowhere: no such folder"),
+    ("train --data nothing --out run", 1, "nothing: neither fashion-mnist nor a folder of images"),
+    ("train --data . --out run", 1, "no image files (.bmp, .gif"),
+    ("pull pixel-art", 1, "NAME must be one of "),
+    ("pull fashion-mnist-32", 1, "comes with tminus"),
+    ("key a/b", 1, "NAME must be"),
+    ("key ''", 1, "NAME must be"),
+    ("key a --role root", 2, "'root' is not one of"),
+    ("key a --jobs 0", 2, "0 is not in the range"),
+    ("key a --file /nowhere/keys", 1, "/nowhere/keys: No such file"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "says"), REFUSALS, ids=[words for words, _, _ in REFUSALS])
+def test_a_command_line_that_cannot_be_run_is_refused_and_makes_no_file(
+    words: str, code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*shlex.split(words))
+    assert (result.exit_code, says in result.stderr) == (code, True), result.stderr
+    if code == 1:
+        assert len(result.stderr.splitlines()) == 1
+        assert says in line_of(result)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the help ---
@@ -100,41 +155,3 @@ def test_what_could_drive_a_terminal_is_escaped_in_lines_and_text_of_any_script_
     assert line[:-1].isascii()
     assert line[:-1].isprintable()
     assert json.loads(line) == document
-
-
-def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is logged of a checkpoint has its name, which is from a file."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [])
-    assert "needs a --precision" in run("evaluate", "--approve").output  # it has ended at once
-    (handler,) = root.handlers
-    record = logging.LogRecord("x", logging.INFO, "", 0, "serving %s\nand", ("\x1b[2J",), None)
-    assert handler.format(record) == "serving \\x1b[2J\nand"
-
-
-def test_a_log_of_json_has_an_object_a_line_with_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, text = logging.getLogger(), io.StringIO()
-    monkeypatch.setattr(root, "handlers", [])
-    monkeypatch.setattr("sys.stderr", text)
-    set_up_log("INFO", "%(message)s", "json")
-    log = logging.getLogger("tminus.x")
-    log.info("a\n%s", "b\x1b[2J", extra={"job_id": "j", "status": 200, "unknown": 1})
-    token = REQUEST_ID.set("r")
-    try:
-        raise RuntimeError("oh")
-    except RuntimeError:
-        log.exception("it failed")
-    finally:
-        REQUEST_ID.reset(token)
-    first, second = map(json.loads, text.getvalue().splitlines())
-    assert first == first | {
-        "level": "info",
-        "logger": "tminus.x",
-        "message": "a\nb\x1b[2J",
-        "job_id": "j",
-        "status": 200,
-    }
-    assert first.keys() == {"time", "level", "logger", "message", "job_id", "status"}
-    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
-    assert (second["request_id"], second["level"]) == ("r", "error")
-    assert "RuntimeError: oh" in second["traceback"]

@@ -243,13 +243,6 @@ def test_what_is_there_is_left_as_it_is_and_no_server_is_asked(files: Files, her
     assert files.asked == []
 
 
-def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(files: Files) -> None:
-    line = running.refusal("pull", "pixel-art", "--from", files.url)
-    assert line == f"tminus: NAME must be one of {', '.join(release().archives)}, got 'pixel-art'"
-    assert "comes with tminus" in running.refusal("pull", "fashion-mnist-32", "--from", files.url)
-    assert files.asked == []
-
-
 # --- in processes of their own ---
 
 

@@ -109,7 +109,7 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], FakeServe]:
         for name in ("run", "delete", "status"):
             monkeypatch.setattr(f"ray.serve.{name}", getattr(fake, name))
         monkeypatch.setattr(ray_serve, "time", SimpleNamespace(monotonic=lambda: fake.now_s, sleep=fake.sleep))
-        monkeypatch.setattr(ray_serve, "LOOK_S", 0.01)
+        monkeypatch.setattr(ray_serve, "POLL_INTERVAL_S", 0.01)
         return fake
 
     return make

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,10 +29,7 @@ from tminus.service.cli import images
 from tminus.service.cli.images import LocalJob, opaque_png
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
-from tminus.service.engine import autotune, loading, selftest
-from tminus.service.engine.autotune import Choice
 from tminus.service.engine.protocol import LoadOptions
-from tminus.service.images import encoder
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.spec import TrajectoryType
@@ -59,26 +55,15 @@ def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def load_quickly(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """An executor is chosen once, and neither ticks are measured nor bits tested: other tests do that."""
-
-    def measured(_engine: object, way: dict[str, Any], largest: int, _kept: object) -> loading.Measured:
-        return loading.Measured(way, largest, largest, ((1, 0.001), (largest, 0.001)), None)
-
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setattr(autotune, "TRIAL_S", 0.005)
-    patch.setattr(loading, "_measure", measured)
-    patch.setattr(selftest, "same_alone_and_together", lambda *_, **__: True)
-
-
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs a command on the tiny checkpoint."""
-    load_quickly(monkeypatch, folder)
+    """Runs a command on the tiny checkpoint. executor: None leaves it to the command."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     threads = torch.get_num_threads()
 
-    def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str = "eager") -> Result:
-        where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", executor)
+    def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str | None = "eager") -> Result:
+        where = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+        where += ["--executor", executor] if executor is not None else []
         return running.run(*arguments, *(where if "--url" not in arguments else ()))
 
     yield invoke
@@ -201,53 +186,17 @@ def test_an_image_of_sixteen_bits_is_made_again(run: Run, tmp_path: Path) -> Non
     one_line(run("reproduce", file), "values differ, by 1 of 65535 at most")
 
 
-def test_a_scale_that_no_command_writes_is_no_recipe(run: Run, tmp_path: Path) -> None:
-    document = recipe(make_spec(), INFO)
-    for scale in (0, 65, -1, 1.5, "2", True, None):
-        (tmp_path / "a.png").write_bytes(with_text(json.dumps(document | {"scale": scale})))
-        one_line(run("reproduce", tmp_path / "a.png"), "scale must be 1..64")
-
-
-def test_a_sheet_may_not_be_enlarged_beyond_what_can_be_read_again(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    what, out = ("sample", "-n", 2, "--steps", 2, "--out"), tmp_path / "a.png"
-    assert run(*what, out, "--scale", 1).exit_code == 0
-    with Image.open(out) as plain:
-        pixels = plain.width * plain.height
-    out.unlink()
-    monkeypatch.setattr(images, "MAX_PIXELS", 5000)
-    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("sampled, and then thrown away"))
-    too_large = f"--scale 64: the PNG would have {pixels * 64**2} pixels, and may have 5000"
-    one_line(run(*what, out, "--scale", 64), too_large)
-    one_line(run(*what, tmp_path / "folder", "--scale", 64), f"would have {pixels // 2 * 64**2} pixels")
+def test_an_image_may_not_be_enlarged_beyond_what_can_be_read_again(run: Run, tmp_path: Path) -> None:
+    what, out = ("sample", "-n", 300, "--steps", 2, "--out"), tmp_path / "a.png"
+    says = ("--scale 64: the PNG would have ", "and may have 67108864")
+    one_line(run(*what, out, "--scale", 64), *says)
     assert not out.exists()
-
-
-def test_a_sheet_that_is_too_large_to_be_enlarged_is_written_as_it_is(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    what = ("sample", "-n", 2, "--steps", 2, "--seed", 3)
-    assert run(*what, "--scale", 1, "--out", tmp_path / "plain.png").exit_code == 0
-    with Image.open(tmp_path / "plain.png") as plain:
-        monkeypatch.setattr(images, "MAX_PIXELS", plain.width * plain.height - 1)
-    monkeypatch.setattr(encoder, "TILE_PX", 1)
-    result = run(*what, "--out", tmp_path / "default.png")
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
-
-
-def test_a_recipe_with_a_scale_that_is_too_large_is_refused_without_an_option_of_sample(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    png = tmp_path / "a.png"
-    assert run("sample", "--steps", 2, "--out", png).exit_code == 0
-    with Image.open(png) as made:
+    assert run(*what, out, "--scale", 1).exit_code == 0
+    with Image.open(out) as made:
         document = json.loads(made.text["tminus"])  # type: ignore[attr-defined]
-    png.write_bytes(with_text(json.dumps(document | {"scale": 64})))
-    monkeypatch.setattr(images, "MAX_PIXELS", 5000)
-    line = one_line(run("reproduce", png), f"{png}: scale 64: the PNG would have ", "and may have 5000")
-    assert "--scale" not in line
+    out.write_bytes(with_text(json.dumps(document | {"scale": 64})))
+    line = one_line(run("reproduce", out), f"{out}: scale 64: the PNG would have ")
+    assert "--scale" not in line, "reproduce has no such option"
 
 
 def test_an_image_is_made_again_and_what_differs_is_told(
@@ -273,34 +222,7 @@ def test_an_image_is_made_again_and_what_differs_is_told(
     assert run("reproduce", again).exit_code == 0, "what it made is kept"
 
 
-def test_what_was_made_before_executors_were_measured_can_be_made_again_afterwards(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before, after = tmp_path / "before.png", tmp_path / "after.png"
-    made = run("sample", "-n", "4", "--steps", "8", "--seed", "3", "--out", before, executor="auto")
-    assert made.exit_code == 0, made.output
-    assert not (tmp_path / "cache").exists(), "for so little work nothing is measured"
-    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1, 2)))
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "LITTLE_S", 0.0)
-        run("sample", "-n", "4", "--steps", "8", "--seed", "3", "--out", after, executor="auto")
-    assert read_recipe(before.read_bytes()).fingerprint != read_recipe(after.read_bytes()).fingerprint
-    for png in (before, after):
-        assert run("reproduce", png, executor="auto").exit_code == 0
-
-
 # --- what is no recipe ---
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing below may come so far as to load one."""
-
-    def load(*_: object) -> None:
-        raise AssertionError("a model was loaded for it")
-
-    monkeypatch.setattr(loading, "load_engine", load)
 
 
 def hostile(**fields: object) -> str:
@@ -332,16 +254,22 @@ NO_RECIPES: dict[str, tuple[bytes, str]] = {
     "deep": (with_text('{"spec": ' + "[" * 5000 + "]" * 5000 + "}"), "no recipe"),
     "many digits": (with_text('{"spec": {"n": ' + "9" * 5000 + "}}"), "no recipe"),
     "a compressed bomb": (with_text(" " * 50_000_000, compressed=True), "not a PNG"),
+    **{
+        f"a scale of {scale}": (
+            with_text(json.dumps(recipe(make_spec(), INFO) | {"scale": scale})),
+            "scale must be 1..64",
+        )
+        for scale in (0, 65, -1, 1.5, "2", True, None)
+    },
 }
 
 
-@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("name", NO_RECIPES)
-def test_a_file_without_a_recipe_ends_in_one_clear_line(run: Run, tmp_path: Path, name: str) -> None:
+def test_a_file_without_a_recipe_is_refused_before_a_model_is_loaded(run: Run, tmp_path: Path, name: str) -> None:
     png, says = NO_RECIPES[name]
     file = tmp_path / "hostile.png"
     file.write_bytes(png)
-    one_line(run("reproduce", file), str(file), says)
+    one_line(run("reproduce", file, checkpoint=tmp_path), str(file), says)
 
 
 def test_a_recipe_out_of_bounds_is_refused_as_a_request_would_be(run: Run, tmp_path: Path) -> None:
@@ -371,24 +299,22 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], 
     monkeypatch.setattr("tminus.service.client.Client", partial(Client, transport=httpx.MockTransport(answer)))
 
 
-@pytest.mark.usefixtures("no_model")
 def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[httpx.Request] = []
+    requests: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
+        requests.append(request)
         return httpx.Response(200, content=kept.read_bytes(), headers=OURS)
 
     stand_in(monkeypatch, answer)
     result = run("reproduce", kept, "--url", "http://server:1/")
     assert result.exit_code == 0, result.output
-    (request,) = asked
+    (request,) = requests
     assert request.url == "http://server:1/sample"
     assert request.headers["accept"] == "image/png"
     assert json.loads(request.content) == read_recipe(kept.read_bytes()).parameters
 
 
-@pytest.mark.usefixtures("no_model")
 def test_a_server_that_gives_something_else_ends_in_one_clear_line(
     run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,12 +329,6 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
     stand_in(monkeypatch, lambda request: httpx.Response(200, content=NOISE, headers=OURS))
     kept.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
     one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
-
-
-def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path) -> None:
-    for command, name in ((["sample"], "checkpoint"), (["reproduce", kept], "precision")):
-        result = run(*command, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
-        one_line(result, f"--{name} is for a model that this command loads; with --url the server has its own")
 
 
 # --- the parts ---
@@ -461,18 +381,17 @@ def test_an_edit_is_made_again_from_its_pictures_and_from_no_others(run: Run, ed
     one_line(run("reproduce", drawn, "--image", image), "without an image")
 
 
-def as_served(folder: Path, **parameters: Any) -> LocalJob:
-    """A job on an engine that was measured, as a server's is, though it is little work."""
-    with pytest.MonkeyPatch.context() as patch, torch_threads(None):
-        patch.setattr(loading, "LITTLE_S", 0.0)
-        return LocalJob.of(LoadOptions(folder / "tiny", "cpu", "eager", "auto"), parameters)
-
-
 def made(
-    folder: Path, keep: Sequence[int] | None = None, dtype: TrajectoryType = "float32", **parameters: Any
+    folder: Path,
+    keep: Sequence[int] | None = None,
+    dtype: TrajectoryType = "float32",
+    precision: str = "auto",
+    **parameters: Any,
 ) -> bytes:
-    """What a server that has this checkpoint answers."""
-    job = as_served(folder, **{"n": 1, "seed": 5, "steps": 4} | parameters)
+    """A trajectory of the tiny checkpoint."""
+    with torch_threads(None):
+        options = LoadOptions(folder / "tiny", "cpu", "eager", precision)
+        job = LocalJob.of(options, {"n": 1, "seed": 5, "steps": 4} | parameters)
     info = job.loaded.engine.info
     path = TrajectoryRecorder(job.spec, select_passes(keep, job.spec, info), dtype)
     pixels = job.run(path.record)
@@ -482,9 +401,7 @@ def made(
 @pytest.fixture(scope="module")
 def files(folder: Path) -> dict[str, bytes]:
     """A file of each spec, made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        load_quickly(patch, folder)
-        return {name: made(folder, **parameters) for name, parameters in SPECS.items()}
+    return {name: made(folder, **parameters) for name, parameters in SPECS.items()}
 
 
 @pytest.fixture
@@ -522,10 +439,7 @@ PARTS: dict[str, Any] = {"some passes": {"keep": [1, 3]}, "in half": {"keep": [0
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_file_of_some_passes_is_made_again_and_compared(
-    check: Check, folder: Path, monkeypatch: pytest.MonkeyPatch, part: dict[str, Any]
-) -> None:
-    load_quickly(monkeypatch, folder)
+def test_a_file_of_some_passes_is_made_again_and_compared(check: Check, folder: Path, part: dict[str, Any]) -> None:
     data = made(folder, **part, **SPECS["ddpm"])
     result = check(data)
     assert result.exit_code == 0, result.output
@@ -588,13 +502,8 @@ def test_an_altered_file_is_told_with_exit_code_1(check: Check, files: dict[str,
 
 
 def test_what_cannot_be_the_same_is_told_before_anything_is_made_again(
-    check: Check,
-    files: dict[str, bytes],
-    make_checkpoint: MakeCheckpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    check: Check, files: dict[str, bytes], make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("it was made again"))
     spec = read_trajectory(files["ddpm"]).document["spec"]
     for changed, says in (
         ({"steps": 40}, "x_t must be of shape (41, 2, 1, 8, 8), got (6,"),
@@ -620,36 +529,15 @@ def test_another_build_is_a_reason_for_a_difference_and_none_where_all_is_identi
 
 
 def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is_given(
-    files: dict[str, bytes],
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    check: Check, files: dict[str, bytes], folder: Path
 ) -> None:
-    asked: list[tuple[str, str, bool | None]] = []
-    load_quickly(monkeypatch, folder)
-    job = as_served(folder, n=2)
-
-    def made_ready(model: LoadOptions, *_: object) -> LocalJob:
-        asked.append((model.executor, model.precision, model.exact))
-        return job
-
-    monkeypatch.setattr(LocalJob, "of", made_ready)
-    monkeypatch.setattr(LocalJob, "run", lambda *_: sys.exit(7))
-    made_by = {"executor": "openvino", "precision": "bfloat16", "exact": True}
-    own, other, auto = {}, {"fingerprint": "0" * 16}, ("auto", "auto")  # type: ignore[var-annotated]
-    for document, options, expected in (
-        (own | {"made_by": made_by}, [], [(*auto, True)]),
-        (other | {"made_by": made_by}, [], [(*auto, True), ("openvino", "bfloat16", True)]),
-        (other | {"made_by": made_by}, ["--executor", "eager"], [("eager", "auto", True), ("eager", "bfloat16", True)]),
-        (other | {"made_by": made_by}, ["--executor", "eager", "--precision", "float32"], [("eager", "float32", True)]),
-        (other | {"made_by": {"executor": "rm -rf", "precision": 5, "exact": "yes"}}, [], [(*auto, None)]),
-        (other | {"made_by": 5}, [], [(*auto, None)]),
-    ):
-        file = tmp_path / "walk.safetensors"
-        file.write_bytes(altered_trajectory(files["ddpm"], **document))
-        running.run("trajectory", "check", file, *options)
-        assert asked == expected
-        asked.clear()
+    assert check(files["ddpm"], executor=None).exit_code == 0
+    lower = made(folder, precision="bfloat16", **SPECS["ddpm"])
+    result = check(lower, executor=None)
+    assert result.exit_code == 0, result.output
+    one_line(check(lower, "--precision", "float32"), "made by another build", "eager in bfloat16; here")
+    for made_by in ({"executor": "rm -rf", "precision": 5, "exact": "yes"}, 5):
+        assert check(altered_trajectory(files["ddpm"], made_by=made_by), executor=None).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -664,14 +552,9 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     ids=["cut", "newer", "keep", "many", "unknown field"],
 )
 def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
-    check: Check,
-    files: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[bytes], bytes],
-    says: str,
+    check: Check, files: dict[str, bytes], tmp_path: Path, change: Callable[[bytes], bytes], says: str
 ) -> None:
-    monkeypatch.setattr(loading, "load_engine", lambda *_: pytest.fail("a model was loaded for it"))
-    one_line(check(change(files["ddpm"])), "walk.safetensors", says)
+    one_line(check(change(files["ddpm"]), checkpoint=tmp_path), "walk.safetensors", says)
 
 
 def test_a_walk_from_a_picture_needs_that_picture(

@@ -34,15 +34,6 @@ def refusal(*arguments: str | Path) -> str:
     return line_of(result)
 
 
-# --- names ---
-
-
-@pytest.mark.parametrize("name", ["a.JPEG", "a.tar.gz", "a.npy"])
-def test_a_name_of_another_format_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
-    assert "PNG, so give a name that ends in .png, or a folder's name" in refusal("--out", tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_was_written_is_said(tmp_path: Path) -> None:
     with answering(IMAGE_HEAD, lambda: [PNG]) as server:
         one = sample("--url", server.url, "--out", tmp_path / "a.png")

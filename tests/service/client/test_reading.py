@@ -13,11 +13,11 @@ from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Cancelled, Ended, Frame, Progress, UnexpectedAnswer, Unreachable
 from tminus.service.client.messages import Done, Message, event_of
 from tminus.service.client.patience import RESTART_S, Patience
-from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Asked, Following, FrameOrder, Reading
+from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Expected, Following, FrameOrder, Reading
 from tminus.service.client.sse import ServerSentEvent
 
 GREETING = b"retry: 2000\n\n"
-ASKED = Asked.of({"steps": 9})
+EXPECTED = Expected.of({"steps": 9})
 PNG_IN_TEXT = base64.b64encode(PNG).decode()
 CUT = Unreachable("cut", reached=True)
 
@@ -27,7 +27,7 @@ def frame(step: int, show: str = "x_t", image: int | None = None, steps: int = 5
 
 
 def take(frames: list[Frame], **parameters: Any) -> None:
-    order = FrameOrder(Asked.of({"steps": 50} | parameters))
+    order = FrameOrder(Expected.of({"steps": 50} | parameters))
     for each in frames:
         order.check(each)
 
@@ -57,7 +57,7 @@ def test_frames_as_they_are_asked_for_are_taken() -> None:
 )
 def test_a_frame_too_many_or_out_of_order_is_refused(frames: list[Frame], parameters: dict[str, Any]) -> None:
     *before, last = frames
-    order = FrameOrder(Asked.of({"steps": 50} | parameters))
+    order = FrameOrder(Expected.of({"steps": 50} | parameters))
     for each in before:
         order.check(each)
     with pytest.raises(ValueError, match=r"frame|image/"):
@@ -66,8 +66,8 @@ def test_a_frame_too_many_or_out_of_order_is_refused(frames: list[Frame], parame
 
 def test_events_have_no_frames_unless_they_are_asked_for() -> None:
     with pytest.raises(ValueError, match="not asked for"):
-        FrameOrder(Asked.of({}, show=None)).check(frame(1))
-    FrameOrder(Asked.of({"show": "x_t"}, show=None)).check(frame(1))
+        FrameOrder(Expected.of({}, show=None)).check(frame(1))
+    FrameOrder(Expected.of({"show": "x_t"}, show=None)).check(frame(1))
 
 
 ACCEPTED = {"type": "accepted", "id": "x", "seed": 1, "eta_s": 0.5, "position": 0, "fingerprint": "f"}
@@ -76,7 +76,7 @@ DONE = {"type": "done", "images": 2, "queue_s": 1, "first_step_s": 2, "denoise_s
 
 
 def accepted(**parameters: Any) -> Reading:
-    reading = Reading(Asked.of(parameters))
+    reading = Reading(Expected.of(parameters))
     assert reading.begin(json.dumps(ACCEPTED)) == 0
     reading.end([])
     return reading
@@ -84,7 +84,7 @@ def accepted(**parameters: Any) -> Reading:
 
 def test_a_message_at_the_wrong_time_is_refused_before_its_images_are_read() -> None:
     with pytest.raises(UnexpectedAnswer, match="'frame' came at the wrong time"):
-        Reading(ASKED).begin(json.dumps(FRAME))
+        Reading(EXPECTED).begin(json.dumps(FRAME))
     for members, says in ((ACCEPTED, "'accepted' came at the wrong time"), (DONE, "2 images, where 1 were asked for")):
         with pytest.raises(UnexpectedAnswer, match=says):
             accepted(n=4).begin(json.dumps(members))
@@ -108,11 +108,11 @@ def test_a_message_is_read_with_the_images_that_follow_it(
 
 @pytest.mark.parametrize("given", ["many", None, -3, 0, float("nan"), [], 10**400])
 def test_parameters_that_the_server_will_refuse_bound_as_the_largest_do(given: object) -> None:
-    asked = Asked.of({"n": given, "steps": given, "every": given})
+    asked = Expected.of({"n": given, "steps": given, "every": given})
     assert asked.answer_bytes("image/png") <= ANSWER_BYTES
     assert asked.every >= 1
-    assert Asked.of({"n": 2}).answer_bytes("application/zip") == 2 * IMAGE_BYTES
-    assert Asked.of({"n": 64}).answer_bytes("application/vnd.tminus.trajectory") == 2 * MAX_TRAJECTORY_BYTES
+    assert Expected.of({"n": 2}).answer_bytes("application/zip") == 2 * IMAGE_BYTES
+    assert Expected.of({"n": 64}).answer_bytes("application/vnd.tminus.trajectory") == 2 * MAX_TRAJECTORY_BYTES
 
 
 def progress(step: int) -> bytes:
@@ -121,14 +121,14 @@ def progress(step: int) -> bytes:
 
 
 def test_a_new_connection_begins_after_the_last_event() -> None:
-    following = Following("3", Patience(0), ASKED)
+    following = Following("3", Patience(0), EXPECTED)
     assert following.begin_connection()["Last-Event-ID"] == "3"
     chunk = progress(4) + progress(5)
     assert list(following.read(chunk[:-1])) == [Progress(4, 9, 40, 1.5)]
     headers = following.begin_connection()
     assert headers == {"Accept": "text/event-stream", "Last-Event-ID": "4"}, "5 was not complete"
     assert list(following.read(progress(5))) == [Progress(5, 9, 50, 1.5)]
-    assert "Last-Event-ID" not in Following("", Patience(0), ASKED).begin_connection()
+    assert "Last-Event-ID" not in Following("", Patience(0), EXPECTED).begin_connection()
 
 
 def test_steps_come_again_from_the_next_holder_of_the_job_and_otherwise_not() -> None:
@@ -138,7 +138,7 @@ def test_steps_come_again_from_the_next_holder_of_the_job_and_otherwise_not() ->
 
     waiting = b'event: waiting\ndata: {"position": null, "eta_s": null}\n\n'
     for begins in (progress(2), waiting):
-        following = Following("", Patience(0), Asked.of({"steps": 9, "show": "x_t"}))
+        following = Following("", Patience(0), Expected.of({"steps": 9, "show": "x_t"}))
         following.begin_connection()
         first = [*following.read(GREETING + progress(0) + frame(3) + frame(4))]
         then = [*following.read(begins + frame(3) + frame(5))]
@@ -149,7 +149,7 @@ def test_steps_come_again_from_the_next_holder_of_the_job_and_otherwise_not() ->
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 def test_nothing_is_read_after_the_end(state: str) -> None:
-    following = Following("", Patience(0), ASKED)
+    following = Following("", Patience(0), EXPECTED)
     end = f"event: {state}\nid: end\ndata: {json.dumps(job_members(state=state))}\n\n".encode()
     *before, ended = following.read(progress(8) + end + progress(9))
     assert before == [Progress(8, 9, 80, 1.5)]
@@ -162,7 +162,7 @@ def test_nothing_is_read_after_the_end(state: str) -> None:
 def test_the_patience_starts_over_when_the_server_says_something(sent: list[bytes]) -> None:
     clock = Clock()
     patience = Patience(0, durable=True, known=True, clock=clock)
-    following = Following("", patience, ASKED)
+    following = Following("", patience, EXPECTED)
     patience.pause_s(CUT)
     clock.now_s += RESTART_S
     for chunk in sent:
@@ -173,7 +173,7 @@ def test_the_patience_starts_over_when_the_server_says_something(sent: list[byte
 def test_a_greeting_is_no_progress_and_says_when_to_return() -> None:
     clock = Clock()
     patience = Patience(0, durable=True, known=True, clock=clock)
-    following = Following("", patience, ASKED)
+    following = Following("", patience, EXPECTED)
     patience.pause_s(CUT)
     for _ in range(2):
         following.begin_connection()

@@ -11,7 +11,7 @@ from tests.postgres import Postgres
 from tests.s3 import BUCKET, S3
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.objects import S3Objects
-from tminus.service.jobs.store.postgres_store import open_postgres
+from tminus.service.jobs.store.postgres_store import PostgresStore, open_postgres
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 WEIGHTS = "ab" * 32
@@ -89,11 +89,11 @@ class DatabaseShelf:
         self.url, self.namespace, self.lease_s = url, f"test_{uuid.uuid4().hex[:12]}", lease_s
         self.opened: list[JobStore] = []
 
-    def opener(self) -> Callable[[str], JobStore]:
+    def opener(self) -> Callable[[str], PostgresStore]:
         """That of a new replica."""
         return open_postgres(self.url, self.namespace, self.lease_s)
 
-    def open(self, weights_hash: str = WEIGHTS) -> JobStore:
+    def open(self, weights_hash: str = WEIGHTS) -> PostgresStore:
         store = self.opener()(weights_hash)
         self.opened.append(store)
         return store

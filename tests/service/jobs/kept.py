@@ -7,6 +7,8 @@ import numpy as np
 from tests.service.fakes import make_spec
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Outcome
+from tminus.service.jobs.store.shared_store import SharedStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import SampleSpec, Snapshot
 
@@ -25,6 +27,9 @@ MANY = 1e9  # places
 
 def claim(store: JobStore, build: str = "build") -> Claimed:
     """Hold all that may be held."""
+    if isinstance(store, SqliteStore):
+        return store.claim_all()
+    assert isinstance(store, SharedStore)
     return store.claim(build, Intake(MANY), MANY, 64)
 
 

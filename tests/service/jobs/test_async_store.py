@@ -17,6 +17,7 @@ from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import JobRecord, Key, Outcome, ReplicaPace
+from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.stores import Stores
 from tminus.service.scheduling.cluster import Intake
@@ -58,7 +59,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        claim = store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
+        claim = store.call(SqliteStore.claim_all)
         for call in (store.add(job("a"), None, None), store.call(JobStore.crashed, ["b"]), claim):
             with pytest.raises(StorageFailed, match=r"has not answered for 0\.05 s"):
                 await call
@@ -98,18 +99,18 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         reads: list[Coroutine[Any, Any, object]] = [
             store.call(JobStore.get, "a"),
             store.call(JobStore.find, Key("k", "h")),
-            store.call(JobStore.holder, "a"),
+            store.call(SharedStore.holder, "a"),
             store.call(JobStore.page, None, no_places, 1),
             store.call(JobStore.number_owed, "", "https://x.example", 1),
             store.call(JobStore.deliveries, ["a"]),
-            store.call(JobStore.open_jobs, ""),
+            store.call(SharedStore.open_jobs, ""),
         ]
         asked = [asyncio.create_task(read) for read in reads]
         await asyncio.sleep(0)
         store.holders.append(lambda: ["a"])
         async with asyncio.timeout(PATIENCE_S / 2):
             assert await store.renew("build", ReplicaPace(1.0, 1.0)) == {"a"}
-            await store.call(JobStore.claim, "build", Intake(1.0), 1.0, 64)
+            await store.call(SharedStore.claim, "build", Intake(1.0), 1.0, 64)
             assert await store.images("a") is None, "pixels have a thread of their own"
         assert not any(each.done() for each in asked), "each waits for the first"
         goes_on.set()

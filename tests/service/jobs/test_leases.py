@@ -23,7 +23,8 @@ from tests.service.jobs.conftest import DatabaseShelf
 from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import leases, lifecycle
+from tminus.service.jobs import job_runner, leases, lifecycle, retention
+from tminus.service.jobs.held_job import HeldJobs
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, ReplicaPace
@@ -47,8 +48,8 @@ def shared(postgres: Postgres, lease_s: float, monkeypatch: pytest.MonkeyPatch) 
     """A database of which everybody looks often what there is to do."""
     monkeypatch.setattr(leases, "CLAIM_S", 0.05)
     monkeypatch.setattr(leases, "RENEWALS", 30)
-    monkeypatch.setattr(lifecycle, "RETRY_S", 0.05)
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.READ_RETRY_S", 0.05)
+    monkeypatch.setattr(retention, "RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.job_runner.READ_RETRY_S", 0.05)
     monkeypatch.setattr("tminus.service.api.events.POLL_S", 0.05)
     return DatabaseShelf(postgres.url(), lease_s)
 
@@ -208,12 +209,12 @@ def test_who_is_asleep_past_its_lease_loses_its_jobs_and_the_other_ends_them(
 
 def _replica_of(site: Site) -> str:
     found = (each for each in gc.get_objects() if isinstance(each, lifecycle.Lifecycle))
-    store = next(each.store for each in found if each._worker is site.worker)
+    store = next(each.store for each in found if each.held._worker is site.worker)
     return str(store._store._replica)  # type: ignore[attr-defined]
 
 
 def test_a_job_is_waited_for_at_another_replica(pair: tuple[Site, Site], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.jobs.jobs.LOOK_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.jobs.POLL_INTERVAL_S", 0.05)
     one, other = pair
     asked = {"prompt": "cat", "steps": 3, "seed": 5, "response_format": "url"}
 
@@ -255,7 +256,7 @@ def test_what_a_lost_replica_held_is_taken_on_one_after_another_without_a_wait(
     shared.expire()
     site = replicas.start(shut=True)
     wait_until(lambda: len(site.worker.jobs.statuses()) == 1)
-    monkeypatch.setattr(lifecycle, "CLAIM_S", 3600.0)  # once the pause that it is in is over
+    monkeypatch.setattr(leases, "CLAIM_S", 3600.0)  # once the pause that it is in is over
     site.engine.gate.open()
     for job_id in ids:
         wait_for(site, job_id)
@@ -302,12 +303,12 @@ def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> No
         intake.offer(places)
         return Claimed()
 
-    store, worker = (
-        SimpleNamespace(holders=[], call=call, now_us=lambda: 0),
-        SimpleNamespace(state=SimpleNamespace(ready=True)),
-    )
+    store = SimpleNamespace(holders=[], call=call, now_us=lambda: 0)
+    worker = SimpleNamespace(state=SimpleNamespace(ready=True))
+    model, held_jobs = job_runner.ModelOfJobs(0, TUNED, LIMITS), HeldJobs(cast(Any, worker), 0, TUNED.name)
     admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_, **__: intakes.pop(0))
-    held = leases.Leases(cast(Any, store), cast(Any, worker), cast(Any, admission), 0, TUNED, LIMITS, {})
+    parts: Any = store, worker, admission, model, held_jobs, None, None, None, None
+    held = leases.Leases(*parts)
     asyncio.run(held.claim())
     assert asked == [2.0 * leases.AHEAD_S], "what others had begun is taken over up to this much"
     assert not held.takes(work_of(spec, INFO))
@@ -359,8 +360,8 @@ def test_what_is_not_durable_is_answered_though_the_database_hangs(
 
 def test_who_cannot_keep_what_it_made_claims_nothing(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = replicas.start(shut=True)
-    cannot = property(lambda held: held._worker is broken.worker)
-    monkeypatch.setattr(lifecycle.Lifecycle, "cannot_keep", cannot)
+    cannot = property(lambda kept: kept._held._worker is broken.worker)
+    monkeypatch.setattr(retention.Retention, "cannot_keep", cannot)
     other = replicas.start(shut=True)
     job_id = post(other).json()["id"]
     replicas.stop(other)

@@ -13,9 +13,9 @@ from tests.service.conftest import INSTANT, MakeSite, Restarts, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs import job_runner, retention
 from tminus.service.jobs import jobs as jobs_module
-from tminus.service.jobs import lifecycle
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 from tminus.service.jobs.store.records import JobRecord, now_us
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
@@ -55,7 +55,7 @@ def test_an_end_that_cannot_be_kept_or_too_late_for_its_answer_is_tried_until_it
             raise StorageFailed("full")
 
     monkeypatch.setattr(SqliteStore, "finish", fails)
-    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
+    monkeypatch.setattr(retention, "RETRY_S", 0.01)
     job_id = post(held).json()["id"]
     held.engine.gate.open()
     assert wait_for(held, job_id)
@@ -98,8 +98,8 @@ def test_a_file_that_cannot_be_read_for_a_while_ends_no_job(
         return read(store, *which)
 
     monkeypatch.setattr(SqliteStore, "snapshot", stalls)
-    monkeypatch.setattr(lifecycle, "READ_RETRY_S", 0.01)
-    monkeypatch.setattr(lifecycle, "FILE_AWAY_S", 0.2 if for_ever else PATIENCE_S)
+    monkeypatch.setattr(job_runner, "READ_RETRY_S", 0.01)
+    monkeypatch.setattr(job_runner, "FILE_AWAY_S", 0.2 if for_ever else PATIENCE_S)
     site = restarts.start()
     if for_ever:
         wait_until(lambda: state(site, job_id) == "failed")
@@ -181,7 +181,7 @@ def test_an_end_that_cannot_be_kept_lets_no_request_hang_whatever_the_reason(
         raise reasons[0]
 
     monkeypatch.setattr(SqliteStore, "finish", fail)
-    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
+    monkeypatch.setattr(retention, "RETRY_S", 0.01)
     monkeypatch.setattr(jobs_module, "CANCEL_S", 0.1)
     job_id = post(held).json()["id"]
     held.engine.gate.open()
@@ -300,7 +300,7 @@ def test_a_shutdown_in_a_step_counts_a_crash_against_its_jobs_if_that_hangs(
     monkeypatch.setattr("tminus.service.worker.worker.CLOSE_S", 0.05)
     file, folder = tmp_path / "jobs.sqlite3", tmp_path / "ends"
     folder.mkdir()
-    site = Site(INFO, LIMITS, INSTANT, state_file=file, end_file=EndFile(folder, "server"))
+    site = Site(INFO, LIMITS, INSTANT, state_file=file, crash_file=CrashFile(folder, "server"))
     with site.client:
         site.wait_until_ready()
         site.engine.gate.shut()
@@ -313,14 +313,14 @@ def test_a_shutdown_in_a_step_counts_a_crash_against_its_jobs_if_that_hangs(
     faulthandler.enable()  # for the other tests
     assert list(folder.iterdir()) == []
     with closing(SqliteStore(file)) as store:
-        assert {each.id: each.crashes for each in store.claim().jobs} == {stepped: int(hangs), waiting: 0}
+        assert {each.id: each.crashes for each in store.claim_all().jobs} == {stepped: int(hangs), waiting: 0}
 
 
 # --- what is deleted after its time ---
 
 
 def test_jobs_are_deleted_when_their_time_is_over(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.SWEEP_S", 0.01)
+    monkeypatch.setattr("tminus.service.jobs.retention.SWEEP_S", 0.01)
     site = make_site(keep_jobs_s=0.05)
     job_id = post(site).json()["id"]
     wait_until(lambda: site.client.get(f"/jobs/{job_id}").status_code == 404)

@@ -70,10 +70,11 @@ class Shared:
         self.store, self.most, self.charged_for = FakeStore(), most, 0
         live: list[Any] = []
         leases = SimpleNamespace(takes=lambda _spec: takes, leave_to_any=self.store.leave_to_any)
-        own = SimpleNamespace(
-            store=self.store, leases=leases, cannot_keep=False, model=0, model_name="m", is_unloaded=False
+        runner = SimpleNamespace(
+            is_unloaded=False, accept=lambda record, _ticket: live.append(SimpleNamespace(record=record))
         )
-        own.accept = lambda record, _ticket: live.append(SimpleNamespace(record=record))
+        own = SimpleNamespace(store=self.store, leases=leases, runner=runner, model=0, model_name="m")
+        own.retention = SimpleNamespace(cannot_keep=False)
         jobs = SimpleNamespace(
             of_model=lambda _model: own, all_held=lambda: live, by_store=lambda: [own], view=self.view
         )

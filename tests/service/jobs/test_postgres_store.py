@@ -20,7 +20,7 @@ from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store import postgres_database, postgres_store
 from tminus.service.jobs.store.job_store import RECORD_BYTES
 from tminus.service.jobs.store.postgres_database import connect, own_address
-from tminus.service.jobs.store.postgres_store import FORMAT, GONE, PostgresStore, format_of, open_postgres
+from tminus.service.jobs.store.postgres_store import GONE, JOB_FORMAT, PostgresStore, format_of, open_postgres
 from tminus.service.jobs.store.records import Key, LeaseLost, ReplicaPace, StoredObject
 from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -456,7 +456,7 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
 ) -> None:
     old, new = database.open(), database.open()
     with monkeypatch.context() as newer:
-        newer.setattr(postgres_store, "format_of", lambda _job: FORMAT + 1)
+        newer.setattr(postgres_store, "format_of", lambda _job: JOB_FORMAT + 1)
         for name, held in (("begun", True), ("new", False)):
             new.add(job(name), Key(name, "hash"), held=held)
         new.close()
@@ -467,7 +467,7 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
     assert [record.id for record in old.page(None, [None], 10)] == ["old"]
     assert old.load().jobs == 1
     assert taken(old) == ["old"]
-    monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
+    monkeypatch.setattr(postgres_store, "JOB_FORMAT", JOB_FORMAT + 1)
     assert taken(database.open()) == ["begun", "new"]
 
 
@@ -481,12 +481,12 @@ def test_a_job_is_of_the_format_that_it_needs() -> None:
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
-    """If this fails, FORMAT must be raised: servers of the version before would end jobs as failed."""
+    """If this fails, JOB_FORMAT must be raised: servers of the version before would end jobs as failed."""
     fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
     fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix bit_depth"
     samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms pndm euler heun tuned consistency"
-    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (4, sorted(fields.split()))
-    assert (FORMAT, sorted(SAMPLER_FACTS)) == (4, sorted(samplers.split()))
+    assert (JOB_FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (4, sorted(fields.split()))
+    assert (JOB_FORMAT, sorted(SAMPLER_FACTS)) == (4, sorted(samplers.split()))
 
 
 # --- clocks ---
@@ -496,7 +496,7 @@ def test_the_time_is_the_databases_however_this_machines_clock_is_set(
     database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_us, hour_us = time.time_ns() // 1000, 3_600_000_000
-    for module in ("records", "postgres_store"):
+    for module in ("records", "shared_store", "postgres_store"):
         monkeypatch.setattr(f"tminus.service.jobs.store.{module}.now_us", lambda: true_us + hour_us)
     store = database.open()
     assert abs(store.now_us() - true_us) < 10_000_000
@@ -504,7 +504,8 @@ def test_the_time_is_the_databases_however_this_machines_clock_is_set(
     kept = store.get("a")
     assert kept is not None
     assert kept.age_s < 10
-    monkeypatch.setattr("tminus.service.jobs.store.postgres_store.now_us", lambda: true_us - hour_us)
+    for module in ("shared_store", "postgres_store"):
+        monkeypatch.setattr(f"tminus.service.jobs.store.{module}.now_us", lambda: true_us - hour_us)
     assert abs(store.now_us() - true_us) < 10_000_000, "also between two renewals"
     renew(store, "build", PACE)
     assert abs(store.now_us() - true_us) < 10_000_000

@@ -58,7 +58,7 @@ def wal_of(file: Path) -> Path:
 def jobs_of(file: Path) -> list[str]:
     """Those that a server finds which opens the file."""
     with closing(SqliteStore(file)) as store:
-        return [record.id for record in store.claim().jobs]
+        return [record.id for record in store.claim_all().jobs]
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -381,7 +381,7 @@ def test_a_file_of_an_earlier_version_is_brought_to_this_one(earlier: Path) -> N
         assert isinstance(images, bytes)
         assert np.array_equal(unpack_images(images), PIXELS)
         assert store.find(Key("k", "h")) == (record, True)
-        assert store.claim().jobs == [job(left, SPECS[1], 2)]
+        assert store.claim_all().jobs == [job(left, SPECS[1], 2)]
         assert same(store.snapshot(left, "build"), snapshot(3))
         assert [record.id for record in store.page(None, OUTCOMES, 9, "")] == [done]
         store.close()

@@ -14,8 +14,8 @@ from tests.service.durable import SPEC, post, wait_for
 from tests.service.jobs.kept import ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
-from tminus.service.jobs.store.job_store import SWEEP_JOBS
 from tminus.service.jobs.store.records import OUTCOMES
+from tminus.service.jobs.store.removal import SWEEP_JOBS
 from tminus.service.jobs.store.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore, open_store
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: Sqli
     copy = file.with_name("copy.sqlite3")
     copy.write_bytes(file.read_bytes())
     alone = SqliteStore(copy)
-    assert [record.id for record in alone.claim().jobs] == ["a"]
+    assert [record.id for record in alone.claim_all().jobs] == ["a"]
     alone.close()
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: 
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
     with pytest.raises(StorageFailed, match="full"):
         store.finish(ended(job("a")), noise)
-    assert store.claim().jobs == [job("a")], "all of it, or nothing"
+    assert store.claim_all().jobs == [job("a")], "all of it, or nothing"
     with pytest.raises(StorageFailed, match="full"):
         [store.add(job(f"more {k}")) for k in range(1000)]
     store._connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
@@ -211,7 +211,7 @@ def test_an_unfinished_job_whose_text_is_not_utf_8_is_ended_and_the_others_go_on
     store.close()
     in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", b"\xff\xfe")
     store = SqliteStore(file)
-    assert [record.id for record in store.claim().jobs] == ["a", "c"]
+    assert [record.id for record in store.claim_all().jobs] == ["a", "c"]
     assert "the record of job b cannot be read" in caplog.text
     store.close()
 
@@ -226,7 +226,7 @@ def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
 
     open_file().close()
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert open_file().claim().jobs == []
+    assert open_file().claim_all().jobs == []
 
 
 def test_looking_for_jobs_that_were_left_makes_no_file_and_leaves_one_that_is_in_use(
@@ -291,14 +291,14 @@ def test_a_full_disk_does_not_stop_a_start_and_is_tried_again(small_disk: Path, 
         store.add(job("a"))
     filler.unlink()
     assert store.add(job("a"))
-    assert [record.id for record in store.claim().jobs] == ["old", "a"][not had_jobs :]
+    assert [record.id for record in store.claim_all().jobs] == ["old", "a"][not had_jobs :]
     store.close()
 
 
 def test_a_server_that_starts_on_a_full_disk_takes_durable_jobs_as_soon_as_there_is_room(
     make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.retention.RETRY_S", 0.05)
     site = make_site(state_file=lambda weights_hash: open_store(str(tmp_path), weights_hash))
     problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
     assert site.post(json=SPEC).status_code == 200

@@ -82,7 +82,7 @@ def test_replicas_that_are_gone_are_forgotten() -> None:
 
 def test_a_standing_is_read_as_it_was_told_and_one_that_has_told_nothing_is_idle() -> None:
     for standing in (Standing(2.5, 3), Standing(2.5, 3, ready=False)):
-        assert Standing.of(standing.told()) == standing
+        assert Standing.of(standing.report()) == standing
     assert Standing.of({}) == Standing()
 
 

@@ -254,7 +254,7 @@ def test_no_more_jobs_wait_for_a_model_than_the_server_holds(several: Several) -
 def test_a_checkpoint_that_cannot_be_loaded_refuses_requests_and_its_jobs_wait_until_it_is_mended(
     several: Several, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.LOAD_RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.job_runner.LOAD_RETRY_S", 0.05)
     several.shelf.found["a"] = CheckpointError("a: the weights are cut off")
     assert "cut off" in problem(ask(several, "a"), 422, "checkpoint_refused")["detail"]
     job = several.post("/models/a/jobs", json=QUICK).json()["id"]

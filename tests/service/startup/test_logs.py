@@ -3,6 +3,7 @@ import json
 import logging
 import string
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from html import unescape
 from itertools import product
 from urllib.parse import unquote
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.service.access.keys import PREFIX
+from tminus.service.request_id import REQUEST_ID
 from tminus.service.startup.logs import MOST_ERRORS, MOST_OTHERS, WINDOW_S, set_up_log
 
 SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
@@ -86,6 +88,31 @@ def test_no_spelling_of_a_secret_is_written_wherever_in_a_record_it_is(
         assert secret.lower() not in written.lower()
 
     try_one()
+
+
+def test_lines_of_text_are_escaped(make_log: MakeLog) -> None:
+    """A line about a checkpoint has its name, which comes from a file."""
+    text = make_log()
+    logging.getLogger("tminus.x").info("serving %s\nand", "\x1b[2J")
+    assert text.getvalue() == "tminus.x serving \\x1b[2J\nand\n"
+
+
+def test_a_log_of_json_has_an_object_a_line_with_the_fields_that_are_known(make_log: MakeLog) -> None:
+    text, log = make_log("json"), logging.getLogger("tminus.x")
+    log.info("a\n%s", "b\x1b[2J", extra={"job_id": "j", "status": 200, "unknown": 1})
+    token = REQUEST_ID.set("r")
+    try:
+        raise RuntimeError("oh")
+    except RuntimeError:
+        log.exception("it failed")
+    finally:
+        REQUEST_ID.reset(token)
+    first, second = map(json.loads, text.getvalue().splitlines())
+    assert datetime.fromisoformat(first.pop("time")).utcoffset() == timedelta(0)
+    message = {"level": "info", "logger": "tminus.x", "message": "a\nb\x1b[2J"}
+    assert first == message | {"job_id": "j", "status": 200}
+    assert (second["request_id"], second["level"]) == ("r", "error")
+    assert "RuntimeError: oh" in second["traceback"]
 
 
 def test_a_line_that_cannot_be_filled_in_is_told_by_its_place(make_log: MakeLog) -> None:

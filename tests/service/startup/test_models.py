@@ -283,7 +283,7 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
         store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
     disks = Disks({INFO.weights_hash: file})
     disks.away.add(INFO.weights_hash)
-    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.retention.RETRY_S", 0.05)
     several = make_several(make_site, state_file=disks.open)
     several.shelf.found = {"fake": version_of(INFO, 1)}
     assert several.change("fake", "reload").status_code == 200
@@ -310,7 +310,7 @@ def test_an_unload_while_a_tick_hangs_is_done_when_it_ends(several: Several, mon
 
 def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that leaves must not close the store of the one that comes."""
-    monkeypatch.setattr("tminus.service.startup.models.LOOK_S", 0.3)
+    monkeypatch.setattr("tminus.service.startup.models.POLL_INTERVAL_S", 0.3)
     several.shelf.found["colour"] = COLOUR
     for _ in range(3):
         while not several.colour.begun.empty():  # the warm-up
@@ -342,8 +342,8 @@ def test_before_the_warm_up_nothing_is_unloaded(make_site: MakeSite) -> None:
 def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
     several: Several, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.startup.models.MOST_KEPT", 2)
-    monkeypatch.setattr("tminus.service.startup.models.KEPT_S", 0.05)
+    monkeypatch.setattr("tminus.service.startup.models.MAX_LEFT_MODELS", 2)
+    monkeypatch.setattr("tminus.service.startup.models.KEPT_JOBS_INTERVAL_S", 0.05)
     ids = []
     for version in range(3, 9):
         ids.append(several.post("/models/colour/jobs", json=QUICK).json()["id"])

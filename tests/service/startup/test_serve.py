@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -11,12 +12,11 @@ from typing import Any
 import pytest
 
 from tests.service.conftest import MakeCheckpoint
-from tests.service.fakes import INFO
 from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading, openvino_executor
-from tminus.service.jobs.process_end import EndFile
-from tminus.service.jobs.store.sqlite_store import open_store
+from tminus.service.jobs.crash_report import CrashFile
+from tminus.service.jobs.store.sqlite_store import SqliteStore, open_store
 from tminus.service.jobs.stores import Stores
 from tminus.service.startup import serve
 from tminus.service.startup.server import Opening
@@ -51,7 +51,7 @@ def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_g
     monkeypatch.setattr(devices, "release_memory", release_memory)
     opened = serve.open_all(Settings(state_dir=str(tmp_path / "state")), ("127.0.0.1", 8000))
     with pytest.raises(ValueError, match="the same bits"):
-        serve.measure_and_build(opened, None, Opening(), with_metrics=False)
+        serve.measure_and_build(opened, None, Opening())
     assert freed == [True, True]
 
 
@@ -109,57 +109,56 @@ def test_with_an_idle_time_only_the_default_model_is_in_memory_from_the_start(th
 DIES = """
 import ctypes, sys
 from pathlib import Path
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 
-EndFile(Path(sys.argv[1]), sys.argv[2]).work_on("steps", ["a"])
+CrashFile(Path(sys.argv[1]), sys.argv[2]).work_on("steps", ["a"])
 ctypes.string_at(0)
 """
 
 
 def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_loaded_later(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """The job "a" was of the model that was served before a reload, whose weights nobody names at the start."""
-    served, reloaded = INFO.weights_hash, "cd" * 32
+    """The job "a" was of the model that was served before a reload, whose weights no checkpoint has at the start."""
+    checkpoints = {made.weights_hash: made for made in (make_checkpoint(seed=seed) for seed in (0, 1))}
+    served, reloaded = checkpoints
     states = str(tmp_path / "states")
     for weights in (served, reloaded):
         store = open_store(states, weights)
         store.add(job("a"))
         store.close()
 
-    def start(weights: str) -> tuple[Stores, EndFile]:
-        def read_models(_settings: Settings) -> tuple[list[loading.ReadModel], list[object]]:
-            checkpoint: Any = SimpleNamespace(weights_hash=weights)
-            return [loading.ReadModel("a", tmp_path / "model", checkpoint)], []
+    def start(weights: str) -> tuple[Stores, CrashFile]:
+        made, folder = checkpoints[weights], tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(folder, made.net.state_dict(), made.net.config, made.noise, made.labels, {})
+        opened = serve.open_all(Settings(state_dir=states, checkpoint=str(folder)), ("127.0.0.1", 8000))
+        assert opened.crash_file_place is not None
+        return opened.stores, CrashFile(*opened.crash_file_place)
 
-        monkeypatch.setattr(serve, "read_models", read_models)
-        opened = serve.open_all(Settings(state_dir=states), ("127.0.0.1", 8000))
-        assert opened.end_place is not None
-        return opened.stores, EndFile(*opened.end_place)
-
-    stores, end_file = start(reloaded)
+    stores, crash_file = start(reloaded)
     stores.close()
-    end_file.close()
-    prefix = end_file._file.name.rpartition("-")[0]
+    crash_file.close()
+    prefix = crash_file._file.name.rpartition("-")[0]
     subprocess.run([sys.executable, "-c", DIES, states, prefix], check=False, timeout=60)
 
-    stores, end_file = start(served)
+    stores, crash_file = start(served)
 
     async def crashes(weights: str) -> list[int]:
         store = await stores.take(weights)
-        claimed = await store.claim_all()
+        claimed = await store.call(SqliteStore.claim_all)
         await stores.release(weights)
         return [record.crashes for record in claimed.jobs]
 
     for weights in (served, reloaded, reloaded):
         assert asyncio.run(crashes(weights)) == [1]
-    end_file.close()
+    crash_file.close()
     assert not list(Path(states).glob("*.end"))
 
 
 def test_the_password_of_a_database_may_change_but_another_database_has_other_ends(tmp_path: Path) -> None:
     def place(url: str, folder: str = "a") -> object:
-        return serve.look_at_ends(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
+        return serve.read_crash_reports(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
 
     one = place("postgresql://me:secret@host/one")
     assert place("postgresql://me:changed@host/one") == one

@@ -163,7 +163,7 @@ def test_while_the_model_is_measured_a_server_is_alive_and_says_what_it_does(cap
     assert 'http-equiv="refresh"' in page.text
     told = Opening()
     for _ in range(2):
-        told.tell("MNIST", "trying <all>", 3.2)
+        told.report("MNIST", "trying <all>", 3.2)
     said = [record.getMessage() for record in caplog.records if record.name == "tminus.service.startup.server"]
     assert said == ["MNIST: trying <all>; about 3 s to go"], "said once"
     assert (

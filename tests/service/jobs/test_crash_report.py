@@ -13,16 +13,22 @@ import pytest
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import FileShelf
 from tests.service.jobs.kept import job
-from tminus.service.jobs import process_end
-from tminus.service.jobs.process_end import End, EndFile, count_ends, take_ends, tell_ends
+from tminus.service.jobs import crash_report
+from tminus.service.jobs.crash_report import (
+    CrashFile,
+    CrashReport,
+    count_crashes,
+    log_crash_reports,
+    take_crash_reports,
+)
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
 import ctypes, mmap, sys, tempfile, threading
 from pathlib import Path
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 
-file, dies, done = EndFile(Path(sys.argv[1]), "server"), sys.argv[2], threading.Barrier(3)
+file, dies, done = CrashFile(Path(sys.argv[1]), "server"), sys.argv[2], threading.Barrier(3)
 
 def work(part, jobs):
     file.work_on(part, [f"a longer list than that of {part}"] * 9)
@@ -61,10 +67,10 @@ def test_the_thread_that_a_signal_ends_tells_which_jobs_may_be_the_cause(
 ) -> None:
     with start(tmp_path, dies) as process:
         assert process.wait(60) == -signal.SIGSEGV
-    (end,) = take_ends(tmp_path, "server")
+    (end,) = take_crash_reports(tmp_path, "server")
     assert (end.cause, end.jobs) == ("Segmentation fault", jobs)
     assert "string_at" in end.traceback
-    assert take_ends(tmp_path, "server") == [], "it is told once"
+    assert take_crash_reports(tmp_path, "server") == [], "it is told once"
 
 
 @pytest.mark.parametrize("oom_kills", [0, 1])
@@ -74,23 +80,23 @@ def test_a_process_that_is_killed_is_the_cause_only_where_the_kernel_lacked_memo
     with start(tmp_path, "killed") as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert take_ends(tmp_path, "server") == [], "it lives"
+        assert take_crash_reports(tmp_path, "server") == [], "it lives"
         process.kill()
         process.wait(60)
-    machine = process_end._machine()
+    machine = crash_report._machine()
     now = machine | {"oom_kills": int(machine["oom_kills"]) + oom_kills}
-    monkeypatch.setattr(process_end, "_machine", lambda: now)
-    assert take_ends(tmp_path, "another server") == []
-    (end,) = take_ends(tmp_path, "server")
+    monkeypatch.setattr(crash_report, "_machine", lambda: now)
+    assert take_crash_reports(tmp_path, "another server") == []
+    (end,) = take_crash_reports(tmp_path, "server")
     assert (end.cause is not None, end.jobs) == (oom_kills > 0, {"a", "b", "c"})
 
 
 HANGS = """
 import sys
 from pathlib import Path
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 
-stalled_s, file = 0.0, EndFile(Path(sys.argv[1]), "server")
+stalled_s, file = 0.0, CrashFile(Path(sys.argv[1]), "server")
 file.watch(lambda: stalled_s)
 file.work_on("steps", ["a", "b"])
 for line in sys.stdin:
@@ -108,14 +114,14 @@ def test_a_process_that_is_killed_while_it_hangs_is_the_cause(tmp_path: Path, go
         process.stdin.flush()
         assert process.stderr.readline() == "the server hangs as it works on a, b\n"
         (path,) = tmp_path.iterdir()
-        wait_until(lambda: path.read_bytes()[process_end.HANG_AT] == 1)
+        wait_until(lambda: path.read_bytes()[crash_report.HANG_AT] == 1)
         if goes_on:
             process.stdin.write("0\n")
             process.stdin.flush()
-            wait_until(lambda: path.read_bytes()[process_end.HANG_AT] == 0)
+            wait_until(lambda: path.read_bytes()[crash_report.HANG_AT] == 0)
         process.kill()
         process.wait(60)
-    (end,) = take_ends(tmp_path, "server")
+    (end,) = take_crash_reports(tmp_path, "server")
     assert (end.cause, end.jobs) == (None if goes_on else "it hung", {"a", "b"})
 
 
@@ -128,16 +134,16 @@ def test_a_process_that_ends_as_it_should_leaves_nothing(tmp_path: Path) -> None
 def test_a_file_that_is_cut_or_of_something_else_tells_nothing(tmp_path: Path) -> None:
     for number, data in enumerate((b"", b"\0" * 100, b"{}", b"\xff" * 200_000)):
         (tmp_path / f"server-{number}.end").write_bytes(data)
-    assert take_ends(tmp_path, "server") == []
+    assert take_crash_reports(tmp_path, "server") == []
     assert list(tmp_path.iterdir()) == []
 
 
 FULL = """
 import resource, sys, signal
 from pathlib import Path
-from tminus.service.jobs.process_end import EndFile
+from tminus.service.jobs.crash_report import CrashFile
 
-file = EndFile(Path(sys.argv[1]), "server")
+file = CrashFile(Path(sys.argv[1]), "server")
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 for job in "abc":
     file.work_on("steps", [job])
@@ -163,25 +169,25 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
         time.sleep(0.02)  # what is not waited for is not there at once
         return write(descriptor, data, at)
 
-    end_file = EndFile(tmp_path, "server")
+    crash_file = CrashFile(tmp_path, "server")
     (path,) = tmp_path.iterdir()
     try:
         monkeypatch.setattr(os, "pwrite", pwrite)
         for job in "abc":
-            end_file.work_on("steps", [job])
+            crash_file.work_on("steps", [job])
         assert b"\na\0" not in path.read_bytes()
         thawed.set()
         wait_until(lambda: b"\nc\0" in path.read_bytes())
 
         def is_waited_for(job: str) -> bool:
-            end_file.work_on("steps", [job])
+            crash_file.work_on("steps", [job])
             return f"\n{job}\0".encode() in path.read_bytes()
 
         wait_until(lambda: is_waited_for("d"))
         assert is_waited_for("e")
     finally:
         thawed.set()
-        end_file.close()
+        crash_file.close()
         faulthandler.enable()
 
 
@@ -195,11 +201,11 @@ def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_
     store = file.open()
     for name in "abc":
         store.add(job(name))
-    killed = [End(None, frozenset("a"))] * 50
-    ends = [*killed, End(SIGNAL, frozenset("bc"), "  File x"), End(SIGNAL, frozenset())]
-    tell_ends(ends)
-    count_ends(ends, store)
-    assert [record.crashes for record in store.claim().jobs] == [0, 1, 1]
+    killed = [CrashReport(None, frozenset("a"))] * 50
+    ends = [*killed, CrashReport(SIGNAL, frozenset("bc"), "  File x"), CrashReport(SIGNAL, frozenset())]
+    log_crash_reports(ends)
+    count_crashes(ends, store)
+    assert [record.crashes for record in store.claim_all().jobs] == [0, 1, 1]
     assert "killed, or the machine went, as it worked on a\n" in caplog.text
     assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text
     assert f"{SIGNAL}. It worked on no durable job\n" in caplog.text
@@ -214,8 +220,8 @@ def test_a_mapped_file_that_was_cut_is_no_jobs_doing(
         store.add(job(name))
     with start(tmp_path, "mapped steps") as process:
         assert process.wait(60) == -signal.SIGBUS
-    ends = take_ends(tmp_path, "server")
-    tell_ends(ends)
-    count_ends(ends, store)
+    ends = take_crash_reports(tmp_path, "server")
+    log_crash_reports(ends)
+    count_crashes(ends, store)
     assert "has failed: Bus error. It worked on a, b\n" in caplog.text
-    assert [record.crashes for record in store.claim().jobs] == [0, 0]
+    assert [record.crashes for record in store.claim_all().jobs] == [0, 0]

@@ -40,7 +40,7 @@ WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is f
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class CrashReport:
     """The end of a process that did not take its file with it."""
 
     cause: str | None  # what went wrong in the process; None where it was killed from outside, as far as can be told
@@ -53,7 +53,7 @@ def prefix_of(*what: str) -> str:
     return "process-" + sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
-class EndFile:
+class CrashFile:
     """Owns the file of this process, and the handler of the signals that end it.
 
     faulthandler writes a fatal signal into the file. An OOM kill is recognised by the kernel's count of such kills. A
@@ -147,7 +147,7 @@ class EndFile:
         return jobs
 
 
-def take_ends(folder: Path, prefix: str) -> list[End]:
+def take_crash_reports(folder: Path, prefix: str) -> list[CrashReport]:
     """Read, and delete, the files of processes that are there no more."""
     ends = []
     for file in sorted(folder.glob(f"{prefix}-*{SUFFIX}")):
@@ -160,7 +160,7 @@ def take_ends(folder: Path, prefix: str) -> list[End]:
     return ends
 
 
-def tell_ends(ends: Sequence[End]) -> None:
+def log_crash_reports(ends: Sequence[CrashReport]) -> None:
     """Log how processes before this one ended."""
     for end in ends:
         jobs = listed(sorted(end.jobs)) or "no durable job"
@@ -173,7 +173,7 @@ def tell_ends(ends: Sequence[End]) -> None:
         )  # fmt: skip
 
 
-def count_ends(ends: Sequence[End], store: JobStore) -> None:
+def count_crashes(ends: Sequence[CrashReport], store: JobStore) -> None:
     """Count how processes before this one ended, before a job of the store goes on."""
     for end in ends:
         if end.cause not in (None, OF_MAPPED_FILE):
@@ -181,7 +181,7 @@ def count_ends(ends: Sequence[End], store: JobStore) -> None:
                 store.crashed(end.jobs)
 
 
-def _end_of(data: bytes) -> End:
+def _end_of(data: bytes) -> CrashReport:
     def text_at(place: int) -> str:
         return data[place:].partition(b"\0")[0].decode(errors="replace")
 
@@ -191,16 +191,16 @@ def _end_of(data: bytes) -> End:
         worked_on[thread] = frozenset(jobs)
     every_job = frozenset[str]().union(*worked_on.values())
     if data[HANG_AT:].startswith(HANGS):  # whatever ended it then
-        return End("it hung", every_job)
+        return CrashReport("it hung", every_job)
     of_signal = data[SIGNAL_AT:].decode(errors="replace")
     if found := re.search(r"Fatal Python error: (.+)", of_signal):
         # Without a current thread it was one of a library's, which works for either part.
         by = re.search(r"^Current thread 0x0*([0-9a-f]+).*\n((?: .*\n)*)", of_signal, re.MULTILINE)
-        return End(found[1], worked_on.get(by[1], frozenset()) if by else every_job, by[2] if by else "")
+        return CrashReport(found[1], worked_on.get(by[1], frozenset()) if by else every_job, by[2] if by else "")
     began, now = json.loads(text_at(MACHINE_AT)), _machine()
     if began["boot"] == now["boot"] and began["oom_kills"] < now["oom_kills"]:
-        return End("the kernel killed it for want of memory", every_job)
-    return End(None, every_job)
+        return CrashReport("the kernel killed it for want of memory", every_job)
+    return CrashReport(None, every_job)
 
 
 def _machine() -> dict[str, str | int]:

@@ -1,0 +1,83 @@
+"""What is kept of one model's durable jobs: how they ended, which webhooks are told, and for how long."""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.job_store import JobStore
+from tminus.service.jobs.store.records import JobRecord, LeaseLost
+from tminus.service.jobs.tasks import Tasks
+from tminus.service.jobs.webhooks.deliverer import DELIVERY_S
+from tminus.service.model_info import Limits
+from tminus.service.preview import Mailbox, Pace, Watch
+from tminus.service.spec import Pixels
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0  # until a store that failed is asked again
+SWEEP_S = 10.0
+LATE_S = 60.0  # for the last attempt to deliver a webhook to end
+
+
+class Retention:
+    """Keeps what came of jobs, and deletes it after its time. In the event loop's thread only."""
+
+    def __init__(self, store: AsyncStore, held: HeldJobs, tasks: Tasks) -> None:
+        self._store, self._held, self._tasks = store, held, tasks
+        self._fails = False  # the last attempt to keep an end failed
+
+    @property
+    def cannot_keep(self) -> bool:
+        """Whether jobs have ended whose ends cannot be kept."""
+        fails = self._fails or self._store.failure  # of two stores one may still take small results
+        return bool(fails) and any(job.state is HeldState.ENDING for job in self._held)
+
+    async def keep_end(self, job: HeldJob, ended: JobRecord, images: Pixels | None) -> None:
+        """Keep how a job ended, trying until the store can. Raises LeaseLost, and Draining when the process ends.
+
+        Until it is kept, clients are not told of it; a restart would run the job again.
+        """
+        job.ending = ended
+        self._held.move(job, HeldState.ENDING)
+        while True:
+            try:
+                await self._store.finish(ended, images)
+                break
+            except LeaseLost:
+                raise
+            except Exception as error:
+                self._fails = True
+                if not isinstance(error, StorageFailed):  # which the store has logged
+                    log.exception("the end of job %s could not be kept", ended.id)
+                await self._tasks.pause(RETRY_S)
+        self._fails = False
+        job.record = ended
+        self._held.move(job, HeldState.ENDED)
+
+    def owe_start(self, job: HeldJob) -> None:
+        """Owe the event "start" to a job's webhook, once the job has taken a step."""
+        mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
+        watch = Watch(Pace(every=1), (), mailbox.put)
+        self._held.watch(job, watch, mailbox)
+        self._tasks.spawn_until_closed(self._owe_start(job, watch, mailbox))
+
+    async def _owe_start(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
+        begun = await mailbox.take() is not None  # else it has ended, or is another server's
+        self._held.unwatch(job, watch)
+        if begun:
+            with suppress(StorageFailed):  # then it is owed when the job is done
+                await self._store.call(JobStore.started, job.record)
+
+    async def sweep(self, limits: Limits) -> None:
+        """Delete jobs that ended long ago, or of which there are too many, now and then until this is cancelled."""
+        keep_us, owed_us = round(limits.keep_jobs_s * 1e6), round((DELIVERY_S + LATE_S) * 1e6)
+        while True:
+            with suppress(StorageFailed):
+                await self._store.check()
+                now_us, again = self._store.now_us(), True
+                while again:  # in parts, so that other calls of the store come between
+                    again = await self._store.sweep(now_us - keep_us, limits.keep_jobs_bytes, now_us - owed_us)
+            await asyncio.sleep(SWEEP_S)
