@@ -1,6 +1,6 @@
-"""The samplers by name: what each is for, how many passes it takes, which timesteps it visits. No torch.
+"""The samplers by name: the use, the passes and the timesteps of each. No torch.
 
-The service counts with these facts; model/solvers.py has the coefficients. Here too is what a checkpoint recommends.
+The service counts with these facts; model/solvers.py has the coefficients. Recommended settings are here too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ MAX_GUIDANCE = 50.0
 class SamplerFacts:
     """One sampler."""
 
-    when: str  # to take it, for users
+    when: str  # when to use it, for users
     source: str
-    good_steps: int  # what a request gets that names the sampler alone
+    good_steps: int  # of a request that names the sampler alone
     passes_per_step: int = 1
     passes_to_start: int = 0  # beyond those, for the first `steps_to_start` steps; only where more steps follow
     steps_to_start: int = 1
@@ -160,7 +160,7 @@ class Recommended:
     def from_json(
         cls, value: object, *, samplers: Sequence[str], num_timesteps: int, has_null_class: bool
     ) -> "Recommended":
-        """Check what tminus.json holds. Raises ValueError, which names the member, its bound and its value."""
+        """Check the member of tminus.json. Raises ValueError, which names the field, its bound and its value."""
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
             if not ok:
@@ -189,7 +189,7 @@ class Recommended:
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
-    """Return what a sampler is taken with where nothing else is recommended: its good number of steps, unguided.
+    """Return the settings of a sampler where none are recommended: its good number of steps, unguided.
 
     num_timesteps: bounds the steps. Without a name it is the sampler to begin with.
     """

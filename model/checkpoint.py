@@ -1,8 +1,8 @@
 """Read and write checkpoint folders, in diffusers' layout. The weights are read in weights.py.
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
-    vqvae/         of a latent model, the autoencoder
-    tminus.json    what diffusers has no place for: class names, the null class, recommended settings, provenance
+    vqvae/         the autoencoder of a latent model
+    tminus.json    members that diffusers does not have: class names, the null class, recommended settings, provenance
 
 A flat folder (config.json and weights in the root, as google/ddpm-*) is read too.
 """
@@ -23,11 +23,21 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Reco
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.files import (
+    AUTOENCODERS,
+    WEIGHTS_NAME,
+    CheckpointError,
+    first_line,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from tminus.model.hub import hub_name
-from tminus.model.latent.autoencoder import KL, VQ, Autoencoder, AutoencoderConfig
-from tminus.model.latent.folder import (
-    FOLDERS,
+from tminus.model.latent.autoencoder import (
+    KL,
+    VQ,
+    Autoencoder,
+    AutoencoderConfig,
     check_place,
     find_autoencoder,
     load_autoencoder,
@@ -62,9 +72,9 @@ LAYOUTS = (
     "A checkpoint is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
-LATENT_FOLDER = FOLDERS[0]
-# A mel says how a spectrogram is made sound: it changes no image.
-OWN_PARTS = frozenset({"unet", "scheduler", "mel", *FOLDERS})
+LATENT_FOLDER = AUTOENCODERS[0]
+# A mel converts spectrograms to sound: it changes no image.
+OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
@@ -97,7 +107,7 @@ class TminusJson:
 
     @classmethod
     def read(cls, folder: Path) -> "TminusJson":
-        """Read the file; without one nothing is said."""
+        """Read the file, as empty if it is missing."""
         file = folder / TMINUS_FILE
         return cls(file, read_json(file)) if file.is_file() else cls(file)
 
@@ -128,7 +138,7 @@ class TminusJson:
         return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
     def approved(self, weights_hash: str) -> dict[tuple[str, str], float | None]:
-        """The (executor, precision) approved for these very weights, each with the relative error that was measured."""
+        """The (executor, precision) approved for these weights, each with its measured relative error."""
         checks = self.values.get("approved", [])
         listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
         self.require(listed, "approved", "a list of checks")
@@ -139,7 +149,7 @@ class TminusJson:
         }
 
     def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
-        """What is recommended; None for nothing."""
+        """The recommended settings; None where there are none."""
         if (value := self.values.get("recommended")) is None:
             return None
         has_null_class, num_timesteps = labels.null_class is not None, noise.num_train_timesteps
@@ -151,7 +161,7 @@ class TminusJson:
             raise CheckpointError(f"{self.file}: {error}") from error
 
     def student(self) -> Mapping[str, Any] | None:
-        """What a student is made from; None for other networks."""
+        """The facts about a student; None for other networks."""
         student = self.values.get("student")
         self.require(student is None or isinstance(student, dict), "student", "an object")
         return student
@@ -188,7 +198,7 @@ class TminusJson:
 
 
 def check_layout(folder: Path) -> str | None:
-    """Say what a path holds that cannot be loaded; returns the scheduler's class, where model_index.json names one."""
+    """Raise CheckpointError for a path that cannot be loaded; returns the scheduler's class in model_index.json."""
     if folder.is_file():
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
@@ -223,9 +233,9 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for what it cannot serve.
+    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError if it cannot be served.
 
-    A pipeline of another class is what its parts are: where these are a U-Net and a scheduler, it is served.
+    A pipeline of another class is served if its parts are a U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
@@ -247,7 +257,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """The classes of a pipeline's parts by their names, without those that are left out."""
+    """The classes of a pipeline's parts by their names, without parts that are null."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
 
@@ -267,7 +277,7 @@ def _why_not(index: Mapping[str, Any]) -> str:
 
 
 def find_scheduler(folder: Path) -> Path:
-    """Where a folder's scheduler_config.json is, or would be."""
+    """The path of a folder's scheduler_config.json, which may be missing."""
     nested = folder / "scheduler" / "scheduler_config.json"
     return nested if nested.is_file() else folder / "scheduler_config.json"
 
@@ -284,18 +294,18 @@ class Checkpoint:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     approved: Mapping[tuple[str, str], float | None] = field(default_factory=dict)
-    """(executor, precision) whose images a check found as good as those of float32, for these very weights."""
+    """(executor, precision) that a check approved for these weights, each with its relative error, if known."""
     recommended: Recommended | None = None
-    """What its tminus.json recommends, if it does; see `settings`."""
+    """The recommendation of its tminus.json, if any; see `settings`."""
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
-    """A line for each file of samplers/ that is not used: its name and why."""
+    """A line for each file of samplers/ that is not used: its name and the reason."""
     student: Mapping[str, Any] | None = None
-    """What a network is that was made for a few steps by its own tables alone, and the guidance folded in."""
+    """Facts about a student, which is sampled by its own tables alone; None for other networks."""
     autoencoder: Autoencoder | None = None
-    """What turns images into the latents that the network of a latent model sees, and back."""
+    """The autoencoder of a latent model."""
     folded_guidance: float = 1.0
-    """Guidance that the weights have in them. A request's own multiplies it; of a student there is none."""
+    """The guidance in the weights. A request's own multiplies it; for a student there is none."""
     alpha: bool = False
     """Whether the fourth and last channel of an image is alpha."""
 
@@ -307,14 +317,14 @@ class Checkpoint:
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what the network sees: an image, or its latents."""
+        """[C, H, W] of the network's input: an image, or its latents."""
         factor = self.autoencoder.config.factor if self.autoencoder is not None else 1
         height, width = self.size_px
         return self.net.config.in_channels, height // factor, width // factor
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """What it may be sampled with: all that need no table, and those it has tables for; of a student only these."""
+        """The samplers of the model: those without tables, and those of its tables; for a student only the latter."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
 
@@ -325,9 +335,9 @@ class Checkpoint:
 
     @property
     def settings(self) -> Recommended:
-        """The sampler, steps and guidance to sample it with: what its tminus.json recommends, or else the usual ones.
+        """The sampler, steps and guidance to sample it with: recommended by its tminus.json, or else the usual ones.
 
-        Of a student these are those of its own table that is nearest to the usual number of steps.
+        For a student the usual ones are of the table that is nearest to the usual number of steps.
         """
         if self.recommended is not None:
             return self.recommended
@@ -380,36 +390,36 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """How many bytes a checkpoint takes in memory, in float32, as its configuration alone tells."""
+    """The bytes that a checkpoint takes in memory, in float32, estimated from its configuration."""
 
     num_parameters: int
     row_px: tuple[int, int]
-    """(height, width) of what the network sees."""
+    """(height, width) of the network's input."""
     size_px: tuple[int, int]
     """(height, width) of the images."""
     pass_bytes: int
-    """What one row takes in a forward pass."""
+    """One row in a forward pass."""
     coding_bytes: int = 0
-    """What one image takes in the autoencoder of a latent model."""
+    """One image in the autoencoder of a latent model."""
 
     @property
     def weights_bytes(self) -> int:
-        """What all weights take once."""
+        """All weights, once."""
         return 4 * self.num_parameters
 
     @property
     def loading_bytes(self) -> int:
-        """Roughly the most while it is loaded: the weights are there twice while the network is converted."""
+        """An estimate of the peak while it is loaded, with the weights twice."""
         return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
 
     @property
     def serving_bytes(self) -> int:
-        """Roughly what it takes while it is served, with the weights once."""
+        """An estimate while it is served, with the weights once."""
         return self.weights_bytes + self.pass_bytes + self.coding_bytes
 
 
 def needs_of(folder: Path) -> Needs:
-    """Find out what a checkpoint folder takes, before its weights are read. Raises CheckpointError."""
+    """Estimate the memory of a checkpoint folder, before its weights are read. Raises CheckpointError."""
     try:
         unet, _, _, autoencoder = _read_configs(folder)
         with torch.device("meta"):
@@ -467,7 +477,7 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
 
 
 def unet_folder_of(folder: Path) -> Path:
-    """Where a checkpoint's network is: in unet/, or in the folder itself."""
+    """The folder of a checkpoint's network: unet/, or the folder itself."""
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -551,7 +561,7 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
 
 
 def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> None:
-    """Raise CheckpointError for weights that are not those of this network, by the first name or shape that differs."""
+    """Raise CheckpointError for weights of another network, by the first name or shape that differs."""
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
@@ -623,13 +633,13 @@ def save_checkpoint(
 
 
 def recommend(folder: Path, recommended: Recommended) -> None:
-    """Note in tminus.json what to sample with. The weights, and so their hash, stay as they are."""
+    """Write the recommended settings into tminus.json. The weights and their hash stay the same."""
     tminus_json = TminusJson.read(folder)
     write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:
-    """Return by how much outputs differed from those of float32 when they were approved; None where that is unknown."""
+    """Return the relative error of outputs when they were approved; None where it is unknown."""
     error = check.get("relative_error")
     return error if isinstance(error, float) and 0 < error < 1 else None
 

@@ -1,4 +1,4 @@
-"""What configurations share: checks that name the field, its bound and its value, and fields read from JSON."""
+"""The base of configurations: checks that name the field, its bound and its value, and fields read from JSON."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -13,7 +13,7 @@ class Checked:
     __slots__ = ()
 
     KIND: ClassVar[str] = ""
-    """What its messages begin with."""
+    """The prefix of its messages."""
 
     def require(self, ok: bool, field: str, bound: str) -> None:
         """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
@@ -32,7 +32,7 @@ class Checked:
             self.require(value is None or is_count(value), field, "a positive integer or null")
 
     def require_lists(self, *fields: str, most: int = 16) -> None:
-        """Each of these fields must be a list of positive integers, of which there is one or more."""
+        """Each of these fields must be a list of one or more positive integers."""
         for field in fields:
             value = getattr(self, field)
             ok = isinstance(value, tuple) and 1 <= len(value) <= most and all(map(is_count, value))
@@ -67,7 +67,7 @@ class Checked:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], **more: Any) -> Self:
-        """Make one of values as JSON has them. Raises ValueError also where one is missing, or of no type that fits."""
+        """Make a config of values from JSON. Raises ValueError, also for a missing value or a wrong type."""
         try:
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **more)
         except TypeError as error:
@@ -75,19 +75,19 @@ class Checked:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a positive integer. True is none."""
+    """Whether a value is a positive integer, and not True."""
     return type(value) is int and 1 <= value <= MAX_COUNT
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number. True is none."""
+    """Whether a value is a finite number, and not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config of diffusers that count: not those of its own (`_…`), nor those to be left at defaults.
+    """The fields of a config of diffusers, without private ones (`_…`) and those in `_use_default_values`.
 
-    Raises ValueError where `_use_default_values` is no list of names.
+    Raises ValueError where `_use_default_values` is not a list of names.
     """
     defaulted = config.get("_use_default_values", [])
     if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):
@@ -96,5 +96,5 @@ def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_off(value: object) -> bool:
-    """Whether this is how a field of a newer version says that it is not used; 0 is not."""
+    """Whether a field of a newer version is off: null or false. 0 is a value."""
     return value is None or value is False

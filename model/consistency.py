@@ -1,30 +1,35 @@
-"""Consistency models as they were trained (Song et al. 2023): noise levels sigma, and a network that scales its input.
+"""Multistep consistency sampling (Song et al. 2023, algorithm 1): the tables of consistency models and of students.
 
-Their x has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha_bar = 1 / (1 + sigma^2). (Students of
-`tminus distill` are consistency models too, but of the ordinary kind of network: see training/distill.py.)
+The x of a consistency model has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha_bar =
+1 / (1 + sigma^2). A student of `tminus distill` is an ordinary network, whose trajectories end at sigma 0.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tminus.model.noise import NoiseConfig
 from tminus.model.parametrization import sigma_of
 from tminus.model.sampler_tables import Table
 
+SAMPLER = "consistency"
 MAX_STEPS = 8
 
 
-def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
-    """The sampler in 1, 2, ... steps (Song et al. 2023, algorithm 1), at diffusers' timesteps.
+def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Mapping[str, Any] | None = None) -> Table:
+    """Make the table of these timesteps, falling: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
 
-    x' = x0 + sqrt(sigma'^2 - sigma_min^2) z in their x, and x0 at the last.
+    The last step gives x0. Guidance is 1: that of a student is in its weights.
     """
-    alpha_bar = noise.schedule().alpha_bar
-    last = noise.num_train_timesteps - 1
-    tables = []
-    for steps in range(1, min(MAX_STEPS, noise.num_train_timesteps) + 1):
-        t = [last - k * (noise.num_train_timesteps // steps) for k in range(steps)]
-        reached = alpha_bar[t[1:]]
-        added = (sigma_of(reached) ** 2 - noise.sigma_min**2).clamp(min=0).sqrt()
-        signal = reached.sqrt()
-        lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal.tolist(), (signal * added).tolist(), strict=True)]
-        lines.append((0.0, 1.0, 0.0, 0.0, 0.0))
-        tables.append(Table("consistency", steps, 1.0, tuple(map(float, t)), tuple(lines)))
-    return tuple(tables)
+    reached = noise.schedule().alpha_bar_at(timesteps)[1:]
+    sigma_min = noise.sigma_min if noise.is_consistency else 0.0
+    added = (sigma_of(reached) ** 2 - sigma_min**2).clamp(min=0).sqrt()
+    signal = reached.sqrt()
+    lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal.tolist(), (signal * added).tolist(), strict=True)]
+    return Table(SAMPLER, len(timesteps), 1.0, tuple(timesteps), (*lines, (0.0, 1.0, 0.0, 0.0, 0.0)), about or {})
+
+
+def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
+    """Make the tables of a consistency model for 1, 2, ... steps, at diffusers' timesteps."""
+    T = noise.num_train_timesteps
+    counts = range(1, min(MAX_STEPS, T) + 1)
+    return tuple(consistency_table(noise, [float(T - 1 - k * (T // n)) for k in range(n)]) for n in counts)

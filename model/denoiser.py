@@ -1,4 +1,4 @@
-"""What the rest of tminus knows of a network that predicts eps, x_0 or v, whichever project it is from."""
+"""The interface of every network, from any project: its config, and f(x_t, t, class)."""
 
 import dataclasses
 from abc import abstractmethod
@@ -18,12 +18,12 @@ class NetConfig(Checked):
     CLASS_NAME: ClassVar[str] = ""
 
     sample_size: int | tuple[int, int] | None = None
-    """The side of what it sees, or (height, width); None where the config does not say."""
+    """The side of the input, or (height, width); None where the config does not say."""
     in_channels: int = 3
     out_channels: int = 3
     """Twice as many where the variance is learned."""
     num_class_embeds: int | None = None
-    """How many classes it knows, the null class among them, which is the last; None for a network without classes."""
+    """The number of classes, with the null class, which is the last; None for a network without classes."""
 
     def __post_init__(self) -> None:
         self.require_counts("in_channels", "out_channels")
@@ -51,7 +51,7 @@ class NetConfig(Checked):
 
     @abstractmethod
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Roughly what one row takes in a forward pass, in float32."""
+        """Estimate the bytes of one row in a forward pass, in float32."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -63,7 +63,7 @@ class NetConfig(Checked):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The content of config.json."""
         return {"_class_name": self.class_name, **dataclasses.asdict(self)}
 
 
@@ -84,8 +84,8 @@ class Denoiser(nn.Module):
         """Embed timestep and class, with the activation that blocks expect: t [B], class_labels [B] -> [B, temb]."""
         temb = self.time_embedder()(t)
         if (self.class_embedding is None) != (class_labels is None):
-            wanted = "needs" if self.class_embedding is not None else "takes no"
-            raise ValueError(f"this network {wanted} class labels (num_class_embeds={self.config.num_class_embeds})")
+            verb = "needs" if self.class_embedding is not None else "takes no"
+            raise ValueError(f"this network {verb} class labels (num_class_embeds={self.config.num_class_embeds})")
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
         return self.act(temb)
@@ -97,9 +97,9 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """What embeds the timestep alone, before class and activation: t [B] -> [B, temb].
+        """Return the embedding of the timestep, before class and activation: t [B] -> [B, temb].
 
-        It may be kept without the rest of the network.
+        It works without the rest of the network.
         """
 
     @abstractmethod
@@ -109,4 +109,4 @@ class Denoiser(nn.Module):
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
-        """The parts whose outputs say what the network sees in an image; a tuple's first output counts."""
+        """The modules whose outputs are the features of an image; a tuple's first output counts."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder, any of which may be damaged: JSON read within bounds, files written whole."""
+"""The files of a checkpoint folder: JSON read within bounds, files written whole. Any file may be damaged."""
 
 import json
 import os
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # as diffusers calls the file of weights
+AUTOENCODERS = ("vqvae", "vae")  # folders in a checkpoint: LDMPipeline's name, whatever the class, and that of others
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder cannot be served; the message names the file and what is wrong with it.
+    """A checkpoint folder cannot be served; the message names the file and the fault.
 
-    A message may quote what is in a file, which may be megabytes: it is cut.
+    A message that quotes a file may be megabytes long, so it is cut.
     """
 
     def __init__(self, message: str) -> None:

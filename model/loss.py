@@ -22,10 +22,10 @@ _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has
 
 
 def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """What the network learns to predict: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or what gives x_0.
+    """Return the target: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or the out of x_0 = p x_t + q out.
 
-    The last is the out of x_0 = p x_t + q out: of flow matching eps - x_0 (Lipman et al. 2023), of EDM what Karras et
-    al. 2022 have in eq. 8. A consistency model has no such target. Raises ValueError.
+    The last is eps - x_0 for flow matching (Lipman et al. 2023), and for EDM the target in eq. 8 of Karras et al. 2022.
+    A consistency model has no such target. Raises ValueError.
     """
     if noise.is_consistency:
         raise ValueError("prediction_type must not be consistency: its target is a trajectory's end")

@@ -1,4 +1,4 @@
-"""What this machine leaves to a process: how much memory, and how many cores, so how many threads torch takes.
+"""The memory and the cores that are free for this process, and so the number of torch's threads.
 
 An executor that has threads of its own leaves torch one, and a busy machine leaves it few.
 """
@@ -23,7 +23,7 @@ LOOK_S = 0.5
 
 
 def free_memory_bytes() -> int | None:
-    """What the machine has left, or a container's limit if that is less; None where the system does not tell."""
+    """The free memory of the machine, or of its container if that is less; None where the system does not say."""
     known = [free for free in (_of_machine(), _of_cgroup()) if free is not None]
     return min(known, default=None)
 
@@ -37,7 +37,7 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """What cgroup v2, in which containers run, leaves. Cached files count as free: they go when memory is short."""
+    """The free memory of the container (cgroup v2). Cached files count as free, since they are dropped when needed."""
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" where there is no limit
         used = int((CGROUP / "memory.current").read_text())
@@ -84,7 +84,7 @@ def free_cores() -> int:
 
 
 def _idle_cores(cores: Set[int]) -> float:
-    """Look how many of these cores have nothing to do, with fractions; all of them where the system does not tell."""
+    """Measure how many of these cores are idle, with fractions; all of them where the system does not say."""
     try:
         before, begun_s = _idle_s(cores), time.monotonic()
         time.sleep(LOOK_S)

@@ -190,11 +190,11 @@ class NoiseConfig(Checked):
     correct_steps: int = 1
     """These three are of score_sde's VE models; the last two are of the corrector, which is not run."""
     divides_by_time: bool = False
-    """Whether its output counts as divided by the time it was given, as of diffusers' U-Nets with a Fourier embedding.
+    """Whether its output is divided by its time, as for diffusers' U-Nets with a Fourier embedding.
 
     load_checkpoint sets it from the network's config; no scheduler_config.json holds it."""
     default_sampler: str = "ddpm"
-    """For requests that name steps and no sampler: that of the scheduler's class, see scheduler_kinds.py."""
+    """The sampler of the scheduler's class (scheduler_kinds.py), for requests that name steps and no sampler."""
 
     def __post_init__(self) -> None:
         require, among = self.require, self.require_among
@@ -250,7 +250,7 @@ class NoiseConfig(Checked):
 
     @property
     def family(self) -> Family:
-        """How its noise levels are given, which follows from what the network predicts."""
+        """The form of its noise levels, which follows from the prediction type."""
         return FAMILY_OF[self.prediction_type]
 
     @property
@@ -272,7 +272,7 @@ class NoiseConfig(Checked):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
-        """Read a diffusers scheduler_config.json. Raises ValueError for what changes images and is not honoured.
+        """Read a scheduler_config.json. Raises ValueError for a field that changes images and is not honoured.
 
         A field of another of these classes changes nothing, as in diffusers: configs keep it when the class is swapped.
         class_name: of model_index.json, which diffusers believes more than the config's own.
@@ -339,7 +339,7 @@ class NoiseConfig(Checked):
         return {"_class_name": kind.class_name, **fields, **must}
 
     def default_spacing(self, sampler: str) -> str:
-        """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.
+        """The default spacing of requests: the config's own, if the config is for this kind of sampler.
 
         A DDPM or DDIM config does not cover the later solvers, which then take the spacing that suits them best.
         """

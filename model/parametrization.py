@@ -1,14 +1,13 @@
-"""What the network of each kind of model is given, and what its output says of x_0: numbers of a noise level.
+"""The inputs of the network of each kind of model, and x_0 from its output, as numbers of a noise level.
 
-x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. Those that were trained on another x
-have it by a factor:
+x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x that a model was trained on
+differs from it by a factor:
 
     EDM, consistency    x_0 + sigma eps                     = x / sqrt(alpha_bar),     alpha_bar = 1 / (1 + sigma^2)
     flow matching       (1 - sigma) x_0 + sigma eps         = x sqrt((1 - sigma)^2 + sigma^2)
     VE                  of images y_0 = (x_0 + 1) / 2 in [0, 1]: 2 (y_0 + s eps) - 1 = x / sqrt(alpha_bar), sigma = 2 s
 
-So a model is p and q of x0 = p x + q out, what x is multiplied by on its way into the network, and the time that the
-network is given.
+So a model is described by p and q of x0 = p x + q out, the factor on x at the network's input, and the network's time.
 """
 
 import math
@@ -20,7 +19,7 @@ from torch import Tensor
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 
-# What log sigma is multiplied by to be the time that a network is given: Karras et al. 2022, and OpenAI's code.
+# Factor from log sigma to the network's time: Karras et al. 2022, and OpenAI's code.
 LOG_SIGMA_TIMES = {"edm": 0.25, "cm_edm": 250.0}
 
 

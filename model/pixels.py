@@ -6,6 +6,7 @@ One rule for the pictures of a training folder and for those that are uploaded, 
 Importing this imports no torch: the service decodes uploads with it.
 """
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,16 +22,6 @@ VALUE_RANGE = (-1.0, 1.0)  # what a model works in: the least and the largest va
 MAX_CHANNELS = 64  # of an image; formats of pictures hold four at most
 RGBA = 4
 MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's, by channels
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def to_model_range(images: "Tensor") -> "Tensor":
@@ -102,12 +93,10 @@ def colour(text: str) -> Colour:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a picture upright, as its EXIF orientation says. Broken EXIF data count as none."""
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # cameras write broken EXIF data; the picture itself is fine
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    """Turn a picture upright in place, as its EXIF orientation says, and return it. Broken EXIF data count as none."""
+    with contextlib.suppress(Exception):  # cameras write broken EXIF data; the picture itself is fine
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def may_be_transparent(image: Image.Image) -> bool:

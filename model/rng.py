@@ -1,7 +1,7 @@
 """Noise as a pure function of (seed, image index, draw): Philox4x32-10 counters, then Box-Muller.
 
 Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so there is no generator state: the
-noise of a row depends on nothing that ran before it or runs beside it, and its integers are the same on every device.
+noise of a row does not depend on other rows or earlier draws, and its integers are the same on every device.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Tables of coefficients that belong to a checkpoint: those that `tminus tune` fitted, and those of a student.
+"""Tables of coefficients that belong to a checkpoint: fitted by `tminus tune`, or of a student.
 
 A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. Plain
 numbers, no torch: the service counts with them, and the engine makes them a plan.
@@ -186,7 +186,7 @@ def _line(line: object) -> bool:
 
 
 def steps_and_guidances(tables: Sequence[Table]) -> str:
-    """List what there is, for a message: `5, 8 and 10 steps at guidance 1, 8 at 1.5`."""
+    """List the tables for a message: `5, 8 and 10 steps at guidance 1, 8 at 1.5`."""
     by_guidance: dict[float, list[int]] = {}
     for table in tables:
         by_guidance.setdefault(table.guidance, []).append(table.steps)

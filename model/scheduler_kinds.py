@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that are served: which sampler each class is, by what its scheduler_config.json says."""
+"""The schedulers of diffusers that are served, and the sampler of each class by its scheduler_config.json."""
 
 import math
 from collections.abc import Mapping
@@ -100,14 +100,14 @@ class SchedulerKind:
     must: Mapping[str, Any] = field(default_factory=dict)
     """Fields by which the class may be another sampler, with the values of this one."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
+    """Defaults of the class that are not in `must`, and differ from DDPMScheduler's."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """The names that the class has for fields that DDPMScheduler has under another name."""
+    """The class's names of fields that DDPMScheduler calls otherwise, with the latter."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """The values that it takes for others: (field, value) and what it makes of it. from_config leaves such behind."""
+    """Values that the class reads as others, by (field, value). diffusers' from_config leaves such values behind."""
     family: Family = "betas"
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
-    """The values of prediction_type that it has, and what each is here."""
+    """The class's values of prediction_type, and ours for each."""
 
     @property
     def fields(self) -> frozenset[str]:
@@ -267,7 +267,7 @@ CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_A
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:
-    """Find what a class with these fields is. Raises ValueError for a class, and for a value, that is not served."""
+    """Find the kind of a class with these fields. Raises ValueError for a class or a value that is not served."""
     name = SAME_AS.get(class_name, class_name) if isinstance(class_name, str) else None
     of_class = [kind for kind in KINDS if kind.class_name == name]
     if not of_class:

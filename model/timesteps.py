@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits. Plain numbers, no torch: the service computes a request's cost from them."""
+"""The timesteps that a sampler visits. Plain numbers, no torch: the service computes a request's cost from them."""
 
 import math
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""Trajectories: what each stochastic pass drew from, and how likely its outcome was. NumPy alone, no torch.
+"""Trajectories: the distribution that each stochastic pass drew from, and log p of its outcome. NumPy, no torch.
 
 A pass that adds noise draws x' from N(mean, s^2), each value by itself. The mean is the update rule of samplers.py
 without its noise, a x + b x0 + c x0_previous, and a term more with a table that looks back twice. s is the factor of
@@ -50,7 +50,7 @@ class PlanNumbers:
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """The factor, in the mean of pass k, of the register: what x0 was two passes before. 0 without registers."""
+        """The factor, in the mean of pass k, of the register: the x0 of two passes before. 0 without registers."""
         if self.matrices is None:
             return 0.0
         registers = self.matrices[:, 1:]
@@ -61,7 +61,7 @@ class PlanNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which passes of a trajectory are in it. All of them are numbers in rising order.
+    """The passes of a trajectory that are kept. All fields are numbers in rising order.
 
     passes: from 0. points: of each x_t how many passes come before it; a pass begins at one point and ends at the next.
     predictions: the passes whose x_0 are in it, which are these and those that their means look back to.
@@ -112,7 +112,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transitions:
-    """What the K passes of a trajectory that add noise drew from; a pass without noise has no density, and is not here.
+    """The distributions of the K passes that add noise. A pass without noise has no density.
 
     passes [K]; mean [K, n, C, H, W], in the type of x_t; s [K, 1, 1, 1, 1] in float64, or of a learned variance
     [K, n, C, H, W]; log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.

@@ -177,7 +177,7 @@ class UNet2D(Denoiser):
 
     config: UNetConfig
     unit_input = False
-    """Whether it was trained on images in [0, 1], which its config does not say: (x + 1) / 2 is then what it sees."""
+    """Whether it was trained on images in [0, 1], which its config does not say: its input is then (x + 1) / 2."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

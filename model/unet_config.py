@@ -120,7 +120,7 @@ class UNetConfig(NetConfig):
         return self.block_out_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Roughly what one row takes in a forward pass: feature maps, those kept for the way up, attention."""
+        """Estimate the bytes of one row in a forward pass: feature maps, skip connections, attention."""
         height, width = size_px
         total = 0
         names = list(zip(self.down_block_types, self.up_block_types[::-1], strict=True))
@@ -150,7 +150,7 @@ class UNetConfig(NetConfig):
 
     @property
     def temb_dim(self) -> int:
-        """The width of what timestep and class are embedded to."""
+        """The width of the embedding of timestep and class."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property

@@ -1,7 +1,6 @@
 """Weights found, read and hashed: of a U-Net folder, whole or in shards, or of one file. Only tensors are unpickled."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json
@@ -18,12 +17,6 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # those that are no weights too, so that they are refused by torch's name
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
@@ -61,33 +54,6 @@ def _check_memory(where: Path, files: Iterable[Path]) -> None:
         raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors into memory of our own.
-
-    The library maps the file. Whoever wrote over it would then change what is served, or end the process by shortening
-    it. Raises ValueError for a file that changes while it is read.
-    """
-    with safe_open(file, "pt"):  # which checks the whole header
-        pass
-    state = {}
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), MAX_HEADER_BYTES)))
-        start = opened.tell()
-        for key, entry in header.items():
-            if key == "__metadata__":
-                continue
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
-                raise CheckpointError(f"{file}: {key} must be of {DTYPE_NAMES}, got {entry['dtype']}")
-            tensor = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
-            begin, end = entry["data_offsets"]
-            values = tensor.reshape(-1).view(torch.uint8).numpy()
-            opened.seek(start + begin)
-            if len(values) != end - begin or opened.readinto(values.data) != end - begin:
-                raise ValueError("it changed while it was read")
-            state[key] = tensor
-    return state
-
-
 def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
     if not state:
         raise CheckpointError(f"{where}: the weights hold no tensors")
@@ -102,7 +68,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Why weights are not those of this network, by the first name or shape that differs; None where they fit."""
+    """Say why weights do not fit this network, by the first name or shape that differs; None where they fit."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -184,17 +150,16 @@ def _read_tensors(
             )
     try:
         if file.suffix == ".safetensors":
-            return _read_safetensors(file)
+            # Not load_file, which maps the file: what is written over it later would be served.
+            return load(file.read_bytes())
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
         # Those are about the reader. Only safetensors, and the system, say what is wrong with the file.
-        tells = file.suffix == ".safetensors" or isinstance(error, OSError)
-        told = f" ({first_line(error)})" if tells else ""
-        raise CheckpointError(f"{file}: truncated or not a weights file{told}") from error
+        is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
+        why = f" ({first_line(error)})" if is_clear else ""
+        raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error
     if isinstance(loaded, dict) and (part := part_of(loaded)) is not None:
         loaded = dict(part)
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):

@@ -41,9 +41,7 @@ class Hub:
     answers_html: bool = False
     fails: bool = False  # each answer is 503
     silent: threading.Event = field(default_factory=threading.Event)  # set: a request waits for the end of the test
-    drips: bool = False  # a byte of a file now and then
     ended: threading.Event = field(default_factory=threading.Event)
-    listed_sizes: dict[str, int] = field(default_factory=dict)  # that it lies about
 
     def push(self, repository: str, folder: Path, name: str = "first", ref: str = "main") -> str:
         """Put the files of a folder there as a commit."""
@@ -113,9 +111,7 @@ def running_hub() -> Iterator[Hub]:
             if (found := self._find(repository, revision or "main")) is None:
                 return
             commit, files = found
-            siblings = [
-                {"rfilename": name, "size": hub.listed_sizes.get(name, len(data))} for name, data in files.items()
-            ]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             document = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}
             self._send(200, json.dumps(document).encode(), {})
 
@@ -149,20 +145,7 @@ def running_hub() -> Iterator[Hub]:
         def _send_file(self, repositories: dict[str, Repository], path: str) -> None:
             owner, model, commit, name = path.split("/", 3)
             data = repositories[f"{owner}/{model}"].commits[commit][name]
-            if not hub.drips:
-                self._send(200, data, {}, "application/octet-stream")
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            for byte in data:
-                if hub.ended.wait(0.05):
-                    return
-                try:
-                    self.wfile.write(bytes([byte]))
-                    self.wfile.flush()
-                except OSError:
-                    return
+            self._send(200, data, {}, "application/octet-stream")
 
         def _send(
             self, status: int, body: bytes, headers: dict[str, str], media_type: str = "application/json"

@@ -23,12 +23,11 @@ from tminus.model.evaluation.result_cache import ResultCache
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import read_foreign
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
-from tminus.model.latent.folder import load_autoencoder, save_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
-from tminus.model.training.run import FORMER_FILE, STATE_FILE, Run, read_state
+from tminus.model.training.run import STATE_FILE, Run, read_state
 from tminus.model.tuning.tune import _known
 from tminus.model.unet import UNet2D
 from tminus.service.access.keys import KeyRing
@@ -165,8 +164,8 @@ def of_the_classifier(folder: Path, data: bytes) -> None:
     refused(ClassifierError, lambda: load_classifier(folder, device=torch.device("cpu")))
 
 
-def of_a_run(name: str, folder: Path, data: bytes) -> None:
-    (folder / name).write_bytes(data)
+def of_a_run(folder: Path, data: bytes) -> None:
+    (folder / STATE_FILE).write_bytes(data)
     assert Run(folder, "train", None).begun
     refused(Exception, lambda: read_state(folder))
 
@@ -270,8 +269,7 @@ PLACES: dict[str, Callable[[Path, bytes], None]] = {
     "an autoencoder's weights": partial(of_the_autoencoder, ".safetensors"),
     "an autoencoder's weights as .bin": partial(of_the_autoencoder, ".bin"),
     "the classifier": of_the_classifier,
-    "a run of training": partial(of_a_run, STATE_FILE),
-    "a run of training, as earlier versions kept it": partial(of_a_run, FORMER_FILE),
+    "a run of training": of_a_run,
     "a file to convert, .pt": partial(of_another_project, ".pt"),
     "a file to convert, .ckpt": partial(of_another_project, ".ckpt"),
     "a file to convert, .safetensors": partial(of_another_project, ".safetensors"),

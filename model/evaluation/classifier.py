@@ -34,7 +34,7 @@ MIN_SIDE = 8  # in pixels, of which three poolings by two leave one
 
 
 class ClassifierError(ValueError):
-    """A classifier cannot be trained or loaded; the message names the file or the data and what is wrong."""
+    """A classifier cannot be trained or loaded; the message names the file or the data, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
 
 
 def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
-    """Load what `save_classifier` wrote. Raises ClassifierError with one clear line where that fails."""
+    """Load a classifier from its folder. Raises ClassifierError with a message of one line."""
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         with config_file.open("rb") as file:

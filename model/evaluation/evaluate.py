@@ -1,6 +1,4 @@
-"""Measure a checkpoint on held-out images: the bound, and, of its samples, class accuracy, a Fréchet distance and
-memorisation. Sampled in one way, or in several that are compared.
-"""
+"""Measure a checkpoint on held-out images: the bound, and the figures of samples made in one or several ways."""
 
 import copy
 import dataclasses
@@ -13,6 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +43,7 @@ from tminus.model.training.data import ImageSet
 
 log = logging.getLogger(__name__)
 
+BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # read them from JSON
 OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
 
@@ -145,8 +145,8 @@ class Measure:
         key = self._key | {"bound": {name: getattr(options, name) for name in OF_BOUND}}
         try:
             if (values := self._cache.read(key)) is not None:
-                return Bound.from_dict(values)
-        except (TypeError, KeyError):
+                return BOUND.validate_python(values)
+        except ValueError:
             log.warning("a bound that was kept cannot be read: measuring it again")
         bound = measure_bound(self._net, self._checkpoint, self._test, options)
         if isinstance(bound, Bound):
@@ -183,33 +183,26 @@ class Measure:
         facts = self._judge.facts
         what = {name: getattr(options, name) for name in OF_SAMPLES} | {
             "plan": plan_hash(plan),
-            "of": f"{options.sampler}, {options.steps} steps",  # for who reads the file
+            "of": f"{options.sampler}, {options.steps} steps",  # for people who read the file
             "classifier": facts.weights_hash if facts is not None else None,
         }
         key = self._key | {"samples": what}
-        batches = self._cache.batches(key)
         try:
             if (values := self._cache.read(key)) is not None:
-                batches.forget()  # of a run that was killed just after the result was there
-                return _Drawn(SampleFigures.from_dict(values["figures"]), b64decode(values["sheet"], validate=True))
-        except (TypeError, KeyError, ValueError):
+                return _Drawn(
+                    SAMPLE_FIGURES.validate_python(values["figures"]), b64decode(values["sheet"], validate=True)
+                )
+        except (KeyError, ValueError):
             log.warning("%s: what was kept cannot be read, sampling again", label)
         started_s = time.perf_counter()
-        try:
-            with torch_threads(self._draw_threads):
-                samples = draw_samples(
-                    self._net, self._checkpoint, options, device=self._device, forward=self._forward, cache=batches
-                )
-        except EvaluateError:
-            batches.forget()
-            raise
-        seconds = (batches.seconds + time.perf_counter() - started_s) / len(samples)
+        with torch_threads(self._draw_threads):
+            samples = draw_samples(self._net, self._checkpoint, options, device=self._device, forward=self._forward)
+        seconds = (time.perf_counter() - started_s) / len(samples)
         one = _Drawn(
             self._judge.figures(samples, options.seed, seconds), strip(samples[: strip_length(self._checkpoint)])
         )
         sheet = b64encode(one.sheet).decode()
         self._cache.write(key, {"figures": dataclasses.asdict(one.figures), "sheet": sheet})
-        batches.forget()
         frechet = one.figures.classifier_frechet_distance
         distance = "" if frechet is None else f"Fréchet distance {frechet.samples:.3f}, "
         log.info("%s: %s%.3g s an image", label, distance, seconds)

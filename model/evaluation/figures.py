@@ -40,11 +40,6 @@ class Bound:
     timesteps_per_image: int
     terms: tuple[Term, ...] = ()
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Bound":
-        """Build it from `dataclasses.asdict`'s values. Raises TypeError or KeyError for others."""
-        return cls(**values | {"terms": tuple(Term(**term) for term in values["terms"])})
-
     def reaches(self, share: float) -> int:
         """The timestep up to which this share of L_0 + L_1 + … + L_{T-1} lies."""
         reached, last = self.L_0, 0
@@ -58,7 +53,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """What the autoencoder of a latent model loses of real images: no sample can be better than that."""
+    """The loss of real images in the autoencoder of a latent model: a bound on the quality of samples."""
 
     rms: float  # of pixels in [-1, 1], of held-out images
     psnr_db: float
@@ -112,7 +107,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class PixelFigures:
-    """What the pixels alone tell, without a network (see pixel_judge.py).
+    """Figures of the pixels alone, without a network (see distances.py).
 
     frechet_distance: of the Gaussians in the first principal components of the training images' pixels (Heusel et al.
     2017 for the distance of Gaussians). variance_ratio: the pixels' variance within a class, by that of the test split;
@@ -124,13 +119,6 @@ class PixelFigures:
     precision: Compared
     recall: Compared
     num_components: int
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "PixelFigures":
-        """Build it from JSON's values. Raises TypeError or KeyError for others."""
-        names = ("frechet_distance", "variance_ratio", "precision", "recall")
-        compared = {name: Compared(**pair) if (pair := values[name]) is not None else None for name in names}
-        return cls(**values | compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +142,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """The classifier that judged."""
+    """The classifier that judged the samples."""
 
     weights_hash: str
     test_accuracy: float
@@ -164,7 +152,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """What was measured on the samples of one seed. A figure is None where checkpoint or data does not allow it."""
+    """The figures of the samples of one seed; None where checkpoint or data does not allow one."""
 
     seed: int
     class_accuracy: ClassAccuracy | None
@@ -172,27 +160,6 @@ class SampleFigures:
     pixels: PixelFigures
     memorisation: Memorisation
     seconds_per_image: float = dataclasses.field(compare=False)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SampleFigures":
-        """Build it from `dataclasses.asdict`'s values. Raises TypeError or KeyError for others."""
-        accuracy, frechet, near = (
-            values[name] for name in ("class_accuracy", "classifier_frechet_distance", "memorisation")
-        )
-        if accuracy is not None:
-            per_class = tuple(PerClass(**each) for each in accuracy["per_class"])
-            accuracy = ClassAccuracy(**accuracy | {"per_class": per_class})
-        memorisation = Memorisation(
-            NearestSummary(**near["samples"]), NearestSummary(**near["real"]), near["num_train"]
-        )
-        return cls(
-            values["seed"],
-            accuracy,
-            FrechetDistance(**frechet) if frechet is not None else None,
-            PixelFigures.from_dict(values["pixels"]),
-            memorisation,
-            values["seconds_per_image"],
-        )
 
 
 class Spread(NamedTuple):

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation.classifier import Classifier, Reading
-from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
+from tminus.model.evaluation.distances import (
+    FITTED_VALUES,
+    Components,
+    Gaussian,
+    class_variance,
+    fit_components,
+    fit_gaussian,
+    frechet_distance,
+    nearest_distances,
+    share_within,
+    variance_ratio,
+)
 from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
@@ -22,14 +33,6 @@ from tminus.model.evaluation.figures import (
     PixelFigures,
     Reconstruction,
     SampleFigures,
-)
-from tminus.model.evaluation.pixel_judge import (
-    FITTED_VALUES,
-    Components,
-    class_variance,
-    fit_components,
-    share_within,
-    variance_ratio,
 )
 from tminus.model.evaluation.samples import (
     EvaluateError,
@@ -58,7 +61,7 @@ class _Real(NamedTuple):
 
 
 class Judge:
-    """Judges samples of one checkpoint. What it needs of real images is read when it is first needed, and once."""
+    """Judges samples of one checkpoint. Figures of real images are computed once, when they are first needed."""
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Judge:
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
-        """Raise EvaluateError unless all of them fit together. classifier=None leaves out what needs one."""
+        """Raise EvaluateError unless they all fit together. classifier=None leaves out the figures that need one."""
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
         self._device = device
@@ -118,7 +121,7 @@ class Judge:
         return SampleFigures(seed, accuracy, frechet, self._pixels(samples, real), memorisation, seconds_per_image)
 
     def reconstruction(self, num_images: int, seed: int) -> Reconstruction | None:
-        """How near images come to themselves through the autoencoder; None for a pixel model."""
+        """Compare images with themselves after the autoencoder; None for a pixel model."""
         if (autoencoder := self._checkpoint.autoencoder) is None:
             return None
         picked = self._picks(self._train, num_images, seed)
@@ -155,7 +158,7 @@ class Judge:
         """Judge samples by their pixels, beside real images."""
         projected = self._components.project(samples)
         ratio = None
-        mine = variance_ratio(class_variance(samples, self._asked(len(samples))), self._test_variance)
+        mine = variance_ratio(class_variance(samples, self._target_classes(len(samples))), self._test_variance)
         theirs = variance_ratio(real.variance, self._test_variance)
         if mine is not None and theirs is not None:
             ratio = Compared(mine, theirs)
@@ -167,13 +170,13 @@ class Judge:
             projected.shape[1],
         )
 
-    def _asked(self, num_samples: int) -> Tensor:
-        """The data's class that each sample is asked to be of; all of one where classes do not compare."""
+    def _target_classes(self, num_samples: int) -> Tensor:
+        """The data's class that each sample was made for; zeros where classes do not compare."""
         asked, to_data = sample_classes(self._checkpoint, num_samples), self._to_data
         return to_data[asked] if asked is not None and to_data is not None else torch.zeros(num_samples).long()
 
     def _classes_of(self, data: ImageSet) -> Tensor:
-        """The class of each real image, as `_asked` gives those of samples."""
+        """The class of each real image; zeros where classes do not compare."""
         return data.labels if self._to_data is not None and data.labels is not None else torch.zeros(len(data)).long()
 
     @cached_property
@@ -205,7 +208,7 @@ class Judge:
         return fit_gaussian(features, weights)
 
     def _real_frechet(self, images: Tensor, picked: Tensor) -> float:
-        """The distance of the training images that were picked, or of what was made of them."""
+        """The distance of the picked training images, or of their reconstructions."""
         assert self._classifier is not None
         labels = self._train.labels[picked] if self._train.labels is not None else None
         gaussian = self._real_gaussian(self._classifier.read(images).features, labels)

@@ -51,7 +51,7 @@ section, details { overflow-x: auto; }
 
 
 def check_installed() -> None:
-    """Raise EvaluateError where there is nothing to draw with."""
+    """Raise EvaluateError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise EvaluateError("a report has plots, which need matplotlib: pip install '.[evaluate]' in a checkout")
 
@@ -220,7 +220,7 @@ def _facts(report: Report) -> Table:
 
 
 def _quality(report: Report, plot: bytes | None) -> str:
-    """The figures of the samples: of one way of sampling all of them, of several those that compare them."""
+    """The figures of the samples: all of them for one way of sampling, a comparison for several."""
     text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
@@ -237,7 +237,7 @@ def _quality(report: Report, plot: bytes | None) -> str:
 
 
 def _samples(report: Report) -> str:
-    """Strips of the first images of the first seed: those in one column start from the same noise, and compare."""
+    """Strips of the first images of the first seed. Images in one column start from the same noise."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
         guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""

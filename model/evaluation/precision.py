@@ -1,8 +1,8 @@
-"""Whether a lower precision does a network harm, told without data: its images are compared with those of float32.
+"""Judge a lower precision without data, by comparing its images with those of float32 from the same noise.
 
-Both make the same images from the same noise. The yardstick is the error that a sampler makes anyway because its steps
-are few, its truncation: how far its images lie from the solution that steps twice as fine give, again from the same
-noise. Whoever takes such a sampler accepts that error, so one that is much smaller does no harm.
+The yardstick is the truncation of a sampler: the error that it makes because its steps are few. It is the distance of
+its images from the solution in twice as many steps, from the same noise. A user of that sampler accepts this error, so
+a much smaller one does no harm.
 """
 
 from collections.abc import Generator, Iterator
@@ -21,8 +21,8 @@ from tminus.model.samplers import sample_passes
 REFERENCE = Point("dpmpp_2m", 40)  # whose images are taken for the solution
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
 WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # other draws would hide the truncation of these
-# Of what is recommended: more take long, and differ no more. Of other samplers PRECISE.steps are taken: with more they
-# come as near to the solution as what is taken for it.
+# Steps of the recommended sampler: more take long, and differ no more. Other samplers take PRECISE.steps: with more
+# they come as near to the solution as the reference does.
 MAX_STEPS = {"ddim": 50, "euler": 50}
 SHARE = 0.5  # of the truncation, the most that all images together may differ by
 DRIFT, SPREADS = 1.0, 3.0  # levels, and standard errors: a mean shift above both goes one way in every image
@@ -33,7 +33,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """By how much the images of one sampler differ, in levels of 255: root mean squares, and the worst image's.
+    """The difference between the images of one sampler, in levels of 255: root mean squares, and the worst image's.
 
     drift: the mean shift over all images of the channel that is nearest to its bound, and its standard error.
     """
@@ -48,7 +48,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is harmless. What is not finite is not."""
+        """Whether the difference is harmless. A difference that is not finite is harmful."""
         steady = abs(self.drift) <= max(DRIFT, SPREADS * self.drift_error)
         return self.rms <= SHARE * self.truncation_rms and self.worst <= self.truncation_worst and steady
 
@@ -79,9 +79,9 @@ def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
 
 
 def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
-    """What is sampled: 20 steps of dpmpp_2m, and what is recommended, or else 50 steps of ddim.
+    """The samplers to compare: 20 steps of dpmpp_2m, and the recommended settings, or else 50 steps of ddim.
 
-    dpmpp_2m has little truncation, so it is the strictest. What is recommended is taken without its noise.
+    dpmpp_2m has little truncation, so it is the strictest. The recommended sampler is taken without its noise.
     """
     if recommended is None:
         return PRECISE, COMMON

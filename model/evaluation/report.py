@@ -64,7 +64,7 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a checkpoint is."""
+    """Facts about a checkpoint."""
 
     parameters: int
     size_px: tuple[int, int]
@@ -124,7 +124,7 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the distances are, in Markdown."""
+        """Explanations of the distances, in Markdown."""
         return (OF_PIXELS,) if self.real_frechet is None else (NOT_FID, OF_PIXELS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Report:
         return rows
 
     def reconstruction_rows(self) -> list[tuple[str, str]]:
-        """What the autoencoder of a latent model loses; measured on real images too."""
+        """The loss in the autoencoder of a latent model, measured on real images."""
         if (lost := self.reconstruction) is None:
             return []
         what = "real images through the autoencoder"

@@ -6,7 +6,6 @@ are matched by name, not by number.
 
 import dataclasses
 import io
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.figures import LeftOut
-from tminus.model.evaluation.result_cache import BatchCache
 from tminus.model.guidance import Forward
 from tminus.model.latent.autoencoder import images_of
 from tminus.model.pixels import RGBA, shown_channels, to_uint8
@@ -37,7 +35,7 @@ class EvaluateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """How samples are made and how much is measured. Sample i is asked to be of class i % K."""
+    """How samples are made and how much is measured. The class of sample i is i % K."""
 
     num_samples: int = 1000
     sampler: str = "ddim"
@@ -85,7 +83,7 @@ class Point:
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
-    """Every combination, once; `all` stands for every sampler. Raises ValueError for a sampler that is none."""
+    """Every combination, once; `all` stands for every sampler. Raises ValueError for an unknown sampler."""
     known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
@@ -96,7 +94,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """The points of a checkpoint that has no null class, and the guidance scales that are left out."""
+    """The points of a checkpoint without a null class, and the guidance scales that are left out."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -173,15 +171,12 @@ def draw_samples(
     *,
     device: torch.device,
     forward: Forward | None = None,
-    cache: BatchCache | None = None,
 ) -> Tensor:
     """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
 
     forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
-    The batches that `cache` has are not made again, and the others are kept there.
-    Raises EvaluateError for samples that are not finite, and OSError where a batch cannot be kept.
+    Raises EvaluateError for samples that are not finite.
     """
-    cache = cache or BatchCache(None, {})
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape
     classes = sample_classes(checkpoint, options.num_samples)
@@ -191,11 +186,6 @@ def draw_samples(
     with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
         for start in starts:
             indices = range(start, min(start + options.batch_size, options.num_samples))
-            if (batch := cache.read(indices)) is not None:
-                images.append(batch)
-                progress.update(len(plan))
-                continue
-            started_s = time.perf_counter()
 
             def z_of(k: int, indices: range = indices) -> Tensor:
                 return image_noise(options.seed, indices, k + 1, shape, device)
@@ -220,12 +210,11 @@ def draw_samples(
                 with torch.autocast(device.type, enabled=False):
                     x_0 = images_of(checkpoint.autoencoder, x_0.float())
             images.append(to_uint8(x_0).cpu())
-            cache.write(indices, images[-1], time.perf_counter() - started_s)
     return torch.cat(images)
 
 
 def strip_length(checkpoint: Checkpoint) -> int:
-    """How many images a strip shows: each class as often as the others where they fit, and no more than 1024 px."""
+    """The number of images in a strip: of each class the same where they fit, and at most 1024 px wide."""
     most = max(MIN_STRIP, min(MAX_STRIP, MAX_STRIP_PX // checkpoint.size_px[1]))
     classes = max(1, checkpoint.labels.num_classes)
     return most // classes * classes or most

@@ -1,4 +1,4 @@
-"""What a reader of a foreign format takes, the facts that a person has given, and what it returns."""
+"""The input and the result of a reader of a foreign format: facts from the user, and a converted checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ CLIPS = "x_0 is clipped to [-1, 1]"
 
 
 class MissingFacts(CheckpointError):
-    """A file is recognised, but does not say all that is needed. `names`: of the facts to be given."""
+    """A file is recognised, but facts are missing. `names`: those that the user has to add."""
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
         self.what, self.names = what, tuple(names)
@@ -26,17 +26,17 @@ class MissingFacts(CheckpointError):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The flags, each with what it says."""
+        """The flags, each with its help text."""
         return tuple(f"{flag(name)} ({FACTS[name].text})" for name in self.names)
 
 
 class FactsError(ValueError):
-    """A fact that was given is out of bounds, or says nothing about this format; the message names its flag."""
+    """A fact is out of bounds, or does not belong to this format; the message names its flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenFacts:
-    """Facts that a person gave, None where not: those of FACTS. Raises FactsError for a value out of bounds."""
+    """Facts from the user, each None or a value of FACTS. Raises FactsError for a value out of bounds."""
 
     image_size: int | None = None
     timesteps: int | None = None
@@ -64,7 +64,7 @@ class GivenFacts:
             raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts for needed ones that were not given, FactsError for others that this format has not."""
+        """Raise MissingFacts for needed facts that are None, FactsError for facts that this format does not have."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
@@ -74,14 +74,14 @@ class GivenFacts:
             raise MissingFacts(what, missing)
 
     def needed_for_noise(self, *, learned: bool = False) -> list[str]:
-        """What is needed for the noise of a network whose file says nothing of it."""
+        """The facts that the noise of a network needs, where its file does not say."""
         needed = ["timesteps", "beta_schedule"]
         if self.beta_schedule in ("scaled_linear", "sigmoid"):  # whose ends differ from project to project
             needed += ["beta_start", "beta_end"]
         return [*needed, "prediction", *([] if learned else ["variance"])]
 
     def taken_for_noise(self) -> list[str]:
-        """What else may be given for it."""
+        """The facts that the noise may also take."""
         return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
     def check_of_betas(self) -> None:
@@ -105,7 +105,7 @@ class GivenFacts:
         )
 
     def noise_notes(self, noise: NoiseConfig) -> tuple[str, ...]:
-        """What was taken without being asked, for people to check."""
+        """The defaults that were taken, for the user to check."""
         betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
         usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
         return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))
@@ -113,7 +113,7 @@ class GivenFacts:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A checkpoint in our terms: what `save_checkpoint` takes."""
+    """A checkpoint in our terms, for `save_checkpoint`."""
 
     format: str  # for people
     unet: NetConfig
@@ -121,11 +121,11 @@ class Converted:
     noise: NoiseConfig
     labels: Labels
     notes: tuple[str, ...] = ()
-    """What the format is taken to be where its files do not say, for people to check."""
+    """Assumptions about what the files do not say, for the user to check."""
 
 
 def numbered(classes: int | None, *, null_class: bool = False) -> Labels:
-    """So many classes without names. null_class: the last of them means no class."""
+    """Make labels of numbered classes. null_class: the last of them means no class."""
     if classes is None:
         return Labels()
     names = tuple(map(str, range(classes - null_class)))

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, in lines for people: a folder that tminus loads, or a file of another project."""
+"""Describe a checkpoint in lines of text: a folder that tminus loads, or a file of another project."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, to_float32
 
-# In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.
+# In place of missing facts, so that the rest can be described. Lines that depend on one of them are left out.
 ASSUMED = GivenFacts(
     image_size=1 << 8,
     timesteps=1000,
@@ -33,16 +33,16 @@ ASSUMED = GivenFacts(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What was found, and the model with the settings that it is sampled with; None where something is missing."""
+    """The lines, and the model with its settings for sampling; None where something is missing."""
 
     format: str
     lines: tuple[tuple[str, str], ...]
     checkpoint: Checkpoint | None = None
     settings: Recommended | None = None
     missing: tuple[str, ...] = ()
-    """The flags by which `tminus convert` is to be given what a file does not say."""
+    """Flags of `tminus convert` for facts that a file does not say."""
     notes: tuple[str, ...] = ()
-    """What the format is taken to be where a file does not say, for people to check."""
+    """Assumptions about what a file does not say, for the user to check."""
 
 
 PREDICTS = {
@@ -123,7 +123,7 @@ def images(count: int, size_px: tuple[int, int] | None) -> str:
 
 
 def network_lines(unet: NetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The architecture, but for what is missing."""
+    """The architecture, as far as it is known."""
     if isinstance(unet, UNetConfig):
         yield from _details(unet, missing)
     else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One flag: its type and bounds, and what it says, for people."""
+    """One flag: its type and bounds, and its help text."""
 
     text: str
     choices: tuple[str, ...] = ()
@@ -47,5 +47,5 @@ FACTS: Mapping[str, Fact] = {
 
 
 def flag(name: str) -> str:
-    """The flag of a fact."""
+    """The name of a fact's flag."""
     return f"--{name.replace('_', '-')}"

@@ -98,10 +98,10 @@ def _schedule(betas: Tensor) -> dict[str, Any]:
 
 
 def _prediction(state: Mapping[str, Tensor]) -> str | None:
-    """Tell from the weights of the loss what the network predicts; None where they tell nothing.
+    """Find the prediction type from the weights of the loss; None where they do not say.
 
-    They are snr, by which an error of x_0 counts as one of eps, over what makes it one of the prediction: snr for eps,
-    1 for x_0, snr + 1 for v. With min-SNR weighting (Hang et al. 2023) the first snr is at most gamma.
+    The weights are snr divided by the factor of the prediction: snr for eps, 1 for x_0, snr + 1 for v. With
+    min-SNR weighting (Hang et al. 2023) the first snr is at most gamma.
     """
     if "loss_weight" not in state:
         return None

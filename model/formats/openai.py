@@ -114,7 +114,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
-    """The noise of consistency_models, with the defaults of its code: both kinds are given 250 log sigma."""
+    """The noise of consistency_models, with the defaults of its code: the time of both kinds is 250 log sigma."""
     if given.prediction == "consistency":
         assert given.timesteps is not None
         return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
@@ -202,7 +202,7 @@ def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
 def _renamed(
     state: Mapping[str, Tensor], modules: Modules, levels: _Levels, heads: Mapping[int, int], order: str | None
 ) -> dict[str, Tensor]:
-    """The state dict in our names, with q, k and v apart. Raises CheckpointError for what has no name."""
+    """The state dict in our names, with q, k and v apart. Raises CheckpointError for an unknown weight."""
     renamed = {}
     left = dict(state)
     for top, place in TOP.items():

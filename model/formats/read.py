@@ -15,7 +15,7 @@ from tminus.model.checkpoint import (
 from tminus.model.files import CheckpointError, first_line, read_json
 from tminus.model.formats import ddpm, dome272, lucidrains, openai
 from tminus.model.formats.conversion import Converted, FactsError, GivenFacts, MissingFacts, numbered
-from tminus.model.latent.folder import find_autoencoder
+from tminus.model.latent.autoencoder import find_autoencoder
 from tminus.model.networks import read_net_config
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict, read_file, to_float32

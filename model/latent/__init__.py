@@ -1,1 +1,1 @@
-"""Latent diffusion (Rombach et al. 2022): autoencoders, and what turns pixels into latents and back."""
+"""Latent diffusion (Rombach et al. 2022): autoencoders."""

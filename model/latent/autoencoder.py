@@ -1,22 +1,36 @@
 """Autoencoders with diffusers' module names: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
-Their configuration is here too, and what brings many images to latents and back. Images [B, C, H, W] in [-1, 1],
-latents [B, c, H / factor, W / factor].
+Their configuration and folders are here too, and the coding of many images. Images are [B, C, H, W] in [-1, 1], latents
+[B, c, H / factor, W / factor].
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tminus.model.config import Checked, given_fields, is_count, is_off
+from tminus.model.files import (
+    AUTOENCODERS,
+    WEIGHTS_NAME,
+    CheckpointError,
+    first_line,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from tminus.model.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
 from tminus.model.pixels import MAX_CHANNELS, to_model_range
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
 
 VQ, KL = "VQModel", "AutoencoderKL"
 USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stable Diffusion's latents
@@ -36,7 +50,7 @@ RIDGE = 1e-3  # keeps the fit finite where a channel of the latents says nothing
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderConfig(Checked):
-    """The fields and defaults of both classes; those of one alone are left at their defaults in the other.
+    """The fields and defaults of both classes. Fields of the other class keep their defaults.
 
     Raises ValueError, naming the field and its value, for an autoencoder that cannot be built.
     """
@@ -57,7 +71,7 @@ class AutoencoderConfig(Checked):
     scaling_factor: float = USUAL_SCALE
     """Latents are multiplied by it before the network of eps sees them: 1 / their standard deviation."""
     shift_factor: float = 0.0
-    """What is taken off them before that; AutoencoderKL only."""
+    """It is subtracted from latents before that; AutoencoderKL only."""
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -100,7 +114,7 @@ class AutoencoderConfig(Checked):
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Roughly what decoding one image of (height, width) takes in float32."""
+        """Estimate the bytes of decoding one image of (height, width) in float32."""
         height, width = size_px
         last = len(self.block_out_channels) - 1
         total = 0
@@ -368,10 +382,10 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
     patches = torch.cat([colours, (greys + tints).clamp(-1, 1), black_and_white])
     images = F.interpolate(patches, size=LATENTS * config.factor, mode="nearest")
     latents = autoencoder.encode(images).movedim(1, -1).flatten(0, -2).double()  # [N, c]
-    wanted = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
+    target = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
     known = F.pad(latents, (0, 1), value=1.0)
     square = known.T @ known + RIDGE * torch.eye(known.shape[1], dtype=torch.float64)
-    fitted: Tensor = torch.linalg.solve(square, known.T @ wanted).T.float()
+    fitted: Tensor = torch.linalg.solve(square, known.T @ target).T.float()
     return fitted
 
 
@@ -379,3 +393,56 @@ def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
     """Latents [B, c, h, w] as pictures [B, C, h factor, w factor] in about [-1, 1], each a square of one colour."""
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
+
+
+# --- folders, in diffusers' layout: config.json and the weights ---
+
+
+def find_autoencoder(folder: Path) -> Path | None:
+    """The folder of a checkpoint's autoencoder; None for a pixel model."""
+    return next((folder / name for name in AUTOENCODERS if (folder / name).is_dir()), None)
+
+
+def check_place(folder: Path, autoencoder: Autoencoder | None) -> None:
+    """Raise CheckpointError for a pixel model in a folder with an autoencoder, by which it would be decoded."""
+    if autoencoder is None and (found := find_autoencoder(folder)) is not None:
+        why = f"has an autoencoder in {found.name}/, and this model is one of pixels"
+        raise CheckpointError(f"{folder}: {why}; remove it or choose another folder")
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """Load an autoencoder in float32 on the CPU, in eval mode. Raises CheckpointError."""
+    try:
+        config = AutoencoderConfig.from_dict(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            autoencoder = Autoencoder(config)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {first_line(error)}") from error
+    state = load_state_dict(folder)
+    if wrong := misfit(state, autoencoder):
+        raise CheckpointError(f"{folder}: {wrong}")
+    state = to_float32(folder, state)
+    autoencoder.load_state_dict(state, assign=True)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
+    """Hash all weights of a checkpoint: the network's, and those of its autoencoder if it has one."""
+    if autoencoder is None:
+        return weights_hash
+    return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
+
+
+def hash_autoencoder(autoencoder: Autoencoder) -> str:
+    """Hash its weights and its config, which holds the scale of the latents."""
+    parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
+    """Write a folder that tminus and diffusers load. Each file appears whole or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
+    weights = folder / f"{WEIGHTS_NAME}.safetensors"
+    write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / "config.json", config.to_dict())  # last: where it is, the folder is whole

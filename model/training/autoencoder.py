@@ -1,6 +1,6 @@
 """Train an autoencoder (Rombach et al. 2022, sec. 3.1, without their adversarial loss). A run is a folder of diffusers.
 
-As in model/training/train.py all that is random in step k is seeded by (seed, k).
+As in model/training/train.py all random numbers of step k are seeded by (seed, k).
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import TMINUS_FILE
 from tminus.model.files import write_json
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of
-from tminus.model.latent.folder import save_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of, save_autoencoder
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet, evenly
 from tminus.model.training.run import Run, RunConfig, TrainError, averaged, step_seed
@@ -89,10 +88,10 @@ def train_autoencoder(
 
 
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
-    """The mean absolute error of x [B, C, H, W] decoded again, and what holds its latents together.
+    """The mean absolute error of the reconstruction of x [B, C, H, W], plus a regulariser of its latents.
 
-    That is, of an AutoencoderKL, the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014, appendix B), and of a
-    VQModel the distance of latents and codes, with the gradient handed on past the codes (van den Oord et al. 2017).
+    For an AutoencoderKL this is the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014, appendix B); for a
+    VQModel the distance of latents and codes, with a straight-through gradient (van den Oord et al. 2017).
     """
     mean, logvar = net.moments(x)
     if net.quantize is not None:
@@ -108,7 +107,7 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
 
 @torch.no_grad()
 def _begin_codes(net: Autoencoder, x: Tensor) -> None:
-    """Begin with latents of images as codes: those near zero that a codebook begins with are mostly never the nearest.
+    """Replace the initial codes by latents of images: codes near zero are mostly never the nearest.
 
     Raises TrainError where a batch has fewer latents than there are codes.
     """

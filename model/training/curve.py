@@ -1,25 +1,23 @@
-"""The losses of a run, few enough to draw and to keep: as numbers, as a line of blocks, and as an SVG."""
+"""The losses of a run: means over strides of steps, kept in its state and drawn as an SVG."""
 
 import html
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 FIRST_STRIDE = 10  # steps of a point, until there are MOST_POINTS; then twice as many, and so on
 MOST_POINTS = 1000
-SHOWN_STEPS = 100  # over which the loss that people are told is averaged
+SHOWN_STEPS = 100  # over which the loss in the progress is averaged
 SMOOTHED = 50  # a part of so many of all points makes one of the smooth line
-BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40  # margins
 Point = tuple[int, float]
 
 
 class LossCurve:
-    """Keeps means of the loss over strides of steps, and the last, unfinished stride, so that resuming is exact."""
+    """Means of the loss over strides of steps. The last, unfinished stride is kept too, so that resuming is exact."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []  # the last step of a stride, and the mean over it
@@ -49,28 +47,15 @@ class LossCurve:
         return total / count if count else math.nan
 
     def state(self) -> dict[str, Any]:
-        """Return all of it, as JSON can hold it."""
+        """Return the state, for JSON."""
         rest = {"stride": self._stride, "sum": float(self._sum), "count": self._count}
         return {"points": [list(point) for point in self.points], **rest}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises KeyError, TypeError or ValueError for what is none."""
+        """Load a state. Raises KeyError, TypeError or ValueError for any other value."""
         self.points = [(int(step), float(mean)) for step, mean in state["points"]]
         self._stride, self._count = int(state["stride"]), int(state["count"])
         self._sum = float(state["sum"])
-
-
-def sparkline(points: Sequence[Point], width: int = 16) -> str:
-    """Draw the points as a line of blocks, higher where the logarithm of the loss is."""
-    values = [_log(mean) for _, mean in points]
-    if len(values) < 2:
-        return ""
-    columns = min(width, len(values))
-    cuts = [round(k * len(values) / columns) for k in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
-    low, high = min(means), max(means)
-    steps = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BLOCKS[round((mean - low) * steps)] for mean in means)
 
 
 def loss_svg(points: Sequence[Point], name: str) -> str:

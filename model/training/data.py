@@ -1,6 +1,6 @@
 """Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W].
 
-And the examples that networks learn from: the images as they are, or the latents of them.
+Examples are the inputs of networks: the images themselves, or their latents.
 """
 
 import gzip

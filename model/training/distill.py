@@ -1,13 +1,13 @@
 """Distillation: a student of few passes learns where the trajectories of its teacher end, guidance folded in.
 
-It learns the end of each trajectory, and that its images together be distributed as real ones, or its teacher's: the
-first alone leaves them soft, the second alone takes no notice of x_T. As in `train`, what is random in step k is seeded
-by (seed, k).
+One loss is the distance from the end of each trajectory, the other that of the distribution of images from real ones,
+or the teacher's: the first alone leaves images soft, the second alone ignores x_T. As in `train`, random numbers of
+step k are seeded by (seed, k).
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from tminus.model.catalogue import MAX_GUIDANCE, Recommended
 from tminus.model.checkpoint import save_checkpoint
+from tminus.model.consistency import SAMPLER, consistency_table
 from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import Forward
-from tminus.model.latent.folder import check_place, with_autoencoder
+from tminus.model.latent.autoencoder import check_place, with_autoencoder
 from tminus.model.networks import build
 from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import RGBA
-from tminus.model.sampler_tables import Table, write_table
+from tminus.model.sampler_tables import write_table
 from tminus.model.samplers import Plan, table_plan
 from tminus.model.training.data import ImageSet
 from tminus.model.training.network_features import FrechetLoss
@@ -34,7 +35,6 @@ from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
-SAMPLER = "consistency"
 MAX_STEPS = 4  # that a student is made for
 LEVELS = (0.3, 0.05, 0.7)  # of alpha_bar, where the second step of two begins, and what three and four add
 HUBER = 0.03  # c of the loss, in units of the model's range
@@ -58,18 +58,6 @@ def pseudo_huber(x0: Tensor, target: Tensor) -> Tensor:
     """
     squares = (x0 - target).square().flatten(1).mean(1)
     return ((squares + HUBER**2).sqrt() - HUBER).mean()
-
-
-def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Mapping[str, Any] | None = None) -> Table:
-    """The table of multistep consistency sampling (Song et al. 2023, algorithm 1) at these timesteps, falling.
-
-    x' = sqrt(alpha_bar') x0 + sqrt(1 - alpha_bar') z, and x0 at the last. Its guidance is 1: the student's is in the
-    weights.
-    """
-    reached = noise.schedule().alpha_bar_at(timesteps)[1:]
-    signal, sigma = reached.sqrt().tolist(), (1 - reached).sqrt().tolist()
-    lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal, sigma, strict=True)]
-    return Table(SAMPLER, len(timesteps), 1.0, tuple(timesteps), (*lines, (0.0, 1.0, 0.0, 0.0, 0.0)), about or {})
 
 
 def consistency_plan(noise: NoiseConfig, timesteps: Sequence[float]) -> Plan:

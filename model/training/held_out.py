@@ -1,7 +1,7 @@
-"""The loss on images that a run does not learn from, beside that on as many that it does.
+"""The loss on held-out images, beside the loss on as many training images.
 
-While both fall, the run still learns. Where the first one rests, more of the same is no use; where it rises as the
-second falls, images are learned by heart.
+While both fall, the run still learns. If the held-out loss stays level, more steps are of no use; if it rises while the
+other falls, the network memorises its images.
 """
 
 import csv
@@ -31,7 +31,7 @@ SEED = 0
 
 
 def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
-    """Say why the one set cannot be measured as the other is; None if it can."""
+    """Say how the shape or classes of two sets differ; None if they are the same."""
     for what, of_held_out, of_data in (
         ("images of", held_out.images.shape[1:], data.images.shape[1:]),
         ("the classes", held_out.class_names, data.class_names),
@@ -42,7 +42,7 @@ def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
 
 
 class HeldOutLoss:
-    """The loss of a run's average on images that it learns from, and on as many that it does not."""
+    """The loss of a run's average on training images, and on as many held-out ones."""
 
     def __init__(
         self,
@@ -104,9 +104,9 @@ def mean_loss(
 
 
 def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
-    """Add a line to the run's losses.csv; `of` says which images were held out, which may change within a run.
+    """Add a line to the run's losses.csv; `of` names the held-out images, which may change within a run.
 
-    Lines of this and later steps go: a run that was killed left them.
+    Lines of this and later steps are removed: a killed run left them.
     """
     file = folder / LOSSES_FILE
     known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []

@@ -1,7 +1,7 @@
-"""What a network sees in images: how far two are apart in it, as LPIPS, and the numbers that sets are compared by.
+"""Features of a network: the distance of two images, as LPIPS, and the numbers by which sets are compared.
 
-The pixels' mean square error prefers soft images to sharp ones that differ a little. Features of a network tell better
-which images look alike (Zhang et al. 2018); those of a denoising network too, and no other network is needed.
+The mean square error of pixels prefers soft images to sharp ones that differ a little. A distance in the features of a
+network is nearer to how alike images look (Zhang et al. 2018). The denoising network itself is used.
 """
 
 from contextlib import ExitStack
@@ -31,13 +31,13 @@ class NetworkFeatures:
         alpha_bar = float(schedule.alpha_bar[self._t])
         self._signal, self._sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
-    def distance(self, images: Tensor, wanted: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """How far each image looks from the wanted one: both [B, C, H, W], with the same noise eps on them -> [B].
+    def distance(self, images: Tensor, target: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
+        """The distance of each image from its target: both [B, C, H, W], with the same noise eps -> [B].
 
-        At each place of each block, the square of the distance between features of length 1, from 0 to 4; the mean.
+        The mean over places and blocks of the squared distance between features of length 1, from 0 to 4.
         """
         with torch.no_grad():
-            theirs = self._read(wanted, labels, eps)
+            theirs = self._read(target, labels, eps)
         pairs = zip(self._read(images, labels, eps), theirs, strict=True)
         return torch.stack([(_unit(one) - _unit(other)).square().sum(1).mean((1, 2)) for one, other in pairs]).mean(0)
 
@@ -46,7 +46,7 @@ class NetworkFeatures:
         return torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
 
     def _read(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> list[Tensor]:
-        """Run the network, and return what each block gives."""
+        """Run the network, and return the output of each block."""
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
@@ -66,9 +66,9 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class FrechetLoss(nn.Module):
-    """One for each kind of image, all with one reference. What it knows are buffers, so that a run saves it.
+    """The Fréchet distance of each kind of image from one reference. Its state is in buffers, so that a run saves it.
 
-    Of the features only some directions count. A covariance from N rows in D directions looks, in the mean, less even
+    Only some directions of the features count. A covariance from N rows in D directions looks, in the mean, less even
     than it is, and the loss would make up for that with a variance too large by a share of about 3 D / 4 N.
     """
 
@@ -98,7 +98,7 @@ class FrechetLoss(nn.Module):
         keep("distance", kinds)  # at the last call, in units of the reference's variance
 
     def set_reference(self, reference: Gaussian) -> None:
-        """What the images' features are to be distributed as."""
+        """Set the distribution that the features of images are compared with."""
         values, vectors = torch.linalg.eigh(reference.covariance)
         scale, size = values.clamp(min=0).sum().sqrt(), len(self.wanted_mean)
         self.directions.copy_(vectors[:, -size:] / scale)

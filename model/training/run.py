@@ -1,6 +1,6 @@
 """A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
 
-What all commands that train share: the settings of a loop, its state on the disk, its signals and its progress.
+All commands that train share this: the settings of the loop, its state on the disk, its signals and its progress.
 """
 
 import dataclasses
@@ -24,13 +24,12 @@ from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically, write_text
 from tminus.model.machine import threads_left
-from tminus.model.training.curve import LossCurve, loss_svg, sparkline
+from tminus.model.training.curve import LossCurve, loss_svg
 from tminus.model.training.data import listed
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training-state.safetensors"
-FORMER_FILE = "training-state.pt"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
 USUAL_BATCH = 64
@@ -65,7 +64,7 @@ class Ema:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of PARTS and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
+    """Write a state, whole or not at all: PARTS and `optimizer` are state dicts, the rest is written as JSON."""
     moments = state["optimizer"]["state"]
     tensors: dict[str, Tensor] = {
         **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
@@ -78,17 +77,12 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
     head = {"format": "pt", "state": json.dumps(rest)}
     write_atomically(folder / STATE_FILE, lambda path: save_file(tensors, path, metadata=head))
-    (folder / FORMER_FILE).unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read what was written, on the CPU. Raises whatever a damaged file makes its reader raise."""
-    file = folder / STATE_FILE
-    if not file.is_file():
-        former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)
-        return former
+    """Read what `write_state` wrote, on the CPU. A damaged file raises errors of many kinds."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(folder / STATE_FILE, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])
         channels_last = set(state.pop("channels_last"))
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)
@@ -104,15 +98,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the settings that a run in this folder was saved with; none where no run is, or none that can be read."""
+    """Return the settings of the run that is saved in this folder; empty where none is, or its file is damaged."""
     try:
-        if not (folder / STATE_FILE).is_file():
-            state = read_state(folder)
-        else:
-            with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
-                state = json.loads(opened.metadata()["state"])
-        return dict(state["config"])
-    except Exception:  # whatever a damaged file makes its reader raise; the run that resumes it says so
+        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
+            return dict(json.loads(opened.metadata()["state"])["config"])
+    except Exception:  # of many kinds; the run that resumes it says what is wrong
         return {}
 
 
@@ -122,7 +112,7 @@ class TrainError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RunConfig(Checked):
-    """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
+    """The settings of any run. A resumed run may change only FREE_TO_CHANGE."""
 
     steps: int
     batch_size: int = USUAL_BATCH
@@ -165,7 +155,7 @@ class RunConfig(Checked):
 
 
 class Run:
-    """What changes as a run goes on: weights, their average, the optimiser's moments, the step; and its folder."""
+    """The state of a run: weights, their average, the optimiser's moments, the step; and its folder."""
 
     net: nn.Module
     ema: Ema
@@ -175,7 +165,7 @@ class Run:
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
         self.curve = LossCurve()
         self._received: list[int] = []  # signals
-        self.begun = (folder / STATE_FILE).is_file() or (folder / FORMER_FILE).is_file()  # was a run saved here?
+        self.begun = (folder / STATE_FILE).is_file()  # was a run saved here?
 
     def begin(
         self,
@@ -187,11 +177,11 @@ class Run:
         forward: Callable[[], Tensor],
         remembered: nn.Module | None = None,
     ) -> Config:
-        """Begin with this network and optimiser, or go on from what was saved, and make the network ready to train.
+        """Begin with this network and optimiser, or load the saved state, and make the network ready to train.
 
-        identity: what must be the same when the run goes on, beside the config. forward: a pass of a batch, by which
-        the precisions are timed. remembered: what the loss knows besides, of the steps before, or a teacher. Returns
-        the config with what the run chose when it began: the threads, and the precision. Raises TrainError.
+        identity: values that must be the same when the run goes on, beside the config. forward: a pass of a batch, by
+        which the precisions are timed. remembered: a module that is saved with the state, as a teacher. Returns the
+        config with the threads and the precision that the run chose when it began. Raises TrainError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
@@ -275,7 +265,7 @@ class Run:
         return grad_norm
 
     def provenance(self, config: RunConfig, **origins: str | None) -> dict[str, Any]:
-        """What tminus.json tells of where the weights came from."""
+        """The provenance of the weights, for tminus.json."""
         seen = {"step": self.step, "images_seen": self.step * config.batch_size, "config": dataclasses.asdict(config)}
         return {"trained_by": f"tminus {self.command}", **origins, **seen}
 
@@ -302,11 +292,11 @@ class Run:
             write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
     def _resume(self, config: Config) -> Config:
-        """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
+        """Load the saved state; returns the config with the precision that the run chose. Raises TrainError."""
         folder = self.folder
         try:
             state = read_state(folder)
-            began = state.get("command", "train")  # the first state files did not tell
+            began = state["command"]
             if began != self.command:
                 raise TrainError(
                     f"{folder}: holds a run of tminus {began}, which tminus {self.command} cannot go on with"
@@ -314,16 +304,15 @@ class Run:
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = dataclasses.replace(config, precision=was["precision"])
-            if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
-                config = dataclasses.replace(config, threads=was.get("threads", 0))
+            if config.threads == 0 and was["threads"] <= torch.get_num_threads():  # not on a smaller machine
+                config = dataclasses.replace(config, threads=was["threads"])
             # Tuples are lists in the file.
             now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
-            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
-            usual["class_names"] = now.get("class_names")  # of states that did not tell it
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that came later
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
-                    differs = f"this run was begun with {field}={_told(begun)}, got {_told(now[field])}"
+                    differs = f"this run was begun with {field}={_quoted(begun)}, got {_quoted(now[field])}"
                     raise TrainError(f"{folder}: {differs}; choose another folder to begin anew")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
@@ -331,24 +320,23 @@ class Run:
             if self.remembered is not None:
                 self.remembered.load_state_dict(state["remembered"])
             self.step, self.origin = int(state["step"]), state["init_from"]
-            if "losses" in state:  # the first state files had none
-                self.curve.load(state["losses"])
+            self.curve.load(state["losses"])
         except TrainError:
             raise
         except Exception as error:
-            file = folder / (STATE_FILE if (folder / STATE_FILE).is_file() else FORMER_FILE)
-            raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
+            message = f"cannot resume from it ({error}); remove it or choose another folder"
+            raise TrainError(f"{folder / STATE_FILE}: {message}") from error
         return config
 
 
-def _told(value: Any) -> str:
-    """Write a setting into a message, though not very many names."""
+def _quoted(value: Any) -> str:
+    """Quote a setting in a message, with some of very many names."""
     names = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return f"[{listed(value)}]" if names else repr(value)
 
 
 class Progress:
-    """Show progress to people: a line with a curve on a terminal, lines in the log elsewhere."""
+    """Show the progress of a run: a bar on a terminal, lines in the log elsewhere."""
 
     def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]", curve: LossCurve) -> None:
         self._config, self._bar, self._curve = config, bar, curve
@@ -356,9 +344,9 @@ class Progress:
         bar.bar_format = "step {n_fmt}/{total_fmt} {percentage:3.0f}%, {remaining} left{postfix}"
 
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
-        """Tell of step `step`, which took `seconds`; the losses are looked at every ten steps, where saved and at last.
+        """Show step `step`, which took `seconds`. The loss is read every ten steps, at saves and at the end.
 
-        Looking makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
+        Reading it makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
         """
         config, bar = self._config, self._bar
         self._curve.add(step, loss)
@@ -370,8 +358,7 @@ class Progress:
             raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
         rate = f"{config.batch_size / seconds:.0f}"
         if not bar.disable:
-            drawn = f" {sparkline(self._curve.points)}" if not bar.ascii else ""
-            bar.set_postfix_str(f"loss {mean:.4g}{drawn}, {rate} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {mean:.4g}, {rate} images/s", refresh=False)
         elif step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps) or config.looks_at(step):
             passed = time.perf_counter() - self._began_s
             left = tqdm.format_interval((config.steps - step) * passed / (step - self._began_at))

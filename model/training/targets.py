@@ -1,4 +1,4 @@
-"""What a network is to predict of x_t: what x_t was made of, the mean of that, or what a guided teacher predicts."""
+"""Targets of a network: the image and noise that x_t was made of, their mean, or a guided teacher's prediction."""
 
 import copy
 from collections.abc import Callable
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import Forward, guided
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.folder import hash_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, hash_autoencoder
 from tminus.model.loss import training_target
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.training.data import Examples
@@ -44,7 +43,7 @@ Target = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PlainTarget:
-    """Ho et al. 2020: eps, or what follows from it and x_0, of the very image that x_t was made of."""
+    """Ho et al. 2020: eps, or the target that follows from eps and x_0."""
 
     noise: NoiseConfig
     schedule: NoiseSchedule
@@ -54,9 +53,7 @@ class PlainTarget:
 
 
 class StableTarget:
-    """The target made of E[x_0 | x_t] over training images in place of x_0, which varies less.
-
-    (Stable Target Field, Xu et al. 2023.)
+    """The target with E[x_0 | x_t] over training images in place of x_0: it varies less (Xu et al. 2023, STF).
 
     The images are cut into groups of one class. E[x_0 | x_t, group] has the same mean given x_t as x_0 has, whatever
     the groups are, so the same network minimises the loss. Near t = T, where an x_t may come from any image, it hardly
@@ -102,7 +99,7 @@ class StableTarget:
 
 @dataclass(frozen=True, slots=True)
 class GuidedTarget:
-    """What frozen weights, the teacher, predict with classifier-free guidance, which is so folded into the network.
+    """A frozen teacher's prediction with classifier-free guidance, which is so folded into the network.
 
     (Meng et al. 2023, On Distillation of Guided Diffusion Models, sec. 3.1.)
     """
@@ -119,7 +116,7 @@ class GuidedTarget:
 
 
 def product_of(guidance: float, teacher: Checkpoint) -> float:
-    """The guidance of a network that learns a teacher's with `guidance`: it multiplies what the teacher has in it."""
+    """The guidance in a network that learns from a teacher with `guidance`, times that in the teacher's weights."""
     return round(guidance * teacher.folded_guidance, 6)
 
 
@@ -137,12 +134,12 @@ def check_teacher(
     class_names: tuple[str, ...],
     autoencoder: Autoencoder | None,
 ) -> None:
-    """Raise TrainError unless what it predicts, guided, is a target for this network: else nothing would correct it."""
+    """Raise TrainError unless the teacher's prediction is a target for this network."""
 
     def require_same(field: str, theirs: object, ours: object) -> None:
         if theirs != ours:
-            wanted = f"has {field} {theirs!r}, and a run with guidance must have the same, got {ours!r}"
-            raise TrainError(f"{folder}: {wanted}")
+            differs = f"has {field} {theirs!r}, and a run with guidance must have the same, got {ours!r}"
+            raise TrainError(f"{folder}: {differs}")
 
     if teacher.labels.null_class is None:
         raise TrainError(f"{folder}: has no null class, and a run with guidance needs one")

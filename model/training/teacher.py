@@ -1,4 +1,4 @@
-"""The teacher of `distill`: the trajectories by which it makes images of noise, and how its student's are to look."""
+"""The teacher of `distill`: its trajectories from noise to images, and the reference for its student's images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +18,12 @@ from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.training.run import TrainError
 
 REFERENCE = -2  # the seed of what the reference is made with; the rounds' count down from -3
-REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # of the teacher's own, and of given ones, at most
+REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # of the teacher's own, and of `data`, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """points [P + 1, N, C, H, W], some of those that the teacher went through, the last x_0; labels [N] or None."""
+    """points [P + 1, N, C, H, W]: some points of each trajectory, the last one x_0; labels [N] or None."""
 
     points: Tensor
     labels: Tensor | None
@@ -43,7 +43,7 @@ class Teacher:
     def prepare(
         self, device: torch.device, autocast: AbstractContextManager[object], *, rows_at_once: int, compile_net: bool
     ) -> None:
-        """Where and how the network runs from now on."""
+        """Set the device and the way in which the network runs."""
         self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward: Forward = torch.compile(self.net) if compile_net else self.net
         self._device, self._autocast, self._rows_at_once = device, autocast, rows_at_once
@@ -51,7 +51,7 @@ class Teacher:
         self._features = NetworkFeatures(self.net, schedule, self.net)
 
     def check(self, data: ImageSet) -> None:
-        """Raise TrainError unless these are images such as the teacher makes, of its classes."""
+        """Raise TrainError unless the images have the shape and the classes of the teacher's."""
         shape = self.checkpoint.image_shape
         if tuple(data.images.shape[1:]) != shape:
             raise TrainError(
@@ -85,7 +85,7 @@ class Teacher:
     def reference(
         self, data: ImageSet | None, seed: int, class_dropout: float, stop: Callable[[], bool]
     ) -> Gaussian | None:
-        """How the numbers of images are distributed: of these, or else of the teacher's own. None as in `solve`."""
+        """Fit the distribution of the numbers of images: `data`, or the teacher's own. None as in `solve`."""
         generator = torch.Generator().manual_seed(seed)
         if data is None:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
@@ -110,12 +110,12 @@ class Teacher:
         return fit_gaussian(torch.cat(numbers))
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """What the network makes of images, as `NetworkFeatures.numbers`."""
+        """The numbers of images, see `NetworkFeatures.numbers`."""
         with self._autocast:
             return self._features.numbers(images, labels, eps)
 
     def num_numbers(self) -> int:
-        """How many numbers an image has."""
+        """The count of numbers of an image."""
         x = torch.zeros(1, *self.checkpoint.row_shape, device=self._device)
         labels = torch.zeros(1, dtype=torch.long, device=self._device) if self.net.class_embedding is not None else None
         with torch.no_grad():

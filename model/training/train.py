@@ -1,6 +1,6 @@
 """Training of a U-Net (Ho et al. 2020, algorithm 1). A run is a folder: a checkpoint of the EMA weights, and its state.
 
-All that is random in step k is seeded by (seed, k), so a run that is stopped and resumed ends as if it never stopped.
+All random numbers of step k are seeded by (seed, k), so a run that is stopped and resumed ends as if it never stopped.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from torch import Tensor
 from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.folder import check_place, hash_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, check_place, hash_autoencoder
 from tminus.model.loss import draw_timesteps, l_simple, lognormal_timesteps, velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.parametrization import as_ours
@@ -128,7 +127,7 @@ def train(
         was = f"init_from={run.origin!r}, got {str(init_from)!r}"
         raise TrainError(f"{folder}: this run was begun with {was}; leave --init-from out to go on")
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
-    labels, recommended, folded_guidance = _to_tell(run, config, unet, noise, data.class_names, origin)
+    labels, recommended, folded_guidance = _for_tminus_json(run, config, unet, noise, data.class_names, origin)
 
     # The data, and how the network runs.
     schedule = noise.schedule().to(device)
@@ -210,7 +209,7 @@ def _check(
     autoencoder: Autoencoder | None,
     held_out: ImageSet | None,
 ) -> None:
-    """Raise TrainError or CheckpointError for what cannot be trained, or not together."""
+    """Raise TrainError or CheckpointError for parts that cannot be trained, or not together."""
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:
@@ -243,7 +242,7 @@ def _origin(folder: Path, net: UNet2D) -> Checkpoint:
     return origin
 
 
-def _to_tell(
+def _for_tminus_json(
     run: Run,
     config: TrainConfig,
     unet: UNetConfig,
@@ -251,12 +250,11 @@ def _to_tell(
     class_names: tuple[str, ...],
     origin: Checkpoint | None,
 ) -> tuple[Labels, Recommended, float | None]:
-    """Return what tminus.json tells: the classes, the recommended settings, and the guidance in the weights.
+    """Return members of tminus.json: the classes, the recommended settings, and the guidance in the weights.
 
-    A run that is resumed keeps what its tminus.json tells now. A new one has the classes of the data (class_names), and
-    the settings of the checkpoint that it begins from. Where there are none, or they name a table, which fits only the
-    weights that it was made for, they are the usual ones; guided, if the network learns the null class and no guidance
-    is in the weights.
+    A resumed run keeps its tminus.json. A new one has the classes of the data (class_names), and the settings of the
+    checkpoint that it begins from. If that has none, or names a table, which fits only its own weights, the usual ones
+    are recommended; guided, if the network learns the null class and no guidance is in the weights.
     """
     labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None

@@ -5,9 +5,9 @@ few steps is to end in the same image. The coefficients of each step are a linea
 
     minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
 
-where x* is where the teacher is at the next timestep, and the rest is where the table itself has come to, so that each
-step makes up for the errors of those before it. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et
-al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
+where x* is the teacher's x at the next timestep, and the inputs are the table's own, so that each step corrects errors
+of the steps before it. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et al. 2025, S4S.) Held-out
+rows judge a table.
 """
 
 import math
@@ -33,7 +33,7 @@ WORTHWHILE = 0.01  # a round that betters the error by less than this share make
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is sampled: noise, which is x_T [N, C, H, W], and class_labels [N] or None."""
+    """The rows to sample: noise, which is x_T [N, C, H, W], and class_labels [N] or None."""
 
     noise: Tensor
     class_labels: Tensor | None

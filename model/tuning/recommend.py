@@ -1,9 +1,8 @@
-"""Which table a checkpoint is to recommend: the smallest that is as exact as what would be recommended otherwise.
+"""Choose the table that a checkpoint recommends: the smallest one that is as exact as the plain sampler.
 
-A table is fitted to its teacher, so the distance to the teacher's images tells only how well that went: the teacher
-itself has none. The exact solution judges both. It is taken from twice as many steps, and from noise that no table was
-fitted to. A table is good enough where its images are no further from it than those of the plain sampler whose place it
-would take: whoever takes that sampler accepts its error.
+The distance to the teacher's images cannot judge a table, since it is fitted to them. The judge is the exact solution:
+the teacher in twice as many steps, from noise that no table was fitted to. A table is good enough if its images are no
+further from it than those of the plain sampler that it would replace.
 """
 
 import math
@@ -22,7 +21,7 @@ TUNED = "tuned"
 
 
 class Verdict(NamedTuple):
-    """The table to recommend, None to leave what is recommended as it is, and a phrase that says why."""
+    """The table to recommend, or None to keep the recommendation, and a phrase that says why."""
 
     recommended: Recommended | None
     why: str

@@ -1,8 +1,8 @@
-"""Refine the coefficients of a table by the gradient of what its images lack.
+"""Refine the coefficients of a table by the gradient of a distance from the teacher's images.
 
-Least squares fits each step to where the teacher is next. What counts is where the last step ends, and that images look
-right, which the mean square error says little of. So the distance here is that error plus the distance between features
-of the network itself (network_features.py). The gradient goes through all passes; only the coefficients change.
+Least squares fits each step to the teacher's next point. But only the end of the last step counts, and the mean square
+error says little about how an image looks. So the distance here is that error plus a distance between features of the
+network itself (network_features.py). The gradient goes through all passes; only the coefficients change.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ JUDGED_TOGETHER = 64
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """How far it has come: coefficients [S, 4], and the optimiser's two moments of them, as plain lists.
+    """The state of a refinement: coefficients [S, 4], and the optimiser's two moments of them, as plain lists.
 
     The best coefficients so far are those with the least distance on rows that only judge.
     """
@@ -78,7 +78,7 @@ class Refiner:
         self._features = NetworkFeatures(checkpoint.net, schedule, as_ours(self._forward, noise, schedule))
 
     def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
-        """Begin with lines of a, b, c, d and what may follow, which is left out."""
+        """Begin with the a, b, c, d of lines; further columns are left out."""
         C = [list(line[:4]) for line in lines]
         distance = self.judge(C)
         return Refinement(0, C, [[[0.0] * 4 for _ in C]] * 2, C, distance, fitted=distance)
@@ -118,7 +118,7 @@ class Refiner:
         return float(torch.stack(distances).sum() / (len(self._images) - self._cut))
 
     def images(self, C: Tensor, picked: Tensor) -> Tensor:
-        """What a table with coefficients C [S, 4] makes of some rows: images within their range, or latents."""
+        """Sample some rows by a table with coefficients C [S, 4]: images within their range, or latents."""
         x = self._rows.noise[picked]
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         previous = before = torch.zeros_like(x)
@@ -131,11 +131,11 @@ class Refiner:
 
     def distance(self, images: Tensor, picked: Tensor, generator: torch.Generator) -> Tensor:
         """The mean square error to the teacher's images, and that of the network's features."""
-        wanted = self._images[picked]
+        target = self._images[picked]
         eps = torch.randn(images.shape, generator=generator).to(images.device)
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
-        of_features = self._features.distance(images, wanted, labels, eps).mean()
-        return (images - wanted).square().mean() + FEATURE_WEIGHT * of_features
+        of_features = self._features.distance(images, target, labels, eps).mean()
+        return (images - target).square().mean() + FEATURE_WEIGHT * of_features
 
     def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
         ts = torch.full((len(x),), t, device=x.device)

@@ -1,6 +1,6 @@
 """`tminus tune`: fit tables of few steps to a checkpoint, one after the other, each written as soon as it is done.
 
-What a table is fitted to is a function of the settings, so a run that was killed goes on where its last round ended.
+The target of a table is a function of the settings, so a run that was killed goes on where its last round ended.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class TuneError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TuneConfig:
-    """What tables are fitted to."""
+    """The settings that tables are fitted by."""
 
     rows: int = 192  # images, of all classes alike
     held_out: int = 64  # further ones, that only judge
@@ -57,7 +57,7 @@ class TuneConfig:
 
 
 def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[float], config: TuneConfig) -> None:
-    """Raise TuneError for what this checkpoint cannot be tuned for."""
+    """Raise TuneError for steps, guidances and settings that this checkpoint cannot be tuned for."""
     T, labels = checkpoint.noise.num_train_timesteps, checkpoint.labels
     if checkpoint.student is not None:
         raise TuneError(f"{checkpoint.name}: a student has its own tables, and no many-step solution to be tuned to")
@@ -191,7 +191,7 @@ def _recommend(
 
 
 def state_file(folder: Path, steps: int, guidance: float) -> Path:
-    """Where an interrupted run keeps what it has of a table. It does not end in .json, which would be a table."""
+    """The state file of an interrupted table. It does not end in .json, which would be a table."""
     file = table_file(folder, TUNED, steps, guidance)
     return file.with_name(f".{file.name}.state")
 
@@ -290,7 +290,7 @@ class _Tuning:
         return written
 
     def _identity(self, steps: int) -> dict[str, Any]:
-        """What a table that was interrupted goes on with only if it is the same."""
+        """The values that must be the same for an interrupted table to go on."""
         identity = {
             "weights_hash": self.checkpoint.weights_hash,
             "net": self.checkpoint.net.config.to_dict(),
@@ -303,7 +303,7 @@ class _Tuning:
         return plain
 
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Make timesteps what the network takes."""
+        """Round timesteps where the network takes only whole ones."""
         return tuple(timesteps) if self.checkpoint.fractional else _whole(timesteps)
 
     def _best_start(self, steps: int) -> Fit:
@@ -327,7 +327,7 @@ class _Tuning:
 
 
 def _known(file: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was saved of this very table; None for nothing, or another's."""
+    """The saved state of this table; None for a missing one, or another table's."""
     try:
         known = read_json(file)
     except CheckpointError:

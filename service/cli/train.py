@@ -174,7 +174,7 @@ def train(**flags: Any) -> None:
     """
     set_up_log("INFO", "%(message)s")
 
-    from tminus.model.latent.folder import load_autoencoder
+    from tminus.model.latent.autoencoder import load_autoencoder
     from tminus.model.noise import NoiseConfig
     from tminus.model.samplers import compile_plan
     from tminus.model.training.data import listed

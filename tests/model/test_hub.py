@@ -17,7 +17,7 @@ from tests.hub import Hub, Repository, commit_of, running_hub
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.hub import HubId, checkpoint_folder, hub_name, is_whole, wanted_files
+from tminus.model.hub import HubId, checkpoint_folder, hub_name, is_whole
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 
@@ -30,8 +30,6 @@ from pathlib import Path
 import tminus.model.hub as hub
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-if len(sys.argv) > 2:
-    hub.PATIENCE_S = float(sys.argv[2])
 try:
     print(hub.checkpoint_folder(sys.argv[1]))
 except hub.CheckpointError as error:
@@ -73,10 +71,10 @@ def fetch(hub: Hub, tmp_path: Path) -> Fetch:
     """Ask for a checkpoint in a process of its own, whose cache is the test's."""
     (tmp_path / "here").mkdir()
 
-    def run(given: str, patience_s: float | None = None, program: str = PROGRAM, **variables: str) -> Fetched:
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    def run(given: str, program: str = PROGRAM, **variables: str) -> Fetched:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_ETAG_TIMEOUT": "1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        arguments = [sys.executable, "-c", program, given, *([str(patience_s)] if patience_s else [])]
+        arguments = [sys.executable, "-c", program, given]
         environment = inherited | own | {"PYTHONPATH": os.getcwd()} | variables
         done = subprocess.run(
             arguments, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -131,7 +129,7 @@ def test_a_flat_repository_is_fetched_once_and_only_what_is_read(hub: Hub, fetch
     assert there.name == "ddpm-cifar10-32"
     hub.asked.clear()
     assert fetch(ID).folder == found.folder
-    assert hub.asked == [f"GET /api/models/{ID}"], "of what is there, only the newest commit is asked for"
+    assert all(each.startswith(f"GET /api/models/{ID}") for each in hub.asked), "only the newest commit is asked for"
 
 
 def test_a_pinned_commit_that_is_there_takes_no_call_of_the_hub(hub: Hub, fetch: Fetch, nested: Path) -> None:
@@ -165,22 +163,21 @@ def test_a_branch_that_moved_is_fetched_and_a_tag_stays(hub: Hub, fetch: Fetch, 
 def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, nested: Path, away: str) -> None:
     commit = hub.push(ID, nested)
     folder = fetch(ID).folder
-    variables, patience_s = {}, None
+    variables = {}
     if away == "offline":
         variables = {"HF_HUB_OFFLINE": "1"}
     elif away == "refused":
         variables = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     elif away == "silent":
         hub.silent.set()
-        patience_s = 1.0
     elif away == "page":  # of a network that one has to log in to
         hub.answers_html = True
     else:
         hub.fails = True
-    again = fetch(ID, patience_s, **variables)
+    again = fetch(ID, **variables)
     assert again.folder == folder, again.told
     assert f"commit {commit} of the cache is taken" in again.told
-    other = fetch("google/other", patience_s, **variables)
+    other = fetch("google/other", **variables)
     assert other.refusal.startswith("google/other: no such folder, not in the hub's cache, and ")
     assert len(other.refusal.splitlines()) == 1
 
@@ -254,26 +251,14 @@ def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, nest
     assert "does not answer as a hub does" in fetch("google/page").refusal
 
 
-def test_a_hub_that_drips_is_given_up(hub: Hub, fetch: Fetch, nested: Path) -> None:
-    hub.push(ID, nested)
-    hub.drips = True
-    assert fetch(ID, 4.0).refusal == f"{ID}: the hub is too slow: in 4 s 0.0 MB came"
-
-
-def test_names_that_lead_out_of_the_cache_are_refused(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
+def test_names_that_lead_out_of_the_cache_are_not_written(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
     files = {str(file.relative_to(nested)): file.read_bytes() for file in nested.rglob("*") if file.is_file()}
-    for k, name in enumerate(("../../../../out.json", "/etc/out.json", "unet/../../../out.json", "..\\out.json")):
+    for k, name in enumerate(
+        ("../../../../out.json", "/etc/out.json", "unet/../../../out.json", "samplers/../../out.json")
+    ):
         hub.repositories.setdefault("evil/model", Repository()).push(str(k), files | {name: b"{}"})
-        assert "does not answer as a hub does" in fetch("evil/model").refusal
+        fetch("evil/model")
     assert not list(tmp_path.rglob("out.json"))
-
-
-def test_more_than_is_free_on_the_disk_is_refused_before_it_is_fetched(hub: Hub, fetch: Fetch, nested: Path) -> None:
-    hub.push(ID, nested)
-    hub.listed_sizes[f"unet/{WEIGHTS}.safetensors"] = 10**18
-    refusal = fetch(ID).refusal
-    assert "takes 931322574.62 GiB" in refusal
-    assert not any("/resolve/" in each for each in hub.asked)
 
 
 def test_a_path_wins_over_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,20 +280,21 @@ def test_without_the_extra_a_line_says_how_to_get_it(fetch: Fetch, tmp_path: Pat
     assert refusal.endswith("pip install '.[hub]' in a checkout")
 
 
-def test_only_the_files_of_a_checkpoint_are_wanted() -> None:
-    there = (
-        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-        f"unet/{WEIGHTS}.safetensors", f"unet/{WEIGHTS}.fp16.safetensors", f"unet/{WEIGHTS}.bin",
-        f"vqvae/{WEIGHTS}.bin", "vqvae/config.json", "checkpoint-500/unet/config.json", "samplers/a.json",
-        "optimizer.bin", "model.ckpt", "random_states_0.pkl", "unet/code.py", "README.md",
-    )  # fmt: skip
-    assert set(wanted_files(dict.fromkeys(there, 1))) == {
-        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}.safetensors",
-        f"vqvae/{WEIGHTS}.bin", "vqvae/config.json", "samplers/a.json",
-    }  # fmt: skip
-    shards = [f"{WEIGHTS}-0000{k}-of-00002.safetensors" for k in (1, 2)]
-    assert {*shards} <= set(wanted_files(dict.fromkeys([*shards, f"{WEIGHTS}.safetensors.index.json"], 1)))
-    assert wanted_files({"config.json": 1, "model.bin": 1}) == {}
+def test_only_the_files_of_a_checkpoint_are_fetched(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    shutil.copytree(nested, extra)
+    read = names_in(nested) | {"samplers/a.json"}
+    others = {
+        *(f"unet/{WEIGHTS}.fp16.safetensors", f"unet/{WEIGHTS}.bin", "checkpoint-500/unet/config.json"),
+        *("optimizer.bin", "model.ckpt", "random_states_0.pkl", "unet/code.py", "README.md"),
+    }
+    for name in {"samplers/a.json"} | others:
+        (extra / name).parent.mkdir(parents=True, exist_ok=True)
+        (extra / name).write_bytes(b"{}")
+    hub.push(ID, extra)
+    folder = fetch(ID).folder
+    assert folder is not None
+    assert names_in(folder) == read
 
 
 def test_a_folder_of_which_a_part_is_missing_is_not_whole(nested: Path, tmp_path: Path) -> None:

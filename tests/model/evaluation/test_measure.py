@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
@@ -18,7 +17,7 @@ from tminus.model.evaluation import samples
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.report import Report
-from tminus.model.evaluation.result_cache import BatchCache, ResultCache
+from tminus.model.evaluation.result_cache import ResultCache
 from tminus.model.evaluation.samples import EvaluateError, EvaluateOptions, Point
 from tminus.model.samplers import Plan, compile_plan
 from tminus.model.unet import UNet2D
@@ -124,67 +123,6 @@ def test_what_is_kept_is_not_measured_again(
     assert again == first
     assert again.to_dict() == first.to_dict(), "seconds an image are kept too"
     assert [point.sheet for point in again.points] == [point.sheet for point in first.points]
-
-
-def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batched = dataclasses.replace(PLAIN, batch_size=3)
-    whole = run(POINTS[:1], (5,), options=batched)
-    sampled, made = samples.sample_passes, []
-
-    def counted(*arguments: Any, **others: Any) -> Iterator[Tensor]:
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(len(arguments[2]))
-        return sampled(*arguments, **others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(samples, "sample_passes", counted)
-        with pytest.raises(KeyboardInterrupt):
-            run(POINTS[:1], (5,), options=batched, folder=tmp_path)
-    kept = sorted(tmp_path.glob("*.safetensors"))
-    assert len(kept) == 2
-    kept[1].write_bytes(kept[1].read_bytes()[:-1])  # cut off
-
-    rest: list[int] = []
-
-    def rest_of(*arguments: Any, **others: Any) -> Iterator[Tensor]:
-        rest.append(len(arguments[2]))
-        return sampled(*arguments, **others)
-
-    monkeypatch.setattr(samples, "sample_passes", rest_of)
-    again = run(POINTS[:1], (5,), options=batched, folder=tmp_path)
-    assert again == whole
-    assert again.points[0].sheet == whole.points[0].sheet
-    assert sum(rest) == PLAIN.num_samples - 3
-    assert list(tmp_path.glob("*.safetensors")) == [], "the result is there"
-
-
-def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(_batches: BatchCache) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BatchCache, "forget", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(POINTS[:1], (5,), folder=tmp_path)
-    assert list(tmp_path.glob("*.safetensors"))
-    run(POINTS[:1], (5,), folder=tmp_path)
-    assert list(tmp_path.glob("*.safetensors")) == []
-
-    made: list[int] = []
-
-    def not_finite(*arguments: Any, **others: Any) -> Iterator[Tensor]:
-        made.append(1)
-        yield torch.full_like(arguments[2], torch.nan if len(made) == 2 else 0)
-
-    monkeypatch.setattr(samples, "sample_passes", not_finite)
-    with pytest.raises(EvaluateError):
-        run(POINTS[:1], (6,), folder=tmp_path, options=dataclasses.replace(PLAIN, batch_size=3))
-    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 def test_other_settings_images_and_checkpoints_are_measured_afresh(

@@ -1,9 +1,7 @@
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
-from safetensors.torch import save_file
 
 from tminus.model.evaluation.result_cache import ResultCache, plan_hash
 from tminus.model.noise import NoiseConfig
@@ -20,38 +18,6 @@ def test_a_result_is_read_as_it_was_written_by_the_same_key_only(tmp_path: Path)
     assert ResultCache(tmp_path / "kept").read(KEY) == {"figure": 0.1}
     for change in ({"seed": 0}, {"interval": (1, 3)}, {"more": 1}):
         assert kept.read(KEY | change) is None
-
-
-def test_a_batch_is_read_as_it_was_written_by_the_same_key_and_images_only(tmp_path: Path) -> None:
-    images = torch.randint(256, (3, 2, 4, 4), dtype=torch.uint8).to(memory_format=torch.channels_last)
-    ResultCache(tmp_path).batches(KEY).write(range(3, 6), images, 1.5)
-    batches = ResultCache(tmp_path).batches(dict(reversed(KEY.items())))
-    read = batches.read(range(3, 6))
-    assert read is not None
-    assert torch.equal(read, images)
-    assert batches.seconds == 1.5
-    assert batches.read(range(3)) is None
-    assert batches.read(range(3, 7)) is None
-    assert ResultCache(tmp_path).batches(KEY | {"seed": 0}).read(range(3, 6)) is None
-    ResultCache(tmp_path).batches(KEY | {"seed": 0}).forget()
-    assert batches.read(range(3, 6)) is not None, "those of others stay"
-    batches.forget()
-    assert batches.read(range(3, 6)) is None
-
-
-@pytest.mark.parametrize("damage", ["cut off", "of another key", "no images"])
-def test_a_damaged_batch_counts_as_not_there(tmp_path: Path, damage: str) -> None:
-    batches = ResultCache(tmp_path).batches(KEY)
-    batches.write(range(2), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 1.0)
-    (file,) = tmp_path.iterdir()
-    if damage == "cut off":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif damage == "of another key":
-        file.write_bytes(file.read_bytes().replace(b"1.5", b"1.6"))
-    else:
-        save_file({"other": torch.zeros(1)}, file)
-    assert batches.read(range(2)) is None
-    assert batches.seconds == 0
 
 
 def test_a_plan_s_hash_is_that_of_all_that_it_holds() -> None:

@@ -15,7 +15,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import read_foreign
-from tminus.model.latent.folder import load_autoencoder, save_autoencoder
+from tminus.model.latent.autoencoder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.weights import hash_weights
 

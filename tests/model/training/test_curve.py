@@ -1,4 +1,4 @@
-"""The losses of a run as points, as a line of blocks, and as a plot that a browser's parser reads."""
+"""The losses of a run as points, and as a plot that an XML parser reads."""
 
 import json
 import math
@@ -19,7 +19,6 @@ from tminus.model.training.curve import (
     WIDTH,
     LossCurve,
     loss_svg,
-    sparkline,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -50,19 +49,10 @@ def test_a_long_run_has_few_points_each_of_which_is_the_mean_of_its_steps() -> N
 
 
 @given(st.lists(st.floats(0.125, 10, width=32), min_size=1, max_size=400))
-def test_what_people_are_told_is_the_mean_over_the_last_hundred_steps(values: list[float]) -> None:
+def test_the_loss_in_the_progress_is_the_mean_over_the_last_hundred_steps(values: list[float]) -> None:
     last = values[-(100 + len(values) % 10) :] if len(values) > 100 else values
     assert fed(values).recent() == pytest.approx(sum(last) / len(last), rel=1e-4)
     assert math.isnan(LossCurve().recent())
-
-
-@given(losses, st.integers(1, 40))
-def test_a_line_of_blocks_is_high_where_the_loss_is(values: list[float], width: int) -> None:
-    line = sparkline(list(enumerate(values, 1)), width)
-    assert 0 < len(line) <= width
-    assert set(line) <= set("▁▂▃▄▅▆▇█")
-    falling = sparkline(list(enumerate(sorted(values, reverse=True), 1)), width)
-    assert list(falling) == sorted(falling, reverse=True)
 
 
 @given(losses, st.text(st.characters(exclude_categories=["C"]), max_size=20))

@@ -23,8 +23,7 @@ from tests.tiny import TINY, randomize
 from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
-from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.samplers import sample
@@ -32,7 +31,7 @@ from tminus.model.training import run as run_file
 from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
 from tminus.model.training.data import ImageSet
-from tminus.model.training.run import FORMER_FILE, STATE_FILE, Ema, TrainError, read_state, write_state
+from tminus.model.training.run import STATE_FILE, Ema, TrainError, read_state, write_state
 from tminus.model.training.train import TrainConfig, batch_indices, train, usual_batch, usual_steps
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -126,7 +125,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_one_line_with_a_curve_and_what_is_left(
+def test_a_terminal_gets_one_line_with_the_loss_and_the_time_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
@@ -134,7 +133,7 @@ def test_a_terminal_gets_one_line_with_a_curve_and_what_is_left(
     with caplog.at_level("INFO"):
         run(tmp_path / "run", dataclasses.replace(RUN, steps=30, save_every=100))
     last = terminal.getvalue().rstrip("\n").rpartition("\r")[2]
-    assert re.fullmatch(r"step 30/30 100%, 00:00 left, loss 0\.\d{1,4} [▁-█]{3}, \d+ images/s *", last)
+    assert re.fullmatch(r"step 30/30 100%, 00:00 left, loss 0\.\d{1,4}, \d+ images/s *", last)
     assert not [record for record in caplog.records if "images_s" in record.getMessage()]
 
 
@@ -166,16 +165,6 @@ def test_the_losses_are_those_of_the_steps_and_a_run_that_is_stopped_twice_has_t
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     plots = [(tmp_path / name / "loss.svg").read_text("utf-8") for name in ("whole", "stopped")]
     assert plots[0].replace("whole", "stopped") == plots[1]
-
-
-def test_a_state_of_a_version_that_kept_no_losses_goes_on_without_them(straight: Path, tmp_path: Path) -> None:
-    run(tmp_path, dataclasses.replace(RUN, steps=2))
-    state = state_of(tmp_path)
-    del state["losses"]
-    write_state(tmp_path, state)
-    assert run(tmp_path)
-    for part in ("net", "ema", "optimizer", "step"):
-        assert_same_bits(state_of(straight)[part], state_of(tmp_path)[part], part)
 
 
 def test_sheets_change_no_bit_of_a_run(straight: Path, tmp_path: Path) -> None:
@@ -241,16 +230,12 @@ from tests.model.training import test_train as t
 def on_sheet(net, step):
     print(step, flush=True)
     if step == 5:
-        sys.stdin.read(1)  # stand still until the parent has sent its signal
-done = t.run(Path(sys.argv[1]), t.dataclasses.replace(t.RUN, sheet_every=1), on_sheet=on_sheet)
-sys.exit(0 if done else 75)
+        sys.stdin.read(1)  # stand still until it is killed
+t.run(Path(sys.argv[1]), t.dataclasses.replace(t.RUN, sheet_every=1), on_sheet=on_sheet)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_process_that_is_killed_resumes_as_if_it_had_not_been(
-    straight: Path, tmp_path: Path, signum: signal.Signals
-) -> None:
+def test_process_that_is_killed_resumes_as_if_it_had_not_been(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder)],
@@ -265,22 +250,15 @@ def test_process_that_is_killed_resumes_as_if_it_had_not_been(
     try:
         for expected in range(1, 6):
             assert child.stdout.readline() == b"%d\n" % expected
-        child.send_signal(signum)
-        child.stdin.write(b"\n")
-        child.stdin.close()
-    except BrokenPipeError:
-        assert signum == signal.SIGKILL
+        child.kill()
     finally:
+        child.stdin.close()
         child.wait(60)
         child.stdout.close()
-    if signum == signal.SIGTERM:  # finishes the step, saves, and says that it is not done
-        assert child.returncode == 75
-        assert state_of(folder)["step"] == 5
-    else:  # what was saved last is whole
-        assert child.returncode == -signal.SIGKILL
-        assert state_of(folder)["step"] == 3
-        load_checkpoint(folder)
-        assert provenance_in(folder)["step"] == 3
+    assert child.returncode == -signal.SIGKILL
+    assert state_of(folder)["step"] == 3  # the last save is whole
+    load_checkpoint(folder)
+    assert provenance_in(folder)["step"] == 3
     assert run(folder)
     assert_same_run(straight, folder)
 
@@ -320,15 +298,6 @@ def test_classes_may_be_renamed_in_tminus_json(
     assert_same_run(straight, tmp_path)
 
 
-def test_a_state_of_a_version_that_kept_no_class_names_goes_on(straight: Path, tmp_path: Path) -> None:
-    run(tmp_path, dataclasses.replace(RUN, steps=2))
-    state = state_of(tmp_path)
-    del state["identity"]["class_names"]
-    write_state(tmp_path, state)
-    run(tmp_path)
-    assert_same_run(straight, tmp_path)
-
-
 def test_run_of_a_version_without_a_setting_goes_on_with_its_default(straight: Path, tmp_path: Path) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=2))
     state = state_of(tmp_path)
@@ -338,17 +307,6 @@ def test_run_of_a_version_without_a_setting_goes_on_with_its_default(straight: P
         run(tmp_path, dataclasses.replace(RUN, weighting="velocity"))
     assert run(tmp_path)
     assert_same_run(straight, tmp_path)
-
-
-def test_run_that_an_earlier_version_saved_goes_on_to_the_bit_and_is_no_pickle_any_more(
-    straight: Path, tmp_path: Path
-) -> None:
-    run(tmp_path, dataclasses.replace(RUN, steps=2))
-    torch.save(state_of(tmp_path), tmp_path / FORMER_FILE)
-    (tmp_path / STATE_FILE).unlink()
-    assert run(tmp_path)
-    assert_same_run(straight, tmp_path)
-    assert not (tmp_path / FORMER_FILE).exists()
 
 
 def test_run_may_draw_its_timesteps_by_lognormal_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

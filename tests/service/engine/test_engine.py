@@ -33,10 +33,11 @@ from tests.service.engine.engines import (
 )
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.consistency import consistency_table
 from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.training.distill import consistency_table, student_noise
+from tminus.model.training.distill import student_noise
 from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from tests.model.evaluation.toys import CPU, toy_checkpoint, toy_images
-from tminus.model.evaluation import pixel_judge
-from tminus.model.evaluation.distances import fit_gaussian, frechet_distance
-from tminus.model.evaluation.figures import PixelFigures
-from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.pixel_judge import (
+from tminus.model.evaluation import distances
+from tminus.model.evaluation.distances import (
     COMPONENTS,
     class_variance,
     fit_components,
+    fit_gaussian,
+    frechet_distance,
     share_within,
     variance_ratio,
 )
+from tminus.model.evaluation.figures import PixelFigures
+from tminus.model.evaluation.judge import Judge
 
 TRAIN, TEST = toy_images(300, 0), toy_images(240, 1)
 Floats = npt.NDArray[np.float64]
@@ -70,8 +71,8 @@ def judged(samples: Tensor) -> PixelFigures:
 
 
 def test_the_figures_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_judge, "QUERIES_AT_ONCE", 7)
-    monkeypatch.setattr(pixel_judge, "VALUES_AT_ONCE", 900)
+    monkeypatch.setattr(distances, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(distances, "VALUES_AT_ONCE", 900)
     samples = toy_images(240, 2).images // 2 + 60
     found = judged(samples)
     _, _, rows = np.linalg.svd(flat(TRAIN.images) - flat(TRAIN.images).mean(0))
