@@ -216,6 +216,7 @@ def test_the_tutorial_goes_through_in_order(
     assert size(folder / "eight.png") == (128, 64), "eight images"
 
 
+@pytest.mark.long
 def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_bytes(
     own_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
