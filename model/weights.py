@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # noqa: TID251
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ def _read_tensors(
     try:
         if file.suffix == ".safetensors":
             return _read_safetensors(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except CheckpointError:
         raise
     except UnpicklingError as error:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import arrivals, client, cluster, figures, gpu, lock_step, networks, servers, tables, traffic
 from bench.bare import flops_per_row
-from bench.conductor import Conductor, Plan
 from bench.loads import BATCH, Lengths, Turn
 from bench.measures import Findings, Measure, table
 from bench.peers import encode
@@ -183,31 +181,6 @@ def test_a_goodput_beyond_the_rates_is_a_bound_and_so_is_its_ratio() -> None:
     assert "| 0.8 | tminus, 1x20 | 0 | 1 | 1 | 2 | 2 |" in text
     assert tables.attainment(summary_of(*at_rates("tminus", 20))) == "", "nothing is known of the rates"
     assert "| < 400 |" in tables.headline(found)
-
-
-def test_a_contender_that_hardly_answers_in_time_is_not_tried_at_higher_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the requests of a round are the same for all contenders."""
-    driven: list[tuple[str, list[float]]] = []
-
-    async def open_loop(turn: Turn, load: str, comers: Sequence[Arrival]) -> Loaded:
-        driven.append((load, [comer.at_s for comer in comers]))
-        wait_s = {"slo_40": 0.1, "slo_60": 0.4}.get(load, 0.6)
-        return loaded(load, turn.server.contender.key, answers=[answer(20, wait_s)])
-
-    async def settled(_turn: Turn, _limit_s: float) -> bool:
-        return True
-
-    monkeypatch.setattr(Turn, "_open_loop", open_loop)
-    monkeypatch.setattr(Turn, "settled", settled)
-    conductor = Conductor(Plan(Path("toy"), ["tminus", "before"], ["slo"], before=ROOT))
-    running = lambda contender: nullcontext(servers.Running(contender, "", 0, Path(), {}))  # noqa: E731
-    monkeypatch.setattr(conductor, "_started", running)
-    conductor._run.own_rate, conductor._run.alone_s = 1000.0, {"1x20": 0.1}
-    for key in ("tminus", "before"):
-        conductor._take_turn(key, number=2)
-    assert [load for load, _ in driven] == 2 * ["slo_40", "slo_60", "slo_80"]
-    assert driven[:3] == driven[3:]
-    assert conductor._run.left_out == []
 
 
 def test_a_server_of_slow_passes_is_still_only_after_a_pass_of_all_its_workers() -> None:

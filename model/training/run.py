@@ -85,7 +85,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read what was written, on the CPU. Raises whatever a damaged file makes its reader raise."""
     file = folder / STATE_FILE
     if not file.is_file():
-        former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)
+        former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)  # noqa: TID251
         return former
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
     with safe_open(file, framework="pt") as opened:
