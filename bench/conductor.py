@@ -137,6 +137,12 @@ class Conductor:
         else:
             loaded = asyncio.run(turn.saturation(load) if load not in calls else calls[load]())
         self._run.loads.append(loaded)
+        # Past 1024 jobs at a time tminus refuses; past MOST_OUTSTANDING the client sends no more.
+        if refused := sum(each.outcome in ("refused", "unsent") for each in loaded.answers):
+            title, sent = turn.server.contender.title, len(loaded.answers)
+            self._leave_out(
+                f"{title} took {sent - refused} of {sent} requests of {load}: its waits are of these alone."
+            )
         if load == "saturation_1":
             self._run.capacity[turn.server.contender.key] = max(1.0, figures.row_steps_per_s(loaded))
         return load not in SLO or figures.in_time(loaded, figures.WITHIN["within_5"], alone_s) >= HOPELESS

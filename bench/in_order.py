@@ -1,4 +1,4 @@
-"""`tminus serve` with its jobs in order of arrival, to compare the order of the scheduler with.
+"""`tminus serve` with its jobs in order of arrival, for a comparison with shortest first.
 
 python -m bench.in_order serve ...
 """
@@ -11,7 +11,7 @@ from tminus.service.scheduling import scheduler
 
 
 class InOrder(scheduler.OwnerQueue):
-    """The oldest job goes first, whatever it has left, and no job is held back for a shorter one."""
+    """A queue in which the oldest job goes first, and no job is held back for a shorter one."""
 
     def put_back(self, job: scheduler.QueuedJob) -> None:
         """Put a job into the queue, by its arrival."""
@@ -21,7 +21,7 @@ class InOrder(scheduler.OwnerQueue):
 
     @property
     def much_longer(self) -> float:
-        """No job is."""
+        """Infinite: no job counts as much longer than another."""
         return math.inf
 
 

@@ -197,16 +197,16 @@ class Server:
         """log: a file for what it logs; else it goes where ours goes. tree: the checkout whose code it runs."""
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
-        self._command = [sys.executable, "-m", entry(tree) or "tminus", "serve"]
-        self._command += ["--checkpoint", str(checkpoint.resolve())]
-        self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
+        self.command = [sys.executable, "-m", entry(tree) or "tminus", "serve"]
+        self.command += ["--checkpoint", str(checkpoint.resolve())]
+        self.command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
         self._environment = environment() | dict(env or {})
         self._log, self._tree = log, tree
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start, and wait until it is ready."""
-        self._process = self._spawn()
+        self.process = self._spawn()
         deadline = time.monotonic() + READY_S
         while True:
             try:
@@ -214,31 +214,31 @@ class Server:
                     return
             except httpx.TransportError:
                 pass
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server did not become ready")
             time.sleep(0.02)
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            return subprocess.Popen(self._command, cwd=self._tree, env=self._environment, stderr=log)
+            return subprocess.Popen(self.command, cwd=self._tree, env=self._environment, stderr=log)
 
     @property
     def pid(self) -> int:
         """Its process."""
-        assert self._process is not None
-        return self._process.pid
+        assert self.process is not None
+        return self.process.pid
 
     def kill(self) -> None:
         """SIGKILL: nothing of it runs any more when this returns."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
 
     def terminate(self) -> int:
         """SIGTERM; returns the exit code."""
-        assert self._process is not None
-        self._process.terminate()
-        return self._process.wait(READY_S)
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(READY_S)
 
 
 def options_of(text: str | None, **defaults: Any) -> argparse.Namespace:

@@ -60,7 +60,7 @@ def machine(result: Result) -> str:
             f"- tminus chose {tminus['executor']} in {tminus['precision']} ({tminus['details'].partition(', ')[2]}), "
             f"with up to {tminus['places']} rows a tick."
         )
-    lines += [f"- {sentence.partition('. ')[0]}." for sentence in result.get("left_out", [])]
+    lines += [f"- {sentence.partition('. ')[0].removesuffix('.')}." for sentence in result.get("left_out", [])]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # noqa: TID251
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def _read_tensors(
         if file.suffix == ".safetensors":
             # Not load_file, which maps the file: what is written over it later would be served.
             return load(file.read_bytes())
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError

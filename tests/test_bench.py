@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import arrivals, client, cluster, figures, gpu, lock_step, networks, servers, tables, traffic
 from bench.bare import flops_per_row
-from bench.conductor import Conductor, Plan
 from bench.loads import BATCH, Lengths, Turn
 from bench.measures import Findings, Measure, table
 from bench.peers import encode
@@ -185,31 +183,6 @@ def test_a_goodput_beyond_the_rates_is_a_bound_and_so_is_its_ratio() -> None:
     assert "| < 400 |" in tables.headline(found)
 
 
-def test_a_contender_that_hardly_answers_in_time_is_not_tried_at_higher_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the requests of a round are the same for all contenders."""
-    driven: list[tuple[str, list[float]]] = []
-
-    async def open_loop(turn: Turn, load: str, comers: Sequence[Arrival]) -> Loaded:
-        driven.append((load, [comer.at_s for comer in comers]))
-        wait_s = {"slo_40": 0.1, "slo_60": 0.4}.get(load, 0.6)
-        return loaded(load, turn.server.contender.key, answers=[answer(20, wait_s)])
-
-    async def settled(_turn: Turn, _limit_s: float) -> bool:
-        return True
-
-    monkeypatch.setattr(Turn, "_open_loop", open_loop)
-    monkeypatch.setattr(Turn, "settled", settled)
-    conductor = Conductor(Plan(Path("toy"), ["tminus", "before"], ["slo"], before=ROOT))
-    running = lambda contender: nullcontext(servers.Running(contender, "", 0, Path(), {}))  # noqa: E731
-    monkeypatch.setattr(conductor, "_started", running)
-    conductor._run.own_rate, conductor._run.alone_s = 1000.0, {"1x20": 0.1}
-    for key in ("tminus", "before"):
-        conductor._take_turn(key, number=2)
-    assert [load for load, _ in driven] == 2 * ["slo_40", "slo_60", "slo_80"]
-    assert driven[:3] == driven[3:]
-    assert conductor._run.left_out == []
-
-
 def test_a_server_of_slow_passes_is_still_only_after_a_pass_of_all_its_workers() -> None:
     server: Any = None
     slow, fast = (Turn(server, 1, Lengths(), capacity) for capacity in (12.0, 400.0))
@@ -297,6 +270,7 @@ def test_each_outcome_has_its_name() -> None:
 # --- servers and peers ---
 
 
+@pytest.mark.long
 def test_the_lock_server_tells_its_steps_and_answers_a_png(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from bench.peers import lock_server
@@ -311,6 +285,7 @@ def test_the_lock_server_tells_its_steps_and_answers_a_png(folder: Path, tmp_pat
     assert read_tally(tallies) == (6, 3)
 
 
+@pytest.mark.long
 def test_the_batching_peers_group_by_steps_and_give_a_row_the_same_noise_alone(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from bench.peers.denoiser import Denoiser, Wanted, even_parts
@@ -328,6 +303,7 @@ def test_the_batching_peers_group_by_steps_and_give_a_row_the_same_noise_alone(f
         Wanted.parse({"steps": 0})
 
 
+@pytest.mark.long
 def test_requests_that_go_step_by_step_join_and_leave_between_passes_and_get_the_same_images(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -348,6 +324,7 @@ def test_requests_that_go_step_by_step_join_and_leave_between_passes_and_get_the
         assert far_apart(denoiser.finish(course), denoiser.sample([one])[0]) <= 2
 
 
+@pytest.mark.long
 def test_a_long_request_goes_to_the_queue_of_long_ones_with_its_body() -> None:
     pytest.importorskip("litserve")
     from bench.peers.litserve_server import ByLength
@@ -393,6 +370,7 @@ def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     assert found["slo"]["slo_40"]["all"]["tminus"]["p95"]["value"] > 0
 
 
+@pytest.mark.long
 @needs_openvino
 def test_a_peer_with_tminus_own_graph_makes_the_images_of_the_eager_one(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
@@ -404,6 +382,7 @@ def test_a_peer_with_tminus_own_graph_makes_the_images_of_the_eager_one(folder: 
     assert max(map(far_apart, eager, openvino)) <= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["a quantised one", "a variational one"])
 def test_a_peer_decodes_latents_as_tminus_does(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
@@ -482,6 +461,7 @@ def test_joined_streams_take_their_passes_together_and_free_ones_do_not_wait() -
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.long
 def test_another_process_takes_a_core_only_as_long_as_it_is_wanted() -> None:
     with lock_step.taken(0.2) as number:
         process = psutil.Process(number)
@@ -504,6 +484,7 @@ def test_the_published_networks_have_as_many_parameters_as_published(name: str, 
             assert round(sum(each.numel() for each in decoder.parameters()) / 1e6, 1) == 55.3
 
 
+@pytest.mark.long
 def test_a_network_is_written_once_and_loads_here_and_in_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     folder = networks.write("tiny-ldm", tmp_path)
@@ -544,6 +525,7 @@ def test_a_pass_of_a_row_is_counted_as_published(tmp_path: Path) -> None:
     assert flops_per_row(latent) == counter.get_total_flops()
 
 
+@pytest.mark.long
 def test_what_a_part_has_measured_when_its_time_is_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is ended, with those that it has started; what it has half printed is dropped."""
     whole = Measure("passes", "tminus", 7.0, rows=2)

@@ -4,18 +4,14 @@ Links and anchors are for `make docs` to check, which also makes the reference o
 """
 
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from docs.site import reference
 from tests import tools
@@ -240,19 +236,6 @@ def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
     for media_type in WITHOUT_EVERY:
         answer = site.post(json={"steps": 2}, headers={"Accept": media_type})
         assert answer.headers["content-type"] == media_type
-
-
-@pytest.mark.parametrize("page", ["clients.md", "openai.md", "other-clients.md"])
-def test_a_page_of_clients_names_the_packages_that_its_programs_import(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text("utf-8")
-    words = [word.strip("'") for line in re.findall(r"pip install ([^`#\n]+)", text) for word in line.split()]
-    installed = [Requirement(word.replace("./client", "tminus-client")) for word in words]
-    installed += [Requirement(line) for each in installed for line in metadata.requires(each.name) or []]
-    names = {canonicalize_name(each.name) for each in installed}
-    distributions = metadata.packages_distributions()
-    for program in code_blocks(f"docs/{page}", "python"):
-        for module in {*re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)} - sys.stdlib_module_names:
-            assert names & {canonicalize_name(each) for each in distributions[module]}, module
 
 
 # --- traces ---

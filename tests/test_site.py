@@ -39,22 +39,15 @@ def root(tmp_path: Path) -> Path:
         ("../service/code.py#L3", f"{SOURCE}/blob/main/service/code.py#L3"),
         ("../service/", f"{SOURCE}/tree/main/service"),
         ("#here", "#here"),
+        ("made.json", "made.json"),
         ("https://example.org", "https://example.org"),
     ],
 )
-@pytest.mark.parametrize("form", ["[x]({})", "![x]({})", '[x]({} "title")', '<img alt="x" src="{}">', "[x]: {}"])
-def test_a_link_leads_to_a_page_a_copied_picture_or_the_repository(
-    root: Path, form: str, target: str, becomes: str
-) -> None:
-    links = pages.Links(root, pages.find_pages(root), SOURCE)
-    assert links.of(Path("docs/a.md"), form.format(target)) == form.format(becomes)
-    assert links.copied == ({Path("docs/images/p.png")} if target.endswith(".png") else set())
-    assert not links.broken
-
-
-def test_a_link_to_what_is_made_for_the_site_alone_stays(root: Path) -> None:
+def test_a_link_leads_to_a_page_a_copied_picture_or_the_repository(root: Path, target: str, becomes: str) -> None:
     links = pages.Links(root, pages.find_pages(root), SOURCE, [Path("docs/made.json")])
-    assert links.of(Path("docs/a.md"), "[x](made.json)") == "[x](made.json)"
+    for form in ("[x]({})", "![x]({})", '[x]({} "title")', '<img alt="x" src="{}">', "[x]: {}"):
+        assert links.of(Path("docs/a.md"), form.format(target)) == form.format(becomes)
+    assert links.copied == ({Path("docs/images/p.png")} if target.endswith(".png") else set())
     assert not links.broken
 
 

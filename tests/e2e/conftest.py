@@ -37,6 +37,7 @@ from tminus.model.unet import UNet2D
 from tminus.service.client import Client
 
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
+BUNDLED_THREADS = "2"  # a command with as many takes the executor that the server of the bundled model has chosen
 RECOMMENDED = Recommended("dpmpp_2m", 20, 1.5)  # of the small ones, which have no tables
 START_TIMEOUT_S = 240.0  # the first start measures, and the cores may be busy with other things
 # Of servers whose models are loaded and unloaded: by whom, and how one says so.
@@ -274,7 +275,7 @@ def server(small: Path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="session")
 def bundled_server() -> Iterator[RunningServer]:
     """With two threads, so that streams and wide passes are tried too, where servers beside other tests have one."""
-    with serving(BUNDLED, *SHARED, "--threads", "2") as running:
+    with serving(BUNDLED, *SHARED, "--threads", BUNDLED_THREADS) as running:
         yield running
 
 

@@ -61,7 +61,7 @@ class ForkedServer(Server):
     prepare: Callable[[], None] | None = None
 
     def _spawn(self) -> Forked:  # type: ignore[override]
-        process = Forked(self._command[3:], self._environment, self.prepare)
+        process = Forked(self.command[3:], self._environment, self.prepare)
         threading.Thread(target=_pass_on, args=(process,), daemon=True).start()
         return process
 
@@ -90,7 +90,7 @@ class Deadly:
     @property
     def living(self) -> int:
         """How many servers live."""
-        return sum(server._process is not None and server._process.poll() is None for server in self.servers)
+        return sum(server.process is not None and server.process.poll() is None for server in self.servers)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A job as a server tells it that lives; {} while none does."""
@@ -108,7 +108,7 @@ class Deadly:
         while True:
             for server in self.servers:
                 self._kill_if_it_hangs(server)
-                if server._process is None or server._process.poll() is not None:
+                if server.process is None or server.process.poll() is not None:
                     self.deaths += 1
                     with contextlib.suppress(RuntimeError):  # it may die before it is ready
                         server.start()
@@ -134,8 +134,8 @@ class Deadly:
 
     def stop(self) -> None:
         for server in self.servers:
-            if server._process is not None:
-                server._process.kill()
+            if server.process is not None:
+                server.process.kill()
 
 
 def _pass_on(process: Forked) -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import RunningServer
 from tests.wheel import built, copied, unpacked, with_requirements
 
@@ -46,6 +48,7 @@ def ask(python: Path, server: RunningServer, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_it_is_small_and_samples_and_submits_without_anything_else_and_watches_with_websockets(
     server: RunningServer, tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def press(tmp_path: Path) -> Iterator[Press]:
     os.close(terminal)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_options_values_and_folders_are_completed(press: Press) -> None:
     press("tminus se", "tminus serve ")
     press("tminus serve --exec", "--executor ")

@@ -94,6 +94,7 @@ def test_each_gets_the_same_bytes_in_another_order_beside_other_work_with_which_
     assert ticks < max(0.6 * sum(body["steps"] for body in asked), 1.1 * places / max_batch)
 
 
+@pytest.mark.long
 def test_each_gets_the_same_bytes_after_a_restart(own_server: Start, alone: list[bytes]) -> None:
     # With as many threads as the first: another number may find another executor the fastest.
     server = own_server("--result-cache-mb", "0", "--threads", "2", checkpoint=BUNDLED)
@@ -256,6 +257,7 @@ def thousand(server: RunningServer) -> list[tuple[int, str | None, str]]:
     return asyncio.run(ask_all())
 
 
+@pytest.mark.long
 def test_a_thousand_requests_at_once_are_each_answered_or_told_when_to_come_again(own_server: Start) -> None:
     server = own_server("--result-cache-mb", "0", "--max-backlog-s", "0.3")
     started = time.monotonic()

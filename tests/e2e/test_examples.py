@@ -167,6 +167,7 @@ def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: P
     assert {made for _, _, made in found} == {picture(tab)}
 
 
+@pytest.mark.long
 def test_a_refusal_is_waited_for_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
     for language in (CURL, CLIENT, HTTPX):
         with much_to_do(server):

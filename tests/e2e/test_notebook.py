@@ -6,6 +6,7 @@ Beside `make serve`, `jupyter nbconvert --to notebook --execute --inplace` write
 from collections.abc import Iterator
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from tests.documents import ROOT
@@ -22,6 +23,7 @@ def shown(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
             yield cell.id, picture or output.get("text") or output.data["text/plain"]
 
 
+@pytest.mark.long
 def test_the_notebook_runs_and_shows_what_is_committed_with_it(bundled_server: RunningServer) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     committed = list(shown(notebook))

@@ -74,9 +74,8 @@ def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_h
             expect(counted).to_contain_text(f"Frame {number + 1} of {steps + 1}: after step {number}, ")
             np.testing.assert_array_equal(pixels(page.picture("#x_t img")), pixels(base64.b64decode(frame["x_t"])))
 
-    for seed in range(3):  # each job may have ended before its events are asked for
-        page.make(**asked, seed=seed)
-        check(seed)
+    page.make(**asked, seed=2)  # the job may have ended before its events are asked for
+    check(2)
     page.tab.reload()
     page.wait_until(DONE)
     check(2)
@@ -170,10 +169,8 @@ def test_an_error_is_shown_where_it_arose_and_what_was_made_stays(open_page: Ope
     page.wait_until("Not started.")
     assert page.picture("#x_t img") == page.picture("#gallery img")
     page.says("#frame-text", "after step 5")
-
-
-def test_a_wrong_value_in_the_folded_part_of_the_form_unfolds_it(open_page: OpenPage) -> None:
-    page = open_page()
+    # A wrong value in the folded part of the form unfolds it.
+    page.tab.evaluate("() => document.getElementById('form').noValidate = false")
     page.fill(n=999)
     page.at("#more summary").click()
     expect(page.at("[name=n]")).to_be_hidden()
@@ -374,34 +371,6 @@ def test_a_reload_before_the_answer_finds_the_job(
     assert {name: page.form[name] for name in LONG} == {name: str(value) for name, value in LONG.items()}
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_a_reload_that_meets_the_answer_finds_the_job(
-    open_page: OpenPage, server: RunningServer, cancelled: bool, slow_down: SlowDown
-) -> None:
-    page, before, held = open_page(), job_ids(server), []
-    reloads = "history.replaceState = () => location.reload();"  # with the address of before
-    page.tab.evaluate(f"() => {{ {reloads} }}")
-    if not cancelled:  # twice
-        page.tab.add_init_script(f"if (!sessionStorage.again) {{ sessionStorage.again = 'yes'; {reloads} }}")
-    page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
-    slow_down(server)
-    page.sample(**LONG)
-    page.wait_until("Sending…")
-    if cancelled:
-        page.press("Cancel")
-        page.wait_until("Cancelling…")
-    page.go_on_until(lambda: bool(held))
-    with page.tab.expect_navigation():
-        held[0].continue_()
-    if not cancelled:
-        page.wait_for_step()
-        page.press("Cancel")
-    page.wait_until("Cancelled.")
-    assert {page.job_id} == job_ids(server) - before
-    page.tab.goto(server.url)  # by hand, so without it
-    page.wait_until("Press Sample to make your own.")
-
-
 def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
     open_page: OpenPage, server: RunningServer
 ) -> None:
@@ -498,13 +467,14 @@ def test_a_job_that_others_end_or_forget_or_that_fails_is_told_how(
     page.look_elsewhere(False)
     page.wait_until("The server no longer has this job.")
     page.says("#error", "no job")
-    slow_down(server, between_ticks_s=1.0)
-    slow = LONG | {"steps": 100}  # by the ticks that were measured, it seems quick
+    slow_down(server, between_ticks_s=3.0)
+    slow = LONG | {"steps": 10}  # it takes 30 s, and by the ticks that were measured it seems quick
     first = httpx.post(f"{server.url}/jobs", json=slow).json()
     cancel_job(server, first["id"])
-    page.tab.goto(f"{server.url}/#job={post_job(server, **slow, deadline_s=1 + 1.5 * first['eta_s'])}")
+    page.tab.goto(f"{server.url}/#job={post_job(server, **slow, deadline_s=1 + first['eta_s'])}")
     page.wait_until("Not done.")
     page.says("#error", "deadline_s")
+    server.speed_up()
     page.make(**QUICK)
 
 
@@ -688,25 +658,9 @@ def test_the_link_of_a_job_fills_the_form_with_what_it_was_asked_for(
         assert page.form["steps"] == "50", "20 was what was suggested"
 
 
-def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: RunningServer) -> None:
-    tab, complaints, asked = browser.new_page(), [], []
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(f"{server.url}/docs")
-    document = httpx.get(f"{server.url}/openapi.json").json()
-    operations = sum(map(len, [*document["paths"].values(), *document["webhooks"].values()]))
-    expect(tab.locator(".opblock")).to_have_count(operations)
-    tab.locator(".opblock", has_text="/healthz").locator(".opblock-summary-control").click()
-    tab.get_by_role("button", name="Try it out").click()
-    tab.get_by_role("button", name="Execute", exact=True).click()
-    expect(tab.locator(".live-responses-table")).to_contain_text("alive")
-    assert complaints == []
-    assert [url for url in asked if not url.startswith((f"{server.url}/", "data:"))] == []
-    tab.close()
-
-
-def test_the_page_links_to_the_guide_and_to_what_the_server_says_of_its_api(open_page: OpenPage) -> None:
+def test_the_page_links_to_the_guide_and_to_the_operations_of_the_server(
+    open_page: OpenPage, server: RunningServer
+) -> None:
     page = open_page()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     guide, api = (page.tab.get_by_role("link", name=name, exact=True) for name in ("Guide", "API"))
@@ -714,7 +668,12 @@ def test_the_page_links_to_the_guide_and_to_what_the_server_says_of_its_api(open
         expect(link).to_be_in_viewport()
     assert guide.get_attribute("href") == project["urls"]["Documentation"]
     api.click()
-    expect(page.at(".opblock").first).to_be_visible()
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    page.has(sum(map(len, [*document["paths"].values(), *document["webhooks"].values()])), ".opblock")
+    page.tab.locator(".opblock", has_text="/healthz").locator(".opblock-summary-control").click()
+    page.press("Try it out")
+    page.press("Execute")
+    page.says(".live-responses-table", "alive")
 
 
 def test_the_page_of_a_server_that_starts_is_in_the_style_of_the_others_and_fits_a_phone(browser: Any) -> None:

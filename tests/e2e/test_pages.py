@@ -18,7 +18,7 @@ from PIL import Image
 
 from docs.site.reference import command_line
 from tests.documents import ROOT, code_blocks, run_python, run_shell, shell_commands
-from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown, pixels, stop_server
+from tests.e2e.conftest import BUNDLED, BUNDLED_THREADS, RunningServer, SlowDown, pixels, stop_server
 from tests.service.keys import key_line
 from tests.tools import needs
 
@@ -39,7 +39,8 @@ def run_commands(server: RunningServer, folder: Path, page: str, beginning: str)
     """Run the commands of a page that begin so, against our server; what each printed."""
     commands = [command for command in shell_commands(page) if command.startswith(beginning)]
     # A thousand steps take too long here, and are steps like any other.
-    return [run_shell(command.replace("steps=1000", "steps=10"), folder, server.url) for command in commands]
+    same = {"OMP_NUM_THREADS": BUNDLED_THREADS}
+    return [run_shell(command.replace("steps=1000", "steps=10"), folder, server.url, **same) for command in commands]
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -215,6 +216,7 @@ def test_the_tutorial_goes_through_in_order(
     assert size(folder / "eight.png") == (128, 64), "eight images"
 
 
+@pytest.mark.long
 def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_bytes(
     own_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:

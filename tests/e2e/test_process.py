@@ -144,6 +144,7 @@ def hanging(small: Path, tmp_path: Path) -> Iterator[Hanging]:
         running.process.kill()
 
 
+@pytest.mark.long
 def test_a_hang_of_the_event_loop_is_told_at_the_port_of_the_metrics_until_it_ends(hanging: Hanging) -> None:
     port = free_port()
     server, trigger = hanging("event loop", 3.0, "--metrics-port", str(port))
@@ -164,6 +165,7 @@ def test_a_hang_of_the_event_loop_is_told_at_the_port_of_the_metrics_until_it_en
     assert "tminus_stalled_seconds 0.0" in httpx.get(f"{there}/metrics").text
 
 
+@pytest.mark.long
 def test_an_encoder_that_hangs_is_told_refuses_work_and_ends_with_the_process(hanging: Hanging) -> None:
     server, trigger = hanging("encoder", 3.0)
     trigger.touch()
@@ -178,6 +180,7 @@ def test_an_encoder_that_hangs_is_told_refuses_work_and_ends_with_the_process(ha
     assert server.process.wait(40) == 1
 
 
+@pytest.mark.long
 def test_a_server_ends_while_its_encoder_hangs_and_the_clients_that_wait_get_an_answer(hanging: Hanging) -> None:
     server, trigger = hanging("encoder", 3600.0)
     trigger.touch()
@@ -207,6 +210,7 @@ def few_files(count: int) -> Callable[[], None]:
     return partial(resource.setrlimit, resource.RLIMIT_NOFILE, (count, count))
 
 
+@pytest.mark.long
 def test_where_few_files_may_be_open_there_are_fewer_connections_and_each_is_answered(small: Path) -> None:
     head, clients = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", list[socket.socket]()
     with serving(small, *FEW_THREADS, prepare=few_files(440)) as server:

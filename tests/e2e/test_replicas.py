@@ -208,8 +208,8 @@ def test_a_server_whose_clock_is_an_hour_ahead_shares_jobs_with_others_as_any(
     clock = faults.Clock(tmp_path)
     clock.set(faults.HOUR_S)
     ahead, other = Server(small, tmp_path / "state", (), shared | clock.environment), start()
-    assert ahead._command[1:3] == ["-m", "tminus"]
-    ahead._command[1:3] = ["-c", SLOW]  # not forked, since the clock is of a process from its start
+    assert ahead.command[1:3] == ["-m", "tminus"]
+    ahead.command[1:3] = ["-c", SLOW]  # not forked, since the clock is of a process from its start
     other.slow_down()
     ahead.start()
 
@@ -348,8 +348,8 @@ def test_a_job_that_ends_each_server_that_takes_it_ends_two_of_four_before_all_o
     deadly = Deadly(servers, tmp_path / "trigger")
     try:
         for server in servers:
-            assert server._process is not None
-            server._process.between_ticks_s.value = 0.05 if server is not servers[0] else 0.3
+            assert server.process is not None
+            server.process.between_ticks_s.value = 0.05 if server is not servers[0] else 0.3
         specs = [{"n": 2, "steps": 30, "seed": seed} for seed in range(4)]
         killer, others = deadly.post(specs, {"n": 1, "steps": 20})
         until_s = time.monotonic() + 60

@@ -211,10 +211,10 @@ def sleep(cluster: Cluster, draw: random.Random) -> None:
     """SIGSTOP past the lease, then SIGCONT."""
     victim = draw.choice(cluster.servers)
     post_and_wait(cluster, draw)
-    assert victim._process is not None
-    victim._process.send_signal(signal.SIGSTOP)
+    assert victim.process is not None
+    victim.process.send_signal(signal.SIGSTOP)
     time.sleep(LEASE_S + TAKEN_S)
-    victim._process.send_signal(signal.SIGCONT)
+    victim.process.send_signal(signal.SIGCONT)
 
 
 def cut(cluster: Cluster, draw: random.Random) -> None:
