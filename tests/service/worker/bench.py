@@ -115,6 +115,10 @@ class Bench:
         for _ in range(times):
             self.worker.step()
 
+    def act_on_events(self) -> None:
+        """Do what follows from the loop's events, as the worker does after each command and tick."""
+        self.worker._outcomes.act_on(self.worker._loop.events)
+
     def do_commands(self) -> None:
         """Do what was asked for until now. What the coding thread asks for meanwhile is left to `next_command`."""
         for _ in range(self.worker._commands.qsize()):
@@ -123,7 +127,7 @@ class Bench:
     def next_command(self) -> None:
         """Do what the coding thread asks for, as the worker does between two ticks."""
         self.worker._commands.get(timeout=PATIENCE_S)()
-        self.worker._act_on_events()
+        self.act_on_events()
 
     def finish(self) -> None:
         while self.loop.has_work:

@@ -236,7 +236,7 @@ def test_jobs_that_end_with_the_tick_of_another_one_that_is_overdue_are_answered
     late, done = with_a_last_step_in_flight(bench, deadline_s=100.0)
     bench.now_s = 101.0
     bench.loop.end_overdue()
-    bench.worker._act_on_events()
+    bench.act_on_events()
     assert isinstance(failure(late), DeadlinePassed)
     assert_images(done, make_spec(seed=2, n=1, steps=4))
     assert bench.metric("jobs_aborted_total", reason="deadline") == 1
@@ -328,7 +328,7 @@ def test_a_drain_ends_the_ticks_in_flight_and_a_suspended_job_goes_on_from_there
     for batch in bench.engine.in_flight:
         done |= {row: step + 1 for row, step in zip(batch.rows, batch.steps, strict=True)}
     bench.loop.suspend_durable()
-    bench.worker._act_on_events()
+    bench.act_on_events()
     last = {name: snapshot for taken in bench.keeper.rounds for name, snapshot in taken.items()}
     assert {name: last[name].steps for name in rows} == {
         name: tuple(done[row] for row in its_rows) for name, its_rows in rows.items()

@@ -242,7 +242,7 @@ def test_a_deadline_that_passes_while_waiting_ends_the_job_and_no_other(make_ben
     bench.tick(2)
     assert not late.done(), "not a tick too early"
     bench.loop.end_overdue()
-    bench.worker._act_on_events()
+    bench.act_on_events()
     error = failure(late)
     assert isinstance(error, DeadlinePassed)
     assert (error.status, error.code, error.field, error.value) == (504, "deadline_passed", "deadline_s", 2.0)
@@ -649,7 +649,7 @@ def test_a_job_that_ends_while_it_is_decoded_is_answered_once(make_bench: MakeBe
     bench.tick()
     if suspended:
         bench.loop.suspend_durable()
-        bench.worker._act_on_events()
+        bench.act_on_events()
     else:
         bench.cancel("a", "cancelled")
     assert isinstance(failure(a), Draining if suspended else JobCancelled)
