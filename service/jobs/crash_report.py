@@ -1,10 +1,10 @@
-"""Tells the next start how a process that died without a word ended, and which jobs it was working on.
+"""The crash report: a file by which the next start learns how a process died, and on which jobs it worked.
 
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
 
-An end counts against the jobs that were worked on then, see lifecycle.py. Two ends count nothing: a kill from outside,
-unless the process hung, and a mapped file that was cut or cannot be read, such as that of a converted network.
+A crash counts against the jobs of that moment, see job_runner.py. Two deaths count nothing: a kill from outside, unless
+the process hung, and a bus error, since a mapped file was cut or cannot be read (such as a converted network's).
 """
 
 import faulthandler
@@ -34,7 +34,7 @@ MACHINE_AT, HANG_AT, PARTS_AT, SIGNAL_AT = 0, 192, {"codes": 256, "steps": 1024}
 HANGS = b"\1"
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
-LOOK_S = 0.5  # how often to look whether the process hangs
+POLL_INTERVAL_S = 0.5  # how often to look whether the process hangs
 OF_MAPPED_FILE = "Bus error"  # faulthandler's name of SIGBUS
 WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
 
@@ -49,7 +49,7 @@ class CrashReport:
 
 
 def prefix_of(*what: str) -> str:
-    """How the names of the files begin that a server reads and writes: those of servers that are told by the same."""
+    """Return how a server's file names begin. Servers with the same settings have the same prefix."""
     return "process-" + sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
@@ -76,7 +76,7 @@ class CrashFile:
         self._worked_on: dict[WorkerThread, frozenset[str]] = {}
         self._hangs = self._closed = self._late = self._told = False
         self._stalled_s: Callable[[], float] = lambda: 0.0
-        threading.Thread(target=self._write, name="tminus-end-file", daemon=True).start()
+        threading.Thread(target=self._write, name="tminus-crash-file", daemon=True).start()
 
     def watch(self, stalled_s: Callable[[], float]) -> None:
         """Note from now on whether the process hangs. stalled_s: for how long; any thread may call it."""
@@ -98,9 +98,9 @@ class CrashFile:
 
     def _write(self) -> None:
         while True:
-            self._look()
+            self._check_hang()
             with self._changed:
-                self._changed.wait_for(lambda: self._unwritten or self._closed, LOOK_S)
+                self._changed.wait_for(lambda: self._unwritten or self._closed, POLL_INTERVAL_S)
                 if self._closed:
                     return
                 if not self._unwritten:
@@ -116,7 +116,7 @@ class CrashFile:
                     del self._unwritten[place]
                     self._changed.notify_all()
 
-    def _look(self) -> None:
+    def _check_hang(self) -> None:
         if self._hangs == (hangs := self._stalled_s() > 0):
             return
         with self._changed:
@@ -149,39 +149,39 @@ class CrashFile:
 
 def take_crash_reports(folder: Path, prefix: str) -> list[CrashReport]:
     """Read, and delete, the files of processes that are there no more."""
-    ends = []
+    reports = []
     for file in sorted(folder.glob(f"{prefix}-*{SUFFIX}")):
         with suppress(OSError), file.open("r+b") as opened:  # NFS locks only what may be written
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
             data = opened.read()
-            file.unlink()  # first: an end that is counted twice would count as two
-            with suppress(ValueError, KeyError, TypeError):  # a file that was not begun
-                ends.append(_end_of(data))
-    return ends
+            file.unlink()  # first: a crash must not be counted twice
+            with suppress(ValueError, KeyError, TypeError):  # a file whose process died before it wrote anything
+                reports.append(_parse_report(data))
+    return reports
 
 
-def log_crash_reports(ends: Sequence[CrashReport]) -> None:
+def log_crash_reports(reports: Sequence[CrashReport]) -> None:
     """Log how processes before this one ended."""
-    for end in ends:
-        jobs = listed(sorted(end.jobs)) or "no durable job"
-        if end.cause is None:
+    for report in reports:
+        jobs = listed(sorted(report.jobs)) or "no durable job"
+        if report.cause is None:
             log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs)
             continue
         log.error(
             "a server before this one has failed: %s. It worked on %s%s",
-            end.cause, jobs, f"\n{end.traceback.rstrip()}" if end.traceback else "",
+            report.cause, jobs, f"\n{report.traceback.rstrip()}" if report.traceback else "",
         )  # fmt: skip
 
 
-def count_crashes(ends: Sequence[CrashReport], store: JobStore) -> None:
+def count_crashes(reports: Sequence[CrashReport], store: JobStore) -> None:
     """Count how processes before this one ended, before a job of the store goes on."""
-    for end in ends:
-        if end.cause not in (None, OF_MAPPED_FILE):
+    for report in reports:
+        if report.cause not in (None, OF_MAPPED_FILE):
             with suppress(StorageFailed):  # which the store has logged
-                store.crashed(end.jobs)
+                store.crashed(report.jobs)
 
 
-def _end_of(data: bytes) -> CrashReport:
+def _parse_report(data: bytes) -> CrashReport:
     def text_at(place: int) -> str:
         return data[place:].partition(b"\0")[0].decode(errors="replace")
 

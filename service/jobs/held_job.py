@@ -68,8 +68,8 @@ class HeldJobs:
     def __init__(self, worker: Worker, model: int, model_name: str) -> None:
         self._worker, self._model, self._model_name = worker, model, model_name
         self._jobs: dict[str, HeldJob] = {}
-        self._idle = asyncio.Event()  # while every job is left for another start, or there is none
-        self._idle.set()
+        self.idle = asyncio.Event()  # while every job is left for another start, or there is none
+        self.idle.set()
 
     def __iter__(self) -> Iterator[HeldJob]:
         return iter(self._jobs.values())
@@ -88,7 +88,7 @@ class HeldJobs:
     def hold(self, record: JobRecord) -> HeldJob:
         """Hold one more job."""
         job = self._jobs[record.id] = HeldJob(record, self._model, self._model_name)
-        self._idle.clear()
+        self.idle.clear()
         return job
 
     def move(self, job: HeldJob, state: HeldState) -> None:
@@ -100,16 +100,7 @@ class HeldJobs:
         if state in LAST_STATES:
             self._jobs.pop(job.record.id, None)
         if all(each.state is HeldState.LEFT for each in self):
-            self._idle.set()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is no job, or none that this process ends."""
-        return self._idle.is_set()
-
-    async def idle(self) -> None:
-        """Wait until `is_idle`."""
-        await self._idle.wait()
+            self.idle.set()
 
     def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
         """Show a job to a viewer. The mailbox is closed when the job takes no more steps here."""

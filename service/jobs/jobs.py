@@ -66,7 +66,7 @@ class Jobs:
 
         of_shared: also to one that other servers share.
         """
-        stores = [each.store for each in list(self._lifecycles.values()) if not each.retired]
+        stores = [each.store for each in list(self._lifecycles.values()) if not each.served.retired]
         served = (store.failure for store in stores if of_shared or not store.shared)
         return next((failure for failure in served if failure is not None), None)
 
@@ -281,7 +281,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
     try:
         yield
     except StorageFailed as error:
-        if not lifecycle.retired:
+        if not lifecycle.served.retired:
             raise
         log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
 

@@ -1,7 +1,6 @@
 """The durable jobs of one model while it is served: puts together what runs, claims and keeps them."""
 
 import asyncio
-from collections.abc import Coroutine
 from contextlib import suppress
 
 from tminus.service.errors import Draining, StorageFailed
@@ -35,30 +34,21 @@ class Lifecycle:
     ) -> None:
         """Serve the jobs of one model's weights. model: its number. load_queue: loads a model that a job needs."""
         self.store, self.model, self.model_name = store, model, info.name
-        self._model, self._tasks = ModelOfJobs(model, info, limits), Tasks()
+        self.served, self.tasks = ModelOfJobs(model, info, limits), Tasks()
         self.held = HeldJobs(worker, model, info.name)
-        self.retention = Retention(store, self.held, self._tasks)
-        self.runner = JobRunner(store, worker, self._model, self.held, self.retention, self._tasks, metrics, load_queue)
+        self.retention = Retention(store, self.held, self.tasks)
+        self.runner = JobRunner(store, worker, self.served, self.held, self.retention, self.tasks, metrics, load_queue)
         self.leases: Leases | None = None
         if store.shared:
             self.leases = Leases(
-                store, worker, admission, self._model, self.held, self.runner, self.retention, self._tasks, metrics
+                store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
         self._taken_on = asyncio.Event()  # when the jobs of an earlier process have been found
         self._taken_on.set()
 
-    @property
-    def retired(self) -> bool:
-        """Whether the model is served no more."""
-        return self._model.retired
-
-    @retired.setter
-    def retired(self, retired: bool) -> None:
-        self._model.retired = retired
-
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
         """Note that the model has changed. Jobs that end from now on have the new fingerprint."""
-        self._model.info, self._model.limits = info, limits or self._model.limits
+        self.served.info, self.served.limits = info, limits or self.served.limits
 
     @property
     def needs_model(self) -> bool:
@@ -78,8 +68,8 @@ class Lifecycle:
                 await self._take_on()
             except StorageFailed:
                 self._taken_on.clear()
-                self.do_beside(self._take_on_later())
-        self.do_beside(self.retention.sweep(self._model.limits))
+                self.tasks.spawn_until_closed(self._take_on_later())
+        self.tasks.spawn_until_closed(self.retention.sweep(self.served.limits))
 
     async def _take_on(self) -> None:
         self.runner.take_on(await self.store.call(SqliteStore.claim_all))
@@ -96,17 +86,13 @@ class Lifecycle:
         await self._taken_on.wait()
         with suppress(Draining):
             while True:
-                await self.held.idle()
-                if self.leases is None or (await self.leases.last_is_claimed() and self.held.is_idle):
+                await self.held.idle.wait()
+                if self.leases is None or (await self.leases.last_is_claimed() and self.held.idle.is_set()):
                     return
-                await self._tasks.pause(CLAIM_S)
-
-    def do_beside(self, work: Coroutine[None, None, None]) -> None:
-        """Run a task that ends with the process."""
-        self._tasks.spawn_until_closed(work)
+                await self.tasks.pause(CLAIM_S)
 
     async def close(self) -> None:
         """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
-        await self._tasks.close()
+        await self.tasks.close()
         if self.leases is not None:  # until now: a result may take longer to write than a lease lasts
             await self.leases.close()

@@ -1,4 +1,4 @@
-"""Accept durable jobs: once for each request, however often it is sent, and within what its key may have.
+"""Accepts durable jobs: one for each Idempotency-Key, within the quotas of the API key.
 
 A job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
 """
@@ -26,11 +26,11 @@ MOST_OWED, OWED_S = 10_000, 60
 
 
 class _KeyTaken(Exception):
-    """A job has the key by now. Raised, so that nobody is charged for what is not made."""
+    """Another job has the Idempotency-Key. An exception, so that no quota is charged."""
 
 
 class NewJobs:
-    """Lets jobs in, or leaves them to whichever replica has room. In the event loop's thread only."""
+    """Accepts jobs, or leaves them to a replica with room. In the event loop's thread only."""
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
@@ -44,7 +44,7 @@ class NewJobs:
         return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
 
     async def number_elsewhere(self, owner: str) -> int:
-        """How many durable jobs of an owner are held by other servers, or by nobody; 0 while their store is away."""
+        """Count an owner's durable jobs that this server does not hold; 0 while their store is away."""
         found = set[str]()
         self._counts.append(count := (owner, found))
         try:

@@ -22,8 +22,8 @@ LEAST_S = 2.0  # between two rounds
 class SnapshotKeeper:
     """The worker's Keeper. A thread of its own waits for copies from a GPU and for the store.
 
-    The cost of a round is the worker's share, in wall time, and the CPU time of the two other threads, whose waiting
-    for a GPU or a disk takes nothing from a tick.
+    A round costs the worker wall time, and the two other threads CPU time. They wait for a GPU or a disk, which takes
+    nothing from a tick.
     """
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:

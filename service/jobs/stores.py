@@ -13,7 +13,7 @@ from tminus.service.jobs.store.results import Results, ResultStore
 class Stores:
     """Owns the stores. Models of the same weights share one, as after a reload of the same weights.
 
-    Each counts how earlier processes ended, before a job of it goes on, and once: twice would count as two ends.
+    Each store counts the crashes of earlier processes once, before any of its jobs goes on.
     """
 
     def __init__(
@@ -21,13 +21,13 @@ class Stores:
         open_store: Callable[[str], JobStore],
         results: Results | None = None,
         first: Mapping[str, JobStore] | None = None,
-        ends: Sequence[CrashReport] = (),
+        crash_reports: Sequence[CrashReport] = (),
     ) -> None:
         """open_store: opens one, by the hash of the weights. results: where large ones go, if not there.
 
-        first: those that are open already, by their weights. ends: of earlier processes.
+        first: those that are open already, by their weights. crash_reports: of earlier processes.
         """
-        self._open, self._results, self._ends = open_store, results, ends
+        self._open, self._results, self._crash_reports = open_store, results, crash_reports
         self._counted: set[str] = set()
         self._users: Counter[str] = Counter()
         self._turn = asyncio.Lock()  # a file is not opened before it has been closed
@@ -48,7 +48,7 @@ class Stores:
     def _made(self, weights_hash: str, store: JobStore) -> AsyncStore:
         if weights_hash not in self._counted:
             self._counted.add(weights_hash)
-            count_crashes(self._ends, store)
+            count_crashes(self._crash_reports, store)
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:
@@ -64,7 +64,7 @@ class Stores:
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
 
     async def count_crash(self, job_ids: Collection[str]) -> None:
-        """Count an end of this process against jobs, whichever stores they are in. What fails is in the log."""
+        """Count a crash of this process against jobs in any store. Failures are logged."""
         if job_ids:
             calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
             await asyncio.gather(*calls, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What clients are told of jobs, durable or not: the store's record and the worker's status as one view."""
+"""Views of jobs for clients: the store's record and the worker's status in one."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ FORECAST_S = 1.0  # how old a forecast may be
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as clients are told of it. One that is not durable has none after its end."""
+    """A job as clients see it. A job that is not durable has no view after its end."""
 
     record: JobRecord
     model: int  # the number of its model

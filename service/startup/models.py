@@ -300,7 +300,7 @@ class ServedModels:
         if one is not None and one.loaded is not None:
             one.change(info)
             one.loaded.keeper.change(info.fingerprint)
-            if not one.lifecycle.retired:
+            if not one.lifecycle.served.retired:
                 self.metrics.model_loaded(info)
 
     def _put(
@@ -320,7 +320,7 @@ class ServedModels:
         if self._webhooks is not None:
             view = partial(self.jobs.to_deliver, one.lifecycle)
             deliverer = Deliverer(one.lifecycle.store, self._webhooks, view, document, self.metrics)
-            one.lifecycle.do_beside(deliverer.run())
+            one.lifecycle.tasks.spawn_until_closed(deliverer.run())
 
     # --- models that go ---
 
@@ -340,7 +340,7 @@ class ServedModels:
 
     def leave(self, one: ServedModel) -> None:
         """Stop serving a model, and free its memory when its jobs have ended."""
-        one.lifecycle.retired = True
+        one.lifecycle.served.retired = True
         task = asyncio.get_running_loop().create_task(self._leave(one))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)

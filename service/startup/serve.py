@@ -195,9 +195,9 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
         for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
         opened.pop_all()  # all are open: leave them so
-    crash_file_place, ends = read_crash_reports(settings, models[0].folder)
-    log_crash_reports(ends)
-    stores = Stores(open_store, results, first, ends)
+    crash_file_place, crash_reports = read_crash_reports(settings, models[0].folder)
+    log_crash_reports(crash_reports)
+    stores = Stores(open_store, results, first, crash_reports)
     with suppress(StorageFailed):
         for weights, job_ids in first[models[0].weights_hash].left_behind(first).items():
             log.warning(

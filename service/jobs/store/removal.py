@@ -1,4 +1,4 @@
-"""What a store deletes: jobs after their time, and objects that no job refers to."""
+"""Removal from the store: old jobs, and objects that no job refers to."""
 
 import logging
 from abc import abstractmethod
@@ -21,7 +21,7 @@ MOST_KEYS = 100  # that are taken at a time
 
 
 class Removal(DeliveryStore):
-    """The calls of a JobStore that are about what it keeps no longer."""
+    """The calls of a JobStore that delete jobs and objects."""
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
@@ -73,7 +73,7 @@ class Removal(DeliveryStore):
             run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
-        """The keys of some objects that no job refers to, to be deleted now. Others are told the same after a minute.
+        """Take the keys of some objects that no job refers to, to delete them. Others may take them after a minute.
 
         From then on no job can come to refer to them.
         """
@@ -89,7 +89,7 @@ class Removal(DeliveryStore):
         return keys
 
     def forget_objects(self, keys: Sequence[str]) -> None:
-        """Know no more of objects that were deleted."""
+        """Remove the rows of objects that were deleted."""
         objects = self._tables.objects
         with self._transaction() as run:
             run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
@@ -99,7 +99,7 @@ class Removal(DeliveryStore):
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """One part of a sweep; how many jobs were deleted. which: of others' jobs than those of this store."""
+        """Do one part of a sweep, and return how many jobs it deleted. which: jobs other than this store's own."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)

@@ -36,7 +36,7 @@ AT_ONCE = 4  # results that are written at a time
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Where large results go, and which ones are large."""
+    """The object store of large results, and the size above which a result is large."""
 
     objects: "S3Objects"
     above_bytes: int = 256 * 1024  # of pixels: results of no more stay in the database
@@ -44,7 +44,7 @@ class Results:
 
 @dataclass(slots=True)
 class _Upload:
-    """The result of one job, from when it is noted until its end is kept."""
+    """The result of one job, from the note of its key until the end of the job is kept."""
 
     key: str
     stored: StoredObject | None = None  # once the object is written

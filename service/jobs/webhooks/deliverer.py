@@ -1,7 +1,7 @@
-"""Sends what is owed to webhooks, again and again with growing waits, until it is delivered or given up.
+"""Sends deliveries to webhooks, with growing waits between attempts, until each is delivered or given up.
 
-What is owed is in the store, and is claimed for each attempt: of servers that share a store one has it at a time, and
-where that one dies another has it when the claim ends. So each event is told at least once, under one id.
+The store keeps the deliveries. A server claims a delivery for each attempt; if that server dies, another claims it when
+the claim ends. So a receiver gets each event at least once, under one id.
 
 Receivers that do not answer hold up no others. An owner may have as many attempts as there are slots free: one alone
 gets half of them, two a third each, and there is always room for one more (dynamic thresholds, Choudhury & Hahne 1998).
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 HELD_S = ATTEMPT_S + 5.0  # a claim
 DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
-LOOK_S = 5.0  # how often it is looked for what other servers left, or an earlier start
+POLL_INTERVAL_S = 5.0  # between looks for deliveries that other servers or an earlier start have left
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
 JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
 MOST_ATTEMPTS = 200
@@ -48,7 +48,7 @@ MOST_FAILING = 256  # receivers that are known to fail
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Who may be told, and how long it is tried."""
+    """The sender, the allowed receivers, and how long a delivery is tried."""
 
     sender: Sender
     allowed: AllowedReceivers
@@ -68,14 +68,14 @@ def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
 
 
 class Slots:
-    """Owns what is attempted now, and which receivers failed last."""
+    """Owns the attempts under way, and remembers the receivers that failed last."""
 
     def __init__(self) -> None:
         self._taken: dict[str, tuple[Delivery, bool]] = {}  # by id; whether its receiver was known to fail
         self._failing: dict[Whose, None] = {}  # the newest last
 
     def room(self) -> Room | None:
-        """Say what may begin now; None where nothing may."""
+        """Return the room for new attempts; None if there is none."""
         free = AT_ONCE - len(self._taken)
         if free <= 0:
             return None
@@ -109,7 +109,7 @@ class Slots:
         self._failing.pop(delivery.whose, None)
 
     def failed(self, delivery: Delivery) -> None:
-        """Note that its receiver does not, or not well."""
+        """Note that its receiver does not answer, or answers with an error."""
         self.answered(delivery)
         self._failing[delivery.whose] = None
         if len(self._failing) > MOST_FAILING:
@@ -117,7 +117,7 @@ class Slots:
 
 
 class Deliverer:
-    """Delivers what one store owes. In the event loop's thread only."""
+    """Sends the deliveries of one store. In the event loop's thread only."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Deliverer:
         document: Callable[[JobView], Mapping[str, Any]],
         metrics: Metrics,
     ) -> None:
-        """view: of a job by its id; raises ServiceError. document: what clients are told of it, which is the body."""
+        """view: looks up a job by its id; raises ServiceError. document: makes the body from it."""
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._attempts: set[asyncio.Task[None]] = set()
@@ -142,7 +142,7 @@ class Deliverer:
                     self._store.owes.clear()
                     await self._look()
                 except StorageFailed:  # which the store has logged
-                    await asyncio.sleep(LOOK_S)
+                    await asyncio.sleep(POLL_INTERVAL_S)
                     continue
                 except Exception:
                     log.exception("webhooks could not be looked for")
@@ -153,7 +153,7 @@ class Deliverer:
             await asyncio.gather(*self._attempts, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Begin what is due, as far as there is room; where there is none, an attempt that ends wakes this again."""
+        """Begin the attempts that are due, as far as there is room. An attempt that ends wakes this again."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
             heapq.heappop(self._due_s)
@@ -170,9 +170,9 @@ class Deliverer:
 
     async def _wait(self) -> None:
         """Wait until something may be due: an event, an attempt that has ended, a time that has come."""
-        until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else LOOK_S
+        until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else POLL_INTERVAL_S
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, min(LOOK_S, until_due_s))):
+            async with asyncio.timeout(max(0.0, min(POLL_INTERVAL_S, until_due_s))):
                 await self._store.owes.wait()
 
     async def _attempt(self, delivery: Delivery) -> None:
@@ -189,7 +189,7 @@ class Deliverer:
             self._store.owes.set()
 
     async def _ended(self, delivery: Delivery) -> tuple[Delivery, float, bool]:
-        """Attempt a delivery; how it stands then, when the next attempt is due, and whether this was one."""
+        """Attempt a delivery. Returns its state, the seconds until the next attempt, and whether this one counts."""
         began_s = time.perf_counter()
         try:
             view = await self._view(delivery.job_id)

@@ -94,7 +94,7 @@ class DeliveryStore(ABC):
 
     @Call(writes=True, owes=True)
     def started(self, job: JobRecord) -> None:
-        """Owe it to a job's webhook that the job has begun, if it is held and has not ended, and that is wanted."""
+        """Owe the event "start" to a job's webhook, if it wants it and the job is held and has not ended."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
@@ -172,7 +172,7 @@ class DeliveryStore(ABC):
 
     @Call("reads")
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
-        """Return all that was owed of jobs so far, by job, in the order of their events."""
+        """Return all deliveries of jobs, by job, in the order of their events."""
         found = dict[str, list[Delivery]]()
         with self._transaction() as run:
             for row in run(sa.select(self._deliveries).where(self._deliveries.c.job_id.in_([*job_ids]))).all():
@@ -182,7 +182,7 @@ class DeliveryStore(ABC):
     # --- in transactions of the rest of the store ---
 
     def _owe(self, run: Run, job_id: str, webhook: Webhook | None, events: Collection[Event]) -> None:
-        """Owe those of these events, which have happened, that are wanted and not owed yet."""
+        """Add a delivery for each of these events that the webhook wants and that has none yet."""
         table = self._deliveries
         if webhook is None or not (wanted := [event for event in events if event in webhook.events]):
             return
@@ -194,7 +194,7 @@ class DeliveryStore(ABC):
                 run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
 
     def _is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
-        """Say whether something of a job is still to be delivered that happened since then."""
+        """Choose the jobs with a pending delivery of an event after this time."""
         table, jobs = self._deliveries, self._jobs
         pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
         return sa.and_(jobs.c.webhook.is_not(None), pending.where(table.c.since_us > after_us).exists())
@@ -216,5 +216,5 @@ def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
 
 
 def kept_bytes(webhook: Webhook | None) -> int:
-    """Estimate what a webhook takes with its events."""
+    """Estimate the bytes that a webhook and its events take in the store."""
     return len(webhook.url) + DELIVERY_BYTES * len(webhook.events) if webhook is not None else 0

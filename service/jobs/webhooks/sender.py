@@ -85,7 +85,7 @@ def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body
 
 
 class NotDelivered(Exception):
-    """Why an attempt failed, in words that its client may read: nothing of the answer, no address."""
+    """An attempt failed. The reason is shown to clients, so it has no address and no text of the answer."""
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
         """is_final: the receiver wants no further attempt."""
@@ -104,7 +104,7 @@ class Sender:
         self._look_up = look_up or Names().look_up
 
     async def send(self, url: str, delivery_id: str, body: bytes, sharer: str = "") -> None:
-        """Deliver a body, which the head of the answer decides, whatever becomes of the rest of it.
+        """Deliver a body. The head of the answer decides whether it is delivered.
 
         sharer: whose share of look-ups it takes. Raises NotDelivered, InvalidField for a URL that is not allowed any
         more, and NamesBusy before anything is sent.
@@ -157,7 +157,7 @@ def _check(status: int) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """Why there is no connection: what TLS says of a certificate is for its client to mend."""
+    """Say why there is no connection. TLS errors are shown, since the client can mend a certificate."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -169,7 +169,7 @@ def _why(error: BaseException) -> str:
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that may be connected to, whatever a name server says from one moment to the next."""
+    """Connects only to permitted addresses, and checks each at the moment of connecting."""
 
     def __init__(
         self, receiver: Receiver, allowed: AllowedReceivers, look_up: Callable[[str], Awaitable[list[str]]]
@@ -205,7 +205,7 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class NamesBusy(Exception):
-    """So many names are being looked up for this sharer that this one has to wait."""
+    """Too many names are being looked up for this sharer: this one has to wait."""
 
 
 class Names:

@@ -47,14 +47,14 @@ ORIGIN_CHARACTERS = 100
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Who is told of a job's events, and of which. The URL may have secrets in its path and query."""
+    """The receiver of a job's events, and the events it wants. The URL may have secrets in its path and query."""
 
     url: str
     events: tuple[Event, ...] = EVENTS
 
     @property
     def receiver(self) -> str:
-        """What of the URL may be shown."""
+        """The part of the URL that may be shown."""
         return origin_of(self.url)
 
     def to_json(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Receiver:
 
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: AllowedReceivers) -> list[str]:
-    """Return those of the addresses to which its host resolved just now that may be connected to."""
+    """Choose the addresses that may be connected to, from all to which the receiver's host resolves."""
     by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
     listed = receiver.host in allowed.hosts
     return [each for each, address in by_number.items() if listed or is_public(address) or allowed.has(address)]
@@ -162,7 +162,7 @@ def is_public(address: Address) -> bool:
 
 
 def refused(bound: str, url: str) -> InvalidField:
-    """What a URL must be. The rest of it may be secret, and errors are logged."""
+    """Make the error for a URL. It shows the origin only: errors are logged, and the rest may be secret."""
     return InvalidField.of("webhook", bound, origin_of(url))
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tests import postgres as postgres_server
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
-from tests.service.jobs.kept import MANY, PIXELS, SPECS, claim, ended, job, same, snapshot
+from tests.service.jobs.kept import MANY, PIXELS, SPECS, ended, job, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.store import postgres_database, postgres_store
@@ -85,21 +85,6 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
         wait_until(lambda: taken(other) == ["a"])
 
 
-def test_a_job_that_was_let_go_is_no_suspect_and_one_that_a_replica_has_gone_with_stays_one(
-    database: DatabaseShelf,
-) -> None:
-    gone, left, last = (database.open() for _ in range(3))
-    gone.add(job("a"))
-    gone.release("a")
-    (released,) = claim(left).jobs
-    assert not released.suspect
-    database.expire()
-    for store in (last, left):
-        (record,) = claim(store).jobs
-        assert record.suspect
-        store.release("a")
-
-
 def test_a_replica_claims_one_suspect_at_a_time_the_shortest_first(database: DatabaseShelf) -> None:
     gone, gone_too, other, open_store = database.open(), database.open("cd" * 32), database.open(), database.opener()
     one, of_other_weights = open_store(WEIGHTS), open_store("cd" * 32)
@@ -138,38 +123,6 @@ def test_a_job_that_was_left_behind_again_waits_twice_as_long_each_time(database
         left_for(waited + 0.1)
         assert taken(database.open()) == ["a"]
     assert database.read("SELECT takeovers, crashes, outcome FROM jobs") == [(4, 0, None)]
-
-
-def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
-    """As one that was asleep past its lease: its fence is an old one."""
-    asleep, awake = database.open(), database.open()
-    asleep.add(job("a"))
-    database.expire()
-    assert taken(awake) == ["a"]
-    awake.save({"a": snapshot(seed=1)}, "build")
-    asleep.save({"a": snapshot(seed=2)}, "build")
-    assert same(awake.snapshot("a", "build"), snapshot(seed=1))
-    with pytest.raises(LeaseLost):
-        asleep.finish(ended(job("a"), "failed"))
-    record = awake.get("a")
-    assert record is not None
-    assert record.outcome is None
-    awake.finish(ended(job("a")), PIXELS)
-    assert awake.images("a") is not None
-
-
-def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: DatabaseShelf) -> None:
-    one, other = database.open(), database.open()
-    one.add(job("a"))
-    database.expire()
-    assert renew(one, "build", PACE) == {"a"}, "nobody took it"
-    for store in (other, one):
-        database.expire()
-        assert taken(store) == ["a"]
-    with pytest.raises(LeaseLost):
-        other.finish(ended(job("a")))
-    one.finish(ended(job("a")), PIXELS)
-    assert database.read("SELECT fence FROM jobs") == [(3,)]
 
 
 def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> None:
@@ -237,30 +190,6 @@ def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none
     newer = Intake(length, [length], oldest_us=2**60)
     assert taken(store, newer) == ["long"]
     assert taken(store) == ["short later", "middle"]
-
-
-def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
-    one, other = database.open(), database.open()
-    for name in "ab":
-        one.add(job(name))
-    one.release("a")
-    one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert taken(other) == ["a"]
-    assert same(other.snapshot("a", "build"), snapshot(seed=1))
-    one.save({"a": snapshot(seed=2)}, "build")
-    assert same(other.snapshot("a", "build"), snapshot(seed=1))
-    assert renew(one, "build", PACE) == {"b"}
-
-
-def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf) -> None:
-    first, one, other = database.open(), database.open(), database.open()
-    for name in ("known", "lost"):
-        first.add(job(name))
-    first.close()
-    assert len(claim(one).jobs) == 2
-    assert one.renew("build", PACE, ["known"]) == {"known"}
-    assert taken(other) == ["lost"]
-    assert one.renew("build", PACE, ["known"]) == {"known"}
 
 
 def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:

@@ -304,7 +304,7 @@ def test_the_job_of_an_edit_has_addresses_too_and_one_key_is_one_job_of_one_kind
 def test_a_server_that_drains_sends_whoever_waits_for_a_durable_job_elsewhere(
     held: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.jobs.jobs.LOOK_S", 0.01)
+    monkeypatch.setattr("tminus.service.jobs.jobs.POLL_INTERVAL_S", 0.01)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(generate, held, **CAT | {"steps": 1000}, response_format="url")
         held.engine.next_begun()

@@ -101,7 +101,7 @@ class Running:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
-    monkeypatch.setattr(module, "LOOK_S", 0.02)
+    monkeypatch.setattr(module, "POLL_INTERVAL_S", 0.02)
 
 
 def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "AT_ONCE", 2)
-    monkeypatch.setattr(module, "LOOK_S", 0.1)
+    monkeypatch.setattr(module, "POLL_INTERVAL_S", 0.1)
     hanging = looks = 0
     room, failing = Slots.room, set[Whose]()
 
