@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
+from urllib.parse import unquote
 
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 # Without tm_ a secret is 43 characters of base64url: a name or a hash of that length has no letters of both cases.
@@ -18,11 +19,11 @@ UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|ma
 SECRET = re.compile(
     rf"(?i:tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+)|(?<![\w-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[\w-]{{43,}}", re.ASCII
 )
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
-ENTITY_CHARACTERS = 11
+MASK = "tm_…"
+WORD = re.compile(r"\S+")
+MOST_ENCODINGS = 10  # of a word, one in the other; each takes a pass
 LONGEST_SECRET = 3 * 46  # characters of one, where all are percent-encoded
 MOST_FAULTS = 20  # that a problem document lists
-HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class ServiceError(Exception):
@@ -32,6 +33,8 @@ class ServiceError(Exception):
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
     remedy: ClassVar[str] = "Look at the log of the server, which has the reason."
+    detail: str = "something went wrong on the server; its log has the details"
+    retry_after_s: int | None = None  # None: the server cannot say
     of_parameters: ClassVar[bool] = False  # whether a parameter is wrong, so that `errors` lists all that are
     refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
@@ -44,11 +47,24 @@ class ServiceError(Exception):
             return 1009
         return 1011 if self.status >= 500 else 1008
 
-    def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):
-        """detail: for people. field, value, bound: what to change, what was received, and what it must be."""
-        super().__init__(detail)
-        self.detail, self.field, self.value, self.bound = detail, field, value, bound
+    def __init__(
+        self,
+        detail: str | None = None,
+        *,
+        field: str | None = None,
+        value: object = None,
+        bound: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        """detail: for people; that of the class by default. field, value, bound: what to change, what was received,
+        and what it must be.
+        """
+        self.detail, self.field, self.value, self.bound = detail or self.detail, field, value, bound
+        super().__init__(self.detail)
         self.headers: dict[str, str] = {}
+        self.retry_after_s = retry_after_s or self.retry_after_s
+        if self.retry_after_s is not None:
+            self.headers["Retry-After"] = str(self.retry_after_s)
         self.others: tuple[ServiceError, ...] = ()  # found in the same request, of other parameters
 
     def problem(self) -> dict[str, Any]:
@@ -290,8 +306,7 @@ class TooManyStreams(ServiceError):
     )
 
     def __init__(self, bound: str, limit: int) -> None:
-        super().__init__(f"{bound} may be open", field="streams", value=limit + 1, bound=bound)
-        self.headers["Retry-After"] = "1"
+        super().__init__(f"{bound} may be open", field="streams", value=limit + 1, bound=bound, retry_after_s=1)
 
 
 class MalformedRequest(ServiceError):
@@ -358,11 +373,12 @@ class TooManyBytes(ServiceError):
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
     remedy = "Try again after the seconds in `Retry-After`."
+    retry_after_s = 1
 
     def __init__(self, held: int, limit: int, *, of_caller: bool = False):
         bound, whose = f"at most {limit} bytes", "one caller's bodies" if of_caller else "bodies"
         super().__init__(f"{whose} held at once must be {bound}, got {held}", field="body", value=held, bound=bound)
-        self.headers |= {"Retry-After": "1", "Connection": "close"}
+        self.headers["Connection"] = "close"
 
 
 class TooManyImages(ServiceError):
@@ -373,8 +389,8 @@ class TooManyImages(ServiceError):
 
     def __init__(self, wait_s: float, limit_s: float) -> None:
         detail = f"the uploads before this one take {wait_s:.1f} s to decode; at most {limit_s:g} s is waited"
-        super().__init__(detail, field="image", value=round(wait_s, 1), bound=f"at most {limit_s:g} s")
-        self.headers["Retry-After"] = str(math.ceil(wait_s))
+        value, bound = round(wait_s, 1), f"at most {limit_s:g} s"
+        super().__init__(detail, field="image", value=value, bound=bound, retry_after_s=math.ceil(wait_s))
 
 
 class NotAcceptable(ServiceError):
@@ -399,24 +415,20 @@ class Overloaded(ServiceError):
         "the limit."
     )
 
+    retry_after_s: int
+
     def __init__(
-        self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
+        self, reason: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
     ):
-        """detail: without the time. of_owner: the limit is of what one key may hold."""
-        super().__init__(f"{detail}. Try again in {retry_after_s} s", field=field, value=value, bound=bound)
-        self.of_owner, self.retry_after_s, self._reason = of_owner, retry_after_s, detail
-        self.headers["Retry-After"] = str(retry_after_s)
+        """of_owner: the limit is of what one key may hold."""
+        told: dict[str, Any] = {"field": field, "value": value, "bound": bound, "retry_after_s": retry_after_s}
+        super().__init__(f"{reason}. Try again in {retry_after_s} s", **told)
+        self.of_owner, self._reason, self._told = of_owner, reason, told
 
     def sooner(self, retry_after_s: int) -> "Overloaded":
         """Return this refusal with an earlier time to come back."""
-        if retry_after_s >= self.retry_after_s:
-            return self
-        assert self.field is not None
-        assert self.bound is not None
-        return Overloaded(
-            self._reason, retry_after_s=retry_after_s, field=self.field, value=self.value, bound=self.bound,
-            of_owner=self.of_owner,
-        )  # fmt: skip
+        told = self._told | {"retry_after_s": min(retry_after_s, self.retry_after_s)}
+        return Overloaded(self._reason, of_owner=self.of_owner, **told)
 
 
 class DeadlineUnmeetable(ServiceError):
@@ -434,10 +446,7 @@ class NotReady(ServiceError):
 
     status, code, title = 503, "not_ready", "The model is not ready yet"
     remedy = "Try again after the seconds in `Retry-After`."
-
-    def __init__(self, detail: str = "the server is warming up; try again in a moment") -> None:
-        super().__init__(detail)
-        self.headers["Retry-After"] = "1"
+    detail, retry_after_s = "the server is warming up; try again in a moment", 1
 
 
 class Stalled(ServiceError):
@@ -463,10 +472,7 @@ class Draining(ServiceError):
 
     status, code, title = 503, "draining", "The server is shutting down"
     remedy = "Ask another server, or try again after the seconds in `Retry-After`."
-
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down; ask another one, or again when it is back")
-        self.headers["Retry-After"] = "5"
+    detail, retry_after_s = "the server is shutting down; ask another one, or again when it is back", 5
 
 
 class ModelNotFound(ServiceError):
@@ -487,10 +493,10 @@ class ModelUnloaded(ServiceError):
 
     status, code, title = 503, "model_unloaded", "The model was unloaded"
     remedy = "Try again: if the model was replaced, the new one answers."
+    retry_after_s = 1
 
     def __init__(self, name: str = "") -> None:
         super().__init__(f"the model {name + ' ' if name else ''}was unloaded just now; GET /models lists the models")
-        self.headers["Retry-After"] = "1"
 
 
 class ModelLoading(ServiceError):
@@ -506,8 +512,8 @@ class ModelLoading(ServiceError):
         super().__init__(
             f"the model {name} is not in memory, and loading it takes about {retry_after_s} s more",
             field="deadline_s", value=round(waited_s, 3), bound=f"at least {retry_after_s} more, or a later try",
+            retry_after_s=retry_after_s,
         )  # fmt: skip
-        self.headers["Retry-After"] = str(retry_after_s)
 
 
 class ModelBusy(ServiceError):
@@ -534,9 +540,7 @@ class AdminOff(ServiceError):
 
     status, code, title = 403, "admin_off", "No key has the role admin"
     remedy = "Give the server such a key: `tminus key NAME --role admin --file FILE`; see [security](security.md)."
-
-    def __init__(self) -> None:
-        super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and TMINUS_KEYS")
+    detail = "this needs a key of the role admin, and the server has none: see --keys-file and TMINUS_KEYS"
 
 
 class Unauthorized(ServiceError):
@@ -563,8 +567,8 @@ class TooManyLogins(ServiceError):
     remedy = "Try again after the seconds in `Retry-After`."
 
     def __init__(self, most: int, retry_after_s: int) -> None:
-        super().__init__(f"at most {most} wrong keys are taken from one address; it may try again in {retry_after_s} s")
-        self.headers["Retry-After"] = str(retry_after_s)
+        detail = f"at most {most} wrong keys are taken from one address; it may try again in {retry_after_s} s"
+        super().__init__(detail, retry_after_s=retry_after_s)
 
 
 class NotOpen(ServiceError):
@@ -575,12 +579,10 @@ class NotOpen(ServiceError):
 
     status, code, title = 403, "not_open", "The server has no keys"
     remedy = "Give the server keys, or set [`--open`](reference/settings.md#open)."
-
-    def __init__(self) -> None:
-        super().__init__(
-            "other machines reach this address of Ray's proxy, so the server needs keys: give it some by keys_file, or "
-            "let anybody in by open"
-        )
+    detail = (
+        "other machines reach this address of Ray's proxy, so the server needs keys: give it some by keys_file, or let "
+        "anybody in by open"
+    )
 
 
 class Forbidden(ServiceError):
@@ -602,8 +604,8 @@ class QuotaExceeded(ServiceError):
     remedy = "Try again after the seconds in `Retry-After`, or give the key a larger [quota](security.md)."
 
     def __init__(self, field: str, bound: str, value: int, retry_after_s: int) -> None:
-        super().__init__(f"{field} of this key must be {bound}, got {value}", field=field, value=value, bound=bound)
-        self.headers["Retry-After"] = str(max(1, retry_after_s))
+        detail = f"{field} of this key must be {bound}, got {value}"
+        super().__init__(detail, field=field, value=value, bound=bound, retry_after_s=max(1, retry_after_s))
 
 
 class EngineFailed(ServiceError):
@@ -614,7 +616,6 @@ class EngineFailed(ServiceError):
     """
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
-    remedy = "Look at the log of the server, which has the reason."
     refusal = False
 
 
@@ -624,9 +625,7 @@ class NotFinite(ServiceError):
     status, code, title = 500, "not_finite", "The network returned NaN or infinity"
     remedy = "Try another seed, class or guidance. If it happens again, the checkpoint is at fault."
     refusal = False
-
-    def __init__(self) -> None:
-        super().__init__("the network returned NaN or infinity for an image of this job")
+    detail = "the network returned NaN or infinity for an image of this job"
 
 
 class DeadlinePassed(ServiceError):
@@ -657,10 +656,8 @@ class StorageFailed(ServiceError):
 
     def __init__(self, detail: str, *, damaged: bool = False) -> None:
         """damaged: what is kept cannot be read, however often it is tried."""
-        super().__init__(detail)
+        super().__init__(detail, retry_after_s=None if damaged else 5)  # as often as a server itself tries again
         self.damaged = damaged
-        if not damaged:
-            self.headers["Retry-After"] = "5"  # as often as a server itself tries again
 
 
 class NewerJob(StorageFailed):
@@ -687,8 +684,7 @@ class JobNotDone(ServiceError):
     refusal = False
 
     def __init__(self, state: str, retry_after_s: int) -> None:
-        super().__init__(f"this job is {state}. Try again in {retry_after_s} s")
-        self.headers["Retry-After"] = str(retry_after_s)
+        super().__init__(f"this job is {state}. Try again in {retry_after_s} s", retry_after_s=retry_after_s)
 
 
 class NoImages(ServiceError):
@@ -743,37 +739,22 @@ def short(value: object, limit: int = 200) -> object:
 def masked(text: str) -> str:
     """Mask the secrets of API keys, which clients may have put anywhere.
 
-    They may be percent-encoded or written with HTML entities, any number of times.
+    They may be percent-encoded or written with HTML entities, any number of times. Such a word is masked as a whole.
     """
-    if "%" in text or ("&" in text and ";" in text):
-        decoded, starts = _decoded(text)
-        pieces, end = list[str](), 0
-        for found in SECRET.finditer(decoded):
-            pieces += text[end : starts[found.start()]], "tm_…"
-            end = starts[found.end()]
-        text = "".join([*pieces, text[end:]])
-    return SECRET.sub("tm_…", text)  # a percent sign before a secret may have hidden its first two characters
+    return WORD.sub(lambda word: _masked(word[0]), text)
 
 
-def _decoded(text: str) -> tuple[str, list[int]]:
-    """Decode what is encoded until nothing is; where in the text each character begins, and where it ends."""
-    characters, starts = list[str](), list[int]()
-    for at, character in enumerate(text):
-        characters.append(character)
-        starts.append(at)
-        while found := _last_encoded(characters):
-            length, meant = found
-            characters[-length:] = meant
-            del starts[len(starts) - length + 1 :]
-    return "".join(characters), [*starts, len(text)]
+def _masked(word: str) -> str:
+    shown, decoded = SECRET.sub(MASK, word), _decoded(word)
+    return shown if decoded is not None and _decoded(shown) == SECRET.sub(MASK, decoded) else MASK
 
 
-def _last_encoded(characters: list[str]) -> tuple[int, str] | None:
-    """Find a character that is encoded by the last ones: by how many, and which it is."""
-    if len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
-        return 3, chr(int("".join(characters[-2:]), 16))
-    if characters[-1] == ";" and (found := ENTITY.search("".join(characters[-ENTITY_CHARACTERS:]))):
-        return len(found[0]), html.unescape(found[0])[:1] or "\ufffd"
+def _decoded(text: str) -> str | None:
+    """Decode what is encoded until nothing is. None: it is encoded more often than any client does."""
+    for _ in range(MOST_ENCODINGS):
+        if (decoded := html.unescape(unquote(text))) == text:
+            return text
+        text = decoded
     return None
 
 

@@ -303,49 +303,39 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        def histogram(name: str) -> Histogram:
-            told = METRICS[name]
-            return Histogram(name, told.text, tuple(told.labels), buckets=(*told.buckets, math.inf), registry=registry)
-
-        def latency(name: str) -> _Latency:
-            return _Latency(histogram(name), clock)
-
-        def counter(name: str) -> Counter:
-            return Counter(name, METRICS[name].text, tuple(METRICS[name].labels), registry=registry)
-
-        self._tick = histogram("tminus_tick_duration_seconds")
-        self._places = histogram("tminus_tick_places")
-        self._row_steps = counter("tminus_row_steps_total")
-        self._asked = counter("tminus_sample_requests_total")
-        self._request = latency("tminus_request_duration_seconds")
-        self._errors = counter("tminus_errors_total")
-        self._queue = latency("tminus_queue_wait_seconds")
-        self._first_step = latency("tminus_time_to_first_step_seconds")
-        self._images = counter("tminus_images_total")
-        self._rejected = counter("tminus_rejected_total")
-        self._charged = counter("tminus_key_places_total")
-        self._aborted = counter("tminus_jobs_aborted_total")
-        self._saved = counter("tminus_row_steps_saved_total")
-        self._unworked = counter("tminus_answered_without_work_total")
-        self._snapshots = counter("tminus_snapshots_total")
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for name, told in METRICS.items():
+            if told.kind == "counter":
+                self._counters[name] = Counter(name, told.text, tuple(told.labels), registry=registry)
+            elif told.kind == "histogram":
+                buckets = (*told.buckets, math.inf)
+                self._histograms[name] = Histogram(
+                    name, told.text, tuple(told.labels), buckets=buckets, registry=registry
+                )
+        self._request, self._queue, self._first_step = (
+            _Latency(self._histograms[name], clock)
+            for name in (
+                "tminus_request_duration_seconds",
+                "tminus_queue_wait_seconds",
+                "tminus_time_to_first_step_seconds",
+            )
+        )
         at = "tminus_last_snapshot_timestamp_seconds"
         self._snapshot_at = Gauge(at, METRICS[at].text, registry=registry)
-        self._resumed = counter("tminus_jobs_resumed_total")
-        self._durable = counter("tminus_durable_jobs_ended_total")
-        self._encode = histogram("tminus_encode_duration_seconds")
-        self._coding = histogram("tminus_autoencoder_duration_seconds")
-        self._frames_sent = counter("tminus_frames_sent_total")
-        self._frames_dropped = counter("tminus_frames_dropped_total")
         self._model = Info("tminus_model", METRICS["tminus_model_info"].text, ["name"], registry=registry)
-        self._webhooks = counter("tminus_webhook_events_total")
-        self._webhook_attempt = histogram("tminus_webhook_attempt_duration_seconds")
-        self._loads = counter("tminus_model_loads_total")
-        self._unloads = counter("tminus_model_unloads_total")
         # What alerts wait for is there at 0: to Prometheus, a series that begins at 1 has not increased.
         for status in ERRORS:
-            self._errors.labels(status)
+            self._counters["tminus_errors_total"].labels(status)
         for reason in LOST:
-            self._aborted.labels(reason)
+            self._counters["tminus_jobs_aborted_total"].labels(reason)
+
+    def _count(self, name: str, *labels: str, by: int = 1) -> None:
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
+
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
         """Describe a model that is served from now on, in place of another of its name."""
@@ -368,11 +358,11 @@ class Metrics:
 
     def loaded_while_running(self, outcome: str, reason: str) -> None:
         """Record the outcome of loading a model while the server runs: done or refused; reason: admin or demand."""
-        self._loads.labels(outcome, reason).inc()
+        self._count("tminus_model_loads_total", outcome, reason)
 
     def unloaded_while_running(self, reason: str) -> None:
         """Record that a model that is served went out of memory: it was idle, for room, or by an admin."""
-        self._unloads.labels(reason).inc()
+        self._count("tminus_model_unloads_total", reason)
 
     def watch(
         self,
@@ -414,10 +404,10 @@ class Metrics:
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
         """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
-        self._tick.labels(model).observe(seconds)
-        self._places.labels(model).observe(places)
+        self._observe("tminus_tick_duration_seconds", seconds, model)
+        self._observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
-            self._row_steps.labels(model, sampler).inc(count)
+            self._count("tminus_row_steps_total", model, sampler, by=count)
 
     def job_started(self, *, queue_s: float, first_step_s: float, exemplar: Mapping[str, str]) -> None:
         """Record that a job has taken its first step. exemplar: the labels that name its request."""
@@ -426,71 +416,71 @@ class Metrics:
 
     def job_done(self, model: str, images: int) -> None:
         """Record that a job of a model has all its images."""
-        self._images.labels(model).inc(images)
+        self._count("tminus_images_total", model, by=images)
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
         """Record that an accepted job ended without images."""
-        self._aborted.labels(reason).inc()
-        self._saved.inc(row_steps_saved)
+        self._count("tminus_jobs_aborted_total", reason)
+        self._count("tminus_row_steps_saved_total", by=row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
         """Record that snapshots of so many jobs were written to the store."""
-        self._snapshots.inc(jobs)
+        self._count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
 
     def jobs_resumed(self, jobs: int) -> None:
         """Record that so many jobs of an earlier run of the server are continued."""
-        self._resumed.inc(jobs)
+        self._count("tminus_jobs_resumed_total", by=jobs)
 
     def durable_job_ended(self, outcome: str) -> None:
         """Record that a durable job ended, and its outcome is in the store."""
-        self._durable.labels(outcome).inc()
+        self._count("tminus_durable_jobs_ended_total", outcome)
 
     def webhook_attempted(self, outcome: str, seconds: float) -> None:
         """Record an attempt to tell a webhook of an event: delivered or failed."""
-        self._webhook_attempt.labels(outcome).observe(seconds)
+        self._observe("tminus_webhook_attempt_duration_seconds", seconds, outcome)
 
     def webhook_ended(self, outcome: str) -> None:
         """Record that a webhook was told of an event, delivered, or that this was given up, given_up."""
-        self._webhooks.labels(outcome).inc()
+        self._count("tminus_webhook_events_total", outcome)
 
     def frame_sent(self) -> None:
         """Record that a frame was sent to a viewer."""
-        self._frames_sent.inc()
+        self._count("tminus_frames_sent_total")
 
     def frame_dropped(self) -> None:
         """Record that a frame was not sent: a newer one replaced it, or its job ended."""
-        self._frames_dropped.inc()
+        self._count("tminus_frames_dropped_total")
 
     def rejected(self, reason: str) -> None:
         """Record that a request was refused with this problem code."""
-        self._rejected.labels(reason).inc()
+        self._count("tminus_rejected_total", reason)
 
     def asked_for(self, model: str, sampler: str, named: str) -> None:
         """Record a request for images of a model that passed the checks; named: see `named_by` in defaults.py."""
-        self._asked.labels(model, sampler, named).inc()
+        self._count("tminus_sample_requests_total", model, sampler, named)
 
     def charged(self, key: str, places: int) -> None:
         """Record that a job of so many places was accepted from a key; an empty name is whoever has none."""
-        self._charged.labels(key).inc(places)
+        self._count("tminus_key_places_total", key, by=places)
 
     def answered_without_work(self, how: str) -> None:
         """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""
-        self._unworked.labels(how).inc()
+        self._count("tminus_answered_without_work_total", how)
 
     def encoded(self, kind: str, seconds: float) -> None:
         """Record that images were encoded."""
-        self._encode.labels(kind).observe(seconds)
+        self._observe("tminus_encode_duration_seconds", seconds, kind)
 
     def task_done(self, direction: str, seconds: float) -> None:
         """Record that an image was encoded to latents (encode) or made of them (decode)."""
-        self._coding.labels(direction).observe(seconds)
+        self._observe("tminus_autoencoder_duration_seconds", seconds, direction)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
         """Record that a request was answered, in the task that answered it."""
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
-            self._errors.labels(str(status)).inc()
+            self._count("tminus_errors_total", str(status))
 
     def render(self, *, as_openmetrics: bool = False) -> tuple[bytes, str]:
         """Write all metrics in the Prometheus text format or as OpenMetrics, which alone has exemplars.

@@ -133,12 +133,12 @@ class _Stream:
         """Say what went wrong, and close."""
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
-            error = ServiceError("something went wrong on the server; its log has the details")
+            error = ServiceError()
         note_error(error, self._services.metrics)
         with self._services.streams.busy():
             message = error.problem() | {"type": "error"}  # not that of the problem: a message has one of its own
-            if "Retry-After" in error.headers:
-                message["retry_after_s"] = int(error.headers["Retry-After"])
+            if error.retry_after_s is not None:
+                message["retry_after_s"] = error.retry_after_s
             await self._send(message)
             await self._close(error.ws_close, error.code)
 

@@ -188,7 +188,7 @@ class JobRunner:
             await self._fail(job, error)
         except Exception:
             log.exception("job %s could not be finished", job.record.id)
-            await self._fail(job, ServiceError("something went wrong on the server; its log has the details"))
+            await self._fail(job, ServiceError())
 
     async def _resume(self, job: HeldJob) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""

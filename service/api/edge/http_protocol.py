@@ -54,16 +54,53 @@ ACCEPTED = 64  # connections in one turn of the event loop: each has a file befo
 
 
 class _Outlet:
-    """What a request is answered on: the connection, which closes by `HttpProtocol.close`."""
+    """What requests are answered on: the connection, which must take what is written in time.
+
+    It closes by `HttpProtocol.close`.
+    """
+
+    _timer: TimerHandle | None = None  # while bytes of an answer are left
+    _written = 0  # bytes of answers, in all
+    _sent = 0  # how many of these had left when the timer began
 
     def __init__(self, protocol: "HttpProtocol") -> None:
-        self._protocol, self.write = protocol, protocol.write
+        self._protocol, self._transport = protocol, protocol.transport
+
+    def write(self, data: bytes) -> None:
+        """Write a part of an answer, and see that it leaves."""
+        was_left = self._transport.get_write_buffer_size()
+        self._transport.write(data)
+        self._written += len(data)
+        if not was_left:  # all before this had left
+            self._expect_sent()
 
     def close(self) -> None:
         self._protocol.close()
 
     def is_closing(self) -> bool:
-        return self._protocol.lingers or self._protocol.transport.is_closing()
+        return self._protocol.lingers or self._transport.is_closing()
+
+    def stop_waiting(self) -> None:
+        """Let what is left leave whenever it does."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expect_sent(self) -> None:
+        """Begin a window, if bytes are left; the one before is over."""
+        self.stop_waiting()
+        if left := self._transport.get_write_buffer_size():
+            self._sent = self._written - left
+            self._timer = self._protocol.loop.call_later(SENT_S, self._look_at_sent)
+
+    def _look_at_sent(self) -> None:
+        left = self._transport.get_write_buffer_size()
+        if left and self._written - left - self._sent < SENT_RATE * SENT_S:
+            address = self._protocol.client and self._protocol.client[0]
+            log.info("a client at %s reads its answer too slowly, and is disconnected", address)
+            self._transport.abort()
+        else:
+            self._expect_sent()
 
 
 class _Parser(h11.Connection):
@@ -107,9 +144,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
-    _send_timer: TimerHandle | None = None  # while bytes of an answer are left
-    _written = 0  # bytes of answers, in all
-    _sent = 0  # how many of these had left when the timer began
+    _outlet: _Outlet
     _to_discard = LINGER_BYTES
     _ends = False  # whether it ends with the server
     _next = b""  # came while an answer was being sent
@@ -123,6 +158,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         """Count the connection, or turn it away; wait for a head."""
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
+        self._outlet = _Outlet(self)
         address = counted_address(self.client[0]) if self.client else ""
         served = len(self.connections) - self.open_by_address[TURNED_AWAY]
         if self.open_by_address[address] >= self.max_per_address:
@@ -149,12 +185,13 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         """Count it no longer."""
         self._leave()
         self._unset_keepalive_if_required()
-        for timer in (self._linger_timer, self._send_timer):
-            if timer is not None:
-                timer.cancel()
+        self._outlet.stop_waiting()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # its outlet knows this protocol, which would not be freed at once
+            self.cycle.transport = self.transport
+        del self._outlet  # it knows this protocol, which would not be freed at once
 
     def data_received(self, data: bytes) -> None:
         """Take data, unless the connection is closing or has a request that is not answered yet.
@@ -166,7 +203,9 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
-                self._discard(data)
+                self._to_discard -= len(data)
+                if self._to_discard < 0:
+                    self.transport.close()
                 return
             if self._is_answering():
                 self._wait_for_answer(data)
@@ -184,14 +223,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         if self.conn.their_state is h11.IDLE:
             return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
         return TURN_BYTES if self._has_chunks else BULK_BYTES
-
-    def write(self, data: bytes) -> None:
-        """Write a part of an answer, and see that it leaves."""
-        was_left = self.transport.get_write_buffer_size()
-        self.transport.write(data)
-        self._written += len(data)
-        if not was_left:  # all before this had left
-            self._expect_sent()
 
     def on_response_complete(self) -> None:
         """Give a client that has its answer before it has sent its body as long for the rest as for a head.
@@ -270,18 +301,13 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         else:
             self._next, self.cycle.keep_alive = b"", False
 
-    def _discard(self, data: bytes) -> None:
-        self._to_discard -= len(data)
-        if self._to_discard < 0:
-            self.transport.close()
-
     def _take(self, data: bytes) -> None:
         asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
         if self.transport.get_protocol() is not self:  # it is a WebSocket's now
             return
         if self.cycle is not asked:
-            self.cycle.transport = cast(Transport, _Outlet(self))
+            self.cycle.transport = cast(Transport, self._outlet)
             names = {name for name, _ in self.headers}
             self._has_chunks = b"transfer-encoding" in names
             if self._has_chunks and b"content-length" in names:  # RFC 9112, section 6.1: somebody may be smuggling
@@ -301,12 +327,12 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         if self.transport.get_write_buffer_size():  # who is to write from now on knows nothing of what is left
             self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return
-        if self._send_timer is not None:  # what is not sent from now on is the WebSocket's
-            self._send_timer.cancel()
+        self._outlet.stop_waiting()  # what is not sent from now on is the WebSocket's
         super().handle_websocket_upgrade(event)
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
+            del self._outlet  # it would keep this protocol from being freed
             self.transport.pause_reading()  # a client waits for the answer: uvicorn cannot refuse a frame before it
             self._stop_waiting()
             self._expect_head()
@@ -347,23 +373,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         else:
             self.close()  # it has said nothing, or has its answer: there is nothing to answer
 
-    def _expect_sent(self) -> None:
-        """Begin a window, if bytes are left; the one before is over."""
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
-        if left := self.transport.get_write_buffer_size():
-            self._sent = self._written - left
-            self._send_timer = self.loop.call_later(SENT_S, self._look_at_sent)
-
-    def _look_at_sent(self) -> None:
-        left = self.transport.get_write_buffer_size()
-        if left and self._written - left - self._sent < SENT_RATE * SENT_S:
-            log.info("a client at %s reads its answer too slowly, and is disconnected", self._address)
-            self.transport.abort()
-        else:
-            self._expect_sent()
-
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -384,7 +393,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             headers = [*answer.raw_headers, (b"connection", b"close")]
             body = h11.Data(data=bytes(answer.body))
             for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
-                self.write(self.conn.send(event) or b"")
+                self._outlet.write(self.conn.send(event) or b"")
         self.close()
 
 

@@ -162,7 +162,7 @@ class RequestContext:
             log.exception("request %s: unhandled error", request_id)
             if status is not None:  # part of a response is sent: the connection can only be closed
                 raise
-            answer = render(ServiceError("something went wrong on the server; its log has the details"), scope)
+            answer = render(ServiceError(), scope)
             await answer(scope, receive, send_with_id)
         finally:
             route = route_of(scope)

@@ -314,7 +314,7 @@ async def _events(
             note_error(error, services.metrics)
         else:
             log.exception("the events of job %s ended by an error", wanted.new.id)
-            error = ServiceError("something went wrong on the server; its log has the details")
+            error = ServiceError()
         yield format_sse_event(data_str=json.dumps(as_openai(error.problem())[1]), event="error")
 
 
