@@ -22,7 +22,7 @@ from tminus.service.api.edge.origin import EXPOSED_HEADERS
 from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
-from tminus.service.api.kserve.routes import kserve_routes
+from tminus.service.api.kserve import routes as kserve
 from tminus.service.api.models import Models, Services
 from tminus.service.api.noise import noise_routes
 from tminus.service.api.openai import answers as openai
@@ -134,7 +134,7 @@ def _general_routes(
         openai_routes(models),
         system_routes(served.worker, served.jobs, metrics),
         hugging_face_routes(models, contract, BARE_PATH),
-        kserve_routes(models, loader, served.worker, served.jobs, VERSION),
+        kserve.kserve_routes(models, loader, served.worker, served.jobs, VERSION),
     ]
 
 
@@ -182,4 +182,5 @@ class _Documents:
         )
         for router in (*_model_routes(self._models, contract), *(() if prefix else self._general(contract))):
             described.include_router(router)
-        return openapi.document(described, contract, is_open, {} if prefix else openai.components(contract))
+        more = {} if prefix else openai.components(contract) | kserve.components()
+        return openapi.document(described, contract, is_open, more)

@@ -1,11 +1,13 @@
 """The calls of KServe's protocol: what there is, how it is doing, and inference."""
 
 import json
-from typing import Any, Self
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Field
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field, StrictBool
+from pydantic.json_schema import models_json_schema
 
 from tminus.service.api.admin import Loader
 from tminus.service.api.answers import problems
@@ -18,20 +20,22 @@ from tminus.service.api.answers.openapi import (
     Described,
     failures,
     path_parameter,
+    ref,
 )
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.kserve.infer import (
     BINARY,
-    BYTES,
     HEADER_LENGTH,
-    TAKEN,
+    InferCall,
     InferRequest,
-    TensorInfo,
+    InferResponse,
+    TensorMetadata,
     Tensors,
-    flag_of,
     inputs_of,
     outputs_of,
+    outputs_wanted,
+    read_request,
     version_of,
 )
 from tminus.service.api.models import Models, Services
@@ -43,7 +47,7 @@ from tminus.service.api.request.reading import (
     read_body,
     read_json,
 )
-from tminus.service.api.request.schemas import SampleRequest, check_names
+from tminus.service.api.request.schemas import RequestSchema, in_words
 from tminus.service.api.sample import Answer, respond
 from tminus.service.api.submission import ensure_loaded, prepare_job
 from tminus.service.api.system import fatal_error, why_unready
@@ -87,19 +91,6 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-class TensorMetadata(BaseModel):
-    """A tensor that a model takes or gives."""
-
-    name: str
-    datatype: str
-    shape: list[int] = Field(description="The lengths. -1 is any length.")
-
-    @classmethod
-    def of(cls, info: TensorInfo) -> "TensorMetadata":
-        """Say what a tensor is."""
-        return cls(name=info.name, datatype=info.datatypes[0], shape=list(info.shape))
-
-
 class ModelMetadata(BaseModel):
     """What a model takes and gives. A request may leave out each input."""
 
@@ -119,6 +110,13 @@ class ModelInIndex(BaseModel):
     reason: str = Field(description="Why the model is not ready. Empty where it is.")
 
 
+class IndexCall(RequestSchema):
+    """The models to list."""
+
+    ready: Annotated[StrictBool, in_words("false")] = False
+    """Only models that are ready."""
+
+
 class TensorConfig(BaseModel):
     """A tensor that a model takes or gives, in the terms of Triton's model_config.proto."""
 
@@ -127,10 +125,9 @@ class TensorConfig(BaseModel):
     dims: list[int] = Field(description="The lengths. -1 is any length.")
 
     @classmethod
-    def of(cls, info: TensorInfo) -> Self:
-        """Say what a tensor is."""
-        datatype = "STRING" if info.datatypes[0] == BYTES else info.datatypes[0]
-        return cls(name=info.name, data_type=f"TYPE_{datatype}", dims=list(info.shape))
+    def of(cls, tensor: TensorMetadata) -> Self:
+        """Describe a tensor."""
+        return cls(name=tensor.name, data_type=f"TYPE_{tensor.datatype}", dims=tensor.shape)
 
 
 class InputConfig(TensorConfig):
@@ -182,9 +179,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
     )  # fmt: skip
     async def get_index(request: Request) -> list[ModelInIndex]:
         check_encoding(request)
-        body = await read_json(request, models.default.limits.max_body_bytes, None)
-        check_names(body, ("ready",))
-        only_ready = flag_of(body.get("ready", False), "ready")
+        call = IndexCall.parse(await read_json(request, models.default.limits.max_body_bytes, None))
         reason = why_unready(worker, jobs)
         state, why = ("READY", "") if reason is None else ("UNAVAILABLE", reason.detail)
         found = [
@@ -194,7 +189,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
         for name, going_on in (await loader.unloaded_models()).items():
             unloaded = "UNAVAILABLE" if going_on == "unloaded" else going_on.upper()
             found.append(ModelInIndex(name=name, state=unloaded, reason=going_on))
-        return [each for each in found if each.state == "READY" or not only_ready]
+        return [each for each in found if each.state == "READY" or not call.ready]
 
     async def get_config(request: Request) -> ModelConfig:
         model = _of_version(models.of(request), request).model
@@ -212,8 +207,8 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
             name=model.name,
             versions=[version_of(model)],
             platform=PLATFORM,
-            inputs=[TensorMetadata.of(each) for each in inputs_of(model)],
-            outputs=[TensorMetadata.of(each) for each in outputs_of(model)],
+            inputs=inputs_of(model),
+            outputs=outputs_of(model),
         )
 
     async def get_model_ready(request: Request) -> ModelReady | Response:
@@ -235,7 +230,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
             responses=failures(404, 422), openapi_extra=in_path,
         )(get_config)  # fmt: skip
         router.post(
-            f"{path}/infer", **described(f"kserve_infer{of_version}"), response_class=Response,
+            f"{path}/infer", **described(f"kserve_infer{of_version}"), dependencies=BARE, response_class=Response,
             responses={200: ANSWER, **failures(404, 412, *BODY_ERRORS, *WORK_ERRORS)},
             openapi_extra={"parameters": [*in_path["parameters"], IF_NONE_MATCH], "requestBody": BODY},
         )(models.handler(infer, "infer"))  # fmt: skip
@@ -245,45 +240,37 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
 async def infer(services: Services, request: Request) -> Response:
     """Answer with images as tensors, of the same pixels as POST /sample makes."""
     _of_version(services, request)
-    await no_parameters(request)
     check_encoding(request)
-    asked = await _read(services, request)
-    parameters = await parse_call(SampleRequest, asked.parameters, services.bounds)
-    services = await ensure_loaded(services, caller_of(request), parameters, request)
-    new = await prepare_job(services, caller_of(request), parameters, request)
-    made = Tensors(new.spec, services.model, asked.outputs)
+    body, header = await read_body(request), request.headers.get(HEADER_LENGTH)
+    asked, parameters = await off_loop(len(body), read_request, body, header, services.model, services.limits)
+    call = await parse_call(InferCall, parameters, services.bounds)
+    outputs = outputs_wanted(asked, call)
+    if call.timeout is not None:
+        call.deadline_s = call.timeout / 1e6
+    services = await ensure_loaded(services, caller_of(request), call, request)
+    new = await prepare_job(services, caller_of(request), call, request)
+    made = Tensors(new.spec, services.model, outputs)
     try:
         response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))
     except ServiceError as error:
-        raise asked.in_its_words(error) from None
+        raise call.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes
     if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
         response.headers["ETag"] = f"W/{etag}"
-    if response.status_code == 200:
-        named = "" if asked.id is None else f'"id": {json.dumps(asked.id)}, '
-        response = _Whole(f"{{{named}".encode(), response)
-    if made.binary_bytes and response.status_code == 200:
-        response.headers[HEADER_LENGTH] = str(int(response.headers["Content-Length"]) - made.binary_bytes)
-    return response
+    if response.status_code != 200:
+        return response
+    beginning = b"{" if asked.id is None else f'{{"id": {json.dumps(asked.id)}, '.encode()
+    length = len(beginning) + len(response.body)
+    response.headers["Content-Length"] = str(length)
+    if made.binary_bytes:
+        response.headers[HEADER_LENGTH] = str(length - made.binary_bytes)
+    # The rest may be kept in the cache, and is sent without a copy, so that it counts once.
+    return StreamingResponse(_parts(beginning, response.body), headers=response.headers)
 
 
-class _Whole(Response):
-    """An answer with its beginning. The rest may be kept, and is sent to all without a copy, so that it counts once."""
-
-    def __init__(self, beginning: bytes, rest: Response) -> None:
-        self.status_code, self.background, self.raw_headers = rest.status_code, None, rest.raw_headers
-        self.beginning, self.body = beginning, rest.body
-        self.headers["Content-Length"] = str(len(beginning) + len(rest.body))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.beginning, "more_body": True})
-        await send({"type": "http.response.body", "body": self.body})
-
-
-async def _read(services: Services, request: Request) -> InferRequest:
-    body, header = await read_body(request), request.headers.get(HEADER_LENGTH)
-    return await off_loop(len(body), InferRequest.parse, body, header, services.model, services.limits)
+async def _parts(*parts: bytes | memoryview) -> AsyncIterator[bytes | memoryview]:
+    for part in parts:
+        yield part
 
 
 def _of_version(services: Services, request: Request) -> Services:
@@ -295,54 +282,15 @@ def _of_version(services: Services, request: Request) -> Services:
     return services
 
 
-_PARAMETERS: Described = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
-_REQUESTED: dict[str, Any] = {
-    "id": {"type": "string", "maxLength": 255},
-    "model_name": {"type": "string", "description": "The name in the path."},
-    "model_version": {"type": "string", "description": "The version that is loaded."},
-    "parameters": _PARAMETERS
-    | {"description": "Those of `POST /sample` that are not tensors, `timeout` and `binary_data_output`."},
-    "inputs": {
-        "type": "array",
-        "maxItems": len(TAKEN),
-        "items": {
-            "type": "object",
-            "required": ["name", "shape", "datatype"],
-            "additionalProperties": False,
-            "properties": {
-                "name": {"type": "string", "enum": [each.name for each in TAKEN]},
-                "shape": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 1},
-                "datatype": {"type": "string", "enum": sorted({name for each in TAKEN for name in each.datatypes})},
-                "data": {"type": "array", "items": {"type": ["string", "number"]}},
-                "parameters": _PARAMETERS,
-            },
-        },
-    },
-    "outputs": {
-        "type": "array",
-        "maxItems": 2,
-        "items": {
-            "type": "object",
-            "required": ["name"],
-            "additionalProperties": False,
-            "properties": {"name": {"type": "string", "enum": ["images", "seed"]}, "parameters": _PARAMETERS},
-        },
-    },
-}
-BODY: Described = {
-    "required": True,
-    "content": {
-        JSON: {
-            "schema": {
-                "type": "object",
-                "description": f"With {HEADER_LENGTH}, bytes of tensors may follow.",
-                "required": ["inputs"],
-                "additionalProperties": False,
-                "properties": _REQUESTED,
-            }
-        }
-    },
-}
+def components() -> dict[str, Described]:
+    """Make the components that the routes refer to."""
+    shown: list[Any] = [(InferRequest, "validation"), (InferResponse, "serialization")]
+    _, made = models_json_schema(shown, ref_template="#/components/schemas/{model}")
+    found: dict[str, Described] = made["$defs"]
+    return found
+
+
+BODY: Described = {"required": True, "content": {JSON: {"schema": ref("InferRequest")}}}
 INDEX_BODY: Described = {
     "content": {JSON: {"schema": {"type": "object", "additionalProperties": False, "properties": {
         "ready": {"type": "boolean", "description": "Only models that are ready. Default: false."},
@@ -350,6 +298,6 @@ INDEX_BODY: Described = {
 }  # fmt: skip
 ANSWER: Described = {
     "description": "The images, and the seed",
-    "content": {JSON: {"schema": {"type": "object"}}, BINARY: {"schema": FILE}},
+    "content": {JSON: {"schema": ref("InferResponse")}, BINARY: {"schema": FILE}},
     **with_headers(*OF_JOB, *OF_FORECAST, *NAMED, "Cache-Status", HEADER_LENGTH),
 }

@@ -210,6 +210,7 @@ def test_probes_say_how_the_server_does_without_a_key(make_site: MakeSite) -> No
         (*body([], header=10**6), "invalid_field", "Inference-Header-Content-Length"),
         (*body([], behind=b"x"), "invalid_field", "Inference-Header-Content-Length"),
         (*body([as_bytes("steps", "INT32", bytes(4), [1], size=400)]), "invalid_field", "steps.binary_data_size"),
+        (*body([as_bytes("class_label", "BYTES", texts(b"\xff"), [1])]), "invalid_field", "class_label.data"),
         (b'{"inputs": []}' + bytes(100), {}, "malformed_body", None),
         (b'{"inputs": [], "parameters": {"n": 1000000000}}', {}, "invalid_field", "n"),
         (b'{"inputs": []}', {"Content-Encoding": "gzip"}, "unsupported_encoding", "Content-Encoding"),
