@@ -165,8 +165,10 @@ class Tensor(Members):
             if self.data is not ABSENT:
                 detail = f"{self.name} has both data and binary_data_size"
                 raise ConflictingField(detail, field=self.name, value=size_bytes)
+            if size_bytes > (left := len(context.rest)):
+                raise InvalidField.of(f"{self.name}.binary_data_size", f"at most {left}, the bytes left", size_bytes)
             data, context.rest = context.rest[:size_bytes], context.rest[size_bytes:]
-            found = _from_bytes(data, self.datatype) if len(data) == size_bytes else None
+            found = _from_bytes(data, self.datatype)
             if found is None or len(found) != self.shape[0]:
                 raise InvalidField.of(f"{self.name}.binary_data_size", f"that of {bound}", size_bytes)
             self.data = found
