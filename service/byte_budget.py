@@ -15,7 +15,7 @@ SHARE = 0.75  # of what the others leave, that one may hold (the dynamic thresho
 
 
 class ByteBudget:
-    """Counts what all its holds hold together."""
+    """Counts the bytes of all its holds."""
 
     def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
         self.limit_bytes = limit_bytes

@@ -106,7 +106,7 @@ class ValidationErrors:
         return bool(self._found)
 
     def add(self, error: ServiceError) -> None:
-        """Add an error, with the others that were found beside it."""
+        """Add an error, and the errors it carries."""
         for each in (error, *error.others):
             self._found.setdefault(each.field, each)
 
@@ -157,7 +157,7 @@ class UnknownField(ServiceError):
 
     @classmethod
     def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
-        """Build the usual detail: the name received, and those that there are."""
+        """Build the usual detail: the name received, and the known names."""
         names = ", ".join(known) or "none"
         detail = f"there is no parameter {short(field)!r}; known: {names}"
         return cls(detail, field=field, value=value, bound=f"one of {names}")
@@ -483,7 +483,7 @@ class ModelNotFound(ServiceError):
 
     @classmethod
     def of(cls, name: str, known: Iterable[str]) -> "ModelNotFound":
-        """Name those that there are."""
+        """List the known names."""
         bound = f"one of {', '.join(sorted(known))}"
         return cls(f"no model {short(name)!r} is loaded; {bound}", field="model", value=name, bound=bound)
 

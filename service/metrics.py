@@ -424,12 +424,12 @@ class Metrics:
         self._count("tminus_row_steps_saved_total", by=row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
-        """Record that snapshots of so many jobs were written to the store."""
+        """Record that snapshots of some jobs were written to the store."""
         self._count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
 
     def jobs_resumed(self, jobs: int) -> None:
-        """Record that so many jobs of an earlier run of the server are continued."""
+        """Record how many jobs of an earlier run of the server are continued."""
         self._count("tminus_jobs_resumed_total", by=jobs)
 
     def durable_job_ended(self, outcome: str) -> None:
@@ -461,7 +461,7 @@ class Metrics:
         self._count("tminus_sample_requests_total", model, sampler, named)
 
     def charged(self, key: str, places: int) -> None:
-        """Record that a job of so many places was accepted from a key; an empty name is whoever has none."""
+        """Record the places of a job that a key was charged for. An empty name: callers without a key."""
         self._count("tminus_key_places_total", key, by=places)
 
     def answered_without_work(self, how: str) -> None:

@@ -51,7 +51,7 @@ class ModelInfo:
     tables: tuple[Table, ...]  # of the samplers that have some
     refused_tables: tuple[str, ...]  # files that are not used, and why
     student: Mapping[str, Any] | None  # of a network made for few steps: its teacher, and the guidance folded in
-    folded_guidance: float  # that the weights have in them; 1 is none
+    folded_guidance: float  # guidance that was trained into the weights; 1: none
     default_sampler: str
     recommended: Recommended  # what a request gets that names neither sampler nor steps
     conditional: bool
@@ -80,7 +80,7 @@ class ModelInfo:
         return any(table.hash == table_hash for table in self.tables)
 
     def table(self, table_hash: str) -> Table:
-        """The table with this hash. Raises ValueError where there is none, as after another `tminus tune`."""
+        """The table with this hash. Raises ValueError if the model has none, as after another `tminus tune`."""
         for table in self.tables:
             if table.hash == table_hash:
                 return table
@@ -105,7 +105,7 @@ class Limits:
     max_image_bytes: int = 8 * 2**20
     result_cache_bytes: int = 0
     keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
-    keep_jobs_bytes: int = 2**30  # and what all of them may take
+    keep_jobs_bytes: int = 2**30  # the most bytes of all jobs that ended
     max_streams: int = 2048
     max_streams_per_address: int = 64
 

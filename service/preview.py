@@ -23,7 +23,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a frame is due: every so many steps, so many times a second, or at these steps. One of them is set."""
+    """How often a frame is due: every N steps, N times a second, or at given steps. One of them is set."""
 
     every: int | None = None
     fps: float | None = None
@@ -46,7 +46,7 @@ class Watch:
         self._next_s = 0.0
 
     def due(self, step: int, now_s: float) -> bool:
-        """Whether to show a job that has taken so many steps. If so, it counts as shown."""
+        """Whether to show a job after this number of steps. If so, it counts as shown."""
         every, fps, steps = self._pace.every, self._pace.fps, self._pace.steps
         if every is not None:
             due = step // every > self._step // every

@@ -33,7 +33,7 @@ class SampleSpec:
     timestep_spacing: str
     clip: bool
     strength: float | None = None  # how much of the plan is run, from the image on; None: all of it, from x_T
-    image_sha256: str | None = None  # of its pixels, which travel beside it, see Inputs
+    image_sha256: str | None = None  # of the image's pixels, which are in Inputs
     mask_sha256: str | None = None
     table: str | None = None  # the hash of the checkpoint's table, for a sampler that has tables
     guidance_rescale: float | None = None  # how far guidance is brought back to the spread of the conditional output
@@ -64,7 +64,7 @@ class SampleSpec:
 
     @property
     def end(self) -> int:
-        """The number after that of the last pass. Passes are numbered on from `start`, also where a step takes two."""
+        """The last pass's number plus 1. Passes are numbered from `start`, also where a step takes two."""
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Work:
     steps: int  # passes of the plan: the rows take those from `start` on
     guided: range
     start: int = 0
-    autoencoder_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
+    autoencoder_s: float = 0.0  # seconds to encode and decode a latent model's pictures, set by admission
     model: int = 0  # the number of the model whose places they are
 
     def places_per_row(self, step: int) -> int:
@@ -33,7 +33,7 @@ class Work:
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     def ending_at(self, until: int | None) -> "Work":
-        """Return this work with only so many passes, at least one; None means all of them."""
+        """Return this work with only some passes, at least one; None means all of them."""
         if until is None:
             return self
         end = min(self.steps, self.start + max(1, until))

@@ -12,7 +12,7 @@ from cachetools import TTLCache
 from tminus.service.access.keys import KeyLimits, KeyRing, Role
 from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLogins, Unauthorized
 
-ANYBODY = ""  # the name of whoever comes without a key
+ANYBODY = ""  # the name of callers without a key
 WINDOW_S = 60
 PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
 # From one address; after them /login refuses it until a window has passed. Keys in headers are not bounded: one program
@@ -43,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever a request is answered for. In the event loop's thread only."""
+    """The caller of a request, with its limits. In the event loop's thread only."""
 
     name: str
     role: Role
@@ -66,7 +66,7 @@ class Caller:
 
     @contextmanager
     def charged(self, row_steps: int, jobs: int) -> Iterator[None]:
-        """Count a job of so many row-steps; what the block raises makes it uncounted. Raises QuotaExceeded.
+        """Charge the row-steps of a job; an exception in the block takes them back. Raises QuotaExceeded.
 
         jobs: of this name, that have not ended. A job of more than a minute's quota begins once all of that is there,
         and what is over is owed: nothing is too large for ever, and in the long run the quota holds.
@@ -125,7 +125,7 @@ class Access:
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """is_open: whoever has no key may sample."""
+        """is_open: callers without a key may sample."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
         self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # how many, by address
@@ -141,7 +141,7 @@ class Access:
         return bool(self._keys.keys)
 
     def with_secret(self, secret: str) -> Caller:
-        """Return whoever has this secret. Raises Unauthorized."""
+        """Return the caller with this secret. Raises Unauthorized."""
         if (key := self._keys.find(secret)) is None:
             raise Unauthorized("the server does not know this key")
         return self._caller(key.name, key.role, key.limits)

@@ -1,4 +1,4 @@
-"""GET /batch: the jobs that are denoised now, each at its own timestep, and whose they are to those who may see it."""
+"""GET /batch: the jobs that are denoised now, each at its own timestep, with owners for callers who may see them."""
 
 import asyncio
 from collections.abc import Sequence

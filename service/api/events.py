@@ -1,4 +1,4 @@
-"""GET /jobs/{id}/events: a durable job as server-sent events, with its frames if they are asked for.
+"""GET /jobs/{id}/events: a durable job as server-sent events, with frames on request.
 
 What is sent is where the job stands, never a history: a client that comes back is told what is new to it, and never
 misses the end.
@@ -61,7 +61,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         request: Request, job_id: str, preview: Annotated[PreviewRequest, in_query(PreviewRequest)]
     ) -> Response:
         last_id = request.headers.get("last-event-id", "")
-        services = models.default  # of which only what all models share is used
+        services = models.default  # for the parts that all models share
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
         if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
             return Response(status_code=204)
@@ -150,7 +150,7 @@ class _Follower:
         return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 
     async def _holder(self) -> str | None:
-        """Return the address of the other replica that the events are asked of."""
+        """Return the address of the replica that holds the job, to forward the request to."""
         with suppress(StorageFailed):
             return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
         return None

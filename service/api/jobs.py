@@ -66,7 +66,7 @@ class JobsCall(RequestSchema):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The states that are asked for; all states if none is."""
+        """The states in the request; all states by default."""
         return STATES if self.state is None else tuple(self.state.split(","))
 
     @property

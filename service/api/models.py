@@ -35,7 +35,7 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """A model and what all models share. One is built for each model that is loaded; every handler takes one."""
+    """A model, and the parts that all models share. Each loaded model has one; every handler takes one."""
 
     number: int  # of the model in this process; it is never given again
     model: ModelInfo
@@ -130,7 +130,7 @@ class Models:
     def __init__(self, load_queue: LoadQueue) -> None:
         self.load_queue = load_queue
         self._served: dict[str, ServedModel] = {}  # by name; the first is the default
-        self._by_number: dict[int, ServedModel] = {}  # also those that were replaced or unloaded
+        self._by_number: dict[int, ServedModel] = {}  # also replaced and unloaded models
 
     # --- for requests ---
 

@@ -225,7 +225,7 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
     """Count what the frames before the result take, with x_T where `from_noise`. Raises InvalidField: too many.
 
-    The bound, MAX_FRAME_BYTES, is for the frames after a step, that of the result too.
+    MAX_FRAME_BYTES bounds the frames, including the result.
     """
     frame_bytes = len(asked.shows) * spec.n * model.height_px * model.width_px * model.channels
     steps = spec.num_passes if asked.until is None else min(spec.num_passes, asked.until + 1)

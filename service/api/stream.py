@@ -57,7 +57,7 @@ def stream_routes(models: Models) -> APIRouter:
             services.allowed_sites.check(ws.scope)
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
-            services = models.of(ws) if known else services  # whoever has yet to say who it is learns no names
+            services = models.of(ws) if known else services  # a client without a key yet learns no names
             services.worker.state.check_open()  # now, so that a proxy can still ask another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
@@ -76,7 +76,7 @@ class _Stream:
     """One connection. Jobs run over it one after the other, each on what its model's name stands for then."""
 
     def __init__(self, models: Models, services: Services, ws: WebSocket, *, known: bool) -> None:
-        """known: whether the handshake says who asks; else a first message has to."""
+        """known: whether the handshake has a key; else a first message must have it."""
         self._models, self._services, self._ws, self._known = models, services, ws, known
         self._secret: str | None = None  # that came in a message, as pages have to send it
 
@@ -123,7 +123,7 @@ class _Stream:
         self._caller()
 
     def _caller(self) -> Caller:
-        """Find out who asks, by what its key says now. Raises Unauthorized."""
+        """Identify the caller by its key as it is now. Raises Unauthorized."""
         access = self._services.access
         if self._secret is None or not access.has_keys:
             return identify(access, self._ws.scope)
@@ -136,7 +136,7 @@ class _Stream:
             error = ServiceError()
         note_error(error, self._services.metrics)
         with self._services.streams.busy():
-            message = error.problem() | {"type": "error"}  # not that of the problem: a message has one of its own
+            message = error.problem() | {"type": "error"}  # replaces the problem's type
             if error.retry_after_s is not None:
                 message["retry_after_s"] = error.retry_after_s
             await self._send(message)

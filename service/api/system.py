@@ -107,7 +107,7 @@ def alive(worker: Worker) -> StatusAnswer | Response:
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Return the error after which only a restart helps; None while there is none. Any thread may ask."""
+    """Return the error that only a restart ends; None while all is well. Any thread may call it."""
     return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 

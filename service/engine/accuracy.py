@@ -120,7 +120,7 @@ class Verdict:
                     faulthandler.disable()
 
     def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
-        """Compare outputs with the reference, and keep the verdict. Raises Unfit for those that differ too much.
+        """Compare outputs with the reference, and keep the verdict. Raises Unfit if they differ too much.
 
         bits: a hash of some output. The same bits as at an earlier start need no comparison.
         """

@@ -63,7 +63,7 @@ class Choice:
     precision: str
     channels_last: bool = True
     sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
-    wide: int = 0  # up to so many places (openvino: beyond even shares) run in wide passes, on all threads
+    wide: int = 0  # the most places (openvino: beyond even shares) that run in wide passes, on all threads
     streams: int | None = None  # None is one for each thread; 1 is one for all threads
     threads: int | None = None  # of torch in one stream, where others left fewer than the wish's when it was measured
 
@@ -239,7 +239,7 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         streams = 1 if device.type == "cuda" else choice.streams or self._threads
-        if streams > 1:  # each has a thread of its own, and so has whoever calls
+        if streams > 1:  # each has a thread of its own, and so has the caller
             torch.set_num_threads(1)
         return EagerExecutor(
             net,
@@ -391,7 +391,7 @@ def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cac
 def _cache_of(
     checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
 ) -> ChoiceCache:
-    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice from fewer is made anew
+    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice from fewer sizes is not used
     return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 

@@ -62,7 +62,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device: torch.device) -> None:
-    """Raise ValueError for a model of which not even one row fits. size_px: (height, width)."""
+    """Raise ValueError if not even one row of the model fits. size_px: (height, width)."""
     free = available_bytes(device)
     if free is not None and needed_bytes > free:
         raise ValueError(

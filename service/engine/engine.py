@@ -44,7 +44,7 @@ class Engine:
         bits: str | None = None,
         cache: Path | None = None,
     ) -> None:
-        """Make room for so many rows and jobs.
+        """Make room for a number of rows and jobs.
 
         bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder where converted graphs are kept.
         """

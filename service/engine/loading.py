@@ -44,7 +44,7 @@ Progress = Callable[[str, float | None], None]
 
 # No batch is larger unless --max-batch asks for it: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
-PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
+PLACES_PER_THREAD = 4  # on a CPU with many cores, where each core runs its own pass
 MIN_QUEUED_BATCH = 8  # on a loaded machine, what Python does for a smaller tick takes too much of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 FULL_SHARE = 0.95  # of the best throughput, which a full tick has
@@ -127,7 +127,7 @@ def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
 
     def make() -> ModelInfo:
-        executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # of which nothing is told
+        executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # not logged
         return make_model_info(checkpoint, device, executor, exact=wish.exact)
 
     info = _in_thread(make)
@@ -404,7 +404,7 @@ def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | No
     possible = all(
         type(size) is int and leasts[name] <= size <= max(MIN_BATCH, largest) for name, size in sizes.items()
     )
-    overlapped = kept.get("overlapped", 0)  # kept as None where there is none
+    overlapped = kept.get("overlapped", 0)  # None: ticks do not overlap
     possible = possible and (overlapped is None or (isinstance(overlapped, float) and 0 < overlapped <= 1))
     return sizes | {"overlapped": overlapped} if possible else None
 

@@ -176,7 +176,7 @@ class Graph:
 
 
 class KeptGraph:
-    """A converted graph in the folder of the cache: three files, of which the last says what the others must hash to.
+    """A converted graph in the cache folder: two files, and a third with their hashes.
 
     What is wrong with them, or cannot be written, is no error: the network is converted again.
     """
@@ -188,13 +188,13 @@ class KeptGraph:
         self._xml, self._weights, self._sums = self._files
 
     def read(self) -> Any:
-        """Map the graph; None where there is none, or it is not what was written."""
+        """Map the graph; None if it is missing or has changed since it was written."""
         try:
             if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
                 log.warning("%s is not what was written: the network is converted again", self._weights)
                 return None
             with contextlib.suppress(OSError):  # as of a folder that is only read
-                self._sums.touch()  # so that those that are used longest ago go first
+                self._sums.touch()  # the graph unused for longest is deleted first
             return core().read_model(self._xml, self._weights)
         except (OSError, ValueError, RuntimeError):
             return None
@@ -212,7 +212,7 @@ class KeptGraph:
                 openvino.save_model(model, xml, compress_to_fp16=False)
                 kept = core().read_model(xml, weights)  # a file that came out short is found here
                 sums.write_text(_hash_of(xml, weights), "utf-8")
-                weights.chmod(0o400)  # it is mapped: whoever wrote over it would end a server
+                weights.chmod(0o400)  # it is mapped: writing over it would crash a server
                 self._sums.unlink(missing_ok=True)  # first out and last in
                 for file, place in zip(new, self._files, strict=True):
                     file.replace(place)
@@ -242,7 +242,7 @@ class KeptGraph:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the graphs used longest ago, beyond so many bytes, but not this one."""
+        """Delete the graphs unused for longest until the rest fits a size, but not this one."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -278,7 +278,7 @@ def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGr
 
 @cache
 def _code_hash() -> str:
-    """A hash of the code that a graph is converted by: that of the networks, and what rewrites the graph."""
+    """A hash of the code that makes a graph: the networks, and the rewriting of the graph."""
     digest = hashlib.sha256()
     converts = [Path(__file__), Path(openvino_graph.__file__)]
     for file in sorted([*Path(model.__file__).parent.rglob("*.py"), *converts]):

@@ -107,7 +107,7 @@ def _transpose_once(model: Any) -> None:
 
 
 def _project_once(model: Any) -> None:
-    """Make what all blocks take of the timestep one product, and not one of a few numbers for each. No bit changes."""
+    """Compute the timestep's part of all blocks in one product instead of a small one for each. No bit changes."""
     sums, weights, biases = [], [], []
     for node in model.get_ordered_ops():
         product = node.input_value(0).get_node() if node.get_type_name() == "Add" else None
@@ -194,7 +194,7 @@ def _split_shift(x: Any) -> tuple[Any, Any]:
 
 
 def _by_channel(values: Any, rows: int = 1) -> Any:
-    """Give numbers the shape [rows, channels, 1, 1]; rows 0 for as many as there are."""
+    """Give numbers the shape [rows, channels, 1, 1]. rows: 0 keeps their number."""
     return ops.reshape(values, np.array([rows, -1, 1, 1]), special_zero=True)
 
 

@@ -150,7 +150,7 @@ class LatentPictures(PixelPictures):
         return lambda: replace(inputs, latents=self._encode(inputs.image))
 
     def seconds_per_image(self) -> tuple[float, float]:
-        """Tell how long it takes to decode an image and to encode one, with nothing beside it."""
+        """Return the seconds to decode one image and to encode one, on an idle machine."""
         if sum(self._first_s) > LONG_S:
             return self._first_s
         latents = np.zeros((1, *self._shape), np.float32)
@@ -175,7 +175,7 @@ class LatentPictures(PixelPictures):
     def _pass(
         self, checkpoint: Checkpoint, part: str, module: nn.Module, x: Floats, cache: Path | None
     ) -> tuple[Pass, Floats, float]:
-        """Make the fastest pass of a part that is right here; return its output for x too, and the seconds it took."""
+        """Build the fastest accurate pass of a part. Returns it, its output for x, and its seconds."""
         eager = self._eager(module)
         if self._device.type == "cpu" and openvino_executor.available():
             verdict = Verdict(checkpoint, self._device, "openvino", "float32", cache, part)

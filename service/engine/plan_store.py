@@ -39,7 +39,7 @@ class PlanCompiler:
 
 
 class PlanStore:
-    """Owns the lines of all plans. A job's plan takes as many as it has passes, and leaves them when it ends."""
+    """Owns the lines of all plans. A job's plan has a line for each of its passes until the job ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,7 +86,7 @@ class PlanStore:
         self._free = stretches
 
     def _take(self, length: int) -> int:
-        """Take the first stretch that is long enough; where there is none the store grows."""
+        """Take the first free stretch that is long enough, or let the store grow."""
         for k, (start, size) in enumerate(self._free):
             if size >= length:
                 self._free[k : k + 1] = [(start + length, size - length)] if size > length else []

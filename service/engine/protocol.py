@@ -1,4 +1,4 @@
-"""The engine as those see it who import no torch: what it does, how it is loaded, and one job without a server."""
+"""The engine's interface for code that does not import torch, how it is loaded, and one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class RowEngine(Protocol):
         """Prepare inputs for `add`; the function returned, called in another thread, may take long."""
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows as pictures; the function returned may wait."""
+        """Read running rows as pictures. Returns a function that may wait for a GPU."""
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
         """Read what one job's rows need to go on with these next steps; the function returned may wait."""
@@ -100,7 +100,7 @@ class RowEngine(Protocol):
         """Memory taken on the device; None where that is the process's own memory."""
 
 
-# Is given the engine, the job's rows, and those that have stepped, by the steps they have taken and their index.
+# Takes the engine, the job's rows, and the rows that have stepped, by the steps they have taken and their index.
 Record = Callable[[RowEngine, Sequence[int], Sequence[tuple[int, int]]], object]
 
 

@@ -66,7 +66,7 @@ class RowNoises:
 
 
 def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError unless image and mask are those that the spec names, in the size of shape [H, W, C]."""
+    """Raise ValueError unless image and mask have the hashes of the spec and the shape [H, W, C]."""
     hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
     if hashes != (spec.image_sha256, spec.mask_sha256):
         raise ValueError("the image and mask are not those of the spec")

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see probe_rows
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
-# The test of the samplers: jobs of every sampler, of STEPS steps; so many samplers run guided too.
+# The test of the samplers: jobs of every sampler with STEPS steps. This number of samplers run guided too.
 STEPS, ROWS, GUIDED = 4, 2, 3
 
 
@@ -73,7 +73,7 @@ class Proof:
         self._kept = {"row": row, "bits": bits}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
-        """Test for so many seconds; returns what is left to test. Raises ValueError where bits differ.
+        """Test for a number of seconds. Returns the tests that are left. Raises ValueError where bits differ.
 
         inexact: what the engine tells from then on, should a test fail that is done later.
         """
@@ -229,7 +229,7 @@ def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Flo
 
 
 def probe_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """How many rows the fingerprint hashes: 2, or as many as autotune compares where those are more than usual.
+    """The number of rows that the fingerprint hashes: 2, or the number that autotune compares if it is larger.
 
     Below float32 two builds with other bits may agree on two rows of a small network by chance, see `agree_rows`.
     For larger networks two rows are enough, and more would give every build another fingerprint.

@@ -45,7 +45,7 @@ class Payer(Protocol):
         """Whose turn it is."""
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Charge for so many pixels times scans. Raises QuotaExceeded."""
+        """Charge for pixels times scans. Raises QuotaExceeded."""
 
 
 class Decoder:

@@ -34,7 +34,7 @@ class TrajectoryFile:
 def pack_trajectory(
     trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
 ) -> bytes:
-    """Make the file. images: those that the trajectory ends in, uint8 [n, H, W, C]; recipe: as PNGs have it."""
+    """Make the file. images: the finished images, uint8 [n, H, W, C]; recipe: as in PNGs."""
     made_by = {"device": model.device, "executor": model.executor, "precision": model.precision, "exact": model.exact}
     passes = trajectory.selected.passes
     keep = {} if len(passes) == len(trajectory.plan.lines) else {"keep": passes}
@@ -69,7 +69,7 @@ def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: M
 
 
 def read_trajectory(data: bytes) -> TrajectoryFile:
-    """Read a file. Raises ValueError where it is none, is cut off or damaged, or is of no format known here."""
+    """Read a file. Raises ValueError if it is no trajectory, cut off, damaged, or of an unknown format."""
     try:
         arrays = safetensors.numpy.load(data)  # checks the header against the data, and runs nothing
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:

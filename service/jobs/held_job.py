@@ -68,7 +68,7 @@ class HeldJobs:
     def __init__(self, worker: Worker, model: int, model_name: str) -> None:
         self._worker, self._model, self._model_name = worker, model, model_name
         self._jobs: dict[str, HeldJob] = {}
-        self.idle = asyncio.Event()  # while every job is left for another start, or there is none
+        self.idle = asyncio.Event()  # set while no job is held that this process ends
         self.idle.set()
 
     def __iter__(self) -> Iterator[HeldJob]:

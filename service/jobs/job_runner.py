@@ -113,7 +113,7 @@ class JobRunner:
         self._tasks.spawn(self._run(job, ticket))
 
     def take_on(self, claimed: Claimed) -> list[HeldJob]:
-        """Run jobs that were claimed, from their last snapshots on. Returns those that were not held before."""
+        """Run jobs that were claimed, from their last snapshots on. Returns the jobs that were not held before."""
         for _ in range(claimed.damaged):
             self._metrics.durable_job_ended("failed")
         found = [self._hold(record) for record in claimed.jobs if self._held.find(record.id) is None]
@@ -268,7 +268,7 @@ class JobRunner:
         """
         if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
-                job.become(HeldState.LEFT)  # it stays held, so that it is not begun anew before the next start
+                job.become(HeldState.LEFT)  # it stays held, so that it does not begin again before the next start
             return
         await self._end(job, "failed", problem=error.problem())
 

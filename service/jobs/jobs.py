@@ -33,7 +33,7 @@ RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others wh
 
 
 class Jobs:
-    """Answers from the worker for jobs that run, and from the stores for those that ended.
+    """Answers for running jobs from the worker, and for ended jobs from the stores.
 
     Owns which models' jobs there are: those of the models that are loaded, and of earlier ones whose jobs are kept. In
     the event loop's thread only.

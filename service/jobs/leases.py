@@ -64,7 +64,7 @@ class Leases:
         self._renewing: asyncio.Task[None] | None = None
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
-        self._retry_queue = RetryQueue()  # of those who were told since then when another replica has room
+        self._retry_queue = RetryQueue()  # clients that were told since then when another replica has room
         # The shortest job that the last claim left: only shorter ones go before it.
         self._least_waiting = math.inf  # its places
 
@@ -111,7 +111,7 @@ class Leases:
         await self._look()
 
     async def _look(self) -> None:
-        """See what all replicas have to do. Raises StorageFailed."""
+        """Read the load of all replicas. Raises StorageFailed."""
         self._asked_s, self._retry_queue = time.perf_counter(), RetryQueue()
         load = await self._store.call(SharedStore.load)
         self.load = None if self._ended else load

@@ -57,7 +57,7 @@ class NewJobs:
         return len(found - self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
-        """Return an owner's durable jobs that have not ended: those held here and those that are being accepted."""
+        """Return the ids of an owner's durable jobs that are held here or are being accepted."""
         held = {job.record.id for job in self._jobs.all_held() if job.record.owner == owner}
         return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
 

@@ -1,4 +1,4 @@
-"""What is kept of one model's durable jobs: how they ended, which webhooks are told, and for how long."""
+"""Keeps how one model's durable jobs ended and the events that webhooks are owed, and deletes old jobs."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ LATE_S = 60.0  # for the last attempt to deliver a webhook to end
 
 
 class Retention:
-    """Keeps what came of jobs, and deletes it after its time. In the event loop's thread only."""
+    """Keeps how jobs ended, and deletes old jobs. In the event loop's thread only."""
 
     def __init__(self, store: AsyncStore, held: HeldJobs, tasks: Tasks) -> None:
         self._store, self._held, self._tasks = store, held, tasks
@@ -72,7 +72,7 @@ class Retention:
                 await self._store.call(JobStore.started, job.record)
 
     async def sweep(self, limits: Limits) -> None:
-        """Delete jobs that ended long ago, or of which there are too many, now and then until this is cancelled."""
+        """Delete jobs that ended long ago or take too much room, every SWEEP_S seconds until cancelled."""
         keep_us, owed_us = round(limits.keep_jobs_s * 1e6), round((DELIVERY_S + LATE_S) * 1e6)
         while True:
             with suppress(StorageFailed):

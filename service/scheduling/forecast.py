@@ -126,7 +126,7 @@ class Simulation:
             self._times.stepped({owner: service_time_s[owner] for owner in self._times.owners})
 
     def running(self) -> frozenset[str]:
-        """Return the jobs of which all rows step now."""
+        """Return the jobs whose rows all step now."""
         schedulers = [self._schedulers[model] for model in self._model_scheduler.shares()]
         batches = [(scheduler, scheduler.next_batch()) for scheduler in schedulers]
         return frozenset(

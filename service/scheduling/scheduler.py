@@ -106,7 +106,7 @@ class BatchPolicy:
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
     def places_for_others(self, places: int) -> int:
-        """Return how many places others may have in a tick in which the leader has so many."""
+        """Return how many places other jobs may have in a tick, given the leader's places."""
         return _places_for_others(self.times, self.max_batch, places)
 
     def tick_s(self, places: int) -> float:
@@ -174,7 +174,7 @@ class QueuedJob:
     key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
-        """List rows by their next steps, moved on by so many ticks. A row that has taken its last step is left out."""
+        """List rows by their next steps, `ticks` ticks later. A row that has taken its last step is left out."""
         guided, steps = self.work.guided, self.work.steps
         for before, index in rows:
             if (step := before + ticks) < steps:
@@ -192,7 +192,7 @@ class QueuedJob:
         self.in_flight += (picked,)
 
     def end(self, picked: JobRows, ticks: int) -> int:
-        """Move its rows in a batch on by so many steps, at most to the last; return the places that this took."""
+        """Advance the job's rows in a batch by some steps, at most to the last. Returns the places that this took."""
         self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
@@ -284,7 +284,7 @@ class OwnerQueue:
         return places
 
     def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
-        """Put rows into at most so many places of a batch."""
+        """Put rows into a batch, up to a number of places."""
         end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: how many are to stay free
         if len(jobs) > 1:
             oldest = self.oldest
@@ -307,7 +307,7 @@ class OwnerQueue:
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
     def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
-        """Note a tick that took so many seconds.
+        """Record a tick and its seconds.
 
         shares: each job's share of this owner's places, 1.0 for a job whose rows were all in the tick; None if another
         owner went first, which holds no job back.
@@ -342,7 +342,7 @@ class _Pick:
         self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
     def take(self, job: QueuedJob, places: int) -> None:
-        """Put the least advanced rows of a job into at most so many places of the batch."""
+        """Put a job's least advanced rows into the batch, up to a number of places."""
         _, single, double = self._taken.get(job.id, (job, 0, 0))
         singles, doubles = job.singles[single : single + places], job.doubles[double : double + places // 2]
         if not singles and not doubles:
@@ -470,7 +470,7 @@ class Scheduler:
         return self._wants(policy.max_batch + 1)
 
     def _wants(self, places: int) -> bool:
-        """Whether a step of all rows takes at least so many places."""
+        """Whether a step of all rows takes at least this number of places."""
         wanted = 0
         for job in self._jobs.values():
             wanted += job.places_now + sum(picked.places for picked in job.in_flight)
@@ -629,7 +629,7 @@ class Turn(Generic[Model]):
 
 
 class ModelScheduler(Generic[Model]):
-    """Picks the model of each tick: that of the job that goes first, or sometimes that of the oldest job.
+    """Picks the model of each tick: usually the model of the first job, sometimes the model of the oldest job.
 
     Owns the time that the model of each owner's oldest job is owed: this job has a share of the time. Each model has a
     scheduler of its own. An isolated job counts as a model here.
@@ -662,7 +662,7 @@ class ModelScheduler(Generic[Model]):
         return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
-        """Return the models that share the time now: that of the job that goes first, and that of the oldest job."""
+        """Return the models that share the time now: the models of the first job and of the oldest job."""
         busy = self.busy()
         if len(busy) < 2:
             return list(busy)

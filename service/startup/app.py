@@ -153,7 +153,7 @@ def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = Tr
 
 
 class _Documents:
-    """The OpenAPI documents of the models, each of which takes a tenth of a second to make."""
+    """The OpenAPI documents of the models. Making one takes a tenth of a second."""
 
     def __init__(self, models: Models, general: Callable[[Contract], list[APIRouter]]) -> None:
         self._models, self._general = models, general

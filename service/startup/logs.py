@@ -89,7 +89,7 @@ class _Handler(logging.StreamHandler[TextIO]):
             if count > line.most:
                 message, args = "%d more lines like this one are left out: %s", (count - line.most, line.message)
                 record = logging.LogRecord(line.logger, line.level, "", 0, message, args, None)
-                Context().run(super().emit, record)  # not in that of the request whose line comes next
+                Context().run(super().emit, record)  # not in the context of the next line's request
         self._counts.clear()
 
     def close(self) -> None:

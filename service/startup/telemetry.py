@@ -1,7 +1,7 @@
 """Sends spans by OTLP over HTTP to a collector, in batches. Nothing else imports the SDK of OpenTelemetry.
 
-The SDK reads its own OTEL_ variables. Whoever ends a span puts it in a bounded queue and goes on. A thread sends what
-is there; where the queue is full, spans are lost.
+The SDK reads its own OTEL_ variables. Ended spans wait in a bounded queue. A thread sends them; where the
+queue is full, spans are lost.
 """
 
 import logging

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # one task in so many belongs to the oldest job, so that it always moves
+OLDEST_EVERY = 4  # one task in OLDEST_EVERY belongs to the oldest job, so that it always moves
 JOIN_S = 10.0  # how long `close` waits for the running task
 
 
@@ -103,7 +103,7 @@ class AutoencoderThread:
     """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call."""
 
     def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
-        """The thread calls both: on_task_done after each task, report before and after one of a durable job."""
+        """The thread calls on_task_done after each task, and report before and after each task of a durable job."""
         self._on_task_done, self._report = on_task_done, report
         self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()

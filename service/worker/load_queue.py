@@ -1,4 +1,4 @@
-"""The loads of models that are asked for, and which models are unloaded. startup/loader.py does the loads."""
+"""Queue of models to load, and the list of unloaded models. startup/loader.py does the loads."""
 
 import asyncio
 import math
@@ -83,7 +83,7 @@ class LoadQueue:
         self._unloaded.discard(name)
 
     async def wait(self, most_s: float | None) -> None:
-        """Wait until a load is asked for or a model is marked as unloaded, for so many seconds at most."""
+        """Wait until a load is queued or a model is marked as unloaded, for some seconds at most."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), most_s)
         self._changed.clear()

@@ -254,7 +254,7 @@ class Loop:
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """Begin as many ticks as may be in flight, then end the oldest; False if there is none.
+        """Begin ticks until no more may be in flight, then end the oldest; False if none is in flight.
 
         The work after a tick is done while the network runs for the next one.
         """

@@ -50,7 +50,7 @@ class Recorder(ABC, Generic[Kept]):
 
 
 class Recording(Recorder[Mapping[Show, Images]]):
-    """Frames of a job, after every so many of its steps."""
+    """Frames of a job, one after every N of its steps."""
 
     def __init__(
         self,

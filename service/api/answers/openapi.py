@@ -318,7 +318,7 @@ def _add(responses: dict[str, Described], *statuses: int) -> None:
 
 
 def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
-    """Add to an operation what all have: keys, sites, the version, and headers."""
+    """Add to an operation what all operations share: keys, sites, the version and headers."""
     responses, form = operation["responses"], error_form(method, path)
     common = OF_ANY if form is None else OF_OTHERS
     if form is None and path not in PROBES:

@@ -38,7 +38,7 @@ def as_openai(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
 
 
 def as_error_text(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
-    """Write a problem as the clients of KServe and Hugging Face read it: a text named `error`, our code beside it.
+    """Write a problem as clients of KServe and Hugging Face read it: the text as `error`, and our code.
 
     Triton, whose protocol KServe's is, answers 400 to whatever is wrong with a request.
     """

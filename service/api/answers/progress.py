@@ -52,7 +52,7 @@ class Progress:
         return timesteps_of(self._spec, self._services.model)
 
     async def after(self, step: int) -> dict[str, Any]:
-        """Say where the job stands after so many steps. t: the timestep of the next one."""
+        """Say where the job stands after a number of steps. t: the timestep of the next step."""
         if self._loop.time() - self._asked_s > RECOUNT_S:
             status = await self._services.statuses.of(self._job_id)
             if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended

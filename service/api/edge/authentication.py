@@ -52,7 +52,7 @@ def caller_of(request: HTTPConnection) -> Caller:
 
 
 def identify(access: Access, scope: Scope) -> Caller:
-    """Find out who asks. Raises Unauthorized. Without keys, credentials are for somebody else, such as a proxy."""
+    """Identify the caller. Raises Unauthorized. Without keys, credentials are ignored: they may be a proxy's."""
     headers = Headers(scope=scope)
     if access.has_keys:
         if (secret := _bearer(headers)) is not None:
@@ -64,7 +64,7 @@ def identify(access: Access, scope: Scope) -> Caller:
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Say whether the head of a WebSocket names who asks, or nobody has to. Raises Unauthorized for a wrong key."""
+    """Whether the handshake of a WebSocket has a key, or needs none. Raises Unauthorized for a wrong key."""
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
     try:
@@ -75,7 +75,7 @@ def has_key(access: Access, scope: Scope) -> bool:
 
 
 def is_open(path: str, method: str) -> bool:
-    """Whether a path is answered to anybody who asks by this method."""
+    """Whether a path needs no key with this method."""
     path = OF_A_MODEL.sub("", path)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
 

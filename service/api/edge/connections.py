@@ -20,12 +20,12 @@ from tminus.service.errors import TooManyStreams
 
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
 TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
-# A body or a message may have so many pieces, however small, and one more for each so many bytes.
+# The pieces that a body or a message may have, and the bytes for which it may have one more.
 FREE_PIECES, BYTES_PER_PIECE = 1024, 64
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Whether so many bytes came in more pieces than any client needs: parsing a piece takes as long, however small."""
+    """Whether bytes came in more pieces than any client needs. Parsing a small piece takes as long as a large one."""
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
@@ -60,7 +60,7 @@ class ReadsInTurns(BufferedProtocol):
 
 
 class Streams:
-    """Counts open streams by address and in total, and those that have a job, which the server waits for at its end."""
+    """Counts open streams by address and in total, and streams with a job, which shutdown waits for."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
@@ -122,7 +122,7 @@ class ForwardedAddresses(ProxyHeadersMiddleware):
 
 class _Addresses(_TrustedHosts):
     def get_trusted_client_address(self, x_forwarded_for: str) -> tuple[str, int]:
-        """Return the client's address and port; an empty address, which is not taken, where it is none."""
+        """Return the client's address and port; an empty address, which is refused, if it is not valid."""
         host, port = super().get_trusted_client_address(x_forwarded_for)
         try:
             ip_address(host)

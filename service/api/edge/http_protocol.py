@@ -48,7 +48,7 @@ UNSENT_BYTES = 131_072  # in the kernel, which would hold megabytes, and take no
 # A target with scheme and host, as proxies are sent one, which a server must take too (RFC 9112, section 3.2.2).
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
-# Connections that are turned away and linger are counted under this name; beyond so many they are closed at once.
+# Refused connections that linger are counted under this name. Beyond this number they are closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
 ACCEPTED = 64  # connections in one turn of the event loop: each has a file before it can be turned away
 
@@ -87,7 +87,7 @@ class _Outlet:
             self._timer = None
 
     def _expect_sent(self) -> None:
-        """Begin a window, if bytes are left; the one before is over."""
+        """Begin the next window, if bytes are left to send."""
         self.stop_waiting()
         if left := self._transport.get_write_buffer_size():
             self._sent = self._written - left
@@ -139,7 +139,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
     max_connections: ClassVar[int]
-    idle: ClassVar[dict["HttpProtocol", None]]  # those that wait for a next request, the longest idle first
+    idle: ClassVar[dict["HttpProtocol", None]]  # connections that wait for a next request, the longest idle first
     conn: _Parser
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
@@ -173,7 +173,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
-        """Close the connection that has been idle for longest of those that fit. False: there is none."""
+        """Close the matching connection that has been idle for longest; False if none matches."""
         for each in self.idle:
             if fits(each):
                 each._unset_keepalive_if_required()

@@ -180,7 +180,7 @@ class RequestContext:
 
 
 def body_of(scope: Scope) -> Hold:
-    """Return what is held of the body of a request. Whoever made a job of it, and keeps nothing else, releases it."""
+    """Return the hold on a request's body. Release it once a job has been made from the body."""
     held: Hold = scope["state"]["body"]
     return held
 

@@ -120,9 +120,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         super().send_receive_event_to_app()
 
     async def receive(self) -> Any:
-        """Give the app its next message, which is not counted here any more.
+        """Give the next message to the app, and count it here no more.
 
-        One a turn of the event loop: an app that takes all that have come would hold up all others.
+        One message in each turn of the event loop, so that other connections have their turns too.
         """
         await sleep(0)
         message = await super().receive()

@@ -1,4 +1,4 @@
-"""What `quality` means: how many steps beside those that a request gets by default. Pure.
+"""What `quality` means: a number of steps, relative to the default. Pure.
 
 More steps come nearer to the sampler's exact solution, which need not be what looks best. So `medium` is the default of
 every request (defaults.py), `low` half of its steps, or the checkpoint's own table of few steps, and `high` twice as

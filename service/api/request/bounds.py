@@ -18,7 +18,7 @@ MAX_ITEMS = 16  # of a list that is looked at, unless more are allowed
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What narrows a parameter beside its own field."""
+    """A bound that narrows a parameter further than its own field."""
 
     integer: Schema = field(default_factory=dict)  # its values that are integers, or the items of its lists
     string: Schema = field(default_factory=dict)
@@ -41,7 +41,7 @@ Bounds = Mapping[str, Bound]
 
 
 def bit_depths(channels: int) -> tuple[int, ...]:
-    """List the bit depths that images come in: no format of pictures but PNG, of grey, is read in 16."""
+    """List the bit depths of images. Only grey PNGs have 16 bits."""
     return BIT_DEPTHS if channels == 1 else (8, 32)
 
 

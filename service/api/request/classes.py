@@ -54,7 +54,7 @@ def known_classes(names: tuple[str, ...]) -> str:
 
 
 def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
-    """Find the class of this name, in whatever case, or of this number; None if there is none.
+    """Find a class by its name, in any case, or by its number; None if it does not exist.
 
     Raises InvalidField, which names `field`, where the label is the name of one class and the number of another. After
     NAME or NUMBER it has one meaning.

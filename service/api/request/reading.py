@@ -51,7 +51,7 @@ BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
     """Pick the offered type that the client likes best by its Accept, the earlier one on a tie.
 
-    An offered type's quality is that of the most specific range that matches it; an empty header accepts anything.
+    An offered type takes the quality of the most specific range that matches it. An empty header accepts anything.
     Raises NotAcceptable if it likes none; the hint says what else there is.
     """
     accept = ", ".join(request.headers.getlist("accept"))  # several headers are one list
@@ -130,7 +130,7 @@ def is_form(request: Request) -> bool:
 
 
 async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in query and body; returns them, and what is wrong with those that are left out.
+    """Read the parameters in query and body. Returns the valid ones, and the errors of the others.
 
     Raises UnsupportedEncoding, UnsupportedMediaType, and what is wrong with a body.
     """
@@ -163,7 +163,7 @@ async def parse_call(
 
 
 def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in the query; returns them, and what is wrong with those that are left out."""
+    """Read the parameters in the query. Returns the valid ones, and the errors of the others."""
     errors = ValidationErrors()
     return from_items(request.query_params.multi_items(), "the query", errors), errors
 
@@ -188,7 +188,7 @@ async def no_parameters(request: HTTPConnection) -> None:
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
-    """Parse so many bytes of a client's, in a thread if they are many: the event loop answers others meanwhile."""
+    """Parse bytes of a client; many bytes in a thread, so that the event loop answers others meanwhile."""
     if size_bytes <= SMALL_BYTES:
         return parse(*args, **kwargs)
     return await asyncio.to_thread(parse, *args, **kwargs)

@@ -166,7 +166,7 @@ Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for names that are not known: for as many as an answer lists."""
+    """Raise UnknownField for each unknown parameter, up to the number that an answer lists."""
     errors, names = ValidationErrors(), {*known}
     for name in [name for name in given if name not in names][:MOST_FAULTS]:
         # A webhook's URL may have secrets, and errors are logged.
@@ -334,7 +334,7 @@ class Sampling(RequestSchema):
             errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
 
     def decisive(self) -> dict[str, Any]:
-        """Return the parameters, of those that are given, by which the settings are chosen; see defaults.py."""
+        """Return the given parameters that decide the settings; see defaults.py."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
 
 
@@ -377,7 +377,7 @@ class NoiseCall(RequestSchema):
 
 
 class FloatsRequest(RequestSchema):
-    """What is asked of an answer of floats. The context of its validators is the media type of the answer."""
+    """The parameters of an answer in floats. The context of its validators is the answer's media type."""
 
     clip_output: Annotated[Bool, in_words("true")] = True
     """With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not to be confused

@@ -30,7 +30,7 @@ S = TypeVar("S", bound=DeliveryStore)  # the lowest class with calls
 
 
 class AsyncStore:
-    """Owns the store and its threads: `call` makes any call of JobStore, and those that need more have a method."""
+    """Owns the store and its threads. `call` makes any call of JobStore; a call that needs more has its own method."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -102,7 +102,7 @@ class AsyncStore:
             self._adding.discard(job.id)
 
     async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
-        """Hold the jobs of all `holders`, and those that are being added, for one more lease."""
+        """Hold the jobs of all `holders`, and jobs that are being added, for one more lease."""
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(SharedStore.renew, fingerprint, pace, known)
 
@@ -136,7 +136,7 @@ class AsyncStore:
             return await self.call(JobStore.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some of the jobs that ended long ago, or of which there are too many."""
+        """Delete some of the jobs that ended long ago or take too much room."""
         return await self.call(JobStore.sweep, before_us, max_bytes, owed_after_us)
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> tuple[Exception | None, float]:

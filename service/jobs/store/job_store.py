@@ -83,7 +83,7 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """Keep a new job, and hold it, or leave it to whoever claims it.
+        """Keep a new job, and hold it or leave it for a replica to claim.
 
         False if another has the key, which `find` finds; then nothing is kept.
         """
@@ -213,7 +213,7 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def crashed(self, job_ids: Collection[str]) -> None:
-        """Count an end of the server against these jobs, whoever holds them now.
+        """Count a crash of the server against these jobs, held or not.
 
         If there are several, only those without a count get one, as another may be the cause; a single job gets one
         each time.
@@ -271,7 +271,7 @@ class JobStore(Removal):
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """Return what a new job has in the columns that JobRecord does not have, as of who holds it."""
+        """Return the values of a new job's columns that JobRecord does not have, such as its holder."""
         return {}
 
     # --- parts of calls ---

@@ -73,7 +73,7 @@ class S3Objects:
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
-        """Read an object of so many bytes; None if there is none. One of another size is not read: it is empty."""
+        """Read an object of this size; None if it does not exist, b"" if it has another size."""
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
@@ -111,7 +111,7 @@ def open_objects(url: str, folder: str) -> S3Objects:
 
 
 def _endpoint() -> str:
-    """The URL of the endpoint, by the variables; empty for Amazon's. Raises ValueError for what is none."""
+    """The URL of the endpoint, from the environment; empty for Amazon's. Raises ValueError for text that is no URL."""
     for name in REGIONS:
         if (region := os.environ.get(name)) and not REGION.fullmatch(region):
             raise ValueError(f"{name} must be a region such as eu-central-1, got {region!r}")

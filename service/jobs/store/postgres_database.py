@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
 VERSION = 4  # of tables.py
-# From each earlier version to the next. Servers of the version before go on beside it.
+# From each earlier version to the next. Servers of the version before go on working.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE jobs ADD COLUMN webhook TEXT",

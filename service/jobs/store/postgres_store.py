@@ -88,7 +88,7 @@ class PostgresStore(SharedStore):
         try:
             with suppress(StorageFailed), self._transaction() as run:
                 run(sa.update(jobs).where(*self._mine()).values(replica=None, lease_until=None))
-                # Its row stays for a while: whoever sweeps sees that these weights have been served until now.
+                # Its row stays for a while: the next sweep sees that these weights were served until now.
                 mine = [self._replicas.c.id == self._replica, *self._its_weights()]
                 run(sa.update(self._replicas).where(*mine).values(lease_until=sa.func.clock_timestamp()))
         finally:

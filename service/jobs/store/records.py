@@ -88,7 +88,7 @@ def now_us() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPace:
-    """What the replicas that share a store tell each other of themselves."""
+    """The pace and load that replicas of one store report to each other."""
 
     places_per_s: float
     backlog_s: float  # of all that it has to do, durable or not

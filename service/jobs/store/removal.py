@@ -35,7 +35,7 @@ class Removal(DeliveryStore):
 
     @Call(writes=True)
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
+        """Delete a job and all its data, even if damaged; False if the owner has no such job."""
         jobs = self._tables.jobs
         mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
         with self._transaction() as run:

@@ -81,16 +81,16 @@ class SharedStore(JobStore):
     def claim(
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
     ) -> Claimed:
-        """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
+        """Hold jobs that have not ended and that no replica holds. A job with more rows than `rows` is left.
 
         Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these the
         shortest suspect comes first, unless another is on trial here; released jobs follow by arrival. A suspect is a
         job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and the oldest if
-        the intake accepts it. Background jobs come last until they are held back no more.
+        the intake accepts it.
 
-        One that was begun by another build is left to a replica of that build while one lives, and one with a table
-        that is none of `tables`, hashes, to other builds while one lives or may be starting again. One whose record is
-        damaged is ended as failed.
+        A job that another build began is left while a replica of that build lives. A job with a table whose hash is not
+        in `tables` is left while another build lives or may be starting again. A job with a damaged record ends as
+        failed.
         """
         jobs = self._tables.jobs
         now = sa.func.clock_timestamp()
@@ -228,7 +228,7 @@ class SharedStore(JobStore):
 
     @Call(writes=True, owes=True)
     def cancel(self, job_id: str) -> bool:
-        """End a job as cancelled, whoever holds it; False if it has ended. Its holder learns it when it renews."""
+        """End a job as cancelled; False if it has ended. A replica that holds it learns this when it renews."""
         tables, jobs = self._tables, self._tables.jobs
         mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
         ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())
@@ -284,7 +284,7 @@ class SharedStore(JobStore):
 
 
 def _first(rows: Sequence[Any], places: float) -> list[Any]:
-    """The first, until they make up so many places: at least one, if there is any and places are asked for."""
+    """Return the first rows that fill `places`: at least one, if there is a row and `places` is not 0."""
     before = accumulate((row.places for row in rows), initial=0)
     return [row for row, passed in zip(rows, before, strict=False) if passed < places]
 
@@ -299,6 +299,6 @@ def _texts(each: Collection[str]) -> sa.ColumnElement[Any]:
 
 
 def _lacks_table(spec: sa.ColumnElement[str], tables: Collection[str]) -> sa.ColumnElement[bool]:
-    """Whether a job's spec, as JSON text, names a checkpoint's table that is none of these hashes."""
+    """Whether a job's spec, as JSON text, names a table whose hash is not among these."""
     named = sa.func.substring(spec, '"table": ?"([^"]*)"')  # not parsed: a damaged spec must fail no claim
     return named.isnot(None) & (named != sa.all_(_texts(tables)))

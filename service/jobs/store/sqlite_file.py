@@ -67,7 +67,7 @@ def prepare(file: Path) -> None:
     wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection makes an empty one
     try:
         with _reading(file, BUSY_S) as connection:
-            new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
+            new = is_new(file, connection)  # also a file whose content is all in a WAL that SQLite ignores
             tells = _check_wal(file, connection)
             lost = _kept_before(file)
             if not new:

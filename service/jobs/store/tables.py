@@ -58,7 +58,7 @@ def make_tables(
         sa.Column("job_id", sa.Text, primary_key=True),
         sa.Column("fingerprint", sa.Text, nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
-        postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},  # each is written anew every few seconds
+        postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},  # each row is rewritten every few seconds
     )
     images, inputs = (
         sa.Table(

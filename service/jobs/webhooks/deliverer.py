@@ -62,7 +62,7 @@ class Rules:
 
 
 def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
-    """How long to wait after so many attempts that failed."""
+    """Return the seconds to wait after a number of failed attempts."""
     longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
     return longest * (1 - JITTER + 2 * JITTER * draw())
 
@@ -75,7 +75,7 @@ class Slots:
         self._failing: dict[Whose, None] = {}  # the newest last
 
     def room(self) -> Room | None:
-        """Return the room for new attempts; None if there is none."""
+        """Return the room for new attempts; None if all is taken."""
         free = AT_ONCE - len(self._taken)
         if free <= 0:
             return None

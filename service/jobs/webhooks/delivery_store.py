@@ -48,7 +48,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Which deliveries may be claimed: how many, and of which owners and receivers none."""
+    """The deliveries that may be claimed: how many, and which owners and receivers are left out."""
 
     most: int  # in all
     most_failing: int  # of receivers that failed last

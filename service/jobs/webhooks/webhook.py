@@ -63,7 +63,7 @@ class Webhook:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Webhook":
-        """Read what was kept. Raises KeyError, TypeError or ValueError for what is none."""
+        """Read a webhook from the store. Raises KeyError, TypeError or ValueError for other content."""
         events = tuple(event for event in EVENTS if event in fields["events"])
         if not isinstance(fields["url"], str) or len(events) != len(fields["events"]):
             raise ValueError("it is no webhook")
@@ -79,7 +79,7 @@ class AllowedReceivers:
 
     @classmethod
     def parse(cls, text: str) -> "AllowedReceivers":
-        """Read names, addresses and networks, joined by commas. Raises ValueError for what is none of them."""
+        """Read names, addresses and networks, joined by commas. Raises ValueError for any other text."""
         hosts, networks = set(), list[Network]()
         for entry in filter(None, (each.strip() for each in text.split(","))):
             try:
