@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
-from urllib.parse import unquote
 
 # The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 # Without tm_ a secret is 43 characters of base64url: a name or a hash of that length has no letters of both cases.
@@ -19,11 +18,11 @@ UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|ma
 SECRET = re.compile(
     rf"(?i:tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+)|(?<![\w-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[\w-]{{43,}}", re.ASCII
 )
-MASK = "tm_…"
-WORD = re.compile(r"\S+")
-MOST_ENCODINGS = 10  # of a word, one in the other; each takes a pass
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
+ENTITY_CHARACTERS = 11
 LONGEST_SECRET = 3 * 46  # characters of one, where all are percent-encoded
 MOST_FAULTS = 20  # that a problem document lists
+HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class ServiceError(Exception):
@@ -739,22 +738,37 @@ def short(value: object, limit: int = 200) -> object:
 def masked(text: str) -> str:
     """Mask the secrets of API keys, which clients may have put anywhere.
 
-    They may be percent-encoded or written with HTML entities, any number of times. Such a word is masked as a whole.
+    They may be percent-encoded or written with HTML entities, any number of times.
     """
-    return WORD.sub(lambda word: _masked(word[0]), text)
+    if "%" in text or ("&" in text and ";" in text):
+        decoded, starts = _decoded(text)
+        pieces, end = list[str](), 0
+        for found in SECRET.finditer(decoded):
+            pieces += text[end : starts[found.start()]], "tm_…"
+            end = starts[found.end()]
+        text = "".join([*pieces, text[end:]])
+    return SECRET.sub("tm_…", text)  # a percent sign before a secret may have hidden its first two characters
 
 
-def _masked(word: str) -> str:
-    shown, decoded = SECRET.sub(MASK, word), _decoded(word)
-    return shown if decoded is not None and _decoded(shown) == SECRET.sub(MASK, decoded) else MASK
+def _decoded(text: str) -> tuple[str, list[int]]:
+    """Decode what is encoded until nothing is; where in the text each character begins, and where it ends."""
+    characters, starts = list[str](), list[int]()
+    for at, character in enumerate(text):
+        characters.append(character)
+        starts.append(at)
+        while found := _last_encoded(characters):
+            length, meant = found
+            characters[-length:] = meant
+            del starts[len(starts) - length + 1 :]
+    return "".join(characters), [*starts, len(text)]
 
 
-def _decoded(text: str) -> str | None:
-    """Decode what is encoded until nothing is. None: it is encoded more often than any client does."""
-    for _ in range(MOST_ENCODINGS):
-        if (decoded := html.unescape(unquote(text))) == text:
-            return text
-        text = decoded
+def _last_encoded(characters: list[str]) -> tuple[int, str] | None:
+    """Find a character that is encoded by the last ones: by how many, and which it is."""
+    if len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
+        return 3, chr(int("".join(characters[-2:]), 16))
+    if characters[-1] == ";" and (found := ENTITY.search("".join(characters[-ENTITY_CHARACTERS:]))):
+        return len(found[0]), html.unescape(found[0])[:1] or "\ufffd"
     return None
 
 

@@ -45,10 +45,8 @@ def test_a_value_is_shown_unchanged_or_shortened(value: object, shown: object) -
 def test_the_secret_of_a_key_is_masked_whatever_is_before_it_and_a_parameter_of_links_is_not() -> None:
     for text in ("tm_{}", "%20tm_{}", "xtm_{} y", "key_tm_{}", "\\ntm_{}", "utm_{}&utm_source=x", "100% tm_{}%"):
         assert masked(text.format("a-b_c")) == text.format("…")
-    for text in ("Tm_Ab", "tm_source_b"):
+    for text in ("Tm_Ab", "%74m_%41b", "%2574%6D%255fAb", "tm_source_b"):
         assert masked(f"(%20{text}%20)") == "(%20tm_…%20)"
-    for text in ("%74m_%41b", "%2574%6D%255fAb", "tm_A%62"):
-        assert masked(f"a (%20{text}%20) b") == "a tm_… b"
     links = "utm_source=x&utm_medium=y&UTM_ID=z&utm_creative_format"
     assert masked(links) == links
 

@@ -22,7 +22,7 @@ PUBLIC: dict[str, Any] = {"webhook": "https://hooks.example/x"}
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deliverer, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(deliverer, "LOOK_S", 0.05)
+    monkeypatch.setattr(deliverer, "POLL_INTERVAL_S", 0.05)
 
 
 @pytest.fixture
