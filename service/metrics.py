@@ -330,7 +330,8 @@ class Metrics:
         for reason in LOST:
             self._counters["tminus_jobs_aborted_total"].labels(reason)
 
-    def _count(self, name: str, *labels: str, by: int = 1) -> None:
+    def count(self, name: str, *labels: str, by: int = 1) -> None:
+        """Add to a counter of METRICS. labels: its values, in the order of METRICS."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
 
@@ -355,14 +356,6 @@ class Metrics:
         """Describe a model no more."""
         with suppress(KeyError):
             self._model.remove(name)
-
-    def loaded_while_running(self, outcome: str, reason: str) -> None:
-        """Record the outcome of loading a model while the server runs: done or refused; reason: admin or demand."""
-        self._count("tminus_model_loads_total", outcome, reason)
-
-    def unloaded_while_running(self, reason: str) -> None:
-        """Record that a model that is served went out of memory: it was idle, for room, or by an admin."""
-        self._count("tminus_model_unloads_total", reason)
 
     def watch(
         self,
@@ -407,7 +400,7 @@ class Metrics:
         self._observe("tminus_tick_duration_seconds", seconds, model)
         self._observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
-            self._count("tminus_row_steps_total", model, sampler, by=count)
+            self.count("tminus_row_steps_total", model, sampler, by=count)
 
     def job_started(self, *, queue_s: float, first_step_s: float, exemplar: Mapping[str, str]) -> None:
         """Record that a job has taken its first step. exemplar: the labels that name its request."""
@@ -416,25 +409,25 @@ class Metrics:
 
     def job_done(self, model: str, images: int) -> None:
         """Record that a job of a model has all its images."""
-        self._count("tminus_images_total", model, by=images)
+        self.count("tminus_images_total", model, by=images)
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
         """Record that an accepted job ended without images."""
-        self._count("tminus_jobs_aborted_total", reason)
-        self._count("tminus_row_steps_saved_total", by=row_steps_saved)
+        self.count("tminus_jobs_aborted_total", reason)
+        self.count("tminus_row_steps_saved_total", by=row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
         """Record that snapshots of some jobs were written to the store."""
-        self._count("tminus_snapshots_total", by=jobs)
+        self.count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
 
     def jobs_resumed(self, jobs: int) -> None:
         """Record how many jobs of an earlier run of the server are continued."""
-        self._count("tminus_jobs_resumed_total", by=jobs)
+        self.count("tminus_jobs_resumed_total", by=jobs)
 
     def durable_job_ended(self, outcome: str) -> None:
         """Record that a durable job ended, and its outcome is in the store."""
-        self._count("tminus_durable_jobs_ended_total", outcome)
+        self.count("tminus_durable_jobs_ended_total", outcome)
 
     def webhook_attempted(self, outcome: str, seconds: float) -> None:
         """Record an attempt to tell a webhook of an event: delivered or failed."""
@@ -442,31 +435,31 @@ class Metrics:
 
     def webhook_ended(self, outcome: str) -> None:
         """Record that a webhook was told of an event, delivered, or that this was given up, given_up."""
-        self._count("tminus_webhook_events_total", outcome)
+        self.count("tminus_webhook_events_total", outcome)
 
     def frame_sent(self) -> None:
         """Record that a frame was sent to a viewer."""
-        self._count("tminus_frames_sent_total")
+        self.count("tminus_frames_sent_total")
 
     def frame_dropped(self) -> None:
         """Record that a frame was not sent: a newer one replaced it, or its job ended."""
-        self._count("tminus_frames_dropped_total")
+        self.count("tminus_frames_dropped_total")
 
     def rejected(self, reason: str) -> None:
         """Record that a request was refused with this problem code."""
-        self._count("tminus_rejected_total", reason)
+        self.count("tminus_rejected_total", reason)
 
     def asked_for(self, model: str, sampler: str, named: str) -> None:
         """Record a request for images of a model that passed the checks; named: see `named_by` in defaults.py."""
-        self._count("tminus_sample_requests_total", model, sampler, named)
+        self.count("tminus_sample_requests_total", model, sampler, named)
 
     def charged(self, key: str, places: int) -> None:
         """Record the places of a job that a key was charged for. An empty name: callers without a key."""
-        self._count("tminus_key_places_total", key, by=places)
+        self.count("tminus_key_places_total", key, by=places)
 
     def answered_without_work(self, how: str) -> None:
         """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""
-        self._count("tminus_answered_without_work_total", how)
+        self.count("tminus_answered_without_work_total", how)
 
     def encoded(self, kind: str, seconds: float) -> None:
         """Record that images were encoded."""
@@ -480,7 +473,7 @@ class Metrics:
         """Record that a request was answered, in the task that answered it."""
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
-            self._count("tminus_errors_total", str(status))
+            self.count("tminus_errors_total", str(status))
 
     def render(self, *, as_openmetrics: bool = False) -> tuple[bytes, str]:
         """Write all metrics in the Prometheus text format or as OpenMetrics, which alone has exemplars.

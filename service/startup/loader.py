@@ -213,7 +213,7 @@ class ModelLoader:
         self._queue.mark_unloaded(one.name)
         try:
             await self._served.unload(one)
-            self._served.metrics.unloaded_while_running(reason)
+            self._served.metrics.count("tminus_model_unloads_total", reason)
         finally:
             if one.loaded is not None and not was_closing:
                 self._queue.mark_loaded(one.name)
@@ -229,11 +229,11 @@ class ModelLoader:
             with self._queue.times.measure(name):
                 one = await self._read_and_serve(name, folder)
         except ServiceError as error:
-            self._served.metrics.loaded_while_running("refused", reason)
+            self._served.metrics.count("tminus_model_loads_total", "refused", reason)
             log.warning("%s cannot be loaded: %s", name, error.detail)
             raise
         one.loaded_s = one.last_used_s = time.monotonic()
-        self._served.metrics.loaded_while_running("done", reason)
+        self._served.metrics.count("tminus_model_loads_total", "done", reason)
         log.info(
             "%s, fingerprint %s, is served after %.1f s",
             name, one.services.model.fingerprint, self._queue.times.expected_s(name),

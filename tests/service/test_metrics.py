@@ -32,8 +32,8 @@ def moved() -> dict[str, Metric]:
     """Each metric after something has happened to it, so that its labels can be seen."""
     metrics = Metrics()
     metrics.model_loaded(INFO)
-    metrics.loaded_while_running("done", "demand")
-    metrics.unloaded_while_running("idle")
+    metrics.count("tminus_model_loads_total", "done", "demand")
+    metrics.count("tminus_model_unloads_total", "idle")
     metrics.watch(
         tasks=lambda: 1,
         rows_active=lambda: 1,
