@@ -23,7 +23,7 @@ class CheckpointError(Exception):
 
 
 def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError for a file that is missing, too large or something else."""
+    """Read a JSON object. Raises CheckpointError if the file is missing, too large or not a JSON object."""
     if not file.is_file():
         raise CheckpointError(f"{file}: missing")
     if file.stat().st_size > most_bytes:

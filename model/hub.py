@@ -83,7 +83,7 @@ def hub_name(folder: Path) -> str | None:
 def _fetched(hub_id: HubId) -> Path:
     """Return the folder in the cache, after fetching the files that are missing.
 
-    Only files that a checkpoint has are fetched: no other pickles, and no code.
+    Only a checkpoint's JSON files and weights are fetched, and no code.
     """
     hub = _client(hub_id)
     if hub_id.commit is not None and (folder := _cached(hub_id)) is not None:

@@ -157,7 +157,7 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 class NoiseConfig(Checked):
     """A checkpoint's scheduler_config.json: the noise schedule it was trained on and how it is sampled.
 
-    Field names and defaults are those of diffusers' DDPMScheduler. Raises ValueError naming the field and the value.
+    Most field names and defaults are those of diffusers' schedulers. Raises ValueError naming field and value.
     """
 
     KIND: ClassVar[str] = "scheduler config: "

@@ -1,8 +1,8 @@
-"""Pixels: pictures made ready for a model, and uint8 [0, 255] to the range it works in, [-1, 1], and back.
+"""Prepare pictures for a model, and convert uint8 [0, 255] to the model's range, [-1, 1], and back.
 
-And which channels of an image a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
+This also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
 
-One rule for the pictures of a training folder and for those that are uploaded, so that both look alike to a model.
+Training pictures and uploaded pictures are prepared by the same rule, so both look alike to a model.
 Importing this imports no torch: the service decodes uploads with it.
 """
 
@@ -35,7 +35,7 @@ def to_uint8(x: "Tensor") -> "Tensor":
 
 
 def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Do as `to_uint8`, to the bit, with an array."""
+    """Like `to_uint8`, bit for bit, for an array."""
     whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     return whole
 

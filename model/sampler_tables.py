@@ -32,7 +32,7 @@ MAX_COEFFICIENT = 1e3
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A sampler fitted to one checkpoint: for each step a timestep, falling, and a, b, c, d, s."""
+    """A sampler fitted to one checkpoint: decreasing timesteps, each with its a, b, c, d and s."""
 
     sampler: str
     steps: int

@@ -711,7 +711,7 @@ class JobNotFound(ServiceError):
 
 
 class JobCancelled(ServiceError):
-    """The client disconnected, so that nobody reads this answer, or a request deleted or cancelled the job."""
+    """A request cancelled or deleted the job, or the client disconnected and will not read this answer."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
     remedy = "You need not do anything: this is what was asked for."

@@ -454,7 +454,7 @@ class Metrics:
         self.count("tminus_sample_requests_total", model, sampler, named)
 
     def charged(self, key: str, places: int) -> None:
-        """Record the places of a job that a key was charged for. An empty name: callers without a key."""
+        """Record the places that a key was charged for a job. `key` is empty for callers without one."""
         self.count("tminus_key_places_total", key, by=places)
 
     def answered_without_work(self, how: str) -> None:

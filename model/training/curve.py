@@ -38,7 +38,7 @@ class LossCurve:
             self.points = [(step, (one + other) / 2) for (_, one), (step, other) in pairs]
 
     def recent(self) -> float:
-        """Return the mean over the last SHOWN_STEPS or so; NaN before the first. Makes the host wait for the device."""
+        """Return the mean loss of the last SHOWN_STEPS or so; NaN if there are none. Waits for the device."""
         total, count = float(self._sum), self._count
         for _, mean in reversed(self.points):
             if count >= SHOWN_STEPS:

@@ -66,7 +66,7 @@ class TrainConfig(RunConfig):
 
 
 def usual_batch(num_images: int) -> int:
-    """Choose how many images a step takes: half of them at most, since all at once teach little more."""
+    """Return the usual batch size, or half the images if fewer: a larger batch teaches little more."""
     return max(1, min(USUAL_BATCH, num_images // 2))
 
 
@@ -252,9 +252,9 @@ def _for_tminus_json(
 ) -> tuple[Labels, Recommended, float | None]:
     """Return members of tminus.json: the classes, the recommended settings, and the guidance in the weights.
 
-    A resumed run keeps its tminus.json. A new one has the classes of the data (class_names), and the settings of the
-    checkpoint that it begins from. If that has none, or names a table, which fits only its own weights, the usual ones
-    are recommended; guided, if the network learns the null class and no guidance is in the weights.
+    A resumed run keeps its tminus.json. A new run takes class_names, and the settings of the checkpoint it
+    starts from. If there are none that fit (a table fits only its own weights), the usual settings are used,
+    with guidance if the network learns the null class and the weights contain none.
     """
     labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None

@@ -52,11 +52,11 @@ def approve_portions(
     num_images: int | None = None,
     batch_size: int = MAX_IMAGES,
 ) -> Generator[None, None, bool]:
-    """Approve bfloat16 for the executor that `exact` is, or refuse it; returns which. A portion is a pass at most.
+    """Approve or refuse bfloat16 for executors like `exact`; returns True if approved. Yields between passes.
 
-    folder: the checkpoint, which is read once more, as an executor takes its network over. num_images None: as many as
-    BUDGET_S allows. Raises ValueError where the processor lacks bfloat16, and for a checkpoint that this cannot judge;
-    OSError where the verdict cannot be kept.
+    folder: the checkpoint, read again since an executor takes over its network. num_images: None for as many
+    as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be judged,
+    and OSError if an approval cannot be saved.
     """
 
     def build() -> tuple[Checkpoint, Executor]:

@@ -375,10 +375,10 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
 
 
 def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
-    """Build eager without measuring anything, in float32 if the wish allows it, whichever executor that is for.
+    """Build the eager executor without measuring, even if the wish names another; in float32 if it allows that.
 
-    On a CPU it takes one row a pass and one thread. So its bits depend neither on a measurement nor on the number of
-    cores, and it never waits for a thread that other programs keep from running. Raises ValueError if it is unfit.
+    On a CPU it runs one row per pass, on one thread. So its bits depend neither on a measurement nor on the
+    number of cores, and it never waits for a held-up thread. Raises ValueError if the executor is unfit.
     """
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
     choice = next((each for each in candidates if each.precision == "float32"), candidates[0])

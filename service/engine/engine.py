@@ -155,8 +155,8 @@ class Engine:
     def begin(self, batch: Batch) -> Callable[[], None]:
         """Begin a tick. The function returned waits for the network and updates the rows.
 
-        A second tick, with other rows, may begin in between. Until its tick has ended, reads give a row as it was
-        before, and the row may not be removed. The batch reaches the device in one transfer; nothing loops over rows.
+        Another tick, with other rows, may begin before that call. Until a row's tick ends, reads give its old
+        values, and it may not be removed. A batch reaches the device in one transfer; nothing loops over rows.
         """
         if torch.get_num_threads() != self._torch_threads:  # it is the process's, and another model may have set it
             torch.set_num_threads(self._torch_threads)

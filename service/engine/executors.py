@@ -81,8 +81,8 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 class EagerExecutor:
     """PyTorch as it is: the reference. With `sizes` None each batch is one pass.
 
-    With several threads, a batch is cut into passes for as many streams. A stream is one thread. All streams take
-    passes from one queue, which has the passes of all batches, so no stream waits for another.
+    With several threads, each is a stream, and a batch is cut into passes. All streams take passes from one
+    queue, shared by all batches, so no stream waits for another.
     """
 
     name = "eager"

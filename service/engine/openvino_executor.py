@@ -182,7 +182,7 @@ class KeptGraph:
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """key: names all that the graph is made from."""
+        """key: a hash of all that the graph is made from."""
         self._folder = folder
         self._files = tuple(folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
         self._xml, self._weights, self._sums = self._files

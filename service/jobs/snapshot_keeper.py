@@ -20,10 +20,10 @@ LEAST_S = 2.0  # between two rounds
 
 
 class SnapshotKeeper:
-    """The worker's Keeper. A thread of its own waits for copies from a GPU and for the store.
+    """The worker's Keeper. Its own thread waits for copies from a GPU and for the store.
 
-    A round costs the worker wall time, and the two other threads CPU time. They wait for a GPU or a disk, which takes
-    nothing from a tick.
+    A round costs the worker's wall time plus the CPU time of this thread and the store's. Waits for a GPU or a
+    disk do not count, since they take nothing from a tick.
     """
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:

@@ -151,7 +151,7 @@ class Admission:
         return 1 / place_s if place_s else math.inf
 
     def work_left_s(self, model: int) -> float:
-        """Return the seconds that full ticks take for the work left of a model."""
+        """Return the seconds that a model's remaining work takes in full ticks."""
         jobs, speeds = self._read()
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 

@@ -527,9 +527,9 @@ class Scheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.service_time_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped. It is in flight, or it was chosen last.
+        """Record that a batch has stepped: one in flight, or the last one chosen.
 
-        Cancelled jobs are left out. ticks: how many times it has stepped, in a forecast.
+        Cancelled jobs are left out. ticks: how often it stepped; only forecasts set it.
         """
         assert batch.jobs, "it does not come from next_batch"
         if batch not in self._in_flight:

@@ -213,10 +213,10 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """The number of unclaimed jobs in a shared store, and the seconds that one server takes for them.
+        """The number of unclaimed jobs in a shared store, and how many seconds one server needs for them.
 
-        As of the last renewal. None without a shared store, and while it does not answer. Models with the same weights
-        count once.
+        Read at the last renewal. None without a shared store, or while it does not answer. Models with the same
+        weights count once.
         """
         loads = {
             one.services.model.weights_hash: one.lifecycle.leases.load

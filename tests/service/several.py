@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Shelf:
     """What `prepare` finds in the folders of the library, by name: a model, or an error."""
 
     found: dict[str, ModelInfo | Exception] = field(default_factory=dict)
-    engines: list[FakeEngine] = field(default_factory=list)  # those that were made, in order
+    engines: MutableSequence[FakeEngine] = field(default_factory=list)  # the engines that were made, in order
     freed: list[bool] = field(default_factory=list)  # of each memory that was given back: whether its engine was gone
     gate: threading.Event = field(default_factory=threading.Event)  # while it is clear, loading takes long
 
@@ -50,14 +51,15 @@ class Shelf:
         found = self.found[name]
         if isinstance(found, Exception):
             raise found
-        self.engines.append(FakeEngine(replace(found, name=name)))
-        engine = weakref.ref(self.engines[-1])
+        made = FakeEngine(replace(found, name=name))
+        self.engines.append(made)
+        engine = weakref.ref(made)
 
         def release() -> None:
             gc.collect()
             self.freed.append(engine() is None)
 
-        return replace(prepare(self.engines[-1], LIMITS, INSTANT), release=release)
+        return replace(prepare(made, LIMITS, INSTANT), release=release)
 
 
 @dataclass

@@ -346,10 +346,10 @@ def _complete(method: str, path: str, operation: Described, *, is_public: bool) 
 def document(
     app: FastAPI, contract: Contract, is_public: Callable[[str, str], bool], more: Mapping[str, Described]
 ) -> Described:
-    """Make the document of an app whose routes refer to the contract's components, and to more.
+    """Make the OpenAPI document of an app, with the schemas of the contract and those in `more`.
 
-    is_public: whether a path, and a method, is answered to anybody; others may be refused for want of a key, or by its
-    quota.
+    is_public: whether a path and method need no key. Other calls may be refused because the key is missing or
+    its quota is used up.
     """
     made = app.openapi()
     made["components"]["schemas"] |= {**contract.components(), **more}

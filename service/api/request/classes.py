@@ -56,8 +56,8 @@ def known_classes(names: tuple[str, ...]) -> str:
 def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
     """Find a class by its name, in any case, or by its number; None if it does not exist.
 
-    Raises InvalidField, which names `field`, where the label is the name of one class and the number of another. After
-    NAME or NUMBER it has one meaning.
+    Raises InvalidField, naming `field`, if the label names one class and is the number of another. The prefix
+    NAME or NUMBER says which is meant.
     """
     text = str(label)
     if text.casefold().startswith(NAME):

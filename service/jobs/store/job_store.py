@@ -139,12 +139,12 @@ class JobStore(Removal):
         *,
         held: bool | None = None,
     ) -> list[JobRecord]:
-        """List jobs of these outcomes, the newest first, from the first that is older than `before`.
+        """List jobs with these outcomes that are older than `before`, newest first.
 
-        outcomes: None is of those that have not ended. owner: only those of this one. held: of those that have not
-        ended, only those that a replica holds, or that none does.
+        outcomes: None stands for unended jobs. owner: list only this owner's jobs. held: list unended jobs only
+        if a live replica holds them (True), or only if none does (False).
 
-        Those whose record is damaged are left out.
+        Jobs with damaged records are left out.
         """
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []

@@ -1,5 +1,6 @@
 """Models that are loaded when they are asked for and unloaded when idle, on fake engines."""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -267,9 +268,9 @@ def test_a_checkpoint_that_cannot_be_loaded_refuses_requests_and_its_jobs_wait_u
 
 def test_idle_models_go_out_and_come_back_for_the_next_request(make_site: MakeSite) -> None:
     several = on_demand(make_site, idle_s=0.2)
+    several.shelf.engines = deque(maxlen=0)  # only the server holds an engine
     job = several.post("/models/a/jobs", json=QUICK).json()["id"]
     wait_until(lambda: state_of(several, job) == "done")
-    several.shelf.engines.clear()
     wait_until(lambda: not loaded(several) and several.states()["fake"] == "unloaded")
     assert several.get("/readyz").status_code == 200
     wait_until(lambda: several.shelf.freed == [True])  # its engine is gone
