@@ -1,4 +1,4 @@
-"""The archives of checkpoints that a release has beside the wheel: their names, packing and unpacking.
+"""The archives of checkpoints that a release has beside the wheel: which there are, how one is packed and unpacked.
 
 checkpoints/archives.json names them, with the size and the hash of each; `python -m tests.release` writes it. Nothing
 is fetched here.
@@ -6,18 +6,19 @@ is fetched here.
 
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"  # comes with tminus, installed or not
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive that this version accepts, by its bytes."""
+    """An archive that this version knows; one of other bytes is another."""
 
-    about: str  # a line for users
+    about: str  # a line for those who choose
     size_bytes: int
     sha256: str
 
@@ -31,7 +32,7 @@ class Release:
 
 
 def release() -> Release:
-    """Read the release of this version from the file that comes with it."""
+    """Read what is known of the release of this version."""
     pins = json.loads(PINS.read_text("utf-8"))
     return Release(pins["address"], {name: Archive(**pinned) for name, pinned in pins["archives"].items()})
 
@@ -57,12 +58,20 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(file: Path, into: Path) -> None:
-    """Write the files of an archive below a folder, without its owners.
+    """Write the files of an archive below a folder, without its modes, owners and times.
 
-    Raises ValueError for a file that is not an archive, and for a member that would lie elsewhere or is no file.
+    Raises ValueError for what is no archive, and for a member that is no plain file or would lie elsewhere.
     """
     try:
         with tarfile.open(file, "r:") as packed:
-            packed.extractall(into, filter="data")
+            for member in packed:
+                path = PurePosixPath(member.name)
+                if not member.isreg() or member.issparse() or path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"{file.name}: {member.name!r} in it is no plain file below a folder of its own")
+                source, target = packed.extractfile(member), into / path
+                assert source is not None
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with source, target.open("xb") as written:
+                    shutil.copyfileobj(source, written)
     except tarfile.TarError as error:
-        raise ValueError(f"{file.name}: not a tar archive of plain files ({error})") from None
+        raise ValueError(f"{file.name}: not a tar archive ({error})") from None

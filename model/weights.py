@@ -1,6 +1,7 @@
 """Weights found, read and hashed: of a U-Net folder, whole or in shards, or of one file. Only tensors are unpickled."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from pickle import UnpicklingError  # noqa: TID251
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json
@@ -17,6 +18,12 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+SAFETENSORS_DTYPES = {  # also types that are no weights: they are refused by torch's name
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
@@ -140,6 +147,33 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors into memory of our own.
+
+    The library either maps the file, so that writing over it would change what is served and shortening it would end
+    the process, or needs twice the memory. Raises ValueError for a file that changes while it is read.
+    """
+    with safe_open(file, "pt"):  # which checks the whole header
+        pass
+    state = {}
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), MAX_HEADER_BYTES)))
+        start = opened.tell()
+        for key, entry in header.items():
+            if key == "__metadata__":
+                continue
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise CheckpointError(f"{file}: {key} must be of {DTYPE_NAMES}, got {entry['dtype']}")
+            tensor = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
+            begin, end = entry["data_offsets"]
+            values = tensor.reshape(-1).view(torch.uint8).numpy()
+            opened.seek(start + begin)
+            if len(values) != end - begin or opened.readinto(values.data) != end - begin:
+                raise ValueError("it changed while it was read")
+            state[key] = tensor
+    return state
+
+
 def _read_tensors(
     file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
 ) -> dict[str, Tensor]:
@@ -150,9 +184,10 @@ def _read_tensors(
             )
     try:
         if file.suffix == ".safetensors":
-            # Not load_file, which maps the file: what is written over it later would be served.
-            return load(file.read_bytes())
+            return _read_safetensors(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
+    except CheckpointError:
+        raise
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError

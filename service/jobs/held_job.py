@@ -1,13 +1,14 @@
-"""The durable jobs that this process holds: their states, and which state may follow which.
+"""The durable jobs that this process holds: their states, which state may follow which, and the tasks that run them.
 
 job_runner.py takes a job from one state to the next. In the event loop's thread only.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from tminus.service.errors import Draining
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.preview import Mailbox, Watch
 from tminus.service.worker.worker import Worker
@@ -112,3 +113,39 @@ class HeldJobs:
         """Show a job to a viewer no more."""
         job.viewers.pop(watch, None)
         self._worker.unwatch(job.record.id, watch)
+
+
+class Tasks:
+    """Owns the tasks that work on one model's jobs, and ends them with the process."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
+        self._given_up: set[asyncio.Task[None]] = set()  # those of them that `close` cancels
+        self._closing = asyncio.Event()
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Start a task that `close` waits for."""
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def spawn_until_closed(self, work: Coroutine[None, None, None]) -> None:
+        """Start a task that `close` cancels."""
+        self._given_up.add(task := self.spawn(work))
+        task.add_done_callback(self._given_up.discard)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep. Raises Draining when the process ends."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+        except TimeoutError:
+            return
+        raise Draining
+
+    async def close(self) -> None:
+        """End every pause, and wait until all tasks have ended."""
+        self._closing.set()
+        for task in self._given_up:  # each may wait for an object store or a receiver that does not answer
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -28,13 +28,12 @@ from tminus.service.errors import (
     ServiceError,
     StorageFailed,
 )
-from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, Tasks
 from tminus.service.jobs.retention import Retention
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, LeaseLost, Outcome
 from tminus.service.jobs.store.shared_store import SharedStore
-from tminus.service.jobs.tasks import Tasks
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, Pixels, Snapshot
@@ -57,7 +56,7 @@ FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on t
 
 @dataclass(slots=True)
 class ModelOfJobs:
-    """What is known of the model whose jobs these are. Only Lifecycle changes it."""
+    """The model whose jobs these are. It may change while no job runs."""
 
     number: int
     info: ModelInfo

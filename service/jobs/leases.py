@@ -12,13 +12,12 @@ import time
 from contextlib import suppress
 
 from tminus.service.errors import Draining, Overloaded, StorageFailed
-from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, Tasks
 from tminus.service.jobs.job_runner import JobRunner, ModelOfJobs
 from tminus.service.jobs.retention import Retention
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace
 from tminus.service.jobs.store.shared_store import SharedStore
-from tminus.service.jobs.tasks import Tasks
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad

@@ -4,13 +4,12 @@ import asyncio
 from contextlib import suppress
 
 from tminus.service.errors import Draining, StorageFailed
-from tminus.service.jobs.held_job import HeldJobs, HeldState
+from tminus.service.jobs.held_job import HeldJobs, HeldState, Tasks
 from tminus.service.jobs.job_runner import JobRunner, ModelOfJobs
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.retention import RETRY_S, Retention
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.tasks import Tasks
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission

@@ -5,11 +5,10 @@ import logging
 from contextlib import suppress
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, Tasks
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord, LeaseLost
-from tminus.service.jobs.tasks import Tasks
 from tminus.service.jobs.webhooks.deliverer import DELIVERY_S
 from tminus.service.model_info import Limits
 from tminus.service.preview import Mailbox, Pace, Watch

@@ -104,10 +104,8 @@ def serve(settings: Settings) -> bool:
 
     build = partial(measure_and_build, opened, traces, opening)
     asyncio.run(_run(server, opening, listener, build, url))
-    for signum in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # the interpreter drops handlers as it ends; a signal would kill it
+    # The interpreter drops handlers as it ends: a signal would then kill it.
+    for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
 
     served = opening.application.served if opening.application is not None else None

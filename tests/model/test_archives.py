@@ -71,25 +71,35 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
     [
         [member("../outside")],
         [member("checkpoint/../../outside")],
-        [member("checkpoint/link", tarfile.SYMTYPE, "../.."), member("checkpoint/link/outside")],
+        [member("/outside")],
+        [member("checkpoint/link", tarfile.SYMTYPE, ".."), member("checkpoint/link/outside")],
         [member("checkpoint/link", tarfile.SYMTYPE, "/etc/passwd")],
         [member("checkpoint/link", tarfile.LNKTYPE, "/etc/passwd")],
         [member("checkpoint/pipe", tarfile.FIFOTYPE)],
         [member("checkpoint/device", tarfile.CHRTYPE)],
+        [member("checkpoint/folder", tarfile.DIRTYPE)],
     ],
     ids=lambda bad: f"{bad[0].name} {bad[0].type!r}",
 )
-def test_a_member_that_is_no_file_below_the_folder_is_refused(tmp_path: Path, bad: list[tarfile.TarInfo]) -> None:
+def test_a_member_that_is_no_plain_file_below_its_folder_is_refused(tmp_path: Path, bad: list[tarfile.TarInfo]) -> None:
     archive, into = tmp_path / "archive.tar", tmp_path / "into"
     into.mkdir()
     with tarfile.open(archive, "w") as packed:
         for each in (member("checkpoint/first"), *bad):
             packed.addfile(each, io.BytesIO())
-    with pytest.raises(ValueError, match="not a tar archive of plain files"):
+    with pytest.raises(ValueError, match="no plain file below a folder of its own"):
         unpack(archive, into)
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {
         *("archive.tar", "into", "into/checkpoint", "into/checkpoint/first")
     }
+
+
+def test_a_file_that_is_there_twice_is_not_written_twice(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "archive.tar", "w") as packed:
+        for _ in range(2):
+            packed.addfile(member("checkpoint/file"), io.BytesIO())
+    with pytest.raises(FileExistsError):
+        unpack(tmp_path / "archive.tar", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut"])

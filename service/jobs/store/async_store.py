@@ -23,7 +23,7 @@ from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 
 CALL_S = 30.0  # a call that takes longer is not waited for
-QUICK_S = 1.0  # the same, of one without which a request can be answered
+QUICK_S = 1.0  # the same for a call without which a request can be answered
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=DeliveryStore)  # the lowest class with calls
@@ -40,9 +40,9 @@ class AsyncStore:
         self._pools: dict[Thread, ThreadPoolExecutor] = {"store": self._pool, "reads": self._pool, "pixels": self._pool}
         if self.shared:
             self._pools |= {"reads": started_pool(1, "tminus-store-reads"), "pixels": self._pixels}
-        self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
+        self.turn = asyncio.Lock()  # claiming and renewing take turns, so that a renewal sees every claim
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
-        self.owes = asyncio.Event()  # set where a webhook may be to be told something
+        self.owes = asyncio.Event()  # set when an event may be owed to a webhook
         self._adding: set[str] = set()
         self.now_us = store.now_us  # needs no disk
         self._failure: StorageFailed | None = None
