@@ -7,9 +7,10 @@ Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previo
 of the output channels of a network with learned variance; for others exp(r v) is 1.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -219,33 +220,19 @@ def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def sample(
-    net: Forward,
-    plan: Plan,
-    x_T: Tensor,
-    z_of: Callable[[int], Tensor],
-    *,
-    class_labels: Tensor | None = None,
-    null_class: int | None = None,
-    guidance: float = 1.0,
-    guidance_interval: tuple[int, int] | None = None,
-    guidance_rescale: float = 0.0,
-) -> Tensor:
+class Guided(TypedDict, total=False):
+    """The arguments of `sample_passes` that are about classes and guidance."""
+
+    class_labels: Tensor | None
+    null_class: int | None
+    guidance: float
+    guidance_interval: tuple[int, int] | None
+    guidance_rescale: float
+
+
+def sample(net: Forward, plan: Plan, x_T: Tensor, z_of: Callable[[int], Tensor], **guidance: Unpack[Guided]) -> Tensor:
     """Run a plan on one batch from x_T to x_0, see `sample_passes`."""
-    x_0 = x_T
-    for x in sample_passes(
-        net,
-        plan,
-        x_T,
-        z_of,
-        class_labels=class_labels,
-        null_class=null_class,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-    ):
-        x_0 = x
-    return x_0
+    return deque(sample_passes(net, plan, x_T, z_of, **guidance), maxlen=1).pop()
 
 
 @torch.inference_mode()

@@ -1,5 +1,10 @@
-"""The U-Net that predicts eps: the module names of diffusers' `UNet2DModel`."""
+"""The U-Net that predicts eps (Ho et al. 2020), with the module names of diffusers' `UNet2DModel`.
 
+The Skip blocks are those of NCSN++ (Song et al. 2021, appendix H): beside the feature maps a small image goes down,
+from which each level learns, and another goes up, to which each level adds.
+"""
+
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +18,7 @@ from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
     Downsample,
+    FirResample,
     FourierFeatures,
     ResnetBlock,
     TimestepEmbedding,
@@ -21,28 +27,40 @@ from tminus.model.layers import (
     nearest_up,
     sinusoidal_embedding,
 )
-from tminus.model.skip_blocks import SkipDownBlock, SkipUpBlock
-from tminus.model.unet_config import SKIP_DOWN_BLOCKS, SKIP_UP_BLOCKS, UNetConfig
+from tminus.model.unet_config import IMAGE_CHANNELS, SKIP_DOWN_BLOCKS, SKIP_UP_BLOCKS, UNetConfig, groups_of
+
+SKIP_ATTENTION_GROUPS = 32
+SKIP_OUTPUT_SCALE = math.sqrt(2)
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock:
+    usual = {"groups": config.groups(in_channels), "groups_out": config.groups(out_channels)}
     return ResnetBlock(
         in_channels,
         out_channels,
         config.temb_dim,
-        groups=config.groups(in_channels),
-        groups_out=config.groups(out_channels),
         eps=config.norm_eps,
         act=config.act_fn,
         dropout=config.dropout,
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
-        **kwargs,
+        **usual | kwargs,
     )
 
 
-def _attentions(config: UNetConfig, channels: int, count: int) -> nn.ModuleList:
-    width, groups, eps = config.head_width(channels), config.groups(channels), config.norm_eps
-    return nn.ModuleList(Attention(channels, width, groups=groups, eps=eps) for _ in range(count))
+def _skip_resnet(config: UNetConfig, in_channels: int, out_channels: int, groups: int, **kwargs: Any) -> ResnetBlock:
+    own = {"groups": groups, "groups_out": groups_of(out_channels), "output_scale_factor": SKIP_OUTPUT_SCALE}
+    return _resnet(config, in_channels, out_channels, **own, **kwargs)
+
+
+def _attentions(config: UNetConfig, channels: int, count: int, groups: int | None, scale: float = 1.0) -> nn.ModuleList:
+    width, eps = config.head_width(channels), config.norm_eps
+    return nn.ModuleList(
+        Attention(channels, width, groups=groups, eps=eps, output_scale_factor=scale) for _ in range(count)
+    )
+
+
+def _skip_attentions(config: UNetConfig, channels: int, count: int) -> nn.ModuleList:
+    return _attentions(config, channels, count, SKIP_ATTENTION_GROUPS, SKIP_OUTPUT_SCALE)
 
 
 class DownBlock(nn.Module):
@@ -53,7 +71,7 @@ class DownBlock(nn.Module):
         layers = config.layers_per_block
         self.resnets = nn.ModuleList(_resnet(config, in_channels if i == 0 else out, out) for i in range(layers))
         attends = kind == "AttnDownBlock2D"
-        self.attentions = _attentions(config, out, layers) if attends else None
+        self.attentions = _attentions(config, out, layers, config.groups(out)) if attends else None
         by_resnet = kind == "ResnetDownsampleBlock2D" or (attends and config.downsample_type == "resnet")
         self.downsamplers: nn.ModuleList | None = None
         if not last:
@@ -85,9 +103,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resnet(config, channels, channels, output_scale_factor=scale) for _ in range(2))
         self.attentions: nn.ModuleList | None = None
         if config.add_attention:
-            width, eps = config.head_width(channels), config.norm_eps
-            attention = Attention(channels, width, groups=groups, eps=eps, output_scale_factor=scale)
-            self.attentions = nn.ModuleList([attention])
+            self.attentions = _attentions(config, channels, 1, groups, scale)
 
     def forward(self, h: Tensor, act_temb: Tensor) -> Tensor:
         h = self.resnets[0](h, act_temb)
@@ -108,7 +124,7 @@ class UpBlock(nn.Module):
             h_channels, skip_channels = (prev if i == 0 else out), (skip_last if i == layers - 1 else out)
             self.resnets.append(_resnet(config, h_channels + skip_channels, out))
         attends = kind == "AttnUpBlock2D"
-        self.attentions = _attentions(config, out, layers) if attends else None
+        self.attentions = _attentions(config, out, layers, config.groups(out)) if attends else None
         by_resnet = kind == "ResnetUpsampleBlock2D" or (attends and config.upsample_type == "resnet")
         self.upsamplers: nn.ModuleList | None = None
         if not last:
@@ -123,6 +139,74 @@ class UpBlock(nn.Module):
         if self.upsamplers is not None:
             h = _resample(self.upsamplers[0], h, act_temb)
         return h
+
+
+class SkipDownBlock(nn.Module):
+    """Resnets (each followed by attention in an Attn block), then, but in the last block, a level of half the size."""
+
+    def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        for i in range(config.layers_per_block):
+            width = in_channels if i == 0 else out
+            self.resnets.append(_skip_resnet(config, width, out, groups_of(width)))
+        self.attentions = _skip_attentions(config, out, len(self.resnets)) if attends else None
+        self.resnet_down: ResnetBlock | None = None
+        self.image_down = FirResample(IMAGE_CHANNELS, up=False)
+        self.skip_conv: nn.Conv2d | None = None
+        if not last:
+            self.resnet_down = _skip_resnet(
+                config, out, out, groups_of(out), resample=FirResample(out, up=False), always_project=True
+            )
+            self.skip_conv = nn.Conv2d(IMAGE_CHANNELS, out, 1)
+
+    def forward(self, h: Tensor, act_temb: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, act_temb)
+            if self.attentions is not None:
+                h = self.attentions[i](h)
+            skips.append(h)
+        if self.resnet_down is not None and self.skip_conv is not None:
+            image = self.image_down(image)
+            h = self.skip_conv(image) + self.resnet_down(h, act_temb)
+            skips.append(h)
+        return h, skips, image
+
+
+class SkipUpBlock(nn.Module):
+    """One resnet more than the down block (attention after the last in an Attn block), then a level twice the size."""
+
+    def __init__(self, attends: bool, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
+        super().__init__()
+        layers = config.layers_per_block + 1
+        self.resnets = nn.ModuleList()
+        for i in range(layers):
+            width = (prev if i == 0 else out) + (skip_last if i == layers - 1 else out)
+            self.resnets.append(_skip_resnet(config, width, out, 32 if attends else groups_of(width)))
+        self.attentions = _skip_attentions(config, out, 1) if attends else None
+        self.image_up = FirResample(IMAGE_CHANNELS, up=True)
+        self.resnet_up: ResnetBlock | None = None
+        if not last:
+            self.resnet_up = _skip_resnet(
+                config, out, out, groups_of(out), resample=FirResample(out, up=True), always_project=True
+            )
+            self.skip_norm = nn.GroupNorm(groups_of(out), out, config.norm_eps)
+            self.skip_conv = nn.Conv2d(out, IMAGE_CHANNELS, 3, padding=1)
+
+    def forward(
+        self, h: Tensor, skips: list[Tensor], act_temb: Tensor, image: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        for resnet in self.resnets:
+            h = resnet(torch.cat([h, skips.pop()], dim=1), act_temb)
+        if self.attentions is not None:
+            h = self.attentions[0](h)
+        image = self.image_up(image) if image is not None else None
+        if self.resnet_up is not None:
+            own: Tensor = self.skip_conv(F.silu(self.skip_norm(h)))
+            image = own if image is None else image + own
+            h = self.resnet_up(h, act_temb)
+        return h, image
 
 
 def _down_block(kind: str, config: UNetConfig, in_channels: int, out: int, last: bool) -> nn.Module:

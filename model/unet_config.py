@@ -133,7 +133,7 @@ class UNetConfig(NetConfig):
 
     @property
     def has_skip_blocks(self) -> bool:
-        """Whether it has the blocks of skip_blocks.py."""
+        """Whether it has Skip blocks."""
         lists = (self.down_block_types, self.up_block_types)
         named = (name for names in lists if isinstance(names, tuple) for name in names)
         return any(name in SKIP_DOWN_BLOCKS + SKIP_UP_BLOCKS for name in named)
