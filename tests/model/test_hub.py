@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tests.hub import Hub, Repository, commit_of, running_hub
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
-from tminus.model.files import CheckpointError
 from tminus.model.hub import HubId, checkpoint_folder, hub_name, is_whole
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
@@ -200,23 +199,6 @@ def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: F
     assert folder is not None
     assert f"{WEIGHTS}.bin" in names_in(folder)
     assert load_checkpoint(folder).weights_hash == load_checkpoint(flat).weights_hash
-
-
-def test_a_bin_with_code_in_it_is_never_run(hub: Hub, fetch: Fetch, flat: Path, tmp_path: Path) -> None:
-    class Touches:
-        def __reduce__(self) -> object:
-            return Path.touch, (tmp_path / "ran",)
-
-    hostile = tmp_path / "hostile"
-    shutil.copytree(flat, hostile)
-    (hostile / f"{WEIGHTS}.safetensors").unlink()
-    torch.save({"conv_in.weight": Touches()}, hostile / f"{WEIGHTS}.bin")
-    hub.push(ID, hostile)
-    folder = fetch(ID).folder
-    assert folder is not None
-    with pytest.raises(CheckpointError, match="a pickle with code is never run"):
-        load_checkpoint(folder)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_what_was_cut_off_is_fetched_to_its_end(hub: Hub, fetch: Fetch, nested: Path) -> None:

@@ -70,41 +70,6 @@ def test_noise_of_a_seed_is_what_it_was_when_the_seed_was_given() -> None:
         assert picked.tolist() == pytest.approx(values, rel=1e-6)
 
 
-def test_noise_has_the_moments_of_a_standard_normal() -> None:
-    z = image_noise(11, range(64), 0, (3, 32, 32), CPU).double().flatten()
-    n = len(z)
-    assert abs(z.mean()) < 5 / n**0.5
-    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
-    assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
-    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
-    assert 4 < z.abs().max() < 5.9
-
-
-def test_noise_passes_a_kolmogorov_smirnov_test() -> None:
-    z = image_noise(12, range(16), 3, (3, 32, 32), CPU).double().flatten().sort().values
-    n = len(z)
-    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    assert (torch.special.ndtr(z) - empirical).abs().max() < 1.95 / n**0.5  # p = 0.001
-
-
-NEIGHBOURS = {
-    "seed": ((5, 2, 9), (6, 2, 9)),
-    "high word of the seed": ((5, 2, 9), (5 + 2**32, 2, 9)),
-    "index": ((5, 2, 9), (5, 3, 9)),
-    "draw": ((5, 2, 9), (5, 2, 10)),
-    "index and draw changing places": ((5, 2, 9), (5, 9, 2)),
-}
-
-
-@pytest.mark.parametrize(("one", "other"), NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
-def test_neighbouring_streams_are_uncorrelated(one: tuple[int, int, int], other: tuple[int, int, int]) -> None:
-    a, b = (image_noise(seed, [index], draw, (4, 64, 64), CPU).double().flatten() for seed, index, draw in (one, other))
-    n = len(a)
-    assert abs((a * b).mean()) < 5 / n**0.5
-    assert abs((a**2 * b**2).mean() - 1) < 5 * (8 / n) ** 0.5
-    assert (a == b).float().mean() < 1e-3
-
-
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 32, 32), (1, 1, 3)])
 def test_row_alone_has_the_bits_it_has_in_a_batch(shape: tuple[int, ...]) -> None:
     seeds, indices, draws = [9, 2**40, 0, 77, MAX_SEED], [0, 5, 2, MAX_INDEX, 1], [0, 1000, 3, 4, 50]

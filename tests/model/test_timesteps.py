@@ -3,7 +3,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -170,38 +169,3 @@ def test_karras_is_equation_5_rounded_to_the_nearest_log_sigma_and_made_differen
         t = distance.argmin(axis=1)
         t[0] = len(alpha_bar) - 1
         assert karras(steps, config.schedule().log_sigmas) == made_different(t).tolist()
-
-
-@pytest.mark.parametrize("num_timesteps", [1000, 400])
-def test_karras_equals_diffusers_told_where_to_end_and_with_its_rho(
-    num_timesteps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tminus.model.timesteps.RHO", 7)
-    noise = NoiseConfig(num_train_timesteps=num_timesteps)
-    theirs = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, use_karras_sigmas=True)
-    theirs.register_to_config(sigma_min=SIGMA_MIN)
-    theirs.alphas_cumprod = noise.schedule().alpha_bar.numpy()
-    for steps in (1, 2, 3, 7, 10, 15, 20, 30, 50, 100):
-        theirs.set_timesteps(steps)
-        assert karras(steps, noise.schedule().log_sigmas) == made_different(theirs.timesteps.numpy()).tolist()
-        top = math.exp(noise.schedule().log_sigmas[-1])
-        ramp = theirs._convert_to_karras(torch.tensor([top, SIGMA_MIN]), steps)
-        np.testing.assert_allclose(ramp, paper(steps, noise.schedule().log_sigmas, 7), rtol=1e-6)
-
-
-BETAS = st.lists(st.one_of(st.floats(1e-6, 0.999), st.floats(1e-6, 0.02)), min_size=1, max_size=150)
-
-
-@given(BETAS, st.data())
-def test_karras_step_after_the_first_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_its_way(
-    betas: list[float], data: st.DataObject
-) -> None:
-    log_sigmas = NoiseConfig(num_train_timesteps=len(betas), trained_betas=tuple(betas)).schedule().log_sigmas
-    steps = data.draw(st.integers(1, len(betas)))
-    t = karras(steps, log_sigmas)
-    for k, wanted in enumerate(np.log(paper(steps, log_sigmas))):
-        distance = abs(log_sigmas[t[k]] - wanted)
-        nearest = min(abs(log_sigma - wanted) for log_sigma in log_sigmas)
-        pushed_down = k > 0 and t[k] == t[k - 1] - 1 and log_sigmas[t[k]] <= wanted
-        pushed_up = t[k] == steps - 1 - k and log_sigmas[t[k]] >= wanted
-        assert k == 0 or pushed_down or pushed_up or distance <= nearest + 1e-9

@@ -1,4 +1,4 @@
-"""Mean, s and log p in float64: against formulas written out, diffusers' schedulers, torch's normal distribution."""
+"""Mean, s and log p in float64: against formulas written out, and torch's normal distribution."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from tests.model.test_samplers import InFloat64, in_float64, seeded
+from tests.model.test_samplers import seeded
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import Plan, compile_plan, table_plan
@@ -18,7 +17,6 @@ from tminus.model.trajectory import Selection, Trajectory, Transitions, transiti
 
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 NUM_VALUES = 9  # of an image
 
 
@@ -156,57 +154,6 @@ def test_log_p_in_float16_is_of_what_was_rounded() -> None:
         mean = a[k] * x_t[k] + b[k] * x_0[k] + c[k] * (x_0[k - 1] if k else 0)
         torch.testing.assert_close(exact(found.log_p[at]), by_torch(trajectory, k, mean, s[k]), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(exact(found.mean[at]), mean, rtol=2**-11, atol=2**-24)
-
-
-# --- against diffusers ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_ddim_draws_as_diffusers_does(prediction_type: str, eta: float) -> None:
-    """Its step without noise is the mean, and its variance the square of s: what DDPO takes them from."""
-    noise = NoiseConfig(default_sampler="ddim", prediction_type=prediction_type)
-    schedule = noise.schedule()
-    theirs = in_float64(DDIMScheduler.from_config(noise.to_dict()), schedule)
-    theirs.set_timesteps(20)
-    plan = compile_plan(noise, schedule, "ddim", 20, eta=eta)
-    p, q = plan.lines[:, 0], plan.lines[:, 1]
-    trajectory = drawn(plan)
-
-    def of_pass(k: int) -> tuple[Tensor, float]:
-        t = int(theirs.timesteps[k])
-        x = exact(trajectory.x_t[k])
-        out = (exact(trajectory.x_0[k]) - p[k] * x) / q[k]  # of a network that predicted just that x_0
-        zero = torch.zeros_like(x)
-        mean = theirs.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=zero).prev_sample
-        return mean, eta * float(theirs._get_variance(t, t - 1000 // 20)) ** 0.5
-
-    assert_passes(trajectory, of_pass, list(range(19)))
-
-
-def test_dpmpp_2m_sde_draws_as_diffusers_does() -> None:
-    noise = NoiseConfig(default_sampler="dpmpp_2m", clip_sample=False)
-    schedule, steps = noise.schedule(), 20
-    theirs: Any = in_float64(
-        DPMSolverMultistepScheduler.from_config(noise.to_dict(), algorithm_type="sde-dpmsolver++"), schedule
-    )
-    theirs.set_timesteps(steps)
-    plan = compile_plan(noise, schedule, "dpmpp_2m_sde", steps, spacing=noise.timestep_spacing)
-    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
-    sigmas = ((1 - plan.alpha_bar) / plan.alpha_bar).sqrt()
-    theirs.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=F64)])
-    p, q = plan.lines[:, 0], plan.lines[:, 1]
-    trajectory, zero = drawn(plan), torch.zeros(SHAPE, dtype=F64)
-    means = []
-    for k, t in enumerate(theirs.timesteps):
-        x = exact(trajectory.x_t[k])
-        out = (exact(trajectory.x_0[k]) - p[k] * x) / q[k]
-        given = (each.as_subclass(InFloat64) for each in (out, x))
-        means.append(theirs.step(next(given), t, next(given), variance_noise=zero.as_subclass(InFloat64)).prev_sample)
-    found = transitions(trajectory)
-    for at, k in enumerate(found.passes):
-        mean = means[k].as_subclass(Tensor)
-        torch.testing.assert_close(exact(found.mean[at]), mean, rtol=1e-6, atol=1e-6)
 
 
 # --- what is stated ---------------------------------------------------------------------------------------------------
