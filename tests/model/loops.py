@@ -50,4 +50,4 @@ def to_theirs(noise: NoiseConfig, x: Tensor, plan: Plan) -> Tensor:
         return x / (signal + sigma)
     if noise.prediction_type == "score":  # of images in [0, 1]
         return (x / signal + 1) / 2
-    return x / signal if noise.prediction_type.startswith("edm") else x
+    return x / signal if noise.family == "edm" or noise.default_sampler in ("euler", "heun") else x

@@ -1,4 +1,7 @@
-"""Models that were trained on another x than ours: EDM, flow matching, VE. diffusers' own loops are the reference."""
+"""Each scheduler of diffusers, also of models that were trained on another x than ours: EDM, flow matching, VE.
+
+diffusers' own loops are the reference.
+"""
 
 import dataclasses
 import logging
@@ -11,14 +14,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
     ScoreSdeVePipeline,
     ScoreSdeVeScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,10 +46,25 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan, sample
 from tminus.model.timesteps import make_timesteps
 
-STEPS = 12
+STEPS = 10
 EDM, EDM_SOLVER, KARRAS = "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KarrasEDMScheduler"
 FLOW, VE = "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
+CLIP = {"thresholding": True, "sample_max_value": 1.0}  # how classes without clip_sample say it
+NO_CLIP = ("plms", "pndm", "euler")  # of betas; their classes know none, where ours clips unless it is told not to
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {}),
+    # (with trailing spacing diffusers leaves noise in the last image, as its last timestep is not 0)
+    "ddpm, linspace": (DDPMScheduler, {"variance_type": "fixed_large", "timestep_spacing": "linspace"}),
+    "ddim": (DDIMScheduler, {"set_alpha_to_one": False, "clip_sample": False}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, CLIP),
+    "dpmpp_3m": (DPMSolverMultistepScheduler, {"solver_order": 3, **CLIP}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", **CLIP}),
+    "unipc": (UniPCMultistepScheduler, CLIP),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "pndm": (PNDMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler, leading": (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
+    "heun": (HeunDiscreteScheduler, {"beta_start": 1e-4, "beta_end": 0.02}),
     "edm, euler": (EDMEulerScheduler, {}),
     "edm, exponential": (EDMEulerScheduler, {"sigma_schedule": "exponential", "sigma_max": 20.0, "sigma_data": 1.0}),
     "edm, another ramp": (EDMEulerScheduler, {"sigma_min": 0.01, "rho": 4.0, "num_train_timesteps": 77}),
@@ -84,52 +108,20 @@ def saved(folder: Path, name: str) -> tuple[Checkpoint, UNet2DModel, Any]:
         (EDM, {"sigma_min": 1e-12}, "sigma_min must be such that all noise levels differ in float64"),
         (EDM, {"rho": 1e-9}, "sigma_min must be such that all noise levels differ in float64"),
         (EDM, {"sigma_data": 0}, "sigma_data must be a positive number"),
-        (
-            "EDMEulerScheduler",
-            {"sigma_schedule": "beta"},
-            "sigma_schedule must be among karras, exponential, got 'beta'",
-        ),
-        (
-            "EDMEulerScheduler",
-            {"prediction_type": "sample"},
-            "must be among epsilon, v_prediction for EDMEulerScheduler",
-        ),
-        (
-            "EDMEulerScheduler",
-            {"num_train_timesteps": 1},
-            "num_train_timesteps must be 2 or more with prediction_type edm",
-        ),
-        (
-            "EDMDPMSolverMultistepScheduler",
-            {"solver_type": "heun"},
-            "solver_type must be 'midpoint' for dpmpp_2m, got 'heun'",
-        ),
-        (
-            "EDMDPMSolverMultistepScheduler",
-            {"thresholding": True, "sample_max_value": 2.0},
-            "thresholding must be false",
-        ),
+        (EDM, {"sigma_schedule": "beta"}, "sigma_schedule must be among karras, exponential, got 'beta'"),
+        (EDM, {"prediction_type": "sample"}, "must be among epsilon, v_prediction for EDMEulerScheduler"),
+        (EDM, {"num_train_timesteps": 1}, "num_train_timesteps must be 2 or more with prediction_type edm"),
+        (EDM_SOLVER, {"solver_type": "heun"}, "solver_type must be 'midpoint' for dpmpp_2m, got 'heun'"),
+        (EDM_SOLVER, {"thresholding": True, "sample_max_value": 2.0}, "thresholding must be false"),
         (FLOW, {"shift": 0}, "shift must be a positive number, got 0"),
         (FLOW, {"shift": 1e-9}, "shift must be such that all noise levels differ"),
         (FLOW, {"shift_terminal": 0.1}, "shift_terminal must be None for euler, got 0.1"),
-        (
-            "FlowMatchEulerDiscreteScheduler",
-            {"use_beta_sigmas": True},
-            "use_beta_sigmas must be False for euler, got True",
-        ),
+        (FLOW, {"use_beta_sigmas": True}, "use_beta_sigmas must be False for euler, got True"),
         (FLOW, {"invert_sigmas": True}, "invert_sigmas must be False for euler, got True"),
-        (
-            "FlowMatchEulerDiscreteScheduler",
-            {"stochastic_sampling": True},
-            "stochastic_sampling must be False for euler",
-        ),
+        (FLOW, {"stochastic_sampling": True}, "stochastic_sampling must be False for euler"),
         (VE, {"sampling_eps": 1.5}, "sampling_eps must be below 1, got 1.5"),
         (VE, {"correct_steps": -1}, "correct_steps must be an integer, 0 or more, got -1"),
-        (
-            "KarrasEDMScheduler",
-            {"precondition_type": "none"},
-            "precondition_type must be among edm, cm_edm, got 'none'",
-        ),
+        (KARRAS, {"precondition_type": "none"}, "precondition_type must be among edm, cm_edm, got 'none'"),
     ],
 )
 def test_what_would_change_images_is_refused_by_field(cls: str, fields: dict[str, Any], message: str) -> None:
@@ -148,7 +140,8 @@ def test_the_corrector_of_ve_is_left_out_and_the_log_says_so(caplog: pytest.LogC
 @torch.no_grad()
 def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, net, scheduler = saved(tmp_path, name)
-    plan = checkpoint.plan(checkpoint.default_sampler, STEPS)
+    sampler, family = checkpoint.default_sampler, checkpoint.noise.family
+    plan = checkpoint.plan(sampler, STEPS, clip=False if family == "betas" and sampler in NO_CLIP else None)
     channels = net.config.in_channels
     x_T = noise_of(0, channels)
     got = sample(checkpoint.net, plan, x_T, lambda k: noise_of(1 + k, channels))
@@ -156,7 +149,7 @@ def test_image_is_that_of_diffusers_own_loop(name: str, tmp_path: Path, monkeypa
     theirs = loop_of_diffusers(net, scheduler, x, STEPS, monkeypatch)
     if name.startswith("ve"):
         theirs = 2 * theirs - 1
-    torch.testing.assert_close(got, theirs, rtol=0, atol=1e-4 + 1e-6 * theirs.abs().max().item())
+    torch.testing.assert_close(got, theirs, rtol=0, atol=1e-4 + 3e-6 * theirs.abs().max().item())
     assert got.std() > 0.05
 
 
