@@ -1,6 +1,7 @@
 """A pickle with code, put where we read, runs nothing. That no module writes or runs one is for `make lint`."""
 
 import io
+import json
 import pickle
 import shutil
 import sqlite3
@@ -29,6 +30,7 @@ from tminus.model.training.data import DataError, load_image_folder, read_idx
 from tminus.model.training.run import STATE_FILE, Run, read_state
 from tminus.model.tuning.tune import _known
 from tminus.model.unet import UNet2D
+from tminus.model.weights import load_state_dict
 from tminus.service.access.keys import KeyRing
 from tminus.service.cli.configuration import read_file
 from tminus.service.engine.choice_cache import ChoiceCache
@@ -95,6 +97,13 @@ def of_the_unet(suffix: str, folder: Path, data: bytes) -> None:
     weights.unlink()
     weights.with_suffix(suffix).write_bytes(data)
     refused(CheckpointError, lambda: load_checkpoint(folder))
+
+
+def of_a_shard(folder: Path, data: bytes) -> None:
+    (folder / "part.pkl").write_bytes(data)
+    index = {"weight_map": {"conv_in.bias": "part.pkl"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refused(CheckpointError, lambda: load_state_dict(folder))
 
 
 def of_a_document(name: str, folder: Path, data: bytes) -> None:
@@ -220,6 +229,7 @@ def of_training_images(folder: Path, data: bytes) -> None:
 PLACES: dict[str, Callable[[Path, bytes], None]] = {
     "a checkpoint's weights": partial(of_the_unet, ".safetensors"),
     "a checkpoint's weights as .bin": partial(of_the_unet, ".bin"),
+    "a shard of a checkpoint's weights": of_a_shard,
     "unet/config.json": partial(of_a_document, "unet/config.json"),
     "scheduler_config.json": partial(of_a_document, "scheduler/scheduler_config.json"),
     "tminus.json": partial(of_a_document, "tminus.json"),

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,43 +119,35 @@ def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> Non
 # --- diffusers reads what we write --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
-def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(tmp_path: Path, sampler: str) -> None:
-    net, noise = random_net(), NoiseConfig(num_train_timesteps=20, beta_end=0.3, default_sampler=sampler)
-    save_checkpoint(tmp_path / "model", net.state_dict(), TINY, noise, Labels(), {})
-    cls = DDIMPipeline if sampler == "ddim" else DDPMPipeline
-    pipeline = cls.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False)
+PIPELINES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ddpm": (DDPMPipeline, DDPMScheduler, {}),
+    "ddpm of learned variance": (DDPMPipeline, DDPMScheduler, {"variance_type": "learned_range"}),
+    "ddim": (DDIMPipeline, DDIMScheduler, {"default_sampler": "ddim"}),
+    "dpmpp_2m": (DDPMPipeline, DPMSolverMultistepScheduler, {"default_sampler": "dpmpp_2m"}),
+}
+
+
+@pytest.mark.parametrize(("cls", "scheduler", "fields"), PIPELINES.values(), ids=PIPELINES.keys())
+def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(
+    tmp_path: Path, cls: Any, scheduler: Any, fields: dict[str, Any]
+) -> None:
+    unet = dataclasses.replace(TINY, out_channels=2) if "variance_type" in fields else TINY
+    net, noise = random_net(unet), NoiseConfig(num_train_timesteps=20, beta_end=0.3, **fields)
+    save_checkpoint(tmp_path, net.state_dict(), unet, noise, Labels(), {})
+    assert load_checkpoint(tmp_path).noise == noise
+    pipeline = cls.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
-    assert type(pipeline.scheduler) is schedulers[sampler]
+    assert type(pipeline.scheduler) is scheduler
     torch.testing.assert_close(pipeline.unet(X, T).sample, net(X, T), rtol=0, atol=1e-5)
 
     # Where x0 is clipped, tminus takes eps from the clipped x0, as DDIMPipeline does when told to.
-    told = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    told = {"use_clipped_model_output": True} if cls is DDIMPipeline else {}
     generator = torch.Generator().manual_seed(3)
     made = pipeline(batch_size=2, generator=generator, num_inference_steps=5, output_type="np", **told).images
     generator = torch.Generator().manual_seed(3)
     x_T = torch.randn(2, 1, 8, 8, generator=generator)
-    plan = compile_plan(noise, noise.schedule(), sampler, 5)
+    plan = compile_plan(noise, noise.schedule(), noise.default_sampler, 5)
     ours = sample(net, plan, x_T, lambda _k: torch.randn(2, 1, 8, 8, generator=generator))
-    expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
-
-
-def test_diffusers_pipeline_samples_a_learned_variance_as_tminus_does(tmp_path: Path) -> None:
-    unet = dataclasses.replace(TINY, out_channels=2)
-    noise = NoiseConfig(num_train_timesteps=20, beta_end=0.3, variance_type="learned_range")
-    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, noise, Labels(), {})
-    loaded = load_checkpoint(tmp_path)
-    assert loaded.noise == noise
-    pipeline = DDPMPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    made = pipeline(batch_size=2, generator=generator, num_inference_steps=5, output_type="np").images
-    generator = torch.Generator().manual_seed(3)
-    x_T = torch.randn(2, 1, 8, 8, generator=generator)
-    plan = compile_plan(noise, noise.schedule(), "ddpm", 5)
-    ours = sample(loaded.net, plan, x_T, lambda _k: torch.randn(2, 1, 8, 8, generator=generator))
     expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
 
@@ -264,16 +255,6 @@ def test_what_is_recommended_is_read_and_changes_no_hash(conditional: Path) -> N
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-class Exploit:
-    """Unpickling it would make a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.target,))
-
-
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     state = load_file(folder / WEIGHTS)
     change(state)
@@ -330,7 +311,22 @@ def scheduler_config(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
 
 
+def recommends(value: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "tminus.json", recommended=value)
+
+
+GOOD: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20}
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a sampler is recommended": (
+        recommends("dpmpp_2m"),
+        "recommended must be an object with sampler, steps, guidance, got 'dpmpp_2m'",
+    ),
+    "eta is recommended": (recommends(GOOD | {"eta": 0}), "each member of recommended must be one of sampler, .*'eta'"),
+    "an unknown sampler": (recommends(GOOD | {"sampler": "rk45"}), "recommended sampler must be one of ddpm, .*'rk45'"),
+    "no steps": (recommends(GOOD | {"steps": 0}), r"recommended steps must be an integer in 1\.\.20, got 0"),
+    "much guidance": (recommends(GOOD | {"guidance": 50.1}), r"guidance must be a number in 0\.\.50, got 50\.1"),
+    "guidance without a null class": (recommends(GOOD | {"guidance": 2}), r"must be 1 \(off\) without a null_class"),
+    "a long name": (recommends(GOOD | {"sampler": "x" * 1000}), r"got 'x{99}$"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), r"a U-Net without a scheduler_config\.json.* folder of"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),
@@ -457,15 +453,6 @@ def test_what_a_folder_takes_is_known_by_its_configuration_alone(folder: Path, t
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json"):
         needs_of(folder)
-
-
-def test_pickle_with_code_named_by_a_weight_map_is_never_run(folder: Path, tmp_path: Path) -> None:
-    proof = tmp_path / "the code ran"
-    (folder / "unet" / "part.pkl").write_bytes(pickle.dumps({"a": Exploit(proof)}, protocol=2))
-    with_index(folder, {"weight_map": {"a": "part.pkl"}})
-    with pytest.raises(CheckpointError, match="a pickle with code is never run"):
-        load_checkpoint(folder)
-    assert not proof.exists()
 
 
 @pytest.mark.parametrize("form", ["zip", "old"])

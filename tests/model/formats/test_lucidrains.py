@@ -11,7 +11,6 @@ from PIL import Image
 
 from tests.model.formats.conftest import close_to_scale, randomised
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import GivenFacts, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
@@ -137,20 +136,3 @@ def test_all_that_is_asked_for_is_the_size_unless_the_loss_tells_nothing(tmp_pat
         assert missing.value.names == ("prediction",)
     noise = read_foreign(tmp_path / "o.pt", GivenFacts(image_size=16, prediction="sample")).noise
     assert noise.prediction_type == "sample"
-
-
-def test_network_of_another_kind_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    def refusal(state: dict[str, Any]) -> str:
-        torch.save(state, tmp_path / "other.pt")
-        with pytest.raises(CheckpointError) as caught:
-            read_foreign(tmp_path / "other.pt", SIZE)
-        return str(caught.value)
-
-    state = diffusion_of(NETS["one level"]).state_dict()
-    assert "class-conditional network" in refusal({**state, "model.classes_emb.weight": torch.ones(2, 2)})
-    assert "random or learned frequencies" in refusal({**state, "model.time_mlp.0.weights": torch.ones(8)})
-    assert "self_condition" in refusal(diffusion_of({**NETS["one level"], "self_condition": True}).state_dict())
-    early = {key: value for key, value in state.items() if not key.endswith("mem_kv")}
-    assert "without mem_kv" in refusal(early)
-    assert "looks like lucidrains" in refusal({k: v for k, v in state.items() if not k.endswith("downs.0.3.weight")})
-    assert "which that has not" in refusal({**state, "model.extra": torch.ones(1)})

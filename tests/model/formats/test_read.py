@@ -1,6 +1,7 @@
 import random
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,46 @@ ALL: dict[str, Any] = {
     "dome272": {"timesteps": 1000, "beta_schedule": "linear"},
     "lucidrains": {},
 }
+
+
+def less(ending: str, *more: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: {key: value for key, value in state.items() if not any(end in key for end in (ending, *more))}
+
+
+def plus(**tensors: torch.Tensor) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: state | {key.replace("__", "."): value for key, value in tensors.items()}
+
+
+OTHERS: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
+    ("ddpm", less(".downsample."), "without resamp_with_conv"),
+    ("ddpm", lambda s: {k.replace("nin_shortcut", "conv_shortcut"): v for k, v in s.items()}, "conv_shortcut (3x3)"),
+    ("ddpm", plus(conv_in__weight=torch.ones(64, 3, 3, 3)), "ch_mult that does not begin with 1"),
+    ("ddpm", plus(extra__weight=torch.ones(2)), "which that has not"),
+    ("ddpm", less("conv_out.weight"), "looks like the PyTorch port"),
+    ("lucidrains", plus(model__classes_emb__weight=torch.ones(2, 2)), "class-conditional network"),
+    ("lucidrains", plus(model__time_mlp__0__weights=torch.ones(8)), "random or learned frequencies"),
+    ("lucidrains", plus(model__init_conv__weight=torch.ones(8, 6, 7, 7)), "self_condition"),
+    ("lucidrains", less("mem_kv"), "without mem_kv"),
+    ("lucidrains", less("downs.1.3.weight"), "looks like lucidrains"),
+    ("lucidrains", plus(model__extra=torch.ones(1)), "which that has not"),
+    ("openai", less("output_blocks."), "a classifier of guided-diffusion"),
+    ("openai", plus(input_blocks__1__1__transformer_blocks__0__norm__weight=torch.ones(2)), "cross-attention"),
+    ("openai", plus(tail__weight=torch.ones(2)), "tail.weight, which is not known (and 0 more)"),
+    ("openai", less("output_blocks.1.2", "input_blocks.2."), "levels do not repeat, as without conv_resample"),
+    ("openai", less("out.0.weight"), "lacks conv_norm_out.weight"),
+    ("openai", less("input_blocks.1.0.in_layers.2.weight"), "looks like OpenAI's"),
+    ("openai", plus(out__2__bias=torch.ones(2)), "wrong shape of conv_out.bias"),
+    ("openai", plus(input_blocks__0__0__weight=torch.ones(32, 6, 3, 3)), "only 1..64 channels in and as many out"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), OTHERS, ids=[message for *_, message in OTHERS])
+def test_file_of_another_network_is_refused_by_what_it_is(
+    name: str, change: Callable[[dict[str, Any]], dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    torch.save(change(FILES[name]()), tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_foreign(tmp_path / "other.pt", GivenFacts(image_size=16, **ALL[name]))
 
 
 @pytest.mark.parametrize("name", FILES)
