@@ -29,24 +29,30 @@ from pathlib import Path
 import tminus.model.hub as hub
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-try:
-    print(hub.checkpoint_folder(sys.argv[1]))
-except hub.CheckpointError as error:
-    sys.exit(f"refused: {error}")
+for given in sys.argv[1:]:
+    try:
+        print(hub.checkpoint_folder(given))
+    except hub.CheckpointError as error:
+        print(f"refused: {error}")
 """
 
 
 @dataclass
 class Fetched:
-    folder: Path | None
-    told: str  # the log, and the refusal
+    line: str  # the folder, or the refusal
+    log: str
+
+    @property
+    def folder(self) -> Path:
+        assert not self.line.startswith("refused: "), self.line
+        return Path(self.line)
 
     @property
     def refusal(self) -> str:
         """The one line that says why not."""
-        assert self.folder is None, self.folder
-        assert "Traceback" not in self.told
-        return self.told.partition("refused: ")[2].strip()
+        assert self.line.startswith("refused: "), self.line
+        assert "Traceback" not in self.log
+        return self.line.removeprefix("refused: ")
 
 
 # What diffusers has huggingface_hub fetch: what it reads of a repository, and not the rest.
@@ -56,6 +62,7 @@ from huggingface_hub import snapshot_download
 print(snapshot_download(sys.argv[1], allow_patterns=["*.json", "*.safetensors"]))
 """
 
+FetchAll = Callable[..., list[Fetched]]
 Fetch = Callable[..., Fetched]
 
 
@@ -66,21 +73,29 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def fetch(hub: Hub, tmp_path: Path) -> Fetch:
-    """Ask for a checkpoint in a process of its own, whose cache is the test's."""
+def fetch_all(hub: Hub, tmp_path: Path) -> FetchAll:
+    """Ask for checkpoints in a process of its own, whose cache is the test's."""
     (tmp_path / "here").mkdir()
 
-    def run(given: str, program: str = PROGRAM, **variables: str) -> Fetched:
+    def run(*given: str, program: str = PROGRAM, **variables: str) -> list[Fetched]:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_ETAG_TIMEOUT": "1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        arguments = [sys.executable, "-c", program, given]
+        arguments = [sys.executable, "-c", program, *given]
         environment = inherited | own | {"PYTHONPATH": os.getcwd()} | variables
         done = subprocess.run(
-            arguments, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60, check=False
+            arguments, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60, check=True
         )
-        return Fetched(Path(done.stdout.strip()) if done.returncode == 0 else None, done.stderr)
+        lines = done.stdout.splitlines()
+        assert len(lines) == len(given), done.stdout
+        return [Fetched(line, done.stderr) for line in lines]
 
     return run
+
+
+@pytest.fixture
+def fetch(fetch_all: FetchAll) -> Fetch:
+    """Ask for one checkpoint."""
+    return lambda given, **options: fetch_all(given, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +132,11 @@ def names_in(folder: Path) -> set[str]:
 def test_a_flat_repository_is_fetched_once_and_only_what_is_read(hub: Hub, fetch: Fetch, flat: Path) -> None:
     commit = hub.push(ID, flat)
     found = fetch(ID)
-    assert found.folder is not None, found.told
     assert names_in(found.folder) == {
         "config.json", "model_index.json", "scheduler_config.json", f"{WEIGHTS}.safetensors"
     }  # fmt: skip
     assert found.folder.name == commit
-    assert commit in found.told
+    assert commit in found.log
     here, there = load_checkpoint(flat), load_checkpoint(found.folder)
     assert here.weights_hash == there.weights_hash
     assert there.name == "ddpm-cifar10-32"
@@ -134,7 +148,6 @@ def test_a_flat_repository_is_fetched_once_and_only_what_is_read(hub: Hub, fetch
 def test_a_pinned_commit_that_is_there_takes_no_call_of_the_hub(hub: Hub, fetch: Fetch, nested: Path) -> None:
     first = hub.push(ID, nested)
     folder = fetch(f"{ID}@{first}").folder
-    assert folder is not None
     assert names_in(folder) == names_in(nested)
     hub.push(ID, nested, "second")
     hub.asked.clear()
@@ -142,52 +155,50 @@ def test_a_pinned_commit_that_is_there_takes_no_call_of_the_hub(hub: Hub, fetch:
     assert hub.asked == []
 
 
-def test_a_branch_that_moved_is_fetched_and_a_tag_stays(hub: Hub, fetch: Fetch, nested: Path) -> None:
+def test_a_branch_that_moved_is_fetched_and_a_tag_stays(
+    hub: Hub, fetch: Fetch, fetch_all: FetchAll, nested: Path
+) -> None:
     first = hub.push(ID, nested, ref="v1.0")
     hub.push(ID, nested)
-    assert fetch(ID).folder == fetch(f"{ID}@v1.0").folder
+    newest, tagged = fetch_all(ID, f"{ID}@v1.0")
+    assert newest.folder == tagged.folder
     (changed := nested.parent / "changed").exists() or shutil.copytree(nested, changed)
     (changed / "tminus.json").write_text("{}")
     second = hub.push(ID, changed, "second")
     hub.asked.clear()
     newer = fetch(ID).folder
-    assert newer is not None
     assert newer.name == second
     assert not any("/cdn/" in each for each in hub.asked), "weights that are the same are not fetched again"
-    assert (tagged := fetch(f"{ID}@v1.0").folder) is not None
-    assert tagged.name == first
+    assert fetch(f"{ID}@v1.0").folder.name == first
 
 
-@pytest.mark.parametrize("away", ["offline", "refused", "silent", "failing", "page"])
-def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch: Fetch, nested: Path, away: str) -> None:
+def test_without_the_hub_what_is_in_the_cache_is_taken(hub: Hub, fetch_all: FetchAll, nested: Path) -> None:
     commit = hub.push(ID, nested)
-    folder = fetch(ID).folder
-    variables = {}
-    if away == "offline":
-        variables = {"HF_HUB_OFFLINE": "1"}
-    elif away == "refused":
-        variables = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    elif away == "silent":
-        hub.silent.set()
-    elif away == "page":  # of a network that one has to log in to
-        hub.answers_html = True
-    else:
-        hub.fails = True
-    again = fetch(ID, **variables)
-    assert again.folder == folder, again.told
-    assert f"commit {commit} of the cache is taken" in again.told
-    other = fetch("google/other", **variables)
-    assert other.refusal.startswith("google/other: no such folder, not in the hub's cache, and ")
-    assert len(other.refusal.splitlines()) == 1
+    (first,) = fetch_all(ID)
+
+    def assert_taken_from_cache(**variables: str) -> None:
+        again, other = fetch_all(ID, "google/other", **variables)
+        assert again.folder == first.folder, again.log
+        assert f"commit {commit} of the cache is taken" in again.log
+        assert other.refusal.startswith("google/other: no such folder, not in the hub's cache, and ")
+
+    assert_taken_from_cache(HF_HUB_OFFLINE="1")
+    assert_taken_from_cache(HF_ENDPOINT="http://127.0.0.1:9")
+    hub.fails = True
+    assert_taken_from_cache()
+    hub.fails, hub.answers_html = False, True  # as a network that one has to log in to
+    assert_taken_from_cache()
+    hub.silent.set()
+    assert_taken_from_cache()
 
 
-def test_what_another_program_has_fetched_is_taken_without_the_hub(hub: Hub, fetch: Fetch, flat: Path) -> None:
+def test_what_another_program_has_fetched_is_taken_without_the_hub(
+    hub: Hub, fetch: Fetch, fetch_all: FetchAll, flat: Path
+) -> None:
     commit = hub.push(ID, flat)
     folder = fetch(ID, program=ANOTHER_PROGRAM).folder
-    assert folder is not None
     assert not (folder / "README.md").exists()
-    for given in (ID, f"{ID}@{commit}"):
-        assert fetch(given, HF_HUB_OFFLINE="1").folder == folder
+    assert {each.folder for each in fetch_all(ID, f"{ID}@{commit}", HF_HUB_OFFLINE="1")} == {folder}
 
 
 def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: Fetch, flat: Path) -> None:
@@ -196,7 +207,6 @@ def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: F
     (old / f"{WEIGHTS}.safetensors").unlink()
     hub.push(ID, old)
     folder = fetch(ID).folder
-    assert folder is not None
     assert f"{WEIGHTS}.bin" in names_in(folder)
     assert load_checkpoint(folder).weights_hash == load_checkpoint(flat).weights_hash
 
@@ -204,7 +214,6 @@ def test_a_bin_is_fetched_only_where_there_are_no_safetensors(hub: Hub, fetch: F
 def test_what_was_cut_off_is_fetched_to_its_end(hub: Hub, fetch: Fetch, nested: Path) -> None:
     commit = hub.push(ID, nested)
     folder = fetch(ID).folder
-    assert folder is not None
     weights = folder / "unet" / f"{WEIGHTS}.safetensors"
     weights.resolve().unlink()
     weights.unlink()
@@ -212,34 +221,38 @@ def test_what_was_cut_off_is_fetched_to_its_end(hub: Hub, fetch: Fetch, nested: 
     assert load_checkpoint(folder).name == "ddpm-cifar10-32"
 
 
-def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, nested: Path, flat: Path) -> None:
+def test_each_mistake_is_one_line_that_names_the_id(hub: Hub, fetch: Fetch, fetch_all: FetchAll, nested: Path) -> None:
     hub.push(ID, nested)
     hub.push("google/private", nested)
     hub.repositories["google/private"].token = "hf_of_the_test"
     hub.push("google/gated", nested)
     hub.repositories["google/gated"].gated = True
     hub.repositories.setdefault("google/text", Repository()).push("only", {"README.md": b"#", "config.json": b"{}"})
-    assert fetch("google/nothing").refusal == (
+    branch, commit = f"{ID}@gone", f"{ID}@{commit_of('gone')}"
+    wrong = ("google/nothing", branch, commit, "google/private", "google/gated", "google/text")
+    refusals = {given: each.refusal for given, each in zip(wrong, fetch_all(*wrong), strict=True)}
+    assert refusals["google/nothing"] == (
         f"google/nothing: no such folder, and no such model at {hub.url}; for a private one give your token by HF_TOKEN"
     )
-    assert fetch(f"{ID}@gone").refusal == f"{ID}@gone: the model is there, but has no revision 'gone'"
-    gone = commit_of("gone")
-    assert fetch(f"{ID}@{gone}").refusal == f"{ID}@{gone}: the model is there, but has no revision {gone!r}"
-    assert "give your token by HF_TOKEN" in fetch("google/private").refusal
-    assert fetch("google/private", HF_TOKEN="hf_of_the_test").folder is not None
-    assert f"ask for it at {hub.url}/google/gated" in fetch("google/gated").refusal
-    assert "holds no diffusion_pytorch_model.safetensors or .bin" in fetch("google/text").refusal
+    for given in (branch, commit):
+        revision = given.partition("@")[2]
+        assert refusals[given] == f"{given}: the model is there, but has no revision {revision!r}"
+    assert "give your token by HF_TOKEN" in refusals["google/private"]
+    assert f"ask for it at {hub.url}/google/gated" in refusals["google/gated"]
+    assert "holds no diffusion_pytorch_model.safetensors or .bin" in refusals["google/text"]
+    assert fetch("google/private", HF_TOKEN="hf_of_the_test").folder.is_dir()
     hub.answers_html = True
     assert "does not answer as a hub does" in fetch("google/page").refusal
 
 
-def test_names_that_lead_out_of_the_cache_are_not_written(hub: Hub, fetch: Fetch, nested: Path, tmp_path: Path) -> None:
+def test_names_that_lead_out_of_the_cache_are_not_written(
+    hub: Hub, fetch_all: FetchAll, nested: Path, tmp_path: Path
+) -> None:
     files = {str(file.relative_to(nested)): file.read_bytes() for file in nested.rglob("*") if file.is_file()}
-    for k, name in enumerate(
-        ("../../../../out.json", "/etc/out.json", "unet/../../../out.json", "samplers/../../out.json")
-    ):
-        hub.repositories.setdefault("evil/model", Repository()).push(str(k), files | {name: b"{}"})
-        fetch("evil/model")
+    names = ("../../../../out.json", "/etc/out.json", "unet/../../../out.json", "samplers/../../out.json")
+    for k, name in enumerate(names):
+        hub.repositories.setdefault(f"evil/model-{k}", Repository()).push("only", files | {name: b"{}"})
+    fetch_all(*(f"evil/model-{k}" for k in range(len(names))))
     assert not list(tmp_path.rglob("out.json"))
 
 
@@ -275,7 +288,6 @@ def test_only_the_files_of_a_checkpoint_are_fetched(hub: Hub, fetch: Fetch, nest
         (extra / name).write_bytes(b"{}")
     hub.push(ID, extra)
     folder = fetch(ID).folder
-    assert folder is not None
     assert names_in(folder) == read
 
 
