@@ -155,25 +155,6 @@ def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(
 # --- tminus reads what diffusers writes ---------------------------------------------------------------------------
 
 
-def test_pipeline_saved_by_diffusers_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
-    scheduler = DDPMScheduler(num_train_timesteps=30, variance_type="fixed_large", prediction_type="v_prediction")
-    DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert_same_net(loaded, theirs)
-    assert loaded.noise == NoiseConfig(
-        num_train_timesteps=30, variance_type="fixed_large", prediction_type="v_prediction"
-    )
-    assert loaded.labels == Labels()
-
-
-def test_flat_folder_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
-    theirs.save_pretrained(tmp_path)
-    DDPMScheduler(num_train_timesteps=30).save_pretrained(tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert_same_net(loaded, theirs)
-    assert loaded.noise.num_train_timesteps == 30
-
-
 FORMS: dict[str, dict[str, Any]] = {
     "bin": {"safe_serialization": False},
     "shards": {"max_shard_size": "30KB"},

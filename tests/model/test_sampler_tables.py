@@ -2,18 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.model.test_samplers import walk
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import FOLDER, FORMAT, Table, read_tables, write_table
-from tminus.model.samplers import compile_plan, denoise, table_plan
+from tminus.model.samplers import compile_plan, table_plan
 
 NOISE = NoiseConfig()
 READ_TEXT = Path.read_text
@@ -112,24 +110,17 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypat
     assert refused == ("samplers/tuned-3.json: Permission denied",)
 
 
-@given(st.integers(0, 1))
-def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, which: int) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    file = write(folder)
+def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path)
     whole = file.read_bytes()
-    for length in range(which, len(whole) - 2, 37):
+    for length in range(0, len(whole) - 2, 17):
         file.write_bytes(whole[:length])
-        assert read(folder)[0] == ()
-        assert "not JSON" in read(folder)[1][0]
+        tables, (refused,) = read(tmp_path)
+        assert tables == ()
+        assert "not JSON" in refused
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
-
-
-def walk(plan: Any, x: torch.Tensor, x0_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    from tests.model.test_samplers import walk as walk_plan
-
-    return walk_plan(plan, x, lambda k, _x: x0_of(k))[-1][0]
 
 
 def test_the_plan_of_a_table_is_its_formula() -> None:
@@ -141,7 +132,7 @@ def test_the_plan_of_a_table_is_its_formula() -> None:
     x = x_T
     for k, (a, b, c, d, _) in enumerate(TABLE.lines):
         x = a * x + b * x0[k] + (c * x0[k - 1] if k > 0 else 0) + (d * x0[k - 2] if k > 1 else 0)
-    torch.testing.assert_close(walk(plan, x_T, lambda k: x0[k]), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(walk(plan, x_T, lambda k, _x: x0[k])[-1][0], x, rtol=1e-12, atol=1e-12)
     assert plan.timesteps.tolist() == [999.0, 500.5, 20.0]
     assert plan.num_registers == 1
     assert not plan.adds_noise
@@ -167,17 +158,4 @@ def test_a_table_that_begins_later_takes_its_first_x0_for_the_missing_ones() -> 
         for k, (a, b, c, d, _) in enumerate(TABLE.lines[start:]):
             whole = b + (c if start or k > 0 else 0) + (d if start or k > 1 else 0)
             expected = a * expected + whole * x_0  # every x0 is the same
-        torch.testing.assert_close(walk(plan, x, lambda _k: x_0), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_a_students_table_puts_noise_back() -> None:
-    """Song et al. 2023, algorithm 1: x' = sqrt(abar') x0 + sqrt(1 - abar') z."""
-    abar = NOISE.schedule().alpha_bar[400]
-    line = (0.0, float(abar.sqrt()), 0.0, 0.0, float((1 - abar).sqrt()))
-    table = Table("consistency", 2, 1.0, (999.0, 400.0), (line, (0.0, 1.0, 0.0, 0.0, 0.0)))
-    noise = NoiseConfig(prediction_type="sample")
-    plan = table_plan(noise, noise.schedule(), table, clip=None)
-    assert plan.adds_noise
-    x, out, z = torch.randn(3, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
-    got = denoise(x, out, torch.zeros_like(x), z, plan.lines[:1].expand(2, -1))
-    torch.testing.assert_close(got.x, abar.sqrt() * out.clamp(-1, 1) + (1 - abar).sqrt() * z)
+        torch.testing.assert_close(walk(plan, x, lambda _k, _x: x_0)[-1][0], expected, rtol=1e-12, atol=1e-12)

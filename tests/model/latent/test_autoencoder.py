@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig
+from tests.model.latent.folders import make_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, colours_of, fit_colours
 
 KINDS = {
     "kl": lambda: AutoencoderKL(
@@ -73,3 +74,16 @@ def test_a_config_that_is_written_is_read_by_diffusers(kind: str) -> None:
 def off(got: Tensor, wanted: Tensor) -> float:
     """The largest difference, as a share of the scale."""
     return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def test_the_map_is_found_again_where_the_encoder_is_linear() -> None:
+    """With an encoder that takes means of pixels times a matrix, the map is the inverse."""
+    theirs, matrix = make_autoencoder("kl"), torch.tensor([[2.0, 0, 0], [0, 0.5, 0.5], [1, 0, -1]])
+    made = Autoencoder(AutoencoderConfig.from_dict(dict(theirs.config) | {"_class_name": "AutoencoderKL"}))  # type: ignore[call-overload]
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ij,bjhw->bihw", matrix, torch.nn.functional.avg_pool2d(images, 2)) + 0.25
+
+    made.encode = encode  # type: ignore[method-assign]
+    images = torch.rand(1, 3, 1, 1).expand(1, 3, 16, 16).contiguous() * 2 - 1
+    torch.testing.assert_close(colours_of(encode(images), fit_colours(made), 2), images, atol=2e-3, rtol=0)
