@@ -3,7 +3,7 @@
 The service counts with these facts; model/solvers.py has the coefficients. Recommended settings are here too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,9 +157,7 @@ class Recommended:
     guidance: float = 1.0
 
     @classmethod
-    def from_json(
-        cls, value: object, *, samplers: Sequence[str], num_timesteps: int, has_null_class: bool
-    ) -> "Recommended":
+    def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
         """Check the member of tminus.json. Raises ValueError, which names the field, its bound and its value."""
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
@@ -173,7 +171,8 @@ class Recommended:
         for name in given:
             require(name in names, "each member of recommended", f"one of {', '.join(names)}", name)
         sampler, steps, guidance = (given[name] for name in names)
-        require(sampler in samplers, "recommended sampler", f"one of {', '.join(samplers)}", sampler)
+        known = isinstance(sampler, str) and sampler in SAMPLER_FACTS
+        require(known, "recommended sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
         whole = type(steps) is int and 1 <= steps <= most  # True is an int, and no number of steps
         require(whole, "recommended steps", f"an integer in 1..{most}", steps)

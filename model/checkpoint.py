@@ -15,7 +15,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tminus.model.archives import release
@@ -23,15 +22,7 @@ from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Reco
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
-from tminus.model.files import (
-    AUTOENCODERS,
-    WEIGHTS_NAME,
-    CheckpointError,
-    first_line,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from tminus.model.files import AUTOENCODERS, WEIGHTS_NAME, CheckpointError, first_line, read_json, write_json
 from tminus.model.hub import hub_name
 from tminus.model.latent.autoencoder import (
     KL,
@@ -52,7 +43,7 @@ from tminus.model.sampler_tables import Table, nearest, read_tables, steps_and_g
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
-from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +143,9 @@ class TminusJson:
         """The recommended settings; None where there are none."""
         if (value := self.values.get("recommended")) is None:
             return None
-        has_null_class, num_timesteps = labels.null_class is not None, noise.num_train_timesteps
+        has_null_class = labels.null_class is not None
         try:
-            return Recommended.from_json(
-                value, samplers=(*SAMPLERS, *TABLE_SAMPLERS), num_timesteps=num_timesteps, has_null_class=has_null_class
-            )
+            return Recommended.from_json(value, noise.num_train_timesteps, has_null_class=has_null_class)
         except ValueError as error:
             raise CheckpointError(f"{self.file}: {error}") from error
 
@@ -486,10 +475,8 @@ def _load(folder: Path) -> Checkpoint:
     unet_folder, autoencoder_folder = unet_folder_of(folder), find_autoencoder(folder)
     labels = tminus_json.labels(unet)
     state = load_state_dict(unet_folder)
-    check_shapes(unet_folder, state, unet)
+    net = fitting_network(unet_folder, state, unet)
     state = tminus_json.null_last(to_float32(unet_folder, state))
-    with torch.device("meta"):
-        net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
     if isinstance(net, UNet2D):
@@ -560,8 +547,11 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 
 
-def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> None:
-    """Raise CheckpointError for weights of another network, by the first name or shape that differs."""
+def fitting_network(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> Denoiser:
+    """Build the network of these weights on the meta device, without values.
+
+    Raises CheckpointError for weights of another network, by the first name or shape that differs.
+    """
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
@@ -570,6 +560,7 @@ def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks
         raise CheckpointError(f"{where}: {asks}: {first_line(error)}") from error
     if wrong := misfit(state, net, asks):
         raise CheckpointError(f"{where}: {wrong}")
+    return net
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -595,7 +586,6 @@ def save_checkpoint(
     Raises CheckpointError where an autoencoder lies in the folder, and this model has none.
     """
     check_place(folder, autoencoder)
-    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
     index = {
         "_class_name": PIPELINE_OF.get(scheduler_class, "DDPMPipeline"),
@@ -628,8 +618,7 @@ def save_checkpoint(
     write_json(folder / "scheduler" / "scheduler_config.json", noise.to_dict())
     write_json(folder / INDEX_FILE, index)
     write_json(folder / TMINUS_FILE, meta)
-    weights = folder / "unet" / f"{WEIGHTS_NAME}.safetensors"
-    write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_weights(folder / "unet", state)
 
 
 def recommend(folder: Path, recommended: Recommended) -> None:

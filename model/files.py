@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Write beside `file`, sync, and rename over it: a reader or a crash sees the old file or the new, never a part."""
     temporary = file.with_name(f".{file.name}.part")  # always the same name: a file left by a kill is overwritten
     try:
@@ -58,11 +58,7 @@ def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
 
 def write_bytes(file: Path, data: bytes) -> None:
     """Write bytes, whole or not at all."""
-
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    write_atomically(file, write)
+    write_atomically(file, lambda path: path.write_bytes(data))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -117,7 +117,7 @@ def read_tables(
             table = _read(file, weights_hash, noise, num_timesteps, null_class, fractional)
             key = (table.sampler, table.steps, table.guidance)
             if key in tables:
-                _require(False, file, "the only one of its sampler, steps and guidance", key)
+                raise CheckpointError(f"{file}: must be the only one of its sampler, steps and guidance, got {key}")
             tables[key] = table
         except (CheckpointError, OSError) as error:
             why = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
@@ -127,11 +127,6 @@ def read_tables(
         refused.append(f"{FOLDER}: holds {len(files)} files, of which the first {MAX_TABLES} are read")
         log.warning("%s", refused[-1])
     return tuple(tables[key] for key in sorted(tables)), tuple(refused)
-
-
-def _require(ok: bool, file: Path, bound: str, got: object) -> None:
-    if not ok:
-        raise CheckpointError(f"{file}: must be {bound}, got {got!r:.100}")
 
 
 def _read(

@@ -1,4 +1,7 @@
-"""Weights found, read and hashed: of a U-Net folder, whole or in shards, or of one file. Only tensors are unpickled."""
+"""Weights of a U-Net folder, whole or in shards, or of one file: found, read, hashed, written.
+
+Only tensors are unpickled.
+"""
 
 import hashlib
 import json
@@ -10,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json
+from tminus.model.files import WEIGHTS_NAME, CheckpointError, first_line, read_json, write_atomically
 from tminus.model.machine import GIB, free_memory_bytes
 
 LFS_POINTER = b"version https://git-lfs"
@@ -113,6 +117,13 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
         renamed[key] = value
     return renamed
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the weights of a folder in float32, as safetensors; the file appears whole or not."""
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
+    file = folder / f"{WEIGHTS_NAME}.safetensors"
+    write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:

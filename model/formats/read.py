@@ -7,10 +7,11 @@ from pathlib import Path
 from tminus.model.checkpoint import (
     check_channels,
     check_pipeline,
-    check_shapes,
     find_scheduler,
+    fitting_network,
     load_checkpoint,
     save_checkpoint,
+    unet_folder_of,
 )
 from tminus.model.files import CheckpointError, first_line, read_json
 from tminus.model.formats import ddpm, dome272, lucidrains, openai
@@ -26,7 +27,7 @@ FORMATS = (openai, ddpm, dome272, lucidrains)
 
 def is_bare(folder: Path) -> bool:
     """Whether a folder holds a network, and nothing that says how its noise was made."""
-    return (_network(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
+    return (unet_folder_of(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
 
 
 def read_bare(folder: Path, given: GivenFacts) -> Converted:
@@ -37,7 +38,7 @@ def read_bare(folder: Path, given: GivenFacts) -> Converted:
     if find_autoencoder(folder) is not None:
         raise CheckpointError(f"{folder}: a latent model without its scheduler, which is served only with it")
     try:
-        config = read_net_config(read_json(_network(folder) / "config.json"))
+        config = read_net_config(read_json(unet_folder_of(folder) / "config.json"))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if not isinstance(config, UNetConfig):
@@ -48,11 +49,7 @@ def read_bare(folder: Path, given: GivenFacts) -> Converted:
     if config.size_px is None:
         config = dataclasses.replace(config, sample_size=given.image_size)
     noise, labels = given.noise(learned=learned), numbered(config.num_class_embeds)
-    return Converted(BARE, config, load_state_dict(_network(folder)), noise, labels, given.noise_notes(noise))
-
-
-def _network(folder: Path) -> Path:
-    return folder / "unet" if (folder / "unet").is_dir() else folder
+    return Converted(BARE, config, load_state_dict(unet_folder_of(folder)), noise, labels, given.noise_notes(noise))
 
 
 def read_foreign(path: Path, given: GivenFacts) -> Converted:
@@ -63,7 +60,7 @@ def read_foreign(path: Path, given: GivenFacts) -> Converted:
     if path.is_dir() and not is_bare(path):
         raise CheckpointError(f"{path}: a folder that tminus reads as it is, if at all: tminus inspect {path}")
     converted = read_bare(path, given) if path.is_dir() else _read_file(path, given)
-    check_shapes(path, converted.state, converted.unet, "its architecture")
+    fitting_network(path, converted.state, converted.unet, "its architecture")
     check_channels(path, converted.unet, converted.noise)
     return converted
 

@@ -14,23 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tminus.model.config import Checked, given_fields, is_count, is_off
-from tminus.model.files import (
-    AUTOENCODERS,
-    WEIGHTS_NAME,
-    CheckpointError,
-    first_line,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from tminus.model.files import AUTOENCODERS, CheckpointError, first_line, read_json, write_json
 from tminus.model.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
 from tminus.model.pixels import MAX_CHANNELS, to_model_range
-from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32
+from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32, write_weights
 
 VQ, KL = "VQModel", "AutoencoderKL"
 USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stable Diffusion's latents
@@ -442,7 +433,5 @@ def hash_autoencoder(autoencoder: Autoencoder) -> str:
 def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
     """Write a folder that tminus and diffusers load. Each file appears whole or not."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
-    weights = folder / f"{WEIGHTS_NAME}.safetensors"
-    write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_weights(folder, state)
     write_json(folder / "config.json", config.to_dict())  # last: where it is, the folder is whole
