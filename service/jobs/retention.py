@@ -87,8 +87,6 @@ class Retention:
             await asyncio.sleep(SWEEP_S)
 
 
-log = logging.getLogger(__name__)
-
 SHARE = 0.005  # how much of the time snapshots may cost
 LEAST_S = 2.0  # between two rounds
 

@@ -147,8 +147,6 @@ class Removal(DeliveryStore):
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
 
-log = logging.getLogger(__name__)
-
 RECORD_BYTES = 1024  # roughly what a job takes without its images and its webhook
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
     "done": ("start", "output", "completed"),  # it has begun, even if that was not noted

@@ -171,7 +171,7 @@ class PostgresStore(SharedStore):
         lease_s: float,
         address: str | None = None,
     ) -> None:
-        """engine: of a database whose tables are of this version, see postgres_database.py."""
+        """engine: of a database whose tables `prepare_schema` has brought to this version."""
         super().__init__(namespace, weights_hash, replica, lease_s, address)
         self._engine, self._schema = engine, namespace
 
