@@ -23,8 +23,8 @@ def document() -> dict[str, Any]:
     from tminus.service.access.access import Access
     from tminus.service.engine.loading import load_engine
     from tminus.service.engine.protocol import BUNDLED
+    from tminus.service.jobs.store.async_store import Stores
     from tminus.service.jobs.store.sqlite_store import SqliteStore
-    from tminus.service.jobs.stores import Stores
     from tminus.service.startup.app import create_app
     from tminus.service.startup.loader import ModelLoader
     from tminus.service.startup.models import Prepared, ServedModels

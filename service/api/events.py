@@ -28,8 +28,8 @@ from tminus.service.api.request.reading import in_query
 from tminus.service.api.request.schemas import PreviewRequest
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.held_job import HeldJob
+from tminus.service.jobs.jobs import JobView, held_view
 from tminus.service.jobs.store.records import OUTCOMES
-from tminus.service.jobs.views import JobView, held_view
 from tminus.service.preview import Frame, Mailbox, Watch
 
 POLL_S = 1.0  # how often a job without frames is looked at
@@ -145,7 +145,7 @@ class _Follower:
         job = self._jobs.watch(self._view.record.id, watch, mailbox)
         if job is None:
             return None
-        services = self._models.numbered(job.model)
+        services = self._models.numbered(job.model.number)
         progress = Progress(services, self._preview, job.record.id, job.record.spec, self._view.eta_s)
         return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 

@@ -39,8 +39,8 @@ from tminus.service.api.sample import of_images
 from tminus.service.api.submission import create, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
+from tminus.service.jobs.jobs import STATES
 from tminus.service.jobs.store.records import Place
-from tminus.service.jobs.views import STATES
 
 MAX_PAGE = 200
 COPIES = 3  # of a job's images, that are in memory at most while they are read: packed, unpacked, and as an array

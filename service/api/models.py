@@ -18,11 +18,10 @@ from tminus.service.api.request.reading import while_connected
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
-from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.jobs import Jobs, JobStatuses
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
-from tminus.service.jobs.views import JobStatuses
+from tminus.service.jobs.retention import SnapshotKeeper
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo

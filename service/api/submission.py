@@ -20,8 +20,8 @@ from tminus.service.api.request.schemas import JobCall, SampleRequest
 from tminus.service.api.request.specs import spec_of, with_inputs
 from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
+from tminus.service.jobs.jobs import JobView
 from tminus.service.jobs.store.records import Key
-from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
 from tminus.service.worker.current_jobs import WorkerThread
 
@@ -171,14 +169,6 @@ def log_crash_reports(reports: Sequence[CrashReport]) -> None:
             "a server before this one has failed: %s. It worked on %s%s",
             report.cause, jobs, f"\n{report.traceback.rstrip()}" if report.traceback else "",
         )  # fmt: skip
-
-
-def count_crashes(reports: Sequence[CrashReport], store: JobStore) -> None:
-    """Count how processes before this one ended, before a job of the store goes on."""
-    for report in reports:
-        if report.cause not in (None, OF_MAPPED_FILE):
-            with suppress(StorageFailed):  # which the store has logged
-                store.crashed(report.jobs)
 
 
 def _parse_report(data: bytes) -> CrashReport:

@@ -10,6 +10,7 @@ from enum import Enum, auto
 
 from tminus.service.errors import Draining
 from tminus.service.jobs.store.records import JobRecord
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Mailbox, Watch
 from tminus.service.worker.worker import Worker
 
@@ -36,13 +37,27 @@ TRANSITIONS: dict[HeldState, frozenset[HeldState]] = {
 LAST_STATES = {state for state, following in TRANSITIONS.items() if not following}
 
 
+@dataclass(slots=True)
+class ModelOfJobs:
+    """The model whose jobs these are. It may change while no job runs."""
+
+    number: int
+    info: ModelInfo
+    limits: Limits
+    retired: bool = False  # whether the model is served no more
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return self.info.name
+
+
 @dataclass(slots=True, eq=False)
 class HeldJob:
     """A durable job that is held here."""
 
     record: JobRecord
-    model: int  # the number of its model
-    model_name: str
+    model: ModelOfJobs
     state: HeldState = HeldState.WAITING
     ending: JobRecord | None = None  # how it ended, from ENDING on
     over: asyncio.Event = field(default_factory=asyncio.Event)  # set in the last states
@@ -66,8 +81,8 @@ class HeldJob:
 class HeldJobs:
     """Owns the durable jobs of one model that are held here, and who watches them."""
 
-    def __init__(self, worker: Worker, model: int, model_name: str) -> None:
-        self._worker, self._model, self._model_name = worker, model, model_name
+    def __init__(self, worker: Worker, model: ModelOfJobs) -> None:
+        self._worker, self._model = worker, model
         self._jobs: dict[str, HeldJob] = {}
         self.idle = asyncio.Event()  # set while no job is held that this process ends
         self.idle.set()
@@ -88,7 +103,7 @@ class HeldJobs:
 
     def hold(self, record: JobRecord) -> HeldJob:
         """Hold one more job."""
-        job = self._jobs[record.id] = HeldJob(record, self._model, self._model_name)
+        job = self._jobs[record.id] = HeldJob(record, self._model)
         self.idle.clear()
         return job
 

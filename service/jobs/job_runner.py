@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tminus.service.errors import (
     DeadlinePassed,
@@ -28,14 +28,13 @@ from tminus.service.errors import (
     ServiceError,
     StorageFailed,
 )
-from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, Tasks
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, ModelOfJobs, Tasks
 from tminus.service.jobs.retention import Retention
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, LeaseLost, Outcome
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Outlook, Ticket, check_table, work_of
@@ -52,16 +51,6 @@ READ_RETRY_S = 1.0  # until a store that is away is asked again for a job that g
 FILE_AWAY_S = 60.0  # for a file to come back: the other jobs of an earlier process wait behind this one
 MOST_CRASHES = 2  # of the server, after which a job fails
 FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
-
-
-@dataclass(slots=True)
-class ModelOfJobs:
-    """The model whose jobs these are. It may change while no job runs."""
-
-    number: int
-    info: ModelInfo
-    limits: Limits
-    retired: bool = False  # whether the model is served no more
 
 
 class JobRunner:
@@ -88,11 +77,11 @@ class JobRunner:
     @property
     def is_unloaded(self) -> bool:
         """Whether the model is served and not in memory, so that a job waits for it."""
-        return not self._model.retired and self._load_queue.is_unloaded(self._model.info.name)
+        return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
         """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many wait."""
-        left_s = self._load_queue.expected_s(self._model.info.name)
+        left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:
             raise Overloaded(
@@ -234,14 +223,13 @@ class JobRunner:
         """
         while self.is_unloaded and job.state is HeldState.WAITING:
             try:
-                await self._load_queue.load(self._model.info.name)
+                await self._load_queue.load(self._model.name)
             except NotReady:
                 await self._tasks.pause(ROOM_S)
             except (Draining, EngineFailed):
                 raise
             except ServiceError as error:
-                name = self._model.info.name
-                log.warning("jobs of %s wait, and it is tried again in %g s: %s", name, LOAD_RETRY_S, error)
+                log.warning("jobs of %s wait for a retry in %g s: %s", self._model.name, LOAD_RETRY_S, error)
                 await self._tasks.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:

@@ -6,24 +6,103 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
 
 from cachetools import TTLCache
 
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
-from tminus.service.jobs.held_job import HeldJob, HeldState
+from tminus.service.jobs.held_job import HeldJob, HeldState, ModelOfJobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Outcome, Place
 from tminus.service.jobs.store.shared_store import SharedStore
-from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.delivery_store import Delivery
 from tminus.service.preview import Mailbox, Watch
 from tminus.service.spec import Pixels
+from tminus.service.work import JobStatus
 from tminus.service.worker.worker import Worker
+
+STATES = ("waiting", "running", *OUTCOMES)
+FORECAST_S = 1.0  # how old a forecast may be
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as clients see it. A job that is not durable has no view after its end."""
+
+    record: JobRecord
+    model: int  # the number of its model
+    model_name: str
+    state: str  # one of STATES
+    durable: bool
+    step: int | None  # how many steps its rows have taken on average, where that is known
+    position: int | None = None  # jobs that go before it, where that is known
+    eta_s: float | None = None
+    deliveries: tuple[Delivery, ...] = ()  # to its webhook, if it has one and they are known
+
+
+def kept_view(record: JobRecord, model: ModelOfJobs) -> JobView:
+    """View a durable job of a model by its record alone."""
+    # A job without an outcome that is not live here is another replica's, waits for one, or is being accepted now.
+    step = record.spec.num_passes if record.outcome == "done" else None if record.outcome or record.held else 0
+    state = record.outcome or ("running" if record.held else "waiting")
+    return JobView(record, model.number, model.name, state, True, step)
+
+
+def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
+    """View a durable job that was held here when the worker was asked for its status."""
+    record, model = job.record, (job.model.number, job.model.name)
+    if record.outcome is not None:  # it has ended since
+        return kept_view(record, job.model)
+    if status is not None:
+        return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
+    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # it has ended, and that is being kept
+        step = None if job.ending is not None and job.ending.outcome != "done" else record.spec.num_passes
+        return JobView(record, *model, "running", True, step, 0, 0.0)
+    return JobView(record, *model, "waiting", True, 0)
+
+
+def passing_view(status: JobStatus) -> JobView:
+    """View a job that only the worker knows."""
+    record = JobRecord(status.id, status.spec, status.created_us, owner=status.owner)
+    stands = (status.state, status.durable, status.step, status.position, status.eta_s)
+    return JobView(record, status.model, status.model_name, *stands)
+
+
+class JobStatuses:
+    """Owns the last forecast of waiting and running jobs. In the event loop's thread only.
+
+    State and step are read from the worker each time, which is cheap. A forecast among many jobs takes a while, so
+    there is one of all jobs a second, in another thread, however many ask.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._forecasting = asyncio.Lock()
+        self._forecast: dict[str, JobStatus] = {}
+        self._forecast_s = float("-inf")  # when it was made, by the event loop's clock
+
+    async def of(self, job_id: str) -> JobStatus | None:
+        """Return the status of one job; None if the worker does not have it (any more)."""
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # needs no forecast
+            return None
+        return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
+
+    async def all(self) -> list[JobStatus]:
+        """Return the status of every job, in order of arrival."""
+        return self._worker.jobs.quick_statuses(await self._recent_forecast())
+
+    async def _recent_forecast(self) -> Mapping[str, JobStatus]:
+        loop = asyncio.get_running_loop()
+        async with self._forecasting:
+            if loop.time() - self._forecast_s > FORECAST_S:
+                statuses = await loop.run_in_executor(None, self._worker.jobs.statuses)
+                self._forecast, self._forecast_s = {status.id: status for status in statuses}, loop.time()
+        return self._forecast
+
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +126,7 @@ class Jobs:
 
     def put(self, lifecycle: Lifecycle) -> None:
         """Take on the jobs of one more model."""
-        self._lifecycles[lifecycle.model] = lifecycle
+        self._lifecycles[lifecycle.served.number] = lifecycle
 
     def of_model(self, model: int) -> Lifecycle:
         """Return the lifecycle of a model's jobs."""
@@ -88,7 +167,7 @@ class Jobs:
 
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
         """View a durable job that was just read from its store."""
-        view = kept_view(record, lifecycle.model, lifecycle.model_name)
+        view = kept_view(record, lifecycle.served)
         if (job := self._held(record.id)) is not None:
             view = held_view(job, await self._statuses.of(record.id))
         (told,) = await self.with_deliveries([view])
@@ -121,7 +200,7 @@ class Jobs:
         if record.outcome is None:
             return await self.find(job_id, None)
         # Not by `find`, to which a job that has ended just now may still be one that runs.
-        (view,) = await self.with_deliveries([kept_view(record, lifecycle.model, lifecycle.model_name)])
+        (view,) = await self.with_deliveries([kept_view(record, lifecycle.served)])
         return view
 
     async def _find(self, job_id: str) -> JobView | None:
@@ -135,7 +214,7 @@ class Jobs:
             with unless_retired(lifecycle):
                 record = await lifecycle.store.call(JobStore.get, job_id)
             if record is not None:
-                return kept_view(record, lifecycle.model, lifecycle.model_name)
+                return kept_view(record, lifecycle.served)
         return None
 
     async def find_durable(self, job_id: str, sees: str | None) -> JobView:
@@ -163,7 +242,7 @@ class Jobs:
 
         model_name: only those of models of this name.
         """
-        lifecycles = [each for each in self.by_store() if model_name in (None, each.model_name)]
+        lifecycles = [each for each in self.by_store() if model_name in (None, each.served.name)]
         found: dict[str, JobView] = {}
         if "waiting" in states or "running" in states:
             statuses = {status.id: status for status in await self._statuses.all()}
@@ -214,7 +293,7 @@ class Jobs:
         job = self._held(job_id, sees)
         if job is None:
             return await self._cancel_elsewhere(job_id, sees)
-        lifecycle = self._lifecycles[job.model]
+        lifecycle = self._lifecycles[job.model.number]
         lifecycle.runner.cancel(job)
         try:
             async with asyncio.timeout(CANCEL_S):
@@ -229,7 +308,7 @@ class Jobs:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         if job.state is HeldState.LOST:  # another replica has it by now
             return await self._cancel_elsewhere(job_id, sees)
-        (view,) = await self.with_deliveries([kept_view(job.record, job.model, job.model_name)])
+        (view,) = await self.with_deliveries([kept_view(job.record, job.model)])
         return view
 
     async def _cancel_elsewhere(self, job_id: str, sees: str | None) -> JobView:
@@ -266,7 +345,7 @@ class Jobs:
         """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or is not held here."""
         job = self._held(job_id)
         if job is not None:
-            self._lifecycles[job.model].held.watch(job, watch, mailbox)
+            self._lifecycles[job.model.number].held.watch(job, watch, mailbox)
         return job
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
@@ -283,7 +362,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
     except StorageFailed as error:
         if not lifecycle.served.retired:
             raise
-        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
+        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.served.name, error.detail)
 
 
 async def _kept_views(
@@ -298,7 +377,7 @@ async def _kept_views(
         return []
     held = None if len(is_open) != 1 else "running" in is_open
     records = await lifecycle.store.call(JobStore.page, before, outcomes, limit, owner, held=held)
-    return [kept_view(record, lifecycle.model, lifecycle.model_name) for record in records]
+    return [kept_view(record, lifecycle.served) for record in records]
 
 
 async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:

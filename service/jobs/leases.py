@@ -12,8 +12,8 @@ import time
 from contextlib import suppress
 
 from tminus.service.errors import Draining, Overloaded, StorageFailed
-from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, Tasks
-from tminus.service.jobs.job_runner import JobRunner, ModelOfJobs
+from tminus.service.jobs.held_job import HeldJob, HeldJobs, HeldState, ModelOfJobs, Tasks
+from tminus.service.jobs.job_runner import JobRunner
 from tminus.service.jobs.retention import Retention
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPace

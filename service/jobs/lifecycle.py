@@ -4,8 +4,8 @@ import asyncio
 from contextlib import suppress
 
 from tminus.service.errors import Draining, StorageFailed
-from tminus.service.jobs.held_job import HeldJobs, HeldState, Tasks
-from tminus.service.jobs.job_runner import JobRunner, ModelOfJobs
+from tminus.service.jobs.held_job import HeldJobs, HeldState, ModelOfJobs, Tasks
+from tminus.service.jobs.job_runner import JobRunner
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.retention import RETRY_S, Retention
 from tminus.service.jobs.store.async_store import AsyncStore
@@ -32,9 +32,8 @@ class Lifecycle:
         load_queue: LoadQueue,
     ) -> None:
         """Serve the jobs of one model's weights. model: its number. load_queue: loads a model that a job needs."""
-        self.store, self.model, self.model_name = store, model, info.name
-        self.served, self.tasks = ModelOfJobs(model, info, limits), Tasks()
-        self.held = HeldJobs(worker, model, info.name)
+        self.store, self.served, self.tasks = store, ModelOfJobs(model, info, limits), Tasks()
+        self.held = HeldJobs(worker, self.served)
         self.retention = Retention(store, self.held, self.tasks)
         self.runner = JobRunner(store, worker, self.served, self.held, self.retention, self.tasks, metrics, load_queue)
         self.leases: Leases | None = None

@@ -10,12 +10,11 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from tminus.service.errors import KeyReused, Overloaded, StorageFailed
-from tminus.service.jobs.jobs import Jobs, unless_retired
+from tminus.service.jobs.jobs import Jobs, JobView, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord, Key, now_us
 from tminus.service.jobs.store.shared_store import SharedStore
-from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.work import Outlook
 from tminus.service.worker.running_job import NewJob
@@ -84,12 +83,12 @@ class NewJobs:
             return await create(), False
         # Here and not in the stores: those of other weights do not know of each other's keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
-            if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
+            if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
             try:
                 return await create(), False
             except _KeyTaken:  # by a job of another server, at the same time
-                found = await self._find_by_key(key, lifecycle.model_name)
+                found = await self._find_by_key(key, lifecycle.served.name)
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return found, True
@@ -135,7 +134,7 @@ class NewJobs:
             for whose, found in self._counts:
                 if whose == new.owner:
                     found.add(new.id)
-        view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
+        view = JobView(record, lifecycle.served.number, lifecycle.served.name, "waiting", True, 0)
         return replace(view, position=outlook.position, eta_s=outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
@@ -177,7 +176,7 @@ class NewJobs:
             if found is None:
                 continue
             record, same = found
-            if not same or lifecycle.model_name != model_name:
+            if not same or lifecycle.served.name != model_name:
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",
                     field="Idempotency-Key", value=key.name, bound="a new key for a new request",

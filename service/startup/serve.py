@@ -30,11 +30,10 @@ from tminus.service.access.access import Access
 from tminus.service.api.request.classes import class_label_of
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.crash_report import CrashFile, CrashReport, log_crash_reports, prefix_of, take_crash_reports
+from tminus.service.jobs.store.async_store import Results, Stores
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
-from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import open_store, state_folder
-from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.sender import read_secrets, read_secrets_of
 from tminus.service.model_info import ModelInfo
@@ -322,8 +321,7 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):
-        from tminus.service.jobs.store.postgres_database import own_address
-        from tminus.service.jobs.store.postgres_store import open_postgres
+        from tminus.service.jobs.store.postgres_store import open_postgres, own_address
 
         url = settings.job_store.get_secret_value()
         reached_by = settings.job_address or own_address(url, *address)

@@ -26,10 +26,9 @@ from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.crash_report import CrashFile
+from tminus.service.jobs.store.async_store import Results, Stores
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.stores import Stores
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.forecast import Speed

@@ -11,7 +11,7 @@ from tminus.model.pixels import VALUE_RANGE
 from tminus.service.api.request.defaults import settings_of
 from tminus.service.api.request.specs import parameters_of
 from tminus.service.errors import InvalidField
-from tminus.service.jobs.views import STATES, JobView
+from tminus.service.jobs.jobs import STATES, JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo

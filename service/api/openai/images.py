@@ -57,7 +57,7 @@ from tminus.service.errors import (
     ValidationErrors,
 )
 from tminus.service.images.encoder import JSON, Encoder, as_pictures, encode_each, encode_frame
-from tminus.service.jobs.views import JobView
+from tminus.service.jobs.jobs import JobView
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.spec import Pixels, SampleSpec

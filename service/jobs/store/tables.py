@@ -1,7 +1,7 @@
 """The tables of a job store, as SQLAlchemy knows them.
 
 New ones are made from these. A change of them needs another VERSION, and how to come to it from the one before, in
-sqlite_file.py and in postgres_database.py.
+sqlite_file.py and in postgres_store.py.
 """
 
 from collections.abc import Sequence

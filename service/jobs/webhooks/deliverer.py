@@ -23,10 +23,10 @@ from typing import Any
 import httpx
 
 from tminus.service.errors import InvalidField, ServiceError, StorageFailed
+from tminus.service.jobs.jobs import JobView
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.views import JobView
-from tminus.service.jobs.webhooks.delivery_store import Delivery, Room, Whose
+from tminus.service.jobs.webhooks.delivery_store import DELIVERY_S, Delivery, Room, Whose
 from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NamesBusy, NotDelivered, Sender
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
@@ -34,7 +34,6 @@ from tminus.service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 HELD_S = ATTEMPT_S + 5.0  # a claim
-DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
 POLL_INTERVAL_S = 5.0  # between looks for deliveries that other servers or an earlier start have left
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
 JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together

@@ -20,6 +20,7 @@ from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
+DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
 DELIVERY_BYTES = 512  # roughly what an event takes
 AT_ONCE_EACH = 4  # attempts of one owner's jobs to one receiver
 DeliveryState = Literal["pending", "delivered", "given_up"]

@@ -18,10 +18,10 @@ from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec, wait_u
 from tminus.service.access.access import ANYBODY, AT_ONCE
 from tminus.service.api.jobs import COPIES
 from tminus.service.images.encoder import encode_result
+from tminus.service.jobs.jobs import FORECAST_S
 from tminus.service.jobs.store.arrays import unpack_images
 from tminus.service.jobs.store.records import StoredObject
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.views import FORECAST_S
 from tminus.service.spec import Pixels
 from tminus.service.work import JobStatus
 from tminus.service.worker.running_job import AcceptedJobs

@@ -13,13 +13,12 @@ from tests.service.jobs.conftest import DatabaseShelf
 from tests.service.jobs.kept import job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import async_store
-from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.async_store import AsyncStore, Stores
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import JobRecord, Key, Outcome, ReplicaPace
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.stores import Stores
 from tminus.service.scheduling.cluster import Intake
 from tminus.service.spec import Inputs
 

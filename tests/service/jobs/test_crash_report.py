@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from tminus.service.jobs import crash_report
 from tminus.service.jobs.crash_report import (
     CrashFile,
     CrashReport,
-    count_crashes,
     log_crash_reports,
     take_crash_reports,
 )
+from tminus.service.jobs.store.async_store import Stores
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
@@ -194,6 +195,14 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
 SIGNAL = "Segmentation fault"
 
 
+def crashes_counted(file: FileShelf, reports: Sequence[CrashReport]) -> list[int]:
+    """Open the file as a start does that found these reports."""
+    stores = Stores(lambda _weights: file.open(), crash_reports=reports)
+    stores.take_first("ab")
+    stores.close()
+    return [record.crashes for record in file.open().claim_all().jobs]
+
+
 def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_does_not(
     file: FileShelf, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,11 +210,11 @@ def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_
     store = file.open()
     for name in "abc":
         store.add(job(name))
+    store.close()
     killed = [CrashReport(None, frozenset("a"))] * 50
     ends = [*killed, CrashReport(SIGNAL, frozenset("bc"), "  File x"), CrashReport(SIGNAL, frozenset())]
     log_crash_reports(ends)
-    count_crashes(ends, store)
-    assert [record.crashes for record in store.claim_all().jobs] == [0, 1, 1]
+    assert crashes_counted(file, ends) == [0, 1, 1]
     assert "killed, or the machine went, as it worked on a\n" in caplog.text
     assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text
     assert f"{SIGNAL}. It worked on no durable job\n" in caplog.text
@@ -218,10 +227,10 @@ def test_a_mapped_file_that_was_cut_is_no_jobs_doing(
     store = file.open()
     for name in "ab":
         store.add(job(name))
+    store.close()
     with start(tmp_path, "mapped steps") as process:
         assert process.wait(60) == -signal.SIGBUS
     ends = take_crash_reports(tmp_path, "server")
     log_crash_reports(ends)
-    count_crashes(ends, store)
     assert "has failed: Bus error. It worked on a, b\n" in caplog.text
-    assert [record.crashes for record in store.claim_all().jobs] == [0, 0]
+    assert crashes_counted(file, ends) == [0, 0]

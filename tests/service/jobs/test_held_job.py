@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from tests.service.fakes import make_spec
-from tminus.service.jobs.held_job import LAST_STATES, TRANSITIONS, HeldJob, HeldState
+from tests.service.fakes import INFO, LIMITS, make_spec
+from tminus.service.jobs.held_job import LAST_STATES, TRANSITIONS, HeldJob, HeldState, ModelOfJobs
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.preview import Mailbox, Pace, Watch
 
@@ -23,7 +23,7 @@ def test_from_every_state_a_job_comes_to_an_end_and_from_the_last_ones_to_nothin
 def test_viewers_are_told_when_nothing_more_is_made_of_a_job_here(way: list[HeldState]) -> None:
     async def follow() -> None:
         mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
-        job = HeldJob(JobRecord("a", make_spec(), 1), 0, "m")
+        job = HeldJob(JobRecord("a", make_spec(), 1), ModelOfJobs(0, INFO, LIMITS))
         job.viewers[Watch(Pace(every=1), (), mailbox.put)] = mailbox
         for state in way:
             job.become(state)

@@ -23,8 +23,8 @@ from tests.service.jobs.conftest import DatabaseShelf
 from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import job_runner, leases, lifecycle, retention
-from tminus.service.jobs.held_job import HeldJobs
+from tminus.service.jobs import leases, lifecycle, retention
+from tminus.service.jobs.held_job import HeldJobs, ModelOfJobs
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, ReplicaPace
@@ -305,7 +305,8 @@ def test_a_new_job_goes_after_those_of_its_length_that_wait_in_the_table() -> No
 
     store = SimpleNamespace(holders=[], call=call, now_us=lambda: 0)
     worker = SimpleNamespace(state=SimpleNamespace(ready=True))
-    model, held_jobs = job_runner.ModelOfJobs(0, TUNED, LIMITS), HeldJobs(cast(Any, worker), 0, TUNED.name)
+    model = ModelOfJobs(0, TUNED, LIMITS)
+    held_jobs = HeldJobs(cast(Any, worker), model)
     admission = SimpleNamespace(places_per_s=lambda _model: 2.0, intake=lambda *_, **__: intakes.pop(0))
     parts: Any = store, worker, admission, model, held_jobs, None, None, None, None
     held = leases.Leases(*parts)

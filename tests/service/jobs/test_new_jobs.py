@@ -73,7 +73,9 @@ class Shared:
         runner = SimpleNamespace(
             is_unloaded=False, accept=lambda record, _ticket: live.append(SimpleNamespace(record=record))
         )
-        own = SimpleNamespace(store=self.store, leases=leases, runner=runner, model=0, model_name="m")
+        own = SimpleNamespace(
+            store=self.store, leases=leases, runner=runner, served=SimpleNamespace(number=0, name="m")
+        )
         own.retention = SimpleNamespace(cannot_keep=False)
         jobs = SimpleNamespace(
             of_model=lambda _model: own, all_held=lambda: live, by_store=lambda: [own], view=self.view

@@ -17,10 +17,17 @@ from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import MANY, PIXELS, SPECS, ended, job, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.store import postgres_database, postgres_store
+from tminus.service.jobs.store import postgres_store
 from tminus.service.jobs.store.job_store import RECORD_BYTES
-from tminus.service.jobs.store.postgres_database import connect, own_address
-from tminus.service.jobs.store.postgres_store import GONE, JOB_FORMAT, PostgresStore, format_of, open_postgres
+from tminus.service.jobs.store.postgres_store import (
+    GONE,
+    JOB_FORMAT,
+    PostgresStore,
+    connect,
+    format_of,
+    open_postgres,
+    own_address,
+)
 from tminus.service.jobs.store.records import Key, LeaseLost, ReplicaPace, StoredObject
 from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
@@ -75,7 +82,7 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
     database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when packets are dropped, or the process is stopped: its connection is there, and has locked the row."""
-    monkeypatch.setattr(postgres_database, "STATEMENT_S", 1.0)
+    monkeypatch.setattr(postgres_store, "STATEMENT_S", 1.0)
     gone, other = database.open(), database.open()
     gone.add(job("a"))
     database.expire()

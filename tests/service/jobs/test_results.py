@@ -15,11 +15,10 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.conftest import Bucket, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, claim, ended, job
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store import removal
-from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store import job_store
+from tminus.service.jobs.store.async_store import AsyncStore, Results, ResultStore
 from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.records import LeaseLost, ReplicaPace
-from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 pytestmark = pytest.mark.slow
@@ -102,7 +101,7 @@ def replica(database: DatabaseShelf, bucket: Bucket) -> Iterator[MakeReplica]:
 
 
 def an_hour_later(database: DatabaseShelf) -> None:
-    database.change(f"UPDATE objects SET since_us = since_us - {removal.ORPHAN_US + 10**6}")
+    database.change(f"UPDATE objects SET since_us = since_us - {job_store.ORPHAN_US + 10**6}")
 
 
 def states(database: DatabaseShelf) -> list[object]:
@@ -273,7 +272,7 @@ def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
     with pytest.raises(Died):
         delete()
     assert other.images() is None
-    monkeypatch.setattr(removal, "AGAIN_US", -60_000_000)  # a minute goes by
+    monkeypatch.setattr(job_store, "AGAIN_US", -60_000_000)  # a minute goes by
     other.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 
@@ -344,7 +343,7 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
     one.objects.before = set()
     one.sweep()
     assert len(bucket.keys()) == 1, "who took it has a minute"
-    monkeypatch.setattr(removal, "AGAIN_US", -60_000_000)
+    monkeypatch.setattr(job_store, "AGAIN_US", -60_000_000)
     one.sweep()
     assert (bucket.keys(), states(database)) == ([], [])
 
@@ -352,13 +351,13 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
 def test_two_that_collect_at_once_take_different_objects(replica: MakeReplica, database: DatabaseShelf) -> None:
     one, other = replica(), replica()
     one.below.add(job("a"))
-    for number in range(removal.MOST_KEYS + 20):
+    for number in range(job_store.MOST_KEYS + 20):
         one.below.note_object("a", f"key {number}")
     assert one.below.take_unneeded_objects() == [], "they may be on their way"
     an_hour_later(database)
     first, second = one.below.take_unneeded_objects(), other.below.take_unneeded_objects()
-    assert (len(first), len(second)) == (removal.MOST_KEYS, 20)
-    assert len({*first, *second}) == removal.MOST_KEYS + 20
+    assert (len(first), len(second)) == (job_store.MOST_KEYS, 20)
+    assert len({*first, *second}) == job_store.MOST_KEYS + 20
 
 
 def test_whether_objects_can_be_written_is_known_from_the_last_attempt(replica: MakeReplica) -> None:

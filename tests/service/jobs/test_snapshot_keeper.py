@@ -11,7 +11,7 @@ import pytest
 from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.kept import job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.snapshot_keeper import LEAST_S, SHARE, SnapshotKeeper
+from tminus.service.jobs.retention import LEAST_S, SHARE, SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
@@ -81,7 +81,7 @@ def test_what_was_taken_is_kept_before_the_store_is_closed(tmp_path: Path) -> No
 
 
 def test_a_cheap_round_makes_the_next_due_after_the_least_interval(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.jobs.snapshot_keeper.SHARE", 1.0)  # cheap on the slowest machine
+    monkeypatch.setattr("tminus.service.jobs.retention.SHARE", 1.0)  # cheap on the slowest machine
     assert kept.keeper.due(100.0)
     kept.keep()
     kept.wait_for_the_end_of_the_round()

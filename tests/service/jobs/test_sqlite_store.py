@@ -14,8 +14,8 @@ from tests.service.durable import SPEC, post, wait_for
 from tests.service.jobs.kept import ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
+from tminus.service.jobs.store.job_store import SWEEP_JOBS
 from tminus.service.jobs.store.records import OUTCOMES
-from tminus.service.jobs.store.removal import SWEEP_JOBS
 from tminus.service.jobs.store.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore, open_store
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec
 from tests.service.worker.bench import Bench as WorkerBench
-from tminus.service.jobs import views as views_module
-from tminus.service.jobs.held_job import HeldJob, HeldState
+from tminus.service.jobs import jobs as views_module
+from tminus.service.jobs.held_job import HeldJob, HeldState, ModelOfJobs
+from tminus.service.jobs.jobs import JobStatuses, held_view
 from tminus.service.jobs.store.records import JobRecord, Outcome
-from tminus.service.jobs.views import JobStatuses, held_view
 from tminus.service.work import JobStatus, Outlook, Ticket
 from tminus.service.worker.running_job import AcceptedJobs
 
@@ -128,7 +128,7 @@ def test_those_who_ask_at_the_same_time_share_a_forecast_and_an_unknown_job_cost
 def test_only_a_job_that_is_done_is_told_to_have_taken_all_its_steps_before_its_end_is_kept(
     outcome: Outcome, step: int | None
 ) -> None:
-    job = HeldJob(record := JobRecord("a", make_spec(steps=20), 1), 0, INFO.name)
+    job = HeldJob(record := JobRecord("a", make_spec(steps=20), 1), ModelOfJobs(0, INFO, LIMITS))
     job.ending = replace(record, outcome=outcome, finished_us=2)
     job.become(HeldState.ENDING)
     view = held_view(job, None)

@@ -16,8 +16,8 @@ from tests.service.jobs.kept import job
 from tminus.model.checkpoint import needs_of, save_checkpoint
 from tminus.service.engine import devices, loading, openvino_executor
 from tminus.service.jobs.crash_report import CrashFile
+from tminus.service.jobs.store.async_store import Stores
 from tminus.service.jobs.store.sqlite_store import SqliteStore, open_store
-from tminus.service.jobs.stores import Stores
 from tminus.service.startup import serve
 from tminus.service.startup.server import Opening
 from tminus.service.startup.settings import Settings

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from tests.receivers import SECRET
-from tests.service.fakes import INFO, PATIENCE_S
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import JobNotFound, StorageFailed
+from tminus.service.jobs.held_job import ModelOfJobs
+from tminus.service.jobs.jobs import JobView, kept_view
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import JobRecord
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
 from tminus.service.jobs.webhooks.deliverer import (
     AT_ONCE,
@@ -58,7 +59,7 @@ class Running:
         record = await self.store.call(JobStore.get, job_id)
         if record is None or job_id in self.gone:
             raise JobNotFound("no such job")
-        return kept_view(record, 0, INFO.name)
+        return kept_view(record, ModelOfJobs(0, INFO, LIMITS))
 
     async def end(self, *records: JobRecord) -> None:
         for record in records:
