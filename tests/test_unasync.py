@@ -1,29 +1,19 @@
 """The sync half of the client is what tests/unasync.py makes of the async half."""
 
-import ast
 import inspect
 import re
 from typing import Any
 
 import pytest
 
-from tests.unasync import CLIENT, RULES, generated, sync_of
+from tests.unasync import ASYNC, RULES, SYNC, generated, sync_of
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client, Job, Watching
 
 
-def test_the_sync_half_is_up_to_date() -> None:
-    checked_in = {file.name: file.read_text("utf-8") for file in (CLIENT / "_sync").glob("*.py")}
-    assert checked_in == generated(), "run `make client`"
-
-
-def test_nothing_async_is_left_and_no_rule_is_idle() -> None:
-    for text in generated().values():
-        header, rest = text.split("\n", 1)
-        assert header.startswith("# Generated from service/client/_async/")
-        assert not re.search(r"async|await", rest, re.IGNORECASE)
-        ast.parse(rest)
-    sources = "".join(file.read_text("utf-8") for file in (CLIENT / "_async").glob("*.py"))
-    assert [rule for rule in RULES if not re.search(r"\b" + rule, sources)] == []
+def test_the_sync_half_is_up_to_date_and_nothing_in_it_is_async() -> None:
+    assert SYNC.read_text("utf-8") == generated(), "run `make client`"
+    assert not re.search(r"async|await", generated().split("\n", 1)[1], re.IGNORECASE)
+    assert [rule for rule in RULES if not re.search(r"\b" + rule, ASYNC.read_text("utf-8"))] == [], "no rule is idle"
 
 
 def test_code_and_docstrings_are_changed_in_whole_words() -> None:
@@ -40,5 +30,4 @@ def test_the_two_clients_have_the_same_documented_calls(one: type, other: type) 
         signatures = {name: inspect.signature(value).parameters.values() for name, value in public.items()}
         return {name: [(p.name, p.kind, p.default) for p in each] for name, each in signatures.items()}
 
-    assert shape(one) == shape(other)
-    assert len(shape(one)) >= 1
+    assert shape(one) == shape(other) != {}

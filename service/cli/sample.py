@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tminus.service.client import Accepted
-    from tminus.service.client.messages import Message
-    from tminus.service.client.results import Sampled
+    from tminus.service.client.results import Message, Sampled
     from tminus.service.spec import SampleSpec
 
 MOST_FRAMES = 100  # without --every

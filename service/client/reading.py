@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import checks
-from .errors import SWITCHING_PROTOCOLS, expecting
-from .messages import Done, Ended, Event, Frame, Message, Progress, Waiting, event_of, images_after, message_of
+from .errors import SWITCHING_PROTOCOLS, UnexpectedAnswer, expecting, problem_of
 from .patience import Patience
-from .results import MAX_IMAGES
+from .results import (
+    MAX_IMAGES,
+    Accepted,
+    Cancelled,
+    Done,
+    Ended,
+    Event,
+    Frame,
+    JobState,
+    Message,
+    Progress,
+    Waiting,
+)
 from .sse import Decoder, ServerSentEvent
 
 MIB = 2**20
@@ -23,6 +34,7 @@ DOCUMENT_BYTES = 16 * MIB  # JSON without images
 MAX_STEPS = 100_000  # where the request gives no number
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
+CANCEL = '{"type": "cancel"}'  # the client sends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,58 @@ def _whole(parameter: object, default: int) -> int:
     except (TypeError, ValueError, OverflowError):
         return default
     return number if number >= 1 else default
+
+
+def images_after(members: Mapping[str, Any]) -> int:
+    """The number of binary messages that follow a JSON message. Raises KeyError, ValueError."""
+    match checks.text(members["type"]):
+        case "frame":
+            return 1
+        case "done":
+            return checks.whole(members["images"])
+    return 0
+
+
+def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Message:
+    """Read a message. Raises Problem for a message of type `error`, KeyError and ValueError for a malformed one."""
+    match members["type"]:
+        case "accepted":
+            return checks.read(Accepted, members)
+        case "frame":
+            return frame(members, pictures[0])
+        case "done":
+            return checks.read(Done, {**members, "images": pictures})
+        case "cancelled":
+            return checks.read(Cancelled, members)
+        case "error":
+            raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
+    raise ValueError(f"a message of type {members['type']!r:.40}")
+
+
+def frame(members: Mapping[str, Any], data: bytes) -> Frame:
+    """Read a frame. Raises KeyError, ValueError."""
+    return checks.read(Frame, {"image": None, **members, "data": data})
+
+
+def event_of(sent: ServerSentEvent) -> Event | None:
+    """Read a server-sent event of a job; None for an unknown kind, which a newer server may add.
+
+    Raises UnexpectedAnswer.
+    """
+    try:
+        members = checks.mapping(checks.loads(sent.data))
+        match sent.event:
+            case "waiting":
+                return checks.read(Waiting, members)
+            case "progress":
+                return checks.read(Progress, members)
+            case "frame":
+                return frame(members, checks.decoded(members["data"]))
+            case "done" | "failed" | "cancelled":
+                return Ended(JobState.of(members))
+    except (ValueError, KeyError):
+        raise UnexpectedAnswer(200, f"the event {sent.event[:40]!r} cannot be read") from None
+    return None
 
 
 class FrameOrder:

@@ -1,4 +1,4 @@
-"""The results of calls, read from the server's responses."""
+"""The values that calls return, read from the server's responses, and those that report on a job."""
 
 import io
 import math
@@ -26,6 +26,7 @@ MediaType = Literal[
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 NAME = {"check": checks.model_name}
+AS_IT_IS = {"check": lambda value: value}  # no JSON
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
 ZIP_END = struct.Struct("<4s4xHHLLH")  # last record of a zip without a comment; PKZIP's APPNOTE.TXT, 4.3.16
 # NumPy's format, version 1.0: float32 of four dimensions, in the order of C.
@@ -254,3 +255,87 @@ def models_of(response: httpx.Response) -> list[ModelState]:
         if len({model.name for model in models}) < len(models):
             raise ValueError("a name comes twice")
     return models
+
+
+# --- the messages of a WebSocket and the events of a durable job ---
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A watched job was accepted. position: the number of jobs ahead; eta_s: expected seconds until it is done.
+
+    sampler, steps, guidance: those of the job; None from a server of an earlier version.
+    """
+
+    id: str
+    seed: int
+    eta_s: float
+    position: int
+    fingerprint: str
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A picture of a job after `step` of `steps`; the next step starts at timestep `t`. eta_s: seconds until the end.
+
+    show: `x_t`, the latent, or `x_0`, the network's guess of the image. image: the index of the image, or None where
+    `data` is one sheet of all. data: a PNG, or what `frame_format` asked for.
+    """
+
+    step: int
+    steps: int
+    t: float  # the timestep
+    show: str
+    eta_s: float
+    image: int | None
+    data: bytes = field(repr=False, metadata=AS_IT_IS)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A watched job is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
+
+    images: tuple[bytes, ...] = field(repr=False, metadata=AS_IT_IS)
+    queue_s: float
+    first_step_s: float
+    denoise_s: float
+    frames_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """A watched job was cancelled."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A durable job waits. position: jobs ahead; eta_s: expected seconds until it is done; None: unknown."""
+
+    position: int | None
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A durable job has taken `step` of `steps`; the members are those of a Frame."""
+
+    step: int
+    steps: int
+    t: float  # the timestep
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A durable job has ended; `job.state` says how."""
+
+    job: JobState
+
+
+Message = Accepted | Frame | Done | Cancelled
+Event = Waiting | Progress | Frame | Ended

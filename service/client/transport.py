@@ -13,8 +13,10 @@ from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreacha
 if TYPE_CHECKING:  # at run time all but `watch` does without websockets
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-VERSION = {"API-Version": "1"}  # a server without this version refuses the call
-UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and an unpacked size is hard to bound
+HEADERS = {
+    "API-Version": "1",  # a server without this version refuses the call
+    "Accept-Encoding": "identity",  # images are compressed already, and an unpacked size is hard to bound
+}
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the closing handshake of a WebSocket: nothing more is read
 # For the answer to a ping over a WebSocket, which is not read while the caller is busy with earlier messages. It is
@@ -37,12 +39,6 @@ def http_address(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"url must be http:// or https:// and a host, got {url!r}")
     return url.rstrip("/")
-
-
-def ws_address(url: str) -> str:
-    """Turn the address into that for WebSockets."""
-    scheme, _, rest = url.partition(":")
-    return f"{scheme.lower().replace('http', 'ws')}:{rest}"
 
 
 def model_address(address: str, model: str | None) -> str:
@@ -105,12 +101,6 @@ def warn_of_deprecation(method: str, response: httpx.Response) -> None:
         until = response.headers.get("sunset")
         what = f"{method} {response.url.path} is deprecated" + (f", and works until {until:.40}" if until else "")
         warnings.warn(f"{what}: see the changelog of tminus", FutureWarning, stacklevel=2)
-
-
-def check(response: httpx.Response) -> None:
-    """Raise the ClientError of a response that is not 2xx. Its content must have been read."""
-    if not response.is_success:
-        raise error_of(response.status_code, response.headers, response.content)
 
 
 def lost(error: Exception) -> Unreachable:

@@ -24,7 +24,7 @@ from tests.service.keys import key_line
 from tests.tools import needs
 from tests.trials import faults, replicas
 from tminus.service.client import Ended, Frame
-from tminus.service.client.messages import Event
+from tminus.service.client.results import Event
 
 pytestmark = pytest.mark.long
 

@@ -18,7 +18,7 @@ from tests.service.client.conftest import ADMIN_KEY, SPEC, Connect, MakeServed, 
 from tests.service.client.hostile import IMAGE_HEAD, PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 from tminus.service.client import AsyncClient, Client, Done, Problem, UnexpectedAnswer, Unreachable
-from tminus.service.client._async.connection import KEEP_ALIVE
+from tminus.service.client._async import KEEP_ALIVE
 from tminus.service.client.reading import IMAGE_BYTES
 from tminus.service.startup.server import bind
 

@@ -11,9 +11,9 @@ from tests.service.client.hostile import PNG
 from tests.service.client.test_patience import Clock
 from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Cancelled, Ended, Frame, Progress, UnexpectedAnswer, Unreachable
-from tminus.service.client.messages import Done, Message, event_of
 from tminus.service.client.patience import RESTART_S, Patience
-from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Expected, Following, FrameOrder, Reading
+from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Expected, Following, FrameOrder, Reading, event_of
+from tminus.service.client.results import Done, Message
 from tminus.service.client.sse import ServerSentEvent
 
 GREETING = b"retry: 2000\n\n"

@@ -1,1 +1,0 @@
-"""The half of the client that does I/O: its connections and the calls made over them."""
