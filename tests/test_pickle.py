@@ -28,7 +28,6 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import read_tables
 from tminus.model.training.data import DataError, load_image_folder, read_idx
 from tminus.model.training.run import STATE_FILE, Run, read_state
-from tminus.model.tuning.tune import _known
 from tminus.model.unet import UNet2D
 from tminus.model.weights import load_state_dict
 from tminus.service.access.keys import KeyRing
@@ -148,11 +147,6 @@ def of_a_table(folder: Path, data: bytes) -> None:
     assert (len(tables), len(lines)) == (0, 1)
 
 
-def of_a_table_that_is_being_tuned(folder: Path, data: bytes) -> None:
-    (folder / "state").write_bytes(data)
-    assert _known(folder / "state", {}) is None
-
-
 def of_an_evaluation(folder: Path, data: bytes) -> None:
     kept = ResultCache(folder)
     kept.write({"a": 1}, {"b": 2})
@@ -241,7 +235,6 @@ PLACES: dict[str, Callable[[Path, bytes], None]] = {
     "a file to convert, .ckpt": partial(of_another_project, ".ckpt"),
     "a file to convert, .safetensors": partial(of_another_project, ".safetensors"),
     "a table": of_a_table,
-    "a table that is being tuned": of_a_table_that_is_being_tuned,
     "figures of an evaluation": of_an_evaluation,
     "what was measured": of_what_was_measured,
     "the file of jobs": of_the_job_store,

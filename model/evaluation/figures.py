@@ -1,9 +1,9 @@
 """The figures of an evaluation, as frozen values: of a checkpoint, of the samples of one seed, of several seeds."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +169,28 @@ class Spread(NamedTuple):
     minimum: float
     maximum: float
 
+    def __str__(self) -> str:
+        mean, least, greatest = (f"{value:.3f}" for value in self)
+        return mean if self.minimum == self.maximum else f"{mean} ({least}..{greatest})"
 
-def spread(values: Sequence[float | None]) -> Spread | None:
-    """The spread of a figure over seeds; None where it is not known for each of them."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    return Spread(sum(known) / len(known), min(known), max(known))
+
+class Metric(NamedTuple):
+    """A figure of samples beside that of real images: its name in JSON, its text in tables, and its value."""
+
+    name: str
+    text: str
+    of: Callable[[SampleFigures], ClassAccuracy | FrechetDistance | Compared | None]
+
+
+FRECHET = Metric(
+    "classifier_frechet_distance", "classifier_frechet_distance", lambda each: each.classifier_frechet_distance
+)
+PIXEL_FRECHET = Metric("pixel_frechet_distance", "pixel_frechet_distance", lambda each: each.pixels.frechet_distance)
+VARIANCE_RATIO = Metric("variance_ratio", "variance ratio", lambda each: each.pixels.variance_ratio)
+ACCURACY = Metric("class_accuracy", "class accuracy", lambda each: each.class_accuracy)
+PRECISION = Metric("precision", "precision, of the pixels' components", lambda each: each.pixels.precision)
+RECALL = Metric("recall", "recall, of the pixels' components", lambda each: each.pixels.recall)
+METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # by which ways of sampling are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,40 +207,13 @@ class PointFigures:
     seeds: tuple[SampleFigures, ...]
     sheet: bytes = dataclasses.field(default=b"", repr=False)
 
-    @property
-    def frechet(self) -> Spread | None:
-        """The Fréchet distance of the samples."""
-        return spread([f.samples if (f := each.classifier_frechet_distance) else None for each in self.seeds])
-
-    @property
-    def real_frechet(self) -> Spread | None:
-        """The Fréchet distance of as many real images."""
-        return spread([f.real if (f := each.classifier_frechet_distance) else None for each in self.seeds])
-
-    @property
-    def pixel_frechet(self) -> Spread | None:
-        """The Fréchet distance of the samples' pixels."""
-        return spread([each.pixels.frechet_distance.samples for each in self.seeds])
-
-    @property
-    def real_pixel_frechet(self) -> Spread | None:
-        """The Fréchet distance of the pixels of as many real images."""
-        return spread([each.pixels.frechet_distance.real for each in self.seeds])
-
-    @property
-    def variance_ratio(self) -> Spread | None:
-        """The samples' variance within a class, by that of real images."""
-        return spread([r.samples if (r := each.pixels.variance_ratio) else None for each in self.seeds])
-
-    @property
-    def real_variance_ratio(self) -> Spread | None:
-        """The same of as many real images."""
-        return spread([r.real if (r := each.pixels.variance_ratio) else None for each in self.seeds])
-
-    @property
-    def accuracy(self) -> Spread | None:
-        """The class accuracy of the samples."""
-        return spread([a.samples if (a := each.class_accuracy) else None for each in self.seeds])
+    def spread(self, metric: Metric, side: Literal["samples", "real"] = "samples") -> Spread | None:
+        """A figure of the samples, or of real images, over seeds. None where it is not known for each seed."""
+        figures = [metric.of(each) for each in self.seeds]
+        values = [getattr(figure, side) for figure in figures if figure is not None]
+        if len(values) < len(figures):
+            return None
+        return Spread(sum(values) / len(values), min(values), max(values))
 
     @property
     def seconds_per_image(self) -> float:
@@ -236,11 +224,7 @@ class PointFigures:
         """Plain values for JSON, with the spreads, without the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
-        for name, figure in (
-            ("classifier_frechet_distance", self.frechet),
-            ("pixel_frechet_distance", self.pixel_frechet),
-            ("variance_ratio", self.variance_ratio),
-            ("class_accuracy", self.accuracy),
-        ):
-            values[name] = figure._asdict() if figure is not None else None
+        for metric in METRICS:
+            spread = self.spread(metric)
+            values[metric.name] = spread._asdict() if spread is not None else None
         return values | {"seconds_per_image": self.seconds_per_image}

@@ -7,14 +7,13 @@ tables of a model card are Markdown: the command prints them.)
 import html
 import importlib.util
 import io
-import json
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.evaluation.figures import Bound, PointFigures
+from tminus.model.evaluation.figures import FRECHET, Bound, PointFigures
 from tminus.model.evaluation.report import Report, Table
 from tminus.model.evaluation.samples import EvaluateError
 
@@ -61,7 +60,7 @@ def plot_distances(report: Report) -> bytes | None:
 
     Bars reach from the least to the greatest seed; horizontal lines are real images, and the references.
     """
-    drawn = [point for point in report.points if point.frechet is not None]
+    drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
         return None
     plt = _pyplot()
@@ -74,11 +73,11 @@ def plot_distances(report: Report) -> bytes | None:
             line = [point for point in drawn if (point.sampler, point.guidance) == (name, guidance)]
             _line(axis, name, sorted(line, key=lambda point: point.passes))
         for point in report.references:
-            if point.guidance == guidance and point.frechet is not None:
+            if point.guidance == guidance and (reference := point.spread(FRECHET)) is not None:
                 label = f"{point.sampler}, {point.steps} steps"
-                axis.axhline(point.frechet.mean, color=GREY, linestyle="--", linewidth=1, label=label)
-        if report.real_frechet is not None:
-            axis.axhline(report.real_frechet.mean, color=GREY, linestyle=":", linewidth=1.2, label="real images")
+                axis.axhline(reference.mean, color=GREY, linestyle="--", linewidth=1, label=label)
+        if (real := report.points[0].spread(FRECHET, "real")) is not None:
+            axis.axhline(real.mean, color=GREY, linestyle=":", linewidth=1.2, label="real images")
         axis.set_title(f"guidance {guidance:g}" if len(panels) > 1 or guidance != 1 else "")
         axis.set_xlabel("passes of the network, an image")
         axis.set_ylabel("classifier_frechet_distance")
@@ -113,7 +112,7 @@ def plot_terms(bound: Bound) -> bytes:
 def _line(axis: Any, name: str, points: Sequence[PointFigures]) -> None:
     """A sampler's line: its colour and marker are its own, whichever others are drawn."""
     number = [*SAMPLER_FACTS, name].index(name)
-    spreads = [point.frechet for point in points if point.frechet is not None]
+    spreads = [spread for point in points if (spread := point.spread(FRECHET)) is not None]
     means = [one.mean for one in spreads]
     bars = [[one.mean - one.minimum for one in spreads], [one.maximum - one.mean for one in spreads]]
     axis.errorbar(
@@ -177,8 +176,7 @@ def report_files(report: Report, command: str) -> dict[str, bytes]:
     if report.bound is not None:
         plots["terms.svg"] = plot_terms(report.bound)
     files = {name: plot for name, plot in plots.items() if plot is not None}
-    figures = json.dumps(report.to_dict(), indent=2) + "\n"
-    return {"report.html": render(report, command, files).encode(), "figures.json": figures.encode(), **files}
+    return {"report.html": render(report, command, files).encode(), "figures.json": report.to_json().encode(), **files}
 
 
 def render(report: Report, command: str, plots: Mapping[str, bytes]) -> str:

@@ -5,10 +5,17 @@ Here too is the comparison of two: does another way of running a network make wo
 
 import dataclasses
 import html
+import json
 from dataclasses import dataclass
-from typing import Any
 
 from tminus.model.evaluation.figures import (
+    ACCURACY,
+    FRECHET,
+    METRICS,
+    PIXEL_FRECHET,
+    PRECISION,
+    RECALL,
+    VARIANCE_RATIO,
     Bound,
     ClassifierFacts,
     LeftOut,
@@ -16,7 +23,6 @@ from tminus.model.evaluation.figures import (
     Reconstruction,
     SampleFigures,
     Spread,
-    spread,
 )
 from tminus.model.evaluation.samples import EvaluateOptions
 
@@ -113,11 +119,6 @@ class Report:
         return self.points[0].seeds[0]
 
     @property
-    def real_frechet(self) -> Spread | None:
-        """The Fréchet distance of as many real images, over seeds: a floor."""
-        return self.points[0].real_frechet
-
-    @property
     def guidances(self) -> tuple[float, ...]:
         """The guidance scales of the points."""
         return tuple(dict.fromkeys(point.guidance for point in self.points))
@@ -125,26 +126,15 @@ class Report:
     @property
     def notes(self) -> tuple[str, ...]:
         """Explanations of the distances, in Markdown."""
-        return (OF_PIXELS,) if self.real_frechet is None else (NOT_FID, OF_PIXELS)
+        return (OF_PIXELS,) if FRECHET.of(self.first) is None else (NOT_FID, OF_PIXELS)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with a list of the ways."""
+    def to_json(self) -> str:
+        """All values as JSON, with a list of the ways."""
         values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
         values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
         values["points"] = [point.to_dict() for point in self.points]
         values["references"] = [point.to_dict() for point in self.references]
-        return values
-
-    def to_flat_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, of a single way: its figures, and no list. They are of the first seed."""
-        values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
-        for name in ("model", "seeds", "points", "references"):
-            del values[name]
-        point = self.points[0]
-        first, *others = (dataclasses.asdict(each) for each in point.seeds)
-        figures = {key: value for key, value in first.items() if key != "seed"}
-        speed = {"passes": point.passes, "seconds_per_image": point.seconds_per_image}
-        return values | figures | {"seeds": [first, *others] if others else []} | speed
+        return json.dumps(values, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         """Render the tables of a model card: figures, what is left out and the settings."""
@@ -182,19 +172,9 @@ class Report:
     def figures(self) -> Table:
         """The figures of the first way's samples beside those of real images."""
         rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
-        if (accuracy := self.first.class_accuracy) is not None:
-            rows.append(("class accuracy", f"{accuracy.samples:.3f}", f"{accuracy.real:.3f}"))
-        if (frechet := self.first.classifier_frechet_distance) is not None:
-            rows.append(("classifier_frechet_distance", f"{frechet.samples:.3f}", f"{frechet.real:.3f}"))
-        pixels = self.first.pixels
-        for what, figure in (
-            ("pixel_frechet_distance", pixels.frechet_distance),
-            ("variance ratio of the pixels within a class", pixels.variance_ratio),
-            ("precision, of the pixels' components", pixels.precision),
-            ("recall, of the pixels' components", pixels.recall),
-        ):
-            if figure is not None:
-                rows.append((what, f"{figure.samples:.3f}", f"{figure.real:.3f}"))
+        metrics = (ACCURACY, FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, PRECISION, RECALL)
+        found = [(metric.text, figure) for metric in metrics if (figure := metric.of(self.first)) is not None]
+        rows += [(text, _number(figure.samples), _number(figure.real)) for text, figure in found]
         ours, real = self.first.memorisation.samples, self.first.memorisation.real
         for what, mine, theirs in (
             ("median", ours.median, real.median),
@@ -207,54 +187,38 @@ class Report:
     def by_class(self) -> Table:
         """The class accuracy of each class, of the first way; no rows where there is none."""
         classes = accuracy.per_class if (accuracy := self.first.class_accuracy) is not None else ()
-        rows = [(c.name, _share(c.samples), str(c.num_samples), _share(c.real)) for c in classes]
+        rows = [(c.name, _number(c.samples), str(c.num_samples), _number(c.real)) for c in classes]
         return Table(("class accuracy", "samples", "n", "real test images"), tuple(rows))
 
     def over_seeds(self) -> Table:
         """The figures of the first way by each seed, and their spread; no rows where there is one seed."""
-        of_distances = ("classifier_frechet_distance", "real images", "pixel_frechet_distance", "real images")
-        head = ("seed", *of_distances, "variance ratio", "class accuracy")
         point, rows = self.points[0], list[tuple[str, ...]]()
-        for each in point.seeds if len(point.seeds) > 1 else ():
-            f, a = each.classifier_frechet_distance, each.class_accuracy
-            p, r = each.pixels.frechet_distance, each.pixels.variance_ratio
-            by_classifier = (f.samples, f.real) if f is not None else (None, None)
-            shares = r.samples if r is not None else None, a.samples if a is not None else None
-            rows.append((str(each.seed), *map(_share, (*by_classifier, p.samples, p.real, *shares))))
-        if rows:
-            distances = point.frechet, point.real_frechet, point.pixel_frechet, point.real_pixel_frechet
-            spreads = *distances, point.variance_ratio, point.accuracy
-            rows.append(("mean (least..greatest)", *(spread_text(each, 3) for each in spreads)))
-        return Table(head, tuple(rows))
+        if len(point.seeds) > 1:
+            rows += [(str(each.seed), *_samples(each)) for each in point.seeds]
+            rows.append(("mean (least..greatest)", *(_text(point.spread(metric)) for metric in METRICS)))
+            rows.append(("real images", *(_text(point.spread(metric, "real")) for metric in METRICS)))
+        return Table(("seed", *(metric.text for metric in METRICS)), tuple(rows))
 
     def by_point(self) -> Table:
         """A row for each way of sampling, and one for real images."""
-        head: tuple[str, ...] = ("sampler", "steps", "passes", "guidance")
-        head += ("classifier_frechet_distance", "pixel_frechet_distance", "variance ratio", "class accuracy")
-        head += ("s an image",)
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
-            figures = spread_text(point.frechet, 2), *_pixels(point.pixel_frechet, point.variance_ratio)
             way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
-            rows.append((*way, *figures, spread_text(point.accuracy, 3), f"{point.seconds_per_image:.3g}"))
-        first = self.points[0]
-        real = spread([a.real if (a := each.class_accuracy) is not None else None for each in first.seeds])
-        figures = spread_text(first.real_frechet, 2), *_pixels(first.real_pixel_frechet, first.real_variance_ratio)
-        rows.append(("real images", "", "", "", *figures, f"{real.mean:.3f}" if real is not None else "-", ""))
+            rows.append((*way, *(_text(point.spread(metric)) for metric in METRICS), f"{point.seconds_per_image:.3g}"))
+        rows.append(("real images", "", "", "", *(_text(self.points[0].spread(each, "real")) for each in METRICS), ""))
+        head = ("sampler", "steps", "passes", "guidance", *(metric.text for metric in METRICS), "s an image")
         if self.guidances == (1.0,):
             head, rows = (*head[:3], *head[4:]), [(*row[:3], *row[4:]) for row in rows]
         return Table(head, tuple(rows))
 
     def by_seed(self) -> Table:
-        """The Fréchet distances of each way of sampling by seed."""
-        head = ("sampler", "steps", "guidance", "distance", *(f"seed {seed}" for seed in self.seeds))
-        rows = []
+        """The figures of each way of sampling by seed."""
+        head = ("sampler", "steps", "guidance", "figure", *(f"seed {seed}" for seed in self.seeds))
+        rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
-            way, distances = (point.sampler, str(point.steps), f"{point.guidance:g}"), list[tuple[str, ...]]()
-            by_classifier = [each.classifier_frechet_distance for each in point.seeds]
-            distances.append(tuple(_share(each.samples if each is not None else None) for each in by_classifier))
-            distances.append(tuple(_share(each.pixels.frechet_distance.samples) for each in point.seeds))
-            rows += [(*way, judge, *texts) for judge, texts in zip(("classifier", "pixels"), distances, strict=True)]
+            way = point.sampler, str(point.steps), f"{point.guidance:g}"
+            by_metric = zip(*map(_samples, point.seeds), strict=True)
+            rows += [(*way, metric.text, *texts) for metric, texts in zip(METRICS, by_metric, strict=True)]
         return Table(head, tuple(rows))
 
     def settings(self) -> Table:
@@ -298,19 +262,16 @@ class Report:
         return Table(("setting", "value"), tuple(rows))
 
 
-def spread_text(figure: Spread | None, digits: int) -> str:
-    """A mean, with the least and the greatest value where they differ."""
-    if figure is None:
-        return "-"
-    mean, least, greatest = (f"{value:.{digits}f}" for value in figure)
-    return mean if figure.minimum == figure.maximum else f"{mean} ({least}..{greatest})"
+def _samples(figures: SampleFigures) -> tuple[str, ...]:
+    values = (metric.of(figures) for metric in METRICS)
+    return tuple(_number(value.samples if value is not None else None) for value in values)
 
 
-def _pixels(frechet: Spread | None, ratio: Spread | None) -> tuple[str, str]:
-    return spread_text(frechet, 3), spread_text(ratio, 3)
+def _text(figure: Spread | None) -> str:
+    return "-" if figure is None else str(figure)
 
 
-def _share(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

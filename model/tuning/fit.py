@@ -26,7 +26,7 @@ from tminus.model.solvers import Levels
 from tminus.model.timesteps import log_sigma_at, timestep_at
 
 RIDGE = 1e-6  # of the mean square of each input: holds coefficients back that the rows hardly tell
-SMALLEST_MOVE = 0.06
+LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # of a timestep: shares of the way to its neighbour, in log rho
 LONGEST_WAY = 2.0  # in log rho: that between the first timesteps may be longer
 WORTHWHILE = 0.01  # a round that betters the error by less than this share makes the moves smaller
 
@@ -195,43 +195,34 @@ def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
     return solved
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How far a search has come: the best so far, the moves to try next, and their size."""
-
-    best: Fit
-    round: int = 0
-    move: float = 0.5  # how far a timestep is moved, as a share of the way to its neighbour, in log rho
-    evaluations: int = 0
-
-
 def search_timesteps(
     fitter: Fitter,
-    search: Search,
+    best: Fit,
     settle: Callable[[Sequence[float]], tuple[float, ...]],
-    log_sigmas: Sequence[float],
-    on_round: Callable[[Search], None],
-) -> Search:
+    on_round: Callable[[int, Fit], None],
+) -> tuple[Fit, int]:
     """Move the timesteps one by one, each way, while the error of the fitted table falls on held-out rows.
 
-    `settle` makes timesteps what the network takes. After each round `on_round` gets the state, from which the search
-    goes on. It ends when the moves are small.
+    Returns the best fit and the number of fits that were tried. `settle` makes timesteps what the network takes.
+    `on_round` gets the number of each round and the best fit so far. The search ends when the moves are small.
     """
-    while search.move >= SMALLEST_MOVE:
-        begun, best, evaluations = search.best, search.best, search.evaluations
+    move, rounds, tried = LARGEST_MOVE, 0, 0
+    while move >= SMALLEST_MOVE:
+        begun = best
         for k in range(len(best.timesteps)):
             for sign in (1, -1):
-                timesteps = settle(moved(best.timesteps, k, sign * search.move, log_sigmas))
+                timesteps = settle(moved(best.timesteps, k, sign * move, fitter.schedule.log_sigmas))
                 if timesteps == best.timesteps:
                     continue
-                found, evaluations = fitter.fit(timesteps, like=best), evaluations + 1
+                found, tried = fitter.fit(timesteps, like=best), tried + 1
                 if found.held_out < best.held_out and found.fitted < best.fitted:
                     best = found
                     break
-        smaller = best.held_out > begun.held_out * (1 - WORTHWHILE)
-        search = Search(best, search.round + 1, search.move / 2 if smaller else search.move, evaluations)
-        on_round(search)
-    return search
+        if best.held_out > begun.held_out * (1 - WORTHWHILE):
+            move /= 2
+        rounds += 1
+        on_round(rounds, best)
+    return best, tried
 
 
 def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:

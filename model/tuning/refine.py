@@ -5,7 +5,6 @@ error says little about how an image looks. So the distance here is that error p
 network itself (network_features.py). The gradient goes through all passes; only the coefficients change.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,20 +31,12 @@ JUDGED_TOGETHER = 64
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """The state of a refinement: coefficients [S, 4], and the optimiser's two moments of them, as plain lists.
+    """The best coefficients [S, 4], the distance that they began with, and their own on rows that only judge."""
 
-    The best coefficients so far are those with the least distance on rows that only judge.
-    """
-
-    iteration: int
     lines: list[list[float]]
-    moments: list[list[list[float]]]
-    best: list[list[float]]
+    fitted: float
     distance: float
-    fitted: float  # the distance that it began with
-    checks_since: int = 0  # how often it was judged since, and no better
-    stage: int = 0  # in SLOWER
-    steps: int = 0  # of the optimiser, since the stage began
+    iterations: int
 
 
 class Refiner:
@@ -77,41 +68,42 @@ class Refiner:
         self._range = 1.0 if checkpoint.autoencoder is None else math.inf  # of images; latents have none
         self._features = NetworkFeatures(checkpoint.net, schedule, as_ours(self._forward, noise, schedule))
 
-    def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
-        """Begin with the a, b, c, d of lines; further columns are left out."""
-        C = [list(line[:4]) for line in lines]
-        distance = self.judge(C)
-        return Refinement(0, C, [[[0.0] * 4 for _ in C]] * 2, C, distance, fitted=distance)
-
     def run(
-        self, state: Refinement, iterations: int, batch_size: int, on_check: Callable[[Refinement], None]
+        self,
+        lines: Sequence[Sequence[float]],
+        iterations: int,
+        batch_size: int,
+        on_check: Callable[[int, float], None],
     ) -> Refinement:
-        """Go on to so many iterations, or until rows that only judge find nothing better any more.
+        """Refine the a, b, c, d of lines, until the rows that only judge find nothing better any more.
 
-        Where they find nothing better for a while, it goes on from the best in smaller steps.
+        Where they find nothing better for a while, it goes on from the best in smaller steps. on_check gets the
+        iteration and the least distance so far.
         """
-        while state.iteration < iterations and state.stage < len(SLOWER):
-            C = torch.tensor(state.lines, requires_grad=True)
-            generator = torch.Generator().manual_seed(state.iteration)
-            picked = torch.randperm(self._cut, generator=generator)[:batch_size]
-            loss = self.distance(self.images(C, picked), picked, generator)
-            (gradient,) = torch.autograd.grad(loss, C)
-            state = _adam(state, gradient, iterations)
-            if state.iteration % CHECK_EVERY == 0 or state.iteration == iterations:
-                distance = self.judge(state.lines)
-                if distance < state.distance:
-                    state = dataclasses.replace(state, best=state.lines, distance=distance, checks_since=0)
-                else:
-                    state = dataclasses.replace(state, checks_since=state.checks_since + 1)
-                if state.checks_since == PATIENCE:
-                    state = _from_the_best(state)
-                on_check(state)
-        return state
+        best, iteration = torch.tensor([line[:4] for line in lines]), 0
+        fitted = distance = self.judge(best)
+        for slower in SLOWER:
+            C, checks_since = best.clone().requires_grad_(), 0
+            optimizer = torch.optim.Adam([C], betas=BETAS)
+            while iteration < iterations and checks_since < PATIENCE:
+                falls = min(1.0, (iterations - iteration) / ((1 - DECAY_FROM) * iterations))
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * slower * falls
+                generator = torch.Generator().manual_seed(iteration)
+                picked = torch.randperm(self._cut, generator=generator)[:batch_size]
+                (C.grad,) = torch.autograd.grad(self.distance(self.images(C, picked), picked, generator), C)
+                optimizer.step()
+                iteration += 1
+                if iteration % CHECK_EVERY == 0 or iteration == iterations:
+                    found, checks_since = self.judge(C), checks_since + 1
+                    if found < distance:
+                        best, distance, checks_since = C.detach().clone(), found, 0
+                    on_check(iteration, distance)
+        return Refinement(best.tolist(), fitted, distance, iteration)
 
     @torch.no_grad()
-    def judge(self, lines: list[list[float]]) -> float:
+    def judge(self, C: Tensor) -> float:
         """The distance on the rows that only judge, always with the same noise."""
-        generator, C = torch.Generator().manual_seed(0), torch.tensor(lines)
+        generator = torch.Generator().manual_seed(0)
         judged = range(self._cut, len(self._images), JUDGED_TOGETHER)
         parts = [torch.arange(start, min(start + JUDGED_TOGETHER, len(self._images))) for start in judged]
         distances = [self.distance(self.images(C, part), part, generator) * len(part) for part in parts]
@@ -145,26 +137,3 @@ class Refiner:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bfloat16):
             out: Tensor = self._net(x, t, labels)
         return out.float()
-
-
-def _from_the_best(state: Refinement) -> Refinement:
-    """Begin the next stage."""
-    still = [[0.0] * 4 for _ in state.best]
-    return dataclasses.replace(
-        state, lines=state.best, moments=[still] * 2, checks_since=0, stage=state.stage + 1, steps=0
-    )
-
-
-def _adam(state: Refinement, gradient: Tensor, iterations: int) -> Refinement:
-    """One step of Adam (Kingma & Ba 2015), in plain numbers, so that an interrupted run can keep them in a file."""
-    count = state.steps + 1
-    falls = min(1.0, (iterations - state.iteration) / ((1 - DECAY_FROM) * iterations))
-    rate = LEARNING_RATE * SLOWER[state.stage] * falls
-    C, (first, second) = torch.tensor(state.lines), (torch.tensor(each) for each in state.moments)
-    gradient = gradient.cpu()
-    first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-    second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
-    step = first / (1 - BETAS[0] ** count) / ((second / (1 - BETAS[1] ** count)).sqrt() + 1e-8)
-    moments = [first.tolist(), second.tolist()]
-    lines = (C - rate * step).tolist()
-    return dataclasses.replace(state, iteration=state.iteration + 1, lines=lines, moments=moments, steps=count)

@@ -1,32 +1,36 @@
-"""`tminus tune`: fit tables of few steps to a checkpoint, one after the other, each written as soon as it is done.
+"""`tminus tune`: fit tables of few steps to a checkpoint, and choose the one that it recommends.
 
-The target of a table is a function of the settings, so a run that was killed goes on where its last round ended.
+Each table is written as soon as it is fitted. A run that is stopped goes on with the first table that is missing.
+
+The table to recommend is the smallest one that is as exact as the plain sampler. The distance to the teacher's images
+cannot judge a table, since it is fitted to them. The judge is the exact solution: the teacher in twice as many steps,
+from noise that no table was fitted to. A table is good enough if its images are no further from it than those of the
+plain sampler that it would replace.
 """
 
 import dataclasses
-import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from tminus.model.catalogue import MAX_GUIDANCE, TEACHERS, usual_settings
+from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TEACHERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, recommend
-from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
 from tminus.model.machine import torch_threads
 from tminus.model.rng import image_noise
-from tminus.model.sampler_tables import Table, read_tables, table_file, write_table
+from tminus.model.sampler_tables import Table, read_tables, write_table
 from tminus.model.samplers import Plan, table_plan
 from tminus.model.timesteps import make_timesteps
 from tminus.model.training.run import example_pass, faster_of
-from tminus.model.tuning.fit import Fit, Fitter, Rows, Search, search_timesteps
-from tminus.model.tuning.recommend import TUNED, Trial
-from tminus.model.tuning.refine import Refinement, Refiner
+from tminus.model.tuning.fit import Fit, Fitter, Rows, search_timesteps
+from tminus.model.tuning.refine import Refiner
 
+TUNED = "tuned"
 FEW = 4  # images, by which the precisions of gradients are timed
 TEACHER_STEPS = 50  # at least, so that a table can be more exact than what it takes the place of
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
@@ -119,10 +123,9 @@ def tune(
 ) -> list[Path]:
     """Fit a table for each number of steps at each guidance, and write it; returns the files. Raises TuneError.
 
-    A table that is there, of these weights and settings, is left as it is. The smallest table that is good enough is
-    then recommended in tminus.json (see recommend.py), unless all were there and judged before. `forward` runs the
-    checkpoint's network.
-    threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
+    A table of these weights and settings that exists is left as it is. The smallest table that is good enough is then
+    recommended in tminus.json, unless all tables existed and were judged before. `forward` runs the checkpoint's
+    network. threads: of torch while gradients are computed; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
     settings = dataclasses.asdict(config)
@@ -146,13 +149,72 @@ def tune(
                 few = example_pass(checkpoint.net, (FEW, *checkpoint.row_shape), device)
                 precision = faster_of(checkpoint.net, few, device)
             say(f"gradients in {precision}, which is faster here")
-        one = _Tuning(folder, checkpoint, fitter, guidance, config, say, threads)
-        files += [one.tune(count, precision) for count in wanted]
+        one = _Tuning(folder, checkpoint, fitter, guidance, config, precision, say, threads)
+        files += [one.tune(count) for count in wanted]
     if files or not all(done[count, guidance].about.get("judged") for guidance in guidances for count in steps):
         _recommend(folder, checkpoint, forward, config, device, say)
     else:
         say(f"recommended as before: {checkpoint.settings} (these tables were judged already)")
     return files
+
+
+class Verdict(NamedTuple):
+    """The table to recommend, or None to keep the recommendation, and a phrase that says why."""
+
+    recommended: Recommended | None
+    why: str
+
+
+class Trial:
+    """Compares the tables of one guidance with the plain sampler whose place they would take."""
+
+    def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
+        """Keep the tables that have the recommended guidance, and take fewer passes than the plain sampler."""
+        own = checkpoint.settings
+        usual = dataclasses.replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
+        self.plain = usual if own.sampler == TUNED else own
+        self._passes = SAMPLER_FACTS[self.plain.sampler].num_passes(self.plain.steps)
+        rivals = [table for table in tables if (table.sampler, table.guidance) == (TUNED, own.guidance)]
+        rivals = [table for table in rivals if SAMPLER_FACTS[TUNED].num_passes(table.steps) < self._passes]
+        self.tables = sorted(rivals, key=lambda table: table.steps)
+        self._checkpoint = checkpoint
+
+    @property
+    def hindrance(self) -> str | None:
+        """Say why nothing can be compared; None where something can."""
+        if SAMPLER_FACTS[self.plain.sampler].noise == "always":
+            return f"{self.plain} adds fresh noise, so its images are no solution's"
+        if not self.tables:
+            return f"no table has the guidance of {self.plain}, and fewer than its {self._passes} passes"
+        return None
+
+    def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
+        """Judge the tables, from the fewest steps on, until one is good enough.
+
+        teacher: SAMPLER:STEPS, a plain solver. `forward` runs the checkpoint's network.
+        """
+        if self.hindrance is not None:
+            return Verdict(None, self.hindrance)
+        checkpoint, plain = self._checkpoint, self.plain
+        noise, (sampler, _, steps) = checkpoint.noise, teacher.partition(":")
+        finer = min(noise.num_train_timesteps, 2 * max(plain.steps, int(steps)))
+
+        judge = Fitter(
+            checkpoint, forward, rows, plain.guidance, held_out=len(rows.noise), batch_size=batch_size
+        )  # it fits nothing here
+        judge.solve(checkpoint.plan(sampler, finer, guidance=plain.guidance))
+
+        def error(plan: Plan) -> float:
+            return math.sqrt(judge.error(plan))
+
+        plain_error = error(checkpoint.plan(plain.sampler, plain.steps, guidance=plain.guidance))
+        figures = f"root mean square error from {finer} steps of {sampler}: {plain_error:.4f} by {plain}"
+        for table in self.tables:
+            table_error = error(table_plan(noise, noise.schedule(), table, clip=None))
+            figures += f", {table_error:.4f} by {table.steps} of {TUNED}"
+            if table_error <= plain_error:
+                return Verdict(Recommended(TUNED, table.steps, table.guidance), figures)
+        return Verdict(None, figures)
 
 
 def _recommend(
@@ -190,12 +252,6 @@ def _recommend(
             write_table(folder, judged, checkpoint.weights_hash, checkpoint.noise.to_dict())
 
 
-def state_file(folder: Path, steps: int, guidance: float) -> Path:
-    """The state file of an interrupted table. It does not end in .json, which would be a table."""
-    file = table_file(folder, TUNED, steps, guidance)
-    return file.with_name(f".{file.name}.state")
-
-
 def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
     """Make the rows to sample: classes in turn, without guidance the null class too, and noise of its own for each."""
     labels, null_class = None, checkpoint.labels.null_class
@@ -214,97 +270,58 @@ class _Tuning:
     fitter: Fitter
     guidance: float
     config: TuneConfig
+    precision: str  # of the gradients
     say: Callable[[str], None]
     threads: int | None
 
-    def tune(self, steps: int, precision: str) -> Path:
-        """Fit the table of one number of steps, or go on with it, and write it. precision: of a new one's gradients."""
+    def tune(self, steps: int) -> Path:
         name, began_s = f"{steps} steps at guidance {self.guidance:g}", time.monotonic()
-        file, identity = state_file(self.folder, steps, self.guidance), self._identity(steps)
-        known = _known(file, identity)
-        if known is not None:
-            began_s -= float(known.get("seconds", 0))  # as if never interrupted
-            precision = known.get("precision") or precision
 
-        def save(search: Search, **refined: Any) -> None:
-            found = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
-            found |= {"tried": search.evaluations, "precision": precision, "seconds": time.monotonic() - began_s}
-            file.parent.mkdir(exist_ok=True)
-            write_json(file, identity | found | refined)
+        def on_round(number: int, best: Fit) -> None:
+            error = f"error {best.held_out:.6f} (fitted {best.fitted:.6f})"
+            self.say(f"{name}: timesteps, round {number}, {error}")
 
-        # The timesteps.
-        def on_round(search: Search) -> None:
-            save(search)
-            error = f"error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})"
-            self.say(f"{name}: timesteps, round {search.round}, {error}")
+        def on_check(iteration: int, distance: float) -> None:
+            self.say(f"{name}: coefficients, iteration {iteration}, distance {distance:.6f}")
 
-        if known is not None:
-            fit = self.fitter.fit(tuple(known["timesteps"]))
-            search = Search(fit, known["round"], known["move"], known["tried"])
-            self.say(f"{name}: goes on after round {search.round}")
-        else:
-            search = Search(self._best_start(steps))
-        search = search_timesteps(self.fitter, search, self._settle, self.fitter.schedule.log_sigmas, on_round)
-        # Without its passes: memory for the gradients.
-        search = dataclasses.replace(search, best=dataclasses.replace(search.best, passes=()))
-
-        # The coefficients.
-        def on_check(refinement: Refinement) -> None:
-            save(search, refinement=dataclasses.asdict(refinement))
-            self.say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
-
-        begun = known["refinement"] if known is not None and {"refinement", "precision"} <= known.keys() else None
-        if begun is not None and begun.keys() != {each.name for each in dataclasses.fields(Refinement)}:
-            begun = None  # of another version
+        fit, tried = search_timesteps(self.fitter, self._best_start(steps), self._settle, on_round)
+        fit = dataclasses.replace(fit, passes=())  # leaves their memory to the gradients
         with torch_threads(self.threads):
-            rows, images = self.fitter.rows, self.fitter.images
-            held_out, batch_size = self.config.held_out, self.config.batch_size // 2 or 1
             refiner = Refiner(
-                self.checkpoint, search.best.timesteps, self.guidance, rows, images,
-                held_out=held_out, precision=precision,
+                self.checkpoint, fit.timesteps, self.guidance, self.fitter.rows, self.fitter.images,
+                held_out=self.config.held_out, precision=self.precision,
             )  # fmt: skip
-            refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
-            refinement = refiner.run(refinement, self.config.iterations, batch_size, on_check)
+            refined = refiner.run(fit.lines, self.config.iterations, self.config.batch_size // 2 or 1, on_check)
 
-        # The file.
-        noise, lines = self.checkpoint.noise, tuple((*line, 0.0) for line in refinement.best)
-        table = Table(TUNED, steps, self.guidance, search.best.timesteps, lines)
-        errors = {"tuned": self.fitter.error(table_plan(noise, self.fitter.schedule, table, clip=None))}
+        noise, lines = self.checkpoint.noise, tuple((*line, 0.0) for line in refined.lines)
+        table = Table(TUNED, steps, self.guidance, fit.timesteps, lines)
+        errors = {TUNED: self.fitter.error(table_plan(noise, self.fitter.schedule, table, clip=None))}
         for sampler, spacing in RIVALS:
             errors[f"{sampler}, {spacing}"] = self.fitter.error(self.checkpoint.plan(sampler, steps, spacing=spacing))
         about = {
             "teacher": self.config.teacher,
             "settings": dataclasses.asdict(self.config),
             "held_out_error": errors,
-            "distance": {"fitted": refinement.fitted, "refined": refinement.distance},
-            "timesteps_tried": search.evaluations,
-            "iterations": refinement.iteration,
-            "precision": precision,
+            "distance": {"fitted": refined.fitted, "refined": refined.distance},
+            "timesteps_tried": tried,
+            "iterations": refined.iterations,
+            "precision": self.precision,
             "seconds": round(time.monotonic() - began_s),
         }
         table = dataclasses.replace(table, about=about)
         written = write_table(self.folder, table, self.checkpoint.weights_hash, noise.to_dict())
-        file.unlink(missing_ok=True)
-        untuned = min((value, key) for key, value in errors.items() if key != "tuned")
-        self.say(f"{name}: error {errors['tuned']:.6f}; that of {untuned[1]} is {untuned[0]:.6f}; {written}")
+        untuned = min((value, key) for key, value in errors.items() if key != TUNED)
+        self.say(f"{name}: error {errors[TUNED]:.6f}; that of {untuned[1]} is {untuned[0]:.6f}; {written}")
         return written
 
-    def _identity(self, steps: int) -> dict[str, Any]:
-        """The values that must be the same for an interrupted table to go on."""
-        identity = {
-            "weights_hash": self.checkpoint.weights_hash,
-            "net": self.checkpoint.net.config.to_dict(),
-            "noise": self.checkpoint.noise.to_dict(),
-            "steps": steps,
-            "guidance": self.guidance,
-            "settings": dataclasses.asdict(self.config),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists in the file
-        return plain
-
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Round timesteps where the network takes only whole ones."""
-        return tuple(timesteps) if self.checkpoint.fractional else _whole(timesteps)
+        """Round timesteps where the network takes only whole ones. They still fall, with room for those to come."""
+        if self.checkpoint.fractional:
+            return tuple(timesteps)
+        whole: list[float] = []
+        for k, t in enumerate(timesteps):
+            whole.append(max(min(round(t), whole[-1] - 1) if whole else round(t), len(timesteps) - 1 - k))
+        return tuple(whole)
 
     def _best_start(self, steps: int) -> Fit:
         log_sigmas, fractional = self.fitter.schedule.log_sigmas, self.checkpoint.fractional
@@ -324,21 +341,3 @@ class _Tuning:
             return self.fitter.fit(self._settle(t))
 
         return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes
-
-
-def _known(file: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The saved state of this table; None for a missing one, or another table's."""
-    try:
-        known = read_json(file)
-    except CheckpointError:
-        return None
-    same = all(known.get(key) == value for key, value in identity.items())
-    return known if same and {"timesteps", "round", "move", "tried"} <= known.keys() else None
-
-
-def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
-    """Round timesteps so that they fall, with room for those to come."""
-    whole: list[float] = []
-    for k, t in enumerate(timesteps):
-        whole.append(max(min(round(t), whole[-1] - 1) if whole else round(t), len(timesteps) - 1 - k))
-    return tuple(whole)

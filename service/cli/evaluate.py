@@ -153,8 +153,7 @@ def evaluate(
         report = measured(options)
         say(report.to_markdown())
         if json_file is not None:
-            figures = report.to_flat_dict() if single else report.to_dict()
-            write_file(f"--json {json_file}", json_file, (json.dumps(figures, indent=2) + "\n").encode())
+            write_file(f"--json {json_file}", json_file, report.to_json().encode())
         if report_folder is not None:
             for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)

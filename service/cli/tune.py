@@ -78,6 +78,6 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
             executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on after the last round") from None
+        raise KeyboardInterrupt("stopped; the same command goes on after the last table") from None
     served = ". A server that is started now has them: sampler=tuned" if files else ""
     say(f"{checkpoint}: {len(files)} tables written{served}")

@@ -216,18 +216,15 @@ def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifi
     assert report.first.memorisation.samples.minimum <= report.first.memorisation.samples.percentile_1
     assert report.first.memorisation.samples.percentile_1 <= report.first.memorisation.samples.median
 
-    values = json.loads(json.dumps(report.to_flat_dict(), allow_nan=False))
+    values = json.loads(report.to_json())
     assert all(np.isfinite(numbers(values)))
-    common = {f.name for f in dataclasses.fields(report)} - {"model", "points", "references"}
-    assert values.keys() - common == {
-        *("class_accuracy", "classifier_frechet_distance", "pixels", "memorisation", "passes", "seconds_per_image")
-    }
-    assert values["options"] == dataclasses.asdict(OPTIONS)
+    assert values.keys() == {f.name for f in dataclasses.fields(report)}
+    assert values["options"].items() < dataclasses.asdict(OPTIONS).items()
 
     markdown = report.to_markdown()
     for text in (
         *("variational bound", "bits/dim", "class accuracy", "classifier_frechet_distance", "is not FID", "median"),
-        *("pixel_frechet_distance", "variance ratio of the pixels", "precision", "recall"),
+        *("pixel_frechet_distance", "variance ratio", "precision", "recall"),
         *(*NAMES, "18446744073709551615", "guidance 2", "ddim, 3 steps", "toy 0", "toy 1"),
         *(report.weights_hash[:16], toy_classifier.weights_hash[:16]),
     ):
@@ -248,7 +245,7 @@ def test_report_leaves_out_what_a_checkpoint_or_data_without_classes_does_not_te
     report = report_on(toy_checkpoint(), None, labelled=False)
     assert report.first.class_accuracy is report.first.classifier_frechet_distance is report.classifier is None
     assert report.bound is not None  # of the null class
-    assert np.isfinite(numbers(report.to_dict())).all()
+    assert np.isfinite(numbers(json.loads(report.to_json()))).all()
     assert {item.what for item in report.left_out} >= {"class_accuracy", "classifier_frechet_distance"}
     assert "is not FID" not in report.to_markdown()
     report = report_on(toy_checkpoint(class_names=("a", "b", "c"), null_class=None), toy_classifier)
@@ -358,7 +355,7 @@ def test_a_latent_model_is_judged_by_its_decoded_images(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, guidance=1.0, precision="float32")
     report = evaluate(checkpoint, train, test, classifier, options, device=CPU)
     assert "through the autoencoder, PSNR" in render(report, "a command", {})
-    assert json.loads(json.dumps(report.to_dict()))["reconstruction"]["num_images"] == 10
+    assert json.loads(report.to_json())["reconstruction"]["num_images"] == 10
     assert report.bound is None
     assert "Left out: bound (it is one of pixels" in report.to_markdown()
     lost = report.reconstruction

@@ -121,7 +121,7 @@ def test_what_is_kept_is_not_measured_again(
     again = run(folder=tmp_path)
     assert drawn == []
     assert again == first
-    assert again.to_dict() == first.to_dict(), "seconds an image are kept too"
+    assert again.to_json() == first.to_json(), "seconds an image are kept too"
     assert [point.sheet for point in again.points] == [point.sheet for point in first.points]
 
 

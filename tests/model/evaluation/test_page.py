@@ -115,7 +115,7 @@ def test_sheets_are_the_first_samples_of_the_first_seed(report: Report) -> None:
 
 def test_the_json_has_every_value_by_seed(report: Report) -> None:
     values = json.loads(report_files(report, COMMAND)["figures.json"])
-    assert values == json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values == json.loads(report.to_json())
     assert [(p["sampler"], p["steps"]) for p in values["points"]] == [(p.sampler, p.steps) for p in POINTS]
     for point in (*values["points"], *values["references"]):
         by_seed = [each["classifier_frechet_distance"]["samples"] for each in point["seeds"]]

@@ -1,6 +1,7 @@
 """What is fitted is what the formulas say, on a tiny net."""
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample, table_plan
-from tminus.model.tuning.fit import Search, least_squares, search_timesteps
+from tminus.model.tuning.fit import Fit, least_squares, search_timesteps
 
 pytestmark = pytest.mark.slow
 
@@ -92,11 +93,11 @@ def test_a_fit_that_begins_like_another_is_the_same_as_from_the_start(
 def test_the_search_only_ever_gets_nearer_and_ends(folder: Path) -> None:
     checkpoint = load_checkpoint(folder)
     fitter = fitter_of(checkpoint)
-    begun = Search(fitter.fit((49.0, 46.0, 43.0)))
-    rounds: list[Search] = []
-    found = search_timesteps(fitter, begun, tuple, fitter.schedule.log_sigmas, rounds.append)
-    errors = [begun.best.held_out, *(each.best.held_out for each in rounds)]
+    begun = fitter.fit((49.0, 46.0, 43.0))
+    rounds: list[Fit] = []
+    found, _ = search_timesteps(fitter, begun, tuple, lambda _number, best: rounds.append(best))
+    errors = [each.held_out for each in (begun, *rounds)]
     assert errors == sorted(errors, reverse=True)
-    assert found.best.held_out < begun.best.held_out
-    assert found.best.timesteps[0] == 49
-    assert all(now > then for now, then in zip(found.best.timesteps, found.best.timesteps[1:], strict=False))
+    assert found.held_out < begun.held_out
+    assert found.timesteps[0] == 49
+    assert all(now > then for now, then in pairwise(found.timesteps))

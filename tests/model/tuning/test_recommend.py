@@ -12,8 +12,7 @@ from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, recommend
 from tminus.model.sampler_tables import Table
 from tminus.model.samplers import sample
-from tminus.model.tuning.recommend import Trial, Verdict
-from tminus.model.tuning.tune import default_teacher, make_rows
+from tminus.model.tuning.tune import Trial, Verdict, default_teacher, make_rows
 
 TEACHER = "dpmpp_2m:25"
 

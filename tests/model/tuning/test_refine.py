@@ -43,11 +43,10 @@ def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> No
     fitter = fitter_of(checkpoint)
     fit = fitter.fit((49.0, 25.0, 8.0))
     refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
-    begun = refiner.begin(fit.lines)
-    done = refiner.run(begun, 30, 6, lambda _state: None)
-    assert done.iteration == 30
-    assert done.distance <= begun.distance
-    assert refiner.judge(done.best) == pytest.approx(done.distance, rel=1e-6)
+    done = refiner.run(fit.lines, 30, 6, lambda _iteration, _distance: None)
+    assert done.iterations == 30
+    assert done.distance <= done.fitted
+    assert refiner.judge(torch.tensor(done.lines)) == pytest.approx(done.distance, rel=1e-6)
 
 
 @pytest.mark.parametrize("noise", [dataclasses.replace(NOISE, clip_sample=False), EDM], ids=["eps", "edm"])
