@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DONE = re.compile(r"^Done in ")
 PATIENCE_MS = 60_000
 LONG = {"steps": 1000, "n": 2, "sampler": "ddpm", "seed": 1}
+# As LONG, for tests that wait until it is done. At a tick every SELDOM_S it lasts longer than they wait for the page.
+ENDING = LONG | {"steps": 250}
+SELDOM_S = 0.3
 QUICK = {"steps": 5, "n": 1, "sampler": "ddim", "seed": 1}
 POSTED = r"/jobs$"
 EVENTS = r"/jobs/\w+/events"

@@ -47,7 +47,7 @@ def colour(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(small: Path, colour: Path) -> Iterator[RunningServer]:
     """A server of two models that soon has too much to do, and keeps nothing that it made."""
-    more = ("--checkpoint", f"colour={colour}")
+    more = ("--checkpoint", f"colour={colour}", "--executor", "eager")
     with serving(small, *more, "--max-backlog-s", "0.5", "--result-cache-mb", "0") as running:
         yield running
 

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[RunningServer]:
-    with serving(checkpoint, "--result-cache-mb", "0") as running:
+    with serving(checkpoint, "--executor", "eager", "--result-cache-mb", "0") as running:
         yield running
 
 
@@ -117,7 +117,7 @@ def test_a_durable_job_survives_a_kill(
     own_server: Start, server: RunningServer, checkpoint: Path, tmp_path: Path
 ) -> None:
     restarting, asked = (
-        Restarting(partial(own_server, checkpoint=checkpoint), tmp_path),
+        Restarting(partial(own_server, "--executor", "eager", checkpoint=checkpoint), tmp_path),
         {"n": 2, "steps": 900, "seed": 8, "class_label": "a"},
     )
     restarting.server.slow_down()

@@ -227,15 +227,6 @@ def test_an_idle_time_that_is_none_is_refused(given: str) -> None:
     assert "--idle-unload (TMINUS_IDLE_UNLOAD): must be a time above 0, such as 90s, 15m or 1h" in refused.stderr
 
 
-def test_a_budget_below_the_smallest_model_is_refused_with_both_figures(models: Path) -> None:
-    refused = run_cli("serve", "--models", str(models / "more"), "--idle-unload", "1m", "--models-memory-gb", "0.0001")
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1] == (
-        "tminus: --models-memory-gb (TMINUS_MODELS_MEMORY_GB): 0.0001 GiB, and the smallest of the models, m1, takes "
-        "about 0.00016"
-    )
-
-
 @pytest.mark.long
 def test_jobs_in_a_shared_store_bring_their_models_in(
     models: Path, own_server: StartServer, database: postgres.Postgres

@@ -19,7 +19,20 @@ from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from tests.documents import ROOT, run_python, run_shell
-from tests.e2e.browser import DONE, EVENTS, LONG, POSTED, QUICK, OpenPage, Page, cancel_job, job_ids, post_job
+from tests.e2e.browser import (
+    DONE,
+    ENDING,
+    EVENTS,
+    LONG,
+    POSTED,
+    QUICK,
+    SELDOM_S,
+    OpenPage,
+    Page,
+    cancel_job,
+    job_ids,
+    post_job,
+)
 from tests.e2e.conftest import RunningServer, SlowDown, pixels
 from tminus.service.startup.server import Opening
 
@@ -183,10 +196,10 @@ def test_a_running_job_stays_in_sight_and_the_one_before_is_a_step_back(
 ) -> None:
     page = open_page()
     page.make(**QUICK)
-    slow_down(server)
-    page.sample(**LONG)
+    slow_down(server, between_ticks_s=SELDOM_S)
+    page.sample(**ENDING)
     page.wait_for_step()
-    page.says("#caption", "2 × t-shirt, 1000 steps of ddpm")
+    page.says("#caption", "2 × t-shirt, 250 steps of ddpm")
     page.press("Image 2 of 2")
     page.has(1, "#x_t .tile:visible")
     page.at("#x_t .tile:visible").press("Escape")
@@ -213,8 +226,8 @@ def test_a_job_that_is_asked_for_while_another_runs_is_queued_and_both_join_the_
     open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
-    slow_down(server)
-    page.sample(**LONG)
+    slow_down(server, between_ticks_s=SELDOM_S)
+    page.sample(**ENDING)
     page.wait_for_step()
     first = page.job_id
     page.tab.evaluate("() => document.getElementById('form').noValidate = true")
@@ -260,8 +273,8 @@ def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
 ) -> None:
     page = open_page()
     page.make(class_label="bag", steps=5, n=1, sampler="ddim", seed=3, guidance=1)
-    slow_down(server)
-    page.sample(class_label="sneaker", steps=1000, n=4, sampler="ddpm", seed=2**63 + 1, guidance=1)
+    slow_down(server, between_ticks_s=SELDOM_S)
+    page.sample(class_label="sneaker", steps=250, n=4, sampler="ddpm", seed=2**63 + 1, guidance=1)
     page.wait_for_step()
     form = page.form
     before = int(re.search(r"Step (\d+)", page.at("#progress-text").text_content())[1])
@@ -273,7 +286,7 @@ def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
     server.speed_up()
     page.wait_until(DONE)
     page.has(2, "#gallery img")
-    spec = {"class_label": 7, "sampler": "ddpm", "steps": 1000, "n": 4, "seed": 2**63 + 1}
+    spec = {"class_label": 7, "sampler": "ddpm", "steps": 250, "n": 4, "seed": 2**63 + 1}
     assert page.picture("#gallery li:first-child img") == server.post(json=spec).content
     page.tab.reload()
     page.wait_until(DONE)
@@ -288,8 +301,8 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server = own_server(TMINUS_STATE_DIR=str(tmp_path))
     port = server.url.rpartition(":")[2]
     page = Page(browser, server.url)
-    server.slow_down()
-    page.sample(steps=1000, n=2, sampler="ddpm", class_label="bag", seed=6, guidance=1)
+    server.slow_down(SELDOM_S)
+    page.sample(steps=250, n=2, sampler="ddpm", class_label="bag", seed=6, guidance=1)
     page.wait_for_step()
     server.process.kill()
     page.wait_until("No connection. Trying again…")
@@ -299,7 +312,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server = own_server("--port", port, TMINUS_STATE_DIR=str(tmp_path))
     page.wait_until(DONE)
     assert not page.tab.evaluate("() => window.unloaded"), "the same page all the time"
-    spec = {"steps": 1000, "n": 2, "sampler": "ddpm", "class_label": "bag", "seed": 6}
+    spec = {"steps": 250, "n": 2, "sampler": "ddpm", "class_label": "bag", "seed": 6}
     assert page.picture("#gallery img") == server.post(json=spec).content
     server.process.kill()
     server.process.wait(30)
@@ -483,8 +496,8 @@ def test_the_title_of_a_tab_says_how_far_its_job_is_seen_or_not(
 ) -> None:
     page = open_page()
     expect(page.tab).to_have_title("tminus")
-    slow_down(server, between_ticks_s=0.01)
-    page.sample(**LONG)
+    slow_down(server, between_ticks_s=0.04)
+    page.sample(**ENDING)
     expect(page.tab).to_have_title(re.compile(r"^[1-9]\d? % tminus$"))
     page.look_elsewhere(True)
     before = page.tab.title()

@@ -31,7 +31,7 @@ def server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
         randomize(net)
         save_checkpoint(made / name, net.state_dict(), config, like.noise, like.labels, {}, like.recommended)
     others = ("--checkpoint", f"planes={made / 'planes'}", "--checkpoint", f"opaque={small}")
-    with serving(made / "small", *SHARED, *others) as running:
+    with serving(made / "small", *SHARED, *others, "--executor", "eager") as running:
         yield running
 
 
