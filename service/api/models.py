@@ -13,8 +13,8 @@ from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
-from tminus.service.api.request.bounds import Bounds, bounds_of
 from tminus.service.api.request.reading import while_connected
+from tminus.service.api.request.schemas import Bounds, bounds_of
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder

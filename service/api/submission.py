@@ -14,10 +14,9 @@ from tminus.service.access.access import Caller
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
-from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import JobCall, SampleRequest
-from tminus.service.api.request.specs import spec_of, with_inputs
+from tminus.service.api.request.specs import named_by, spec_of, with_inputs
 from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.store.records import Key

@@ -14,9 +14,8 @@ from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.edge.middleware import body_of
-from tminus.service.api.request.bounds import Bounds
 from tminus.service.api.request.multipart import FORM, Form, parse_form
-from tminus.service.api.request.schemas import NUMBER, PICTURES, RequestSchema
+from tminus.service.api.request.schemas import NUMBER, PICTURES, Bounds, RequestSchema
 from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,

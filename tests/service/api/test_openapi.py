@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 from fastapi.openapi.models import OpenAPI
+from tminus.service.api.request.bounds import bounds_of
 
 from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO, LIMITS, wait_until
@@ -23,7 +24,6 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
 from tminus.service.api.answers.problems import as_error_text, error_form
-from tminus.service.api.request.bounds import bounds_of
 from tminus.service.api.request.schemas import (
     JobCall,
     SampleCall,

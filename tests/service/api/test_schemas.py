@@ -16,14 +16,15 @@ from tminus.model.catalogue import SAMPLERS
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.jobs import JobsCall
 from tminus.service.api.request import specs
-from tminus.service.api.request.bounds import MAX_ITEMS, bounds_of
 from tminus.service.api.request.schemas import (
+    MAX_ITEMS,
     MAX_SEED,
     NoiseCall,
     RequestSchema,
     SampleCall,
     SampleRequest,
     StreamCall,
+    bounds_of,
     named_as_given,
 )
 from tminus.service.api.request.specs import SEED_BITS, parameters_of, with_inputs
