@@ -5,11 +5,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
+from cachetools import LRUCache
 from fastapi import Request, Response
 from starlette.requests import HTTPConnection
 
 from tminus.service.access.access import Access
-from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
@@ -49,7 +49,7 @@ class Services:
     statuses: JobStatuses
     decoder: Decoder
     encoder: Encoder
-    cache: ResultCache
+    cache: LRUCache[str, bytes]  # bodies of answers, by ETag; in the event loop's thread only
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom

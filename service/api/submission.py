@@ -158,6 +158,11 @@ def _key(
     return Key(name, what, owner)
 
 
+def cache_headers(etag: str | None) -> dict[str, str]:
+    """Make the headers that name an answer. One without a name must not be stored."""
+    return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
+
+
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
     """Make the headers that tell what a request got which left it out, and X-Warning where there is a reason for it."""
     headers = {
