@@ -13,7 +13,6 @@ from typing import Any
 import jsonschema
 import pytest
 from fastapi.openapi.models import OpenAPI
-from tminus.service.api.request.bounds import bounds_of
 
 from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO, LIMITS, wait_until
@@ -29,6 +28,7 @@ from tminus.service.api.request.schemas import (
     SampleCall,
     SampleRequest,
     StreamCall,
+    bounds_of,
 )
 from tminus.service.api.request.specs import spec_of
 from tminus.service.images.encoder import JSON
