@@ -450,7 +450,7 @@ class Metrics:
         self.count("tminus_rejected_total", reason)
 
     def asked_for(self, model: str, sampler: str, named: str) -> None:
-        """Record a request for images of a model that passed the checks; named: see `named_by` in defaults.py."""
+        """Record a request for images of a model that passed the checks; named: see `named_by` in specs.py."""
         self.count("tminus_sample_requests_total", model, sampler, named)
 
     def charged(self, key: str, places: int) -> None:

@@ -20,7 +20,7 @@ from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, runn
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended
 from tminus.service.api.answers.operations import LEFT_OUT, MEDIA
-from tminus.service.api.request.defaults import SETTINGS
+from tminus.service.api.request.schemas import SETTINGS
 from tminus.service.api.sample import WITHOUT_EVERY
 from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.documents import JobAnswer, JobPage
 from tminus.service.api.answers.openapi import (
     BODY_ERRORS,
@@ -27,6 +26,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import (
     from_query,
+    has_answer,
     in_query,
     negotiate,
     no_parameters,
@@ -36,7 +36,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import AsInteger, FloatsRequest, Index, JobCall, RequestSchema, in_words
 from tminus.service.api.sample import of_images
-from tminus.service.api.submission import create, spec_headers
+from tminus.service.api.submission import cache_headers, create, spec_headers
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, NPY, etag, one_image
 from tminus.service.jobs.jobs import STATES
@@ -111,11 +111,24 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
     )
     async def list_jobs(request: Request, asked: Annotated[JobsCall, in_query(JobsCall)]) -> JobPage:
         named = models.of(request).model.name if "model" in request.path_params else None
-        return await page(models.default, asked, caller_of(request).sees, named)
+        views = await models.default.jobs.page(
+            asked.place, asked.states, asked.limit + 1, caller_of(request).sees, named
+        )
+        jobs = [JobAnswer.of(view) for view in views[: asked.limit]]
+        if len(views) <= asked.limit:
+            return JobPage(jobs=jobs, next=None)
+        created_us, job_id = views[asked.limit - 1].record.place
+        return JobPage(jobs=jobs, next=f"{created_us}-{job_id}")
 
     @router.get("/{job_id}", **described("get_job"), dependencies=bare, responses=of_job)
     async def get_job(request: Request, job_id: str) -> JobAnswer:
-        return await job(models.default, request, job_id)
+        services = models.default
+        view, address = await services.jobs.find(job_id, caller_of(request).sees), None
+        if not came_from_a_replica(request):
+            with suppress(StorageFailed):
+                address = await services.jobs.held_at(view)
+        answer = await services.other_replicas.job(address, request, job_id) if address is not None else None
+        return answer or JobAnswer.of(view)
 
     @router.get(
         "/{job_id}/image",
@@ -125,7 +138,11 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         openapi_extra={"parameters": [*contract.query(JobImageCall), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: str) -> Response:
-        return await image(models, request, job_id)
+        media_type = negotiate(request, (*MEDIA_TYPES, NPY))
+        values, errors = from_query(request)
+        asked = JobImageCall.parse(values, errors=errors, context=media_type)
+        making = image(models, request, job_id, media_type, asked.index, clip=asked.clip_output)
+        return await while_connected(request, making)
 
     @router.post(
         "/{job_id}/cancel",
@@ -167,40 +184,10 @@ async def post_job(services: Services, request: Request) -> Response:
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
-async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
-    """Where one job stands, as the replica knows it that works on it."""
-    view = await services.jobs.find(job_id, caller_of(request).sees)
-    address = None
-    if not came_from_a_replica(request):
-        with suppress(StorageFailed):
-            address = await services.jobs.held_at(view)
-    answer = await services.other_replicas.job(address, request, job_id) if address is not None else None
-    return answer or JobAnswer.of(view)
-
-
-async def page(services: Services, asked: JobsCall, sees: str | None, model_name: str | None) -> JobPage:
-    """One page of the jobs in some states, of one owner and model or of all."""
-    views = await services.jobs.page(asked.place, asked.states, asked.limit + 1, sees, model_name)
-    jobs = [JobAnswer.of(view) for view in views[: asked.limit]]
-    if len(views) <= asked.limit:
-        return JobPage(jobs=jobs, next=None)
-    created_us, job_id = views[asked.limit - 1].record.place
-    return JobPage(jobs=jobs, next=f"{created_us}-{job_id}")
-
-
-async def image(models: Models, request: Request, job_id: str) -> Response:
-    """What a job has made, in the media type that the client likes best."""
-    media_type = negotiate(request, (*MEDIA_TYPES, NPY))
-    values, errors = from_query(request)
-    asked = JobImageCall.parse(values, errors=errors, context=media_type)
-    making = _image(models, request, job_id, media_type, asked.index, clip=asked.clip_output)
-    return await while_connected(request, making)
-
-
-async def _image(
+async def image(
     models: Models, request: Request, job_id: str, media_type: str, index: int | None, *, clip: bool
 ) -> Response:
-    """Answer when it is the caller's turn, by the job's record if that is enough."""
+    """Answer with a job's images, or with 304 by its record alone, when it is the caller's turn."""
     caller, jobs = caller_of(request), models.default.jobs
     async with caller.usage.turns:
         view = await jobs.done(job_id, caller.sees)
@@ -219,7 +206,7 @@ async def _image(
         tag = etag(answer.etag_form, spec, made_by)
         headers = {"X-Job-ID": job_id, "X-Fingerprint": made_by.fingerprint, "Vary": "Accept"}
         headers |= cache_headers(tag) | spec_headers(spec, services.model) | answer.headers
-        if matches(request, tag):
+        if has_answer(request, tag):
             return Response(status_code=304, headers=headers)
         with services.recordings.taken(COPIES * pixel_bytes + answer.held_bytes, "job_id"):
             images = await jobs.images(view)

@@ -5,16 +5,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
+from cachetools import LRUCache
 from fastapi import Request, Response
 from starlette.requests import HTTPConnection
 
 from tminus.service.access.access import Access
-from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
-from tminus.service.api.request.bounds import Bounds, bounds_of
 from tminus.service.api.request.reading import while_connected
+from tminus.service.api.request.schemas import Bounds, bounds_of
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -48,7 +48,7 @@ class Services:
     statuses: JobStatuses
     decoder: Decoder
     encoder: Encoder
-    cache: ResultCache
+    cache: LRUCache[str, bytes]  # bodies of answers, by ETag; in the event loop's thread only
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom

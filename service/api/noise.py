@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from tminus.service.api.answers.caching import cache_headers, matches
 from tminus.service.api.answers.openapi import (
     BODY_ERRORS,
     IF_NONE_MATCH,
@@ -26,6 +25,7 @@ from tminus.service.api.request.reading import (
     check_encoding,
     from_items,
     from_query,
+    has_answer,
     is_form,
     media_type_of,
     merge,
@@ -36,6 +36,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import NoiseCall
 from tminus.service.api.request.specs import SEED_BITS, check_uploads
+from tminus.service.api.submission import cache_headers
 from tminus.service.errors import BodyTooLarge, InvalidImage, PreconditionFailed, UnsupportedMediaType, ValidationErrors
 from tminus.service.images.encoder import PNG, encode_png
 from tminus.service.spec import Images
@@ -83,7 +84,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     tag = None if asked.seed is None else _etag(recipe, image)
     headers = {"X-Seed": str(seed), "X-Alpha-Bar": repr(alpha_bar), "X-Fingerprint": model.fingerprint}
     headers |= cache_headers(tag)
-    if tag is not None and matches(request, tag):
+    if tag is not None and has_answer(request, tag):
         services.metrics.answered_without_work("not_modified")
         raise PreconditionFailed(tag)
     content = await while_connected(request, _made(services, caller.name, image, asked.t, seed, recipe))

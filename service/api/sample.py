@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.trajectory import LEAST_ETA, Trajectory
-from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
 from tminus.service.api.answers.openapi import (
     BODY_ERRORS,
     CACHE_CONTROL,
@@ -29,10 +28,10 @@ from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.progress import finished_or_gone, head_answer, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.reading import negotiate, parse_call, read_parameters
+from tminus.service.api.request.reading import cache_directives, has_answer, negotiate, parse_call, read_parameters
 from tminus.service.api.request.schemas import SampleCall
 from tminus.service.api.request.specs import refuse_float_depth
-from tminus.service.api.submission import ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
+from tminus.service.api.submission import cache_headers, ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
 from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
@@ -140,7 +139,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
     directives = cache_directives(request)
     if tag is not None:
-        if matches(request, tag):
+        if has_answer(request, tag):
             metrics.answered_without_work("not_modified")
             if request.method == "POST":
                 raise PreconditionFailed(tag)
@@ -161,7 +160,8 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         )  # fmt: skip
         encode_s = loop.time() - started_s
     if tag is not None and "no-store" not in directives:
-        services.cache.put(tag, content)
+        with suppress(ValueError):  # larger than the whole cache
+            services.cache[tag] = content
     headers |= {
         "X-Job-ID": new.id,
         "X-Queue-Position": str(ticket.outlook.position),

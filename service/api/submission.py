@@ -14,10 +14,9 @@ from tminus.service.access.access import Caller
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
-from tminus.service.api.request.defaults import named_by
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import JobCall, SampleRequest
-from tminus.service.api.request.specs import spec_of, with_inputs
+from tminus.service.api.request.specs import named_by, spec_of, with_inputs
 from tminus.service.errors import Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.jobs import JobView
@@ -157,6 +156,11 @@ def _key(
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
+
+
+def cache_headers(etag: str | None) -> dict[str, str]:
+    """Make the headers that name an answer. One without a name must not be stored."""
+    return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:

@@ -81,8 +81,7 @@ class LocalJob:
         The model is loaded as by a server with default settings, or unmeasured if the job is little work; see
         `load_engine`. fingerprint: of the engine that has to make the images again.
         """
-        from tminus.service.api.request.bounds import bounds_of
-        from tminus.service.api.request.schemas import SampleRequest
+        from tminus.service.api.request.schemas import SampleRequest, bounds_of
         from tminus.service.api.request.specs import spec_of, with_inputs
         from tminus.service.engine.loading import load_engine
         from tminus.service.images.decoder import decode_inputs

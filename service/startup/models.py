@@ -13,8 +13,9 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
+from cachetools import LRUCache
+
 from tminus.service.access.access import Access
-from tminus.service.api.answers.caching import ResultCache
 from tminus.service.api.answers.documents import document
 from tminus.service.api.edge.connections import Streams
 from tminus.service.api.edge.origin import AllowedSites
@@ -136,7 +137,7 @@ class ServedModels:
             statuses=statuses,
             decoder=self._decoder,
             encoder=self._encoder,
-            cache=ResultCache(limits.result_cache_bytes),
+            cache=LRUCache(limits.result_cache_bytes, getsizeof=len),
             streams=self.streams,
             other_replicas=self._other_replicas,
             recordings=RecordingRoom(self.answers),

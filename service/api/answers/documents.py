@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.pixels import VALUE_RANGE
-from tminus.service.api.request.defaults import settings_of
-from tminus.service.api.request.specs import parameters_of
+from tminus.service.api.request.specs import parameters_of, settings_of
 from tminus.service.errors import InvalidField
 from tminus.service.jobs.jobs import STATES, JobView
 from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState

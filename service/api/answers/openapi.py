@@ -32,18 +32,21 @@ from tminus.service.api.answers.messages import WEBSOCKETS
 from tminus.service.api.answers.operations import API_VERSION, EXAMPLES, TAGS
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, error_form
 from tminus.service.api.edge.origin import PROBES
-from tminus.service.api.request.bounds import BOUND, Bound, Bounds, bounds_of
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
 from tminus.service.api.request.schemas import (
+    BOUND,
     DEFAULT,
     NUMBER,
     PICTURES,
+    Bound,
+    Bounds,
     JobCall,
     NoiseCall,
     RequestSchema,
     SampleCall,
     StreamCall,
+    bounds_of,
 )
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, NPY, WEBP
 from tminus.service.images.trajectory import TRAJECTORY

@@ -25,9 +25,15 @@ from pydantic import (
 )
 
 from tminus.service.api.request.classes import DIGITS, class_label_of, class_of_prompt
-from tminus.service.api.request.defaults import SETTINGS
 from tminus.service.api.request.reading import from_body
-from tminus.service.api.request.schemas import EDIT_PARAMETERS, MAX_DEADLINE_S, SampleRequest, Whole, check_names
+from tminus.service.api.request.schemas import (
+    EDIT_PARAMETERS,
+    MAX_DEADLINE_S,
+    SETTINGS,
+    SampleRequest,
+    Whole,
+    check_names,
+)
 from tminus.service.errors import (
     ConflictingField,
     InvalidField,

@@ -1,7 +1,7 @@
 """What `quality` means: a number of steps, relative to the default. Pure.
 
 More steps come nearer to the sampler's exact solution, which need not be what looks best. So `medium` is the default of
-every request (defaults.py), `low` half of its steps, or the checkpoint's own table of few steps, and `high` twice as
+every request (`settings_of`), `low` half of its steps, or the checkpoint's own table of few steps, and `high` twice as
 many.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
 from tminus.model.sampler_tables import Table, nearest
-from tminus.service.api.request.defaults import settings_of, tables_for
+from tminus.service.api.request.specs import settings_of, tables_for
 from tminus.service.model_info import ModelInfo
 
 Quality = Literal["low", "medium", "high"]

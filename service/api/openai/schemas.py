@@ -6,12 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tminus.service.api.openai.quality import Quality, settings_of_quality
-from tminus.service.api.request.bounds import BOUND, Bound, Bounds
 from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.schemas import (
+    BOUND,
     DIFFUSERS_NAMES,
     AsInteger,
     Bool,
+    Bound,
+    Bounds,
     Edit,
     Int,
     JobCall,

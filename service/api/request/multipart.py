@@ -27,6 +27,7 @@ MAX_FIELD_BYTES = 1024
 MAX_HEAD_BYTES = 4096  # the headers of a part
 MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
 FORM_BYTES = 64 * 1024  # for what a form has besides its images: boundaries, the parts' headers, the fields
+Part = tuple[str, bool, bytes]  # its name, whether it is a file, as one with a file name is, and its data
 PIECE_BYTES = 2**18  # searched at a time: a search holds the interpreter, for 2 ms at most
 
 
@@ -54,16 +55,7 @@ def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection
     return form
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One part of a form. A part with a file name is a file, as browsers and curl send them."""
-
-    name: str
-    is_file: bool
-    data: bytes
-
-
-def _parts(body: bytes, delimiter: bytes) -> Iterator[_Part]:
+def _parts(body: bytes, delimiter: bytes) -> Iterator[Part]:
     """Cut a body at its delimiters: lines that begin as one (RFC 2046, section 5.1.1). Raises MalformedForm."""
     is_first = body.startswith(delimiter[2:])  # without a line break before it
     at = (0 if is_first else _find(body, delimiter, 0) + 2) + len(delimiter) - 2
@@ -83,7 +75,7 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
     raise MalformedForm("the form ends before its last boundary")
 
 
-def _part(body: bytes, start: int, end: int) -> _Part:
+def _part(body: bytes, start: int, end: int) -> Part:
     """Read what is between two delimiters: the rest of a line, headers, an empty line, data. Raises MalformedForm."""
     head, empty_line, _ = body[start : min(end, start + MAX_HEAD_BYTES)].partition(b"\r\n\r\n")
     rest, *headers = head.split(b"\r\n")
@@ -98,22 +90,22 @@ def _part(body: bytes, start: int, end: int) -> _Part:
     data = body[start + len(head) + len(empty_line) : end]
     if not is_file and len(data) > MAX_FIELD_BYTES:
         raise MalformedForm(f"a field of the form must have at most {MAX_FIELD_BYTES} bytes: {short(name)!r}")
-    return _Part(name, is_file, data)
+    return name, is_file, data
 
 
-def _to_form(parts: list[_Part], known: Collection[str]) -> Form:
+def _to_form(parts: list[Part], known: Collection[str]) -> Form:
     """Sort the parts into files and fields. Raises UnknownField, InvalidImage, ConflictingField."""
     files: dict[str, list[bytes]] = {}
     fields: list[tuple[str, str]] = []
-    for part in parts:
-        if not part.is_file:
-            fields.append((part.name, part.data.decode("utf-8", "replace")))
-        elif part.name in known:
-            files.setdefault(part.name, []).append(part.data)
+    for name, is_file, data in parts:
+        if not is_file:
+            fields.append((name, data.decode("utf-8", "replace")))
+        elif name in known:
+            files.setdefault(name, []).append(data)
         else:
             names = ", ".join(known)
-            detail = f"there is no file {short(part.name)!r} to send; known: {names}"
-            raise UnknownField(detail, field=part.name, value=f"{len(part.data)} bytes", bound=names)
+            detail = f"there is no file {short(name)!r} to send; known: {names}"
+            raise UnknownField(detail, field=name, value=f"{len(data)} bytes", bound=names)
     for name, text in fields:
         if name in known:
             raise InvalidImage.of(name, f"a file: curl -F {name}=@file", f"the text {short(text)!r}")

@@ -9,14 +9,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
+from urllib.request import parse_http_list
 
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.edge.middleware import body_of
-from tminus.service.api.request.bounds import Bounds
 from tminus.service.api.request.multipart import FORM, Form, parse_form
-from tminus.service.api.request.schemas import NUMBER, PICTURES, RequestSchema
+from tminus.service.api.request.schemas import NUMBER, PICTURES, Bounds, RequestSchema
 from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
@@ -92,6 +92,25 @@ def _quality(part: str) -> tuple[str, float]:
                 return name, 0.0
             return name, q if 0 <= q <= 1 else 0.0
     return name, 1.0
+
+
+def cache_directives(request: Request) -> frozenset[str]:
+    """Read the directives for caches, as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
+
+    Pragma counts only where there is no Cache-Control (section 5.4).
+    """
+    headers = request.headers
+    directives = parse_http_list(", ".join(headers.getlist("cache-control") or headers.getlist("pragma")))
+    return frozenset(directive.partition("=")[0].strip().lower() for directive in directives)
+
+
+def has_answer(request: Request, etag: str) -> bool:
+    """Say whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
+
+    `*` matches whatever a GET or HEAD would answer. The answer to a POST is no resource, and `*` matches none.
+    """
+    names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
+    return etag in names or ("*" in names and request.method in ("GET", "HEAD"))
 
 
 def check_encoding(request: Request) -> None:
@@ -264,14 +283,6 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
         raise BodyTooLarge(len(costly), max_bytes)
     if sum(costly.count(mark) for mark in MARKS) > MAX_MARKS:
         raise MalformedBody(f"the body must be a JSON object with at most {MAX_MARKS} lists, objects and members in it")
-    value = _parse(body)
-    pictures = [value[name] for name in PICTURES if isinstance(value.get(name), str)]
-    if (rest_bytes := len(body) - sum(map(len, pictures))) > max_bytes:
-        raise BodyTooLarge(rest_bytes, max_bytes)
-    return value
-
-
-def _parse(body: bytes) -> dict[str, Any]:
     if not body.strip():
         return {}
     try:
@@ -280,6 +291,9 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise MalformedBody(f"the body must be a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise MalformedBody(f"the body must be a JSON object, got {type(value).__name__}")
+    pictures = [value[name] for name in PICTURES if isinstance(value.get(name), str)]
+    if (rest_bytes := len(body) - sum(map(len, pictures))) > max_bytes:
+        raise BodyTooLarge(rest_bytes, max_bytes)
     return value
 
 

@@ -7,8 +7,8 @@ import binascii
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from functools import cache, lru_cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -23,9 +23,8 @@ from pydantic import (
 )
 
 from tminus.model.catalogue import MAX_GUIDANCE
-from tminus.service.api.request.bounds import BOUND, Bound, Bounds, Schema, max_items, words_of
-from tminus.service.api.request.classes import DIGITS
-from tminus.service.api.request.defaults import DECISIVE
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.request.classes import DIGITS, class_bound
 from tminus.service.errors import (
     MOST_FAULTS,
     ConflictingField,
@@ -47,9 +46,11 @@ from tminus.service.jobs.webhooks.webhook import (
     origin_of,
     refused,
 )
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
 from tminus.service.spec import TrajectoryType
 
+Schema = dict[str, Any]  # a part of a JSON Schema
 MAX_SEED = 2**64 - 1
 MAX_EXACT = 2**53
 ENCODED_IMAGE = "base64 of an image, or a data: URL with it"
@@ -59,8 +60,14 @@ MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # ours, by those of diffusers
+BOUND = "x-bound"  # in the JSON schema of a field: what it must be, in words, where they do not follow from its type
 DEFAULT = "x-default"  # in the JSON schema of a field: what it is where it is left out, in words
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
+SETTINGS = ("sampler", "steps", "guidance")
+# Parameters that decide what the settings are where those are left out.
+DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
+BIT_DEPTHS = (8, 16, 32)
+MAX_ITEMS = 16  # of a list that is looked at, unless more are allowed
 OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # whose bounds depend on the model alone
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
@@ -163,6 +170,110 @@ EachOnce = Annotated[
     AfterValidator(_each_once),
 ]
 Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
+
+
+# --- bounds: each is stated once, as JSON Schema, then checked, described and worded ---
+
+
+class Bound(NamedTuple):
+    """A bound that narrows a parameter further than its own field, by the JSON Schema type of its values."""
+
+    integer: Schema | None = None  # also of the items of its lists
+    string: Schema | None = None
+    array: Schema | None = None
+    words: str = ""  # where they do not follow from the rest
+
+    def of_kind(self, kind: str) -> Schema:
+        """Return what narrows the values of a type of JSON Schema."""
+        return getattr(self, kind, None) or {}
+
+    def allows(self, value: int | str) -> bool:
+        """Whether a value of the right type is in the bound."""
+        schema = self.of_kind("string" if isinstance(value, str) else "integer")
+        if "enum" in schema:
+            return value in schema["enum"]
+        return isinstance(value, str) or schema["minimum"] <= value <= schema["maximum"]
+
+
+Bounds = Mapping[str, Bound]
+
+
+def bit_depths(channels: int) -> tuple[int, ...]:
+    """List the bit depths of images. Only grey PNGs have 16 bits."""
+    return BIT_DEPTHS if channels == 1 else (8, 32)
+
+
+def bounds_of(model: ModelInfo, limits: Limits) -> Bounds:
+    """Return the bounds that depend on the model and the settings, by parameter."""
+    return _bounds(model.num_timesteps, model.samplers, model.class_names, model.channels, limits.max_n)
+
+
+@lru_cache(maxsize=64)  # the same for each request of a model
+def _bounds(
+    num_timesteps: int, samplers: tuple[str, ...], class_names: tuple[str, ...], channels: int, max_n: int
+) -> Bounds:
+    last = num_timesteps - 1
+    timesteps = {"minimum": 0, "maximum": last}
+    return {
+        "n": Bound({"minimum": 1, "maximum": max_n}),
+        "steps": Bound({"minimum": 1, "maximum": num_timesteps}),
+        "sampler": Bound(string={"enum": list(samplers)}),
+        "class_label": Bound(
+            {"minimum": 0, "maximum": max(0, len(class_names) - 1)},
+            array={"minItems": 1, "maxItems": max_n},
+            words=class_bound(class_names),
+        ),
+        "bit_depth": Bound(
+            {"enum": list(bit_depths(channels))},
+            words="8, 16 or 32" if channels == 1 else f"8 or 32 for {channels} channels; 16 is for one",
+        ),
+        "guidance_interval": Bound(
+            timesteps,
+            array={"minItems": 2, "maxItems": 2},
+            words=f"two integers [lo, hi] with 0 <= lo <= hi <= {last}",
+        ),
+        "keep": Bound(
+            timesteps,
+            array={"minItems": 1, "maxItems": last + 1, "uniqueItems": True},
+            words=f"a list of at most {last + 1} numbers of passes",
+        ),
+        "timestep_spacing": Bound(string={"enum": list(SPACINGS)}),
+        "t": Bound(timesteps),
+    }
+
+
+def max_items(schema: Schema, bound: Bound) -> int:
+    """Return how many items of a list are looked at, at most. schema: of its field."""
+    kinds = (bound.of_kind("array"), *schema.get("anyOf", [schema]))
+    return max(MAX_ITEMS, *(int(each.get("maxItems", 0)) for each in kinds))
+
+
+def words_of(schema: Schema, bound: Bound) -> str:
+    """Say what a parameter must be. schema: of its field."""
+    kind = next(each for each in schema.get("anyOf", [schema]) if each["type"] != "null")
+    if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
+        return str(words)
+    kind = kind | bound.of_kind(kind["type"])
+    if "enum" in kind:
+        return f"one of {', '.join(kind['enum'])}"
+    if kind["type"] == "string":
+        return f"text of at most {kind['maxLength']} characters" if "maxLength" in kind else "text"
+    if kind["type"] == "boolean":
+        return "true or false"
+    noun = {"integer": "an integer", "number": "a number"}[kind["type"]]
+    low, most = (_as_text(kind.get(name)) for name in ("minimum", "maximum"))
+    if "exclusiveMinimum" in kind:
+        return f"{noun} above {_as_text(kind['exclusiveMinimum'])}, at most {most}"
+    if most:
+        return f"{noun} in {low}..{most}"
+    return f"{noun} of at least {low}" if low else noun
+
+
+def _as_text(value: float | None) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- the calls ---
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
@@ -334,7 +445,7 @@ class Sampling(RequestSchema):
             errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
 
     def decisive(self) -> dict[str, Any]:
-        """Return the given parameters that decide the settings; see defaults.py."""
+        """Return the given parameters that decide the settings."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
 
 

@@ -1,30 +1,14 @@
-"""Answers that cost no step: the cache by itself, and with ETag and 304 through the app."""
+"""Answers that cost no step: with ETag and 304, and from the cache."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO
-from tminus.service.api.answers.caching import ResultCache
 
 ASKED: dict[str, Any] = {"steps": 3, "seed": 5, "class_label": "cat", "n": 2}
 A_MEGABYTE = 2**20
-
-
-# --- the cache ---
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), max_size=60))
-def test_it_never_holds_more_than_the_bound(puts: list[tuple[int, int]]) -> None:
-    cache = ResultCache(100)
-    for name, size in puts:
-        cache.put(str(name), bytes(size))
-        assert sum(len(cache.get(str(each)) or b"") for each in range(10)) <= 100
-        assert len(cache.get(str(name)) or b"") == size, "the last is there"
 
 
 # --- ETag ---
@@ -103,7 +87,7 @@ def test_a_client_that_has_it_gets_304_of_a_get_and_412_of_a_post_without_a_step
         assert ticks(site, lambda other=other: site.post(json=ASKED, headers={"If-None-Match": other})) == 3
 
 
-# --- the cache in the app ---
+# --- the cache ---
 
 
 def test_a_repeat_is_answered_from_the_cache_without_a_step(make_site: MakeSite) -> None:

@@ -13,9 +13,8 @@ from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.service.api.answers.documents import SamplerAnswer
 from tminus.service.api.request import specs
-from tminus.service.api.request.bounds import bounds_of
-from tminus.service.api.request.defaults import named_by
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import SampleRequest, bounds_of
+from tminus.service.api.request.specs import named_by
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec

@@ -23,12 +23,12 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.answers.operations import EXAMPLES, OPERATIONS
 from tminus.service.api.answers.problems import as_error_text, error_form
-from tminus.service.api.request.bounds import bounds_of
 from tminus.service.api.request.schemas import (
     JobCall,
     SampleCall,
     SampleRequest,
     StreamCall,
+    bounds_of,
 )
 from tminus.service.api.request.specs import spec_of
 from tminus.service.images.encoder import JSON

@@ -237,38 +237,6 @@ def test_sixteen_bits_are_the_floats_rounded_and_say_their_range(site: Site, acc
 
 # --- what is refused ---
 
-TRAJECTORY = {"Accept": "application/vnd.tminus.trajectory"}
-JSON = {"Accept": "application/json"}
-REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str, str]] = {
-    "a depth that there is not": ({}, {"bit_depth": 12}, "bit_depth", "8, 16 or 32"),
-    "a depth in words": ({}, {"bit_depth": "16.0"}, "bit_depth", "8, 16 or 32"),
-    "32 bits in a PNG": (
-        {},
-        {"bit_depth": 32},
-        "bit_depth",
-        "8 or 16 with Accept: image/png; application/x-npy has 32",
-    ),
-    "8 bits in floats": (NPY, {"bit_depth": 8}, "bit_depth", "32 or absent"),
-    "frames of 16 bits": (JSON, {"bit_depth": 16, "every": 1}, "bit_depth", "8 or absent with every"),
-    "an animation of 16 bits": (
-        {"Accept": "image/webp"},
-        {"bit_depth": 16, "every": 1},
-        "bit_depth",
-        "8 or absent with every",
-    ),
-    "a trajectory of 16 bits": (TRAJECTORY, {"bit_depth": 16}, "bit_depth", "8 or absent"),
-    "an unclipped PNG": ({}, {"clip_output": False}, "clip_output", "no values beyond the range"),
-    "clip_output in words": (NPY, {"clip_output": "no"}, "clip_output", "true or false"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_pixels_that_cannot_be_had_are_refused_by_name_and_bound(one_site: Site, name: str) -> None:
-    headers, more, field, says = REFUSED[name]
-    found = problem(one_site.post(json=SPEC | more, headers=headers), 422, "invalid_field")
-    assert found["field"] == field
-    assert says in found["bound"]
-
 
 def test_sixteen_bits_are_of_one_channel(make_site: MakeSite) -> None:
     for channels in (2, 3, 4):

@@ -13,35 +13,7 @@ from tminus.service.errors import MOST_FAULTS
 from tminus.service.work import Batch
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
-GUIDED = {"guidance": 2, "class_label": 1}
-
-
 # --- what was asked for is wrong ---
-
-
-@pytest.mark.parametrize(
-    ("parameters", "field", "value"),
-    [
-        ({"class_label": [0, 1]}, "class_label", [0, 1]),
-        (GUIDED | {"guidance_interval": [800, 100]}, "guidance_interval", [800, 100]),
-        (GUIDED | {"guidance_interval": [0, 1000]}, "guidance_interval", [0, 1000]),
-        (GUIDED | {"guidance_interval": [False, True]}, "guidance_interval", [False, True]),
-        ({"to_seed": 7}, "mix", None),
-        ({"seed": 7, "to_seed": 7, "mix": 0.5}, "to_seed", 7),
-        ({"to_seed": 7, "mix": 1.1}, "mix", 1.1),
-        (GUIDED | {"guidance_rescale": "much"}, "guidance_rescale", "much"),
-        ({"deadline_s": -1.5}, "deadline_s", -1.5),
-        ({"deadline_s": [5]}, "deadline_s", [5]),
-    ],
-)
-def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
-    one_site: Site, parameters: dict[str, Any], field: str, value: object
-) -> None:
-    document = problem(one_site.post(json=parameters), 422, "invalid_field")
-    assert (document["field"], document["value"]) == (field, value)
-    assert document["bound"]
-    assert field in document["detail"]
-    assert one_site.engine.batches[1:] == [], "no work was done"
 
 
 def test_one_answer_tells_all_that_is_wrong(one_site: Site) -> None:

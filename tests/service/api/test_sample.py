@@ -222,25 +222,6 @@ def test_seeded_frames_have_an_etag_of_their_own_and_are_cached(
     assert len(tags | {first.headers["etag"]}) == len(others) + 1
 
 
-def test_parameters_that_fit_no_animation_are_refused_with_their_field(site: Site) -> None:
-    for given, headers, field in (
-        ({"every": 0}, WEBP, "every"),
-        ({"show": "x_t"}, {}, "show"),
-        ({"every": 1, "show": ["x_t", "x_t"]}, WEBP, "show"),
-        ({"every": 1, "show": []}, WEBP, "show"),
-        ({"every": 1, "show": ["x_t", "x_0"]}, WEBP, "show"),
-        ({"until": 2}, AS_JSON, "until"),
-        ({"every": 1, "until": 2}, WEBP, "until"),
-        ({"every": 1, "until": -1}, AS_JSON, "until"),
-    ):
-        document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
-        assert document["field"] == field
-        assert document["bound"]
-    document = problem(site.post(json=SPEC, headers=WEBP), 406, "not_acceptable")
-    assert "image/webp together with the parameter `every`" in document["bound"]
-    problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
-
-
 def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None:
     asked = SPEC | {"every": 2, "show": ["x_0", "x_t"]}
     answer = site.post(json=asked, headers=AS_JSON)
@@ -295,10 +276,6 @@ def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite
     assert not site.engine.jobs
 
 
-def test_a_trajectory_goes_with_no_animation(site: Site) -> None:
-    problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
-
-
 def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
     def fail(_rows: object) -> None:
         raise RuntimeError("out of memory")
@@ -343,7 +320,7 @@ def test_a_trajectory_has_every_step_and_the_images_of_the_other_answers(site: S
     np.testing.assert_array_equal(contact_sheet(arrays["images"])[:, :, 0], pixels(site.post(json=SPEC).content))
 
 
-def test_what_has_no_log_p_is_refused_by_name_before_any_step(site: Site) -> None:
+def test_every_request_whose_steps_add_noise_has_a_trajectory(site: Site) -> None:
     for given in (
         {"sampler": "ddim", "eta": LEAST_ETA},
         {"sampler": "dpmpp_2m_sde", "guidance": 2, "guidance_interval": [100, 500]},
@@ -351,19 +328,6 @@ def test_what_has_no_log_p_is_refused_by_name_before_any_step(site: Site) -> Non
     ):
         arrays = walked(site, **given)
         assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
-    ticks = len(site.engine.batches)
-    for given, field, says in (
-        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
-        ({"sampler": "ddim", "eta": 0.00999}, "eta", "at least 0.01"),
-        ({"steps": 1}, "steps", "at least 2"),
-        ({"image": b64(CAT), "strength": 0.05}, "strength", "enough for two steps"),
-        ({"image": b64(CAT), "mask": b64(MASK)}, "mask", "absent"),
-    ):
-        document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
-        assert document["field"] == field
-        assert document["bound"].startswith(says)
-        assert TRAJECTORY in document["bound"]
-    assert len(site.engine.batches) == ticks
 
 
 def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(make_site: MakeSite) -> None:
@@ -427,43 +391,11 @@ def test_parts_of_a_trajectory_are_other_answers_that_are_kept_apart(site: Site)
     assert read_trajectory(alone.content).arrays["x_t_at"].tolist() == [3, 4]
 
 
-@pytest.mark.parametrize(
-    ("given", "field", "says"),
-    [
-        ({"keep": []}, "keep", "one or more numbers of passes in 0..9, each greater than the one before"),
-        ({"keep": [10]}, "keep", "one or more numbers of passes in 0..9"),
-        ({"keep": [-1, 3]}, "keep", "one or more numbers of passes in 0..9"),
-        ({"keep": [3, 3]}, "keep", "one or more numbers of passes in 0..9"),
-        ({"keep": [5, 3]}, "keep", "one or more numbers of passes in 0..9"),
-        ({"keep": [9]}, "keep", "numbers of passes of which one or more add noise"),
-        (
-            {"keep": list(range(INFO.num_timesteps + 1))},
-            "keep",
-            f"a list of at most {INFO.num_timesteps} numbers of passes",
-        ),
-        ({"keep": 3}, "keep", "a list of at most"),
-        ({"keep": [1.5]}, "keep", "a list of at most"),
-        ({"keep": "1,2"}, "keep", "a list of at most"),
-        ({"dtype": "bfloat16"}, "dtype", "one of float32, float16"),
-        ({"dtype": None}, "dtype", "one of float32, float16"),
-    ],
-)
-def test_what_cannot_be_kept_of_a_trajectory_is_refused_by_name(
-    site: Site, given: dict[str, Any], field: str, says: str
-) -> None:
-    ticks = len(site.engine.batches)
-    document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
-    assert (document["field"], document["bound"][: len(says)]) == (field, says)
-    assert len(site.engine.batches) == ticks
-
-
 def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
     for given, name in (({"keep": [1]}, "keep"), ({"dtype": "float16"}, "dtype")):
         for headers in ({}, {"Accept": "application/zip"}):
             document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
             assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
-        document = problem(site.post(json=SPEC | given | {"every": 2}, headers=WEBP), 422, "invalid_field")
-        assert document["field"] == name
         problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")
 
 

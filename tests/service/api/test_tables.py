@@ -11,8 +11,7 @@ from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.catalogue import SAMPLERS, TABLE, Recommended
 from tminus.model.sampler_tables import Table
 from tminus.service.api.request import specs
-from tminus.service.api.request.bounds import bounds_of
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import SampleRequest, bounds_of
 from tminus.service.api.request.specs import choose_table, parameters_of
 from tminus.service.errors import InvalidField
 from tminus.service.spec import SampleSpec

@@ -22,8 +22,7 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.machine import torch_threads
-from tminus.service.api.request.bounds import bounds_of
-from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.schemas import SampleRequest, bounds_of
 from tminus.service.api.request.specs import parameters_of, spec_of
 from tminus.service.cli import images
 from tminus.service.cli.images import LocalJob, opaque_png

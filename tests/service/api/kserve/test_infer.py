@@ -23,7 +23,7 @@ from tminus.service.api.kserve.infer import (
     read_request,
     version_of,
 )
-from tminus.service.api.request.bounds import bounds_of
+from tminus.service.api.request.schemas import bounds_of
 from tminus.service.errors import (
     ConflictingField,
     DeadlinePassed,

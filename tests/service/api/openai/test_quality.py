@@ -13,7 +13,7 @@ from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.sampler_tables import Table
 from tminus.service.api.openai.quality import Quality, settings_of_quality
-from tminus.service.api.request.defaults import settings_of
+from tminus.service.api.request.specs import settings_of
 from tminus.service.model_info import ModelInfo
 
 ROOT = Path(__file__).parents[4]
