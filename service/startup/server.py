@@ -26,10 +26,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tminus.service.api.answers.documents import StatusAnswer
 from tminus.service.api.answers.problems import render
-from tminus.service.api.edge.connections import ForwardedAddresses
+from tminus.service.api.edge.connections import ForwardedAddresses, stream_protocol
 from tminus.service.api.edge.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.edge.origin import READING, AllowedSites
-from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.api.page import FOLDER, HEADERS
 from tminus.service.api.system import alive, metrics_answer
 from tminus.service.errors import ForeignHost, NotReady

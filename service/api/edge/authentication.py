@@ -19,15 +19,21 @@ from tminus.service.access.access import WINDOW_S, Access, Caller
 from tminus.service.access.keys import ROLES
 from tminus.service.api.answers.headers import with_headers
 from tminus.service.api.answers.openapi import closed_object, failures, fields_of
-from tminus.service.api.answers.operations import described
-from tminus.service.api.answers.problems import render
+from tminus.service.api.answers.operations import API_VERSION, described
+from tminus.service.api.answers.problems import error_form, render
 from tminus.service.api.edge.connections import counted_address
 from tminus.service.api.edge.middleware import body_of
-from tminus.service.api.edge.origin import HEALTH, OF_A_MODEL, READING, AllowedSites
-from tminus.service.api.edge.version import check_version
+from tminus.service.api.edge.origin import HEALTH, OF_A_MODEL, PROBES, READING, AllowedSites
 from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
-from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
+from tminus.service.errors import (
+    ConflictingField,
+    InvalidField,
+    ServiceError,
+    Unauthorized,
+    UnknownField,
+    UnsupportedVersion,
+)
 from tminus.service.images.encoder import JSON
 from tminus.service.tracing import PROBLEM, note
 
@@ -78,6 +84,15 @@ def is_open(path: str, method: str) -> bool:
     """Whether a path needs no key with this method."""
     path = OF_A_MODEL.sub("", path)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
+
+
+def check_version(scope: Scope) -> None:
+    """Raise UnsupportedVersion for a native request, other than a probe, that names another version of the API."""
+    if scope["path"] in PROBES or error_form(scope["method"], scope["path"]) is not None:
+        return
+    for asked in Headers(scope=scope).getlist("API-Version"):
+        if asked.strip() != API_VERSION:
+            raise UnsupportedVersion(asked, API_VERSION)
 
 
 class AccessControl:

@@ -25,11 +25,11 @@ from tminus.service.api.edge.connections import (
     FREE_PIECES,
     TURN_BYTES,
     ReadsInTurns,
+    StreamProtocol,
     counted_address,
     limit_unsent,
     too_fine,
 )
-from tminus.service.api.edge.websocket_protocol import StreamProtocol
 from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders, short
 
 log = logging.getLogger(__name__)
@@ -399,12 +399,5 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
 def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtocol]:
     """Make the protocol class of one server."""
-    most, most_of_one = max_connections, max_per_address
-
-    class BoundedHttpProtocol(HttpProtocol):
-        open_by_address: ClassVar[Counter[str]] = Counter()
-        idle: ClassVar[dict[HttpProtocol, None]] = {}
-        max_connections = most
-        max_per_address = most_of_one
-
-    return BoundedHttpProtocol
+    bounds = {"max_connections": max_connections, "max_per_address": max_per_address}
+    return type("BoundedHttpProtocol", (HttpProtocol,), {"open_by_address": Counter(), "idle": {}, **bounds})

@@ -15,10 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.access.access import Caller
 from tminus.service.api.answers.operations import API_VERSION
-from tminus.service.api.answers.problems import render
+from tminus.service.api.answers.problems import error_form, render
 from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
-from tminus.service.api.edge.version import HEADER as VERSION
-from tminus.service.api.edge.version import is_native
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import BodyTooLarge, Draining, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
@@ -138,8 +136,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                if is_native(scope):
-                    headers[VERSION] = API_VERSION
+                if error_form(scope["method"], scope["path"]) is None:
+                    headers["API-Version"] = API_VERSION
                 headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
                 if self._draining():
                     headers["Connection"] = "close"

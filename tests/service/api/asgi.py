@@ -9,8 +9,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.edge.connections import StreamProtocol, stream_protocol
 from tminus.service.api.edge.http_protocol import HttpProtocol, http_protocol
-from tminus.service.api.edge.websocket_protocol import StreamProtocol, stream_protocol
 
 
 class Served:

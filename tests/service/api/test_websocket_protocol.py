@@ -19,11 +19,11 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.service.api.asgi import Served
 from tests.service.fakes import PATIENCE_S, wait_until
-from tminus.service.api.edge.websocket_protocol import StreamProtocol, stream_protocol
+from tminus.service.api.edge.connections import StreamProtocol, stream_protocol
 from tminus.service.byte_budget import ByteBudget
 
 Protocol = Any
-CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/api/edge/websocket_protocol.py extends: "
+CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/api/edge/connections.py extends: "
 EXTENDED = {
     name for name, member in vars(StreamProtocol).items() if inspect.isfunction(member) and not name.startswith("_")
 }

@@ -16,7 +16,7 @@ from tests.service.conftest import INSTANT, Site, prepare
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine
 from tests.service.keys import access_of, key_line
 from tminus.model.files import CheckpointError
-from tminus.service.api.edge.websocket_protocol import stream_protocol
+from tminus.service.api.edge.connections import stream_protocol
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
 from tminus.service.startup.models import Prepared
 from tminus.service.startup.server import bind

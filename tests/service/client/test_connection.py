@@ -232,7 +232,7 @@ def test_a_server_of_another_version_refuses_and_a_call_that_goes_away_is_warned
     tminus = connect(served.url, transport=transport)
     tminus.model()
     assert transport.requests[0].headers["api-version"] == "1"
-    monkeypatch.setattr("tminus.service.api.edge.version.API_VERSION", "2")
+    monkeypatch.setattr("tminus.service.api.edge.authentication.API_VERSION", "2")
     with pytest.raises(Problem) as caught:
         tminus.model()
     assert (caught.value.code, caught.value.bound) == ("unsupported_api_version", "2")
