@@ -24,7 +24,7 @@ from pathlib import Path
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import listed
-from tminus.service.worker.current_jobs import WorkerThread
+from tminus.service.worker.ticks import WorkerThread
 
 log = logging.getLogger(__name__)
 
