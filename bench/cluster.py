@@ -27,8 +27,8 @@ from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.store.shared_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
 from tminus.service.work import Batch, Work
 

@@ -17,8 +17,7 @@ from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
-from tminus.service.worker.state import CRASHED
-from tminus.service.worker.worker import Worker
+from tminus.service.worker.worker import CRASHED, Worker
 
 OPENMETRICS = "application/openmetrics-text"
 METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}, **with_headers("Vary")}

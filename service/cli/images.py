@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
     from tminus.service.engine.protocol import Record
-    from tminus.service.images.image_header import ImageHeader
+    from tminus.service.images.decoder import ImageHeader
     from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Inputs, Pixels, SampleSpec
 
@@ -126,7 +126,7 @@ class LocalJob:
 
 def read_png_header(png: bytes) -> "ImageHeader":
     """Read the header of a PNG. Raises ValueError for any other bytes."""
-    from tminus.service.images.image_header import read_header
+    from tminus.service.images.decoder import read_header
 
     try:
         header = read_header(png)

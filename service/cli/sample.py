@@ -305,7 +305,7 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
     from PIL import Image
 
     from tminus.service.client import ClientError
-    from tminus.service.images.image_header import read_header
+    from tminus.service.images.decoder import read_header
 
     try:
         headers = [read_header(picture) for frame in frames for picture in frame]

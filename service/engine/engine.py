@@ -19,8 +19,16 @@ from tminus.service.engine.devices import LaunchedTicks, copy_out, index_of, is_
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.pictures import LatentPictures, PixelPictures
-from tminus.service.engine.plan_store import PlanCompiler, PlanStore
-from tminus.service.engine.row_state import KnownValues, Registers, RowNoises, check_inputs, initial_latents, latents_of
+from tminus.service.engine.row_state import (
+    KnownValues,
+    PlanCompiler,
+    PlanStore,
+    Registers,
+    RowNoises,
+    check_inputs,
+    initial_latents,
+    latents_of,
+)
 from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch

@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tminus.service.jobs.store.records import listed
-from tminus.service.worker.current_jobs import WorkerThread
+from tminus.service.worker.ticks import WorkerThread
 
 log = logging.getLogger(__name__)
 

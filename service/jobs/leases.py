@@ -20,8 +20,7 @@ from tminus.service.jobs.store.records import Claimed, JobRecord, Key, ReplicaPa
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.scheduling.room import RetryQueue
+from tminus.service.scheduling.room import ClusterLoad, RetryQueue
 from tminus.service.work import Outlook, Work
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker

@@ -33,8 +33,7 @@ from tminus.service.startup.server import (
 )
 from tminus.service.startup.traces import start_traces
 from tminus.service.threads import LOADING, in_daemon_thread
-from tminus.service.worker.state import CRASHED
-from tminus.service.worker.worker import CLOSE_S
+from tminus.service.worker.worker import CLOSE_S, CRASHED
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,18 @@ from dataclasses import dataclass, replace
 
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Arrivals, Pending, Speed, forecast, stretch
 from tminus.service.scheduling.owners import OwnerTimes
-from tminus.service.scheduling.room import BacklogForecast, Load, Overload, RetryQueue, find_overload, load_of
+from tminus.service.scheduling.room import (
+    BacklogForecast,
+    ClusterLoad,
+    Intake,
+    Load,
+    Overload,
+    RetryQueue,
+    find_overload,
+    load_of,
+)
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
 

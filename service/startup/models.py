@@ -43,10 +43,10 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
-from tminus.service.worker.current_jobs import report_nothing
 from tminus.service.worker.load_queue import LoadQueue
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import RecordingRoom
+from tminus.service.worker.ticks import report_nothing
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal
 
 from tminus.service.errors import Draining, ModelLoading
-from tminus.service.worker.state import WorkerState
+from tminus.service.worker.worker import WorkerState
 
 Reason = Literal["admin", "demand"]
 END_LOOK_S = 0.2  # how often a call that waits for a load looks whether the server ends

@@ -26,10 +26,9 @@ from tminus.service.errors import (
 from tminus.service.spec import Pixels
 from tminus.service.work import JobResult
 from tminus.service.worker.coding import AutoencoderThread, TaskDone
-from tminus.service.worker.current_jobs import CurrentJobs, ReportCurrentJobs
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.running_job import RunningJob
-from tminus.service.worker.ticks import TickEnd, Ticks
+from tminus.service.worker.ticks import CurrentJobs, ReportCurrentJobs, TickEnd, Ticks
 
 log = logging.getLogger(__name__)
 

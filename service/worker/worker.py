@@ -1,31 +1,172 @@
 """The worker's thread, and the calls of other threads, which reach it by commands and futures only.
 
-Here are the queue of commands, and the lock under which jobs are accepted or refused. loop.py runs the jobs.
+Here are the queue of commands, the lock under which jobs are accepted or refused, the worker's state, and what follows
+from the loop's events. loop.py runs the jobs.
 """
 
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnloaded, ServiceError
+from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnloaded, NotReady, ServiceError, Stalled
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
+from tminus.service.spec import Pixels
 from tminus.service.threads import Pulse
-from tminus.service.work import Outlook, Ticket
+from tminus.service.work import JobResult, Outlook, Ticket
 from tminus.service.worker.coding import TaskDone
-from tminus.service.worker.current_jobs import ReportCurrentJobs, report_nothing
 from tminus.service.worker.loaded_model import LoadedModel
-from tminus.service.worker.loop import Loop
-from tminus.service.worker.outcomes import Outcomes
+from tminus.service.worker.loop import LOST, SUSPENDED, Ended, Event, ImageDecoded, Loop, Ticked
 from tminus.service.worker.running_job import AcceptedJobs, NewJob, RunningJob
-from tminus.service.worker.state import CRASHED, WorkerState
+from tminus.service.worker.ticks import ReportCurrentJobs, report_nothing
+
+log = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """Acts on events, in the worker's thread."""
+
+    def __init__(
+        self, jobs: AcceptedJobs, admission: Admission, metrics: Metrics, on_device_lost: Callable[[str], None]
+    ) -> None:
+        """on_device_lost: called in any thread with a job's id, if its images cannot be read for a lost device."""
+        self._jobs, self._admission, self._metrics, self._on_device_lost = jobs, admission, metrics, on_device_lost
+
+    def act_on(self, events: deque[Event]) -> None:
+        """Take all events from a queue, and act on each."""
+        while events:
+            match event := events.popleft():
+                case Ticked():
+                    self._count(event)
+                case ImageDecoded(job):
+                    self._admission.decoded(job.id)
+                case Ended(job):
+                    self._jobs.remove(job.id)
+                    self._admission.leave(job.id)
+                    if event.error is not None:
+                        self._fail(job, event.error, event.reason)
+                    elif event.result is not None:
+                        self._finish(job, event.result)
+
+    def _count(self, ticked: Ticked) -> None:
+        """Take a tick's work off the ledger of admission, and count its steps."""
+        end, tick, row_steps = ticked.end, ticked.end.tick, dict[str, int]()
+        for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
+            row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
+        places = tick.batch.places
+        self._admission.stepped(
+            tick.model.number,
+            tick.batch.jobs,
+            places if end.is_measurement else 0,
+            end.seconds,
+            overlaps=tick.overlaps,
+        )
+        self._metrics.ticked(tick.model.engine.info.name, end.seconds, places, row_steps)
+        for job in ticked.started:
+            assert job.started_s is not None
+            queue_s = job.started_s - job.submitted_s
+            self._metrics.job_started(queue_s=queue_s, first_step_s=job.first_step_s, exemplar=job.exemplar)
+
+    def _fail(self, job: RunningJob, error: ServiceError, reason: str | None) -> None:
+        if reason in (SUSPENDED, LOST):
+            log.info("job %s of request %s is %s", job.id, job.request_id, reason, extra=job.log_fields)
+        elif reason is not None:
+            saved = job.spec.n * job.spec.end - job.steps_taken
+            self._metrics.job_given_up(reason, saved)
+            what = "job %s of request %s given up (%s), %d row-steps saved"
+            log.info(what, job.id, job.request_id, reason, saved, extra=job.log_fields)
+        job.fail(error)
+
+    def _finish(self, job: RunningJob, result: JobResult) -> None:
+        self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
+        what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
+        log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
+        job.finish(replace(result, read=partial(self._read, result.read, job)))
+
+    def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
+        """Read a job's images in another thread, and end the worker if the device is lost.
+
+        A GPU reports an error only when it is waited for, which may first happen here. The job is then unfinished, as
+        if the server had ended before.
+        """
+        try:
+            return read()
+        except ServiceError:
+            raise
+        except Exception as error:
+            if not job.model.engine.is_lost():
+                raise
+            log.exception("the images of job %s could not be read", job.id)
+            self._on_device_lost(job.id)
+            raise Draining from error
+
+
+CRASHED = "the worker has stopped; the server's log says why"
+
+
+class WorkerState:
+    """Owns the flags of a worker; its threads set them."""
+
+    def __init__(self, thread: threading.Thread, own: Sequence[Pulse], others: Sequence[Pulse]) -> None:
+        """own: pulses of the worker's threads. others: of other threads; no job is taken while one of them hangs."""
+        self._thread, self._own, self._others = thread, own, others
+        self.is_warm, self.is_draining, self.is_closed = (threading.Event() for _ in range(3))
+        self.crashed = False  # whether an error ended the thread
+        self.jobs_of_the_crash = frozenset[str]()  # jobs that may have caused it
+        self.autoencoder_hangs = False  # whether the autoencoder's thread still ran after it was closed
+
+    @property
+    def ready(self) -> bool:
+        """Whether the warm-up is over and jobs are accepted."""
+        return self.is_warm.is_set() and self.alive and not self.draining and self.stall is None
+
+    @property
+    def draining(self) -> bool:
+        """Whether new jobs are refused because the worker is ending."""
+        return self.is_draining.is_set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive() and not self.is_closed.is_set()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the worker was closed and a thread of it still runs."""
+        return self.is_closed.is_set() and (self._thread.is_alive() or self.autoencoder_hangs)
+
+    @property
+    def stall(self) -> Stalled | None:
+        """The longest hang, as the error by which jobs are refused; None while nothing hangs."""
+        stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in (*self._own, *self._others))
+        return Stalled(stalled_s, name) if stalled_s else None
+
+    @property
+    def stalled_s(self) -> float:
+        """How long a step, a command or an image of an autoencoder has hung; 0.0 while none does."""
+        return max(pulse.stalled_s for pulse in self._own)
+
+    def check_open(self) -> None:
+        """Raise the error that would refuse a job now: NotReady, Draining, Stalled or EngineFailed."""
+        if self.crashed:
+            raise EngineFailed(CRASHED)
+        if self.draining or self.is_closed.is_set():
+            raise Draining
+        if not self.is_warm.is_set():
+            raise NotReady
+        if stall := self.stall:
+            raise stall
+
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from tminus.service.jobs.store.job_store import RECORD_BYTES, JobStore
 from tminus.service.jobs.store.records import Call, Claimed, JobRecord, Key, ReplicaPace, now_us
 from tminus.service.jobs.store.tables import make_postgres_tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, kept_bytes, webhook_of
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
 CLAIM_JOBS = 32  # the most that one claim looks at

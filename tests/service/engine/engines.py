@@ -16,8 +16,8 @@ from tminus.model.rng import image_noise
 from tminus.model.samplers import sample
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.engine.plan_store import PlanCompiler
 from tminus.service.engine.protocol import sample_locally
+from tminus.service.engine.row_state import PlanCompiler
 from tminus.service.scheduling.scheduler import Advance, BatchPolicy, Scheduler
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Batch, work_of

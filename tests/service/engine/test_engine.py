@@ -41,8 +41,8 @@ from tminus.model.training.distill import student_noise
 from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.plan_store import FIRST_LINES
 from tminus.service.engine.protocol import sample_locally
+from tminus.service.engine.row_state import FIRST_LINES
 from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Inputs, SampleSpec

@@ -16,7 +16,7 @@ from tests.service.engine.engines import CPU, MIXED, Floats, Job, make_engine, s
 from tests.service.engine.exact import needs_openvino, rows_of
 from tests.service.fakes import INFO, FakeEngine
 from tminus.model.checkpoint import Checkpoint
-from tminus.service.engine import loading, openvino_executor, plan_store
+from tminus.service.engine import loading, openvino_executor, row_state
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
@@ -95,7 +95,7 @@ def test_any_mix_with_two_ticks_in_flight_has_the_bits_of_each_job_alone(
     executor = make(tiny)
     own = [together(make_engine(tiny, executor=executor), [job], max_batch=16, read=Engine.latents)[0] for job in JOBS]
     monkeypatch.setattr(Scheduler, "overlaps", True)
-    monkeypatch.setattr(plan_store, "FIRST_LINES", 8)  # so that plans move while ticks are in flight
+    monkeypatch.setattr(row_state, "FIRST_LINES", 8)  # so that plans move while ticks are in flight
 
     @settings(max_examples=5, deadline=None)
     @given(st.integers(0, 2**32))

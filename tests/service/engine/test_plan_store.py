@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import Plan, compile_plan
-from tminus.service.engine.plan_store import FIRST_LINES, PlanCompiler, PlanStore
-from tminus.service.engine.row_state import Registers
+from tminus.service.engine.row_state import FIRST_LINES, PlanCompiler, PlanStore, Registers
 from tminus.service.spec import SampleSpec
 
 pytestmark = pytest.mark.slow

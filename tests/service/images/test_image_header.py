@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.service.api.pictures import encode
-from tminus.service.images.image_header import MAX_PIECES, MAX_SCANS, PNG_SIGNATURE, ImageHeader, read_header
+from tminus.service.images.decoder import MAX_PIECES, MAX_SCANS, PNG_SIGNATURE, ImageHeader, read_header
 
 KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("PNG", "RGB", {}),

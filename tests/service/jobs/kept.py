@@ -9,7 +9,7 @@ from tminus.service.jobs.store.job_store import JobStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, Outcome
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.scheduling.cluster import Intake
+from tminus.service.scheduling.room import Intake
 from tminus.service.spec import SampleSpec, Snapshot
 
 PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)

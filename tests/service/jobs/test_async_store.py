@@ -19,7 +19,7 @@ from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import JobRecord, Key, Outcome, ReplicaPace
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
-from tminus.service.scheduling.cluster import Intake
+from tminus.service.scheduling.room import Intake
 from tminus.service.spec import Inputs
 
 

@@ -29,8 +29,8 @@ from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.records import Claimed, JobRecord, ReplicaPace
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
 from tminus.service.scheduling.forecast import Speed
+from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.work import work_of
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,7 @@ from tminus.service.jobs.store.postgres_store import (
 from tminus.service.jobs.store.records import Key, LeaseLost, ReplicaPace, StoredObject
 from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
+from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from tests.service.scheduling.machine import plain
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.owners import OwnerTimes
+from tminus.service.scheduling.room import ClusterLoad
 from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.work import JobRows, Outlook, Work
 

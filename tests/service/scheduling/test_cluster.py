@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.fakes import LIMITS
-from tminus.service.scheduling.cluster import ClusterLoad, Intake
-from tminus.service.scheduling.room import Overload
+from tminus.service.scheduling.room import ClusterLoad, Intake, Overload
 from tminus.service.work import Work
 
 PLACES = st.floats(0.0, 1e6)
