@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry's API. Its SDK, which sends them, is in startup/telemetry.py alone.
+"""The id of a request, and spans by OpenTelemetry's API. Its SDK, which sends them, is in startup/telemetry.py alone.
 
 TRACER is None while traces are off; a span then costs the look at it. It is a variable of the context and not
 OpenTelemetry's global one, so that libraries add no spans of their own.
@@ -12,10 +12,13 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, StatusCode, Tracer
 
 from tminus.service.errors import ServiceError
-from tminus.service.request_id import NO_ID, REQUEST_ID
 
 PROBLEM = "tminus.problem"  # the code of what a client was told
 Attributes = Mapping[str, str | bool | int | float]
+
+NO_ID = "-"  # where no request is answered
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_ID)
+"""The id of the request that is being answered, for the lines of a log. Threads that work for it do not have it."""
 
 TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 

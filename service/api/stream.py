@@ -31,8 +31,8 @@ from tminus.service.errors import (
 )
 from tminus.service.images.encoder import PNG
 from tminus.service.preview import Mailbox, Watch
-from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import SampleSpec
+from tminus.service.tracing import REQUEST_ID
 from tminus.service.work import JobResult
 from tminus.service.worker.running_job import NewJob
 

@@ -16,8 +16,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from tminus.service.errors import masked
-from tminus.service.request_id import NO_ID, REQUEST_ID
-from tminus.service.tracing import ids_of
+from tminus.service.tracing import NO_ID, REQUEST_ID, ids_of
 
 # Fields of requests and jobs that a line may have.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")

@@ -12,10 +12,9 @@ from typing import Any
 
 from tminus.service.errors import ServiceError
 from tminus.service.preview import Frame, Show, Watch
-from tminus.service.request_id import REQUEST_ID
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
-from tminus.service.tracing import TRACER, JobSpan, exemplar, ids_of
+from tminus.service.tracing import REQUEST_ID, TRACER, JobSpan, exemplar, ids_of
 from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.loaded_model import LoadedModel
 from tminus.service.worker.recording import Recorder

@@ -24,7 +24,6 @@ WORDS = {
     "metrics",
     "model_info",
     "preview",
-    "request_id",
     "spec",
     "threads",
     "tracing",

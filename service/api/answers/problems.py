@@ -13,8 +13,7 @@ from starlette.types import Scope
 
 from tminus.service.errors import ServiceError, short
 from tminus.service.metrics import Metrics
-from tminus.service.request_id import REQUEST_ID
-from tminus.service.tracing import PROBLEM, note
+from tminus.service.tracing import PROBLEM, REQUEST_ID, note
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from tminus.service.api.answers.problems import error_form, render
 from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import BodyTooLarge, Draining, ServiceError, SlowBody, TooManyBytes, masked
-from tminus.service.request_id import REQUEST_ID
-from tminus.service.tracing import TRACER, fail, why
+from tminus.service.tracing import REQUEST_ID, TRACER, fail, why
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,12 @@
 """The members of requests below /v1/images, as pydantic models, and the parameters of POST /sample that they mean."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tminus.service.api.openai.quality import Quality, settings_of_quality
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
+from tminus.model.sampler_tables import Table, nearest
 from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.schemas import (
     BOUND,
@@ -22,11 +23,18 @@ from tminus.service.api.request.schemas import (
     Sampling,
     in_words,
 )
+from tminus.service.api.request.specs import settings_of, tables_for
 from tminus.service.errors import InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # as OpenAI has it, and no more than --max-n
 MAX_PARTIAL_IMAGES = 3
+# More steps come nearer to the sampler's exact solution, which need not look best. `medium` is the default of every
+# request (`settings_of`), `low` half of its steps or the checkpoint's own table of few steps, `high` twice as many.
+Quality = Literal["low", "medium", "high"]
+SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
+TUNED = "tuned"
+OF_GUIDANCE = {"guidance", "guidance_interval", "guidance_rescale"}
 ONLY_MODEL = "default"  # also names a model that is served alone: vLLM-Omni's benchmark sends it
 
 
@@ -159,3 +167,32 @@ def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:
 def size_of(model: ModelInfo) -> str:
     """The size of a model's images, as OpenAI writes it."""
     return f"{model.width_px}x{model.height_px}"
+
+
+def settings_of_quality(
+    quality: Quality, given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool
+) -> dict[str, Any]:
+    """Return the sampler, steps and guidance that a quality other than medium stands for.
+
+    given, can_guide: see `settings_of`. Nothing is returned for medium, nor where the request says how many steps it
+    takes, nor for what is refused.
+    """
+    if quality == "medium" or given.keys() & {"steps", "table"} or given.get("sampler") not in (None, *model.samplers):
+        return {}
+    own = settings_of(given, model, can_guide=can_guide)
+    steps = max(1, round(own.steps * SHARE_OF_STEPS[quality]))
+    if own.sampler in TABLE_SAMPLERS:
+        tables = tables_for(given, model, own.sampler, own.guidance)
+        return _of_table(nearest(tables, steps, own.guidance)) if tables else {}
+    if quality == "low" and "sampler" not in given:
+        tables = tables_for(given, model, TUNED, own.guidance)
+        if not (tables or given.keys() & OF_GUIDANCE):
+            tables = tables_for(given, model, TUNED, 1.0)
+        if few := [table for table in tables if table.steps < own.steps]:
+            return _of_table(nearest(few, steps, own.guidance))
+    most = SAMPLER_FACTS[own.sampler].max_steps(model.num_timesteps)
+    return {"sampler": own.sampler, "steps": min(steps, most), "guidance": own.guidance}
+
+
+def _of_table(table: Table) -> dict[str, Any]:
+    return {"sampler": table.sampler, "steps": table.steps, "guidance": table.guidance}

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.service.access.keys import PREFIX
-from tminus.service.request_id import REQUEST_ID
 from tminus.service.startup.logs import MOST_ERRORS, MOST_OTHERS, WINDOW_S, set_up_log
+from tminus.service.tracing import REQUEST_ID
 
 SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
 CASES: list[Callable[[str], str]] = [str, str.upper, str.lower, str.swapcase, str.capitalize]

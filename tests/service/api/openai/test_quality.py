@@ -12,7 +12,7 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.sampler_tables import Table
-from tminus.service.api.openai.quality import Quality, settings_of_quality
+from tminus.service.api.openai.schemas import Quality, settings_of_quality
 from tminus.service.api.request.specs import settings_of
 from tminus.service.model_info import ModelInfo
 
