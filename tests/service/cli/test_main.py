@@ -23,7 +23,7 @@ from tminus.service.startup.logs import MAX_LINE, printable
     [
         (["evaluate"], "interrupted"),
         (["distill", "--checkpoint", "teacher", "--out", "run"], "interrupted"),
-        (["tune"], "stopped; the same command goes on after the last round"),
+        (["tune"], "stopped; the same command goes on after the last table"),
         (["sample"], "interrupted"),
     ],
 )
