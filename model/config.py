@@ -67,7 +67,7 @@ class Checked:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], **more: Any) -> Self:
-        """Make a config of values from JSON. Raises ValueError, also for a missing value or a wrong type."""
+        """Make a config from JSON values. Raises ValueError for an invalid, missing or unknown value."""
         try:
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **more)
         except TypeError as error:

@@ -41,12 +41,12 @@ NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled sampler, a line for each of its P passes through the network.
+    """A compiled sampler: one line per pass through the network, P in all.
 
-    timesteps float64 [P], from noisy to clean, fractional where the sampler visits such; lines float64 [P, 8];
-    alpha_bar float64 [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M of a sampler with R registers, whose
-    first row begins with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: what x is multiplied by on its
-    way into the network, and the timestep that the network is given; None for 1 and `timesteps`.
+    timesteps float64 [P], from noisy to clean, fractional for some samplers; lines float64 [P, 8];
+    alpha_bar float64 [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M of a sampler with R registers; its
+    first row begins with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: the scale of the network's
+    input x, and the network's timestep; None for 1 and `timesteps`.
     """
 
     timesteps: Tensor

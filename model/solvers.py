@@ -233,7 +233,7 @@ def plms(levels: Levels) -> Tensor:
         M[0, row, X], M[0, row, X0] = start + weight * of_x[0], weight * of_x0[0]
     if steps == 1:
         return M
-    # The second pass: h2 has the first step with half of its eps, and the other half comes from here.
+    # The second pass: h2 holds the first step with half of its eps. This pass adds the other half.
     M[1, 0, X], M[1, 0, X0] = move[0] / 2 * of_x[1], move[0] / 2 * of_x0[1]
     M[1, 0, H2] = M[1, 1, H1] = 1
     M[2:] = _adams_bashforth(levels, 1)  # pass k + 1 takes step k

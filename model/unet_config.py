@@ -172,14 +172,14 @@ class UNetConfig(NetConfig):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width must divide by this: every block but the last halves them."""
+        """The divisor of height and width: every block but the last halves them."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Read a diffusers config.json. A leading UNetRes of a block's name is stripped.
+        """Read a diffusers config.json. Strips the prefix UNetRes from block names.
 
-        Raises ValueError for another network than UNet2DModel, and for a field that is not known and not off.
+        Raises ValueError for an unsupported _class_name and for an unknown field that is not off.
         """
         class_name = config.get("_class_name", CLASS_NAME)
         if class_name not in (CLASS_NAME, OWN_CLASS_NAME):
@@ -207,5 +207,5 @@ class UNetConfig(NetConfig):
 
 
 def groups_of(channels: int) -> int:
-    """The groups of a group norm over so many channels, where no config says their number."""
+    """The default number of groups in a group norm over this many channels."""
     return min(channels // 4, 32)

@@ -324,7 +324,7 @@ class Metrics:
         at = "tminus_last_snapshot_timestamp_seconds"
         self._snapshot_at = Gauge(at, METRICS[at].text, registry=registry)
         self._model = Info("tminus_model", METRICS["tminus_model_info"].text, ["name"], registry=registry)
-        # What alerts wait for is there at 0: to Prometheus, a series that begins at 1 has not increased.
+        # Series with alerts begin at 0: Prometheus sees no increase in a series that begins at 1.
         for status in ERRORS:
             self._counters["tminus_errors_total"].labels(status)
         for reason in LOST:

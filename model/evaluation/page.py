@@ -56,9 +56,9 @@ def check_installed() -> None:
 
 
 def plot_distances(report: Report) -> bytes | None:
-    """Fréchet distance over passes, a line a sampler, a panel a guidance scale; None where there are no two to compare.
+    """Plot Fréchet distance over passes: a line per sampler, a panel per guidance scale; None below two points.
 
-    Bars reach from the least to the greatest seed; horizontal lines are real images, and the references.
+    Bars span the seeds' distances; horizontal lines mark real images and the references.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -92,7 +92,7 @@ def plot_distances(report: Report) -> bytes | None:
 
 
 def plot_terms(bound: Bound) -> bytes:
-    """The curve of L_t over t on held-out images: a stair for each run of timesteps whose mean was measured."""
+    """Plot L_t over t on held-out images: one stair per run of timesteps whose mean was measured."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(PANEL_INCHES[0] + LEGEND_INCHES, 3.6), layout="constrained")
     values = [bound.L_0, *(term.bits_per_dim for term in bound.terms)]

@@ -19,7 +19,7 @@ NOTE = "the timestep's sines and cosines have theta 10000, and images were scale
 
 
 def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The state dict of the averaged diffusion in a Trainer's file; None for other files."""
+    """The state dict of the EMA model in a Trainer's file; None for other files."""
     ema = loaded.get("ema")
     if not isinstance(ema, dict) or not isinstance(loaded.get("model"), dict):
         return None

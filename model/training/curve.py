@@ -52,7 +52,7 @@ class LossCurve:
         return {"points": [list(point) for point in self.points], **rest}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load a state. Raises KeyError, TypeError or ValueError for any other value."""
+        """Load a state. Raises KeyError, TypeError or ValueError if it is malformed."""
         self.points = [(int(step), float(mean)) for step, mean in state["points"]]
         self._stride, self._count = int(state["stride"]), int(state["count"])
         self._sum = float(state["sum"])

@@ -252,9 +252,9 @@ def _for_tminus_json(
 ) -> tuple[Labels, Recommended, float | None]:
     """Return members of tminus.json: the classes, the recommended settings, and the guidance in the weights.
 
-    A resumed run keeps its tminus.json. A new run takes class_names, and the settings of the checkpoint it
-    starts from. If there are none that fit (a table fits only its own weights), the usual settings are used,
-    with guidance if the network learns the null class and the weights contain none.
+    A resumed run keeps its tminus.json. A new run takes class_names, and the settings of `origin`.
+    If none fit (a table fits only its own weights), the usual settings apply. They include guidance if the
+    network learns the null class and the weights contain no guidance.
     """
     labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None

@@ -77,7 +77,7 @@ class Fit:
 
 
 class Fitter:
-    """Fits tables of one checkpoint, for one guidance, to its own solution. Not for two threads at once."""
+    """Fits tables of one checkpoint at one guidance to its own solution. Not thread-safe."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Fitter:
         held_out: int,
         batch_size: int = 64,
     ) -> None:
-        """The last `held_out` of the rows only judge."""
+        """Validate on the last `held_out` rows."""
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
         self._forward, self.rows, self._guidance, self._batch = forward, rows, guidance, batch_size
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out

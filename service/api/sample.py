@@ -223,7 +223,7 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Count what the frames before the result take, with x_T where `from_noise`. Raises InvalidField: too many.
+    """Count bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField if too many.
 
     MAX_FRAME_BYTES bounds the frames, including the result.
     """

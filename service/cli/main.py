@@ -1,6 +1,6 @@
-"""The `tminus` command: a group to which every subcommand is added here, and how Ctrl-C ends them.
+"""The `tminus` command group, with every subcommand, and how Ctrl-C ends them.
 
-The files of the subcommands import torch and what needs it in their functions, so that `--help` is quick.
+Subcommand files import torch and its dependents inside functions, so that `--help` is quick.
 """
 
 import signal

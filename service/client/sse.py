@@ -36,7 +36,7 @@ class Decoder:
         self._held = 0  # bytes of the lines of the event that is not complete yet
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Take some bytes; gives the events that end in them."""
+        """Parse a chunk. Returns the events it completes."""
         if not chunk:
             return []
         if self._after_cr:

@@ -60,15 +60,15 @@ class KeyAuth(httpx.Auth):
         self._header = authorization(key)
 
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]
-        """Add it to a request."""
+        """Add the key."""
         request.headers.update(self._header)
         yield request
 
 
 def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Mapping[str, str] | None:
-    """Add a key to the headers that go with everything, in place of another Authorization.
+    """Add a key to the headers of every request, in place of another Authorization.
 
-    Raises ValueError for a key that no header can hold, and for a url with credentials, which take the same header.
+    Raises ValueError for a key that no header can hold, and for a url with credentials: both use one header.
     """
     if key is None:
         return headers

@@ -31,7 +31,7 @@ ALL = "all"  # precisions
 
 
 class Unfit(ValueError):
-    """A way to run a part of a model that must not serve here."""
+    """A rejected way to run a part of a model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Read the answer of an earlier start, or else a given one. A given one counts as made on an idle machine."""
+        """Read an earlier start's answer, or else one from GIVEN, which counts as made on an idle machine."""
         if self.file is None:
             return None
         self.found = self.file

@@ -340,9 +340,9 @@ class Engine:
         return self._ticks is not None
 
     def is_lost(self) -> bool:
-        """Whether the device does nothing any more. Waits for it."""
+        """Whether the device has stopped working. Waits for it."""
         return is_lost(self._device)
 
     def memory_bytes(self) -> int | None:
-        """Memory that tensors take on the GPU; None on a CPU, where it is the process's own."""
+        """Bytes of tensors on the GPU; None on a CPU, where they are process memory."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None

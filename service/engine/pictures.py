@@ -63,7 +63,7 @@ class PixelPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Make pictures uint8 [n, H, W, C] of rows that are not finished, on the device: of the channels shown."""
+        """Make pictures uint8 [n, H, W, C] of unfinished rows on the device, from the channels shown."""
         return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:

@@ -143,9 +143,9 @@ class Replica:
         """Answer. The first call of a handle makes its router."""
 
     async def _follow(self) -> None:
-        """Make a router of this deployment in this process, which learns the list of replicas and passes it on.
+        """Make this deployment's router in this process. It learns the list of replicas and passes it on.
 
-        Serve itself calls a replica that it removes only after its last request, and a WebSocket may never end.
+        Serve itself calls a removed replica only after its last request, and a WebSocket may never end.
         """
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)

@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits for HTTP answers only.
+        """Wait for WebSocket jobs, then stop as uvicorn does. Uvicorn waits only for HTTP answers.
 
         A kept connection has a moment for one more request, which is refused.
         """

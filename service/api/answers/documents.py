@@ -45,7 +45,7 @@ FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have
 
 
 class DeliveryAnswer(BaseModel):
-    """An event of a job that its webhook is told."""
+    """A webhook delivery of one job event."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -57,7 +57,7 @@ class DeliveryAnswer(BaseModel):
 
 
 class WebhookAnswer(BaseModel):
-    """Who is told of a job, and how far that has come."""
+    """A job's webhook and its deliveries."""
 
     receiver: str = Field(description="Scheme, host and port of the URL. Its path and query may be secret.")
     events: list[str] = Field(description="The events that it is told.")

@@ -221,7 +221,7 @@ class Contract:
         ]
 
     def components(self) -> dict[str, Described]:
-        """Make the components that the rest refers to."""
+        """Make the shared schemas, by name."""
         examples = {"examples": [self._example()]}
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],

@@ -25,7 +25,7 @@ Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
 
 
 def as_openai(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
-    """Turn a problem document into a status and a body of OpenAI's."""
+    """Turn a problem into a status and an OpenAI error body."""
     status: int = STATUS.get(problem["status"], problem["status"])
     error = {
         "message": problem["detail"],
@@ -46,7 +46,7 @@ def as_error_text(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
     return status, {"error": problem["detail"], **kept}
 
 
-# Of APIs that others have defined, by the first part of their paths: what they make of a problem, with its status.
+# How other vendors' APIs write a problem, with its status, by the first part of their paths.
 FORMS: Mapping[str, Form] = {"v1": as_openai, "v2": as_error_text}
 
 

@@ -97,7 +97,7 @@ def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobRe
 async def finished_or_gone(
     request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
 ) -> JobResult:
-    """Wait for a job; a client that goes away frees its rows at the next tick."""
+    """Wait for a job. A disconnect cancels it and frees its rows next tick."""
     try:
         return await while_connected(request, asyncio.shield(done))
     finally:

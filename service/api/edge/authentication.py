@@ -1,7 +1,7 @@
-"""Who is let in: by Host, by Origin, and by `Authorization: Bearer KEY` or the cookie that POST /login sets for a page.
+"""Request checks: Host, Origin, and either `Authorization: Bearer KEY` or the cookie that POST /login sets for a page.
 
-A cookie goes with pictures, event streams and WebSockets too, to which a page can add no header. It is SameSite=Strict
-and HttpOnly: no other site's page can make a browser send it, and no script can read it.
+The cookie also covers pictures, event streams and WebSockets, where a page can add no header. SameSite=Strict keeps
+other sites' pages from sending it. HttpOnly keeps scripts from reading it.
 """
 
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def check_version(scope: Scope) -> None:
 
 
 class AccessControl:
-    """Answers 403 and 401 to whom Host, Origin or key keep out, and puts the caller of others into `request.state`.
+    """Answers 403 or 401 to a bad Host, Origin or key. Otherwise puts the caller into `request.state`.
 
     Counts a request as a connection of its caller, until its answer has ended, and tells what is left of a quota. The
     route of a WebSocket checks both itself.

@@ -72,7 +72,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A job that is wanted, and how its images are to be told."""
+    """A job to submit, and how to return its images."""
 
     name: str  # of its events: image_generation or image_edit
     members: ImagesCall

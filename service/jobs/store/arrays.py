@@ -1,4 +1,4 @@
-"""Arrays as the bytes that a store keeps: in safetensors, which runs no code when it is read."""
+"""Bytes of arrays for a store, in safetensors: reading that runs no code."""
 
 import logging
 import zlib

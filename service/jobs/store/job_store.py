@@ -383,7 +383,7 @@ class JobStore(Removal):
     # --- what a shared store says otherwise ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Choose the jobs that a living replica holds, or that none does; None chooses all."""
+        """Filter jobs. True: a living replica holds it; False: none does; None: all."""
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class DeliveryStore(ABC):
     # --- in transactions of the rest of the store ---
 
     def _owe(self, run: Run, job_id: str, webhook: Webhook | None, events: Collection[Event]) -> None:
-        """Add a delivery for each of these events that the webhook wants and that has none yet."""
+        """Add a delivery for each event that the webhook wants, unless it has one."""
         table = self._deliveries
         if webhook is None or not (wanted := [event for event in events if event in webhook.events]):
             return
