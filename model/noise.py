@@ -291,7 +291,7 @@ class NoiseConfig(Checked):
         fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
         values = {key: value for key, value in kind.defaults.items() if key in fields}
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
-            # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
+            # This class has no clip_sample. Its dynamic threshold with a maximum of 1 is the clip to [-1, 1].
             given["thresholding"] = False
             values |= {"clip_sample": True, "clip_sample_range": 1.0}
             given = {key: value for key, value in given.items() if key not in ("clip_sample", "clip_sample_range")}

@@ -224,7 +224,7 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 def plms(levels: Levels) -> Tensor:
     """PNDM without its Runge-Kutta start (Liu et al. 2022, eq. 9 and 12): Adams-Bashforth of order 4 in eps.
 
-    h1, h2, h3 hold the earlier eps. Its second pass repeats the first step with the mean of the eps at both ends.
+    h1, h2, h3 hold the earlier eps. The second pass repeats the first step, with the mean of the eps at its ends.
     """
     steps = len(levels.alpha_bar)
     (gain, move), (of_x, of_x0) = _transfer(levels), _eps(levels)

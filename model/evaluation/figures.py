@@ -63,9 +63,9 @@ class Reconstruction:
 
 @dataclass(frozen=True, slots=True)
 class PerClass:
-    """One class: the share of its samples, and of its real test images, that the classifier reads as that class.
+    """One class: the classifier's accuracy on its samples, and on its real test images.
 
-    None where there are no such images.
+    An accuracy is None without images.
     """
 
     name: str
@@ -152,7 +152,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """The figures of the samples of one seed; None where checkpoint or data does not allow one."""
+    """Figures of one seed's samples. A figure is None if checkpoint or data rules it out."""
 
     seed: int
     class_accuracy: ClassAccuracy | None

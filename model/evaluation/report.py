@@ -129,7 +129,7 @@ class Report:
         return (OF_PIXELS,) if FRECHET.of(self.first) is None else (NOT_FID, OF_PIXELS)
 
     def to_json(self) -> str:
-        """All values as JSON, with a list of the ways."""
+        """The report as JSON, with its points in lists."""
         values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
         values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
         values["points"] = [point.to_dict() for point in self.points]

@@ -1,4 +1,4 @@
-"""Files of lucidrains/denoising-diffusion-pytorch: `model-N.pt` of its Trainer, or the state dict of its diffusion."""
+"""Files of lucidrains/denoising-diffusion-pytorch: a Trainer's `model-N.pt`, or a GaussianDiffusion state dict."""
 
 from collections.abc import Mapping
 from typing import Any

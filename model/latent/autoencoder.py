@@ -179,12 +179,12 @@ class Autoencoder(nn.Module):
         return self.scaled(self.moments(images)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of scaled latents. A VQModel takes the nearest codes first, as it was trained to."""
+        """Decode scaled latents. A VQModel takes the nearest codes first, as in training."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decode_codes(self.quantize(z)[0] if self.quantize is not None else z)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The unscaled latents of images, and of an AutoencoderKL log sigma^2 of their distribution."""
+        """The unscaled latents of images, and their log sigma^2, which is None for a VQModel."""
         h = self.encoder(images)
         if self.quant_conv is not None:
             h = self.quant_conv(h)
@@ -194,11 +194,11 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(*LOGVAR)
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Bring latents to the spread that the network of eps is trained on."""
+        """Shift and scale latents for the denoising network."""
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode_codes(self, z: Tensor) -> Tensor:
-        """Images of unscaled latents as they are, not quantised."""
+        """Decode unscaled latents, without quantising them."""
         out: Tensor = self.decoder(self.post_quant_conv(z) if self.post_quant_conv is not None else z)
         return out
 

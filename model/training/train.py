@@ -209,7 +209,7 @@ def _check(
     autoencoder: Autoencoder | None,
     held_out: ImageSet | None,
 ) -> None:
-    """Raise TrainError or CheckpointError for parts that cannot be trained, or not together."""
+    """Raise TrainError or CheckpointError for an untrainable part or combination of parts."""
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:

@@ -469,7 +469,7 @@ class AsyncClient:
         return ModelState.of(object_of(await self._change(name, "reload", admin_key)))
 
     async def unload_model(self, name: str, admin_key: str | None = None) -> None:
-        """Unload a model; its jobs are still finished. Raises as load_model does."""
+        """Unload a model. Its accepted jobs still finish. Raises like load_model."""
         await self._change(name, "unload", admin_key)
 
     async def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:

@@ -470,7 +470,7 @@ class Client:
         return ModelState.of(object_of(self._change(name, "reload", admin_key)))
 
     def unload_model(self, name: str, admin_key: str | None = None) -> None:
-        """Unload a model; its jobs are still finished. Raises as load_model does."""
+        """Unload a model. Its accepted jobs still finish. Raises like load_model."""
         self._change(name, "unload", admin_key)
 
     def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:

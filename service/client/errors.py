@@ -19,8 +19,8 @@ class Problem(ClientError):
     """The server refused the call or failed. The errors page of the docs lists the codes.
 
     `field`, `value` and `bound` name one thing to change. `errors` lists all mistakes in the parameters, each with
-    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again. `document` has all members,
-    also those of single codes, such as the `cause` of `no_images`.
+    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again. `document` is the whole
+    answer. Some codes add members to it, as `no_images` adds `cause`.
     """
 
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:

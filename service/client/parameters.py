@@ -45,9 +45,9 @@ class Parameters(TypedDict, total=False):
 class Preview(TypedDict, total=False):
     """The frames of a job.
 
-    every: steps between frames; fps: frames a second (10 if neither is given). show: `x_t`, the latent (the
-    default of `watch`; `events` sends no frames by default), `x_0`, the network's guess, or a list of both.
-    frame_format: `png`, `webp` or `jpeg`. layout: `sheet`, one picture of all images, or `images`, one each.
+    every: steps between frames. fps: frames a second (10 if neither is given). show: `x_t` (the latent), `x_0` (the
+    network's prediction), or a list of both. By default `watch` shows `x_t`; `events`, nothing.
+    frame_format: `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or `images` (one each).
     """
 
     every: int
@@ -60,9 +60,9 @@ class Preview(TypedDict, total=False):
 class Sampling(Parameters, total=False):
     """The parameters of `sample`.
 
-    every, show: steps between the frames of accept="image/webp", and x_t or x_0. keep, dtype: the passes that
-    accept="application/vnd.tminus.trajectory" has (all by default), in float32 or float16. clip_output: whether the
-    floats of accept="application/x-npy" are clipped to the model's range (yes by default).
+    For accept="image/webp": every, the steps between frames; show, `x_t` or `x_0`. For
+    accept="application/vnd.tminus.trajectory": keep, the passes (default: all); dtype, float32 or float16. For
+    accept="application/x-npy": clip_output, whether to clip to the model's range (default: yes).
     """
 
     every: int

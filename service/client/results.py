@@ -45,9 +45,9 @@ class Sampled:
     """The images of a job: `data` is one sheet, a zip, JSON, floats or a trajectory, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer from the server's cache. `sampler`, `steps` and `guidance` are those of the job; None from a server of an
-    earlier version. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
-    `encode` in seconds; it is empty for an answer from the cache and for the image of a durable job.
+    an answer from the server's cache. `sampler`, `steps` and `guidance` are those of the job; None from an older
+    server. `timings_s` has the seconds of `queue`, `first_step`, `denoise`, `decode` (latent models only) and
+    `encode`. It is empty for an answer from the cache and for the image of a durable job.
     """
 
     data: bytes = field(repr=False)

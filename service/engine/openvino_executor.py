@@ -83,7 +83,7 @@ def precisions() -> tuple[str, ...]:
 
 
 def bfloat16_gain() -> float:
-    """Return how much faster bfloat16 is than float32 on this processor, in a convolution as networks have many of."""
+    """Return how much faster bfloat16 is than float32 on this processor, in a convolution typical of networks."""
     x = ops.parameter([1, 128, 32, 32], np.float32)
     layer = ops.convolution(x, np.ones((128, 128, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
     model = openvino.Model([ops.result(layer)], [x])
@@ -130,7 +130,7 @@ class Graph:
         self._net = net if self._file is not None else None
 
     def free_network(self) -> None:
-        """Have the network give up its weights, which the file has too."""
+        """Free the network's weights, which the file has too."""
         if self._net is not None:
             self._net.to("meta")
             self._net = None
@@ -200,7 +200,7 @@ class KeptGraph:
             return None
 
     def write(self, model: Any) -> Any:
-        """Write the graph, and map it; None where that is not possible, as on a disk that is full or only read.
+        """Write the graph, and map it; None if that fails, as on a full or read-only disk.
 
         Another server may write the same graph at the same time: each maps what it has written itself.
         """
@@ -226,7 +226,7 @@ class KeptGraph:
         return kept
 
     def release(self) -> None:
-        """Have the system take the mapped weights out of memory; what is still read of them comes from the file."""
+        """Let the system drop the mapped weights from memory; later reads come from the file."""
         libc = ctypes.CDLL(None)
         with contextlib.suppress(OSError, AttributeError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
             for line in maps:
@@ -235,7 +235,7 @@ class KeptGraph:
                     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
     def _forget_unfinished(self) -> None:
-        """Delete what servers have left that were killed while they wrote."""
+        """Delete files of servers that were killed while writing them."""
         for folder in self._folder.glob(f"{UNFINISHED}*"):
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > UNFINISHED_S:
@@ -287,9 +287,9 @@ def _code_hash() -> str:
 
 
 class OpenVINOExecutor:
-    """Runs a Graph in streams of one thread each, and places beyond even shares on all threads.
+    """Runs a Graph in one-thread streams. A few places beyond even shares run on all threads.
 
-    Or in one stream of all threads: the weights are then in memory once.
+    With streams=1 all threads share a stream, and one copy of the weights.
     """
 
     name = "openvino"
@@ -306,10 +306,10 @@ class OpenVINOExecutor:
         wide: int = 0,
         compiled: Compiled | None = None,
     ) -> None:
-        """sizes of a pass, ascending; streams: as many as threads, or 1; wide: so many places may run in wide passes.
+        """sizes: of passes, ascending. streams: `threads` or 1. wide: the most places that may run in wide passes.
 
-        compiled: passes of this graph that other executors have had made, and that get those made here. Executors that
-        share passes must not run at the same time.
+        compiled: passes of this graph, shared with other executors; new ones are added. Executors that share passes
+        must not run at the same time.
         """
         self.precision = precision
         passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")

@@ -35,7 +35,7 @@ SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module. torch would keep what was traced, weights and all, for as long as the process lives."""
+    """Convert a module, and clear torch's caches, which would keep the traced weights until exit."""
     with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
         # torch would trace a second time to compare, which takes as long as all else here
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
@@ -54,7 +54,7 @@ def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
 def transpose_narrow(model: Any) -> None:
     """Write changes of layout before group norms of few channels as transpositions, for float32. No bit changes.
 
-    OpenVINO makes them ten times as slowly by itself, other than in bfloat16.
+    OpenVINO's own changes are ten times as slow, except in bfloat16.
     """
     for node in model.get_ordered_ops():
         before = node.input_value(0).get_node() if node.get_type_name() == "MVN" else None
@@ -148,10 +148,10 @@ def _norm_by_group(node: Any) -> Any:
 
 
 def _norm_by_windows(node: Any) -> Any:
-    """Write a group norm of means of windows, and means of these by group: all of it with the channels last.
+    """Write a group norm from the means of windows, averaged by group, all with the channels last.
 
-    In bfloat16 whatever goes from node to node is rounded. Rounded statistics would move whole channels, so each is the
-    sum of two: what is rounded, and the mean of what that leaves.
+    In bfloat16 each node's output is rounded. A rounded statistic would shift a whole channel, so each is the sum of
+    two: the rounded value, and the mean of the residual.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes, (channels, height, width) = node.get_attributes(), _sizes(node)

@@ -158,7 +158,7 @@ class LatentPictures(PixelPictures):
         return _fastest(lambda: self._decode(latents)), _fastest(lambda: self._encode(image))
 
     def _decode(self, latents: Floats) -> Tensor:
-        """Make pixels float32 [n, C, H, W], in about [-1, 1], of latents [n, c, h, w]."""
+        """Decode latents [n, c, h, w] to float32 [n, C, H, W], in about [-1, 1]."""
         images = []
         for k in range(len(latents)):
             with self._turn:
@@ -166,7 +166,7 @@ class LatentPictures(PixelPictures):
         return torch.cat(images)
 
     def _encode(self, image: Images) -> Floats:
-        """Make the latents [c, h, w] of an image [H, W, C]."""
+        """Encode an image [H, W, C] to latents [c, h, w]."""
         x = to_model_range(torch.tensor(image).permute(2, 0, 1)[None]).contiguous()
         with self._turn:
             latents: Floats = self._encode_pass(x.numpy())[0]

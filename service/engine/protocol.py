@@ -1,4 +1,4 @@
-"""The engine's interface for code that does not import torch, how it is loaded, and one job without a server."""
+"""The engine's interface without torch, the options to load it, and a loop for one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

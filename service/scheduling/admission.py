@@ -164,7 +164,7 @@ class Admission:
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return the room for jobs of a model, if at most `ahead_s` of work may go before each."""
+        """Return a model's Intake: at most `ahead_s` of work may go before a job."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)
@@ -173,7 +173,7 @@ class Admission:
 
     @property
     def tick_time_ratio(self) -> float:
-        """How many times as long ticks take now as at the start, for the model that has slowed down most."""
+        """The ratio of tick time now to that at the start, for the model that has slowed down most."""
         with self._lock:
             return max((speed.correction for speed in self._speeds.values()), default=1.0)
 
@@ -226,7 +226,7 @@ class Admission:
                 self._jobs[job_id] = replace(job, autoencoder_s=max(0.0, job.autoencoder_s - decode_s))
 
     def leave(self, job_id: str) -> None:
-        """Take a job off the ledger that is done or given up. Nothing happens if it is not here."""
+        """Take an ended job off the ledger. Nothing happens if it is not here."""
         with self._lock:
             self._jobs.pop(job_id, None)
 

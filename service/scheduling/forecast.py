@@ -181,7 +181,7 @@ class Simulation:
 
 
 def _alike(work: Work, step: int) -> int:
-    """Return how many steps from this one on cost the same: until the last, or until guidance goes on or off."""
+    """Return the number of steps of equal cost from this one on: until guidance goes on or off, or the end."""
     guided = work.guided
     return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 

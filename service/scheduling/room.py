@@ -32,7 +32,7 @@ class Load:
     own: "Load | None" = None  # the part of the requesting owner, if several share the server
 
     def decoding(self, part: float, at_first: "Load") -> "Load":
-        """Return this load with a part of the autoencoder's time that was left at first."""
+        """Return this load with `part` of the autoencoder's time in the first load."""
         autoencoder_s = part * at_first.autoencoder_s
         jobs = max(self.jobs, 1) if autoencoder_s > ROUNDING else self.jobs  # a server that decodes is not empty
         own = None if self.own is None or at_first.own is None else self.own.decoding(part, at_first.own)
@@ -114,7 +114,7 @@ class BacklogForecast:
         self._jobs = {job.job_id: job for job in jobs}
         # A job waits for the running tick before it begins, and for one more until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        # An image is off the ledger when it is decoded as a whole.
+        # An image stays on the ledger until it is fully decoded.
         decodes_s = starts_s + max(speed.decode_s for speed in speeds.values())
         at_first = load_of(jobs, speeds, owner)
         load = load_of([job for job in jobs if job.places_left > 0], speeds, owner)

@@ -93,7 +93,7 @@ class Recording(Recorder[Mapping[Show, Images]]):
 
 
 class TrajectoryRecorder(Recorder[Point]):
-    """Records the trajectory of a job: its rows before the first step and after each, or around selected passes."""
+    """Records a job's trajectory: its rows before and after every pass, or every selected pass."""
 
     def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
         """dtype: x_t and x_0 are rounded to it in the trajectory. Until then they are held in float32."""

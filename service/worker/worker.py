@@ -59,7 +59,7 @@ class Outcomes:
                         self._finish(job, event.result)
 
     def _count(self, ticked: Ticked) -> None:
-        """Take a tick's work off the ledger of admission, and count its steps."""
+        """Take a tick's work off admission's ledger, and record its metrics."""
         end, tick, row_steps = ticked.end, ticked.end.tick, dict[str, int]()
         for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)

@@ -289,7 +289,7 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
 async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
 ) -> AsyncGenerator[bytes]:
-    """Yield events until the job has ended; frames come before its end, since the worker's thread tells both."""
+    """Yield a job's frames, then its images or an error. The worker's thread sends all frames before the end."""
     members, model, encoder, shown = wanted.members, services.model, services.encoder, 0
     try:
         while (frame := await arrived.get()) is not None:

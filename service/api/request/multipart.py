@@ -40,7 +40,7 @@ class Form:
 
 
 def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection[str]) -> Form:
-    """Parse a form that may have an image, of at most max_bytes, in each of these files.
+    """Parse a form. files: the fields that may hold an image, of at most max_bytes.
 
     Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage.
     """

@@ -49,10 +49,10 @@ BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
-    """Pick the offered type that the client likes best by its Accept, the earlier one on a tie.
+    """Pick the offered type of the highest quality in Accept, the earlier one on a tie.
 
-    An offered type takes the quality of the most specific range that matches it. An empty header accepts anything.
-    Raises NotAcceptable if it likes none; the hint says what else there is.
+    An offered type has the quality of the most specific range that matches it. An empty header accepts anything.
+    Raises NotAcceptable if no type matches. hint: ends its list of types.
     """
     accept = ", ".join(request.headers.getlist("accept"))  # several headers are one list
     if not accept.strip():
@@ -223,7 +223,7 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form that may have an image in each of these files. Raises what `parse_form` does, and JobCancelled."""
+    """Read a form. files: the fields that may hold an image. Raises as `parse_form`, and JobCancelled."""
     body, held = await read_body(request), body_of(request.scope)
     with held.budget.hold(SMALL_BYTES, held.owner) as copies:
         copies.add(len(body))  # its parts are copied out of it

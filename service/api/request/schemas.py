@@ -479,7 +479,7 @@ class SampleRequest(Edit, Sampling):
 
 
 class NoiseCall(RequestSchema):
-    """How far an image is to go towards noise, and with which noise; in the query or in the form."""
+    """The parameters of POST /noise, in the query or in the form."""
 
     t: Int
     """The timestep, from 0 (least noise) to T - 1. Required."""

@@ -106,7 +106,7 @@ def _check_edit(max_image_bytes: int, model: ModelInfo, parameters: SampleReques
 
 
 def check_uploads(model: ModelInfo) -> None:
-    """Raise InvalidField where no picture that can be sent is an image of the model."""
+    """Raise InvalidField for a model with more channels than a picture holds."""
     if not model.fits_pictures:
         bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)

@@ -74,7 +74,7 @@ class AsyncStore:
 
     @property
     def failure(self) -> StorageFailed | None:
-        """Why the last attempt to write failed; None after one that did not."""
+        """Why the last attempt to write failed; None if it succeeded."""
         return self._failure
 
     async def call(self, method: Callable[Concatenate[S, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -231,7 +231,7 @@ class ResultStore(AsyncStore):
 
     @property
     def failure(self) -> StorageFailed | None:
-        """Why the last attempt to write failed, to the database or to the object store."""
+        """Why the last write to the database or the object store failed."""
         return super().failure or self._objects_failure
 
     async def check(self) -> None:

@@ -205,14 +205,14 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class NamesBusy(Exception):
-    """Too many names are being looked up for this sharer: this one has to wait."""
+    """The sharer's share of look-ups is in use, so the next one has to wait."""
 
 
 class Names:
     """Looks names up in threads of its own. In the event loop's thread only.
 
-    Not by the loop's own getaddrinfo: that shares its threads with all that the server does beside the loop, and these
-    wait at the end of the process too. A name server that does not answer holds nobody but who waits for that name.
+    The loop's getaddrinfo would share its threads with the server's other work, and the process waits for them at its
+    end. Here a name server that does not answer delays only the callers that wait for that name.
     """
 
     def __init__(self) -> None:
@@ -222,8 +222,8 @@ class Names:
     async def look_up(self, name: str, sharer: str = "") -> list[str]:
         """The addresses of a name, as the system finds them. Raises OSError and NamesBusy.
 
-        A sharer may have as many threads as are free, see Slots. One that is given up goes on, and is nobody's: the
-        next names of its sharer have half of what is left then.
+        A sharer may have as many threads as are free, see Slots. A look-up that is given up goes on, and
+        counts for no sharer: its sharer may then have half of the rest.
         """
         if name not in self._asked:
             if [*self._sharers.values()].count(sharer) >= MOST_LOOKUPS - len(self._asked):
