@@ -1,4 +1,4 @@
-"""Makes pixels of the model's size of an uploaded image. The bounds are checked before anything is decoded."""
+"""Decodes an uploaded image to pixels of the model's size. The bounds are checked before anything is decoded."""
 
 import asyncio
 import io

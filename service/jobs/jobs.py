@@ -1,4 +1,4 @@
-"""What clients ask for: to look for jobs, to cancel, delete and follow them. New ones are accepted in new_jobs.py.
+"""Finds, cancels, deletes and follows jobs for clients. New jobs are accepted in new_jobs.py.
 
 A durable job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
 """
